@@ -2,7 +2,7 @@
 """Times of a run of tests: its slowest tests and files, in seconds of CPU and of the clock, and the sums of both.
 
 A plugin of pytest, loaded by the workspace's `conftest.py`: runs of half a minute and more end with the table, and
-`--times FILE` writes all rows as JSON. Where a run is divided (`tests/workers.py`), its workers send their rows to the
+`--times=FILE` writes all rows as JSON. Where a run is divided (`tests/workers.py`), its workers send their rows to the
 process that prints the table.
 """
 
@@ -49,7 +49,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     took, file = time.monotonic() - BEGAN, terminalreporter.config.option.times
-    if file:
+    if file and not terminalreporter.config.pluginmanager.has_plugin("worker"):
         file.write_text(json.dumps(_rows, indent=0))
     if _rows and took >= SHORT:
         terminalreporter.section(f"slowest of {len(_rows)} tests")

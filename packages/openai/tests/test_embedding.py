@@ -621,7 +621,9 @@ async def test_each_token_has_a_vector_of_its_own() -> None:
     assert jina.data[0].embedding == WANTED
     assert LlamaEmbedding.of(jina.data[0]).embedding == WANTED
     assert LlamaEmbedding.of(packed.data[0]).embedding == packed.data[0].embedding
-    asked = [parse_embedding_request({"content": "ab", **more}) for more in ({}, {"normalize": False}, {"normalized": False})]
+    asked = [
+        parse_embedding_request({"content": "ab", **more}) for more in ({}, {"normalize": False}, {"normalized": False})
+    ]
     assert [each.pooling_params().normalize for each in asked] == [True, False, False]
     for of, task in ((engine, "embed"), (plain, "classify"), (plain, "token_classify")):
         with pytest.raises(InvalidParameterError, match=f", not {task}") as caught:

@@ -282,9 +282,10 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
     The sources are the kernel's own module, this module (which imports the compiler), and every module of
     `candle_vllm.core` that these import, directly or indirectly. Modules outside `kernels` count because they define
     constants of the code, such as the layouts and code tables of `candle_vllm.core.quantization`; modules of `NO_CODE`
-    define none. Imports in functions count, imports under TYPE_CHECKING do not. The text of a package that contains an imported module counts; the
-    package's imports do not, because the importing module gets no name from it. Triton's modules do not count, because
-    no CPU kernel calls them. A module that a kernel imports by a computed name is not found, so that is not allowed.
+    define none. Imports in functions count, imports under TYPE_CHECKING do not. The text of a package that contains an
+    imported module counts; the package's imports do not, because the importing module gets no name from it. Triton's
+    modules do not count, because no CPU kernel calls them. A module that a kernel imports by a computed name is not
+    found, so that is not allowed.
 
     Args:
         module: "folder.module" below `kernels`.
