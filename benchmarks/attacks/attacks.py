@@ -570,7 +570,7 @@ def door_of_nodes(target: Target) -> None:
 
     key = "a key that all of the nodes know"
     door = RankListener("127.0.0.1", 0, key, range(1, 2), 2, 2)
-    invitation = Invitation(door.host, door.port, key, 1, 2, 2, {}, (20, False))
+    invitation = Invitation(door.host, door.port, key, 1, 2, 2, {}, (20, "text"))
     strangers = [socket.create_connection((door.host, door.port), 5) for _ in range(64)]
     for stranger in strangers:
         stranger.sendall(struct.pack("<H", 1024))
