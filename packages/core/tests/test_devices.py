@@ -238,7 +238,7 @@ def test_op_by_op_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     require_torch("enforce_eager is set")  # it is there
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConfigError) as caught:
-        require_torch("enforce_eager is set")
+        require_torch("enforce_eager is set", "leave it out")
     assert str(caught.value) == (
         "enforce_eager is set, so layers run op by op in torch, which is not installed: "
         "leave it out, or install torch: "

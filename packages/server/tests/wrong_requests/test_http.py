@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from candle_vllm.server.answering import UNTYPED
 from packages.server.tests.server_fakes import PacedEngine
 from packages.server.tests.wrong_requests import generating, others
 from tests.waiting import PATIENCE
@@ -87,6 +86,9 @@ TYPES: list[str | None] = [
     None, "", "text/plain", "text/json", "application/jsonx", "application/x-www-form-urlencoded", "application/xml",
     "multipart/form-data; boundary=x", "application/octet-stream", "json", "*/*", "application",
 ]  # fmt: skip
+
+
+UNTYPED = ("/completion", "/completions", "/infill", "/tokenize", "/detokenize", "/apply-template", "/embedding")
 
 
 @pytest.mark.one_of_each(16)

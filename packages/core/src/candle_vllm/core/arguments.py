@@ -152,10 +152,11 @@ class ExplainedStruct(ShownStruct, metaclass=_ExplainingStruct, frozen=True):
     """Base of structs that explains unknown arguments."""
 
 
-def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def explained(hint: str = "", **within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator that makes a method explain unknown arguments.
 
     Args:
+        hint: what the error for missing or too many arguments adds, such as a right call.
         within: fields of classes that the method accepts, by class.
     """
 
@@ -175,9 +176,7 @@ def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P,
                 said = f"{method.__name__} takes {', '.join(known)}: {error}".replace(
                     method.__qualname__, method.__name__
                 )
-                if method.__name__ in ("score", "ascore") and len(arguments) > 2:  # as of LLM.score
-                    said += f'; the texts are one argument: {method.__name__}([("a", "b")])'
-                raise TypeError(said) from None
+                raise TypeError(f"{said}; {hint}" if hint else said) from None
 
         return call
 

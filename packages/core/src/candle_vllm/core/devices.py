@@ -100,16 +100,19 @@ def gpu_obstacle(index: int) -> str | None:
     return _no_compiler() or _taken(index)
 
 
-def require_torch(reason: str) -> None:
-    """Refuse to compute with torch's operations if torch is not installed; `reason` says why torch is needed.
+def require_torch(reason: str, instead: str = "") -> None:
+    """Refuse to compute with torch's operations if torch is not installed.
+
+    Args:
+        reason: why torch is needed.
+        instead: what the user can do instead of installing torch, if there is something.
 
     Raises:
         ConfigError: torch is not installed; the message has the command that installs it.
     """
     if importlib.util.find_spec("torch") is None:
-        way = "leave it out, or install torch: " if reason.startswith("enforce_eager") else ""
         missing = "so layers run op by op in torch, which is not installed"
-        raise ConfigError(f"{reason}, {missing}: {way}{with_extra('torch')}")
+        raise ConfigError(f"{reason}, {missing}: {instead and f'{instead}, or install torch: '}{with_extra('torch')}")
 
 
 def use_threads(count: int) -> None:

@@ -557,7 +557,7 @@ class EngineFront(ABC):
         """`embed` in an event loop. Cancelling it aborts the unfinished inputs."""
         return await self._watched("embed", inputs, call, lambda calls: calls.aembed(inputs, params))
 
-    @explained()
+    @explained('the texts are one argument: score([("a", "b")])')
     def score(
         self, pairs: Sequence[Pair], *, use_tqdm: Bar = True, lora_request: LoraChoice = None
     ) -> list[ScoreOutput]:
@@ -569,7 +569,7 @@ class EngineFront(ABC):
         """
         return self._pooling(lora_request=lora_request).score(pairs, use_tqdm=use_tqdm)
 
-    @explained()
+    @explained('the texts are one argument: ascore([("a", "b")])')
     async def ascore(self, pairs: Sequence[Pair], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
         """`score` in an event loop. Cancelling it aborts the unfinished pairs.
 

@@ -26,7 +26,7 @@ from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptio
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.request_context import begin_generation
-from candle_vllm.server.http.routing import caller_of, route_path
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
@@ -34,8 +34,6 @@ from candle_vllm.server.outliving import MailboxWriter, StoredForm
 from candle_vllm.server.settings.table import RequestOptions
 
 JSON = "application/json"
-UNTYPED = ("/completion", "/completions", "/infill", "/tokenize", "/detokenize", "/apply-template", "/embedding")
-"""Routes of llama.cpp's server, which needs no content type; `OriginMiddleware` refuses pages of other origins."""
 
 
 def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
@@ -236,9 +234,9 @@ def deadline_of(request: Request) -> float:
     return time.monotonic() + request.app.state.settings.request_timeout
 
 
-async def parsed(request: Request, parse: Callable[[bytes], Any], *, typed: bool = True) -> Any:
-    """Return the validated body of a request; `typed` as in `parse_request`, and never for llama.cpp's own routes."""
-    typed = typed and route_path(request.scope) not in UNTYPED
+async def parsed(request: Request, parse: Callable[[bytes], Any]) -> Any:
+    """Return the validated body of a request; its route says whether it needs a content type (`Operation.untyped`)."""
+    typed = not request.scope["route"].openapi_extra["operation"].untyped
     most = request.app.state.settings.max_body_mb << 20
     return await parse_request(request.scope, request.receive, most, parse, typed=typed)
 

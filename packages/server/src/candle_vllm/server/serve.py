@@ -448,8 +448,10 @@ def mcp_line(app: FastAPI) -> str:
     if service is None:
         return ""
     where = "approved tools run here" if service.options.execute else "clients run their tools"
-    marks = ("disabled" if one.state == "disabled" else one.error and "not connected" for one in service.status())
-    names = [f"{one.name} ({mark})" if mark else one.name for one, mark in zip(service.options.servers, marks)]
+    names = []
+    for server in service.status():
+        mark = "disabled" if server.state == "disabled" else "not connected" if server.error else ""
+        names.append(f"{server.name} ({mark})" if mark else server.name)
     return f"{', '.join(names)}; {where}"
 
 

@@ -73,7 +73,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     if on_gpu:
         return config
     if config.enforce_eager:
-        require_torch("enforce_eager is set")
+        require_torch("enforce_eager is set", "leave it out")
         return dataclasses.replace(config, device="cpu")
     refused = {
         "nnodes": config.nnodes > 1,
@@ -193,7 +193,7 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
             "tensor_parallel_size where it sets cpu_ranks",
             "cpu_ranks",
         )
-    require_torch(reason)
+    require_torch(reason, "leave it out" if config.enforce_eager else "")
     use_threads(config.threads or default_threads())
     return placement
 

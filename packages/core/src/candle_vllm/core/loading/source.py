@@ -42,7 +42,6 @@ COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt",
 """Files of a repository's top folder that are downloaded with the weights."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-CONNECT = "connect to the network"
 HUB_TIMEOUT_S = 10.0
 _SAMPLES, _SAMPLE = 256, 1 << 12  # samples of a weight file that are hashed, and bytes of each
 TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
@@ -370,8 +369,8 @@ def _download(
 
     names = _listing(model, revision, token)
     if names is None:
-        way = f"{CONNECT}, without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else CONNECT
-        return _cached(model, revision, cache_dir, way)
+        without = "connect to the network, without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else None
+        return _cached(model, revision, cache_dir, without)
     if weights:
         wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on the hub", usual=True))
     else:
@@ -485,8 +484,8 @@ def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotF
     return None
 
 
-def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) -> Path:
-    """Return the folder of earlier downloads; `way` is the advice in an error."""
+def _cached(model: str, revision: str | None, cache_dir: Path | None, allow: str | None) -> Path:
+    """Return the folder of earlier downloads; `allow` is how to allow the network, None if no setting forbids it."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -496,9 +495,9 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) 
             model, revision=revision, cache_dir=cache_dir, allow_patterns=["config.json"], local_files_only=True
         )
     except (LocalEntryNotFoundError, OSError) as error:
-        raise (HubUnreachableError if way == CONNECT else ModelNotFoundError)(
+        raise (HubUnreachableError if allow is None else ModelNotFoundError)(
             f"{model} (revision {revision or 'main'}) is not in the cache{_in_cache(model, cache_dir)} and the hub was "
-            f"not reached: {way} or pass a folder or .gguf file"
+            f"not reached: {allow or 'connect to the network'} or pass a folder or .gguf file"
         ) from error
     return Path(folder)
 

@@ -35,6 +35,7 @@ class TokensPrompt(TypedDict, total=False):
     prompt: str
 
 
+_MESSAGES = 'messages, such as [{"role": "user", "content": "Hello"}]'
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _CHAT_OPTIONS = (
     "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
@@ -136,13 +137,13 @@ def as_conversations(
     Raises:
         InvalidParameterError: an invalid message; the error begins with its path, `messages[2].content`.
     """
-    items = _list_of("messages", messages, "messages")
+    items = _list_of("messages", messages, _MESSAGES)
     if not items:
         raise _wrong("messages", "must hold at least one message")
     if isinstance(items[0], (str, bytes, Mapping)) or not isinstance(items[0], Iterable):
         return [_conversation("messages", items, template, sees)], False
     return [
-        _conversation(f"messages[{place}]", _list_of(f"messages[{place}]", each, "messages"), template, sees)
+        _conversation(f"messages[{place}]", _list_of(f"messages[{place}]", each, _MESSAGES), template, sees)
         for place, each in enumerate(items)
     ], True
 
@@ -376,8 +377,7 @@ def _check_part(place: str, part: Any, words: set[str], sees: bool) -> None:
 
 def _list_of(place: str, value: Any, what: str) -> list[Any]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        such = ', such as [{"role": "user", "content": "Hello"}]' if what == "messages" else ""
-        raise _wrong(place, f"must be a list of {what}{such}, not {_kind(value)}")
+        raise _wrong(place, f"must be a list of {what}, not {_kind(value)}")
     return list(value)
 
 

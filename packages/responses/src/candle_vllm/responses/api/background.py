@@ -21,7 +21,15 @@ from candle_vllm.responses.api.outliving import Chunks, EncodedEvent, Failure, W
 from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
-from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, NotStoredError, StoreUnavailableError, settled
+from candle_vllm.responses.store.entries import (
+    ACTIVE,
+    STOPPED,
+    Entry,
+    NotStoredError,
+    StoreUnavailableError,
+    settled,
+    traced,
+)  # fmt: skip
 from candle_vllm.responses.store.upkeep import Upkeep
 
 MAX_RUNNING = 32  # responses at a time
@@ -205,8 +213,7 @@ class Background:
             elif isinstance(failure, TimeoutError):
                 await self._fail(run, TOO_LONG)
             elif failure is not None:
-                trace = None if isinstance(failure, StoreUnavailableError) else failure
-                logger.error("the background response %s failed: %s", run.entry.id, failure, exc_info=trace)
+                logger.error("the background response %s failed: %s", run.entry.id, failure, exc_info=traced(failure))
                 await self._fail(run, to_error(failure).body.error.message)
             elif not run.events.finished:
                 await self._fail(run, "The response ended without a result.")

@@ -16,7 +16,7 @@ from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.conversation.channel import end_task
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import Response
-from candle_vllm.responses.store.entries import StoreUnavailableError
+from candle_vllm.responses.store.entries import traced
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,7 @@ class ResponseStream:
             self.failure = failure
             if self._taken:
                 if to_error(failure).status >= 500 and not isinstance(failure, EngineDeadError):
-                    trace = None if isinstance(failure, StoreUnavailableError) else failure
-                    logger.error("a response failed: %s", failure, exc_info=trace)
+                    logger.error("a response failed: %s", failure, exc_info=traced(failure))
                 failure.__traceback__ = None  # it refers to this stream
                 await self.put(self._writer.fail(error_detail(failure), response_code(failure)))
         finally:

@@ -49,6 +49,11 @@ class StoreUnavailableError(CandleVllmError):
         self.setting = setting
 
 
+def traced(failure: BaseException) -> BaseException | None:
+    """Return the failure as `exc_info` of a log record; None for an unavailable store, whose message is enough."""
+    return None if isinstance(failure, StoreUnavailableError) else failure
+
+
 MAX_ID = 256  # characters of an id
 OVERHEAD = 512  # approximate bytes that an entry or a part takes besides its contents
 ACTIVE = ("queued", "in_progress", "streaming")  # statuses of entries in progress

@@ -153,7 +153,7 @@ def ollama_error_line(failure: Exception) -> bytes:
 
 def _log(what: str, failure: Exception) -> None:
     if isinstance(failure, EngineDeadError | entries.StoreUnavailableError):
-        logger.error("%s: %s", what, failure)  # without a traceback: this ends many requests, and is logged already
+        logger.error("%s: %s", what, failure)  # without a traceback: the cause is known, and ends many requests
     elif to_error(failure).status >= 500 and not isinstance(failure, (RequestAbortedError, EngineSleepingError)):
         logger.error("%s", what, exc_info=failure)
 

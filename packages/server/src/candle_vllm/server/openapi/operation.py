@@ -58,6 +58,8 @@ class Operation:
         bare_body: whether the request's body is an array with entries of the type `body`.
         manages: whether the route is for operators.
         public: whether the route needs no key.
+        untyped: whether a JSON body needs no content type, as in llama.cpp's server and Ollama; `OriginMiddleware`
+            refuses pages of other origins.
         query: the query parameters: a schema by name.
     """
 
@@ -82,6 +84,7 @@ class Operation:
     bare_body: bool = False
     manages: bool = False
     public: bool = False
+    untyped: bool = False
     query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property

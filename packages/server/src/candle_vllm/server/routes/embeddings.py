@@ -33,7 +33,8 @@ async def create_embedding(request: Request) -> Response:
     return await answer_with(request, parse_embedding_request, _embedded)
 
 
-@route("POST /embedding", body=wires.ContentRequest, example=_CONTENT, answer=wires.LlamaEmbedding, bare=True)
+@route("POST /embedding", body=wires.ContentRequest, example=_CONTENT, answer=wires.LlamaEmbedding, bare=True,
+       untyped=True)  # fmt: skip
 async def llama_embedding(request: Request) -> Response:
     """Embeddings of texts, in llama.cpp's form."""
     return await answer_with(request, functools.partial(parse_body, wires.ContentRequest), _embedded)

@@ -121,6 +121,7 @@ def _slots(model: ServedModel) -> list[Slot]:
     example={"messages": QUESTION},
     answer=RenderedPrompt,
     errors=COUNTED,
+    untyped=True,
 )
 async def apply_template(request: Request) -> Response:
     """Render the prompt of a chat request with the same fields."""
@@ -154,6 +155,7 @@ _completion = functools.partial(
     one_or_more=True,
     events=(llama_server.LlamaText, ErrorEnvelope),
     errors=QUEUED,
+    untyped=True,
 )
 
 
@@ -172,6 +174,7 @@ async def llama_completion(request: Request) -> Response:
     answer=llama_server.LlamaText,
     events=(llama_server.LlamaText, ErrorEnvelope),
     errors=QUEUED,
+    untyped=True,
 )
 async def llama_infill(request: Request) -> Response:
     """Fill a gap in a text, in llama.cpp's form."""

@@ -24,14 +24,15 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
 
 router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="ollama", error=ollama.Failure, naming=OLLAMA, errors=QUEUED))
+route = routing(router, functools.partial(
+    Operation, tag="ollama", error=ollama.Failure, naming=OLLAMA, errors=QUEUED, untyped=True))  # fmt: skip
 
 _LATEST = ":latest"
 
 
 async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact: bool = False) -> Any:
     """Return the validated body, with this server's name of the model; raises what `served_name` raises."""
-    wire = await answering.parsed(request, parse, typed=False)
+    wire = await answering.parsed(request, parse)
     named = getattr(wire, "model", None)
     if named is None:
         return wire

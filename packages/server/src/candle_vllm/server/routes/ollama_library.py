@@ -35,7 +35,8 @@ from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
 
 router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA, manages=True))
+route = routing(router, functools.partial(
+    Operation, tag="ollama", error=Failure, naming=OLLAMA, manages=True, untyped=True))  # fmt: skip
 
 
 def refuse_open_changes(settings: Settings) -> None:
@@ -252,7 +253,7 @@ def _failed_line(failure: Exception) -> bytes:
 async def _allowed(request: Request, kind: type[WireModel]) -> Any:
     """Return the validated body; HttpError 403 if the operator does not let clients change models."""
     settings: Settings = request.app.state.settings
-    wire = await parsed(request, ollama_parser(kind), typed=False)
+    wire = await parsed(request, ollama_parser(kind))
     if not settings.allow_model_changes or not settings.is_guarded:
         message = "Clients cannot change models: this server was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_not_allowed")

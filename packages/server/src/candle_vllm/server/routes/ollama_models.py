@@ -32,7 +32,7 @@ from candle_vllm.server.routes.ollama import ollama_body, served_name
 logger = logging.getLogger(__name__)
 
 router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA))
+route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA, untyped=True))
 
 API_VERSION = "0.12.11"
 """The version of Ollama whose API this is; clients select features by it."""

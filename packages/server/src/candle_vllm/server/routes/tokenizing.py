@@ -30,6 +30,7 @@ route = routing(router, functools.partial(Operation, tag="tokens", errors=COUNTE
     body=(tokenizing.TokenizeTextRequest, tokenizing.TokenizeChatRequest, tokenizing.TokenizeContentRequest),
     example={"prompt": "Once upon a time", "return_token_strs": True},
     answer=(tokenizing.Tokenized, tokenizing.TokenizedContent),
+    untyped=True,
 )
 async def tokenize(request: Request) -> Response:
     """Return the tokens of a text or of a conversation."""
@@ -39,7 +40,11 @@ async def tokenize(request: Request) -> Response:
 
 
 @route(
-    "POST /detokenize", body=tokenizing.DetokenizeRequest, example={"tokens": [1, 2, 3]}, answer=tokenizing.Detokenized
+    "POST /detokenize",
+    body=tokenizing.DetokenizeRequest,
+    example={"tokens": [1, 2, 3]},
+    answer=tokenizing.Detokenized,
+    untyped=True,
 )
 async def detokenize(request: Request) -> Response:
     """Return the text of tokens."""

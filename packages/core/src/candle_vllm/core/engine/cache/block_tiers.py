@@ -632,10 +632,12 @@ class OffloadedPrefixes:
             each.close()
 
     def stats(self) -> dict[str, int]:
-        """Return the sums over both; blocks and checkpoints share a folder, but have separate parts of Redis."""
-        blocks, states = (each.stats() for each in self._both)
-        size = (max if self._look is None else sum)((blocks["kept_block_bytes"], states["kept_block_bytes"]))
-        return {**(Counter(blocks) + Counter(states)), "kept_block_bytes": size}
+        """Return the sums of the statistics of blocks and checkpoints, by field of `EngineStats`."""
+        blocks, states = (Counter(each.stats()) for each in self._both)
+        sums = blocks + states
+        if self._look is None:  # both are in one folder, whose bytes each of them reports; in Redis they are apart
+            sums["kept_block_bytes"] = max(blocks["kept_block_bytes"], states["kept_block_bytes"])
+        return sums
 
 
 def keep_blocks(

@@ -302,7 +302,7 @@ class Drafter:
 
     def stats(self) -> dict[str, Any]:
         """Return the statistics of drafts, by field of `EngineStats`."""
-        seconds = [self.times(1)(drafts) for drafts in range(_TIMED_ROWS)]
+        seconds = list(map(self.times(1), range(_TIMED_ROWS)))
         return {**self._counts, "accepted_per_position": self._accepted_per_position, "step_seconds": seconds}
 
     def close(self) -> None:
