@@ -152,7 +152,7 @@ class ExplainedStruct(ShownStruct, metaclass=_ExplainingStruct, frozen=True):
     """Base of structs that explains unknown arguments."""
 
 
-def explained(hint: str = "", **within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def explained(hint: str = "", /, **within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator that makes a method explain unknown arguments.
 
     Args:
