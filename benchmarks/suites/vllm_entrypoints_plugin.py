@@ -33,7 +33,8 @@ import vllm.config  # pyright: ignore[reportMissingImports]
 import vllm.tokenizers  # pyright: ignore[reportMissingImports]
 import vllm.transformers_utils.repo_utils  # pyright: ignore[reportMissingImports]
 from safetensors.numpy import save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers.models.auto.modeling_auto import AutoModel
+from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 sys.modules["tests.conftest"] = sys.modules[__name__]
 VLLM_PATH = Path(__file__).parent.parent
