@@ -342,10 +342,7 @@ def test_a_redis_that_hangs_or_goes_costs_a_second_once(
         read = RedisBlocks.read
         monkeypatch.setattr(RedisBlocks, "read", lambda store, digest: reads.append(digest) or read(store, digest))
         monkeypatch.setattr(redis_blocks, "QUIET", math.inf)
-        assert engine.offloaded is not None
-        pool = engine.offloaded._own._store._client.connection_pool  # type: ignore[attr-defined]
-        pool.connection_kwargs["socket_timeout"] = 1.0
-        pool.disconnect()
+        monkeypatch.setattr(redis_blocks, "TIMEOUT", 1.0)
         began = time.monotonic()
         assert answer(engine) == right
         assert time.monotonic() - began > 0.5
@@ -355,6 +352,7 @@ def test_a_redis_that_hangs_or_goes_costs_a_second_once(
         assert not reads  # it is left alone
         assert engine.stats().kept_block_failures >= 1
     process.send_signal(signal.SIGCONT)
+    monkeypatch.setattr(redis_blocks, "TIMEOUT", PATIENCE)
     with running(model, url) as engine:
         process.kill()
         process.wait()
@@ -396,6 +394,27 @@ LIES: dict[str, Callable[[socket.socket], None]] = {
 }
 
 
+@contextmanager
+def listening(serve: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A false Redis, and its address; a thread serves each connection.
+
+    The listener is closed when nothing accepts any more: its number belongs to the next listener, and a thread that was
+    about to accept would take the other's connection.
+    """
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        accepting = threading.Thread(target=accept, daemon=True)
+        accepting.start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        accepting.join()
+
+
 RARELY = ("numbers", "lists", "huge", "negative", "error")
 
 
@@ -412,24 +431,17 @@ def test_one_that_lies_costs_a_computation_alone(model: Path, lie: str, monkeypa
                 if lie == "half":
                     return
 
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
     with running(model, None) as engine:
         right = answer(engine)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept, daemon=True).start()
+    with listening(serve) as url:
         monkeypatch.setattr(redis_blocks, "QUIET", math.inf)
-        with running(model, f"redis://127.0.0.1:{listener.getsockname()[1]}") as engine:
+        with running(model, url) as engine:
             monkeypatch.setattr(kept_blocks, "time", time)
             assert answer(engine) == right
             with monkeypatch.context() as later:  # an answer that waited would wait for ever
                 Clock(later, kept_blocks).skip(1.1)
                 assert answer(engine, [8, *PROMPT], "other")
             assert engine.stats().cached_prompt_tokens == 0
-        listener.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("lie", ["announced", "lines", "drip"])
@@ -450,19 +462,12 @@ def test_an_answer_has_bytes_and_time_as_a_whole(lie: str, monkeypatch: pytest.M
                 while not over.wait(0.02 if lie == "drip" else 0):
                     sent[0] += connection.send(piece)
 
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept, daemon=True).start()
-        store = RedisBlocks(f"redis://127.0.0.1:{listener.getsockname()[1]}", "a", 1 << 20, 1000)
+    with listening(serve) as url:
+        store = RedisBlocks(url, "a", 1 << 20, 1000)
         with pytest.raises(BlockError, match="Timeout" if lie == "drip" else "more than 66576 bytes"):
             store.read(DIGESTS[0])
         over.set()
         store.close()
-        listener.shutdown(socket.SHUT_RDWR)
     assert sent[0] < (1040 if lie == "drip" else 64 << 20)  # what the system keeps of a connection, and no more
 
 

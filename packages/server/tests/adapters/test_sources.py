@@ -332,9 +332,9 @@ class Dripping:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
         for thread in self._threads:
             thread.join()
+        self._listener.close()  # not before: its number may belong to another listener at once
 
 
 def said(body: bytes) -> bytes:
