@@ -23,7 +23,7 @@ from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import tool_names
 
-with InferenceEngine(sys.argv[1], device="cpu", enforce_eager=True, kv_cache_memory=1 << 20) as engine:
+with InferenceEngine(sys.argv[1], device="cpu", threads=1, kv_cache_memory=1 << 20) as engine:
     (output,) = engine.generate(["a"], SamplingParams(max_tokens=3, ignore_eos=True))
     print(engine.model_info.architecture, len(output.token_ids))
     params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, logit_bias={97: 100})
@@ -31,7 +31,7 @@ with InferenceEngine(sys.argv[1], device="cpu", enforce_eager=True, kv_cache_mem
     named = msgspec.structs.replace(params, logits_processors=["no_repeat"])
     (other,) = engine.generate(["a"], named)
     print(set(same.token_ids) == {97}, any(a == b for a, b in zip(other.token_ids, other.token_ids[1:])))
-with RemoteEngine(sys.argv[1], device="cpu", enforce_eager=True, kv_cache_memory=1 << 20) as engine:
+with RemoteEngine(sys.argv[1], device="cpu", threads=1, kv_cache_memory=1 << 20) as engine:
     (remote,) = engine.generate(["a"], named)
     print(remote.token_ids == other.token_ids)
 parser = OutputParser(Layout(None, tool_names()["example"]), tools={"add": {}}, make_id=str)

@@ -182,7 +182,8 @@ class Worker:
         self._tell(kind="report", report=data)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._report(report)
+        if report.when == "call" or not report.passed:  # nothing counts a fixture that has done its work
+            self._report(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if not report.passed:

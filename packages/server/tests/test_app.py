@@ -718,7 +718,7 @@ def test_a_mailbox_that_cannot_be_opened_ends_the_start_in_one_line(tmp_path: Pa
 
 
 def test_a_drain_lets_streams_finish_and_then_aborts(start) -> None:
-    running = start(PacedEngine(["a"] * 30, pause=0.01))
+    running = start(PacedEngine(["a"] * 30, pause=0.01), shutdown_timeout=round(PATIENCE))
     with running.http() as client, client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as r:
         lines = r.iter_lines()
         next(lines)

@@ -148,6 +148,7 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     from triton.language import semantic
     from triton.runtime import interpreter
 
+    STAY = {"fp32", "fp64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "int1"}
     SMALL = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
@@ -229,7 +230,17 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
         alike = one.shape is other.shape and one.type.is_block() and other.type.is_block()  # see `shapes`
         return (one, other) if alike else broadcast(self, one, other)
 
+    # And of one type, which stays: small floats alone become others.
+    prepare = semantic.TritonSemantic.binary_op_type_checking_impl
+
+    def prepare_unless_alike(self: Any, one: Any, other: Any, *how: Any, **named: Any) -> tuple[Any, Any]:
+        tensors = isinstance(one, tl.tensor) and isinstance(other, tl.tensor)
+        if tensors and one.shape is other.shape and one.dtype.name == other.dtype.name in STAY:
+            return one, other
+        return prepare(self, one, other, *how, **named)
+
     interpreter._get_np_dtype = known_numpy_type
+    semantic.TritonSemantic.binary_op_type_checking_impl = prepare_unless_alike
     semantic.TritonSemantic.broadcast_impl_value = broadcast_unless_alike
     tl.block_type.__init__ = known_block
     tl.tensor.__init__ = tensor_of_known_shape

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import AsyncIterator, Callable
+from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -31,6 +32,9 @@ _MAX_ADDRESSES = 4  # addresses of one name that are tried
 _PORTS = {"http": 80, "https": 443}
 
 
+_tls = cache(httpx2.create_ssl_context)  # reading the authorities takes a thirtieth of a second, in the event loop
+
+
 def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:
     """Return a client for one connection, for public addresses only if required. Reads have no timeout here."""
     headers = {"accept-encoding": "identity", **peer.config.headers}
@@ -40,6 +44,7 @@ def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:
         headers=headers,
         auth=peer.auth,
         timeout=httpx2.Timeout(peer.config.connect_timeout, read=None, write=_WRITE_SECONDS),
+        verify=_tls(trust_env=not peer.public_only),
         transport=PublicTransport() if peer.public_only else None,
         trust_env=not peer.public_only,
         event_hooks={"request": [notes.on_request], "response": [notes.on_response]},
@@ -199,7 +204,7 @@ class PublicTransport(httpx2.AsyncBaseTransport):
     """
 
     def __init__(self, inner: httpx2.AsyncBaseTransport | None = None) -> None:
-        self._inner = inner or httpx2.AsyncHTTPTransport(trust_env=False)
+        self._inner = inner or httpx2.AsyncHTTPTransport(verify=_tls(trust_env=False), trust_env=False)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request; httpx2.ConnectError if the host has no address, or one that is not public."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 
 import httpx
 import msgspec
@@ -69,6 +70,9 @@ class Message:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+_tls = cache(httpx.create_ssl_context)  # reading the authorities takes a thirtieth of a second
+
+
 class Sender:
     """Sends messages, each over a new connection, because a connection to the same address may be another host's."""
 
@@ -83,7 +87,7 @@ class Sender:
         self._clock = clock
         self._resolving = ThreadPoolExecutor(_RESOLVING, "candle-vllm-webhook")
         self._client = httpx.AsyncClient(
-            verify=tls or True,
+            verify=tls or _tls(trust_env=False),
             trust_env=False,  # a proxy would resolve the name once more
             follow_redirects=False,
             timeout=httpx.Timeout(options.timeout_secs, connect=options.timeout_secs / 2),  # time for a second address
