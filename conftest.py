@@ -47,7 +47,7 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """What was frozen is garbage at the end: else nanobind reports every type of Triton as leaked.
 
-    The interpreter looks for garbage when it ends; pytest would do so twice before, which takes seconds.
+    The interpreter collects garbage when it ends. Pytest would do so twice before, which takes seconds.
     """
     gc.unfreeze()
     config.stash[gc_collect_iterations_key] = 0

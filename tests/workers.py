@@ -182,7 +182,7 @@ class Worker:
         self._tell(kind="report", report=data)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or not report.passed:  # nothing counts a fixture that has done its work
+        if report.when == "call" or not report.passed:  # a set-up or tear-down that passed changes no count
             self._report(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

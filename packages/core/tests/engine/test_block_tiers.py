@@ -398,8 +398,8 @@ LIES: dict[str, Callable[[socket.socket], None]] = {
 def listening(serve: Callable[[socket.socket], None]) -> Iterator[str]:
     """A false Redis, and its address; a thread serves each connection.
 
-    The listener is closed when nothing accepts any more: its number belongs to the next listener, and a thread that was
-    about to accept would take the other's connection.
+    The listener is closed after the accepting thread has ended: the next listener may get the same file descriptor, and
+    a thread that was about to accept would take a connection of that listener.
     """
 
     def accept() -> None:

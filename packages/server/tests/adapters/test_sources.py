@@ -334,7 +334,7 @@ class Dripping:
         self._listener.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
-        self._listener.close()  # not before: its number may belong to another listener at once
+        self._listener.close()  # another listener may get its file descriptor
 
 
 def said(body: bytes) -> bytes:

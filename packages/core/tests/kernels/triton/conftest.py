@@ -230,7 +230,7 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
         alike = one.shape is other.shape and one.type.is_block() and other.type.is_block()  # see `shapes`
         return (one, other) if alike else broadcast(self, one, other)
 
-    # And of one type, which stays: small floats alone become others.
+    # Most have one type as well. It is the type of the result, unless it is a float of fewer than 32 bits.
     prepare = semantic.TritonSemantic.binary_op_type_checking_impl
 
     def prepare_unless_alike(self: Any, one: Any, other: Any, *how: Any, **named: Any) -> tuple[Any, Any]:

@@ -32,7 +32,7 @@ _MAX_ADDRESSES = 4  # addresses of one name that are tried
 _PORTS = {"http": 80, "https": 443}
 
 
-_tls = cache(httpx2.create_ssl_context)  # reading the authorities takes a thirtieth of a second, in the event loop
+_tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities blocks the event loop for 33 ms
 
 
 def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:

@@ -635,7 +635,7 @@ class OffloadedPrefixes:
         """Return the sums of the statistics of blocks and checkpoints, by field of `EngineStats`."""
         blocks, states = (Counter(each.stats()) for each in self._both)
         sums = blocks + states
-        if self._look is None:  # both are in one folder, whose bytes each of them reports; in Redis they are apart
+        if self._look is None:  # one folder holds blocks and checkpoints, and both statistics report all of its bytes
             sums["kept_block_bytes"] = max(blocks["kept_block_bytes"], states["kept_block_bytes"])
         return sums
 
