@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 _LEFT_OUT = {  # flag -> whether it has a value
-    "--hf-repo": True, "--model-url": True, "--mmproj-url": True, "--batch-size": True, "--n-predict": True,
+    "--model-url": True, "--mmproj-url": True, "--batch-size": True, "--n-predict": True,
     "--offline": False,
     "--no-slots": False, "--no-jinja": False, "--no-mmproj": False, "--kv-unified": False, "--swa-full": False,
     "--no-cache-idle-slots": False, "--cache-ram": True, "--verbose": False, "--tags": True, "--media-path": True,
@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> None:
     model, context, slots, unified = "demo", 0, 1, "--kv-unified" in arguments
     rest = iter(arguments)
     for flag in rest:
-        if flag == "--hf-file":
-            model = _model(next(rest))
+        if flag in ("--hf-repo", "--hf-file"):
+            model = _model(next(rest), model)
         elif flag == "--ctx-size":
             context = int(next(rest))
         elif flag == "--parallel":
@@ -46,8 +46,11 @@ def main(arguments: list[str]) -> None:
     os.execv(command, [str(command), "serve", "--model", model, *kept])  # noqa: S606
 
 
-def _model(file: str) -> str:
-    return os.environ["SUITE_EMBEDDING_MODEL"] if file.startswith(("bert", "jina")) else "demo"
+def _model(name: str, otherwise: str) -> str:
+    """Return what stands in for a repository or a file of it."""
+    if name.startswith(("bert", "jina")):
+        return os.environ["SUITE_EMBEDDING_MODEL"]
+    return os.environ["SUITE_INFILL_MODEL"] if name.endswith("-infill") else otherwise
 
 
 if __name__ == "__main__":

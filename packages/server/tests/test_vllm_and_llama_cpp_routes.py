@@ -294,7 +294,7 @@ def test_an_editor_fills_a_gap(start: Callable[..., Any]) -> None:
         assert answer.status_code == 200, answer.text
         whole = answer.json()
         assert (whole["content"], whole["stop"], whole["stop_type"]) == ("    return a + b", True, "eos")
-        assert "t_max_predict_ms has no effect" in answer.headers["x-warning"]
+        assert "'t_max_predict_ms' has no effect" in answer.headers["x-warning"]
         read = running.engine.tokenizer.decode(running.engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
         assert read.startswith(
             "<|bos|><|fim_prefix|>\n\n--- snippet ---\n\nimport math\n\ndef add(a, b):\n    ret<|fim_suffix|>"
@@ -399,6 +399,21 @@ def test_a_bias_in_llama_cpps_words(start: Callable[..., Any]) -> None:
             answer = client.post("/completion", json={"prompt": "a", "logit_bias": bias})
             assert answer.status_code == 200, answer.text
             assert running.engine.requests[-1].params.logit_bias == {97: -100, 98: -100, 5: 1.5}
+            told = answer.json()["generation_settings"]["logit_bias"]
+            assert {each["token"]: each["bias"] for each in told} == {97: -100, 98: -100, 5: 1.5}
+        answer = client.post("/completion", json={"prompt": "a", "ignore_eos": True})
+        told = answer.json()["generation_settings"]["logit_bias"]
+        assert told == [{"token": token, "bias": None} for token in running.engine.model_info.eos_token_ids]
+
+
+def test_a_chat_of_llama_cpps_page(start: Callable[..., Any]) -> None:
+    """Its fields are taken, and what has no effect is named in a warning."""
+    body = {"messages": [{"role": "user", "content": "a"}], "stream": True, "return_progress": True, "verbose": True}
+    with start(PacedEngine(["one"])).http() as client:
+        answer = client.post("/chat/completions", json=body | {"timings_per_token": True})
+        assert answer.status_code == 200, answer.text
+        assert "'return_progress' has no effect" in answer.headers["x-warning"]
+        assert "'verbose' has no effect" in answer.headers["x-warning"]
 
 
 def test_chat_with_llama_cpps_fields(start: Callable[..., Any]) -> None:

@@ -33,6 +33,7 @@ from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
+from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums
@@ -76,6 +77,16 @@ def test_equals_transformers(toy_model: Path, expected: dict[PoolingKind, np.nda
         for kind in KINDS:
             assert np.abs(vectors(engine, TEXTS, PoolingParams(pooling=kind)) - expected[kind]).max() < 1e-5
         assert np.abs(vectors(engine, TEXTS) - expected["last"]).max() < 1e-5, "decoders give the last one's"
+
+
+def test_a_setting_names_the_pooling_of_requests_that_name_none(
+    toy_model: Path, expected: dict[PoolingKind, np.ndarray]
+) -> None:
+    with InferenceEngine(str(toy_model), enforce_eager=True, pooling="mean") as engine:
+        assert np.abs(vectors(engine, TEXTS) - expected["mean"]).max() < 1e-5
+        assert np.abs(vectors(engine, TEXTS, PoolingParams(pooling="cls")) - expected["cls"]).max() < 1e-5
+    with pytest.raises(ConfigError, match="pooling 'all' is not one of mean, cls, last"):
+        InferenceEngine(str(toy_model), pooling="all")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])

@@ -104,6 +104,13 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "-mm tower.gguf --spec-default --media-path /images --cors-origins https://a.example": {
         "mmproj": Path("tower.gguf"), "speculative_config": {"method": "suffix"},
         "allowed_local_media_path": Path("/images"), "cors_origin": ("https://a.example",)},
+    "--cors-origins localhost,http://b": {"cors_origin": (
+        "http://localhost", "http://localhost:*", "http://127.0.0.1", "http://127.0.0.1:*", "http://[::1]",
+        "http://[::1]:*", "http://b")},
+    "--reasoning off": {"default_chat_template_kwargs": {"enable_thinking": False}},
+    "--reasoning auto": {"default_chat_template_kwargs": {"enable_thinking": True}},
+    "--pooling cls": {"pooling": "cls"},
+    """--pooler-config '{"pooling_type": "MEAN"}'""": {"pooling": "mean"},
     "--reasoning-effort low": {"default_chat_template_kwargs": {"reasoning_effort": "low"}},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
 }  # fmt: skip
@@ -125,6 +132,8 @@ def test_a_flag_without_effect_is_named() -> None:
     [
         ("--tensor-parallel-size", "--tensor-parallel-size: expected one argument"),
         ("-ngl some", "--gpu-layers/--n-gpu-layers must be a whole number, not 'some'"),
+        ("--pooling none", "--pooling must be one of mean, cls, last, not 'none'"),
+        ("""--pooler-config '{"normalize": true}'""", "may have a pooling_type and nothing else"),
         ("--allowed-origins *", "--allowed-origins must be a JSON list, not '*'"),
         (
             """--override-generation-config '{"max_tokens": 5}'""",

@@ -40,6 +40,7 @@ ExecutorBackend = Literal["mp", "ray"]
 All2AllBackend = Literal["auto", "allgather_reducescatter", "all_to_all"]
 LoadFormat = Literal["auto", "dummy"]
 ModelImpl = Literal["auto", "native", "transformers"]
+TextPooling = Literal["mean", "cls", "last"]
 KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q5_1", "q4_0"]
 LoraDType = Literal[
     "auto", "f32", "bf16", "f16", "int8", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
@@ -281,6 +282,9 @@ class EngineConfig(ExplainedSettings):
     offline: Annotated[bool, Boolean(), "never use the network to find the model"] = False
     tokenizer: Annotated[Path | None, FilePath(), "folder with the tokenizer.json to use instead"] = None
     chat_template: Annotated[str | None, Text(), "Jinja source to use instead of the model's own template"] = None
+    pooling: Annotated[TextPooling | None, Choice(get_args(TextPooling)), "what an embedding model makes a vector of: "
+                       "the mean of a text's tokens, the first (cls) or the last; without it, as its files say",
+                       "Requests may name another one."] = None
     mmproj: Annotated[Path | None, FilePath(), "GGUF file of the vision encoder (mmproj) of a GGUF model"] = None
     max_images: Annotated[int, Integer(0, 1024), "most images in one prompt; 0 does not load the vision encoder"] = 64
     mm_processor_kwargs: Annotated[Mapping[str, Any] | None, JsonObject(),
@@ -691,6 +695,7 @@ class EngineSettings(TypedDict, total=False):
     offline: bool
     tokenizer: Path | None
     chat_template: str | None
+    pooling: TextPooling | None
     mmproj: Path | None
     max_images: int
     mm_processor_kwargs: Mapping[str, Any] | None

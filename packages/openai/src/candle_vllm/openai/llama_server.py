@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
 from candle_vllm.core.sampling.params import BIAS, MAX_TOKEN_ID
@@ -26,7 +26,6 @@ from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs, LoraScales, lora_scales, sampling_names
 from candle_vllm.openai.protocol.structured import LlamaForms
 from candle_vllm.openai.protocol.usage import Timings
-from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import ImagePart, Paths, Task
@@ -41,15 +40,12 @@ _REFUSED: Mapping[str, fields.Refusal] = {
     "post_sampling_probs": fields.Refusal("log-probabilities are those before any sampler", (False,)),
     "image_data": fields.Refusal("send images in the prompt: {prompt_string, multimodal_data}", ([],)),
     "n_cmpl": fields.Refusal("for several answers use /v1/completions (n)", (1,)),
+    "t_max_prompt_ms": fields.Refusal("a prompt is always read whole", idle=True),
+    "t_max_predict_ms": fields.Refusal("n_predict bounds an answer", idle=True),
+    "n_indent": fields.Refusal("stop ends an answer", idle=True),
+    "samplers": fields.Refusal("samplers have a fixed order", idle=True),
+    "return_progress": fields.NO_PROGRESS,
 }
-WITHOUT_EFFECT: Mapping[str, str] = {
-    "t_max_prompt_ms": "a prompt is always read whole",
-    "t_max_predict_ms": "n_predict bounds an answer",
-    "n_indent": "stop ends an answer",
-    "samplers": "samplers have a fixed order",
-    "return_progress": "nothing is sent before the first token",
-}
-"""Fields that are accepted without effect; the client gets a warning."""
 
 _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
 
@@ -106,16 +102,6 @@ class _Asked(LlamaFields, LlamaForms):
     n_keep: _Limit | None = None
     n_discard: _Limit | None = None
     response_fields: Annotated[list[str], Field(max_length=256, fail_fast=True)] | None = None
-    t_max_prompt_ms: _Limit | None = None
-    t_max_predict_ms: _Limit | None = None
-    n_indent: _Limit | None = None
-    samplers: Annotated[list[str], Field(max_length=64, fail_fast=True)] | str | None = None
-    return_progress: Literal[True] | None = None
-
-    @field_validator("return_progress", mode="before")
-    @classmethod
-    def _nothing_asked(cls, value: Any) -> Any:
-        return None if value is False else value
 
     def sampling(self) -> dict[str, Any]:
         """Return the options of the request under their names in `SamplingParams`."""
@@ -311,11 +297,6 @@ async def llama_stream(
 
 
 async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None) -> list[Task]:
-    said = [
-        f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if getattr(request, name) is not None
-    ]
-    if said:
-        remark(said)
     form = "grammar" if request.grammar else "json_schema"
     spelled = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty", "structured_outputs": form}
     spelled["logprobs"] = "n_probs"
@@ -347,12 +328,16 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
     """Return the sampling values of an answer under llama.cpp's names."""
     params = sampling_params(task, adapter.model_info.default_sampling).filled({})
     shared = {name: getattr(params, name) for name in sampling_names(LlamaFields)}
+    biases: dict[int, float | None] = {**(params.logit_bias or {})}
+    if params.ignore_eos:
+        biases |= dict.fromkeys(adapter.model_info.eos_token_ids)  # null is llama.cpp's minus infinity
     return shared | {
         "n_predict": -1 if params.max_tokens is None or request.n_predict == 0 else params.max_tokens,
         "seed": -1 if params.seed is None else params.seed,
         "repeat_penalty": params.repetition_penalty,
         "stop": params.stop_strings,
         "ignore_eos": params.ignore_eos,
+        "logit_bias": [{"token": token, "bias": bias} for token, bias in biases.items()],
         "n_probs": request.n_probs or 0,
         "grammar": request.grammar or "",
         "timings_per_token": request.timings_per_token,

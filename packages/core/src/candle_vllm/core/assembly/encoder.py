@@ -147,7 +147,8 @@ def _load_encoder(
         assert family.behind is not None
         head = PooledHead(family.behind(model, checkpoint), model.labels, model.likelihood)
     elif not model.scores:
-        pooling, head = pooling_of(files, checkpoint, opened.metadata, model.hidden_size, "mean", tokenizer)
+        size, chosen = model.hidden_size, config.pooling
+        pooling, head = pooling_of(files, checkpoint, opened.metadata, size, "mean", tokenizer, chosen)
         pooling, head = with_token_heads(files.folder, checkpoint, model, tokenizer, pooling, head)
     # F16 and F32 weights are multiplied as 14-bit integers (`kernels/word_linear`); the cosine with the fp32 vector is
     # above 0.99999. Scores, classes and vectors of tokens are computed in floats.

@@ -28,8 +28,11 @@ def pooling_of(
     size: int,
     kind: PoolingKind,
     tokenizer: Tokenizer,
+    chosen: PoolingKind | None = None,
 ) -> tuple[ModelPooling, PooledHead | None]:
     """Return the pooling of hidden states of `size` elements, by default of `kind`, and the layers after it.
+
+    `chosen` replaces the files' kind in an embedding model; a classifier or reward model keeps its own.
 
     Raises:
         WeightsError: the head that config.json names is missing, or has a wrong shape.
@@ -40,6 +43,7 @@ def pooling_of(
         head = _token_head(config, words, checkpoint, tokenizer) if words else _score_head(config, checkpoint, size)
         return ModelPooling(len(head.labels), kind, normalize=False), head
     pooling = read_pooling(files, metadata, size, kind, config)
+    pooling = dataclasses.replace(pooling, pooling=chosen or pooling.pooling)
     layers = dense_layers(files, checkpoint)
     for layer in layers:
         _check_shape(checkpoint, "a Dense layer behind the pooling", layer.weight.shape, (len(layer.weight), size))

@@ -313,7 +313,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     banned = generation.token_ids("suppress_tokens") or Fields(metadata, described).token_ids(SUPPRESSED)
     tokenizer.suppressed_token_ids = tuple(token for token in banned if token < model_config.vocab_size)
     template = read_template(config, tokenizer, described)
-    pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last", tokenizer)
+    pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last", tokenizer, config.pooling)
     eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
     with naming(described, checkpoint.path):
         _check_weights(family, model_config, checkpoint)

@@ -42,6 +42,21 @@ def _origins(text: str) -> list[str]:
     return [argument for origin in _json(text, list) for argument in ("--cors-origin", str(origin))]
 
 
+def _pooler(text: str) -> list[str]:
+    """Translate `--pooler-config '{"pooling_type": "MEAN"}'`."""
+    given = _json(text, dict)
+    if len(given) != 1 or not {"pooling_type", "seq_pooling_type"} & given.keys():
+        raise ValueError(f"may have a pooling_type and nothing else, not {text!r:.60}")
+    return ["--pooling", str(*given.values()).lower()]
+
+
+def _cors(text: str) -> list[str]:
+    """Translate llama.cpp's `--cors-origins A[,B]`; `localhost` is any port of this machine's names for itself."""
+    names = [f"http://{name}{port}" for name in ("localhost", "127.0.0.1", "[::1]") for port in ("", ":*")]
+    given = [origin for each in text.split(",") for origin in (names if each == "localhost" else [each])]
+    return [argument for origin in given for argument in ("--cors-origin", origin)]
+
+
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -121,9 +136,11 @@ _MADE: Mapping[str, Callable[[str], list[str]]] = {
     "adapters": _adapters,
     "device": _device,
     "generation": _generation,
+    "cors": _cors,
     "drafts": _drafts,
     "images": _images,
     "origins": _origins,
+    "pooler": _pooler,
     "scaled": _scaled,
     "socket": _socket,
 }

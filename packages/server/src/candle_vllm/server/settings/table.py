@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from candle_vllm.core.config import CACHE_ALIASES, ISQ_NAMES
+from candle_vllm.core.config import CACHE_ALIASES, ISQ_NAMES, TextPooling
 from candle_vllm.core.sampling.params import BOUNDS
 from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
 from candle_vllm.core.setting_kinds import (
@@ -111,6 +111,7 @@ class FormatOptions(_Checked):
     chat_template: Annotated[Path | str | None, own(MODEL,
         TemplateFile(), "Jinja chat template to use instead: a file, its text, or chatml", "FILE", in_yaml=True,
         needs=SAMPLING)] = None
+    pooling: Annotated[TextPooling | None, engine(MODEL, "KIND")] = None
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
         needs=SAMPLING)] = None
     max_images: Annotated[int | None, engine(MODEL, "N", needs=SAMPLING)] = None
