@@ -263,7 +263,7 @@ def besiege(folder: Path, scale: Scale, *flags: str) -> None:
 # ---- the tests -------------------------------------------------------------------------------------------------------
 
 SWITCHING = Scale(clients=90, changes=3, kills=0, seed=1, elsewhere=0.002)
-KILLING = Scale(clients=80, changes=0, kills=1, seed=2, elsewhere=0.6)
+KILLING = Scale(clients=50, changes=0, kills=1, seed=2, elsewhere=0.6)
 
 
 @pytest.mark.every_case

@@ -326,7 +326,7 @@ ENDLESS = {
 
 
 # One format for each way to read a call.
-COMMON = ("json", "hermes", "functionary_v31", "llama3_json", "pythonic", "deepseek_v3", "functiongemma", "minimax_m3")
+COMMON = ("json", "functionary_v31", "pythonic", "deepseek_v3", "functiongemma", "minimax_m3")
 
 
 @pytest.mark.parametrize("name", few([row.name for row in TOOL_FORMATS], *COMMON))

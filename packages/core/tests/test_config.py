@@ -48,6 +48,7 @@ WRONG: dict[str, list[Any]] = {
     "imatrix": [5, True],
     "packed_cache": [5, None, True],
     "load_format": [5, None, "fast"],
+    "pooling": [5, "", "all"],
     "mmproj": [5, ""],
     "max_images": [-1, 1025, "4", True, None],
     "mm_processor_kwargs": [5, "max_pixels", [], {1: 2}],

@@ -503,7 +503,17 @@ def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         assert (shown[name]["value"], shown[name]["from"][:7]) == (value, "derived"), name
     engine_settings = {option.name for option in OPTIONS if option.engine}
-    empty = {"revision", "hf_token", "tokenizer", "mmproj", "imatrix", "max_loras", "max_cpu_loras", "lora_memory"}
+    empty = {
+        "revision",
+        "hf_token",
+        "tokenizer",
+        "pooling",
+        "mmproj",
+        "imatrix",
+        "max_loras",
+        "max_cpu_loras",
+        "lora_memory",
+    }
     empty |= {"mm_processor_kwargs", "prompt_cache_path", "prompt_cache_url", "kv_offloading_size"}
     empty |= {"allowed_local_media_path", "cluster_key"}
     assert {name for name in engine_settings if shown[name]["value"] is None} <= empty

@@ -82,7 +82,7 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", full)
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 2.0, 0.0])

@@ -151,7 +151,7 @@ def run(
     return moe(*arguments), moe(*arguments, by_reference=True)
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(
     ("tokens", "count", "top_k", "hidden", "inner"),
     [(1, 9, 5, 123, 33), (7, 4, 2, 64, 48), (20, 3, 3, 40, 17), (40, 2, 1, 32, 16)],
@@ -172,7 +172,7 @@ def test_few_pairs(
     assert ratio(got, wanted) < TOLERANCE
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(
     ("tokens", "count", "top_k", "hidden", "inner"),
     [(33, 9, 2, 123, 33), (37, 3, 2, 64, 150), (67, 2, 1, 520, 16), (140, 1, 1, 32, 16)],
@@ -283,7 +283,7 @@ def test_quantised_experts(kind: PackedKind, tokens: int, device: torch.device) 
     assert ratio(got, wanted) < TOLERANCE
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("tokens", [2, 40])
 @pytest.mark.parametrize("kind", [None, PackedKind.Q4_K, PackedKind.Q5_0], ids=str)
 @pytest.mark.usefixtures("turing")
