@@ -201,6 +201,20 @@ async def full_house(server: ChaosServer, judge: Judge, client: httpx.AsyncClien
     assert counted.ended == LIMITS.sequences
 
 
+async def overfill(server: ChaosServer, judge: Judge) -> None:
+    """More sequences at once than may be: what is too much is refused, and the other answers are the same."""
+    told, began = Judge(judge.limits, judge.expected), time.monotonic()
+    (sample,) = (sample for sample in generations() if sample.name == "longer")
+    numbers = range((LIMITS.sequences + 8) // sample.sequences)
+    for answer in await asyncio.gather(
+        *(ask(server.port, sample, MODELS[0], CLIENT_KEYS[number % 3]) for number in numbers)
+    ):
+        told.check(sample, answer, began)
+    assert told.faults == []
+    assert told.outcomes["refused: queue"] > 0, dict(told.outcomes)
+    assert told.outcomes["as expected"] + told.outcomes["refused: queue"] == len(numbers), dict(told.outcomes)
+
+
 async def outgrow(server: ChaosServer, judge: Judge, client: httpx.AsyncClient) -> None:
     """Eight sequences that begin together and outgrow the cache: some are preempted, and their answers are the same."""
     before, told, began = await Counts.read(client), Judge(judge.limits, judge.expected), time.monotonic()
@@ -220,8 +234,7 @@ async def everything(server: ChaosServer, scale: Scale) -> None:
         waves = [await besieged(server, judge, client, scale)]
         memory, files, engines = await loaded_anew(server, client), server.files(), len(server.engines())
         growth = MOST_GROWTH
-        # The first waves fill pools; what leaks grows in each. How full the queue gets is a matter of time.
-        while (growth >= MOST_GROWTH and len(waves) < 3) or (not judge.outcomes["refused: queue"] and len(waves) < 8):
+        while growth >= MOST_GROWTH and len(waves) < 3:  # the first waves fill pools; what leaks grows in each
             waves.append(await besieged(server, judge, client, replace(scale, seed=scale.seed + 1000 * len(waves))))
             growth, memory = (after := await loaded_anew(server, client)) - memory, after
             logger.info("growth: %s", growth)
@@ -234,13 +247,13 @@ async def everything(server: ChaosServer, scale: Scale) -> None:
         assert judge.faults == []
         assert judge.prompt_tokens.total() <= counted.prompt_tokens
         assert judge.completion_tokens.total() <= counted.generation_tokens
-        assert judge.outcomes["refused: queue"] > 0, "the queue was never full"
         assert growth < MOST_GROWTH
         assert len(server.engines()) == engines
         assert server.files() <= files + 3
         assert all(seconds < COMING_BACK for seconds in recoveries)
         assert len(recoveries) == len(waves) * scale.kills
         await full_house(server, judge, client)
+        await overfill(server, judge)
         await outgrow(server, judge, client)
 
 

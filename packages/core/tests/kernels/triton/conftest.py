@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.triton_build import Usage, compile_form
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
 CPU_SECONDS = 3600  # that one such process may take
-PROCESSES = 3  # a half of the files under the interpreter for each of two, and the launches: what waited would end last
+PROCESSES = 2  # the files under the interpreter, and the launches: what waited would end last
 DRIVERS = ("test_interpreter.py", "test_ahead_of_time.py", "test_launches.py")
 
 
@@ -80,7 +80,7 @@ class Background:
                     wanted.setdefault(item.get_closest_marker("every_case") is not None, []).append(given["file"])
         for every_case, names in wanted.items():
             tests = [name for name in names if name.startswith("test_")]
-            for group in (*([name] for name in names if name not in tests), tests[::2], tests[1::2]):
+            for group in (*([name] for name in names if name not in tests), tests):
                 run = self._runs.submit(self._run, group, every_case) if group else None
                 self.files |= {(name, every_case): run for name in group if run}
 
