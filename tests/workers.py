@@ -3,8 +3,8 @@
 
 A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided. Each of
 `--workers` processes is a pytest session that requests a file from this process, runs it, and sends its reports. The
-default of four is more than two cores need for computing, because tests of servers, of processes and of the web UI
-mostly wait; one of the four runs the tests of the web UI. Files that take longest by `tests/file_times.json` come
+default of five is more than two cores need for computing, because tests of servers, of processes and of the web UI
+mostly wait; one of the five runs the tests of the web UI. Files that take longest by `tests/file_times.json` come
 first, and files without a time before short ones; `--write-file-times` updates this table. `--workers 0`, `--pdb`, `-s`
 and `--collect-only` keep a run in one process.
 
@@ -57,7 +57,7 @@ Message = dict[str, Any]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("workers")
     group.addoption(
-        "--workers", type=int, default=4, help="processes among which a run of many files is divided; 0: none"
+        "--workers", type=int, default=5, help="processes among which a run of many files is divided; 0: none"
     )
     group.addoption(
         "--write-file-times", action="store_true", help="write what each file took to tests/file_times.json"
