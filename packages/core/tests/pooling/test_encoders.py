@@ -520,6 +520,13 @@ def test_classes_equal_transformers(architecture: str, kind: str | None, eager: 
                 call()
 
 
+@pytest.mark.parametrize("labels", [{}, LABELS])
+def test_a_head_takes_no_other_pooling(labels: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path, toy_encoder_config(CROSS_ENCODERS[0], **labels), pooling=None)
+    with pytest.raises(ConfigError, match="this one has a head of its own"):
+        InferenceEngine(str(folder), pooling="mean")
+
+
 def test_a_cross_encoder_gives_its_one_class_and_others_none(tmp_path: Path, engine: InferenceEngine) -> None:
     folder = write_toy_encoder(tmp_path, toy_encoder_config("BertForSequenceClassification"), pooling=None)
     with InferenceEngine(str(folder)) as cross:

@@ -282,8 +282,8 @@ class EngineConfig(ExplainedSettings):
     offline: Annotated[bool, Boolean(), "never use the network to find the model"] = False
     tokenizer: Annotated[Path | None, FilePath(), "folder with the tokenizer.json to use instead"] = None
     chat_template: Annotated[str | None, Text(), "Jinja source to use instead of the model's own template"] = None
-    pooling: Annotated[TextPooling | None, Choice(get_args(TextPooling)), "what an embedding model makes a vector of: "
-                       "the mean of a text's tokens, the first (cls) or the last; without it, as its files say",
+    pooling: Annotated[TextPooling | None, Choice(get_args(TextPooling)), "how an embedding model pools a text: the "
+                       "mean of its tokens, the first (cls) or the last; without it, as the model's files say",
                        "Requests may name another one."] = None
     mmproj: Annotated[Path | None, FilePath(), "GGUF file of the vision encoder (mmproj) of a GGUF model"] = None
     max_images: Annotated[int, Integer(0, 1024), "most images in one prompt; 0 does not load the vision encoder"] = 64

@@ -328,9 +328,8 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
     """Return the sampling values of an answer under llama.cpp's names."""
     params = sampling_params(task, adapter.model_info.default_sampling).filled({})
     shared = {name: getattr(params, name) for name in sampling_names(LlamaFields)}
-    biases: dict[int, float | None] = {**(params.logit_bias or {})}
-    if params.ignore_eos:
-        biases |= dict.fromkeys(adapter.model_info.eos_token_ids)  # null is llama.cpp's minus infinity
+    ends = adapter.model_info.eos_token_ids if params.ignore_eos else ()  # null is llama.cpp's minus infinity
+    biases: dict[int, float | None] = {**(params.logit_bias or {}), **dict.fromkeys(ends)}
     return shared | {
         "n_predict": -1 if params.max_tokens is None or request.n_predict == 0 else params.max_tokens,
         "seed": -1 if params.seed is None else params.seed,

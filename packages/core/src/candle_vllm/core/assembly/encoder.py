@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from candle_vllm.core.assembly.draft import find_draft, load_draft
-from candle_vllm.core.assembly.heads import pooling_of
+from candle_vllm.core.assembly.heads import check_pooling, pooling_of
 from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model, read_template
 from candle_vllm.core.assembly.opening import (
     Opened,
@@ -150,6 +150,7 @@ def _load_encoder(
         size, chosen = model.hidden_size, config.pooling
         pooling, head = pooling_of(files, checkpoint, opened.metadata, size, "mean", tokenizer, chosen)
         pooling, head = with_token_heads(files.folder, checkpoint, model, tokenizer, pooling, head)
+    check_pooling(pooling, config.pooling)
     # F16 and F32 weights are multiplied as 14-bit integers (`kernels/word_linear`); the cosine with the fp32 vector is
     # above 0.99999. Scores, classes and vectors of tokens are computed in floats.
     is_vector = pooling is not None and not model.labels and pooling.pooling not in BY_TOKEN and not pooling.sizes

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from candle_vllm.core.errors import UnsupportedModelError, WeightsError
+from candle_vllm.core.errors import ConfigError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.pooling import dense_layers, read_pooling
 from candle_vllm.core.loading.source import ModelFiles
@@ -32,16 +32,18 @@ def pooling_of(
 ) -> tuple[ModelPooling, PooledHead | None]:
     """Return the pooling of hidden states of `size` elements, by default of `kind`, and the layers after it.
 
-    `chosen` replaces the files' kind in an embedding model; a classifier or reward model keeps its own.
+    `chosen` replaces the files' kind in an embedding model.
 
     Raises:
+        ConfigError: `chosen` is not the pooling of a classifier or reward model.
         WeightsError: the head that config.json names is missing, or has a wrong shape.
     """
     config = None if files.config is None else Fields(read_json(files.config), files.config)
     if config is not None and files.format != "gguf" and is_headed(config.values.get("architectures")):
         words = config.get("classifier_from_token", list, [])
         head = _token_head(config, words, checkpoint, tokenizer) if words else _score_head(config, checkpoint, size)
-        return ModelPooling(len(head.labels), kind, normalize=False), head
+        check_pooling(pooling := ModelPooling(len(head.labels), kind, normalize=False), chosen)
+        return pooling, head
     pooling = read_pooling(files, metadata, size, kind, config)
     pooling = dataclasses.replace(pooling, pooling=chosen or pooling.pooling)
     layers = dense_layers(files, checkpoint)
@@ -49,6 +51,12 @@ def pooling_of(
         _check_shape(checkpoint, "a Dense layer behind the pooling", layer.weight.shape, (len(layer.weight), size))
         size = len(layer.weight)
     return (dataclasses.replace(pooling, size=size), PooledHead(layers)) if layers else (pooling, None)
+
+
+def check_pooling(pooling: ModelPooling | None, chosen: PoolingKind | None) -> None:
+    """Raise ConfigError if the setting names a pooling that the model's head does not take."""
+    if chosen is not None and (pooling is None or pooling.pooling != chosen):
+        raise ConfigError("pooling is of embedding models, and this one has a head of its own: leave it out", "pooling")
 
 
 def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer) -> PooledHead:

@@ -30,8 +30,6 @@ _LEAVE_SECONDS = 3.0  # for the answer to the request that ends a session
 _RESOLVE_SECONDS = 10.0
 _MAX_ADDRESSES = 4  # addresses of one name that are tried
 _PORTS = {"http": 80, "https": 443}
-
-
 _tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities blocks the event loop for 33 ms
 
 

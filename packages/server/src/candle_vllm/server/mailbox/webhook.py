@@ -28,6 +28,7 @@ ID_HEADER = "Idempotency-Key"
 MAX_ANSWER = 16 << 10  # bytes of the receiver's response that are read before the connection is closed
 
 _RESOLVING = 4  # host names that are resolved at the same time
+_tls = cache(httpx.create_ssl_context)  # reading the certificate authorities takes 33 ms
 _RETRIED = frozenset({408, 425, 429})  # statuses below 500 after which the push is tried again
 
 
@@ -68,9 +69,6 @@ class Message:
     target: Target
     bearer: str | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict)
-
-
-_tls = cache(httpx.create_ssl_context)  # reading the certificate authorities takes 33 ms
 
 
 class Sender:

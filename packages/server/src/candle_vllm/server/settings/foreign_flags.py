@@ -44,8 +44,7 @@ def _origins(text: str) -> list[str]:
 
 def _pooler(text: str) -> list[str]:
     """Translate `--pooler-config '{"pooling_type": "MEAN"}'`."""
-    given = _json(text, dict)
-    if len(given) != 1 or not {"pooling_type", "seq_pooling_type"} & given.keys():
+    if len(given := _json(text, dict)) != 1 or not {"pooling_type", "seq_pooling_type"} & given.keys():
         raise ValueError(f"may have a pooling_type and nothing else, not {text!r:.60}")
     return ["--pooling", str(*given.values()).lower()]
 
@@ -53,8 +52,8 @@ def _pooler(text: str) -> list[str]:
 def _cors(text: str) -> list[str]:
     """Translate llama.cpp's `--cors-origins A[,B]`; `localhost` is any port of this machine's names for itself."""
     names = [f"http://{name}{port}" for name in ("localhost", "127.0.0.1", "[::1]") for port in ("", ":*")]
-    given = [origin for each in text.split(",") for origin in (names if each == "localhost" else [each])]
-    return [argument for origin in given for argument in ("--cors-origin", origin)]
+    given = (names if each == "localhost" else [each] for each in text.split(","))
+    return [argument for origins in given for origin in origins for argument in ("--cors-origin", origin)]
 
 
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -134,9 +133,9 @@ def _adapter(path: str, scale: float) -> list[str]:
 
 _MADE: Mapping[str, Callable[[str], list[str]]] = {
     "adapters": _adapters,
+    "cors": _cors,
     "device": _device,
     "generation": _generation,
-    "cors": _cors,
     "drafts": _drafts,
     "images": _images,
     "origins": _origins,

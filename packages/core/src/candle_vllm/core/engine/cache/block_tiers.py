@@ -635,7 +635,7 @@ class OffloadedPrefixes:
         """Return the sums of the statistics of blocks and checkpoints, by field of `EngineStats`."""
         blocks, states = (Counter(each.stats()) for each in self._both)
         sums = blocks + states
-        if self._look is None:  # one folder holds blocks and checkpoints, and both statistics report all of its bytes
+        if self._look is None:  # blocks and checkpoints share a folder; each statistic counts the whole folder
             sums["kept_block_bytes"] = max(blocks["kept_block_bytes"], states["kept_block_bytes"])
         return sums
 
