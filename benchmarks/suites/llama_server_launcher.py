@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 _LEFT_OUT = {  # flag -> whether it has a value
-    "--model-url": True, "--mmproj-url": True, "--batch-size": True, "--n-predict": True,
+    "--model-url": True, "--mmproj-url": True, "--n-predict": True,
     "--offline": False,
     "--no-slots": False, "--no-jinja": False, "--no-mmproj": False, "--kv-unified": False, "--swa-full": False,
     "--no-cache-idle-slots": False, "--cache-ram": True, "--verbose": False, "--tags": True, "--media-path": True,
@@ -31,6 +31,10 @@ def main(arguments: list[str]) -> None:
         elif flag == "--parallel":
             slots = int(next(rest))
             kept += [flag, str(slots)]
+        elif flag == "--batch-size":  # of llama-server's two batch sizes, this one shows in answers
+            kept += ["--ubatch-size", next(rest)]
+        elif flag == "--ubatch-size":
+            next(rest)
         elif flag == "--chat-template" and len(name := next(rest)) > 20:
             kept += [flag, name]
         elif flag == "--chat-template":

@@ -164,6 +164,27 @@ def test_streamed_pieces_add_up_to_the_whole(engine: InferenceEngine) -> None:
     assert len({output.token_ids for output in whole.outputs}) == 3
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_progress_with_a_prompt_is_reported_if_it_is_asked_for(toy_model: Path, eager: bool) -> None:
+    """Once before any part has run, then after each part; the second prompt finds blocks of the first."""
+    prompt = [5 + place % 40 for place in range(150)]
+    with make(toy_model, block_size=16, max_num_batched_tokens=64, enforce_eager=eager) as engine:
+        for cached, parts in ((0, [0, 64, 128, 150]), (144, [144, 150])):
+            asked = replace(GREEDY, prompt_progress=True, n=2)
+            outputs = list(engine.generate_stream(prompt, asked))
+            reports = [each for each in outputs if each.progress is not None]
+            assert [each.progress.tokens for each in reports] == parts
+            assert outputs[: len(reports)] == reports, "a token came before the end of the prompt"
+            seconds = [each.progress.seconds for each in reports]
+            assert seconds[0] == 0 < seconds[1]
+            assert seconds == sorted(seconds)
+            assert {(each.index, each.num_prompt_tokens, each.num_cached_tokens) for each in reports} == {
+                (0, 150, cached)
+            }
+            assert not any(each.token_ids or each.text or each.finished for each in reports)
+        assert all(each.progress is None for each in engine.generate_stream(prompt, GREEDY))
+
+
 def test_agenerate_equals_generate(engine: InferenceEngine) -> None:
     async def both() -> list[GenerationOutput]:
         return await asyncio.gather(*(engine.agenerate(prompt, params(i)) for i, prompt in enumerate(prompts()[:6])))

@@ -278,9 +278,10 @@ def test_every_sampling_field_arrives() -> None:
     assert to_sampling_params(chat(**fields, **bias, logprobs=True, top_logprobs=3), {}) == expected
     assert to_sampling_params(completion(**fields, **bias, logprobs=3), {}) == expected
     # skip_reading_prefix_cache and output_kind are the library's own, processors are code; structured output,
-    # predictions, thoughts, marks and echoes have tests of their own
+    # predictions, thoughts, marks, echoes and progress have tests of their own
     others = {"logprobs", "logit_bias", "structured_outputs", "thoughts", "skip_reading_prefix_cache", "output_kind",
-              "logits_processors", "prediction", "thinking_token_budget", "stop_marks", "continues_prompt"}  # fmt: skip
+              "logits_processors", "prediction", "thinking_token_budget", "stop_marks", "continues_prompt",
+              "prompt_progress"}  # fmt: skip
     assert set(SamplingParams.__struct_fields__) == {*fields, *others}
 
 

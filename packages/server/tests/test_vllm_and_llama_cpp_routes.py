@@ -406,14 +406,50 @@ def test_a_bias_in_llama_cpps_words(start: Callable[..., Any]) -> None:
         assert told == [{"token": token, "bias": None} for token in running.engine.model_info.eos_token_ids]
 
 
-def test_a_chat_of_llama_cpps_page(start: Callable[..., Any]) -> None:
-    """Its fields are taken, and what has no effect is named in a warning."""
-    body = {"messages": [{"role": "user", "content": "a"}], "stream": True, "return_progress": True, "verbose": True}
-    with start(PacedEngine(["one"])).http() as client:
-        answer = client.post("/chat/completions", json=body | {"timings_per_token": True})
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "timings_per_token": True}),
+        ("/v1/completions", {"prompt": "a" * 19}),
+        ("/completion", {"prompt": "a" * 19, "timings_per_token": True}),
+        ("/v1/responses", {"input": "a", "timings_per_token": True}),
+    ],
+)
+def test_progress_with_a_prompt_precedes_the_answer(start: Callable[..., Any], path: str, body: dict[str, Any]) -> None:
+    running = start(PacedEngine(["one ", "two"], num_cached_tokens=2))
+    with running.http() as client:
+        plain = client.post(path, json={**body, "stream": True}).text
+        assert "prompt_progress" not in plain
+        assert not running.engine.requests[-1].params.prompt_progress
+        answer = client.post(path, json={**body, "stream": True, "return_progress": True})
         assert answer.status_code == 200, answer.text
-        assert "'return_progress' has no effect" in answer.headers["x-warning"]
-        assert "'verbose' has no effect" in answer.headers["x-warning"]
+        assert "x-warning" not in answer.headers
+        told = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        reports = [each["prompt_progress"] for each in told if "prompt_progress" in each]
+        total = len(running.engine.requests[-1].prompt_token_ids)
+        assert reports == [
+            {"total": total, "cache": 2, "processed": 2, "time_ms": 0},
+            {"total": total, "cache": 2, "processed": total, "time_ms": 250},
+        ]
+        first = told.index(next(each for each in told if "one" in json.dumps(each)))
+        assert all("prompt_progress" not in each for each in told[first:])
+        if "timings_per_token" in body:
+            timings = [each["timings"] for each in told if "timings" in each]
+            assert timings[-1]["predicted_n"] == 8
+            assert [each["predicted_n"] for each in timings] == sorted(each["predicted_n"] for each in timings)
+        whole = client.post(path, json={**body, "return_progress": True})
+        assert (whole.status_code, "prompt_progress" in whole.text) == (200, False)
+
+
+def test_a_verbose_chat_has_its_prompt(start: Callable[..., Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "verbose": True}
+    with start(PacedEngine(["one"])).http() as client:
+        whole = client.post("/chat/completions", json=body).json()
+        assert whole["__verbose"] == client.post("/apply-template", json={"messages": body["messages"]}).json()
+        lines = client.post("/chat/completions", json=body | {"stream": True}).text.splitlines()
+        told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert [each.get("__verbose") for each in told] == [whole["__verbose"], *[None] * (len(told) - 1)]
+        assert "__verbose" not in client.post("/chat/completions", json=body | {"verbose": False}).text
 
 
 def test_chat_with_llama_cpps_fields(start: Callable[..., Any]) -> None:

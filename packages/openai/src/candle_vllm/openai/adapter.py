@@ -292,8 +292,10 @@ class OpenAIAdapter(ExplainedAttributes):
         if whole and request.stream:
             raise InvalidParameterError(_STREAMED.format("chat"), "stream")
         ready = await self._ready(partial(read_chat, request), bounded=True)
-        prompt, plan = ready.prepared.prompt, ready.prepared.answers
-        return ChunkStream(self._submitted(ready), ChatWriter(request, prompt, calls=bool(plan.tools), whole=whole))
+        prepared = ready.prepared
+        calls = bool(prepared.answers.tools)
+        writer = ChatWriter(request, prepared.prompt, prepared.text, calls=calls, whole=whole)
+        return ChunkStream(self._submitted(ready), writer)
 
     async def _ready(self, read: Callable[[], Task], *, bounded: bool = False) -> _Ready:
         ready = await self._work.prepare(self._prepared, read, bounded)

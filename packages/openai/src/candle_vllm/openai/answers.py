@@ -11,7 +11,7 @@ from typing import Any
 from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason, PositionLogprobs, TokenOutput
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.errors import GenerationFailedError
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Progress, Text, Thought, Usage
 from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
@@ -241,6 +241,14 @@ class AnswerReader:
                 self._held.setdefault(prompt, []).append(output)
                 return []
         choice = prompt * self._sequences + output.index
+        if (told := output.progress) is not None:
+            counts = Usage(
+                prompt_tokens=told.tokens,
+                completion_tokens=0,
+                cached_tokens=output.num_cached_tokens,
+                prompt_ms=round(told.seconds * 1000),
+            )
+            return [Progress(choice, self.head, output.num_prompt_tokens, counts)]
         reader = self._readers[choice]
         news = [] if self._scored_only else reader.read(output)
         new_tokens = 0 if self._scored_only else len(output.token_ids)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Progress, Text, Thought, Usage
 from candle_vllm.openai.logprobs import chat_logprobs, prompt_logprobs
 from candle_vllm.openai.protocol import chat
 from candle_vllm.openai.protocol import usage as wire
@@ -36,11 +37,12 @@ class AnswerWriter(ABC, Generic[Chunk]):
     Args:
         make: creates a chunk from its fields.
         request: the request, which selects the fields of chunks.
+        empty: a choice without text.
         whole: whether the last chunk always has the counts, for a whole answer.
     """
 
-    def __init__(self, make: Callable[..., Chunk], request: GenerationFields, whole: bool) -> None:
-        self._make = make
+    def __init__(self, make: Callable[..., Chunk], request: GenerationFields, empty: Any, *, whole: bool) -> None:
+        self._make, self._empty = make, empty
         self._no_ids = () if request.return_token_ids else UNSET
         self._usage_last = whole or request.include_usage
         self._usage_beside = request.continuous_usage
@@ -57,7 +59,13 @@ class AnswerWriter(ABC, Generic[Chunk]):
     @abstractmethod
     def _written(self, event: Event) -> Chunk | None: ...
 
-    def _counts(self, usage: Usage) -> Chunk | None:
+    def _counts(self, usage: Usage | Progress) -> Chunk | None:
+        """Return the chunk of counts: a report of progress, or the final usage; others go into later chunks."""
+        if isinstance(usage, Progress):
+            beside = {} if self._timings is None else {"timings": wire_timings(usage.usage)}
+            choice = replace(self._empty, index=usage.choice)
+            progress = wire_progress(usage)
+            return self._make(**usage.head._asdict(), choices=(choice,), prompt_progress=progress, **beside)
         if usage.final:
             assert self._head is not None
             if not self._usage_last and self._timings is None:
@@ -93,6 +101,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
     Args:
         request: the request, which selects the fields of chunks.
         prompt_token_ids: tokens of the prompt, returned if the request asks for token ids.
+        prompt: the rendered prompt, returned if the request is `verbose`.
         calls: whether choices may have tool calls.
         whole: whether the last chunk always has the counts, for a whole answer.
     """
@@ -101,11 +110,13 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         self,
         request: chat.ChatCompletionRequest,
         prompt_token_ids: Sequence[int],
+        prompt: str = "",
         *,
         calls: bool = False,
         whole: bool = False,
     ) -> None:
-        super().__init__(chat.ChatCompletionChunk, request, whole)
+        empty = chat.ChunkChoice(index=0, delta=chat.ChatDelta())
+        super().__init__(chat.ChatCompletionChunk, request, empty, whole=whole)
         self._request = request
         # OpenAI's client adds deltas up: a message that has only calls must have null content, not an empty text.
         self._first_content = None if calls else ""
@@ -114,6 +125,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         self._by_id = bool(request.return_tokens_as_token_ids)
         self._custom = request.custom_tools
         self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> index and arguments of its pending custom call
+        self._verbose = {"verbose": wire.ShownPrompt(prompt)} if request.verbose else {}
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
 
     def write(self, events: Sequence[Event]) -> list[chat.ChatCompletionChunk]:
@@ -184,7 +196,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
 
     def _first(self, event: Begun) -> chat.ChatCompletionChunk:
         token_ids = UNSET if self._head is not None else self._prompt_token_ids
-        labels = {} if self._head is not None else self._request.labels
+        labels = {} if self._head is not None else self._request.labels | self._verbose
         self._head = event.head
         shown: chat.PromptLogprobs | UnsetType = UNSET
         if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
@@ -240,6 +252,17 @@ def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int |
     )
 
 
+def wire_progress(event: Progress) -> wire.PromptProgress:
+    """Convert a report of progress to llama.cpp's form."""
+    counts = event.usage
+    return wire.PromptProgress(
+        total=event.total,
+        cache=counts.cached_tokens,
+        processed=counts.prompt_tokens,
+        time_ms=counts.prompt_ms or 0,
+    )
+
+
 class RunningTimings:
     """Timings of a running answer, which this process measures; the engine measures the final timings."""
 
@@ -272,6 +295,7 @@ def join_chat(chunks: Sequence[chat.ChatCompletionChunk]) -> chat.ChatCompletion
         conversation_id=head.conversation_id,
         resource_id=head.resource_id,
         timings=chunks[-1].timings,
+        verbose=head.verbose,
     )
 
 

@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from candle_vllm.core.engine.outputs import PositionLogprobs
 from candle_vllm.openai.chat_answers import AnswerWriter, by_choice, join_token_ids
-from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
+from candle_vllm.openai.events import Begun, Ended, Event, Progress, Text, Usage
 from candle_vllm.openai.logprobs import (
     CompletionLogprobsWriter,
     echoed_logprobs,
@@ -44,7 +44,7 @@ class CompletionWriter(AnswerWriter[Completion]):
     """
 
     def __init__(self, request: CompletionRequest, prompts: Sequence[EchoedPrompt], *, whole: bool = False) -> None:
-        super().__init__(Completion, request, whole)
+        super().__init__(Completion, request, CompletionChoice(index=0, text=""), whole=whole)
         self._request = request
         self._prompts = prompts
         self._writers: dict[int, CompletionLogprobsWriter | None] = {}
@@ -68,7 +68,7 @@ class CompletionWriter(AnswerWriter[Completion]):
                     token_ids=self._no_ids,
                 )
             )
-        assert isinstance(event, Usage), "a completion has no reasoning and no tool calls"
+        assert isinstance(event, (Progress, Usage)), "a completion has no reasoning and no tool calls"
         return self._counts(event)
 
     def _first(self, event: Begun) -> Completion | None:

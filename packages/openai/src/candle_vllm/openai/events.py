@@ -123,4 +123,18 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     final: bool = False
 
 
-Event = Begun | Thought | Text | CallBegun | CallText | Ended | Usage
+class Progress(_OfChoice, frozen=True):
+    """A part of the prompt has been computed; if requested, before the choice begins.
+
+    Attributes:
+        head: fields of the whole answer.
+        total: tokens of the prompt.
+        usage: counts and times so far; its `prompt_tokens` are those that have been computed or were cached.
+    """
+
+    head: Head
+    total: int
+    usage: Usage
+
+
+Event = Begun | Thought | Text | CallBegun | CallText | Ended | Usage | Progress

@@ -19,13 +19,13 @@ from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
 from candle_vllm.core.sampling.params import BIAS, MAX_TOKEN_ID
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
-from candle_vllm.openai.chat_answers import RunningTimings, wire_timings
-from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
+from candle_vllm.openai.chat_answers import RunningTimings, wire_progress, wire_timings
+from candle_vllm.openai.events import Begun, Ended, Event, Progress, Text, Usage
 from candle_vllm.openai.logprobs import LOWEST
 from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs, LoraScales, lora_scales, sampling_names
 from candle_vllm.openai.protocol.structured import LlamaForms
-from candle_vllm.openai.protocol.usage import Timings
+from candle_vllm.openai.protocol.usage import PromptProgress, Timings
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import ImagePart, Paths, Task
@@ -44,7 +44,6 @@ _REFUSED: Mapping[str, fields.Refusal] = {
     "t_max_predict_ms": fields.Refusal("n_predict bounds an answer", idle=True),
     "n_indent": fields.Refusal("stop ends an answer", idle=True),
     "samplers": fields.Refusal("samplers have a fixed order", idle=True),
-    "return_progress": fields.NO_PROGRESS,
 }
 
 _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
@@ -80,6 +79,7 @@ class _Asked(LlamaFields, LlamaForms):
         logit_bias: pairs, or an object, of a token id (or a text, for all of its tokens) and a bias; false means -100.
         return_tokens: whether a whole answer has its token ids; chunks of a stream always have their ids.
         timings_per_token: whether every chunk has timings.
+        return_progress: whether a stream has chunks with `prompt_progress` before the first token.
         response_fields: fields of the last chunk or the whole answer: names, or paths like `generation_settings/seed`.
         cache_prompt, id_slot, n_keep, n_discard: no effect: prefixes of prompts are always cached, there are no slots,
             and prompts are never truncated.
@@ -96,6 +96,7 @@ class _Asked(LlamaFields, LlamaForms):
     logit_bias: Annotated[Any, BeforeValidator(_biases)] = None
     return_tokens: bool = False
     timings_per_token: bool = False
+    return_progress: bool = False
 
     cache_prompt: bool | None = None
     id_slot: _Limit | None = None
@@ -274,6 +275,7 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
     tokens_evaluated: int | UnsetType = UNSET
     tokens_cached: int | UnsetType = UNSET
     timings: Timings | UnsetType = UNSET
+    prompt_progress: PromptProgress | UnsetType = UNSET
 
 
 Answered = LlamaText | dict[str, Any]
@@ -307,7 +309,8 @@ async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mappin
         "model": request.model,
         "paths": Paths(spelled),
         "form": request.form(),
-        "sampling": {**(defaults or {}), **request.sampling(), **({"logit_bias": bias} if bias else {})},
+        "sampling": {**(defaults or {}), **request.sampling(), **({"logit_bias": bias} if bias else {}),
+                     "prompt_progress": request.return_progress and request.stream},
         "scored_only": request.n_predict == 0,
         "tell_ids": request.stream or request.return_tokens or request.timings_per_token,
         "tell_counts": request.timings_per_token,
@@ -422,6 +425,9 @@ class _Writer:
                 case Usage(final=True):
                     last = self._last(event)
                     made.append(last if self._whole else _chosen(last, self._request.response_fields))
+                case Progress():
+                    timings = UNSET if self._running is None else wire_timings(event.usage)
+                    made.append(LlamaText(content="", prompt_progress=wire_progress(event), timings=timings))
                 case Usage() if self._running is not None:
                     self._timings = self._running.of(event)
                 case _:

@@ -485,6 +485,7 @@ def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Check the model's sampling defaults once, when the server starts."""
     request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
     request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt", "logprob_token_ids"}
+    request_only |= {"prompt_progress"}
     unusable = sorted(name for name in defaults if name in request_only or name not in SamplingParams.__struct_fields__)
     if unusable:
         raise ConfigError(f"default_sampling has names that are no sampling defaults: {', '.join(unusable)}")

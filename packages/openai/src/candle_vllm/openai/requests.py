@@ -131,6 +131,8 @@ def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
 def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
     """Return the sampling values of a request, by field of `SamplingParams`."""
     given = sampling_values(request)
+    if request.return_progress and request.stream:
+        given["prompt_progress"] = True
     if request.logit_bias:
         given["logit_bias"] = {int(token): value for token, value in request.logit_bias.items()}
     if isinstance(request, ChatCompletionRequest):

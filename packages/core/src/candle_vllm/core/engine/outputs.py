@@ -126,6 +126,13 @@ class RequestMetrics(ShownStruct, frozen=True):
     accepted_predicted_tokens: int = 0
 
 
+class PromptProgress(ShownStruct, frozen=True):
+    """How many prompt tokens are computed or were cached, and seconds since the first step of the request."""
+
+    tokens: int
+    seconds: float
+
+
 class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     """Output of one sequence after one step: new tokens, the text delta, and how the sequence ended.
 
@@ -142,6 +149,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
         finish_reason: set on the last output of the sequence.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
         num_cached_tokens: prompt tokens that came from the prefix cache.
+        progress: set on outputs that only report it: the first step begins, or a step has run a part of the prompt.
         metrics: set on the last output.
         error: the message if `finish_reason` is ERROR.
         error_kind: "request" if the request's own parameters led to the error, "engine" otherwise.
@@ -161,6 +169,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     stop_reason: str | int | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    progress: PromptProgress | None = None
     metrics: RequestMetrics | None = None
     error: str | None = None
     error_kind: Literal["request", "engine"] | None = None

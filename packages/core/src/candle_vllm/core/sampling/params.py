@@ -136,6 +136,7 @@ class SamplingParams(
             callers that show prompt and text as one text.
         logprobs: report the log-probability of each sampled token and of this many of the likeliest ones, [0, 20].
         prompt_logprobs: the same report for the tokens of the prompt.
+        prompt_progress: also report progress while the prompt is computed, see `TokenOutput.progress`.
         logprob_token_ids: report these tokens, at most 128, and the sampled one instead of the likeliest; `logprobs` is
             then 0 if it was not given.
         logit_bias: token id -> value added to its logit, [-100, 100].
@@ -192,6 +193,7 @@ class SamplingParams(
     continues_prompt: bool = False
     logprobs: Annotated[int | None, Integer(0, MAX_LOGPROBS)] = None
     prompt_logprobs: Annotated[int | None, Integer(0, MAX_LOGPROBS)] = None
+    prompt_progress: bool = False
     logprob_token_ids: Sequence[int] | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
@@ -360,7 +362,7 @@ BOUNDS: Mapping[str, Integer | Number] = MappingProxyType(
 """Bounds of the numbers of `SamplingParams`; the requests of every API and the server's settings use this table."""
 _OPTIONAL = frozenset(name for name in BOUNDS if get_origin(_HINTS[name].__origin__) is UnionType)
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "continues_prompt",
-             "skip_reading_prefix_cache")  # fmt: skip
+             "skip_reading_prefix_cache", "prompt_progress")  # fmt: skip
 
 
 def _is_open(value: object) -> bool:

@@ -400,6 +400,9 @@ class ScriptedSink(RequestSink):
 
     async def _run(self) -> None:
         engine = self._engine
+        if self._request.params.prompt_progress:
+            for piece in self._waiting[0].progress():
+                self.put(piece)
         while self._unfinished:
             pause = engine.pause if self._given else engine.first_pause or engine.pause
             engine.pausing += 1

@@ -11,7 +11,14 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs, RequestMetrics, TokenLogprob, TokenOutput
+from candle_vllm.core.engine.outputs import (
+    FinishReason,
+    PositionLogprobs,
+    PromptProgress,
+    RequestMetrics,
+    TokenLogprob,
+    TokenOutput,
+)
 from candle_vllm.core.engine.requests import GenerationRequest
 
 TokenBytes = Callable[[int], bytes]
@@ -87,6 +94,12 @@ class ScriptedSequence:
             else tuple(made_up_logprobs(token, count, self._token_bytes, named) for token in taken),
             prompt_logprobs=prompt_logprobs,
         )
+
+    def progress(self) -> list[TokenOutput]:
+        """Return the reports before the first step and after the prompt; seconds are made up."""
+        tokens = len(self._request.prompt_token_ids)
+        reports = PromptProgress(self._num_cached, 0.0), PromptProgress(tokens, 0.25)
+        return [replace(self._output(), progress=report) for report in reports]
 
     def failed(self, message: str, kind: Literal["request", "engine"]) -> TokenOutput:
         """Return the last output of a sequence that fails."""

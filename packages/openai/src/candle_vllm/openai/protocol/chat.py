@@ -23,7 +23,7 @@ from candle_vllm.openai.protocol.tools import (
     custom_names,
     tool_use,
 )
-from candle_vllm.openai.protocol.usage import Timings, Usage
+from candle_vllm.openai.protocol.usage import PromptProgress, ShownPrompt, Timings, Usage
 from candle_vllm.openai.task import ToolUse
 
 
@@ -76,7 +76,8 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     `max_completion_tokens` and `max_tokens` are two names of one limit; without both, the context is the limit.
     `include_reasoning: false` leaves the reasoning out of the answer; it is still generated and counted. With a
     `prediction`, usage counts the predicted tokens that are part of the answer. With `timings_per_token`, an answer and
-    every chunk except a choice's first have llama.cpp's `timings`; the engine measures the last chunk's.
+    every chunk except a choice's first have llama.cpp's `timings`; the engine measures the last chunk's. With
+    `verbose`, an answer, or a stream's first chunk, has the rendered prompt in `__verbose`.
     `conversation_id` and `resource_id` are the client's labels, which the answer, or a stream's first chunk, repeats.
     """
 
@@ -94,6 +95,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     include_reasoning: bool | None = None
     prediction: Prediction | None = None
     timings_per_token: bool | None = None
+    verbose: bool | None = None
 
     @field_validator("tools")
     @classmethod
@@ -273,6 +275,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     conversation_id: str | UnsetType = UNSET
     resource_id: str | UnsetType = UNSET
     timings: Timings | UnsetType = UNSET
+    verbose: ShownPrompt | UnsetType = msgspec.field(default=UNSET, name="__verbose")
 
 
 class FunctionCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -337,3 +340,5 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     conversation_id: str | UnsetType = UNSET
     resource_id: str | UnsetType = UNSET
     timings: Timings | UnsetType = UNSET
+    prompt_progress: PromptProgress | UnsetType = UNSET
+    verbose: ShownPrompt | UnsetType = msgspec.field(default=UNSET, name="__verbose")

@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.chat import PromptLogprobs
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs
-from candle_vllm.openai.protocol.usage import Usage
+from candle_vllm.openai.protocol.usage import PromptProgress, Usage
 
 Prompt = Annotated[
     Annotated[str, Tag("<string>")]
@@ -109,3 +109,4 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     object: str = "text_completion"
     usage: Usage | UnsetType | None = UNSET
+    prompt_progress: PromptProgress | UnsetType = UNSET

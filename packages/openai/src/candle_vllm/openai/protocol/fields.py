@@ -71,7 +71,6 @@ class Refusal(NamedTuple):
         return value is None or any(type(value) is type(one) and value == one for one in self.neutral)
 
 
-NO_PROGRESS = Refusal("nothing is sent before the first token", (False,), idle=True)
 _OLD_FUNCTIONS = "OpenAI replaced it by tools and tool_choice"
 _ONE_BACKEND = "there is one backend for structured output; use structured_outputs"
 _INTERNAL = "it is an internal field of another server"
@@ -147,8 +146,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "t_max_predict_ms": Refusal(
         "max_tokens limits the answer, and the operator its time (--request-timeout)", idle=True
     ),
-    "return_progress": NO_PROGRESS,
-    "verbose": Refusal("--log-requests and --log-level set what is logged", (False,), idle=True),
     "parse_tool_calls": Refusal("tool calls are parsed whenever a request has tools", (True,), idle=True),
     "reasoning_format": Refusal(_ALWAYS_APART, ("auto", "deepseek"), idle=True),
     "backend_sampling": Refusal("the server chooses where tokens are sampled", idle=True),
@@ -159,6 +156,7 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
 COMPLETION_REFUSED_FIELDS: Mapping[str, Refusal] = {
     **{name: refusal for name, refusal in REFUSED_FIELDS.items() if name != "suffix"},
     "messages": Refusal(_CHAT_ONLY),
+    "verbose": Refusal(_CHAT_ONLY, (False,), idle=True),
     "tools": Refusal(_CHAT_ONLY, ([],)),
     "tool_choice": Refusal(_CHAT_ONLY, ("none", "auto")),
     "parallel_tool_calls": Refusal(_CHAT_ONLY, (True, False)),

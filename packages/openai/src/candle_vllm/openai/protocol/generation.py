@@ -207,6 +207,7 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     Attributes:
         use_beam_search: find the `n` best answers, at most 10, by beam search, which ranks them by the model's own
             log-probabilities; `max_tokens` x `n` x prompts is 4096 at most.
+        return_progress: whether a stream has chunks with `prompt_progress` before the first token.
         length_penalty: the sum of a beam's log-probabilities is divided by its number of tokens to this power.
     """
 
@@ -243,6 +244,7 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     return_draft_counts: bool | None = None
+    return_progress: bool | None = None
     lora: LoraScales | None = None
     priority: fields.Priority | None = None
     request_id: fields.RequestId | None = None

@@ -49,6 +49,21 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     completion_time_costs: int | UnsetType = UNSET
 
 
+class PromptProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """llama.cpp's report while a prompt is computed: tokens of the prompt, cached, computed or cached; milliseconds."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+
+
+class ShownPrompt(msgspec.Struct, frozen=True):
+    """The prompt as the chat template rendered it."""
+
+    prompt: str
+
+
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """llama.cpp's token counts and milliseconds of the prompt and of the answer; cached tokens took no time.
 

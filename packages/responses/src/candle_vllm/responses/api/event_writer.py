@@ -12,6 +12,8 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from candle_vllm.core.engine.outputs import FinishReason
+from candle_vllm.openai.chat_answers import RunningTimings, wire_progress
+from candle_vllm.openai.events import Progress, Usage
 from candle_vllm.responses.api.item_writers import OutputLog, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_items import MAX_SHOWN, TurnItems
@@ -66,6 +68,7 @@ class EventWriter:
         self._log = OutputLog()
         self._items = TurnItems(self._log, plan or ToolPlan(), encoded=encoded, room=room)
         self._usage = ConversationUsage()
+        self._running = RunningTimings()
 
     def start(self) -> list[wire.StreamEvent]:
         """Return the first events; for a queued response, the next event comes from `resume`."""
@@ -106,6 +109,11 @@ class EventWriter:
                 items.arguments(event.call_id, event.delta)
             case said.TurnStarted():
                 items.begin_turn()
+            case said.TurnMeasured(counts=Progress() as counts):
+                progress = wire_progress(counts)
+                self._log.emit(wire.ResponseInProgress, response=self.response, prompt_progress=progress)
+            case said.TurnMeasured(counts=Usage() as counts):
+                self._log.timings = self._running.of(counts)
             case said.TurnFinished():
                 self._usage += event.usage
                 items.end_turn(cut=event.finish_reason.cut)

@@ -7,9 +7,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
+from candle_vllm.openai.protocol.usage import Timings
 from candle_vllm.responses.api.messages import encode_thoughts
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.items import Phase
@@ -118,9 +119,10 @@ _Writer = TypeVar("_Writer", bound=ItemWriter)
 
 
 class OutputLog:
-    """Events and output of one response, in order."""
+    """Events and output of one response, in order; every event gets the current `timings`."""
 
     def __init__(self) -> None:
+        self.timings: Timings | UnsetType = UNSET
         self._number = 0
         self._new: list[wire.StreamEvent] = []
         self._output: list[OutputItem | ItemWriter] = []
@@ -137,7 +139,7 @@ class OutputLog:
 
     def emit(self, kind: type[wire.StreamEvent], **fields: Any) -> None:
         """Add an event with the next sequence number."""
-        self._new.append(kind(sequence_number=self._number, **fields))
+        self._new.append(kind(sequence_number=self._number, timings=self.timings, **fields))
         self._number += 1
 
     def take(self) -> list[wire.StreamEvent]:

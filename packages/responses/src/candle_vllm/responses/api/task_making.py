@@ -77,6 +77,7 @@ class Prepared(NamedTuple):
             model=request.model,
             variables=_variables(request),
             thinking=_thinking(request),
+            tell_counts=sampled and bool(request.timings_per_token),
             priority=(request.priority or 0) if sampled else 0,
         )
 
@@ -272,6 +273,8 @@ def _sampling(request: ResponsesRequest) -> dict[str, Any]:
     given["max_tokens"] = request.max_output_tokens
     if request.wants_logprobs:
         given["logprobs"] = request.top_logprobs or 0
+    if request.return_progress and request.stream:
+        given["prompt_progress"] = True
     return {name: value for name, value in given.items() if value is not None}
 
 

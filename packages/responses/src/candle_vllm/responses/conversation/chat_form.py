@@ -126,6 +126,7 @@ def chat_request(task: Task) -> dict[str, Any]:
         "echo": bool(task.echo) or None,
         "lora_path": task.adapter,
         "lora": None if task.lora is None else [{"id": id_, "scale": scale} for id_, scale in task.lora.items()],
+        "return_progress": sampling.pop("prompt_progress", None),
         "max_completion_tokens": sampling.pop("max_tokens", None),
         **sampling,
         "logprobs": None if logprobs is None else True,

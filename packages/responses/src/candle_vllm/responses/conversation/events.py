@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from candle_vllm.core.engine.outputs import FinishReason
+from candle_vllm.openai import events as answer
 from candle_vllm.openai.task import Part
 from candle_vllm.responses.conversation.options import ConversationResult, ConversationUsage
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress, ToolResult
@@ -52,6 +53,12 @@ class CallArgumentsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     index: int
     call_id: str
     delta: str
+
+
+class TurnMeasured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Counts and times of the running turn, or progress with its prompt; only if its request asks for them."""
+
+    counts: answer.Usage | answer.Progress
 
 
 class TurnFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -102,6 +109,6 @@ class ConversationFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 Event = (
-    TurnStarted | ReasoningDelta | TextDelta | CallStarted | CallArgumentsDelta | TurnFinished
+    TurnStarted | ReasoningDelta | TextDelta | CallStarted | CallArgumentsDelta | TurnMeasured | TurnFinished
     | ApprovalRequested | ToolStarted | ToolProgressed | ToolFinished | ConversationFinished
 )  # fmt: skip

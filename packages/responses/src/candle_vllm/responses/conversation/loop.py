@@ -240,9 +240,10 @@ class _Conversation:
         return reason
 
     async def _take_turn(self) -> TurnFinished:
-        reader = TurnReader(self._turns + 1, self._transcript.call_ids)
         await self._channel.send(TurnStarted(number=self._turns + 1))
         request = self._ask([*self._calls.definitions().values()], first=not self._turns)
+        measures = isinstance(request, Task) and request.tell_counts
+        reader = TurnReader(self._turns + 1, self._transcript.call_ids, measures=measures)
         async with self._model.stream(request) as answer:
             async for one in answer:
                 for event in reader.read(one):

@@ -32,9 +32,13 @@ class _Growing:
 
 
 class TurnReader:
-    """Reads one answer: turn `number`. `used_ids` are ids of earlier calls, which no new call may have."""
+    """Reads one answer: turn `number`. `used_ids` are ids of earlier calls, which no new call may have.
 
-    def __init__(self, number: int, used_ids: Collection[str] = ()) -> None:
+    With `measures`, there is an event for each `Usage`.
+    """
+
+    def __init__(self, number: int, used_ids: Collection[str] = (), *, measures: bool = False) -> None:
+        self._measures = measures
         self._number = number
         self._used = set(used_ids)
         self._text: list[str] = []
@@ -48,7 +52,10 @@ class TurnReader:
         """Return the new events; raises `CandleVllmError` if the answer exceeds the limits."""
         if isinstance(event, answer.Usage):
             self._usage = _usage(event)
-        elif event.choice == 0:
+            return [events.TurnMeasured(counts=event)] if self._measures else []
+        if isinstance(event, answer.Progress):
+            return [events.TurnMeasured(counts=event)]
+        if event.choice == 0:
             return self._read(event)
         return []
 

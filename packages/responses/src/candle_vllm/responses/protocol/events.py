@@ -6,15 +6,18 @@ from __future__ import annotations
 from typing import Union
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
+from candle_vllm.openai.protocol.usage import PromptProgress, Timings
 from candle_vllm.responses.protocol.response import OutputItem, OutputText, ReasoningText, Response
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """An event."""
+    """An event; `timings`, in llama.cpp's form, if the request asks for them."""
 
     sequence_number: int
+    timings: Timings | UnsetType = UNSET
 
     @property
     def event_name(self) -> str:
@@ -37,7 +40,9 @@ class ResponseQueued(LifecycleEvent, frozen=True, kw_only=True, tag="response.qu
 
 
 class ResponseInProgress(LifecycleEvent, frozen=True, kw_only=True, tag="response.in_progress"):
-    """Work on the response has begun."""
+    """Work on the response has begun, or, with `prompt_progress`, a part of the prompt has been computed."""
+
+    prompt_progress: PromptProgress | UnsetType = UNSET
 
 
 class ResponseCompleted(LifecycleEvent, frozen=True, kw_only=True, tag="response.completed"):

@@ -179,6 +179,10 @@ class ResponsesRequest(PromptFields, SamplerFields):
     priority: fields.Priority | None = None
     return_draft_counts: bool | None = None
 
+    # llama.cpp's extra fields
+    timings_per_token: bool | None = None
+    return_progress: bool | None = None
+
     # ADVISORY_RESPONSES_FIELDS, without effect
     user: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
     safety_identifier: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None

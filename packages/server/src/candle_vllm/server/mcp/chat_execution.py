@@ -21,9 +21,9 @@ from starlette.types import Scope
 from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
-from candle_vllm.openai.chat_answers import Told, told_of, wire_usage
+from candle_vllm.openai.chat_answers import Told, told_of, wire_progress, wire_usage
 from candle_vllm.openai.conversation import images_of
-from candle_vllm.openai.events import Begun, Head
+from candle_vllm.openai.events import Begun, Head, Progress
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.events import Usage as Counts
 from candle_vllm.openai.protocol.chat import (
@@ -48,6 +48,7 @@ from candle_vllm.responses.conversation.events import (
     TextDelta,
     ToolFinished,
     TurnFinished,
+    TurnMeasured,
     TurnStarted,
 )
 from candle_vllm.responses.conversation.loop import Ask, ConversationLoop
@@ -95,7 +96,7 @@ class WatchedTurns:
 
     async def _read(self, events: AsyncIterator[AnswerEvent]) -> AsyncIterator[AnswerEvent]:
         async for event in events:
-            if self.head is None and isinstance(event, Begun):
+            if self.head is None and isinstance(event, (Begun, Progress)):
                 self.head = event.head
             yield event
 
@@ -372,6 +373,9 @@ class ExecutedStream:
                 self._say(ChatDelta(content=event.text), ChatLogprobs(event.logprobs) if event.logprobs else None)
             case CallStarted():
                 self._begin()
+            case TurnMeasured(counts=Progress() as counts):
+                choice = ChunkChoice(index=0, delta=ChatDelta())
+                self._ready.append(self._chunk((choice,), self._no_usage, prompt_progress=wire_progress(counts)))
             case TurnFinished():
                 self._spoke, self._turn_spoke = self._spoke or self._turn_spoke, False
             case _:
@@ -407,7 +411,7 @@ class ExecutedStream:
     def _add(self, choice: ChunkChoice) -> None:
         self._ready.append(self._chunk((choice,), self._no_usage))
 
-    def _chunk(self, choices: tuple[ChunkChoice, ...], usage: Any, **labels: Any) -> ChatCompletionChunk:
+    def _chunk(self, choices: tuple[ChunkChoice, ...], usage: Any, **more: Any) -> ChatCompletionChunk:
         head = self._execution.turns.head
         assert head is not None
-        return ChatCompletionChunk(**head._asdict(), **labels, choices=choices, usage=usage)
+        return ChatCompletionChunk(**head._asdict(), **more, choices=choices, usage=usage)

@@ -350,11 +350,10 @@ class Engine:
         elif step.fills or not step.goes_on:
             self.scheduler.commit(step.filling)
         prompts = step[batch.num_decodes :]
-        self._count_prompts(prompts)
+        outputs = self._count_prompts(prompts)
         if batch.drafted:
-            outputs = self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", sampled))
+            outputs += self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", sampled))
         else:
-            outputs: list[TokenOutput] = []
             for live, token in zip(flight.lives, sampled, strict=True):
                 if live.is_over:  # the sequence has ended since the launch
                     continue
@@ -371,14 +370,23 @@ class Engine:
         lives = zip(flight.batch.drawing, flight.lives, sampled, strict=True)
         return [self._advance_run(run, live, tokens) for run, live, tokens in lives if not live.is_over]
 
-    def _count_prompts(self, prompts: Seq[Run]) -> None:
-        """Count the tokens of prompts that a step has completed; recomputing a preempted prompt does not count."""
+    def _count_prompts(self, prompts: Seq[Run]) -> list[TokenOutput]:
+        """Count the tokens of prompts that a step has completed, and return the reports of progress.
+
+        Recomputing a preempted prompt after its first token does not count, and is not reported.
+        """
+        outputs: list[TokenOutput] = []
         for item in prompts:
             sequence = item.sequence
-            ends = item.wanted and len(sequence.tokens) == sequence.num_prompt_tokens
-            if ends and sequence.index == 0 and sequence in self._live:
+            live = self._live.get(sequence) if sequence.index == 0 else None
+            if live is None or len(sequence.tokens) > sequence.num_prompt_tokens:
+                continue
+            if item.wanted:
                 self._counts["prompt_tokens"] += sequence.num_prompt_tokens
                 self._counts["cached_prompt_tokens"] += sequence.num_cached_tokens or 0
+            if sequence.request.params.prompt_progress:
+                outputs.append(live.progress(item.start + item.count))
+        return outputs
 
     def _accept(self, live: LiveSequence, token: Token) -> TokenOutput:
         """Append a token to a sequence; a failure ends only this sequence."""
@@ -428,12 +436,14 @@ class Engine:
         return self._finish(live, _failed(live, error))
 
     def _read_prompts(self, batch: Batch, began: float) -> list[TokenOutput]:
-        """Read prompt logprobs and pooled hidden states of a step's rows; return outputs of failed sequences."""
-        failed, first = [], batch.num_decodes
+        """Read prompt logprobs and pooled hidden states of a step's rows; return failures and reports of progress."""
+        outputs, first = [], batch.num_decodes
         for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
             live = self._live.get(run.sequence)
             if live is None:  # the sequence ended when an earlier step was committed
                 continue
+            if live.first_scheduled_time is None and not live.sequence.index and live.request.params.prompt_progress:
+                outputs.append(live.progress(run.start))
             live.scheduled(began)
             try:
                 live.read_rows(run, offset, self.runner)
@@ -442,8 +452,8 @@ class Engine:
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.exception("prompt logprobs or hidden states of a sequence could not be read")
-                failed.append(self._fail(run.sequence, error))
-        return failed
+                outputs.append(self._fail(run.sequence, error))
+        return outputs
 
     def _end_pooled(self, run: Run) -> list[TokenOutput]:
         """Return the output of a pooled text if the step ran its last token."""

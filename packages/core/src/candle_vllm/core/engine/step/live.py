@@ -11,7 +11,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs, RequestMetrics, TokenLogprob, TokenOutput
+from candle_vllm.core.engine.outputs import (
+    FinishReason,
+    PositionLogprobs,
+    PromptProgress,
+    RequestMetrics,
+    TokenLogprob,
+    TokenOutput,
+)
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, ModelRunner
 from candle_vllm.core.engine.step.prediction import Prediction
@@ -65,6 +72,17 @@ class Live(ABC):
         Raises:
             RequestError: these values cannot be computed from the rows.
         """
+
+    def progress(self, tokens: int) -> TokenOutput:
+        """Return an output that reports progress: `tokens` of the prompt are in the cache."""
+        began, sequence = self.first_scheduled_time, self.sequence
+        return TokenOutput(
+            request_id=self.request.request_id,
+            index=sequence.index,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            progress=PromptProgress(tokens, 0.0 if began is None else time.monotonic() - began),
+        )
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
         """Return the last output of a sequence that ends without a new token; a `failure` of `str` is the engine's."""
