@@ -12,11 +12,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.api import turns as conversation_turns
+from candle_vllm.responses.api import response_store
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations, ItemsCreateRequest
-from candle_vllm.responses.api.response_store import ResponseStore
+from candle_vllm.responses.api.response_store import ConversationTurns, ResponseStore
 from candle_vllm.responses.api.stored_items import PageRequest, entry_of, page_of, stored_items
-from candle_vllm.responses.api.turns import ConversationTurns
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.protocol.response import Response
 from candle_vllm.responses.store.entries import (
@@ -46,7 +45,7 @@ async def test_whoever_answers_in_a_conversation_is_alone() -> None:
 
 
 async def test_too_many_in_one_conversation_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation_turns, "MAX_WAITING", 2)
+    monkeypatch.setattr(response_store, "MAX_WAITING", 2)
     turns, leave = ConversationTurns(), asyncio.Event()
 
     async def answer() -> None:
@@ -149,7 +148,7 @@ def test_items_are_kept_with_id_type_status_and_parts() -> None:
 
 
 async def test_servers_of_one_store_answer_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation_turns, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(response_store, "POLL_SECONDS", 0.01)
     options = StoreOptions(url=f"sqlite:///{tmp_path / 'r.sqlite'}")
     one, other = ResponseStore(options), ResponseStore(options)
     try:

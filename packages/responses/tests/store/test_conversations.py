@@ -11,9 +11,8 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api.conversations import Conversations, ConversationUpdateRequest
-from candle_vllm.responses.api.response_store import ResponseStore
+from candle_vllm.responses.api.response_store import TURN_MS, ResponseStore
 from candle_vllm.responses.api.stored_items import PageRequest
-from candle_vllm.responses.api.turns import TURN_MS
 from candle_vllm.responses.store.backend import Backend, Held, Order
 from candle_vllm.responses.store.entries import CONVERSATION, Entry, NotStoredError, StoreLimitError, parts_of
 

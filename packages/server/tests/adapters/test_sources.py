@@ -22,10 +22,9 @@ from huggingface_hub import constants
 
 from candle_vllm.server.adapters import fetching
 from candle_vllm.server.adapters.archives import MAX_MEMBERS, TarSource, unpack
-from candle_vllm.server.adapters.buckets import BucketSource
 from candle_vllm.server.adapters.disk_cache import DiskCache, Key, Room
 from candle_vllm.server.adapters.hub import HubSource
-from candle_vllm.server.adapters.resolvers import read_source
+from candle_vllm.server.adapters.resolvers import BucketSource, read_source
 from candle_vllm.server.adapters.sources import (
     AdapterName,
     Budget,

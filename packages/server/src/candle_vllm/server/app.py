@@ -41,7 +41,6 @@ from candle_vllm.server.openapi.operation import Access, operations_of
 from candle_vllm.server.outliving import MailboxWriter
 from candle_vllm.server.routes import (
     adapters,
-    batches,
     conversations,
     docs,
     embeddings,
@@ -72,7 +71,7 @@ if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
 _MODULES = (
-    generation, messages, responses, responses_socket, stored_responses, conversations, files, batches, embeddings,
+    generation, messages, responses, responses_socket, stored_responses, conversations, files, embeddings,
     tokenizing, models, adapters,
     mailbox_routes, ollama, ollama_models, ollama_library, mcp_routes, status, vllm, llama_server, docs,
 )  # fmt: skip

@@ -17,14 +17,13 @@ from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.call_results import Placed
-from candle_vllm.responses.api.compaction import compacted, summary_limit, summary_request
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.mcp_source import McpSource, NoServers
-from candle_vllm.responses.api.messages import Translated
+from candle_vllm.responses.api.messages import Translated, encode_thoughts
 from candle_vllm.responses.api.response_stream import ResponseStream
-from candle_vllm.responses.api.stored_items import entry_of, stored_items
+from candle_vllm.responses.api.stored_items import entry_of, stored_item, stored_items
 from candle_vllm.responses.api.task_making import Prepared, TaskMaker, gather_items, has_servers
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_items import MAX_SHOWN
@@ -34,6 +33,7 @@ from candle_vllm.responses.conversation.events import Event, ToolStarted
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions
 from candle_vllm.responses.conversation.transcript import Transcript
+from candle_vllm.responses.protocol.items import MessageItem
 from candle_vllm.responses.protocol.request import (
     CompactRequest,
     InputTokensRequest,
@@ -42,7 +42,8 @@ from candle_vllm.responses.protocol.request import (
     parse_input_tokens_request,
     parse_responses_request,
 )
-from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response
+from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, MessageOut, OutputText, Response
+from candle_vllm.responses.store.entries import new_id, new_item_id
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 if TYPE_CHECKING:
@@ -285,3 +286,58 @@ def _room(options: StoreOptions, given: Sequence[Mapping[str, Any]]) -> int:
     """Return the maximum bytes of images in an answer, which must fit into the store with the request's items."""
     left = min(options.max_record_bytes, options.max_bytes) - len(msgspec.json.encode(given))
     return max(0, min(MAX_SHOWN, left // 2))
+
+
+# ---- compaction ------------------------------------------------------------------------------------------------------
+# A conversation is replaced by its user messages and a summary that its model generates. The summary is an item of type
+# `compaction`, encoded but not encrypted; in a later input, it becomes a part of the prompt.
+
+MIN_SUMMARY, MAX_SUMMARY = 128, 2048  # tokens
+_SHORTER = 8  # characters of a conversation per token of its summary: about half of its length
+_ASKED = (
+    "Summarise the conversation up to here for somebody who goes on with it and has not seen it: what was asked, "
+    "decided, found and done, the names, numbers, paths and code that still matter, and what is open. Write the "
+    "summary and nothing else."
+)
+
+
+def summary_request(request: CompactRequest) -> ResponsesRequest:
+    """Return the request for the summary; its last item is the instruction."""
+    given: Any = request.model_dump(mode="json", by_alias=True, exclude_none=True).get("input", [])
+    items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
+    return parse_responses_request(
+        {
+            "model": request.model,
+            "instructions": request.instructions,
+            "previous_response_id": request.previous_response_id,
+            "input": [*items, {"type": "message", "role": "user", "content": _ASKED}],
+            "store": False,
+            "reasoning": {"effort": "none"},
+        }
+    )
+
+
+def summary_limit(items: Sequence[Placed]) -> int:
+    """Return the maximum number of tokens of these items' summary, which must be shorter than the conversation."""
+    size = sum(len(one.item.model_dump_json(exclude_none=True)) for one in items)
+    return min(max(size // _SHORTER, MIN_SUMMARY), MAX_SUMMARY)
+
+
+def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:
+    """Return the compacted conversation.
+
+    Args:
+        response: answer to `summary_request`.
+        items: history and input, without the instruction to summarise.
+    """
+    assert response.usage is not None
+    said = (item for item in response.output if isinstance(item, MessageOut))
+    summary = "\n".join(part.text for item in said for part in item.content if isinstance(part, OutputText)).strip()
+    users = [one for one in items if isinstance(one.item, MessageItem) and one.item.role == "user"]
+    item = {"id": new_item_id("compaction"), "type": "compaction", "encrypted_content": encode_thoughts(summary)}
+    return CompactedResponse(
+        id=new_id("resp"),
+        created_at=response.created_at,
+        output=(*(stored_item(one.item, one.path) for one in users), item),
+        usage=response.usage,
+    )

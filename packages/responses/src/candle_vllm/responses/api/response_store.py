@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ResponseStore: stored responses and conversations, for the code that generates responses and for later requests.
+"""ResponseStore: stored responses and conversations; ConversationTurns: one response at a time in a conversation.
 
 Entries are found by the hash of an API key and their id; for any other key they do not exist. Every failure of the
 store is a `StoreUnavailableError`.
@@ -8,23 +8,28 @@ store is a `StoreUnavailableError`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
-from candle_vllm.core.errors import RequestError
+from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
-from candle_vllm.responses.api.turns import ConversationTurns, blaming
 from candle_vllm.responses.store import entries as stored
 from candle_vllm.responses.store.backend import MEMORY, Backend, Held, open_backend
+from candle_vllm.responses.store.entries import CONVERSATION, ConversationBusyError, NotStoredError, checked_id, new_id
 from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.store.upkeep import Upkeep
 
 LEASE_MS = 60_000  # lease of a running response
 PURGE_SECONDS = 60.0
+TURN_MS = 20_000  # lease of a conversation's turn; if a server dies, other servers wait this long
+RENEW_SECONDS = 5.0  # seconds between renewals of a turn
+POLL_SECONDS = 0.25  # seconds between checks whether another server has finished
+MAX_WAITING = 8  # responses that wait for one conversation
 _PREVIOUS = "previous_response_id"
 
 logger = logging.getLogger(__name__)
@@ -271,3 +276,82 @@ def _found(
     for entry in entries:
         found |= {item["id"]: item for item in stored.items_of(entry.body, entry.given) if item.get("id") in wanted}
     return found
+
+
+class _Queue:
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.waiting = 0
+
+
+class ConversationTurns:
+    """Grants one response at a time the right to add items to a conversation.
+
+    `store` opens the store of the conversations; None means that no other process can use it.
+    """
+
+    def __init__(self, store: Callable[[], Awaitable[Backend]] | None = None) -> None:
+        self._store = store
+        self._queues: dict[tuple[str, str], _Queue] = {}
+
+    @contextlib.asynccontextmanager
+    async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
+        """Wait until no other response is in progress in the conversation, and hold it until the context exits.
+
+        Args:
+            conversation_id: id of the conversation; only a shared store requires that it exists.
+            param: parameter that the error names if the conversation does not exist.
+
+        Raises:
+            ConversationBusyError: too many responses wait for this conversation.
+            NotStoredError: a shared store has no such conversation.
+        """
+        name = owner, conversation_id
+        queue = self._queues.setdefault(name, _Queue())
+        if queue.waiting > MAX_WAITING:
+            raise ConversationBusyError(
+                f"{queue.waiting} responses are running or waiting in the conversation {conversation_id!r:.80}: try "
+                "again when they have ended.",
+                "conversation",
+            )
+        queue.waiting += 1
+        try:
+            async with queue.lock:
+                if self._store is None:
+                    yield
+                else:
+                    async with _turn_in_store(await self._store(), owner, conversation_id, param):
+                        yield
+        finally:
+            queue.waiting -= 1
+            if not queue.waiting:
+                self._queues.pop(name, None)
+
+
+@contextlib.asynccontextmanager
+async def _turn_in_store(store: Backend, owner: str, conversation_id: str, param: str) -> AsyncIterator[None]:
+    turn = Held(owner, conversation_id, new_id("turn"))
+    with blaming(param):
+        checked_id("Conversation", conversation_id, param)
+        while not await store.claim(CONVERSATION, turn, store.now + TURN_MS):
+            await asyncio.sleep(POLL_SECONDS)
+    failure = "a conversation's turn was not renewed"
+    upkeep = Upkeep(RENEW_SECONDS, lambda: store.move([turn], store.now + TURN_MS), failure)
+    try:
+        yield
+    finally:
+        await upkeep.close()
+        try:
+            await store.move([turn], None)
+        except CandleVllmError as error:  # the lease expires by itself
+            logger.warning("a conversation's turn could not be given back: %s", error.__cause__ or error)
+
+
+@contextlib.contextmanager
+def blaming(param: str) -> Iterator[None]:
+    """Set `param` of a `NotStoredError` to the field that named the missing object."""
+    try:
+        yield
+    except NotStoredError as error:
+        error.param = param
+        raise

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/files`: requests of batches, their answers, and images (steps 1 and 10). A caller sees only its own files."""
+"""`/v1/files` and `/v1/batches`: stored files, and batches that answer their lines (steps 1 and 10).
+
+A caller sees only its own files and batches.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.batches import records
 from candle_vllm.server.batches.service import FORM_OVERHEAD, Batches
 from candle_vllm.server.batches.store import PIECE, too_large
-from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
+from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS, parse_request
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.openapi.operation import KEPT, Operation, routing
@@ -32,6 +36,8 @@ router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
 JSON = "application/json"
 MAX_LIST = 10_000
+DEFAULT_BATCHES, MAX_BATCHES = 20, 100  # of a list
+MAX_BODY = 64 << 10  # bytes of the request for a batch
 _NAME = 200  # maximum characters of a stored file name
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
@@ -58,8 +64,7 @@ _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
 )
 async def upload_file(request: Request) -> Response:
     """Store a file: requests of a batch, or an image."""
-    batches, owner = await batches_and_owner(request)
-    query_of(request)
+    batches, owner, _ = await _asked(request)
     request.app.state.limits.admit(caller_of(request.scope))
     with batches.upload(owner) as count:
         return json_answer(await _uploaded(request, batches, owner, count))
@@ -98,8 +103,7 @@ async def _uploaded(request: Request, batches: Batches, owner: str, count: Calla
 )
 async def list_files(request: Request) -> Response:
     """The caller's files, newest first."""
-    batches, owner = await batches_and_owner(request)
-    query = query_of(request, "limit", "after", "purpose", "order")
+    batches, owner, query = await _asked(request, "limit", "after", "purpose", "order")
     (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")
     if purpose is not None and purpose not in (*records.UPLOADED, records.BATCH_OUTPUT):
         said = f"purpose must be {_one_of((*records.UPLOADED, records.BATCH_OUTPUT))}, not {purpose!r:.60}"
@@ -112,16 +116,14 @@ async def list_files(request: Request) -> Response:
 @route("GET /v1/files/{file_id}", answer=records.FileObject)
 async def get_file(request: Request, file_id: str) -> Response:
     """The metadata of a file."""
-    batches, owner = await batches_and_owner(request)
-    query_of(request)
+    batches, owner, _ = await _asked(request)
     return json_answer(await batches.store.file(owner, file_id))
 
 
 @route("GET /v1/files/{file_id}/content", media="application/octet-stream")
 async def get_file_content(request: Request, file_id: str) -> Response:
     """The content of a file."""
-    batches, owner = await batches_and_owner(request)
-    query_of(request)
+    batches, owner, _ = await _asked(request)
     file = await batches.store.file(owner, file_id)
 
     async def contents() -> AsyncGenerator[bytes]:
@@ -152,18 +154,18 @@ class _Download(StreamingResponse):
 @route("DELETE /v1/files/{file_id}", answer=records.FileDeleted)
 async def delete_file(request: Request, file_id: str) -> Response:
     """Delete a file."""
-    batches, owner = await batches_and_owner(request)
-    query_of(request)
+    batches, owner, _ = await _asked(request)
     await batches.store.delete_file(owner, file_id)
     return json_answer(records.FileDeleted(id=file_id))
 
 
-async def batches_and_owner(request: Request) -> tuple[Batches, str]:
-    """Return the service of files and batches, and the caller as an owner in it; 404 if nothing is stored."""
+async def _asked(request: Request, *known: str) -> tuple[Batches, str, dict[str, str]]:
+    """Return the service of files and batches, the caller as an owner, and the query; 404 if nothing is stored."""
     batches: Batches | None = request.app.state.batches
     if batches is None:
         raise HttpError(404, "This server stores no files: it was started with --responses-store off.", "store_off")
-    return batches, await batches.store.owner(caller_of(request.scope).key)
+    owner = await batches.store.owner(caller_of(request.scope).key)
+    return batches, owner, query_of(request, *known)
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -242,3 +244,46 @@ def _bounded(receive: Receive, limit: int, count: Callable[[int], None]) -> Rece
 def _form_too_large(limit: int) -> HttpError:
     message = f"The file is larger than {limit >> 20} MB. Send it in parts, or raise --file-max-mb."
     return HttpError(413, message, "request_too_large", {"connection": "close"})
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+@route(
+    "POST /v1/batches",
+    body=records.BatchRequest,
+    example={"input_file_id": "file_0", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
+    answer=records.Batch,
+)
+async def create_batch(request: Request) -> Response:
+    """Answer the requests of a file."""
+    batches, owner, _ = await _asked(request)
+    parse = functools.partial(parse_body, records.BatchRequest)
+    wire = await parse_request(request.scope, request.receive, MAX_BODY, parse)
+    return json_answer(await batches.create(owner, wire))
+
+
+@route(
+    "GET /v1/batches",
+    answer=records.BatchList,
+    query={"limit": {"type": "integer", "minimum": 1, "maximum": MAX_BATCHES, "default": DEFAULT_BATCHES}, **AFTER},
+)
+async def list_batches(request: Request) -> Response:
+    """The caller's batches, newest first."""
+    batches, owner, query = await _asked(request, "limit", "after")
+    limit, after = limit_and_after(query, DEFAULT_BATCHES, MAX_BATCHES)
+    return page_of(records.BatchList, await batches.store.batches(owner, limit + 1, after), limit)
+
+
+@route("GET /v1/batches/{batch_id}", answer=records.Batch)
+async def get_batch(request: Request, batch_id: str) -> Response:
+    """The state of a batch."""
+    batches, owner, _ = await _asked(request)
+    return json_answer((await batches.store.batch(owner, batch_id)).batch)
+
+
+@route("POST /v1/batches/{batch_id}/cancel", answer=records.Batch, errors=(*KEPT, 409))
+async def cancel_batch(request: Request, batch_id: str) -> Response:
+    """Cancel a batch; its results so far stay."""
+    batches, owner, _ = await _asked(request)
+    return json_answer(await batches.cancel(owner, batch_id))
