@@ -25,9 +25,10 @@ from candle_vllm.openai.fair_threads import RequestBytes, apart
 from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptions
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.http.sse import DONE, EventStream
+from candle_vllm.server.http.sse import DONE, EventStream, data_event
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.outliving import MailboxWriter, StoredForm
@@ -62,8 +63,8 @@ class GenerationApi:
     Attributes:
         parse: converts a body to a validated request.
         whole, streamed: let a model generate the whole answer, or its chunks.
-        event: encodes a chunk of a streamed answer as an event.
-        error_event: encodes the error that ends a failed stream.
+        event: encodes a chunk of a streamed answer as an event; by default, an event without a name.
+        error_event: encodes the error that ends a failed stream; by default, in OpenAI's form.
         done: last bytes of a stream that did not fail.
         defaults: whether sampling settings that a request omits get the operator's values before `whole` or `streamed`.
         stored: how answers are stored for clients that disconnected; None if they are not stored.
@@ -74,8 +75,8 @@ class GenerationApi:
     parse: Callable[[bytes], Any]
     whole: Callable[[ServedModel, Any], Awaitable[Any]]
     streamed: Callable[[ServedModel, Any], Awaitable[AsyncIterator[Any]]]
-    event: Callable[[Any], bytes]
-    error_event: Callable[[Exception], bytes]
+    event: Callable[[Any], bytes] = data_event
+    error_event: Callable[[Exception], bytes] = error_event
     done: bytes = DONE
     defaults: bool = True
     stored: StoredForm | None = None

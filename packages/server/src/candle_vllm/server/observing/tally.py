@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+
+import msgspec
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
@@ -23,9 +24,8 @@ def token_buckets(most: int) -> tuple[float, ...]:
         step *= 10
 
 
-@dataclass(frozen=True)
-class UsageCounts:
-    """Sums over requests: the number of requests, and the tokens in their `usage`."""
+class UsageCounts(msgspec.Struct, frozen=True):
+    """Requests that have ended, and their tokens."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -42,8 +42,7 @@ class UsageCounts:
         )
 
 
-@dataclass(frozen=True)
-class UsageRow:
+class UsageRow(msgspec.Struct, frozen=True):
     """The counts of one API key with one model."""
 
     model: str

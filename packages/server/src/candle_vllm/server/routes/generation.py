@@ -24,8 +24,6 @@ from candle_vllm.openai.completion_answers import join_completion
 from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import GenerationApi, answer
-from candle_vllm.server.http.failures import error_event
-from candle_vllm.server.http.sse import data_event
 from candle_vllm.server.mcp.chat_tools import answer_with_tools
 from candle_vllm.server.openapi.operation import QUESTION, QUEUED, Operation, routing
 from candle_vllm.server.outliving import StoredForm
@@ -78,23 +76,17 @@ CHAT = GenerationApi(
     parse=parse_chat_request,
     whole=lambda model, wire: model.adapter.chat(wire),
     streamed=lambda model, wire: model.adapter.chat_stream(wire),
-    event=data_event,
-    error_event=error_event,
     stored=StoredForm("chatcmpl-", join_chat),
 )
 COMPLETIONS = GenerationApi(
     parse=parse_completion_request,
     whole=lambda model, wire: model.adapter.complete(wire),
     streamed=lambda model, wire: model.adapter.complete_stream(wire),
-    event=data_event,
-    error_event=error_event,
     stored=StoredForm("cmpl-", join_completion),
 )
 FIM = GenerationApi(
     parse=lambda body: parse_body(FimRequest, body),
     whole=lambda model, wire: fim_answer(model.adapter, wire, model.entry.settings.default_sampling),
     streamed=lambda model, wire: fim_stream(model.adapter, wire, model.entry.settings.default_sampling),
-    event=data_event,
-    error_event=error_event,
     defaults=False,  # `whole` and `streamed` pass the operator's sampling values themselves
 )

@@ -21,8 +21,6 @@ from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.openai.task import MEDIA_MARK
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server import answering
-from candle_vllm.server.http.failures import error_event
-from candle_vllm.server.http.sse import data_event
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.openapi.operation import COUNTED, MODEL_ERRORS, QUESTION, QUEUED, WHICH, Operation, routing
 from candle_vllm.server.routes.vllm import template_of
@@ -138,8 +136,6 @@ def _api(kind: type[llama_server.LlamaRequest]) -> answering.GenerationApi:
         streamed=lambda model, wire: llama_server.llama_stream(
             model.adapter, wire, model.entry.settings.default_sampling
         ),
-        event=data_event,
-        error_event=error_event,
         done=b"",
         defaults=False,  # `whole` and `streamed` pass the operator's sampling values themselves
     )

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import Field, ValidationError
+from pydantic import Field
 from starlette.responses import Response
 
-from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.fields import WireModel, few_entries
-from candle_vllm.openai.validation import to_request_error
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.store.entries import MAX_ID, is_id
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.body import parse_request, unless_disconnected
@@ -116,7 +114,7 @@ async def push_record(request: Request, request_id: str) -> Response:
     """
     mailbox, owner = _mailbox(request)
     _query(request)
-    wire = await parse_request(request.scope, request.receive, MAX_BODY, _parse)
+    wire = await parse_request(request.scope, request.receive, MAX_BODY, functools.partial(parse_body, PushRequest))
     if not is_id(request_id):
         raise not_found(request_id)
     pushed = mailbox.push(owner, request_id, wire.url, wire.bearer_token, wire.headers or {})
@@ -142,13 +140,3 @@ def _query(request: Request, *known: str) -> dict[str, str]:
             raise invalid(name, "appears twice in the query")
         given[name] = value
     return given
-
-
-def _parse(body: bytes) -> PushRequest:
-    value = decode_json(body)
-    if not isinstance(value, dict):
-        raise InvalidBodyError("The body must be one JSON object.")
-    try:
-        return PushRequest.model_validate(value)
-    except ValidationError as error:
-        raise to_request_error(error) from None

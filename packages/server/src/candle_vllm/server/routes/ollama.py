@@ -6,14 +6,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from fastapi import APIRouter, Request
+from pydantic import model_validator
 from starlette.responses import Response
 
 from candle_vllm.openai import ollama, to_json_bytes
 from candle_vllm.openai.errors import ModelNotServedError
-from candle_vllm.openai.protocol.fields import WireModel
+from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
@@ -28,6 +29,23 @@ route = routing(router, functools.partial(
     Operation, tag="ollama", error=ollama.Failure, naming=OLLAMA, errors=QUEUED, untyped=True))  # fmt: skip
 
 _LATEST = ":latest"
+
+
+class OfModel(WireModel):
+    """The name of a model; `name` is the older name of the field."""
+
+    model: Name | None = None
+    name: Name | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.model is None) == (self.name is None):
+            raise invalid("model", "is needed: the name of a model (or name, not both)")
+        return self
+
+    @property
+    def named(self) -> str:
+        return self.model or self.name or ""
 
 
 async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact: bool = False) -> Any:

@@ -14,13 +14,13 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from fastapi import APIRouter, Request
 from msgspec import UNSET, UnsetType
-from pydantic import BeforeValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, WithJsonSchema
 from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.ollama import Failure, ollama_parser
-from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
+from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel
 from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import ollama_error_line
@@ -30,6 +30,7 @@ from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
+from candle_vllm.server.routes.ollama import OfModel
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
@@ -52,24 +53,7 @@ def refuse_open_changes(settings: Settings) -> None:
             )
 
 
-class _OfModel(WireModel):
-    """The name of a model; `name` is the older name of the field."""
-
-    model: Name | None = None
-    name: Name | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> _OfModel:
-        if (self.model is None) == (self.name is None):
-            raise invalid("model", "is needed: the name of a model (or name, not both)")
-        return self
-
-    @property
-    def named(self) -> str:
-        return self.model or self.name or ""
-
-
-class PullRequest(_OfModel):
+class PullRequest(OfModel):
     """A model of Hugging Face to download: `org/name:Q4_K_M`, or a known name. `stream` is true by default."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -85,13 +69,13 @@ class PullRequest(_OfModel):
     ] = True
 
 
-class StopRequest(_OfModel):
+class StopRequest(OfModel):
     """A model whose download is to be stopped; `remove` also deletes the downloaded part."""
 
     remove: bool = False
 
 
-class DeleteRequest(_OfModel):
+class DeleteRequest(OfModel):
     """A downloaded model whose files are to be removed, or the name of a copy."""
 
 
@@ -161,7 +145,7 @@ async def ollama_copy(request: Request) -> Response:
     It has the name until the server ends.
     """
     wire: CopyRequest = await _allowed(request, CopyRequest)
-    manager = _manager(request)
+    manager: ModelManager = request.app.state.manager
     entry = manager.find(wire.source, exact=True).entry
     try:
         _change(manager, entry, dataclasses.replace(entry, aliases=(*entry.names, wire.destination)))
@@ -177,7 +161,8 @@ async def ollama_delete(request: Request) -> Response:
     A copy loses its name; a fetched model is forgotten, and its files are removed.
     """
     wire: DeleteRequest = await _allowed(request, DeleteRequest)
-    manager, settings, name = _manager(request), request.app.state.settings, wire.named
+    manager: ModelManager = request.app.state.manager
+    settings, name = request.app.state.settings, wire.named
     entry = manager.find(name, exact=True).entry
     if name != entry.name and len(entry.names) > 1:
         left = tuple(each for each in entry.names if each != name)
@@ -258,7 +243,3 @@ async def _allowed(request: Request, kind: type[WireModel]) -> Any:
         message = "Clients cannot change models: this server was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_not_allowed")
     return wire
-
-
-def _manager(request: Request) -> ModelManager:
-    return request.app.state.manager

@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 import msgspec
 from fastapi import APIRouter, Request
 from msgspec import UNSET, UnsetType
-from pydantic import model_validator
 from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.ollama import Failure, ollama_parser, rfc3339
-from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
+from candle_vllm.openai.protocol.fields import Refusal
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
@@ -27,7 +26,7 @@ from candle_vllm.server.models.library import Description, describe, file_bytes
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
-from candle_vllm.server.routes.ollama import ollama_body, served_name
+from candle_vllm.server.routes.ollama import OfModel, ollama_body, served_name
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class ApiVersion(msgspec.Struct, frozen=True):
     version: str
 
 
-class ShowRequest(WireModel):
+class ShowRequest(OfModel):
     """The model to describe; `name` is the older name of the field, and `verbose` has no effect."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -116,15 +115,7 @@ class ShowRequest(WireModel):
         "options": Refusal(_AS_IT_IS, ({},)),
     }
 
-    model: Name | None = None
-    name: Name | None = None
     verbose: bool | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> ShowRequest:
-        if (self.model is None) == (self.name is None):
-            raise invalid("model", "is needed: the name of a model (or name, not both)")
-        return self
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,7 +141,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 @route("GET /api/tags", answer=Tags)
 async def ollama_tags(request: Request) -> Response:
     """All models."""
-    manager = _manager(request)
+    manager: ModelManager = request.app.state.manager
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     sizes = await asyncio.to_thread(lambda: [_size(slot) for slot in slots])
     await manager.adapters.listed()
@@ -172,7 +163,8 @@ def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
 @route("GET /api/ps", answer=Residents)
 async def ollama_ps(request: Request) -> Response:
     """The models that are loaded."""
-    manager, found = _manager(request), list[Resident]()
+    manager: ModelManager = request.app.state.manager
+    found = list[Resident]()
     for slot in manager.slots.values():
         if slot.model is None or not caller_of(request.scope).may_use(*slot.entry.names):
             continue
@@ -190,8 +182,8 @@ async def ollama_ps(request: Request) -> Response:
 async def ollama_show(request: Request) -> Response:
     """What is known of a model."""
     wire = await ollama_body(request, ollama_parser(ShowRequest), exact=True)
-    manager = _manager(request)
-    slot = manager.find(await served_name(request, wire.model or wire.name or "", exact=True))
+    manager: ModelManager = request.app.state.manager
+    slot = manager.find(await served_name(request, wire.named, exact=True))
     if slot.model is None and slot.described is None:
         try:
             slot.described = await asyncio.to_thread(describe, slot.entry.settings)
@@ -286,7 +278,3 @@ def digest(name: str) -> str:
 
 def _size(slot: ModelSlot) -> int:
     return file_bytes(slot.entry.settings) if slot.model is None else slot.model.engine.model_info.weight_bytes
-
-
-def _manager(request: Request) -> ModelManager:
-    return request.app.state.manager

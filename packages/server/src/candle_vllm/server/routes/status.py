@@ -21,6 +21,7 @@ from candle_vllm.server.models.cards import LoadProgress, load_progress
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.observing.exposition import render
+from candle_vllm.server.observing.tally import UsageRow
 from candle_vllm.server.openapi.operation import Operation, routing
 
 router = APIRouter()
@@ -53,23 +54,6 @@ class Welcome(msgspec.Struct, frozen=True):
     version: str
     models: tuple[str, ...]
     openai_base_url: str
-
-
-class UsageCounts(msgspec.Struct, frozen=True):
-    """Requests that have ended, and their tokens."""
-
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-
-
-class UsageRow(msgspec.Struct, frozen=True):
-    """The counts of one API key with one model."""
-
-    model: str
-    key: str
-    counts: UsageCounts
 
 
 @route("GET /metrics", tag="operators", media="text/plain", manages=True)

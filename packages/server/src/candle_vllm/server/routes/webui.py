@@ -86,10 +86,15 @@ def web_ui_router() -> APIRouter:
     """Return the routes of the page, which must be added before the server's own response at `/`."""
     router, bundle = APIRouter(), read_bundle()
 
-    @router.get("/", include_in_schema=False)
-    async def page(request: Request) -> Response:
-        """The page."""
-        return bundle[_INDEX].answer(request)
+    def add(path: str, name: str) -> None:
+        async def file(request: Request) -> Response:
+            return bundle[name].answer(request)
+
+        router.add_api_route(path, file, include_in_schema=False)
+
+    add("/", _INDEX)
+    for name in (_PREVIEW, "icon.svg", "licenses.txt"):
+        add(f"/{name}", name)
 
     @router.get("/assets/{name}", include_in_schema=False)
     async def asset(request: Request, name: str) -> Response:
@@ -98,20 +103,5 @@ def web_ui_router() -> APIRouter:
         if found is None:
             raise HTTPException(404)
         return found.answer(request)
-
-    @router.get("/preview.html", include_in_schema=False)
-    async def preview(request: Request) -> Response:
-        """An empty document in which the page runs a model's code without network access."""
-        return bundle[_PREVIEW].answer(request)
-
-    @router.get("/icon.svg", include_in_schema=False)
-    async def icon(request: Request) -> Response:
-        """The page's icon."""
-        return bundle["icon.svg"].answer(request)
-
-    @router.get("/licenses.txt", include_in_schema=False)
-    async def licenses(request: Request) -> Response:
-        """The licences of the libraries in the bundle."""
-        return bundle["licenses.txt"].answer(request)
 
     return router
