@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import WebSocketException
 from websockets.frames import CTRL_OPCODES, Frame
@@ -25,9 +25,6 @@ from candle_vllm.server.http.body import BIG_BODY, Held
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import NOBODY, caller_of
 from candle_vllm.server.http.sse import WRITE_PART, WritePart
-
-if TYPE_CHECKING:
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD = 64 << 10  # bytes of request line and headers, not counting the last read from the socket
 HEAD_SECONDS = 30.0  # from the connection, or the first byte of a later request, to the end of the head
@@ -46,20 +43,6 @@ MAX_FRAMES = 1024  # frames of less than 1 KiB from a WebSocket's client in a se
 CONTROL_WEIGHT = 16  # number of small frames as which a control frame counts, because it is answered
 
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")  # RFC 9112, section 3.2
-
-
-def http_protocol() -> type[asyncio.Protocol]:
-    """Return the fastest installed protocol: httptools, with a limit on the head, or h11, which has its own."""
-    return _timed(_ClosingH11Protocol if importlib.util.find_spec("httptools") is None else _limited())
-
-
-class _ClosingH11Protocol(H11Protocol):
-    """Closes a connection if the answer is complete before its request's body."""
-
-    def on_response_complete(self) -> None:
-        if self.cycle.more_body:
-            self.transport.close()
-        super().on_response_complete()
 
 
 class _ReadInTime(asyncio.Protocol):
@@ -105,12 +88,230 @@ def most_connections() -> int:
     return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, files * 7 // 8))
 
 
-def _timed(base: Any) -> type[asyncio.Protocol]:
+def _part_writer(cycle: RequestResponseCycle) -> WritePart:
+    """Return the `WritePart` of one uvicorn response; uvicorn adds the framing of each part."""
+
+    def write(data: bytes) -> bool:
+        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
+            return False
+        sending = cycle.send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            sending.send(None)  # it suspends only if the client does not keep up
+        except StopIteration:
+            return True
+        raise RuntimeError("a part of an answer was not written at once")
+
+    return write
+
+
+class _UnknownLength(int):
+    """The remaining length of a response that ends with its connection; every part fits into it."""
+
+    def __sub__(self, sent: int) -> _UnknownLength:
+        return self
+
+    def __lt__(self, sent: int) -> bool:
+        return False
+
+
+class _UnreadTransport(asyncio.Transport):
+    """The transport of an answer to a client that may still be sending; `close` leaves time to read the answer."""
+
+    def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
+        super().__init__()
+        self.write, self.is_closing = transport.write, transport.is_closing
+        self.close = linger
+
+
+def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool) -> str | None:
+    """Return why RFC 9112 (sections 2.3, 3.2 and 6.1) forbids a request that llhttp accepts; None for a valid one.
+
+    Also refuses a body after an upgrade to a WebSocket or after CONNECT, which llhttp would parse as the next request.
+    """
+    names, values = [name for name, _ in headers], dict(headers)
+    if version not in ("1.1", "1.0"):
+        return "This server speaks HTTP/1.1 and HTTP/1.0."
+    if (hosts := names.count(b"host")) != 1 and (hosts or version == "1.1"):
+        return "A request has one Host header."
+    if version == "1.0" and b"transfer-encoding" in names:
+        return "HTTP/1.0 has no Transfer-Encoding."
+    if hosts and _HOST.fullmatch(values[b"host"]) is None:
+        return "The Host header is no host with or without a port."
+    if upgrades and (b"transfer-encoding" in values or values.get(b"content-length", b"").strip(b"0")):
+        return "A request with a body cannot ask for another protocol: ask for HTTP/1.1 alone."
+    return None
+
+
+class _LimitedHttpToolsProtocol(HttpToolsProtocol):
+    """Closes a connection whose request has too many bytes that are not body: headers, trailers, framing.
+
+    Also if a body has too many small chunks, or is incomplete when its answer begins. uvicorn has a reference only
+    to the last of several pipelined requests, this class to all of them. When the client disconnects, the request
+    that is being answered is notified, and no error is sent in place of its answer.
+    """
+
+    _piece = b""  # the data that is being parsed
+    _seen = 0  # bytes of the incomplete request
+    _body = 0  # bytes of its body
+    _pieces = 0  # chunks of its body
+    _ended = False  # whether a request ended in the current data
+    _broken = False  # whether the last data was no valid request; further data is ignored
+    _fault: str | None = None  # why the last data was no valid request
+    _keep_alive = False  # whether the connection stays open after the body of the last request
+    _unread: _UnreadTransport
+    _lingering: asyncio.TimerHandle | None = None
+    _answering: RequestResponseCycle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._unread = _UnreadTransport(transport, lambda: self._linger(transport))
+
+    def data_received(self, data: bytes) -> None:
+        if self._broken:
+            self._seen += len(data)
+            if self._lingering is not None and self._seen > LINGER_BYTES:
+                self.transport.abort()
+            return
+        self._ended = False
+        self._piece = data
+        super().data_received(data)
+        self._piece = b""
+        if self._ended or self._broken or self not in self.connections:  # or it became a WebSocket
+            return
+        self._seen += len(data)
+        if self._seen - self._body - CHUNK_OVERHEAD * self._pieces > MAX_HEAD and not self.transport.is_closing():
+            self.send_400_response("The request head is too large.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value.rstrip(b" \t"))  # llhttp strips only the blanks before a value; RFC 9110, 5.5
+
+    def _leaves_upgrade(self) -> bool:
+        """Whether the request asks for an upgrade to a protocol that the server lacks (h2c), and may ignore."""
+        parser = self.parser
+        return parser.should_upgrade() and parser.get_method() != b"CONNECT" and not self._should_upgrade()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Parse a request again without its `Upgrade`, because llhttp parses nothing after a request with one."""
+        upgrade = sys.exception()
+        if not self._leaves_upgrade() or not isinstance(upgrade, httptools.HttpParserUpgrade):
+            return
+        version = self.parser.get_http_version().encode()
+        head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        head += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+        self._piece = b"\r\n".join([*head, b"", self._piece[upgrade.args[0] :]])
+        super().data_received(self._piece)
+
+    def on_headers_complete(self) -> None:
+        assert self.parser is not None
+        if self._leaves_upgrade():
+            return
+        upgrades = self.parser.should_upgrade()
+        self._fault = _fault(self.parser.get_http_version(), self.headers, upgrades)
+        if self._fault is not None:
+            raise ValueError(self._fault)  # 400, here and below
+        super().on_headers_complete()
+        if upgrades and self._should_upgrade():
+            if self._unanswered():
+                raise ValueError("a connection cannot be upgraded while an answer is written")
+            return
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise ValueError("too many requests wait for the one before them")
+        cycle = self.cycle
+        extensions: dict[str, Any] = {WRITE_PART: _part_writer(cycle)}
+        cycle.scope["extensions"] = extensions
+        if not self.pipeline:
+            self._answering = cycle
+        # An answer before the end of the body closes the connection, and has `Connection: close`.
+        self._keep_alive, cycle.keep_alive = cycle.keep_alive, False
+        if self.parser.get_http_version() == "1.0":  # no chunks (RFC 9112, 6.1): closing ends the answer
+            cycle.chunked_encoding, cycle.expected_content_length = False, _UnknownLength()
+            self._keep_alive = False
+        cycle.transport = self._unread
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        self._pieces += 1
+        if self._pieces > MAX_PIECES + self._body // PIECE_BYTES:
+            self._fault = "The body came in too many small chunks."
+            raise ValueError(self._fault)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._leaves_upgrade():
+            return
+        self._seen = self._body = self._pieces = 0
+        self._ended = True
+        cycle = self.cycle
+        if cycle is not None and cycle.transport is self._unread:
+            cycle.transport = self.transport
+            if not cycle.response_started:
+                cycle.keep_alive = self._keep_alive
+        super().on_message_complete()
+
+    def shutdown(self) -> None:
+        self._keep_alive = False
+        super().shutdown()
+
+    def _linger(self, transport: asyncio.Transport) -> None:
+        """End a connection whose client is still sending: read its data for a while, and discard them.
+
+        Closing a socket with unread bytes would reset the connection, and the answer could be lost.
+        """
+        if transport.is_closing() or self._lingering is not None:
+            return
+        self._broken, self._seen = True, 0
+        self._drop_unanswered()
+        self._lingering = self.loop.call_later(LINGER_SECONDS, transport.abort)
+        if transport.can_write_eof():
+            transport.write_eof()
+
+    def on_response_complete(self) -> None:
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse the last request; if earlier requests wait for answers, only end the connection after these."""
+        self._broken = True
+        before = self._unanswered()
+        broken = before.pop() if before and before[-1].more_body else None  # its body is invalid, not a new head
+        if before:
+            before[-1].keep_alive = False
+            if broken is not None:
+                self.pipeline.popleft()
+        elif broken is not None and broken.response_started:
+            self.transport.close()
+        else:
+            transport, self.transport = self.transport, self._unread
+            super().send_400_response(self._fault or msg)
+            self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+        self._drop_unanswered()
+        super().connection_lost(exc)
+
+    def _drop_unanswered(self) -> None:
+        for cycle in self._unanswered():
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.pipeline.clear()
+
+    def _unanswered(self) -> list[RequestResponseCycle]:
+        """The requests whose answers are incomplete, in order of arrival."""
+        first = [] if self._answering is None or self._answering.response_complete else [self._answering]
+        return first + [cycle for cycle, _ in reversed(self.pipeline)]
+
+
+def http_protocol() -> type[asyncio.Protocol]:
+    """Return the protocol of one server: httptools, with limits; its classes share what they know of connections."""
     most = most_connections()
     silent: dict[Any, float] = {}  # connections that wait for a request head, and since when; oldest first
     idle: dict[Any, None] = {}  # connections that were answered and send nothing; longest idle first
 
-    class TimedProtocol(_ReadInTime, base):
+    class TimedProtocol(_ReadInTime, _LimitedHttpToolsProtocol):
         """Closes a connection whose next request head is not complete within `HEAD_SECONDS`.
 
         uvicorn's own timer runs between an answer and the next byte; this timer runs the rest of the time. When too
@@ -184,229 +385,6 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
             self.transport.close()
 
     return TimedProtocol
-
-
-def _part_writer(cycle: RequestResponseCycle) -> WritePart:
-    """Return the `WritePart` of one uvicorn response; uvicorn adds the framing of each part."""
-
-    def write(data: bytes) -> bool:
-        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
-            return False
-        sending = cycle.send({"type": "http.response.body", "body": data, "more_body": True})
-        try:
-            sending.send(None)  # it suspends only if the client does not keep up
-        except StopIteration:
-            return True
-        raise RuntimeError("a part of an answer was not written at once")
-
-    return write
-
-
-class _UnknownLength(int):
-    """The remaining length of a response that ends with its connection; every part fits into it."""
-
-    def __sub__(self, sent: int) -> _UnknownLength:
-        return self
-
-    def __lt__(self, sent: int) -> bool:
-        return False
-
-
-class _UnreadTransport(asyncio.Transport):
-    """The transport of an answer to a client that may still be sending; `close` leaves time to read the answer."""
-
-    def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
-        super().__init__()
-        self.write, self.is_closing = transport.write, transport.is_closing
-        self.close = linger
-
-
-def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool) -> str | None:
-    """Return why RFC 9112 (sections 2.3, 3.2 and 6.1) forbids a request that llhttp accepts; None for a valid one.
-
-    Also refuses a body after an upgrade to a WebSocket or after CONNECT, which llhttp would parse as the next request.
-    """
-    names, values = [name for name, _ in headers], dict(headers)
-    if version not in ("1.1", "1.0"):
-        return "This server speaks HTTP/1.1 and HTTP/1.0."
-    if (hosts := names.count(b"host")) != 1 and (hosts or version == "1.1"):
-        return "A request has one Host header."
-    if version == "1.0" and b"transfer-encoding" in names:
-        return "HTTP/1.0 has no Transfer-Encoding."
-    if hosts and _HOST.fullmatch(values[b"host"]) is None:
-        return "The Host header is no host with or without a port."
-    if upgrades and (b"transfer-encoding" in values or values.get(b"content-length", b"").strip(b"0")):
-        return "A request with a body cannot ask for another protocol: ask for HTTP/1.1 alone."
-    return None
-
-
-def _limited() -> type[HttpToolsProtocol]:
-    import httptools
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-    class LimitedHttpToolsProtocol(HttpToolsProtocol):
-        """Closes a connection whose request has too many bytes that are not body: headers, trailers, framing.
-
-        Also if a body has too many small chunks, or is incomplete when its answer begins. uvicorn has a reference only
-        to the last of several pipelined requests, this class to all of them. When the client disconnects, the request
-        that is being answered is notified, and no error is sent in place of its answer.
-        """
-
-        _piece = b""  # the data that is being parsed
-        _seen = 0  # bytes of the incomplete request
-        _body = 0  # bytes of its body
-        _pieces = 0  # chunks of its body
-        _ended = False  # whether a request ended in the current data
-        _broken = False  # whether the last data was no valid request; further data is ignored
-        _fault: str | None = None  # why the last data was no valid request
-        _keep_alive = False  # whether the connection stays open after the body of the last request
-        _unread: _UnreadTransport
-        _lingering: asyncio.TimerHandle | None = None
-        _answering: RequestResponseCycle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._unread = _UnreadTransport(transport, lambda: self._linger(transport))
-
-        def data_received(self, data: bytes) -> None:
-            if self._broken:
-                self._seen += len(data)
-                if self._lingering is not None and self._seen > LINGER_BYTES:
-                    self.transport.abort()
-                return
-            self._ended = False
-            self._piece = data
-            super().data_received(data)
-            self._piece = b""
-            if self._ended or self._broken or self not in self.connections:  # or it became a WebSocket
-                return
-            self._seen += len(data)
-            if self._seen - self._body - CHUNK_OVERHEAD * self._pieces > MAX_HEAD and not self.transport.is_closing():
-                self.send_400_response("The request head is too large.")
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value.rstrip(b" \t"))  # llhttp strips only the blanks before a value; RFC 9110, 5.5
-
-        def _leaves_upgrade(self) -> bool:
-            """Whether the request asks for an upgrade to a protocol that the server lacks (h2c), and may ignore."""
-            parser = self.parser
-            return parser.should_upgrade() and parser.get_method() != b"CONNECT" and not self._should_upgrade()
-
-        def _unsupported_upgrade_warning(self) -> None:
-            """Parse a request again without its `Upgrade`, because llhttp parses nothing after a request with one."""
-            upgrade = sys.exception()
-            if not self._leaves_upgrade() or not isinstance(upgrade, httptools.HttpParserUpgrade):
-                return
-            version = self.parser.get_http_version().encode()
-            head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
-            head += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
-            self._piece = b"\r\n".join([*head, b"", self._piece[upgrade.args[0] :]])
-            super().data_received(self._piece)
-
-        def on_headers_complete(self) -> None:
-            assert self.parser is not None
-            if self._leaves_upgrade():
-                return
-            upgrades = self.parser.should_upgrade()
-            self._fault = _fault(self.parser.get_http_version(), self.headers, upgrades)
-            if self._fault is not None:
-                raise ValueError(self._fault)  # 400, here and below
-            super().on_headers_complete()
-            if upgrades and self._should_upgrade():
-                if self._unanswered():
-                    raise ValueError("a connection cannot be upgraded while an answer is written")
-                return
-            if len(self.pipeline) > MAX_PIPELINED:
-                raise ValueError("too many requests wait for the one before them")
-            cycle = self.cycle
-            extensions: dict[str, Any] = {WRITE_PART: _part_writer(cycle)}
-            cycle.scope["extensions"] = extensions
-            if not self.pipeline:
-                self._answering = cycle
-            # An answer before the end of the body closes the connection, and has `Connection: close`.
-            self._keep_alive, cycle.keep_alive = cycle.keep_alive, False
-            if self.parser.get_http_version() == "1.0":  # no chunks (RFC 9112, 6.1): closing ends the answer
-                cycle.chunked_encoding, cycle.expected_content_length = False, _UnknownLength()
-                self._keep_alive = False
-            cycle.transport = self._unread
-
-        def on_body(self, body: bytes) -> None:
-            self._body += len(body)
-            self._pieces += 1
-            if self._pieces > MAX_PIECES + self._body // PIECE_BYTES:
-                self._fault = "The body came in too many small chunks."
-                raise ValueError(self._fault)
-            super().on_body(body)
-
-        def on_message_complete(self) -> None:
-            if self._leaves_upgrade():
-                return
-            self._seen = self._body = self._pieces = 0
-            self._ended = True
-            cycle = self.cycle
-            if cycle is not None and cycle.transport is self._unread:
-                cycle.transport = self.transport
-                if not cycle.response_started:
-                    cycle.keep_alive = self._keep_alive
-            super().on_message_complete()
-
-        def shutdown(self) -> None:
-            self._keep_alive = False
-            super().shutdown()
-
-        def _linger(self, transport: asyncio.Transport) -> None:
-            """End a connection whose client is still sending: read its data for a while, and discard them.
-
-            Closing a socket with unread bytes would reset the connection, and the answer could be lost.
-            """
-            if transport.is_closing() or self._lingering is not None:
-                return
-            self._broken, self._seen = True, 0
-            self._drop_unanswered()
-            self._lingering = self.loop.call_later(LINGER_SECONDS, transport.abort)
-            if transport.can_write_eof():
-                transport.write_eof()
-
-        def on_response_complete(self) -> None:
-            self._answering = self.pipeline[-1][0] if self.pipeline else None
-            super().on_response_complete()
-
-        def send_400_response(self, msg: str) -> None:
-            """Refuse the last request; if earlier requests wait for answers, only end the connection after these."""
-            self._broken = True
-            before = self._unanswered()
-            broken = before.pop() if before and before[-1].more_body else None  # its body is invalid, not a new head
-            if before:
-                before[-1].keep_alive = False
-                if broken is not None:
-                    self.pipeline.popleft()
-            elif broken is not None and broken.response_started:
-                self.transport.close()
-            else:
-                transport, self.transport = self.transport, self._unread
-                super().send_400_response(self._fault or msg)
-                self.transport = transport
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._lingering is not None:
-                self._lingering.cancel()
-            self._drop_unanswered()
-            super().connection_lost(exc)
-
-        def _drop_unanswered(self) -> None:
-            for cycle in self._unanswered():
-                cycle.disconnected = True
-                cycle.message_event.set()
-            self.pipeline.clear()
-
-        def _unanswered(self) -> list[RequestResponseCycle]:
-            """The requests whose answers are incomplete, in order of arrival."""
-            first = [] if self._answering is None or self._answering.response_complete else [self._answering]
-            return first + [cycle for cycle, _ in reversed(self.pipeline)]
-
-    return LimitedHttpToolsProtocol
 
 
 class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
