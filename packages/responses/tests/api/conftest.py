@@ -13,7 +13,7 @@ import pytest_asyncio
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.protocol.response import ConversationOut, MessageOut, OutputText, Response
-from candle_vllm.responses.store.options import StoreOptions
+from candle_vllm.responses.store.backend import StoreOptions
 
 
 @pytest_asyncio.fixture

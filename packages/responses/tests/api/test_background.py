@@ -20,8 +20,8 @@ from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.store.backend import StoreOptions
 from candle_vllm.responses.store.entries import Entry, NotStoredError, StoreUnavailableError
-from candle_vllm.responses.store.options import StoreOptions
 from tests.waiting import until
 
 Make = Callable[..., Response]

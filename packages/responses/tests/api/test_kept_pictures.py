@@ -25,7 +25,7 @@ from candle_vllm.responses.api.responder import Responder
 from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.tools import McpTool
-from candle_vllm.responses.store.options import StoreOptions
+from candle_vllm.responses.store.backend import StoreOptions
 from candle_vllm.responses.tools.tool import ContentPart, ToolDefinition, ToolOutput
 from tests.response_judges import judge_response
 

@@ -30,8 +30,8 @@ from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.tools import McpTool
+from candle_vllm.responses.store.backend import StoreOptions
 from candle_vllm.responses.store.entries import Entry, NotStoredError
-from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput
 from tests.response_judges import judge_events, judge_response

@@ -18,13 +18,13 @@ from candle_vllm.responses.api.response_store import ConversationTurns, Response
 from candle_vllm.responses.api.stored_items import PageRequest, entry_of, page_of, stored_items
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.store.backend import StoreOptions
 from candle_vllm.responses.store.entries import (
     ConversationBusyError,
     NotStoredError,
     StoreLimitError,
     StoreUnavailableError,
 )
-from candle_vllm.responses.store.options import StoreOptions
 from tests.waiting import until
 
 USER = {"role": "user", "content": "Hi"}

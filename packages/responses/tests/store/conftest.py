@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from candle_vllm.responses.api.response_store import ResponseStore
-from candle_vllm.responses.store.options import StoreOptions
+from candle_vllm.responses.store.backend import StoreOptions
 from tests.postgres_server import new_database, postgres_server
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import delete, func, select, update
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.api.response_store import LEASE_MS, ResponseStore
-from candle_vllm.responses.store.backend import BACKENDS, Backend, Bounds, Place, backend_at
+from candle_vllm.responses.store.backend import BACKENDS, Backend, Bounds, Place, StoreOptions, backend_at
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import (
     RESPONSE,
@@ -30,7 +30,6 @@ from candle_vllm.responses.store.entries import (
     StoreLimitError,
     StoreUnavailableError,
 )
-from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.responses.store.tables import VERSION, tables_of
 from tests.waiting import PATIENCE, until

@@ -24,10 +24,9 @@ from sqlalchemy import (
 )
 
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
-from candle_vllm.responses.store.backend import Bounds, Held, Place
+from candle_vllm.responses.store.backend import Bounds, Held, Place, StoreOptions
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import CONVERSATION, Entry
-from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.responses.store.tables import VERSION, tables_of
 

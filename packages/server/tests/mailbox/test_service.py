@@ -17,9 +17,9 @@ from candle_vllm.openai import OpenAIAdapter, parse_chat_request
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.mailbox.delivery import wait_ms
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.mailbox.record import Status
+from candle_vllm.server.mailbox.webhook import wait_ms
 from tests.waiting import PATIENCE, until
 
 ALWAYS, GONE, NEVER = Mode.ALWAYS, Mode.ON_DISCONNECT, Mode.NEVER
@@ -187,7 +187,7 @@ async def test_what_was_not_delivered_is_pushed_after_a_restart(open_mailbox, re
 
 
 async def test_a_push_that_the_end_cuts_off_is_due_at_the_next_start(open_mailbox, receiver, monkeypatch) -> None:
-    monkeypatch.setattr("candle_vllm.server.mailbox.delivery.CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("candle_vllm.server.mailbox.webhook.CLOSE_SECONDS", 0.05)
     receiver.pause = 30.0
     first = await open_mailbox()
     await _keep(first, DeliveryPolicy(NEVER, GONE, receiver.url))
@@ -202,7 +202,7 @@ async def test_a_push_that_the_end_cuts_off_is_due_at_the_next_start(open_mailbo
 
 
 async def test_a_push_of_a_server_that_died_is_due_after_its_lease(open_mailbox, receiver, monkeypatch) -> None:
-    monkeypatch.setattr("candle_vllm.server.mailbox.delivery.LEASE_MARGIN_SECONDS", 0.2)
+    monkeypatch.setattr("candle_vllm.server.mailbox.webhook.LEASE_MARGIN_SECONDS", 0.2)
     receiver.pause = 30.0
     dead = await open_mailbox({"timeout_secs": 1.0})
     begun = time.monotonic()
@@ -231,7 +231,7 @@ async def test_a_url_that_is_not_allowed_any_more_is_not_called(open_mailbox, re
 
 
 async def test_one_keys_slow_receiver_does_not_hold_up_anothers(open_mailbox, receiver, monkeypatch) -> None:
-    monkeypatch.setattr("candle_vllm.server.mailbox.delivery.CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("candle_vllm.server.mailbox.webhook.CLOSE_SECONDS", 0.05)
 
     async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -273,7 +273,7 @@ async def test_a_store_that_fails_costs_the_answer_and_not_the_request(open_mail
 async def test_a_failure_that_nobody_foresaw_does_not_end_the_pushing(
     open_mailbox, receiver, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr("candle_vllm.server.mailbox.delivery.FAILURE_SECONDS", 0.05)
+    monkeypatch.setattr("candle_vllm.server.mailbox.webhook.FAILURE_SECONDS", 0.05)
     mailbox = await open_mailbox()
     claim = SqlBackend.claim_due
     calls: list[object] = []

@@ -33,7 +33,7 @@ from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.shown import LOG_STYLES, without_secrets
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
-from candle_vllm.responses.store.options import MEMORY
+from candle_vllm.responses.store.backend import MEMORY
 from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.service import stored_image

@@ -2,8 +2,15 @@
 """Anthropic's Messages API over an `OpenAIAdapter`, without HTTP: requests, answers, streams and errors."""
 
 from candle_vllm.openai.anthropic.adapter import MessagesAdapter, MessageStream
-from candle_vllm.openai.anthropic.answers import Message, MessageEvent, TokenCount
-from candle_vllm.openai.anthropic.errors import ErrorBody, ErrorResponse, anthropic_error, to_anthropic_error
+from candle_vllm.openai.anthropic.answers import (
+    ErrorBody,
+    ErrorResponse,
+    Message,
+    MessageEvent,
+    TokenCount,
+    anthropic_error,
+    to_anthropic_error,
+)
 from candle_vllm.openai.anthropic.request import (
     ADVISORY_MESSAGES_FIELDS,
     REFUSED_COUNT_FIELDS,

@@ -17,7 +17,7 @@ from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.gemma import Gemma
-from candle_vllm.openai.formats.grammars.json_bodies import begun_objects, json_calls, named_json
+from candle_vllm.openai.formats.grammars.bodies import begun_objects, json_calls, named_json, nested, tagged
 from candle_vllm.openai.formats.grammars.literals import begun_calls, gemma, pythonic
 from candle_vllm.openai.formats.grammars.messages import (
     blocks,
@@ -28,7 +28,6 @@ from candle_vllm.openai.formats.grammars.messages import (
     headed_answer,
 )
 from candle_vllm.openai.formats.grammars.schemas import FunctionShape
-from candle_vllm.openai.formats.grammars.tagged import nested, tagged
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
 from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.layout import Body, ReasoningFormat, ToolFormat

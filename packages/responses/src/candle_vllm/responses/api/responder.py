@@ -48,7 +48,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.response_store import ResponseStore
-    from candle_vllm.responses.store.options import StoreOptions
+    from candle_vllm.responses.store.backend import StoreOptions
 
 Fields = Mapping[str, Any]  # a request as a plain object, which is checked on use
 

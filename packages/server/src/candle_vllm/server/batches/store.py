@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import msgspec
 
 from candle_vllm.responses.store import entries
-from candle_vllm.responses.store.backend import MEMORY, Backend, Bounds, Held, Place, open_backend
-from candle_vllm.responses.store.options import SETTING
+from candle_vllm.responses.store.backend import MEMORY, SETTING, Backend, Bounds, Held, Place, open_backend
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
 
 FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry

@@ -18,12 +18,11 @@ import msgspec
 from candle_vllm.core.targets import Target, parse_target
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.upkeep import Upkeep
-from candle_vllm.server.mailbox.delivery import Deliverer
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Headers, Mode, check_bearer, client_target, read_policy
 from candle_vllm.server.mailbox.record import MailboxError, Status, invalid, not_found, settled
 from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
-from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
+from candle_vllm.server.mailbox.webhook import Deliverer, Message, Outcome, Sender
 
 PURGE_SECONDS = 30.0
 _BEGUN_MARGIN_MS = 60_000

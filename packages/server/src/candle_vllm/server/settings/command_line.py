@@ -16,11 +16,10 @@ from typing import Any, NoReturn
 from candle_vllm.core.setting_kinds import FreeText, Text, nearest
 from candle_vllm.server.settings.commands import COMMANDS, Command
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
-from candle_vllm.server.settings.foreign_flags import foreign_flags
+from candle_vllm.server.settings.foreign_flags import foreign_flags, lines_of, translated
 from candle_vllm.server.settings.options import GROUPS, Option, UsageError, convert
 from candle_vllm.server.settings.sources import SettingsSource, origins
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS
-from candle_vllm.server.settings.translation import lines_of, translated
 
 _EPILOG = """\
 Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env and from models.yaml.

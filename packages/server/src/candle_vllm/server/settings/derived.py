@@ -21,8 +21,7 @@ from candle_vllm.core.config import SETTINGS, demo_command, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.core.shown import without_secrets
-from candle_vllm.responses.store.backend import BACKENDS, MEMORY, URLS
-from candle_vllm.responses.store.options import StoreOptions
+from candle_vllm.responses.store.backend import BACKENDS, MEMORY, URLS, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping

@@ -31,8 +31,7 @@ from candle_vllm.core.setting_kinds import (
 )
 from candle_vllm.core.shown import LOG_STYLES
 from candle_vllm.core.targets import is_loopback
-from candle_vllm.responses.store.backend import SHORT_URLS
-from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
+from candle_vllm.responses.store.backend import MAX_DAYS, MAX_MB, MAX_RECORDS, SHORT_URLS
 from candle_vllm.server.settings.options import (
     ADAPTERS,
     BATCHES,
