@@ -177,7 +177,7 @@ async def test_a_server_that_reads_nothing_and_ends(
         await until(deaf.exists)
         return process
 
-    monkeypatch.setattr(stdio, "start_process", later)
+    monkeypatch.setattr(stdio.processes, "start_process", later)
     program = (
         f"import os, sys, time; os.close(0); open({str(deaf)!r}, 'w').close(); time.sleep(0.3); "
         "sys.stderr.write('no model'); sys.exit(1)"

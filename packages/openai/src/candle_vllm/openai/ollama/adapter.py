@@ -19,15 +19,7 @@ from candle_vllm.core.errors import PromptTooLongError, RequestError
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.ollama import answers
-from candle_vllm.openai.ollama.request import (
-    ChatRequest,
-    EmbeddingsRequest,
-    EmbedRequest,
-    GenerateRequest,
-    Message,
-    Options,
-    image_parts,
-)
+from candle_vllm.openai.ollama import request as wires
 from candle_vllm.openai.protocol.generation import sampling_names
 from candle_vllm.openai.protocol.templating import set_effort
 from candle_vllm.openai.protocol.tools import tool_use
@@ -36,13 +28,13 @@ from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Call, Part, Paths, Task, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
-_Generating = ChatRequest | GenerateRequest
+_Generating = wires.ChatRequest | wires.GenerateRequest
 
 _SPELLED = {
     "max_tokens": "options.num_predict",
     "repetition_penalty": "options.repeat_penalty",
     "logprobs": "top_logprobs",
-    **{name: f"options.{name}" for name in sampling_names(Options)},
+    **{name: f"options.{name}" for name in sampling_names(wires.Options)},
 }
 """The request's names of the engine's parameters."""
 
@@ -61,21 +53,21 @@ class OllamaAdapter:
         self._adapter = adapter
         self._defaults = dict(sampling_defaults or {})
 
-    async def chat(self, request: ChatRequest) -> answers.ChatLine:
+    async def chat(self, request: wires.ChatRequest) -> answers.ChatLine:
         """Return the whole answer. Cancelling this coroutine aborts the request."""
         return cast(answers.ChatLine, await self._whole(await self.chat_stream(request)))
 
-    async def chat_stream(self, request: ChatRequest) -> LineStream:
+    async def chat_stream(self, request: wires.ChatRequest) -> LineStream:
         """Submit the request and stream its lines; close the stream to abort the request."""
         times = self._begun(request)
         answer = await self._bounded(self._chat_task, request)
         return LineStream(answer, answers.LineWriter(times, chat=True))
 
-    async def generate(self, request: GenerateRequest) -> answers.GenerateLine:
+    async def generate(self, request: wires.GenerateRequest) -> answers.GenerateLine:
         """Return the whole answer. Cancelling this coroutine aborts the request."""
         return cast(answers.GenerateLine, await self._whole(await self.generate_stream(request)))
 
-    async def generate_stream(self, request: GenerateRequest) -> LineStream:
+    async def generate_stream(self, request: wires.GenerateRequest) -> LineStream:
         """Submit the request and stream its lines; close the stream to abort the request."""
         times = self._begun(request)
         if request.raw or request.suffix or not self._adapter.model_info.has_chat_template:
@@ -86,7 +78,7 @@ class OllamaAdapter:
         goes_on = not (request.raw or request.suffix or request.images)
         return LineStream(answer, answers.LineWriter(times, chat=False, context=answer.prompt if goes_on else None))
 
-    async def _raw(self, request: GenerateRequest) -> AnswerStream:
+    async def _raw(self, request: wires.GenerateRequest) -> AnswerStream:
         task = _raw_task(request, self._defaults)
         try:
             return await self._adapter.continued(task)
@@ -104,7 +96,7 @@ class OllamaAdapter:
                 raise
         return await self._adapter.answer(lambda: _unbound(read(request)))
 
-    async def embed(self, request: EmbedRequest) -> answers.Vectors:
+    async def embed(self, request: wires.EmbedRequest) -> answers.Vectors:
         """Return the embeddings of texts, scaled to length 1. Cancelling aborts the texts that are not embedded yet."""
         times = self._begun(request)
         texts: Sequence[str | list[int]] = request.input
@@ -118,7 +110,7 @@ class OllamaAdapter:
             prompt_eval_count=made.usage.prompt_tokens,
         )
 
-    async def embeddings(self, request: EmbeddingsRequest) -> answers.Vector:
+    async def embeddings(self, request: wires.EmbeddingsRequest) -> answers.Vector:
         """Return the embedding of one text, as the model computes it. Cancelling this coroutine aborts the request."""
         self._begun(request)
         made = await self._vectors(request.model, [request.prompt or ""], "prompt", normalize=False)
@@ -161,7 +153,7 @@ class OllamaAdapter:
             made.append(ids)
         return made
 
-    def _chat_task(self, request: ChatRequest) -> Task:
+    def _chat_task(self, request: wires.ChatRequest) -> Task:
         use = tool_use(request.tools, None, None)
         messages = read_messages(request.messages or ())
         last = messages[-1]
@@ -180,11 +172,11 @@ class OllamaAdapter:
             **self._shared(request),
         )
 
-    def _prompt_task(self, request: GenerateRequest) -> Task:
+    def _prompt_task(self, request: wires.GenerateRequest) -> Task:
         system, prompt = ((TextPart(text),) if text else () for text in (request.system, request.prompt))
         said: list[tuple[Literal["system", "user"], tuple[Part, ...]]] = [
             ("system", system),
-            ("user", (*image_parts(request.images, "images"), *prompt)),
+            ("user", (*wires.image_parts(request.images, "images"), *prompt)),
         ]
         return Task(
             messages=tuple(TaskMessage(role=role, parts=parts) for role, parts in said if parts),
@@ -216,7 +208,7 @@ class OllamaAdapter:
         return {**variables, "thinking": bool(think), "enable_thinking": bool(think)}
 
 
-def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
+def read_messages(messages: Sequence[wires.Message]) -> tuple[TaskMessage, ...]:
     """Convert messages to the messages of a `Task`.
 
     Calls have no ids in this API: a result belongs to the call that it names, or to the first call without a result.
@@ -225,7 +217,7 @@ def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
     pending = deque[Call]()
     for number, message in enumerate(messages):
         calls = list[Call]()
-        images = image_parts(message.images, f"messages.{number}.images")
+        images = wires.image_parts(message.images, f"messages.{number}.images")
         silent = not message.content and (message.role == "assistant" or bool(images))
         for call in message.tool_calls or ():
             count += 1
@@ -247,7 +239,7 @@ def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
     return tuple(made)
 
 
-def _answered(pending: deque[Call], message: Message) -> Call | None:
+def _answered(pending: deque[Call], message: wires.Message) -> Call | None:
     """Return the pending call that a tool message answers, and remove it from `pending`."""
     for call in pending:
         if message.tool_call_id in (None, call.id) and message.tool_name in (None, call.name):
@@ -260,7 +252,7 @@ def _unbound(task: Task) -> Task:
     return msgspec.structs.replace(task, sampling={**task.sampling, "max_tokens": None})
 
 
-def _raw_task(request: GenerateRequest, defaults: Mapping[str, Any]) -> Task:
+def _raw_task(request: wires.GenerateRequest, defaults: Mapping[str, Any]) -> Task:
     if request.images:
         said = "images: the model has no chat template, which would define their place in the prompt"
         raise UnsupportedParameterError(said, "images")

@@ -21,15 +21,7 @@ from candle_vllm.responses.api.outliving import Chunks, EncodedEvent, Failure, W
 from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
-from candle_vllm.responses.store.entries import (
-    ACTIVE,
-    STOPPED,
-    Entry,
-    NotStoredError,
-    StoreUnavailableError,
-    settled,
-    traced,
-)  # fmt: skip
+from candle_vllm.responses.store import entries as stored
 from candle_vllm.responses.store.upkeep import Upkeep
 
 MAX_RUNNING = 32  # responses at a time
@@ -47,7 +39,7 @@ logger = logging.getLogger(__name__)
 class _Run:
     """One running response; `entry` is its stored entry at the beginning."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: stored.Entry) -> None:
         self.entry = entry
         self.name: Name = (entry.owner, entry.id)
         self.events = Chunks[EncodedEvent](MAX_BYTES)
@@ -77,7 +69,7 @@ class Background:
         return bool(self._running)
 
     async def begin(
-        self, entry: Entry, events: AsyncIterator[StreamEvent], seconds: float
+        self, entry: stored.Entry, events: AsyncIterator[StreamEvent], seconds: float
     ) -> AsyncIterator[EncodedEvent]:
         """Store a response as queued, begin to work on it, and return an iterator of its events.
 
@@ -183,7 +175,7 @@ class Background:
         """Store the response object of a lifecycle event, and then publish the event."""
         finished = False
         if isinstance(event, LifecycleEvent):
-            finished = event.response.status not in ACTIVE
+            finished = event.response.status not in stored.ACTIVE
             await self._note(run, event.response, finished)
         data = to_json_bytes(event)
         assert event.sequence_number == run.events.next_number, "events have gap-free numbers"
@@ -200,7 +192,7 @@ class Background:
             elif not await self._is_stored(run.name, response.status):  # cancelled or deleted, maybe by another server
                 run.ended_elsewhere = True
                 raise asyncio.CancelledError
-        except StoreUnavailableError as error:
+        except stored.StoreUnavailableError as error:
             if finished:
                 raise
             logger.warning("the progress of a response could not be stored: %s", error.__cause__ or error)
@@ -209,11 +201,13 @@ class Background:
         try:
             if isinstance(failure, asyncio.CancelledError):
                 if not run.ended_elsewhere:
-                    await self._fail(run, STOPPED)
+                    await self._fail(run, stored.STOPPED)
             elif isinstance(failure, TimeoutError):
                 await self._fail(run, TOO_LONG)
             elif failure is not None:
-                logger.error("the background response %s failed: %s", run.entry.id, failure, exc_info=traced(failure))
+                logger.error(
+                    "the background response %s failed: %s", run.entry.id, failure, exc_info=stored.traced(failure)
+                )
                 await self._fail(run, to_error(failure).body.error.message)
             elif not run.events.finished:
                 await self._fail(run, "The response ended without a result.")
@@ -221,7 +215,7 @@ class Background:
             self._leave(run)
 
     async def _fail(self, run: _Run, message: str) -> None:
-        body = settled(run.latest, "failed", ("server_error", message))
+        body = stored.settled(run.latest, "failed", ("server_error", message))
         try:
             await self._store.change(*run.name, "failed", body)
         except CandleVllmError as error:  # its lease will expire, and then it has failed
@@ -251,5 +245,5 @@ class Background:
         """Whether the store has this status already, because the task of the response has written it."""
         try:
             return (await self._store.get(*name)).status == status
-        except NotStoredError:
+        except stored.NotStoredError:
             return False

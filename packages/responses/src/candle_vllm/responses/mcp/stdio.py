@@ -22,15 +22,8 @@ from mcp.shared.message import SessionMessage
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, jsonrpc_message_adapter
 from pydantic import ValidationError
 
+from candle_vllm.responses.mcp import processes
 from candle_vllm.responses.mcp.peer import Peer
-from candle_vllm.responses.mcp.processes import (
-    end_process,
-    exited,
-    inherited_environment,
-    kill_group,
-    start_process,
-    to_the_end,
-)
 
 MAX_MESSAGE = 10 * 1024 * 1024  # bytes of one message
 _MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and discarded before the server is ended
@@ -87,10 +80,10 @@ class StdioServer:
         """Run the program, and yield the two streams that the SDK's `Client` needs."""
         config = self._config
         assert config.command is not None
-        process = await start_process(
+        process = await processes.start_process(
             config.command,
             config.args,
-            environment=inherited_environment() | dict(config.env),
+            environment=processes.inherited_environment() | dict(config.env),
             folder=str(config.cwd) if config.cwd is not None else None,
         )
         to_session, received = anyio.create_memory_object_stream[SessionMessage | Exception](0)
@@ -105,9 +98,9 @@ class StdioServer:
             for stream in (received, sent):
                 stream.close()
             try:
-                await to_the_end(self._close(process, (reader, writer, errors, watcher)))
+                await processes.to_the_end(self._close(process, (reader, writer, errors, watcher)))
             except asyncio.CancelledError:
-                kill_group(process)  # if the event loop itself ends, nothing awaits the steps above
+                processes.kill_group(process)  # if the event loop itself ends, nothing awaits the steps above
                 raise
             for stream in (to_session, from_session):
                 stream.close()
@@ -116,7 +109,7 @@ class StdioServer:
         _, writer, errors, watcher = tasks
         watcher.cancel()
         await asyncio.wait({writer}, timeout=_FLUSH)
-        await end_process(process)
+        await processes.end_process(process)
         await asyncio.wait({errors}, timeout=_FLUSH)  # its last lines are already in the pipe
         for task in tasks:
             task.cancel()
@@ -139,7 +132,7 @@ class StdioServer:
                         self._fault = f"it wrote a line of more than {_MAX_SKIPPED} bytes"
                     if self._fault:
                         return
-                await exited(process, _EXIT)
+                await processes.exited(process, _EXIT)
                 await asyncio.wait({errors}, timeout=_EXIT)  # the last lines that it wrote
                 self._exit_status = process.returncode
         while await process.stdout.read(_CHUNK):

@@ -22,16 +22,8 @@ from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.store.backend import Held
 from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError, new_id
 from candle_vllm.responses.store.upkeep import Upkeep
+from candle_vllm.server.batches import records
 from candle_vllm.server.batches.lines import Application, asked_here
-from candle_vllm.server.batches.records import (
-    BATCH,
-    COMPLETION_SECONDS,
-    SEEN,
-    WORKING,
-    Batch,
-    BatchRecord,
-    BatchRequest,
-)
 from candle_vllm.server.batches.run import LEASE_MS, BatchRun
 from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, new_file_id, on_disk
 from candle_vllm.server.http.errors import HttpError
@@ -104,28 +96,30 @@ class Batches:
         await self._closing.aclose()
         await self.store.close()
 
-    async def create(self, owner: str, wire: BatchRequest) -> Batch:
+    async def create(self, owner: str, wire: records.BatchRequest) -> records.Batch:
         """Create a batch, which begins soon; NotStoredError if its input file does not exist."""
         given = await self.store.file(owner, wire.input_file_id, "input_file_id")
-        if given.purpose in SEEN:
-            said = f"input_file_id: the file was stored for {given.purpose}; a batch needs one for {BATCH}"
+        if given.purpose in records.SEEN:
+            said = f"input_file_id: the file was stored for {given.purpose}; a batch needs one for {records.BATCH}"
             raise InvalidParameterError(said, "input_file_id")
         now = (await self.store.backend()).now // 1000
-        batch = Batch(
+        batch = records.Batch(
             id=new_id("batch"), endpoint=wire.endpoint, input_file_id=wire.input_file_id, created_at=now,
-            expires_at=now + COMPLETION_SECONDS, metadata=wire.metadata,
+            expires_at=now + records.COMPLETION_SECONDS, metadata=wire.metadata,
         )  # fmt: skip
         after, most = wire.output_expires_after, self.store.options.retention_seconds
         seconds = min(after.seconds, most) if after is not None else most
-        record = BatchRecord(batch=batch, output_id=new_file_id(), error_id=new_id("file"), result_seconds=seconds)
+        record = records.BatchRecord(
+            batch=batch, output_id=new_file_id(), error_id=new_id("file"), result_seconds=seconds
+        )
         await self.store.add_batch(owner, record)
         await self._look()
         return batch
 
-    async def cancel(self, owner: str, batch_id: str) -> Batch:
+    async def cancel(self, owner: str, batch_id: str) -> records.Batch:
         """Cancel a batch, which ends soon and keeps its results so far; HttpError 409 if it has ended already."""
         batch = (await self.store.batch(owner, batch_id)).batch
-        if batch.status not in WORKING:
+        if batch.status not in records.WORKING:
             raise HttpError(409, f"The batch has ended already: it is {batch.status}.", "batch_ended", param="batch_id")
         await self.store.cancel(owner, batch_id)
         if (run := self._running.get(batch_id)) is not None:

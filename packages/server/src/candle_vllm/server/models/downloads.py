@@ -17,16 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 
 from candle_vllm.core.errors import ModelNotFoundError
-from candle_vllm.core.loading.source import (
-    HUB_TIMEOUT_S,
-    USUAL,
-    choose_weights,
-    gguf_models,
-    hub_refusal,
-    of_tag,
-    tag_of,
-    wanted_files,
-)
+from candle_vllm.core.loading import source
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.settings.derived import cache_folder
 from candle_vllm.server.settings.model_names import Named, PullError, read_name
@@ -48,17 +39,17 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
         ModelNotFoundError: there are no weights.
         UnsupportedModelError: the format of the weights is not supported.
     """
-    models, tag = gguf_models(names), named.tag
+    models, tag = source.gguf_models(names), named.tag
     if tag is None:
         if not models or ("config.json" in names and any(name.endswith(".safetensors") for name in names)):
-            choose_weights(names, None, named.repo)
+            source.choose_weights(names, None, named.repo)
             return None
-        found = of_tag(models, USUAL) if len(models) > 1 else list(models)
+        found = source.of_tag(models, source.USUAL) if len(models) > 1 else list(models)
     else:
-        found = of_tag(models, tag)
+        found = source.of_tag(models, tag)
     if len(found) == 1:
         return found[0]
-    tags = ", ".join(sorted(tag_of(first) for first in (found or models))[:40]) or "none"
+    tags = ", ".join(sorted(source.tag_of(first) for first in (found or models))[:40]) or "none"
     said = "several files" if tag is None or found else f"no file {tag!r}"
     said = f"{named.repo} has {said}: append one with a colon, as in {named.repo}:TAG; it has {tags}"
     raise PullError(said, "no_such_file")
@@ -103,7 +94,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def full_name(repo: str, weight_file: str | None) -> str:
     """Return a model's name on this machine: its repository, and the tag of a GGUF file."""
-    return repo if weight_file is None else f"{repo}:{tag_of(weight_file)}"
+    return repo if weight_file is None else f"{repo}:{source.tag_of(weight_file)}"
 
 
 def plan_pull(settings: HubOptions, name: str) -> Plan:
@@ -121,7 +112,11 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
         raise PullError(f"{named} is looked up on the hub, which is not contacted (--offline)", "offline")
     try:
         info = huggingface_hub.model_info(
-            named.repo, revision=settings.revision, token=settings.hf_token, files_metadata=True, timeout=HUB_TIMEOUT_S
+            named.repo,
+            revision=settings.revision,
+            token=settings.hf_token,
+            files_metadata=True,
+            timeout=source.HUB_TIMEOUT_S,
         )
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise refused_by_hub(settings, named.repo, error) or PullError(
@@ -129,8 +124,8 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
         ) from error
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     first = choose_file(list(siblings), named)
-    parts = () if first is None else gguf_models(list(siblings))[first]
-    names = [re.sub(r"\[(.)\]", r"\1", pattern) for pattern in wanted_files(sorted(siblings), parts)]
+    parts = () if first is None else source.gguf_models(list(siblings))[first]
+    names = [re.sub(r"\[(.)\]", r"\1", pattern) for pattern in source.wanted_files(sorted(siblings), parts)]
     files = tuple(_file(siblings[each]) for each in names if each in siblings)
     weights = [file for file in files if file.name.endswith((".gguf", ".safetensors"))]
     size = sum(file.size for file in weights)
@@ -141,7 +136,7 @@ def refused_by_hub(settings: HubOptions, repo: str, error: Exception) -> PullErr
     """Convert an error response of the hub to a PullError; None if the hub did not respond."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-    refusal = hub_refusal(repo, settings.revision, error)
+    refusal = source.hub_refusal(repo, settings.revision, error)
     if refusal is None:
         return None
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
@@ -244,7 +239,7 @@ def remove(settings: HubOptions, local: Local) -> int:
     freed = 0
     for revision in repo.revisions:
         names = {_inside(revision, file): file for file in revision.files}
-        for part in gguf_models(list(names)).get(local.weight_file or "", ()):
+        for part in source.gguf_models(list(names)).get(local.weight_file or "", ()):
             if (file := names.get(part)) is not None:
                 freed += file.size_on_disk if file.blob_path.exists() else 0
                 file.blob_path.unlink(missing_ok=True)
@@ -265,7 +260,7 @@ def _models_of(repo: CachedRepoInfo) -> Iterator[Local]:
     seen = set[str]()
     for revision in sorted(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified), reverse=True):
         files = {_inside(revision, file): file for file in revision.files}
-        models: dict[str | None, tuple[str, ...]] = {**gguf_models(list(files))}
+        models: dict[str | None, tuple[str, ...]] = {**source.gguf_models(list(files))}
         weights = tuple(name for name in files if name.endswith(".safetensors") and "/" not in name)
         if weights and "config.json" in files:
             models[None] = weights

@@ -11,14 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.openai.validation import parse_body
-from candle_vllm.responses.api.conversations import (
-    Conversation,
-    ConversationCreateRequest,
-    ConversationDeleted,
-    Conversations,
-    ConversationUpdateRequest,
-    ItemsCreateRequest,
-)
+from candle_vllm.responses.api import conversations as api
 from candle_vllm.responses.api.stored_items import AnyItem, ItemList
 from candle_vllm.server.answering import in_time, json_answer, parsed
 from candle_vllm.server.http.body import unless_disconnected
@@ -31,18 +24,18 @@ route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES
 
 @route(
     "POST /v1/conversations",
-    body=ConversationCreateRequest,
+    body=api.ConversationCreateRequest,
     example={"items": [{"role": "user", "content": "Hello!"}], "metadata": {"topic": "greetings"}},
-    answer=Conversation,
+    answer=api.Conversation,
 )
 async def create_conversation(request: Request) -> Response:
     """Create a conversation."""
     conversations, owner = await _conversations(request)
-    wire = await _body(request, ConversationCreateRequest)
+    wire = await _body(request, api.ConversationCreateRequest)
     return json_answer(await conversations.create(owner, wire))
 
 
-@route("GET /v1/conversations/{conversation_id}", answer=Conversation)
+@route("GET /v1/conversations/{conversation_id}", answer=api.Conversation)
 async def get_conversation(request: Request, conversation_id: str) -> Response:
     """A conversation without its items."""
     conversations, owner = await _conversations(request)
@@ -51,18 +44,18 @@ async def get_conversation(request: Request, conversation_id: str) -> Response:
 
 @route(
     "POST /v1/conversations/{conversation_id}",
-    body=ConversationUpdateRequest,
+    body=api.ConversationUpdateRequest,
     example={"metadata": {"topic": "farewells"}},
-    answer=Conversation,
+    answer=api.Conversation,
 )
 async def update_conversation(request: Request, conversation_id: str) -> Response:
     """Replace the metadata of a conversation."""
     conversations, owner = await _conversations(request)
-    wire = await _body(request, ConversationUpdateRequest)
+    wire = await _body(request, api.ConversationUpdateRequest)
     return json_answer(await conversations.update(owner, conversation_id, wire))
 
 
-@route("DELETE /v1/conversations/{conversation_id}", answer=ConversationDeleted)
+@route("DELETE /v1/conversations/{conversation_id}", answer=api.ConversationDeleted)
 async def delete_conversation(request: Request, conversation_id: str) -> Response:
     """Delete a conversation and its items."""
     conversations, owner = await _conversations(request)
@@ -79,7 +72,7 @@ async def list_conversation_items(request: Request, conversation_id: str) -> Res
 
 @route(
     "POST /v1/conversations/{conversation_id}/items",
-    body=ItemsCreateRequest,
+    body=api.ItemsCreateRequest,
     example={"items": [{"role": "user", "content": "Hello again!"}]},
     answer=ItemList,
     errors=(*KEPT, 409, 504),
@@ -88,7 +81,7 @@ async def list_conversation_items(request: Request, conversation_id: str) -> Res
 async def create_conversation_items(request: Request, conversation_id: str) -> Response:
     """Add items at the end of a conversation."""
     conversations, owner = await _conversations(request, "include")
-    wire = await _body(request, ItemsCreateRequest)
+    wire = await _body(request, api.ItemsCreateRequest)
     adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response in progress
     async with in_time(time.monotonic() + request.app.state.settings.request_timeout, request):
         return json_answer(await unless_disconnected(adding, request.receive))
@@ -101,17 +94,17 @@ async def get_conversation_item(request: Request, conversation_id: str, item_id:
     return Response(await conversations.item(owner, conversation_id, item_id), media_type="application/json")
 
 
-@route("DELETE /v1/conversations/{conversation_id}/items/{item_id}", answer=Conversation)
+@route("DELETE /v1/conversations/{conversation_id}/items/{item_id}", answer=api.Conversation)
 async def delete_conversation_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """Delete an item of a conversation; responds with the conversation."""
     conversations, owner = await _conversations(request)
     return json_answer(await conversations.delete_item(owner, conversation_id, item_id))
 
 
-async def _conversations(request: Request, *known: str) -> tuple[Conversations, str]:
+async def _conversations(request: Request, *known: str) -> tuple[api.Conversations, str]:
     store, owner = await store_and_owner(request)
     query_of(request, *known)
-    return Conversations(store), owner
+    return api.Conversations(store), owner
 
 
 async def _body(request: Request, kind: type[Any]) -> Any:

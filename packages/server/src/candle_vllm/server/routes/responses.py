@@ -21,17 +21,9 @@ from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
 from candle_vllm.responses.api.mcp_source import McpServers, McpSource, OpenServer
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.api.stored_items import entry_of
+from candle_vllm.responses.protocol import request as requests
 from candle_vllm.responses.protocol.events import ErrorDetail, ResponseEvent, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
-from candle_vllm.responses.protocol.request import (
-    CompactRequest,
-    InputTokensRequest,
-    PromptFields,
-    ResponsesRequest,
-    parse_compact_request,
-    parse_input_tokens_request,
-    parse_responses_request,
-)
 from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.tools.registry import ToolRegistry
@@ -103,7 +95,7 @@ class Responders:
 
 @route(
     "POST /v1/responses",
-    body=ResponsesRequest,
+    body=requests.ResponsesRequest,
     example={"input": "What is the capital of France?", "max_output_tokens": 64},
     answer=Response,
     events=get_args(ResponseEvent),
@@ -112,7 +104,7 @@ class Responders:
 async def create_response(request: Request) -> HttpResponse:
     """Answer with tools and memory: whole, streamed, in the background, or over a WebSocket."""
     deadline = answering.deadline_of(request)
-    wire = await answering.parsed(request, parse_responses_request)
+    wire = await answering.parsed(request, requests.parse_responses_request)
     if wire.background:
         return await _in_background(request, wire, deadline)
     return await answering.answer_parsed(request, _Exchange(request).api(), wire, deadline)
@@ -121,7 +113,7 @@ async def create_response(request: Request) -> HttpResponse:
 @route(
     "POST /v1/responses/input_tokens",
     tag="tokens",
-    body=InputTokensRequest,
+    body=requests.InputTokensRequest,
     example={"input": "What is the capital of France?"},
     answer=InputTokens,
     errors=COUNTED,
@@ -133,12 +125,12 @@ async def count_response_tokens(request: Request) -> HttpResponse:
     async def count(model: ServedModel, wire: Any) -> InputTokens:
         return await responders.of(model, wire.model).count_input_tokens(wire, owner=await owner_of(request, wire))
 
-    return await answering.answer_with(request, parse_input_tokens_request, count, queued=False)
+    return await answering.answer_with(request, requests.parse_input_tokens_request, count, queued=False)
 
 
 @route(
     "POST /v1/responses/compact",
-    body=CompactRequest,
+    body=requests.CompactRequest,
     example={"model": "default", "input": [{"role": "user", "content": "We launch on Tuesday."}]},
     answer=CompactedResponse,
     errors=QUEUED,
@@ -147,7 +139,7 @@ async def compact_response(request: Request) -> HttpResponse:
     """Return a conversation in a shorter form, with a summary."""
     responders: Responders = request.app.state.responders
     deadline = answering.deadline_of(request)
-    wire = await answering.parsed(request, parse_compact_request)
+    wire = await answering.parsed(request, requests.parse_compact_request)
     begin_generation(request.scope)
     async with answering.in_time(deadline, request):
         turn = await unless_disconnected(take_turn(request.scope, wire.model), request.receive, Turn.release)
@@ -171,7 +163,7 @@ class _Exchange:
     def api(self) -> answering.GenerationApi:
         """Return how the request is parsed and answered."""
         return answering.GenerationApi(
-            parse=parse_responses_request,
+            parse=requests.parse_responses_request,
             whole=self._whole,
             streamed=self._streamed,
             event=self._events.write,
@@ -180,10 +172,10 @@ class _Exchange:
             silence=self._events.silence,
         )
 
-    async def _whole(self, model: ServedModel, wire: ResponsesRequest) -> Response:
+    async def _whole(self, model: ServedModel, wire: requests.ResponsesRequest) -> Response:
         return await self._responders.of(model, wire.model).create(wire, owner=await owner_of(self._request, wire))
 
-    async def _streamed(self, model: ServedModel, wire: ResponsesRequest) -> ResponseStream:
+    async def _streamed(self, model: ServedModel, wire: requests.ResponsesRequest) -> ResponseStream:
         owner = await owner_of(self._request, wire)
         self._stream = await self._responders.of(model, wire.model).create_stream(wire, owner=owner)
         return self._stream
@@ -198,7 +190,7 @@ class _Exchange:
         return b"".join(map(self._events.write, self._stream.stop(detail))) + DONE
 
 
-async def _in_background(request: Request, wire: ResponsesRequest, deadline: float) -> HttpResponse:
+async def _in_background(request: Request, wire: requests.ResponsesRequest, deadline: float) -> HttpResponse:
     """Begin a response that outlives its client; a task of the application waits for its turn."""
     state = request.app.state
     refuse_headers(request.scope["headers"], NOT_HERE)
@@ -253,10 +245,10 @@ async def _work(
         lease.release()
 
 
-async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest) -> str:
+async def owner_of(request: HTTPConnection, wire: requests.PromptFields | requests.CompactRequest) -> str:
     """Return the owner of the response; "" if no store is needed, because opening the store takes a moment."""
     responders: Responders = request.app.state.responders
-    stored = isinstance(wire, ResponsesRequest) and wire.store is not False
+    stored = isinstance(wire, requests.ResponsesRequest) and wire.store is not False
     given = wire.input if isinstance(wire.input, list) else ()
     refers = wire.previous_response_id is not None or getattr(wire, "conversation", None) is not None
     refers = refers or any(isinstance(item, ItemReference) for item in given)

@@ -18,16 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import is_demo
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings import foreign_variables as variables_of
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings.commands import COMMANDS
 from candle_vllm.server.settings.derived import demo_model, mailbox_options
-from candle_vllm.server.settings.foreign_variables import (
-    HUB_TOKENS,
-    deployment_source,
-    dotenv_remarks,
-    hub_token_source,
-    key_remarks,
-)
 from candle_vllm.server.settings.models_file import ModelsFile, find_models_file, model_entry
 from candle_vllm.server.settings.options import SOCKETS, UsageError, split_host
 from candle_vllm.server.settings.sources import SettingsSource, environment_source, merge, read_dotenv
@@ -93,8 +87,8 @@ def load_configuration(
     given = [command_line, environment_source(environ, "the environment")]
     own = environment_source(dotenv, str(dotenv_path), known)
     keyed = bool(merge([*given, own]).keys() & {"api_key", "api_key_file", "api_keys_file"})
-    upper = [*given, deployment_source(environ, merge(given), command, keyed=keyed), own]
-    hub = hub_token_source(("the environment", environ), (str(dotenv_path), dotenv))
+    upper = [*given, variables_of.deployment_source(environ, merge(given), command, keyed=keyed), own]
+    hub = variables_of.hub_token_source(("the environment", environ), (str(dotenv_path), dotenv))
     merged = merge(upper)
     needed = known is None or "model" in known
     models_file = None if remote else _found_models(merged, home, folder, remarks, needed=needed)
@@ -137,7 +131,7 @@ def load_configuration(
     remarks += [remark for source in upper for remark in source.remarks]
     if serving:
         remarks += models_file.remarks if models_file is not None and name is not None else ()
-        remarks += [*dotenv_remarks(dotenv), *key_remarks(settings, environ, dotenv)]
+        remarks += [*variables_of.dotenv_remarks(dotenv), *variables_of.key_remarks(settings, environ, dotenv)]
     return Configuration(
         settings,
         catalogue,
@@ -220,7 +214,7 @@ def _token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path
             raise UsageError(f"the Hugging Face token file {path} is empty")
         return token
     given = merged.get("hf_token")
-    if given is None or given.startswith("hf_") or given in [variables.get(name) for name in HUB_TOKENS]:
+    if given is None or given.startswith("hf_") or given in [variables.get(name) for name in variables_of.HUB_TOKENS]:
         return given
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", given):
         raise UsageError("--hf-token must be a token that begins with hf_, or the name of an environment variable")

@@ -23,19 +23,9 @@ from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.responses.store.backend import BACKENDS, MEMORY, URLS, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
+from candle_vllm.server.settings import table
 from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping
-from candle_vllm.server.settings.table import (
-    BY_NAME,
-    OPTIONS,
-    AdapterOptions,
-    FormatOptions,
-    HubOptions,
-    ModelOptions,
-    RequestOptions,
-    SourceOptions,
-    StorageOptions,
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
@@ -62,7 +52,7 @@ MIB = 1 << 20
 logger = logging.getLogger(__name__)
 
 
-def model_source(settings: HubOptions, *, fetch: bool = True, offline: bool = False) -> tuple[str, str | None]:
+def model_source(settings: table.HubOptions, *, fetch: bool = True, offline: bool = False) -> tuple[str, str | None]:
     """Return the model and its weight file for `EngineConfig`.
 
     With `fetch`, a model at a URL is downloaded; without `fetch`, its folder or its URL is returned. `offline` allows
@@ -100,14 +90,14 @@ def model_source(settings: HubOptions, *, fetch: bool = True, offline: bool = Fa
     return str(demo), None
 
 
-def cache_folder(settings: HubOptions) -> Path:
+def cache_folder(settings: table.HubOptions) -> Path:
     """Return the folder of downloaded models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(settings.download_dir or HF_HUB_CACHE).expanduser()
 
 
-def refuse_missing(settings: SourceOptions) -> None:
+def refuse_missing(settings: table.SourceOptions) -> None:
     """Raise ModelNotFoundError, with a similar name, for a model path that does not exist, before slow imports."""
     model = settings.model or ""
     is_path = (model.endswith(".gguf") and "://" not in model) or model.startswith(("/", "./", "../", "~"))
@@ -117,7 +107,7 @@ def refuse_missing(settings: SourceOptions) -> None:
         resolve(model)
 
 
-def refuse_wrong_formats(settings: FormatOptions) -> None:
+def refuse_wrong_formats(settings: table.FormatOptions) -> None:
     """Raise ConfigError for unknown tool and reasoning parsers, before a model is loaded."""
     if settings.tool_parser is None and settings.reasoning_parser is None:
         return  # also avoids the import of the parsers
@@ -126,7 +116,7 @@ def refuse_wrong_formats(settings: FormatOptions) -> None:
     choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
 
 
-def refuse_wrong_settings(settings: AdapterOptions) -> None:
+def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
     """Raise ConfigError for parsers and adapters that do not exist, and for adapters that are off."""
     refuse_wrong_formats(settings)
     from candle_vllm.server.settings.adapters import read_specs  # slow import, needed only here
@@ -139,14 +129,14 @@ def refuse_wrong_settings(settings: AdapterOptions) -> None:
             raise UsageError(f"the adapter {spec.name!r:.200} of --lora-modules cannot be loaded: there is no {where}")
 
 
-def thinking_settings(settings: FormatOptions) -> dict[str, Any]:
+def thinking_settings(settings: table.FormatOptions) -> dict[str, Any]:
     """Return the limit on reasoning as arguments of an API adapter."""
     limit = -1 if settings.reasoning_budget is None else settings.reasoning_budget
     return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
 
 
 def image_sources(
-    settings: RequestOptions, stored: Callable[[str, str], Awaitable[bytes]], count: Callable[[str], None]
+    settings: table.RequestOptions, stored: Callable[[str, str], Awaitable[bytes]], count: Callable[[str], None]
 ) -> ImageSources:
     """Return the allowed sources of images; ConfigError if the folder does not exist.
 
@@ -159,7 +149,7 @@ def image_sources(
     return ImageSources(domains, settings.allowed_local_media_path, stored, count, asker.get)
 
 
-def engine_config(settings: ModelOptions, *, fetch: bool = True, **changes: Any) -> EngineConfig:
+def engine_config(settings: table.ModelOptions, *, fetch: bool = True, **changes: Any) -> EngineConfig:
     """Return the engine's configuration; settings without a value keep the defaults of `EngineConfig`.
 
     `fetch` is as in `model_source`; `changes` are fields that replace the settings' values.
@@ -169,7 +159,7 @@ def engine_config(settings: ModelOptions, *, fetch: bool = True, **changes: Any)
     model, weight_file = model_source(settings, fetch=fetch, offline=bool(changes.get("offline")))
     if settings.revision is not None and os.path.exists(os.path.expanduser(model)):
         raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
-    options = [BY_NAME[field.name] for field in dataclasses.fields(settings)]
+    options = [table.BY_NAME[field.name] for field in dataclasses.fields(settings)]
     values = {option.engine: getattr(settings, option.name) for option in options if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
     in_ranks = settings.device == "cpu" and (settings.tensor_parallel_size or 1) > 1  # processes that need torch
@@ -182,7 +172,7 @@ def engine_config(settings: ModelOptions, *, fetch: bool = True, **changes: Any)
     return EngineConfig(model=model, **{name: value for name, value in values.items() if value is not None})
 
 
-def load_engine(settings: ModelOptions, **changes: Any) -> InferenceEngine:
+def load_engine(settings: table.ModelOptions, **changes: Any) -> InferenceEngine:
     """Load the model; `changes` replace fields of `EngineConfig`."""
     from candle_vllm.core.progress import Progress, heard_by
 
@@ -206,7 +196,7 @@ _ADVICE = re.compile(r"`([a-z_][a-z0-9_]*)`|\b([a-z_][a-z0-9_]*)=('[^']{0,60}'|[
 
 def in_flags(text: str) -> str:
     """Rewrite names of engine settings in a message as flags: `kv_cache_memory=1048576` becomes `--mem 1`."""
-    flags = {option.engine or option.name: option for option in OPTIONS}
+    flags = {option.engine or option.name: option for option in table.OPTIONS}
 
     def flag(match: re.Match[str]) -> str:
         name = match[1] or match[2]
@@ -260,7 +250,7 @@ def _template(path: Path | str | None) -> str | None:
     return text
 
 
-def store_options(settings: StorageOptions) -> StoreOptions | None:
+def store_options(settings: table.StorageOptions) -> StoreOptions | None:
     """Return the options of the response store, or None if it is off; errors do not repeat a URL with a password."""
     url = settings.responses_store
     if url == OFF:
@@ -276,7 +266,7 @@ def store_options(settings: StorageOptions) -> StoreOptions | None:
 
 
 def mailbox_options(
-    settings: StorageOptions,
+    settings: table.StorageOptions,
     section: Mapping[str, Any] | None,
     variables: Mapping[str, str],
     *,
