@@ -14,6 +14,7 @@ from huggingface_hub import scan_cache_dir
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.config import demo_model
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.loading.source import tag_of
 from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
@@ -25,7 +26,6 @@ from candle_vllm.server.models.downloads import (
     plan_pull,
     remove,
     room_of,
-    tag_of,
 )
 from candle_vllm.server.models.library import describe, file_bytes
 from candle_vllm.server.models.pulls import Pull, PullState, discard, fetch

@@ -16,7 +16,7 @@ import pytest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.tools import execution
 from candle_vllm.responses.tools.approval import Approval
-from candle_vllm.responses.tools.execution import MAX_ARGUMENTS, MAX_OUTPUT, Checked, check, denied, execute, run
+from candle_vllm.responses.tools.execution import MAX_ARGUMENTS, MAX_OUTPUT, Checked, check, denied, run
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import (
     ContentPart,
@@ -31,7 +31,7 @@ from candle_vllm.responses.tools.tool import (
     ToolTimedOutError,
     ToolUnavailableError,
 )
-from packages.responses.tests.tools.tools_fakes import FakeTool, call
+from packages.responses.tests.tools.tools_fakes import FakeTool, call, execute
 from tests.waiting import until
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}

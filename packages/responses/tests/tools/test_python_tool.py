@@ -19,7 +19,6 @@ from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.tools.execution import execute
 from candle_vllm.responses.tools.python_tool import MAX_THREADS, function_tool
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import (
@@ -30,7 +29,7 @@ from candle_vllm.responses.tools.tool import (
     ToolResult,
     ToolUnavailableError,
 )
-from packages.responses.tests.tools.tools_fakes import call
+from packages.responses.tests.tools.tools_fakes import call, execute
 from tests.waiting import until
 
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from candle_vllm.responses.tools.tool import Report, ToolCall, ToolDefinition, ToolOutput
+from candle_vllm.responses.tools.approval import Approval, ApprovalPolicy, decide
+from candle_vllm.responses.tools.execution import Checked, check, denied, run
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import Report, ToolCall, ToolDefinition, ToolOutput, ToolResult
 
 Work = Callable[[Mapping[str, Any], Report], Awaitable[Any]]
 
@@ -24,3 +27,22 @@ class FakeTool:
 
 def call(name: str = "fake", arguments: str = "{}") -> ToolCall:
     return ToolCall(id="c1", name=name, arguments=arguments)
+
+
+async def execute(
+    registry: ToolRegistry, asked: ToolCall, *, approval: ApprovalPolicy = "never", **options: Any
+) -> ToolResult | Checked:
+    """Check a call, decide by the approval policy, and run it; a `Checked` means that the approval is pending.
+
+    `options` are those of `run`.
+    """
+    most = {name: options[name] for name in ("max_chars",) if name in options}
+    checked = await check(registry, asked, **most)
+    if isinstance(checked, ToolResult):
+        return checked
+    answer = await decide(approval, asked, checked.definition)
+    if answer is Approval.PENDING:
+        return checked
+    if answer is Approval.DENY:
+        return denied(checked, **most)
+    return await run(checked, **options)

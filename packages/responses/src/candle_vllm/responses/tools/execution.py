@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One tool call: look-up, check, approval, run with a timeout, and result. A tool's failure is never raised.
 
-`execute` performs all steps. `check` and `run` are for callers that ask for an approval between the two, and
-`call_directly` is for programs that call a tool themselves, without a model.
+Callers ask for an approval between `check` and `run`; `call_directly` is for programs that call a tool themselves,
+without a model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.responses.conversation.channel import end_task
-from candle_vllm.responses.tools.approval import Approval, ApprovalPolicy, decide
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import (
     Report,
@@ -60,39 +59,6 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     definition: ToolDefinition
     tool: Tool
     arguments: dict[str, Any]
-
-
-async def execute(
-    registry: ToolRegistry,
-    call: ToolCall,
-    *,
-    approval: ApprovalPolicy = "never",
-    timeout: float | None = None,
-    max_chars: int = DEFAULT_MAX_CHARS,
-    report: Report | None = None,
-) -> ToolResult | Checked:
-    """Check a call, decide by the approval policy, and run it.
-
-    Args:
-        registry: registry of the tools.
-        call: call of the model.
-        approval: policy; exceptions of a callback reach the caller.
-        timeout: timeout in seconds; None means the tool's own timeout, or 60.
-        max_chars: maximum number of characters of the result's text.
-        report: receives the tool's progress.
-
-    Returns:
-        The result, or a `Checked` if the approval is pending: `run` it after the approval.
-    """
-    checked = await check(registry, call, max_chars=max_chars)
-    if isinstance(checked, ToolResult):
-        return checked
-    answer = await decide(approval, call, checked.definition)
-    if answer is Approval.PENDING:
-        return checked
-    if answer is Approval.DENY:
-        return denied(checked, max_chars=max_chars)
-    return await run(checked, timeout=timeout, max_chars=max_chars, report=report)
 
 
 async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFAULT_MAX_CHARS) -> Checked | ToolResult:

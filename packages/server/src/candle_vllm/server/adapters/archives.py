@@ -12,8 +12,9 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import quote, urlsplit
 
 from candle_vllm.core.shown import without_secrets
@@ -30,6 +31,7 @@ _GZIP = b"\x1f\x8b"
 _HEADS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
+UNREADABLE = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, ArithmeticError, RecursionError)
 _KEPT = (sources.CONFIG, sources.WEIGHTS)
 _HTTP_SECONDS = 10.0  # timeout of a single read
 _MAX_SUM = 4096  # maximum bytes of a checksum file
@@ -145,15 +147,25 @@ def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:
     """
     most = min(archive.stat().st_size * MAX_RATIO, budget.limits.max_bytes) + _SLACK
     try:
-        with archive.open("rb") as raw:
-            zipped = raw.read(2) == _GZIP
-            raw.seek(0)
-            with gzip.open(raw) if zipped else raw as plain:
-                bounded: Any = BoundedStream(plain, most)
-                with tarfile.open(fileobj=bounded, mode="r|", tarinfo=BoundedMember) as tar:
-                    return _unpack(tar, folder, budget)
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, ArithmeticError, RecursionError) as error:
+        with opened_tar(archive, most) as (tar, _):
+            return _unpack(tar, folder, budget)
+    except UNREADABLE as error:
         raise sources.Refused(f"its archive cannot be read ({type(error).__name__})") from None
+
+
+@contextmanager
+def opened_tar(archive: Path, most: int) -> Iterator[tuple[tarfile.TarFile, BoundedStream]]:
+    """Open a tar archive, plain or compressed with gzip, and its stream, which may unpack to `most` bytes.
+
+    Raises `Refused`, or one of `UNREADABLE`, while it is read.
+    """
+    with archive.open("rb") as raw:
+        zipped = raw.read(2) == _GZIP
+        raw.seek(0)
+        with gzip.open(raw) if zipped else raw as plain:
+            bounded = BoundedStream(plain, most)
+            with tarfile.open(fileobj=cast("IO[bytes]", bounded), mode="r|", tarinfo=BoundedMember) as tar:
+                yield tar, bounded
 
 
 def _unpack(tar: tarfile.TarFile, folder: Path, budget: sources.Budget) -> str | None:

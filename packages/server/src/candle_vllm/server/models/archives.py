@@ -9,7 +9,6 @@ are extracted, only into the model's folder, and links between them become hard 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import json
 import logging
@@ -20,8 +19,7 @@ import shutil
 import sys
 import tarfile
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -32,7 +30,7 @@ from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.progress import tell
 from candle_vllm.core.shown import without_secrets
-from candle_vllm.server.adapters.archives import BoundedMember, BoundedStream
+from candle_vllm.server.adapters.archives import UNREADABLE, opened_tar
 from candle_vllm.server.adapters.fetching import steadily
 from candle_vllm.server.adapters.sources import Refused
 
@@ -54,19 +52,19 @@ _SUM = re.compile(r"[0-9a-f]{64}")
 
 
 class Archive(NamedTuple):
-    """Location of a model: the path of a tar archive, or the URL of a tar archive or GGUF file."""
+    """Location of a model: the URL of a tar archive or GGUF file."""
 
     address: str
     sha256: str | None = None
 
     @classmethod
-    def of(cls, text: str, sha256: str | None = None) -> Archive | None:
-        """Parse a location with an optional suffix `#sha256=...`; None for a local path that is not an archive.
+    def of(cls, text: str) -> Archive | None:
+        """Parse a location with an optional suffix `#sha256=...`; None if it is no URL.
 
         Raises InvalidFileError if the checksum or the address is invalid.
         """
         address, _, told = text.partition("#sha256=")
-        sha256 = (sha256 or told or "").lower() or None
+        sha256 = told.lower() or None
         if sha256 is not None and not _SUM.fullmatch(sha256):
             shown = without_secrets(address, alone=True)
             raise InvalidFileError(f"the SHA-256 of {shown} must have 64 hexadecimal digits, not {sha256!r:.80}")
@@ -74,12 +72,7 @@ class Archive(NamedTuple):
             remote = urlsplit(address).scheme in ("http", "https")
         except ValueError:
             raise InvalidFileError(f"{without_secrets(address, alone=True)!r:.200} is not a valid address") from None
-        return cls(address, sha256) if remote or address.lower().endswith(_ENDINGS) else None
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the location is a URL."""
-        return urlsplit(self.address).scheme in ("http", "https")
+        return cls(address, sha256) if remote else None
 
     @property
     def name(self) -> str:
@@ -142,7 +135,7 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
                     "folder, or name it as the model"
                 )
             partial = root / f".{folder.name}.partial"
-            file = _download(archive, partial) if archive.is_remote else Path(archive.address)
+            file = _download(archive, partial)
             sha256 = _checked(archive, file)
             fresh = root / f".{folder.name}.unpacking"
             shutil.rmtree(fresh, ignore_errors=True)
@@ -189,7 +182,7 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
         ModelNotFoundError, InvalidFileError: as `fetch_archive`.
     """
     archive = Archive.of(address)
-    if archive is None or not archive.is_remote:
+    if archive is None:
         raise ModelNotFoundError(
             f"{without_secrets(address, alone=True)!r:.200} is not the address of a model: it must begin with https://"
         )
@@ -229,15 +222,11 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _checked(archive: Archive, file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelNotFoundError(f"{archive.source} cannot be read: {error.strerror}") from None
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
     if archive.sha256 not in (None, found):
-        if archive.is_remote:
-            file.unlink()
-            _pieces(file).unlink(missing_ok=True)
+        file.unlink()
+        _pieces(file).unlink(missing_ok=True)
         raise InvalidFileError(f"{archive.source} has the SHA-256 {found}, not {archive.sha256}")
     return found
 
@@ -404,21 +393,15 @@ def unpack(archive: Path, folder: Path) -> None:
     """
     most = min(archive.stat().st_size * _MAX_RATIO + _SLACK, shutil.disk_usage(folder).free)
     try:
-        with archive.open("rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            with gzip.open(raw) if zipped else raw as plain:
-                bounded: Any = BoundedStream(plain, most)
-                with tarfile.open(fileobj=bounded, mode="r|", tarinfo=BoundedMember) as tar:
-                    _unpack(tar, folder)
-                if zipped:
-                    while bounded.read(_COPIED):  # the gzip checksum is at the end
-                        pass
+        with opened_tar(archive, most) as (tar, bounded):
+            _unpack(tar, folder)
+            while bounded.read(_COPIED):  # the checksum of gzip is at the end
+                pass
     except Refused as error:
         raise InvalidFileError(f"{archive.name}: {error}") from None
     except FileExistsError as error:
         raise InvalidFileError(f"{archive.name} has {Path(error.filename).name!r} twice") from None
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, ArithmeticError, RecursionError) as error:
+    except UNREADABLE as error:
         raise InvalidFileError(f"{archive.name} cannot be unpacked ({type(error).__name__}: {error!s:.200})") from None
 
 
@@ -459,19 +442,3 @@ def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
     if links:
         name, target = next(iter(links.items()))
         raise Refused(f"its archive has {name!r:.100}, a link to {target!r:.100}, which is no file of it")
-
-
-def writable(roots: Sequence[Path]) -> Path:
-    """Return the first folder that is writable, created if necessary; otherwise raise the OSError of the last one."""
-    problem: OSError | None = None
-    for root in roots:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            probe = root / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            problem = error
-        else:
-            return root
-    raise problem or OSError("no folder was given")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,7 +23,6 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.openai import ModelCard
 from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
-from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.adapters.registry import Adapter
 from candle_vllm.server.http.routing import NOBODY, Caller
 from candle_vllm.server.loop_threads import in_thread
@@ -384,11 +383,6 @@ class NewModelRequest(WireModel):
     params: dict[str, Any] | None = None
 
 
-def parse_new_model(body: bytes) -> NewModelRequest:
-    """Parse the body of a request that adds a model; raises `RequestError`, which names the invalid field."""
-    return parse_body(NewModelRequest, body)
-
-
 class ModelRequest(WireModel):
     """Body of a request that names a model; `model_id` is the name of this field in the Rust candle-vllm."""
 
@@ -407,8 +401,3 @@ class ModelRequest(WireModel):
         name = self.model or self.model_id
         assert name is not None
         return name
-
-
-def parse_model_request(body: bytes | Mapping[str, Any]) -> ModelRequest:
-    """Parse the body of a request that names a model; raises as `parse_new_model`."""
-    return parse_body(ModelRequest, body)

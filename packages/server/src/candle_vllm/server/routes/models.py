@@ -15,6 +15,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
@@ -31,8 +32,6 @@ from candle_vllm.server.models.cards import (
     anthropic_card,
     anthropic_list,
     cards,
-    parse_model_request,
-    parse_new_model,
     queues,
     slot_status,
     status,
@@ -92,7 +91,7 @@ async def models_inventory(request: Request) -> Response:
 @route("POST /v1/models/load", body=ModelRequest, example={"model": "default"}, answer=SlotStatus, errors=MODEL_ERRORS)
 async def load_model(request: Request) -> Response:
     """Load a model; responds when it is ready."""
-    wanted = await parsed(request, parse_model_request)
+    wanted: ModelRequest = await parsed(request, functools.partial(parse_body, ModelRequest))
     manager: ModelManager = request.app.state.manager
     return json_answer(slot_status(await manager.load(wanted.name)))
 
@@ -106,7 +105,7 @@ async def load_model(request: Request) -> Response:
 )
 async def unload_model(request: Request) -> Response:
     """Unload a model after its running requests; responds when it is unloaded."""
-    wanted = await parsed(request, parse_model_request)
+    wanted: ModelRequest = await parsed(request, functools.partial(parse_body, ModelRequest))
     manager: ModelManager = request.app.state.manager
     return json_answer(slot_status(await manager.unload(wanted.name)))
 
@@ -124,7 +123,7 @@ async def select_model(request: Request) -> Response:
 
     The status is 200 if it is ready, and 202 until then.
     """
-    wanted = await parsed(request, parse_model_request)
+    wanted: ModelRequest = await parsed(request, functools.partial(parse_body, ModelRequest))
     manager: ModelManager = request.app.state.manager
     slot = manager.select(wanted.name)
     ready = slot.model is not None
@@ -149,7 +148,9 @@ async def reload_models(request: Request) -> Response:
 )
 async def add_model(request: Request) -> Response:
     """Serve one more model, where the operator allows that."""
-    wanted = await parsed(request, parse_new_model)  # errors of the request are reported before the refusal
+    wanted: NewModelRequest = await parsed(
+        request, functools.partial(parse_body, NewModelRequest)
+    )  # errors of the request are reported before the refusal
     reloader = _reloader(request)
     with _told():
         return json_answer(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
@@ -158,7 +159,7 @@ async def add_model(request: Request) -> Response:
 @route("POST /v1/models/remove", body=ModelRequest, example={"model": "small"}, answer=Changes, errors=(404, 409))
 async def remove_model(request: Request) -> Response:
     """Stop serving a model, where the operator allows that."""
-    wanted = await parsed(request, parse_model_request)
+    wanted: ModelRequest = await parsed(request, functools.partial(parse_body, ModelRequest))
     reloader = _reloader(request)
     with _told():
         return json_answer(await reloader.remove(wanted.name))
