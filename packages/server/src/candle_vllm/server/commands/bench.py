@@ -73,7 +73,8 @@ def bench(
         report = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
         report |= {"load_s": load_s, "start_s": start_s, "peak_rss_mb": peak_rss_mb()}
         result = {name: round_figure(value) for name, value in report.items()} | _description(engine, shape, repeat)
-    sys.stdout.write(_as_json(result) if as_json else _as_table(result))
+    rows = "".join(f"{name:16} {value}\n" for name, value in result.items() if name != "versions")
+    sys.stdout.write(json.dumps(result) + "\n" if as_json else rows)
     return 0
 
 
@@ -196,11 +197,3 @@ def _versions(*names: str) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _as_json(result: dict[str, Any]) -> str:
-    return json.dumps(result) + "\n"
-
-
-def _as_table(result: dict[str, Any]) -> str:
-    return "".join(f"{name:16} {value}\n" for name, value in result.items() if name != "versions")

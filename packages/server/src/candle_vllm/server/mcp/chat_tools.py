@@ -76,8 +76,7 @@ async def _answer(
     return await answer_parsed(request, api, wire, deadline)
 
 
-_Whole = Callable[[ServedModel, Any], Awaitable[Any]]
-_Streamed = Callable[[ServedModel, Any], Awaitable[AsyncIterator[Any]]]
+_Answer = Callable[[ServedModel, Any], Awaitable[Any]]  # makes the whole answer, or its stream
 
 
 class _Injected:
@@ -87,33 +86,22 @@ class _Injected:
         self._offer = offer
         self._service = service
 
-    def whole(self, plain: _Whole) -> _Whole:
+    def whole(self, plain: _Answer) -> _Answer:
         """Return the function that makes the whole answer; `plain` makes it for a request without added tools."""
+        return self._made(plain, plain)
 
+    def streamed(self, plain: _Answer) -> _Answer:
+        """Return the function that makes the stream; `plain` makes it for a request without added tools."""
+        return self._made(plain, plain)
+
+    def _made(self, plain: _Answer, with_tools: _Answer) -> _Answer:
         async def answer(model: ServedModel, wire: ChatCompletionRequest) -> Any:
             if not _fits(model, wire, self._service):
-                return await plain(model, _without_tools(wire))
+                return await plain(model, wire.model_copy(update={"tools": None, "tool_choice": None}))
             with self._told_of_tools():
-                return await self._whole(plain, model, wire)
+                return await with_tools(model, wire)
 
         return answer
-
-    def streamed(self, plain: _Streamed) -> _Streamed:
-        """Return the function that makes the stream; `plain` makes it for a request without added tools."""
-
-        async def answer(model: ServedModel, wire: ChatCompletionRequest) -> AsyncIterator[Any]:
-            if not _fits(model, wire, self._service):
-                return await plain(model, _without_tools(wire))
-            with self._told_of_tools():
-                return await self._streamed(plain, model, wire)
-
-        return answer
-
-    async def _whole(self, plain: _Whole, model: ServedModel, wire: ChatCompletionRequest) -> Any:
-        return await plain(model, wire)
-
-    async def _streamed(self, plain: _Streamed, model: ServedModel, wire: ChatCompletionRequest) -> AsyncIterator[Any]:
-        return await plain(model, wire)
 
     @contextmanager
     def _told_of_tools(self) -> Iterator[None]:
@@ -133,15 +121,19 @@ class _Executed(_Injected):
         super().__init__(offer, service)
         self._request = request
 
-    async def _whole(self, plain: _Whole, model: ServedModel, wire: ChatCompletionRequest) -> Any:  # noqa: ARG002
+    def whole(self, plain: _Answer) -> _Answer:
+        return self._made(plain, self._whole)
+
+    def streamed(self, plain: _Answer) -> _Answer:
+        return self._made(plain, self._streamed)
+
+    async def _whole(self, model: ServedModel, wire: ChatCompletionRequest) -> Any:
         from candle_vllm.server.mcp.chat_execution import Execution, executed
 
         _check_executable(wire)
         return await executed(Execution(self._service, self._offer, model, wire, self._request.scope))
 
-    async def _streamed(
-        self, plain: _Streamed, model: ServedModel, wire: ChatCompletionRequest  # noqa: ARG002
-    ) -> AsyncIterator[Any]:  # fmt: skip
+    async def _streamed(self, model: ServedModel, wire: ChatCompletionRequest) -> AsyncIterator[Any]:
         from candle_vllm.server.mcp.chat_execution import ExecutedStream, Execution
 
         _check_executable(wire)
@@ -193,10 +185,6 @@ def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) 
             "tool_choice",
         )
     return True
-
-
-def _without_tools(wire: ChatCompletionRequest) -> ChatCompletionRequest:
-    return wire.model_copy(update={"tools": None, "tool_choice": None})
 
 
 def _check_executable(wire: ChatCompletionRequest) -> None:
