@@ -7,7 +7,6 @@ name that no source has is remembered for a while; the base model never answers 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +27,6 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.settings.adapters import AdapterSpec, read_specs
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
-
-logger = logging.getLogger(__name__)
 
 MAX_KNOWN = 10_000  # registered adapters; the least recently used ones that only requests named are dropped
 _LISTED = 20  # maximum number of names in a message

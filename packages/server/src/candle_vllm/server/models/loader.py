@@ -7,7 +7,6 @@ called, because the import takes seconds.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +37,6 @@ WORKSPACE = 256 * MIB  # memory that a step needs besides weights and cache
 LEAST_CACHE = 256 * MIB  # smallest useful KV cache
 CACHE_SHARE = 0.4  # share of a KV cache in the memory that other models leave free
 BESIDE_CAPACITY = 8  # for every 8 of `max_num_seqs`, one more sequence may be in the engine
-
-logger = logging.getLogger(__name__)
 
 
 class ModelLoader:

@@ -10,7 +10,6 @@ import asyncio
 import difflib
 import functools
 import hmac
-import logging
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +38,6 @@ _LINES = 50  # last lines of a server's log that are shown
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="mcp"))
-logger = logging.getLogger(__name__)
 
 
 class McpCallRequest(WireModel):
