@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import errno
 import gc
-import logging
 import os
 import signal
 import socket
@@ -64,8 +63,6 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.model_info import ModelInfo
     from candle_vllm.server.mailbox.service import Mailbox
     from candle_vllm.server.mcp.service import McpService
-
-logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 SWITCH_SECONDS = 0.0005  # a tenth of Python's default, so that threads that parse large requests delay no engine step

@@ -134,7 +134,7 @@ Think = Annotated[
 Format = Annotated[
     Any, AfterValidator(_formed), WithJsonSchema({"anyOf": [{"enum": ["", "json", None]}, {"type": "object"}]})
 ]
-_Streams = Annotated[bool, BeforeValidator(_streamed), WithJsonSchema({"type": ["boolean", "null"]})]
+Streams = Annotated[bool, BeforeValidator(_streamed), WithJsonSchema({"type": ["boolean", "null"]})]
 _Count = Annotated[int, Field(ge=-1, le=1 << 31)] | None
 
 
@@ -216,7 +216,7 @@ class _Generating(_Asked):
         logprobs, top_logprobs: whether tokens have log-probabilities, and the number of alternatives for each token.
     """
 
-    stream: _Streams = True
+    stream: Streams = True
     format: Format = None
     think: Think = None
     logprobs: bool | None = None

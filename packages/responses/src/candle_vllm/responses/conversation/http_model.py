@@ -203,9 +203,8 @@ class HttpModel:
         """Return an answer with its body unread; retry if the server is busy, or disconnects before it answers."""
         for wait in (*_WAITS, None):
             try:
-                response = await self._client.send(
-                    self._client.build_request(method, self._endpoint(path), **given), stream=True
-                )
+                request = self._client.build_request(method, f"{str(self._url).rstrip('/')}/{path}", **given)
+                response = await self._client.send(request, stream=True)
             except (httpx2.ReadError, httpx2.RemoteProtocolError) as error:
                 failure: CandleVllmError = self._failed(error)
             else:
@@ -289,9 +288,6 @@ class HttpModel:
             if len(read) > MAX_BODY:
                 break
         return bytes(read[:MAX_BODY])
-
-    def _endpoint(self, path: str) -> str:
-        return f"{str(self._url).rstrip('/')}/{path}"
 
     def _failed(self, error: httpx2.HTTPError) -> ModelServerError:
         if isinstance(error, httpx2.TimeoutException):

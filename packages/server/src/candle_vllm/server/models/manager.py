@@ -52,6 +52,7 @@ class ModelManager:
         adapters: the registry of LoRA adapters; None allows only the adapters in the models' settings.
 
     Attributes:
+        catalogue: the models; `adopt` replaces it.
         active: name of the model for requests without a model name.
         rates: rate limits of the callers.
         switch_requested_at: Unix time in seconds of a pending change of `active`, or None.
@@ -66,7 +67,7 @@ class ModelManager:
         adapters: Adapters | None = None,
     ) -> None:
         self._limits = limits or ManagerLimits()
-        self._catalogue = catalogue
+        self.catalogue = catalogue
         self.metrics = metrics or Metrics()
         self.rates = RateLimits()
         self.adapters = adapters or Adapters()
@@ -105,14 +106,14 @@ class ModelManager:
         if adapter is not None:
             return self.slots[adapter.base]
         try:
-            entry = self._catalogue.find(name, exact=exact)
+            entry = self.catalogue.find(name, exact=exact)
         except RequestError as error:
             if caller.models is not None:
                 raise type(error)(f"The model {name!r:.200} is not served here.", "model") from None
             if self.adapters.bases() and not exact:
                 raise type(error)(f"{error} {self.adapters.near(name or '')}", "model") from None
             raise
-        chosen = self.active if entry is self._catalogue.default and name not in entry.names else entry.name
+        chosen = self.active if entry is self.catalogue.default and name not in entry.names else entry.name
         return self.slots[chosen]
 
     async def reach(self, name: str | None, caller: Caller) -> None:
@@ -123,7 +124,7 @@ class ModelManager:
         Raises:
             HttpError: 403 if the API key may not use the name; and as `Adapters.reach` and `RateLimits.admit` raise it.
         """
-        if name is None or not self.adapters.bases() or self._catalogue.has(name):
+        if name is None or not self.adapters.bases() or self.catalogue.has(name):
             self.permit(name, caller)
             await self.adapters.bring(self.find(name, caller=caller).entry.name)
             return
@@ -223,10 +224,6 @@ class ModelManager:
         self.metrics.model_waited_for(slot.entry.names[0], time.monotonic() - began)
         return lease
 
-    @property
-    def catalogue(self) -> Catalogue:
-        return self._catalogue
-
     # ---- for operators -----------------------------------------------------------------------------------------------
 
     async def load(self, name: str | None) -> ModelSlot:
@@ -280,12 +277,12 @@ class ModelManager:
             old = before.get(entry.name)
             slots[entry.name] = old if old is not None and old.entry.is_as(entry) else ModelSlot(entry, self._idle)
         gone = [slot for name, slot in before.items() if slots.get(name) is not slot]
-        if self.active == self._catalogue.default.name or self.active not in slots:
+        if self.active == self.catalogue.default.name or self.active not in slots:
             self.active = catalogue.default.name
         if self._chosen not in slots:
             self._chosen, self.switch_requested_at = None, None
         self.adapters.adopt(catalogue)
-        self._catalogue, self.slots = catalogue, slots
+        self.catalogue, self.slots = catalogue, slots
         self._switcher.adopt(tuple(slots.values()), gone)
         for old in gone:
             new = slots.get(old.entry.name)

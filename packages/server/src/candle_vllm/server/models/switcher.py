@@ -169,12 +169,11 @@ class ModelSwitcher:
         if not slot.in_flight:
             self.idle(slot)
 
-    def let_go(self, model: ServedModel) -> None:
-        """Close the engine of a model that no slot has any more, without waiting for it."""
-        self._leave(model)
+    def let_go(self, model: ServedModel) -> asyncio.Task[None]:
+        """Begin to close the engine of a model that no slot has any more.
 
-    def _leave(self, model: ServedModel) -> asyncio.Task[None]:
-        """Begin to close an engine; the returned task continues even if a caller that waits for it is cancelled."""
+        The returned task continues even if a caller that waits for it is cancelled.
+        """
         name = model.entry.name
 
         async def leave() -> None:
@@ -307,7 +306,7 @@ class ModelSwitcher:
         if model is None:  # its engine died while it was drained
             return
         model.admission.close()
-        await asyncio.shield(self._leave(model))
+        await asyncio.shield(self.let_go(model))
 
     def _unload_idle(self, slot: ModelSlot) -> None:
         """Unload a model after its idle time; restart the timer if the model was used meanwhile."""

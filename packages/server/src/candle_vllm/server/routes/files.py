@@ -34,7 +34,6 @@ from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, p
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
-JSON = "application/json"
 MAX_LIST = 10_000
 DEFAULT_BATCHES, MAX_BATCHES = 20, 100  # of a list
 MAX_BODY = 64 << 10  # bytes of the request for a batch

@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 from fastapi import APIRouter, Request
 from msgspec import UNSET, UnsetType
-from pydantic import BeforeValidator, WithJsonSchema
 from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.ollama import Failure, ollama_parser
+from candle_vllm.openai.ollama.request import Streams
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel
 from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
@@ -62,11 +62,7 @@ class PullRequest(OfModel):
         "password": Refusal("the operator sets the token (--hf-token)", ("",)),
     }
 
-    stream: Annotated[
-        bool,
-        BeforeValidator(lambda value: True if value is None else value),
-        WithJsonSchema({"type": ["boolean", "null"]}),
-    ] = True
+    stream: Streams = True
 
 
 class StopRequest(OfModel):
