@@ -23,8 +23,7 @@ from candle_vllm.responses.tools.names import tool_name
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import agent as agent_module
-from candle_vllm.server.commands.agent import AgentDisplay, TerminalApproval
-from candle_vllm.server.commands.changes import changes
+from candle_vllm.server.commands.agent import AgentDisplay, TerminalApproval, changes
 from packages.server.tests import mcp_fakes
 from packages.server.tests.server_fakes import PacedEngine
 from packages.server.tests.terminals import Terminal

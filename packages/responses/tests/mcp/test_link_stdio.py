@@ -170,7 +170,7 @@ async def test_a_failed_server_s_own_words(
 async def test_a_server_that_reads_nothing_and_ends(
     scripted: Scripted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    deaf, start = tmp_path / "deaf", stdio.start_process
+    deaf, start = tmp_path / "deaf", stdio.processes.start_process
 
     async def later(*arguments: Any, **options: Any) -> Any:
         process = await start(*arguments, **options)

@@ -15,8 +15,8 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from candle_vllm.server.http.page_files import page_headers
 from candle_vllm.server.openapi.document import ApiDocument
+from candle_vllm.server.routes.webui import page_headers
 
 router = APIRouter()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from candle_vllm.openai.formats.grammars.schemas import TYPES, Branch, FunctionShape, Root, Schema, entries
 from candle_vllm.openai.formats.grammars.texts import Guard, edged, json_value, scalar, string_body
@@ -33,16 +33,21 @@ def tagged(body: Tagged, context: Context) -> Block:
     return Block(body.name_open, sequence(call, f"{again}*", end))
 
 
-class _TaggedCall:
+_Body = TypeVar("_Body", Tagged, Nested)
+
+
+class _Call(Generic[_Body]):
     """Grammar of calls of one tool."""
 
-    def __init__(self, body: Tagged, context: Context, tool: FunctionShape) -> None:
+    def __init__(self, body: _Body, context: Context, tool: FunctionShape) -> None:
         self._body = body
         self._writer: Writer = context.writer
         self._root: Root = context.root(tool)
         self._tool = tool
-        self._untold = tool.name in context.loose
+        self._loose = tool.name in context.loose
 
+
+class _TaggedCall(_Call[Tagged]):
     def expression(self) -> str:
         """Return the expression of a call, from its name to its end."""
         body, mark = self._body, self._writer.mark
@@ -78,7 +83,7 @@ class _TaggedCall:
         texts = [branch for branch in found if branch.type == "string"]
         others = [branch for branch in found if branch.type != "string"]
         if not body.head:
-            unlike = set[str]() if self._untold or free else {*kinds.types, *(one.type for one in others)}
+            unlike = set[str]() if self._loose or free else {*kinds.types, *(one.type for one in others)}
             others = [] if free else others
             words = {branch.type: word for branch in others if texts and (word := self._word(branch))}
             parts = [self._text(branch, unlike, words.values()) for branch in texts]
@@ -181,16 +186,7 @@ def nested(body: Nested, context: Context) -> Block:
     return Block(lead, sequence(call, again, end))
 
 
-class _NestedCall:
-    """Grammar of calls of one tool."""
-
-    def __init__(self, body: Nested, context: Context, tool: FunctionShape) -> None:
-        self._body = body
-        self._writer: Writer = context.writer
-        self._root: Root = context.root(tool)
-        self._tool = tool
-        self._loose = tool.name in context.loose
-
+class _NestedCall(_Call[Nested]):
     def expression(self) -> str:
         """Return a call, from its name to its end."""
         inside = self._entries(self._root.schema, 0)
