@@ -318,7 +318,7 @@ def _progress(progress: ToolProgress) -> str:
     return f"{progress.progress:g}{of} {short(progress.message or '')}".rstrip()
 
 
-# ---- preview of the changes that a call would make --------------------------------------------------------------------
+# ---- preview of the changes that a call would make -------------------------------------------------------------------
 # Tools that write files take a path and a text, or a text and its replacement, under the names below. For other tools,
 # the user only sees the arguments.
 

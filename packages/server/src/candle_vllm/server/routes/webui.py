@@ -21,7 +21,6 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 
 from candle_vllm.server.settings.table import AccessOptions
