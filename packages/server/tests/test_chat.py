@@ -623,7 +623,7 @@ class TestCommands:
 def test_a_pipe_imports_nothing_of_a_terminal() -> None:
     code = (
         "import sys\nfrom candle_vllm.server import serve\n"
-        "from candle_vllm.server.commands import chat, generate, agent\n"
+        "from candle_vllm.server.commands import chat, terminal, agent\n"
         "from candle_vllm.server.commands.interactive import answer_display\nanswer_display()\n"
         "sys.exit(', '.join({'prompt_toolkit', 'rich', 'markdown_it'} & set(sys.modules)) or 0)"
     )

@@ -27,7 +27,7 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
-from candle_vllm.server.commands import generate as generate_module
+from candle_vllm.server.commands import terminal as generate_module
 from candle_vllm.server.settings import Settings, derived
 from candle_vllm.server.settings.command_line import parse, split_command
 from candle_vllm.server.settings.commands import COMMANDS

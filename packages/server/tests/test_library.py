@@ -290,7 +290,7 @@ def test_run_fetches_and_talks(command: Any, monkeypatch: pytest.MonkeyPatch) ->
         asked.append(settings)
         return engine
 
-    monkeypatch.setattr("candle_vllm.server.commands.generate.load_engine", load)
+    monkeypatch.setattr("candle_vllm.server.commands.terminal.load_engine", load)
     status, said, _ = command("run", REPO, "Hi", "--temperature", "0")
     assert status == 0
     assert said.endswith("Good day!\n")

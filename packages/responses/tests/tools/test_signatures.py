@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.responses.tools.signatures import describe
+from candle_vllm.responses.tools.python_tool import describe
 
 
 def documented(text: str | None) -> Callable[..., Any]:

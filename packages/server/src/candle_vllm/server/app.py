@@ -55,7 +55,6 @@ from candle_vllm.server.routes import (
     responses,
     responses_socket,
     status,
-    stored_responses,
     tokenizing,
     vllm,
 )
@@ -71,7 +70,7 @@ if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
 _MODULES = (
-    generation, messages, responses, responses_socket, stored_responses, conversations, files, embeddings,
+    generation, messages, responses, responses_socket, conversations, files, embeddings,
     tokenizing, models, adapters,
     mailbox_routes, ollama, ollama_models, ollama_library, mcp_routes, status, vllm, llama_server, docs,
 )  # fmt: skip

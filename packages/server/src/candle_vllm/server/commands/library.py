@@ -131,7 +131,7 @@ def run(
         from candle_vllm.server.commands.chat import chat
 
         return chat(chosen, system, max_tokens)
-    from candle_vllm.server.commands.generate import DEFAULT_MAX_TOKENS, generate
+    from candle_vllm.server.commands.terminal import DEFAULT_MAX_TOKENS, generate
 
     return generate(chosen, prompt, chat=True, system=system, max_tokens=max_tokens or DEFAULT_MAX_TOKENS)
 

@@ -13,8 +13,7 @@ import msgspec
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from candle_vllm.server.openapi.components import Schema, as_list
-from candle_vllm.server.openapi.operation import Key, Operation, operations_of
+from candle_vllm.server.openapi.operation import Key, Operation, Schema, as_list, operations_of
 from candle_vllm.server.settings.table import RATES
 
 _MEANINGS: Mapping[int, str] = {

@@ -14,8 +14,7 @@ from candle_vllm.openai.anthropic.answers import Ping
 from candle_vllm.server.answering import GenerationApi, answer, answer_with
 from candle_vllm.server.http.failures import anthropic_error_event
 from candle_vllm.server.http.sse import named_event
-from candle_vllm.server.openapi.components import Naming
-from candle_vllm.server.openapi.operation import COUNTED, QUESTION, QUEUED, Operation, routing
+from candle_vllm.server.openapi.operation import COUNTED, QUESTION, QUEUED, Naming, Operation, routing
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, error=anthropic.ErrorBody, naming=Naming("Anthropic", "Out")))

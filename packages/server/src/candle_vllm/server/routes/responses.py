@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`POST /v1/responses` and `/v1/responses/input_tokens`: steps 1 and 10 of a request's life.
+"""`/v1/responses` and the routes below it: steps 1 and 10 of a request's life.
 
-The routes of `stored_responses` fetch stored responses. `Responders` makes the `Responder` that answers a request, and
-`response_servers` returns the MCP servers that requests may name.
+Further routes fetch, cancel and delete stored responses; a caller sees only its own. `Responders` makes the `Responder`
+that answers a request, and `response_servers` returns the MCP servers that requests may name.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from fastapi import APIRouter, Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
+from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.mcp_source import McpServers, McpSource, OpenServer
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
-from candle_vllm.responses.api.stored_items import entry_of
+from candle_vllm.responses.api.stored_items import ItemList, entry_of
 from candle_vllm.responses.protocol import request as requests
 from candle_vllm.responses.protocol.events import ErrorDetail, ResponseEvent, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
-from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response
+from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response, ResponseDeleted
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolDefinition
-from candle_vllm.server import answering
+from candle_vllm.server import answering, store_access
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.request_context import begin_generation
@@ -37,10 +39,9 @@ from candle_vllm.server.http.sse import DONE
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.openapi.operation import COUNTED, QUEUED, RESPONSES, Operation, routing
+from candle_vllm.server.openapi.operation import COUNTED, KEPT, QUEUED, RESPONSES, Operation, routing
 from candle_vllm.server.outliving import NOT_HERE
 from candle_vllm.server.settings.table import ToolOptions
-from candle_vllm.server.store_access import ResponseEvents, event_stream
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.connection import ConnectionMemory
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="responses", naming=RESPONSES))
+stored_route = functools.partial(route, errors=KEPT)
+_MAX_EVENT = 999_999_999
 
 
 class Responders:
@@ -158,7 +161,7 @@ class _Exchange:
         self._request = request
         self._responders: Responders = request.app.state.responders
         self._stream: ResponseStream | None = None
-        self._events = ResponseEvents()
+        self._events = store_access.ResponseEvents()
 
     def api(self) -> answering.GenerationApi:
         """Return how the request is parsed and answered."""
@@ -220,7 +223,7 @@ async def _in_background(request: Request, wire: requests.ResponsesRequest, dead
             raise
     if not wire.stream:
         return answering.json_answer(queued)
-    return event_stream(events)
+    return store_access.event_stream(events)
 
 
 async def _work(
@@ -307,3 +310,68 @@ class ConfiguredServers:
             return server._replace(tools=(), error="mcp.json approves none of its tools, and there is no API key")
         others = [tool.definition.original_name for tool in server.tools if tool not in tools]
         return server._replace(tools=tools, unapproved=others)
+
+
+# ---- stored responses ------------------------------------------------------------------------------------------------
+
+
+@stored_route(
+    "GET /v1/responses/{response_id}",
+    answer=Response,
+    events=get_args(ResponseEvent),
+    query={
+        **store_access.INCLUDE,
+        "stream": {"enum": ["true", "false"], "default": "false", "description": "Send the events."},
+        "starting_after": {
+            "type": "integer",
+            "minimum": 0,
+            "maximum": _MAX_EVENT,
+            "description": "With stream=true: the number of the last event that is known already.",
+        },
+        "include_obfuscation": {"enum": ["false"], "default": "false"},
+    },
+)
+async def get_response(request: Request, response_id: str) -> HttpResponse:
+    """A response, or the events of one that runs in the background."""
+    store, owner = await store_access.store_and_owner(request)
+    query = store_access.query_of(request, "stream", "starting_after", "include", "include_obfuscation")
+    if store_access.switch_of(query, "include_obfuscation"):
+        raise InvalidParameterError(
+            "include_obfuscation must be false: events are never padded with random characters", "include_obfuscation"
+        )
+    after = query.get("starting_after")
+    number = -1 if after is None else store_access.number_of("starting_after", after, 0, _MAX_EVENT)
+    if not store_access.switch_of(query, "stream"):
+        if after is not None:
+            raise InvalidParameterError("starting_after needs stream=true", "starting_after")
+        return HttpResponse((await store.get(owner, response_id)).body, media_type=answering.JSON)
+    return store_access.event_stream(await _background(request).stream(owner, response_id, number))
+
+
+@stored_route("DELETE /v1/responses/{response_id}", answer=ResponseDeleted)
+async def delete_response(request: Request, response_id: str) -> HttpResponse:
+    """Delete a response; a running response is ended."""
+    _, owner = await store_access.store_and_owner(request)
+    store_access.query_of(request)
+    return answering.json_answer(await _background(request).delete(owner, response_id))
+
+
+@stored_route("POST /v1/responses/{response_id}/cancel", answer=Response)
+async def cancel_response(request: Request, response_id: str) -> HttpResponse:
+    """End a response that runs in the background."""
+    _, owner = await store_access.store_and_owner(request)
+    store_access.query_of(request)
+    return HttpResponse(await _background(request).cancel(owner, response_id), media_type=answering.JSON)
+
+
+@stored_route("GET /v1/responses/{response_id}/input_items", answer=ItemList, query=store_access.ITEM_PAGE)
+async def list_input_items(request: Request, response_id: str) -> HttpResponse:
+    """The items in the request of a response."""
+    store, owner = await store_access.store_and_owner(request)
+    page = await store.input_items(owner, response_id, store_access.page_request(request))
+    return answering.json_answer(page)
+
+
+def _background(request: Request) -> Background:
+    """Return the service of background responses, which exists if responses are stored."""
+    return request.app.state.background

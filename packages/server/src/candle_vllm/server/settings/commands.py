@@ -180,7 +180,7 @@ _FETCHING = ("revision", "hf_token", "hf_token_path", "download_dir", "offline",
 COMMANDS: Mapping[str, Command] = {
     "serve": Command("serve the model over HTTP (what happens without a command)", "serve:serve", _ALL,
         options=(_CONFIG,), several=True, whole=True),
-    "generate": Command("continue one prompt on the terminal", "commands.generate:generate", _ANSWERING, text="PROMPT",
+    "generate": Command("continue one prompt on the terminal", "commands.terminal:generate", _ANSWERING, text="PROMPT",
         options=(
             switch("chat", "command", "put the prompt into the model's chat template as a user message"),
             _SYSTEM,
