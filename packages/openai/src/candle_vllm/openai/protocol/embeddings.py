@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingKind, PoolingParams
 from candle_vllm.openai.protocol.fields import CutFields, Refusal, TokenIds, WireModel, invalid, prompt_form
 from candle_vllm.openai.protocol.messages import Messages
-from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, Listed, PoolingFields, Words
+from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
 from candle_vllm.openai.protocol.score import Texts
 from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.task import Cut
@@ -219,6 +219,20 @@ def _entries(given: Input) -> list[str | list[int]]:
     if isinstance(given[0], int):
         return [cast("list[int]", given)]
     return cast("list[str | list[int]]", given)
+
+
+Item = TypeVar("Item")
+
+
+class Listed(msgspec.Struct, Generic[Item], frozen=True, kw_only=True):
+    """Response with one item for each text of a request."""
+
+    id: str
+    created: int
+    model: str
+    data: tuple[Item, ...]
+    usage: PoolingUsage
+    object: str = "list"
 
 
 class ModerationRequest(PoolingFields):

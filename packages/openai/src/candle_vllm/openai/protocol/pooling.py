@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from pydantic import Field
@@ -61,17 +61,3 @@ class PoolingUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt_tokens: int
     total_tokens: int
-
-
-Item = TypeVar("Item")
-
-
-class Listed(msgspec.Struct, Generic[Item], frozen=True, kw_only=True):
-    """Response with one item for each text, or pair of texts, of a request."""
-
-    id: str
-    created: int
-    model: str
-    data: tuple[Item, ...]
-    usage: PoolingUsage
-    object: str = "list"

@@ -14,7 +14,6 @@ from candle_vllm.openai.protocol.fields import Refusal, WireModel, invalid
 from candle_vllm.openai.protocol.pooling import (
     MAX_PAIRS,
     POOLING_REFUSED_FIELDS,
-    Listed,
     PoolingFields,
     PoolingUsage,
     Words,
@@ -87,8 +86,15 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "score"
 
 
-class ScoreList(Listed[Score], frozen=True, kw_only=True):
+class ScoreList(msgspec.Struct, frozen=True, kw_only=True):
     """Scores in the order of the pairs."""
+
+    id: str
+    created: int
+    model: str
+    data: tuple[Score, ...]
+    usage: PoolingUsage
+    object: str = "list"
 
 
 class TextDocument(WireModel):
