@@ -280,12 +280,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 @pytest.mark.usefixtures("movable_clock")
 @pytest.mark.parametrize("data", [b"", b"\r\n", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
 @pytest.mark.parametrize("earlier", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_head_that_does_not_end_ends_the_connection(
-    start, monkeypatch: pytest.MonkeyPatch, data: bytes, earlier: bytes, fast: bool
-) -> None:
-    if not fast:
-        monkeypatch.setattr(protocol.importlib.util, "find_spec", lambda _: None)
+def test_a_head_that_does_not_end_ends_the_connection(start, data: bytes, earlier: bytes) -> None:
     running = start()
     running.server.config.timeout_keep_alive = 30  # where nothing follows the earlier request
     for apart in (True, False):
@@ -321,11 +316,8 @@ def test_a_body_that_does_not_come_is_a_408(start, monkeypatch: pytest.MonkeyPat
     assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_connections_are_counted(start, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+def test_connections_are_counted(start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new one takes the place of one that says nothing, else of an idle one; those at work keep theirs."""
-    if not fast:
-        monkeypatch.setattr(protocol.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 2)
     running = start(PacedEngine("abc", pause=0.01, max_model_len=1 << 21))
     with running.http() as client, client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True}) as r:
@@ -343,11 +335,8 @@ def test_connections_are_counted(start, monkeypatch: pytest.MonkeyPatch, fast: b
                 next(answer.iter_bytes())
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_who_begins_a_second_head_holds_no_place(start, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+def test_who_begins_a_second_head_holds_no_place(start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that has had an answer and sends one byte of its next head gives its place as a silent one does."""
-    if not fast:
-        monkeypatch.setattr(protocol.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 4)
     running = start()
     with contextlib.ExitStack() as stack:
