@@ -140,11 +140,8 @@ class _Value:
     def _escape(self) -> Need[bool]:
         """Parse a backslash and the escaped character; an unknown escape means the character itself."""
         reader = self._reader
-        while len(reader.text) - reader.at < 2:
-            if reader.ended:
-                reader.at = len(reader.text)
-                return False
-            yield
+        if not (yield from self._ahead(2)):
+            return False
         following = reader.text[reader.at + 1]
         if following == "u":
             return (yield from self._unicode())
@@ -159,13 +156,19 @@ class _Value:
             reader.at += 1
         return True
 
-    def _unicode(self) -> Need[bool]:
-        reader = self._reader
-        while len(reader.text) - reader.at < 6:
-            if reader.ended:
-                reader.at = len(reader.text)
+    def _ahead(self, count: int) -> Need[bool]:
+        """Wait until that many characters can be read; consume the rest of a text that ends before."""
+        while len(self._reader.text) - self._reader.at < count:
+            if self._reader.ended:
+                self._reader.at = len(self._reader.text)
                 return False
             yield
+        return True
+
+    def _unicode(self) -> Need[bool]:
+        reader = self._reader
+        if not (yield from self._ahead(6)):
+            return False
         digits = reader.text[reader.at + 2 : reader.at + 6]
         valid = re.fullmatch("[0-9a-fA-F]{4}", digits) is not None
         self._run(f"\\u{digits}" if valid else "\\\\")

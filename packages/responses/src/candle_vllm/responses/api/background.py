@@ -22,7 +22,7 @@ from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store import entries as stored
-from candle_vllm.responses.store.upkeep import Upkeep
+from candle_vllm.responses.store.backend import Upkeep
 
 MAX_RUNNING = 32  # responses at a time
 MAX_ENDED = 128  # ended responses whose events are still held

@@ -19,9 +19,8 @@ from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.store import entries as stored
-from candle_vllm.responses.store.backend import MEMORY, Backend, Held, StoreOptions, open_backend
+from candle_vllm.responses.store.backend import MEMORY, Backend, Held, StoreOptions, Upkeep, open_backend
 from candle_vllm.responses.store.entries import CONVERSATION, ConversationBusyError, NotStoredError, checked_id, new_id
-from candle_vllm.responses.store.upkeep import Upkeep
 
 LEASE_MS = 60_000  # lease of a running response
 PURGE_SECONDS = 60.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The protocol of a store: what its users call, and what a backend implements.
+"""The protocol of a store: what its users call, and what a backend implements; a store's options and upkeep.
 
 A store holds entries: responses, conversations with their parts, answers of the mailbox. Each entry belongs to an
 owner, the hash of an API key, and has an id that is unique for this owner. Users of a store (`ResponseStore`, and the
@@ -21,12 +21,14 @@ lease; afterwards, anyone may claim it. There are four kinds of leases:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Literal, NamedTuple, Protocol
 
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.responses.store.entries import Entry, EntryItem
 
 SETTING = "responses_store"
@@ -34,6 +36,8 @@ MAX_RECORDS = 100_000
 MAX_DAYS = 3650
 MAX_MB = 1 << 20
 MEMORY = "memory"
+
+logger = logging.getLogger(__name__)
 
 Order = Literal["asc", "desc"]
 
@@ -350,3 +354,36 @@ async def open_backend(place: Place, bounds: Bounds, clock: Callable[[], float])
 def wrong_url(place: Place) -> ConfigError:
     """Return the error for a URL that opens no backend; it omits the URL, which may have a password."""
     return ConfigError(f"{place.setting} must be {' or '.join(URLS)}", place.setting)
+
+
+class Upkeep:
+    """Repeats `work` until it is closed; a failure is logged, and the work is tried again next time.
+
+    Args:
+        seconds: time from the end of one run to the next.
+        failure: log message for a failed run.
+        at_once: whether the first run begins at once; otherwise it begins after `seconds`.
+    """
+
+    def __init__(
+        self, seconds: float, work: Callable[[], Awaitable[object]], failure: str, *, at_once: bool = False
+    ) -> None:
+        repeated = _repeat(seconds, work, failure, 0.0 if at_once else seconds)
+        self._task = asyncio.create_task(repeated, context=Context())  # not in the opening request's context
+
+    async def close(self) -> None:
+        """End the work, even during a run."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+async def _repeat(seconds: float, work: Callable[[], Awaitable[object]], failure: str, wait: float) -> None:
+    while True:
+        await asyncio.sleep(wait)
+        try:
+            await work()
+        except CandleVllmError as error:
+            logger.warning("%s: %s", failure, error.__cause__ or error)
+        except Exception:
+            logger.exception(failure)
+        wait = seconds

@@ -24,7 +24,7 @@ from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.looking import Lookout
 from candle_vllm.server.adapters.sources import AdapterName, Found, Source, read_name
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.settings.adapters import AdapterSpec, read_specs
+from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
 
@@ -326,8 +326,8 @@ class Adapters:
         """
         if self._lookout.sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
             raise UsageError("--lora-resolver needs a model with --enable-lora, and there is none")
-        given = {entry.name: read_specs(entry.settings.lora_modules) for entry in catalogue.entries}
-        for spec in (spec for specs in given.values() for spec in specs):
+        specs_of = {entry.name: read_specs(entry.settings.lora_modules) for entry in catalogue.entries}
+        for spec in (spec for specs in specs_of.values() for spec in specs):
             if catalogue.has(spec.name):
                 raise UsageError(f"--lora-modules: the adapter {spec.name!r:.200} has the name of a model")
         self._catalogue = catalogue
@@ -337,17 +337,14 @@ class Adapters:
                 self._drop(key)
         self._all = None
         for entry in entries.values():
-            for number, spec in enumerate(given[entry.name]):
+            for number, spec in enumerate(specs_of[entry.name]):
                 scale = 0.0 if entry.settings.lora_init_without_apply else spec.scale
-                self._give(spec, entry, number=number, scale=scale)
-
-    def _give(self, spec: AdapterSpec, entry: ModelEntry, *, number: int, scale: float) -> None:
-        given = Adapter(
-            name=spec.name, base=entry.name, path=Path(spec.path).expanduser(),
-            root=Path(without_secrets(spec.path, alone=True)).name,
-            number=number, scale=scale, pinned=spec.pinned,
-        )  # fmt: skip
-        self._set(given)
+                given = Adapter(
+                    name=spec.name, base=entry.name, path=Path(spec.path).expanduser(),
+                    root=Path(without_secrets(spec.path, alone=True)).name,
+                    number=number, scale=scale, pinned=spec.pinned,
+                )  # fmt: skip
+                self._set(given)
 
     def given(self, base: str) -> list[Adapter]:
         """Return the adapters that the operator named or loaded for a model."""

@@ -19,13 +19,12 @@ from starlette.types import ASGIApp
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError
 from candle_vllm.core.vision.pictures import LIMITS
 from candle_vllm.openai.fair_threads import asker
-from candle_vllm.responses.store.backend import Held
+from candle_vllm.responses.store.backend import MEMORY, Held, Upkeep
 from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError, new_id
-from candle_vllm.responses.store.upkeep import Upkeep
 from candle_vllm.server.batches import records
 from candle_vllm.server.batches.lines import Application, asked_here
 from candle_vllm.server.batches.run import LEASE_MS, BatchRun
-from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, new_file_id, on_disk
+from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, new_file_id
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import RETRY_SECONDS
 from candle_vllm.server.http.keys import are_several
@@ -81,7 +80,7 @@ class Batches:
 
     async def start(self) -> None:
         """Open a store that is not in memory, and continue the batches of an earlier server."""
-        if on_disk(self.store.options):
+        if self.store.options.url != MEMORY:
             await self.store.backend()
         self._upkeep = Upkeep(RENEW_SECONDS, self._look, "batches could not be looked for", at_once=True)
 

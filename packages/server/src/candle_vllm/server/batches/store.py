@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import msgspec
 
 from candle_vllm.responses.store import entries
-from candle_vllm.responses.store.backend import MEMORY, SETTING, Backend, Bounds, Held, Place, open_backend
+from candle_vllm.responses.store.backend import SETTING, Backend, Bounds, Held, Place, open_backend
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
 
 FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry
@@ -296,11 +296,6 @@ def new_file_id() -> str:
 def too_large(most: int) -> entries.StoreLimitError:
     """Return the error for a file that is too large."""
     return entries.StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb).", "file")
-
-
-def on_disk(options: FileOptions) -> bool:
-    """Whether the store may have entries from before this server's start."""
-    return options.url != MEMORY
 
 
 def _file(entry: entries.Entry) -> FileObject:

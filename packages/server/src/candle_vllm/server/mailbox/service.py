@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from candle_vllm.core.targets import Target, parse_target
+from candle_vllm.responses.store.backend import Upkeep
 from candle_vllm.responses.store.entries import StoreUnavailableError
-from candle_vllm.responses.store.upkeep import Upkeep
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Headers, Mode, check_bearer, client_target, read_policy
 from candle_vllm.server.mailbox.record import MailboxError, Status, invalid, not_found, settled

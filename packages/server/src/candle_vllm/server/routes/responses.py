@@ -186,11 +186,14 @@ class _Exchange:
     def _error_events(self, failure: Exception) -> bytes:
         """Return the last events of a stream that the server ends: the response fails, with the next event numbers."""
         assert self._stream is not None
-        if isinstance(failure, HttpError):
-            detail = ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
-        else:
-            detail = error_detail(failure)
-        return b"".join(map(self._events.write, self._stream.stop(detail))) + DONE
+        return b"".join(map(self._events.write, self._stream.stop(detail_of(failure)))) + DONE
+
+
+def detail_of(failure: Exception) -> ErrorDetail:
+    """Return the error of a response that failed, also for an error of this server."""
+    if isinstance(failure, HttpError):
+        return ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
+    return error_detail(failure)
 
 
 async def _in_background(request: Request, wire: requests.ResponsesRequest, deadline: float) -> HttpResponse:

@@ -25,10 +25,10 @@ from candle_vllm.openai.errors import InvalidBodyError, UnsupportedParameterErro
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.responses.api.connection import ConnectionMemory
-from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
+from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.conversation.channel import end_task
-from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
+from candle_vllm.responses.protocol.events import StreamEvent
 from candle_vllm.responses.protocol.request import ResponsesRequest, parse_responses_request
 from candle_vllm.server.answering import in_time
 from candle_vllm.server.http.body import BIG_BODY, Held
@@ -38,7 +38,7 @@ from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS, UNDECODED
 from candle_vllm.server.http.request_context import RequestContext, begin_generation, current_request
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.models.manager import take_turn
-from candle_vllm.server.routes.responses import Responders, owner_of
+from candle_vllm.server.routes.responses import Responders, detail_of, owner_of
 from candle_vllm.server.settings.derived import speak_in_flags
 
 router = APIRouter()
@@ -212,7 +212,7 @@ class _Connection:
         if stream is None:
             await self._send_error(failure)
             return
-        for event in stream.stop(_detail(failure)):
+        for event in stream.stop(detail_of(_refused(failure))):
             await self._send(event)
 
     async def _cut_off(self) -> None:
@@ -276,13 +276,6 @@ def _refused(failure: Exception) -> Exception:
     if isinstance(failure, CandleVllmError):
         speak_in_flags(failure)
     return failure
-
-
-def _detail(failure: Exception) -> ErrorDetail:
-    failure = _refused(failure)
-    if isinstance(failure, HttpError):
-        return ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
-    return error_detail(failure)
 
 
 def _error_event(failure: Exception) -> bytes:
