@@ -33,7 +33,7 @@ from candle_vllm.server.http.limits import RateLimitMiddleware, RateLimits
 from candle_vllm.server.http.routing import GreetingMiddleware, HeadMiddleware, PrefixMiddleware, UnversionedMiddleware
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
-from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
+from candle_vllm.server.observing.metrics import Observation, Outcome
 from candle_vllm.server.observing.middleware import HttpMetricsMiddleware, RequestIdMiddleware
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.document import RATE_LIMIT_HEADERS, ApiDocument
@@ -111,7 +111,8 @@ def create_app(
     app.state.manager.rates = app.state.limits = RateLimits(settings.rates, app.state.metrics.rate_limited)
     app.state.mailbox = mailbox
     if mailbox is not None:
-        _count_pushes(mailbox, app.state.metrics)
+        sent = app.state.metrics.webhook_sent
+        mailbox.pushed = lambda delivered: sent(Outcome.OK if delivered else Outcome.FAILED)
     options = store_options(settings)
     app.state.response_store = None if options is None else ResponseStore(options)
     app.state.batches = None if options is None else _batches(app, options.url, settings)
@@ -177,10 +178,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         await app.state.manager.close()
         if mailbox is not None:
             await mailbox.close()
-
-
-def _count_pushes(mailbox: Mailbox, metrics: Metrics) -> None:
-    mailbox.pushed = lambda delivered: metrics.webhook_sent(Outcome.OK if delivered else Outcome.FAILED)
 
 
 def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
