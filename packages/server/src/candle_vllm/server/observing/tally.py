@@ -34,12 +34,7 @@ class UsageCounts(msgspec.Struct, frozen=True):
 
     def plus(self, other: UsageCounts) -> UsageCounts:
         """Return the sum of both."""
-        return UsageCounts(
-            self.requests + other.requests,
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
+        return UsageCounts(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
 
 
 class UsageRow(msgspec.Struct, frozen=True):
