@@ -21,7 +21,7 @@ from candle_vllm.openai import fair_threads
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.store import sql
 from candle_vllm.responses.store.entries import Entry, EntryItem, NotStoredError, StoreFullError
-from candle_vllm.server.batches import lines, run, service, store
+from candle_vllm.server.batches import lines, records, run, service, store
 from candle_vllm.server.batches.lines import PRIORITY, read_line
 from candle_vllm.server.http.failures import store_refusal
 from candle_vllm.server.routes.files import safe_name
@@ -318,7 +318,7 @@ def test_a_batch_is_cancelled_in_the_middle(start: Callable[..., Any]) -> None:
 
 
 def test_a_batch_that_takes_too_long_expires(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "COMPLETION_SECONDS", 0)
+    monkeypatch.setattr(records, "COMPLETION_SECONDS", 0)
     running = start(PacedEngine("abc"))
     client = running.openai()
     batch = ended(client, begin(client, line("a"), line("b")))

@@ -18,12 +18,10 @@ MAX_BYTES = 32 << 20  # bytes of all held responses together
 class ConnectionMemory:
     """The last responses of one connection, by their ids.
 
-    `most` and `most_bytes` limit the number of responses and their JSON; the oldest are dropped with their
-    continuations.
+    Beyond `MAX_REMEMBERED` responses, or `MAX_BYTES` of their JSON, the oldest are dropped with their continuations.
     """
 
-    def __init__(self, most: int = MAX_REMEMBERED, most_bytes: int = MAX_BYTES) -> None:
-        self._most, self._most_bytes = most, most_bytes
+    def __init__(self) -> None:
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._bytes = 0
 
@@ -35,7 +33,7 @@ class ConnectionMemory:
         self.forget(entry.id)
         self._entries[entry.id] = entry
         self._bytes += _size(entry)
-        while self._entries and (len(self._entries) > self._most or self._bytes > self._most_bytes):
+        while self._entries and (len(self._entries) > MAX_REMEMBERED or self._bytes > MAX_BYTES):
             self.forget(next(iter(self._entries)))
 
     def forget(self, response_id: str) -> None:

@@ -196,13 +196,11 @@ class PublicTransport(httpx2.AsyncBaseTransport):
 
     It is used for servers that a client and not the operator has named. A name is looked up once, and the connection
     goes to the address that was checked, so that a name that changes a moment later cannot lead elsewhere.
-
-    Args:
-        inner: makes the connections; None uses a transport without proxies, which would look the name up again.
     """
 
-    def __init__(self, inner: httpx2.AsyncBaseTransport | None = None) -> None:
-        self._inner = inner or httpx2.AsyncHTTPTransport(verify=_tls(trust_env=False), trust_env=False)
+    def __init__(self) -> None:
+        # without proxies, which would look the name up again
+        self._inner = httpx2.AsyncHTTPTransport(verify=_tls(trust_env=False), trust_env=False)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request; httpx2.ConnectError if the host has no address, or one that is not public."""

@@ -77,10 +77,9 @@ async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFA
     return Checked(call=call, definition=entry.definition, tool=entry.tool, arguments=arguments)
 
 
-def denied(checked: Checked, *, reason: str = "", max_chars: int = DEFAULT_MAX_CHARS) -> ToolResult:
-    """Return the result of a call that was denied; the model sees the reason."""
+def denied(checked: Checked, *, max_chars: int = DEFAULT_MAX_CHARS) -> ToolResult:
+    """Return the result of a call that was denied."""
     text = "The user did not agree to this call, so it was not run. Do not call it again with the same arguments."
-    text = f"{text} The reason: {reason}" if reason else text
     return _not_run(checked.call, checked.definition.server, "denied", text, max_chars)
 
 

@@ -58,18 +58,11 @@ class BatchStore:
     Args:
         options: options of the store.
         several: returns whether the server has several keys; if so, each may use half of the store.
-        clock: returns seconds since 1970.
     """
 
-    def __init__(
-        self,
-        options: FileOptions,
-        several: Callable[[], bool] = lambda: False,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, options: FileOptions, several: Callable[[], bool] = lambda: False) -> None:
         self.options = options
         self._several = several
-        self._clock = clock
         self._opening = asyncio.Lock()
         self._backend: Backend | None = None
         self._closed = False
@@ -224,12 +217,12 @@ class BatchStore:
             )
         )  # fmt: skip
 
-    async def batch(self, owner: str, batch_id: str, param: str = "batch_id") -> BatchRecord:
+    async def batch(self, owner: str, batch_id: str) -> BatchRecord:
         """Return a batch, including a cancellation that its server has not noticed yet."""
         backend = await self.backend()
         found = await backend.get(BATCHES, owner, batch_id) if entries.is_id(batch_id) else None
         if found is None:
-            raise entries.NotStoredError("Batch", batch_id, param)
+            raise entries.NotStoredError("Batch", batch_id, "batch_id")
         record = msgspec.json.decode(found.body, type=BatchRecord)
         if record.batch.status in ("validating", "in_progress"):
             cancelled = await backend.part(BATCHES, owner, batch_id, _CANCEL)
@@ -285,7 +278,7 @@ class BatchStore:
             advice="Delete files, or let its operator raise --files-max-mb.", several=self._several,
         )  # fmt: skip
         place = Place(options.url, "batches", "store of files", SETTING)
-        return await open_backend(place, bounds, self._clock)
+        return await open_backend(place, bounds, time.time)
 
 
 def new_file_id() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
@@ -39,11 +38,11 @@ class Mailbox:
         pushed: called when a push has ended: with True if it was delivered, with False if it was given up.
     """
 
-    def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, options: MailboxOptions) -> None:
         self.options = options
         self.pushed: Callable[[bool], object] = lambda _: None
-        self.store = MailboxStore(options, clock)
-        self._sender = Sender(options.webhook, clock)
+        self.store = MailboxStore(options)
+        self._sender = Sender(options.webhook)
         self._deliverer = Deliverer(self.store, self._sender, options, lambda delivered: self.pushed(delivered))
         self._pushing: Counter[str] = Counter()  # running pushes that clients asked for, by owner
         self._purging: Upkeep | None = None

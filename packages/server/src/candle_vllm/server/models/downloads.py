@@ -154,11 +154,10 @@ def _file(sibling: RepoSibling) -> HubFile:
 
 
 class Room(NamedTuple):
-    """Bytes: memory that a model needs at least, free memory, size of the download, and free disk space."""
+    """Bytes: memory that a model needs at least, free memory, and free disk space."""
 
     needed: int
     free: int
-    to_fetch: int
     disk: int
 
     def __str__(self) -> str:
@@ -166,7 +165,7 @@ class Room(NamedTuple):
         return f"{fits}: needs at least {self.needed / MIB:,.0f} MiB of memory, {self.free / MIB:,.0f} MiB are free"
 
 
-def room_of(settings: ModelOptions, weight_bytes: int, to_fetch: int = 0) -> Room:
+def room_of(settings: ModelOptions, weight_bytes: int) -> Room:
     """Compare the needs of a model of this size, with the smallest KV cache, to this machine's memory and disk."""
     from candle_vllm.core.devices import choose_device
     from candle_vllm.core.memory import free_memory
@@ -176,7 +175,7 @@ def room_of(settings: ModelOptions, weight_bytes: int, to_fetch: int = 0) -> Roo
     while not folder.exists():
         folder = folder.parent
     free = free_memory(choose_device(settings.device or "auto"))
-    return Room(weight_bytes + WORKSPACE + LEAST_CACHE, free, to_fetch, shutil.disk_usage(folder).free)
+    return Room(weight_bytes + WORKSPACE + LEAST_CACHE, free, shutil.disk_usage(folder).free)
 
 
 # ---- on this machine -------------------------------------------------------------------------------------------------
