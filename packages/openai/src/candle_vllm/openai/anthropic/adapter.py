@@ -31,7 +31,7 @@ from candle_vllm.openai.anthropic.request import (
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
 from candle_vllm.openai.anthropic.tools import Tool, ToolNameChoice
 from candle_vllm.openai.anthropic.turns import read_turns
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Progress, Text, Thought, Usage
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.protocol.tools import function_of, unknown_tool
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
@@ -271,6 +271,8 @@ class EventWriter:
                     return []
                 assert self._stop is not None
                 return [answers.MessageDelta(delta=self._stop, usage=answers.Usage.of(event)), answers.MessageStop()]
+            case Progress():
+                return []  # no request of this API asks for it
 
     def _say(self, kind: _Kind, text: str) -> list[answers.MessageEvent]:
         if self._open == kind:

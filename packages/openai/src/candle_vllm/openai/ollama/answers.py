@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Progress, Text, Thought, Usage
 from candle_vllm.openai.logprobs import chat_logprobs
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 
@@ -185,6 +185,8 @@ class LineWriter:
                 return self._called(cut=event.reason is not FinishReason.TOOL_CALLS)
             case Usage():
                 return [self._last(event)] if event.final else []
+            case Progress():
+                return []  # no request of this API asks for it
 
     def _say(self, logprobs: Any, text: str = "", thought: str = "") -> list[Line]:
         if not text and not thought and logprobs is UNSET:
