@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.conversion.gguf_tensors import Constant
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter, Place
@@ -124,13 +124,15 @@ def add(
         base=0 if own is None else address_of(own),
         base_bytes=0 if own is None else own.strides[0],
     )
-    shrink = plan_row(lay.shrink_operation(form, isa), address_of(numbers), lay.ShrinkArguments(**common))
+    shrink = plan_row(
+        operation("lora.cpu_shrink:make_shrink", form, isa), address_of(numbers), lay.ShrinkArguments(**common)
+    )
     within = shrink if late else ()  # which the threads do not see, as if all came to `expand` before
     begin = lay.BeginArguments(address_of(done))
-    plan = plan_row(lay.begin_operation(), address_of(numbers), begin, barrier=True, inner=within)
+    plan = plan_row(operation("lora.cpu_shrink:begin"), address_of(numbers), begin, barrier=True, inner=within)
     begins = len(plan) - len(within)
     plan += () if late else shrink
-    operation, column = lay.expand_operation(form, isa), 0
+    expand_rows, column = operation("lora.cpu_expand:make_expand", form, isa), 0
     for matrix in matrices:
         product = linear_arguments(
             matrix,
@@ -142,10 +144,10 @@ def add(
         )
         inner = plan_row(linear_operation(matrix.kind, isa), address_of(numbers), product)
         made = expand._replace(first=column, columns=matrix.rows, back=8 * (len(plan) - begins))
-        plan += plan_row(operation, address_of(numbers), made, inner=inner)
+        plan += plan_row(expand_rows, address_of(numbers), made, inner=inner)
         column += matrix.rows
     if not matrices:
-        plan += plan_row(operation, address_of(numbers), expand._replace(back=8 * (len(plan) - begins)))
+        plan += plan_row(expand_rows, address_of(numbers), expand._replace(back=8 * (len(plan) - begins)))
     team.run(np.array(plan, np.int64), 2 - late + max(1, len(matrices)))
     result = view.copy()
     view[:] = np.nan

@@ -11,8 +11,8 @@ from candle_vllm.core.kernels.column_order import reference
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.column_order import OrderArguments, order_operation
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.column_order import OrderArguments
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
@@ -37,7 +37,7 @@ def test_equals_the_reference(threads: int, rows: int, columns: int, picked: boo
         picked=address_of(index) if picked else 0,
         rows_from=StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS,
     )
-    row = plan_row(order_operation(), address_of(numbers), arguments)
+    row = plan_row(operation("column_order.cpu:column_order"), address_of(numbers), arguments)
     team = ThreadTeam(threads)
     try:
         team.run(np.array(row, np.int64), 1)

@@ -12,14 +12,12 @@ import torch
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.layer_norm.reference import layer_norm
 from candle_vllm.core.kernels.rms_norm import (
     HeadNormArguments,
     NormOntoArguments,
-    head_norm_operation,
-    norm_onto_operation,
 )
 from candle_vllm.core.kernels.rms_norm.reference import rms_norm
 
@@ -66,7 +64,7 @@ def test_head_norm(teams: dict[int, ThreadTeam], threads: int, head_dim: int, la
         eps=EPS,
         weight_step=4 * head_dim if own else 0,
     )
-    run(teams[threads], head_norm_operation(layer), arguments, rows)
+    run(teams[threads], operation("rms_norm.cpu:make_head_norm", layer), arguments, rows)
     np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -94,12 +92,15 @@ def test_norm_onto_a_residual(teams: dict[int, ThreadTeam], rows: int, columns: 
             target=address_of(result),
             target_stride=result.shape[1],
         )
-        run(teams[threads], norm_onto_operation(layer), arguments, rows)
+        run(teams[threads], operation("rms_norm.cpu:make_norm_onto", layer), arguments, rows)
         np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
         found.append(result)
         fresh = target.copy()
         run(
-            teams[threads], norm_onto_operation(layer), arguments._replace(target=address_of(fresh), accumulate=0), rows
+            teams[threads],
+            operation("rms_norm.cpu:make_norm_onto", layer),
+            arguments._replace(target=address_of(fresh), accumulate=0),
+            rows,
         )
         np.testing.assert_allclose(fresh[:, :columns], normed.numpy(), rtol=1e-5, atol=1e-5)
         assert np.array_equal(fresh[:, columns:], target[:, columns:])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.scale_cap import ScaleCapArguments, cut_, scale_cap_operation
-from candle_vllm.core.kernels.stream_mix import MixArguments, mix_operation, mix_streams
+from candle_vllm.core.kernels.stream_mix import MixArguments, mix_streams
 
 ROWS, NUMBERS = 5, np.zeros(StepNumber.COUNT, np.int64)
 NUMBERS[StepNumber.TOKENS] = NUMBERS[StepNumber.LOGIT_ROWS] = ROWS
@@ -73,7 +73,7 @@ def test_the_operation_mixes_as_the_reference_does(
         out_stride=out.shape[1],
         rows_from=StepNumber.LOGIT_ROWS,
     )
-    run(mix_operation(), arguments, threads)
+    run(operation("stream_mix.cpu:mix"), arguments, threads)
     values, tables = torch.from_numpy(x[:, : streams * columns]), torch.from_numpy(table)
     how = torch.from_numpy(gate[:, :gates]) if gates else None
     wanted = mix_streams(values, tables, how, torch.from_numpy(scale) if scaled else None, level=level).numpy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 
 
 class OrderArguments(NamedTuple):
@@ -33,8 +33,3 @@ class OrderArguments(NamedTuple):
     out_stride: int
     picked: int = 0
     rows_from: int = StepNumber.TOKENS
-
-
-def order_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("column_order.cpu:column_order")

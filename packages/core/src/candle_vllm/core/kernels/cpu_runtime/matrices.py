@@ -23,9 +23,15 @@ from candle_vllm.core.kernels.activation_rows import (
     row_elements,
     rows_operation,
 )
-from candle_vllm.core.kernels.column_order import OrderArguments, order_operation
+from candle_vllm.core.kernels.column_order import OrderArguments
 from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, StepNumber, address_of, embedding_arguments
+from candle_vllm.core.kernels.cpu_runtime.operation import (
+    LinearArguments,
+    StepNumber,
+    address_of,
+    embedding_arguments,
+    operation,
+)
 from candle_vllm.core.kernels.packed_linear import layout as packed
 from candle_vllm.core.kernels.plain_linear import layout as plain
 from candle_vllm.core.kernels.scaled_linear import layout as scaled
@@ -143,7 +149,7 @@ def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copi
         picked=picked,
         rows_from=source.rows_from,
     )
-    recorder.add(order_operation(), arguments)
+    recorder.add(operation("column_order.cpu:column_order"), arguments)
     ordered = InputRows(address_of(rows), columns, columns, Prologue.NONE, rows_from=source.rows_from)
     made = _convert(recorder, Groups(), ordered, copies=copies, barrier=barrier)
     return Inputs(made.arguments, (*made.arrays, *arrays, rows))
@@ -185,7 +191,7 @@ def gate_products(
         q_scales=address_of(scales),
         q_sums=address_of(sums),
     )
-    recorder.add(packed.gated_operation(gate.kind, prologue, recorder.isa), arguments)
+    recorder.add(operation("packed_linear.cpu_gated:make_gated", gate.kind, prologue, recorder.isa), arguments)
     return Inputs({"x": address_of(q), "scales": address_of(scales), "sums": address_of(sums)}, (q, scales, sums))
 
 
@@ -193,5 +199,5 @@ def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, o
     """Record a lookup of embedding rows; see `embedding_arguments`."""
     assert matrix.input_form in (Groups(), *RowForm), "columns of the table are reordered"
     recorder.keep_matrix(matrix)
-    operation = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # no ScaledMatrix: decoded at load
-    recorder.add(operation, embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride))
+    address = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # no ScaledMatrix: decoded at load
+    recorder.add(address, embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride))

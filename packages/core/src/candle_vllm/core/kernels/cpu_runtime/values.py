@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import (
     make_forms,
     read_rows,
 )
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Buffer, Recorder, aligned, row_stride
 from candle_vllm.core.kernels.embedding import AddArguments, add_operation
 from candle_vllm.core.kernels.lora.cpu_record import INPUT_FORM, Joining, record_experts
@@ -42,15 +42,13 @@ from candle_vllm.core.kernels.recorded import Floats, Gates, LookUp, Recorded, R
 from candle_vllm.core.kernels.rms_norm import (
     HeadNormArguments,
     NormOntoArguments,
-    head_norm_operation,
-    norm_onto_operation,
     norm_rows,
 )
 from candle_vllm.core.kernels.scale_cap import ScaleCapArguments, scale_cap_arguments, scale_cap_operation
-from candle_vllm.core.kernels.short_conv import ShortConvArguments, short_conv_operation, state_shape
+from candle_vllm.core.kernels.short_conv import ShortConvArguments, state_shape
 from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
 from candle_vllm.core.kernels.silu_mul import GATES, GatedRowsArguments, gated_rows_operation
-from candle_vllm.core.kernels.stream_mix import MixArguments, mix_operation
+from candle_vllm.core.kernels.stream_mix import MixArguments
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
@@ -246,7 +244,7 @@ class _Value(Recorded):
             weight_step=4 * head_dim if weight.ndim == 2 else 0,
             rows_from=self.rows_from,
         )
-        self.recorder.add(head_norm_operation(layer), arguments)
+        self.recorder.add(operation("rms_norm.cpu:make_head_norm", layer), arguments)
         return self
 
     def rotary(self, cos: Floats, sin: Floats) -> Recorded:
@@ -289,7 +287,7 @@ class _Value(Recorded):
             out_stride=out.stride,
             rows_from=self.rows_from,
         )
-        recorder.add(mix_operation(), row)
+        recorder.add(operation("stream_mix.cpu:mix"), row)
         return _Value(recorder, out, 0, out.width, rows_from=self.rows_from)
 
     def cut(self, deviations: float) -> None:
@@ -318,7 +316,7 @@ class _Value(Recorded):
             out_stride=out.stride,
             **recorder.state_arguments(cache),
         )
-        recorder.add(short_conv_operation(taps, silu=silu, gated=bool(given)), row)
+        recorder.add(operation("short_conv.cpu:make_short_conv", taps, silu, bool(given)), row)
         self.buffer.version += bool(given)
         return buffer_value(recorder, out)
 
@@ -523,7 +521,7 @@ class _Prepared(_Wrapper):
             accumulate=accumulate,
             rows_from=self.rows_from,
         )
-        self.recorder.add(norm_onto_operation(self._prologue is Prologue.LAYER_NORM), arguments)
+        self.recorder.add(operation("rms_norm.cpu:make_norm_onto", self._prologue is Prologue.LAYER_NORM), arguments)
 
     def wanted(self) -> Recorded:
         picked = _Prepared(self.source, self._prologue, self.width, self._weight, self._eps)
@@ -627,8 +625,8 @@ class _LookedUp(_Pending):
 
     def _record(self, target: Buffer, accumulate: bool) -> None:
         row = address_of(self._given.array), self._given.stride, self.width, address_of(target.array), target.stride
-        operation, arguments = (add_operation(), AddArguments) if accumulate else (copy_operation(), CopyArguments)
-        self.recorder.add(operation, arguments(*row))
+        address, arguments = (add_operation(), AddArguments) if accumulate else (copy_operation(), CopyArguments)
+        self.recorder.add(address, arguments(*row))
 
 
 class _Product(_Pending):

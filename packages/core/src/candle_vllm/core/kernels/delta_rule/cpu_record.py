@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
 from candle_vllm.core.kernels.delta_rule import layout
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ def record_delta_rule(
         **recorder.state_arguments(cache),
     )
     if not by_element:
-        recorder.add(layout.prepare_operation(), arguments)
+        recorder.add(operation("delta_rule.cpu:prepare"), arguments)
     grain = 2 if by_element else decays > heads
-    recorder.add(layout.scan_operation(gates.skip is None, grain), arguments)
+    recorder.add(operation("delta_rule.cpu:make_scan", gates.skip is None, grain), arguments)
     if cache.kept.shape[1]:
         count = (decays + strengths) // heads
         assert cache.kept.shape[2] == layout.kept_inputs(key_heads, heads, key_dim, value_dim, gates=count)
-        recorder.add(layout.keep_operation(), arguments)
+        recorder.add(operation("delta_rule.cpu:keep"), arguments)

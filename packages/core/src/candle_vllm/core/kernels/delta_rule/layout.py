@@ -6,8 +6,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import operation
-
 COLUMNS = 16
 """Columns in a tile of a state."""
 EPS = 1e-6
@@ -106,18 +104,3 @@ class DeltaArguments(NamedTuple):
     replays: int
     stores: int
     keeps: int
-
-
-def prepare_operation() -> int:
-    """Return the address of the operation that prepares q, k and gates."""
-    return operation("delta_rule.cpu:prepare")
-
-
-def scan_operation(corrects: bool, grain: int) -> int:
-    """Return the address of the operation that processes tokens; see `cpu.make_scan`."""
-    return operation("delta_rule.cpu:make_scan", corrects, grain)
-
-
-def keep_operation() -> int:
-    """Return the address of the operation that writes kept rows."""
-    return operation("delta_rule.cpu:keep")

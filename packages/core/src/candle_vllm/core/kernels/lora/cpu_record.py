@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, aligned, row_stride
 from candle_vllm.core.kernels.lora import layout as lay
 
@@ -65,7 +65,7 @@ class Joining:
         """Record the operation that must come before `shrink`, with a barrier between them."""
         done = aligned(lay.DONE_BYTES * self._recorder.limits.threads, np.uint8)
         self._done = self._recorder.keep_array(done)
-        self._recorder.add(lay.begin_operation(), lay.BeginArguments(self._done), barrier=barrier)
+        self._recorder.add(operation("lora.cpu_shrink:begin"), lay.BeginArguments(self._done), barrier=barrier)
 
     def shrink(self) -> None:
         """Record x A^T of `inputs`, without a barrier after it."""
@@ -73,13 +73,15 @@ class Joining:
         self._common |= {**self.inputs.arguments, "done": self._done}
         self._begins = len(self._recorder.plan)
         self._recorder.add(
-            lay.shrink_operation(self._form, self._isa), lay.ShrinkArguments(**self._common), barrier=False
+            operation("lora.cpu_shrink:make_shrink", self._form, self._isa),
+            lay.ShrinkArguments(**self._common),
+            barrier=False,
         )
 
     def look_up(self, numbers: int) -> None:
         """Record x A^T for a table whose rows are looked up; `numbers` is the address of the row numbers."""
         arguments = lay.ShrinkArguments(**self._common | {"x": numbers})
-        self._recorder.add(lay.lookup_operation(self._form.whole), arguments, barrier=False)
+        self._recorder.add(operation("lora.cpu_tables:make_lookup", self._form.whole), arguments, barrier=False)
 
     def own(self, width: int) -> Buffer:
         """Return memory for the model's own products."""
@@ -113,12 +115,14 @@ class Joining:
             how["beside"] = self._recorder.beside()
             product = product[0], product[1]._replace(beside=how["beside"])
         arguments = self._arguments(target, own, columns, **how)
-        self._recorder.add(lay.expand_operation(self._form, self._isa), arguments, barrier=barrier, inner=product)
+        self._recorder.add(
+            operation("lora.cpu_expand:make_expand", self._form, self._isa), arguments, barrier=barrier, inner=product
+        )
 
     def replace(self, target: Buffer, own: Buffer, **how: Any) -> None:
         """Record the replacement of rows of the model's table by an adapter's rows, after `expand`."""
         arguments = self._arguments(target, own, (0, target.width), **how)
-        self._recorder.add(lay.replace_operation(), arguments)
+        self._recorder.add(operation("lora.cpu_tables:replace"), arguments)
 
     def _arguments(
         self,
@@ -174,7 +178,7 @@ def record_experts(
         "top_k": count,
     }
     shrink = lay.ShrinkArguments(**common, by_place=by_place)
-    recorder.add(lay.shrink_experts_operation(form, recorder.isa), shrink)
+    recorder.add(operation("lora.cpu_experts:make_shrink", form, recorder.isa), shrink)
     expand = lay.ExpandArguments(
         **common,
         scales=address_of(recorder.entries.scales),
@@ -182,4 +186,4 @@ def record_experts(
         row_bytes=4 * results.stride,
         columns=results.width,
     )
-    recorder.add(lay.expand_experts_operation(form, recorder.isa), expand)
+    recorder.add(operation("lora.cpu_experts:make_expand", form, recorder.isa), expand)

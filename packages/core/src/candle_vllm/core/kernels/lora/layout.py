@@ -27,12 +27,11 @@ A table that is looked up stores B as [V][r] in place of A, and A in place of B.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, c_function, operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 
 
 class NumberForm(enum.IntEnum):
@@ -238,37 +237,3 @@ class ExpandArguments(NamedTuple):
     done: int = 0
     back: int = 0
     beside: int = 0
-
-
-def shrink_operation(form: NumberForm, isa: int) -> int:
-    return operation("lora.cpu_shrink:make_shrink", form, isa)
-
-
-def begin_operation() -> int:
-    return operation("lora.cpu_shrink:begin")
-
-
-def expand_operation(form: NumberForm, isa: int) -> int:
-    return operation("lora.cpu_expand:make_expand", form, isa)
-
-
-def lookup_operation(form: NumberForm) -> int:
-    return operation("lora.cpu_tables:make_lookup", form)
-
-
-def replace_operation() -> int:
-    """Return the address of the compiled operation, whose arguments are those of `expand`."""
-    return operation("lora.cpu_tables:replace")
-
-
-def shrink_experts_operation(form: NumberForm, isa: int) -> int:
-    return operation("lora.cpu_experts:make_shrink", form, isa)
-
-
-def expand_experts_operation(form: NumberForm, isa: int) -> int:
-    return operation("lora.cpu_experts:make_expand", form, isa)
-
-
-def quantise_function(form: NumberForm) -> Callable[..., None]:
-    """Return the compiled function of `cpu_quantise.make_quantise` for bfloat16 or float32 numbers."""
-    return c_function("lora.cpu_quantise:make_quantise", 4, form)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.activation_rows import row_elements
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, NumberType, PackedAdapter, Place
 from candle_vllm.core.kernels.lora import layout as lay
@@ -289,5 +289,5 @@ def quantise(numbers: np.ndarray, target: NDArray[np.uint8], matrices: NDArray[n
     assert numbers.flags.c_contiguous
     assert matrices.flags.c_contiguous
     form = lay.NumberForm.BF16 if numbers.dtype == np.uint16 else lay.NumberForm.F32
-    function = lay.quantise_function(form)
+    function = c_function("lora.cpu_quantise:make_quantise", 4, form)
     function(address_of(numbers), address_of(target), address_of(matrices), len(matrices))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, operation, slot
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, slot
 
 if TYPE_CHECKING:
     import torch
@@ -141,11 +141,6 @@ class RouteArguments(NamedTuple):
     jitter: float = 0.0
 
 
-def route_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("moe.cpu:route")
-
-
 class ExpertsArguments(NamedTuple):
     """Arguments of the operation `experts`.
 
@@ -164,11 +159,6 @@ class ExpertsArguments(NamedTuple):
     matrices: int
     picked: int
     ranks: int = 0
-
-
-def experts_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("moe.cpu:experts")
 
 
 class CombineArguments(NamedTuple):
@@ -198,8 +188,3 @@ class CombineArguments(NamedTuple):
     shared_stride: int = 0
     gate: int = 0
     gate_stride: int = 0
-
-
-def combine_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("moe.cpu:combine")

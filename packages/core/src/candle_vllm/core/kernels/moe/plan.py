@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import InputForm
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.moe import arguments as given
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing, Scoring
 
@@ -88,7 +88,7 @@ def record_sum(
         gate=gate[0],
         gate_stride=gate[1],
     )
-    recorder.add(given.combine_operation(), arguments)
+    recorder.add(operation("moe.cpu:combine"), arguments)
 
 
 def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routing: Routing) -> Pairs:
@@ -117,7 +117,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
         expert_scale=0 if routing.expert_scale is None else recorder.keep(routing.expert_scale),
         jitter=routing.jitter,
     )
-    recorder.add(given.route_operation(), arguments)
+    recorder.add(operation("moe.cpu:route"), arguments)
     return pairs
 
 
@@ -165,5 +165,5 @@ def record_products(
         picked=address_of(picked),
         ranks=recorder.ranks,
     )
-    recorder.add(given.experts_operation(), arguments)
+    recorder.add(operation("moe.cpu:experts"), arguments)
     return Results(pairs, rows, stride, width)

@@ -56,7 +56,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.activation_quant import Groups, Prologue
+from candle_vllm.core.kernels.activation_quant import Groups
 from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import has_compiler
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
@@ -324,11 +324,6 @@ class GatedArguments(NamedTuple):
     q: int
     q_scales: int
     q_sums: int
-
-
-def gated_operation(kind: PackedKind, prologue: Prologue, isa: Isa) -> int:
-    """Return the address of a kind's compiled operation of `cpu_gated.py`."""
-    return operation.operation("packed_linear.cpu_gated:make_gated", kind, prologue, isa)
 
 
 def linear_arguments(matrix: PackedMatrix, **given: Any) -> LinearArguments:

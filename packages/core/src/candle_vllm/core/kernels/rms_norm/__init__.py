@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
@@ -65,7 +65,7 @@ def add_rms_norm(x: Value, residual: Value, weight: Value, eps: float) -> tuple[
 
 
 class HeadNormArguments(NamedTuple):
-    """Arguments of `head_norm_operation`, which normalises the heads of rows in place.
+    """Arguments of `cpu.make_head_norm`, which normalises the heads of rows in place.
 
     Attributes:
         x: address of the first head of float32 rows, `stride` floats apart. If head_dim is not a multiple of 32, up to
@@ -87,13 +87,8 @@ class HeadNormArguments(NamedTuple):
     rows_from: int = StepNumber.TOKENS
 
 
-def head_norm_operation(layer: bool = False) -> int:
-    """Return the address of the compiled operation; `layer` makes it a LayerNorm."""
-    return operation("rms_norm.cpu:make_head_norm", layer)
-
-
 class NormOntoArguments(NamedTuple):
-    """Arguments of `norm_onto_operation`, which adds normalised rows to other rows.
+    """Arguments of `cpu.make_norm_onto`, which adds normalised rows to other rows.
 
     Attributes:
         x: address of the rows that are normalised, float32, `stride` floats apart; not part of `target`.
@@ -114,11 +109,6 @@ class NormOntoArguments(NamedTuple):
     target_stride: int
     accumulate: int = 1
     rows_from: int = StepNumber.TOKENS
-
-
-def norm_onto_operation(layer: bool = False) -> int:
-    """Return the address of the compiled operation; `layer` makes it a LayerNorm."""
-    return operation("rms_norm.cpu:make_norm_onto", layer)
 
 
 def norm_rows(x: np.ndarray, weight: np.ndarray, eps: float, *, layer: bool) -> np.ndarray:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
@@ -115,8 +114,3 @@ class ShortConvArguments(NamedTuple):
     replays: int
     stores: int
     keeps: int
-
-
-def short_conv_operation(taps: int, *, silu: bool, gated: bool) -> int:
-    """Return the address of the compiled operation."""
-    return operation("short_conv.cpu:make_short_conv", taps, silu, gated)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
 LEAST = 1e-5
@@ -60,8 +60,3 @@ class MixArguments(NamedTuple):
     out: int
     out_stride: int
     rows_from: int = StepNumber.TOKENS
-
-
-def mix_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("stream_mix.cpu:mix")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
 
 if TYPE_CHECKING:
@@ -92,11 +92,6 @@ class TurnArguments(NamedTuple):
     sin: int
 
 
-def turn_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("whole_attention.cpu:turn")
-
-
 def record_turn(
     recorder: Recorder,
     qkv: WholeHeads,
@@ -107,17 +102,7 @@ def record_turn(
     cos, sin = (recorder.keep(table) for table in tables)
     turning, half = qkv.heads + qkv.kv_heads, tables[0].shape[1]
     given = TurnArguments(qkv.address, qkv.stride, turning, qkv.head_dim, half, address_of(places), cos, sin)
-    recorder.add(turn_operation(), given)
-
-
-def lay_out_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("whole_attention.cpu:lay_out")
-
-
-def attend_whole_operation(isa: Isa, biased: bool) -> int:
-    """Return the address of the compiled operation."""
-    return operation("whole_attention.cpu:make_attend_whole", isa, biased)
+    recorder.add(operation("whole_attention.cpu:turn"), given)
 
 
 def record_whole_attention(
@@ -146,8 +131,8 @@ def record_whole_attention(
         bias_bytes=0 if table is None or len(table) == 1 else table.strides[0],
         window=limits.tokens if window is None else window,
     )
-    recorder.add(lay_out_operation(), given)
-    recorder.add(attend_whole_operation(recorder.isa, table is not None), given)
+    recorder.add(operation("whole_attention.cpu:lay_out"), given)
+    recorder.add(operation("whole_attention.cpu:make_attend_whole", recorder.isa, table is not None), given)
 
 
 def _bias_table(
