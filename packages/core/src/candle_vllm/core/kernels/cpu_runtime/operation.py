@@ -26,7 +26,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from threading import Thread
-from typing import Any, NamedTuple, Protocol, TypeAlias, get_type_hints
+from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
 import numpy as np
 
@@ -242,23 +242,27 @@ def _float_bits(value: float) -> int:
 # ---- products of all weight formats ----------------------------------------------------------------------------------
 
 
-class Tiled(Protocol):
-    """A matrix [N, K] in tiles of 16 rows.
+class TiledMatrix:
+    """Base of matrices [N, K] in tiles of 16 rows.
 
     Attributes:
         rows, columns: N and K.
-        data: bytes of the tiles.
-        tile_bytes: bytes from one tile to the next.
+        data: uint8 [tiles, bytes of a tile], contiguous.
     """
 
+    rows: int
+    columns: int
+    data: np.ndarray
+
     @property
-    def rows(self) -> int: ...
+    def tile_bytes(self) -> int:
+        """Bytes from one tile to the next."""
+        return self.data.shape[1]
+
     @property
-    def columns(self) -> int: ...
-    @property
-    def data(self) -> np.ndarray: ...
-    @property
-    def tile_bytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.data.nbytes
 
 
 class LinearArguments(NamedTuple):
@@ -302,7 +306,7 @@ class LinearArguments(NamedTuple):
 
 
 def linear_arguments(
-    matrix: Tiled,
+    matrix: TiledMatrix,
     length: int,
     *,
     x: int,
@@ -367,7 +371,7 @@ class EmbeddingArguments(NamedTuple):
 
 
 def embedding_arguments(
-    matrix: Tiled, *, token_ids: int, out: int, out_stride: int, rows_from: StepNumber = StepNumber.TOKENS
+    matrix: TiledMatrix, *, token_ids: int, out: int, out_stride: int, rows_from: StepNumber = StepNumber.TOKENS
 ) -> EmbeddingArguments:
     """Return the arguments for a table; `out_stride` is in floats."""
     assert out_stride >= matrix.columns

@@ -60,7 +60,7 @@ from candle_vllm.core.kernels.activation_quant import Groups
 from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import has_compiler
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, TiledMatrix
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, Float
@@ -251,7 +251,7 @@ RARE = frozenset(kind for kind in PackedKind if kind > PackedKind.Q6_K)
 
 
 @dataclass(frozen=True, eq=False)
-class PackedMatrix:
+class PackedMatrix(TiledMatrix):
     """A quantised weight matrix, 16 rows interleaved.
 
     Attributes:
@@ -281,16 +281,6 @@ class PackedMatrix:
     def input_form(self) -> Groups:
         """See `Matrix`."""
         return Groups(None if self.order is None else self.order.tobytes())
-
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes of a tile."""
-        return self.layout.tile_bytes(self.columns)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return self.data.nbytes
 
 
 def linear_operation(kind: PackedKind, isa: Isa) -> int:

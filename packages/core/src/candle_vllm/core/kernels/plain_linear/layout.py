@@ -22,7 +22,7 @@ import numpy as np
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, TiledMatrix
 from candle_vllm.core.quantization.plain import ELEMENTS
 
 ROWS = 16
@@ -63,7 +63,7 @@ class PlainKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class PlainMatrix:
+class PlainMatrix(TiledMatrix):
     """A plain weight matrix, 16 rows interleaved.
 
     Attributes:
@@ -87,16 +87,6 @@ class PlainMatrix:
     def input_form(self) -> RowForm:
         """See `Matrix`."""
         return RowForm.BF16 if self.kind is PlainKind.BF16 else RowForm.F32
-
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes of a tile."""
-        return self.steps * self.kind.step_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return self.data.nbytes
 
 
 def linear_operation(kind: PlainKind, isa: Isa) -> int:

@@ -29,7 +29,7 @@ import numpy as np
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, TiledMatrix
 
 ROWS = 16
 """Rows of a tile: one for each 32-bit lane of a vector."""
@@ -69,7 +69,7 @@ class ScaledKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledMatrix:
+class ScaledMatrix(TiledMatrix):
     """A weight matrix of small floats with scales, 16 rows interleaved.
 
     Attributes:
@@ -115,11 +115,6 @@ class ScaledMatrix:
     def tile_bytes(self) -> int:
         """Bytes of a tile."""
         return self.spans * HEAD_BYTES + self.turns * self.kind.turn_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return self.data.nbytes
 
 
 def linear_operation(kind: ScaledKind, isa: Isa) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from candle_vllm.core.kernels.activation_rows import GROUP, WordForm
 from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, TiledMatrix
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear.layout import ROWS
 from candle_vllm.core.threads import loading_threads
@@ -43,7 +43,7 @@ class WordKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class WordMatrix:
+class WordMatrix(TiledMatrix):
     """A weight matrix of integers with scales, 16 rows interleaved.
 
     Attributes:
@@ -70,16 +70,6 @@ class WordMatrix:
     def input_form(self) -> WordForm:
         """See `Matrix`."""
         return WordForm.I16
-
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes of a tile."""
-        return self.groups * GROUP_BYTES
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return self.data.nbytes
 
 
 def pack(raw: np.ndarray, dtype: str, rows: int, columns: int, memory: WeightMemory | None = None) -> WordMatrix | None:
