@@ -97,28 +97,23 @@ class RemoteEngine(EngineFront):
             EngineDeadError: the process has ended.
         """
         self._check_generates()
-        self._working()
-        self._thread.check(params)
+        self._running_thread().check(params)
 
     def reset_prefix_cache(self) -> None:
         self._running_thread().reset_prefix_cache()
 
     @property
     def is_sleeping(self) -> bool:
-        self._working()
-        return self._thread.is_sleeping
+        return self._running_thread().is_sleeping
 
     def _sleep(self, level: int, mode: str) -> None:
-        self._working()
-        self._thread.sleep(level, mode)
+        self._running_thread().sleep(level, mode)
 
     def _wake_up(self, tags: frozenset[str]) -> None:
-        self._working()
-        self._thread.wake_up(tags)
+        self._running_thread().wake_up(tags)
 
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        self._working()
-        return self._thread.call_adapters(call)
+        return self._running_thread().call_adapters(call)
 
     def close(self) -> None:
         """Abort running requests and end the process, by force after 10 s. Closing twice is fine."""

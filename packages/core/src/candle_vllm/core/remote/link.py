@@ -23,7 +23,7 @@ from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.thread import EngineThread, Prepared, Sink
+from candle_vllm.core.engine.step.thread import EngineThread
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError
 from candle_vllm.core.remote import wire
 from candle_vllm.core.remote.line import Bell
@@ -221,19 +221,8 @@ class RemoteThread(EngineThread):
         link.on_refused = self._refuse
         super().__init__(link, max_sequences)
 
-    def submit(self, prepared: Sequence[Prepared], sink: Sink) -> None:
-        """See `EngineThread.submit`."""
-        super().submit(prepared, sink)
-        self._link.wake()
-
-    def abort(self, request_id: str, sink: Sink | None = None) -> None:
-        """See `EngineThread.abort`."""
-        super().abort(request_id, sink)
-        self._link.wake()
-
-    def reset_prefix_cache(self) -> None:
-        """See `EngineThread.reset_prefix_cache`."""
-        super().reset_prefix_cache()
+    def _command(self, command: Callable[[], None]) -> None:
+        super()._command(command)
         self._link.wake()
 
     def check(self, params: StructuredOutputsParams) -> None:
@@ -273,8 +262,7 @@ class RemoteThread(EngineThread):
             if len(self._calls) >= self._max_sequences:
                 raise EngineOverloadedError(f"{len(self._calls)} calls to the engine are waiting: try again later")
             self._calls.add(answer)
-            self._commands.append(partial(self._link.call, number, data, answer))
-        self._link.wake()
+            self._command(partial(self._link.call, number, data, answer))
         try:
             return answer.result(patience)
         except TimeoutError:
@@ -297,13 +285,6 @@ class RemoteThread(EngineThread):
                 self._callbacks.append(callback)
         if not waits and not self._closing:
             _call(callback)
-
-    def close(self) -> None:
-        """See `EngineThread.close`."""
-        with self._wake:
-            self._closing = True
-        self._link.wake()
-        super().close()
 
     def _end(self, error: EngineDeadError) -> None:
         super()._end(error)

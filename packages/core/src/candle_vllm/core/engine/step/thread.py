@@ -220,8 +220,7 @@ class EngineThread:
                 )
             self._clients[request_id] = _Client(sink, len(prepared))
             self._live_sequences += len(prepared)
-            self._commands.append(lambda: self._engine.add(prepared))
-            self._wake.notify()
+            self._command(lambda: self._engine.add(prepared))
 
     def abort(self, request_id: str, sink: Sink | None = None) -> None:
         """End a request before the next step; unknown or finished ids are ignored.
@@ -233,16 +232,14 @@ class EngineThread:
         with self._wake:
             client = self._clients.get(request_id)
             if client is not None and sink in (None, client.sink):
-                self._commands.append(lambda: self._abort(request_id, client))
-                self._wake.notify()
+                self._command(lambda: self._abort(request_id, client))
 
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache before the next step and before every later request."""
         with self._wake:
             if self._dead is not None or self._closing:
                 raise self._dead or EngineDeadError("the engine is closed")
-            self._commands.append(self._engine.reset_prefix_cache)
-            self._wake.notify()
+            self._command(self._engine.reset_prefix_cache)
 
     @property
     def is_sleeping(self) -> bool:
@@ -300,8 +297,7 @@ class EngineThread:
             if self._dead is not None or self._closing:
                 raise self._dead or EngineDeadError("the engine is closed")
             self._answers.add(answer)
-            self._commands.append(command)
-            self._wake.notify()
+            self._command(command)
         try:
             answer.result()
         except CancelledError:
@@ -310,11 +306,15 @@ class EngineThread:
             with self._wake:
                 self._answers.discard(answer)
 
+    def _command(self, command: Callable[[], None]) -> None:
+        """Have the thread run `command` before its next step."""
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
     def wake(self) -> None:
         """Make the engine run a step even if it waits, so that `after_step` is called; from any thread."""
-        with self._wake:
-            self._commands.append(lambda: None)
-            self._wake.notify()
+        self._command(lambda: None)
 
     def fail(self, error: EngineDeadError) -> None:
         """End the engine with an error before its next step; from any thread."""
@@ -322,15 +322,13 @@ class EngineThread:
         def end() -> None:
             raise error
 
-        with self._wake:
-            self._commands.append(end)
-            self._wake.notify()
+        self._command(end)
 
     def close(self) -> None:
         """Abort the remaining requests, stop the thread and wait for it."""
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._command(lambda: None)
         if self._thread is not threading.current_thread():
             self._thread.join()
 
