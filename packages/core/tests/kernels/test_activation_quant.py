@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.activation_quant import Prologue, QuantiseArguments, quantise_operation
-from candle_vllm.core.kernels.activation_quant.reference import behind, quantise
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from packages.core.tests.kernels.activation_forms import behind, quantise
 
 
 def run(

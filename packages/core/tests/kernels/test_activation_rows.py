@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_quant.reference import behind
-from candle_vllm.core.kernels.activation_rows import RowForm, reference, row_elements
+from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
 
 pytest.importorskip("numba")
 
 from candle_vllm.core.kernels.activation_rows import RowsArguments, rows_operation
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from packages.core.tests.kernels import activation_forms
 
 
 def run(
@@ -65,8 +65,8 @@ def test_equals_the_reference(prologue: Prologue, form: RowForm, rows: int, colu
     x = data(rows, columns * 2 if prologue.gated else columns)
     weight = np.random.default_rng(1).random(2 * columns, dtype=np.float32)
     used = torch.from_numpy(weight[:columns] if prologue is Prologue.NORM else weight)
-    y = behind(prologue, torch.from_numpy(x), used, 1e-5)
-    wanted = reference.rows(y, form)
+    y = activation_forms.behind(prologue, torch.from_numpy(x), used, 1e-5)
+    wanted = activation_forms.rows(y, form)
     result = run(x, prologue, form, weight=weight)
     numbers = torch.from_numpy(result.view(np.int16 if form is RowForm.BF16 else np.int32)).view(wanted.dtype)
     assert not result[:, columns:].any()

@@ -408,7 +408,9 @@ def test_gated_products_are_quantised_where_they_are_made(kind, prologue, team, 
         for isa in sorted({host_isa(), host_isa() & Isa.AVX2, Isa.GENERIC}):
             for each in found:
                 each[:] = 77
-            run_row(team, operation("packed_linear.cpu_gated:make_gated", kind, prologue, isa), numbers, arguments)
+            run_row(
+                team, operation.operation("packed_linear.cpu_gated:make_gated", kind, prologue, isa), numbers, arguments
+            )
             for one, true in zip(found, wanted):
                 assert np.array_equal(one, true)
 

@@ -14,7 +14,7 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.scaled_linear import ScaledKind, ScaledMatrix, pack, reference, unpack
+from candle_vllm.core.kernels.scaled_linear import ScaledKind, ScaledMatrix, pack, unpack
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, GROUP, ScaledCodes
 
@@ -27,6 +27,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.plain_linear import layout as plain_layout
 from candle_vllm.core.kernels.plain_linear import pack as pack_plain
+from candle_vllm.core.kernels.plain_linear import reference as plain_reference
 from candle_vllm.core.kernels.scaled_linear import cpu, layout
 from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
@@ -265,7 +266,7 @@ def test_scales_that_cannot_be_divided(scale, lone_thread):
 def test_linear_matches_the_reference(kind, outputs, columns, span, team):
     matrix = packed(kind, outputs, columns, span)
     x = activations(70, matrix.columns)
-    wanted = reference.scaled_linear(matrix, x)
+    wanted = plain_reference.linear(unpack(matrix), plain_reference.round_activations(x, plain_layout.PlainKind.BF16))
     for isa in ISAS:
         for rows in ROWS:
             assert error(multiply(team, matrix, x[:rows], isa=isa), wanted[:rows]) < 1e-5

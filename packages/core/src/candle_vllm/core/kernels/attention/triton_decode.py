@@ -321,7 +321,7 @@ def decode(
     items = list_items(lists, context_lens, decoding, merging) if triton_items.ITEM_LIST else None
     for start in range(0, q.shape[0], most):
         rows = min(most, q.shape[0] - start)
-        programs = min(rows * kv_heads * shape.splits, shape.programs * _multiprocessors(q.device))
+        programs = min(rows * kv_heads * shape.splits, shape.programs * multiprocessors(q.device))
         decode_kernel[(programs,)](
             q[start:],
             key_cache,
@@ -373,7 +373,7 @@ def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> in
     return 4 if query_bytes == 4 else 2 if rows_scaled and dim <= 128 else cache_bytes
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Return the GPU's multiprocessors; 2 under the interpreter, so that a program has several items."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 

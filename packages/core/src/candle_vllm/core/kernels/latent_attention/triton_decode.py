@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.attention import triton_items
-from candle_vllm.core.kernels.attention.triton_decode import merge_kernel
+from candle_vllm.core.kernels.attention.triton_decode import merge_kernel, multiprocessors
 from candle_vllm.core.kernels.attention.triton_items import (
     count_items,
     counted_item,
@@ -24,8 +24,8 @@ from candle_vllm.core.kernels.attention.triton_items import (
     listed_item,
     split_keys,
 )
-from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
-from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
+from candle_vllm.core.kernels.attention.triton_tiles import load_tile, tile_slots
+from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
 _ROWS = 256  # maximum sequences of a launch, if each program counts the items
@@ -98,8 +98,8 @@ def latent_decode_kernel(
         values = tl.zeros([HEADS, LP], tl.float32)
         for at in range(begin, end, BLOCK_N):
             slots = tile_slots(table, at, end, S, BLOCK_N, True)
-            rope = load_part(cache, slots, at, end, ROPE + L, 0, ROPE, RP, True)
-            latent = load_part(cache, slots, at, end, ROPE + L, ROPE, L, LP, True)
+            rope = load_tile(cache, slots, at, end, ROPE + L, ROPE, RP, True, S, 0)
+            latent = load_tile(cache + ROPE, slots, at, end, ROPE + L, L, LP, True, S, 0)
             tops, sums, values = attend_latent_tile(
                 rotated, others, tops, sums, values, rope, latent, positions, at, factor, True
             )
@@ -171,7 +171,7 @@ def decode(
     items = list_items(lists, context_lens, decoding, merging) if triton_items.ITEM_LIST else None
     for start in range(0, q_latent.shape[0], most):
         rows = min(most, q_latent.shape[0] - start)
-        programs = min(rows * parts * shape.splits, shape.programs * _multiprocessors(out.device))
+        programs = min(rows * parts * shape.splits, shape.programs * multiprocessors(out.device))
         latent_decode_kernel[(programs,)](
             q_rope[start:],
             q_latent[start:],
@@ -206,11 +206,6 @@ def decode(
             num_warps=2,
             **OPTIONS,
         )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """Return the GPU's multiprocessors; 2 under the interpreter, so that a program has several items."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _constants(shape: Splits, heads: int, rope: int, latent: int, block_size: int) -> dict[str, Any]:

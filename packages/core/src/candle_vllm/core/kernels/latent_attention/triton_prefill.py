@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.attention.triton_prefill import behind_decodes, find_tile
-from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
-from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
+from candle_vllm.core.kernels.attention.triton_tiles import load_tile, tile_slots
+from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
 _ROWS = 256  # sequences that a program compares at a time to find the sequence of its tile
@@ -90,15 +90,15 @@ def latent_prefill_kernel(
         values = tl.zeros([BLOCK_M, LP], tl.float32)
         for at in range(0, whole, BLOCK_N):
             slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
-            rope = load_part(cache, slots, at, last + 1, ROPE + L, 0, ROPE, RP, False)
-            latent = load_part(cache, slots, at, last + 1, ROPE + L, ROPE, L, LP, False)
+            rope = load_tile(cache, slots, at, last + 1, ROPE + L, ROPE, RP, False, S, 0)
+            latent = load_tile(cache + ROPE, slots, at, last + 1, ROPE + L, L, LP, False, S, 0)
             tops, sums, values = attend_latent_tile(
                 rotated, others, tops, sums, values, rope, latent, positions, at, factor, False
             )
         for at in range(whole, last + 1, BLOCK_N):
             slots = tile_slots(table, at, last + 1, S, BLOCK_N, True)
-            rope = load_part(cache, slots, at, last + 1, ROPE + L, 0, ROPE, RP, True)
-            latent = load_part(cache, slots, at, last + 1, ROPE + L, ROPE, L, LP, True)
+            rope = load_tile(cache, slots, at, last + 1, ROPE + L, ROPE, RP, True, S, 0)
+            latent = load_tile(cache + ROPE, slots, at, last + 1, ROPE + L, L, LP, True, S, 0)
             tops, sums, values = attend_latent_tile(
                 rotated, others, tops, sums, values, rope, latent, positions, at, factor, True
             )

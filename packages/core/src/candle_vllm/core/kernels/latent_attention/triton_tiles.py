@@ -20,34 +20,6 @@ def load_queries(q, places, valid, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_part(
-    cache,
-    slots,
-    first,
-    end,
-    WIDTH: tl.constexpr,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Load elements START .. START + SIZE - 1 of latent rows, [N, PADDED].
-
-    Elements beyond SIZE and, if MASKED, of positions from `end` on are 0, because memory may hold NaN there.
-    """
-    dims = tl.arange(0, PADDED)
-    at = cache + slots[:, None] * WIDTH + START + dims[None, :]
-    if MASKED:
-        keys = first + tl.arange(0, slots.shape[0])
-        tile = tl.load(at, mask=(keys[:, None] < end) & (dims[None, :] < SIZE), other=0.0)
-    elif SIZE != PADDED:
-        tile = tl.load(at, mask=dims[None, :] < SIZE, other=0.0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
-@triton.jit
 def attend_latent_tile(
     q_rope,  # [M, RP]
     q_latent,  # [M, LP]

@@ -1,22 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The linear layer with FP8 and FP4 weights in plain numpy: the reference of the tests."""
+"""FP8 and FP4 weights in plain numpy: the reference of the tests."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from candle_vllm.core.kernels.plain_linear.layout import PlainKind
-from candle_vllm.core.kernels.plain_linear.reference import linear, round_activations
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind, ScaledMatrix
 from candle_vllm.core.quantization.group_codes import nibbles
 from candle_vllm.core.quantization.plain import read_plain
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-def scaled_linear(matrix: ScaledMatrix, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """Multiply the matrix [N, K] by activations [T, K] in BF16, add bias [N]: float32 [T, N], summed in float64."""
-    return linear(unpack(matrix), round_activations(x, PlainKind.BF16), bias)
 
 
 def unpack(matrix: ScaledMatrix) -> np.ndarray:

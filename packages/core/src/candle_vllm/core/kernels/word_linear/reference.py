@@ -23,12 +23,3 @@ def unpack(matrix: WordMatrix) -> np.ndarray:
     """Return the weights as float32 [N, K]."""
     words, scales = parts(matrix)
     return (words * scales[..., None]).reshape(matrix.rows, -1)[:, : matrix.columns].astype(np.float32)
-
-
-def linear(matrix: WordMatrix, x: np.ndarray, scales: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """Multiply weights by integers x int16 [T, G, 32] with scales [T, G], plus bias [N]: float32 [T, N]."""
-    words, own = parts(matrix)
-    sums = np.einsum("tgk,ngk->tng", x.astype(np.int64), words.astype(np.int64))
-    assert np.abs(sums).max(initial=0) < 2**31
-    y = (sums * (own[None].astype(np.float64) * scales[:, None])).sum(-1)
-    return (y if bias is None else y + bias).astype(np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Quantise activations, after a prologue, in plain torch."""
+"""Prologues, and their result in the forms that matrices read, in plain torch: the reference of the tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from candle_vllm.core.kernels.activation import reference as activation
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
+from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
 from candle_vllm.core.kernels.layer_norm.reference import layer_norm
 from candle_vllm.core.kernels.moe.reference import gated
 from candle_vllm.core.kernels.rms_norm.reference import rms_norm
@@ -39,3 +40,9 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
     q = (groups * inverse.unsqueeze(-1)).round()
     return q.flatten(-2).to(torch.int8), scales, q.sum(-1) * scales
+
+
+def rows(y: torch.Tensor, form: RowForm) -> torch.Tensor:
+    """Convert y float32 [T, K], the result of the prologue, to [T, row_elements(K)] in `form`; see the contract."""
+    padded = torch.nn.functional.pad(y, (0, row_elements(y.shape[1]) - y.shape[1]))
+    return padded.bfloat16() if form is RowForm.BF16 else padded
