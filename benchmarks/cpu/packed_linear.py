@@ -22,12 +22,12 @@ import time
 import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead, host_isa, host_level
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row, use_level
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, linear_arguments, operation, plan_row, use_level
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, host_kind, pack
 from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, most_panels, record_bytes
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, linear_arguments, linear_operation
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS
 from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -52,7 +52,7 @@ def main() -> None:
         types = GGMLQuantizationType.__members__
         kind = host_kind(types[name]) if name in types else PackedKind[name]
         start = time.perf_counter()
-        operation = linear_operation(kind, host_isa())
+        address = operation("packed_linear.cpu:make_linear", kind, host_isa())
         compiled = time.perf_counter() - start
         report = {
             "kernel": "packed_linear",
@@ -63,12 +63,12 @@ def main() -> None:
         if options.pack:
             report["pack_s_per_16M"] = round(_pack_time(kind), 4)
         for rows in options.rows:
-            for figures in _measure(team, operation, kind, rows, options):
+            for figures in _measure(team, address, kind, rows, options):
                 print(json.dumps(report | {"threads": team.threads} | figures), flush=True)
     team.close()
 
 
-def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, options: argparse.Namespace) -> list[dict]:
+def _measure(team: ThreadTeam, address: int, kind: PackedKind, rows: int, options: argparse.Namespace) -> list[dict]:
     n, k = options.shape
     size = -(-n // ROWS) * LAYOUTS[kind].tile_bytes(k)
     copies = max(1, (options.megabytes << 20) // size // max(1, rows // 8))
@@ -87,7 +87,7 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
             out_stride=n,
         )
         for ahead, plan in plans.items():
-            plan += plan_row(operation, address_of(numbers), arguments._replace(ahead=ahead), barrier=True)
+            plan += plan_row(address, address_of(numbers), arguments._replace(ahead=ahead), barrier=True)
     tables = {ahead: np.array(plan, np.int64) for ahead, plan in plans.items()}
     times: dict[int, list[float]] = {ahead: [] for ahead in tables}
     for _ in range(options.rounds + 1):

@@ -24,15 +24,13 @@ import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, linear_arguments, operation, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix
-from candle_vllm.core.kernels.plain_linear import layout as plain
 from candle_vllm.core.kernels.plain_linear.layout import ROWS
 from candle_vllm.core.kernels.scaled_linear import ScaledKind, ScaledMatrix
-from candle_vllm.core.kernels.scaled_linear import layout as scaled
 from candle_vllm.core.kernels.scaled_linear import pack as pack_scaled
 from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 
@@ -55,15 +53,15 @@ def main() -> None:
     for name in options.kinds:
         start = time.perf_counter()
         kind = next(kind for kind in KINDS if kind.name == name)
-        module: Any = plain if isinstance(kind, PlainKind) else scaled
-        operation = module.linear_operation(kind, Isa.GENERIC if options.generic else host_isa())
+        folder = "plain_linear" if isinstance(kind, PlainKind) else "scaled_linear"
+        address = operation(f"{folder}.cpu:make_linear", kind, Isa.GENERIC if options.generic else host_isa())
         report = {
-            "kernel": module.__name__.split(".")[-2],
+            "kernel": folder,
             "kind": name,
             "compile_s": round(time.perf_counter() - start, 2),
         }
         for rows in options.rows:
-            figures = _measure(team, operation, kind, rows, options)
+            figures = _measure(team, address, kind, rows, options)
             print(json.dumps(report | {"threads": team.threads} | figures), flush=True)
     team.close()
 
@@ -84,9 +82,9 @@ def _scaled(n: int, k: int, kind: ScaledKind, span: int | None) -> ScaledMatrix:
     return pack_scaled(ScaledCodes(name, np.full((n, k), code, np.uint8), scales, span or k))
 
 
-def _measure(team: ThreadTeam, operation: int, kind: Any, rows: int, options: argparse.Namespace) -> dict:
+def _measure(team: ThreadTeam, address: int, kind: Any, rows: int, options: argparse.Namespace) -> dict:
     n, k = options.shape
-    memory, module = WeightMemory(), plain if isinstance(kind, PlainKind) else scaled
+    memory = WeightMemory()
     matrix = _plain(n, k, kind) if isinstance(kind, PlainKind) else _scaled(n, k, kind, options.span)
     copies = max(1, (options.megabytes << 20) // matrix.nbytes // max(1, rows // 8))
     matrices = []
@@ -101,8 +99,8 @@ def _measure(team: ThreadTeam, operation: int, kind: Any, rows: int, options: ar
     plan = []
     for matrix in matrices:
         x_bytes = row_elements(k) * x.itemsize
-        arguments = module.linear_arguments(matrix, x=address_of(x), x_bytes=x_bytes, out=address_of(out), out_stride=n)
-        plan += plan_row(operation, address_of(numbers), arguments, barrier=True)
+        arguments = linear_arguments(matrix, x=address_of(x), x_bytes=x_bytes, out=address_of(out), out_stride=n)
+        plan += plan_row(address, address_of(numbers), arguments, barrier=True)
     table, times = np.array(plan, np.int64), []
     for _ in range(options.rounds + 1):
         start = time.perf_counter()

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_vllm.core.kernels.cpu_runtime import kernel_cache, machine_code
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache, machine_code, matrices
 from candle_vllm.core.kernels.cpu_runtime.compiler import load_object
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_flags, host_level, links_here, machine
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, linear_arguments, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
@@ -26,7 +26,6 @@ def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: tu
 
 def multiply_in_field(
     team: ThreadTeam,
-    layout: ModuleType,
     matrix: Any,
     rows: int,
     isa: Isa,
@@ -39,7 +38,6 @@ def multiply_in_field(
 
     Args:
         team: of threads.
-        layout: the kernel's module with `linear_arguments` and `linear_operation`.
         matrix: of its kind.
         rows: T.
         isa: what the CPU can do.
@@ -54,7 +52,7 @@ def multiply_in_field(
         view[:] = onto
     numbers = np.full(StepNumber.COUNT, -1, np.int64)
     numbers[StepNumber.LOGIT_ROWS] = rows
-    arguments = layout.linear_arguments(
+    arguments = linear_arguments(
         matrix,
         **inputs,
         out=address_of(field),
@@ -64,24 +62,25 @@ def multiply_in_field(
         accumulate=onto is not None,
         rows_from=StepNumber.LOGIT_ROWS,
     )
-    run_row(team, operation or layout.linear_operation(matrix.kind, isa), numbers, arguments)
+    run_row(team, operation or matrices.linear_operation(matrix, isa), numbers, arguments)
     result = view.copy()
     view[:] = np.nan
     assert np.isnan(field).all()
     return result
 
 
-def make_anew(monkeypatch: pytest.MonkeyPatch, layout: ModuleType, cpu: ModuleType, name: str) -> None:
+def make_anew(monkeypatch: pytest.MonkeyPatch, cpu: ModuleType, name: str) -> None:
     """Has a kernel's linear operation made with the numbers that its module has now; the result is kept as `name`."""
 
     module = cpu.__name__.removeprefix("candle_vllm.core.kernels.")
 
-    def linear_operation(kind: int, isa: int) -> int:
+    def linear_operation(matrix: Any, isa: int) -> int:
+        constants = [int(isa)] if module.startswith("word_linear") else [int(matrix.kind), int(isa)]
         return compiled_address(
-            f"{module}.tests.{name}.{int(kind)}.{int(isa)}", lambda: cpu.make_linear(int(kind), int(isa))
+            f"{module}.tests.{name}.{'.'.join(map(str, constants))}", lambda: cpu.make_linear(*constants)
         )
 
-    monkeypatch.setattr(layout, "linear_operation", linear_operation)
+    monkeypatch.setattr(matrices, "linear_operation", linear_operation)
 
 
 PLAIN = host_level()._replace(name="plain", isa=Isa.GENERIC)

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from candle_vllm.core.conversion.gguf_tensors import Constant
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
+from candle_vllm.core.kernels.cpu_runtime.matrices import linear_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, linear_arguments, operation, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter, Place
 from candle_vllm.core.kernels.lora import layout as lay
 from candle_vllm.core.kernels.plain_linear import PlainMatrix
-from candle_vllm.core.kernels.plain_linear.layout import linear_arguments, linear_operation
 
 
 def stored(numbers: np.ndarray) -> Constant:
@@ -142,7 +142,7 @@ def add(
             out_stride=field.shape[1],
             column=column,
         )
-        inner = plan_row(linear_operation(matrix.kind, isa), address_of(numbers), product)
+        inner = plan_row(linear_operation(matrix, isa), address_of(numbers), product)
         made = expand._replace(first=column, columns=matrix.rows, back=8 * (len(plan) - begins))
         plan += plan_row(expand_rows, address_of(numbers), made, inner=inner)
         column += matrix.rows

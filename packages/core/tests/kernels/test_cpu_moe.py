@@ -32,7 +32,7 @@ from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.recorded import Matrix
+    from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 
 MOST = 70
 SINGLE = ("F32", "F16", "BF16")

@@ -24,7 +24,7 @@ from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
 from candle_vllm.core.kernels.cpu_runtime.emit import I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_isa, host_level, links_here
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, linear_arguments, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.delta_rule import cpu as delta_cpu
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix
@@ -33,7 +33,6 @@ from candle_vllm.core.kernels.packed_linear import layout as packed_layout
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.plain_linear import cpu as plain_cpu
-from candle_vllm.core.kernels.plain_linear import layout as plain_layout
 from candle_vllm.core.kernels.plain_linear import pack as pack_plain
 from candle_vllm.core.kernels.short_conv import cpu as conv_cpu
 from packages.core.tests.kernels import test_delta_rule, test_short_conv
@@ -76,12 +75,12 @@ def team() -> Iterator[ThreadTeam]:
     found.close()
 
 
-def multiply(processor: Emulated, function: int, matrix: Any, layout: Any, rows: int, **inputs: Any) -> np.ndarray:
+def multiply(processor: Emulated, function: int, matrix: Any, rows: int, **inputs: Any) -> np.ndarray:
     """The linear operation on the emulated processor: float32 [T, N]."""
     out = processor.array(np.full((rows + 1, matrix.rows), np.nan, np.float32))
     numbers = processor.array(np.full(StepNumber.COUNT, rows, np.int64))
     given = {name: processor.place(x) if isinstance(x, np.ndarray) else x for name, x in inputs.items()}
-    arguments = layout.linear_arguments(matrix, out=processor.place(out), out_stride=matrix.rows, **given)
+    arguments = linear_arguments(matrix, out=processor.place(out), out_stride=matrix.rows, **given)
     arguments = arguments._replace(weights=processor.place(processor.array(matrix.data)))
     row = processor.array(np.array(plan_row(function, processor.place(numbers), arguments), np.int64))
     processor.call(function, processor.place(row), 0, 1)
@@ -123,9 +122,9 @@ def check_packed(processor: Emulated, team: ThreadTeam, kind: PackedKind) -> Non
     for rows in (1, 3, 11):
         inputs = dict(zip(("x", "scales", "sums"), (part[:rows].copy() for part in activations(11, COLUMNS))))
         places = {name: address_of(part) for name, part in inputs.items()}
-        wanted = multiply_in_field(team, packed_layout, matrix, rows, host_isa(), None, None, **places)
+        wanted = multiply_in_field(team, matrix, rows, host_isa(), None, None, **places)
         given = {name: processor.array(part) for name, part in inputs.items()}
-        assert same_bits(multiply(processor, function, matrix, packed_layout, rows, **given), wanted)
+        assert same_bits(multiply(processor, function, matrix, rows, **given), wanted)
 
 
 @pytest.mark.one_of_each(2)
@@ -180,11 +179,11 @@ def test_plain_products_do_not_depend_on_the_rows_beside(name: str) -> None:
     matrix = pack_plain((weights >> 16).astype(np.uint16).reshape(-1).view(np.uint8), "BF16", OUTPUTS, COLUMNS)
     function = processor.load(plain_cpu.make_linear(int(PlainKind.BF16), int(processor.level.isa)))
     inputs = processor.array((x >> 16).astype(np.uint16))
-    whole = multiply(processor, function, matrix, plain_layout, 11, x=inputs, x_bytes=2 * COLUMNS)
+    whole = multiply(processor, function, matrix, 11, x=inputs, x_bytes=2 * COLUMNS)
     exact = x.view(np.float32).astype(np.float64) @ weights.view(np.float32).astype(np.float64).T
     assert error(whole, exact) < 1e-5
     for row in (0, 10):
-        alone = multiply(processor, function, matrix, plain_layout, 1, x=inputs[row : row + 1], x_bytes=2 * COLUMNS)
+        alone = multiply(processor, function, matrix, 1, x=inputs[row : row + 1], x_bytes=2 * COLUMNS)
         assert same_bits(alone, whole[row : row + 1])
     processor.close()
 
@@ -245,9 +244,9 @@ def test_a_processor_ends_at_an_instruction_that_it_has_not() -> None:
     processor.level = LEVEL["neon-dotprod"]
     newer = processor.load(packed_cpu.make_linear(int(PackedKind.Q4_1), int(LEVEL["neon-dotprod"].isa)))
     given = {name: processor.array(x) for name, x in zip(("x", "scales", "sums"), activations(11, COLUMNS))}
-    multiply(processor, function, packed(PackedKind.Q4_1, OUTPUTS, COLUMNS), packed_layout, 1, **given)
+    multiply(processor, function, packed(PackedKind.Q4_1, OUTPUTS, COLUMNS), 1, **given)
     with pytest.raises(RuntimeError, match="status -4"):  # SIGILL
-        multiply(processor, newer, packed(PackedKind.Q4_1, OUTPUTS, COLUMNS), packed_layout, 1, **given)
+        multiply(processor, newer, packed(PackedKind.Q4_1, OUTPUTS, COLUMNS), 1, **given)
     processor.close()
 
 

@@ -135,7 +135,7 @@ def multiply(
     xq, xs, xsum = (np.ascontiguousarray(part) for part in inputs)
     wanted = operation_at(cpu.make_linear, int(matrix.kind), level) if level else 0
     places = {"x": address_of(xq), "scales": address_of(xs), "sums": address_of(xsum)}
-    return multiply_in_field(team, layout, matrix, len(xq), host_isa(), bias, onto, wanted, **places)
+    return multiply_in_field(team, matrix, len(xq), host_isa(), bias, onto, wanted, **places)
 
 
 def read_rows(team: ThreadTeam, matrix: PackedMatrix, ids: np.ndarray) -> np.ndarray:
@@ -143,7 +143,12 @@ def read_rows(team: ThreadTeam, matrix: PackedMatrix, ids: np.ndarray) -> np.nda
     field = np.full((len(ids) + 1, matrix.columns + 8), 7, np.float32)
     numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
     places = {"token_ids": address_of(ids), "out": address_of(field), "out_stride": field.shape[1]}
-    run_row(team, layout.embedding_rows_operation(matrix.kind), numbers, embedding_arguments(matrix, **places))
+    run_row(
+        team,
+        operation.operation("packed_linear.cpu:make_embedding", matrix.kind),
+        numbers,
+        embedding_arguments(matrix, **places),
+    )
     return field
 
 
@@ -371,7 +376,7 @@ def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypat
     matrix, inputs = packed(PackedKind.Q4_K, 63, COLUMNS), activations(20, COLUMNS)
     whole = multiply(lone_thread, matrix, inputs)
     monkeypatch.setattr(cpu, "CACHED_BYTES", 1)
-    make_anew(monkeypatch, layout, cpu, "turns")
+    make_anew(monkeypatch, cpu, "turns")
     assert same_bits(multiply(lone_thread, matrix, inputs), whole)
 
 

@@ -20,10 +20,10 @@ pytest.importorskip("numba")
 
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.plain_linear import cpu, layout
+from candle_vllm.core.kernels.plain_linear import cpu
 from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
 # The generic path runs everywhere; BF16, and the blocks of 24 rows of AVX2, only where the CPU has them.
@@ -85,7 +85,7 @@ def multiply(
         inputs[:] = halves
         x_bytes = 2 * width
     wanted = ISAS[-1] if isa is None else isa
-    return multiply_in_field(team, layout, matrix, rows, wanted, bias, onto, x=address_of(inputs), x_bytes=x_bytes)
+    return multiply_in_field(team, matrix, rows, wanted, bias, onto, x=address_of(inputs), x_bytes=x_bytes)
 
 
 # ---- the layout ------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_activations_larger_than_the_cache_are_taken_in_turns(lone_thread, monke
     matrix, x = packed(PlainKind.BF16, 63, ODD), activations(20, ODD)
     whole = multiply(lone_thread, matrix, x)
     monkeypatch.setattr(cpu, "_CACHED_BYTES", 1)
-    make_anew(monkeypatch, layout, cpu, "turns")
+    make_anew(monkeypatch, cpu, "turns")
     assert same_bits(multiply(lone_thread, matrix, x), whole)
 
 
@@ -246,7 +246,7 @@ def test_embedding_rows_are_exact(kind, columns, team):
     field = np.full((len(ids) + 1, columns + 8), 7, np.float32)
     numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
     arguments = embedding_arguments(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=columns + 8)
-    run_row(team, layout.embedding_rows_operation(kind), numbers, arguments)
+    run_row(team, operation("plain_linear.cpu:make_embedding", kind), numbers, arguments)
     assert np.array_equal(field[:4, :columns], unpack(matrix)[ids[:4]])
     assert np.isnan(field[4:7, :columns]).all()  # ids outside of the table
     assert (field[:, columns:] == 7).all()

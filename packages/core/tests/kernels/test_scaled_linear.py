@@ -22,13 +22,14 @@ pytest.importorskip("numba")
 
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.matrices import linear_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, linear_arguments
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.plain_linear import layout as plain_layout
 from candle_vllm.core.kernels.plain_linear import pack as pack_plain
 from candle_vllm.core.kernels.plain_linear import reference as plain_reference
-from candle_vllm.core.kernels.scaled_linear import cpu, layout
+from candle_vllm.core.kernels.scaled_linear import cpu
 from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
 # The generic path runs everywhere; BF16 only where the CPU has it.
@@ -107,7 +108,7 @@ def multiply(
     wanted = ISAS[-1] if isa is None else isa
     places = {"x": address_of(inputs), "x_bytes": inputs.strides[0]}
     places["picked"] = 0 if picked is None else address_of(picked)
-    return multiply_in_field(team, layout, matrix, rows, wanted, bias, onto, **places)
+    return multiply_in_field(team, matrix, rows, wanted, bias, onto, **places)
 
 
 # ---- the layout ------------------------------------------------------------------------------------------------------
@@ -304,11 +305,11 @@ def test_sums_within_a_span_are_those_of_bfloat16_weights(rows, lone_thread):
     plain = pack_plain(weights.view(torch.uint8).numpy().reshape(-1), "BF16", 37, 256)
     x = activations(20, 256)[:rows]
     inputs, out = bfloat16_rows(x), np.full((rows, 37), np.nan, np.float32)
-    arguments = plain_layout.linear_arguments(
+    arguments = linear_arguments(
         plain, x=address_of(inputs), x_bytes=inputs.strides[0], out=address_of(out), out_stride=37
     )
     numbers = np.full(StepNumber.COUNT, rows, np.int64)
-    run_row(lone_thread, plain_layout.linear_operation(plain.kind, ISAS[-1]), numbers, arguments)
+    run_row(lone_thread, linear_operation(plain, ISAS[-1]), numbers, arguments)
     assert same_bits(multiply(lone_thread, pack(found), x), out)
 
 
@@ -317,7 +318,7 @@ def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypat
     whole = multiply(lone_thread, matrix, x)
     for name in ("_CACHED_BYTES", "_MOST_BYTES"):
         monkeypatch.setattr(cpu, name, 1)
-        make_anew(monkeypatch, layout, cpu, f"turns{name}")
+        make_anew(monkeypatch, cpu, f"turns{name}")
         assert same_bits(multiply(lone_thread, matrix, x), whole)
 
 

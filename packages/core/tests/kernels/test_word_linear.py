@@ -19,8 +19,8 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.word_linear import cpu, layout
-from packages.core.tests.kernels.linear_field import error, multiply_in_field, run_row, same_bits
+from candle_vllm.core.kernels.word_linear import cpu
+from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
 RANDOM = np.random.default_rng(5)
 ODD = 301
@@ -68,7 +68,7 @@ def multiply(team: ThreadTeam, matrix: WordMatrix, x: np.ndarray, isa: Isa, **mo
     rows = words(team, x)
     bias, onto = more.get("bias"), more.get("onto")
     at = {"x": address_of(rows), "x_bytes": rows.shape[1]}
-    return multiply_in_field(team, layout, matrix, len(x), isa, bias, onto, **at)
+    return multiply_in_field(team, matrix, len(x), isa, bias, onto, **at)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 31), (63, 512)])
@@ -140,11 +140,5 @@ def test_small_parts_give_the_same_bits(teams: list[ThreadTeam], monkeypatch: py
     wanted = multiply(teams[0], matrix, x, Isa.GENERIC)
     for name, value in (("_PART", 3), ("_PANELS", 2)):
         monkeypatch.setattr(cpu, name, value)
-    monkeypatch.setattr(layout, "linear_operation", lambda kind, isa: anew(isa))
+    make_anew(monkeypatch, cpu, "small")
     assert same_bits(multiply(teams[0], matrix, x, Isa.GENERIC), wanted)
-
-
-def anew(isa: Isa) -> int:
-    from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
-
-    return compiled_address(f"word_linear.cpu.tests.small.{int(isa)}", lambda: cpu.make_linear(int(isa)))

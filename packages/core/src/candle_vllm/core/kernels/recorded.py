@@ -8,11 +8,10 @@ implements it, and decides which operations are fused. A wanted row is that of a
 
 from __future__ import annotations
 
-import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 # Input and output of layers: a torch.Tensor, or a Recorded while a step is recorded.
 Value: TypeAlias = Any
@@ -33,38 +32,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from candle_vllm.core.kernels.activation_rows import InputForm
     from candle_vllm.core.kernels.attention.rows import PagedCache
+    from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
     from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe import arguments as moe
     from candle_vllm.core.kernels.states import StateCache
-
-
-class Matrix(Protocol):
-    """A matrix [N, K] whose rows are interleaved, 16 in a tile: see `packed_linear`, `plain_linear`, `scaled_linear`.
-
-    Attributes:
-        rows, columns: N and K.
-        kind: the layout, which selects the compiled operations.
-        data: uint8 [tiles, `tile_bytes`].
-        input_form: the format of the input that the matrix multiplies.
-    """
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def columns(self) -> int: ...
-    @property
-    def kind(self) -> enum.IntEnum: ...
-    @property
-    def data(self) -> np.ndarray: ...
-    @property
-    def tile_bytes(self) -> int: ...
-    @property
-    def input_form(self) -> InputForm: ...
-
 
 LookUp: TypeAlias = Callable[[Any], Any]
 """Function that returns rows float32 [T, width] for int64 numbers [T]."""

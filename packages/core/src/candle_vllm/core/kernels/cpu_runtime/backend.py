@@ -16,9 +16,9 @@ from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
     from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
     from candle_vllm.core.kernels.plain_linear.layout import PlainKind, PlainMatrix
-    from candle_vllm.core.kernels.recorded import Matrix
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,28 +23,21 @@ from candle_vllm.core.kernels.activation_rows import (
     rows_operation,
 )
 from candle_vllm.core.kernels.column_order import OrderArguments
-from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, bytes_ahead
 from candle_vllm.core.kernels.cpu_runtime.operation import (
     LinearArguments,
+    Matrix,
     StepNumber,
     address_of,
     embedding_arguments,
+    linear_arguments,
     operation,
 )
 from candle_vllm.core.kernels.packed_linear import layout as packed
-from candle_vllm.core.kernels.plain_linear import layout as plain
-from candle_vllm.core.kernels.scaled_linear import layout as scaled
 from candle_vllm.core.kernels.word_linear import layout as words
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
-    from candle_vllm.core.kernels.recorded import Matrix
-
-
-_KERNELS: Mapping[type, Any] = MappingProxyType(
-    {packed.PackedMatrix: packed, plain.PlainMatrix: plain, scaled.ScaledMatrix: scaled, words.WordMatrix: words}
-)
-"""Module of each class of matrix; all modules have functions of the same names that return operations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +150,15 @@ def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copi
 def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, LinearArguments]:
     """Return a linear operation and its arguments for `Recorder.add`; `how` are those of `linear_arguments`."""
     recorder.keep_matrix(matrix)
-    kernels = _KERNELS[type(matrix)]
-    arguments = kernels.linear_arguments(matrix, **inputs.arguments, **how)
-    return kernels.linear_operation(matrix.kind, recorder.isa), arguments
+    form, given = matrix.input_form, inputs.arguments
+    assert not isinstance(form, RowForm) or given["x_bytes"] >= row_bytes(form, matrix.columns)
+    return linear_operation(matrix, recorder.isa), linear_arguments(matrix, **given, **how)
+
+
+def linear_operation(matrix: Matrix, isa: Isa) -> int:
+    """Return the address of the compiled linear operation of a matrix's kind."""
+    constants = () if isinstance(matrix, words.WordMatrix) else (matrix.kind,)
+    return operation(f"{matrix.folder}.cpu:make_linear", *constants, isa)
 
 
 def gate_products(
@@ -199,5 +197,7 @@ def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, o
     """Record a lookup of embedding rows; see `embedding_arguments`."""
     assert matrix.input_form in (Groups(), *RowForm), "columns of the table are reordered"
     recorder.keep_matrix(matrix)
-    address = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # no ScaledMatrix: decoded at load
-    recorder.add(address, embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride))
+    code = f"{matrix.folder}.cpu:make_embedding"  # no ScaledMatrix: decoded at load
+    recorder.add(
+        operation(code, matrix.kind), embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
+    )

@@ -21,12 +21,13 @@ import platform
 import struct
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from threading import Thread
-from typing import Any, NamedTuple, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, get_type_hints
 
 import numpy as np
 
@@ -41,6 +42,9 @@ from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
 )
 from candle_vllm.core.kernels.cpu_runtime.level import best_level, bytes_ahead, choose_level, host_level
 from candle_vllm.core.threads import collector_paused
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.activation_rows import InputForm
 
 NUMBERS = 2  # index in a plan row: the address of the step's numbers
 FIRST_ARGUMENT = 3
@@ -242,17 +246,33 @@ def _float_bits(value: float) -> int:
 # ---- products of all weight formats ----------------------------------------------------------------------------------
 
 
-class TiledMatrix:
-    """Base of matrices [N, K] in tiles of 16 rows.
+class Matrix(ABC):
+    """A matrix [N, K] whose rows are interleaved, 16 in a tile: see `packed_linear`, `plain_linear`, `scaled_linear`.
 
     Attributes:
+        folder: the folder below `kernels` with the compiled operations.
         rows, columns: N and K.
+        kind: the layout, a number that selects the compiled operations.
         data: uint8 [tiles, bytes of a tile], contiguous.
+        length: length of a tile along K, in units of the weight format.
     """
 
+    folder: ClassVar[str]
     rows: int
     columns: int
+    kind: Any
     data: np.ndarray
+    length: Any
+
+    @property
+    @abstractmethod
+    def input_form(self) -> InputForm:
+        """The format of the input that the matrix multiplies."""
+
+    @property
+    def span(self) -> int:
+        """See `LinearArguments`."""
+        return 0
 
     @property
     def tile_bytes(self) -> int:
@@ -306,14 +326,12 @@ class LinearArguments(NamedTuple):
 
 
 def linear_arguments(
-    matrix: TiledMatrix,
-    length: int,
+    matrix: Matrix,
     *,
     x: int,
     x_bytes: int = 0,
     scales: int = 0,
     sums: int = 0,
-    span: int = 0,
     out: int,
     out_stride: int,
     column: int = 0,
@@ -334,7 +352,7 @@ def linear_arguments(
         weights=address_of(matrix.data),
         tile_bytes=matrix.tile_bytes,
         outputs=matrix.rows,
-        length=length,
+        length=matrix.length,
         out=out + 4 * column,
         row_bytes=4 * out_stride,
         bias=bias,
@@ -344,7 +362,7 @@ def linear_arguments(
         x_bytes=x_bytes,
         scales=scales,
         sums=sums,
-        span=span,
+        span=matrix.span,
         ahead=bytes_ahead(),
     )
 
@@ -371,7 +389,7 @@ class EmbeddingArguments(NamedTuple):
 
 
 def embedding_arguments(
-    matrix: TiledMatrix, *, token_ids: int, out: int, out_stride: int, rows_from: StepNumber = StepNumber.TOKENS
+    matrix: Matrix, *, token_ids: int, out: int, out_stride: int, rows_from: StepNumber = StepNumber.TOKENS
 ) -> EmbeddingArguments:
     """Return the arguments for a table; `out_stride` is in floats."""
     assert out_stride >= matrix.columns

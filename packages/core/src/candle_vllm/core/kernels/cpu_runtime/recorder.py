@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, Matrix, StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.lora import NumberType
 from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
 from candle_vllm.core.kernels.states import StateRows
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
-    from candle_vllm.core.kernels.recorded import LookUp, Matrix
+    from candle_vllm.core.kernels.recorded import LookUp
     from candle_vllm.core.kernels.states import StateCache
 
 

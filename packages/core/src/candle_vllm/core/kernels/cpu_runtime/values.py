@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import (
     make_forms,
     read_rows,
 )
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation
+from candle_vllm.core.kernels.cpu_runtime.operation import Matrix, StepNumber, address_of, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Buffer, Recorder, aligned, row_stride
 from candle_vllm.core.kernels.embedding import AddArguments, add_operation
 from candle_vllm.core.kernels.lora.cpu_record import INPUT_FORM, Joining, record_experts
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe.arguments import Activation as ExpertActivation
     from candle_vllm.core.kernels.moe.arguments import Routing
-    from candle_vllm.core.kernels.recorded import GateKind, Matrix
+    from candle_vllm.core.kernels.recorded import GateKind
     from candle_vllm.core.kernels.states import StateCache
 
 

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import InputForm
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import Matrix, StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.moe import arguments as given
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing, Scoring
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
-    from candle_vllm.core.kernels.recorded import Matrix
 
 PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType({
     "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI,
@@ -145,7 +144,7 @@ def record_products(
         column = 0
         for m, of_experts in enumerate(matrices):
             matrix = of_experts[x]
-            operation, arguments = linear_call(
+            product, arguments = linear_call(
                 recorder,
                 matrix,
                 inputs[matrix.input_form],
@@ -155,7 +154,7 @@ def record_products(
                 bias=at_bias and at_bias + 4 * (x * width + column),
                 rows_from=StepNumber.PAIRS,
             )
-            table[x, m] = plan_row(operation, 0, arguments)
+            table[x, m] = plan_row(product, 0, arguments)
             column += matrix.rows
     arguments = given.ExpertsArguments(
         starts=address_of(pairs.starts),

@@ -51,16 +51,15 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.activation_quant import Groups
-from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import has_compiler
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, TiledMatrix
+from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, Float
@@ -251,7 +250,7 @@ RARE = frozenset(kind for kind in PackedKind if kind > PackedKind.Q6_K)
 
 
 @dataclass(frozen=True, eq=False)
-class PackedMatrix(TiledMatrix):
+class PackedMatrix(Matrix):
     """A quantised weight matrix, 16 rows interleaved.
 
     Attributes:
@@ -260,6 +259,8 @@ class PackedMatrix(TiledMatrix):
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes. Padding rows of the last tile are zero.
         order: int64 [K], the input element that each column multiplies; None for the input's own order.
     """
+
+    folder = "packed_linear"
 
     rows: int
     columns: int
@@ -277,15 +278,12 @@ class PackedMatrix(TiledMatrix):
         """Groups of 32 weights in a row."""
         return self.columns // GROUP
 
+    length = groups
+
     @property
     def input_form(self) -> Groups:
         """See `Matrix`."""
         return Groups(None if self.order is None else self.order.tobytes())
-
-
-def linear_operation(kind: PackedKind, isa: Isa) -> int:
-    """Return the address of a kind's compiled linear operation."""
-    return operation.operation("packed_linear.cpu:make_linear", kind, isa)
 
 
 class GatedArguments(NamedTuple):
@@ -314,13 +312,3 @@ class GatedArguments(NamedTuple):
     q: int
     q_scales: int
     q_sums: int
-
-
-def linear_arguments(matrix: PackedMatrix, **given: Any) -> LinearArguments:
-    """See `operation.linear_arguments`."""
-    return operation.linear_arguments(matrix, matrix.groups, **given)
-
-
-def embedding_rows_operation(kind: PackedKind) -> int:
-    """Return the address of the compiled operation that reads rows of a packed matrix."""
-    return operation.operation("packed_linear.cpu:make_embedding", kind)

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime import operation
-from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, TiledMatrix
+from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.quantization.plain import ELEMENTS
 
 ROWS = 16
@@ -63,7 +60,7 @@ class PlainKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class PlainMatrix(TiledMatrix):
+class PlainMatrix(Matrix):
     """A plain weight matrix, 16 rows interleaved.
 
     Attributes:
@@ -72,6 +69,8 @@ class PlainMatrix(TiledMatrix):
         kind: format of the weights.
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
     """
+
+    folder = "plain_linear"
 
     rows: int
     columns: int
@@ -84,23 +83,11 @@ class PlainMatrix(TiledMatrix):
         return self.kind.steps(self.columns)
 
     @property
+    def length(self) -> int:
+        """See `Matrix`."""
+        return self.steps // RUN
+
+    @property
     def input_form(self) -> RowForm:
         """See `Matrix`."""
         return RowForm.BF16 if self.kind is PlainKind.BF16 else RowForm.F32
-
-
-def linear_operation(kind: PlainKind, isa: Isa) -> int:
-    """Return the address of the compiled linear operation of a kind."""
-    return operation.operation("plain_linear.cpu:make_linear", kind, isa)
-
-
-def linear_arguments(matrix: PlainMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
-    """See `operation.linear_arguments`."""
-    assert x_bytes % 64 == 0
-    assert x_bytes >= 4 * matrix.steps
-    return operation.linear_arguments(matrix, matrix.steps // RUN, x_bytes=x_bytes, **given)
-
-
-def embedding_rows_operation(kind: PlainKind) -> int:
-    """Return the address of the compiled operation that reads rows of a plain matrix."""
-    return operation.operation("plain_linear.cpu:make_embedding", kind)

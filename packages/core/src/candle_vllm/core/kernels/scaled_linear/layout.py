@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime import operation
-from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, TiledMatrix
+from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 
 ROWS = 16
 """Rows of a tile: one for each 32-bit lane of a vector."""
@@ -69,7 +66,7 @@ class ScaledKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledMatrix(TiledMatrix):
+class ScaledMatrix(Matrix):
     """A weight matrix of small floats with scales, 16 rows interleaved.
 
     Attributes:
@@ -79,6 +76,8 @@ class ScaledMatrix(TiledMatrix):
         span_turns: number of turns of a whole span.
         data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes.
     """
+
+    folder = "scaled_linear"
 
     rows: int
     columns: int
@@ -90,6 +89,13 @@ class ScaledMatrix(TiledMatrix):
     def turns(self) -> int:
         """Number of turns of a tile."""
         return self.kind.turns(self.columns)
+
+    length = turns
+
+    @property
+    def span(self) -> int:
+        """See `Matrix`."""
+        return self.span_turns
 
     @property
     def spans(self) -> int:
@@ -115,15 +121,3 @@ class ScaledMatrix(TiledMatrix):
     def tile_bytes(self) -> int:
         """Bytes of a tile."""
         return self.spans * HEAD_BYTES + self.turns * self.kind.turn_bytes
-
-
-def linear_operation(kind: ScaledKind, isa: Isa) -> int:
-    """Return the address of the compiled linear operation."""
-    return operation.operation("scaled_linear.cpu:make_linear", kind, isa)
-
-
-def linear_arguments(matrix: ScaledMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
-    """See `operation.linear_arguments`."""
-    assert x_bytes % 64 == 0
-    assert x_bytes >= 2 * matrix.turns * matrix.kind.turn_columns
-    return operation.linear_arguments(matrix, matrix.turns, x_bytes=x_bytes, span=matrix.span_turns, **given)

@@ -10,14 +10,11 @@ from __future__ import annotations
 import enum
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import GROUP, WordForm
-from candle_vllm.core.kernels.cpu_runtime import operation
-from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, TiledMatrix
+from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear.layout import ROWS
 from candle_vllm.core.threads import loading_threads
@@ -43,7 +40,7 @@ class WordKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class WordMatrix(TiledMatrix):
+class WordMatrix(Matrix):
     """A weight matrix of integers with scales, 16 rows interleaved.
 
     Attributes:
@@ -52,19 +49,18 @@ class WordMatrix(TiledMatrix):
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
     """
 
+    folder, kind = "word_linear", WordKind.I16
+
     rows: int
     columns: int
     data: np.ndarray
 
     @property
-    def kind(self) -> WordKind:
-        """See `Matrix`."""
-        return WordKind.I16
-
-    @property
     def groups(self) -> int:
         """Groups of a tile."""
         return -(-self.columns // GROUP)
+
+    length = groups
 
     @property
     def input_form(self) -> WordForm:
@@ -110,14 +106,3 @@ def _store(numbers: np.ndarray, tiles: np.ndarray) -> None:
     at[:, :, :SCALES] = words.transpose(0, 2, 3, 1, 4).reshape(len(tiles), groups, -1).view(np.uint8)
     scales = np.ldexp(np.float32(1), exponents - BITS).transpose(0, 2, 1)
     at[:, :, SCALES:] = np.ascontiguousarray(scales, np.float32).view(np.uint8)
-
-
-def linear_operation(kind: WordKind, isa: Isa) -> int:
-    """Return the address of the compiled linear operation."""
-    del kind
-    return operation.operation("word_linear.cpu:make_linear", isa)
-
-
-def linear_arguments(matrix: WordMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
-    """See `operation.linear_arguments`."""
-    return operation.linear_arguments(matrix, matrix.groups, x_bytes=x_bytes, **given)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from candle_vllm.core.kernels.cpu_runtime.level import host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.operation import Matrix, StepNumber
 from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value, put_value, step_tokens
-from candle_vllm.core.kernels.recorded import Matrix, Recorded
+from candle_vllm.core.kernels.recorded import Recorded
 
 _Plan: TypeAlias = tuple[np.ndarray, int, np.ndarray, np.ndarray]  # its rows, their number, buffers of input and result
 _ROWS = 256  # rows of a plan's buffers; a product with more rows runs the plan several times
