@@ -15,7 +15,14 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel, fit_settings
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.assembly.tower import LoadedTower
-from candle_vllm.core.config import CACHE_TYPES, WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
+from candle_vllm.core.config import (
+    CACHE_TYPES,
+    SETTINGS,
+    WITH_WEIGHTS,
+    EngineConfig,
+    SpeculativeConfig,
+    draft_settings,
+)
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_limits, adapter_loader
@@ -80,29 +87,12 @@ class Defaults:
 
 DEFAULTS = MappingProxyType({"cpu": Defaults(512, 64, 0.4), "cuda": Defaults(8192, 256, 0.9)})
 
-_NOT_FOR_ENCODERS = MappingProxyType(
-    {
-        "yarn_scaling_factor": None,
-        "attention_backend": "auto",
-        "kv_cache_dtype": "auto",
-        "key_cache_dtype": None,
-        "value_cache_dtype": None,
-        "max_cudagraph_capture_size": 0,
-        "kv_cache_memory": None,
-        "kv_fraction": None,
-        "state_cache_gb": None,
-        "deterministic": False,
-        "open_objects": False,
-        "prompt_cache_path": None,
-        "prompt_cache_url": None,
-        "kv_offloading_size": None,
-        "speculative_config": None,
-        "mm_processor_kwargs": None,
-        "cpu_experts": None,
-        "cpu_offload_gb": None,
-        "gpu_layers": None,
-    }
-)
+_NOT_FOR_ENCODERS = (
+    "yarn_scaling_factor", "attention_backend", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype",
+    "max_cudagraph_capture_size", "kv_cache_memory", "kv_fraction", "state_cache_gb", "deterministic", "open_objects",
+    "prompt_cache_path", "prompt_cache_url", "kv_offloading_size", "speculative_config", "mm_processor_kwargs",
+    "cpu_experts", "cpu_offload_gb", "gpu_layers",
+)  # fmt: skip
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Ranks | None = None) -> Engine:
@@ -346,8 +336,8 @@ def preparation_for(
 
 def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper) -> Engine:
     """Build the engine for an encoder; refuse settings of caches and of generation, which would have no effect."""
-    for name, unset in _NOT_FOR_ENCODERS.items():
-        if getattr(config, name) != unset:
+    for name in _NOT_FOR_ENCODERS:
+        if getattr(config, name) != SETTINGS[name].default:
             raise ConfigError(
                 f"{loaded.name} is an encoder and generates no text, so {name} has no effect: leave it out", name
             )
