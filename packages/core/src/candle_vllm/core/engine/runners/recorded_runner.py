@@ -360,7 +360,6 @@ class RecordedHead(RecordedRunner):
         head: DraftHead,
         num_blocks: int,
         limits: StepLimits,
-        isa: Isa | None = None,
         team: ThreadTeam | None = None,
         windows: Sequence[cache_specs.WindowRoom] = (),
         beside: RecordedRunner | None = None,
@@ -369,7 +368,7 @@ class RecordedHead(RecordedRunner):
             self.caches = beside.caches
         self._given: tuple[NDArray[np.float32], ...] = ()  # input buffers: the model's states, fused states
         self._fusing = (0, 0)  # operations of the plan that fuse, and their elements in the plan
-        super().__init__(head, num_blocks, limits, isa, team, whole=True, windows=windows)  # type: ignore[arg-type]
+        super().__init__(head, num_blocks, limits, team=team, whole=True, windows=windows)  # type: ignore[arg-type]
         if beside is not None and windows:
             self.page_of = beside.page_of
 
@@ -520,9 +519,9 @@ class RecordedEncoderRunner(EncoderRunner):
         limits: the largest step, which must hold the longest text.
     """
 
-    def __init__(self, encoder: Encoder, limits: StepLimits, isa: Isa | None = None) -> None:
+    def __init__(self, encoder: Encoder, limits: StepLimits) -> None:
         super().__init__(encoder.config)
-        self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
+        self._recorder = recorder = Recorder(limits, host_isa())
 
         def record(recorder: Recorder, adapted: Adapted) -> Recorded:
             recorder.begin(adapted)

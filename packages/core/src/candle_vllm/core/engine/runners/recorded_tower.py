@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.engine.runners.images import Encoding
 from candle_vllm.core.engine.runners.recorded_runner import compile_together
 from candle_vllm.core.engine.step.batch import Ints
-from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import PART_CODE, ThreadTeam
@@ -46,10 +46,10 @@ class RecordedTower:
 
     fatal: tuple[type[Exception], ...] = ()
 
-    def __init__(self, tower: Tower, team: ThreadTeam, isa: Isa | None = None) -> None:
+    def __init__(self, tower: Tower, team: ThreadTeam) -> None:
         config = self._config = tower.config
         self._place, self._cells_of = tower.place, tower.cells
-        level, most = host_isa() if isa is None else isa, config.patches // config.cell**2
+        level, most = host_isa(), config.patches // config.cell**2
         tiles, cells = (
             StepLimits(tokens=rows, sequences=windows, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
             for rows, windows in ((config.patches, config.windows), (min(most, _STRIP // 4), 1))
