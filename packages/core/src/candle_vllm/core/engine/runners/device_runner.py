@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.engine.runners.device_borders import Border, DeviceBorders
 from candle_vllm.core.engine.runners.device_inputs import DeviceInputs, DeviceLimits, StepSize, by_rows
-from candle_vllm.core.engine.runners.eager_runner import GivenTensors, layer_caches_of
+from candle_vllm.core.engine.runners.eager_runner import CacheParts, GivenTensors, layer_caches_of
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, SampledStep
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, turns
 from candle_vllm.core.engine.step.sequence import Tokens
@@ -42,7 +42,7 @@ from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Wor
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
 from candle_vllm.core.kernels.lora.device import DeviceAdapters
 from candle_vllm.core.kernels.moe.host import HostExperts
-from candle_vllm.core.kernels.offloading import LayerCache, block_bytes, block_parts, state_parts
+from candle_vllm.core.kernels.offloading import LayerCache
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.rotary import Rotary
@@ -76,7 +76,7 @@ def mixed_sizes(tokens: int) -> list[int]:
     return [*(size for size in sizes if size < tokens), tokens] if tokens else []
 
 
-class DeviceRunner:
+class DeviceRunner(CacheParts):
     """Runs a decoder on a GPU; see `ModelRunner` and `BlockMemory`. `allocate` must be called before the first step.
 
     Args:
@@ -301,17 +301,6 @@ class DeviceRunner:
         if self._host is not None:
             self._host.close()
         self.caches: tuple[LayerCache, ...] = ()
-
-    @property
-    def block_bytes(self) -> int:
-        return block_bytes(self.caches)
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(map(len, state_parts(self.caches, 0)))
-
-    def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
-        return state_parts(self.caches, place) if state else block_parts(self.caches, place, self.page_of)
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
         """See `BlockMemory`; the copy runs on the stream after the launched steps."""

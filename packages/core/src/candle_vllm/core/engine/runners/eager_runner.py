@@ -31,7 +31,25 @@ from candle_vllm.core.models.stack import DecoderStack, layers_here
 from candle_vllm.core.sampling.state import SamplingState
 
 
-class EagerRunner(StepwiseRunner):
+class CacheParts:
+    """Blocks and state slots of caches of tensors, for a `BlockMemory`."""
+
+    caches: tuple[Any, ...]
+    page_of: Ints
+
+    @property
+    def block_bytes(self) -> int:
+        return block_bytes(self.caches)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(map(len, state_parts(self.caches, 0)))
+
+    def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
+        return state_parts(self.caches, place) if state else block_parts(self.caches, place, self.page_of)
+
+
+class EagerRunner(CacheParts, StepwiseRunner):
     """Runs the layers one operation after the other, in torch; see `ModelRunner` and `BlockMemory`.
 
     Args:
@@ -118,19 +136,6 @@ class EagerRunner(StepwiseRunner):
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         return _sum_of(self._hidden, rows)
-
-    @property
-    def block_bytes(self) -> int:
-        return block_bytes(self.caches)
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(map(len, state_parts(self.caches, 0)))
-
-    def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
-        if state:
-            return state_parts(self.caches, place)
-        return block_parts(self.caches, place, self.page_of)
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], memoryview]:
         """See `BlockMemory`; the block is copied at once."""
