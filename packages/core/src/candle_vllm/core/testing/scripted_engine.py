@@ -262,20 +262,10 @@ class ScriptedEngine(ScriptedVectors):
         return TokenStream(request, ScriptedSink(self, request, sequences, watch))
 
     async def agenerate(
-        self,
-        prompt: str | Sequence[int],
-        sampling_params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
+        self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None, **call: Any
     ) -> GenerationOutput:
-        """Return the whole answer. Cancelling aborts the request."""
-        return await whole(
-            self.stream(
-                prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
-            )
-        )
+        """Return the whole answer; `call` has arguments of `stream`. Cancelling aborts the request."""
+        return await whole(self.stream(prompt, sampling_params, **call))
 
     def stats(self) -> EngineStats:
         """Return counts of requests and tokens; a scripted engine has no blocks."""
