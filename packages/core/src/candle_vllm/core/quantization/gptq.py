@@ -44,35 +44,31 @@ class GptqScheme:
         return 1 if self.group < 0 else -(-columns // self.group)
 
 
+@dataclass(eq=False)
 class GptqSource(CodeSource):
     """Source of a layer's rows; see the module docstring."""
 
-    def __init__(
-        self,
-        scheme: GptqScheme,
-        qweight: StoredTensor,
-        qzeros: StoredTensor,
-        scales: StoredTensor,
-        group_of: np.ndarray | None,
-    ) -> None:
-        self.scheme = scheme
-        self.align = 32 // scheme.bits
-        self._qweight, self._qzeros, self._scales = qweight, qzeros, scales
-        self._group_of = group_of
+    scheme: GptqScheme
+    qweight: StoredTensor
+    qzeros: StoredTensor
+    scales: StoredTensor
+    group_of: np.ndarray | None
+
+    def __post_init__(self) -> None:
+        self.align = 32 // self.scheme.bits
 
     def read(self, first: int, last: int) -> GroupCodes:
-        """See `WeightSource.read`."""
         bits = self.scheme.bits
-        words = numbers(self._qweight, np.int32)[:, first:last]
+        words = numbers(self.qweight, np.int32)[:, first:last]
         codes = fields(words.T, bits)  # [rows, K]
-        zeros = fields(numbers(self._qzeros, np.int32)[:, first // self.align : last // self.align], bits).T
+        zeros = fields(numbers(self.qzeros, np.int32)[:, first // self.align : last // self.align], bits).T
         if self.scheme.zeros_less_one:
             zeros = zeros + np.uint8(1) & np.uint8((1 << bits) - 1)
-        scales = floats(self._scales, np.s_[:, first:last]).T
+        scales = floats(self.scales, np.s_[:, first:last]).T
         middle = bool((zeros == 1 << (bits - 1)).all())
-        dtype = self._scales.dtype
+        dtype = self.scales.dtype
         assert dtype is not None
-        return GroupCodes(codes, scales, None if middle else zeros.astype(np.int32), bits, dtype, self._group_of)
+        return GroupCodes(codes, scales, None if middle else zeros.astype(np.int32), bits, dtype, self.group_of)
 
 
 def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
@@ -80,6 +81,7 @@ class Preparation(ABC):
         """End the preparation's threads."""
 
 
+@dataclasses.dataclass(eq=False)
 class EncoderPreparation(Preparation):
     """Turns requests to an encoder into sequences.
 
@@ -92,42 +94,33 @@ class EncoderPreparation(Preparation):
         head: layers after the pooling; None without such layers.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: EncoderConfig,
-        pooling: ModelPooling | None,
-        max_model_len: int,
-        adapters: AdapterStore | None = None,
-        head: PooledHead | None = None,
-    ) -> None:
-        self._head = head
-        self.max_model_len = max_model_len
-        self.adapters = adapters
-        self._name = name
-        self._config = config
-        self._pooling = pooling
+    name: str
+    config: EncoderConfig
+    pooling: ModelPooling | None
+    max_model_len: int
+    adapters: AdapterStore | None = None
+    head: PooledHead | None = None
 
     def prepare(self, request: GenerationRequest) -> list[PooledText]:
         wanted = request.task if isinstance(request, PoolingRequest) else "generate"
-        check_encoder_task(self._name, wanted, pooling_tasks(self._config.labels, self._config.head_pooling))
+        check_encoder_task(self.name, wanted, pooling_tasks(self.config.labels, self.config.head_pooling))
         entries = self._entries(request)
         assert isinstance(request, PoolingRequest)
-        check_pooling_request(request, self._config.vocab_size, self.max_model_len)
-        kinds = self._config.token_types
+        check_pooling_request(request, self.config.vocab_size, self.max_model_len)
+        kinds = self.config.token_types
         if kinds == 1:  # no segment embeddings, even if the tokenizer returns token types
             request = msgspec.structs.replace(request, token_type_ids=None)
         if any(not 0 <= kind < kinds for kind in request.token_type_ids or ()):
             raise InvalidParameterError(f"token_type_ids must be 0 to {kinds - 1} for this model", "token_type_ids")
-        plan = self._logits_plan(request) if self._pooling is None else self._pooling.plan(request.pooling, self._head)
+        plan = self._logits_plan(request) if self.pooling is None else self.pooling.plan(request.pooling, self.head)
         sequence = Sequence(request, 0, order=-1)
         sequence.entries = entries
         return [PooledText(sequence, plan)]
 
     def _logits_plan(self, request: PoolingRequest) -> PoolingPlan:
         """Return the pooling plan for a model that computes its head itself: `EncoderRunner` then returns logits."""
-        head, activate = PooledHead(likelihood=self._config.likelihood), request.pooling.use_activation is not False
-        count = len(self._config.labels)
+        head, activate = PooledHead(likelihood=self.config.likelihood), request.pooling.use_activation is not False
+        count = len(self.config.labels)
         return PoolingPlan(POOLING_METHODS["cls"], normalize=False, dimensions=count, head=head, activate=activate)
 
 
