@@ -213,7 +213,6 @@ class Made(StoredTensor):
 
     @property
     def path(self) -> Path:
-        """See `StoredTensor.path`."""
         return self.source
 
     def release(self) -> None:
@@ -227,7 +226,6 @@ class Constant(Made):
     values: np.ndarray
 
     def raw(self) -> np.ndarray:
-        """See `StoredTensor.raw`."""
         return rows_of_bytes(self.values, self.shape)
 
 

@@ -34,7 +34,6 @@ class AwqSource(CodeSource):
         self._qweight, self._qzeros, self._scales = qweight, qzeros, scales
 
     def read(self, first: int, last: int) -> GroupCodes:
-        """See `WeightSource.read`."""
         zeros = _unpacked(self._qzeros, first, last)
         scales = floats(self._scales, np.s_[:, first:last]).T
         dtype = self._scales.dtype

@@ -50,7 +50,6 @@ class CtIntSource(CodeSource):
         self.align = 32 // bits if zeros is not None and zeros.type_name == "I32" else 1
 
     def read(self, first: int, last: int) -> GroupCodes:
-        """See `WeightSource.read`."""
         rows, columns = self._shape
         last = min(last, rows)
         if self._stored.type_name == "I8":

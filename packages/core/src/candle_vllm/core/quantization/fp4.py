@@ -65,7 +65,6 @@ class Mxfp4Source(CodeSource):
         self._blocks, self._scales = blocks, scales
 
     def read(self, first: int, last: int) -> GroupCodes:
-        """See `WeightSource.read`."""
         groups = self._scales.shape[-1]
         packed = numbers(self._blocks, np.uint8).reshape(-1, groups * MX_GROUP // 2)[first:last]
         exponents = numbers(self._scales, np.uint8).reshape(-1, groups)[first:last].astype(np.int32)

@@ -39,7 +39,6 @@ class Fp8Source(FloatSource):
         self.span = min(block[1], weight.shape[1])
 
     def read(self, first: int, last: int) -> ScaledCodes:
-        """See `WeightSource.read`."""
         rows, columns = self._block
         grid = (-(-self._weight.shape[0] // rows), -(-self._weight.shape[1] // columns))
         scales = scale_numbers(self._scales).reshape(grid)[np.arange(first, last) // rows]

@@ -53,7 +53,6 @@ class MarlinSource(CodeSource):
         self._packed, self._scales = packed, scales
 
     def read(self, first: int, last: int) -> GroupCodes:
-        """See `WeightSource.read`."""
         words = np.ascontiguousarray(numbers(self._packed, np.int32)[:, 2 * first : 2 * last])
         stored = nibbles(words.view(np.uint8)).reshape(len(words), -1, TILE * WIDTH)
         tiles = np.empty_like(stored)

@@ -201,12 +201,10 @@ class Viewed(StoredTensor):
 
     @property
     def path(self) -> Path:
-        """See `StoredTensor.path`."""
         return self.source.path
 
     @property
     def quantised(self) -> bool:
-        """See `StoredTensor.quantised`."""
         return self.dtype is None or self.source.quantised
 
     @abstractmethod
