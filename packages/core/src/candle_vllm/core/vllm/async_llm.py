@@ -116,23 +116,18 @@ class AsyncLLM:
     ) -> AsyncIterator[outputs.PoolingRequestOutput[outputs.PoolingOutput]]:
         """Yield the pooled output of a text, once. Arguments and errors are as in `generate` and `LLM.encode`."""
         llm.refuse_given("encode", trace_headers=trace_headers or None)
-        request_id = request_id or uuid.uuid4().hex
         call: PoolingOptions = {
-            "request_id": request_id,
+            "request_id": request_id or uuid.uuid4().hex,
             "priority": priority,
             "add_special_tokens": llm.adds_special(tokenization_kwargs),
             "lora_request": lora_request,
         }
         if llm.asks_classes(pooling_task, self.engine.model_info):
             llm.refuse_given("encode", pooling_params=pooling_params)
-            (classes,) = await self.engine.aclassify([prompt], **call)
-            probs = llm.shaped(classes.probs, classes.vectors)
-            yield outputs.PoolingRequestOutput(request_id, probs, list(classes.prompt_token_ids))
+            yield llm.pooled((await self.engine.aclassify([prompt], **call))[0])
             return
         params = llm.task_params(self._opened.pooling if pooling_params is None else pooling_params, pooling_task)
-        (made,) = await self.engine.aembed([prompt], params, **call)
-        data = llm.shaped(made.embedding, made.vectors)
-        yield outputs.PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)
+        yield llm.pooled((await self.engine.aembed([prompt], params, **call))[0])
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Abort requests; their iterators yield a last output with the finish reason "abort"."""

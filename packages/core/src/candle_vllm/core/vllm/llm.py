@@ -18,6 +18,8 @@ from msgspec.structs import replace
 from candle_vllm.core.arguments import ExplainedAttributes, explained, foreign_names
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.outputs import ClassificationOutput as Classification
+from candle_vllm.core.engine.outputs import EmbeddingOutput as Embedding
 from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
 from candle_vllm.core.engine.step.stream import Bar
@@ -305,22 +307,9 @@ class LLM(ExplainedAttributes):
         refuse_given("embed", tokenization_kwargs=tokenization_kwargs or None)
         if asks_classes(pooling_task, self.engine.model_info):
             refuse_given("encode", pooling_params=pooling_params)
-            classes = self.engine.classify(prompts, use_tqdm=use_tqdm, lora_request=lora_request)
-            return [
-                PoolingRequestOutput(each.request_id, shaped(each.probs, each.vectors), list(each.prompt_token_ids))
-                for each in classes
-            ]
+            return list(map(pooled, self.engine.classify(prompts, use_tqdm=use_tqdm, lora_request=lora_request)))
         params = task_params(self._pooling_params(pooling_params), pooling_task)
-        made = self.engine.embed(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)
-        return [
-            PoolingRequestOutput(
-                each.request_id,
-                shaped(each.embedding, each.vectors),
-                list(each.prompt_token_ids),
-                each.num_cached_tokens,
-            )
-            for each in made
-        ]
+        return list(map(pooled, self.engine.embed(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)))
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
     def classify(
@@ -521,10 +510,12 @@ def task_params(params: Any, pooling_task: str) -> Any:
     return replace(params or PoolingParams(), pooling="all")
 
 
-def shaped(numbers: Any, vectors: int | None) -> PoolingOutput:
-    """Convert a flat output to one vector, or to `vectors` rows."""
+def pooled(made: Embedding | Classification) -> PoolingRequestOutput[PoolingOutput]:
+    """Convert an output of `embed` or `classify`; numbers for each of several vectors become rows."""
+    numbers, cached = (made.embedding, made.num_cached_tokens) if isinstance(made, Embedding) else (made.probs, 0)
     flat = np.array(numbers, np.float32)
-    return PoolingOutput(flat.reshape(vectors, -1) if vectors else flat)
+    data = PoolingOutput(flat.reshape(made.vectors, -1) if made.vectors else flat)
+    return PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), cached)
 
 
 def refuse_given(method: str, **given: object) -> None:
