@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack, cast
 
+from msgspec.structs import asdict
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
@@ -149,15 +150,10 @@ class _Texts:
 
 
 def _tokenizer(parts: TokenizerParts) -> Tokenizer:
-    tokenizer = Tokenizer(
-        Backend.from_str(parts.backend),
-        bos_token_id=parts.bos_token_id,
-        eos_token_ids=parts.eos_token_ids,
-        special_tokens=parts.special_tokens,
-        chat_template=parts.chat_template,
-        response_template=parts.response_template,
-    )
-    tokenizer.cover(parts.vocab_size)
+    given = asdict(parts)
+    size = given.pop("vocab_size")
+    tokenizer = Tokenizer(Backend.from_str(given.pop("backend")), **given)
+    tokenizer.cover(size)
     return tokenizer
 
 

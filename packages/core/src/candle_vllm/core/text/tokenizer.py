@@ -98,15 +98,7 @@ class Tokenizer:
         """
         from candle_vllm.core.text.tokenizer_folder import load_folder
 
-        parts = load_folder(Path(folder))
-        return cls(
-            parts.backend,
-            bos_token_id=parts.bos_token_id,
-            eos_token_ids=parts.eos_token_ids,
-            special_tokens=parts.special_tokens,
-            chat_template=parts.chat_template,
-            response_template=parts.response_template,
-        )
+        return cls(**vars(load_folder(Path(folder))))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:

@@ -42,7 +42,7 @@ _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 @dataclass
 class FolderParts:
-    """Contents of a folder's tokenizer files; see `Tokenizer` for the fields."""
+    """Contents of a folder's tokenizer files: the arguments of `Tokenizer`."""
 
     backend: Backend
     bos_token_id: int | None = None
