@@ -71,10 +71,6 @@ class Cases(Protocol):
         ...
 
 
-def _not(cases: Cases, own: Schema, at: At) -> Any:
-    return cases.opposed(own["not"], "not", json_facts.types_of(own), at)
-
-
 def _if(cases: Cases, own: Schema, at: At) -> Any:
     if "then" not in own and "else" not in own:
         return None
@@ -213,17 +209,13 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
         return None
     own["additionalProperties"] = False
     if "enum" in whole or "const" in whole:
-        values = filter(takes, filter(_is_text, json_facts.values_of(whole) or ()))
+        values = (each for each in json_facts.values_of(whole) or () if isinstance(each, str) and takes(each))
         own["properties"] = {**dict.fromkeys(values, rest), **own["properties"]}
     elif rest not in (True, {}) and len(wrong) < len(named):
         raise _no_names(at)  # the pattern also matches named properties, which must not get the schema of the others
     else:
         own["patternProperties"] = {_one_pattern(whole, at): rest}
     return None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 _OF_NAMES = frozenset({"enum", "const", "pattern", "minLength", "maxLength", "format"})
@@ -322,7 +314,7 @@ WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType(
         "unevaluatedItems": _unevaluated("unevaluatedItems", "items", "contains"),
         "propertyNames": _names,
         "oneOf": _one_of,
-        "not": _not,
+        "not": lambda cases, own, at: cases.opposed(own["not"], "not", json_facts.types_of(own), at),
         "if": _if,
         "then": _nothing,
         "else": _nothing,

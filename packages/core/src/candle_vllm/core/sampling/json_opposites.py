@@ -224,10 +224,6 @@ def _not_others(value: Any, schema: Schema) -> list[Schema]:
     return [{"minProperties": 1}]
 
 
-def _not_required(value: Any, _: Schema) -> list[Schema]:
-    return [{"properties": {name: False}} for name in value]
-
-
 def _not_dependent(value: Any, _: Schema) -> list[Schema]:
     found = list[Schema]()
     for name, needs in value.items():
@@ -264,7 +260,7 @@ _BREAKS: Mapping[str, Callable[[Any, Schema], list[Any]]] = MappingProxyType(
         "maxProperties": _more("minProperties"),
         "properties": _not_properties,
         "additionalProperties": _not_others,
-        "required": _not_required,
+        "required": lambda value, _: [{"properties": {name: False}} for name in value],
         "dependentRequired": _not_dependent,
         "dependentSchemas": _not_dependent,
         "dependencies": _not_dependent,
