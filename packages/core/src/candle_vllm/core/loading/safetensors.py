@@ -49,10 +49,8 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def open_safetensors(source: Path | str, *, copied: bool = False) -> Checkpoint:
+def open_safetensors(source: Path | str) -> Checkpoint:
     """Open a `.safetensors` file, an index file, or a folder with either (see `safetensors_files`).
-
-    With `copied` the files are read into memory: see `MappedFile`.
 
     Raises:
         ModelNotFoundError: the path does not exist, or a shard is missing.
@@ -68,7 +66,7 @@ def open_safetensors(source: Path | str, *, copied: bool = False) -> Checkpoint:
     metadata: dict[str, str] = {}
     try:
         for path in paths:
-            files.append(MappedFile(path, copied=copied))
+            files.append(MappedFile(path))
             found, notes = _read_header(files[-1])
             for name in found.keys() & tensors.keys():
                 raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].path} and in {path}")
