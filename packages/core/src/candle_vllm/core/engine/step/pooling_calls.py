@@ -8,6 +8,7 @@ window) is queued at a time, so that one call does not fill the engine's queue.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import uuid
 from array import array
@@ -35,6 +36,7 @@ MAX_TEXT = 1 << 22
 Pair = tuple[str, str]
 
 
+@dataclasses.dataclass
 class PoolingCalls:
     """One call for vectors, scores or classes of texts or pairs.
 
@@ -47,29 +49,20 @@ class PoolingCalls:
         request_id, priority, add_special_tokens, apart: see `PoolingOptions`.
     """
 
-    def __init__(
-        self,
-        engine: PreparingEngine,
-        thread: Callable[[], RequestRunner],
-        tokenizer: Tokenizer,
-        info: ModelInfo,
-        look: Callable[[Sequence[int], Sequence[object]], tuple[list[int], tuple[ImageInput, ...]]],
-        *,
-        lora_request: LoraChoice | Sequence[LoraChoice] = None,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        apart: Apart = asyncio.to_thread,
-    ) -> None:
-        self._engine = engine
-        self._thread = thread
-        self._tokenizer = tokenizer
-        self._info, self._look = info, look
-        self._lora_request = lora_request
-        self._request_id = request_id or uuid.uuid4().hex
-        self._priority = priority
-        self._special = add_special_tokens
-        self._apart = apart
+    engine: PreparingEngine
+    thread: Callable[[], RequestRunner]
+    tokenizer: Tokenizer
+    info: ModelInfo
+    look: Callable[[Sequence[int], Sequence[object]], tuple[list[int], tuple[ImageInput, ...]]]
+    _: dataclasses.KW_ONLY
+    lora_request: LoraChoice | Sequence[LoraChoice] = None
+    request_id: str | None = None
+    priority: int = 0
+    add_special_tokens: bool = True
+    apart: Apart = asyncio.to_thread
+
+    def __post_init__(self) -> None:
+        self._name = self.request_id or uuid.uuid4().hex
 
     # ---- vectors -----------------------------------------------------------------------------------------------------
 
@@ -86,7 +79,7 @@ class PoolingCalls:
 
     async def aembed(self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None) -> list[EmbeddingOutput]:
         """See `InferenceEngine.aembed`. Tokenizing runs in a thread, because many texts would block the event loop."""
-        entries = await self._apart(self._texts, inputs, params)
+        entries = await self.apart(self._texts, inputs, params)
         return _vectors(entries, await self._window(entries).arun())
 
     # ---- classes -----------------------------------------------------------------------------------------------------
@@ -102,7 +95,7 @@ class PoolingCalls:
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None
     ) -> list[ClassificationOutput]:
         """See `InferenceEngine.aclassify`."""
-        entries = await self._apart(self._texts, inputs, params, "classify")
+        entries = await self.apart(self._texts, inputs, params, "classify")
         return _classes(entries, await self._window(entries).arun())
 
     # ---- scores ------------------------------------------------------------------------------------------------------
@@ -118,25 +111,25 @@ class PoolingCalls:
     async def ascore(self, pairs: Sequence[Pair]) -> list[ScoreOutput]:
         """See `InferenceEngine.ascore`."""
         if self._is_cross_encoder:
-            entries = await self._apart(self._pairs, pairs)
+            entries = await self.apart(self._pairs, pairs)
             return _scores(entries, await self._window(entries).arun())
-        entries = await self._apart(self._distinct, pairs)
+        entries = await self.apart(self._distinct, pairs)
         pieces = await self._window(entries).arun()
-        return await self._apart(lambda: _products(pairs, _vectors(entries, pieces), self._longest, with_ids=False))
+        return await self.apart(lambda: _products(pairs, _vectors(entries, pieces), self._longest, with_ids=False))
 
     def _window(self, entries: Sequence[Entry]) -> Window:
-        return Window(self._thread(), entries, self._engine.max_step_tokens)
+        return Window(self.thread(), entries, self.engine.max_step_tokens)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     @property
     def _is_cross_encoder(self) -> bool:
-        return "embed" not in self._info.tasks and "score" in self._info.tasks
+        return "embed" not in self.info.tasks and "score" in self.info.tasks
 
     @property
     def _longest(self) -> float:
         """Largest possible dot product: 1 for dense vectors, which are normalised; no limit for sparse ones."""
-        return math.inf if self._info.pooling == "sparse" else 1.0
+        return math.inf if self.info.pooling == "sparse" else 1.0
 
     def _texts(
         self,
@@ -147,15 +140,15 @@ class PoolingCalls:
         """Make a checked request for each text."""
         prompts = as_prompts(inputs)
         each = _each_params(params, len(prompts))
-        uses = each_adapter_uses(self._lora_request, len(prompts))
+        uses = each_adapter_uses(self.lora_request, len(prompts))
         entries = []
         for number, (prompt, one, own) in enumerate(zip(prompts, each, uses, strict=True)):
             with _blaming(number, len(prompts)):
                 text, ids = read_prompt(prompt, sees=True)
-                ids, images = self._encode(text or "", self._special) if ids is None else ids, ()
+                ids, images = self._encode(text or "", self.add_special_tokens) if ids is None else ids, ()
                 if pictures := prompt_pictures(prompt):
-                    ids, images = self._look(ids, pictures)
-                name = _numbered(self._request_id, number, len(prompts))
+                    ids, images = self.look(ids, pictures)
+                name = _numbered(self._name, number, len(prompts))
                 more: dict[str, Any] = {"prompt": text, "pooling": one, "task": task, "images": images}
                 entries.append(self._entry(name, ids, own, **more))
         return entries
@@ -163,14 +156,14 @@ class PoolingCalls:
     def _distinct(self, pairs: Sequence[Pair]) -> list[Entry]:
         """Make a checked request for each distinct text of the pairs, for a normalised vector (or a sparse one)."""
         _check_pairs(pairs)
-        uses = each_adapter_uses(self._lora_request, 1)[0]
+        uses = each_adapter_uses(self.lora_request, 1)[0]
         entries: dict[str, Entry] = {}
         for number, pair in enumerate(pairs):
             for side, text in enumerate(pair):
                 if text in entries:
                     continue
                 with _blaming(number, len(pairs), side):
-                    name, ids = f"{self._request_id}-{len(entries)}", self._encode(text, add_special_tokens=True)
+                    name, ids = f"{self._name}-{len(entries)}", self._encode(text, add_special_tokens=True)
                     params = PoolingParams(normalize=self._longest == 1)
                     entries[text] = self._entry(name, ids, uses, prompt=text, pooling=params)
         return list(entries.values())
@@ -178,33 +171,33 @@ class PoolingCalls:
     def _pairs(self, pairs: Sequence[Pair]) -> list[Entry]:
         """Make a checked request for each pair, for a cross-encoder."""
         _check_pairs(pairs)
-        uses = each_adapter_uses(self._lora_request, 1)[0]
+        uses = each_adapter_uses(self.lora_request, 1)[0]
         entries = []
         for number, pair in enumerate(pairs):
             with _blaming(number, len(pairs)):
                 self._check_size(sum(map(len, pair)))
-                ids, types = self._tokenizer.encode_pair(*pair)
-                name, kinds = _numbered(self._request_id, number, len(pairs)), types if any(types) else None
+                ids, types = self.tokenizer.encode_pair(*pair)
+                name, kinds = _numbered(self._name, number, len(pairs)), types if any(types) else None
                 entries.append(self._entry(name, ids, uses, token_type_ids=kinds, task="score"))
         return entries
 
     def _entry(self, name: str, ids: list[int], adapters: tuple[AdapterUse, ...], **more: Any) -> Entry:
         request = PoolingRequest(
-            request_id=name, prompt_token_ids=ids, priority=self._priority, adapters=adapters, **more
+            request_id=name, prompt_token_ids=ids, priority=self.priority, adapters=adapters, **more
         )
-        return Entry(request, self._engine.prepare(request))
+        return Entry(request, self.engine.prepare(request))
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         self._check_size(len(text) if isinstance(text, str) else 0)
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _check_size(self, characters: int) -> None:
         """Refuse a text that is too long for the context by its number of characters, before it is tokenized."""
-        most = self._info.max_model_len * self._tokenizer.longest_token
-        most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
+        most = self.info.max_model_len * self.tokenizer.longest_token
+        most = most if "generate" in self.info.tasks else max(most, MAX_TEXT)
         if characters > most:
             raise PromptTooLongError(
-                f"the text has {characters} characters; the model takes at most {self._info.max_model_len} tokens, "
+                f"the text has {characters} characters; the model takes at most {self.info.max_model_len} tokens, "
                 f"and texts of more than {most} characters are refused",
                 "prompt",
             )
