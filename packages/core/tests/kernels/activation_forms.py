@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from candle_vllm.core.kernels.activation import reference as activation
+from candle_vllm.core.kernels.activation import activation
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
-from candle_vllm.core.kernels.layer_norm.reference import layer_norm
+from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.moe.reference import gated
 from candle_vllm.core.kernels.rms_norm.reference import rms_norm
 from candle_vllm.core.kernels.silu_mul import GATES
@@ -25,7 +25,7 @@ def behind(prologue: Prologue, x: torch.Tensor, weight: torch.Tensor | None = No
         gate, up = x.chunk(2, dim=-1)
         return gated(gate, up, "swiglu_oai")
     if not prologue.norm:
-        return activation.activation(x, prologue.name.lower())
+        return activation(x, prologue.name.lower())
     assert weight is not None
     if prologue is Prologue.NORM:
         return rms_norm(x, weight, eps)

@@ -14,7 +14,7 @@ pytest.importorskip("numba")
 
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.layer_norm.reference import layer_norm
+from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.rms_norm import (
     HeadNormArguments,
     NormOntoArguments,

@@ -13,11 +13,11 @@ import torch
 pytest.importorskip("numba")
 
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value, step_tokens
-from candle_vllm.core.kernels.embedding import AddArguments, add_operation
+from candle_vllm.core.kernels.embedding import AddArguments
 from candle_vllm.core.kernels.rotary import Turned
 from candle_vllm.core.kernels.whole_attention import whole_attention
 from candle_vllm.core.kernels.whole_attention.reference import whole_attention as reference
@@ -185,5 +185,5 @@ def test_adding_rows(teams: dict[int, ThreadTeam], rows: int) -> None:
     numbers = np.zeros(StepNumber.COUNT, np.int64)
     numbers[StepNumber.TOKENS] = rows
     arguments = AddArguments(address_of(x), 21, 18, address_of(target), 19)
-    teams[2].run(np.array(plan_row(add_operation(), address_of(numbers), arguments)), 1)
+    teams[2].run(np.array(plan_row(operation("embedding.cpu:add"), address_of(numbers), arguments)), 1)
     assert np.array_equal(target, wanted)

@@ -49,9 +49,9 @@ def test_the_arithmetic_is_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(1, 16), (5, 24), (63, 48)])
 def test_the_operation_makes_what_the_reference_makes(threads: int, rows: int, columns: int) -> None:
     pytest.importorskip("numba")
-    from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+    from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
     from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-    from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
+    from candle_vllm.core.kernels.position_scale import PositionScaleArguments
 
     generator = np.random.default_rng(0)
     stride = columns + 16
@@ -64,7 +64,7 @@ def test_the_operation_makes_what_the_reference_makes(threads: int, rows: int, c
         x=address_of(x), stride=stride, columns=columns, positions=address_of(positions), table=address_of(table)
     )
     team = ThreadTeam(threads)
-    row = plan_row(position_scale_operation(), address_of(numbers), arguments)
+    row = plan_row(operation("position_scale.cpu:position_scale"), address_of(numbers), arguments)
     team.run(np.array(row), 1)
     team.close()
     heads = torch.from_numpy(before[:rows, :columns].copy()).unsqueeze(1)

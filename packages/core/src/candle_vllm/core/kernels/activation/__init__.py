@@ -23,6 +23,17 @@ def activation(x: Value, kind: Activation) -> Value:
     """Return act(x), element by element."""
     if isinstance(x, Recorded):
         return x.activation(kind)
-    from candle_vllm.core.kernels.activation import reference
+    from torch.nn import functional
 
-    return reference.activation(x, kind)
+    wide = x.float()
+    if kind == "gelu":
+        return functional.gelu(wide).to(x.dtype)
+    if kind == "gelu_tanh":
+        return functional.gelu(wide, approximate="tanh").to(x.dtype)
+    if kind == "quick_gelu":
+        return (wide * (1.702 * wide).sigmoid()).to(x.dtype)
+    if kind == "tanh":
+        return wide.tanh().to(x.dtype)
+    assert kind in ("relu", "relu2"), kind
+    wide = functional.relu(wide)
+    return (wide * wide if kind == "relu2" else wide).to(x.dtype)

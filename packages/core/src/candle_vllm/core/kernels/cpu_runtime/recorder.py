@@ -18,9 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, Matrix, StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import (
+    RUNS_BYTES,
+    Matrix,
+    StepNumber,
+    address_of,
+    operation,
+    plan_row,
+)
 from candle_vllm.core.kernels.lora import NumberType
-from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
+from candle_vllm.core.kernels.side_by_side import CopyArguments
 from candle_vllm.core.kernels.states import StateRows
 
 if TYPE_CHECKING:
@@ -157,16 +164,16 @@ class Recorder:
 
     def add(
         self,
-        operation: int,
+        address: int,
         arguments: tuple[Any, ...],
         *,
         barrier: bool = True,
         inner: tuple[int, tuple[Any, ...]] | None = None,
     ) -> None:
-        """Append an operation with its arguments, and the nested operation that it calls."""
+        """Append the operation at `address` with its arguments, and the nested operation that it calls."""
         numbers = address_of(self.arrays.numbers)
         within = () if inner is None else plan_row(inner[0], numbers, inner[1])
-        self.plan += plan_row(operation, numbers, arguments, barrier=barrier, inner=within)
+        self.plan += plan_row(address, numbers, arguments, barrier=barrier, inner=within)
         self.ends.append(len(self.plan))
         self.num_rows += 1
 
@@ -179,7 +186,9 @@ class Recorder:
             to: address of the copies, and their stride in 32-bit words.
         """
         picked, rows_from = address_of(self.arrays.logit_rows), StepNumber.LOGIT_ROWS
-        self.add(copy_operation(), CopyArguments(*rows, width, *to, picked=picked, rows_from=rows_from))
+        self.add(
+            operation("side_by_side.cpu:copy"), CopyArguments(*rows, width, *to, picked=picked, rows_from=rows_from)
+        )
 
     def state_arguments(self, cache: StateCache) -> dict[str, int]:
         """Return the common arguments of operations with a state.

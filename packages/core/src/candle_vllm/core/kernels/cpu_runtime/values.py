@@ -33,11 +33,11 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import (
 )
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix, StepNumber, address_of, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Buffer, Recorder, aligned, row_stride
-from candle_vllm.core.kernels.embedding import AddArguments, add_operation
+from candle_vllm.core.kernels.embedding import AddArguments
 from candle_vllm.core.kernels.lora.cpu_record import INPUT_FORM, Joining, record_experts
 from candle_vllm.core.kernels.moe.arguments import is_gated
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
-from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
+from candle_vllm.core.kernels.position_scale import PositionScaleArguments
 from candle_vllm.core.kernels.recorded import Floats, Gates, LookUp, Recorded, RecordedRows, RecordedTokens
 from candle_vllm.core.kernels.rms_norm import (
     HeadNormArguments,
@@ -46,7 +46,7 @@ from candle_vllm.core.kernels.rms_norm import (
 )
 from candle_vllm.core.kernels.scale_cap import ScaleCapArguments, scale_cap_arguments, scale_cap_operation
 from candle_vllm.core.kernels.short_conv import ShortConvArguments, state_shape
-from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
+from candle_vllm.core.kernels.side_by_side import CopyArguments
 from candle_vllm.core.kernels.silu_mul import GATES, GatedRowsArguments, gated_rows_operation
 from candle_vllm.core.kernels.stream_mix import MixArguments
 
@@ -207,7 +207,7 @@ class _Value(Recorded):
             self.recorder.pick_rows((self.address, source.stride), self.width, (at, target.stride))
             return
         row = CopyArguments(self.address, source.stride, self.width, at, target.stride, rows_from=self.rows_from)
-        self.recorder.add(copy_operation(), row)
+        self.recorder.add(operation("side_by_side.cpu:copy"), row)
 
     def first_of_heads(self, size: int) -> Recorded:
         assert self.head_dim is not None
@@ -215,7 +215,7 @@ class _Value(Recorded):
         made = self.recorder.buffer(heads * size)
         place = (self.address, source.stride, size, address_of(made.array), made.stride)
         row = CopyArguments(*place, rows_from=self.rows_from, parts=heads, gap=self.head_dim)
-        self.recorder.add(copy_operation(), row)
+        self.recorder.add(operation("side_by_side.cpu:copy"), row)
         return _Value(self.recorder, made, 0, made.width, rows_from=self.rows_from)
 
     def rms_norm(self, weight: Floats, eps: float) -> Recorded:
@@ -259,7 +259,7 @@ class _Value(Recorded):
             positions=address_of(self.recorder.arrays.positions),
             table=self.recorder.keep(table),
         )
-        self.recorder.add(position_scale_operation(), row)
+        self.recorder.add(operation("position_scale.cpu:position_scale"), row)
         return self
 
     def mixed(
@@ -371,7 +371,7 @@ class _Value(Recorded):
         made, recorder = self.beside(), self.recorder
         numbers, ones, table = recorder.row_numbers(1), np.ones(recorder.limits.tokens, np.float32), pairs.weights
         row = PositionScaleArguments(made.address, made.buffer.stride, made.width, *map(address_of, (numbers, table)))
-        recorder.add(position_scale_operation(), row)
+        recorder.add(operation("position_scale.cpu:position_scale"), row)
         recorder.keep_array(ones)
         return made, dataclasses.replace(pairs, weights=ones)
 
@@ -613,7 +613,7 @@ class _TableRows(_Pending):
             recorder.add(scale_cap_operation(0), row)
         if accumulate:
             row = AddArguments(x, stride, columns, address_of(target.array), target.stride)
-            recorder.add(add_operation(), row)
+            recorder.add(operation("embedding.cpu:add"), row)
 
 
 class _LookedUp(_Pending):
@@ -625,8 +625,10 @@ class _LookedUp(_Pending):
 
     def _record(self, target: Buffer, accumulate: bool) -> None:
         row = address_of(self._given.array), self._given.stride, self.width, address_of(target.array), target.stride
-        address, arguments = (add_operation(), AddArguments) if accumulate else (copy_operation(), CopyArguments)
-        self.recorder.add(address, arguments(*row))
+        code, arguments = (
+            ("embedding.cpu:add", AddArguments) if accumulate else ("side_by_side.cpu:copy", CopyArguments)
+        )
+        self.recorder.add(operation(code), arguments(*row))
 
 
 class _Product(_Pending):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 
 if TYPE_CHECKING:
@@ -22,9 +21,7 @@ def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         from candle_vllm.core.kernels.embedding import triton
 
         return triton.embedding(token_ids, table)
-    from candle_vllm.core.kernels.embedding import reference
-
-    return reference.embedding(token_ids, table)
+    return table[token_ids]
 
 
 class AddArguments(NamedTuple):
@@ -40,8 +37,3 @@ class AddArguments(NamedTuple):
     columns: int
     target: int
     target_stride: int
-
-
-def add_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("embedding.cpu:add")

@@ -183,11 +183,7 @@ class ShrinkArguments(NamedTuple):
 
 
 class BeginArguments(NamedTuple):
-    """Arguments of the operation that runs before `shrink`; see `cpu_shrink.begin`.
-
-    Attributes:
-        done: as in `ShrinkArguments`.
-    """
+    """Arguments of the operation that runs before `shrink`; see `cpu_shrink.begin`; `done` as in `ShrinkArguments`."""
 
     done: int
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import operation
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
 if TYPE_CHECKING:
@@ -22,9 +21,7 @@ def position_scale(x: Value, positions: torch.Tensor, table: Value) -> Value:
     if isinstance(x, Recorded):
         return x.position_scale(table)
     assert x.dim() == 3
-    from candle_vllm.core.kernels.position_scale import reference
-
-    return reference.position_scale(x, positions, table)
+    return (x.float() * table[positions][:, None, None]).to(x.dtype)
 
 
 class PositionScaleArguments(NamedTuple):
@@ -41,8 +38,3 @@ class PositionScaleArguments(NamedTuple):
     columns: int
     positions: int
     table: int
-
-
-def position_scale_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("position_scale.cpu:position_scale")

@@ -25,9 +25,9 @@ def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch
     import torch
 
     assert cap is None or (cap > 0 and x.dtype == torch.float32)
-    from candle_vllm.core.kernels.scale_cap import reference
-
-    return reference.scale_cap_(x, scale, cap)
+    if cap is None:
+        return x if scale == 1 else x.mul_(scale)
+    return x.mul_(scale / cap).tanh_().mul_(cap)
 
 
 def clamp_(x: Value, low: float, high: float) -> Value:
@@ -40,9 +40,10 @@ def cut_(x: Value, deviations: float) -> None:
     if isinstance(x, Recorded):
         x.cut(deviations)
         return
-    from candle_vllm.core.kernels.scale_cap import reference
+    import torch
 
-    x.copy_(reference.cut(x, deviations))
+    std, mean = torch.std_mean(x.float(), -1, correction=0, keepdim=True)
+    x.copy_((x.float() - (mean + std * deviations)).clamp(min=0))
 
 
 class ScaleCapArguments(NamedTuple):

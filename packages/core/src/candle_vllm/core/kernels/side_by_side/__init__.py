@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
 
@@ -17,9 +17,9 @@ def side_by_side(first: Value, *others: Value) -> Value:
     """Return the concatenated columns."""
     if isinstance(first, Recorded):
         return first.beside(*others)
-    from candle_vllm.core.kernels.side_by_side import reference
+    import torch
 
-    return reference.side_by_side(first, *others)
+    return torch.cat((first, *others), -1)
 
 
 def first_of_heads(x: Value, size: int) -> Value:
@@ -47,8 +47,3 @@ class CopyArguments(NamedTuple):
     rows_from: int = StepNumber.TOKENS
     parts: int = 1
     gap: int = 0
-
-
-def copy_operation() -> int:
-    """Return the address of the compiled operation."""
-    return operation("side_by_side.cpu:copy")

@@ -29,9 +29,18 @@ def mix_streams(
     """Return y; on a GPU torch's own kernels compute it, without synchronisation."""
     if isinstance(x, Recorded):
         return x.mixed(table, gates, scale, level=level)
-    from candle_vllm.core.kernels.stream_mix import reference
+    import torch
 
-    return reference.mix_streams(x, table, gates, scale, LEAST if level else None)
+    streams = x.float().unflatten(1, (table.shape[2], -1))  # [T, N, E]
+    if level:
+        squares = streams.square().mean(-1, keepdim=True)
+        levelled = streams * squares[:, :1].sqrt() * squares.clamp(min=LEAST).rsqrt()
+        streams = torch.cat([streams[:, :1], levelled[:, 1:]], 1)
+    weights = table[0].expand(len(x), -1, -1)
+    if gates is not None:
+        weights = weights + (gates.float().tanh() @ table[1:].flatten(1)).unflatten(1, table.shape[1:])
+    y = (weights[..., None] * streams[:, None]).sum(2)  # [T, M, E]
+    return (y if scale is None else y * scale).flatten(1).to(x.dtype)
 
 
 class MixArguments(NamedTuple):
