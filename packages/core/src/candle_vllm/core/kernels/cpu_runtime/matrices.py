@@ -158,7 +158,7 @@ def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) 
 def linear_operation(matrix: Matrix, isa: Isa) -> int:
     """Return the address of the compiled linear operation of a matrix's kind."""
     constants = () if isinstance(matrix, words.WordMatrix) else (matrix.kind,)
-    return operation(f"{matrix.folder}.cpu:make_linear", *constants, isa)
+    return operation(matrix.linear, *constants, isa)
 
 
 def gate_products(
@@ -197,7 +197,5 @@ def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, o
     """Record a lookup of embedding rows; see `embedding_arguments`."""
     assert matrix.input_form in (Groups(), *RowForm), "columns of the table are reordered"
     recorder.keep_matrix(matrix)
-    code = f"{matrix.folder}.cpu:make_embedding"  # no ScaledMatrix: decoded at load
-    recorder.add(
-        operation(code, matrix.kind), embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
-    )
+    arguments = embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
+    recorder.add(operation(matrix.embedding, matrix.kind), arguments)  # no ScaledMatrix: decoded at load

@@ -21,13 +21,12 @@ import platform
 import struct
 import subprocess
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from threading import Thread
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, get_type_hints
+from typing import Any, ClassVar, NamedTuple, TypeAlias, get_type_hints
 
 import numpy as np
 
@@ -42,9 +41,6 @@ from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
 )
 from candle_vllm.core.kernels.cpu_runtime.level import best_level, bytes_ahead, choose_level, host_level
 from candle_vllm.core.threads import collector_paused
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.activation_rows import InputForm
 
 NUMBERS = 2  # index in a plan row: the address of the step's numbers
 FIRST_ARGUMENT = 3
@@ -246,28 +242,26 @@ def _float_bits(value: float) -> int:
 # ---- products of all weight formats ----------------------------------------------------------------------------------
 
 
-class Matrix(ABC):
+class Matrix:
     """A matrix [N, K] whose rows are interleaved, 16 in a tile: see `packed_linear`, `plain_linear`, `scaled_linear`.
 
     Attributes:
-        folder: the folder below `kernels` with the compiled operations.
+        linear, embedding: names of the operations that multiply by a matrix, and that read its rows, see `operation`.
         rows, columns: N and K.
         kind: the layout, a number that selects the compiled operations.
         data: uint8 [tiles, bytes of a tile], contiguous.
+        input_form: the format of the input that the matrix multiplies, an `InputForm`.
         length: length of a tile along K, in units of the weight format.
     """
 
-    folder: ClassVar[str]
+    linear: ClassVar[str]
+    embedding: ClassVar[str]
     rows: int
     columns: int
     kind: Any
     data: np.ndarray
+    input_form: Any
     length: Any
-
-    @property
-    @abstractmethod
-    def input_form(self) -> InputForm:
-        """The format of the input that the matrix multiplies."""
 
     @property
     def span(self) -> int:

@@ -260,7 +260,7 @@ class PackedMatrix(Matrix):
         order: int64 [K], the input element that each column multiplies; None for the input's own order.
     """
 
-    folder = "packed_linear"
+    linear, embedding = "packed_linear.cpu:make_linear", "packed_linear.cpu:make_embedding"
 
     rows: int
     columns: int

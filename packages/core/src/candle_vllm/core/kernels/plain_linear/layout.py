@@ -70,7 +70,7 @@ class PlainMatrix(Matrix):
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
     """
 
-    folder = "plain_linear"
+    linear, embedding = "plain_linear.cpu:make_linear", "plain_linear.cpu:make_embedding"
 
     rows: int
     columns: int

@@ -77,7 +77,7 @@ class ScaledMatrix(Matrix):
         data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes.
     """
 
-    folder = "scaled_linear"
+    linear = "scaled_linear.cpu:make_linear"
 
     rows: int
     columns: int

@@ -49,7 +49,7 @@ class WordMatrix(Matrix):
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
     """
 
-    folder, kind = "word_linear", WordKind.I16
+    linear, kind = "word_linear.cpu:make_linear", WordKind.I16
 
     rows: int
     columns: int
