@@ -63,6 +63,20 @@ test("chunks with parts of other kinds", () => {
   assert.deepEqual(usage!.completion_tokens_details, { accepted_draft_tokens: 3 });
 });
 
+test("how much of the prompt is read is shown until the first token", () => {
+  const step = emptyStep();
+  const writer = new StepWriter(step, 0);
+  const shares = [[0, 80], [64, 80], [90, 80], ["x", 80], [1, 0]].map(([processed, total]) => {
+    writer.add(readChunk({ choices: [{ index: 0, delta: {} }], prompt_progress: { processed, total } })!, 1);
+    return step.read;
+  });
+  assert.deepEqual(shares, [0, 0.8, 1, undefined, undefined]);
+  writer.add({ choices: [{ index: 0, delta: {} }], read: 0.5 }, 2);
+  assert.deepEqual([step.read, step.firstTokenMs], [0.5, undefined]);
+  writer.add(readChunk({ choices: [{ index: 0, delta: { role: "assistant", content: "" } }] })!, 3);
+  assert.equal("read" in step, false);
+});
+
 test("adapters stand behind their models, and have what is known of these", () => {
   const cards = [
     { id: "a", root: "a", default: true, status: "ready", max_model_len: 8 }, { id: "b", default: false, status: "unloaded" },

@@ -342,7 +342,7 @@ test("a branch as a request", () => {
   ]);
   const { messages: _, ...fields } = request;
   assert.deepEqual(fields, {
-    model: "m", stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, return_draft_counts: true, temperature: 0.5, stop: ["x"], enable_thinking: false, logprobs: true, top_logprobs: 5,
+    model: "m", stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, return_draft_counts: true, return_progress: true, temperature: 0.5, stop: ["x"], enable_thinking: false, logprobs: true, top_logprobs: 5,
     response_format: { type: "json_schema", json_schema: { name: "answer", schema: { type: "object" } } },
     continue_final_message: true, add_generation_prompt: false, tools: [{ type: "function", function: { name: "a", description: "d", parameters: {} } }],
   });

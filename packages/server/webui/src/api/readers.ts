@@ -20,6 +20,9 @@ export function readChunk(data: unknown): ChatChunk | undefined {
   const chunk: ChatChunk = { choices: given.choices.map(readChoice) };
   const usage = readUsage(given.usage);
   if (usage) chunk.usage = usage;
+  const { processed, total } = fields(given.prompt_progress);
+  const [done, all] = [number(processed), number(total)];
+  if (done !== undefined && all) chunk.read = Math.min(1, Math.max(0, done / all));
   return chunk;
 }
 

@@ -106,6 +106,7 @@ export interface ChatChunk {
     finish_reason?: string | null;
   }[];
   usage?: Usage | null;
+  read?: number; // share of the prompt that has been computed, from 0 to 1
 }
 
 export type WireMessage =

@@ -24,6 +24,8 @@ export class StepWriter {
     if (!choice) return;
     const { delta } = choice;
     const thought = delta.reasoning_content;
+    if (chunk.read !== undefined) this.step.read = chunk.read;
+    else delete this.step.read;
     if (thought || delta.content || delta.tool_calls?.length) this.step.firstTokenMs ??= now - this.started;
     if (thought) {
       this.thinkingSince ??= now;

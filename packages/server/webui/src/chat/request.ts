@@ -25,6 +25,7 @@ export function chatRequest({ model, path, settings, tools, goOn }: RequestParts
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
     return_draft_counts: true,
+    return_progress: true,
     // Without the field, the server would offer the model all tools of its MCP servers.
     tools: tools.map(({ type, function: { name, description, parameters } }) => ({ type, function: { name, description, parameters } })),
     ...wireFields(settings),

@@ -27,6 +27,7 @@ export interface Step {
   finish?: string;
   usage?: Usage;
   firstTokenMs?: number;
+  read?: number; // share of the prompt that has been computed, until the first token
   totalMs?: number;
   logprobs?: TokenLogprob[];
 }

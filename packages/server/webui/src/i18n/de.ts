@@ -80,7 +80,7 @@ export const de: Texts = {
   forOperators: "Für den, der den Server betreibt", changesHow: "Mit dieser Einstellung starten; wo andere Rechner den Server erreichen, braucht er auch API-Schlüssel:",
 
   messages: "Nachrichten", you: "Du", answerOf: (model) => (model ? `Antwort von ${model}` : "Antwort"), message: "Nachricht",
-  placeholder: "Nachricht schreiben", send: "Senden", stop: "Anhalten", answering: "Antwortet…", stopped: "Angehalten.",
+  placeholder: "Nachricht schreiben", send: "Senden", stop: "Anhalten", answering: "Antwortet…", readingPrompt: (percent) => `Liest den Prompt: ${percent} %`, stopped: "Angehalten.",
   emptyAnswer: "Das Modell hat mit nichts geantwortet.", cutOff: "Die Antwort hat die Token-Grenze erreicht.", answerFailed: "Die Antwort ist fehlgeschlagen.", approvalNeeded: "Ein Werkzeug wartet auf deine Zustimmung.",
   mayBeWrong: "Antworten können falsch sein. Prüfe, was wichtig ist.", toEnd: "Zur neuesten Nachricht",
   earlier: (count) => `${count} frühere Nachrichten zeigen`,

@@ -82,7 +82,7 @@ export const en = {
   forOperators: "For whoever runs this server", changesHow: "Start it with this setting; where other machines reach it, it needs API keys, too:",
 
   messages: "Messages", you: "You", answerOf: (model: string) => (model ? `Answer of ${model}` : "Answer"), message: "Message",
-  placeholder: "Write a message", send: "Send", stop: "Stop", answering: "Answering…", stopped: "Stopped.",
+  placeholder: "Write a message", send: "Send", stop: "Stop", answering: "Answering…", readingPrompt: (percent: string) => `Reading the prompt: ${percent} %`, stopped: "Stopped.",
   emptyAnswer: "The model returned an empty answer.", cutOff: "The answer reached the token limit.", answerFailed: "The answer failed.", approvalNeeded: "A tool waits for your approval.",
   mayBeWrong: "Answers can be wrong. Check what matters.", toEnd: "Go to the newest message",
   earlier: (count: number) => `Show ${count} earlier messages`,

@@ -50,7 +50,7 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
       {message.steps.map((step, index) => (
         <StepView key={index} chat={chat} id={message.id} step={step} raw={raw} tokens={tokens} isOpen={isWriting && index === last} />
       ))}
-      {isSilent && <Silence model={message.model} />}
+      {isSilent && <Silence model={message.model} read={message.steps[last]?.read} />}
       {message.error && <Failure chat={chat} message={message} error={message.error} />}
       {!isWriting && ending && (
         <p class="ending">
@@ -79,11 +79,17 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
   );
 }
 
-/** What stands where the answer will begin: nothing is written while its model is loaded. */
-function Silence({ model }: { model: string }) {
+/** What stands where the answer will begin, while its model is loaded or reads the prompt; `read` is the share it has read. */
+function Silence({ model, read }: { model: string; read: number | undefined }) {
   const card = models.value.find((one) => one.id === model);
   if (card && isLoading(card)) return <LoadingLine card={card} />;
-  return <p class="waiting-dots" role="img" aria-label={t.value.answering}><span /><span /><span /></p>;
+  const percent = read && Math.floor(100 * read);
+  return (
+    <>
+      <p class="waiting-dots" role="img" aria-label={t.value.answering}><span /><span /><span /></p>
+      {percent ? <p class="reading">{t.value.readingPrompt(formatNumber(percent))}</p> : null}
+    </>
+  );
 }
 
 interface FailureProps {
