@@ -178,22 +178,27 @@ def test_every_function_that_travels_is_there() -> None:
 FEW = [("column_order.cpu:column_order", ()), ("weight_quant.cpu:make_quantise", (8,))]
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a few functions that travel, for all levels."""
-    folder = tmp_path_factory.mktemp("compiled")
+def write_few(folder: Path, *levels: level.Level) -> Path:
+    """Write the functions of `FEW` for these levels, as they are precompiled."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(travelling, "functions", lambda isa: iter(FEW))
-        for entry in LEVELS:
+        for entry in levels:
             travelling.write(entry, folder)
     return folder
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a few precompiled functions, for the level of this CPU."""
+    return write_few(tmp_path_factory.mktemp("compiled"), host_level())
+
+
 @pytest.mark.every_case
-def test_code_for_every_level_is_made_anywhere(few: Path) -> None:
-    assert {path.name for path in few.iterdir()} == {entry.name for entry in LEVELS} | {"imports"}
+def test_code_for_every_level_is_made_anywhere(tmp_path: Path) -> None:
+    write_few(tmp_path, *LEVELS)
+    assert {path.name for path in tmp_path.iterdir()} == {entry.name for entry in LEVELS} | {"imports"}
     for entry in LEVELS:
-        assert {path.name for path in (few / entry.name).iterdir()} == {
+        assert {path.name for path in (tmp_path / entry.name).iterdir()} == {
             kernel_cache.kept_name(named_function(*named[:1], *named[1])[0], entry) for named in FEW
         }
 
