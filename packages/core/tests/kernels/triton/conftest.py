@@ -67,8 +67,8 @@ class Background:
         self.files: dict[tuple[str, bool], Future[subprocess.CompletedProcess[str]]] = {}
         self._open: set[subprocess.Popen[str]] = set()
         wanted: dict[bool, list[str]] = {}
-        cores, context = os.cpu_count() or 1, multiprocessing.get_context("spawn")
-        self._compilers = ProcessPoolExecutor(cores, mp_context=context, initializer=os.nice, initargs=(10,))
+        half, context = max(1, (os.cpu_count() or 1) // 2), multiprocessing.get_context("spawn")  # each imports torch
+        self._compilers = ProcessPoolExecutor(half, mp_context=context, initializer=os.nice, initargs=(10,))
         self._runs = ThreadPoolExecutor(PROCESSES)
         for item in items:
             if item.path.parent == HERE and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
