@@ -73,9 +73,11 @@ def whole(model: Path) -> Iterator[InferenceEngine]:
 
 @pytest.fixture(scope="module")
 def ranks(model: Path) -> Iterator[InferenceEngine]:
-    """Two, of which the first has two heads of keys and the other one has one."""
+    """Two, of which the first has two heads of keys and the other one has one; they end with the engine."""
     with engine_of(model, 2) as engine:
+        found = pids(engine)
         yield engine
+    until_gone(found)
 
 
 def pids(engine: InferenceEngine) -> list[int]:
@@ -171,28 +173,23 @@ DRAWS = [
 
 @pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(
-    ("size", "settings"),
-    [(2, {"kv_cache_memory": 12 * 8 * 2 * 2 * 3 * 16 * 4}), (3, {"speculative_config": {"method": "suffix"}})],
+    ("size", "busy", "settings"),
+    [
+        (2, False, {"max_model_len": 64, "kv_cache_memory": 12 * 8 * 2 * 2 * 3 * 16 * 4}),
+        (3, True, {"max_model_len": 512, "speculative_config": {"method": "suffix"}}),
+    ],
     ids=["preempted", "guessed"],
 )
-def test_few_blocks_and_guesses(size: int, settings: dict[str, Any], model: Path, whole: InferenceEngine) -> None:
+def test_few_blocks_and_guesses_and_a_rank_that_dies(
+    size: int, busy: bool, settings: dict[str, Any], model: Path, whole: InferenceEngine
+) -> None:
+    """The last rank dies, beside another one that waits for it, and alone with the first one: the engine names it."""
     prompts = [prompt[:20] for prompt in PROMPTS]
     right = [output.outputs[0].token_ids for output in whole.generate(prompts, GREEDY)]
-    with engine_of(model, size, max_model_len=64, **settings) as engine:
+    with engine_of(model, size, **settings) as engine:
         assert [output.outputs[0].token_ids for output in engine.generate(prompts, GREEDY)] == right
-        found = pids(engine)
-    until_gone(found)
-
-
-@pytest.mark.one_of_each(1)
-@pytest.mark.parametrize(("busy", "size"), [(False, 2), (True, 3)])
-def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool, size: int) -> None:
-    """The last rank, beside another one that waits for it, and alone with the first one."""
-    with engine_of(model, size, max_model_len=512) as engine:
         found, told = pids(engine), threading.Event()
         engine.add_death_callback(told.set)
-        if not busy:
-            engine.generate(["a"], GREEDY)
         if busy:
             dies(engine, lambda: os.kill(found[-1], signal.SIGKILL), "rank 2 has ended (killed by SIGKILL)")
         else:
