@@ -69,11 +69,16 @@ def phrases(*roots: Path) -> Iterator[Phrase]:
         )
         for path in found:
             for line, text in _markdown(path) if path.suffix == ".md" else _python(path):
-                flat = " ".join(NAMES.sub("", text).split())
-                for name, pattern in PATTERNS.items():
-                    for match in pattern.finditer(flat):
-                        around = flat[max(0, match.start() - 80) : match.end() + 40]
-                        yield Phrase(path, line, name, around)
+                for name, around in _matches(text):
+                    yield Phrase(path, line, name, around)
+
+
+def _matches(text: str) -> Iterator[tuple[str, str]]:
+    """Find the phrases of one text: the pattern's name, and the words around it."""
+    flat = " ".join(NAMES.sub("", text).split())
+    for name, pattern in PATTERNS.items():
+        for match in pattern.finditer(flat):
+            yield name, flat[max(0, match.start() - 80) : match.end() + 40]
 
 
 def _markdown(path: Path) -> Iterator[tuple[int, str]]:
@@ -87,12 +92,18 @@ def _markdown(path: Path) -> Iterator[tuple[int, str]]:
 
 def _python(path: Path) -> Iterator[tuple[int, str]]:
     source = path.read_text()
-    for node in ast.walk(ast.parse(source)):  # docstrings, of attributes too
+    nodes: list[ast.AST] = [ast.parse(source)]
+    for node in nodes:  # docstrings, of attributes too; `nodes` grows in the loop
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.start[0], token.string
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            nodes += inner if isinstance(inner := getattr(node, block, ()), list) else ()
+    # Tokenizing takes longest: only files with a phrase behind any "#", in a comment or not.
+    rests = (line[at:] for line in source.splitlines() for at, letter in enumerate(line) if letter == "#")
+    if any(any(_matches(rest)) for rest in rests):
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
 
 
 if __name__ == "__main__":
