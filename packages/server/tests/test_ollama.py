@@ -149,7 +149,9 @@ def test_log_probabilities(start: Callable[..., Any]) -> None:
     with client_of(start(PacedEngine("ab"))) as client:
         whole = client.chat(**ASK, logprobs=True, top_logprobs=2)
         pieces = list(client.chat(**ASK, logprobs=True, top_logprobs=2, stream=True))
-    assert [each.token for each in whole.logprobs or ()][:2] == ["a", "b"]
+        generated = client.generate("scripted", "Hi", logprobs=True)
+    assert [each.token for each in whole.logprobs or ()] == ["a", "b"]  # and not the token that ends the answer
+    assert [each.token for each in generated.logprobs or ()] == ["a", "b"]
     assert [each for piece in pieces[:-1] for each in piece.logprobs or ()] == whole.logprobs
 
 

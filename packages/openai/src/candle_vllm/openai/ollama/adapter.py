@@ -61,7 +61,7 @@ class OllamaAdapter:
         """Submit the request and stream its lines; close the stream to abort the request."""
         times = self._begun(request)
         answer = await self._bounded(self._chat_task, request)
-        return LineStream(answer, answers.LineWriter(times, chat=True))
+        return LineStream(answer, answers.LineWriter(times, chat=True, ends=self._adapter.model_info.eos_token_ids))
 
     async def generate(self, request: wires.GenerateRequest) -> answers.GenerateLine:
         """Return the whole answer. Cancelling this coroutine aborts the request."""
@@ -75,8 +75,9 @@ class OllamaAdapter:
         else:
             answer = await self._bounded(self._prompt_task, request)
         # With images there is no `context`, because the next request would have only their placeholders.
-        goes_on = not (request.raw or request.suffix or request.images)
-        return LineStream(answer, answers.LineWriter(times, chat=False, context=answer.prompt if goes_on else None))
+        context = None if request.raw or request.suffix or request.images else answer.prompt
+        ends = self._adapter.model_info.eos_token_ids
+        return LineStream(answer, answers.LineWriter(times, chat=False, ends=ends, context=context))
 
     async def _raw(self, request: wires.GenerateRequest) -> AnswerStream:
         task = _raw_task(request, self._defaults)

@@ -141,12 +141,14 @@ def loaded_line(model: str, times: Times, reason: str, *, chat: bool) -> ChatLin
 class LineWriter:
     """Writes the lines of one answer, as `chat` lines or generate lines.
 
-    `context` are the prompt's tokens if the last line must have a `context`, the tokens of prompt and answer.
+    `ends` are the end-of-sequence tokens, which have no log-probabilities in Ollama's API; `context` are the prompt's
+    tokens if the last line must have a `context`, the tokens of prompt and answer.
     """
 
-    def __init__(self, times: Times, *, chat: bool, context: Sequence[int] | None = None) -> None:
-        self._times = times
-        self._chat = chat
+    def __init__(
+        self, times: Times, *, chat: bool, ends: Sequence[int] = (), context: Sequence[int] | None = None
+    ) -> None:
+        self._times, self._chat, self._ends = times, chat, ends
         self._context = None if context is None else list(context)
         self._model = ""
         self._call: CallBegun | None = None
@@ -159,12 +161,12 @@ class LineWriter:
         return [line for event in events for line in self._written(event)]
 
     def _written(self, event: Event) -> list[Line]:
+        logprobs: Any = UNSET
         if isinstance(event, (Text, Thought, CallBegun, CallText)):
             if self._context is not None:
                 self._context += event.ids or ()
-            logprobs = chat_logprobs(event.logprobs).content if event.logprobs else UNSET
-        else:
-            logprobs = UNSET
+            if shown := [one for one in event.logprobs or () if one.chosen.token_id not in self._ends]:
+                logprobs = chat_logprobs(shown).content
         match event:
             case Begun():
                 self._model = event.head.model
@@ -225,16 +227,13 @@ class LineWriter:
 
 def join_lines(lines: Sequence[Line]) -> Line:
     """Join the lines of a stream to the whole answer."""
-    last = lines[-1]
     logprobs = tuple(entry for line in lines if line.logprobs is not UNSET for entry in line.logprobs)
-    last = replace(last, logprobs=logprobs or UNSET)
+    last = replace(lines[-1], logprobs=logprobs or UNSET)
     if isinstance(last, ChatLine):
         said = [line.message for line in lines if isinstance(line, ChatLine)]
         calls = tuple(call for one in said if one.tool_calls is not UNSET for call in one.tool_calls)
-        message = Said(
-            content="".join(one.content for one in said), thinking=_thoughts(said), tool_calls=calls or UNSET
-        )
-        return replace(last, message=message)
+        text, thinking = "".join(one.content for one in said), _thoughts(said)
+        return replace(last, message=Said(content=text, thinking=thinking, tool_calls=calls or UNSET))
     texts = [line for line in lines if isinstance(line, GenerateLine)]
     return replace(last, response="".join(line.response for line in texts), thinking=_thoughts(texts))
 
