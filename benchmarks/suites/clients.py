@@ -30,6 +30,13 @@ _PACKAGES = {
     "langchain": ("langchain-tests==1.1.9", "langchain-openai==1.7.4", "langchain-ollama==1.1.0",
                   "langchain-anthropic==1.7.10"),
     "openai": ("openai[realtime]==3.57.0",),
+    "openai_agents": ("openai-agents==0.24.0", "openai==3.57.0"),
+    "anthropic": ("anthropic==2.14.0",),
+    "ollama": ("ollama==0.6.3",),
+    "llama_index": ("llama-index-core==0.14.25", "llama-index-llms-openai==0.8.3",
+                    "llama-index-llms-openai-like==0.8.1", "llama-index-llms-ollama==0.11.0",
+                    "llama-index-embeddings-openai-like==0.4.0", "llama-index-embeddings-ollama==0.10.0",
+                    "openai==2.54.0", "ollama==0.6.3"),
     "open_responses": ("openai==3.57.0", "httpx==0.28.1", "openresponses-types==2.4.0"),
 }  # fmt: skip
 _NPM = {
