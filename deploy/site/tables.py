@@ -146,7 +146,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "commands": _commands,
     "arguments": _arguments,
     "refused fields": lambda: _fields(REFUSED_FIELDS, idle=False),
-    "fields without effect": lambda: _fields(REFUSED_FIELDS, idle=True),
+    "fields without effect": lambda: _fields(COMPLETION_REFUSED_FIELDS, idle=True),
     "refused fields of completions": lambda: _fields(_CHAT_ONLY, idle=False),
 }
 

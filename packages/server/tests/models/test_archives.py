@@ -22,7 +22,7 @@ import pytest
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.server.adapters import fetching
 from candle_vllm.server.models import archives
-from candle_vllm.server.models.archives import MARKER, Archive, fetch_archive, model_at, unpack
+from candle_vllm.server.models.archives import MARKER, Archive, fetch_archive, model_at, unpack, writable
 from candle_vllm.server.reloading import warn_of_missing
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry, source_name
@@ -120,7 +120,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         ("https://weights.example/a/llama/model.tar", "llama"),
         ("https://weights.example/a/qwen.tar.gz?x=1", "qwen"),
         ("https://weights.example/a/b%20c.tgz", "b_c"),
-        ("https://weights.example/srv/big.tar", "big"),
+        ("/srv/big.tar", "big"),
         ("https://weights.example/model.tar", "model"),
         ("https://weights.example/a/tiny.Q4_0.gguf?x=1", "tiny.Q4_0"),
     ],
@@ -134,7 +134,6 @@ def test_names(address: str, name: str) -> None:
 def test_what_is_no_archive() -> None:
     assert Archive.of("Qwen/Qwen3-0.6B") is None
     assert Archive.of("/srv/models/tiny") is None
-    assert Archive.of("/srv/models/tiny.tar") is None
     with pytest.raises(InvalidFileError, match="must have 64 hexadecimal digits, not 'abc'"):
         Archive.of("https://weights.example/a.tar#sha256=abc")
     with pytest.raises(InvalidFileError, match="is not a valid address"):
@@ -253,14 +252,14 @@ def test_a_wrong_sum_leaves_nothing(place: Place, tmp_path: Path) -> None:
 
 
 def test_two_of_one_name_are_two_models(place: Place, tmp_path: Path) -> None:
-    one = Archive(place.at("other/tiny.tar"))
-    place.content = tar_of(("deep/config.json", b"1"))
-    assert fetch_archive(one, tmp_path) == tmp_path / "tiny" / "deep"
-    place.content = MODEL
+    (tmp_path / "there").mkdir()
+    one = tmp_path / "there" / "tiny.tar"
+    one.write_bytes(tar_of(("deep/config.json", b"1")))
+    assert fetch_archive(Archive(str(one)), tmp_path) == tmp_path / "tiny" / "deep"
     other = fetch_archive(Archive(place.url), tmp_path)
     assert other.name.startswith("tiny-")
     assert (other / "model.safetensors").exists()
-    assert fetch_archive(one, tmp_path) == tmp_path / "tiny" / "deep"
+    assert fetch_archive(Archive(str(one)), tmp_path) == tmp_path / "tiny" / "deep"
 
 
 def test_a_folder_of_somebody_else_is_left_alone(place: Place, tmp_path: Path) -> None:
@@ -304,12 +303,20 @@ def test_links_within_are_files(tmp_path: Path) -> None:
         (tar_of(("a/config.json", b""), ("b/config.json", b"")), "holds 2 folders"),
     ],
 )
-def test_hostile_archives(place: Place, content: bytes, said: str, tmp_path: Path) -> None:
-    place.content, root = content, tmp_path / "root"
+def test_hostile_archives(content: bytes, said: str, tmp_path: Path) -> None:
+    path, root = tmp_path / "m.tar", tmp_path / "root"
+    path.write_bytes(content)
     with pytest.raises(InvalidFileError, match=said):
-        fetch_archive(Archive(place.at("m.tar")), root)
-    assert {each.name for each in root.iterdir()} == {".m.lock", ".m.partial", ".m.partial.pieces"}
-    assert [each.name for each in tmp_path.iterdir()] == ["root"]
+        fetch_archive(Archive(str(path)), root)
+    assert [each.name for each in root.iterdir()] == [".m.lock"]
+    assert {each.name for each in tmp_path.iterdir()} == {"m.tar", "root"}
+
+
+def test_the_first_root_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert writable([tmp_path / "file", tmp_path / "a" / "b"]) == tmp_path / "a" / "b"
+    with pytest.raises(OSError, match="file"):
+        writable([tmp_path / "file"])
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -52,19 +52,19 @@ _SUM = re.compile(r"[0-9a-f]{64}")
 
 
 class Archive(NamedTuple):
-    """Location of a model: the URL of a tar archive or GGUF file."""
+    """Location of a model: the path of a tar archive, or the URL of a tar archive or GGUF file."""
 
     address: str
     sha256: str | None = None
 
     @classmethod
-    def of(cls, text: str) -> Archive | None:
-        """Parse a location with an optional suffix `#sha256=...`; None if it is no URL.
+    def of(cls, text: str, sha256: str | None = None) -> Archive | None:
+        """Parse a location with an optional suffix `#sha256=...`; None for a local path that is not an archive.
 
         Raises InvalidFileError if the checksum or the address is invalid.
         """
         address, _, told = text.partition("#sha256=")
-        sha256 = told.lower() or None
+        sha256 = (sha256 or told or "").lower() or None
         if sha256 is not None and not _SUM.fullmatch(sha256):
             shown = without_secrets(address, alone=True)
             raise InvalidFileError(f"the SHA-256 of {shown} must have 64 hexadecimal digits, not {sha256!r:.80}")
@@ -72,7 +72,12 @@ class Archive(NamedTuple):
             remote = urlsplit(address).scheme in ("http", "https")
         except ValueError:
             raise InvalidFileError(f"{without_secrets(address, alone=True)!r:.200} is not a valid address") from None
-        return cls(address, sha256) if remote else None
+        return cls(address, sha256) if remote or address.lower().endswith(_ENDINGS) else None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the location is a URL."""
+        return urlsplit(self.address).scheme in ("http", "https")
 
     @property
     def name(self) -> str:
@@ -135,7 +140,7 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
                     "folder, or name it as the model"
                 )
             partial = root / f".{folder.name}.partial"
-            file = _download(archive, partial)
+            file = _download(archive, partial) if archive.is_remote else Path(archive.address)
             sha256 = _checked(archive, file)
             fresh = root / f".{folder.name}.unpacking"
             shutil.rmtree(fresh, ignore_errors=True)
@@ -182,7 +187,7 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
         ModelNotFoundError, InvalidFileError: as `fetch_archive`.
     """
     archive = Archive.of(address)
-    if archive is None:
+    if archive is None or not archive.is_remote:
         raise ModelNotFoundError(
             f"{without_secrets(address, alone=True)!r:.200} is not the address of a model: it must begin with https://"
         )
@@ -222,11 +227,15 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _checked(archive: Archive, file: Path) -> str:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelNotFoundError(f"{archive.source} cannot be read: {error.strerror}") from None
     if archive.sha256 not in (None, found):
-        file.unlink()
-        _pieces(file).unlink(missing_ok=True)
+        if archive.is_remote:
+            file.unlink()
+            _pieces(file).unlink(missing_ok=True)
         raise InvalidFileError(f"{archive.source} has the SHA-256 {found}, not {archive.sha256}")
     return found
 
@@ -442,3 +451,19 @@ def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
     if links:
         name, target = next(iter(links.items()))
         raise Refused(f"its archive has {name!r:.100}, a link to {target!r:.100}, which is no file of it")
+
+
+def writable(roots: Sequence[Path]) -> Path:
+    """Return the first folder that is writable, created if necessary; otherwise raise the OSError of the last one."""
+    problem: OSError | None = None
+    for root in roots:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            probe = root / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problem = error
+        else:
+            return root
+    raise problem or OSError("no folder was given")
