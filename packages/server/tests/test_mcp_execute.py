@@ -89,6 +89,21 @@ def test_a_stream(start_mcp: Start, web: Any, tmp_path: Path, forced: bool) -> N
         assert stream.get_final_completion().choices[0].message.content == "It is 42."
 
 
+def test_progress_with_each_turns_prompt(start_mcp: Start, web: Any) -> None:
+    engine = PacedEngine(turns("Wait." + ECHO, "Done."))
+    body = {**CHAT, "stream": True, "return_progress": True, "verbose": True, "timings_per_token": True}
+    with start_mcp(engine, [web.config()], execute=True).http() as client:
+        answer = client.post("/v1/chat/completions", json=body)
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    reports = [chunk["prompt_progress"]["processed"] for chunk in chunks if "prompt_progress" in chunk]
+    first, second = (len(request.prompt_token_ids) for request in engine.requests)
+    assert reports == [0, first, 0, second]
+    assert "prompt_progress" in chunks[0]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "Wait.\n\nDone."
+    for name in ("verbose", "timings_per_token"):
+        assert f"{name} has no effect" in answer.headers["x-warning"]
+
+
 def test_only_approved_tools_are_shown_and_run(start_mcp: Start, seen: Seen, web: Any) -> None:
     engine = PacedEngine(turns(call_text("web__slow", seconds=0), ECHO, "Done."))
     running = start_mcp(engine, [web.config(auto_approve=["echo"])], execute=True)

@@ -149,7 +149,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
         finish_reason: set on the last output of the sequence.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
         num_cached_tokens: prompt tokens that came from the prefix cache.
-        progress: set on outputs that only report it: the first step begins, or a step has run a part of the prompt.
+        progress: set on outputs that only report progress: before the first step, and after each part of the prompt.
         metrics: set on the last output.
         error: the message if `finish_reason` is ERROR.
         error_kind: "request" if the request's own parameters led to the error, "engine" otherwise.

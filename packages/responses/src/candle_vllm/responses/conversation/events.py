@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Typed events of a conversation.
 
-A turn: `TurnStarted`, then deltas of reasoning, text and calls as they are generated, then `TurnFinished` with the
-whole message. Its calls: `ApprovalRequested` if an approval is needed, `ToolStarted`, `ToolProgressed`, `ToolFinished`;
-the events of concurrent calls interleave. The last event is `ConversationFinished`. Errors of the model are exceptions
-of the iterator.
+A turn: `TurnStarted`, then deltas of reasoning, text and calls as they are generated, with `TurnMeasured` between them
+if the request asks for token counts or progress, then `TurnFinished` with the whole message. Its calls:
+`ApprovalRequested` if an approval is needed, `ToolStarted`, `ToolProgressed`, `ToolFinished`; the events of concurrent
+calls interleave. The last event is `ConversationFinished`. Errors of the model are exceptions of the iterator.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CallArgumentsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class TurnMeasured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Counts and times of the running turn, or progress with its prompt; only if its request asks for them."""
+    """Token counts of the running turn, or the progress of its prompt; only if the turn's request asks for them."""
 
     counts: answer.Usage | answer.Progress
 

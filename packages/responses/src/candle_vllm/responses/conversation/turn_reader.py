@@ -34,7 +34,7 @@ class _Growing:
 class TurnReader:
     """Reads one answer: turn `number`. `used_ids` are ids of earlier calls, which no new call may have.
 
-    With `measures`, there is an event for each `Usage`.
+    With `measures`, there is a `TurnMeasured` event for each `Usage`.
     """
 
     def __init__(self, number: int, used_ids: Collection[str] = (), *, measures: bool = False) -> None:

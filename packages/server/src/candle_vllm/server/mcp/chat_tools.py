@@ -21,6 +21,7 @@ from candle_vllm.openai import ChatCompletionRequest, parse_chat_request
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.remarks import remark
 from candle_vllm.server.answering import GenerationApi, answer_parsed, deadline_of, parsed
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.mailbox.policy import refuse_headers
@@ -188,7 +189,7 @@ def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) 
 
 
 def _check_executable(wire: ChatCompletionRequest) -> None:
-    """Raise a 400 that names a field which one answer of several turns cannot serve."""
+    """Raise a 400 that names a field which an answer of several turns cannot serve; warn of fields without effect."""
     wrong = {
         "n": wire.sequences > 1,
         "echo": bool(wire.echo),
@@ -201,3 +202,5 @@ def _check_executable(wire: ChatCompletionRequest) -> None:
     for field, asked in wrong.items():
         if asked:
             raise UnsupportedParameterError(f"{field} {_NOT_TOGETHER}", field)
+    idle = [name for name in ("timings_per_token", "verbose") if getattr(wire, name)]
+    remark(f"{name} has no effect on an answer whose tools run in the server" for name in idle)

@@ -442,7 +442,7 @@ class Engine:
             live = self._live.get(run.sequence)
             if live is None:  # the sequence ended when an earlier step was committed
                 continue
-            if live.first_scheduled_time is None and not live.sequence.index and live.request.params.prompt_progress:
+            if live.first_scheduled_time is None and run.sequence.index == 0 and live.request.params.prompt_progress:
                 outputs.append(live.progress(run.start))
             live.scheduled(began)
             try:
