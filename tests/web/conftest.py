@@ -76,8 +76,25 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
         yield fake
 
 
+_PAGES = pytest.StashKey[list[tuple[Any, list[str]]]]()
+_TOLD_REQUESTS = 20
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
+    """The report of a failure shows each page's text, the element in focus, and the last requests with their status."""
+    report = yield
+    if report.when == "call" and report.failed:
+        for page, requests in item.stash.get(_PAGES, []):
+            with contextlib.suppress(Exception):  # a page may be closed, or busy
+                focus = page.evaluate("document.activeElement?.cloneNode().outerHTML")
+                told = [page.inner_text("body", timeout=5_000), f"focus: {focus}", *requests[-_TOLD_REQUESTS:]]
+                report.sections.append((f"page {page.url}", "\n".join(told)))
+    return report
+
+
 @pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+def open_page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """`open_page(url, **options of the context)`: a page in an empty profile.
 
     With `titles`, the model names conversations, as it does where nobody says otherwise; each is a request more.
@@ -95,9 +112,14 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
                 context.add_init_script(_UNNAMED)
             page = context.new_page()
             wrong: list[str] = []
+            requests: list[str] = []
+            request.node.stash.setdefault(_PAGES, []).append((page, requests))
+            page.on("request", lambda sent: requests.append(f"{sent.method} {sent.url}"))
+            page.on("response", lambda told: requests.append(f"{told.status} {told.url}"))
+            page.on("requestfailed", lambda lost: requests.append(f"{lost.failure} {lost.url}"))
             own = "/".join(url.split("/")[:3])
             page.on("pageerror", lambda error: wrong.append(f"script error: {error}"))
-            page.on("request", lambda request: wrong.append(request.url) if _is_foreign(request.url, own) else None)
+            page.on("request", lambda sent: wrong.append(sent.url) if _is_foreign(sent.url, own) else None)
             opened.append((page, wrong))
             page.goto(url)
             return page
