@@ -226,9 +226,11 @@ def _take_in(
         def correct(row: Any, half: int, sums: list[Any]) -> list[Any]:
             key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
             query, factor = lane(q, row) if gives else None, lane(decay, row) if by_row else decayed
-            for tile in range(width):
+            # Tiles are 8 KB apart if Dk = 128. On a Zen 4, a fifth of all processes took 2.7 times as long when the row
+            # of the second tile was loaded after that of the first tile was stored.
+            olds = [e.load(b.add(source, place), vector(F32)) for source in sources]
+            for tile, old in enumerate(olds):
                 e.prefetch(b.add(later[tile], place), near=2)
-                old = e.load(b.add(sources[tile], place), vector(F32))
                 if by_element:
                     factor = emit_exp(e, b.fmul(e.load(b.add(decays[tile], place), vector(F32)), strengths[tile]))
                 new = e.fma(key, corrections[tile], b.fmul(factor, old))
