@@ -13,7 +13,7 @@ import pytest
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import CandleVllmError, ChatTemplateError, UnsupportedModelError
-from candle_vllm.core.text import template_budget
+from candle_vllm.core.text import template_limits
 from candle_vllm.core.text.chat_template import ChatTemplate
 from packages.core.tests import toy_gguf as toys
 from tests.security.guarded_server import HELLO, Guarded, chat_body, guarded
@@ -169,7 +169,7 @@ def test_template_bombs_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) 
     """CVE-2025-61620: a template that never ends, or fills the memory, is stopped within seconds of processor time."""
     source, began = BOMBS[name], time.thread_time()
     if name not in ("loops", "hash"):  # these take what is given them in earnest
-        monkeypatch.setattr(template_budget, "MAX_SECONDS", 0.1)
+        monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.1)
     with pytest.raises((ChatTemplateError, UnsupportedModelError)):
         ChatTemplate(source, {}).render(HELLO)
     assert time.thread_time() - began < 3

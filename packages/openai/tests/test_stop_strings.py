@@ -28,8 +28,8 @@ THOUGHTS = "Paris is the capital. Or\n\nis it?"
 class Opening(ScriptedEngine):
     """An engine whose template opens the thoughts."""
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        return super().apply_chat_template(messages, **options) + "<think>\n"
+    def render_messages(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        return super().render_messages(messages, **options) + "<think>\n"
 
 
 def engine(script: str, *, special: bool, opened: bool) -> ScriptedEngine:

@@ -117,7 +117,7 @@ def test_a_required_tool_that_models_do_not_get(start_mcp: Start, web: Any, tmp_
 
 def test_a_prompt_that_the_tools_make_too_long_says_so(start_mcp: Start, web: Any) -> None:
     engine = PacedEngine(max_model_len=60)
-    engine.apply_chat_template = lambda messages, **options: "x" * (100 if options.get("tools") else 10)  # type: ignore[method-assign]
+    engine.render_messages = lambda messages, **options: "x" * (100 if options.get("tools") else 10)  # type: ignore[method-assign]
     with start_mcp(engine, [web.config()]).http() as client:
         body = {**CHAT, "max_tokens": 10}
         refused = client.post("/v1/chat/completions", json=body)

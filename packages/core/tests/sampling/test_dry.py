@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from candle_vllm.core.kernels.sampling import chain
 from candle_vllm.core.kernels.sampling.chain import repeats, z_lengths
-from candle_vllm.core.sampling.dry import Breakers, BreakerTable, DryState, breakers_of
+from candle_vllm.core.sampling.dry import Breakers, BreakerTable, DryState
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.rare_edits import narrow_row
 from candle_vllm.core.sampling.state import SamplingState
@@ -118,13 +118,12 @@ def test_breakers_are_found_in_the_vocabulary(toy_model: Path) -> None:
     tokenizer = Tokenizer.from_folder(toy_model)
     table = BreakerTable(tokenizer, tokenizer.vocab_size)
     texts = [tokenizer.token_text(token) for token in range(tokenizer.vocab_size)]
-    found = breakers_of(table, SamplingParams(dry_multiplier=1, dry_sequence_breakers=["he", "\n"]))
+    found = table.of_request(SamplingParams(dry_multiplier=1, dry_sequence_breakers=["he", "\n"]))
     assert found is not None
     assert found.singles == {i for i, text in enumerate(texts) if "he" in text or "\n" in text}
     tail = tuple(tokenizer.encode("e", add_special_tokens=False))
     assert found.sequences == {(i, *tail) for i, text in enumerate(texts) if text.endswith("h") and "he" not in text}
-    assert breakers_of(table, SamplingParams()) is None
-    default = breakers_of(table, SamplingParams(dry_multiplier=1))
+    default = table.of_request(SamplingParams(dry_multiplier=1))
     assert default is not None
-    assert default is breakers_of(table, SamplingParams(dry_multiplier=2))
+    assert default is table.of_request(SamplingParams(dry_multiplier=2))
     assert all(any(mark in texts[token] for mark in '\n:"*') for token in default.singles)

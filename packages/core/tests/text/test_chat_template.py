@@ -14,7 +14,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, UnsupportedModelError
-from candle_vllm.core.text import template_budget
+from candle_vllm.core.text import template_limits
 from candle_vllm.core.text.chat_template import MAX_TEMPLATE, ChatTemplate
 from tests.common_run import few
 
@@ -259,7 +259,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_soon_and_small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name != "loops":  # which takes what is given in earnest
-        monkeypatch.setattr(template_budget, "MAX_SECONDS", 0.2)
+        monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.thread_time()
     with pytest.raises(ChatTemplateError):

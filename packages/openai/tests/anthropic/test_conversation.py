@@ -187,10 +187,10 @@ async def test_a_last_assistant_message_is_continued() -> None:
 
 async def test_a_template_that_cannot_continue_is_told_in_anthropics_words() -> None:
     class Cannot(ScriptedEngine):
-        def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        def render_messages(self, messages: Any, **options: Any) -> str:
             if options["continue_final_message"]:
                 raise ChatTemplateError("continue_final_message: cannot", "continue_final_message")
-            return super().apply_chat_template(messages, **options)
+            return super().render_messages(messages, **options)
 
     adapter = MessagesAdapter(OpenAIAdapter(Cannot()))
     with pytest.raises(RequestError) as caught:

@@ -61,9 +61,8 @@ class TemplateEngine(ScriptedEngine):
         )
         self.template = ChatTemplate(source, NAMES)
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        variables = options.pop("chat_template_kwargs", {})
-        return self.template.render(messages, **options, **variables)
+    def render_messages(self, messages: Any, **options: Any) -> str:
+        return self.template.render(messages, **options)
 
 
 @pytest.mark.parametrize("part", few(range(3), 0))

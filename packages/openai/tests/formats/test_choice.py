@@ -14,7 +14,7 @@ from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, t
 from candle_vllm.openai.formats.choice import choose_layout
 from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
-from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS, open_mark
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
 
 # What other servers call formats. Those that we do not have are refused: inkling, k2_horizon, gigachat35, and
@@ -239,12 +239,11 @@ def test_what_a_template_needs() -> None:
     ],
 )
 def test_whether_a_prompt_leaves_thoughts_open(tail: str, reasoning: str, is_open: bool) -> None:
-    assert bool(open_mark(tail, reasoning_names()[reasoning])) is is_open
-    assert not open_mark(tail, None)
+    assert bool(reasoning_names()[reasoning].open_mark(tail)) is is_open
 
 
 def test_an_answer_to_go_on_with() -> None:
     think = reasoning_names()["think"]
-    assert open_mark("<think>\nFirst I", think, continued=True)
-    assert not open_mark("<think>\nFirst I", think)
-    assert not open_mark("<think>\nFirst I</think>So", think, continued=True)
+    assert think.open_mark("<think>\nFirst I", continued=True)
+    assert not think.open_mark("<think>\nFirst I")
+    assert not think.open_mark("<think>\nFirst I</think>So", continued=True)

@@ -17,7 +17,6 @@ from candle_vllm.core.text.template_needs import split
 from candle_vllm.openai.formats.choice import Choice, choose_layout
 from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.reasoning_table import open_mark
 from packages.openai.tests.formats.messages import parse
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -254,7 +253,7 @@ def changes(model: Model, key: str) -> str:
     text = text[: min((text.find(end) for end in ends(model) if end in text), default=len(text))]
     expected = Said(said.content * (said.content in text), said.thoughts * (said.thoughts in text), said.calls)
     choice = model.choice
-    opening = open_mark(written.head, choice.reasoning)
+    opening = choice.reasoning.open_mark(written.head) if choice.reasoning else ""
     layout = Layout(choice.reasoning and choice.reasoning.led_by(opening), choice.tools)
     parser = OutputParser(layout, tools=SCHEMAS, in_reasoning=bool(opening), make_id=str)
     parsed = parse(parser, [text])

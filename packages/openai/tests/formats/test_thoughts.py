@@ -13,7 +13,7 @@ from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai import parse_chat_request
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS, open_mark
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.planning import AnswerPlanner, Planned
 from candle_vllm.openai.requests import read_chat
 from packages.openai.tests.formats.messages import Parsed, parse
@@ -79,8 +79,8 @@ def test_a_form_begins_behind_the_mark_beside_it(reasoning: str, opening: str, c
 
 def test_of_two_marks_that_are_open_the_last_counts() -> None:
     row = next(row for row in REASONING_FORMATS if row.name == "think")
-    assert open_mark("<thought>a<think>b", row, continued=True) == "<think>"
-    assert open_mark("<think>a</think>b<thought>c", row, continued=True) == "<thought>"
+    assert row.open_mark("<thought>a<think>b", continued=True) == "<think>"
+    assert row.open_mark("<think>a</think>b<thought>c", continued=True) == "<thought>"
     harmony = next(row for row in REASONING_FORMATS if row.name == "openai")
-    assert open_mark("<|channel|>analysis<|message|>Hm", harmony, continued=True) == harmony.open
-    assert open_mark("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant", harmony, continued=True) == ""
+    assert harmony.open_mark("<|channel|>analysis<|message|>Hm", continued=True) == harmony.open
+    assert harmony.open_mark("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant", continued=True) == ""

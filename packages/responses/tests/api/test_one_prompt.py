@@ -96,9 +96,8 @@ class TemplateEngine(ScriptedEngine):
         )
         self.model = model
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        variables = options.pop("chat_template_kwargs", {})
-        self.model.prompt = self.model.template.render(messages, **options, **variables)
+    def render_messages(self, messages: Any, **options: Any) -> str:
+        self.model.prompt = self.model.template.render(messages, **options)
         return self.model.prompt
 
 

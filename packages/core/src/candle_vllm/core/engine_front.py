@@ -33,6 +33,7 @@ from candle_vllm.core.engine.requests import (
 from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Pair, PoolingCalls
+from candle_vllm.core.engine.step.preparation import check_encoder_task
 from candle_vllm.core.engine.step.request_watchers import (
     Operation,
     PoolingOptions,
@@ -45,7 +46,6 @@ from candle_vllm.core.engine.step.request_watchers import (
 )
 from candle_vllm.core.engine.step.stream import Bar, RequestSink, TokenIterator, TokenStream, run_all, whole
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
-from candle_vllm.core.engine.step.validation import check_encoder_task
 from candle_vllm.core.errors import (
     ChatTemplateError,
     EngineDeadError,
@@ -261,6 +261,18 @@ class EngineFront(ABC):
             TypeError: an option is unknown, and the template does not read it.
         """
         return self._rendered("apply_chat_template", messages, options)[0]
+
+    def render_messages(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """Render messages that `fit` has adapted to the model's template, which are not checked again.
+
+        Args:
+            messages: see `ChatTemplate.render`.
+            variables: its other arguments, and variables of the template.
+
+        Raises:
+            ChatTemplateError: the model has no template, or it refused the conversation.
+        """
+        return self._template().render(messages, **variables)
 
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
         template, sees = self._template(options.get("chat_template")), self._vision is not None

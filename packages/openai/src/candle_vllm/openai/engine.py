@@ -54,16 +54,9 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         """Return the prompt with the placeholders of its images, and the preprocessed images."""
         ...
 
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: Any = None,
-        documents: Any = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str: ...
+    def render_messages(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """Render messages of the form that the model's template needs; the arguments are those of `ChatTemplate`."""
+        ...
 
     def stream(
         self,

@@ -27,7 +27,7 @@ from candle_vllm.openai.formats.grammar import answer_grammar, tool_grammar
 from candle_vllm.openai.formats.layout import CALL, THOUGHTS, Layout, ReasoningFormat, ToolFormat, bind
 from candle_vllm.openai.formats.pythonic import Pythonic
 from candle_vllm.openai.formats.reader import SPACE
-from candle_vllm.openai.formats.reasoning_table import LAST_WORDS, open_mark
+from candle_vllm.openai.formats.reasoning_table import LAST_WORDS
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 
@@ -98,7 +98,7 @@ class AnswerPlanner:
             use = replace(use, parallel=False)  # the model was not trained on messages with several calls
         called = tools if use.mode != "none" else None
         tail = prompt[-_TAIL:]
-        opening = open_mark(tail, reasoning, continued=continued)
+        opening = "" if reasoning is None else reasoning.open_mark(tail, continued=continued)
         is_open = bool(opening)
         reasoning = reasoning and reasoning.led_by(opening)
         closed = reasoning is not None and tail.rstrip(SPACE).endswith(tuple(reasoning.pairs.values()))

@@ -171,7 +171,7 @@ class TaskPreparation:
     def try_picture(self, data: bytes) -> None:
         """Check an image for a tool's result; RequestError if the model cannot read it there."""
         said = template_messages(_LOOKED, self._planner.choice.needs)
-        prompt = self._engine.tokenize(self._engine.apply_chat_template(said), add_special_tokens=False)
+        prompt = self._engine.tokenize(self._engine.render_messages(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
 
     def _without_results_images(self, task: Task) -> Task:
@@ -385,11 +385,8 @@ class TaskPreparation:
             options["tools"] = tools if needs is None else fit_tools(tools, needs)
         messages = template_messages(task.messages, needs)
         variables = {**self._template_defaults, **task.variables}
-        if template is None:
-            if variables:
-                options["chat_template_kwargs"] = variables
-            return self._engine.apply_chat_template(messages, **options)
-        return template.render(messages, **options, **variables)
+        render = self._engine.render_messages if template is None else template.render
+        return render(messages, **options, **variables)
 
     def _own_template(self, source: str) -> ChatTemplate:
         if not self._allow_chat_template:

@@ -37,9 +37,8 @@ from candle_vllm.core.engine.runners.images import ImageStore
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
 from candle_vllm.core.engine.step.engine import Engine
-from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation
+from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation, pooling_tasks
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
-from candle_vllm.core.engine.step.validation import pooling_tasks
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective

@@ -16,7 +16,7 @@ import msgspec
 
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
-from candle_vllm.core.engine.step.validation import check_encoder_task, check_pooling_request, check_request
+from candle_vllm.core.engine.step.preparation import check_encoder_task, check_pooling_request, check_request
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.remote.wire import MAX_FRAME, Check, FrameTooLargeError, Pool, Submit, encode

@@ -55,6 +55,11 @@ class BreakerTable:
         self._size = min(vocab_size, tokenizer.vocab_size)
         self.of = functools.lru_cache(_KEPT)(self._made)
 
+    def of_request(self, params: SamplingParams) -> Breakers:
+        """Return the breakers of a request with DRY: its own or the usual ones."""
+        given = params.dry_sequence_breakers
+        return self.of(DRY_BREAKERS if given is None else tuple(given))
+
     @functools.cached_property
     def _texts(self) -> tuple[list[str], dict[str, list[int]]]:
         """Return the texts of all tokens, and the tokens by the last character of their text."""
@@ -76,14 +81,6 @@ class BreakerTable:
                 heads = (token for token in ends.get(beginning[-1], ()) if texts[token].endswith(beginning))
                 found += ((head, *tail[:_LONGEST_TAIL]) for head in heads if breaker not in texts[head])
         return Breakers(found)
-
-
-def breakers_of(table: BreakerTable, params: SamplingParams) -> Breakers | None:
-    """Return the breakers of a request; None for a request without DRY."""
-    if not params.dry_multiplier:
-        return None
-    given = params.dry_sequence_breakers
-    return table.of(DRY_BREAKERS if given is None else tuple(given))
 
 
 class DryState:

@@ -21,10 +21,10 @@ from candle_vllm.core.engine.outputs import GenerationOutput, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
 from candle_vllm.core.engine.runners.sleeping import TAGS, check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
+from candle_vllm.core.engine.step.preparation import check_encoder_task
 from candle_vllm.core.engine.step.request_watchers import RequestInfo, RequestWatch, RequestWatcher, watched_submit
 from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream, whole
 from candle_vllm.core.engine.step.thread import SLEEPS
-from candle_vllm.core.engine.step.validation import check_encoder_task
 from candle_vllm.core.errors import ChatTemplateError, EngineSleepingError, InvalidParameterError, PromptTooLongError
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
@@ -45,7 +45,7 @@ Script = Pieces | Callable[[str], Pieces]
 
 
 class TemplateCall(NamedTuple):
-    """Arguments of one `apply_chat_template`."""
+    """Arguments of one rendering."""
 
     messages: list[dict[str, Any]]
     options: dict[str, Any]
@@ -213,10 +213,14 @@ class ScriptedEngine(ScriptedVectors):
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Render ChatML; append tool calls to their message as JSON; only the two generation options have an effect."""
+        variables = options.pop("chat_template_kwargs", None) or {}
+        return self.render_messages(messages, **options, **variables)
+
+    def render_messages(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Render as `apply_chat_template`."""
         self._check_generates()
         if not self._info.has_chat_template:
             raise ChatTemplateError(f"{self._info.name} has no chat template", "messages")
-        options |= options.pop("chat_template_kwargs", None) or {}
         self.template_calls.append(TemplateCall([dict(message) for message in messages], options))
         text = "".join(map(_chatml, messages))
         if options.get("continue_final_message"):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Unpack
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput
 from candle_vllm.core.engine.requests import LoraChoice, PoolingRequest
+from candle_vllm.core.engine.step.preparation import check_pooling_request
 from candle_vllm.core.engine.step.request_watchers import (
     Apart,
     Operation,
@@ -21,7 +22,6 @@ from candle_vllm.core.engine.step.request_watchers import (
     ScoreOptions,
     watched_pooling,
 )
-from candle_vllm.core.engine.step.validation import check_pooling_request
 from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.pooling import POOLING_METHODS, ModelPooling, PoolingParams, PoolingPlan
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt

@@ -16,7 +16,7 @@ from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import TemplateError
 
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, UnsupportedModelError
-from candle_vllm.core.text.template_budget import MAX_TEXT, Budget, BudgetExceededError, current_budget
+from candle_vllm.core.text.template_limits import MAX_TEXT, Budget, BudgetExceededError, current_budget
 from candle_vllm.core.text.template_sandbox import Sandbox
 
 MAX_TEMPLATE = 128 << 10  # characters; the largest known template has 17 thousand

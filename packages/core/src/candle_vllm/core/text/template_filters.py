@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import filters, tests
 from jinja2.exceptions import TemplateError, TemplateRuntimeError
 
-from candle_vllm.core.text import template_guards
-from candle_vllm.core.text.template_budget import BudgetExceededError, budget
+from candle_vllm.core.text import template_limits
+from candle_vllm.core.text.template_limits import BudgetExceededError, budget
 
 MAX_LIST = 100_000  # maximum rows or columns of a split list, and maximum entries to sort
 MAX_SLOW_TEXT = 1 << 20  # characters, for filters that process a text in Python
@@ -79,9 +79,9 @@ def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[
     first = values[0] if values else None
     _check_length(name, value)
     if name in _SORTING:
-        template_guards.check_compared(value, *values)
+        template_limits.check_compared(value, *values)
     if name in ("center", "truncate", "round"):
-        template_guards.check_width(first)
+        template_limits.check_width(first)
         if name == "round" and isinstance(first, int) and abs(first) > 100:
             raise BudgetExceededError(f"round to {first} digits is not allowed; at most 100")
     elif name in ("batch", "slice"):
@@ -93,13 +93,13 @@ def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[
         text = str(value)
         budget().spend_text(len(text) + (text.count("\n") + 1) * max(0, columns))
     elif name == "replace":
-        template_guards.check_replace(
+        template_limits.check_replace(
             value, *(kwargs.get(key, args[i] if len(args) > i else "") for i, key in enumerate(("old", "new")))
         )
     elif name == "format":
-        template_guards.check_percent(str(value), kwargs or args)
+        template_limits.check_percent(str(value), kwargs or args)
     elif name == "trim":
-        template_guards.check_needle(first)
+        template_limits.check_needle(first)
     elif name == "sum":
         start = kwargs.get("start", args[1] if len(args) > 1 else 0)
         if not isinstance(start, (int, float)):
@@ -130,7 +130,7 @@ def _joined(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def join(eval_ctx: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
         parts = value if isinstance(value, (str, list, tuple, dict)) else list(_ticking(iter(value)))
-        template_guards.check_join(parts, d)
+        template_limits.check_join(parts, d)
         return original(eval_ctx, parts, d, attribute)
 
     return join
@@ -166,7 +166,7 @@ def guarded_tests() -> dict[str, Callable[..., Any]]:
 def _measured(test: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(test)
     def measured(*values: Any) -> Any:
-        template_guards.check_compared(*values)
+        template_limits.check_compared(*values)
         return test(*values)
 
     return measured

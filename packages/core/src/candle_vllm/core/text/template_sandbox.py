@@ -3,7 +3,7 @@
 
 Jinja's immutable sandbox prevents a template from reaching into Python. This one also limits its time and memory: the
 parsed template is rewritten so that every loop iteration, macro body, output, `~` and slice calls `Limits`, and
-operators, calls and filters pass through `template_guards`.
+operators, calls and filters pass through `template_limits`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from candle_vllm.core.text.template_budget import CONTAINERS, budget
 from candle_vllm.core.text.template_filters import guarded_filters, guarded_tests, raise_exception, strftime_now
-from candle_vllm.core.text.template_guards import check_compared, check_format, check_method, check_operator
+from candle_vllm.core.text.template_limits import (
+    CONTAINERS,
+    budget,
+    check_compared,
+    check_format,
+    check_method,
+    check_operator,
+)
 
 
 class Generation(Extension):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from candle_vllm.openai.formats.output import CallSink, Output, call_id
-from candle_vllm.openai.formats.reader import Need, Reader
+from candle_vllm.openai.formats.reader import SPACE, Need, Reader
 
 THOUGHTS, CALL = "thoughts", "call"
 """States of `StopMarks` in which a message is not text of the answer."""
@@ -71,6 +71,24 @@ class ReasoningFormat:
     def pairs(self) -> dict[str, str]:
         """Opening mark -> closing mark."""
         return {self.open: self.close, **dict(self.others)} if self.flow is None else {}
+
+    def open_mark(self, prompt_tail: str, *, continued: bool = False) -> str:
+        """Return the mark with which a prompt opens the reasoning, so that the answer begins in it; "" without one.
+
+        Args:
+            prompt_tail: end of the prompt, long enough to contain the beginning of the answer.
+            continued: whether the prompt ends with the beginning of an answer, which may contain reasoning.
+        """
+        ends = {opening: (closing,) for opening, closing in self.pairs.items()}
+        if self.flow is not None:
+            ends = {self.open: getattr(self.flow, "ends", (self.close,))}
+        found, last = "", -1
+        for opening, closing in ends.items():
+            place = prompt_tail.rfind(opening)
+            rest = prompt_tail[place + len(opening) :]
+            if place > last and (not any(end in rest for end in closing) if continued else not rest.strip(SPACE)):
+                found, last = opening, place
+        return found
 
     def led_by(self, opening: str) -> ReasoningFormat:
         """Return the format with the pair of `opening`, by which a prompt may open the reasoning, as the first."""

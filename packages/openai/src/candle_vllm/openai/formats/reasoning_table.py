@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony
 from candle_vllm.openai.formats.layout import ReasoningFormat
-from candle_vllm.openai.formats.reader import SPACE
 from candle_vllm.openai.formats.shapes import COHERE_STRAYS, K3_STRAYS, MUSE, SOLAR_STRAYS, words
 
 REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
@@ -135,26 +134,3 @@ _QWEN = (
 )
 LAST_WORDS: Mapping[str, str] = dict.fromkeys(words("qwen3 qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe"), _QWEN)
 """Model type -> text that is inserted before the closing mark when a budget ends the reasoning."""
-
-
-def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> str:
-    """Return the mark with which a prompt opens the reasoning, so that the answer begins in it; "" without such a mark.
-
-    Args:
-        prompt_tail: end of the prompt, long enough to contain the beginning of the answer.
-        continued: whether the prompt ends with the beginning of an answer, which may contain reasoning.
-    """
-    found, last = "", -1
-    for opening, ends in _ends(reasoning).items() if reasoning else ():
-        place = prompt_tail.rfind(opening)
-        rest = prompt_tail[place + len(opening) :]
-        if place > last and (not any(end in rest for end in ends) if continued else not rest.strip(SPACE)):
-            found, last = opening, place
-    return found
-
-
-def _ends(reasoning: ReasoningFormat) -> Mapping[str, tuple[str, ...]]:
-    """Return each opening mark with the marks that end the reasoning after it."""
-    if reasoning.flow is not None:
-        return {reasoning.open: getattr(reasoning.flow, "ends", (reasoning.close,))}
-    return {opening: (closing,) for opening, closing in reasoning.pairs.items()}

@@ -22,7 +22,7 @@ from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, NAME_KEYS, Json
 from candle_vllm.openai.formats.layout import Body, Layout, ReasoningFormat, ToolFormat
 from candle_vllm.openai.formats.named_calls import NamedJson
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS, open_mark
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.formats.table import TOOL_FORMATS
 from candle_vllm.openai.formats.tagged import Tagged
 
@@ -132,7 +132,7 @@ def _calls(row: ToolFormat, written: template_needs.Written) -> list[tuple[str, 
 
 def _thoughts(row: ReasoningFormat, written: template_needs.Written) -> str:
     """Parse the reasoning in a template's output with a row."""
-    opening = open_mark(written.head, row)
+    opening = row.open_mark(written.head)
     parser = OutputParser(Layout(row.led_by(opening), None), in_reasoning=bool(opening))
     events = (*parser.feed(written.text), *parser.finish(True))
     return "".join(event.text for event in events if isinstance(event, TextPiece) and event.kind == "reasoning")
