@@ -13,9 +13,9 @@ from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.prompts import one_conversation
 from candle_vllm.core.text.prompts import template_messages as of_core
 from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, fit_tools, template_needs
-from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.requests import read_chat
+from candle_vllm.openai.task import template_messages
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},

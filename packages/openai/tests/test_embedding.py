@@ -50,6 +50,7 @@ from candle_vllm.openai.embedding import (
     parse_score_request,
 )
 from candle_vllm.openai.fair_threads import asker
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
 from candle_vllm.openai.protocol.embeddings import (
     MAX_DESCRIBED,
@@ -65,7 +66,6 @@ from candle_vllm.openai.protocol.pooling import (
     POOLING_REFUSED_FIELDS,
 )
 from candle_vllm.openai.serving import WorkerThreads
-from candle_vllm.openai.validation import parse_body
 from tests.waiting import PATIENCE
 
 

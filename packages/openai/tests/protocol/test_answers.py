@@ -16,7 +16,6 @@ from openai.types.chat import ChatCompletionChunk as OfficialChunk
 from openai.types.chat import ChatCompletionMessage
 
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, Completion, ModelCard, Usage, to_json_bytes
-from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.protocol.chat import (
     ChatChoice,
     ChatDelta,
@@ -33,6 +32,7 @@ from candle_vllm.openai.protocol.chat import (
 from candle_vllm.openai.protocol.completions import CompletionChoice, CompletionLogprobs
 from candle_vllm.openai.protocol.usage import CompletionTokensDetails, PromptTokensDetails
 from candle_vllm.openai.requests import parse_chat_request, read_chat
+from candle_vllm.openai.task import template_messages
 
 HEAD = {"id": "chatcmpl-1", "created": 1, "model": "m", "system_fingerprint": "fp"}
 USAGE = Usage(

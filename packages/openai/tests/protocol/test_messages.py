@@ -10,9 +10,8 @@ from openai.types.chat import ChatCompletionMessage
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.openai import UnsupportedParameterError, parse_chat_request
-from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.requests import read_chat
-from candle_vllm.openai.task import ImagePart, Message, TextPart
+from candle_vllm.openai.task import ImagePart, Message, TextPart, template_messages
 
 USER = {"role": "user", "content": "hi"}
 

@@ -21,10 +21,10 @@ from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.template_needs import fit_tools, split
 from candle_vllm.openai import OpenAIAdapter, to_json_bytes
 from candle_vllm.openai.anthropic import MessagesAdapter
-from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.ollama.adapter import OllamaAdapter
 from candle_vllm.openai.ollama.request import ChatRequest, ollama_parser
 from candle_vllm.openai.requests import parse_chat_request, read_chat
+from candle_vllm.openai.task import template_messages
 from candle_vllm.responses.api.responder import Responder
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 

@@ -12,8 +12,7 @@ import pydantic
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.conversation import text_of
-from candle_vllm.openai.task import Call, Message, TextPart
+from candle_vllm.openai.task import Call, Message, TextPart, text_of
 from candle_vllm.responses.conversation.channel import EventChannel, end_task
 from candle_vllm.responses.conversation.chat_form import ChatTranscript
 from candle_vllm.responses.conversation.loop import RepeatWatch

@@ -24,8 +24,8 @@ from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.observing.middleware import HttpMetricsMiddleware
-from candle_vllm.server.observing.request_record import FinishedRequest
+from candle_vllm.server.observing.middleware import ObservingMiddleware
+from candle_vllm.server.observing.request_record import RequestRecord
 from packages.server.tests.server_fakes import PacedEngine, watched
 from tests.trusted import trusted
 from tests.waiting import wait_for
@@ -55,8 +55,8 @@ class Samples:
 class Noted:
     """Metrics, an engine that reports to them, and what observers were told."""
 
-    def __init__(self, engine: Any, *observers: Callable[[FinishedRequest], None], **options: Any) -> None:
-        self.requests: list[FinishedRequest] = []
+    def __init__(self, engine: Any, *observers: Callable[[RequestRecord], None], **options: Any) -> None:
+        self.requests: list[RequestRecord] = []
         self.metrics = Metrics((self.requests.append, *observers))
         self.engine = engine
         self.watcher = watched(engine, self.metrics, **options)
@@ -105,7 +105,7 @@ class Noted:
             return Response(data, headers={"content-type": kind})
 
         app.add_middleware(StateMiddleware)
-        app.add_middleware(HttpMetricsMiddleware, metrics=self.metrics)
+        app.add_middleware(ObservingMiddleware, metrics=self.metrics)
         return app
 
     def client(self) -> httpx.AsyncClient:
@@ -144,7 +144,7 @@ async def _events(chunks: Any) -> AsyncIterator[bytes]:
 def noted() -> Callable[..., Noted]:
     """`noted(engine, *observers)`; without an engine, one that says a word."""
 
-    def make(engine: Any = None, *observers: Callable[[FinishedRequest], None], **options: Any) -> Noted:
+    def make(engine: Any = None, *observers: Callable[[RequestRecord], None], **options: Any) -> Noted:
         return Noted(engine or PacedEngine("Hello!"), *observers, **options)
 
     return make

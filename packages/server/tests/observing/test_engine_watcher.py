@@ -35,7 +35,7 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai.answers import TokenCounts
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher
-from candle_vllm.server.observing.tally import UsageCounts
+from candle_vllm.server.observing.request_record import UsageCounts
 from packages.server.tests.server_fakes import PacedEngine, watched, whole_answer
 from tests.waiting import until
 

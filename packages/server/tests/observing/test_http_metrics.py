@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from candle_vllm.server.http.request_context import RequestContext, begin_generation, current_request
 from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.observing.middleware import HttpMetricsMiddleware
+from candle_vllm.server.observing.middleware import ObservingMiddleware
 from packages.server.tests.server_fakes import PacedEngine
 from tests.waiting import until
 
@@ -60,7 +60,7 @@ async def test_an_application_that_fails_before_it_answers_has_no_status() -> No
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("broken")
 
-    middleware = HttpMetricsMiddleware(app, metrics)
+    middleware = ObservingMiddleware(app, metrics)
     with pytest.raises(RuntimeError):
         await middleware({"type": "http", "method": "GET", "path": "/x", "headers": []}, _nothing, _nothing)
     labels = {"method": "GET", "handler": "none", "status": "none"}
@@ -75,7 +75,7 @@ async def test_other_scopes_pass_unseen() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope["type"])
 
-    await HttpMetricsMiddleware(app, metrics)({"type": "lifespan"}, _nothing, _nothing)
+    await ObservingMiddleware(app, metrics)({"type": "lifespan"}, _nothing, _nothing)
     assert seen == ["lifespan"]
     assert metrics.registry.get_sample_value("http_requests_in_progress", {"method": "GET"}) is None
 
@@ -87,8 +87,9 @@ async def test_the_context_is_there_within_a_request_and_gone_after_it() -> None
         begin_generation(scope, prompt_only=True)
         found.append(await asyncio.create_task(_current()))
 
-    scope = {"type": "http", "method": "GET", "headers": [], "state": {"request_id": "r-1", "caller": Caller("3")}}
-    await HttpMetricsMiddleware(app, Metrics())(scope, _nothing, _nothing)
+    headers = [(b"x-request-id", b"r-1")]
+    scope = {"type": "http", "method": "GET", "headers": headers, "state": {"caller": Caller("3")}}
+    await ObservingMiddleware(app, Metrics())(scope, _nothing, _nothing)
     context = found[0]
     assert context is not None
     assert (context.http_request_id, context.key_label, context.route) == ("r-1", "3", "none")

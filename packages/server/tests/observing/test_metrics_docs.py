@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import re
 
+from candle_vllm.server.observing.request_record import MAX_KEYS
 from candle_vllm.server.observing.series import ALL_SERIES
-from candle_vllm.server.observing.tally import MAX_KEYS
 from packages.server.tests.observing.dashboard_queries import ROOT, expressions, names_in, process_series
 
 ROW = re.compile(r"\| `([a-z_:0-9]+)` \| (counter|gauge|histogram) \| (.*?) \| (.*) \|")

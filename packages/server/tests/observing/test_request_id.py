@@ -11,7 +11,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from candle_vllm.openai.remarks import MAX_REMARKS, remark
-from candle_vllm.server.observing.middleware import MAX_WARNING, MAX_WARNINGS, RequestIdMiddleware
+from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.middleware import MAX_WARNING, MAX_WARNINGS, ObservingMiddleware
 
 
 @pytest.mark.parametrize("text", ["plain", "x" * 200_000, "\U0001f642" * 9_000, "a\r\nset-cookie: a=b\x00\x7f"])
@@ -21,7 +22,7 @@ def test_warnings_are_short_and_plain(text: str, count: int) -> None:
         remark(f"{number}: {text}" for number in range(count))
         return PlainTextResponse("")
 
-    app = RequestIdMiddleware(Starlette(routes=[Route("/", answer)]), log=False)
+    app = ObservingMiddleware(Starlette(routes=[Route("/", answer)]), Metrics())
     warnings = TestClient(app).get("/").headers.get_list("x-warning")
     assert 0 < len(warnings) <= count
     assert len(warnings) == count or len(text) > 100

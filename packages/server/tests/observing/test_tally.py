@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 
-from candle_vllm.server.observing.tally import OTHER_KEYS, UsageCounts, UsageTable, token_buckets
+from candle_vllm.server.observing.request_record import OTHER_KEYS, UsageCounts, UsageTable, token_buckets
 
 
 def test_buckets_of_token_counts() -> None:

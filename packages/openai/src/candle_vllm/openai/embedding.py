@@ -38,13 +38,12 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.openai.errors import GenerationFailedError, no_priority
-from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.json_body import decode_json, parse_body
 from candle_vllm.openai.protocol import embeddings
 from candle_vllm.openai.protocol.cohere import INPUT_TYPES, CohereEmbeddings, CohereEmbedRequest, cohere_answer
 from candle_vllm.openai.protocol.pooling import MAX_NUMBERS, MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
 from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads, check_length
-from candle_vllm.openai.validation import parse_body
 
 
 class EmbeddingEngineLike(Protocol):

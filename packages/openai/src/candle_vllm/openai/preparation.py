@@ -25,7 +25,6 @@ from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import pixels_of
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
-from candle_vllm.openai.conversation import images_of, template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
@@ -34,7 +33,7 @@ from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.serving import WorkerThreads, check_length
-from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart
+from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart, images_of, template_messages
 
 MAX_PIXELS = 1 << 28  # pixels of all images of a request: a few bytes can encode an image of the maximum size
 _MOST_TRIED = 64  # tools whose schemas are tried one by one

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from candle_vllm.core.sampling.params import SamplingParams, without_cuts
-from candle_vllm.openai.conversation import text_of
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
 from candle_vllm.openai.protocol.generation import lora_scales, sampling_values
@@ -18,8 +18,7 @@ from candle_vllm.openai.protocol.messages import AssistantMessage, SystemMessage
 from candle_vllm.openai.protocol.messages import ImagePart as WireImage
 from candle_vllm.openai.protocol.messages import Message as WireMessage
 from candle_vllm.openai.remarks import remark
-from candle_vllm.openai.task import Call, Message, Part, Paths, Task, TextPart
-from candle_vllm.openai.validation import parse_body
+from candle_vllm.openai.task import Call, Message, Part, Paths, Task, TextPart, text_of
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 

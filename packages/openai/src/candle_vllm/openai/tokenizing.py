@@ -12,14 +12,13 @@ from typing import Any
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.json_body import decode_json, parse_body
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol import tokenizing
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.task import Task
-from candle_vllm.openai.validation import parse_body
 
 _PLAIN = "a"  # detokenized before a token, whose leading space some tokenizers would drop
 

@@ -24,7 +24,7 @@ from candle_vllm.openai.embedding import octets
 from candle_vllm.openai.fair_threads import RequestBytes, apart
 from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptions
 from candle_vllm.server.http.body import parse_request, unless_disconnected
-from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.errors import HttpError, took_too_long
 from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.http.routing import caller_of
@@ -224,7 +224,6 @@ def _stream(
         api.error_event,
         done=api.done,
         deadline=deadline,
-        too_late=took_too_long(),
         released=released,
         silence=api.silence,
     )
@@ -272,9 +271,3 @@ async def in_time(deadline: float, request: HTTPConnection) -> AsyncIterator[Req
                 yield size
     except TimeoutError:
         raise took_too_long() from None
-
-
-def took_too_long() -> HttpError:
-    """Return the error of a request whose time is over, which clients should not retry automatically."""
-    message = "The request took longer than this server allows (--request-timeout)."
-    return HttpError(504, message, "timeout", {"x-should-retry": "false"})

@@ -23,7 +23,6 @@ from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import FileOptions
-from candle_vllm.server.drain import CutOffMiddleware
 from candle_vllm.server.http.auth import ANY_ORIGIN, ApiKeyMiddleware, HostMiddleware, OriginMiddleware, origins
 from candle_vllm.server.http.body import Held
 from candle_vllm.server.http.errors import ClientGone, HttpError
@@ -34,7 +33,7 @@ from candle_vllm.server.http.routing import GreetingMiddleware, HeadMiddleware, 
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.observing.metrics import Observation, Outcome
-from candle_vllm.server.observing.middleware import HttpMetricsMiddleware, RequestIdMiddleware
+from candle_vllm.server.observing.middleware import ObservingMiddleware
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.document import RATE_LIMIT_HEADERS, ApiDocument
 from candle_vllm.server.openapi.operation import Access, operations_of
@@ -224,7 +223,6 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
         app.add_middleware(HostMiddleware, own=settings.address.host, allowed=settings.cors_origin, public=public)
     app.add_middleware(OriginMiddleware, allowed=settings.cors_origin, page=settings.ui_server)
     app.add_middleware(FailureMiddleware)
-    app.add_middleware(CutOffMiddleware)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -234,8 +232,12 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", *RATE_LIMIT_HEADERS],
         )
-    app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
-    app.add_middleware(RequestIdMiddleware, log=settings.log_requests, unknown_fields=settings.unknown_fields == "warn")
+    app.add_middleware(
+        ObservingMiddleware,
+        metrics=app.state.metrics,
+        log=settings.log_requests,
+        unknown_fields=settings.unknown_fields == "warn",
+    )
     app.add_middleware(UnversionedMiddleware)
     if settings.root_path:
         app.add_middleware(PrefixMiddleware, prefix=settings.root_path)

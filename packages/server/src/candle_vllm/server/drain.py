@@ -14,15 +14,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.failures import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -158,30 +154,3 @@ class DrainingServer(uvicorn.Server):
         busy: Callable[[], bool] | None = self.lifespan.state.get("busy")
         while busy is not None and (busy() or len(self.server_state.tasks) > 1):
             await asyncio.sleep(_POLL_SECONDS)
-
-
-class CutOffMiddleware:
-    """Answers a request that the end of the drain cancels.
-
-    A stream that has begun reports the shutdown itself (`EventStream`); a request without a response yet gets a 503.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        def note_begin(message: Message) -> Awaitable[None]:
-            nonlocal begun
-            begun = True
-            return send(message)
-
-        try:
-            await self._app(scope, receive, note_begin)
-        except asyncio.CancelledError:
-            if scope["type"] == "http" and not begun:
-                error = HttpError(
-                    503, "The server was stopped before the answer was complete.", "shutting_down", {"retry-after": "5"}
-                )
-                await refusal(scope, error)(scope, receive, send)

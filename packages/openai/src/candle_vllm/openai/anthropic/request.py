@@ -12,10 +12,10 @@ from candle_vllm.core.sampling import params as caps
 from candle_vllm.openai.anthropic.blocks import CacheControl, SystemContent, one_of, type_of
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, check_history
 from candle_vllm.openai.anthropic.tools import AnyTool, Tool, ToolChoice
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, WireModel, bounded, invalid
 from candle_vllm.openai.protocol.generation import MaxTokens, Text
 from candle_vllm.openai.protocol.tools import Schema, check_tools
-from candle_vllm.openai.validation import parse_body
 
 # Fields that are validated but have no effect, and why.
 ADVISORY_MESSAGES_FIELDS: Mapping[str, str] = {

@@ -15,12 +15,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJs
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import MAX_DIMENSIONS
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS
 from candle_vllm.openai.protocol.tools import FunctionDefinition, Tool, check_chat_tools
 from candle_vllm.openai.task import ImagePart
-from candle_vllm.openai.validation import parse_body
 
 MAX_CONTEXT = 1 << 20  # token ids in `context`
 _LONGEST = 1 << 31  # seconds in `keep_alive`; a longer time means forever

@@ -12,10 +12,9 @@ from msgspec.structs import replace
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
-from candle_vllm.openai.conversation import images_of
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import apart
-from candle_vllm.openai.task import Task
+from candle_vllm.openai.task import Task, images_of
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.echo import begin_response

@@ -15,13 +15,13 @@ from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import apart
+from candle_vllm.openai.json_body import rules_below, to_request_error
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS
 from candle_vllm.openai.protocol.generation import sampling_values
 from candle_vllm.openai.protocol.structured import JsonObjectFormat
 from candle_vllm.openai.protocol.templating import check_variables, close_thoughts, set_effort
 from candle_vllm.openai.protocol.tools import check_tools
 from candle_vllm.openai.task import Paths, Task, ThinkingLimit, ToolUse
-from candle_vllm.openai.validation import rules_below, to_request_error
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.mcp_source import McpSource, OpenServer

@@ -9,9 +9,8 @@ from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.openai.conversation import text_of
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ThinkingLimit, ToolUse
+from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ThinkingLimit, ToolUse, text_of
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition

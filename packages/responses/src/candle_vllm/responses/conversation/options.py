@@ -13,8 +13,8 @@ from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.setting_kinds import Integer, Number
+from candle_vllm.openai.json_body import rules_below
 from candle_vllm.openai.protocol.structured import format_of
-from candle_vllm.openai.validation import rules_below
 from candle_vllm.responses.tools.approval import ApprovalPolicy, policy_fault
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import Logprobs, MaxTokens, SamplerFields
 from candle_vllm.openai.protocol.structured import JsonObjectFormat, JsonSchema, TextFormat
-from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.protocol.fields import (
     MAX_ITEMS,
     REFUSED_COUNT_FIELDS,

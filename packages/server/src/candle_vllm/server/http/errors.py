@@ -50,5 +50,11 @@ class HttpError(Exception):
         return Response(self.body, self.status, self.headers, media_type="application/json")
 
 
+def took_too_long() -> HttpError:
+    """Return the error of a request whose time is over, which clients should not retry automatically."""
+    message = "The request took longer than this server allows (--request-timeout)."
+    return HttpError(504, message, "timeout", {"x-should-retry": "false"})
+
+
 class ClientGone(Exception):
     """The client closed the connection before its answer was complete."""

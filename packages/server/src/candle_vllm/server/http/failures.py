@@ -6,6 +6,7 @@ Anthropic's routes use Anthropic's error format, Ollama's routes use Ollama's, a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 class FailureMiddleware:
     """Turns exceptions that no route handles into responses, and shortens the error of a failed start.
 
+    A request that the end of the drain cancels gets a 503; a stream that has begun reports it itself (`EventStream`).
+
     If the response has begun, the server closes the connection, so that the client sees that the answer is incomplete.
     An expected error (CandleVllmError) is then logged in one line; every other exception is raised to the server.
     """
@@ -54,6 +57,9 @@ class FailureMiddleware:
 
         try:
             await self._app(scope, receive, note)
+        except asyncio.CancelledError:
+            if scope["type"] == "http" and not begun:
+                await refusal(scope, stopped())(scope, receive, send)
         except Exception as failure:
             if scope["type"] == "http" and begun and isinstance(failure.__cause__, CandleVllmError):
                 what = f"{scope['method']} {scope['path'][:200]!r}"
@@ -63,6 +69,12 @@ class FailureMiddleware:
                 raise
             response = await answer_failure(Request(scope), failure)
             await response(scope, receive, send)
+
+
+def stopped() -> HttpError:
+    """Return the error of a request that the end of the drain cancels."""
+    message = "The server was stopped before the answer was complete."
+    return HttpError(503, message, "shutting_down", {"retry-after": "5"})
 
 
 def _brief(scope: Scope, message: Message) -> Message:

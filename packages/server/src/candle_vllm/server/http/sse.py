@@ -23,6 +23,7 @@ from candle_vllm.core.engine.step.stream import PushStream
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.server.http.body import disconnected
+from candle_vllm.server.http.errors import took_too_long
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -70,7 +71,7 @@ class EventStream(Response):
         encode: encodes a chunk as an event.
         error: encodes an exception of `chunks` as an event, the last one.
         done: the last event of a stream that does not fail.
-        deadline: `time.monotonic()` at which the stream ends with `too_late`.
+        deadline: `time.monotonic()` at which the stream ends with an error.
         released: called once nothing more is read from `chunks`.
         silence: makes the event that fills a silence; the default is a comment, which clients ignore.
         keep_alive: seconds of silence before that event is sent.
@@ -87,7 +88,6 @@ class EventStream(Response):
         *,
         done: bytes = DONE,
         deadline: float | None = None,
-        too_late: Exception | None = None,
         released: Callable[[], object] | None = None,
         silence: Callable[[], bytes] | None = None,
         keep_alive: float = KEEP_ALIVE_SECONDS,
@@ -100,7 +100,6 @@ class EventStream(Response):
         self._error = error
         self._done = done
         self._deadline = deadline
-        self._too_late = too_late or RequestAbortedError("The request took too long.")
         self._released = released
         self._silence = silence or (lambda: self.filler)
         self._keep_alive = keep_alive
@@ -199,7 +198,7 @@ class EventStream(Response):
         left = float("inf") if self._deadline is None else self._deadline - time.monotonic()
         if left <= 0:
             self._delivered = None
-            self._finish(self._too_late)
+            self._finish(took_too_long())
             return
         silence = loop.time() - self._idle_since if self._idle is not None else 0.0
         if silence >= self._keep_alive:

@@ -22,7 +22,6 @@ from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.chat_answers import Told, told_of, wire_progress, wire_usage
-from candle_vllm.openai.conversation import images_of
 from candle_vllm.openai.events import Begun, Head, Progress
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.events import Usage as Counts
@@ -37,7 +36,7 @@ from candle_vllm.openai.protocol.chat import (
 from candle_vllm.openai.protocol.tools import function_of, read_choice
 from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.openai.requests import read_chat
-from candle_vllm.openai.task import Task
+from candle_vllm.openai.task import Task, images_of
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
 from candle_vllm.responses.conversation.chat_model import ChatModel, InProcessModel, eyes_of
 from candle_vllm.responses.conversation.events import (

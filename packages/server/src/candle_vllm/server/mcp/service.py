@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from candle_vllm.openai.json_body import to_request_error
 from candle_vllm.openai.protocol.fields import MAX_TOOLS, MAX_TOOLS_SIZE
 from candle_vllm.openai.protocol.tools import Tool as WireTool
 from candle_vllm.openai.protocol.tools import check_tools
-from candle_vllm.openai.validation import to_request_error
 from candle_vllm.responses.mcp.fleet import LinkStatus, McpFleet
 from candle_vllm.responses.tools.names import SEPARATOR
 from candle_vllm.responses.tools.registry import ToolRegistry

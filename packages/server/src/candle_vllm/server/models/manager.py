@@ -102,7 +102,7 @@ class ModelManager:
         Raises:
             ModelNotServedError: no model has this name.
         """
-        adapter = None if exact else self.adapters.find(name)
+        adapter = None if exact or name is None else self.adapters.find(name)
         if adapter is not None:
             return self.slots[adapter.base]
         try:
@@ -126,7 +126,9 @@ class ModelManager:
         """
         if name is None or not self.adapters.bases() or self.catalogue.has(name):
             self.permit(name, caller)
-            await self.adapters.bring(self.find(name, caller=caller).entry.name)
+            entry = self.find(name, caller=caller).entry
+            if entry.settings.enable_lora:
+                await self.adapters.bring(entry.name)
             return
         if not caller.may_use(*self.adapters.spelled(name)):
             raise _not_allowed(name)
@@ -151,7 +153,7 @@ class ModelManager:
             HttpError: 503 if too many requests wait, the wait takes too long, or the model cannot be loaded.
             EngineDeadError: the model's engine has died and is not restarted.
         """
-        slot, adapter = self.find(name), self.adapters.find(name)
+        slot, adapter = self.find(name), None if name is None else self.adapters.find(name)
         if adapter is None:
             return await self._acquire(slot)
         done = self.adapters.use(adapter)

@@ -20,8 +20,8 @@ from candle_vllm.server.observing import series
 from candle_vllm.server.observing.exposition import EventCollector, McpServersCollector, ModelCollector
 from candle_vllm.server.observing.model_metrics import ModelMetrics, Observer
 from candle_vllm.server.observing.request_log import RequestLog
+from candle_vllm.server.observing.request_record import MAX_KEYS, OTHER_KEYS, UsageRow, UsageTable
 from candle_vllm.server.observing.series import Series
-from candle_vllm.server.observing.tally import MAX_KEYS, OTHER_KEYS, UsageRow, UsageTable
 from candle_vllm.server.observing.tracing import Tracing, otlp_tracing
 from candle_vllm.server.settings.table import LoggingOptions
 

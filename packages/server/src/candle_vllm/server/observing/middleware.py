@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ASGI layers: the outer one for request ids, warnings (`x-warning`) and the log, the inner one for HTTP metrics.
+"""The ASGI layer for request ids, warnings (`x-warning`), the log and HTTP metrics.
 
 Steps 1 and 10 of a request's life. A client's own `x-request-id` is used if all its characters are safe. The log has
 method, path, status, time, id, the client's address and its key's label, never content or headers. Labels of metrics
@@ -36,18 +36,26 @@ NO_STATUS = "none"
 logger = logging.getLogger("candle_vllm.server.requests")
 
 
-class RequestIdMiddleware:
-    """Adds `x-request-id` and `x-warning` to responses.
+class ObservingMiddleware:
+    """Adds `x-request-id` and `x-warning` to responses, logs and counts requests, and sets their `RequestContext`.
 
     Args:
+        metrics: metrics of the server.
         log: whether each request is logged.
         unknown_fields: whether unknown fields cause a warning; otherwise they are refused.
     """
 
-    def __init__(self, app: ASGIApp, log: bool, unknown_fields: bool = False) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, log: bool = False, unknown_fields: bool = False) -> None:
         self._app = app
         self._log = log
         self._unknown_fields = unknown_fields
+        total, duration, running = HTTP
+        self._requests = Counter(total.name, total.help, total.labels, registry=None)
+        self._seconds = Histogram(
+            duration.name, duration.help, duration.labels, registry=None, buckets=duration.buckets
+        )
+        self._running = Gauge(running.name, running.help, running.labels, registry=None)
+        metrics.registry.register(EventCollector((self._requests, self._seconds, self._running)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,12 +76,22 @@ class RequestIdMiddleware:
                 message["headers"] = [*message.get("headers", ()), *ids, *_warnings(remarks)]
             return send(message)
 
+        context = RequestContext(scope)
+        method = scope["method"] if scope["method"] in METHODS else OTHER_METHOD
+        running = self._running.labels(method)
+        token = current_request.set(context)
         start = time.perf_counter()
+        running.inc()
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            current_request.reset(token)
+            running.dec()
+            seconds = time.perf_counter() - start
+            self._seconds.labels(method, context.route).observe(seconds)
+            self._requests.labels(method, context.route, f"{status // 100}xx" if status else NO_STATUS).inc()
             if self._log:
-                _log(scope, status, time.perf_counter() - start, request_id.decode())
+                _log(scope, status, seconds, request_id.decode())
 
 
 def _warnings(remarks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
@@ -99,43 +117,3 @@ def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
         scope["method"][:20], scope["path"][:200], status or "no answer", seconds, request_id, client,
         f" with key {key}" if key else "", extra={FIELDS: fields},
     )  # fmt: skip
-
-
-class HttpMetricsMiddleware:
-    """Counts requests and their durations, and sets the `RequestContext` for the code that observes an engine."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        total, duration, running = HTTP
-        self._requests = Counter(total.name, total.help, total.labels, registry=None)
-        self._seconds = Histogram(
-            duration.name, duration.help, duration.labels, registry=None, buckets=duration.buckets
-        )
-        self._running = Gauge(running.name, running.help, running.labels, registry=None)
-        metrics.registry.register(EventCollector((self._requests, self._seconds, self._running)))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = NO_STATUS
-
-        def note_status(message: Message) -> Awaitable[None]:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = f"{message['status'] // 100}xx"
-            return send(message)
-
-        context = RequestContext(scope)
-        method = scope["method"] if scope["method"] in METHODS else OTHER_METHOD
-        running = self._running.labels(method)
-        token = current_request.set(context)
-        start = time.perf_counter()
-        running.inc()
-        try:
-            await self._app(scope, receive, note_status)
-        finally:
-            current_request.reset(token)
-            running.dec()
-            self._seconds.labels(method, context.route).observe(time.perf_counter() - start)
-            self._requests.labels(method, context.route, status).inc()

@@ -19,7 +19,7 @@ from candle_vllm.core.engine.step.request_watchers import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
 from candle_vllm.server.http.request_context import NO_KEY, current_request
-from candle_vllm.server.observing.request_record import FinishedRequest, RequestRecord
+from candle_vllm.server.observing.request_record import RequestRecord, UsageCounts, UsageTable, token_buckets
 from candle_vllm.server.observing.series import (
     HISTOGRAMS,
     INTER_TOKEN_LATENCY,
@@ -28,9 +28,8 @@ from candle_vllm.server.observing.series import (
     EngineReading,
     ModelReading,
 )  # fmt: skip
-from candle_vllm.server.observing.tally import UsageCounts, UsageTable, token_buckets
 
-Observer = Callable[[FinishedRequest], None]
+Observer = Callable[[RequestRecord], None]
 
 logger = logging.getLogger(__name__)
 
@@ -172,17 +171,16 @@ class ModelMetrics:
                 record = self.ended.popleft()
             except IndexError:  # another thread took it
                 return
-            summary = record.summary()
             with self._lock:
                 self._live.discard(record)
-                self._add(record, summary)
+                self._add(record)
             context = record.context
             first = context is None or context.first_of_request()
-            counts = UsageCounts(int(first), summary.prompt_tokens, summary.cached_tokens, summary.completion_tokens)
+            counts = UsageCounts(int(first), record.prompt_tokens, record.cached_tokens, record.completion_tokens)
             self._usage.add(self.name, NO_KEY if context is None else context.key_label, counts)
-            for adapter in summary.info.adapters:
+            for adapter in record.info.adapters:
                 self._adapters.add(self.name, adapter, counts)
-            self._notify(summary)
+            self._notify(record)
 
     def read(self) -> ModelReading:
         """Read the current metrics; may be called in any thread."""
@@ -205,21 +203,20 @@ class ModelMetrics:
         """Return the sums over past engines and this one; only their counters are used."""
         return combined(self._past if engine is None or engine.stats is None else [*self._past, engine.stats])
 
-    def _add(self, record: RequestRecord, summary: FinishedRequest) -> None:
-        self._tokens = self._tokens.plus(
-            UsageCounts(0, summary.prompt_tokens, summary.cached_tokens, summary.completion_tokens)
-        )
-        self._finished.update(summary.finish_reasons)
+    def _add(self, record: RequestRecord) -> None:
+        tokens = UsageCounts(0, record.prompt_tokens, record.cached_tokens, record.completion_tokens)
+        self._tokens = self._tokens.plus(tokens)
+        self._finished.update(record.finish_reasons)
         self._histograms[INTER_TOKEN_LATENCY.name].merge(record.gaps)
-        if summary.status == "ok":
+        if record.status == "ok":
             for series in HISTOGRAMS:
-                for value in series.values(summary):
+                for value in series.values(record):
                     if value is not None:
                         self._histograms[series.name].observe(max(value, 0.0))
 
-    def _notify(self, summary: FinishedRequest) -> None:
+    def _notify(self, record: RequestRecord) -> None:
         for observer in self.observers:
             try:
-                observer(summary)
+                observer(record)
             except Exception:  # a failed log or trace must not fail the answer
                 logger.warning("a request could not be reported", exc_info=True)

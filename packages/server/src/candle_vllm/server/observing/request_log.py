@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from candle_vllm.core.shown import FIELDS, key_values
 
 if TYPE_CHECKING:
-    from candle_vllm.server.observing.request_record import FinishedRequest
+    from candle_vllm.server.observing.request_record import RequestRecord
 
 MAX_PROMPT = 2048  # characters of a logged prompt
 MAX_FAILURE = 500  # characters of a logged error
@@ -32,7 +32,7 @@ class RequestLog:
         self._log_prompts = log_prompts
         self._max_prompt = max_prompt
 
-    def __call__(self, request: FinishedRequest) -> None:
+    def __call__(self, request: RequestRecord) -> None:
         """Log the record of one request."""
         if logger.isEnabledFor(logging.INFO):
             fields = request_fields(request)
@@ -41,7 +41,7 @@ class RequestLog:
             logger.info("%s", key_values(fields), extra={FIELDS: fields})
 
 
-def request_fields(request: FinishedRequest) -> dict[str, Any]:
+def request_fields(request: RequestRecord) -> dict[str, Any]:
     """Return the logged fields of a request: names and numbers, nothing of its content. Times are milliseconds."""
     context, times = request.context, request.times
     seconds = request.ended - (request.first_token or request.ended)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""RequestRecord: the counts and times of one engine request, and its summary when it ends.
+"""RequestRecord: the counts and times of one engine request; and token counts of ended requests by model and key.
 
 Beside steps 4 to 9 of a request's life. Only the task that reads the request's outputs writes here, so that a token
 needs no lock; a scrape of the metrics reads, and adds the running requests to the ended ones.
@@ -7,11 +7,14 @@ needs no lock; a scrape of the metrics reads, and adds the running requests to t
 
 from __future__ import annotations
 
+import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
+
+import msgspec
 
 from candle_vllm.core import errors
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
@@ -19,47 +22,9 @@ from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
 from candle_vllm.server.http.request_context import RequestContext
 
-
-@dataclass(frozen=True)
-class FinishedRequest:
-    """A request that has ended, for the log and the traces.
-
-    Attributes:
-        info: the request as the engine got it.
-        context: the HTTP request, if there is one.
-        arrived, ended: `time.monotonic()` at which the server got the request and finished it.
-        first_token: time of its first token; None for an answer without tokens.
-        times: the engine's own times, as far as it reported them.
-        prompt_tokens, cached_tokens: token counts as in `usage`.
-        tokens, sequence_times: for each sequence, its number of tokens and the engine's times.
-        failure: the error message.
-    """
-
-    info: RequestInfo
-    model: str
-    context: RequestContext | None
-    arrived: float
-    ended: float
-    first_token: float | None
-    times: RequestMetrics
-    prompt_tokens: int
-    cached_tokens: int
-    tokens: tuple[int, ...]
-    sequence_times: tuple[RequestMetrics | None, ...]
-    finish_reasons: tuple[FinishReason, ...]
-    failure: str | None = None
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens of all sequences, as in `usage`."""
-        return sum(self.tokens)
-
-    @property
-    def status(self) -> str:
-        """Status: "failed" or "aborted" if a sequence is, in this order; otherwise "ok"."""
-        if FinishReason.ERROR in self.finish_reasons:
-            return "failed"
-        return "ok" if all(reason.complete for reason in self.finish_reasons) else "aborted"
+MAX_KEYS = 1000
+OTHER_KEYS = "other"
+"""Label under which the keys beyond `MAX_KEYS` are counted together."""
 
 
 class Counts(Protocol):
@@ -82,60 +47,87 @@ class Counts(Protocol):
 
 
 class RequestRecord:
-    """Observes one request for the metrics. It ends once; ending it again has no effect.
+    """Observes one request for the metrics, the log and the traces. It ends once; ending it again has no effect.
 
     Args:
-        model: counts of its model.
+        counts: counts of its model.
         info: the request as the engine got it.
         context: the HTTP request, if there is one.
+
+    Attributes:
+        model: name of the model.
+        arrived, ended: `time.monotonic()` at which the server got the request and finished it; 0 until it has ended.
+        first_token: time of its first token; None for an answer without tokens.
+        prompt_tokens, cached_tokens: token counts as in `usage`.
+        tokens, sequence_times: for each sequence, its number of tokens and the engine's times, once it has ended.
+        finish_reasons: how each sequence ended; empty until all have ended.
+        times: the engine's times of an ended request: from the first sequence that begins to the last that ends.
+        gaps: times between outputs.
+        failure: the error message.
     """
 
     __slots__ = (
         "_bounds",
         "_counted",
+        "_counts",
         "_last",
         "_meter",
+        "_reasons",
         "_unfinished",
+        "arrived",
         "cached_tokens",
         "context",
         "ended",
         "failure",
+        "finish_reasons",
         "first_token",
         "gaps",
         "info",
-        "metrics",
         "model",
         "prompt_tokens",
-        "reasons",
-        "started",
+        "sequence_times",
+        "times",
         "tokens",
     )
 
-    def __init__(self, model: Counts, info: RequestInfo, context: RequestContext | None) -> None:
-        arrived = None if context is None else context.arrived
-        self.model = model
+    def __init__(self, counts: Counts, info: RequestInfo, context: RequestContext | None) -> None:
+        arrived, count = None if context is None else context.arrived, info.count
+        self.model = counts.name
         self.info = info
         self.context = context
-        self.started = time.monotonic() if arrived is None else arrived
+        self.arrived = time.monotonic() if arrived is None else arrived
         self.first_token: float | None = None
-        self.ended: float | None = None
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-        self.tokens = [0] * info.count
-        self.reasons: list[FinishReason | None] = [None] * info.count
-        self.metrics: list[RequestMetrics | None] = [None] * info.count
-        self.gaps = Histogram(model.gap_bounds)
+        self.ended = 0.0
+        self.prompt_tokens = self.cached_tokens = 0
+        self.tokens = [0] * count
+        self.finish_reasons: list[FinishReason] = []
+        self.sequence_times: list[RequestMetrics | None] = [None] * count
+        self.gaps = Histogram(counts.gap_bounds)
         self.failure: str | None = None
-        self._bounds = model.gap_bounds
-        self._last = [0.0] * info.count
-        self._unfinished = info.count
+        self._counts = counts
+        self._bounds = counts.gap_bounds
+        self._reasons: list[FinishReason | None] = [None] * count
+        self._last = [0.0] * count
+        self._unfinished = count
         self._meter = None if context is None else context.meter
         self._counted = 0 if context is not None and context.prompt_only else 1
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all sequences, as in `usage`."""
+        return sum(self.tokens)
+
+    @property
+    def status(self) -> str:
+        """Status: "failed" or "aborted" if a sequence is, in this order; otherwise "ok"."""
+        if FinishReason.ERROR in self.finish_reasons:
+            return "failed"
+        return "ok" if all(reason.complete for reason in self.finish_reasons) else "aborted"
 
     def take(self, piece: TokenOutput) -> None:
         """Count an output that goes to the caller."""
         count = len(piece.token_ids)
-        if count and self.ended is None:
+        if count and not self.ended:
             index, now = piece.index, time.monotonic()
             last = self._last[index]
             if last:
@@ -159,9 +151,9 @@ class RequestRecord:
 
     def close(self, reason: FinishReason = FinishReason.ABORT) -> None:
         """End the sequences that have not finished."""
-        if self.ended is None:
+        if not self.ended:
             self._end(reason)
-            self.model.settle()
+            self._counts.settle()
 
     def reject(self, error: Exception) -> None:
         """End a request that the engine did not accept but answered with an exception."""
@@ -174,7 +166,7 @@ class RequestRecord:
     def fail(self, error: Exception) -> None:
         """End the unfinished sequences with an exception; a late refusal does not count as a failure of the engine."""
         reason = _refusal(error) if self.first_token is None else None
-        if self.ended is not None:
+        if self.ended:
             return
         if reason is not None:
             self._forget(reason)
@@ -186,37 +178,8 @@ class RequestRecord:
 
     def drop(self) -> None:
         """End the request without a lock, because a finaliser may run anywhere; the next `settle` counts it."""
-        if self.ended is None:
+        if not self.ended:
             self._end(FinishReason.ABORT)
-
-    def summary(self) -> FinishedRequest:
-        """Return the summary of the request, which must have ended."""
-        assert self.ended is not None
-        return FinishedRequest(
-            info=self.info,
-            model=self.model.name,
-            context=self.context,
-            arrived=self.started,
-            ended=self.ended,
-            first_token=self.first_token,
-            times=self.times(),
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            tokens=tuple(self.tokens),
-            sequence_times=tuple(self.metrics),
-            finish_reasons=tuple(reason or FinishReason.ABORT for reason in self.reasons),
-            failure=self.failure,
-        )
-
-    def times(self) -> RequestMetrics:
-        """Return the engine's times of the whole request: from the first sequence that begins to the last that ends."""
-        known = [each for each in self.metrics if each is not None]
-        return RequestMetrics(
-            self.started,
-            min((each.first_scheduled_time for each in known if each.first_scheduled_time is not None), default=None),
-            min((each.first_token_time for each in known if each.first_token_time is not None), default=None),
-            max((each.finished_time for each in known if each.finished_time is not None), default=None),
-        )
 
     def _first(self, piece: TokenOutput, now: float) -> None:
         """Record the first tokens of a sequence, whose prompt has been computed."""
@@ -225,7 +188,7 @@ class RequestRecord:
         if self.first_token is None:
             self.first_token = now
             self._count_prompt(piece.num_prompt_tokens)
-            self.model.first_token(now - self.started)
+            self._counts.first_token(now - self.arrived)
 
     def _count_prompt(self, tokens: int) -> None:
         self.prompt_tokens = tokens
@@ -233,10 +196,10 @@ class RequestRecord:
             self._meter.spend("tokens", tokens)
 
     def _finish(self, piece: TokenOutput) -> None:
-        if self.ended is not None or self.reasons[piece.index] is not None or piece.finish_reason is None:
+        if self.ended or self._reasons[piece.index] is not None:
             return
-        self.reasons[piece.index] = piece.finish_reason
-        self.metrics[piece.index] = piece.metrics
+        self._reasons[piece.index] = piece.finish_reason
+        self.sequence_times[piece.index] = piece.metrics
         self.failure = self.failure or piece.error
         self._unfinished -= 1
         if not self._unfinished:
@@ -245,12 +208,22 @@ class RequestRecord:
     def _forget(self, reason: str) -> None:
         """Count the request only as refused."""
         self.ended = time.monotonic()
-        self.model.refused(reason, self)
+        self._counts.refused(reason, self)
 
     def _end(self, reason: FinishReason) -> None:
-        self.reasons = [known or reason for known in self.reasons]
+        self.finish_reasons = [known or reason for known in self._reasons]
+        self.times = _whole(self.arrived, [each for each in self.sequence_times if each is not None])
         self.ended = time.monotonic()
-        self.model.ended.append(self)
+        self._counts.ended.append(self)
+
+
+def _whole(arrived: float, known: Sequence[RequestMetrics]) -> RequestMetrics:
+    return RequestMetrics(
+        arrived,
+        min((each.first_scheduled_time for each in known if each.first_scheduled_time is not None), default=None),
+        min((each.first_token_time for each in known if each.first_token_time is not None), default=None),
+        max((each.finished_time for each in known if each.finished_time is not None), default=None),
+    )
 
 
 def _refusal(error: Exception, *more: type[Exception]) -> str | None:
@@ -262,3 +235,64 @@ def _refusal(error: Exception, *more: type[Exception]) -> str | None:
     if isinstance(error, errors.RequestError):
         return "invalid_request"
     return "engine_dead" if isinstance(error, more) else None
+
+
+# --- sums of records --------------------------------------------------------------------------------------------------
+
+
+def token_buckets(most: int) -> tuple[float, ...]:
+    """Return the bounds 1, 2, 5, 10, 20, 50 ... up to `most` tokens."""
+    bounds: list[float] = []
+    step = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * step > most:
+                return tuple(bounds) or (1,)
+            bounds.append(factor * step)
+        step *= 10
+
+
+class UsageCounts(msgspec.Struct, frozen=True):
+    """Requests that have ended, and their tokens."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def plus(self, other: UsageCounts) -> UsageCounts:
+        """Return the sum of both."""
+        return UsageCounts(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+
+class UsageRow(msgspec.Struct, frozen=True):
+    """The counts of one API key with one model."""
+
+    model: str
+    key: str
+    counts: UsageCounts
+
+
+class UsageTable:
+    """Counts of finished requests by model and key label, for `GET /v1/usage`, or by model and adapter. Thread-safe."""
+
+    def __init__(self, max_keys: int = MAX_KEYS) -> None:
+        self.max_keys = max_keys
+        self._lock = threading.Lock()
+        self._keys: set[str] = set()
+        self._rows: dict[tuple[str, str], UsageCounts] = {}
+
+    def add(self, model: str, key: str, counts: UsageCounts) -> None:
+        """Add the counts of one request."""
+        with self._lock:
+            if key not in self._keys:
+                if len(self._keys) >= self.max_keys:
+                    key = OTHER_KEYS
+                else:
+                    self._keys.add(key)
+            self._rows[model, key] = self._rows.get((model, key), UsageCounts()).plus(counts)
+
+    def rows(self) -> list[UsageRow]:
+        """Return the rows in order of model and key."""
+        with self._lock:
+            return [UsageRow(model, key, counts) for (model, key), counts in sorted(self._rows.items())]

@@ -16,8 +16,7 @@ from typing import Literal
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.engine.stats import STATS, EngineStats, Histogram, ReplicaStats, Stat
-from candle_vllm.server.observing.request_record import FinishedRequest
-from candle_vllm.server.observing.tally import UsageCounts, UsageRow
+from candle_vllm.server.observing.request_record import RequestRecord, UsageCounts, UsageRow
 
 FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.TOOL_CALLS)
 MODEL = ("model_name", "engine")
@@ -83,7 +82,7 @@ class Series:
     help: str
     buckets: tuple[float, ...] = ()
     read: Callable[[ModelReading], Iterable[Row]] | None = None
-    values: Callable[[FinishedRequest], Iterable[float | None]] = lambda _: ()
+    values: Callable[[RequestRecord], Iterable[float | None]] = lambda _: ()
 
 
 _FIRST_TOKEN = (
@@ -169,7 +168,7 @@ def _histogram(
     name: str,
     text: str,
     buckets: tuple[float, ...] = (),
-    values: Callable[[FinishedRequest], Iterable[float | None]] = lambda _: (),
+    values: Callable[[RequestRecord], Iterable[float | None]] = lambda _: (),
     of: tuple[str, ...] = ("generate",),
 ) -> Series:
     """A histogram to which requests of the operations `of` are added when they end."""
@@ -183,7 +182,7 @@ def _between(start: float | None, end: float | None, parts: int = 1) -> float | 
     return None if start is None or end is None else (end - start) / parts
 
 
-def _per_token(request: FinishedRequest) -> Iterable[float | None]:
+def _per_token(request: RequestRecord) -> Iterable[float | None]:
     for tokens, times in zip(request.tokens, request.sequence_times, strict=True):
         if times is not None and tokens > 1:
             yield _between(times.first_token_time, times.finished_time, tokens - 1)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from candle_vllm.core.errors import with_extra
 from candle_vllm.core.shown import without_secrets
-from candle_vllm.server.observing.request_record import FinishedRequest
+from candle_vllm.server.observing.request_record import RequestRecord
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Tracing:
         self._closing = False
         self._propagator = TraceContextTextMapPropagator()
 
-    def __call__(self, request: FinishedRequest) -> None:
+    def __call__(self, request: RequestRecord) -> None:
         """Make the span of one request, as a child of the client's own span if its headers name one."""
         headers = {} if request.context is None else request.context.trace_headers()
         attributes = span_attributes(request)
@@ -110,7 +110,7 @@ def missing_telemetry() -> UsageError:
     return UsageError(f"--otlp-endpoint needs OpenTelemetry: {with_extra('telemetry')}")
 
 
-def span_attributes(request: FinishedRequest) -> dict[str, Any]:
+def span_attributes(request: RequestRecord) -> dict[str, Any]:
     """Return the known attributes of a request by OpenTelemetry's names, without its content."""
     params, context = request.info.params, request.context
     known = {
@@ -140,7 +140,7 @@ def span_attributes(request: FinishedRequest) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _operation(request: FinishedRequest) -> str:
+def _operation(request: RequestRecord) -> str:
     chats = ("/chat/completions", "/messages", "/responses")
     if request.info.operation == "generate" and request.context and request.context.route.endswith(chats):
         return "chat"

@@ -20,10 +20,10 @@ from starlette.responses import PlainTextResponse, Response
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.requests import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, LoRARequest
 from candle_vllm.core.errors import AdapterError, ModelNotFoundError, RequestError
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.fields import Name, WireModel
 from candle_vllm.openai.protocol.generation import LoraScale, LoraScales, lora_scales
 from candle_vllm.openai.remarks import remark
-from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.adapters.registry import Adapter
 from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai.validation import parse_body
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.responses.api import conversations as api
 from candle_vllm.responses.api.stored_items import AnyItem, ItemList
 from candle_vllm.server.answering import in_time, json_answer, parsed

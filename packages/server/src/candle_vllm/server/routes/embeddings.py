@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from candle_vllm.openai import EmbeddingList, EmbeddingRequest, Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol import embeddings as wires
 from candle_vllm.openai.protocol.cohere import CohereEmbeddings, CohereEmbedRequest
-from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import answer_with
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.openapi.operation import QUEUED, Operation, routing

@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.validation import parse_body
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.batches import records
 from candle_vllm.server.batches.service import FORM_OVERHEAD, Batches

@@ -22,7 +22,7 @@ from candle_vllm.openai import (
 from candle_vllm.openai.chat_answers import join_chat
 from candle_vllm.openai.completion_answers import join_completion
 from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
-from candle_vllm.openai.validation import parse_body
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.server.answering import GenerationApi, answer
 from candle_vllm.server.mcp.chat_tools import answer_with_tools
 from candle_vllm.server.openapi.operation import QUESTION, QUEUED, Operation, routing

@@ -16,10 +16,10 @@ from starlette.responses import Response
 
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai import ChatCompletionRequest, ErrorEnvelope, llama_server
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.tokenizing import RenderedPrompt
 from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.openai.task import MEDIA_MARK
-from candle_vllm.openai.validation import parse_body
 from candle_vllm.server import answering
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.openapi.operation import COUNTED, MODEL_ERRORS, QUESTION, QUEUED, WHICH, Operation, routing
@@ -87,7 +87,7 @@ def _properties(model: ServedModel) -> Properties:
     counts = {**{name: getattr(_SAMPLING, name) for name in _SHOWN}, **info.default_sampling}
     return Properties(
         default_generation_settings=GenerationSettings(
-            info.max_model_len, counts | model.entry.settings.default_sampling
+            info.max_model_len, {**counts, **model.entry.settings.default_sampling}
         ),
         total_slots=info.max_num_seqs,
         model_alias=model.entry.names[0],

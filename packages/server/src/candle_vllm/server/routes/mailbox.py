@@ -14,8 +14,8 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.fields import WireModel, few_entries
-from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.store.entries import MAX_ID, is_id
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.body import parse_request, unless_disconnected

@@ -20,8 +20,8 @@ from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, WireModel
-from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.tools.execution import check, run
 from candle_vllm.responses.tools.tool import ContentPart, ToolCall, ToolResult
 from candle_vllm.server.answering import deadline_of, in_time, json_answer, parsed

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class ModelEntry:
     settings: Settings
     aliases: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """Every name of this model; the reported one is the first."""
         return tuple(dict.fromkeys((*self.aliases, self.name)))

@@ -10,6 +10,7 @@ servers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,8 +265,8 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
         """Whether the model's engine, or each replica, runs in its own process and is restarted automatically."""
         return self.engine_process or (self.data_parallel_size or 1) > 1
 
-    @property
-    def default_sampling(self) -> dict[str, float | int]:
+    @functools.cached_property
+    def default_sampling(self) -> Mapping[str, float | int]:
         """The sampling settings that are set, by their names in requests."""
         names = [option.name for option in OPTIONS if option.group == SAMPLING]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
