@@ -15,7 +15,7 @@ from candle_vllm.core.engine.drafts.draft_head import DraftingHead
 from candle_vllm.core.engine.step.live import LiveSequence
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-from candle_vllm.core.text.stop_scanner import StopMarks
+from candle_vllm.core.text.detokenizer import StopMarks
 from packages.core.tests.engine.drafted import FreeTimes, same_times
 from packages.core.tests.engine.toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
 

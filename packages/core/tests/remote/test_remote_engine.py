@@ -34,7 +34,7 @@ from candle_vllm.core import (
 from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-from candle_vllm.core.text.stop_scanner import StopMarks
+from candle_vllm.core.text.detokenizer import StopMarks
 from packages.core.tests.toy_encoder import write_toy_encoder
 from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.waiting import until

@@ -36,7 +36,7 @@ from candle_vllm.core.sampling.params import (
 )
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
-from candle_vllm.core.text.stop_scanner import StopMarks
+from candle_vllm.core.text.detokenizer import StopMarks
 
 GOOD: dict[str, list[Any]] = {
     "n": [1, MAX_SEQUENCES],

@@ -10,8 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.text.detokenizer import Detokenizer
-from candle_vllm.core.text.stop_scanner import StopMarks, StopScanner
+from candle_vllm.core.text.detokenizer import Detokenizer, StopMarks, StopScanner
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 WORDS = ["ab", "aab", " a", "  ", "\u20ac", "\U0001f999", "STOP", "end. "]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from candle_vllm.core.text.stop_scanner import StopScanner
+from candle_vllm.core.text.detokenizer import StopScanner
 from candle_vllm.openai.formats.layout import THOUGHTS
 from candle_vllm.openai.planning import stop_marks
 from packages.openai.tests.formats.messages import REASONING, parse, parser

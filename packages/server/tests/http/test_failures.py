@@ -13,7 +13,7 @@ from candle_vllm.core.errors import EngineOverloadedError, PromptTooLongError
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, anthropic_error_event, ollama_error_line, refusal
-from candle_vllm.server.http.request_context import RequestContext, current_request
+from candle_vllm.server.http.routing import RequestContext, current_request
 from candle_vllm.server.settings.options import UsageError
 
 

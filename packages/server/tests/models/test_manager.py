@@ -16,8 +16,7 @@ from candle_vllm.openai.fair_threads import asker
 from candle_vllm.openai.remarks import collect_remarks
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.request_context import RequestContext, current_request
-from candle_vllm.server.http.routing import Caller
+from candle_vllm.server.http.routing import Caller, RequestContext, current_request
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager, take_turn
 from candle_vllm.server.models.slot import ModelState

@@ -20,8 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request, parse_completion_request, to_error, to_json_bytes
 from candle_vllm.openai.embedding import parse_embedding_request
-from candle_vllm.server.http.request_context import begin_generation
-from candle_vllm.server.http.routing import Caller
+from candle_vllm.server.http.routing import Caller, begin_generation
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.middleware import ObservingMiddleware

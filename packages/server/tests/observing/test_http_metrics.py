@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from candle_vllm.server.http.request_context import RequestContext, begin_generation, current_request
-from candle_vllm.server.http.routing import Caller
+from candle_vllm.server.http.routing import Caller, RequestContext, begin_generation, current_request
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.middleware import ObservingMiddleware
 from packages.server.tests.server_fakes import PacedEngine

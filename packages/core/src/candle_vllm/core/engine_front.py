@@ -223,9 +223,10 @@ class EngineFront(ABC):
         """
         if images and all(isinstance(image, ImageInput) for image in images):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]
-        if self._vision is None:
+        vision = self._require()[1].vision
+        if vision is None:
             raise InvalidParameterError(f"image: {self._info.name} takes text only", "image")
-        return self._vision.look(token_ids, images, names, self._info.max_model_len)
+        return vision.look(token_ids, images, names, self._info.max_model_len)
 
     async def fetch_images(self, messages: Sequence[Message]) -> list[Message]:
         """Fetch the images of a conversation, before `achat_stream`; `chat`, `chat_stream` and `achat` do this.
@@ -238,7 +239,7 @@ class EngineFront(ABC):
             InvalidParameterError: an image could not be fetched; the message says why.
         """
         template = self._require()[1].template
-        conversation = one_conversation(messages, template, sees=self._vision is not None)
+        conversation = one_conversation(messages, template, sees=self._sees)
         return await self._with_images(conversation)
 
     async def _with_images(self, conversation: Sequence[Message]) -> list[Message]:
@@ -275,7 +276,7 @@ class EngineFront(ABC):
         return self._template().render(messages, **variables)
 
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
-        template, sees = self._template(options.get("chat_template")), self._vision is not None
+        template, sees = self._template(options.get("chat_template")), self._sees
         conversation = one_conversation(messages, template, sees=sees)
         return prompt_texts(method, [conversation], template, options, _SAMPLING)
 
@@ -491,7 +492,7 @@ class EngineFront(ABC):
             RequestAbortedError, CandleVllmError: see `generate`.
         """
         template = self._template(options.get("chat_template"))
-        sees = self._vision is not None
+        sees = self._sees
         conversations, several = as_conversations(messages, template, sees=sees)
         texts = prompt_texts("chat", conversations, template, options, _SAMPLING)
         places = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
@@ -526,7 +527,7 @@ class EngineFront(ABC):
     ) -> GenerationOutput:
         """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
         text = self._rendered("achat", messages, options)[0]
-        prompt = self._seen_prompt(text, await self._with_images(messages) if self._vision is not None else messages)
+        prompt = self._seen_prompt(text, await self._with_images(messages) if self._sees else messages)
         params = self._chat_params(sampling_params)
         return await whole(
             self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
@@ -766,7 +767,7 @@ class EngineFront(ABC):
 
     def _chat_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
         """Return `_seen_prompt` after fetching images from URLs."""
-        wanted = addresses_of(conversation, place) if self._vision is not None else []
+        wanted = addresses_of(conversation, place) if self._sees else []
         if wanted:
             conversation = with_files(conversation, self.image_sources.files_now(wanted))
         return self._seen_prompt(text, conversation, place)
@@ -774,7 +775,7 @@ class EngineFront(ABC):
     def _seen_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
         """Tokenize the rendered conversation, whose text has its special tokens already, and add its images."""
         prompt = {"prompt": text, "prompt_token_ids": self.tokenize(text, add_special_tokens=False)}
-        pictures = pictures_of(conversation, place) if self._vision is not None else []
+        pictures = pictures_of(conversation, place) if self._sees else []
         return {**prompt, "multi_modal_data": {"image": pictures}} if pictures else prompt
 
     def _chat_params(self, params: SamplingParams | None) -> SamplingParams:
@@ -793,7 +794,7 @@ class EngineFront(ABC):
     ) -> GenerationRequest:
         adapters = adapter_uses(lora_request)
         self._check_generates()
-        text, ids = read_prompt(prompt, sees=self._vision is not None)
+        text, ids = read_prompt(prompt, sees=self._sees)
         pictures = prompt_pictures(prompt)
         if ids is None:
             ids = self.tokenize(text or "", add_special_tokens)
@@ -811,8 +812,9 @@ class EngineFront(ABC):
         )
 
     @property
-    def _vision(self) -> VisionInput | None:
-        return self._require()[1].vision
+    def _sees(self) -> bool:
+        """Whether the model accepts images."""
+        return "image" in self._info.modalities
 
     def _requests(
         self,

@@ -26,8 +26,7 @@ from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptio
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError, took_too_long
 from candle_vllm.server.http.failures import error_event
-from candle_vllm.server.http.request_context import begin_generation
-from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.http.routing import begin_generation, caller_of
 from candle_vllm.server.http.sse import DONE, EventStream, data_event
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel

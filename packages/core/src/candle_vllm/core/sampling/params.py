@@ -17,7 +17,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, ThoughtBudget
 from candle_vllm.core.setting_kinds import SEED, Integer, Number
-from candle_vllm.core.text.stop_scanner import StopMarks, StopScanner
+from candle_vllm.core.text.detokenizer import StopMarks, StopScanner
 
 MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64

@@ -28,8 +28,7 @@ from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, n
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import RETRY_SECONDS
 from candle_vllm.server.http.keys import are_several
-from candle_vllm.server.http.request_context import current_request
-from candle_vllm.server.http.routing import Caller, caller_of
+from candle_vllm.server.http.routing import Caller, caller_of, current_request
 
 RENEW_SECONDS = 5.0  # pause between renewals of leases, and between searches for lapsed batches and cancellations
 AT_ONCE = 4  # batches on which one server works at a time

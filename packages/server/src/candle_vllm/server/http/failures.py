@@ -21,8 +21,7 @@ from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
 from candle_vllm.openai.ollama.answers import Failure
 from candle_vllm.responses.store import entries
 from candle_vllm.server.http.errors import ClientGone, HttpError
-from candle_vllm.server.http.request_context import current_request
-from candle_vllm.server.http.routing import route_path
+from candle_vllm.server.http.routing import current_request, route_path
 from candle_vllm.server.http.sse import data_event, named_event
 from candle_vllm.server.settings.derived import speak_in_flags
 

@@ -55,7 +55,7 @@ from candle_vllm.responses.conversation.options import ConversationOptions, Conv
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
-from candle_vllm.server.http.request_context import begin_generation
+from candle_vllm.server.http.routing import begin_generation
 from candle_vllm.server.mcp.service import McpService, Offer
 from candle_vllm.server.models.slot import ServedModel
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from candle_vllm.core.engine.requests import serving_rank
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.request_context import NO_KEY, current_request
+from candle_vllm.server.http.routing import NO_KEY, current_request
 from candle_vllm.server.observing.metrics import Rejection
 
 MAX_RETRY_AFTER = 60  # seconds

@@ -17,7 +17,7 @@ from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.openai.ollama import OllamaAdapter
 from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
 from candle_vllm.server.batches.service import stored_image
-from candle_vllm.server.http.request_context import owned_salt
+from candle_vllm.server.http.routing import owned_salt
 from candle_vllm.server.models.admission import Admission
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError

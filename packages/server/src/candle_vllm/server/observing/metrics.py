@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client import Histogram as EventHistogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from candle_vllm.server.http.request_context import NO_KEY
+from candle_vllm.server.http.routing import NO_KEY
 from candle_vllm.server.observing import series
 from candle_vllm.server.observing.exposition import EventCollector, McpServersCollector, ModelCollector
 from candle_vllm.server.observing.model_metrics import ModelMetrics, Observer

@@ -19,8 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candle_vllm.core.shown import FIELDS
 from candle_vllm.openai.remarks import collect_remarks
-from candle_vllm.server.http.request_context import RequestContext, current_request
-from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.http.routing import RequestContext, caller_of, current_request
 from candle_vllm.server.observing.exposition import EventCollector
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.series import HTTP

@@ -18,7 +18,7 @@ from candle_vllm.core.engine.stats import EngineStats, Histogram, combined
 from candle_vllm.core.engine.step.request_watchers import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
-from candle_vllm.server.http.request_context import NO_KEY, current_request
+from candle_vllm.server.http.routing import NO_KEY, current_request
 from candle_vllm.server.observing.request_record import RequestRecord, UsageCounts, UsageTable, token_buckets
 from candle_vllm.server.observing.series import (
     HISTOGRAMS,

@@ -20,7 +20,7 @@ from candle_vllm.core import errors
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
-from candle_vllm.server.http.request_context import RequestContext
+from candle_vllm.server.http.routing import RequestContext
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"

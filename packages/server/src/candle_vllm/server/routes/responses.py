@@ -33,8 +33,7 @@ from candle_vllm.responses.tools.tool import ToolDefinition
 from candle_vllm.server import answering, store_access
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.request_context import begin_generation
-from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.http.routing import begin_generation, caller_of
 from candle_vllm.server.http.sse import DONE
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import Turn, enter, take_turn

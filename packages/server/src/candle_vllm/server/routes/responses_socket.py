@@ -35,8 +35,7 @@ from candle_vllm.server.http.body import BIG_BODY, Held
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import store_refusal
 from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS, UNDECODED
-from candle_vllm.server.http.request_context import RequestContext, begin_generation, current_request
-from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.http.routing import RequestContext, begin_generation, caller_of, current_request
 from candle_vllm.server.models.manager import take_turn
 from candle_vllm.server.routes.responses import Responders, detail_of, owner_of
 from candle_vllm.server.settings.derived import speak_in_flags

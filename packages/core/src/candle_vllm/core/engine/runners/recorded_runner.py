@@ -202,11 +202,13 @@ class RecordedRunner(StepwiseRunner):
         if len(self.page_of):
             self._find_pages(batch)
         if batch.goes_on and batch.sampled_rows is self._rows:
-            self._recorder.look_up()
+            if self._recorder.look_ups:
+                self._recorder.look_up()
             self.team.run(self._plan.rows, self._plan.count + self._plan_samples)
             return self._wanted
         self._lay_out(batch)
-        self._recorder.look_up()
+        if self._recorder.look_ups:
+            self._recorder.look_up()
         self._adapters = batch.adapters
         narrows = self._narrows and batch.ends_alone and batch.adapters is None and batch.ahead is None
         self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters), narrows=narrows)

@@ -321,7 +321,7 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
         raise InvalidParameterError(f"give {len(prompt)} token_type_ids, one for each token", "token_type_ids")
 
 
-def pooling_tasks(labels: Sequence[str], pooling: str | None = None) -> tuple[str, ...]:
+def pooling_tasks(labels: Seq[str], pooling: str | None = None) -> tuple[str, ...]:
     """Return `ModelInfo.tasks` of a model that generates no text.
 
     Args:
@@ -333,7 +333,7 @@ def pooling_tasks(labels: Sequence[str], pooling: str | None = None) -> tuple[st
     return ("score", "classify") if len(labels) == 1 and pooling not in BY_TOKEN else ("classify",)
 
 
-def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
+def check_encoder_task(name: str, wanted: str, tasks: Seq[str]) -> None:
     """Check that an encoder can do a task.
 
     Args:
@@ -358,7 +358,7 @@ def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
         raise InvalidParameterError(f"{name} is {kind} and {lacks[wanted]}: {way}", "model")
 
 
-def _check_ids(prompt: Sequence[int], vocab_size: int) -> None:
+def _check_ids(prompt: Seq[int], vocab_size: int) -> None:
     wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
     if wrong is not None:
         named = f"token id {wrong:d}" if abs(wrong) < 1 << 63 else "a token id"

@@ -154,7 +154,7 @@ class Recorder:
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
         self._beside: np.ndarray | None = None
-        self._look_ups: dict[LookUp, tuple[NDArray[np.int64], Buffer]] = {}
+        self.look_ups: dict[LookUp, tuple[NDArray[np.int64], Buffer]] = {}
         self.allocated: list[np.ndarray] = []  # memory of values and of intermediate results
         self.ranks = 0 if limits.ranks is None else self._rank_table(limits.ranks)
 
@@ -242,13 +242,13 @@ class Recorder:
 
     def looked_up(self, rows: LookUp, numbers: NDArray[np.int64], width: int) -> Buffer:
         """Return the buffer, common to all plans, to which `look_up` writes `rows(numbers)` before a step."""
-        if rows not in self._look_ups:
-            self._look_ups[rows] = numbers, self.buffer(width)
-        return self._look_ups[rows][1]
+        if rows not in self.look_ups:
+            self.look_ups[rows] = numbers, self.buffer(width)
+        return self.look_ups[rows][1]
 
     def look_up(self) -> None:
         """Fill the buffers of `looked_up`, before the step runs."""
-        for rows, (numbers, buffer) in self._look_ups.items():
+        for rows, (numbers, buffer) in self.look_ups.items():
             count = self.arrays.numbers[StepNumber.TOKENS]
             buffer.rows[:count] = rows(numbers[:count])
 
