@@ -64,7 +64,7 @@ class Detokenizer:
         self._begun = False  # the decoder holds an incomplete character
         if continues_prompt:
             self._decode(b"".join(map(tokenizer.token_bytes, prompt_token_ids[-_MOST_BEGUN:])))
-        self._scanner = StopScanner(()) if stops is None else stops
+        self._scanner = stops or NO_STOPS
         self._shows_all = self._scanner.idle
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
         self.is_plain = self._shows_all and not self._strip_space and not self._begun
@@ -351,3 +351,7 @@ class StopScanner:
         for name, stands in self._names.items():
             marks = {mark.replace(name, stands): then for mark, then in marks.items()}
         return marks
+
+
+NO_STOPS = StopScanner(())
+"""The scanner of all texts without stop strings; it keeps nothing of a text."""

@@ -12,6 +12,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -20,7 +21,7 @@ from candle_vllm.core import errors
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
-from candle_vllm.server.http.routing import RequestContext
+from candle_vllm.server.http.routing import RequestContext, Spender
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
@@ -46,6 +47,7 @@ class Counts(Protocol):
     def settle(self) -> None: ...
 
 
+@dataclass(eq=False, slots=True)
 class RequestRecord:
     """Observes one request for the metrics, the log and the traces. It ends once; ending it again has no effect.
 
@@ -55,7 +57,6 @@ class RequestRecord:
         context: the HTTP request, if there is one.
 
     Attributes:
-        model: name of the model.
         arrived, ended: `time.monotonic()` at which the server got the request and finished it; 0 until it has ended.
         first_token: time of its first token; None for an answer without tokens.
         prompt_tokens, cached_tokens: token counts as in `usage`.
@@ -66,51 +67,40 @@ class RequestRecord:
         failure: the error message.
     """
 
-    __slots__ = (
-        "_bounds",
-        "_counted",
-        "_counts",
-        "_last",
-        "_meter",
-        "_reasons",
-        "_unfinished",
-        "arrived",
-        "cached_tokens",
-        "context",
-        "ended",
-        "failure",
-        "finish_reasons",
-        "first_token",
-        "gaps",
-        "info",
-        "model",
-        "prompt_tokens",
-        "sequence_times",
-        "times",
-        "tokens",
-    )
+    counts: Counts
+    info: RequestInfo
+    context: RequestContext | None
+    arrived: float = field(init=False)
+    first_token: float | None = None
+    ended: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: list[int] = field(init=False)
+    finish_reasons: list[FinishReason] = field(default_factory=list[FinishReason])
+    sequence_times: list[RequestMetrics | None] = field(init=False)
+    times: RequestMetrics = field(init=False)
+    gaps: Histogram = field(init=False)
+    failure: str | None = None
+    _reasons: list[FinishReason | None] = field(init=False)
+    _last: list[float] = field(init=False)
+    _unfinished: int = field(init=False)
+    _meter: Spender | None = field(init=False)
+    _counted: int = field(init=False)
 
-    def __init__(self, counts: Counts, info: RequestInfo, context: RequestContext | None) -> None:
-        arrived, count = None if context is None else context.arrived, info.count
-        self.model = counts.name
-        self.info = info
-        self.context = context
+    def __post_init__(self) -> None:
+        context, count = self.context, self.info.count
+        arrived = None if context is None else context.arrived
         self.arrived = time.monotonic() if arrived is None else arrived
-        self.first_token: float | None = None
-        self.ended = 0.0
-        self.prompt_tokens = self.cached_tokens = 0
-        self.tokens = [0] * count
-        self.finish_reasons: list[FinishReason] = []
-        self.sequence_times: list[RequestMetrics | None] = [None] * count
-        self.gaps = Histogram(counts.gap_bounds)
-        self.failure: str | None = None
-        self._counts = counts
-        self._bounds = counts.gap_bounds
-        self._reasons: list[FinishReason | None] = [None] * count
-        self._last = [0.0] * count
-        self._unfinished = count
+        self.tokens, self._last, self._unfinished = [0] * count, [0.0] * count, count
+        self.sequence_times, self._reasons = [None] * count, [None] * count
+        self.gaps = Histogram(self.counts.gap_bounds)
         self._meter = None if context is None else context.meter
         self._counted = 0 if context is not None and context.prompt_only else 1
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return self.counts.name
 
     @property
     def completion_tokens(self) -> int:
@@ -133,7 +123,7 @@ class RequestRecord:
             if last:
                 gap = now - last
                 gaps = self.gaps
-                gaps.counts[bisect_left(self._bounds, gap)] += 1
+                gaps.counts[bisect_left(gaps.bounds, gap)] += 1
                 gaps.total += gap
             else:
                 self._first(piece, now)
@@ -153,7 +143,7 @@ class RequestRecord:
         """End the sequences that have not finished."""
         if not self.ended:
             self._end(reason)
-            self._counts.settle()
+            self.counts.settle()
 
     def reject(self, error: Exception) -> None:
         """End a request that the engine did not accept but answered with an exception."""
@@ -188,7 +178,7 @@ class RequestRecord:
         if self.first_token is None:
             self.first_token = now
             self._count_prompt(piece.num_prompt_tokens)
-            self._counts.first_token(now - self.arrived)
+            self.counts.first_token(now - self.arrived)
 
     def _count_prompt(self, tokens: int) -> None:
         self.prompt_tokens = tokens
@@ -208,13 +198,13 @@ class RequestRecord:
     def _forget(self, reason: str) -> None:
         """Count the request only as refused."""
         self.ended = time.monotonic()
-        self._counts.refused(reason, self)
+        self.counts.refused(reason, self)
 
     def _end(self, reason: FinishReason) -> None:
         self.finish_reasons = [known or reason for known in self._reasons]
         self.times = _whole(self.arrived, [each for each in self.sequence_times if each is not None])
         self.ended = time.monotonic()
-        self._counts.ended.append(self)
+        self.counts.ended.append(self)
 
 
 def _whole(arrived: float, known: Sequence[RequestMetrics]) -> RequestMetrics:

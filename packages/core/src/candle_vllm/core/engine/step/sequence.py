@@ -6,6 +6,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from struct import pack
 from typing import Any
 
@@ -93,7 +94,8 @@ class SequenceState(msgspec.Struct, eq=False):
     generated: bytes = b""
 
 
-class Sequence:  # __slots__, so that its attributes are close to each other in memory
+@dataclass(eq=False, slots=True)  # slots, so that its attributes are close to each other in memory
+class Sequence:
     """One of the `n` sequences of a request.
 
     Attributes:
@@ -121,56 +123,35 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         windowed: for each pool of `WindowedBlocks`, begin and end in the block table of the blocks with pages.
     """
 
-    __slots__ = (
-        "_adapters",
-        "_hashes",
-        "adapted_from",
-        "block_table",
-        "drafts",
-        "entries",
-        "held_since",
-        "images",
-        "index",
-        "is_pooled",
-        "max_length",
-        "num_admissions",
-        "num_ahead",
-        "num_cached_tokens",
-        "num_full_blocks",
-        "num_prompt_tokens",
-        "num_uncomputed_tokens",
-        "order",
-        "rank",
-        "request",
-        "state",
-        "tokens",
-        "windowed",
-    )
+    request: GenerationRequest
+    index: int
+    order: int
+    rank: int = field(init=False)
+    tokens: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    is_pooled: bool = field(init=False)
+    drafts: Tokens = ()
+    num_ahead: int = 0
+    num_uncomputed_tokens: int = field(init=False)
+    num_full_blocks: int = 0
+    max_length: int = NO_LIMIT
+    num_admissions: int = 0
+    num_cached_tokens: int | None = None
+    block_table: array[int] = field(default_factory=lambda: array("i"))
+    entries: Entries = ()
+    held_since: int | None = None
+    images: tuple[PlacedImage, ...] = ()
+    state: SequenceState | None = None
+    windowed: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    adapted_from: tuple[int, ...] = ()
+    _adapters: tuple[tuple[Adapter, float], ...] = field(default=(), init=False)
+    _hashes: list[bytes] = field(default_factory=list[bytes], init=False)
 
-    def __init__(self, request: GenerationRequest, index: int, order: int) -> None:
-        self.request = request
-        self.index = index
-        self.rank = serving_rank(request)
-        self.order = order
-        self.tokens = list(request.prompt_token_ids)
-        self.num_prompt_tokens = len(self.tokens)
-        self.is_pooled = isinstance(request, PoolingRequest)
-        self.drafts: Tokens = ()
-        self.num_ahead = 0
-        self.num_uncomputed_tokens = len(self.tokens)
-        self.num_full_blocks = 0
-        self.max_length = NO_LIMIT
-        self.num_admissions = 0
-        self.num_cached_tokens: int | None = None
-        self.block_table = array("i")
-        self.entries: Entries = ()
-        self.held_since: int | None = None
-        self.images: tuple[PlacedImage, ...] = ()
-        self.state: SequenceState | None = None
-        self.windowed: list[tuple[int, int]] = []
-        self.adapted_from: tuple[int, ...] = ()
-        self._adapters: tuple[tuple[Adapter, float], ...] = ()
-        self._hashes: list[bytes] = []
+    def __post_init__(self) -> None:
+        self.rank = serving_rank(self.request)
+        self.tokens = list(self.request.prompt_token_ids)
+        self.num_prompt_tokens = self.num_uncomputed_tokens = len(self.tokens)
+        self.is_pooled = isinstance(self.request, PoolingRequest)
 
     @property
     def num_tokens(self) -> int:
