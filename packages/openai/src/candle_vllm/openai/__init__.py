@@ -2,6 +2,7 @@
 """The OpenAI API over a candle-vllm engine, without HTTP: requests, answers, streams and errors."""
 
 from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.answers import ChunkStream
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.errors import (
@@ -24,7 +25,6 @@ from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, to_sampling_params
-from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.sync_adapter import SyncOpenAIAdapter
 
 __all__ = [

@@ -27,7 +27,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.vision.fetching import ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
-from candle_vllm.openai.answers import AnswerPlan, AnswerReader
+from candle_vllm.openai.answers import AnswerPlan, AnswerReader, AnswerStream, ChunkStream
 from candle_vllm.openai.chat_answers import ChatWriter, join_chat
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
 from candle_vllm.openai.embedding import (
@@ -50,7 +50,6 @@ from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList,
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
 from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads
-from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import MEDIA_MARK, Task, ThinkingLimit
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
 

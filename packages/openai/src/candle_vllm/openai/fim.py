@@ -13,13 +13,13 @@ from typing import Annotated, Any, ClassVar
 from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.answers import ChunkStream
 from candle_vllm.openai.chat_answers import join_chat, wire_usage
 from candle_vllm.openai.events import Begun, Ended, Event, Head, Text, Usage
 from candle_vllm.openai.protocol import usage as wire
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatDelta, ChunkChoice
 from candle_vllm.openai.protocol.fields import ModelName, Refusal, WireModel, bounded
 from candle_vllm.openai.protocol.generation import MaxTokens, Stop, sampling_values
-from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import Paths, Task
 
 

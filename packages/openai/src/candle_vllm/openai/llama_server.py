@@ -19,6 +19,7 @@ from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
 from candle_vllm.core.sampling.params import BIAS, MAX_TOKEN_ID
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.answers import ChunkStream
 from candle_vllm.openai.chat_answers import RunningTimings, wire_progress, wire_timings
 from candle_vllm.openai.events import Begun, Ended, Event, Progress, Text, Usage
 from candle_vllm.openai.logprobs import LOWEST
@@ -27,7 +28,6 @@ from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs, LoraSc
 from candle_vllm.openai.protocol.structured import LlamaForms
 from candle_vllm.openai.protocol.usage import PromptProgress, Timings
 from candle_vllm.openai.requests import sampling_params
-from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import ImagePart, Paths, Task
 
 MAX_EXTRA = 256  # snippets of other files

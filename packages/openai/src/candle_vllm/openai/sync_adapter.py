@@ -12,11 +12,11 @@ from typing import Any, Generic, Self, TypeVar
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.errors import EngineDeadError, RequestAbortedError
 from candle_vllm.openai.adapter import Fields, OpenAIAdapter
+from candle_vllm.openai.answers import ChunkStream
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
-from candle_vllm.openai.streams import ChunkStream
 
 T = TypeVar("T")
 

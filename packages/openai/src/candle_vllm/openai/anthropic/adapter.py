@@ -18,6 +18,7 @@ from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.answers import AnswerStream, ChunkStream
 from candle_vllm.openai.anthropic import answers
 from candle_vllm.openai.anthropic.answers import Message, MessageEvent, TokenCount
 from candle_vllm.openai.anthropic.request import (
@@ -34,7 +35,6 @@ from candle_vllm.openai.anthropic.turns import read_turns
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Progress, Text, Thought, Usage
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.protocol.tools import function_of, unknown_tool
-from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Choice, Paths, Task, ThinkingLimit, ToolUse
 
 Fields = Mapping[str, Any]  # a request as a plain object, which is validated when it is used

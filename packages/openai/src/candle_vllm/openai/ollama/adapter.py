@@ -17,6 +17,7 @@ import msgspec
 
 from candle_vllm.core.errors import PromptTooLongError, RequestError
 from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.answers import AnswerStream, ChunkStream
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.ollama import answers
 from candle_vllm.openai.ollama import request as wires
@@ -24,7 +25,6 @@ from candle_vllm.openai.protocol.generation import sampling_names
 from candle_vllm.openai.protocol.templating import set_effort
 from candle_vllm.openai.protocol.tools import tool_use
 from candle_vllm.openai.remarks import remark
-from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Call, Part, Paths, Task, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
