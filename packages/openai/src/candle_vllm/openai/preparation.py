@@ -126,7 +126,8 @@ class TaskPreparation:
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
             marks = marks if params.stop_strings else None
-            params = replace(params, structured_outputs=structured, thoughts=thoughts, stop_marks=marks)
+            if structured is not params.structured_outputs or thoughts is not None or marks is not None:
+                params = replace(params, structured_outputs=structured, thoughts=thoughts, stop_marks=marks)
             params = self._bounded(task, params, task.choices, len(prompt))
             return PreparedChat(prompt, params, answers, text, unseen=unseen)
 

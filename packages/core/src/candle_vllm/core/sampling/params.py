@@ -311,7 +311,7 @@ class SamplingParams(
         return _is_open(getattr(self, name))
 
     def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
-        """Return a copy in which `defaults` replace the fields that were not given; all its values are plain numbers.
+        """Return parameters in which `defaults` replace the fields that were not given; all values are plain numbers.
 
         Raises:
             InvalidParameterError: a default cannot be used.
@@ -325,7 +325,7 @@ class SamplingParams(
                 given[name] = defaults.get(name, float(value))
             elif isinstance(value, _OpenCount):
                 given[name] = defaults.get(name, int(value))
-        return replace(self, **given)
+        return replace(self, **given) if given else self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -59,6 +59,7 @@ class SamplingState:
         *,
         vocab_size: int,
         eos_token_ids: Sequence[int],
+        seed: int | None = None,
         index: int = 0,
         bad_word_token_ids: Sequence[Sequence[int]] = (),
         grammar: GrammarState | None = None,
@@ -71,6 +72,7 @@ class SamplingState:
             prompt_token_ids: the prompt; its tokens count for `repetition_penalty`.
             vocab_size: V, the width of the logits.
             eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary are ignored.
+            seed: the seed of a request without one; None for a random seed.
             index: index among the request's `n` sequences.
             bad_word_token_ids: `params.bad_words` as tokens, at least one for each.
             grammar: the grammar of `params.structured_outputs`, at the start of a text.
@@ -83,7 +85,8 @@ class SamplingState:
         self.params = params
         self.vocab_size = vocab_size
         self.index = index
-        self.seed = fresh_seed() if params.seed is None else params.seed
+        seed = seed if params.seed is None else params.seed
+        self.seed = fresh_seed() if seed is None else seed
         self._uniforms: tuple[int, list[float]] = (0, [])  # a position, and the random numbers from there on
         self.tokens = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)

@@ -166,12 +166,10 @@ class DecoderPreparation(Preparation):
         max_length = check_request(request, self._vocab_size, self.max_model_len)
         entries = self._entries(request)
         placed = self._placed(request)
-        if request.params.seed is None:
-            seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
-            request = msgspec.structs.replace(request, params=seeded)
         state = SamplingState(
             request.params,
             request.prompt_token_ids,
+            seed=None if request.params.seed is not None else self._seeds.getrandbits(63),
             vocab_size=self._vocab_size,
             eos_token_ids=self._eos_token_ids,
             bad_word_token_ids=[*self._bad_words(request.params.bad_words or ()), *self._suppressed],
