@@ -355,7 +355,7 @@ class BatchBuilder:
             drawn = {item.sequence: place for place, item in enumerate(before)}
             tokens[3, laid.query_start[1:] - 1] = [drawn.get(item.sequence, -1) for item in scheduled]
         self._name_tokens(scheduled, tokens, known=not before)
-        shown = scheduled if self._images and decodes < count else ()
+        shown = self._images and decodes < count
         batch = Batch(
             tokens=tokens,
             query_start=laid.query_start,
@@ -368,8 +368,8 @@ class BatchBuilder:
             drafted=decodes < count and any(run.drafts for run in scheduled),
             sampled_rows=laid.sampled_rows,
             adapters=adapter_rows(scheduled, laid.query_start),
-            embedded=embedded_rows(shown, laid.query_start, tokens[0]),
-            ahead=rows_ahead(shown, laid.query_start),
+            embedded=embedded_rows(scheduled, laid.query_start, tokens[0]) if shown else None,
+            ahead=rows_ahead(scheduled, laid.query_start) if shown else None,
             turned=rotary_positions(scheduled, laid.query_start) if self._images else None,
             ends_alone=ends_alone and len(laid.sampled_rows) < total,
             states=self._state_rows(scheduled, laid.query_start),

@@ -96,7 +96,7 @@ class Engine:
         self._preparation = preparation
         self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
-        self._batches = BatchBuilder(block_size, runner.step_memory)
+        self._batches = BatchBuilder(block_size, runner.step_memory, images=images is not None)
         self._sampling: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # sequences of the last step
         self._flights: deque[_Flight] = deque()  # in launch order
         self._live: dict[Sequence, Live] = {}
