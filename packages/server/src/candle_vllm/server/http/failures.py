@@ -58,7 +58,7 @@ class FailureMiddleware:
             await self._app(scope, receive, note)
         except asyncio.CancelledError:
             if scope["type"] == "http" and not begun:
-                await refusal(scope, stopped())(scope, receive, send)
+                await refusal(scope, _stopped())(scope, receive, send)
         except Exception as failure:
             if scope["type"] == "http" and begun and isinstance(failure.__cause__, CandleVllmError):
                 what = f"{scope['method']} {scope['path'][:200]!r}"
@@ -70,7 +70,7 @@ class FailureMiddleware:
             await response(scope, receive, send)
 
 
-def stopped() -> HttpError:
+def _stopped() -> HttpError:
     """Return the error of a request that the end of the drain cancels."""
     message = "The server was stopped before the answer was complete."
     return HttpError(503, message, "shutting_down", {"retry-after": "5"})
