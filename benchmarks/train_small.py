@@ -157,8 +157,10 @@ def losses(model: Any, layer: NextTokens | None, batch: torch.Tensor) -> list[to
     count = batch.shape[1] - 3
     states = model.model(batch[:, :count]).last_hidden_state
     found = [_cross_entropy(model, states, batch[:, 1 : count + 1])]
-    for ahead in (1, 2) if layer is not None else ():
-        states = layer(states, batch[:, ahead : count + ahead])  # pyright: ignore[reportOptionalCall]
+    if layer is None:
+        return found
+    for ahead in (1, 2):
+        states = layer(states, batch[:, ahead : count + ahead])
         found.append(_cross_entropy(model, states, batch[:, ahead + 1 : count + ahead + 1]))
     return found
 

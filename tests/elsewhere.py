@@ -120,7 +120,7 @@ def become(system: str) -> None:
 
     builtins.__import__ = found
     if system == "win32":
-        sys.modules["uvloop"] = None  # pyright: ignore[reportArgumentType]  # uvicorn looks for it
+        sys.modules["uvloop"] = None  # uvicorn looks for it
         for method in ("add_reader", "add_writer", "remove_reader", "add_signal_handler"):
             setattr(asyncio.SelectorEventLoop, method, _not_implemented)
     sys.addaudithook(_no_files_of_linux)

@@ -128,7 +128,7 @@ def test_the_type_checker_is_given_every_package_and_the_benchmarks() -> None:
     """A pattern that matches nothing is no error to it."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     sources = [f"packages/{package}/src" for package in PACKAGES]
-    assert settings["tool"]["pyright"]["include"] == ["benchmarks", *sources, "src"]
+    assert settings["tool"]["pyrefly"]["project-includes"] == ["benchmarks", *sources, "src"]
 
 
 def test_every_source_file_begins_with_its_licence() -> None:

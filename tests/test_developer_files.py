@@ -26,7 +26,7 @@ def test_hooks_run_what_ci_runs() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     entries = [hook["entry"] for hook in repository["hooks"]]
-    for command in ("ruff check", "ruff format --check", "lint-imports", "pyright", "npm run --silent check"):
+    for command in ("ruff check", "ruff format --check", "lint-imports", "pyrefly check", "npm run --silent check"):
         assert any(command in entry for entry in entries), command
         assert command in script
     tests = [word for entry in entries for word in entry.split() if word.startswith("tests/")]

@@ -248,7 +248,7 @@ class Shelf(http.server.ThreadingHTTPServer):
 
 
 class _Shelf(http.server.BaseHTTPRequestHandler):
-    server: Shelf  # pyright: ignore[reportIncompatibleVariableOverride]
+    server: Shelf
 
     def do_GET(self) -> None:
         whole = len(self.server.content)

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
@@ -327,7 +327,7 @@ def show(found: Found, options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     for (name, shape, count), turns in found.items():
         runs = [run for turn in turns for run in turn]
-        row = {"engine": name, "shape": shape, "loops": count}
+        row: dict[str, Any] = {"engine": name, "shape": shape, "loops": count}
         row["tok_s"] = round(statistics.median(run.rate for run in runs), 1)
         row["all"] = [round(run.rate, 1) for run in runs]
         row["cpu"] = round(statistics.median(run.cores for run in runs), 2)

@@ -286,7 +286,7 @@ def without_guesses(engine: Engine) -> Iterator[None]:
 
 def measured(task: str, drafting: InferenceEngine, pairs: int) -> Any:
     chats, given = TASKS[task]
-    params = SamplingParams(**{"temperature": 0, **given})
+    params = SamplingParams(**dict[str, Any]({"temperature": 0, **given}))
     engine = drafting._engine
     assert engine is not None
     assert engine._drafter is not None

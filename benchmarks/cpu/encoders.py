@@ -177,7 +177,7 @@ def texts_of(engine: InferenceEngine, folder: Path, count: int, tokens: int) -> 
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and word.islower())
     chance = np.random.default_rng(0)
-    made = [" ".join(chance.choice(words, tokens - 2)) for _ in range(count)]
+    made: list[str] = [" ".join(chance.choice(words, tokens - 2)) for _ in range(count)]
     assert {len(engine.tokenize(text)) for text in made} == {tokens}
     return made
 

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Instructions per weight of the CPU's linear layers, for each level and type: a table, counted in the assembly.
 
     python benchmarks/cpu/instructions.py [--kinds Q4_0 Q4_K BF16] [--levels avx2 neon] [--rows 1 8]
@@ -67,7 +66,7 @@ def per_weight(kind: str, level: Level, rows: int) -> float:
     found = [[sum(products(line, plain=plain) for line in loop), len(loop)] for loop in loops(text)]
     if not plain and rows > blocks(level.isa, LAYOUTS[PackedKind[kind]])[0]:
         found = [loop for loop in found if loop[0]]
-    made, lines = map(sum, zip(*found))
+    made, lines = (sum(each) for each in zip(*found))
     return lines / made
 
 

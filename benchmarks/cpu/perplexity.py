@@ -51,7 +51,7 @@ def main_type(model: str) -> str:
     return kinds.most_common(1)[0][0]
 
 
-def compare(model: str, text: str, fast: dict[str, Any], exact: dict[str, Any], **cut: int) -> Iterator[dict[str, Any]]:
+def compare(model: str, text: str, fast: dict[str, Any], exact: dict[str, Any], **cut: Any) -> Iterator[dict[str, Any]]:
     """Lines of the table: of each of `fast`, settings by name, beside the `exact` ones."""
 
     def measured(settings: dict[str, Any], **files: Any) -> dict[str, Any]:

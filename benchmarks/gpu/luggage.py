@@ -153,7 +153,7 @@ def pack_cache(cache: Path, folder: Path, piece: int = PIECE, most: int = MOST) 
     pieces = _Pieces(folder, piece)
     room = piece * most - (piece >> 4)  # for what the compressor still holds when it is asked
     with (
-        gzip.GzipFile(fileobj=pieces, mode="wb", compresslevel=4, mtime=0) as packed,  # pyright: ignore[reportArgumentType, reportCallIssue]
+        gzip.GzipFile(fileobj=pieces, mode="wb", compresslevel=4, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w|") as archive,
     ):
         for entry in entries:

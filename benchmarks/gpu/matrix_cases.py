@@ -140,7 +140,7 @@ def random_gguf(kind: PackedKind, rows: int, columns: int, device: torch.device 
     floats = found["scales"] if found["supers"] is None else found["supers"]
     assert floats is not None
     floats.copy_(halves(*floats.shape[:-1], 2 * rows))
-    return GgufMatrix(rows, columns, kind, **found)  # pyright: ignore[reportArgumentType]  # the names are its own
+    return GgufMatrix(rows, columns, kind, **found)  # pyrefly: ignore[bad-argument-type]  # the names are its own
 
 
 # ---- groups of 4 and 8 bits ------------------------------------------------------------------------------------------

@@ -141,13 +141,13 @@ def poisoned() -> Iterator[None]:
     """Memory that is allocated within holds NaN (the largest number, where it is of integers) until it is written."""
     # The public function imports torch's compiler, which takes seconds.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
-    before = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+    filling: Any = torch.utils.deterministic  # its module has another class, which no checker sees
+    before, filling.fill_uninitialized_memory = filling.fill_uninitialized_memory, True
     try:
         yield
     finally:
         torch._C._set_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before  # pyright: ignore[reportAttributeAccessIssue]
+        filling.fill_uninitialized_memory = before
 
 
 def ratio(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -52,7 +52,7 @@ def parsed(settings: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def engine_fields(settings: Mapping[str, int]) -> dict[str, int]:
+def engine_fields(settings: Mapping[str, int]) -> dict[str, Any]:
     """Those of EngineConfig, without the prefix.
 
     Raises:
@@ -162,7 +162,7 @@ def _changed(path: str, value: Any, keys: Sequence[str], number: int) -> Any:
         place = int(key)
         return (*value[:place], _changed(path, value[place], more, number), *value[place + 1 :])
     elif dataclasses.is_dataclass(value) and key in (field.name for field in dataclasses.fields(value)):
-        return dataclasses.replace(value, **{key: _changed(path, getattr(value, key), more, number)})  # pyright: ignore[reportArgumentType]
+        return dataclasses.replace(value, **{key: _changed(path, getattr(value, key), more, number)})
     raise NoSuchSettingError(f"{path!r} leads nowhere: at {key!r} there is {_entries(value)}")
 
 

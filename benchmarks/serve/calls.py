@@ -151,7 +151,7 @@ def main() -> int:
 
     bind = serving.bind
     serving.bind = lambda address: listener.append(bind(address)) or listener[0]
-    serving.ModelLoader = functools.partial(ModelLoader, start_engine=local_engine)
+    serving.ModelLoader = functools.partial(ModelLoader, start_engine=local_engine)  # pyrefly: ignore[bad-assignment]
     threading.Thread(target=client, daemon=True).start()
     threading.setprofile(counter.profile)
     threading.settrace(counter.trace)

@@ -103,7 +103,7 @@ def main() -> int:
         library.engine = PacedEngine(args.rate) if args.what == "paced" else make(config)
         return library.engine
 
-    serving.ModelLoader = functools.partial(ModelLoader, start_engine=start)
+    serving.ModelLoader = functools.partial(ModelLoader, start_engine=start)  # pyrefly: ignore[bad-assignment]
     configuration = Configuration(settings, Catalogue([ModelEntry("bench", settings)]), ())
     profile = cProfile.Profile() if args.profile else contextlib.nullcontext()
     with profile:

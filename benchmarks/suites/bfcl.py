@@ -63,9 +63,9 @@ class Checker:
 
     def __init__(self, folder: Path) -> None:
         sys.path.insert(0, str(folder))
-        models = types.ModuleType("bfcl_eval.constants.model_config")
+        models: Any = types.ModuleType("bfcl_eval.constants.model_config")
         named = types.SimpleNamespace(underscore_to_dot=True)  # "." is no character of a name in OpenAI's API
-        models.MODEL_CONFIG_MAPPING = defaultdict(lambda: named)  # pyright: ignore[reportAttributeAccessIssue]
+        models.MODEL_CONFIG_MAPPING = defaultdict(lambda: named)
         sys.modules[models.__name__] = models
         self._check = importlib.import_module("bfcl_eval.eval_checker.ast_eval.ast_checker").ast_checker
         self._python = importlib.import_module("bfcl_eval.constants.enums").Language.PYTHON

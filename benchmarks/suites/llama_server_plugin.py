@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 import pytest
-import utils  # pyright: ignore[reportMissingImports]
+import utils
 from requests.structures import CaseInsensitiveDict
 
 utils.match_regex = lambda regex, text: True  # noqa: ARG005

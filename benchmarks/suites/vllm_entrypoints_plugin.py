@@ -29,9 +29,9 @@ import openai
 import pytest
 import requests
 import torch
-import vllm.config  # pyright: ignore[reportMissingImports]
-import vllm.tokenizers  # pyright: ignore[reportMissingImports]
-import vllm.transformers_utils.repo_utils  # pyright: ignore[reportMissingImports]
+import vllm.config
+import vllm.tokenizers
+import vllm.transformers_utils.repo_utils
 from safetensors.numpy import save_file
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer

@@ -12,7 +12,10 @@ import sys
 
 TYPE_CHECKING = False  # typing's takes as long to import as all else before a command hears Ctrl+C
 if TYPE_CHECKING:
+    from pkgutil import extend_path
     from typing import Any
+
+    __path__ = extend_path(__path__, __name__)  # tells type checkers of the four packages
 
     from candle_vllm.core import (
         LLM,

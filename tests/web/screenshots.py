@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a program
 
-from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
+from playwright.sync_api import sync_playwright
 
 from tests.web.actions import archive, ask, conversation, import_file, say, tools_on
 from tests.web.ui_server import ui_server

@@ -13,8 +13,8 @@ from typing import Any
 from tests.web.actions import button
 from tests.web.ui_server import BIG, REPO, TOY, Site, ui_server
 
-from packages.server.tests.fake_hub import FakeHub  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
-from packages.server.tests.server_fakes import FakeLoader  # pyright: ignore[reportMissingImports]  # isort: skip
+from packages.server.tests.fake_hub import FakeHub  # isort: skip  # ui_server says where
+from packages.server.tests.server_fakes import FakeLoader  # isort: skip
 
 from candle_vllm.server import Settings
 from candle_vllm.server.models.manager import ModelManager

@@ -15,7 +15,7 @@ import pytest
 from tests.web.actions import button, said, say
 from tests.web.ui_server import ui_server
 
-from packages.server.tests.server_fakes import FakeLoader  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
+from packages.server.tests.server_fakes import FakeLoader  # isort: skip  # ui_server says where
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, NoMemoryError, UnsupportedModelError
 from candle_vllm.core.progress import tell

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """Anthropic's SDK: answers, stream helpers, the runner of tools, parsing, counting, models, betas and errors."""
 
 from __future__ import annotations

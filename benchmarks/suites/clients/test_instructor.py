@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """instructor in its modes for OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """LangChain's standard tests of chat models and embeddings: OpenAI's two APIs, Ollama's and Anthropic's."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """LiteLLM by the names of seven providers, and its embeddings, rerank and responses."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """LlamaIndex by its models (OpenAILike with both APIs, Ollama) and by its embeddings, with an index of documents."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """Ollama's Python client: every method, whole, streamed and asynchronous, with the errors that it raises."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """The demands of the Open Responses specification (2026-04-24) on the wire, and the scenarios of its acceptance tests.
 
 No package has those tests; the types that judge responses and events come with openresponses-types.

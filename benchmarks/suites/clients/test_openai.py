@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """openai-python by route: every method that has a route here, and its helpers, each with a property that must hold."""
 
 from __future__ import annotations

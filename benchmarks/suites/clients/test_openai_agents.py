@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """OpenAI's Agents SDK by both of its models, chat and responses: tools, handoffs, guardrails, sessions and streams."""
 
 from __future__ import annotations

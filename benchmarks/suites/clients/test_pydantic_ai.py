@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportMissingImports=false
 """pydantic-ai by four models: chat, responses, Ollama's provider and Anthropic's."""
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def test_settings_by_keyword_are_those_of_the_table() -> None:
     [("float16", "f16"), ("fp16", "f16"), ("half", "f16"), ("float32", "f32"), ("fp32", "f32"), ("bfloat16", "bf16")],
 )
 def test_types_have_the_names_of_other_libraries(given: Any, means: str) -> None:
-    assert EngineConfig(model="m", dtype=given) == EngineConfig(model="m", dtype=means)  # pyright: ignore[reportArgumentType]
+    assert EngineConfig(model="m", dtype=given) == EngineConfig(model="m", dtype=means)
     assert EngineConfig(model="m", dtype=given).dtype == means
 
 

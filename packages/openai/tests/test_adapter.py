@@ -585,12 +585,12 @@ def test_what_is_no_request_is_said_in_a_sentence() -> None:
         for given in ("x", HI, None):
             for call in (adapter.chat, adapter.chat_stream, adapter.complete, adapter.embed):
                 with pytest.raises(InvalidBodyError, match=r"one JSON object, as \{'messages'.* is, not "):
-                    call(given)  # pyright: ignore[reportArgumentType]
+                    call(given)
         for call in (adapter.chat, adapter.chat_stream):
             with pytest.raises(TypeError, match=r"'messages': it is a field of the request, as in chat\(\{...\}\)"):
-                call(messages=HI)  # pyright: ignore[reportCallIssue]
+                call(messages=HI)
         with pytest.raises(TypeError, match="'prompt': it is a field of the request"):
-            adapter.complete(prompt="x")  # pyright: ignore[reportCallIssue]
+            adapter.complete(prompt="x")
 
 
 def test_a_whole_answer_is_not_asked_for_as_a_stream() -> None:

@@ -70,9 +70,9 @@ async def test_any_model_will_do(wrap: Any) -> None:
 
 def test_what_is_no_model_is_named() -> None:
     with pytest.raises(ConfigError, match="the class ScriptedEngine itself"):
-        ResponsesSession(ScriptedEngine)  # pyright: ignore[reportArgumentType]
+        ResponsesSession(ScriptedEngine)
     with pytest.raises(ConfigError, match="not a int"):
-        ResponsesSession(3)  # pyright: ignore[reportArgumentType]
+        ResponsesSession(3)
     with pytest.raises(ConfigError, match="load it with InferenceEngine"):
         ResponsesSession("model.gguf")
     with pytest.raises(ConfigError, match="for a base URL"):
@@ -94,9 +94,9 @@ async def test_a_failed_turn_leaves_the_transcript_alone() -> None:
     with pytest.raises(InvalidParameterError):
         await session.run_conversation([{"role": "nobody", "content": "x"}])
     with pytest.raises(InvalidParameterError, match=r"messages\.0 must be an object"):
-        await session.run_conversation(["hi"])  # pyright: ignore[reportArgumentType]
+        await session.run_conversation(["hi"])
     with pytest.raises(InvalidParameterError, match="messages must be a list"):
-        await session.run_conversation("hi")  # pyright: ignore[reportArgumentType]
+        await session.run_conversation("hi")
     assert session.messages == []
 
 
@@ -259,7 +259,7 @@ class TestApprovals:
         with pytest.raises(InvalidParameterError, match="must be 'allow' or 'deny'"):
             session.answer_approvals({call_id: "pending"})
         with pytest.raises(InvalidParameterError, match="by the id of a call"):
-            session.answer_approvals([call_id])  # pyright: ignore[reportArgumentType]
+            session.answer_approvals([call_id])
 
     async def test_the_last_answer_counts_and_an_answered_call_takes_no_more(self) -> None:
         session, call_id = await self.stopped()
@@ -307,11 +307,11 @@ async def test_tools_without_the_model() -> None:
         deep = [deep]
     for arguments in (None, 3, "x", ["a"], {"a": object()}, {"a": deep}):
         with pytest.raises(InvalidParameterError, match="arguments must be") as caught:
-            await session.call_tool(None, "add", arguments)  # pyright: ignore[reportArgumentType]
+            await session.call_tool(None, "add", arguments)
         assert caught.value.param == "arguments"
     for timeout in (-1, 0, float("nan"), "x"):
         with pytest.raises(InvalidParameterError, match="timeout must be more than 0"):
-            await session.call_tool(None, "add", {"a": 1, "b": 2}, timeout=timeout)  # pyright: ignore[reportArgumentType]
+            await session.call_tool(None, "add", {"a": 1, "b": 2}, timeout=timeout)
 
 
 @pytest.mark.parametrize("tools", [add, None, "add", {"add": add}, 3])
@@ -436,7 +436,7 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(package, name) is not None for name in package.__all__)
     assert ConversationFinished.__struct_fields__ == ("result", "messages")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = package.nothing  # pyright: ignore[reportAttributeAccessIssue]
+        _ = package.nothing
 
 
 # ---- what is meant, and what is told ---------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def test_every_public_name_is_there() -> None:
 async def test_options_that_cannot_be_meant_are_refused() -> None:
     session = ResponsesSession(engine_of("ok"), tools=[add])
     with pytest.raises(InvalidParameterError, match=r"options must be ConversationOptions, .* not dict"):
-        await session.run_conversation([user("x")], {"max_turns": 3})  # pyright: ignore[reportArgumentType]
+        await session.run_conversation([user("x")], {"max_turns": 3})
     with pytest.raises(InvalidParameterError, match=r"no tool 'ad' \(did you mean add\?\); there are: add"):
         await session.run_conversation([user("x")], ConversationOptions(allowed_tools=("add", "ad")))
     assert not session.messages
@@ -456,9 +456,9 @@ async def test_options_that_cannot_be_meant_are_refused() -> None:
 
 def test_arguments_that_there_are_not() -> None:
     with pytest.raises(TypeError, match=r"'max_turn' \(did you mean max_turns\?\)"):
-        ConversationOptions(max_turn=3)  # pyright: ignore[reportCallIssue]
+        ConversationOptions(max_turn=3)
     with pytest.raises(TypeError, match=r"'nme' \(did you mean name\?\)"):
-        McpServerConfig(nme="x", command="x")  # pyright: ignore[reportCallIssue]
+        McpServerConfig(nme="x", command="x")
 
 
 async def test_a_session_says_what_it_is() -> None:

@@ -390,7 +390,7 @@ class Full:
 
 def test_a_rank_joins_when_files_may_be_opened_again(door: RankListener, caplog: pytest.LogCaptureFixture) -> None:
     full = Full(door._listener)
-    door._listener = full  # pyright: ignore[reportAttributeAccessIssue]
+    door._listener = full
     far = [_connect(invitation(door), side=side) for side in (False, True)]
     joined = door.everyone()[1]
     assert full.refused[2] - full.refused[0] > 1.9 * nodes._GLANCE  # it waits, and does not ask as fast as it can

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false
 """Compiled kernels run by QEMU, as on a processor that this machine is not: an ARM64, or an x86-64 with less.
 
 The program that QEMU runs is written here: it maps memory that it shares with Python at a place of its own, and calls

@@ -57,7 +57,7 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch, packages: dict[str, bool]) -
         out[:used] = reference.paged_attention(q[:used], key_cache, value_cache, first, **options)
         return out
 
-    module.paged_attention = paged_attention  # pyright: ignore[reportAttributeAccessIssue]
+    module.paged_attention = paged_attention
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(sys.modules["candle_vllm.core.kernels.attention"], "triton", module, raising=False)
     packages["triton"] = True
@@ -255,7 +255,7 @@ def pretend(name: str, function: Callable, monkeypatch: pytest.MonkeyPatch) -> N
     """A package of that name with `flash_attn_varlen_func`."""
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
-    module.flash_attn_varlen_func = function  # pyright: ignore[reportAttributeAccessIssue]
+    module.flash_attn_varlen_func = function
     monkeypatch.setitem(sys.modules, name, module)
 
 

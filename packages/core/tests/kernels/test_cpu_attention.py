@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Paged attention and cache writes on the CPU, against the torch references on the same bfloat16 numbers."""
 
 from __future__ import annotations

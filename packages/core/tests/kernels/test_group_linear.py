@@ -95,7 +95,7 @@ def test_what_no_kernel_multiplies_is_refused() -> None:
 
     def refused(match: str, *arguments: object) -> None:
         with pytest.raises(ValueError, match=match):
-            pack(*arguments, "cpu")  # pyright: ignore[reportArgumentType]
+            pack(*arguments, "cpu")
 
     refused("codes of 3 bits", codes, scales, zeros, 3)
     refused("torch.int32", codes.int(), scales, zeros, 4)

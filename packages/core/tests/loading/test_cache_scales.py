@@ -43,7 +43,7 @@ def write(folder: Path, scales: dict[str, torch.Tensor], shrink: float = 1.0) ->
 
 def given(decoder: Decoder) -> list[tuple[float, float] | None]:
     """The scales of each layer."""
-    pairs = [layer.attention.attend.cache_scales for layer in decoder.layers]  # pyright: ignore[reportAttributeAccessIssue]
+    pairs = [layer.attention.attend.cache_scales for layer in decoder.layers]
     return [None if pair is None else (pair[0].item(), pair[1].item()) for pair in pairs]
 
 

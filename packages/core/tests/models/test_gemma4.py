@@ -161,7 +161,7 @@ def test_neither_cache_nor_chunks_nor_a_folder_changes_an_answer(name: str, tmp_
     prompts = [some_tokens(64), [*some_tokens(48), 7, 8, 9], some_tokens(64)]
     alone = [answers([prompt], enable_prefix_caching=False)[0] for prompt in prompts]
     for more in ({}, {"max_num_batched_tokens": 20, "max_num_seqs": 4}):
-        assert answers(prompts, prompt_cache_path=tmp_path / "blocks", **more) == alone  # pyright: ignore[reportArgumentType]
+        assert answers(prompts, prompt_cache_path=tmp_path / "blocks", **more) == alone
 
 
 @pytest.mark.parametrize("name", ["Gemma-4 shared keys", "Gemma-4"])

@@ -159,7 +159,7 @@ def test_several_answers_share_a_picture(folder: Path, alone: list[tuple[int, ..
         params = SamplingParams(max_tokens=8, temperature=0, n=2)
         outputs = engine.generate(PROMPT, params, use_tqdm=False)[0].outputs
         assert [tuple(each.token_ids) for each in outputs] == [alone[0]] * 2
-        assert engine._require()[0].stats().images_encoded == 2  # pyright: ignore  # two pictures, once each
+        assert engine._require()[0].stats().images_encoded == 2  # two pictures, once each
 
 
 def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -> None:

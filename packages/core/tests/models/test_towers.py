@@ -224,9 +224,9 @@ def test_what_a_published_config_leaves_out_is_what_transformers_fills_in() -> N
         window is None for window in config.sliding_windows
     ]
     assert (config.rope.kind, config.rope.factor, config.rope.theta) == ("linear", 8.0, 1e6)
-    local = config.local_rope  # pyright: ignore[reportAttributeAccessIssue]
+    local = config.local_rope
     assert (local.kind, local.theta) == ("default", 10000.0)
-    assert config.embedding_scale == 50.5  # pyright: ignore[reportAttributeAccessIssue]  # the root of 2560 in bf16
+    assert config.embedding_scale == 50.5  # the root of 2560 in bf16
     assert set(config.eos_token_ids) == {1, 106}
 
 

@@ -98,4 +98,4 @@ class Gate:
 
 def other_tasks() -> set[asyncio.Task[Any]]:
     """Tasks beside the test's own."""
-    return asyncio.all_tasks() - {asyncio.current_task()}  # pyright: ignore[reportReturnType]
+    return asyncio.all_tasks() - {asyncio.current_task()}

@@ -209,10 +209,10 @@ async def test_refusals(
     assert words in str(caught.value)
     assert KEY not in str(caught.value)
     assert "server.test" in str(caught.value)
-    assert caught.value.status == status  # pyright: ignore[reportAttributeAccessIssue]
+    assert caught.value.status == status
     if status == 400:
         assert isinstance(caught.value, RequestError)
-        assert (caught.value.param, caught.value.code) == ("top_p", "invalid_value")  # pyright: ignore
+        assert (caught.value.param, caught.value.code) == ("top_p", "invalid_value")
     assert isinstance(caught.value, EngineOverloadedError) == (status in (429, 503))
 
 

@@ -243,7 +243,7 @@ class TestEnding:
 )
 def test_options_have_types_and_limits(name: str, value: object, told: str) -> None:
     with pytest.raises(InvalidParameterError, match=f"{name} {told}") as caught:
-        ConversationOptions(**{name: value})  # pyright: ignore[reportArgumentType]
+        ConversationOptions(**{name: value})
     assert caught.value.param == name
 
 

@@ -18,15 +18,15 @@ from candle_vllm.responses.mcp.server_values import OAuthClient
 
 
 def test_made_in_python() -> None:
-    server = McpServerConfig(name="a", command="x", args=["1", "2"], env={"K": "v"}, cwd="sub")  # pyright: ignore[reportArgumentType]
+    server = McpServerConfig(name="a", command="x", args=["1", "2"], env={"K": "v"}, cwd="sub")
     assert (server.transport, server.args, server.cwd) == ("stdio", ("1", "2"), Path("sub"))
     assert server == McpServerConfig(name="a", command="x", args=("1", "2"), env={"K": "v"}, cwd=Path("sub"))
     assert hash(server) == hash(dataclasses.replace(server))
     assert not dataclasses.replace(server, enabled=False).enabled
     with pytest.raises(dataclasses.FrozenInstanceError):
-        server.command = "y"  # pyright: ignore[reportAttributeAccessIssue]
+        server.command = "y"
     with pytest.raises(TypeError):
-        server.env["K"] = "w"  # pyright: ignore[reportIndexIssue]
+        server.env["K"] = "w"
 
 
 def test_made_of_a_mapping(tmp_path: Path) -> None:
@@ -150,5 +150,5 @@ def test_errors_hold_no_secrets() -> None:
         {"command": "x", "args": ["hush1\0"]},
     ):
         with pytest.raises(ConfigError) as error:
-            McpServerConfig(name="a", **fields)  # pyright: ignore[reportArgumentType]
+            McpServerConfig(name="a", **fields)
         assert "hush1" not in str(error.value)

@@ -341,9 +341,9 @@ async def test_cancelled_while_a_tool_that_was_too_slow_cleans_up(cancels: int) 
 async def test_the_tools_own_time() -> None:
     work = Hanging()
     tool = FakeTool("fake", work)
-    tool.timeout = 0.02  # pyright: ignore[reportAttributeAccessIssue]
+    tool.timeout = 0.02
     assert (await done(ToolRegistry([tool]), call())).status == "timed_out"
-    tool.timeout = 3600  # pyright: ignore[reportAttributeAccessIssue]
+    tool.timeout = 3600
     assert (await done(ToolRegistry([tool]), call(), timeout=0.02)).status == "timed_out"
 
 

@@ -54,7 +54,7 @@ class Options(TypedDict):
 
 
 def run(function: Callable[..., Any], **arguments: Any) -> ToolOutput:
-    return asyncio.run(function_tool(function, name="t").run(arguments, lambda _: None))  # pyright: ignore[reportArgumentType]
+    return asyncio.run(function_tool(function, name="t").run(arguments, lambda _: None))
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def keywords(**values: int) -> None: ...
 def positional(value: int, /) -> None: ...
 
 
-def unresolved(value: Missing) -> None: ...  # noqa: F821 # pyright: ignore[reportUndefinedVariable]
+def unresolved(value: Missing) -> None: ...  # noqa: F821
 
 
 def callback(value: Callable[[], int]) -> None: ...

@@ -97,7 +97,7 @@ def _events(answer: bytes) -> tuple[int, bytes]:
 def test_tokens_that_pass_the_layers_are_those_that_go_through_them(start, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"w{number} " for number in range(30)]
     passed: list[bool] = []
-    writer = protocol._part_writer  # pyright: ignore[reportPrivateUsage]
+    writer = protocol._part_writer
 
     def noted(cycle: Any) -> Callable[[bytes], bool]:
         write = writer(cycle)

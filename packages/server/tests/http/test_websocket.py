@@ -71,7 +71,7 @@ def events(connection: socket.socket) -> Iterator[dict[str, Any]]:
 def counted_frames() -> Iterator[list[Any]]:
     """The frames that servers receive meanwhile."""
     frames: list[Any] = []
-    count = protocol.WebSocketProtocol._count  # pyright: ignore[reportPrivateUsage]
+    count = protocol.WebSocketProtocol._count
 
     def counted(self: Any, each: Any) -> None:
         frames.append(each)

@@ -101,9 +101,10 @@ _SHARED_CORE = 0
 
 
 def _cores_of_windows() -> int:
-    if sys.platform != "win32":
+    if sys.platform == "win32":
+        system, size = ctypes.WinDLL("kernel32"), ctypes.c_uint32()
+    else:
         raise OSError("another system")
-    system, size = ctypes.WinDLL("kernel32"), ctypes.c_uint32()
     system.GetLogicalProcessorInformation(None, ctypes.byref(size))
     records = ctypes.create_string_buffer(size.value)
     if not system.GetLogicalProcessorInformation(records, ctypes.byref(size)):

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false
 """What the compiled code of other processors costs, counted in its assembly by `benchmarks/cpu/instructions.py`.
 
 Sums that do not stay in registers go unnoticed by any other test, and took attention of prompts 2.5 times as long.

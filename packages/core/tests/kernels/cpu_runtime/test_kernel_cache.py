@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 """The compiled kernels on disk: kept for their own sources and CPU, in a folder of the user's own, never in the way."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportIndexIssue=false
 """Machine code without LLVM: linked by us it computes what it does linked by LLVM, and what cannot be is said."""
 
 from __future__ import annotations

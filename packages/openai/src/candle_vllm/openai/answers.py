@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason, PositionLogprobs, TokenOutput
 from candle_vllm.core.engine.step.stream import PushStream, Receiver
@@ -422,7 +422,7 @@ class _Reading:
         del error  # its traceback keeps this frame alive
 
 
-class _Writing:
+class _Writing(Generic[ChunkT]):
     """The stage that converts events to the chunks of an API."""
 
     def __init__(

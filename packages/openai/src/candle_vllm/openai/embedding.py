@@ -376,7 +376,9 @@ def _listed(kind: type[_List], request_id: str, name: str, data: Iterable[Any], 
 
 def _numbers(request: embeddings.EmbeddingRequest, flat: array[float], vectors: int | None) -> embeddings.Numbers:
     """Encode the vector `flat`, or each of the `vectors` that are concatenated in it, as the request asks."""
-    encode = array.tolist if request.encoding_format in (None, "float") else partial(_base64, request)
+    encode: Callable[[array[float]], Any] = (
+        array.tolist if request.encoding_format in (None, "float") else partial(_base64, request)
+    )
     if vectors is None:
         return encode(flat)
     size = len(flat) // max(vectors, 1)

@@ -363,7 +363,7 @@ async def llama_answer(
         begun: list[ChunkStream[LlamaText]] = []
         for task in await _tasks(adapter, request, defaults):
             writer = _Writer(request, task, _settings(adapter, request, task), whole=True)
-            stream = ChunkStream(await adapter.continued(task), writer)
+            stream = ChunkStream[LlamaText](await adapter.continued(task), writer)
             begun.append(await streams.enter_async_context(aclosing(stream)))
         for index, stream in enumerate(begun):
             pieces = [piece async for piece in stream]

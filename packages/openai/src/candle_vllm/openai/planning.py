@@ -174,7 +174,7 @@ def stop_marks(reasoning: ReasoningFormat | None, form: ToolFormat | None, tools
         form: the model's tool-call format, whose marks begin and end calls.
         tools: names of the tools that may be called; without tools, text in the form of a call is text.
     """
-    flow = (form and form.flow) or (reasoning and reasoning.flow)
+    flow = (form.flow if form else None) or (reasoning.flow if reasoning else None)
     if flow is not None:
         states, fresh = flow.states(tools)
         return StopMarks(states=states, fresh=fresh)

@@ -487,7 +487,7 @@ def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     if unusable:
         raise ConfigError(f"default_sampling has names that are no sampling defaults: {', '.join(unusable)}")
     try:
-        SamplingParams(**{"max_tokens": None, **defaults})
+        SamplingParams(**dict[str, Any]({"max_tokens": None, **defaults}))
     except InvalidParameterError as error:
         raise ConfigError(f"the model's default_sampling cannot be used: {error}") from error
     return dict(defaults)

@@ -51,7 +51,7 @@ class Reloader:
         """Read all files again; what was read, and errors, are logged."""
         old, new = self._configuration, None
         try:
-            new = old.again and await asyncio.to_thread(old.again)
+            new = None if old.again is None else await asyncio.to_thread(old.again)
             if old.in_file:
                 await self.reload_models()
             elif new is not None:
@@ -59,7 +59,7 @@ class Reloader:
                 logger.info("read the settings again; there is no models.yaml")
         except CandleVllmError as error:
             logger.error("%s; the models stay as they were", error)
-        await self._keys.reload(new and new.settings)
+        await self._keys.reload(None if new is None else new.settings)
         given = [] if new is None else [source.title for source in new.sources if "api_key" in source.values]
         if given and not given[0].endswith(".env"):
             logger.info("the API key of %s stays until the next start: put keys that change into a file", given[0])

@@ -133,7 +133,7 @@ def with_fetched(configuration: Configuration) -> Catalogue:
 
 def bind_second(settings: Settings, first: socket.socket) -> list[socket.socket]:
     """Bind the port for Ollama's clients, if it differs from the first port; on an error, close `first`."""
-    if settings.ollama_port in (None, settings.address.port):
+    if settings.ollama_port is None or settings.ollama_port == settings.address.port:
         return []
     host = "127.0.0.1" if settings.address.unix_path is not None else settings.address.host
     try:

@@ -176,12 +176,12 @@ class _Fit:
         if "bias" in vectors and "full" not in parts and self._stored.config.bias == "none":
             self._refuse(parts["bias"].name, "bias is 'none' in adapter_config.json")
         for spot, rows in zip(spots, orders, strict=True):
-            bias = None
+            added = []
             if "bias of b" in vectors:
-                bias = vectors["bias of b"][rows] * np.float32(scale)
+                added.append(vectors["bias of b"][rows] * np.float32(scale))
             if "bias" in vectors:
-                own = vectors["bias"][rows] - self._base_bias(spot)
-                bias = own if bias is None else bias + own
+                added.append(vectors["bias"][rows] - self._base_bias(spot))
+            bias: Any = np.sum(added, 0) if added else None
             delta = Delta(bias=bias)
             if pair is not None:
                 self._check_columns(pair[0], spot)

@@ -129,10 +129,11 @@ def _merged(own: StoredTensor, changes: _Changes, exact: bool) -> StoredTensor:
 def merged_weight(own: StoredTensor, changes: Sequence[tuple[Delta, float]]) -> NDArray[np.float32]:
     """Apply the changes of adapters, with a factor t each, to a parameter: W + the sum of t (W' - W), in float32."""
     values = own.load("F32")
-    out = values if len(changes) == 1 else values.copy()
+    if len(changes) == 1 and changes[0][1] == 1:
+        return _changed(values, changes[0][0])
+    out = values.copy()
     for delta, scale in changes:
-        made = _changed(values, delta)
-        out = made if len(changes) == 1 and scale == 1 else out + np.float32(scale) * (made - values)
+        out += np.float32(scale) * (_changed(values, delta) - values)
     return out
 
 

@@ -192,7 +192,7 @@ class _CudaMark:
 ALIGNMENT = 64
 """Alignment of arrays in 4-byte elements: 256 bytes, the largest alignment that kernels need."""
 
-_TORCH = {
+_TORCH: dict[np.dtype[Any], torch.dtype] = {
     np.dtype(np.int32): torch.int32,
     np.dtype(np.float32): torch.float32,
     np.dtype(np.float64): torch.float64,

@@ -282,8 +282,8 @@ class _Compilers(ThreadPoolExecutor):
     def __init__(self, device: torch.device | Device) -> None:
         usable = len(usable_cpus())
         self.threads, self.forms = min(_COMPILERS, usable), 0
-        on_gpu = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
-        super().__init__(self.threads, "candle-vllm-compiler", **on_gpu)
+        on_gpu = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()
+        super().__init__(self.threads, "candle-vllm-compiler", *on_gpu)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         self.forms += 1

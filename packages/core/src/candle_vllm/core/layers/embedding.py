@@ -97,9 +97,9 @@ class Embedding:
             return scores
         if out is not None:
             return out.copy_(share.whole(scores))
-        if self._gathered is None or len(self._gathered) < len(scores):
-            self._gathered = scores.new_empty(len(scores), share.most * share.collective.size)
-        return share.whole(scores, self._gathered[: len(scores)])
+        if (gathered := self._gathered) is None or len(gathered) < len(scores):
+            gathered = self._gathered = scores.new_empty(len(scores), share.most * share.collective.size)
+        return share.whole(scores, gathered[: len(scores)])
 
     def finish(self) -> None:
         """See `Finishes`."""

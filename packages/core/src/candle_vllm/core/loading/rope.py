@@ -290,7 +290,7 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
     own: dict[str, Any] = {}
     for key in row.keys:
         default: Any = factor if key == "factor" else getattr(RopeConfig, key)
-        of_type = {tuple: list, bool: bool}.get(type(default), float)
+        of_type: type[Any] = {tuple: list, bool: bool}.get(type(default), float)
         value = nested.get(key, of_type, *([] if key in row.needed else [default]))
         own[key] = tuple(value) if isinstance(value, list) else value
     return RopeConfig(

@@ -71,7 +71,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
     columns = [Fields(fields.values, fields.path).get(f"xielu.{part}", list) for part in _PARTS]
     if any(len(column) != shared["num_layers"] for column in columns):
         raise InvalidFileError(f"{fields.path}: the numbers of xIELU are not those of {shared['num_layers']} layers")
-    own = {
+    own: dict[str, Any] = {
         "qkv_bias": gguf_has_bias(checkpoint),
         "output_bias": output_bias,
         "xielu": tuple(zip(*columns, strict=True)),

@@ -51,7 +51,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
 
 def _config(shared: dict[str, Any], mamba: MambaSizes) -> NemotronHConfig:
     layers = range(shared["num_layers"])
-    own = {"kinds": ("mamba",) * len(layers), "mamba": mamba, "mamba_layers": frozenset(layers)}
+    own: dict[str, Any] = {"kinds": ("mamba",) * len(layers), "mamba": mamba, "mamba_layers": frozenset(layers)}
     return NemotronHConfig(**shared | own, unrotated_layers=frozenset(layers))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,8 @@ _FOLDED |= {f"layers.{{i}}.attention.qkv:{part}.weight": part for part in "qkv"}
 
 def _line(line: WeightName) -> WeightName:
     """A row of Llama's or Mamba 2's table, with the names of these models and with factors."""
-    (hf, *_), names = (each if isinstance(each, tuple) else (each,) for each in (line.hf, line.gguf))
+    forms: list[Any] = [each if isinstance(each, tuple) else (each,) for each in (line.hf, line.gguf)]
+    (hf, *_), names = forms
     view, part = line.hf_view, _FOLDED.get(line.target)
     if isinstance(hf, str):
         hf = functools.reduce(lambda name, pair: name.replace(*pair), _RENAMED.items(), hf)

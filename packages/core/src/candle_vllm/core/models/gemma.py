@@ -10,6 +10,8 @@ Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabular
 
 from __future__ import annotations
 
+from typing import Any
+
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
@@ -36,7 +38,7 @@ class Attention:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
         self.head_dim = dim
-        shards = dict(zip("qkv", self.sizes, strict=True))
+        shards = dict[str, int](zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(config.hidden_size, shards, placement, bias=config.attention_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.attention_bias)
         self.q_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
@@ -84,7 +86,7 @@ class Gemma(DecoderStack):
 
     def __init__(self, config: GemmaConfig, placement: Placement, checkpoint: Checkpoint) -> None:
         del checkpoint
-        self.config = config
+        self.config: Any = config
         size, cap = (config.vocab_size, config.hidden_size), config.final_softcap
         self.embed = Embedding(*size, placement, scale=config.embedding_scale, softcap=cap)
         self.rotary = self.local_rotary = Rotary(config.rope, config.max_position, placement)

@@ -102,7 +102,7 @@ def _config(
 ) -> Gemma3nConfig:
     """The config of a model with equal heads in all layers; the last `readers` layers share earlier layers' caches."""
     layers, dim = values["num_layers"], values["head_dim"]
-    shapes = {
+    shapes: dict[str, Any] = {
         "sliding_windows": tuple(windows),
         "groups": groups_of(values["num_heads"], (values["num_kv_heads"],) * layers, fields),
         "head_dims": (dim,) * layers,

@@ -143,7 +143,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
         )
     stored = ROUNDED.get(fields.get("dtype", str, fields.get("torch_dtype", str, "float32")), "F64")
     twice = fields.get("attention_k_eq_v", bool, False)
-    own = {
+    own: dict[str, Any] = {
         "num_kv_heads": min(heads),
         "head_dim": dims[windows.index(None)],
         "max_position": position,
@@ -229,7 +229,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
     sources = sources_of(windows, known.get("attention.shared_kv_layers", int, 0), fields)
     owners = [layer for layer, source in enumerate(sources) if layer == source]
     fused = any(f"blk.{layer}.attn_qkv.weight" in tensors for layer in owners)
-    own = {
+    own: dict[str, Any] = {
         "max_position": known.count("context_length"),
         "local_rope": RopeConfig(theta=known.get("rope.freq_base_swa", float, 1e4), dim=local),
         "sliding_windows": windows,

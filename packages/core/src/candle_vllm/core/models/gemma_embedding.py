@@ -78,7 +78,7 @@ class Attention:
     def __init__(self, config: GemmaConfig, placement: Placement) -> None:
         heads, kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.sizes = (heads * self.dim, kv_heads * self.dim, kv_heads * self.dim)
-        shards, bias = dict(zip("qkv", self.sizes, strict=True)), config.attention_bias
+        shards, bias = dict[str, int](zip("qkv", self.sizes, strict=True)), config.attention_bias
         self.qkv = Linear(config.hidden_size, shards, placement, bias=bias)
         self.output = Linear(heads * self.dim, config.hidden_size, placement, bias=bias)
         self.q_norm, self.k_norm = (RMSNorm(self.dim, config.norm_eps, placement) for _ in range(2))

@@ -76,7 +76,7 @@ class Attention:
     def __init__(self, config: GptConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.head_dim, self.sizes = dim, (heads * dim, kv_heads * dim, kv_heads * dim)
-        shards = dict(zip("qkv", self.sizes, strict=True))
+        shards = dict[str, int](zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
         of_heads = np.array(config.slopes[config.first_heads[0] :][:heads], np.float32)

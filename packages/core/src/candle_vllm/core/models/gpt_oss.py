@@ -106,7 +106,7 @@ class Attention:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
         self.head_dim = dim
-        shards = dict(zip("qkv", self.sizes, strict=True))
+        shards = dict[str, int](zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(config.hidden_size, shards, placement, bias=config.attention_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.attention_bias)
         sinks, window = placement.empty(heads), config.sliding_windows[layer]

@@ -89,8 +89,10 @@ def _config(
     mamba: SelectiveSizes,
 ) -> SelectiveConfig:
     every = frozenset(range(shared["num_layers"]))
-    own = {"mixture": mixture, "sparse_layers": sparse, "num_experts": mixture.experts} if mixture else {}
-    return SelectiveConfig(**shared, **own, mamba=mamba, mamba_layers=every - attended, unrotated_layers=every)
+    own: dict[str, Any] = {}
+    if mixture:
+        own = {"mixture": mixture, "sparse_layers": sparse, "num_experts": mixture.experts}
+    return SelectiveConfig(**shared | own, mamba=mamba, mamba_layers=every - attended, unrotated_layers=every)
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:

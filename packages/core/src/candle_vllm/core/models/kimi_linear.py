@@ -99,7 +99,7 @@ def _names(part: str) -> tuple[str, str]:
 
 def _line(line: WeightName) -> WeightName:
     """A row of DeepSeek's table; rows of experts also get the names in published files of Kimi Linear."""
-    if not line.target.startswith("layers.{i}.mlp."):
+    if line.hf is None or not line.target.startswith("layers.{i}.mlp."):
         return line
     names = line.hf if isinstance(line.hf, tuple) else (line.hf,)
     own = [name.replace("mlp.", "block_sparse_moe.") for name in names if isinstance(name, str)]

@@ -88,9 +88,9 @@ class Lfm2(DecoderStack):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
-        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.layers = layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
-        tied, last = config.tie_embeddings, self.layers[-1]
+        tied, last = config.tie_embeddings, layers[-1]
         self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
         self.narrows = last.conv is None and isinstance(last.mlp, GatedMLP)
 

@@ -197,7 +197,7 @@ class Attention:
         (heads, kv_heads), dim = config.heads(layer), config.head_dim
         self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
         self.head_dim = dim
-        shards = dict(zip("qkv", self.sizes, strict=True))
+        shards = dict[str, int](zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(inputs or config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.gate_kind: GateKind | None = config.gate
         gates = heads * dim if config.wide_gate else heads
@@ -289,10 +289,10 @@ class Llama(DecoderStack):
         if config.local_rope is not None:
             self.local_rotary = Rotary(config.local_rope, config.max_position, placement)
         rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
-        self.layers = [self.block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
+        self.layers = layers = [self.block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
         self.norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement, logit_scale=config.logit_scale)
-        last = self.layers[-1]
+        last = layers[-1]
         self.narrows = not isinstance(last.mlp, SparseMLP) and isinstance(last.attention, Attention)
 
     def prepare(self, positions: int) -> None:

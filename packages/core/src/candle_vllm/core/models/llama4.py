@@ -74,8 +74,6 @@ class Attention(llama.Attention):
 class Block(llama.Block):
     """One decoder layer."""
 
-    attention: Attention
-
     def mixer(self, config: Any, layer: int, rotary: Rotary, placement: Placement) -> Attention:
         """See `llama.Block`."""
         return Attention(config, layer, rotary, placement)
@@ -93,6 +91,7 @@ class Llama4(Llama):
             self.growth = Growth(config.temperature, config.max_position, placement)
         for number, layer in enumerate(self.layers):
             if number in config.unrotated_layers and isinstance(layer, Block):
+                assert isinstance(layer.attention, Attention)
                 layer.attention.growth = self.growth
 
     def prepare(self, positions: int) -> None:

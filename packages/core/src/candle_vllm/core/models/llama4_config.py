@@ -76,8 +76,8 @@ def _config(
         scales_input=True,
         shared_size=inner,
     )
-    own = {"num_experts": count, "mixture": mixture, "sparse_layers": sparse, "interleaved_rotary": True}
-    return Llama4Config(**values | own)
+    own: dict[str, Any] = {"num_experts": count, "mixture": mixture, "sparse_layers": sparse}
+    return Llama4Config(**values | own, interleaved_rotary=True)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:

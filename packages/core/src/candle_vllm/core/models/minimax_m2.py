@@ -7,6 +7,8 @@ bias, as in DeepSeek-V3. Multi-token prediction layers are not loaded. Source: M
 
 from __future__ import annotations
 
+from typing import Any
+
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
@@ -31,7 +33,8 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     fields.choice("scoring_func", "sigmoid", "sigmoid")
     fields.choice("qk_norm_type", "per_layer", "per_layer")
     for key, value in (("use_qk_norm", True), ("use_routing_bias", True), ("shared_intermediate_size", 0)):
-        if fields.get(key, int if value == 0 else bool, value) != value:
+        kind: type[Any] = type(value)
+        if fields.get(key, kind, value) != value:
             raise UnsupportedModelError(f"{fields.path}: {key} other than {value} is not implemented for this model")
     if "rotary_dim" in fields:
         part = fields.count("rotary_dim") / fields.count("head_dim")

@@ -81,7 +81,9 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
     half, period = fields.count("attention.sliding_window") // 2, fields.count("attention.sliding_window_pattern", 3)
     bases = {"rope": ("rope.freq_base", 160000.0), "local_rope": ("rope.freq_base_swa", 10000.0)}
     dim = sizes["hidden_size"] // sizes["num_heads"]
-    ropes = {name: RopeConfig(theta=fields.get(key, float, base), dim=dim) for name, (key, base) in bases.items()}
+    ropes: dict[str, Any] = {
+        name: RopeConfig(theta=fields.get(key, float, base), dim=dim) for name, (key, base) in bases.items()
+    }
     windows = tuple(half if layer % period else None for layer in range(sizes["num_layers"]))
     return StackConfig(model_type="modernbert", windows=windows, **ropes, **sizes, **_flags(fields))
 

@@ -79,7 +79,7 @@ class Attention:
     def __init__(self, config: OlmoHybridConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         heads, kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.sizes = (heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim)
-        shards, bias = dict(zip("qkv", self.sizes, strict=True)), config.attention_bias
+        shards, bias = dict[str, int](zip("qkv", self.sizes, strict=True)), config.attention_bias
         self.qkv = Linear(config.hidden_size, shards, placement, bias=bias)
         self.output = Linear(self.sizes[0], config.hidden_size, placement, bias=bias)
         self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps, placement) for size in self.sizes[:2])

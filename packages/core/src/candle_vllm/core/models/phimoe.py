@@ -49,7 +49,7 @@ def config_from_hf(fields: Fields, model_type: str) -> PhiMoeConfig:
     bias = fields.get("attention_bias", bool, False)
     experts, top = expert_count(fields, "num_local_experts", "num_experts"), fields.count("num_experts_per_tok", 2)
     mixture = _mixture(shared, experts, top, fields.get("router_jitter_noise", float, _JITTER))
-    own = {"qkv_bias": bias, "output_bias": bias, "head_bias": fields.get("lm_head_bias", bool, False)}
+    own: dict[str, Any] = {"qkv_bias": bias, "output_bias": bias, "head_bias": fields.get("lm_head_bias", bool, False)}
     return PhiMoeConfig(**shared | own, **mixture)
 
 
@@ -75,7 +75,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> PhiMoeConfig:
     """Read GGUF metadata of phimoe."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     shared["rope"] = phi3.with_divisors(fields, checkpoint, shared["rope"], shared["max_position"])
-    own = {"output_bias": "blk.0.attn_output.bias" in tensors, "head_bias": "output.bias" in tensors}
+    own: dict[str, Any] = {"output_bias": "blk.0.attn_output.bias" in tensors, "head_bias": "output.bias" in tensors}
     own["qkv_bias"] = gguf_has_bias(checkpoint)
     return PhiMoeConfig(
         **shared | own, **_mixture(shared, fields.count("expert_count"), fields.count("expert_used_count"))

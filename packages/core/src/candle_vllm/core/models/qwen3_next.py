@@ -96,10 +96,10 @@ class Qwen3Next(DecoderStack):
         self.config, vocabulary = config, (config.vocab_size, config.hidden_size)
         self.embed = Embedding(*vocabulary, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
-        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.layers = layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*vocabulary, placement)
-        self.narrows = isinstance(self.layers[-1].mlp, GatedMLP) and isinstance(self.layers[-1].attention, Attention)
+        self.narrows = isinstance(layers[-1].mlp, GatedMLP) and isinstance(layers[-1].attention, Attention)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Attention:
         heads, kv_heads, dim, eps = config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps
         self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
         self.head_dim = dim
-        shards = dict(zip("qkv", self.sizes, strict=True))
+        shards = dict[str, int](zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement)
         normed, cut = config.head_norms != "none", config.head_norms == "cut"

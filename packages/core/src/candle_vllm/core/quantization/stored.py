@@ -278,9 +278,9 @@ def numbers(part: StoredTensor, dtype: type[np.generic]) -> np.ndarray:
     return data.view(dtype).reshape(part.shape)
 
 
-def floats(part: StoredTensor, where: object = ...) -> np.ndarray:
+def floats(part: StoredTensor, where: Any = ...) -> np.ndarray:
     """Return stored floats, or those at the numpy index `where`, as a float32 array."""
     if part.type_name == "BF16":
-        return (numbers(part, np.uint16)[where].astype(np.uint32) << 16).view(np.float32)  # pyright: ignore
+        return (numbers(part, np.uint16)[where].astype(np.uint32) << 16).view(np.float32)
     kind = np.float16 if part.type_name == "F16" else np.float32
-    return numbers(part, kind)[where].astype(np.float32)  # pyright: ignore
+    return numbers(part, kind)[where].astype(np.float32)

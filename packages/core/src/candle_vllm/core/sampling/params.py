@@ -76,9 +76,9 @@ class RequestOutputKind(enum.IntEnum):
     FINAL_ONLY = 2  # only one output, with everything
 
 
-class SamplingParams(
+class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
     ExplainedStruct,
-    frozen=False,  # type: ignore[misc]  # msgspec allows it: what is given is kept in copies
+    frozen=False,  # msgspec allows it: what is given is kept in copies
     kw_only=True,
     forbid_unknown_fields=True,
     omit_defaults=True,

@@ -84,15 +84,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols, Limits])
-        self.filters = guarded_filters()  # type: ignore[assignment]
-        self.tests = guarded_tests()  # type: ignore[assignment]
+        self.filters = guarded_filters()
+        self.tests = guarded_tests()
         self.globals.pop("lipsum")
-        self.globals |= {
-            "raise_exception": raise_exception,
-            "strftime_now": strftime_now,
-            "dict": _make_dict,
-            "namespace": TemplateNamespace,
-        }
+        self.globals |= dict[str, Any](
+            raise_exception=raise_exception, strftime_now=strftime_now, dict=_make_dict, namespace=TemplateNamespace
+        )
 
     def compile_template(self, tree: nodes.Template) -> Any:
         """Rewrite a parsed tree and return its template."""

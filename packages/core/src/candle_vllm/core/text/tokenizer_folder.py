@@ -86,8 +86,9 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
         if (model := folder / "tokenizer.model").is_file():
             _check_size(model, MAX_TOKENIZER_FILE)
             vocab = read_sentencepiece(model)
-            frame = {side: config[f"{side}_token"] for side in ("add_bos", "add_eos") if f"{side}_token" in config}
-            vocab = replace(vocab, **{side: wanted is True and side[4:] in vocab.ids for side, wanted in frame.items()})
+            sides = [side for side in ("add_bos", "add_eos") if f"{side}_token" in config]
+            frame: dict[str, Any] = {side: config[f"{side}_token"] is True and side[4:] in vocab.ids for side in sides}
+            vocab = replace(vocab, **frame)
             names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
             return build_backend(vocab), {
                 names[name]: vocab.tokens[i] for name, i in vocab.ids.items() if name in names

@@ -339,7 +339,7 @@ def _bare_png(data: bytes) -> _File:
         elif kind == b"eXIf" and not exif:
             exif = data[at + 8 : end - 4]
         if kind == b"IEND" or end >= len(data):
-            return _File("PNG", b"".join(kept), *struct.unpack_from(">II", data, 16), exif)
+            return _File("PNG", b"".join(kept), *struct.unpack_from(">II", data, 16), exif=exif)
         at = end
     raise _too_many("chunks")
 

@@ -425,7 +425,8 @@ def stretch_rule(fields: Fields) -> StretchRule:
         InvalidFileError, UnsupportedModelError: as `tile_rule`.
     """
     _require_usual(fields)
-    size, parts = fields.section("size"), {}
+    size = fields.section("size")
+    parts: dict[str, Any] = {}
     tile = size.count("height", most=MAX_TILE)
     if size.count("width") != tile:
         raise InvalidFileError(f"{fields.path}: size is {dict(size.values)!r:.60}; tiles are squares")

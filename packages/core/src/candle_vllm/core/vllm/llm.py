@@ -217,9 +217,9 @@ class LLM(ExplainedAttributes):
                 'joined to one text, which is "string"',
                 "chat_template_content_format",
             )
-        made: Any = self.engine.chat(
-            messages,  # type: ignore[arg-type]
-            self._params(sampling_params),  # type: ignore[arg-type]
+        made: Any = self.engine.chat(  # pyrefly: ignore[no-matching-overload]
+            messages,
+            self._params(sampling_params),
             use_tqdm=use_tqdm,
             priority=_priority(priority),
             add_generation_prompt=add_generation_prompt,
@@ -227,7 +227,7 @@ class LLM(ExplainedAttributes):
             tools=tools,
             chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs,
-            lora_request=lora_request,  # type: ignore[arg-type]
+            lora_request=lora_request,
         )
         return _outputs(made if isinstance(made, list) else [made], lora_request)
 
@@ -409,7 +409,7 @@ class LLM(ExplainedAttributes):
     ) -> SamplingParams | Sequence[SamplingParams]:
         if isinstance(given, (list, tuple)):
             return [self._opened.defaults.filled(each) for each in given]
-        return self._opened.defaults.filled(given)  # type: ignore[arg-type]
+        return self._opened.defaults.filled(given)  # pyrefly: ignore[bad-argument-type]  # which refuses it
 
     def _pooling_params(
         self, given: PoolingParams | Sequence[PoolingParams] | None

@@ -150,7 +150,7 @@ class TextFlow:
     def _bare(self) -> Need[bool]:
         """Parse calls without a mark at the beginning of the message; return whether there were any."""
         form, reader = self._form, self._reader
-        body = form and (form.bare or (None if self._lazy else form.unmarked))
+        body = None if form is None else form.bare or (None if self._lazy else form.unmarked)
         if form is None or body is None:
             return False
         reader.mark()

@@ -118,7 +118,7 @@ class Times(NamedTuple):
     received: int
     loaded: int
 
-    def told(self) -> dict[str, int]:
+    def told(self) -> dict[str, Any]:
         """Return the durations until now."""
         return {
             "total_duration": time.perf_counter_ns() - self.received,
@@ -196,7 +196,7 @@ class LineWriter:
         return [self._line(text, thought or UNSET, logprobs=logprobs)]
 
     def _line(self, text: str = "", thought: Any = UNSET, calls: Any = UNSET, **more: Any) -> Line:
-        known = {"model": self._model, "created_at": rfc3339(time.time()), **more}
+        known: dict[str, Any] = {"model": self._model, "created_at": rfc3339(time.time()), **more}
         if self._chat:
             return ChatLine(message=Said(content=text, thinking=thought, tool_calls=calls), **known)
         return GenerateLine(response=text, thinking=thought, **known)

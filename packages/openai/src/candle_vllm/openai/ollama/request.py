@@ -263,7 +263,7 @@ class OfferedFunction(FunctionDefinition):
 class OfferedTool(Tool):
     """A tool, which is always a function."""
 
-    function: OfferedFunction  # pyright: ignore[reportIncompatibleVariableOverride]
+    function: OfferedFunction
 
 
 class CalledFunction(fields.WireModel):

@@ -150,8 +150,8 @@ class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
         EMBEDDING_REFUSED_FIELDS, "messages", *TemplateFields.model_fields
     )
 
-    input: None = None  # type: ignore[assignment]
-    input_type: None = None  # type: ignore[assignment]
+    input: None = None  # pyrefly: ignore[bad-override]
+    input_type: None = None
     messages: Messages
 
     def chat_fields(self) -> dict[str, Any]:
@@ -167,9 +167,9 @@ class ContentRequest(EmbeddingRequest):
     texts: ClassVar[str] = "content"
     scaled: ClassVar[bool | None] = True
 
-    input: None = None  # type: ignore[assignment]
+    input: None = None  # pyrefly: ignore[bad-override]
     content: Input
-    encoding_format: Literal["float", "base64"] | None = None  # type: ignore[assignment]
+    encoding_format: Literal["float", "base64"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -217,7 +217,7 @@ def _entries(given: Input) -> list[str | list[int]]:
     if isinstance(given, str):
         return [given]
     if isinstance(given[0], int):
-        return [cast("list[int]", given)]
+        return [given]
     return cast("list[str | list[int]]", given)
 
 
@@ -328,7 +328,7 @@ class PoolingRequest(ActivationFields, EmbeddingRequest):
     ) | {"messages": Refusal("the texts are the input")}
     own_tasks: ClassVar[bool] = True
 
-    task: PoolingTask | None = None  # type: ignore[assignment]
+    task: PoolingTask | None = None
 
 
 class Pooled(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, LiteralString, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -183,12 +183,12 @@ ADVISORY_FIELDS: Mapping[str, str] = {
 }
 
 
-def rule_error(kind: str, field: str, text: str) -> PydanticCustomError:
+def rule_error(kind: LiteralString, field: str, text: str) -> PydanticCustomError:
     """Return a validation error for `field`, a dotted path relative to the object that is validated.
 
     `kind` is `unknown_field`, `unsupported_field` or `invalid_field`; in the message, `text` follows the path.
     """
-    return PydanticCustomError(kind, "{text}", {"field": field[:_MAX_FIELD], "text": text})  # pyright: ignore[reportArgumentType]
+    return PydanticCustomError(kind, "{text}", {"field": field[:_MAX_FIELD], "text": text})
 
 
 def unsupported(field: str, reason: str) -> PydanticCustomError:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from msgspec.structs import replace
 from pydantic import (
@@ -107,7 +107,7 @@ class Tool(fields.WireModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _keep_as_given(cls, data: Any, handler: ModelWrapValidatorHandler[Tool]) -> Tool:
+    def _keep_as_given(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Keep the order of the keys: templates print tools as JSON, and prompts must match the prefix cache."""
         tool = handler(data)
         if isinstance(data, dict):

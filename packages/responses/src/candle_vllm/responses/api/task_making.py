@@ -295,7 +295,7 @@ def _variables(request: PromptFields) -> dict[str, Any]:
     if (limit := _thinking(request)) is not None:
         close_thoughts(variables, limit.tokens)
     with rules_below(""):
-        set_effort(variables, request.reasoning and request.reasoning.effort, "reasoning.effort")
+        set_effort(variables, request.reasoning.effort if request.reasoning else None, "reasoning.effort")
     return variables
 
 

@@ -151,7 +151,7 @@ def _function(tool: wire_tools.FunctionTool) -> dict[str, Any]:
 
 def _custom_function(name: str, tool: wire_tools.CustomTool) -> dict[str, Any]:
     form = tool.format if isinstance(tool.format, wire_tools.GrammarFormat) else None
-    return stand_in(name, tool.description, form and form.syntax, form.definition if form else "")
+    return stand_in(name, tool.description, form.syntax if form else None, form.definition if form else "")
 
 
 # ---- MCP servers -----------------------------------------------------------------------------------------------------

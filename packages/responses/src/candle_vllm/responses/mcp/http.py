@@ -232,7 +232,7 @@ async def _public_addresses(url: httpx2.URL, request: httpx2.Request) -> list[st
     try:
         async with asyncio.timeout(_RESOLVE_SECONDS):
             found = await asyncio.to_thread(look_up, host, port)
-    except (OSError, UnicodeError, TimeoutError):
+    except (OSError, UnicodeError):
         found = []
     if not found:
         raise httpx2.ConnectError("its name has no address", request=request)

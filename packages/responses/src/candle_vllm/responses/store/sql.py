@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Sequence
-from types import CoroutineType
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 def _transaction(
     work: Callable[Concatenate[SqlBackend, Connection, P], T],
-) -> Callable[Concatenate[SqlBackend, P], CoroutineType[Any, Any, T]]:
+) -> Callable[Concatenate[SqlBackend, P], Coroutine[Any, Any, T]]:
     """Return a method that runs `work` in the database's thread, inside a transaction that ends with it."""
 
     @functools.wraps(work)

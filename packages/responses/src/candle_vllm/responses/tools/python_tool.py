@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NotRequired, get_type_hints
+from typing import Any, NotRequired, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -43,8 +43,7 @@ class Signature:
         for name, parameter in parameters.items():
             hint = hints.get(name, Any)
             fields[name] = hint if parameter.default is inspect.Parameter.empty else NotRequired[hint]
-        make: Any = TypedDict  # a type checker accepts only literals here
-        arguments = make("arguments", fields)
+        arguments: Any = cast("Any", TypedDict)("arguments", fields)  # a type checker accepts only literals
         arguments.__pydantic_config__ = ConfigDict(extra="forbid")
         try:
             self._adapter: TypeAdapter[dict[str, Any]] = TypeAdapter(arguments)

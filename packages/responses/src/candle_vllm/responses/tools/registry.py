@@ -42,11 +42,12 @@ class ToolRegistry:
             raise InvalidParameterError(
                 f"tools must be a list of functions and Tool objects, not a {type(tools).__name__}", "tools"
             )
-        for tool in tools:
+        given: Iterable[Any] = tools
+        for tool in given:
             if hasattr(tool, "definition"):
-                self.add(tool)  # pyright: ignore[reportArgumentType]
+                self.add(tool)
             else:
-                self.add_function(tool)  # pyright: ignore[reportArgumentType]
+                self.add_function(tool)
 
     @property
     def revision(self) -> int:

@@ -284,5 +284,5 @@ class Target:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await loop.create_connection(lambda: client, self._host, self._port, ssl=self.tls)
-        except (OSError, TimeoutError) as error:
+        except OSError as error:
             client.fail(f"no connection: {error or type(error).__name__}")

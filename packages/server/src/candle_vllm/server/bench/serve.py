@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
@@ -265,7 +266,7 @@ def _counted(each: Seen, words: Sequence[Words]) -> Seen:
         raise CandleVllmError(
             "the server reports no usage, so tokens cannot be counted: name a tokenizer with --tokenizer"
         )
-    return Seen(**{**vars(each), "output_len": len(words[0].encode(each.text))})
+    return dataclasses.replace(each, output_len=len(words[0].encode(each.text)))
 
 
 def _number(value: Any) -> int | None:

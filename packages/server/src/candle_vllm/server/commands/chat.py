@@ -294,7 +294,7 @@ class Chat:
             )
         if not text.strip():
             raise UsageError(f"/set {name} needs a value ({option.help}), or default; it is {self._value(name)}")
-        value = None if text.strip() == "default" else convert(option.kind, text.strip(), name)
+        value: Any = None if text.strip() == "default" else convert(option.kind, text.strip(), name)
         if option is MAX_TOKENS:
             self._max_tokens = value
         else:
@@ -343,7 +343,7 @@ class Chat:
             raise UsageError("/model takes a model: an id, a folder or a .gguf file")
         if model.startswith("~"):
             model = str(Path(model).expanduser())
-        other = {**_OTHER_MODEL, "model": model, "weight_file": file[0] if file else None}
+        other: dict[str, Any] = {**_OTHER_MODEL, "model": model, "weight_file": file[0] if file else None}
         settings = dataclasses.replace(self._settings, **other)
         refuse_missing(settings)
         if (failure := self._bring(settings)) is None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import httpx
 
@@ -154,7 +154,8 @@ async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], 
     # There are no other clients, so no API keys and no limits are needed.
     settings = dataclasses.replace(
         configuration.settings, host="127.0.0.1", api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
-        max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE, **dict.fromkeys(RATES),
+        max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
+        **dict[str, Any](dict.fromkeys(RATES)),
     )  # fmt: skip
     manager, observation = open_manager(configuration.catalogue, settings, load)
     app = create_app(manager, settings)

@@ -38,7 +38,7 @@ def tls_context(settings: ListenerOptions) -> ssl.SSLContext | None:
     if settings.ssl_ca_certs is not None:
         try:
             context.load_verify_locations(settings.ssl_ca_certs)
-        except (OSError, ssl.SSLError) as error:
+        except OSError as error:
             raise UsageError(f"ssl_ca_certs {settings.ssl_ca_certs} cannot be used: {_reason(error)}") from None
     elif settings.ssl_cert_reqs:
         raise UsageError("ssl_cert_reqs needs ssl_ca_certs, the certificates that sign those of clients")
@@ -58,7 +58,7 @@ def load_chain(context: ssl.SSLContext, settings: ListenerOptions) -> None:
     try:
         # A key with a password is refused; without this function, OpenSSL would ask for it at the terminal.
         context.load_cert_chain(certificate, key, password=lambda: "")
-    except (OSError, ssl.SSLError) as error:
+    except OSError as error:
         for path in (certificate, key):
             if path is not None and not os.access(path, os.R_OK):
                 raise UsageError(f"cannot read {path}") from None

@@ -233,7 +233,7 @@ def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
     known = {name: getattr(info, name) for name in _KNOWN}
     return [
         LoadedCard(
-            **{**msgspec.structs.asdict(card), "default_sampling": {**(card.default_sampling or {}), **given} or UNSET},
+            **msgspec.structs.asdict(card) | {"default_sampling": {**(card.default_sampling or {}), **given} or UNSET},
             status=slot.state.value,
             default=default,
             **known,

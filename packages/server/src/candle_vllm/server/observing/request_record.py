@@ -92,7 +92,8 @@ class RequestRecord:
         arrived = None if context is None else context.arrived
         self.arrived = time.monotonic() if arrived is None else arrived
         self.tokens, self._last, self._unfinished = [0] * count, [0.0] * count, count
-        self.sequence_times, self._reasons = [None] * count, [None] * count
+        self.sequence_times = [None] * count
+        self._reasons = [None] * count
         self.gaps = Histogram(self.counts.gap_bounds)
         self._meter = None if context is None else context.meter
         self._counted = 0 if context is not None and context.prompt_only else 1

@@ -136,7 +136,7 @@ def load_configuration(
         settings,
         catalogue,
         tuple(sources),
-        models_file and models_file.path,
+        models_file.path if models_file else None,
         mailbox,
         tuple(dict.fromkeys(remarks)),
         in_file=models_file is not None and name is not None,

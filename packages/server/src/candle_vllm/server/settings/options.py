@@ -118,7 +118,7 @@ def own(group: str, kind: Kind, text: str, metavar: str = "", **more: Any) -> To
     def told(name: str, default: Any) -> Option:
         if isinstance(kind, Boolean):
             return switch(name, group, text, default=default, **more)
-        given = {"flags": ("--" + name.replace("_", "-"),), **more}
+        given: dict[str, Any] = {"flags": ("--" + name.replace("_", "-"),), **more}
         return Option(
             name, group, kind=kind, help=text, metavar=metavar, repeat=default == (), default=default, **given
         )

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -416,7 +417,7 @@ class OffloadedBlocks:
         self._wake = threading.Condition()  # guards the ranks' reports on readings
         self._ranks = 1 if others is None else 1 + others.count
         self._counts = Counter(kept_blocks_read=0, kept_block_failures=0)
-        self._own = BlockParts(store, memory, lambda *said: self.heard(0, *said), state=state)
+        self._own = BlockParts(store, memory, partial(self.heard, 0), state=state)
         if others is not None:
             others.listen(self.heard)
 

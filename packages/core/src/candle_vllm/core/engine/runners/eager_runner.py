@@ -87,7 +87,8 @@ class EagerRunner(CacheParts, StepwiseRunner):
         self._block_size = block_size
         self.caches = layer_caches_of(decoder, (num_blocks, block_size), empty, room=room, windows=windows)
         self._hidden = torch.empty(0, config.hidden_size)
-        self.adapters, self._adapter_rows = adapters, None
+        self.adapters = adapters
+        self._adapter_rows: AdapterRows | None = None
         self._taps = taps
         self._kept = None if taps is None else Taps(taps)
         self._turning = turning

@@ -163,7 +163,8 @@ class RecordedRunner(StepwiseRunner):
             self._looked_up.begin(recorder)
         step = dataclasses.replace(self._step, positions=step_tokens(recorder, recorder.arrays.positions), shared={})
         if narrows:
-            step = dataclasses.replace(step, **{"narrowed" if self._readers else "narrows": self._narrows_at})
+            narrowed: dict[str, Any] = {"narrowed" if self._readers else "narrows": self._narrows_at}
+            step = dataclasses.replace(step, **narrowed)
         hidden = self._layers(self._decoder, recorder, step)
         ends = len(recorder.plan), recorder.num_rows
         self._decoder.logits(hidden)

@@ -354,10 +354,10 @@ class Engine:
         if batch.drafted:
             outputs += self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", sampled))
         else:
-            for live, token in zip(flight.lives, sampled, strict=True):
+            for live, token in zip(flight.lives, cast("Seq[Token]", sampled), strict=True):
                 if live.is_over:  # the sequence has ended since the launch
                     continue
-                output = self._accept(live, token)  # pyright: ignore[reportArgumentType]  # one token for each sequence
+                output = self._accept(live, token)
                 outputs.append(output if output.finish_reason is None else self._finish(live, output))
         self._counts["generation_tokens"] += sum([len(output.token_ids) for output in outputs])
         for item in prompts:

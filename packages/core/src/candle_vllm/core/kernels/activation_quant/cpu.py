@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Quantise activations on the CPU, and apply the prologue in the same pass.
 
 If there are at least as many rows as threads, each thread processes whole rows; otherwise each thread processes some
@@ -276,7 +275,7 @@ def row_mean(_: Any, x: Any, columns: Any) -> Any:
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        return b.fdiv(_row_sum(e, *args, b.fadd, True), b.sitofp(args[1], F32))
+        return b.fdiv(_row_sum(e, args[0], args[1], b.fadd, True), b.sitofp(args[1], F32))
 
     return types.float32(types.int64, types.int64), code
 

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Convert activations to the input format of plain matrices on the CPU, and apply the prologue in the same pass.
 
 Threads divide the work as in `activation_quant/cpu.py`. A row whose length is not a multiple of 32 is first copied to

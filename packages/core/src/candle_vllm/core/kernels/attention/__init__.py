@@ -44,7 +44,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """Compute softmax(q k^T * scale) v for every sequence of the step; see the contract above."""
     assert q.shape[1] % key_cache.shape[2] == 0
-    assert all(each is None or each.shape == q.shape[1:2] for each in map(scores.get, ("sinks", "slopes")))
+    assert all(each is None or each.shape == q.shape[1:2] for each in (scores.get("sinks"), scores.get("slopes")))
     if on_gpu(q):
         from candle_vllm.core.kernels.attention import triton
 

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Paged attention on the CPU: `attend` and, after a barrier, `merge` (step 6 of a request's life).
 
 Terms: see `cpu_cache.py`. Caches are bfloat16 (`cpu_tiles`) or quantised (`cpu_quantised`). Queries [T, H, D] are

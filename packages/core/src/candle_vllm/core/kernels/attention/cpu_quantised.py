@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Emitted code for a quantised KV cache on the CPU, in blocks of 32 elements of a key or value (terms: `cpu_cache.py`).
 
 An element is scale * (code - bias) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 and 4

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Scores and values of 16 query rows at a time on AMX, whose tile registers hold squares (step 6 of a request's life).
 
 A square is the content of one register, 16 lines of 64 bytes. The cache has the layout that AMX reads (`cpu_tiles`): a

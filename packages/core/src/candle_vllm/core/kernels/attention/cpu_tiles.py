@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of paged attention on the CPU: scores, softmax, values, merge (step 6 of a request's life).
 
 Terms: see `cpu_cache.py`. A strip of bfloat16 keys is [D/2, W, 2]: a 64-byte load has the same pair of dimensions of
@@ -152,7 +151,7 @@ def _spread_pair(e: Emitter, numbers: Any, pair: Any, first: int, isa: Isa) -> l
 def _add_product(e: Emitter, total: Any, x: list[Any], y: list[Any], isa: Isa) -> Any:
     """Return total[lane] + the sum of the two products of the lane's pairs."""
     if not in_floats(isa):
-        return e.dot_bf16(total, *x, *y, isa)
+        return e.dot_bf16(total, x[0], y[0], isa)
     for both in zip(x, y):
         total = e.fma(*both, total)
     return total
@@ -202,7 +201,9 @@ def softmax_rows(
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         bounds = [
-            _seen_keys(e, *(e.load(args[3], I64, 8 * (row + behind)) for behind in (0, ROW_TILE)), args[4], args[5])
+            _seen_keys(
+                e, *(e.load(args[3], I64, 8 * at) for at in (row, row + ROW_TILE)), start=args[4], window=args[5]
+            )
             for row in range(m)
         ]
         numbers = ir.Constant(vector(I32), list(range(LANES)))

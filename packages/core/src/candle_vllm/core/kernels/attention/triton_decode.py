@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 """Paged attention of one new token of each sequence on a GPU, split over the keys so that all multiprocessors work.
 
 The keys of a sequence are divided into splits, by the length of its context alone. A fixed number of programs shares
@@ -128,7 +127,7 @@ def decode_kernel(
         if items is not None:
             row, split = listed_item(items, work, SPLITS)
         else:
-            row, split = counted_item(ends, work)
+            row, split = counted_item(ends, work)  # pyrefly: ignore[unbound-name]
         context = tl.load(context_lens + row).to(tl.int32)
         begin, keys, count = split_keys(context, WINDOW, BLOCK_N, SPLITS, CHUNK)
         begin = begin + split * keys

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Work items of the kernels for one new token per sequence: the sequence of an item, and its split of the context.
 
 Terms: see `triton.py`; a row is a sequence. Either every program of a launch counts the splits of all sequences, or,

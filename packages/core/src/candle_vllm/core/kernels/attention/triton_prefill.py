@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Paged attention of several new tokens of a sequence on a GPU: prompts, chunks of prompts, draft tokens.
 
 A program computes one KV head and a tile of queries: BLOCK_M rows, which are some neighbouring tokens of one sequence

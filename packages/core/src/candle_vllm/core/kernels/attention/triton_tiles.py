@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Shared code of the GPU's attention kernels: reading a tile of the paged cache, and one step of the online softmax.
 
 A tile is N neighbouring positions of one sequence and one key-value head; its first position is a multiple of N. The

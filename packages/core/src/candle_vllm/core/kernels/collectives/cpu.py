@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Compiled all-reduce and all-gather of ranks in shared memory.
 
 Each rank has a **block** of the memory: a counter, and from `FIRST_SLOT` on two **slots**, which operations use

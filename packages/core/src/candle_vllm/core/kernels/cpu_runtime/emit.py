@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false
 """Vector code for the CPU kernels, emitted as LLVM IR through Numba's `@intrinsic`.
 
 Vectors are 16 lanes of 32 bits (512 bits). For a CPU with shorter registers LLVM splits the same code; only dot

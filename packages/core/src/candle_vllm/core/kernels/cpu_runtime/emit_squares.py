@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """AMX tile registers in vector code: each has up to 16 rows of up to 64 bytes, a **square**; products are 16 x 16 sums.
 
 An operation configures the registers, by 64 bytes of memory, before it uses them, and ends with `end_squares`. Linux

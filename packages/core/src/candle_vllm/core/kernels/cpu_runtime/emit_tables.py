@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 """Tables of constants in vector code. A table of 16 bytes is read by one shuffle, a table of some hundreds of bytes by
 a few shuffles if the CPU has VBMI, otherwise by gathering from memory."""
 

@@ -66,7 +66,7 @@ class InputRows:
 class Inputs:
     """An input in one form: arguments for the operations that read it, and the arrays that must stay alive."""
 
-    arguments: Mapping[str, int]
+    arguments: Mapping[str, Any]
     arrays: tuple[np.ndarray, ...]
 
 
@@ -107,7 +107,7 @@ def _convert(
     """Record the conversion of an input, `copies` rows per token. `rows`: a second form, and the address for it."""
     if isinstance(form, Groups) and form.order is not None:
         return _ordered_inputs(recorder, form.order, source, copies=copies, barrier=barrier)
-    common = dataclasses.asdict(source)
+    common: dict[str, Any] = dataclasses.asdict(source)
     prologue, columns = common.pop("prologue"), source.columns
     if isinstance(form, Groups):
         q = recorder.memory(copies * columns, np.int8)

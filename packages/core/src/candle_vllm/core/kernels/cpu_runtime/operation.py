@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from threading import Thread
 from typing import Any, ClassVar, NamedTuple, TypeAlias, get_type_hints
@@ -242,6 +243,7 @@ def _float_bits(value: float) -> int:
 # ---- products of all weight formats ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
 class Matrix:
     """A matrix [N, K] whose rows are interleaved, 16 in a tile: see `packed_linear`, `plain_linear`, `scaled_linear`.
 
@@ -249,9 +251,7 @@ class Matrix:
         linear, embedding: names of the operations that multiply by a matrix, and that read its rows, see `operation`.
         rows, columns: N and K.
         kind: the layout, a number that selects the compiled operations.
-        data: uint8 [tiles, bytes of a tile], contiguous.
-        input_form: the format of the input that the matrix multiplies, an `InputForm`.
-        length: length of a tile along K, in units of the weight format.
+        data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
     """
 
     linear: ClassVar[str]
@@ -260,8 +260,16 @@ class Matrix:
     columns: int
     kind: Any
     data: np.ndarray
-    input_form: Any
-    length: Any
+
+    @property
+    def input_form(self) -> Any:
+        """The format of the input that the matrix multiplies, an `InputForm`."""
+        raise NotImplementedError
+
+    @property
+    def length(self) -> int:
+        """Length of a tile along K, in units of the weight format."""
+        raise NotImplementedError
 
     @property
     def span(self) -> int:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Intrinsics that several kernels and the thread team need: memory by address, atomics, waiting, rows of a plan."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from typing import Any

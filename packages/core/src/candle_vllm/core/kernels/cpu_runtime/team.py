@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -256,13 +256,14 @@ def system_semaphores() -> Semaphores | None:
     The arguments of `wait` and `post` suit all three. For `wait`, -1 is Windows' and Dispatch's infinite timeout. For
     `post`, 1 and 0 are the count and a null pointer for Windows. POSIX functions read the semaphore alone.
     """
+    arguments: tuple[int | None, ...] = ()
     try:
         if sys.platform == "win32":
             library = ctypes.WinDLL("kernel32")
             wait, post, drop = library.WaitForSingleObject, library.ReleaseSemaphore, library.CloseHandle
             create = library.CreateSemaphoreW
             create.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_wchar_p)
-            arguments: tuple[int | None, ...] = (None, 0, 1 << 30, None)
+            arguments = (None, 0, 1 << 30, None)
         elif sys.platform == "darwin":
             library = ctypes.CDLL(None)
             wait, post = library.dispatch_semaphore_wait, library.dispatch_semaphore_signal
@@ -270,14 +271,14 @@ def system_semaphores() -> Semaphores | None:
             create.argtypes, arguments = (ctypes.c_ssize_t,), (0,)
         else:
             library = ctypes.CDLL(None)
-            wait, post, drop, start = library.sem_wait, library.sem_post, library.sem_destroy, library.sem_init
-            drop.argtypes, start.argtypes = (ctypes.c_void_p,), (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint)
-            return Semaphores(_address(wait), _address(post), lambda at: at if start(at, 0, 0) == 0 else 0, drop)
+            wait, post, drop, create = library.sem_wait, library.sem_post, library.sem_destroy, library.sem_init
+            drop.argtypes, create.argtypes = (ctypes.c_void_p,), (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint)
+            return Semaphores(_address(wait), _address(post), lambda at: at if create(at, 0, 0) == 0 else 0, drop)
+        drop.argtypes, drop.restype, create.restype = (ctypes.c_void_p,), None, ctypes.c_void_p
+        return Semaphores(_address(wait), _address(post), lambda _: create(*arguments) or 0, drop)
     except (OSError, AttributeError):
         return None
-    drop.argtypes, drop.restype, create.restype = (ctypes.c_void_p,), None, ctypes.c_void_p
-    return Semaphores(_address(wait), _address(post), lambda _: create(*arguments) or 0, drop)
 
 
-def _address(function: object) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0  # pyright: ignore[reportArgumentType]
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

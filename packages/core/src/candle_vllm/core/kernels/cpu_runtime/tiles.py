@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Code that the linear operations of all weight formats share: stack memory, writing result tiles, prefetching."""
 
 from __future__ import annotations

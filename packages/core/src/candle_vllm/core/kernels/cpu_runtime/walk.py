@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Compiled code of the thread team: run a plan, divide its operations, wait; and the main loop of a helper.
 
 **Pieces.** A row (an operation of the plan) is divided into one piece per thread. Piece n belongs to thread n, but a

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """The gated delta rule, Mamba 1 and 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between them.
 
 Terms (tile, kept row): see the package. The columns of a state are independent. A **unit** of `scan` is up to two tiles

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule, Mamba 1 and 2 on a GPU: checks, launches, and kept rows (step 6 of a request's life).
 
 All programs of a key head read the kept rows (inputs of draft tokens, see `kernels/states.py`), so a second launch

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule of prompts on a GPU: chunks of 64 tokens at multiples of 64 at once, other tokens one by one.
 
 For a chunk's tokens i and j <= i, D[i, j] is the product of the decays of tokens j + 1 .. i, P[i] that of the decays up

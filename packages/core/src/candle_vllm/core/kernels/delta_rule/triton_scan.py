@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule, Mamba 1 and 2 on a GPU, token by token (step 6 of a request's life).
 
 A program holds some columns of a value head's state in registers and processes all tokens of one sequence. Every

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Add float32 rows to other rows on the CPU; the package of each weight format, such as `packed_linear`, reads rows."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false
 """Embedding rows on a GPU (step 6 of a request's life). A program copies part of one token's row."""
 
 from __future__ import annotations

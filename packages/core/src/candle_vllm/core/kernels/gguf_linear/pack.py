@@ -78,7 +78,7 @@ def pack(
         else:
             parts = take_apart(_on_device(part, device), CONTENTS[kind.type], torch)
         _store(parts, planes, found, slice(first, first + step))
-    return GgufMatrix(rows, columns, kind, **found)  # pyright: ignore[reportArgumentType]  # the names are its own
+    return GgufMatrix(rows, columns, kind, **found)  # pyrefly: ignore[bad-argument-type]  # the names are its own
 
 
 def _of_grid(part: np.ndarray, layout: GridLayout, device: torch.device) -> BlockParts[torch.Tensor]:

@@ -11,9 +11,6 @@ because every tile of `linear_exact` is too small for wgmma, so that all use the
 not, parts of the matrix are decoded, and torch multiplies.
 """
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-
 from __future__ import annotations
 
 from types import MappingProxyType

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Codecs of all forms of groups, which read codes, scales and zeros of the layout (step 6 of a request's life).
 
 A small float becomes a float16 by moving its bits: e5m2 is the upper half of a float16. e4m3 and e2m1 have shorter

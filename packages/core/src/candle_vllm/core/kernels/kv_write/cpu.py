@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Rotary embedding, cache write and query conversion in one pass on the CPU (step 6 of a request's life).
 
 Terms: see `attention/cpu_cache.py`. The operation reads the product of the fused q/k/v projection, rotates q and k in

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Write the paged cache on a GPU (step 6 of a request's life): one launch copies the keys and values of all tokens.
 
 A program copies up to `_MOST` elements of one token's key and value; in a cache with scaled rows, whole heads. Slots

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Latent attention on the CPU: `attend` and, after a barrier, `merge` (step 6 of a request's life).
 
 Terms: see `attention/cpu_cache.py`; chunks, units and merging are those of `attention/cpu.py`, so a token's result does

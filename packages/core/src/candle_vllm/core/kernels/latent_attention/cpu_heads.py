@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Multiply each head by its own matrix on the CPU, by the linear operation of `plain_linear`.
 
 A unit of work is some tiles of one head's matrix, for all tokens. The thread that computes queries in latent space also

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of latent attention on the CPU: scores, softmax, values.
 
 The cache stores a token's latent row [rope | latent] contiguously, D = R + L elements of bfloat16, and both products

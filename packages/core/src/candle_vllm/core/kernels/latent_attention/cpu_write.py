@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Rotation, norm, cache write and input conversion before latent attention on the CPU, in one pass over a step.
 
 The latent row of a token is the rotated part of its key and its normed latent vector, in bfloat16. Of each head's query

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 """Latent attention of one new token of each sequence on a GPU, split over the context.
 
 Work is divided as in `attention/triton_decode.py`, of which this module uses the merging kernel: a work item is one
@@ -83,7 +82,7 @@ def latent_decode_kernel(
         if items is not None:
             row, split = listed_item(items, work, SPLITS)
         else:
-            row, split = counted_item(ends, work)
+            row, split = counted_item(ends, work)  # pyrefly: ignore[unbound-name]
         context = tl.load(context_lens + row).to(tl.int32)
         begin, keys, count = split_keys(context, 0, BLOCK_N, SPLITS, CHUNK)
         begin += split * keys

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Multiply each head by its own matrix on a GPU, so that a token's bits do not depend on the rest of the step.
 
 A program computes some elements of one head for a tile of tokens. Tiles have the same size for any number of tokens,

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Latent attention of several new tokens of a sequence on a GPU: prompts, and their chunks.
 
 A program computes a tile of queries: all heads of some neighbouring tokens of one sequence, or, if a token has more

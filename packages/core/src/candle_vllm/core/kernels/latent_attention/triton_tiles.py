@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Code that the latent attention kernels of the GPU share: reading rows, a step of the softmax.
 
 A tile is N neighbouring positions of one sequence. The two parts of a cache row are read separately, because R + L is

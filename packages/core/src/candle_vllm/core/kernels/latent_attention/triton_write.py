@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Write latent rows to the cache on a GPU: one program for each token.
 
 Slots are read on the device, and tokens with a negative slot write nothing, so that a captured step may have more rows

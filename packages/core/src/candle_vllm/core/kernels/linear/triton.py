@@ -17,9 +17,6 @@ four warps), and every tile of codes is smaller. float32 is multiplied without t
 float16 on GPUs where Triton uses no tensor cores.
 """
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -315,7 +312,7 @@ def linear(
     assert bias is None or bias.dtype == x.dtype
     tile = _tile(len(x), x.dtype, capability(x.device), _aligned(x, weight))
     many = cdiv(len(weight), tile.rows) * cdiv(len(x), tile.tokens) >= CUT.enough
-    operand = plain_operand(weight, *weight.shape, weight.stride(0), tile.columns)
+    operand = plain_operand(weight, *weight.shape, pitch=weight.stride(0), at_a_time=tile.columns)
     return launch(x, operand, bias, out, plain, tile, CUT if invariant or not many else None)
 
 

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """The sums of a tile: some rows of a matrix times some rows of x, along K (step 6 of a request's life).
 
 Every kernel that multiplies by a stored matrix, of a linear layer or of experts, has two parts: an outer part, which

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`expand`: multiply the sums of `shrink` by B, in a compiled CPU operation that also computes the model's product.
 
 Terms: see `layout.py`. A thread adds adapters to the columns of the model's product that it computed itself. If another

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Add adapters to experts' products on the CPU, for each pair of an entry (`layout.py`) and an expert of its row.
 
 In `shrink` threads divide pairs; in `expand` they divide columns, as in `cpu_expand.py`.

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Compiled function that quantises an adapter's weights to 8 bits with scales; it releases the GIL.
 
 It produces the bytes of `reference.quantised` on every CPU.

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`shrink`: multiply input rows by A, in a compiled CPU operation next to the model's own product.
 
 Terms (entry, group, quarter, block, step): see `layout.py`. A thread never waits. Weights are read once for all rows of

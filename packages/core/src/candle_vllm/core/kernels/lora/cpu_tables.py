@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Adapters of embedding tables on the CPU: look up products with A, and replace rows of the model's table."""
 
 from __future__ import annotations

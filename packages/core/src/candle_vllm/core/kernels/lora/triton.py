@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Add adapters to a product on a GPU (step 6 of a request's life): two launches for any mix of adapters in a step.
 
 A **block** is up to `most` rows of one adapter, a **stretch** some consecutive columns of x; stretches depend on K
@@ -15,6 +13,7 @@ that a token's bits do not depend on the other tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -271,7 +270,7 @@ def _builds(
     shrink = {"x": f"*{dtype}", "K": "i32", "x_stride": "i32", "steps": "i32", **types}
     expand = {"y": f"*{dtype}", "like": f"*{dtype}", "scales": "*fp32", "columns": "*i32", "weights": "*fp32", **types}
     expand["y_stride"] = "i32"
-    more = {"ROWS": _OUT_ROWS, "DEPTH": GPU_RANKS, "STRETCHES": stretches, **shape}
+    more: dict[str, Any] = {"ROWS": _OUT_ROWS, "DEPTH": GPU_RANKS, "STRETCHES": stretches, **shape}
     if bias is None:
         more["bias"] = None
     else:

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Mixture of experts as compiled CPU operations: routing, sorting of pairs, the experts' matrices, the weighted sum.
 
 Terms (pair, place): see the package. In the order of places, the rows that an expert multiplies are contiguous in the

@@ -93,7 +93,7 @@ def expert_linear(
         elif activation == "gelu":
             y = torch.nn.functional.gelu(y)
         elif activation is not None:
-            y = gated(*y.chunk(2, -1), activation)
+            y = gated(*y.chunk(2, -1), activation=activation)
         if waits:
             out[token, slot] = y
         else:

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Mixture of experts on a GPU (step 6 of a request's life): gate and up with the activation, down, and the sum.
 
 With few pairs there are three launches; with many four or five, because the pairs are sorted first. Every pair's result

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Products with experts' matrices on a GPU (step 6 of a request's life).
 
 Terms (pair, place): see the package. All experts' rows are in one matrix, one expert after another. A kernel gets a
@@ -383,7 +381,7 @@ def _build(
         )
     arithmetic = _arithmetic(stored, few=kernel is few_kernel)
     extra = {"SLOTS": 8} if kernel is few_kernel else {"TOGETHER": TOGETHER}
-    types = dict.fromkeys(("T", "X", "N", "K", "pitch", "x_stride", "steps", "blocks"), "i32")
+    types: dict[str, Any] = dict.fromkeys(("T", "X", "N", "K", "pitch", "x_stride", "steps", "blocks"), "i32")
     types |= dict.fromkeys(("experts", "order", "table"), "*i32") | dict.fromkeys(("x", "out"), f"*{dtype}")
     types |= dict(zip(("low", "high", "scales", "supers"), operand.planes, strict=True))
     types["bias"] = None if bias is None else f"*{bias}"

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Choose a token's experts on a GPU (step 6 of a request's life). A program holds one token's logits in registers.
 
 An expert is chosen by the maximum of integers that have the value in the high bits and the index in the low bits, so

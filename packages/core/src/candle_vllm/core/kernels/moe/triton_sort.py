@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Sort pairs of token and expert by expert, in blocks of one expert, on a GPU (step 6 of a request's life).
 
 The order is stable: an expert's pairs stay in the order of the tokens. First the pairs of each expert are counted in

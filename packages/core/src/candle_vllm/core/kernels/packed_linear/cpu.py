@@ -12,8 +12,6 @@ instruction sets treat 8-bit codes as signed instead. Each variant computes a ro
 order (`_add_group`). Some CPUs need software prefetch to read tiles sequentially: `level.bytes_ahead`.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -7,8 +7,6 @@ rows it multiplies a few units' tiles of gate, then the same units' tiles of up;
 element is the same as from the separate operations (`packed_linear.cpu`, `activation_quant.cpu`).
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 from typing import Any

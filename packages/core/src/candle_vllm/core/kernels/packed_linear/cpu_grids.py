@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false
 """Emit vector code for `cpu.py` that decodes groups of IQ1, IQ2 and IQ3 (`grids.py`); step 6 of a request's life.
 
 Terms: see `grids.py`. An index selects two bytes, one for each half of the index's weights; a few bits of a byte select

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Panels of activations for the packed linear layer: interleaved rows in the order in which the kernel reads them.
 
 A **panel** has 16, 8, 4 or 1 rows (tokens); if fewer are left, the last row is repeated, and the repetitions' results

@@ -254,18 +254,13 @@ class PackedMatrix(Matrix):
     """A quantised weight matrix, 16 rows interleaved.
 
     Attributes:
-        rows: N, outputs.
-        columns: K, inputs.
-        data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes. Padding rows of the last tile are zero.
+        data: see `Matrix`; padding rows of the last tile are zero.
         order: int64 [K], the input element that each column multiplies; None for the input's own order.
     """
 
     linear, embedding = "packed_linear.cpu:make_linear", "packed_linear.cpu:make_embedding"
 
-    rows: int
-    columns: int
     kind: PackedKind
-    data: np.ndarray
     order: np.ndarray | None = None
 
     @property

@@ -19,8 +19,6 @@ need registers). These have 12 vectors of sums; with only 8 (4 rows), multiplica
 Every variant adds a sum's products in the order of K.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 from typing import Any

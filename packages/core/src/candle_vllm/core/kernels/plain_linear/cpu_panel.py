@@ -6,8 +6,6 @@ rows, and so on, because each step of the weights reads one element of every row
 registers of half the size, which hold the sums of one tile and 4 rows, or 6 rows of several panels.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -16,8 +16,6 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-import numpy as np
-
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.quantization.plain import ELEMENTS
@@ -61,21 +59,11 @@ class PlainKind(enum.IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class PlainMatrix(Matrix):
-    """A plain weight matrix, 16 rows interleaved.
-
-    Attributes:
-        rows: N, outputs.
-        columns: K, inputs.
-        kind: format of the weights.
-        data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
-    """
+    """A plain weight matrix, 16 rows interleaved."""
 
     linear, embedding = "plain_linear.cpu:make_linear", "plain_linear.cpu:make_embedding"
 
-    rows: int
-    columns: int
     kind: PlainKind
-    data: np.ndarray
 
     @property
     def steps(self) -> int:

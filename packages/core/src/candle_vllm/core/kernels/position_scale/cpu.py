@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Multiply each row in place by a factor of its position on the CPU (step 6 of a request's life)."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Separate operations for norms on the CPU: of each head in place, and of rows, added to other rows (a residual).
 
 The norm of whole rows before a matrix is part of `kernels/activation_quant` and `kernels/activation_rows`. LAYER is 1

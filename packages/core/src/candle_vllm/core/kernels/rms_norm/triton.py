@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """RMSNorm on a GPU, also of sums and of heads (step 6 of a request's life).
 
 A program has one row, or several short rows such as heads, in registers; longer rows are read twice. The number of

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false
 """Rotary position embedding on a GPU (step 6 of a request's life): one launch for the queries and keys of a layer.
 
 A program rotates some heads of one token. All arithmetic is elementwise, so nothing depends on the batch.

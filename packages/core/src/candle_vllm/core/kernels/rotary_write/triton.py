@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Norms of heads, rotary embedding and the cache write on a GPU (step 6 of a request's life): one launch for a layer.
 
 A program processes some heads of one token: queries, or keys and values. Slots are read on the device, and tokens with

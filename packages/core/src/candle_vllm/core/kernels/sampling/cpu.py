@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Sampling as compiled functions (step 7 of a request's life): two or three passes over a row, without sorting.
 
 Rows are processed separately. The functions do not hold the GIL. `draw_rows` is an operation that divides the rows

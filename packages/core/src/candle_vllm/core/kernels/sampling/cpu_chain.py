@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """llama.cpp's sampler chain as a compiled function: each sampler sets removed tokens to -inf, without sorting.
 
 `chain.py` defines the samplers; chunk and key: see `cpu_chunks.py`. After a sampler has removed tokens, the chunks'

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of sampling on the CPU, for 512 logits at a time (step 7 of a request's life).
 
 A **chunk** is 32 vectors of 16 logits; a row's last chunk is copied and filled up with -inf. A chunk has 16 maxima, one

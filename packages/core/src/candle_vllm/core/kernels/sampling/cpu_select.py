@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Find the cut of a row of logits without sorting: the k-th largest logit, and the last token that top_p keeps.
 
 The **cut** is the logit at which the sum of the weights, from the largest logit down, reaches a limit. (For top_k every

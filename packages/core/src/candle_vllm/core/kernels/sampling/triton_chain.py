@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """llama.cpp's chain on a GPU (step 7 of a request's life): one launch, a program for each row, without sorting.
 
 Seven values (floor, shift, far, cut, tie, roof, stays) describe which tokens are left, and the row is written once, at

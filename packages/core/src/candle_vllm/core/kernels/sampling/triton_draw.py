@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """Sampling one token per row on a GPU (step 7 of a request's life): up to five launches, without sorting or waiting.
 
     survey   finds the largest logits of chunks and of groups (`triton_rows.py`)

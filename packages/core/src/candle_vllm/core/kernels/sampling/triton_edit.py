@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false
 """Edits of logits on a GPU (step 7 of a request's life): bias, then masks and penalties in one pass.
 
 A mask commutes with a bias, so this order gives the same result as the order of vLLM's processors. The edits of each

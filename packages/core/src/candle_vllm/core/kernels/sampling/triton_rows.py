@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """Code that the sampling kernels on a GPU share: rows in chunks, logits as integers, and the search for a threshold.
 
 A row is always divided into the same **chunks** of CHUNK logits, and a chunk into GROUPS **groups**. Weights are

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false
 """Ranks of tokens, and the top logits of rows, on a GPU (step 7 of a request's life): five launches, no sort.
 
     survey   finds the largest logits of chunks and of groups (`triton_rows.py`)

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Scale, soft-cap, clamp or sparsify rows in place on the CPU (step 6 of a request's life)."""
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ too few to keep up with memory. For more rows, as many tiles as fit the second-l
 once, and multiplied by the rows in blocks. All variants add a span's products in the same order.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -23,8 +23,6 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-import numpy as np
-
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 
@@ -70,20 +68,13 @@ class ScaledMatrix(Matrix):
     """A weight matrix of small floats with scales, 16 rows interleaved.
 
     Attributes:
-        rows: N, outputs.
-        columns: K, inputs.
-        kind: format of the weights.
         span_turns: number of turns of a whole span.
-        data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes.
     """
 
     linear = "scaled_linear.cpu:make_linear"
 
-    rows: int
-    columns: int
     kind: ScaledKind
     span_turns: int
-    data: np.ndarray
 
     @property
     def turns(self) -> int:

@@ -38,9 +38,9 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
     rows, columns = len(codes.codes), codes.columns
     span_turns = _span_turns(codes, kind)
     tiles = -(-rows // ROWS)
-    empty = ScaledMatrix(rows, columns, kind, span_turns, np.empty(0, np.uint8))
+    empty = ScaledMatrix(rows, columns, kind, np.empty(0, np.uint8), span_turns)
     data = (memory or WeightMemory(0)).take(tiles * empty.tile_bytes, tiles).reshape(tiles, -1)
-    matrix = ScaledMatrix(rows, columns, kind, span_turns, data)
+    matrix = ScaledMatrix(rows, columns, kind, data, span_turns)
 
     def job(first: int, last: int) -> None:
         _store(codes.take(slice(first * ROWS, last * ROWS)), matrix, data[first:last])

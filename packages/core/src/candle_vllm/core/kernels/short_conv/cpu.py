@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """The convolution with a state on the CPU (step 6 of a request's life).
 
 Threads divide the channels, at least 16 each, and process their channels of all sequences, so no thread writes states

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 """The convolution with a state on a GPU (step 6 of a request's life).
 
 A program computes some channels of some tokens in parallel, because a token depends on inputs alone. States and kept

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Copy rows, or some runs of their columns, on the CPU (step 6 of a request's life)."""
 
 from __future__ import annotations

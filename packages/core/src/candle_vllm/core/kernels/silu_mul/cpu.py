@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Multiply rows by act(gate) in place on the CPU, or apply xIELU to them (step 6 of a request's life)."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Activation-and-multiply on a GPU (step 6 of a request's life). A program computes part of one token's row."""
 
 from __future__ import annotations

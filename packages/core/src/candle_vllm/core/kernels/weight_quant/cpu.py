@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 """Compiled functions that quantise weights, one for each type; they release the GIL and share no memory.
 
 A batch is 16 groups, searched at once: a block of a type with groups of 16, two with groups of 32, 16 of IQ4_NL.

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Search the scales of 16 groups at a time: each lane of a vector is one group.
 
 The arithmetic is that of `reference.py`, in the same order on every CPU, because no sum goes across lanes.

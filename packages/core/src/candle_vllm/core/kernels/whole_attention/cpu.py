@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Attention of encoders on the CPU: `lay_out` and, after a barrier, `attend_whole` (step 6 of a request's life).
 
 If the model has rotary embeddings, `turn` first rotates queries and keys in place.

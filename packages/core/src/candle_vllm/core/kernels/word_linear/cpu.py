@@ -7,8 +7,6 @@ group, 16 vectors of integer sums stay in registers. The float sums are in memor
 CPU has only 32 vector registers.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 from typing import Any

@@ -41,19 +41,9 @@ class WordKind(enum.IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class WordMatrix(Matrix):
-    """A weight matrix of integers with scales, 16 rows interleaved.
+    """A weight matrix of integers with scales, 16 rows interleaved."""
 
-    Attributes:
-        rows: N, outputs.
-        columns: K, inputs.
-        data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
-    """
-
-    linear, kind = "word_linear.cpu:make_linear", WordKind.I16
-
-    rows: int
-    columns: int
-    data: np.ndarray
+    linear = "word_linear.cpu:make_linear"
 
     @property
     def groups(self) -> int:
@@ -91,7 +81,7 @@ def pack(raw: np.ndarray, dtype: str, rows: int, columns: int, memory: WeightMem
             return None
         data = (memory or WeightMemory(0)).take(tiles * groups * GROUP_BYTES, tiles).reshape(tiles, -1)
         list(pool.map(lambda place: _store(numbers(*place), data[place[0] : place[1]]), places))
-    return WordMatrix(rows, columns, data)
+    return WordMatrix(rows, columns, WordKind.I16, data)
 
 
 def _store(numbers: np.ndarray, tiles: np.ndarray) -> None:

@@ -156,7 +156,7 @@ def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | No
     mask: Any = torch.empty(1, 1, q_length, q_length, device=torch.device("meta"))
     try:
         mask.window = _window(_without_padding(mask_function), local_size)
-    except (NotPagedError, RuntimeError, NotImplementedError) as error:
+    except (NotPagedError, RuntimeError) as error:
         known = isinstance(error, NotPagedError)
         mask.window = error if known else NotPagedError("a mask depends on more than positions")
     return mask

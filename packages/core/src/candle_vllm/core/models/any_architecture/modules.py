@@ -36,7 +36,7 @@ class _Weight(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # pyrefly: ignore[bad-override]
         """Decode the matrix for an operation."""
         del types
         plain = lambda value: value.module.decoded() if isinstance(value, _Weight) else value  # noqa: E731
@@ -93,11 +93,11 @@ class _Own:
         self._parameters: dict[str, Any] = {}
 
 
-class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no parameter
+class OwnLinear(_Own, torch.nn.Linear):  # `weight` is no parameter
     """`nn.Linear` over a `Linear` of this engine: x [..., K] to [..., N]."""
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Any:  # pyrefly: ignore[bad-override]
         """The bias [N], or None."""
         return self.table.bias
 
@@ -122,13 +122,13 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
         return first
 
 
-class OwnConv1D(OwnLinear, Conv1D):  # type: ignore[misc]
+class OwnConv1D(OwnLinear, Conv1D):  # pyrefly: ignore[inconsistent-inheritance]
     """transformers' `Conv1D`, which stores its matrix transposed, over a `Linear` of this engine."""
 
     transposed = True
 
 
-class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
+class OwnEmbedding(_Own, torch.nn.Embedding):
     """`nn.Embedding` over an `Embedding` of this engine: ids [...] to rows [..., K]."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name

@@ -61,7 +61,7 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
     try:
         with under_way(tried), torch.inference_mode(), _Zeros(), nonzero:
             base(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise NotPagedError(f"{type(model).__name__} cannot be tried without memory: {error!s:.200}") from error
     _check_layers(model, {call.module for call in tried.calls}, called)
     return tuple(tried.calls)

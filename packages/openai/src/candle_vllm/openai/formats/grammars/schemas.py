@@ -110,8 +110,8 @@ class Root:
                 return [moved(one) for one in part]
             if not isinstance(part, Mapping):
                 return part
-            found = {}
-            for key in filter(SUPPORTED.__contains__, part):
+            found: dict[str, Any] = {}
+            for key in [each for each in part if each in SUPPORTED]:
                 value = part[key]
                 if key == "$ref":
                     found[key] = reference(value)
