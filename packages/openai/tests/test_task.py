@@ -60,7 +60,7 @@ def test_both_write_the_same(fields: tuple[str, ...]) -> None:
     ours = of_core(one_conversation(MESSAGES))
     fit(ours, needs)
     assert ours == theirs
-    again = of_core(theirs)  # an engine gets what the adapter has made already
+    again = of_core(theirs)  # what is adapted already stays
     fit(again, needs)
     assert again == theirs
 

@@ -62,7 +62,21 @@ async def test_each_call_continues_the_last() -> None:
     assert (await again.run_conversation([user("three")])).final_message == "answer 3"
 
 
-@pytest.mark.parametrize("wrap", [lambda engine: engine, OpenAIAdapter, lambda e: InProcessModel(OpenAIAdapter(e))])
+class OwnEngine:
+    """An engine of another library, which has what `EngineLike` asks for, but no `apply_chat_template`."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "apply_chat_template":
+            raise AttributeError(name)
+        return getattr(self.engine, name)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda engine: engine, OwnEngine, OpenAIAdapter, lambda e: InProcessModel(OpenAIAdapter(e))]
+)
 async def test_any_model_will_do(wrap: Any) -> None:
     session = ResponsesSession(wrap(ScriptedEngine("Hello!")))
     assert (await session.run_conversation([user("x")])).final_message == "Hello!"

@@ -179,7 +179,9 @@ def test_generate_and_what_is_loaded_are_the_same(local: InferenceEngine, remote
     assert remote.tokenize(text) == local.tokenize(text)
     assert remote.detokenize(remote.tokenize(text), False) == local.detokenize(local.tokenize(text), False)
     messages = [{"role": "user", "content": "hi"}]
-    assert remote.apply_chat_template(messages) == local.apply_chat_template(messages)
+    asked = local.apply_chat_template(messages)
+    assert remote.apply_chat_template(messages) == asked
+    assert remote.render_messages(messages) == local.render_messages(messages) == asked
     prompts = [PROMPT[:n] for n in range(1, 30)]
     outputs = [engine.generate(prompts, GREEDY, use_tqdm=False) for engine in (local, remote)]
     assert list(map(comparable, outputs[1])) == list(map(comparable, outputs[0]))

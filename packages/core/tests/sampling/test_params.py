@@ -234,7 +234,7 @@ def test_a_field_that_is_set_is_checked_like_one_that_is_given() -> None:
 
 
 def test_what_an_engine_fills_is_a_copy() -> None:
-    params = SamplingParams(temperature=0, top_p=1, top_k=0, min_p=0, repetition_penalty=1, max_tokens=4)
+    params = SamplingParams(temperature=0, top_p=1, top_k=0, min_p=0, typical_p=1, repetition_penalty=1, max_tokens=4)
     filled = params.filled({})
     params.max_tokens = 5
     assert filled.max_tokens == 4

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -311,7 +312,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         return _is_open(getattr(self, name))
 
     def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
-        """Return parameters in which `defaults` replace the fields that were not given; all values are plain numbers.
+        """Return a copy in which `defaults` replace the fields that were not given; all its values are plain numbers.
 
         Raises:
             InvalidParameterError: a default cannot be used.
@@ -325,7 +326,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
                 given[name] = defaults.get(name, float(value))
             elif isinstance(value, _OpenCount):
                 given[name] = defaults.get(name, int(value))
-        return replace(self, **given) if given else self
+        return replace(self, **given) if given else copy.copy(self)  # which validates nothing again
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def local_model(source: Any) -> ChatModel:
     is_class = isinstance(source, type)
     if isinstance(source, OpenAIAdapter):
         return InProcessModel(source)
-    if hasattr(source, "apply_chat_template") and not is_class:
+    if hasattr(source, "render_messages") and not is_class:
         return InProcessModel(OpenAIAdapter(cast(EngineLike, source)))
     if hasattr(source, "stream") and not is_class:
         return cast(ChatModel, source)

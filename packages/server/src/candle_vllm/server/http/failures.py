@@ -55,19 +55,20 @@ class FailureMiddleware:
             return send(_brief(scope, message) if message["type"] == "lifespan.startup.failed" else message)
 
         try:
-            await self._app(scope, receive, note)
+            try:
+                await self._app(scope, receive, note)
+            except Exception as failure:
+                if scope["type"] == "http" and begun and isinstance(failure.__cause__, CandleVllmError):
+                    what = f"{scope['method']} {scope['path'][:200]!r}"
+                    logger.warning("the answer to %s ended before it was complete: %s", what, failure.__cause__)
+                    return
+                if scope["type"] != "http" or begun:
+                    raise
+                response = await answer_failure(Request(scope), failure)
+                await response(scope, receive, note)
         except asyncio.CancelledError:
             if scope["type"] == "http" and not begun:
                 await refusal(scope, _stopped())(scope, receive, send)
-        except Exception as failure:
-            if scope["type"] == "http" and begun and isinstance(failure.__cause__, CandleVllmError):
-                what = f"{scope['method']} {scope['path'][:200]!r}"
-                logger.warning("the answer to %s ended before it was complete: %s", what, failure.__cause__)
-                return
-            if scope["type"] != "http" or begun:
-                raise
-            response = await answer_failure(Request(scope), failure)
-            await response(scope, receive, send)
 
 
 def _stopped() -> HttpError:

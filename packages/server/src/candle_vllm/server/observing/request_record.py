@@ -47,7 +47,7 @@ class Counts(Protocol):
     def settle(self) -> None: ...
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class RequestRecord:
     """Observes one request for the metrics, the log and the traces. It ends once; ending it again has no effect.
 

@@ -94,7 +94,7 @@ class SequenceState(msgspec.Struct, eq=False):
     generated: bytes = b""
 
 
-@dataclass(eq=False, slots=True)  # slots, so that its attributes are close to each other in memory
+@dataclass(eq=False, repr=False, slots=True)  # slots, so that its attributes are close to each other in memory
 class Sequence:
     """One of the `n` sequences of a request.
 
