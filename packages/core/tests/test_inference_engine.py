@@ -185,6 +185,18 @@ def test_progress_with_a_prompt_is_reported_if_it_is_asked_for(toy_model: Path, 
         assert all(each.progress is None for each in engine.generate_stream(prompt, GREEDY))
 
 
+def test_progress_of_a_prompt_that_makes_way_is_not_taken_back(toy_model: Path) -> None:
+    prompt = [5 + place % 40 for place in range(150)]
+    with make(toy_model, max_num_batched_tokens=64, max_num_seqs=1, enable_prefix_caching=False) as engine:
+        engine.add_request(prompt, replace(GREEDY, prompt_progress=True), priority=1)
+        outputs = engine.step()
+        engine.add_request([1, 2, 3], GREEDY)
+        while engine.has_unfinished_requests:
+            outputs += engine.step()
+        assert engine.stats().preemptions == 1
+    assert [each.progress.tokens for each in outputs if each.progress] == [0, 64, 128, 150]
+
+
 def test_agenerate_equals_generate(engine: InferenceEngine) -> None:
     async def both() -> list[GenerationOutput]:
         return await asyncio.gather(*(engine.agenerate(prompt, params(i)) for i, prompt in enumerate(prompts()[:6])))

@@ -275,7 +275,8 @@ def test_a_model_stays_as_long_as_a_request_wants(start: Callable[..., Any]) -> 
         assert client.ps().models[0].expires_at.year == 9999  # type: ignore[union-attr]
         client.chat(**ASK, keep_alive=0)
         running.wait_for(lambda: not client.ps().models)
-        assert client.chat(**ASK).message.content == "Hello!"  # loaded again
+        assert client.chat(**ASK).message.content == "Hello!"  # loaded again, and it stays
+        assert client.ps().models[0].expires_at.year == 9999  # type: ignore[union-attr]
         assert client.generate("scripted", "", keep_alive=0).done_reason == "unload"
         assert not client.ps().models
     assert loader.loads == ["scripted"] * 2

@@ -411,6 +411,7 @@ def test_a_bias_in_llama_cpps_words(start: Callable[..., Any]) -> None:
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "timings_per_token": True}),
         ("/v1/completions", {"prompt": "a" * 19}),
+        ("/v1/completions", {"prompt": "a" * 19, "echo": True, "logprobs": 1}),
         ("/completion", {"prompt": "a" * 19, "timings_per_token": True}),
         ("/v1/responses", {"input": "a", "timings_per_token": True}),
     ],

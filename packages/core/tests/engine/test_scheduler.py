@@ -71,6 +71,18 @@ def test_a_waiting_prompt_of_a_higher_priority_does_not_wait_for_prompts_that_ha
     assert run_step(engine) == [("0", 16, 9), ("1", 0, 1)]
 
 
+def test_rows_of_drafts_go_before_prompts_also_of_a_higher_priority() -> None:
+    engine = Scheduler(BlockManager(64, 4), 8, 16, draft_rows=4)
+    drafted = make([1] * 5, 0, max_tokens=9, priority=1)
+    engine.add(drafted)
+    run_step(engine)
+    drafted.drafts, engine.has_drafts = (7, 7), True
+    engine.add(make([2], 1))
+    engine.add(make([3] * 6, 2))
+    items = engine.schedule()
+    assert [(item.sequence.order, len(item.drafts)) for item in items] == [(0, 2), (1, 0), (2, 0)]
+
+
 @pytest.mark.parametrize("lacking", ["a place", "blocks"])
 @pytest.mark.parametrize("cache", [False, True])
 def test_running_sequences_of_a_lower_priority_make_way(lacking: str, cache: bool) -> None:

@@ -11,12 +11,15 @@ import random
 
 import pytest
 
+from benchmarks.train_small import FOLDER
+from candle_vllm.core import InferenceEngine
 from candle_vllm.core.engine.cache.block_manager import BlockManager, block_hashes
 from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.engine.step.sequence import Run, Sequence
 from candle_vllm.core.sampling.params import SamplingParams
+from tests.waiting import wait_for
 
 SIZE = 4
 
@@ -215,6 +218,17 @@ def test_an_answer_keeps_one_checkpoint() -> None:
     model.add([0, 1, 2, 1, 2], 0, max_tokens=40)
     model.finish()
     assert model.states.stats()["checkpoints"] == 2
+
+
+def test_no_checkpoint_outlives_the_cache() -> None:
+    """Also one that was read back without its block, which no block that leaves takes along."""
+    with InferenceEngine(str(FOLDER / "lfm2"), threads=1) as engine:
+        pool = engine._engine.scheduler.states  # type: ignore[union-attr]
+        for forget in (engine.reset_prefix_cache, lambda: engine.sleep(1)):
+            engine.generate("The length", SamplingParams(max_tokens=2), use_tqdm=False)
+            assert pool.take_in(b"never read") is not None
+            forget()
+            wait_for(lambda: pool.stats()["checkpoints"] == 0)  # the engine's thread does it
 
 
 def test_a_block_that_leaves_the_cache_takes_its_checkpoint_along() -> None:

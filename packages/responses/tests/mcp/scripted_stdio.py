@@ -27,6 +27,7 @@ class Server:
     def __init__(self) -> None:
         self.tools = [tool("echo", annotations={"readOnlyHint": True}), tool("say more")]
         self.waiting: dict[Any, Any] = {}
+        self.failures = 0
         if MODE == "lies":
             self.tools = [tool("echo", outputSchema={"type": "object", "properties": {"n": {"type": "integer"}}})]
         if MODE == "bad-parts":
@@ -82,6 +83,10 @@ class Server:
         cursor = (message.get("params") or {}).get("cursor")
         number = int(cursor or 0)
         if MODE == "silent-list":
+            return
+        if MODE == "renames" and self.failures:
+            self.failures -= 1
+            self.send(id=message["id"], error={"code": -32000, "message": "not now"})
             return
         if MODE == "circle":
             self.send(id=message["id"], result={"tools": [tool(f"t{number}")], "nextCursor": str((number + 1) % 3)})
@@ -152,6 +157,7 @@ class Server:
 
     def call_renames(self, request: Any, message: dict[str, Any]) -> None:
         self.tools = [tool("renamed")]
+        self.failures = int((message["params"].get("arguments") or {}).get("text", 0))
         for _ in range(50):
             self.send(method="notifications/tools/list_changed")
         self.text(request, "done")

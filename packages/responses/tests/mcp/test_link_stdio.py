@@ -446,6 +446,13 @@ async def test_tools_that_are_renamed(scripted: Scripted) -> None:
     assert changes == [["echo", "say more"], ["renamed"]]
 
 
+async def test_a_changed_list_that_cannot_be_read_is_asked_for_again(scripted: Scripted) -> None:
+    async with McpLink(scripted("renames")) as link:
+        assert said(await link.call("echo", {"text": "1"})) == "done"
+        await until(lambda: list(link.tools) == ["renamed"])
+        assert any("could not be listed again" in line for line in link.log_lines())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

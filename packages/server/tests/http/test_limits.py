@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from candle_vllm.core.errors import EngineDeadError, ModelLoadError
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.limits import RateLimits, duration
 from candle_vllm.server.http.routing import NOBODY, Caller
+from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.openapi.document import RATE_LIMIT_HEADERS
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import Rate
 from candle_vllm.server.settings.table import RATES
 from packages.server.tests.running_server import Running
-from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
 
@@ -54,6 +57,18 @@ def test_requests_come_back_steadily() -> None:
     limits.admit(caller)
     with pytest.raises(HttpError):
         limits.admit(caller)
+
+
+def test_a_request_that_is_refused_before_it_begins_does_not_count() -> None:
+    limits, caller = RateLimits(clock=Clock()), _caller(requests=2)
+    for failure in (HttpError(503, "full", "queue_full"), EngineDeadError("dead")) * 3:
+        with pytest.raises(type(failure)), limits.counted(caller):
+            raise failure
+    for _ in range(2):
+        with limits.counted(caller):
+            pass
+    with pytest.raises(HttpError, match="2 requests per minute"), limits.counted(caller):
+        pass
 
 
 def test_tokens_beyond_the_bucket_are_owed() -> None:
@@ -191,6 +206,19 @@ def test_routes_share_and_what_asks_no_model_is_free(limited: Running) -> None:
         statuses = [_post(client, "mixed", *ASKED["completions"][:1], **ASKED["completions"][1]).status_code
                     for _ in range(before + 1)]  # fmt: skip
         assert statuses == [200] * before + [429]
+
+
+def test_a_model_that_does_not_load_uses_nothing_up(tmp_path: Path, start: Callable[..., Running]) -> None:
+    path, loader = tmp_path / "keys.yaml", FakeLoader()
+    path.write_text("keys:\n- {name: chat, key: key-of-chat, requests_per_minute: 2}")
+    settings = Settings(api_keys_file=path)
+    loader.broken["scripted"] = ModelLoadError("no memory")
+    running = start(ModelManager(Catalogue([ModelEntry("scripted", settings)]), loader), api_keys_file=path)
+    with running.http() as client:
+        for url, body in [*ASKED.values(), ("/v1/responses", {"input": "Hi", "background": True})]:
+            answer = _post(client, "chat", url, **body)
+            assert answer.status_code == 503
+            assert answer.headers["x-ratelimit-remaining-requests"] == "2"
 
 
 def _until_used_up(limited: Running, name: str, url: str, body: dict[str, Any]) -> int:

@@ -242,12 +242,6 @@ class AnswerReader:
         """
         if output.finish_reason is not None:
             _check_output(output, self._paths)
-        if self._awaits_prompt:
-            if output.prompt_logprobs is not None:
-                self._known_prompts.add(prompt)
-            elif prompt not in self._known_prompts:
-                self._held.setdefault(prompt, []).append(output)
-                return []
         choice = prompt * self._sequences + output.index
         if (told := output.progress) is not None:
             counts = Usage(
@@ -257,6 +251,12 @@ class AnswerReader:
                 prompt_ms=round(told.seconds * 1000),
             )
             return [Progress(choice, self.head, output.num_prompt_tokens, counts)]
+        if self._awaits_prompt:
+            if output.prompt_logprobs is not None:
+                self._known_prompts.add(prompt)
+            elif prompt not in self._known_prompts:
+                self._held.setdefault(prompt, []).append(output)
+                return []
         reader = self._readers[choice]
         news = [] if self._scored_only else reader.read(output)
         new_tokens = 0 if self._scored_only else len(output.token_ids)

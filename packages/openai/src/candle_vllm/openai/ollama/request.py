@@ -99,7 +99,7 @@ def _kept(value: Any) -> Any:
     if value is not None:
         try:
             seconds_of(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise fields.invalid(
                 "", f"must be seconds, or a duration such as '5m' or '1h30m'; 0 and -1 mean at once and never, "
                 f"not {value!r:.60}"

@@ -28,7 +28,7 @@ MAX_PAGES = 100
 MAX_TOOLS = 1000
 MAX_BYTES = 4 * 1024 * 1024  # bytes of all definitions as JSON
 _DEBOUNCE = 0.2  # seconds between a notification that the tools changed and their listing
-_MIN_BETWEEN_LISTS = 1.0
+_MIN_BETWEEN_LISTS, _MAX_BETWEEN_LISTS = 1.0, 16.0  # seconds; doubled with each failure
 _PING_SECONDS = 5.0
 _FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds before a lost subscription is opened again
 _ACK_SECONDS = 10.0
@@ -133,6 +133,7 @@ class ToolWatch:
     async def follow(self, connection: McpConnection) -> None:
         """Watch a connection until it ends: list changed tools, and ping if the session may no longer exist."""
         listener: asyncio.Task[None] | None = None
+        pause = _MIN_BETWEEN_LISTS
         capability = connection.client.server_capabilities.tools
         if capability and capability.list_changed and connection.client.protocol_version in MODERN_PROTOCOL_VERSIONS:
             listener = asyncio.create_task(listen_for_changes(connection, self._peer.note))
@@ -144,9 +145,13 @@ class ToolWatch:
                     await self._ping(connection)
                 if connection.tools_changed and not connection.is_down:
                     await self._sleep(connection, _DEBOUNCE)
-                    if why := await self.list(connection):
+                    why = await self.list(connection)
+                    if why is None:
+                        pause = _MIN_BETWEEN_LISTS
+                    else:
                         self._peer.note(f"the tools could not be listed again: {why}")
-                    await self._sleep(connection, _MIN_BETWEEN_LISTS)
+                        connection.tools_changed, pause = True, min(_MAX_BETWEEN_LISTS, 2 * pause)
+                    await self._sleep(connection, pause)
         finally:
             if listener is not None:
                 listener.cancel()

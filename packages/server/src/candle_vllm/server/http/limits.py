@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -144,6 +145,17 @@ class RateLimits:
                 message = f"{whose} allows {amount}, and they are used up: wait {seconds} s."
                 raise HttpError(429, message, "rate_limit_exceeded", {"retry-after": str(seconds)})
         meter.spend("requests", 1)
+
+    @contextmanager
+    def counted(self, caller: Caller) -> Iterator[None]:
+        """Count a request as `admit` does; if the block refuses the request by an exception, it does not count."""
+        self.admit(caller)
+        try:
+            yield
+        except Exception:
+            if (meter := self.meter(caller)) is not None:
+                meter.spend("requests", -1)
+            raise
 
 
 class RateLimitMiddleware:

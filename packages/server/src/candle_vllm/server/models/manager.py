@@ -417,18 +417,18 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
     caller = caller_of(scope)
     await manager.reach(name, caller)
     manager.find(name, caller=caller)  # raises for an unknown model, before the request counts in the rate limits
-    manager.rates.admit(caller)
-    while True:
-        lease = await manager.acquire(name)
-        try:
-            place = await enter(lease, caller, sequences, priority)
-        except RetiredError:  # the model was unloaded or its engine died: wait for it again
-            lease.release()
-        except BaseException:
-            lease.release()
-            raise
-        else:
-            return Turn(lease, place)
+    with manager.rates.counted(caller):
+        while True:
+            lease = await manager.acquire(name)
+            try:
+                place = await enter(lease, caller, sequences, priority)
+            except RetiredError:  # the model was unloaded or its engine died: wait for it again
+                lease.release()
+            except BaseException:
+                lease.release()
+                raise
+            else:
+                return Turn(lease, place)
 
 
 async def enter(lease: Lease, caller: Caller, sequences: int, priority: int) -> Place:

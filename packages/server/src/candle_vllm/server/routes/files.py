@@ -64,8 +64,7 @@ _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
 async def upload_file(request: Request) -> Response:
     """Store a file: requests of a batch, or an image."""
     batches, owner, _ = await _asked(request)
-    request.app.state.limits.admit(caller_of(request.scope))
-    with batches.upload(owner) as count:
+    with request.app.state.limits.counted(caller_of(request.scope)), batches.upload(owner) as count:
         return json_answer(await _uploaded(request, batches, owner, count))
 
 

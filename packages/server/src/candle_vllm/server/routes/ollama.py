@@ -64,7 +64,7 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
         ModelNotServedError: nothing has that name, and `exact` is set or several models are served.
     """
     manager, caller = _manager(request), caller_of(request.scope)
-    for given in (name, name.removesuffix(_LATEST)):
+    for given in dict.fromkeys((name, name.removesuffix(_LATEST))):
         try:
             manager.find(given, exact=True)
         except ModelNotServedError:

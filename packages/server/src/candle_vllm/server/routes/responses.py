@@ -203,10 +203,10 @@ async def _in_background(request: Request, wire: requests.ResponsesRequest, dead
     async with answering.in_time(deadline, request) as size:
         await state.manager.reach(wire.model, caller_of(request.scope))
         state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model does not count as a request
-        state.limits.admit(caller_of(request.scope))
-        lease = await unless_disconnected(
-            state.manager.acquire(wire.model), request.receive, lambda taken: taken.release()
-        )
+        with state.limits.counted(caller_of(request.scope)):
+            lease = await unless_disconnected(
+                state.manager.acquire(wire.model), request.receive, lambda taken: taken.release()
+            )
         stream = waiting = None
         try:
             owner = await owner_of(request, wire)

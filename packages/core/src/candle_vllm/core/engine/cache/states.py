@@ -172,6 +172,11 @@ class StatePool:
         if slot is not None:
             self._discard(slot)
 
+    def reset(self) -> None:
+        """Unpublish all checkpoints, also those whose block was never read; runs keep those that they will read."""
+        for digest in list(self._published):
+            self.forget(digest)
+
     def _mark(self, run: Run, count: int) -> list[tuple[int, int]]:
         """Return the row and the slot of a checkpoint after `count` blocks; [] if no checkpoint is written."""
         sequence, state = run.sequence, run.sequence.state

@@ -157,9 +157,14 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache, offloaded blocks included; running sequences keep their blocks."""
-        self.scheduler.blocks.reset_prefix_cache()
+        self._forget_prefixes()
         if self.offloaded is not None:
             self.offloaded.reset()
+
+    def _forget_prefixes(self) -> None:
+        self.scheduler.blocks.reset_prefix_cache()
+        if self.scheduler.states is not None:
+            self.scheduler.states.reset()
 
     def sleep(self, level: int) -> list[TokenOutput]:
         """Free memory; see `Sleeper`. Abort all requests and return their last outputs.
@@ -173,7 +178,7 @@ class Engine:
         outputs = [output for request_id in list(self._requests) for output in self.abort(request_id)]
         while self._flights:
             outputs += self._collect()
-        self.scheduler.blocks.reset_prefix_cache()
+        self._forget_prefixes()
         if self.offloaded is not None:
             self.offloaded.rest()
         self.sleeper.sleep(level)
@@ -373,7 +378,7 @@ class Engine:
     def _count_prompts(self, prompts: Seq[Run]) -> list[TokenOutput]:
         """Count the tokens of prompts that a step has completed, and return the reports of progress.
 
-        Recomputing a preempted prompt after its first token does not count, and is not reported.
+        Recomputing a preempted prompt after its first token does not count. What is recomputed is not reported again.
         """
         outputs: list[TokenOutput] = []
         for item in prompts:
@@ -384,7 +389,7 @@ class Engine:
             if item.wanted:
                 self._counts["prompt_tokens"] += sequence.num_prompt_tokens
                 self._counts["cached_prompt_tokens"] += sequence.num_cached_tokens or 0
-            if sequence.request.params.prompt_progress:
+            if sequence.request.params.prompt_progress and item.start + item.count > live.reported:
                 outputs.append(live.progress(item.start + item.count))
         return outputs
 

@@ -37,11 +37,12 @@ class Live(ABC):
         sequence: the scheduler's view of the sequence.
     """
 
-    __slots__ = ("first_scheduled_time", "first_token_time", "is_over", "sequence")
+    __slots__ = ("first_scheduled_time", "first_token_time", "is_over", "reported", "sequence")
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.is_over = False  # whether the engine has removed it
+        self.reported = 0  # tokens of the prompt in the largest report of progress
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
 
@@ -76,6 +77,7 @@ class Live(ABC):
     def progress(self, tokens: int) -> TokenOutput:
         """Return an output that reports progress: `tokens` of the prompt are in the cache."""
         began, sequence = self.first_scheduled_time, self.sequence
+        self.reported = tokens
         return TokenOutput(
             request_id=self.request.request_id,
             index=sequence.index,

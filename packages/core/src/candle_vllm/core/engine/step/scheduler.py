@@ -206,8 +206,10 @@ class Scheduler:
             self._preempt(self.running[-1])  # prompts occupy all pages, and none can continue
             return self._schedule()
         decodes = [item for item in scheduled if item.decodes]
-        others = [item for item in scheduled if not item.decodes] if len(decodes) < len(scheduled) else ()
-        return Step(self._with_states([*decodes, *others]))
+        if len(decodes) < len(scheduled):  # runs with drafts are next: on a GPU each of their rows is a decoded one
+            others = [item for item in scheduled if not item.decodes]
+            decodes += sorted(others, key=lambda item: not item.drafts)
+        return Step(self._with_states(decodes))
 
     @property
     def _is_under_way(self) -> bool:
