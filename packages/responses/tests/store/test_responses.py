@@ -19,7 +19,7 @@ from sqlalchemy import delete, func, select, update
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.api.response_store import LEASE_MS, ResponseStore
-from candle_vllm.responses.store.backend import BACKENDS, Backend, Bounds, Place, StoreOptions, backend_at
+from candle_vllm.responses.store.backend import BACKENDS, Backend, Bounds, Held, Place, StoreOptions, backend_at
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import (
     RESPONSE,
@@ -476,6 +476,39 @@ async def test_what_an_entry_gathered_counts_when_it_has_ended(opener, store_url
     assert [part.id for part in await store.parts("file", "a", "file_1")] == ["0", "1", "2"]
     sizes = select(store.tables.entries.c.size)
     assert await store.database.run(lambda connection: connection.execute(sizes).scalar_one()) > 3000
+
+
+async def test_what_is_leased_does_not_expire(store_url: str, clock) -> None:
+    place = Place(store_url, "responses", "store", "setting")
+    store: Backend = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True), clock)
+    await store.open()
+    for name in ("leased", "free"):
+        await store.put(record(name, expires=(NOW + 40) * 1000))
+    holder, other = Held("a", "leased", "mine"), Held("a", "leased", "other")
+    assert await store.claim(RESPONSE, holder, store.now + 30_000)
+    clock.now += 29
+    assert not await store.claim(RESPONSE, other, store.now + 30_000)
+    assert await store.claim(RESPONSE, holder, store.now + 30_000)  # the holder renews it
+    clock.now += 29
+    assert await store.expire() == 1
+    assert [entry.id for entry in await store.page(RESPONSE, "a", 10) or []] == ["leased"]
+    clock.now += 2
+    assert await store.get(RESPONSE, "a", "leased") is None
+    assert await store.expire() == 1
+    await store.close()
+
+
+async def test_what_an_entry_gathered_can_end_in_a_store_that_became_smaller(store_url: str, clock) -> None:
+    several = False
+    place = Place(store_url, "responses", "store", "setting")
+    store: Backend = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True, several=lambda: several), clock)
+    await store.open()
+    begun = record("resp_1", status="in_progress", text="x" * 15_000)
+    await store.put(begun)
+    several = True
+    await store.put(msgspec.structs.replace(begun, status="completed"))
+    assert [entry.status for entry in await store.page(RESPONSE, "a", 10) or []] == ["completed"]
+    await store.close()
 
 
 async def test_a_full_disk_is_said_in_one_line(opener, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

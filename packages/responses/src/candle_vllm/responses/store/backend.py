@@ -70,7 +70,8 @@ class Bounds:
         entry_size: maximum bytes of one entry without its parts.
         parts: maximum number of parts of one entry.
         parts_size: maximum bytes of the parts of one entry.
-        spares_leased: whether to refuse new entries rather than drop leased ones, which are otherwise dropped last.
+        spares_leased: whether leased entries do not expire, and new entries are refused rather than leased ones
+            dropped; otherwise leased ones expire, and are dropped last.
         advice: advice for the message about a full store.
         several: whether there are several owners; each then has half of `entries` and `size`, and drops its own.
     """
@@ -187,7 +188,7 @@ class Backend(Protocol):
         ...
 
     async def get(self, kind: str, owner: str, name: str) -> Entry | None:
-        """Return an entry that has not expired; an active entry never expires."""
+        """Return an entry that has not expired; an active entry never expires, nor a leased one that is spared."""
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
@@ -274,7 +275,10 @@ class Backend(Protocol):
     # ---- leases ------------------------------------------------------------------------------------------------------
 
     async def claim(self, kind: str, what: Held, until: int) -> bool:
-        """Give an entry's lease to a holder; False while another has it; NotStoredError if the entry does not exist."""
+        """Give an entry's lease to a holder, or renew it; return False while another holder has it.
+
+        Raises NotStoredError if the entry does not exist.
+        """
         ...
 
     async def claim_due(self, until: int, busy_owners: Collection[str]) -> Entry | None:

@@ -97,7 +97,8 @@ class SqlBackend:
         if there is not None and there.active:
             held = select(func.coalesce(func.sum(self._parts.c.size), 0)).where(self._parts.c.entry == there.number)
             values["size"] += int(connection.execute(held).scalar_one())  # its parts are not deleted
-            dropped = room.make(entry.owner, values["size"] - there.size, keep=there.number)
+            grown = values["size"] - there.size
+            dropped = room.make(entry.owner, grown, keep=there.number) if grown > 0 else 0
             connection.execute(update(entries).where(entries.c.number == there.number).values(values))
             number = there.number
         else:
@@ -210,7 +211,7 @@ class SqlBackend:
 
     @_transaction
     def expire(self, connection: Connection) -> int:
-        over = and_(self._entries.c.expires <= self.now, not_(self._active))
+        over = and_(self._entries.c.expires <= self.now, not_(self._alive))
         numbers = list(
             connection.execute(select(self._entries.c.number).where(over).limit(10 * ROWS_AT_ONCE)).scalars()
         )
@@ -295,9 +296,10 @@ class SqlBackend:
     @_transaction
     def claim(self, connection: Connection, kind: str, what: Held, until: int) -> bool:
         number = self._find(connection, kind, what.owner, what.id, locked=True)
-        free = or_(self._entries.c.lease.is_(None), self._entries.c.lease <= self.now)
-        mine = and_(self._entries.c.number == number, free)
-        given = connection.execute(update(self._entries).where(mine).values(lease=until, holder=what.holder))
+        entries = self._entries
+        free = or_(entries.c.lease.is_(None), entries.c.lease <= self.now, entries.c.holder == what.holder)
+        mine = and_(entries.c.number == number, free)
+        given = connection.execute(update(entries).where(mine).values(lease=until, holder=what.holder))
         return given.rowcount > 0
 
     @_transaction
@@ -338,7 +340,9 @@ class SqlBackend:
 
     @property
     def _alive(self) -> ColumnElement[bool]:
-        return or_(self._entries.c.expires.is_(None), self._entries.c.expires > self.now, self._active)
+        entries = self._entries
+        alive = or_(entries.c.expires.is_(None), entries.c.expires > self.now, self._active)
+        return or_(alive, func.coalesce(entries.c.lease, 0) > self.now) if self._bounds.spares_leased else alive
 
     def _named(self, kind: str, owner: str, name: str) -> ColumnElement[bool]:
         entries = self._entries
