@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,14 +16,25 @@ import httpx
 import msgspec
 import openai
 import pytest
+import pytest_asyncio
 
 from candle_vllm.openai import fair_threads
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.store import sql
-from candle_vllm.responses.store.entries import Entry, EntryItem, NotStoredError, StoreFullError
+from candle_vllm.responses.store.backend import Held
+from candle_vllm.responses.store.entries import (
+    Entry,
+    EntryItem,
+    NotStoredError,
+    StoreFullError,
+    StoreLimitError,
+    StoreUnavailableError,
+    new_id,
+)
 from candle_vllm.server.batches import lines, records, run, service, store
 from candle_vllm.server.batches.lines import PRIORITY, read_line
 from candle_vllm.server.http.failures import store_refusal
+from candle_vllm.server.http.routing import NOBODY
 from candle_vllm.server.routes.files import safe_name
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
@@ -373,6 +384,266 @@ def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None
     client.files.delete(batch.input_file_id)
     batch = ended(client, batch)
     assert [error.code for error in batch.errors.data] == ["input_file_gone"]
+
+
+# ---- a store with faults, without a server -------------------------------------------------------------------------
+
+
+class Asked:
+    """Answers lines by their `custom_id`; `before` is called first."""
+
+    def __init__(self, before: Callable[[str], Awaitable[None]] | None = None) -> None:
+        self.names: list[str] = []
+        self._before = before
+
+    async def read(self, data: bytes, endpoint: str | None = None) -> lines.Line:
+        return read_line(data, endpoint)
+
+    async def answer(self, data: bytes, **how: Any) -> lines.Result:
+        name = read_line(data, how["endpoint"]).custom_id
+        if self._before is not None:
+            await self._before(name)
+        self.names.append(name)
+        said = lines.Answered(status_code=200, request_id="", body=msgspec.Raw(b"{}"))
+        return lines.Result(id=name, custom_id=name, response=said, error=None)
+
+
+class Stored:
+    """A store in memory with one batch of the lines 0 to 4; a clock that stands; faults of single calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.now = 1_700_000_000.0
+        self.store = store.BatchStore(store.FileOptions("memory", **options))
+        self._patch = monkeypatch
+
+    async def begin(self) -> None:
+        self.backend: Any = await self.store.backend()
+        self.backend._clock = lambda: self.now
+        self.owner = await self.store.owner("key")
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield "\n".join(line(str(number)) for number in range(5)).encode()
+
+        self.input = (await self.store.upload(self.owner, "in.jsonl", pieces(), 100)).id
+        self.id = await self.add()
+
+    async def add(self) -> str:
+        """Add a batch, and return its id."""
+        now = int(self.now)
+        batch = records.Batch(
+            id=new_id("batch"), endpoint=URL, input_file_id=self.input, created_at=now, expires_at=now + 86400,
+            metadata={"name": "ü" * 500},
+        )  # fmt: skip
+        self.record = records.BatchRecord(
+            batch=batch, output_id=store.new_file_id(), error_id=store.new_file_id(), result_seconds=30 * 86400
+        )
+        await self.store.add_batch(self.owner, self.record)
+        return batch.id
+
+    async def take(self, batch_id: str = "") -> run.BatchRun:
+        """Take up a batch, as a server does whose predecessor died."""
+        self.now += 31
+        held = Held(self.owner, batch_id or self.id, new_id("server"))
+        assert await self.backend.claim(store.BATCHES, held, self.backend.now + run.LEASE_MS)
+        return run.BatchRun(self.store, held, 1 << 20, 3600.0)
+
+    async def work(self, run_: run.BatchRun, asked: Asked) -> None:
+        await run_.work(cast("Any", asked), NOBODY, contextlib.nullcontext, 1)
+
+    def fail(self, name: str, error: BaseException, when: Callable[..., bool] = lambda *given: True) -> None:
+        """Let the store's method fail the first time that its arguments fit."""
+        method, failed = getattr(self.store, name), False
+
+        async def call(*given: Any) -> Any:
+            nonlocal failed
+            if not failed and when(*given):
+                failed = True
+                raise error
+            return await method(*given)
+
+        self._patch.setattr(self.store, name, call)
+
+    async def batch(self) -> records.Batch:
+        return (await self.store.batch(self.owner, self.id)).batch
+
+    async def lines(self, file_id: str | None, kind: str = store.FILE) -> list[str]:
+        if file_id is None:
+            return []
+        return [json.loads(part.body)["custom_id"] async for part in self.store.contents(self.owner, file_id, kind)]
+
+    async def hidden(self) -> list[Entry]:
+        return await self.backend.page(store.RESULTS, self.owner, 10)
+
+    async def occupy(self) -> None:
+        """Fill the store with an upload in progress, up to some 100 bytes."""
+        fill = Entry(kind=store.UPLOAD, owner="other", id="fill", created=1, status=store.ACTIVE, lease=1 << 62)
+        await self.backend.put(fill)
+        size = self.store.options.max_bytes
+        while size:
+            try:
+                await self.backend.append(store.UPLOAD, "other", "fill", [EntryItem(id=new_id("p"), body=b"x" * size)])
+            except StoreLimitError:
+                size //= 2
+
+
+@pytest_asyncio.fixture
+async def stored(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stored]:
+    monkeypatch.setattr(run, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(run, "FULL_PAUSES", (0, 0, 0), raising=False)
+    made = Stored(monkeypatch, max_bytes=64 << 10)
+    await made.begin()
+    yield made
+    await made.store.close()
+
+
+@pytest.mark.parametrize("status", ["completed", "cancelled", "failed"])
+async def test_a_batch_that_is_interrupted_while_it_ends_answers_nothing_again(stored: Stored, status: str) -> None:
+    first = await stored.take()
+
+    async def before(name: str) -> None:
+        if name != "2":
+            return
+        if status == "failed":
+            raise RuntimeError("broken")
+        if status == "cancelled":
+            await stored.store.cancel(stored.owner, stored.id)
+            first.cancelled.set()
+            await asyncio.Event().wait()
+
+    stored.fail("write", StoreUnavailableError("gone"), lambda owner, record, lease: lease is None)
+    with pytest.raises(RuntimeError if status == "failed" else StoreUnavailableError):
+        await stored.work(first, Asked(before))
+    await first.fail_for_good() if status == "failed" else None
+    assert (await stored.batch()).status in records.WORKING
+    stored.now += 2 * 86400  # the server comes back late
+    asked = Asked()
+    await stored.work(await stored.take(), asked)
+    batch = await stored.batch()
+    assert (batch.status, asked.names) == (status, [])
+    good = ["0", "1", "2", "3", "4"] if status == "completed" else ["0", "1"]
+    assert await stored.lines(batch.output_file_id) == good
+    assert await stored.lines(batch.error_file_id) == (["2", "3", "4"] if status == "cancelled" else [])
+    assert await stored.hidden() == []
+    counts = batch.request_counts
+    assert (counts.completed, counts.failed) == (len(good), 3 if status == "cancelled" else 0)
+
+
+async def test_a_batch_that_fails_in_a_full_store_shows_its_results(stored: Stored) -> None:
+    async def before(name: str) -> None:
+        if name == "3":
+            await stored.occupy()
+
+    asked = Asked(before)
+    await stored.work(await stored.take(), asked)
+    batch = await stored.batch()
+    assert batch.errors is not None
+    assert (batch.status, [error.code for error in batch.errors.data]) == ("failed", ["store_limit"])
+    assert await stored.lines(batch.output_file_id) == ["0", "1", "2"]
+    assert (batch.error_file_id, await stored.hidden()) == (None, [])
+    await stored.store.delete_file(stored.owner, batch.output_file_id or "")
+
+
+async def test_a_batch_without_results_fails_without_files(stored: Stored) -> None:
+    async def before(name: str) -> None:
+        raise RuntimeError(name)
+
+    work = await stored.take()
+    with pytest.raises(RuntimeError):
+        await stored.work(work, Asked(before))
+    await work.fail_for_good()
+    batch = await stored.batch()
+    assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
+    assert await stored.hidden() == []
+
+
+async def test_a_batch_waits_while_the_store_is_full(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, add = 0, stored.store.add_results
+
+    async def before(name: str) -> None:
+        if name == "3":
+            await stored.occupy()
+
+    async def adding(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # the fourth call is refused, and the fifth
+            await stored.backend.delete(store.UPLOAD, "other", "fill")
+        await add(*given)
+
+    monkeypatch.setattr(stored.store, "add_results", adding)
+    asked = Asked(before)
+    await stored.work(await stored.take(), asked)
+    batch = await stored.batch()
+    assert (batch.status, calls, asked.names) == ("completed", 7, ["0", "1", "2", "3", "4"])
+    assert await stored.lines(batch.output_file_id) == asked.names
+
+
+@pytest.mark.parametrize("call", ["add_results", "write"])
+@pytest.mark.parametrize("error", [StoreUnavailableError("gone"), asyncio.CancelledError()])
+async def test_no_answer_is_lost_between_two_writes(stored: Stored, call: str, error: BaseException) -> None:
+    def when(*given: Any) -> bool:
+        return call == "add_results" or given[1].batch.request_counts.completed == 1
+
+    stored.fail(call, error, when)
+    work, asked = await stored.take(), Asked()
+    if isinstance(error, asyncio.CancelledError):
+        with pytest.raises(asyncio.CancelledError):
+            await stored.work(work, asked)
+        await work.give_back()
+        assert await stored.lines(stored.record.output_id, store.RESULTS) == asked.names == ["0"]
+        assert (await stored.batch()).request_counts.completed == 1
+        work = await stored.take()
+    await stored.work(work, asked)
+    batch = await stored.batch()
+    assert (batch.status, batch.request_counts.completed) == ("completed", 5)
+    assert await stored.lines(batch.output_file_id) == asked.names == ["0", "1", "2", "3", "4"]
+
+
+async def test_an_input_is_protected_until_its_last_batch_has_ended(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second, going, over = await stored.take(await stored.add()), asyncio.Event(), asyncio.Event()
+
+    async def before(name: str) -> None:
+        going.set()
+        await over.wait()
+
+    first = await stored.take()
+    second._pause = 0.0  # it renews its leases in every turn of the loop
+    working = [asyncio.create_task(stored.work(first, Asked(before)))]
+    await going.wait()
+    going.clear()
+    working.append(asyncio.create_task(stored.work(second, Asked(before))))
+    await going.wait()
+    working[0].cancel()
+    await asyncio.wait(working[:1])
+    await first.fail_for_good()
+    renew, renewed = stored.store.renew, asyncio.Event()
+
+    async def renewing(*given: Any) -> bool:
+        found = await renew(*given)
+        renewed.set()
+        return found
+
+    monkeypatch.setattr(stored.store, "renew", renewing)
+    for _ in range(4):  # longer than the input is stored
+        stored.now += 29
+        renewed.clear()
+        await renewed.wait()
+        renewed.clear()
+        await renewed.wait()  # this renewal began after the clock was moved
+        await stored.backend.expire()
+    assert (await stored.store.file(stored.owner, stored.input)).expires_at < stored.now
+    await stored.occupy()
+    assert (await stored.store.file(stored.owner, stored.input)).id == stored.input
+    await stored.backend.delete(store.UPLOAD, "other", "fill")
+    over.set()
+    await working[1]
+    assert (await stored.store.batch(stored.owner, second.held.id)).batch.status == "completed"
+    stored.now += 31
+    assert await stored.backend.expire() >= 1
+    with pytest.raises(NotStoredError):
+        await stored.store.file(stored.owner, stored.input)
 
 
 # ---- several keys ----------------------------------------------------------------------------------------------------

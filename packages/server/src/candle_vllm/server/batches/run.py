@@ -6,26 +6,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.responses.store.backend import Held
-from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError, StoreUnavailableError
+from candle_vllm.responses.store.entries import NotStoredError, StoreFullError, StoreLimitError, StoreUnavailableError
 from candle_vllm.server.batches.lines import Application, LineError, Result, failed, read_line
 from candle_vllm.server.batches.records import WORKING, BatchError, BatchErrors, BatchRecord
-from candle_vllm.server.batches.store import FILE, MAX_LINES, BatchStore
+from candle_vllm.server.batches.store import MAX_LINES, BatchStore
 from candle_vllm.server.http.routing import Caller
 
 LEASE_MS = 30_000  # milliseconds
 FLUSH_SECONDS = 1.0  # pause between two writes of results
+FULL_PAUSES = (1, 2, 4, 8, 16, 32, 64)  # seconds after which a full or unavailable store is tried again
 MAX_ERRORS = 20  # maximum number of errors of an input file that are reported
 CANCELLED = ("batch_cancelled", "This request was not answered: the batch was cancelled.")
 EXPIRED = ("batch_expired", "This request was not answered before the batch expired.")
 
+T = TypeVar("T")
 Places = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 logger = logging.getLogger(__name__)
@@ -74,19 +77,22 @@ class BatchRun:
         """
         owner, backend = self.held.owner, await self._store.backend()
         self._record = await self._store.batch(owner, self.held.id)
-        if self.record.batch.cancelling_at is not None:
+        batch = self.record.batch
+        if batch.cancelling_at is not None:
             self.cancelled.set()
         renewing = asyncio.create_task(self._renew_lease())
         try:
+            if batch.errors is not None or batch.finalizing_at is not None:  # a server was stopped in `_end`
+                await self._end()
+                return
             if caller is None:
                 await self._fail(
                     [BatchError(code="invalid_api_key", message="Its API key is no longer a key of this server.")]
                 )
                 return
             try:
-                given = Held(owner, self.record.batch.input_file_id, self.held.id)
-                await backend.claim(FILE, given, backend.now + LEASE_MS)
-                if self.record.batch.status == "validating" and not await self._validate():
+                await self._store.protect(owner, batch.input_file_id, backend.now + LEASE_MS)
+                if batch.status == "validating" and not await self._validate():
                     return
                 await self._answer(application, caller, places, width)
                 await self._end()
@@ -105,8 +111,7 @@ class BatchRun:
             return
         try:
             await self._flush()
-            now = (await self._store.backend()).now
-            await self._store.renew(self.held, self.record.batch.input_file_id, now)
+            await self._store.renew(self.held, (await self._store.backend()).now)
         except (CandleVllmError, AssertionError) as error:
             logger.warning("the batch %s could not be given back: %s", self.held.id, error)
 
@@ -121,8 +126,9 @@ class BatchRun:
             await asyncio.sleep(self._pause)
             with contextlib.suppress(StoreUnavailableError):
                 until = (await self._store.backend()).now + LEASE_MS
-                file_id = self.record.batch.input_file_id
-                if not await self._store.renew(self.held, file_id, until) and self.task is not None:
+                with contextlib.suppress(NotStoredError):  # reading the input fails then
+                    await self._store.protect(self.held.owner, self.record.batch.input_file_id, until)
+                if not await self._store.renew(self.held, until) and self.task is not None:
                     self.lost = True
                     self.task.cancel()
                 if (await self._store.batch(self.held.owner, self.held.id)).batch.cancelling_at is not None:
@@ -192,8 +198,8 @@ class BatchRun:
     async def _answer(self, application: Application, caller: Caller, places: Places, width: int) -> None:
         """Answer the lines that have no result yet."""
         owner, record = self.held.owner, self.record
-        done = await self._store.gather(owner, record.output_id)
-        wrong = await self._store.gather(owner, record.error_id)
+        done = await self._patiently(partial(self._store.gather, owner, record.output_id))
+        wrong = await self._patiently(partial(self._store.gather, owner, record.error_id))
         await self._change(completed=len(done), failed=len(wrong))
         done |= wrong
         working: dict[asyncio.Task[Result], int] = {}
@@ -207,7 +213,7 @@ class BatchRun:
             ready, _ = await asyncio.wait(working, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             self._unwritten += [(working.pop(task), task.result()) for task in ready]
             if loop.time() - flushed >= FLUSH_SECONDS:
-                await self._flush()
+                await self._patiently(self._flush)
                 flushed = loop.time()
 
         try:
@@ -225,14 +231,14 @@ class BatchRun:
                     while len(working) >= width:
                         await take(FLUSH_SECONDS)
                 if stopped is not None:
-                    await self._flush()
+                    await self._patiently(self._flush)
             while working:
                 await take(FLUSH_SECONDS)
         finally:
             for task in working:
                 task.cancel()
             await asyncio.gather(*working, return_exceptions=True)
-        await self._flush()
+        await self._patiently(self._flush)
 
     async def _one(self, application: Application, places: Places, caller: Caller, data: bytes) -> Result:
         """Return the result of a line, or a failure if the batch is cancelled first."""
@@ -267,10 +273,10 @@ class BatchRun:
         return EXPIRED if await self._now() >= self.record.batch.expires_at else None
 
     async def _flush(self) -> None:
-        """Write the results that are not written yet, and their counts."""
+        """Write the results that are not written yet, and their counts; after a failure it may be called again."""
         if not self._unwritten:
             return
-        results, self._unwritten = self._unwritten, []
+        results = self._unwritten.copy()
         good = [(number, result.line) for number, result in results if result.error is None]
         wrong = [(number, result.line) for number, result in results if result.error is not None]
         owner, record, counts = self.held.owner, self.record, self.record.batch.request_counts
@@ -278,47 +284,58 @@ class BatchRun:
             if some:
                 await self._store.add_results(owner, file_id, some)
         await self._change(completed=counts.completed + len(good), failed=counts.failed + len(wrong))
+        del self._unwritten[: len(results)]
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Repeat `work` while the store is full (entries may expire) or unavailable; in the end, raise its error."""
+        for pause in FULL_PAUSES:
+            with contextlib.suppress(StoreFullError, StoreUnavailableError):
+                return await work()
+            await asyncio.sleep(pause)
+        return await work()
 
     # ---- the state of the batch --------------------------------------------------------------------------------------
 
     async def _end(self) -> None:
-        """Create the files of results, and write the final status."""
-        owner, record = self.held.owner, self.record
-        cancelled, expired = self.cancelled.is_set(), await self._now() >= record.batch.expires_at
-        if not cancelled:
-            await self._change(status="finalizing", finalizing_at=await self._now())
+        """Create the files of results, and write the final status; a server that was stopped here repeats it."""
+        owner, record, cancelled = self.held.owner, self.record, self.cancelled.is_set()
+        failed = record.batch.errors is not None
+        if not failed and record.batch.finalizing_at is None:  # before the results are visible
+            status: dict[str, Any] = {} if cancelled else {"status": "finalizing"}
+            await self._change(finalizing_at=await self._now(), **status)
         shown = []
         for file_id, name in ((record.output_id, "output"), (record.error_id, "error")):
             file = f"{record.batch.id}_{name}.jsonl"
             shown.append(await self._store.show_results(owner, file_id, file, record.result_seconds))
         now = await self._now()
         how: dict[str, Any] = {"status": "completed", "completed_at": now}
-        if cancelled:
+        if failed:
+            how = {"status": "failed", "failed_at": now}
+        elif cancelled:
             how = {"status": "cancelled", "cancelled_at": now}
             seen = (await self._store.batch(owner, record.batch.id)).batch
             how["cancelling_at"] = seen.cancelling_at or now
-        elif expired:
+        elif (self.record.batch.finalizing_at or now) >= record.batch.expires_at:
             how = {"status": "expired", "expired_at": now}
         await self._change(output_file_id=shown[0], error_file_id=shown[1], **how)
 
     async def _fail(self, errors: list[BatchError]) -> None:
-        await self._change(status="failed", failed_at=await self._now(), errors=BatchErrors(data=errors))
+        """End the batch as failed, with its results so far."""
+        await self._change(errors=BatchErrors(data=errors))  # first, so that no server answers more lines
+        await self._end()
 
     async def _change(
         self, total: int | None = None, completed: int | None = None, failed: int | None = None, **fields: Any
     ) -> None:
-        """Write the batch with changed fields; a batch that has ended releases its lease and its input."""
+        """Write the batch with changed fields; a batch that has ended releases its lease."""
         batch, now = self.record.batch, (await self._store.backend()).now
         given = {"total": total, "completed": completed, "failed": failed}
         counts = {name: value for name, value in given.items() if value is not None}
         fields["request_counts"] = msgspec.structs.replace(batch.request_counts, **counts)
-        batch = msgspec.structs.replace(batch, **fields)
-        self._record = msgspec.structs.replace(self.record, batch=batch)
-        ended = batch.status not in WORKING
-        await self._store.write(self.held.owner, self._record, None if ended else now + LEASE_MS)
-        if ended:
-            given = Held(self.held.owner, batch.input_file_id, self.held.id)
-            await (await self._store.backend()).move([given], None)
+        record = msgspec.structs.replace(self.record, batch=msgspec.structs.replace(batch, **fields))
+        lease = now + LEASE_MS if record.batch.status in WORKING else None
+        await self._store.write(self.held.owner, record, lease)
+        self._record = record
 
     async def _now(self) -> int:
         return (await self._store.backend()).now // 1000

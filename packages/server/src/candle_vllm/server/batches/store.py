@@ -6,7 +6,8 @@ state: an `upload` is incomplete, and is deleted if its server dies; `results` o
 ended; a `file` is complete and visible.
 
 A batch is an entry whose lease names the server that works on it; any server may take over a batch whose lease has
-expired. A cancellation is stored as a part of the entry, so that it overwrites no result of the working server.
+expired. A cancellation is stored as a part of the entry, so that it overwrites no result of the working server. The
+lease of an input belongs to all batches that read it: each renews it, and it lapses after the last of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ MANY = 1000  # files that are read at once to find the files of one purpose
 UPLOAD_MS = 15 * 60_000  # time limit of an upload
 MAX_LINES = 50_000
 _CANCEL = "cancel"  # id of the part that cancels a batch
+_LATER = 2048  # bytes of a batch without its metadata, in each of its states
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,7 @@ class BatchStore:
 
     async def add_batch(self, owner: str, record: BatchRecord) -> None:
         """Store a batch; any server may work on it from now on."""
-        backend = await self.backend()
-        body = msgspec.json.encode(record)
+        backend, body = await self.backend(), _body(record)
         await backend.put(
             entries.Entry(
                 kind=BATCHES, owner=owner, id=record.batch.id, created=backend.now, status=ACTIVE, lease=backend.now,
@@ -249,14 +250,16 @@ class BatchStore:
         backend, batch = await self.backend(), record.batch
         status, expires = (batch.status, backend.now + 1000 * self.options.retention_seconds) if lease is None else (
             ACTIVE, None)  # fmt: skip
-        body = msgspec.json.encode(record)
+        body = _body(record)
         return await backend.change(BATCHES, owner, batch.id, body, status=status, lease=lease, expires=expires)
 
-    async def renew(self, held: Held, file_id: str, until: int | None) -> bool:
-        """Renew the leases of a batch and its input for their holder; return False if another server has the batch."""
-        backend = await self.backend()
-        await backend.move([Held(held.owner, file_id, held.id)], until)
-        return not await backend.move([held], until)
+    async def protect(self, owner: str, file_id: str, until: int) -> None:
+        """Until a time, an input does not expire and makes no room; for all batches that read it."""
+        await (await self.backend()).claim(FILE, Held(owner, file_id, BATCHES), until)
+
+    async def renew(self, held: Held, until: int) -> bool:
+        """Renew the lease of a batch; return False if another server has the batch."""
+        return not await (await self.backend()).move([held], until)
 
     async def lapsed(self, busy_owners: Collection[str]) -> list[entries.Entry]:
         """Return batches that no server works on, except those of busy owners; delete uploads whose server died."""
@@ -289,6 +292,11 @@ def new_file_id() -> str:
 def too_large(most: int) -> entries.StoreLimitError:
     """Return the error for a file that is too large."""
     return entries.StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb).", "file")
+
+
+def _body(record: BatchRecord) -> bytes:
+    """Return a record as JSON, padded to the size of its largest state, so that a batch can end in a full store."""
+    return msgspec.json.encode(record).ljust(_LATER + len(msgspec.json.encode(record.batch.metadata)))
 
 
 def _file(entry: entries.Entry) -> FileObject:
