@@ -302,7 +302,7 @@ class ModelSwitcher:
     async def _unload(self, slot: ModelSlot) -> None:
         model, slot.model = slot.model, None
         slot.state, slot.loaded_at = ModelState.UNLOADED, None
-        slot.keep_seconds = None  # a request's wish ends with what it kept
+        slot.keep_seconds = None  # a request's `keep_alive` ends when the model is unloaded
         self._slots = tuple(each for each in self._slots if each is not slot or not slot.going)
         if model is None:  # its engine died while it was drained
             return

@@ -206,7 +206,7 @@ class Scheduler:
             self._preempt(self.running[-1])  # prompts occupy all pages, and none can continue
             return self._schedule()
         decodes = [item for item in scheduled if item.decodes]
-        if len(decodes) < len(scheduled):  # runs with drafts are next: on a GPU each of their rows is a decoded one
+        if len(decodes) < len(scheduled):  # before prompts: `by_rows` makes each row of a drafted run a sequence
             others = [item for item in scheduled if not item.decodes]
             decodes += sorted(others, key=lambda item: not item.drafts)
         return Step(self._with_states(decodes))
