@@ -112,6 +112,7 @@ def test_allow_once(page: Any, mcp: Mcp, site: Site) -> None:
     assert '"zone": "Europe/Berlin"' in card.inner_text()
     assert mcp.calls == []
     button(page, "Allow once").click()
+    assert card.evaluate("card => card === document.activeElement"), "the keyboard is not where the buttons were"
     said(page, "The tool said: 12:00")
     assert mcp.calls == [{"name": "clock__now", "arguments": {"zone": "Europe/Berlin"}, "approved": True}]
     assert "done · 250 ms" in card.inner_text()

@@ -321,12 +321,17 @@ def test_a_model_is_pulled_asked_copied_and_deleted(changing: Callable[..., Any]
         assert [model.model for model in client.list().models] == ["scripted", *names]
         for name in names[:2]:
             assert client.chat(name, HI).message.content == "Hello!"
-        client.copy(names[0], "mine")
-        assert client.chat("mine", HI).message.content == "Hello!"
+        for copy in ("mine", "yours"):
+            client.copy(names[0], copy)
+            answer = client.chat(copy, HI)
+            assert (answer.model, answer.message.content) == (copy, "Hello!")
+        client.delete("yours")
+        with pytest.raises(ollama.ResponseError, match="not served"):
+            client.chat("yours", HI)
         with pytest.raises(ollama.ResponseError, match="both called 'scripted'"):
             client.copy(names[0], "scripted")
         client.delete("mine")
-        client.delete(names[0])
+        client.delete(names[1])
         assert [model.model for model in client.list().models] == ["scripted", names[2]]
         with pytest.raises(ollama.ResponseError, match="not served") as gone:
             client.chat(names[0], HI)

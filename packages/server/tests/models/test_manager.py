@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,23 @@ async def test_a_model_is_loaded_when_it_is_asked_for_and_the_load_is_shared() -
 @pytest.mark.parametrize(("name", "found"), [(None, "a"), ("default", "a"), ("b-alias", "b"), ("c", "c")])
 async def test_names(name: str | None, found: str) -> None:
     assert _manager(FakeLoader()).find(name).entry.name == found
+
+
+async def test_another_alias_keeps_the_model_loaded() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader)
+    lease = await manager.acquire("b")
+    entries = [replace(slot.entry, aliases=(*slot.entry.names, f"{name}-copy")) for name, slot in manager.slots.items()]
+    changes = manager.adopt(Catalogue(entries))
+    assert (changes.added, changes.changed, changes.removed) == ((), NAMES, ())
+    assert manager.find("b-copy", exact=True).model is lease.model
+    assert lease.model.entry.names == ("b-alias", "b", "b-copy")
+    manager.adopt(Catalogue([replace(entry, aliases=entry.names[:2]) for entry in entries]))
+    with pytest.raises(ModelNotServedError):
+        manager.find("b-copy", exact=True)
+    assert (loader.loads, manager.slots["b"].in_flight) == (["b"], 1)
+    lease.release()
+    await manager.close()
 
 
 async def test_unknown_names_are_refused_with_those_that_are_known() -> None:

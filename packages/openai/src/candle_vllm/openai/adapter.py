@@ -49,7 +49,7 @@ from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
-from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads
+from candle_vllm.openai.serving import AdapterNames, WorkerThreads
 from candle_vllm.openai.task import MEDIA_MARK, Task, ThinkingLimit
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
 
@@ -112,7 +112,6 @@ class OpenAIAdapter(ExplainedAttributes):
         self._engine = engine
         self._watcher = watcher
         self._salted = salted
-        self._names = ServedNames(served_model_names or (info.name,), strict=strict_model_names, adapters=adapters)
         self._created = int(time.time())
         self._fingerprint = _fingerprint(info)
         self.planner = AnswerPlanner(
@@ -133,13 +132,14 @@ class OpenAIAdapter(ExplainedAttributes):
         self._work = WorkerThreads()
         self._embedding = EmbeddingAdapter(
             engine,
-            served_model_names=self._names.all,
+            served_model_names=served_model_names,
             strict_model_names=strict_model_names,
             allow_priority=allow_priority,
             watcher=watcher,
             adapters=adapters,
             work=self._work,
         )
+        self._names = self._embedding.names
         self._tokenizing = TokenizingAdapter(engine, self._preparation, self._names, self._work)
 
     def __repr__(self) -> str:
@@ -149,6 +149,10 @@ class OpenAIAdapter(ExplainedAttributes):
     def model_info(self) -> ModelInfo:
         """Description of the model."""
         return self._engine.model_info
+
+    def rename(self, names: Sequence[str]) -> None:
+        """Replace the names of the model, of which the first is for requests without a name."""
+        self._names.all = tuple(names)
 
     def served_name(self, name: str | None) -> str:
         """Return the model name for the response to a request with this name; raises `ModelNotServedError`."""

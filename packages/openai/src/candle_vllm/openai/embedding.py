@@ -87,6 +87,9 @@ class EmbeddingAdapter:
     Every method raises `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the
     engine accepts no request, and `GenerationFailedError` if the engine fails during this request. Cancelling a call
     aborts its sequences.
+
+    Attributes:
+        names: names of the model, which `OpenAIAdapter` shares.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class EmbeddingAdapter:
         self._work = work or WorkerThreads()
         self._watcher = watcher
         names = served_model_names or (engine.model_info.name,)
-        self._names = ServedNames(names, strict=strict_model_names, adapters=adapters)
+        self.names = ServedNames(names, strict=strict_model_names, adapters=adapters)
         self._allow_priority = allow_priority
 
     async def embed(
@@ -113,7 +116,7 @@ class EmbeddingAdapter:
     ) -> embeddings.EmbeddingList:
         """Return the embeddings of the request's texts, or of `prompt`, which was rendered from its messages."""
         self._check(request, "embed")
-        name, request_id = self._names.served(request.model), _request_id("embd-", request)
+        name, request_id = self.names.served(request.model), _request_id("embd-", request)
         outputs = await self._embedded(request, request_id, request.pooling_params(), prompt=prompt)
         vectors = await self._work.prepare(
             lambda: [_numbers(request, each.embedding, each.vectors) for each in outputs]
@@ -127,7 +130,7 @@ class EmbeddingAdapter:
         if self._engine.model_info.pooling in BY_TOKEN:
             raise InvalidParameterError("the model returns a vector for each token: use /v1/embeddings", "model")
         inner, request_id = request.inner(), _request_id("", request)
-        self._names.served(request.model)
+        self.names.served(request.model)
         try:
             outputs = await self._embedded(inner, request_id, inner.pooling_params(), "texts")
         except RequestError as error:
@@ -152,7 +155,7 @@ class EmbeddingAdapter:
             raise InvalidParameterError(f"{given} has no effect on the task {task}: leave it out", given)
         if task == "token_embed":
             params = msgspec.structs.replace(params, pooling="all")
-        name, request_id = self._names.served(request.model), _request_id("pool-", request)
+        name, request_id = self.names.served(request.model), _request_id("pool-", request)
         if wanted == "embed":
             self._check(request, wanted)
             outputs = await self._embedded(request, request_id, params)
@@ -198,7 +201,7 @@ class EmbeddingAdapter:
             raise InvalidParameterError(
                 "the model classifies tokens, not texts: use POST /pooling with the task token_classify", "model"
             )
-        name, request_id = self._names.served(request.model), _request_id("classify-", request)
+        name, request_id = self.names.served(request.model), _request_id("classify-", request)
         outputs = await self._classified(request, request_id, request.activated())
         labels = self._engine.model_info.labels
         found = [each.probs.tolist() for each in outputs]
@@ -211,7 +214,7 @@ class EmbeddingAdapter:
     async def moderate(self, request: embeddings.ModerationRequest) -> embeddings.Moderation:
         """Return whether the request's texts are harmful, by the labels of a classifier."""
         fields = {name: getattr(request, name) for name in ("model", "lora_path", "priority", "input")}
-        name, request_id = self._names.served(request.model), _request_id("modr-", request)
+        name, request_id = self.names.served(request.model), _request_id("modr-", request)
         self._check(request, "classify")
         labels = self._engine.model_info.labels
         harm = embeddings.moderated(labels, [0.0] * len(labels)).category_scores
@@ -228,7 +231,7 @@ class EmbeddingAdapter:
     async def score(self, request: ScoreRequest) -> ScoreList:
         """Return the scores of the request's pairs."""
         self._check(request, "score")
-        name, request_id = self._names.served(request.model), _request_id("score-", request)
+        name, request_id = self.names.served(request.model), _request_id("score-", request)
         more = self._more(request, request_id)
         with _failures(request.blamed, request.blamed(0, 1)):
             await self._work.prepare(self._count_pairs, request.pairs, request.blamed(0, 1).partition(".")[0])
@@ -239,7 +242,7 @@ class EmbeddingAdapter:
     async def rerank(self, request: RerankRequest) -> Ranking:
         """Rank the request's documents, best first; documents with equal scores keep their order."""
         self._check(request, "score")
-        name, request_id = self._names.served(request.model), _request_id("rerank-", request)
+        name, request_id = self.names.served(request.model), _request_id("rerank-", request)
         more = self._more(request, request_id)
         texts = request.texts
         pairs = [(request.query, text) for text in texts]
@@ -265,7 +268,7 @@ class EmbeddingAdapter:
             "priority": request.priority or 0,
             "watcher": self._watcher,
             "apart": self._work.prepare,
-            **self._names.options(request.model, None, request.lora_path),
+            **self.names.options(request.model, None, request.lora_path),
         }
 
     def _check(self, request: PoolingFields, task: str) -> None:

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // A tool call: what is asked for, whether it may run, and what came of it.
 
+import { useRef } from "preact/hooks";
+
 import type { McpContent } from "../api/types.ts";
 import type { Decision } from "../chat/turn.ts";
 import type { ToolCall } from "../chat/types.ts";
@@ -19,8 +21,13 @@ export function ToolCard({ call, onDecide }: { call: ToolCall; onDecide: (decisi
   const tool = findTool(call.name);
   const isWaiting = call.state === "waiting";
   const busy = call.state === "writing" || call.state === "running";
+  const card = useRef<HTMLElement>(null);
+  const decide = (decision: Decision) => {
+    card.current?.focus(); // the buttons vanish, and the keyboard stays where it was
+    onDecide(decision);
+  };
   return (
-    <section class={`tool-card ${call.state}`} aria-label={t.value.toolCall(call.name)}>
+    <section ref={card} tabIndex={-1} class={`tool-card ${call.state}`} aria-label={t.value.toolCall(call.name)}>
       <header>
         <Icon name={ICONS[call.state]} />
         <span class="tool-name">{call.name}</span>
@@ -40,9 +47,9 @@ export function ToolCard({ call, onDecide }: { call: ToolCall; onDecide: (decisi
       {isWaiting && (
         <div class="approval" role="group" aria-label={t.value.mayRun(call.name)}>
           <p>{t.value.mayRun(call.name)}</p>
-          <button type="button" class="button primary" onClick={() => onDecide("once")}>{t.value.allowOnce}</button>
-          {tool && <button type="button" class="button" onClick={() => onDecide("always")}>{t.value.allowAlways}</button>}
-          <button type="button" class="button" onClick={() => onDecide("deny")}>{t.value.deny}</button>
+          <button type="button" class="button primary" onClick={() => decide("once")}>{t.value.allowOnce}</button>
+          {tool && <button type="button" class="button" onClick={() => decide("always")}>{t.value.allowAlways}</button>}
+          <button type="button" class="button" onClick={() => decide("deny")}>{t.value.deny}</button>
         </div>
       )}
       {call.result !== undefined && <Result call={call} />}

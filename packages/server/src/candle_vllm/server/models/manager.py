@@ -267,23 +267,30 @@ class ModelManager:
         return None if rest is None else time.time() + rest - (time.monotonic() - slot.last_used)
 
     def adopt(self, catalogue: Catalogue) -> Changes:
-        """Replace the catalogue; HttpError 409 if this manager does not unload models.
+        """Replace the catalogue; HttpError 409 if this manager does not unload models, UsageError as `Adapters.adopt`.
 
-        A model with unchanged settings keeps its state. A changed or removed model finishes its running requests; its
-        waiting requests wait for the new model of that name. A changed model that was loaded is loaded again.
+        A model with unchanged settings keeps its state, also if it has other aliases. A changed or removed model
+        finishes its running requests; its waiting requests wait for the new model of that name. A changed model that
+        was loaded is loaded again.
         """
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays")
-        before, slots = self.slots, dict[str, ModelSlot]()
+        self.adapters.adopt(catalogue)  # raises before anything has changed
+        before, slots, renamed = self.slots, dict[str, ModelSlot](), set[str]()
         for entry in catalogue.entries:
             old = before.get(entry.name)
-            slots[entry.name] = old if old is not None and old.entry.is_as(entry) else ModelSlot(entry, self._idle)
+            if old is None or not old.entry.is_as(entry):
+                slots[entry.name] = ModelSlot(entry, self._idle)
+                continue
+            slots[entry.name] = old
+            if old.entry.names != entry.names:
+                renamed.add(entry.name)
+                old.rename(entry.names)
         gone = [slot for name, slot in before.items() if slots.get(name) is not slot]
         if self.active == self.catalogue.default.name or self.active not in slots:
             self.active = catalogue.default.name
         if self._chosen not in slots:
             self._chosen, self.switch_requested_at = None, None
-        self.adapters.adopt(catalogue)
         self.catalogue, self.slots = catalogue, slots
         self._switcher.adopt(tuple(slots.values()), gone)
         for old in gone:
@@ -298,7 +305,7 @@ class ModelManager:
                 self._switcher.want(new, asked=True)
         return Changes(
             tuple(name for name in slots if name not in before),
-            tuple(slot.entry.name for slot in gone if slot.entry.name in slots),
+            tuple(name for name in before if name in slots and (name in renamed or slots[name] is not before[name])),
             tuple(slot.entry.name for slot in gone if slot.entry.name not in slots),
         )
 

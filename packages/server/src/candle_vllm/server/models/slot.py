@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import enum
 import time
 from collections import deque
@@ -33,11 +34,12 @@ class ModelState(enum.StrEnum):
     FAILED = "failed"  # could not be loaded, or its engine died; a request tries again
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ServedModel:
     """A loaded model with its API adapters.
 
     Attributes:
+        entry: its entry in the catalogue; only the names may change while it is loaded.
         watcher: updates the metrics of the engine.
         adapter, messages, ollama: adapters for the APIs of OpenAI, Anthropic and Ollama.
         admission: admission control of the engine.
@@ -52,6 +54,11 @@ class ServedModel:
     ollama: OllamaAdapter
     admission: Admission
     memory: int = 0
+
+    def rename(self, entry: ModelEntry) -> None:
+        """Replace the entry by one with other names for clients."""
+        self.entry = entry
+        self.adapter.rename(entry.names)
 
     def close(self) -> None:
         """Remove the model's gauges and close the engine. Further calls have no effect."""
@@ -114,9 +121,18 @@ class ModelSlot:
 
     def ready(self, model: ServedModel) -> None:
         """Set the loaded model."""
+        if model.entry is not self.entry:
+            model.rename(self.entry)  # it got another name while it was loaded
         self.model, self.state = model, ModelState.READY
         self.last_used, self.loaded_at = time.monotonic(), time.time()
         self.error = self.failed_at = None
+
+    def rename(self, names: tuple[str, ...]) -> None:
+        """Replace the names for clients; the first stays, because the model's metrics have it."""
+        assert names[0] == self.entry.names[0]
+        self.entry = dataclasses.replace(self.entry, aliases=names)
+        if self.model is not None:
+            self.model.rename(self.entry)
 
     def lease(self) -> Lease:
         """Return a lease, which keeps the model loaded until it is released."""

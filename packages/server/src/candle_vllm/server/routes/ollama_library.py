@@ -33,6 +33,7 @@ from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
 from candle_vllm.server.routes.ollama import OfModel
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.settings.model_names import PullError, read_name
 from candle_vllm.server.settings.options import UsageError
 
 router = APIRouter()
@@ -160,7 +161,7 @@ async def ollama_delete(request: Request) -> Response:
     manager: ModelManager = request.app.state.manager
     settings, name = request.app.state.settings, wire.named
     entry = manager.find(name, exact=True).entry
-    if name != entry.name and len(entry.names) > 1:
+    if not _names_file(name, entry) and len(entry.names) > 1:
         left = tuple(each for each in entry.names if each != name)
         _change(manager, entry, dataclasses.replace(entry, aliases=left))
         return Response()
@@ -181,14 +182,20 @@ async def ollama_delete(request: Request) -> Response:
     return Response()
 
 
+def _names_file(name: str, entry: ModelEntry) -> bool:
+    """Whether a name stands for the downloaded file itself, as Ollama's short names do, and not for a copy."""
+    try:
+        return name == entry.name or str(read_name(name)) == entry.name
+    except PullError:
+        return False
+
+
 def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | None) -> None:
     """Replace, add or remove a model of the catalogue; raises UsageError if two models would have the same name."""
     catalogue = manager.catalogue
-    entries = [new if each is old and new is not None else each for each in catalogue.entries]
-    if old is None and new is not None:
-        entries.append(new)
-    elif new is None:
-        entries = [each for each in entries if each is not old]
+    entries, news = list(catalogue.entries), [] if new is None else [new]
+    at = len(entries) if old is None else [each.name for each in entries].index(old.name)
+    entries[at : at + 1] = news
     manager.adopt(Catalogue(entries, catalogue.default.name))
 
 

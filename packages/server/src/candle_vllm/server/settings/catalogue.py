@@ -37,10 +37,13 @@ class ModelEntry:
         return tuple(dict.fromkeys((*self.aliases, self.name)))
 
     def is_as(self, other: ModelEntry) -> bool:
-        """Whether a model that was loaded for this entry fits the other entry; settings of the process do not count."""
+        """Whether a model that was loaded for this entry fits the other entry.
+
+        Settings of the process do not count, nor do names after the reported one.
+        """
         own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
         mine, theirs = self.settings, other.settings
-        return self.names == other.names and all(getattr(mine, name) == getattr(theirs, name) for name in own)
+        return self.names[0] == other.names[0] and all(getattr(mine, name) == getattr(theirs, name) for name in own)
 
 
 class Catalogue:
