@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Configs of Phi, StableLM and SmolLM3: as they are published, as old files leave keys out, and wrong."""
+"""Configs of Phi, StableLM, Command R and SmolLM3: as they are published, as old files leave keys out, and wrong."""
 
 from __future__ import annotations
 
@@ -88,6 +88,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         | {"max_position_embeddings": 4096, "partial_rotary_factor": 0.25, "rope_theta": 10000, "use_qkv_bias": False}
         | {"qk_layernorm": True, "use_parallel_residual": True},
         {"head_dim": 160, "parallel": True, "head_norms": "cut", "qkv_bias": False},
+    ),
+    "Command R+": (
+        "CohereForCausalLM",
+        {"num_attention_heads": 96, "num_key_value_heads": 8, "layer_norm_eps": 1e-5, "use_qk_norm": True}
+        | {"max_position_embeddings": 8192, "model_max_length": 131072, "rope_theta": 75000000.0},
+        {"head_dim": 32, "max_position": 131072, "head_norms": True},
     ),
     "SmolLM3-3B": (
         "SmolLM3ForCausalLM",

@@ -117,6 +117,17 @@ def test_tied_and_untied_heads(name: str, tmp_path: Path) -> None:
     assert spread(recorded_logits(source, TOKENS, [24]), theirs) < 1e-2
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-NeoX", "Falcon"])
+def test_heads_that_contradict_the_config(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A trained head beside a config that says that the embedding table is the head, and the reverse."""
+    apart, tied = (written(name, tmp_path / str(tied), tie_word_embeddings=tied) for tied in (False, True))
+    for source, claim, said in ((apart, True, "differs from the embedding table"), (tied, False, "is not true")):
+        (tmp_path / said).mkdir()
+        found = eager_logits(edited(source, tmp_path / said, tie_word_embeddings=claim), TOKENS, [24])
+        assert error(found, eager_logits(source, TOKENS, [24])) == 0
+        assert said in caplog.text
+
+
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 

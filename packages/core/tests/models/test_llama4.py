@@ -97,6 +97,12 @@ def test_wrong_configs_are_named(changes: dict[str, Any], kind: type[Exception],
         read(SCOUT, **changes)
 
 
+def test_scaled_queries_may_be_a_number() -> None:
+    """Older versions of transformers wrote 4 for `attn_temperature_tuning`."""
+    assert read(SCOUT, attn_temperature_tuning=4) == read(SCOUT)
+    assert read(SCOUT, attn_temperature_tuning=0).temperature is None
+
+
 def test_neither_cache_nor_cuts_nor_freed_pages_change_an_answer(tmp_path: Path) -> None:
     """A chunk of 16 tokens has two pages at most; prompts and answers go on over several chunks."""
     row = ROWS["Llama-4 chunks"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import quants
 
-from candle_vllm.core.errors import UnsupportedModelError, WeightsError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels.group_linear import from_codes, reference
 from candle_vllm.core.kernels.torch_numbers import DTYPES, load_tensor, tensor_of
 from candle_vllm.core.loading import views
@@ -26,6 +26,7 @@ from packages.core.tests.quantization.format_writers import (
     WRITERS,
     Written,
     ct_packed,
+    fp8,
     gptq,
     marlin,
     mxfp4,
@@ -332,6 +333,28 @@ def test_biases_of_zeros_are_spare(tmp_path: Path) -> None:
     assert biases.keys() == {"zero.bias", "full.bias", "plain.bias"}
     assert [name for name, kind in biases.items() if kind is views.Spare] == ["zero.bias"]
     assert not found.tensors["zero.bias"].load().any()
+
+
+@pytest.mark.parametrize("block", [None, [24, 40]])
+def test_experts_of_one_tensor_in_fp8(block: list[int] | None, tmp_path: Path) -> None:
+    """A scale for each expert, or for each block; the settings are those of the text model."""
+    written = [fp8(numbers(48, 80, seed=seed), block=None if block is None else (24, 40)) for seed in range(3)]
+    scales = [each.parts[".weight_scale_inv" if block else ".weight_scale"] for each in written]
+    parts = {
+        "experts.down_proj": torch.stack([each.parts[".weight"] for each in written]),
+        "experts.down_proj_scale_inv": torch.stack(scales).reshape(3, *(2, 2) if block else (1, 1)),
+        "experts.down_proj_activation_scale": torch.ones(()),
+    }
+    checkpoint = open_safetensors(write_safetensors(tmp_path / "m.safetensors", parts))
+    settings = {"text_config": {"quantization_config": written[0].config | {"weight_block_size": block}}}
+    found = read_quantised(checkpoint, settings, tmp_path / "config.json").tensors
+    assert found.keys() - {"odd"} == {"experts.down_proj"}
+    for expert, each in enumerate(written):
+        assert loaded(views.entry(found["experts.down_proj"], expert)).equal(each.weight)
+    parts["experts.down_proj_scale_inv"] = parts["experts.down_proj_scale_inv"][:2]
+    checkpoint = open_safetensors(write_safetensors(tmp_path / "damaged.safetensors", parts))
+    with pytest.raises(InvalidFileError, match="down_proj_scale_inv has shape"):
+        read_quantised(checkpoint, settings, tmp_path / "config.json")
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

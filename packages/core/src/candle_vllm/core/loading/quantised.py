@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,7 +36,7 @@ FILES = MappingProxyType(
 
 ACTIVATION_SCALES = re.compile(
     r".*\.(input_scale|input_scale_inv|input_zero_point|input_global_scale|input_scale_ub|output_scale"
-    r"|output_zero_point|activation_scale|[qkv]_scale|[qkv]_zero_point|kv_scale|prob_scale)"
+    r"|output_zero_point|(\w+_)?activation_scale|[qkv]_scale|[qkv]_zero_point|kv_scale|prob_scale)"
 )
 """Names of scales that are not used: activations are not quantised with the checkpoint's scales, and
 `assembly/cache_scales.py` has already removed those scales of a float8 KV cache that are used."""
@@ -106,9 +107,9 @@ def _names(parts: LayerTensors) -> set[str]:
 
 
 def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | None:
-    """Return the method and its settings; None for an unquantised checkpoint."""
-    fields = Fields(config, path)
-    for key in ("quantization_config", "compression_config"):
+    """Return the method and its settings, also those of the text model; None for an unquantised checkpoint."""
+    whole = Fields(config, path)
+    for fields, key in product((whole, whole.section("text_config")), ("quantization_config", "compression_config")):
         if fields.get(key, dict, {}):
             own = fields.section(key)
             nested = "quantization" in own  # the whole hf_quant_config.json, not only its section

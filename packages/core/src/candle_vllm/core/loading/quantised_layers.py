@@ -13,7 +13,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.awq import awq_tensor
 from candle_vllm.core.quantization.compressed_tensors import block_shape, ct_tensor, read_schemes
 from candle_vllm.core.quantization.fp4 import mxfp4_experts, nvfp4_tensor
-from candle_vllm.core.quantization.fp8 import NUMBERS, fp8_tensor
+from candle_vllm.core.quantization.fp8 import NUMBERS, fp8_experts, fp8_tensor
 from candle_vllm.core.quantization.gptq import GptqScheme, gptq_tensor
 from candle_vllm.core.quantization.marlin import marlin_tensor
 from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor
@@ -144,6 +144,9 @@ def _fp8(fields: Fields, checkpoint: Checkpoint) -> Found:
         if name.endswith(".weight") and tensor.type_name in NUMBERS:
             parts = _parts(checkpoint, name.removesuffix(".weight"))
             yield parts, fp8_tensor(parts, block)
+        elif tensor.type_name in NUMBERS and name + "_scale_inv" in checkpoint.tensors:
+            parts = _parts(checkpoint, name)
+            yield parts, fp8_experts(parts, block)
 
 
 def _mxfp4(_: Fields, checkpoint: Checkpoint) -> Found:

@@ -11,18 +11,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
 
-_PREFIX, _HEAD = "model.", "lm_head.weight"
+_PREFIX = "model."
 _COMPARED = 1 << 22  # number of elements that are compared at a time
 _ENDS = ("TextModel", "Model", "ForSequenceClassification", "ForRewardModel")
 SCORES = ("score", "v_head")  # names of heads for scores and classes
@@ -72,23 +73,29 @@ def without_head(
     return config
 
 
-def head_as_stored(config: ModelConfig, tensors: Mapping[str, StoredTensor] | None, path: Path) -> ModelConfig:
+def head_as_stored(
+    config: ModelConfig, tensors: Mapping[str, StoredTensor] | None, path: Path, table: Sequence[WeightName]
+) -> ModelConfig:
     """Correct `tie_embeddings` if config.json's `tie_word_embeddings` contradicts the stored tensors.
 
     Args:
         config: the configuration that was read from config.json.
         tensors: tensors of the checkpoint, after `prefixed`; None if they are not known.
         path: config.json, for the log.
+        table: the family's table of names.
     """
-    head, table = (None if tensors is None else tensors.get(name) for name in (_HEAD, f"{_PREFIX}embed_tokens.weight"))
-    if table is None or not config.has_head or config.tie_embeddings == (head is None):
+    names = {row.target: row.hf_names for row in table if row.target in ("embed:weight", "head:weight")}
+    if tensors is None or len(names) < 2 or not config.has_head:
+        return config
+    head, embed = (next((tensors[n] for n in names[t] if n in tensors), None) for t in ("head:weight", "embed:weight"))
+    if embed is None or config.tie_embeddings == (head is None):
         return config
     if head is None:
-        said = f"is not true, and no {_HEAD} is stored: the embedding table is used as the head"
-    elif _equal(head, table):
+        said = f"is not true, and no {names['head:weight'][0]} is stored: the embedding table is used as the head"
+    elif _equal(head, embed):
         return config
     else:
-        said = f"is true, and {_HEAD} differs from the embedding table: {_HEAD} is used as the head"
+        said = f"is true, and {head.name} differs from the embedding table: {head.name} is used as the head"
     logger.warning("%s: tie_word_embeddings %s", path, said)
     return dataclasses.replace(config, tie_embeddings=head is None)
 

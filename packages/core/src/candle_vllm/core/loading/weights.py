@@ -107,6 +107,12 @@ class WeightName:
     hf_view: View | None = None
     gguf_view: View | None = None
 
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The names in safetensors files."""
+        names = self.hf if isinstance(self.hf, tuple) else (self.hf,)
+        return tuple(each.name if isinstance(each, Seen) else each for each in names if each is not None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:

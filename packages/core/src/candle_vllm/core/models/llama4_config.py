@@ -46,7 +46,8 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
         raise InvalidFileError(f"{fields.path}: layer_types and no_rope_layers must describe {layers} layers")
     if not sparse <= {*range(layers)}:
         raise InvalidFileError(f"{fields.path}: moe_layers names layers that are not there")
-    chunk, scaled = fields.get("attention_chunk_size", int, _CHUNK), fields.get("attn_temperature_tuning", bool, True)
+    chunk = fields.get("attention_chunk_size", int, _CHUNK)
+    scaled = bool(fields.values.get("attn_temperature_tuning", True))  # transformers 4.51.0 wrote the number 4
     own = {
         "intermediate_size": fields.count("intermediate_size_mlp", 16384),
         "sliding_windows": tuple(chunk if kind == "chunked_attention" else None for kind in kinds),

@@ -239,7 +239,7 @@ def family_from_hf(
     if is_headed(names):  # `assembly/heads.py` reads the head
         own = family.ignored
         family = dataclasses.replace(family, ignored=lambda config: [*own(config), rf"({'|'.join(SCORES)})\..*"])
-    return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path)
+    return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path, family.weights)
 
 
 def _is_decoder_of_transformers(name: str, config: Mapping[str, Any]) -> bool:

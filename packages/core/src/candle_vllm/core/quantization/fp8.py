@@ -9,6 +9,7 @@ Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -79,3 +80,20 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     else:
         allowed = f"one number or [{rows}, 1], where the config has no weight_block_size"
     raise parts.shape_error(scale, allowed, f"tensor {weight.name} has shape {[rows, columns]}")
+
+
+def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
+    """Return the FP8 matrices of all experts, one tensor [X, N, K]; arguments and errors as `fp8_tensor`.
+
+    The tensor has the layer's name. Its scales are one for each expert or, with `block`, for each expert's blocks.
+    """
+    weight, scale = parts.get("", *NUMBERS), parts.get("_scale_inv", *SCALES)
+    if len(weight.shape) != 3 or 0 in weight.shape:
+        raise parts.shape_error(weight, "[experts, outputs, inputs]", "its scales have the name of all experts' scales")
+    experts, rows, columns = weight.shape
+    block = block or (rows, columns)
+    wanted = (experts, -(-rows // block[0]), -(-columns // block[1]))
+    if rows % block[0] or (scale.shape != wanted and (block != (rows, columns) or scale.shape != (experts,))):
+        raise parts.shape_error(scale, list(wanted), f"tensor {weight.name} has shape {list(weight.shape)}")
+    matrix = dataclasses.replace(weight, shape=(experts * rows, columns))
+    return parts.tensor("FP8", weight.shape, Fp8Source(matrix, scale, block), parts.layer)
