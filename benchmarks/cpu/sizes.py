@@ -9,7 +9,8 @@ of N tokens, `decode_N` 64 tokens of one stream behind N, `streams_8` the output
 the whole time, all in tokens a second; `start` is the seconds of a process from its start to its end with one token.
 A pair runs every engine once, each in processes of its own, in an order that turns. A process reads a context once and
 decodes three times from it, and its figure is the median (ik_llama.cpp reads it each time, once). ik_llama.cpp runs
-with and without repacked weights, and the better figure counts. Drafts are off. The last line of a size has, by column,
+with and without repacked weights, and the better figure counts. Without a path to its batched bench, an engine has no
+figure of streams. Drafts are off. The last line of a size has, by column,
 the median of the ratios to the pair's best other engine.
 """
 
@@ -115,7 +116,7 @@ def timed(*command: str) -> float:
     return time.perf_counter() - began
 
 
-def llama(bench: str, batched: str, *, ik: bool) -> Engine:
+def llama(bench: str, batched: str | None, *, ik: bool) -> Engine:
     """Return what measures llama.cpp by its own tools, or ik_llama.cpp in its two modes."""
 
     def measure(model: str, columns: list[str]) -> Row:
@@ -136,6 +137,8 @@ def llama(bench: str, batched: str, *, ik: bool) -> Engine:
             elif kind == "decode":
                 row[name] = rate("-p", "0", "-n", str(STEPS), "-d", number, repeat=3)
             elif kind == "streams":
+                if batched is None:
+                    continue
                 row[name] = llama_streams(batched, model, 128, STEPS, STREAMS, *mode[:1])
             else:
                 row[name] = timed(

@@ -47,6 +47,7 @@ class LazyStream:
     Attributes:
         captured: number of captured pieces of work.
         replayed: number of replays of captured work.
+        pools: number of memory pools of captures.
     """
 
     device = torch.device("cpu")
@@ -54,6 +55,7 @@ class LazyStream:
     def __init__(self, other: LazyStream | None = None, *, serial: bool = False) -> None:
         self.captured = 0
         self.replayed = 0
+        self.pools = 1
         self._streams: list[LazyStream] = [] if other is None else other._streams  # of the device
         self._streams.append(self)
         self._numbers: itertools.count[int] = itertools.count() if other is None else other._numbers
@@ -71,6 +73,10 @@ class LazyStream:
 
     def join(self) -> None:
         """See `DeviceStream`; all other work of the CPU is synchronous."""
+
+    def new_pool(self) -> None:
+        """See `DeviceStream`."""
+        self.pools += 1
 
     def capture(self, work: Work) -> Work:
         """See `DeviceStream`."""

@@ -22,14 +22,16 @@ from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.drafts.drafting import Drafter
 from candle_vllm.core.engine.outputs import OutputCollector
 from candle_vllm.core.engine.requests import GenerationRequest
-from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_inputs import DeviceInputs, DeviceLimits, StepSize
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner, bucket_sizes
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.step.batch import Batch
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.live import LiveSequence
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import Staging
+from candle_vllm.core.kernels.states import StateRows
 from candle_vllm.core.sampling.device_edits import mask_in_torch
 from candle_vllm.core.sampling.processors import mask_row
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -406,6 +408,40 @@ def test_sizes_of_captured_steps() -> None:
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == min(most, 512)
         assert all(b - a <= max(8, a // 4) for a, b in itertools.pairwise(sizes))
+
+
+def test_states_are_told_positions_in_the_text() -> None:
+    """Not those that images turn, and never a multiple of 64 for padding."""
+    stream = LazyStream()
+    inputs = DeviceInputs(stream, DeviceLimits(8, 2, 5, SIZE, states=True))
+    starts = np.array([0, 3])
+    batch = Batch(
+        tokens=np.array([[5, 6, 7], [62, 63, 64], [2, 3, 4], [-1, -1, -1]]),
+        query_start=starts,
+        context_lens=np.array([65]),
+        block_tables=np.zeros((1, 5), np.int64),
+        tables_version=object(),
+        num_decodes=0,
+        runs=(),
+        drawing=(),
+        drafted=False,
+        sampled_rows=np.array([2]),
+        states=StateRows(starts, *np.zeros((3, 1), np.int64), *np.full((2, 3), -1)),
+    )
+    size = StepSize(4, 1, True)
+    inputs.send(batch, (), size, turns=np.array([3, 3, 3]))
+    stream.mark().wait()
+    rows, (turned, _) = inputs.states(size, prompts=True), inputs.positions_and_slots(3)
+    assert rows is not None
+    assert (turned.tolist(), rows.positions.tolist(), rows.single) == ([65, 66, 67], [62, 63, 64, 1], False)
+    for drafts in (False, True):
+        rows = inputs.states(size, prompts=False, drafts=drafts)
+        assert rows is not None
+        assert (rows.positions, rows.single) == (None, not drafts)
+    reproducible = DeviceInputs(stream, DeviceLimits(8, 2, 5, SIZE, states=True, chunks=False))
+    rows = reproducible.states(size, prompts=True)
+    assert rows is not None
+    assert rows.positions is None, "bits would depend on the cuts of a prompt"
 
 
 def test_staged_numbers_are_not_overwritten_before_they_are_copied() -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from candle_vllm.core.kernels.states import StateCache, StateRows
+from candle_vllm.core.kernels.states import TABLES, StateCache, StateRows
 
 Inputs: TypeAlias = tuple[np.ndarray, ...]
 Run: TypeAlias = Callable[[Inputs, StateRows, np.ndarray], np.ndarray]
@@ -101,7 +101,7 @@ class Cuts:
                 self._restart(number)
         used = {self.sequences[number].source for number in running}
         free = [slot for slot in free if slot not in used]
-        rows: dict[str, list[Any]] = {name: [] for name in StateRows._fields}
+        rows: dict[str, list[Any]] = {name: [] for name in TABLES}
         rows["query_start"] = [0]
         inputs, positions, spans = [], [], []
         for number in running:
@@ -223,7 +223,7 @@ class Compiled:
             memory[:] = np.nan
         for place, part in zip(self.places, inputs):
             self.source.rows[:tokens, place : place + part[0].size] = part.reshape(tokens, -1)
-        for name, numbers in rows._asdict().items():
+        for name, numbers in rows.tables.items():
             array = getattr(recorder.arrays.states, name)
             array[:] = 10**6
             array[: len(numbers)] = numbers
@@ -239,7 +239,7 @@ def tensors(rows: StateRows) -> StateRows:
     """What a step does with states, for torch."""
     import torch
 
-    return StateRows(**{name: torch.from_numpy(numbers) for name, numbers in rows._asdict().items()})
+    return StateRows(**{name: torch.from_numpy(numbers) for name, numbers in rows.tables.items()})
 
 
 def random(seed: int, *shape: int) -> np.ndarray:

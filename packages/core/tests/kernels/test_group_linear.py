@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.group_linear import GroupMatrix, from_codes, linear, pack, reference, stack
+from candle_vllm.core.kernels.matrices import CodeMatrix
 from candle_vllm.core.quantization.group_codes import GroupCodes
 
 
@@ -122,7 +123,9 @@ def test_columns_in_another_order() -> None:
     assert matrix.order is not None
     assert matrix.nbytes == 12 * 128 // 2 + 12 * 4 * 4 + 96 * 8
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(linear(x, matrix), x @ torch.from_numpy(found.dequantise()).T, rtol=1e-5, atol=1e-5)
+    weight = torch.from_numpy(found.dequantise())
+    assert torch.allclose(linear(x, matrix), x @ weight.T, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(CodeMatrix(matrix).decoded(torch.float32), weight, rtol=1e-5)
     with pytest.raises(AssertionError):
         stack([matrix, matrix])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,17 +55,18 @@ class Kernel:
             wide = torch.full((*part.shape[:-1], part.shape[-1] + 3), math.nan, dtype=self.dtype, device=self.device)
             wide[..., :-3] = torch.from_numpy(part)
             given.append(wide[..., :-3])
-        tables = StateRows(**{name: x.to(self.device, torch.int32) for name, x in tensors(rows)._asdict().items()})
-        places = torch.from_numpy(positions).to(self.device, torch.int32) if self.chunks else None
-        self.chunked += in_chunks(given[0], places)
+        tables = StateRows(**{name: x.to(self.device, torch.int32) for name, x in tensors(rows).tables.items()})
+        if self.chunks:
+            tables = tables._replace(positions=torch.from_numpy(positions).to(self.device, torch.int32))
+        normed = self.normed and not self.sizes.elements
+        self.chunked += in_chunks(given[0], tables.positions, normed=normed)
         found = triton.delta_rule(
             *given,
             self.gates,
             self.cache,
             tables,
             scale=self.sizes.scale,
-            normed=self.normed and not self.sizes.elements,
-            positions=places,
+            normed=normed,
         )
         assert self.all[0][:, 0].isnan().all()
         assert self.all[1][:, :, self.sizes.inputs :].isnan().all()
@@ -166,13 +168,16 @@ def check_step(
     *,
     change: Callable[[StateRows], None] = lambda rows: None,
     likeness: float = 0.0,
+    strength: float = 1.0,
+    normed: bool = True,
 ) -> Kernel:
     """A step with chunks against the reference; keys are the more alike, the greater `likeness` is."""
     texts = [sizes.text(first + length, 5 + n) for n, (first, length) in enumerate(zip(firsts, lengths))]
     texts = [(q, k + likeness, *rest) for q, k, *rest in texts]
     more = 3
-    ours = Kernel(device, sizes, len(texts) + more, dtype, chunks=True)
-    theirs = Reference(sizes, len(texts) + more, dtype)
+    how: dict[str, Any] = {"strength": strength, "normed": normed}
+    ours = Kernel(device, sizes, len(texts) + more, dtype, chunks=True, **how)
+    theirs = Reference(sizes, len(texts) + more, dtype, **how)
     for number, (text, first) in enumerate(zip(texts, firsts)):
         if first:
             rows = StateRows(*(np.array(x) for x in ([0, first], [number], [-1], [0])), *np.full((2, first), -1))
@@ -197,6 +202,12 @@ def check_step(
 def test_prompts_in_chunks(device: torch.device, dtype: torch.dtype) -> None:
     """Whole chunks, ends and beginnings of others, sequences too short for any, and one token."""
     check_step(device, Sizes(1, 2, 19, 21), (70, 130, 63, 1, 70), (0, 60, 1, 64, 120), dtype)
+
+
+@pytest.mark.parametrize("sizes", few([(EVEN,), (Sizes(2, 4, 16, 21),), (Sizes(1, 2, 128, 80),)], (EVEN,)), ids=str)
+def test_mamba_2_in_chunks(device: torch.device, sizes: Sizes) -> None:
+    """Its chunks have no inverse; D times the values is added."""
+    check_step(device, sizes, (70, 130, 63, 1, 70), (0, 60, 1, 64, 120), torch.bfloat16, strength=0.0, normed=False)
 
 
 @pytest.mark.parametrize("sizes", few([(EVEN,), (Sizes(1, 3, 5, 3),), (Sizes(1, 1, 128, 128),)], (EVEN,)), ids=str)
@@ -243,3 +254,6 @@ def test_what_is_not_chunked(device: torch.device) -> None:
     assert not in_chunks(q[:63], positions[:63])
     assert not in_chunks(q, None)
     assert not in_chunks(q.float(), positions)
+    assert in_chunks(q.half(), positions)
+    assert in_chunks(q, positions, normed=False)
+    assert not in_chunks(q.half(), positions, normed=False)

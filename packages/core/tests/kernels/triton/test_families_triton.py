@@ -15,6 +15,7 @@ from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.kernels import dispatch
+from candle_vllm.core.kernels.delta_rule import triton
 from candle_vllm.core.kernels.device_stream import CudaStream
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models.families import CUDA_ISQ, FORMATS, ROWS, cuda_rows, first_rows
@@ -46,23 +47,31 @@ def in_formats() -> list[tuple[str, str]]:
     return [(name, format) for format in FORMATS for name in cuda_rows(format)]
 
 
-def logits(source: Path, device: torch.device, dtype: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
+def logits(
+    source: Path,
+    device: torch.device,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    chunks: list[int] | None = None,
+    **settings: Any,
+) -> Any:
     """Logits [T, V] of a model as it lies on a GPU, wherever the test runs."""
+    chunks = chunks or CHUNKS[dtype]
     usual = loading.choose_placement
 
     def placed(config: EngineConfig, _: torch.device, checkpoint: Any, *others: Any) -> Any:
         quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
         return dataclasses.replace(usual(config, device, checkpoint, *others), keeps_quantised=quantised)
 
-    config = EngineConfig(model=str(source), enforce_eager=True, dtype=dtype, max_model_len=64, **settings)  # type: ignore[arg-type]
+    config = EngineConfig(model=str(source), enforce_eager=True, dtype=dtype, max_model_len=160, **settings)  # type: ignore[arg-type]
     with monkeypatch.context() as patched:
         patched.setattr(loading, "choose_placement", placed)
         loaded = loading.load_model(config, device, lambda *_: None)
     stream = LazyStream() if device.type == "cpu" else CudaStream(device)
     dtypes = {"f32": torch.float32, "bf16": torch.bfloat16}
-    runner = DeviceRunner(loaded.decoder, DeviceLimits(32, 2, 4, BLOCK), stream, dtypes[dtype], graphs=False)
-    runner.allocate(4, room_of(loaded.decoder))
-    return step_logits(runner, some_tokens(sum(CHUNKS[dtype])), CHUNKS[dtype]).cpu()
+    runner = DeviceRunner(loaded.decoder, DeviceLimits(max(chunks), 2, 10, BLOCK), stream, dtypes[dtype], graphs=False)
+    runner.allocate(10, room_of(loaded.decoder))
+    return step_logits(runner, some_tokens(sum(chunks)), chunks).cpu()
 
 
 def reference(source: Path, like: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> torch.Tensor:
@@ -81,6 +90,25 @@ def written(name: str, folder: Path) -> Path:
 def test_steps_equal_torch(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(name, tmp_path)
     assert error(logits(source, device, "f32", monkeypatch), reference(source, "f32", monkeypatch)) < 1e-4
+
+
+@pytest.mark.parametrize("name", few(["Qwen3.5", "Granite 4 H"], "Granite 4 H"))
+def test_prompts_have_whole_chunks(
+    name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model tells the kernels of states where a prompt's multiples of 64 are: 0 and 64, in steps of 70 and 66."""
+    source, used, scan = written(name, tmp_path), list[int](), triton.scan_chunks
+
+    def counted(*given: Any) -> None:
+        used.append(len(given[1]["q"]))
+        scan(*given)
+
+    monkeypatch.setattr(triton, "scan_chunks", counted)
+    found = logits(source, device, "bf16", monkeypatch, [70, 66])
+    assert set(used) == {70, 66}
+    monkeypatch.setattr(triton, "in_chunks", lambda *_, **__: False)
+    one_by_one = logits(source, device, "bf16", monkeypatch, [70, 66])
+    assert 0 < error(found, one_by_one) < 0.03
 
 
 def test_an_index_chooses(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,9 @@ class Kernel:
         self, inputs: Inputs, rows: StateRows, positions: np.ndarray, *, silu: bool = True, single: bool = False
     ) -> np.ndarray:
         x, *gates = (self.columns(part, len(inputs)) for part in inputs)
-        tables = {name: table.to(self.device, torch.int32) for name, table in tensors(rows)._asdict().items()}
-        how = {"silu": silu, "gates": tuple(gates) or None, "single": single}
-        found = triton.short_conv(x, self.weight, self.bias, self.cache, StateRows(**tables), **how)
+        tables = {name: table.to(self.device, torch.int32) for name, table in tensors(rows).tables.items()}
+        how = {"silu": silu, "gates": tuple(gates) or None}
+        found = triton.short_conv(x, self.weight, self.bias, self.cache, StateRows(**tables, single=single), **how)
         assert found.is_contiguous()
         assert self.all[0][:, 0].isnan().all()
         assert self.all[1][:, :, self.channels :].isnan().all()

@@ -57,6 +57,10 @@ class DeviceStream(Protocol):
         """
         ...
 
+    def new_pool(self) -> None:
+        """Give later captures another memory pool, after all captured work was dropped."""
+        ...
+
     def between(self, host: Work) -> None:
         """Within work: call `host` before the rest of the work is launched, also in replays of captured work.
 
@@ -140,6 +144,10 @@ class CudaStream:
                 piece()
 
         return replay
+
+    def new_pool(self) -> None:
+        """See `DeviceStream`. A pool is freed with its last graph, and must not be used again."""
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _begin_piece(self) -> None:
         # Not `torch.cuda.graph`, which empties caches each time and takes longer. A capture registers the random

@@ -144,7 +144,8 @@ class CodeMatrix(DeviceMatrix):
         self.form = data.form if data.order is None else id(data)
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        return dequantise_groups(self.data).to(dtype)
+        values, order = dequantise_groups(self.data).to(dtype), self.data.order
+        return values if order is None else values[:, order.argsort()]
 
     def operand(self, columns: int) -> Operand:
         from candle_vllm.core.kernels.group_linear.triton_codes import operand

@@ -35,6 +35,10 @@ class StateCache(NamedTuple):
     kept: Any
 
 
+TABLES = ("query_start", "slots", "sources", "replays", "stores", "keeps")
+"""The fields of `StateRows` that every kernel with a state reads."""
+
+
 class StateRows(NamedTuple):
     """State slots that a step reads and writes; int64, on a GPU int32.
 
@@ -45,6 +49,9 @@ class StateRows(NamedTuple):
         replays: [R] number of kept rows that are applied first.
         stores: [T] the slot to which the state after a token is written; -1 for no slot.
         keeps: [T] the row of `StateCache.kept[slot]` to which a token's inputs are written; -1 for no row.
+        positions: [T] each token's position in its sequence, by which kernels on a GPU find whole chunks; None if they
+            process tokens one by one.
+        single: each sequence r has exactly row r in this step; on a GPU that saves a launch.
     """
 
     query_start: Any
@@ -53,3 +60,10 @@ class StateRows(NamedTuple):
     replays: Any
     stores: Any
     keeps: Any
+    positions: Any = None
+    single: Any = False
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """The arrays of `TABLES`, by name."""
+        return dict(zip(TABLES, self))

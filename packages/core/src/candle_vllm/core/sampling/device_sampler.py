@@ -105,6 +105,11 @@ class DeviceSampler:
             for kind in _KINDS:
                 self._captured(rows, *kind)
 
+    def drop_graphs(self) -> None:
+        """Release the CUDA graphs; the next steps capture new ones."""
+        if self._graphs is not None:
+            self._graphs = {}
+
     def close(self) -> None:
         """Release the CUDA graphs."""
         self._graphs = None

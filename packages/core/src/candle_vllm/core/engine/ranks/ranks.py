@@ -698,7 +698,7 @@ class RankedRunner:
 
 
 def _states(batch: Batch) -> tuple[bytes, ...] | None:
-    return None if batch.states is None else tuple(map(rank_line.as_bytes, batch.states))
+    return None if batch.states is None else tuple(map(rank_line.as_bytes, batch.states.tables.values()))
 
 
 def _seen(given: EmbeddedRows) -> rank_line.Seen:

@@ -82,7 +82,8 @@ def build_on_gpu(
         )
     dtype, row_scales = _cache_type(config, loaded)
     rows = sequences + draft_rows
-    limits = DeviceLimits(budget, rows, -(-model.max_position // config.block_size), config.block_size)
+    width, chunks = -(-model.max_position // config.block_size), not config.deterministic
+    limits = DeviceLimits(budget, rows, width, config.block_size, chunks=chunks)
     stream = CudaStream(device)
     give_back()
     try:

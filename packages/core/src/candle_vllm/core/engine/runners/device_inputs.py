@@ -36,6 +36,7 @@ class DeviceLimits:
         table_width: blocks of the longest sequence.
         block_size: tokens of a block.
         states: whether layers keep states.
+        chunks: whether states may take whole chunks of a prompt at once; bits then depend on its division into steps.
     """
 
     tokens: int
@@ -43,6 +44,7 @@ class DeviceLimits:
     table_width: int
     block_size: int
     states: bool = False
+    chunks: bool = True
 
     @property
     def longest(self) -> int:
@@ -83,7 +85,7 @@ class DeviceInputs:
         # One run more than there are sequences, for the padding tokens.
         runs: dict[str, Any] = dict.fromkeys(("slots", "sources", "replays"), ((sequences + 1,), np.int32))
         runs["starts"] = (sequences + 2,), np.int32
-        self._filler = np.array([*_FILLER, [-1], [-1]] if limits.states else _FILLER)
+        self._filler = np.array([*_FILLER, [-1], [-1], [1]] if limits.states else _FILLER)
         planes = self._planes = len(self._filler)
         several = in_flight > 1
         self._staging = Staging(
@@ -96,7 +98,7 @@ class DeviceInputs:
                 "decoding": ((1,), np.int32),
                 **(runs if limits.states else {}),
             },
-            # Four elements for each token, two more with states, then the block tables, as wide as the step needs.
+            # Four elements for each token, three more with states, then the block tables, as wide as the step needs.
             room=planes * aligned(limits.tokens) + sequences * limits.table_width,
             pieces=max(2, in_flight),
         )
@@ -128,11 +130,13 @@ class DeviceInputs:
         stride = aligned(size.tokens)
         numbers = room[: self._planes * stride].reshape(self._planes, stride)
         numbers[:4, :tokens] = batch.tokens
+        if self._limits.states:
+            numbers[6, :tokens] = batch.positions
         if turns is not None:
             numbers[1, :tokens] += turns
         numbers[:, tokens : size.tokens] = self._filler
         if self._limits.states:
-            self._write_states(host, numbers[4:], batch.states, size)
+            self._write_states(host, numbers[4:6], batch.states, size)
         host["context_lens"][:rows] = batch.context_lens
         host["context_lens"][rows : size.rows] = 0
         if size.mixed:
@@ -163,13 +167,18 @@ class DeviceInputs:
         for name, nothing in (("slots", 0), ("sources", -1), ("replays", 0)):
             host[name][count : size.rows + 1] = nothing
 
-    def states(self, size: StepSize) -> StateRows | None:
-        """Return the state slots of the step that was sent, padded to `size`; None if no layer keeps a state."""
+    def states(self, size: StepSize, *, prompts: bool, drafts: bool = False) -> StateRows | None:
+        """Return the state slots of the step that was sent, padded to `size`; None if no layer keeps a state.
+
+        `prompts` is whether the step may have prompts, `drafts` whether a decoding sequence may have several rows.
+        """
         if not self._limits.states:
             return None
         starts = self._there["starts"][: size.rows + 2]
         runs = (self._there[name][: size.rows + 1] for name in ("slots", "sources", "replays"))
-        return StateRows(starts, *runs, *(self._of_tokens(place, size.tokens) for place in (4, 5)))
+        rows = StateRows(starts, *runs, *(self._of_tokens(place, size.tokens) for place in (4, 5)))
+        positions = self._of_tokens(6, size.tokens) if prompts and self._limits.chunks else None
+        return rows._replace(positions=positions, single=not (prompts or drafts))
 
     def send_controls(self, states: Sequence[SamplingState]) -> tuple[bool, bool]:
         """Copy the sampling controls of the step whose hidden states are back; returns the same as `send`."""
@@ -210,7 +219,7 @@ class DeviceInputs:
         numbers = room[: self._planes * stride].reshape(self._planes, stride)
         numbers[...] = self._filler
         if self._limits.states:
-            self._write_states(host, numbers[4:], None, size)
+            self._write_states(host, numbers[4:6], None, size)
         for name in ("context_lens", "query_start", "sample_rows", "decoding"):
             host[name][:] = 0
         if self._draws is self._staging:
@@ -220,12 +229,13 @@ class DeviceInputs:
             self._draws.send(0)
         self._staging.send(self._planes * stride)
 
-    def send_zeros(self, starts: Ints, last_context: int) -> Batch:
-        """Copy prompts of zeros only, which write nothing to the cache. Waits for earlier steps.
+    def send_zeros(self, starts: Ints, last_context: int, decodes: int = 0) -> Batch:
+        """Copy sequences of zeros only, which write nothing to the cache. Waits for earlier steps.
 
         Args:
-            starts: [R + 1] offsets of the prompts into the tokens.
-            last_context: context length of the last prompt; the other prompts have no earlier context.
+            starts: [R + 1] offsets of the sequences into the tokens.
+            last_context: context length of the last sequence; the others have no earlier context.
+            decodes: number of first sequences, of one token each, that are decoding.
         """
         rows, tokens = len(starts) - 1, int(starts[-1])
         contexts = np.diff(starts)
@@ -236,7 +246,7 @@ class DeviceInputs:
             context_lens=contexts,
             block_tables=np.zeros((rows, self._limits.table_width), np.int64),
             tables_version=object(),
-            num_decodes=0,
+            num_decodes=decodes,
             runs=(),
             drawing=(),
             drafted=False,

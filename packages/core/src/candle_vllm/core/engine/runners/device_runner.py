@@ -338,6 +338,8 @@ class DeviceRunner(CacheParts):
         """See `ModelRunner`; graphs are dropped too, because they contain addresses of the cache."""
         self._stream.mark().wait()
         self._graphs.clear()
+        self._sampler.drop_graphs()
+        self._stream.new_pool()
         self._hidden = self._kept = torch.empty(0)
         self.caches = ()
         if self._borders is not None:
@@ -386,7 +388,9 @@ class DeviceRunner(CacheParts):
         return 3 * self._logits.nbytes
 
     def largest_steps(self) -> tuple[Work, ...]:
-        """Return work for a small step, the largest prompt and the largest decoding step, over a cache of one block.
+        """Return work for a small step, the largest prompts and the largest decoding step, over a cache of one block.
+
+        Beside the prompts, all other sequences decode, because partial sums of attention take memory, too.
 
         If steps with prompts are captured, the largest captured one follows. These steps measure the memory of steps
         and compile the kernels of later steps; the small one is first, because it is not measured. Their results are
@@ -397,7 +401,9 @@ class DeviceRunner(CacheParts):
         # The last token represents the last chunk of the longest prompt, because its context takes memory too.
         others = limits.sequences - 1
         tokens = min(limits.tokens, others * limits.longest + 1 if others else limits.longest)
-        begins = [*range(0, tokens - 1, limits.longest), tokens - 1] if others else [0]
+        prompts = -(-tokens // limits.longest) + 1
+        decodes = max(0, min(limits.sequences - prompts, tokens - 1))
+        begins = [*range(decodes), *range(decodes, tokens - 1, limits.longest), tokens - 1] if others else [0]
         starts = np.unique([*begins, tokens])
 
         def smallest() -> None:
@@ -411,7 +417,7 @@ class DeviceRunner(CacheParts):
                 self._borders.connect()
 
         def prompt() -> None:
-            self._run_blank(self._inputs.send_zeros(starts, limits.longest))
+            self._run_blank(self._inputs.send_zeros(starts, limits.longest, decodes))
             if self._has_head:
                 self._stream.run(self._score(np.arange(min(MAX_SCORED_ROWS, tokens)), []))
 
@@ -567,7 +573,8 @@ class DeviceRunner(CacheParts):
         tokens = size.tokens
         positions, slots = self._inputs.positions_and_slots(tokens)
         how: dict[str, Any] = {**self._attend, "given": given, "may_divide": may_divide}
-        how["states"] = self._inputs.states(size)
+        prompts = size.mixed and (places.decoding is not None or places.decodes < size.rows)
+        how["states"] = self._inputs.states(size, prompts=prompts, drafts=self._room.drafts > 0)
         if ahead is not None:  # only the reference has rows that attend to later positions
             places = dataclasses.replace(places, host=dataclasses.replace(places.on_host(), ahead=ahead))
             how["attend"] = attend_by_reference

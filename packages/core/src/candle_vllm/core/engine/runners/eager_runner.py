@@ -125,7 +125,8 @@ class EagerRunner(CacheParts, StepwiseRunner):
             given = GivenTensors(places, vectors)
         states = None
         if batch.states is not None:
-            states = StateRows(*(torch.from_numpy(each).to(self.device) for each in batch.states))
+            arrays = batch.states.tables.values()
+            states = StateRows(*(torch.from_numpy(each).to(self.device) for each in arrays))
         how: dict[str, Any] = {"taps": self._kept, "given": given, "may_divide": batch.adapters is None}
         return token_ids, StepInput(positions, slots, rows, self.caches, states=states, windowed=windowed, **how)
 

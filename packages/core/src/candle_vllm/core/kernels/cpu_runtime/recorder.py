@@ -199,14 +199,13 @@ class Recorder:
         """
         assert self.limits.states
         assert cache.states[0].flags.c_contiguous
-        rows = self.arrays.states._asdict()
         return {
             "states": address_of(cache.states),
             "slot_bytes": cache.states.strides[0],
             "kept": address_of(cache.kept),
             "kept_bytes": cache.kept.strides[0],
             "kept_row_bytes": cache.kept.strides[1],
-            **{name: address_of(numbers) for name, numbers in rows.items()},
+            **{name: address_of(numbers) for name, numbers in self.arrays.states.tables.items()},
         }
 
     def keep(self, numbers: NDArray[np.float32]) -> int:

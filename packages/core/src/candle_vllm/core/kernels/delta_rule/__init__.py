@@ -31,9 +31,9 @@ States are stored as float32 [slots, Hv, ceil(Dv / 16), Dk, 16] on every backend
 float32: k [Hk, Dk], v [Hv, Dv], then decays and strengths, or on a GPU a and b unchanged, or in Mamba 1 a alone. Only
 the backend that wrote a kept row reads it. A token's result depends on its own sequence alone.
 
-On a GPU with tensor cores, the delta rule for 16-bit q, k and v computes whole **chunks** of 64 tokens at once. A chunk
-begins at a position that is a multiple of 64; the step must have all tokens of the chunk and store no state within it.
-This needs the `positions` [T] of tokens in their sequences. In all other cases tokens are processed one by one.
+On a GPU with tensor cores, the delta rule for 16-bit q, k and v, and Mamba 2 in bfloat16, compute whole **chunks** of
+64 tokens at once. A chunk begins at a position that is a multiple of 64; the step must have all tokens of the chunk and
+store no state within it. In all other cases tokens are processed one by one.
 
 Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Gu and Dao, 2023,
 arXiv:2312.00752 (Mamba 1); Dao and Gu, 2024, arXiv:2405.21060 (Mamba 2); Kimi Team, 2025, arXiv:2510.26692 (Kimi delta
@@ -66,12 +66,11 @@ def delta_rule(
     *,
     scale: float,
     normed: bool = True,
-    positions: torch.Tensor | None = None,
 ) -> Value:
     """Return each token's result; the states and kept rows of `cache` are changed.
 
     Args:
-        q, k, v, a, b, positions: see above; the elements of a token are contiguous.
+        q, k, v, a, b: see above; the elements of a token are contiguous.
         gates: the layer's parameters of decays and strengths.
         cache: the layer's states and kept rows, float32.
         rows: the states that the step reads and writes; None in recorded steps, which have their own.
@@ -85,7 +84,7 @@ def delta_rule(
     if on_gpu(q):
         from candle_vllm.core.kernels.delta_rule import triton
 
-        return triton.delta_rule(q, k, v, a, b, gates, cache, rows, scale=scale, normed=normed, positions=positions)
+        return triton.delta_rule(q, k, v, a, b, gates, cache, rows, scale=scale, normed=normed)
     from candle_vllm.core.kernels.delta_rule import reference
 
     return reference.delta_rule(q, k, v, a, b, gates, cache, rows, scale=scale, normed=normed)

@@ -18,11 +18,11 @@ from candle_vllm.core.kernels.delta_rule.triton_chunks import in_chunks, scan_ch
 from candle_vllm.core.kernels.delta_rule.triton_scan import (
     CACHE_STRIDES,
     STRIDES,
-    TABLES,
     build_arguments,
     constants_of,
     scan_tokens,
 )
+from candle_vllm.core.kernels.states import TABLES
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 if TYPE_CHECKING:
@@ -100,7 +100,6 @@ def delta_rule(
     *,
     scale: float,
     normed: bool = True,
-    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
     tokens, heads, value_dim = v.shape
@@ -110,7 +109,7 @@ def delta_rule(
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k, v, a, b))
     assert states.numel() == 0 or states[0].is_contiguous()
     assert kept.numel() == 0 or kept.stride(2) == 1
-    tables = {name: getattr(rows, name) for name in TABLES}
+    tables = rows.tables
     assert all(table.is_contiguous() for table in tables.values())
     assert all(x.device == q.device for x in (k, v, a, b, states, kept, *gates[:2], *tables.values()))
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -125,12 +124,12 @@ def delta_rule(
     constants = constants_of(key_heads, heads, key_dim, value_dim, normed=normed)
     grid = (len(rows.slots), heads, cdiv(value_dim, constants["BLOCK_V"]))
     each = gates.decay.numel() // heads if gates.decay.dim() == 1 else 0
-    if gates.skip is None and each == 1 and in_chunks(q, positions):
-        assert positions is not None
-        assert positions.is_contiguous()
-        scan_chunks(grid, given, positions, constants)
+    given["skip"] = gates.skip
+    if each == 1 and in_chunks(q, rows.positions, normed=normed):
+        assert rows.positions.is_contiguous()
+        scan_chunks(grid, given, rows.positions, constants)
     else:
-        scan_tokens(grid, given | {"skip": gates.skip}, constants)
+        scan_tokens(grid, given, constants)
     if kept.shape[1]:
         asked = ("k", "v", "a", "b", "kept", "query_start", "slots", *STRIDES[2:], *CACHE_STRIDES[1:])
         keep_kernel[(tokens, cdiv(kept.shape[2], _PART))](

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule of prompts on a GPU: chunks of 64 tokens at multiples of 64 at once, other tokens one by one.
+"""The gated delta rule and Mamba 2 for prompts on a GPU: whole chunks of 64 tokens at once, other tokens one by one.
 
 For a chunk's tokens i and j <= i, D[i, j] is the product of the decays of tokens j + 1 .. i, P[i] that of the decays up
 to token i, and E[i] that of the decays after token i. B is the diagonal matrix of the strengths, S the state before the
@@ -11,10 +11,13 @@ The results and the state after the chunk are
 
     Y = P Q S + tril(Q K^T D) U               S = P[63] S + (E K)^T U
 
-`chunk_kernel` computes inverse(..) B, tril(Q K^T D), P and E, for each value head of all chunks in parallel. The
-inverse is computed row by row, which stays accurate for similar keys; logarithms of products of decays are separate
-sums, not differences. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on whole chunks. The tokens of a
-chunk within which a state is stored are processed one by one. Source: Yang et al., 2024, arXiv:2406.06484, section 3.
+In Mamba 2, B is the diagonal matrix of the step sizes and U = B V; then D V with the `skip` D is added to Y.
+
+`chunk_kernel` computes inverse(..) B (except for Mamba 2), tril(Q K^T D), P and E, for each value head of all chunks in
+parallel. The inverse is computed row by row, which stays accurate for similar keys; logarithms of products of decays
+are separate sums, not differences. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on whole chunks. The
+tokens of a chunk within which a state is stored are processed one by one. Sources: Yang et al., 2024, arXiv:2406.06484,
+section 3; Dao and Gu, 2024, arXiv:2405.21060, section 6.
 
 Products with q and k use their 16-bit elements unchanged; norms are applied to the result. A float32 factor of a
 product is split into the sum of two bfloat16 numbers, which is closer to float32 than TF32 is.
@@ -32,15 +35,16 @@ import triton.language as tl
 from candle_vllm.core.kernels.delta_rule.triton_scan import (
     CACHE_STRIDES,
     STRIDES,
-    TABLES,
     build_arguments,
     constants_of,
     log_decay,
     scan_rows,
     state_before,
+    step_size,
     strength_of,
     tile_places,
 )
+from candle_vllm.core.kernels.states import TABLES
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TENSOR_CORES, Build, capability, cdiv
 
 CHUNK = 64
@@ -111,8 +115,8 @@ def chunk_kernel(
     decay,  # [HV] fp32
     bias,
     # Results, at index i for the chunk that begins within the step's tokens CHUNK * i .. CHUNK * i + CHUNK - 1:
-    matrices,  # [T / CHUNK, HV, 2, 2, CHUNK, CHUNK] bf16: inverse and scores, each as two halves
-    factors,  # [T / CHUNK, HV, 4, CHUNK] fp32: factors of rows of K for P K, of Q for P Q, of K for E K; then P
+    matrices,  # [T / CHUNK, HV, 1 + CORRECTS, 2, CHUNK, CHUNK] bf16: scores, then the inverse, each as two halves
+    factors,  # [T / CHUNK, HV, 4, CHUNK] fp32: factors of rows of K for P K, of Q for P Q, of U for E K^T U; then P
     positions,  # [T]
     tokens,
     most,
@@ -131,8 +135,10 @@ def chunk_kernel(
     NORMED: tl.constexpr,
     EPS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CORRECTS: tl.constexpr,  # whether it is the delta rule
 ):
     SIZE: tl.constexpr = CHUNK * CHUNK
+    ROOM: tl.constexpr = 4 * SIZE if CORRECTS else 2 * SIZE
     place = tl.program_id(0)
     head = tl.program_id(1)
     key_head = head // (HV // HK)
@@ -153,34 +159,46 @@ def chunk_kernel(
             queries = _rows_of(q + key_head * q_head, first, q_token, column, DK, CHUNK)
             of_keys += _squares(keys)
             of_queries += _squares(queries)
-            alike = tl.dot(keys, tl.trans(keys), alike)
+            if CORRECTS:
+                alike = tl.dot(keys, tl.trans(keys), alike)
             found = tl.dot(queries, tl.trans(keys), found)
         norms = _norms(of_keys, NORMED, EPS)
         read = _norms(of_queries, NORMED, EPS) * scale
         factor = tl.load(decay + head)
         shift = tl.load(bias + head)
-        gates = log_decay(tl.load(a + row * a_token + head), shift, factor)
-        strengths = strength_of(tl.load(b + row * b_token + head), most)
+        given = tl.load(a + row * a_token + head)
+        gates = log_decay(given, shift, factor)
         following = tl.load(a + (row + 1) * a_token + head, mask=each < CHUNK - 1, other=0.0)
         following = tl.where(each < CHUNK - 1, log_decay(following, shift, factor), 0.0)
         before = tl.exp(tl.cumsum(gates, 0))
         to = factors + (place * HV + head).to(tl.int64) * (4 * CHUNK) + each
         tl.store(to, before * norms)
         tl.store(to + CHUNK, before * read)
-        tl.store(to + 2 * CHUNK, tl.exp(tl.cumsum(following, 0, reverse=True)) * norms)
+        after = tl.exp(tl.cumsum(following, 0, reverse=True)) * norms
+        tl.store(to + 2 * CHUNK, after if CORRECTS else after * step_size(given, shift))
         tl.store(to + 3 * CHUNK, before)
         decays = tl.exp(tl.cumsum(tl.where(each[:, None] > each[None, :], gates[:, None], 0.0), 0))
         decays = tl.where(each[:, None] >= each[None, :], decays, 0.0) * norms[None, :]
-        to = matrices + (place * HV + head).to(tl.int64) * (4 * SIZE) + each[:, None] * CHUNK + each[None, :]
-        _store_halves(to + 2 * SIZE, found * read[:, None] * decays, SIZE)
-        lower = tl.where(each[:, None] > each[None, :], alike * (norms * strengths)[:, None] * decays, 0.0)
-        inverse = tl.where(each[:, None] == each[None, :], 1.0, 0.0)
-        for line in range(1, CHUNK):
-            here = (each == line)[:, None]
-            row_factors = tl.sum(tl.where(here, lower, 0.0), axis=0)
-            others = tl.sum(row_factors[:, None] * inverse, axis=0)
-            inverse = tl.where(here, inverse - others[None, :], inverse)
-        _store_halves(to, inverse * strengths[None, :], SIZE)
+        to = matrices + (place * HV + head).to(tl.int64) * ROOM + each[:, None] * CHUNK + each[None, :]
+        scores = found * read[:, None] * decays
+        _store_halves(to, scores if CORRECTS else scores * step_size(given, shift)[None, :], SIZE)
+        if CORRECTS:
+            strengths = strength_of(tl.load(b + row * b_token + head), most)
+            _store_halves(to + 2 * SIZE, _inverse(alike, decays, norms, strengths, CHUNK), SIZE)
+
+
+@triton.jit
+def _inverse(alike, decays, norms, strengths, CHUNK: tl.constexpr):
+    """Return inverse(I + tril(B K K^T D, -1)) B; `decays` is D with the norms of its columns' keys."""
+    each = tl.arange(0, CHUNK)
+    lower = tl.where(each[:, None] > each[None, :], alike * (norms * strengths)[:, None] * decays, 0.0)
+    inverse = tl.where(each[:, None] == each[None, :], 1.0, 0.0)
+    for line in range(1, CHUNK):
+        here = (each == line)[:, None]
+        row_factors = tl.sum(tl.where(here, lower, 0.0), axis=0)
+        others = tl.sum(row_factors[:, None] * inverse, axis=0)
+        inverse = tl.where(here, inverse - others[None, :], inverse)
+    return inverse * strengths[None, :]
 
 
 @triton.jit
@@ -202,16 +220,22 @@ def _take_chunk(
     DK: tl.constexpr,
     DV: tl.constexpr,
     CHUNK: tl.constexpr,
+    CORRECTS: tl.constexpr,
+    skip,  # used if not CORRECTS
 ):
     """Write the results of a whole chunk; return the state after the chunk."""
     SIZE: tl.constexpr = CHUNK * CHUNK
     each = tl.arange(0, CHUNK)
     at = matrices + each[:, None] * CHUNK + each[None, :]
     values = _rows_of(v, first, v_token, column, DV, CHUNK).to(tl.float32)
-    remembered = _times(_rows_of(k, first, k_token, row, DK, CHUNK), state)
-    corrections = _product(at, values - tl.load(factors + each)[:, None] * remembered, SIZE)
+    corrections = values  # times B in the factors below, or corrected
+    if CORRECTS:
+        remembered = _times(_rows_of(k, first, k_token, row, DK, CHUNK), state)
+        corrections = _product(at + 2 * SIZE, values - tl.load(factors + each)[:, None] * remembered, SIZE)
     result = _times(_rows_of(q, first, q_token, row, DK, CHUNK), state) * tl.load(factors + CHUNK + each)[:, None]
-    result += _product(at + 2 * SIZE, corrections, SIZE)
+    result += _product(at, corrections, SIZE)
+    if not CORRECTS:
+        result += skip * values
     to = out + (first + each).to(tl.int64)[:, None] * (HV * DV) + column[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=(column < DV)[None, :])
     turned = tl.trans(_rows_of(k, first, k_token, row, DK, CHUNK))
@@ -239,6 +263,7 @@ def chunks_kernel(
     positions,  # [T]
     matrices,  # as above
     factors,
+    skip,  # [HV] fp32, read if not CORRECTS
     most,
     scale,
     q_token,
@@ -263,6 +288,7 @@ def chunks_kernel(
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CORRECTS: tl.constexpr,
 ):
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -271,6 +297,9 @@ def chunks_kernel(
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     factor = tl.load(decay + head)
     shift = tl.load(bias + head)
+    past = 0.0
+    if not CORRECTS:
+        past = tl.load(skip + head)
     states += head * (FILLED * DK)
     q += key_head * q_head
     k += key_head * k_head
@@ -300,6 +329,7 @@ def chunks_kernel(
         NORMED,
         EPS,
         COLUMNS,
+        CORRECTS,
     )
     start = tl.load(query_start + sequence).to(tl.int32)
     end = tl.load(query_start + sequence + 1).to(tl.int32)
@@ -325,7 +355,7 @@ def chunks_kernel(
                     k,
                     v,
                     out,
-                    matrices + at * (4 * CHUNK),
+                    matrices + at * (4 * CHUNK if CORRECTS else 2 * CHUNK),
                     factors + at * 4,
                     q_token,
                     k_token,
@@ -336,6 +366,8 @@ def chunks_kernel(
                     DK,
                     DV,
                     CHUNK,
+                    CORRECTS,
+                    past,
                 )
                 slot = tl.load(stores + last - 1).to(tl.int64)
                 if slot >= 0:
@@ -373,6 +405,8 @@ def chunks_kernel(
                     NORMED,
                     EPS,
                     COLUMNS,
+                    CORRECTS,
+                    past,
                 )
 
 
@@ -383,16 +417,17 @@ def scan_chunks(
     constants: dict[str, Any],
 ) -> None:
     """Launch both kernels; see `triton.delta_rule`."""
-    q, tokens = given["q"], len(given["q"])
+    q, tokens, corrects = given["q"], len(given["q"]), given["skip"] is None
     chunks = (cdiv(tokens, CHUNK), constants["HV"])
     given = given | {
         "positions": positions,
-        "matrices": torch.empty((*chunks, 4, CHUNK, CHUNK), dtype=torch.bfloat16, device=q.device),
+        "matrices": torch.empty((*chunks, 4 if corrects else 2, CHUNK, CHUNK), dtype=torch.bfloat16, device=q.device),
         "factors": torch.empty((*chunks, 4, CHUNK), dtype=torch.float32, device=q.device),
     }
     asked = {name: given[name] for name in _chunk_names()} | {"tokens": tokens}
+    constants = constants | {"CHUNK": CHUNK, "CORRECTS": corrects}
     chunk_kernel[chunks](**asked, **_chunk_constants(constants), **_HOW, **OPTIONS)
-    constants = constants | {"BLOCK_V": _BLOCK_V, "CHUNK": CHUNK}
+    constants |= {"BLOCK_V": _BLOCK_V}
     grid = (*grid[:2], cdiv(constants["DV"], _BLOCK_V))
     chunks_kernel[grid](**given, **constants, **_HOW, **OPTIONS)
 
@@ -400,15 +435,18 @@ def scan_chunks(
 _HOW = MappingProxyType({"num_warps": 8, "num_stages": 1})  # not measured yet
 
 
-def in_chunks(q: torch.Tensor, positions: torch.Tensor | None) -> bool:
-    """Return whether the kernels for whole chunks are used in a step."""
-    return positions is not None and len(q) >= CHUNK and q.element_size() == 2 and capability(q.device) >= TENSOR_CORES
+def in_chunks(q: torch.Tensor, positions: torch.Tensor | None, *, normed: bool = True) -> bool:
+    """Return whether the kernels for whole chunks are used in a step.
+
+    States of q and k that are not normed may exceed float16, and halves of a state have the type of q.
+    """
+    kinds = (torch.bfloat16, torch.float16) if normed else (torch.bfloat16,)
+    return positions is not None and len(q) >= CHUNK and q.dtype in kinds and capability(q.device) >= TENSOR_CORES
 
 
 def _chunk_constants(constants: dict[str, Any]) -> dict[str, Any]:
-    names = ("HK", "HV", "DK", "DKP", "NORMED", "EPS")
-    blocks = {"BLOCK_K": min(constants["DKP"], _BLOCK_K), "CHUNK": CHUNK}
-    return {name: constants[name] for name in names} | blocks
+    names = ("HK", "HV", "DK", "DKP", "NORMED", "EPS", "CHUNK", "CORRECTS")
+    return {name: constants[name] for name in names} | {"BLOCK_K": min(constants["DKP"], _BLOCK_K)}
 
 
 def _chunk_names() -> tuple[str, ...]:
@@ -417,18 +455,24 @@ def _chunk_names() -> tuple[str, ...]:
     return *tensors, "most", "scale", *(name for name in STRIDES if not name.startswith("v"))
 
 
-def _builds(dtype: str, key_heads: int, heads: int, dim: int) -> tuple[Build, Build]:
+def _builds(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0) -> tuple[Build, Build]:
     arguments = build_arguments(dtype) | {"positions": "*i32", "matrices": "*bf16", "factors": "*fp32"}
-    constants = constants_of(key_heads, heads, dim, dim, normed=True)
+    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim)
+    constants |= {"CHUNK": CHUNK, "CORRECTS": not value_dim}
     more: dict[str, Any] = {**_HOW, "capabilities": WITH_TENSOR_CORES, "unaligned": (*TABLES, "positions")}
-    more |= {"label": f"{dtype}-{key_heads}x{heads}x{dim}"}
+    more |= {"label": f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else "")}
+    skip, nothing = ({"skip": "*fp32"}, {}) if value_dim else ({}, {"skip": None})
     names = _chunk_names()
     chunk = {name: arguments[name] for name in names} | {"tokens": "i32"}
     strides, every = tuple(name for name in STRIDES if name in names), (*STRIDES, *CACHE_STRIDES)
     return (
         Build(chunk_kernel, chunk, _chunk_constants(constants), aligned=strides, **more),
-        Build(chunks_kernel, arguments, constants | {"BLOCK_V": _BLOCK_V, "CHUNK": CHUNK}, aligned=every, **more),
+        Build(chunks_kernel, arguments | skip, constants | {"BLOCK_V": _BLOCK_V} | nothing, aligned=every, **more),
     )
 
 
-AOT = (*_builds("bf16", 16, 32, 128), *_builds("fp16", 16, 48, 128))
+AOT = (
+    *_builds("bf16", 16, 32, 128),
+    *_builds("fp16", 16, 48, 128),
+    *_builds("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
+)

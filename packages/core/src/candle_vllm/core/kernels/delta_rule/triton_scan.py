@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.delta_rule.layout import COLUMNS, EPS
+from candle_vllm.core.kernels.states import TABLES
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
-TABLES = ("query_start", "slots", "sources", "replays", "stores", "keeps")
 STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "a_token", "b_token")
 CACHE_STRIDES = ("slot_stride", "kept_slot", "kept_row")
 _BLOCK_V = 32  # columns of a program; not measured yet

@@ -88,8 +88,10 @@ def latent_decode_kernel(
         begin += split * keys
         end = tl.minimum(begin + keys, context)
         table = block_tables + row.to(tl.int64) * table_stride
-        rotated = load_queries(q_rope + row.to(tl.int64) * rope_token, heads * rope_head, valid, ROPE, RP)
-        others = load_queries(q_latent + row.to(tl.int64) * latent_token, heads * latent_head, valid, L, LP)
+        rotated = load_queries(q_rope + row.to(tl.int64) * rope_token, heads.to(tl.int64) * rope_head, valid, ROPE, RP)
+        others = load_queries(
+            q_latent + row.to(tl.int64) * latent_token, heads.to(tl.int64) * latent_head, valid, L, LP
+        )
         positions = tl.zeros([HEADS], tl.int32) + context - 1
 
         tops = tl.full([HEADS], float("-inf"), tl.float32)

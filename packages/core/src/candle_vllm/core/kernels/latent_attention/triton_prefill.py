@@ -75,8 +75,8 @@ def latent_prefill_kernel(
         heads = part * HEADS + lines % HEADS
         valid = (lines < BLOCK_Q * HEADS) & (tokens < count) & (heads < H)
         token_index = (start + tokens).to(tl.int64)
-        rotated = load_queries(q_rope, token_index * rope_token + heads * rope_head, valid, ROPE, RP)
-        others = load_queries(q_latent, token_index * latent_token + heads * latent_head, valid, L, LP)
+        rotated = load_queries(q_rope, token_index * rope_token + heads.to(tl.int64) * rope_head, valid, ROPE, RP)
+        others = load_queries(q_latent, token_index * latent_token + heads.to(tl.int64) * latent_head, valid, L, LP)
         first = context - count + tile * BLOCK_Q
         last = context - count + tl.minimum(tile * BLOCK_Q + BLOCK_Q, count) - 1
         positions = context - count + tokens

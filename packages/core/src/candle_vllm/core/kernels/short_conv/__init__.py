@@ -44,7 +44,6 @@ def short_conv(
     *,
     silu: bool = False,
     gates: tuple[Value, Value] | None = None,
-    single: bool = False,
 ) -> Value:
     """Return the convolved rows; the states and kept rows of `cache` are changed.
 
@@ -54,7 +53,6 @@ def short_conv(
         rows: the states that the step reads and writes; None in recorded steps, which have their own.
         silu: whether act is SiLU.
         gates: g and h [T, C], see above; None without gates.
-        single: each sequence r has exactly row r in this step; on a GPU that saves a launch.
     """
     if isinstance(x, Recorded):
         return x.short_conv(weight, bias, cache, silu=silu, gates=gates)
@@ -64,7 +62,7 @@ def short_conv(
     if on_gpu(x):
         from candle_vllm.core.kernels.short_conv import triton
 
-        return triton.short_conv(x, weight, bias, cache, rows, silu=silu, gates=gates, single=single)
+        return triton.short_conv(x, weight, bias, cache, rows, silu=silu, gates=gates)
     from candle_vllm.core.kernels.short_conv import reference
 
     return reference.short_conv(x, weight, bias, cache, rows, silu=silu, gates=gates)

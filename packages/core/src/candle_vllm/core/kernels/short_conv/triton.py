@@ -14,13 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.states import TABLES
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache, StateRows
 
 _ROWS = 128  # sequences that a program compares at a time to find the sequence of a token
-_TABLES = ("query_start", "slots", "sources", "replays", "stores", "keeps")
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _input(
     return tl.where(number >= 0, now, tl.where(behind >= 0, drafted, earlier))
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences"], do_not_specialize_on_alignment=_TABLES)
+@triton.jit(do_not_specialize=["tokens", "sequences"], do_not_specialize_on_alignment=TABLES)
 def conv_kernel(
     x,  # [T, C]
     gate_in,  # [T, C], or None
@@ -176,7 +176,7 @@ def conv_kernel(
         tl.store(taken + place * kept_row + channel, value, mask=inside & (place >= 0))
 
 
-@triton.jit(do_not_specialize_on_alignment=_TABLES)
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def store_kernel(
     x,  # all as above
     gate_in,
@@ -263,7 +263,6 @@ def short_conv(
     *,
     silu: bool = False,
     gates: tuple[torch.Tensor, torch.Tensor] | None = None,
-    single: bool = False,
 ) -> torch.Tensor:
     """See the contract in the package."""
     (tokens, channels), taps, sequences = x.shape, weight.shape[1], len(rows.slots)
@@ -272,19 +271,19 @@ def short_conv(
     gate_stride = 0 if gate_in is None else gate_in.stride(0)
     assert x.stride(1) == 1
     assert gates is None or all(gate.stride() == (gate_stride, 1) for gate in gates)
-    assert tokens == sequences or not single
+    assert tokens <= sequences or not rows.single  # padding tokens are runs of their own
     assert weight.is_contiguous()
     assert bias is None or bias.is_contiguous()
     assert states.stride()[1:] == (channels, 1) or not states.numel()
     assert kept.dtype == torch.float32
     assert kept.stride(2) == 1 or not kept.numel()
-    tables = [getattr(rows, name) for name in _TABLES]
+    tables = rows.tables.values()
     assert all(table.is_contiguous() for table in tables)
     assert all(one.device == x.device for one in (weight, states, kept, *tables))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    constants = _constants(channels, taps, single=single)
+    constants = _constants(channels, taps, single=rows.single)
     strides = x.stride(0), gate_stride, states.stride(0), *kept.stride()[:2]
     grid = (cdiv(tokens, constants["TOKENS"]), cdiv(channels, constants["BLOCK"]))
     conv_kernel[grid](
@@ -305,7 +304,7 @@ def short_conv(
         num_warps=4,
         **OPTIONS,
     )
-    if not single:
+    if not rows.single:
         constants = _store_constants(channels, taps)
         grid = (sequences, cdiv(channels, constants["BLOCK"]))
         store_kernel[grid](x, gate_in, states, kept, *tables, *strides, **constants, num_warps=4, **OPTIONS)
@@ -339,11 +338,11 @@ def _build(
     bias: bool = False,
     gated: bool = False,
 ) -> Build:
-    arguments = dict.fromkeys(("x", "states"), f"*{dtype}") | {"kept": "*fp32"} | dict.fromkeys(_TABLES, "*i32")
+    arguments = dict.fromkeys(("x", "states"), f"*{dtype}") | {"kept": "*fp32"} | dict.fromkeys(TABLES, "*i32")
     strides = ("x_stride", "gate_stride", "slot_stride", "kept_slot", "kept_row")
     arguments |= dict.fromkeys(strides, "i32")
     label = f"{dtype}-{channels}x{taps}" + "-single" * single + "-bias" * bias + "-gated" * gated
-    more: dict[str, Any] = {"aligned": strides, "unaligned": _TABLES, "label": label}
+    more: dict[str, Any] = {"aligned": strides, "unaligned": TABLES, "label": label}
     constants: dict[str, Any] = {}
     optional = {"gate_in": gated} | ({} if stores else {"gate_out": gated, "bias": bias})
     for name, there in optional.items():
