@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Errors for unknown arguments: suggest the closest name, or the equivalent of another library's name.
 
-The names of other libraries are rows of `foreign_names.md`, under the class, its attributes, "Arguments of methods" or
-"Imports".
+The names of other libraries are rows of `foreign_names.md`, below headings such as "EngineConfig", "LLM attributes",
+"Arguments of methods" and "Imports".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def foreign_names(owner: str) -> Mapping[str, str]:
 
 
 def says_what_is_so(owner: str, name: str, value: object) -> bool:
-    """Whether an unknown name of `owner` was given with a value that changes nothing."""
+    """Whether an unknown argument of `owner` has a value that changes nothing."""
     agreeing = _agreeing(owner).get(name, ())
     return any(type(value) is type(each) and value == each for each in agreeing)
 
@@ -73,8 +73,8 @@ def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[st
 def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
     """Return the exception of a package's `__getattr__` for an unknown name.
 
-    For `from module import name` Python discards the text of an `AttributeError`. So if there is a hint, an ImportError
-    is returned for this statement, which is recognised by the calling function of importlib.
+    For `from module import name` Python discards the text of an `AttributeError`. So for this statement, which is
+    recognised by the calling function of importlib, an ImportError is returned if there is a hint.
 
     Args:
         module: the package.
@@ -126,7 +126,7 @@ class _ExplainingAttributes(ABCMeta):
 
 
 class ExplainedAttributes(metaclass=_ExplainingAttributes):
-    """Base of classes that explain missing attributes which have another name here, of the class and of its objects."""
+    """Base of classes whose error for a missing attribute, of the class or an object, names the equivalent here."""
 
     if not TYPE_CHECKING:
 

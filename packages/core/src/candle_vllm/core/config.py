@@ -53,10 +53,10 @@ AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch
 
 
 class CacheType(NamedTuple):
-    """A type of the KV cache. How the CPU stores it is told by a `CacheKind` (`kernels/attention/cpu_cache.py`).
+    """A type of the KV cache; `CacheKind` (`kernels/attention/cpu_cache.py`) defines how the CPU stores it.
 
     Attributes:
-        device: the device that has kernels for this type, "cpu" or "cuda"; "" for the type of activations: both.
+        device: the device that has kernels for this type, "cpu" or "cuda"; "" (the type of activations) if both have.
         element: name of the torch dtype of an element on a GPU; empty for the other types.
         row_scales: whether each token and head has a scale on a GPU; otherwise each layer has one for keys and one for
             values, which a checkpoint may contain.

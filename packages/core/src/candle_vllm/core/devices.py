@@ -198,10 +198,10 @@ def _driver_fault(message: str) -> str:
 
 
 def _no_compiler() -> str | None:
-    """Return what is missing of the C compiler and Python's header, which Triton needs on the machine that it runs on.
+    """Return why Triton cannot compile: it needs a C compiler and Python's header on this machine. None if it can.
 
     Triton builds its access to the driver with the compiler (version 3.6 also a launcher for each signature of a
-    kernel) and caches the result. Nothing is needed if the cache has it, or for a Triton that builds nothing.
+    kernel) and caches the result. Neither is needed if the cache has this result, or for a Triton that builds nothing.
     """
     import torch
 

@@ -30,7 +30,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 _PIECE = 1 << 22  # number of elements that are decoded at a time
 
 Weights: TypeAlias = Callable[[str], StoredTensor | None]
-"""Finds a parameter of the model by its target, as stored and in the model's order; None without a stored tensor."""
+"""Finds the stored tensor of a target such as "head:weight", in the model's layout; None without a stored tensor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +44,7 @@ class AdapterBase:
         shapes: shapes of all parameters by target, including the head even if it is tied to the embedding table.
         architectures: names of the architecture in GGUF files.
         weights: opens the weights as they are served: quantised if `isq` is set.
-        unused: patterns of stored names that the model does not compute with.
+        unused: patterns of names of stored tensors that the model does not use.
     """
 
     name: str

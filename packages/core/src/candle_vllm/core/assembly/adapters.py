@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Fit an adapter to a model: its tensors become a `Delta` for each matrix of the model.
 
-An error names the tensor that belongs to no matrix of the model; modules that are not computed are skipped and noted.
+An error names a tensor that belongs to no matrix of the model; modules that the model never uses are skipped and noted.
 If the model fuses, splits or reorders matrices, each of its matrices gets the rows of B that belong to it. A and B are
 views of the file; biases, magnitudes and trained token rows are copied, and DoRA's norms are computed here.
 """

@@ -45,7 +45,7 @@ def split_cache_scales(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, St
 def give_cache_scales(
     decoder: object, scales: Mapping[str, StoredTensor], config: Counted, placement: Placement
 ) -> None:
-    """Set the stored scales in the layers of `decoder`; layers without stored scales use the step's scales.
+    """Set the stored scales in the layers of `decoder`; layers without stored scales use 1.
 
     Raises:
         InvalidFileError: a scale is not a single finite number above 0.

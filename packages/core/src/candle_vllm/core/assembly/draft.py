@@ -102,7 +102,7 @@ def describe_draft(config: EngineConfig, target: Described, device: Device) -> D
 def load_draft(
     config: EngineConfig, target: LoadedModel, device: Device, progress: Callable[[int, int], object]
 ) -> LoadedModel | LoadedHead | None:
-    """Load the draft model or head of `target`; None if there is neither, and on a GPU, where drafts use no weights.
+    """Load the draft model or head of `target`; None without one, and on a GPU, where `build_engine` refuses it.
 
     Raises:
         ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, or does not fit the target model.
@@ -127,7 +127,7 @@ def load_draft(
 
 
 def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
-    """Open the draft model's files; tensors of a draft head keep their names."""
+    """Open the draft model's files; tensors of a draft head keep their stored names, unlike with `open_model`."""
     files = model_files(config)
     if method == "draft_model" and (right := _head_method(files)) is not None:
         raise ConfigError(

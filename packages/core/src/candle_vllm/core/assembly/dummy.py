@@ -51,7 +51,7 @@ class DummyTensor(FileTensor):
     device: Device
 
     def tensor(self) -> Any:
-        """See `MadeByTorch`."""
+        """See `MadeByTorch` in `kernels/torch_numbers.py`."""
         from candle_vllm.core.kernels.torch_numbers import normal, tensor_of
 
         if self.device.type == "cpu":

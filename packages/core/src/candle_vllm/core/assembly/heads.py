@@ -35,7 +35,7 @@ def pooling_of(
     `chosen` replaces the files' kind in an embedding model.
 
     Raises:
-        ConfigError: `chosen` is not the pooling of a classifier or reward model.
+        ConfigError: the model is a classifier or reward model, and its pooling is not `chosen`.
         WeightsError: the head that config.json names is missing, or has a wrong shape.
     """
     config = None if files.config is None else Fields(read_json(files.config), files.config)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """In-situ quantisation: plain weights become blocks of a GGUF type while they are loaded, one tensor after the other.
 
-Every matrix of a family's table is converted to the model's layout (by its views), then wrapped in a tensor that is
-quantised when its bytes are read. Norms, biases, routers of experts, and matrices whose rows do not fit a block stay
-plain. The embedding table and the head get at least Q6_K, because every token uses both, and they are read row by row.
+Every matrix of a family's table is viewed in the model's layout, then wrapped in a tensor that is quantised when its
+bytes are read. Norms, biases, routers of experts, and matrices whose rows do not fit a block stay plain. The embedding
+table and the head get at least Q6_K, because every token uses both, and they are read row by row.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def quantised_in_situ(
     has_place: Callable[[str], bool] = lambda _: True,
     imatrix: Imatrix | None = None,
 ) -> Checkpoint:
-    """Return a checkpoint with matrices quantised to a type, whose tensors are named by their targets in the model.
+    """Return a checkpoint with quantised matrices; the tensors of `table` are named by their targets in the model.
 
     Args:
         name: one of `ISQ_TYPES`.

@@ -75,7 +75,7 @@ class Loaded:
         template: the chat template; None without one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
         default_sampling: sampling defaults of the model's generation config; its maximum answer length is "max_tokens".
-        pooling: how hidden states are pooled; None for a cross-encoder that computes its head itself.
+        pooling: how hidden states are pooled; None for an encoder that returns scores instead of vectors.
         head: layers after the pooling; None without such layers.
         quantization: stored tensor types with their counts, after a GGUF file's own type; None if all are plain.
         num_parameters: number of stored elements.

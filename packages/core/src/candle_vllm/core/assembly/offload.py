@@ -47,14 +47,14 @@ class Split:
     """The parts of a GPU's model that are in main memory.
 
     Attributes:
-        experts: the CPU computes the experts of this number of first layers.
+        experts: number of first layers whose experts the CPU computes.
         host: placement of their matrices; None if the CPU computes no experts.
-        layers: number of the first layer whose matrices the GPU reads over the bus.
+        layers: index of the first layer whose matrices the GPU reads over the bus.
         bus: weight memory of these matrices; None if no layer is read over the bus.
         names: names of the stored tensors in main memory.
         host_bytes: bytes that these tensors take in main memory.
         bus_bytes: the part of these bytes that is read over the bus.
-        message: computation of the split, for the log.
+        message: what is in main memory and why, for the log.
     """
 
     experts: int

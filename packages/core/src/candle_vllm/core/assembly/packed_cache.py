@@ -33,7 +33,7 @@ def packed_weights(
     """Context for loading a model's weights, in which packed matrices come from a file, or are written to one.
 
     `paths` are the files that determine the weights; empty if no matrix is packed for the CPU. `build` is the family's
-    function: weights of other packages' families are not kept. `part` identifies the loaded part of a divided model.
+    function; weights of a family of another package are not kept. `part` identifies the loaded part of a divided model.
     """
     size = sum(tensor.nbytes for tensor in stored.tensors.values())
     ours = (build.__module__ or "").startswith("candle_vllm.core.")
@@ -67,7 +67,7 @@ def _folder(setting: str) -> Path | None:
 
 @cache
 def layout_version() -> str:
-    """Hash the version of the package, and the sizes and times of its sources, any of which may change a layout."""
+    """Return a hash of the package's version, and of the sizes and times of its sources, which define the layouts."""
     digest = hashlib.sha256(version("candle-vllm-core").encode())
     for folder, folders, names in os.walk(CORE):
         folders.sort()

@@ -44,7 +44,7 @@ _BEYOND_F16 = frozenset({
     "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text",
     "glm4",
 })  # fmt: skip
-"""Models whose activations exceed float16: vLLM refuses it for them; transformers reports it for Gemma 3."""
+"""Models whose activations exceed float16: vLLM refuses float16 for them; transformers reports Gemma 3's overflow."""
 
 
 def resolve_ranks(config: EngineConfig) -> EngineConfig:
@@ -153,12 +153,12 @@ def encoder_placement(
     obstacle: str | None = None,
     words: tuple[str, ...] = ("F16",),
 ) -> Placement:
-    """Choose the placement of an encoder, whose matrices are plain in torch; errors as `choose_placement`.
+    """Choose the placement of an encoder; in torch its matrices are dequantised. Errors as `choose_placement`.
 
     Args:
         config, device, checkpoint: settings of the engine, device, and stored tensors.
         obstacle: why the model's steps cannot be recorded; None if they can.
-        words: see `Placement`, for CPUs that multiply 16-bit integers twice as fast as floats.
+        words: see `Placement`; used on CPUs with VNNI, which multiply 16-bit integers twice as fast as floats.
     """
     in_torch = Placement(device, device_dtype(config, device))
     if config.enforce_eager or device.type == "cuda":
@@ -339,7 +339,7 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
 
 
 def _is_decoded(placement: Placement, tensor: StoredTensor) -> bool:
-    """Return whether no kernel supports the tensor's scales; tables and experts of mixed types may be decoded too."""
+    """Return whether no kernel supports the tensor's scales; decoded tables and experts of mixed types do not count."""
     if tensor.span is None:
         return False
     unit = LEAST_SPAN

@@ -156,7 +156,7 @@ class Shard:
         """Make layers with experts divide a step's tokens among ranks, if that is set or may be faster."""
         from candle_vllm.core.kernels.collectives.token_shares import TokenShares, least_step, rows_sent
 
-        size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - models with experts do
+        size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - models with experts have it
         held = [_share(mixture.experts, 1, rank, size) for rank in range(size)]
         least = 0.0 if self.exchanges == "all_to_all" else least_step(held, mixture.top_k)
         if least == math.inf or (least and mixture.shared_size):
@@ -307,7 +307,7 @@ class _Units(NamedTuple):
         whole = _shapes(family, config, checkpoint)
 
         def unit(count: int, narrow: Callable[[], ModelConfig]) -> int:
-            """Return the unit of a dimension of size `count`, by the matrices with fewer columns in `narrow()`."""
+            """Return the unit of a dimension of size `count`, by the matrices whose columns `narrow()` reduces."""
             if count < 2:
                 return 1
             least = 1

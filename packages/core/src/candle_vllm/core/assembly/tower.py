@@ -64,7 +64,7 @@ def load_tower(
         opened: the model's files.
         tokenizer: the model's tokenizer.
         text_size: hidden size of its text model.
-        text: placement of the text model: a tower is recorded only with recorded steps, whose threads it uses.
+        text: placement of the text model; the tower runs recorded steps only if that does, and shares its threads.
 
     Raises:
         ConfigError: see `_opened`.

@@ -101,7 +101,7 @@ def _targets(fitted: FittedAdapter) -> dict[str, Delta]:
 def _unchanged(
     family: Family, model: ModelConfig, checkpoint: Checkpoint, merged: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Return the stored tensors without those whose parameters adapters change."""
+    """Return the stored tensors, except tensors of which adapters change all parameters."""
     kept, gone = set[str](), set[str]()
     for line in expand(family.weights, model, checkpoint.format):
         name = line.find(checkpoint.tensors) if line.names else None

@@ -50,7 +50,7 @@ def write_gguf_adapter(
     """Write an adapter for the model of `config`, which determines names and the order of rows.
 
     Args:
-        config: `model` and its location, a GGUF file or a folder; `dtype` is the tensors' type, "auto" the stored one.
+        config: names the model, a GGUF file or a folder; `dtype` is the tensors' type, "auto" the stored one.
         adapter: a PEFT folder.
         out: the path of the file, which ends in .gguf.
         overwrite: an existing file may be replaced.
@@ -172,7 +172,7 @@ def _side_by_side(
 
 
 def _times(stored: StoredTensor, factor: float) -> StoredTensor:
-    """Multiply B by the factor that alpha / r lacks."""
+    """Multiply B by a factor: the ratio of its scale to alpha / r."""
     if abs(factor - 1) < 1e-7:
         return stored
     return computed(stored, stored.shape, lambda values: values * np.float32(factor), "F32")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Tensors of a GGUF file, found by reading a family's table of names in reverse.
 
-The table defines how a stored tensor of either format becomes the model's tensor. The tensor for the GGUF file is the
-one whose view gives the model's tensor: if the view selects and orders rows, it is applied to row numbers, which gives
-the numbers at which to write the rows. Experts in MXFP4 stay MXFP4: their codes are put in the order of GGUF's blocks.
+The table defines how a stored tensor of either format becomes the model's tensor, by a view. A GGUF tensor is written
+such that its view gives the model's tensor. If the view selects and orders rows, the same view of an array of row
+numbers gives the row at which to write each row of the model's tensor. Experts in MXFP4 stay MXFP4: their codes are put
+in the order of GGUF's blocks.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _assembled(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[np.ndar
 
 
 def _rows_of(line: Line, shape: Sequence[int], stored: StoredTensor, config: Any) -> np.ndarray:
-    """Return which rows of a file's tensor of `shape` a line reads, in its order."""
+    """Return which rows of a file's tensor of `shape` a line reads, in the line's order."""
     count = len(shape) - len(stored.shape) + 1  # dimensions that number rows
     numbers = np.arange(math.prod(shape[:count])).reshape(*shape[:count], *[1] * (len(shape) - count))
     probe = Constant(line.first, numbers.shape, "I64", numbers.nbytes, stored.path, numbers)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Convert a tokenizer to GGUF metadata: from a `tokenizer.json` to `tokenizer.ggml.*`.
 
-Byte-pair models have two forms in GGUF, and encoders have one each (`gguf_pieces.py`). Merges over GPT-2's byte
-alphabet are "gpt2", with the name of the pre-tokenizer, which is found by splitting a text that distinguishes the
+Byte-pair models have two forms in GGUF; WordPiece and unigram models have one (`gguf_pieces.py`). Merges over GPT-2's
+byte alphabet are "gpt2", with the name of the pre-tokenizer, which is found by splitting a text that distinguishes the
 pre-tokenizers. SentencePiece's byte-pair model is "llama": instead of merges, the file has a score for each token,
 minus the rank of the merge that forms it. The result is read again, and must split texts like the original.
 """

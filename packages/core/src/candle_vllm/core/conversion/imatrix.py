@@ -33,7 +33,7 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 class _Inputs:
-    """Sums by adapter site, [experts, K + 1]: K sums of squares, and the number of inputs; used as `EagerAdapters`."""
+    """Sums by adapter site, [experts, K + 1]: K sums of squares, the number of inputs; replaces `EagerAdapters`."""
 
     def __init__(self) -> None:
         self.sums: dict[int, NDArray[np.float64]] = {}

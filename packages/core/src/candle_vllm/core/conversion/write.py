@@ -80,7 +80,7 @@ def write_gguf(
 ) -> WrittenFile:
     """Write the model of `config` as a GGUF file.
 
-    The file has another name until it is complete. Memory: one tensor and its blocks.
+    The file has another name until it is complete. The memory needed is one tensor and its blocks.
 
     Args:
         config: `model`, a GGUF file or safetensors; `isq` is the type of matrices, as when a model is loaded; without

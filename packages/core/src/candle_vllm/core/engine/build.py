@@ -411,7 +411,7 @@ def _plan_on_cpu(
     threads = config.threads or default_threads()
     if isinstance(model, LoadedModel) and model.tower is not None:
         weights += model.tower.tower.config.step_bytes(threads)
-    # With pipeline parallelism, one step runs on each stage; each has its own rows.
+    # With pipeline parallelism, each stage runs another step, and each step has its own rows.
     rows = step_size(config, placement.device, model.config.max_position)[1] * config.pipeline_parallel_size
     index = _index_bytes(model.config, rows, threads, placement.recorded)
     room = main_room(threads, share, weights + index)

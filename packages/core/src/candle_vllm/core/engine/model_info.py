@@ -64,7 +64,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             if these layers keep a cache of their own.
         max_num_seqs: maximum number of sequences in one step.
         kv_cache_bytes: size of the KV cache, states of layers included; on a CPU, memory is allocated as it fills.
-        state_bytes: the part of the cache for recurrent states: of running sequences, and saved ones for prefix reuse.
+        state_bytes: the part of the cache for recurrent states: of running sequences, and checkpoints of prefixes.
         index_bytes: memory outside the cache for the indexer of sparse attention: its scores and chosen positions.
     """
 

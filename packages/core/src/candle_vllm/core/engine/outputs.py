@@ -30,15 +30,15 @@ class FinishReason(enum.StrEnum):
     The value is the reason in OpenAI's chat and completions, in vLLM's classes, in metrics and in the request log.
 
     Attributes:
-        anthropic, ollama, llama_server: the reason's name in these APIs; Anthropic and llama-server have other names
-            for a stop string, and Anthropic for a full context window.
+        anthropic, ollama, llama_server: the reason's name in these APIs, except for a stop string in Anthropic and
+            llama-server, and for a full context window in Anthropic.
         responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
         limit: a phrase for the limit that cut the answer; "" for an answer that was not cut.
     """
 
     STOP = "stop", "end_turn", "stop", "eos"  # end-of-sequence token, stop token or stop string
     LENGTH = "length", "max_tokens", "length", "limit", "max_output_tokens", "its token limit"  # or the context length
-    TOOL_CALLS = "tool_calls", "tool_use", "stop", "eos"  # STOP of the engine, after an answer that ends with calls
+    TOOL_CALLS = "tool_calls", "tool_use", "stop", "eos"  # the engine's STOP becomes this if an answer has calls
     ABORT = "abort"  # the caller went away, or the engine shut down; in the APIs an error
     ERROR = "error"  # the engine failed on this request; in the APIs an error
 
@@ -143,7 +143,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     Attributes:
         index: the sequence's index among the request's `n` sequences.
         special_tokens: (offset, id) of new special tokens whose names are part of the text, if they are not skipped;
-            offsets are in characters of the sequence's whole text, which may not be that long yet.
+            offsets count characters of the sequence's whole text; that text may still be shorter.
         logprobs: one entry per new token, if the request asks for logprobs.
         prompt_logprobs: on the first output of sequence 0, if requested; one per prompt token, None for the first.
         finish_reason: set on the last output of the sequence.
@@ -330,9 +330,9 @@ class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
     Attributes:
         score: the output of a cross-encoder's head, or the similarity of the texts' vectors: cosine, MaxSim for several
             vectors of a text, or the dot product of sparse vectors.
-        num_tokens: number of tokens that were run for the pair. An embedding model runs a text of several pairs once,
-            and its tokens count in the first pair.
-        prompt_token_ids: the tokens of both texts, with added special tokens; empty in `ascore` for a similarity.
+        num_tokens: number of tokens that were run for the pair. An embedding model runs a text that several pairs share
+            once, counted in the first pair.
+        prompt_token_ids: the tokens of both texts, with added special tokens; empty if `ascore` compares vectors.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"prompt_token_ids"})

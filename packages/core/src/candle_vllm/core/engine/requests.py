@@ -152,7 +152,7 @@ def serving_rank(request: Ranked) -> int:
 
     The server's admission queue, the scheduler's queues and preemption compare nothing else of a request. Of equal
     ranks, the admission queue serves the API key with the fewest running sequences first, and the scheduler the oldest
-    request. A rank never changes, and of requests with one priority, a later one has no lower rank.
+    request. A rank never changes, and a later request of the same priority has no lower rank.
     """
     return request.priority
 

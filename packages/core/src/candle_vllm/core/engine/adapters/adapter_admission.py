@@ -4,7 +4,7 @@
 A sequence is admitted when its adapters are in memory and the step has LoRA slots for them (`max_loras` different
 adapters). Until then later sequences overtake it, and may take the slots or the memory that it waits for. So after
 `patience` admissions, the running adapters with the fewest sequences are closed, one for each slot that the first
-sequence held back needs: a sequence with a closed adapter, or with an adapter that is not running, now waits behind it.
+sequence held back needs: until it is admitted, others with a closed adapter, or with one that is not running, wait.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class AdapterLoader:
     ) -> None:
         self._base, self._limits, self._pack, self._watch = base, limits, pack, watch
         self._known: dict[bytes, Repacking] = {}  # by kind, least recently used first
-        self._met: dict[bytes, int] = {}  # adapters of each kind that were fitted when it had no `Repacking`
+        self._met: dict[bytes, int] = {}  # number of adapters of each kind that were fitted without a `Repacking`
 
     def __call__(self, path: Path) -> LoadedAdapter:
         """Load the adapter at a path; raises the errors of `open_adapter`, `fit_adapter` and `pack_adapter`."""

@@ -5,8 +5,9 @@ An adapter is on disk only, or also in memory, packed for steps. A thread of the
 adapters that sequences wait for, one after the other in the order of the waiting sequences, so no step waits for a
 file. The least recently used adapter is evicted when the memory is full.
 
-A sequence leases its adapters when it is first admitted and holds the lease to its end, also while it is preempted: it
-keeps its weights even if the name is removed or gets different files. The old entry is dropped with its last lease.
+A sequence leases its adapters when it is first admitted and holds the lease to its end, also while it is preempted. The
+leased weights stay the same even if the name is removed or gets different files; an old entry is dropped with its last
+lease.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PATIENCE = 110.0
 """Seconds for which a caller waits for an adapter."""
 MAX_NAMES = 1 << 20
 MAX_LOOSE_NAMES = 10_000
-"""Maximum number of names that only requests have registered; the least recently used are forgotten."""
+"""Maximum number of names registered by requests and not by `add`; the least recently used are forgotten."""
 _SHOWN_NAMES = 10
 _CROWDED = "running requests and pinned adapters use all the memory for adapters (lora_memory, max_cpu_loras)"
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
@@ -91,7 +92,7 @@ class Entry:
         loaded: the loaded adapter; None if it is not in memory.
         error: why it could not be loaded; None if it could.
         crowded: whether it waits for memory that leased, pinned or more urgent adapters occupy.
-        attempts: number of loads that have ended, also those that failed.
+        attempts: number of loads that have ended, failed loads included.
     """
 
     __slots__ = (
@@ -120,7 +121,7 @@ class AdapterStore:
     Args:
         load: reads, checks and packs the files at a path; called in the store's loading thread.
         most: maximum number of adapters in memory; None for no limit.
-        most_bytes: maximum bytes of the adapters in memory; exceeded if running requests use all other adapters. The
+        most_bytes: maximum bytes of the adapters in memory; a loaded adapter exceeds it if no other can be evicted. The
             adapter that is being loaded takes memory in addition.
         most_at_once: maximum number of different adapters of one request.
 
@@ -147,7 +148,7 @@ class AdapterStore:
         self._most, self._most_bytes, self._most_at_once = most or 1 << 62, most_bytes, most_at_once
         self._change = threading.Condition()  # guards everything below, and the entries
         self._entries: dict[str, Entry] = {}
-        self._loose: dict[str, None] = {}  # names that only requests have registered, least recently used first
+        self._loose: dict[str, None] = {}  # names registered by requests and not by `add`, least recently used first
         self._coming: dict[str, Entry] = {}  # new entries of known names, whose files are not loaded yet
         self._in_memory: dict[Entry, None] = {}  # in memory, least recently used first
         self._bytes = 0
@@ -379,7 +380,7 @@ class AdapterStore:
         return entry
 
     def _forget_loose(self) -> None:
-        """Drop names that only requests have registered, until the limit is met; names in use stay."""
+        """Drop names that `add` has not registered, until the limit is met; names in use stay."""
         many = len(self._loose) + 1 - MAX_LOOSE_NAMES
         if many > 0:
             busy = {*self._wanted, *self._expected, *self._asked, *self._coming.values()}

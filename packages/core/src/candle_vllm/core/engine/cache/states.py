@@ -120,7 +120,7 @@ class StatePool:
         sequence, state, size = run.sequence, run.sequence.state, self._size
         assert state is not None
         now, slot = state.going, state.plain.slot
-        if state.reading >= 0:  # even if that run is not done: steps run in order, so a new owner writes later
+        if state.reading >= 0:  # even if the run that reads it is not done: a new owner writes in a later step
             self._unpin(state.reading)
         state.reading = -1 if now.source == slot else now.source
         end, marks = run.start + run.count - len(run.drafts), list[tuple[int, int]]()

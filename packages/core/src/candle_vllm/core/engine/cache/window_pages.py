@@ -4,8 +4,8 @@
 The layers with the same window size share one pool of pages, which has fewer pages than the cache has blocks. A block
 has a page of a pool while a running sequence may read or write it there. When the block has left the window, or no
 running sequence uses it, its page may be given to another block: at once if the block is not published, else least
-recently used first. Blocks, block tables and hashes are the same for all layers. The part of a cached
-prefix before a token can be reused if all blocks in the window of that token have pages.
+recently used first. Blocks, block tables and hashes are the same for all layers. The part of a cached prefix before a
+token can be reused if all blocks in the window of that token have pages.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 At position p the layer reads token p + 1 and the target's hidden state of position p. So it reads the rows of each
 target step (a prompt chunk, a token, accepted drafts) after that step's tokens are sampled. For further draft tokens it
-reads its own hidden states instead of the target's; after the target has run these positions, the layer reads them
-again and overwrites these rows of its cache. Its cache has the same block numbers and positions as the target's.
+reads its own hidden states instead of the target's. After the target has run these positions, the layer reads their
+hidden states and overwrites its cache there. Its cache has the same block numbers and positions as the target's.
 
 For some tokens there are no hidden states: a prefix from the prefix cache, unless another sequence has written its rows
 to the layer's cache, and tokens that were appended while the sequence got no drafts. The sequence's rows then begin at
@@ -87,7 +87,7 @@ class DraftingHead(DraftModel):
         self._head, self._target, self._tokens_meant = head, target, meant
         self._vocab_size, self._shares = vocab_size, shares
         self._tails: dict[LiveSequence, _Tail] = {}
-        self._unread: dict[LiveSequence, tuple[int, int, int]] = {}  # positions (first, end), row in step
+        self._unread: dict[LiveSequence, tuple[int, int, int]] = {}  # first and end position, row of the first
         self._states: NDArray[np.float32] | None = None  # the target's hidden states, for the next step
         self._back: dict[LiveSequence, NDArray[np.float32]] = {}  # hidden states of the last step, read by the next
 
@@ -159,7 +159,7 @@ class DraftingHead(DraftModel):
     # ---- its steps ---------------------------------------------------------------------------------------------------
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Return runs of the target's unread rows, and their `asked` sequences; without these, run the rows at once."""
+        """Return runs of the target's unread rows, and their `asked` sequences; if none asked, run the rows at once."""
         del lives
         asking = {each.live: each for each in asked}
         runs: list[Run] = []

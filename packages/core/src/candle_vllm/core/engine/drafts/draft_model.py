@@ -113,8 +113,7 @@ class Own:
 
 
 class Asked:
-    """A sequence that gets drafts from the model in this step: its draft tokens so far (`candidates`), for each the
-    probability that it and all before it are accepted, their maximum number, and the factor of its costs (`worth`)."""
+    """A sequence that the model drafts for: `candidates`, their `chances` (see `Offer`), `worth` (see `_best`)."""
 
     __slots__ = ("candidates", "chance", "chances", "live", "most", "own", "worth")
 
@@ -265,7 +264,7 @@ class DraftModel:
         return length - own.done
 
     def _prices(self, lives: int, rows: int, active: int, target: Seconds) -> list[float]:
-        """Return the cost of each further draft token of a sequence (draft step, target row), in tokens of plain steps.
+        """Return the costs of further draft tokens (draft step, target row), in tokens of plain steps in the same time.
 
         Args:
             lives: number of sequences of the next step.
@@ -495,7 +494,7 @@ def _best(chance: float, typical: float, prices: list[float], worth: float) -> t
     Args:
         chance: the chance that all draft tokens before them are accepted.
         typical: the acceptance chance of each further draft token.
-        prices: the cost of each further draft token, in tokens of plain steps.
+        prices: the cost of each further draft token, see `_prices`.
         worth: factor of the prices.
     """
     saved = cost = 0.0

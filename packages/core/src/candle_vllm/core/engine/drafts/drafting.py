@@ -41,7 +41,7 @@ _LEAST_REST, _TIMED = 64, 8  # minimum steps of a rest, and the number of steps 
 _PATIENCE = 16  # steps with drafts that were not worth trying, after which measured step times are relaxed
 _SLOW = 0.003  # maximum seconds per step for a sequence's grammar calls; above it the sequence gets no drafts
 _LOOKED = 1024  # prompt and prediction tokens that one step indexes, so that a long text does not delay it
-_SHORT, _MARK_WEIGHT = 2, 1.5  # longest match whose tries count by its last token (`mark`); tries of its prior
+_SHORT, _MARK_WEIGHT = 2, 1.5  # longest match that is judged by its last token (`mark`), too; tries of its prior
 _TIMED_ROWS = 32  # length of `EngineStats.step_seconds`
 _FORM = 1  # length of a match by `_Record.behind`, which only sequences with a grammar have
 
@@ -256,7 +256,7 @@ class Drafter:
         if drafts or touched:
             if lives:
                 common = min(right) if len(right) == lives else 0
-                # A token that only some sequences gain saves a later step just its row.
+                # A token that only some sequences gain saves one row of a later step, not the step.
                 saved = common + (sum(right) - common * lives) / (FIXED + lives)
                 self.times(lives).note(lives, drafts, seconds, saved)
             self._unplain += 1
@@ -267,7 +267,7 @@ class Drafter:
     def rests(self, lives: int) -> bool:
         """Return whether drafting rests: the next step is a plain one, and there is no search.
 
-        This check is cheap, so it is made first. In the last steps of a rest it is False, because they are timed.
+        The engine checks this first, as it is cheap. In the last steps of a rest it is False, because they are timed.
         """
         if not self._rest:
             return False
@@ -460,7 +460,7 @@ class Drafter:
         return likelier and bool(grammar.legal(match.upcoming(1)))
 
     def _behind(self, record: _Record, token: int) -> _Match | None:
-        """Return the match after the token's last occurrence in the answer; `SEPARATOR` is the end of forced tokens."""
+        """Return the match after the token's last occurrence in the answer; for `SEPARATOR`, after forced tokens."""
         place = record.behind.get(token)
         if place is None or place >= len(record.text.tokens):
             return None

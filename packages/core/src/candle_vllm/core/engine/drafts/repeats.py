@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SEPARATOR = -1  # separates past answers; not a token id
-_CANDIDATES = 12  # earlier occurrences that are compared
+_CANDIDATES = 12  # maximum number of earlier occurrences that are compared
 _PAST_TOKENS = 1 << 16  # maximum tokens of each of two generations of past answers
 _ALL = 1 << 62
 
@@ -16,7 +16,7 @@ class Text:
 
     Args:
         tokens: the list, which its owner appends to; its elements never change.
-        begun: the indexed prefix that this text shares with others, such as the prompt of several sequences.
+        begun: the indexed prefix that this text shares with other texts, such as the prompt of several sequences.
         size: length of this text, if the list may have further tokens.
     """
 

@@ -367,7 +367,7 @@ def _take(connection: socket.socket, until: float | None = None) -> bytearray:
 
 
 def _set_keepalive(connection: socket.socket) -> None:
-    """Send without delay, and let the system notice a broken link even while a process is too busy for heartbeats."""
+    """Set a connection to send at once, and to notice a broken link even while a process is too busy for heartbeats."""
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

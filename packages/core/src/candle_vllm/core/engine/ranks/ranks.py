@@ -104,7 +104,7 @@ class _Other:
 
 
 class Ranks:
-    """The first rank's view of all other ranks. They load their parts while this process loads its own.
+    """The first rank's view of all other ranks, which load their parts of the model while this process loads its part.
 
     Attributes:
         config: this rank's configuration.
@@ -673,7 +673,7 @@ class RankedRunner:
         told, place = self._told, self._place
         self._told, self._place = batch, batch.runs[0].start
         behind = told is not None and batch.tokens is told.tokens and self._place == place + 1
-        if behind and batch.goes_on and not self.overlaps:  # else tokens are not known
+        if behind and batch.goes_on and not self.overlaps:  # an overlapped step's tokens are not known
             self._tables_version = batch.tables_version
             return rank_line.Next(rank_line.as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):

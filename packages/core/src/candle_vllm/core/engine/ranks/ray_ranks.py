@@ -139,7 +139,7 @@ class RayRanks:
 
 def _connected() -> Any:
     """Connect to a Ray cluster, whose workers run in the machines' own environments; return the module `ray`."""
-    # Started by `uv run`, Ray would else send this process's working directory to all machines and create an
+    # Otherwise Ray, in a process of `uv run`, would send its working directory to all machines and create an
     # environment there, which `--no-sync` forbids; then no rank would ever join.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:

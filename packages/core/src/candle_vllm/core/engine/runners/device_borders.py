@@ -2,8 +2,8 @@
 """Transfer activations between pipeline stages on GPUs while steps are computed (step 6 of a request's life).
 
 Transfers have their own streams (incoming, outgoing and returning), and each step has its own buffers. So a step is
-computed while the previous one is sent and the next one is received. Layers read and write these buffers, or, if they
-are captured, memory with fixed addresses.
+computed while the previous one is sent and the next one is received. Layers read and write these buffers; in captured
+steps they read and write memory with fixed addresses.
 
 Work on a stream waits only for work that the hosts of all stages have launched before it. So there is no deadlock, even
 if a GPU executes all its streams as a single one. Each stage processes the steps in the order in which they began.
@@ -174,8 +174,10 @@ class DeviceBorders:
             self._collecting.append((place, self._returning.mark()))
 
     def collect(self) -> torch.Tensor:
-        """On the first stage, return the hidden states [T, E] of the oldest step in flight, for work that is launched
-        from now on. They are valid until S later steps have begun, where S is the number of stages."""
+        """Return the hidden states [T, E] of the oldest step in flight, for work that is launched from now on.
+
+        Only the first stage has them. They are valid until S later steps have begun, where S is the number of stages.
+        """
         place, mark = self._collecting.popleft()
         self._stream.after(mark)
         return place

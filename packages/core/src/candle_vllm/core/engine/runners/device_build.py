@@ -54,8 +54,9 @@ def build_on_gpu(
     draft_rows: int = 0,
     ranks: Collective | None = None,
 ) -> tuple[DeviceRunner, CachePlan]:
-    """Build the runner, allocate its cache and capture its steps; return it with the plan of the cache. `draft_rows` is
-    the maximum number of draft tokens of a step. All `ranks` call this at the same time.
+    """Build the runner, allocate its cache and capture its steps; return it with the plan of the cache.
+
+    `draft_rows` is the maximum number of draft tokens of a step. All `ranks` call this at the same time.
 
     Raises:
         ConfigError: the settings do not fit this model, GPU or memory.
@@ -114,7 +115,7 @@ def build_on_gpu(
     except torch.OutOfMemoryError as error:
         raise _too_little(budget, sequences, device) from error
     aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK + adapter_bytes
-    # The measured prompt has one query at the end of the longest context.
+    # The measured prompt has one query at the end of the longest context; more queries take more memory for scores.
     scores = 0 if model.index is None else score_bytes(model.index.heads, model.max_position)
     aside += scores
     if loaded.tower is not None:
