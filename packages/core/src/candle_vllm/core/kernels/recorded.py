@@ -64,7 +64,7 @@ class Recorded(ABC):
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:
-        """Return the sum with `other`, a matrix product, table rows or a norm that is not computed yet.
+        """Return the sum with `other`, which is a matrix product, table rows or a norm, not computed yet.
 
         The sum overwrites this value, unless this value is itself not computed yet: then the sum has its own memory.
         """

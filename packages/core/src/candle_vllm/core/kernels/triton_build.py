@@ -7,7 +7,7 @@ resource usage. So a kernel that no longer compiles, spills, or needs more share
 machine without a GPU.
 Triton is imported only when something is compiled.
 
-`compile_together` is for the GPU that is present: it compiles the forms that a start needs in parallel.
+`compile_together` is for the GPU that is present: it compiles in parallel the forms that a start needs.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def compile_build(build: Build, target: int | str) -> Usage:
 
     Args:
         build: the form. Targets without bfloat16 use float16 instead, as when a model is loaded.
-        target: a compute capability (90 is sm_90), or one of `AMD_TARGETS`, for which forms of 80 are compiled.
+        target: a compute capability (90 is sm_90), or one of `AMD_TARGETS`, for which the forms for 80 are compiled.
 
     Raises:
         Exception: any error of Triton if the kernel does not compile; ValueError if the arguments do not match it.

@@ -98,8 +98,8 @@ class StepInput:
         may_divide: ranks may divide the tokens among themselves; see `TokenShares.begin`.
         narrows: number of the layer after whose cache write a recorded step computes only the rows whose next token is
             sampled; None if all layers compute all rows.
-        narrowed: number of the layer before which the other rows are dropped, because it and all later layers only
-            read the caches of earlier layers; None if no rows are dropped.
+        narrowed: number of the layer before which rows whose next token is not sampled are dropped, because it and all
+            later layers only read the caches of earlier layers; None if no rows are dropped.
         layer_inputs: [T, P] for each layer, P elements besides x; empty for families without such inputs.
         states: the step's use of layers' states, see `kernels/states`; None without states, and in a recorded step.
         windowed: slots and rows of each page pool of layers with a `WindowedCache`; empty in a recorded step.
@@ -136,7 +136,7 @@ class PagedAttention:
         window: positions that a token attends to, itself included; -n for a chunk of n tokens; None for all.
         scale: factor of the scores; None for D^-0.5.
         softcap: softcap of the scores; None for no cap.
-        sinks: [H] fp32 on the model's device, the part "sinks": an additional score of each head (`kernels/attention`).
+        sinks: parameter "sinks", [H] fp32 on the device: an additional score of each head (`kernels/attention`).
         slopes: [H] fp32 on the model's device, ALiBi slopes of the heads.
         key_bias: [K * D], bias of the key projection.
         causal: attention is causal in this layer also within images.

@@ -95,8 +95,8 @@ class Linear:
         3. If W is a shard with a part of the inputs, y is summed over the shards.
         4. The bias is added, once; the activation follows.
 
-        Kernels do 4 together with 1, before the sums are stored; with shards only one rank has the bias, and the others
-        have biases of 0. In this case 2 is added after 4.
+        But kernels may add the bias in 1, before the sums are stored; 2 then follows the bias. With shards only one
+        rank has the bias, and the others have biases of 0.
         """
         invariant = self._placement.invariant
         if pairs is None:
@@ -120,7 +120,7 @@ class Linear:
 
     @cached_property
     def matrices(self) -> list[Any]:
-        """Return the matrices; outside recorded steps, fuse them if possible, and empty `pieces`."""
+        """Return the matrices; without compiled CPU kernels, fuse them if possible, and empty `pieces`."""
         pieces = [self.pieces[name] for name in self._places]
         if self._placement.weight_memory is not None:
             each = len(pieces) // max(1, self._experts)

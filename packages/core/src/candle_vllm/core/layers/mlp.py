@@ -17,7 +17,7 @@ class GatedMLP:
         hidden_size, intermediate_size: E and F.
         placement: where the weights live.
         bias: whether all three matrices have biases.
-        down_bias: whether the last matrix has a bias, if that differs.
+        down_bias: whether the last matrix has a bias; None if it is as `bias`.
         activation: activation of the gate.
         fused: checkpoints have gate and up as one matrix [2F, E], the gate's rows first: the part "weight" of
             `gate_up`; otherwise as two, "gate.weight" and "up.weight".

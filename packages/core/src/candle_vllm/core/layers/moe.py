@@ -32,9 +32,9 @@ class Mixture:
         inner_size: F of an expert.
         scoring, renormalise, groups, top_groups, scale, jitter: see `kernels/moe`.
         correction: a bias of each expert, used only to choose experts (DeepSeek-V3's e_score_correction_bias).
-        expert_scale: each expert's weights are multiplied by its own factor.
+        expert_scale: the routing weights of each expert are multiplied by its own factor.
         scales_input: the weight of a token's only expert multiplies the expert's input, not its result (Llama 4).
-        activation: activation of the experts; for experts without a gate also of the shared expert.
+        activation: activation of the experts; without a gate, the shared expert has squared ReLU.
         shared_activation: activation of the shared expert's gate.
         router_bias, expert_bias: whether router and experts have biases.
         shared_size: F of the shared expert, which every token uses; 0 without a shared expert.
@@ -86,7 +86,7 @@ class Mixture:
 
 
 HostLayer: TypeAlias = Callable[[Value, Value, Callable[[], Value] | None], tuple[Value, Value]]
-"""Function of x, logits and another function to run meanwhile; returns the experts' sums, and the other's result."""
+"""Function of x, logits and another function to run meanwhile; returns the experts' sums and that function's result."""
 
 
 _SAME = ("top_k", "scoring", "renormalise", "groups", "top_groups", "scale", "jitter")  # fields of a `Routing`
@@ -209,7 +209,7 @@ class SparseMLP:
         return moe.weighted(x, pairs) if self._mixture.scales_input else (x, pairs)
 
     def _combined(self, x: Value, pairs: Any, shared: Value | None = None, gate: Value | None = None) -> Value:
-        """Sum the weighted results of this rank's experts and of the shared expert; `pairs` may name other experts."""
+        """Sum weighted results of this rank's experts and the shared expert; `pairs` may name other ranks' experts."""
         if self._mixture.here < self._mixture.experts:
             pairs = pairs.among(self._mixture.first, self._mixture.here)
         dtype = None if isinstance(x, Recorded) else x.dtype

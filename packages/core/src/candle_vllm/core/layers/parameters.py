@@ -35,7 +35,7 @@ class Placement:
     Attributes:
         device: device of the tensors.
         dtype: type of matrices and activations if steps are not recorded, by its name in `quantization/plain.py`.
-        weight_memory: memory for matrices in the layouts of the compiled CPU kernels; None if torch multiplies.
+        weight_memory: memory for matrices in the layouts of the compiled CPU kernels; None without these kernels.
         plain_kind: type of plain matrices in recorded steps; None keeps the stored types.
         words: stored types ("F16", "F32") whose matrices recorded steps multiply as integers of 14 bits
             (`kernels/word_linear`), unless `plain_kind` is set.

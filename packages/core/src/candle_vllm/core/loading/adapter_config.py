@@ -179,7 +179,7 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
         trained_tokens=_trained_tokens(keys),
         targets=_texts(keys, "target_parameters"),
     )
-    for key in ("lora_bias", "fan_in_fan_out"):  # only validated: tensors show the first; the second changes merging
+    for key in ("lora_bias", "fan_in_fan_out"):  # only validated: tensors show lora_bias; the other matters in merging
         keys.flag(key)
     alora = invocation_of(keys, "alora_invocation_tokens")
     base = keys.get(_BASE, str, None)

@@ -4,7 +4,7 @@
 A table's views define how a stored matrix W [N, K] becomes the matrices that the model multiplies: by selecting rows of
 W in some order, perhaps after a transposition. An adapter adds B A to W, with B [N, r] and A [r, K], so a view selects
 the same rows of B. These rows are found by applying the view to row numbers, once for each kind of matrix. An adapter
-may use the names of either format, whatever the model's format; the views of the name's format are applied.
+may use the names of safetensors or GGUF files, whatever the model's format; the views of these names are applied.
 """
 
 from __future__ import annotations

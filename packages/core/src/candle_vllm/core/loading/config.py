@@ -236,7 +236,7 @@ def gguf_windows(fields: Fields, layers: int, window: int | None, *, period: int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Configuration of an encoder, which reads a whole text in both directions, for the engine and the layers.
+    """Configuration, for the engine and the layers, of an encoder, which reads a whole text in both directions.
 
     Attributes:
         model_type: Hugging Face's name of the model family.

@@ -45,7 +45,7 @@ class Imatrix:
         self.entries: Mapping[str, np.ndarray] = MappingProxyType(dict(entries))
 
     def of(self, name: str, columns: int, experts: int = 1) -> np.ndarray | None:
-        """Return the importance of a tensor's columns, float32 [experts, columns], divided by each row's mean, or None.
+        """Return the importance of columns, float32 [experts, columns], over each row's mean; None without an entry.
 
         Raises:
             WeightsError: the entry has another shape.

@@ -88,8 +88,8 @@ def _quad(
 ) -> Any:
     """Load quad `quad` of group `group` of a block: 4 bytes in each lane, signed if `takes_signed`.
 
-    With one lane, for one row, the bytes are integer weight + zero; with 16 lanes they are the factors for `emit_sums`.
-    `codes` is the address of the group's codes, see `_block_of`.
+    With one lane, for one row, the bytes are integer weight + zero; with 16 lanes they are the factors for
+    `cpu_sums.emit_sums`. `codes` is the address of the group's codes, see `_block_of`.
     """
     if layout.bits == 0:
         return _digit(e, codes, e.b.add(e.b.shl(group, e.int64(3)), e.int64(quad)), lanes)
@@ -150,8 +150,8 @@ def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: i
 def _digit(e: Emitter, codes: Any, quad: Any, lanes: int) -> Any:
     """Load quad `quad` of a block of base-3 digits.
 
-    A byte is a fraction of 256. Multiplied by a power of 3 (mod 256), the fraction's first base-3 digit is the wanted
-    digit, which two comparisons find.
+    A byte is a fraction of 256. Multiplication by a power of 3 (mod 256) makes the wanted digit the fraction's first
+    base-3 digit, which two comparisons find.
     """
     b, pairs, bytes_ = e.b, vector(I16, 2 * lanes), vector(I8, 4 * lanes)
     place = b.udiv(quad, e.int64(TRITS))
@@ -608,7 +608,7 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
 
 
 def _unpack_grid(e: Emitter, grid: GridGroup, lane: Any, out: Any, group: Any) -> None:
-    """Write a group of row `lane`. All 16 rows are decoded, which is slow, because such embedding tables are rare."""
+    """Write a group of row `lane`. All 16 rows are decoded: this is slow, but such embedding tables are rare."""
     b, picked = e.b, e.b.trunc(lane, I32)
     target = b.add(out, b.mul(group, e.int64(4 * GROUP)))
     scales = [e.splat(b.extract_element(part, picked), 4) for part in grid.scales()]

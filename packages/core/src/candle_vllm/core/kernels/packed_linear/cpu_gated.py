@@ -49,8 +49,8 @@ def _gate_rows(
     """Gate and quantise `together` rows of a unit, 1 or 4, from `first` on; rows after `last` are copies of row `last`.
 
     `gate` and `other` point at the sums of two tiles each, `tile_sums` bytes apart. `q`, `scales` and `sums` point at
-    row 0's results; rows of `q` are `row_bytes` apart, the others `group_bytes`. `prologue` and `together` are
-    constants.
+    row 0's results; rows of `q` are `row_bytes` apart, rows of `scales` and `sums` `group_bytes`. `prologue` and
+    `together` are constants.
     """
     before, count = Prologue(prologue.literal_value), together.literal_value
 

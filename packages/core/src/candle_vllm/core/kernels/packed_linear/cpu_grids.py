@@ -7,7 +7,7 @@ registers; otherwise they are gathered. The bytes of two adjacent indices are on
 inserted between the magnitudes, and a shuffle converts each nibble to 128 + weight, unsigned. IQ1 has a long grid and
 no signs: each index gathers one word of eight nibbles.
 
-Without VBMI every product would have to gather. On such a CPU the grid is gathered only once, when a matrix is packed:
+Without VBMI every product would have to gather from the grid. On such a CPU only packing gathers, once for a matrix:
 `make_codes` converts tiles of indices to tiles of codes (`layout.py`).
 """
 
@@ -87,7 +87,7 @@ class GridGroup:
         return self.e.b.or_(self._and(sizes, ~_SIGN), self._and(signs, _SIGN))
 
     def _of_index(self, index: int) -> Any:
-        """Return the word of an index of IQ1: magnitudes, and the sign of the eighth that is added to each."""
+        """Return the word of an index of IQ1: magnitudes, and the sign of the 1/8 that is added to each."""
         found = gather(self.e, self._table, self._index(index), self.isa)
         moved = self._shifted(self._high, 16 if self.layout.name == "IQ1_S" else 28 - 4 * index)
         side = self._and(self.e.b.ashr(moved, self.e.constant(I32, 31)), 0x44444444)
@@ -254,7 +254,7 @@ class GridGroup:
 
     @property
     def _bytes_of_nibbles(self) -> list[int]:
-        """128 + weight by nibble: two or three bits select the magnitude, one the sign (IQ1: the eighth's sign)."""
+        """128 + weight by nibble: two or three bits select the magnitude, one the sign (IQ1: of the 1/8)."""
         sizes, few = self._sizes.tolist(), 7 if self.layout.span == 4 else 3
         sizes += [0] * (few + 1 - len(sizes))
         if self.layout.signs:
@@ -342,7 +342,7 @@ def _code_blocks(_: Any, kind: Any, isa: Any, blocks: Any, to: Any, count: Any) 
 
 
 def make_codes(KIND: int, ISA: int) -> Any:
-    """Compile a function (blocks of indices, blocks of codes, count), of addresses, that converts indices to codes."""
+    """Return a function of two addresses and a count that converts blocks of indices to as many blocks of codes."""
 
     def grids_to_codes(blocks: int, to: int, count: int) -> None:
         _code_blocks(KIND, ISA, blocks, to, count)

@@ -4,7 +4,7 @@
 A **panel** has 16, 8, 4 or 1 rows (tokens); if fewer are left, the last row is repeated, and the repetitions' results
 are not written. For each group of 32 columns it has a **record**: the rows' int8 codes, then their scales, then values
 derived from the sums of their codes. On CPUs with few registers a full panel has 4 rows, with AMX 16. In both cases,
-and if weights are costly to unpack, a tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
+and if weights are costly to unpack, a tile of weights is unpacked once for up to 32 rows (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, AnyLayout, PackedKind
 
 TALL_ROWS = 32
-"""Maximum rows of the panels for which a tile is unpacked once."""
+"""Maximum rows of the panels for which a tile of weights is unpacked once."""
 
 PANEL_BYTES = 192 << 10
 """Maximum bytes of the panels for which a tile is unpacked once; they stay in a core's L2 cache."""
@@ -66,14 +66,14 @@ def _panel_sums(layout: AnyLayout) -> int:
 
 
 def record_bytes(layout: AnyLayout, block: int) -> int:
-    """Return the bytes of a record of `block` rows: int8 codes, xs, and one or two sums of each row."""
+    """Return the bytes of a record of `block` rows: each row's int8 codes, scale, and one or two sums."""
     return block * (GROUP + 4 + 4 * _panel_sums(layout))
 
 
 def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
     """Return a row's values that are derived from sums of 32 int8 codes x, <32 x i8>: for the group or for each half.
 
-    With minima, the values are the sums: floats, or a pair of integers. Otherwise they are -zero times the sums.
+    With minima, the values are the sums: floats, or a pair of integers. Otherwise they are -`zero_of(layout)` * sum.
     """
     wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
     x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
@@ -135,7 +135,7 @@ def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -
 def fill_row(
     _: Any, kind: Any, isa: Any, block: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
 ) -> Any:
-    """Copy one row of activations into a panel of `block` rows, one of `blocks`."""
+    """Copy one row of activations into a panel of `block` rows, a number from `blocks()`."""
     layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

@@ -4,17 +4,17 @@
 Terms: see `layout.py` (quad, tile) and `cpu_panel.py` (panel, record).
 
 - VNNI, AVX-VNNI: four products of an unsigned and a signed byte are added to 32 bits by one instruction.
-- AVX2, AVX-512: pairs of products are added in 16 bits with saturation (vpmaddubsw). A code has at most 6 bits, or its
-  magnitude, at most 128, is multiplied by the activation with the code's sign; an activation is at most 127. Quads are
-  added in 16 bits as long as no sum can reach 2^15, and are then widened; for some weights code - zero, all quads of a
-  scale are added in 16 bits (`are_centred`).
-- NEON: products of signed bytes in 16 bits (smull), summed as long as they fit; DOTPROD: four of them to 32 bits, with
-  one activation for all rows of the tile (sdot by element); I8MM: two rows of weights times two of activations (smmla),
-  for which a panel interleaves pairs of rows of activations, eight bytes each.
+- AVX2, AVX-512: pairs of products are added in 16 bits with saturation (vpmaddubsw). An unsigned code is at most 127; a
+  signed code's magnitude, at most 128, is multiplied by the activation with the code's sign; an activation is at most
+  127. Quads are added in 16 bits as long as no sum can reach 2^15, and are then widened; for some types without a
+  minimum, all quads of a scale are added in 16 bits (`are_centred`).
+- NEON: products of signed bytes in 16 bits (smull), summed as long as they fit; DOTPROD: sums of four products in 32
+  bits, with four activations for all rows of the tile (sdot by element); I8MM: two rows of weights times two of
+  activations (smmla), for which a panel interleaves pairs of rows of activations, eight bytes each.
 
-Except with VNNI, an 8-bit code is signed: zero is subtracted from it, and sums begin at 0. Table values with a range of
-more than 127 steps are signed too (IQ4, and grids). Other tables are stored as unsigned steps from the lowest value
-(`Steps`); if the steps equal the codes, there is no lookup.
+Except with VNNI, an 8-bit code is signed: zero is subtracted from it, and sums begin at 0. The values of grids, and of
+tables that span more than 127 steps (IQ4), are signed too. Values of other tables become unsigned steps from the lowest
+value (`Steps`); if the steps equal the codes, there is no lookup.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def steps(layout: AnyLayout) -> Steps | None:
 
 
 def zero_of(layout: AnyLayout) -> int:
-    """Return the unsigned factor of weight 0: the factor in a product is the weight's integer value plus this."""
+    """Return the zero point: an unsigned factor, times a table's step, is the weight's integer value plus this."""
     found = steps(layout)
     return -found.lowest if found else layout.zero
 
 
 def largest_code(layout: AnyLayout) -> int:
-    """Return the largest magnitude of a code's factor in the products; above 63 the factor is signed."""
+    """Return the largest magnitude of a code's factor in products that are added in 16 bits."""
     if isinstance(layout, GridLayout):
         return 128 if layout.name.startswith("IQ1") else int(np.abs(numbers(layout.name)).max())
     if found := steps(layout):
@@ -228,7 +228,7 @@ def emit_activation_sums(e: Emitter, isa: Isa, x: Any) -> Any:
 
 
 def _in_turn(e: Emitter, isa: Isa, sums: list[Any]) -> list[Any]:
-    """Return the sums; with AVX2 or DOTPROD, the compiler must complete them first, because registers are few."""
+    """Return the sums; with AVX2 or DOTPROD, the compiler must compute them before later sums: registers are few."""
     few = not isa.wide and (not isa & Isa.NEON or (isa & Isa.DOTPROD and len(sums) > 1))
     return [e.made_here(each, isa) for each in sums] if few else sums
 

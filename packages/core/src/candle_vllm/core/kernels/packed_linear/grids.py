@@ -12,10 +12,10 @@ sources; a bit for each weight is its sign. A block is 256 weights of 16 rows:
 The decoder combines a weight's sign and magnitude in a nibble. Eight nibbles are a **word**; a group of a row has four
 words. Bytes 0 and 1 of a word are for the first half of the weights of two adjacent indices, bytes 2 and 3 for the
 second half (`GridLayout.order`). Signs of the weights in byte c of word k are bits k (low nibble) and 4 + k (high
-nibble) of byte c of the group's signs. In some types the sign of each eighth weight is the parity of the other seven;
-the eighth's bits then hold the scale of the group (IQ2_XXS, IQ3_XXS) or the ninth bits of the indices (IQ2_XS). IQ1 has
-no signs: its weights are -1, 0 or 1 plus or minus an eighth, and the sign of the eighth is above the indices' bits. A
-weight is super-scale * (2 * scale + 1) * `unit` * number.
+nibble) of byte c of the group's signs. In some types the sign of every 8th weight is the parity of the other seven; the
+bits of these signs then hold the scale of the group (IQ2_XXS, IQ3_XXS) or the ninth bits of the indices (IQ2_XS). IQ1
+has no signs: its weights are -1, 0 or 1 plus or minus 1/8, and the sign of the 1/8 is above the indices' bits. A weight
+is super-scale * (2 * scale + 1) * `unit` * number, with the grid's number from `numbers`.
 
 A tile has as many bytes as in the file. The grids are read from the `gguf` package. Source: ggml's `ggml-common.h`.
 """
@@ -249,7 +249,7 @@ class GridParts(NamedTuple):
 
     Attributes:
         indices: integers [..., 8, 32 / span], indices in the grid.
-        flags: [..., 8, 32], 0 or 1: whether a weight is negated, or, in IQ1, whether the eighth is subtracted.
+        flags: [..., 8, 32], 0 or 1: whether a weight is negated, or, in IQ1, whether 1/8 is subtracted.
         scales: [..., 8, 32 / width] odd integers.
         supers: [...], the bits of the super-scales.
     """

@@ -95,7 +95,7 @@ def _triples(vectors: np.ndarray) -> np.ndarray:
 def _scales(blocks: np.ndarray, layout: TileLayout) -> tuple[np.ndarray, np.ndarray | None]:
     """Return scales, and minima or None, float32 [tiles, blocks, groups, halves, 16 rows]."""
     head = np.ascontiguousarray(blocks[:, :, : layout.floats_bytes])
-    if layout.float == "e4m3":  # with the sign bit: packing has already handled NaN
+    if layout.float == "e4m3":  # the ignored sign bit keeps 0x7F a number: packing removed NaN
         floats = scale_numbers(head | 0x80, layout.float)
         return floats.reshape(*blocks.shape[:2], layout.groups, -1, ROWS), None
     floats = scale_numbers(head.reshape(-1, layout.floats_bytes), layout.float)

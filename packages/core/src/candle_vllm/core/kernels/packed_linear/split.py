@@ -189,7 +189,7 @@ def _small(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
         found = np.subtract(found.view(np.uint8), contents.small_zero).view(np.uint32)
     if not contents.turn:
         return found
-    turns = found.reshape(-1, 2, *found.shape[1:])  # scales of four groups, their minima
+    turns = found.reshape(-1, 2, *found.shape[1:])  # scales of four groups, then their minima
     halves = [_apart(turns >> np.uint32(16 * half)) for half in range(2)]  # two groups each
     return np.stack([half[:, 0] | half[:, 1] << np.uint32(8) for half in halves], axis=1).reshape(found.shape)
 

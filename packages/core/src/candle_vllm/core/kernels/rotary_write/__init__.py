@@ -7,7 +7,7 @@ eps, as in `kernels/rms_norm`, or is None. The result is q, normalised and rotat
 normalised and rotated too, and values are written to the cache. The results equal `rms_norm`, `rotary_pair` and
 `kv_write` one after the other, each rounded to q's dtype, except for the order in which a norm's squares are summed. A
 token's bits do not depend on other tokens. On a GPU it is one launch, because launches take most of the time of a step
-with few tokens. Without tables nothing is rotated, and without norms too, q itself is returned.
+with few tokens. Without tables nothing is rotated, and norms are separate launches; without both, q itself is returned.
 """
 
 from __future__ import annotations

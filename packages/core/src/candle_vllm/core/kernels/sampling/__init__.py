@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Sampling: sample one token per row of a batch's logits, compute ranks and log-probabilities, and edit logits.
 
-Contract, with R rows of V logits in float32, one row a token to sample. The parameters of a row are five float64
+Contract: R rows of V logits in float32, one row for each token to sample. The parameters of a row are five float64
 numbers, in the order of `Control`. Rules of `draw`, the sampling function:
 
   - the row's weights are exp((logit - largest logit) / temperature), so that the largest is 1; temperature 0 is greedy:
@@ -130,8 +130,8 @@ class RowDraw:
         logits: [N, V], each row contiguous.
         numbers: the step's numbers, by `StepNumber`.
         team: the threads; None to use only the caller's thread.
-        step: arrays of the step that computed the logits, or None. Each call prepares them for the next step, which
-            computes each row's sampled token: it writes the ids, and increments positions, slots and context lengths.
+        step: arrays of the step that computed the logits, or None. Each call prepares them for the next step, whose
+            input is the sampled tokens: it writes the ids, and increments positions, slots and context lengths.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ def _place(array: np.ndarray, size: int | None = None) -> tuple[int, int]:
 
 
 def asks(controls: NDArray[np.float64]) -> tuple[bool, bool]:
-    """Return `random` and `search` of `draw_tensors`: whether a row has a temperature, and whether top_k or top_p."""
+    """Return `random`, `search` of `draw_tensors`: whether a row is not greedy, and whether one has top_k or top_p."""
     drawn = controls[controls[:, Control.TEMPERATURE] > 0]
     return bool(len(drawn)), bool((drawn[:, Control.TOP_K] > 0).any() or (drawn[:, Control.TOP_P] < 1).any())
 

@@ -149,8 +149,8 @@ class DrawArguments(NamedTuple):
         controls: address of float64 [rows, 5], see `Control`.
         work, work_bytes: address of the threads' workspaces, and bytes from a workspace to the next.
         chosen, largest: addresses of the results, int64 and float32 [rows].
-        positions, slots, context_lens: addresses of int64 [rows], which are incremented for the next step, which
-            computes each row's sampled token; 0 to increment nothing.
+        positions, slots, context_lens: addresses of int64 [rows], which are incremented for the next step, whose input
+            is the sampled tokens; 0 to increment nothing.
     """
 
     logits: int

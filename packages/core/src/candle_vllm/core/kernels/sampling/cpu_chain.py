@@ -191,7 +191,7 @@ def _keep_first(row, vocabulary, work, top):
 
 @inner
 def _estimated_k(row, vocabulary, work, values, mu, rate):
-    """Return Mirostat's k, see the reference; `values` is memory for the sorted logits of the likeliest tokens."""
+    """Return Mirostat's k, see `chain._estimated_k`; `values` is memory for the likeliest tokens' sorted logits."""
     logits, count = float32_at(row), 0
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         at = work + MAXIMA_AT + number * MAXIMA_BYTES

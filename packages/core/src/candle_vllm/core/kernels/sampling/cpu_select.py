@@ -36,8 +36,8 @@ ALL = 1 << 40  # more ties than a row can have
 LOG2_E = math.log2(math.e)
 LOWEST = np.float32(np.finfo(np.float32).min)
 INFINITE = np.float32(np.inf)
-_FEW = 48  # maximum number of logits that are sorted instead
-_EVEN_ROUNDS = 6  # rounds with evenly spaced edges; later rounds have evenly spaced keys, which ends for any logits
+_FEW = 48  # maximum number of logits that are sorted instead of searched
+_EVEN_ROUNDS = 6  # rounds with evenly spaced edges; then the edges' keys are evenly spaced, so that the search ends
 
 
 @cpu_chunks.inner
@@ -167,7 +167,7 @@ def _cut_of_few(values, count, mass, limit, largest, rate) -> tuple[Any, Any]:
 
 @cpu_chunks.inner
 def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
-    """Return the k-th largest logit, or the least finite logit, and how many logits equal to it are in the top k."""
+    """Return the k-th largest logit (the least, if fewer are finite), and how many equal logits are in the top k."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
     # The k-th largest of the chunks' maxima is a lower bound of the k-th largest logit.
     parts = (chunks * LANES + CHUNK - 1) // CHUNK
@@ -184,7 +184,7 @@ def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
 def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
     """Return the least logit at or above `bound` that top_p keeps, and how many logits equal to it are kept."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
-    # Tokens with less weight than (1 - top_p) / V have a mass below 1 - top_p: the cut is above them.
+    # All tokens with less weight than (1 - top_p) / V together have a mass below 1 - top_p: the cut is above them.
     light = (math.log2(chunks * CHUNK / (1.0 - top_p)) + 1.0) / (rate * LOG2_E)
     floor = max(bound, np.float32(float(largest) - light))
     edges = float32_at(work + EDGES_AT)

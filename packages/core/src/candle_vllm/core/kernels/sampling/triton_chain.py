@@ -129,7 +129,7 @@ def _least_key(value):
 
 @triton.jit
 def _estimated_k(source, room, V, count, mu, rate, floor, shift, far, cut, tie, roof, stays, largest):
-    """Return mirostat 1's k, see the reference; `room` is scratch memory for the likeliest logits."""
+    """Return mirostat 1's k, see `chain._estimated_k`; `room` is scratch memory for the likeliest logits."""
     wanted = tl.minimum(count, _LIKELIEST)
     lo, hi = tl.zeros([], tl.int32) + KEY_OF_MINUS_INFINITY, key_of(largest) + 1
     last, _above = _search(source, V, wanted, lo, hi, largest, floor, shift, far, cut, tie, roof, stays, _COUNT)

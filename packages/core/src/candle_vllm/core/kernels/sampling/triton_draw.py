@@ -2,10 +2,10 @@
 """Sampling one token per row on a GPU (step 7 of a request's life): up to five launches, without sorting or waiting.
 
     survey   finds the largest logits of chunks and of groups (`triton_rows.py`)
-    plan     finds the row's largest logit, and the greedy token; chooses edges, logits that may bound a list of
-             candidates from below
-    weigh    sums for each chunk the mass, and the mass and number of the logits that reach each edge
-    gather   copies the logits that reach the highest edge that is low enough to a short list, in the order of ids
+    plan     finds the row's largest logit, and the greedy token; chooses edges: possible lower bounds of a list of
+             candidates
+    weigh    computes each chunk's mass (sum of weights), and the mass and number of its logits that reach each edge
+    gather   copies the logits that reach the highest sufficient edge to a short list, in the order of ids
     finish   applies top_k and top_p to the list, or to the row itself if no edge gives a short list; picks the token
 
 The parameters on the device decide which of these a row needs. The caller may leave out launches that no row needs.
@@ -50,7 +50,7 @@ def _scale(temperature):
 
 @triton.jit
 def _min_p_floor(min_p, largest, temperature):
-    """Return the smallest key with a weight of at least `min_p`, in float64."""
+    """Return the smallest key (`key_of`) whose float64 weight is at least `min_p`."""
     top, wide = key_of(largest).to(tl.int64), largest.to(tl.float64)
     lo, hi = top * 0 + KEY_OF_MINUS_INFINITY, top
     lane = tl.arange(0, _LANES)
@@ -175,7 +175,7 @@ def _limit(top_p, whole):
 
 @triton.jit
 def _choice(row, masses, counts, top_k, top_p, C, CB: tl.constexpr):
-    """Return the highest edge that all needed logits, but at most BUFFER, reach (or _EDGES), their number, all mass."""
+    """Return the highest edge (or _EDGES) that enough logits, at most BUFFER, reach; their number; the row's mass."""
     part = tl.arange(0, CB)
     whole = tl.sum(tl.load(masses + row * (1 + _EDGES) * C + part, mask=part < C, other=0), axis=0)
     edge = tl.arange(0, _EDGES)

@@ -58,7 +58,7 @@ def search(source, count, limit, lo, hi, floor, largest, scale, BY_MASS: tl.cons
     way = tl.arange(0, WAYS)
     first = True
     while first | (hi - lo > 1):
-        # The first round always has an edge at `hi`, so it finds the sum above a threshold that was known before.
+        # The first round runs even if only `lo` is possible: it has an edge at `hi`, and so finds the sum above `lo`.
         step = tl.maximum((hi - lo + WAYS - 1) // WAYS, 1)
         edges = tl.minimum(lo + (way + 1) * step, hi).to(tl.int32)
         sums = tl.zeros([WAYS], tl.int64)

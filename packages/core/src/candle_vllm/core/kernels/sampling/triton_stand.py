@@ -2,8 +2,8 @@
 """Ranks of tokens, and the top logits of rows, on a GPU (step 7 of a request's life): five launches, no sort.
 
     survey   finds the largest logits of chunks and of groups (`triton_rows.py`)
-    edge     finds the row's largest logit, and an edge: a logit that is at most each of the requested largest logits
-    measure  finds for each chunk the mass, how many logits rank before the token, how many reach the edge
+    edge     finds the row's largest logit, and an edge: a lower bound of the requested largest logits
+    measure  finds each chunk's mass, how many of its logits rank before the token, and how many reach the edge
     gather   copies the logits that reach the edge to a short list, in the order of ids
     name     adds the chunks' results, and takes the largest logits from the list one after another
 

@@ -51,7 +51,7 @@ class ScaleCapArguments(NamedTuple):
 
     Attributes:
         x: address of float32 rows, `stride` floats apart.
-        lines: number of 16 elements in a row; for `cut_`, number of elements.
+        lines: number of runs of 16 elements in a row; for `cut_`, number of elements.
         factor, cap: x becomes x * factor, cap * tanh(x * factor), or min(max(x, factor), cap); `cut_`: `factor` is d.
         rows_from: the `StepNumber` that is the number of rows.
     """

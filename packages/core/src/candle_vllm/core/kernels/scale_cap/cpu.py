@@ -60,7 +60,7 @@ def make_scale_cap(KIND: int) -> Callable[..., None]:
 
 
 def _cut(row, thread, threads):
-    """Compute `cut_` in place."""
+    """See `cut_` in `kernels/scale_cap`."""
     given = read(ScaleCapArguments, row)
     rows, columns = step_number(row, given.rows_from), given.lines
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):

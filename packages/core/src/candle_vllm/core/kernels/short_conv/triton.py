@@ -40,7 +40,7 @@ def _input(
     states,
     kept,  # pointer to the first kept row of the sequence
     begin,  # the sequence's first token, an index in the step
-    number,  # index of the input, 0 for the token `begin`; `number` to `there` are [TOKENS, 1]
+    number,  # index of the input, 0 for the token `begin`; arguments from here to `there` are [TOKENS, 1]
     replays,
     source,
     there,

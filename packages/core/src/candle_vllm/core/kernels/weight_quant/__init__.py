@@ -9,8 +9,8 @@ of ggml's `ggml-common.h`. Each block depends on its own elements alone.
   - q2_K, q4_K, q5_K search a scale and a minimum for each group of 16 or 32 elements, q3_K and q6_K a scale for each
     group of 16: several step sizes are tried. Each gives codes, and the codes give a scale by weighted least squares;
     the scale with the smallest error is used. An element's weight is floor * root mean square + |x| in the first three
-    types, floor * mean square + x^2 in the others, with the mean of the group. Then a block's scales are stored as
-    small integers, and every element is rounded by the stored scale.
+    types, floor * mean square + x^2 in the others, with the mean of the group (`floor`: see `searches.py`). Then a
+    block's scales are stored as small integers, and every element is rounded by the stored scale.
   - iq4_nl, iq4_xs search a scale for each group of 32, and every element becomes the nearest value of a table of 16.
     Scales are tried that bring the element farthest from 0 near either end of the table. The weight is mean square +
     x^2.

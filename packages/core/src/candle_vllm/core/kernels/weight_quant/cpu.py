@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Compiled functions that quantise weights, one for each type; they release the GIL and share no memory.
 
-A batch is 16 groups, searched at once: a block of a type with groups of 16, two with groups of 32, 16 of IQ4_NL.
+A batch is 16 groups, searched at once: one block with groups of 16, two with groups of 32, or 16 of IQ4_NL.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _transpose(x, bits, groups, size, lanes):
 def _weigh_by(importance, period, first, x, groups, size, block, weights):
     """Compute the weights of the elements of `groups` groups by importance, in the lanes of `_transpose`.
 
-    The first group's block, of `block` elements, has index `first` from the first row on; a row has `period` blocks.
+    A block has `block` elements, a row `period` blocks; the first group's block has index `first`, row by row.
     """
     for start in range(0, groups * size, block):
         total = np.float32(0.0)

@@ -9,7 +9,7 @@ products use the code of `plain_linear` for F32 weights:
     scores [keys, queries] = keys x queries        queries are a tile [D, 16], keys are panels [D, 8 keys]
     result [D, queries] = values x probabilities   probabilities are a tile [keys, 16], values panels [keys, 8 of D]
 
-A **panel** is 8 keys, or 8 dimensions of values, for all D or keys. `lay_out` writes the panels of all texts; D and a
+A **panel** is 8 keys with D elements, or 8 dimensions of all values. `lay_out` writes the panels of all texts; D and a
 text's keys are padded with zeros to multiples of 8. A **unit** of work is two tiles, 32 queries, of one head and text,
 with all keys in their window. Threads claim units by an atomic counter, which `lay_out` sets to 0; if several teams
 divide the operation (`PartArguments`), each part has a fixed share of the units. Each element is a sum in a fixed order

@@ -19,7 +19,7 @@ PANEL = 8
 
 LOG2E = 1.4426950408889634
 HIDDEN = -1e9  # added to scores of keys outside the window, so that their exponentials are exactly 0
-HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
+HEADER = 64  # bytes before the threads' scratch memory: a cache line for the unit counter
 LINE = 4 * LANES  # bytes of a vector
 
 

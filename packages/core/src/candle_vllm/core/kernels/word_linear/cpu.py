@@ -47,7 +47,7 @@ def _multiply(
             own = [b.add(base, offset) for base in bases]
             x = b.add(at_panel, b.mul(index, e.int64(STEPS * _HEIGHT * 4)))
 
-            # One step per iteration, because with several LLVM emits two instructions for each vpdpwssd but the first.
+            # One step per iteration: with more, LLVM emits two instructions for each vpdpwssd but the first.
             def step(number: Any, totals: list[Any]) -> list[Any]:
                 loaded = [e.load(b.add(each, b.mul(number, e.int64(VECTOR_BYTES))), vector(I32)) for each in own]
                 across, totals = b.add(x, b.mul(number, e.int64(_HEIGHT * 4))), list(totals)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The layer in plain numpy: the reference of the tests."""
+"""The linear layer with 14-bit weights in plain numpy: the reference of the tests."""
 
 from __future__ import annotations
 
