@@ -60,7 +60,7 @@ class StatePart:
     Attributes:
         shape: shape of the state of a sequence.
         inputs: number of elements of a token's input to the state; inputs of draft tokens are stored until acceptance.
-        exact: whether the state is float32; otherwise it has the dtype of activations, like its inputs.
+        exact: whether the state is float32; otherwise it has the dtype of activations.
     """
 
     shape: tuple[int, ...]

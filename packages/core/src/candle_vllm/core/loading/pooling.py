@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MODULES = 16
 MAX_PROMPTS, MAX_PROMPT = 256, 1 << 14
-_PART_FOLDER = re.compile(r"[\w-][\w.-]{0,63}", re.ASCII)  # a single folder below the model's own
+_PART_FOLDER = re.compile(r"[\w-][\w.-]{0,63}", re.ASCII)  # a single folder in the model's folder
 _MODES: Mapping[str, PoolingKind] = {row.mode: kind for kind, row in POOLING_METHODS.items() if row.mode is not None}
 _OLD_FLAGS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",

@@ -8,8 +8,8 @@ thread computes consecutive tiles, as many at a time as fit into its cache. For 
 the L1 cache for several panels.
 
 Codes are unsigned; for weights scale * (code - zero) the int32 sums start at -zero * sum(x) instead of 0. Some
-instruction sets treat 8-bit codes as signed instead. Each variant computes a row by the same operations in the same
-order (`_add_group`). Some CPUs need software prefetch to read tiles sequentially: `level.bytes_ahead`.
+instruction sets treat 8-bit codes as signed instead. Whatever the panel, a row is computed by the same operations in
+the same order (`_add_group`). Some CPUs need software prefetch to read tiles sequentially: `level.bytes_ahead`.
 """
 
 from __future__ import annotations

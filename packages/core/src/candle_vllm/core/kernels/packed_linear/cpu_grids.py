@@ -223,7 +223,7 @@ class GridGroup:
             return words
         told = sum(1 << bit for bit in layout.left_out)
         words = parity = self._and(words, ~told)
-        for by in (16, 8, 4) if layout.span == 4 else (16, 4, 1):  # the parity moves to the bits of each eighth weight
+        for by in (16, 8, 4) if layout.span == 4 else (16, 4, 1):  # the parity moves to the bits of every 8th weight
             parity = b.xor(parity, self._shifted(parity, by))
         return b.or_(words, self._and(parity, told))
 

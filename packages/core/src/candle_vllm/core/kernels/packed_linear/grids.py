@@ -229,7 +229,7 @@ def _signs(words: np.ndarray, layout: GridLayout) -> np.ndarray:
 
 
 def _signs_of_seven(words: np.ndarray, layout: GridLayout) -> np.ndarray:
-    """Do what `_signs` does for words of 4 times 7 bits; the sign of each eighth weight is 0."""
+    """Do what `_signs` does for words of 4 times 7 bits; the sign of every 8th weight is 0."""
     spread = words & np.uint32(0x7F)
     for index in range(1, 4):
         spread |= (words & np.uint32(0x7F << 7 * index)) << np.uint32(index)

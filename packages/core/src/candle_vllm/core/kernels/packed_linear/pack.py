@@ -53,8 +53,8 @@ def pack(
     """Pack a quantised matrix.
 
     Weights stay exact and keep their size; IQ1 to IQ3 need more memory on most CPUs (`layout.py`). If the type's kernel
-    is not precompiled and Numba is not installed, weights are rounded to 8 bits with a scale for each 32 weights, an
-    error of at most 0.4 % of the largest of the 32, which is logged (MXFP4 becomes Q5_0 without loss).
+    is not precompiled and Numba is not installed, weights are rounded to 8 bits with a scale for each 32 weights, which
+    is logged; the error is at most 0.4 % of the largest of the 32. (MXFP4 becomes Q5_0 if that is without loss.)
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.

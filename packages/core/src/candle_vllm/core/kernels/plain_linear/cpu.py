@@ -58,7 +58,7 @@ def _multiply(
     runs: Any,
     panel_bytes: Any,
 ) -> Any:
-    """Multiply adjacent tiles by a panel of `block` rows: float32 [tiles, block, 16] at `out`, to which `more` adds.
+    """Multiply adjacent tiles by a panel of `block` rows: float32 [tiles, block, 16] at `out`, added to it if `more`.
 
     A block of 24 rows is three panels of 8, `panel_bytes` apart, whose sums are 1024 bytes apart.
     """

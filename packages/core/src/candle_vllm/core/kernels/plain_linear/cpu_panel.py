@@ -109,7 +109,7 @@ def emit_sums(
     begin: Callable[[int, int], Any] | None = None,
     panel_bytes: Any = None,
 ) -> None:
-    """Multiply tiles by a panel of `height` rows; each sum adds its products in order of the steps in every variant.
+    """Multiply tiles by a panel of `height` rows; each sum always adds its products in the order of the steps.
 
     Args:
         e, kind, isa: builder of the code, kind of the weights, instructions that the code may use.

@@ -2,9 +2,9 @@
 """llama.cpp's sampler chain: its samplers remove tokens of a row, depending on the row's whole distribution.
 
 Contract: the arguments are a row of V logits in float32, changed in place, and float64 numbers in the order of `Link`.
-The logit of a removed token becomes -inf; `draw` applies a fixed temperature. The rules are applied in this order, each
-to the tokens that are left. x are these tokens' logits, p the softmax of x (without temperature); ties are in order of
-id:
+The logit of a removed token becomes -inf; a fixed temperature is left to `draw`. The rules are applied in this order,
+each to the tokens that are left. x are these tokens' logits, p the softmax of x (without temperature); ties are in
+order of id:
 
   - top_n_sigma keeps x of at least max x - n * the standard deviation of all x that are finite (Tang et al.,
     "Top-nsigma", 2024);

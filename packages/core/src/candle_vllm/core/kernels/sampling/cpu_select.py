@@ -80,7 +80,7 @@ def first_at(row, chunks, work, low, high, skip):
 def _copy_out(row, last, chunks, maxima, low, high, to) -> tuple[Any, Any, Any]:
     """Copy the logits in [low, high) to `to`, padded to whole chunks; return their number, least and largest.
 
-    `maxima` may be 0. `to` may be the row itself. At least one logit must be in the range.
+    With `maxima` 0, all chunks are searched. `to` may be the row itself. At least one logit must be in the range.
     """
     end = to
     for number in range(chunks):

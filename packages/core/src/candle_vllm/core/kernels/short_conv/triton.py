@@ -2,7 +2,7 @@
 """The convolution with a state on a GPU (step 6 of a request's life).
 
 A program computes some channels of some tokens in parallel, because a token depends on inputs alone. States and kept
-rows are written after all programs have read them: by the same program if every sequence has one token, otherwise by a
+rows are overwritten only after they were read: by the same program if every sequence has one token, otherwise by a
 second launch, in which a program handles some channels of a sequence.
 """
 

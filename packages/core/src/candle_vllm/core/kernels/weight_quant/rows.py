@@ -52,7 +52,7 @@ def quantise(
         stored: type of the elements, one of `SOURCES`.
         columns: elements of a row, a multiple of the type's block.
         kind: one of the types of `ISQ_TYPES`.
-        importance: importance of columns, float32 [E, C], or None; row e is for rows e * R / E .. (e + 1) * R / E - 1.
+        importance: float32 [E, C] for C columns, or None; entry e is for rows e * R / E .. (e + 1) * R / E - 1.
 
     Returns:
         The blocks, uint8 [R, bytes per row].
