@@ -36,7 +36,7 @@ from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_thread
 
 MIB = 1 << 20
 SPARE, SPARE_ADDRESSES = 256 * MIB, 768 * MIB
-"""Bytes that a raised limit leaves for a step's rows, requests and threads; the second includes reserved memory."""
+"""Bytes that a raised limit should leave to a step's rows, requests, threads; the second includes reserved memory."""
 _FOR_STEPS = 64 * MIB
 _FOR_A_SERVER = 128 * MIB
 """Bytes of a control group that cache and weights leave free, since exceeding the limit ends the process: with the
@@ -253,9 +253,9 @@ def _plan_windows(
 ) -> tuple[WindowRoom, ...]:
     """Compute the pages of each pool within `budget` bytes; no pool if a page for each block takes no more memory.
 
-    Pools get the pages that all sequences read and write, and as many for cached prefixes. But one sequence of full
-    length, `per_sequence` blocks, has priority if its length was set; otherwise pools get at least half of the budget.
-    `sizes` are the bytes of a page of each pool, and of a block of the layers without a pool.
+    Pools get the pages that all sequences read and write, and as many for cached prefixes. But if `max_model_len` is
+    set, blocks for one sequence of full length, `per_sequence`, come first; otherwise pools get at least half of the
+    budget. `sizes` are the bytes of a page of each pool, and of a block of the layers without a pool.
     """
     (pages, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
     most, least, wanted = per_sequence * sequences, list[int](), list[int]()
@@ -314,7 +314,7 @@ def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
 
 
 ElementBytes: TypeAlias = Callable[[int], float]
-"""Function from the elements of a key per head to the bytes of a cache element, with its share of a scale."""
+"""Function from a key head's number of elements to the bytes of a cache element, with its share of a scale."""
 
 
 def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementBytes) -> int:
@@ -415,7 +415,7 @@ def tightest_limit(root: Path = Path("/")) -> Limit:
 def _machine_memory(root: Path) -> Limit:
     if sys.platform == "win32":
         return Limit(_free_of_windows(), "this machine")
-    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # if meminfo has no line for it
+    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # if meminfo lacks MemAvailable
     for line in read_or_nothing(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             left = max(0, int(line.split()[1]) * 1024 - mapped_bytes())

@@ -29,7 +29,7 @@ class RopeConfig:
         low_freq_factor, high_freq_factor: llama3's band limits, in rotations over the original context.
         beta_fast, beta_slow: yarn's band limits, in rotations over the original context.
         attention_factor: scale of cos and sin of yarn and longrope; None computes it: `RopeKind.scale`.
-        mscale, mscale_all_dim: coefficients of yarn's scale, of cos and sin and of the attention scores.
+        mscale, mscale_all_dim: coefficients of yarn's two scales: of cos and sin, and of the attention scores.
         truncate: whether yarn rounds its band limits to whole dimensions.
         query_scale: coefficient of the growth of queries beyond the original context: see `layers/rotary.py`.
         short_factor, long_factor: longrope's divisors of frequencies [dim / 2], within the original context and beyond.
@@ -87,7 +87,7 @@ class RopeKind(NamedTuple):
 
     Attributes:
         frequencies: returns the angle per position [R/2] in fp32, from the configuration and the model's context.
-        keys: keys of Hugging Face's rotary settings that not every kind reads; each is a field of `RopeConfig`.
+        keys: Hugging Face's keys that this kind reads, but not every kind; each is a field of `RopeConfig`.
         needed: the keys without a default.
         check: raises `InvalidFileError` if values are not possible for this kind.
         scale: returns the factor of cos and sin.
@@ -96,7 +96,7 @@ class RopeKind(NamedTuple):
         names: other names of this kind in Hugging Face's files.
         refused: keys that are not implemented.
         by_context: whether the original context may be outside the rotary settings, as in Phi-3, and the factor is by
-            default the ratio of both contexts.
+            default the model's context divided by the original one.
         pads: whether all dimensions are rotated, those beyond `partial_rotary_factor` with a frequency of 0.
         in_gguf: whether this kind is a value of GGUF's `rope.scaling.type`.
     """
@@ -190,7 +190,7 @@ def _yarn_attention(rope: RopeConfig) -> float:
 
 
 def _longrope(rope: RopeConfig, max_position: int) -> np.ndarray:
-    """Divide by one list for all texts: `long_factor` if the model's context exceeds the original one."""
+    """Divide by the same list at every length: `long_factor` if the model's context exceeds the original one."""
     long = max_position > rope.original_max_position
     return _plain(rope) / np.array(rope.long_factor if long else rope.short_factor, np.float32)
 
@@ -247,7 +247,7 @@ arXiv:2309.00071; longrope, Ding et al., arXiv:2402.13753.
 """
 
 
-@np.errstate(all="ignore")  # non-finite values are refused where they are used
+@np.errstate(all="ignore")  # `layers/rotary.py` refuses non-finite values
 def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
     """Return the angle per position [R/2] in fp32, for a context of `max_position` tokens."""
     return ROPE_KINDS[rope.kind].frequencies(rope, max_position)
@@ -348,7 +348,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
     sharpened, multiplier = (
         fields.get(f"rope.scaling.{key}", float, None) for key in ("attn_factor", "yarn_log_multiplier")
     )
-    if sharpened is not None and kind == "yarn" and factor > 1:  # in GGUF it is a factor of yarn's own scale
+    if sharpened is not None and kind == "yarn" and factor > 1:  # GGUF's attn_factor multiplies yarn's own scale
         sharpened *= 0.1 * math.log(factor) + 1
     dim = fields.get("rope.dimension_count", int, head_dim)
     return RopeConfig(

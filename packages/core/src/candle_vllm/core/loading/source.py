@@ -419,7 +419,7 @@ def _told_bar(what: str) -> type[Any]:
 
 
 def _listing(model: str, revision: str | None, token: str | None) -> list[str] | None:
-    """List the repository's files; None if the hub cannot be reached, or answers with an error of its own."""
+    """List the repository's files; None if the hub cannot be reached, or answers with status 429 or from 500 on."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
@@ -485,7 +485,7 @@ def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotF
 
 
 def _cached(model: str, revision: str | None, cache_dir: Path | None, allow: str | None) -> Path:
-    """Return the folder of earlier downloads; `allow` is how to allow the network, None if no setting forbids it."""
+    """Return the folder of earlier downloads; `allow` says how to allow the network, None if no setting forbids it."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -3,7 +3,7 @@
 
 Many embedding models are published without an output layer. Such a checkpoint was saved from the base model:
 config.json may name the base model's class (`Qwen3Model`), the tensors lack the prefix `model.`, and `lm_head` is
-missing. For a checkpoint with an output layer, config.json and the tensors may contradict each other.
+missing. In other checkpoints, config.json may contradict the tensors about a tied output layer.
 """
 
 from __future__ import annotations

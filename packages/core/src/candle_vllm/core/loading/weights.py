@@ -24,7 +24,7 @@ from candle_vllm.core.threads import LOADED_PART, LOADING_THREADS, loading_threa
 
 logger = logging.getLogger(__name__)
 
-_PART = re.compile(r":\d+\.")  # in targets of several tensors that are one tensor in GGUF files
+_PART = re.compile(r":\d+\.")  # number in the targets of tensors that are one tensor in GGUF files
 _SHOWN = 64  # maximum number of names of one kind in an error message
 
 

@@ -83,7 +83,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
 
 
 def xielu(x: Value, numbers: Any) -> Value:
-    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` are p, n, beta. Recorded: in place."""
+    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` are p, n, beta. In place if recorded."""
     if isinstance(x, Recorded):
         return x.xielu(numbers)
     wide, (p, n, beta) = x.float(), numbers
@@ -133,7 +133,7 @@ def ignored(config: ApertusConfig) -> list[str]:
 
 
 def gguf_keys(config: ApertusConfig) -> dict[str, Any]:
-    """The xIELU parameters of all layers, whose keys have no prefix."""
+    """The xIELU parameters of all layers, whose keys lack the architecture's prefix."""
     return {f"xielu.{part}": list(numbers) for part, numbers in zip(_PARTS, zip(*config.xielu))}
 
 

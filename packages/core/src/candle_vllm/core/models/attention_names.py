@@ -107,7 +107,7 @@ def window_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def local_keys(config: Any) -> dict[str, Any]:
-    """The GGUF keys of layers with a window. OLMo 3 has one rotary base, which layers without a window extend.
+    """The GGUF keys of layers with a window. OLMo 3 has one rotary base; layers without a window add YaRN.
 
     llama.cpp supports windows in EXAONE 4 only for 64 layers.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """BERT, RoBERTa and XLM-RoBERTa: embedding models, cross-encoders and classifiers.
 
-RoBERTa's positions begin after the padding token, and it does not distinguish the two texts of a pair. Sources: Devlin
-et al., 2018, arXiv:1810.04805; Liu et al., 2019, arXiv:1907.11692; Conneau et al., 2019, arXiv:1911.02116.
+RoBERTa's positions begin after the padding token's id, and it does not distinguish the two texts of a pair. Sources:
+Devlin et al., 2018, arXiv:1810.04805; Liu et al., 2019, arXiv:1907.11692; Conneau et al., 2019, arXiv:1911.02116.
 """
 
 from __future__ import annotations

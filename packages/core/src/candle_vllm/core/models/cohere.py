@@ -132,7 +132,7 @@ def _own(line: WeightName) -> WeightName:
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """The GGUF metadata; llama.cpp always uses the embedding table as head, and has QK norms from 64 layers on."""
+    """GGUF metadata; llama.cpp uses the embedding table as head, and QK norms only in models of 64 layers or more."""
     if not config.tie_embeddings:
         raise UnsupportedModelError("llama.cpp's command-r and cohere2 have no head beside the embedding table")
     if config.model_type == "cohere" and config.head_norms != (config.num_layers >= 64):

@@ -152,7 +152,7 @@ def _key_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
 
 
 def _value_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
-    """The value matrices [H, V, L] from the same rows."""
+    """The value matrices [H, V, L] from the rows that `_key_matrices` reads."""
     sizes = config.latent
     each = sizes.nope + sizes.value
     if stored.shape != (sizes.heads * each, sizes.latent):
@@ -221,8 +221,7 @@ WEIGHTS = [
 
 
 def ignored(config: DeepseekConfig) -> list[str]:
-    """Names of stored tensors without use: multi-token prediction layers, second copies of matrices, indexers
-    of layers that use the positions chosen by another layer."""
+    """Names of stored tensors without use: multi-token prediction layers, copies of matrices, unused indexers."""
     last = range(config.num_layers, config.num_layers + config.extra_layers)
     extra = [rf"(model\.layers|blk)\.{layer}\..*" for layer in last]
     extra += [rf"(model\.layers|blk)\.{layer}\.(self_attn\.)?indexer\..*" for layer in config.shared_choices]

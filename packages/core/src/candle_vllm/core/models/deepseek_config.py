@@ -37,7 +37,7 @@ class DeepseekConfig(ModelConfig):
         dense_layers: number of first layers without experts.
         mixture: experts of the other layers.
         extra_layers: number of multi-token prediction layers after the last layer, which are not loaded.
-        index_layers: the layers with an index.
+        index_layers: the layers with an index of sparse attention.
         index_interleaved: rows of the index that rotate are stored in interleaved pairs.
     """
 
@@ -102,7 +102,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
     rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
     position = fields.count("max_position_embeddings")
     turning = fields
-    if model_type == "mistral4":  # these configs repeat the rotated share of a head
+    if model_type == "mistral4":  # its partial_rotary_factor repeats qk_rope_head_dim
         nested = dict(fields.section("rope_parameters").values) | {"partial_rotary_factor": 1.0}
         turning = Fields({"rope_parameters": nested}, fields.path)
     rope = rope_from_hf(turning, rope_dim, position)
@@ -181,7 +181,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DeepseekConfig:
     shared = shared_from_gguf(fields, checkpoint)
     layers = without_next_tokens(fields, shared["num_layers"])
     rope, scale = shared["rope"], fields.get("rope.scaling.yarn_log_multiplier", float, 0.0) / 0.1
-    if rope.kind == "yarn" and scale:  # the file stores 0.1 times the model's two equal numbers
+    if rope.kind == "yarn" and scale:  # the file stores 0.1 times mscale, which mscale_all_dim equals
         rope = dataclasses.replace(rope, mscale=scale, mscale_all_dim=scale)
     rope_dim = fields.count("rope.dimension_count")
     head_dim = fields.count("attention.key_length_mla", fields.count("attention.key_length"))

@@ -5,8 +5,8 @@ At position p the head reads the embedding of token p + 1 and the model's hidden
 predicts token p + 2. If token p is itself a draft token, g is the head's output at p - 1. The block is Llama's,
 except that its attention reads norm(embedding) and norm(g) side by side.
 
-`config.json` names `LlamaForCausalLMEagle3` or `Eagle3LlamaForCausalLM`, or is in the form of speculators; GGUF files
-have the architecture eagle3. EAGLE-3.1 adds norms before the fusion; its next draft starts from the normalised vector.
+`config.json` names `LlamaForCausalLMEagle3` or `Eagle3LlamaForCausalLM`, or has the library speculators' form; GGUF
+files have the architecture eagle3. EAGLE-3.1 adds norms before fusion; its next draft starts from the normed vector.
 Source: Li, Wei, Zhang and Zhang, 2025, arXiv:2503.01840. Shapes: T tokens, E hidden, F hidden size of the model.
 """
 
@@ -127,7 +127,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint, target: ModelConfig
 
 
 def _fitted(shared: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
-    """Extend a head that was trained on short texts to the model's context, unless its rotary embedding is scaled."""
+    """Give a head that was trained on short texts the model's context, if its rotary scaling is default or llama3."""
     plain = shared["rope"].kind in ("default", "llama3")
     return {**shared, "tie_embeddings": False} | ({"max_position": target.max_position} if plain else {})
 
@@ -163,7 +163,7 @@ class Eagle3:
 
     Args:
         config, checkpoint, placement: as for any model.
-        target: the model, whose embedding and output layer are used if the checkpoint has none of its own.
+        target: the model, whose embedding and output layer are used if the checkpoint lacks them.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ def draft_token_ids(config: Eagle3Config, checkpoint: Checkpoint, tokens: int) -
 
     Args:
         config: config of the head.
-        checkpoint: its `d2t` has differences from the head's token ids in safetensors, and the token ids in GGUF.
+        checkpoint: `d2t` holds the model's token ids (GGUF), or their differences from the head's (safetensors).
         tokens: vocabulary size of the model.
 
     Raises:

@@ -38,7 +38,7 @@ def sizes_from_hf(fields: Fields) -> dict[str, Any]:
 
 
 def sizes_from_gguf(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same sizes from GGUF metadata, with the maximum context and the epsilon of norms."""
+    """The sizes of `sizes_from_hf` from GGUF metadata, with the maximum context and the epsilon of norms."""
     table = checkpoint.tensors.get("token_embd.weight")
     return {
         "vocab_size": table.shape[0] if table and table.shape else fields.count("vocab_size"),
@@ -58,7 +58,7 @@ def types_from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_only(fields: Fields, model_type: str, only: Mapping[str, object]) -> None:
-    """Refuse a config with values that are not implemented; missing keys and null have the implemented value.
+    """Refuse a config with values that are not implemented; missing keys and null count as implemented.
 
     Raises:
         UnsupportedModelError: some values are not implemented; the message names all their keys.
@@ -102,7 +102,7 @@ def _likelihood(fields: Fields, labels: int) -> Likelihood:
 
 
 def _sigmoid(fields: Fields) -> bool:
-    """Whether one label gets a sigmoid, as in sentence-transformers: by the class in the config, otherwise yes."""
+    """Whether one label gets a sigmoid, as in sentence-transformers: yes, unless the config names Identity."""
     nested = fields.section("sentence_transformers")
     name = nested.get("activation_fn", str, fields.get("sbert_ce_default_activation_function", str, "Sigmoid"))
     kind = name.rpartition(".")[2]
@@ -160,7 +160,7 @@ def block_names(layer: str, own: Mapping[str, tuple[str, ...]] = MappingProxyTyp
 
     Args:
         layer: prefix of all names in safetensors.
-        own: names by target where they differ from BERT's; an empty tuple for targets with rows elsewhere.
+        own: names by target where they differ from BERT's; an empty tuple omits a target's rows.
     """
     lines = []
     for target, (usual, gguf) in _BLOCK.items():
@@ -202,7 +202,7 @@ def thirds(alone: Mapping[str, tuple[str, ...]], fused: tuple[str, ...], gguf: s
 
 
 def prefix_of(stored: Iterable[str], name: str) -> str:
-    """The prefix of a name that all models of a family have: the encoder's own prefix in a model with a head."""
+    """The text before `name`, a tensor of every model of a family: the encoder's prefix in a model with a head."""
     return next((found.removesuffix(name) for found in stored if found.endswith(name)), "")
 
 

@@ -2,8 +2,8 @@
 """Parts that encoders share: tables of tokens, positions and types, a stack of blocks, norms, a head.
 
 A block is norm(x + attention(x)), then norm(x + mlp(x)), as in BERT; or, with `prenorm`, x + attention(norm(x)), then
-x + mlp(norm(x)), with one more norm after the last block. Op by op, matrices are multiplied in the placement's type;
-sums and norms stay fp32. Sources: Devlin et al., 2018, arXiv:1810.04805; Xiong et al., 2020,
+x + mlp(norm(x)), with one more norm after the last block. If torch runs them op by op, matrices are multiplied in the
+placement's type; sums and norms stay fp32. Sources: Devlin et al., 2018, arXiv:1810.04805; Xiong et al., 2020,
 arXiv:2002.04745 (norms in front). Shapes: T tokens, R texts, H heads, K key-value heads, E hidden, L labels.
 """
 
@@ -35,7 +35,7 @@ Attend = Callable[[Value], Value]
 
 
 class DistanceBias(Protocol):
-    """A bias of the attention scores by the distance of query and key: `table` is the bias of `whole_attention`."""
+    """A bias of the attention scores by the distance of query and key: `table` is `bias` of `whole_attention`."""
 
     table: Value
 
@@ -113,13 +113,13 @@ class StackConfig(EncoderConfig):
     Attributes:
         typed: the model has a table of token types.
         placed: the model has a table of positions.
-        prenorm: norms precede attention and MLP; the first layer's norm is that of the embeddings.
+        prenorm: norms precede attention and MLP; before the first layer's attention it is the embeddings' norm.
         rope, local_rope: rotary settings of layers without and with a window; None for no rotation.
         windows: see `EncoderStack`; empty if no layer has a window.
         gate: activation of the gate in the feed-forward layer; empty without a gate.
         norm_bias, qkv_bias, output_bias, mlp_bias, down_bias: whether there are biases in norms; in queries, keys and
             values; in attention's output; in the feed-forward layer's first matrix; in its last matrix.
-        head_activation, head_bias: activation between a head's two matrices; bias of the first if it follows pooling.
+        head_activation, head_bias: activation between a head's matrices; a bias of the first one (`modernbert.py`).
         mixture, sparse_every: experts instead of the feed-forward layer in every `sparse_every`-th layer, from the
             second layer on; None without experts.
         mixture_bias: the sum of the experts has a bias.

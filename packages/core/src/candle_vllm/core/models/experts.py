@@ -49,7 +49,7 @@ def expert_names(hf: str, *names: str, upright: View | None = None) -> list[Weig
 
 
 def expert_count(fields: Fields, *keys: str) -> int:
-    """The number of experts, by the first present key: transformers 5 renames them."""
+    """The number of experts (or per token), by the first present key: transformers 5 renamed the keys."""
     return fields.count(next((key for key in keys if key in fields), keys[0]))
 
 

@@ -129,7 +129,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> FalconH1Config:
 
 
 def otherwise(config: Any) -> dict[str, Any]:
-    """Config for GGUF: factors are in the matrices; with a tied head, the rest of its factor is in the last norm."""
+    """Config for GGUF: factors are in the matrices; with a tied head, the last norm has the factor head / embed."""
     folded = config.factors
     if config.tie_embeddings:
         folded = folded._replace(norm=folded.head / folded.embed)

@@ -351,7 +351,7 @@ class TowerFamily:
         mark: the token that is repeated for each of an image's embeddings.
         asks: the token that a chat template writes for an image; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
-        words_around: an image's placeholder in a prompt, from how it was cut, and a tile's rows and columns of cells.
+        words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
         turned: the text model has M-RoPE: embeddings rotate by time, row and column; see `engine/step/batch.py`.
     """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Gemma 3n: four residual streams, one of which is active in a layer (AltUp), and a low-rank path (LAuReL).
 
-A layer predicts all streams from each other, computes the active one, and corrects the others by the result. In the
+A layer predicts all streams from each other, computes the active one, and corrects all by the result. In the
 first layers the feed-forward gate is sparse. Caches, per-layer embeddings and attention are those of Gemma 4.
 Sources: Google, 2025, "Gemma 3n model overview"; Baykal et al., 2023, arXiv:2301.13310 (AltUp);
 Menghani et al., 2024, arXiv:2411.07501 (LAuReL).

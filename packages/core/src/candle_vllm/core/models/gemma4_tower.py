@@ -81,7 +81,7 @@ class Gemma4Tower:
         self.projector = Linear(size, config.text_size, placement)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`; rows of the tables, in which the first half rotates by the column, the second by the row."""
+        """See `Tower`; writes rows of the tables, whose first half rotates by the column, the second by the row."""
         del grid
         quarter = self._tables[0].shape[1] // 2
         exponents = np.arange(quarter, dtype=np.float32) / np.float32(quarter)

@@ -3,7 +3,7 @@
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)), the MLP without a gate; a parallel block is
 x + attention(norm(x)) + mlp(norm(x)). Positions are rotary, or rows of a table that are added to the embedding, or a
-bias of the scores by distance (ALiBi). The files of the families have their configs and weight names.
+bias of the scores by distance (ALiBi). Each family's file has its config and weight names.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
 
@@ -145,5 +145,5 @@ class Gpt(DecoderStack):
     def start(self, token_ids: Value, step: StepInput) -> Value:
         """See `DecoderStack.start`."""
         x = self.embed(token_ids)
-        x = x if self.embed_norm is None else side_by_side(self.embed_norm(x))  # norms and sums read it
+        x = x if self.embed_norm is None else side_by_side(self.embed_norm(x))  # stored for norms and sums
         return x if self.positions is None else x + self.positions(step.positions)

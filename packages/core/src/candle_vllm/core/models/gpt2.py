@@ -2,7 +2,7 @@
 """GPT-2, GPT-BigCode (StarCoder, SantaCoder) and GPT-Neo: learned positions, and a norm before each part of a block.
 
 GPT-2 stores its matrices transposed. GPT-BigCode has one key-value head, or the rows of q, k and v grouped by head.
-Every second layer of GPT-Neo has a window; its scores are not scaled.
+GPT-Neo does not scale scores, and has a window in every second layer.
 Sources: Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"; Li et al., 2023,
 arXiv:2305.06161 (StarCoder); Black et al., 2021, doi:10.5281/zenodo.5297715 (GPT-Neo).
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """GPT-NeoX (Pythia, Dolly, RedPajama): rotary positions for a part of each head, and a norm for each part of a block.
 
-The parts of a block are parallel, in some models sequential. The rows of q, k and v are grouped by head.
+Attention and MLP of a block are parallel, in some models sequential. The rows of q, k and v are grouped by head.
 Source: Black et al., 2022, arXiv:2204.06745.
 """
 

@@ -100,7 +100,7 @@ _NORMS = {"layers.{i}.attention.q_norm:weight": "query", "layers.{i}.attention.k
 
 
 def _renamed(line: WeightName) -> WeightName:
-    """A row of Llama's weight names with the names of the QK norms here."""
+    """A row of Llama's weight names, with Hunyuan's names for QK norms."""
     part = _NORMS.get(line.target)
     return line if part is None else dataclasses.replace(line, hf=f"{HF}self_attn.{part}_layernorm.weight")
 

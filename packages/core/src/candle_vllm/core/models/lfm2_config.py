@@ -136,7 +136,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Lfm2Config:
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Metadata; convolution layers have 0 key-value heads, experts' weights sum to 1, and scores have a bias."""
+    """GGUF metadata, with 0 key-value heads in convolution layers; llama.cpp needs a bias of experts' scores."""
     heads = [0 if layer in config.conv_layers else config.num_kv_heads for layer in range(config.num_layers)]
     keys: dict[str, Any] = {"attention.head_count_kv": heads, "shortconv.l_cache": config.taps}
     mixture = config.mixture

@@ -119,7 +119,7 @@ def _config(processor: Fields, *, patch: int, side: int, cell: int, **values: An
         most=processor.count("max_patches", 16, most=64),
         grows=processor.get("resize_to_max_canvas", bool, False),
         resample=shared.resample,
-        normalisation=dataclasses.replace(shared.normalisation, narrow=both),  # as transformers computes both
+        normalisation=dataclasses.replace(shared.normalisation, narrow=both),  # transformers computes both in bfloat16
     )
     if not 0 < side * side < MOST_PATCHES or rule.tile != side * patch or side % cell:
         raise InvalidFileError(
@@ -211,7 +211,7 @@ class Llama4Tower:
         self.projector = Linear(wide, config.text_size, placement)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`; rows of the tables, which follow a tile row by row, with the class token's row at the end."""
+        """See `Tower`; returns rows of the tables, which follow a tile row by row; the last is the class token's."""
         del first, grid
         numbers = np.where(places[:, 0] < 0, self.config.side**2, places @ (self.config.side, 1))
         return Placed(numbers, self.positions(numbers))

@@ -38,7 +38,7 @@ _KEYS = {
     "bias": "use_bias",
     "conv_bias": "use_conv_bias",
 }
-_HEADS = 64  # without attention, only a number that ranks divide
+_HEADS = 64  # no layer has heads, but ranks must divide a number of heads
 _CONTEXT = 1 << 20  # default of llama.cpp's files: a state does not limit the context
 
 

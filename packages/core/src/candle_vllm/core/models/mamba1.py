@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mamba 1: a state-space mixer in which every element of the state decays by itself.
+"""Mamba 1: a state-space mixer in which every element of the state decays at its own rate.
 
 A projection computes x and z. x passes a short convolution and gives dt (through a matrix of low rank), B and C; each
 channel's state decays by exp(A dt), adds B (dt x), and is read with C. The result is gated by z.

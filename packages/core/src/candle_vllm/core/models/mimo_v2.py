@@ -118,7 +118,7 @@ def ignored(config: LlamaConfig) -> list[str]:
 
 
 def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
-    """Metadata; key-value heads are a list, and llama.cpp has one group of experts and no scale of their weights."""
+    """GGUF metadata, with key-value heads as a list; expert groups and scales, which llama.cpp lacks, are omitted."""
     assert config.mixture is not None
     return {
         **local_keys(config),

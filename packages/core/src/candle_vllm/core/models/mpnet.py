@@ -74,7 +74,7 @@ class BucketBias(Table):
 
 
 def buckets(distances: np.ndarray) -> np.ndarray:
-    """The bucket of each distance (key minus query): exact up to 7, then logarithmic; later keys have the upper half.
+    """The bucket of each distance (key minus query): exact up to 7, then logarithmic; later keys start at 16.
 
     The logarithm is float32, as in training.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Multi-token prediction layers (MTP, "nextn"), trained with a model and stored in its own checkpoint.
+"""Multi-token prediction layers (MTP, "nextn"), trained with a model and stored in the model's checkpoint.
 
 At position p such a layer reads the embedding of token p + 1 and the output of the model's last norm at p. Both are
 normalised, projected to one vector, and pass a block like the model's own. A norm and a head predict token p + 2.
@@ -7,7 +7,7 @@ The next draft starts from the layer's own result: before its norm in DeepSeek a
 
 Only the first of several such layers is used, for all drafts. It follows the model's last layer (DeepSeek, GLM:
 `model.layers.{N}`; GGUF: `blk.{N}`, with `blk.{N}.nextn`), or has its own names (Qwen3-Next, Qwen3.5: `mtp`). In a
-model whose layers have states, this layer has attention and only pages.
+model whose layers have recurrent states, this layer has attention, and its cache has only pages.
 Source: DeepSeek-AI, 2024, arXiv:2412.19437, section 2.2. Shapes: T tokens, E hidden.
 """
 
@@ -150,7 +150,7 @@ class NextTokens:
         config: the config from `head_config`.
         layout: where the layer is stored.
         checkpoint, placement: as for any model; the checkpoint is the result of `layer_tensors`.
-        target: the model, whose parts are used for those that the layer does not have.
+        target: the model, whose embedding, norm and head are used if the layer lacks its own.
     """
 
     def __init__(

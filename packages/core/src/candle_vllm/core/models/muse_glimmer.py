@@ -42,8 +42,10 @@ _USUAL = {  # defaults of transformers' config class, which published configs le
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MuseGlimmerConfig(LlamaConfig):
-    """Config of Llama, and the softcap of the logits, the epsilon of norms after attention and MLP, and the factor of
-    scores besides D^-0.5, which is the weight of the query norms in GGUF files."""
+    """Config of Llama, the logits' softcap, and the epsilon of norms after attention and MLP.
+
+    `query_norm` is the factor of scores besides D^-0.5; GGUF files have it as the weight of the query norms.
+    """
 
     final_softcap: float
     post_norm_eps: float

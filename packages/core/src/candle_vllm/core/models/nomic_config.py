@@ -42,7 +42,7 @@ _ONLY = MappingProxyType({
     "rotary_emb_scale_base": None,
 })  # fmt: skip
 _DENSE = MappingProxyType({"num_experts": 0, "moe_every_n_layers": 0})
-# v2, whose layers have no gates
+# implemented values of nomic v2, whose layers have no gates
 _SPARSE = MappingProxyType({
     "activation_function": "gelu", "qkv_proj_bias": True, "mlp_fc1_bias": True, "mlp_fc2_bias": True,
     "expert_choice_router": False, "num_shared_experts": 0,
@@ -116,13 +116,13 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
 
 
 def _experts_of_gguf(fields: Fields, inner: int) -> dict[str, Any]:
-    """Expert settings from GGUF metadata; files of llama.cpp do not store the bias."""
+    """Expert settings from GGUF metadata; files of llama.cpp do not store the bias of the experts' sum."""
     named = {"num_experts": fields.count("expert_count"), "moe_top_k": fields.count("expert_used_count")}
     return _experts(Fields(named, fields.path), fields.count("moe_every_n_layers"), inner)
 
 
 def _experts(fields: Fields, period: int, inner: int) -> dict[str, Any]:
-    """Expert settings of v2: 2 of 8 experts per token, in every second layer."""
+    """Expert settings of v2: by default 2 of 8 experts per token; in every `period`-th layer."""
     if period < 2 or fields.get("type_vocab_size", int, 1) > 1:
         raise UnsupportedModelError(f"{fields.path}: moe_every_n_layers below 2, or token types, are not implemented")
     count, top = fields.count("num_experts", 8), fields.count("moe_top_k", 2)

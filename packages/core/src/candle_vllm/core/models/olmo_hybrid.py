@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """OLMo Hybrid: gated delta nets in most layers; the other layers have attention, followed by a norm.
 
-A delta net's corrections may be twice as strong, so that its state may have negative eigenvalues; such a layer is
-x + net(norm(x)), then x + mlp(norm(x)). An attention layer is x + norm(attention(x)), then x + norm(mlp(x)), with
-norms of q and k over all heads at once; published models have no positions there.
+A delta net's corrections may have twice the usual strength, so that state transitions have negative eigenvalues. Its
+layer is x + net(norm(x)), then x + mlp(norm(x)). An attention layer is x + norm(attention(x)), then x + norm(mlp(x)),
+with norms of q and k over all heads at once; published models have no positions there.
 Source: Grazzi et al., 2024, arXiv:2411.12537 (eigenvalues). Shapes as in `qwen3_next.py`.
 """
 

@@ -42,7 +42,7 @@ class AttentionCall:
         module: name of the module that calls.
         heads, kv_heads: number of query heads H and of key-value heads K.
         key_dim, value_dim: elements of a key head and of a value head; values are padded with zeros to `key_dim`.
-        window: positions that a token attends to, itself included; -n for a chunk of n tokens; None for all.
+        window: number of positions that a token attends to, itself included; -n for chunks of n tokens; None for all.
         scale, softcap: scale and softcap of the attention scores, see `kernels/attention`.
     """
 

@@ -13,7 +13,7 @@ from candle_vllm.core.layers.parameters import Placement
 
 
 def first_position(model: Any) -> int:
-    """Row of the position table for a sequence's first token; models like RoBERTa begin after the padding token."""
+    """Row of the position table for a sequence's first token; models like RoBERTa begin after the padding row."""
     tables = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
     return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
 
@@ -21,7 +21,7 @@ def first_position(model: Any) -> int:
 def make_buffers(model: Any, placement: Placement, longest: int) -> None:
     """Compute the buffers that no checkpoint stores, such as rotary frequencies, by each class's own rules."""
     models = [each for each in model.named_modules() if isinstance(each[1], PreTrainedModel)]
-    for name, module in reversed(list(model.named_modules())):  # layers before their model, which may override
+    for name, module in reversed(list(model.named_modules())):  # layers before their model, which may override them
         mine = [part for part in module._non_persistent_buffers_set if module._buffers.get(part) is not None]
         plain = [part for part, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]
         for part in mine:
@@ -37,7 +37,7 @@ def make_buffers(model: Any, placement: Placement, longest: int) -> None:
 
 
 def freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
-    """Stop rotary frequencies from depending on the longest text; return the layer types and rope types that did."""
+    """Stop rotary frequencies from depending on a step's longest sequence; return their layer types and rope types."""
     kinds = getattr(module, "rope_type", None)
     each = list(kinds.items()) if isinstance(kinds, dict) else [(None, kinds)]
     changing = [(layer, kind) for layer, kind in each if kind in ("dynamic", "longrope")]
@@ -47,7 +47,7 @@ def freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
 
 
 def _set_frequencies(module: Any, layer: str | None, kind: str, longest: int, device: Any) -> None:
-    """Set frequencies for the context length that is served; transformers would take the longest text of a step."""
+    """Set frequencies for the context length that is served; transformers would take a step's longest sequence."""
     prefix = "" if layer is None else f"{layer}_"
     which = {} if layer is None else {"layer_type": layer}
     found, scale = ROPE_INIT_FUNCTIONS[kind](module.config, device, seq_len=longest, **which)

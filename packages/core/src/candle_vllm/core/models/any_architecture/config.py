@@ -31,7 +31,7 @@ class AnyConfig(ModelConfig):
     Attributes:
         described: the model's config object of transformers.
         calls: the model's calls of attention, in order; empty for a model that runs one sequence at a time.
-        obstacle: why the model runs one sequence at a time, on transformers' own cache; None if it has the paged cache.
+        obstacle: why the model runs one sequence at a time, on transformers' cache; None if it runs on the paged cache.
     """
 
     described: Any
@@ -120,7 +120,7 @@ def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
         if isinstance(value, Mapping):
             _check_sizes(value, path)
         most = MAX_LAYERS if key in _LAYERS else MAX_EXPERTS if key.endswith("experts") else MAX_COUNT
-        most = most << 4 if "vocab" in key else most  # some vocabularies have a table for several tokens together
+        most = most << 4 if "vocab" in key else most  # some models have a table of token n-grams
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most and not key.endswith("_id"):
             raise InvalidFileError(f"{path}: {key} is {value}; at most {most} are possible")
 

@@ -20,7 +20,7 @@ from candle_vllm.core.models.any_architecture.config import AnyConfig
 from candle_vllm.core.models.any_architecture.modules import replace_products
 from candle_vllm.core.models.any_architecture.products import Products
 
-_RECOMPUTED = ("blt", "cpmant")  # models whose results from a cache differ from those of the whole text
+_RECOMPUTED = ("blt", "cpmant")  # models whose results with a cache differ from those without
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # modules that `isq` does not quantise
 
 

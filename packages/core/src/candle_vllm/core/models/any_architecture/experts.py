@@ -23,7 +23,7 @@ class Experts:
     Attributes:
         linear: the matrices; its parts are stored under the names of `stored_part`.
         count: number of experts.
-        pieces: names of the parts of a matrix [N, K], whose rows follow each other.
+        pieces: names of the parts of a matrix [N, K], stacked along its rows.
         transposed: whether transformers' tensor is [X, K, N].
     """
 
@@ -58,7 +58,7 @@ class Experts:
             yield from self._pieces_of(name, expert, entry(stored, expert))
 
     def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
-        """Name experts' tensors [N, K], a list of all experts for each piece or one list; None if they do not fit."""
+        """Name experts' tensors [N, K], a list of experts for each piece or for whole matrices; None otherwise."""
         if self.transposed or any(len(of) != self.count for of in each):
             return None
         if len(each) == len(self.pieces):

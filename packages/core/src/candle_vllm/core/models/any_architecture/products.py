@@ -38,9 +38,9 @@ class Products:
         self.ready: tuple[torch.Tensor | None, dict[Any, torch.Tensor]] = None, {}
 
     def group(self, layer: Any, x: torch.Tensor) -> list[Any]:
-        """The layers of a module that multiply the same tensor as its first `layer`; found in their first run.
+        """`layer`, and the later layers of its parent module that multiply the same x; found in their first run.
 
-        Later they are one product: `ready` has the results for x of the layers that have not run yet.
+        Later runs compute one product: `ready` has the results for x of the layers that have not run yet.
         """
         group = self._groups.get(layer)
         if group is None:

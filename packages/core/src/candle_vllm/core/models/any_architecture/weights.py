@@ -25,7 +25,7 @@ _ABSENT = torch.empty(0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conversion:
-    """Conversion by transformers of several stored tensors, or of one that it splits, when they are loaded.
+    """Conversion by transformers at loading: it merges several stored tensors, or splits one.
 
     Attributes:
         sources: the stored tensors, by the pattern of the converter that matches their names.
