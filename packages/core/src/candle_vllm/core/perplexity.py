@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Perplexity of a text, and how far a model's next tokens are from a reference's, over the whole vocabulary.
+"""Perplexity of a text, and how far a model's next-token distributions are from a reference's.
 
 The text is cut into windows. Each begins with the tokens that the model puts before a text (BOS), and every other token
 is scored by the logits of the position before it. docs/quantisation.md describes the figures.
@@ -22,11 +22,11 @@ from candle_vllm.core.progress import tell
 
 
 def cut(engine: InferenceEngine, text: str, window: int, most: int | None = None) -> tuple[list[int], list[list[int]]]:
-    """Return the tokens that a model puts before a text, and the text's first `most` tokens in windows, without them.
+    """Return the tokens that precede a text (BOS), and windows of the text's first `most` tokens, without BOS.
 
-    Raises ConfigError if there is no token to score. A window has at most `window` tokens, the ones before included.
+    Raises ConfigError if there is no token to score. With BOS, a window has at most `window` tokens.
     """
-    tokenizer = engine._require()[1].tokenizer  # `tokenize` refuses texts far beyond the context
+    tokenizer = engine._require()[1].tokenizer  # `engine.tokenize` refuses very long texts
     before, needed = tokenizer.encode(""), text if most is None else text[: most * tokenizer.longest_token]
     found, size = tokenizer.encode(needed, add_special_tokens=False)[:most], max(1, window - len(before))
     windows = [found[start : start + size] for start in range(0, len(found), size)]
@@ -47,8 +47,8 @@ def perplexity(
 ) -> dict[str, Any]:
     """Return a model's figures on the first `tokens` tokens of a text, and their comparison with a reference, if given.
 
-    The file `save` gets the log-probabilities, 4 bytes for each scored token and token of the vocabulary; `reference`
-    is such a file. Raises ConfigError if there is no token to score, or the reference scores other tokens.
+    The file `save` gets the log-probabilities, float32 [scored tokens, vocabulary]; `reference` is such a file.
+    Raises ConfigError if there is no token to score, or the reference scores other tokens.
     """
     before, windows = cut(engine, text, window, tokens)
     first, size = max(1, len(before)), engine.model_info.vocab_size
@@ -65,7 +65,7 @@ def perplexity(
     parts: list[list[NDArray[np.float64]]] = []
 
     def read(logits: NDArray[np.float32]) -> None:
-        """Append columns: log p of the text's tokens; with a reference its log p, KL, and if the best tokens agree."""
+        """Append columns: log p of the text's tokens; with a reference its log p, KL, and whether top tokens agree."""
         wanted = np.array([*itertools.islice(rest, len(logits))], np.int64)
         shifted = logits[: len(wanted)] - logits[: len(wanted)].max(1, keepdims=True)
         own = shifted - np.log(np.exp(shifted).sum(1, dtype=np.float64, keepdims=True)).astype(np.float32)

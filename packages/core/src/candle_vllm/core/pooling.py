@@ -49,8 +49,8 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             the first elements are kept and normalised again.
         normalize: scale the vector to length 1.
         pooling: pooling method, see `PoolingKind`.
-        use_activation: whether a head for scores or classes applies the model's activation to its logits, as None does;
-            false returns logits, such as the rewards of a reward model.
+        use_activation: whether a head for scores or classes applies the model's activation to its logits; None
+            means true, and false returns logits, such as the rewards of a reward model.
     """
 
     dimensions: int | None = None

@@ -2,8 +2,8 @@
 """Types of settings: one class for each type of value, for the engine's settings and a server's.
 
 `EngineConfig` reads typed values of programs by `taken`. Texts of command lines, environment variables and files are
-read by `from_text`, typed values of files by `check`. An invalid value raises a `ValueError`. In messages its text
-follows the setting's name, and after `taken` also the value.
+read by `from_text`, typed values of files by `check`. An invalid value raises a `ValueError`. Messages have
+its text after the setting's name; for `taken`, after the name and the value.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Hosts:
 
 @dataclass(frozen=True)
 class FreeText:
-    """Free text for the model of `least` to `most` characters, line breaks and spaces included."""
+    """Free text for the model, of `least` to `most` characters, line breaks and spaces included."""
 
     most: int = _MAX_FREE_TEXT
     least: int = 1
@@ -186,7 +186,7 @@ def _is_template(text: str) -> bool:
 class Integer:
     """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024).
 
-    If `auto` is allowed, "auto" and "-1" mean None: not set. If a number counts parts of a `whole`, "all" means `high`.
+    With `auto`, "auto" and "-1" mean None: not set. With `whole` (a number of parts of a whole), "all" means `high`.
     """
 
     low: int

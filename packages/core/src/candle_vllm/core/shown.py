@@ -30,9 +30,9 @@ _REST = r"([^{0}/\\?#]*)([^{0}?#]*)(?:[?#][^{0}]*)?"
 _ADDRESS = (
     r"((?:(?<=\w\w:)|(?<=with url: ))//?|(?<=\w\w:)\\{{2,4}}|(?<=\b\w:)//|(?<![\w:/\\])//(?=[^{0}/?#@]*@))" + _REST
 )
-# Without slashes `a:b@c` may also be an e-mail address, a model's tag and revision, or a time: so a user is no number,
-# and the host has a port. In a value that is an address, a name with a dot is a host too. Text after a colon was
-# already tried as a password, unless a number precedes the colon.
+# Without slashes `a:b@c` may also be an e-mail address, a model's tag and revision, or a time: so the user must not be
+# a number, and the host must have a port, or in a text that is one value a name with a dot. No match begins after a
+# colon: its text was already tried as a password, unless a number precedes the colon.
 _SLASHLESS = (
     r"(?<![\w.%+~/\\-])(?<!\D:)()"
     r"(?=(?!\d+:)[\w.%+~-]{{0,64}}+:(?:[^{0}\s/?#@]{{1,128}}+@){{1,3}}?(?!sha\d+:){1})" + _REST
@@ -56,7 +56,7 @@ def without_secrets(text: str, *, alone: bool = False) -> str:
 
     Args:
         text: a message, or a value.
-        alone: a URL ends at the end of the text or at a quotation mark; otherwise it also ends at a space.
+        alone: whether the text is one value, in which a URL ends only at a quotation mark; otherwise also at a space.
     """
     address, slashless = _ADDRESSES[alone]
     text = address.sub(_bare, text) if "/" in text or "\\" in text else text
@@ -107,7 +107,7 @@ class LogFormatter(logging.Formatter):
 
     Args:
         style: name of the style.
-        process: name of a child process, which text contains, and which is the field `process` in other styles.
+        process: name of a child process: a part of lines of text, the field `process` in other styles.
     """
 
     def __init__(self, style: str, process: str | None = None) -> None:
@@ -179,7 +179,7 @@ class LogStyle(NamedTuple):
 
     Attributes:
         help: the style's name, and what follows it in the help of `--log-format`.
-        line: writes fields as one line, without fields that are None; with None, lines are text.
+        line: writes fields as one line, without fields that are None; None if lines are text.
     """
 
     help: str
@@ -195,7 +195,7 @@ LOG_STYLES: Mapping[str, LogStyle] = {
 def _record(*given: Any, **more: Any) -> logging.LogRecord:
     record = logging.LogRecord(*given, **more)
     with contextlib.suppress(Exception):  # the handler reports arguments that do not fit the message
-        if (plain := without_secrets(said := record.getMessage())) != said:  # filters match unchanged messages
+        if (plain := without_secrets(said := record.getMessage())) != said:  # else keep `msg`, which filters match
             record.msg, record.args = plain, ()
     if record.exc_info and record.exc_info[0] is not None:
         record.exc_text = without_secrets(_FORMATTER.formatException(record.exc_info))

@@ -117,7 +117,7 @@ def ignored(config: LlamaConfig) -> list[str]:
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """The GGUF metadata; the window is 0 without one, because llama.cpp treats a file without the key as an old one."""
+    """The GGUF metadata; the window's key is always written: llama.cpp may take a file without it for an old one."""
     keys: dict[str, Any] = {"attention.sliding_window": 0} | window_keys(config)
     keys["rope.scaling.original_context_length"] = config.rope.original_max_position
     if config.rope.kind == "longrope":

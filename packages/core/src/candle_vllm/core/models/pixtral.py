@@ -228,7 +228,7 @@ class Pixtral:
         self.second = Linear(text, text, placement, bias=bias)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`; rows of the tables, which follow the largest tile row by row."""
+        """See `Tower`; returns rows of the tables, which list the largest image's positions row by row."""
         del first, grid
         return Placed(places @ (self.config.side, 1))
 
@@ -255,7 +255,7 @@ class Pixtral:
 
 
 def adjacent(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Rows of queries or keys reordered from interleaved pairs to half-split order; GGUF files have the pairs too."""
+    """Rows of queries or keys reordered from interleaved rotary pairs to half-split order."""
     if stored.shape[:1] != (config.hidden_size,):
         return stored  # the loader reports the wrong shape
     heads = np.arange(config.hidden_size).reshape(config.num_heads, -1, 2)

@@ -184,7 +184,7 @@ def attention_rows(part: str, *, fused: bool = False) -> View:
 
 
 def joint_rows(part: str) -> View:
-    """View of the rows of "qkv" or "z" in a matrix grouped by key head: its queries, keys, values and output gates."""
+    """View of the rows of "qkv" or "z" in a matrix with q, k, v and output gates z for each key head in turn."""
 
     def pick(config: Qwen3NextConfig) -> tuple[int, NDArray[np.int64]]:
         sizes, heads = config.delta, config.delta.key_heads
@@ -200,7 +200,7 @@ def joint_rows(part: str) -> View:
 
 
 def joint_gates(part: str) -> View:
-    """View of the rows of "b" or "a" in a matrix that is grouped by key head."""
+    """View of the rows of "b" (the update strength) or "a" (the decay) in a matrix that is grouped by key head."""
 
     def pick(config: Qwen3NextConfig) -> tuple[int, NDArray[np.int64]]:
         total = 2 * config.delta.heads
@@ -249,7 +249,7 @@ TILED_COLUMNS = ColumnOrder(_value_order)
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Shapes of delta nets, and the layers that have one; old readers require the interval, which is the usual one."""
+    """Shapes of delta nets, and the layers that have one; old readers require the interval, for which 4 is written."""
     sizes = config.delta
     keys: dict[str, Any] = {
         "ssm.conv_kernel": sizes.taps,
@@ -264,7 +264,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 
 def qwen35_keys(config: Any) -> dict[str, Any]:
-    """The metadata with M-RoPE sections, which llama.cpp requires; text rotates the same by all of them."""
+    """The metadata with M-RoPE sections, which llama.cpp requires; text has the same position in all of them."""
     count = config.rope.dim // 2
     usual: dict[str, Any] = {"rope.dimension_sections": [-(-count // 3), (count + 1) // 3, count // 3, 0]}
     return gguf_keys(config) | (axes_keys(config) if config.rope.axes else usual)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Qwen2-MoE and Qwen3-MoE: the layers of Qwen2 and Qwen3 (`llama.py`) with experts in all or some layers.
 
-Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B) adds a shared expert, weighted by a sigmoid of the token, and uses the chosen
-experts' scores without normalisation. Qwen3-MoE and the text model of Qwen3-VL-MoE have no shared expert, and normalise
-the scores to sum to 1.
+Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B) adds a shared expert, weighted by a sigmoid gate, and uses the chosen experts'
+scores without normalisation. Qwen3-MoE and the text model of Qwen3-VL-MoE have no shared expert, and normalise the
+scores to sum to 1.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def mixture_from_hf(fields: Fields, *, renormalise: bool, shared: bool) -> Mixtu
 
 
 def sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
-    """Every `decoder_sparse_step`-th layer, without those of `mlp_only_layers`."""
+    """Every `decoder_sparse_step`-th layer, except `mlp_only_layers`."""
     step, dense = fields.count("decoder_sparse_step", 1), fields.get("mlp_only_layers", list, [])
     if not all(isinstance(layer, int) for layer in dense):
         raise InvalidFileError(f"{fields.path}: mlp_only_layers is {dense!r:.80}, not a list of layers")

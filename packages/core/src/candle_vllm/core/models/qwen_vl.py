@@ -50,13 +50,13 @@ _FRAMES = 2  # frames of a patch
 _THETA = 10000.0
 _EPS = 1e-6
 _MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
-"""Maximum number of patches of an image, by default and if an operator asks for more: published settings allow the
-latter, but its attention alone takes minutes on a CPU."""
+"""Maximum number of patches of an image: the default limit, and the maximum of an operator's limit. Published settings
+allow the second, but attention over this number of patches takes minutes on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenTowerConfig(TowerConfig):
-    """Config of these vision encoders; those with gates (Qwen2.5-VL's) have RMS norms too."""
+    """Config of these vision encoders; with gated MLPs (Qwen2.5-VL) all norms are RMS norms."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,7 +191,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 
 def _rule(processor: Fields, patch: int, cell: int, said: Mapping[str, Any]) -> AreaRule:
-    """How images are resized; an operator's limits of the area, in either form, override those of the file."""
+    """How images are resized; an operator's area limits, as pixels or as edges of `size`, override the file's."""
     size = said.get("size", NOTHING)
     named = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     asked = {name: said.get(name, size.get(edge)) for name, edge in named if name in said or edge in size}
@@ -298,7 +298,7 @@ class QwenTower:
         self.patches = Linear(config.patch_size, size, placement, bias=bool(config.learned))
         self.positions = Positions(config.learned, size, placement) if config.learned else None
         empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
-        self._tables = placement.constant(empty), placement.constant(empty.copy())  # an image's, see `Placed.numbers`
+        self._tables = placement.constant(empty), placement.constant(empty.copy())  # filled by `place`
         self.layers = [Block(config, layer, self._tables, placement) for layer in range(config.num_layers)]
         self.norm = (RMSNorm if config.gated else LayerNorm)(size, config.norm_eps, placement)
         self.joined = Linear(joined, joined, placement, bias=True)
@@ -306,7 +306,7 @@ class QwenTower:
         self.mergers = [Merger(config, placement) for _ in config.deep]
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`; rows of the tables, in which the first half rotates by the row, the second by the column."""
+        """See `Tower`; returns rows of the tables, whose first half rotates by the row, the second by the column."""
         quarter = self._tables[0].shape[1] // 2
         frequencies = np.float32(1) / np.float32(_THETA) ** (np.arange(quarter, dtype=np.float32) / quarter)
         angles = (places[:, :, None].astype(np.float32) * frequencies.astype(np.float32)).reshape(len(places), -1)

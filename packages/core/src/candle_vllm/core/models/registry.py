@@ -221,7 +221,7 @@ def family_from_hf(
     Args:
         config, path: content of the file, and its path.
         tensors: tensors of the checkpoint; None if they are not available.
-        impl: which layers to use; by default transformers' only for architectures that are not implemented here.
+        impl: which layers to use; by default transformers' layers only for architectures that this folder lacks.
     """
     if impl == "transformers":
         return _family_of_transformers(config, path, tensors)

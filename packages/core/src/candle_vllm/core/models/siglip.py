@@ -82,7 +82,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 
 def processor_of_gguf(fields: Fields, size: Mapping[str, Any]) -> Fields:
-    """The fields of a `preprocessor_config.json` from the metadata of a `mmproj` file; `size` is the tiles' size."""
+    """The fields of a `preprocessor_config.json` from the metadata of a `mmproj` file; `size`: the size fields."""
     numbers = {f"image_{key}": fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
     return Fields({**size, **numbers}, fields.path)
 
@@ -170,7 +170,7 @@ class Siglip:
         self.projector = Linear(config.cell_size, config.text_size, placement)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`; rows of the position table, which follow a tile row by row."""
+        """See `Tower`; returns rows of the position table, which lists a tile's positions row by row."""
         del first, grid
         return Placed(places @ (self.config.side, 1))
 

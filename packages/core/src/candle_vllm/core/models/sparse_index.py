@@ -2,9 +2,9 @@
 """The index of sparse latent attention in DeepSeek V3.2 and GLM-5: its layer, its config, its weight names.
 
 A token attends to the positions whose index keys have the largest sums of products with the heads of its index query
-(`kernels/latent_attention`). The last R elements of heads and keys rotate here, the first R in checkpoints. In GLM-5.2
-and later, layers without an index use the last choice of an earlier layer. The published code also multiplies queries
-and keys by a Hadamard matrix, which changes no product. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
+(`kernels/latent_attention`). The last `rope` elements of heads and keys rotate here, the first ones in checkpoints. In
+GLM-5.2 and later, layers without an index use the positions that an earlier layer chose. The published code also
+multiplies queries and keys by a Hadamard matrix, which changes no product. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Index:
 
 
 def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str, Any]:
-    """The config's keys of the index, and the layers that have one."""
+    """The config's fields of the index and its layers; empty for a model without an index."""
     if model_type not in ("deepseek_v32", "glm_moe_dsa"):
         return {}
     sizes = [fields.count(key) for key in ("index_n_heads", "index_head_dim", "index_topk")]
@@ -85,7 +85,7 @@ def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str
 
 
 def from_gguf(fields: Fields, architecture: str, layers: int, rope: int) -> dict[str, Any]:
-    """The same from GGUF metadata; llama.cpp's defaults for files without `indexer.types`."""
+    """As `from_hf`, from GGUF metadata; files without `indexer.types` get llama.cpp's defaults."""
     if architecture not in ("deepseek32", "glm-dsa"):
         return {}
     at, glm = "attention.indexer.", architecture == "glm-dsa"

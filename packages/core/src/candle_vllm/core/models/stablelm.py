@@ -152,7 +152,7 @@ def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
 
 
 def _head_norms(part: str) -> list[WeightName]:
-    """The table rows of QK norms: one tensor of all heads in GGUF files, one for each head elsewhere."""
+    """The table rows of QK norms: one tensor of all heads in GGUF files, one per head in Hugging Face's files."""
     target, hf = f"layers.{{i}}.attention.{part}_norm:", f"{HF}self_attn.{part}_layernorm.norms."
     each = [WeightName(f"{target}{head}.weight", f"{hf}{head}.weight", None) for head in range(_MAX_NORMED_HEADS)]
     return [WeightName(f"{target}weight", None, f"{GG}attn_{part}_norm.weight"), *each]
@@ -175,7 +175,7 @@ WEIGHTS = [
 
 
 def whole_head_norms(config: Any) -> dict[str, Any]:
-    """Config with the norms of a layer's heads in one tensor."""
+    """The config fields of a model whose layers have the norms of all heads in one tensor."""
     return {"head_norms": "none" if config.head_norms == "none" else "whole"}
 
 

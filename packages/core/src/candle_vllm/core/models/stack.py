@@ -126,7 +126,7 @@ class DecoderStack:
             token_ids: token ids [T], of which stages after the first use only the number.
             step: the step's tensors; `step.given` has the vectors that arrived.
             arrived: x [2, T, E] from the previous stage; None on the first stage.
-            left: memory for the result; None for any.
+            left: memory for the result; None to allocate it.
         """
         assert self.stage is not None
         x, residual = self._through(token_ids, step, arrived)

@@ -99,7 +99,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def _of_full_layers(stored: StoredTensor, config: LlamaConfig) -> StoredTensor:
-    """GGUF's divisors of frequencies, cut to the length for layers without a window; the others divide by 1."""
+    """GGUF's divisors of frequencies, cut to the length for layers without a window; other layers use no divisors."""
     return stored.rows(0, min(config.rope.dim // 2, stored.shape[0]))
 
 
@@ -122,7 +122,7 @@ def ignored(config: LlamaConfig) -> list[str]:
 
 
 def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
-    """The GGUF metadata of a Step in addition to that of Hy3: lists, and twice the rotated share of a head."""
+    """The GGUF metadata: Hy3's, lists by layer, and twice the rotated elements of layers without a window."""
     heads, kv_heads = zip(*map(config.heads, range(config.num_layers)), strict=True)
     limits = ([float(gate.removeprefix("silu").strip("_") or 0) for gate in gates] for gates in zip(*config.mlp_gates))
     return {

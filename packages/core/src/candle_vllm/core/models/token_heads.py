@@ -51,7 +51,7 @@ class TokenHead(PooledHead):
     """Output head for each token, with further heads for other kinds of pooling.
 
     Attributes:
-        kinds: head for each other kind of pooling.
+        kinds: heads for the kinds of pooling that this head does not serve.
         skip: leading positions that get no vector.
         words: vocabulary size V if the head gives one weight for each position: a vocabulary entry then has the largest
             weight of its positions. 0 otherwise.
@@ -148,7 +148,7 @@ def with_token_heads(
                 bias=bias,
                 activation="none" if kind == "all" else "relu",
             )
-        if kind == "all":  # the first token is the text's own vector
+        if kind == "all":  # the first position gives the text's dense vector
             kinds["all"], sizes["all"] = TokenHead((layer,), skip=1), rows
         else:
             kinds["sparse"] = TokenHead((layer,), words=config.vocab_size, unweighted=special)

@@ -42,7 +42,7 @@ class CtScheme:
     """How the weights of a config group are stored.
 
     Attributes:
-        bits: bits of an integer; 8 for a float.
+        bits: bits of a code, 4 or 8.
         kind: "int" or "float".
         group: inputs in a group; -1 for whole rows or the whole tensor.
         block: rows and columns that share a scale, if the strategy is "block".

@@ -25,7 +25,7 @@ Array = TypeVar("Array")  # numpy's or torch's
 
 
 Float: TypeAlias = Literal["f16", "f32", "e8m0", "e4m3"]
-"""Stored types of scales. The last two have one byte; the scale is half of that e8m0, or of that e4m3 without sign."""
+"""Stored types of scales. The last two have one byte; the scale is half the e8m0 value, or half the e4m3 magnitude."""
 
 
 class Fields(NamedTuple):
@@ -105,7 +105,7 @@ class BlockContents(NamedTuple):
 
 
 _SIX_BITS = ((Fields(4, 12, 8, 6),), (Fields(12, 16, 4, 4), Fields(4, 12, 8, 2, shift=4, first=6)))
-"""Scales and minima of four groups, then of the other groups, whose upper bits are unused bits of the first ones."""
+"""Scales and minima of groups 0 to 3, then of groups 4 to 7, whose upper 2 bits are the upper bits of bytes 4 to 11."""
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """Elements of IQ4_NL's and IQ4_XS's codes: denser near 0, where most weights are."""
@@ -296,5 +296,5 @@ def _put(blocks: np.ndarray, numbers: np.ndarray, several: tuple[Fields, ...], z
             continue
         runs = bits.reshape(*bits.shape[:-1], -1, len(fields.places), fields.width)
         placed = [runs[..., index, :] * np.uint8(1 << place) for index, place in enumerate(fields.places) if place]
-        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # or the lowest bits
+        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # data has written bits
         data[:] = reduce(np.bitwise_or, placed, lowest).reshape(data.shape)

@@ -30,7 +30,7 @@ _TYPES = MappingProxyType({4: GGMLQuantizationType.Q4_0, 5: GGMLQuantizationType
 
 
 class Blocks(NamedTuple):
-    """Rows as blocks of a ggml type, uint8 [R, bytes of a row]; if columns are reordered, their original numbers."""
+    """Rows as blocks of a ggml type, uint8 [R, bytes of a row]; `order`: original columns, if reordered."""
 
     type: GGMLQuantizationType
     raw: np.ndarray

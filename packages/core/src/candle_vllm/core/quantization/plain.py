@@ -96,7 +96,7 @@ def _to_bf16(values: np.ndarray, out: np.ndarray) -> None:
             target[np.isnan(part)] = 0x7FC0
 
 
-_LAST = MappingProxyType({"F8_E4M3": (0x7E, 448.0), "F8_E5M2": (0x7C, 65536.0)})  # largest code (infinity), its number
+_LAST = MappingProxyType({"F8_E4M3": (0x7E, 448.0), "F8_E5M2": (0x7C, 65536.0)})  # maximum or infinity: code, number
 
 
 def _to_small_floats(values: np.ndarray, name: str, out: np.ndarray) -> None:

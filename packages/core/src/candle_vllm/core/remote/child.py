@@ -142,7 +142,7 @@ class Told:
 
 
 def watch_parent(parent: int, folder: str, note: Callable[[], None]) -> None:
-    """Wait for the parent's request to end; if the parent has exited, remove the folder and exit at once."""
+    """Wait until the parent asks this process to end; if the parent has exited instead, remove the folder and exit."""
     while True:
         # Windows cannot poll a pipe; there only the parent has the other end, which is closed when the parent exits.
         if sys.platform == "win32" or select.select([sys.stdin.fileno()], [], [], _LOOK_UP)[0]:

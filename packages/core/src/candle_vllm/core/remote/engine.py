@@ -85,7 +85,7 @@ class RemoteEngine(EngineFront):
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, when the process ends without `close`; at once if it has ended already.
 
-        It runs in the reading thread, must not block, and reaches event loops by `call_soon_threadsafe` only.
+        It runs in the thread that reads outputs, must not block, and must use `call_soon_threadsafe` for event loops.
         """
         self._thread.add_death_callback(callback)
 

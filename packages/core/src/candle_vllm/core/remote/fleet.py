@@ -41,11 +41,11 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS: Final = 5
-"""Number of deaths of a replica within `DEATH_WINDOW` seconds after which it is not restarted."""
+"""Maximum number of attempts to restart a replica within `DEATH_WINDOW` seconds."""
 DEATH_WINDOW: Final = 300.0
 _PAUSE: Final = 1.0  # seconds before the next attempt to start a replica; doubled after each attempt
 _CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
-_STATES = ("ready", "loading", "cold", "failed")  # states of an adapter; the first state that a replica has is reported
+_STATES = ("ready", "loading", "cold", "failed")  # an adapter's states; the first that any replica has is reported
 
 
 def replica_configs(config: EngineConfig) -> list[EngineConfig]:
@@ -136,7 +136,7 @@ class Fleet:
     Attributes:
         info: information about the model; sizes are those of all replicas together.
         texts: the model's tokenizer, template and image processing.
-        max_model_len, max_step_tokens: see `Engine`; the steps of all replicas together.
+        max_model_len, max_step_tokens: the replicas' minimum, and their sum; see `Engine`.
 
     Raises:
         ConfigError, ModelNotFoundError, ModelLoadError: a replica cannot be loaded.
@@ -159,7 +159,7 @@ class Fleet:
         self._woken: frozenset[str] = frozenset()
         self._added: dict[str, AdapterUse] = {}
         self._pinned: set[str] = set()
-        self._loose: OrderedDict[str, str] = OrderedDict()  # paths that only requests have named, by adapter name
+        self._loose: OrderedDict[str, str] = OrderedDict()  # by adapter name: paths in requests, without add_lora
         self._replicas = self._load_all()
         infos = [replica.model_info for replica in self._replicas]
         self.max_model_len = min(info.max_model_len for info in infos)
@@ -312,12 +312,12 @@ class Fleet:
                 self._level, self._woken = 0, frozenset()
 
     def _hashes(self, request: GenerationRequest) -> list[bytes]:
-        """Return hashes of a prompt's full blocks that distinguish the same prefixes as `Sequence.hashes` does."""
+        """Return hashes of a prompt's full blocks, for the router; adapters, images and the salt change them."""
         size = self._block_size
         if not size or len(request.prompt_token_ids) < size:
             return []
         marks: dict[int, bytes] = {}
-        for use in request.adapters:  # for all blocks, even if an adapter becomes active only later
+        for use in request.adapters:  # marks[0] changes the hashes of all blocks, even if the adapter activates later
             if use.scale:
                 marks[0] = marks.get(0, b"") + use.name.encode() + b"\0" + pack("<d", use.scale)
         if request.images and self.texts.vision is not None:
@@ -363,7 +363,7 @@ class Fleet:
             return infos
 
     def _located(self, use: AdapterUse) -> AdapterUse:
-        """Add the known path to an adapter's use: maybe only the replica of an earlier request knows the name."""
+        """Add the known path: a replica without an earlier request for this adapter does not know its name."""
         if use.load_inplace:
             raise InvalidParameterError(
                 f"load_inplace would reload the adapter in only one of {len(self._replicas)} replicas: reload "

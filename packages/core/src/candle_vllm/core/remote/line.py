@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The connection between the processes: the start message, limits of sockets, and a bell (before step 1 of a request).
+"""An engine's process and its parent: start message, limits of sockets, and a bell (before step 1 of a request's life).
 
 Both processes use this module. The start message, sent over the child's standard input, has the address of the parent
 and the settings. None of this is on a command line, which other users of the machine can read.

@@ -2,9 +2,9 @@
 """EngineProcess: the child process that runs an engine, and the socket to it.
 
 The socket is in a folder that only this user can access; on Windows it is a local port. The child identifies itself by
-a token that it reads from its standard input; messages of other processes are dropped. This process keeps the other
-end of that pipe open, and the child keeps the other end of `alive` open, so each process notices when the other ends
-for any reason.
+a token that it reads from its standard input; messages of other processes are dropped. This process keeps the writing
+end of the child's standard input open, and the child keeps the other end of `alive` open, so each process notices when
+the other ends for any reason.
 """
 
 from __future__ import annotations

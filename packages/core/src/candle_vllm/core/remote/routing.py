@@ -84,8 +84,8 @@ class Router:
 
     A request goes to the replica with the least work before its answer, in tokens: waiting prompts, running sequences,
     and the part of its own prompt that is not cached there. So a request with a cached prefix stays with its replica
-    until waiting there costs more than computing the prefix elsewhere. A replica with a full batch is skipped while
-    another replica's batch is not full.
+    until waiting there costs more than computing the prefix in another replica. A replica with a full batch is skipped
+    while another replica's batch is not full.
 
     Args:
         rooms: the capacity of each replica.

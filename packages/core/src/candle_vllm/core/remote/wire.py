@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Messages between the processes, and their serialisation: MessagePack, decoded into typed structs.
+"""Messages between an engine's process and its parent, as MessagePack, decoded into typed structs.
 
 A request is identified by its ticket, a number that is never reused: the caller's request id stays in the caller's
 process, and may be reused as soon as the request has ended. No message can name code or a class to load.
@@ -66,7 +66,7 @@ class Reset(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
 
 
 class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
-    """Sleep at this level; level 0 wakes up the tags. The answer is `Checked` with the same number."""
+    """Sleep at this level; level 0 wakes up what `tags` name. The answer is `Checked` with the same number."""
 
     number: int
     level: int
@@ -109,7 +109,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
         info: information about the model.
         tokenizer: the tokenizer, with its vocabulary extended to the rows of the embedding table.
         template: the chat template in use, several templates by name, or None.
-        pooling: how vectors are pooled; None for a model that computes its head itself.
+        pooling: how vectors are pooled; None for an encoder whose model returns scores instead of vectors.
         max_step_tokens: maximum number of tokens of one step.
         stats: statistics before the first request.
         vision: how images become tokens of a prompt; None for a text-only model.

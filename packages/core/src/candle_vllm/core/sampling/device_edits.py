@@ -60,7 +60,7 @@ class HostEdits:
             }
 
     def there(self, counts: torch.Tensor | None) -> DeviceEdits:
-        """Return the kernels' arguments with the table `counts`; call it on the stream."""
+        """Return the kernels' arguments with the table `counts`; call it as the stream's work."""
         found = {name: sent.there() for name, sent in self._sent.items()}
         return DeviceEdits(**found, counts=counts if self.counts_tokens else None)
 
@@ -97,7 +97,7 @@ class Narrowing:
         return cls(stream, dry, rows, [states[row].links() for row in rows])
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Change logits [R, V] in place; call it on the stream."""
+        """Change logits [R, V] in place; call it as the stream's work."""
         if self._dry is not None:
             ids, values = (sent.there() for sent in self._dry)
             kernels.edit_tensors(logits, DeviceEdits(bias_ids=ids, bias=values))
@@ -191,7 +191,7 @@ def _padded(rows: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDA
 
 
 # ---- with torch ------------------------------------------------------------------------------------------------------
-# N entries of all rows are addressed by their index in the flattened [R * V].
+# The N edited logits are addressed by their index in all logits, [R * V].
 
 _INF = float("inf")
 
@@ -224,7 +224,7 @@ def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> Non
 
 
 def mask_in_torch(logits: torch.Tensor, masks: Mapping[int, NDArray[np.int32]]) -> None:
-    """Do what `mask_rows` does, on any device."""
+    """Do what `mask_rows` (`processors.py`) does, on any device."""
     rows = list(masks)
     with _keeping_faults(logits, rows):
         flags = np.stack([mask_flags(bits, logits.shape[1]) for bits in masks.values()])
@@ -296,8 +296,8 @@ def penalised(
         presence: [N] float64, subtracted once if `counts` is above 0.
 
     Returns:
-        [N] float32, computed in float64. A finite logit stays below +inf, which would leave the row without a defined
-        softmax if a repetition penalty is close to 0; -inf stays -inf.
+        [N] float32, computed in float64. Even with a repetition penalty close to 0, a finite logit stays below +inf,
+        which has no defined softmax; -inf stays -inf.
     """
     wide = logits.double()
     scaled = torch.where(wide > 0, wide / repetition, wide * repetition)

@@ -115,7 +115,7 @@ class DeviceSampler:
         self._graphs = None
 
     def _edit_nothing(self) -> None:
-        """Run each kind of edit on a row that is not edited. Work of the stream."""
+        """Run each kind of edit on a row that is not edited. Call it as the stream's work."""
         device, logits, vocabulary = self._stream.device, self._logits[:1], self._logits.shape[1]
 
         def row(kind: torch.dtype, *shape: int, value: int = 0) -> torch.Tensor:
@@ -218,7 +218,7 @@ class StandingRows:
         self._top_logits = stream.staged(count * most * 4).view(torch.float32).view(count, most)
 
     def take(self, found: kernels.DeviceStanding, logits: torch.Tensor) -> None:
-        """Copy the results of the rows' logits to the host. Work of the stream."""
+        """Copy the results of the rows' logits to the host. Call it as the stream's work."""
         if self._named is not None:
             copy(self._named_logits, logits.gather(1, self._named.there()))
         for target, source in (
@@ -259,7 +259,7 @@ class Surprises:
         return cls(stream, told) if told else None
 
     def take(self, logits: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Compute the surprises from the logits that were sampled from. Work of the stream."""
+        """Compute the surprises from the logits that were sampled from. Call it as the stream's work."""
         rows = self._rows.there()
         copy(self._bits, kernels.surprise_tensors(logits, rows, token_ids[rows], self._temperatures.there()))
 

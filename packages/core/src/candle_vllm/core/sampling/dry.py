@@ -5,8 +5,8 @@ As in llama.cpp: if the last n tokens occurred before and were followed by token
 multiplier * base ** (n - allowed length). n is the length of the longest such match, and at least the allowed length.
 A match does not include a sequence breaker, and a token that is a breaker has no penalty.
 
-A breaker is a text. It matches every token that contains it, and every token that ends with the beginning of the
-breaker and is followed by the tokens of its rest.
+A breaker is a text. It matches every token that contains it, and every token that ends with a beginning of the
+breaker, if the tokens of the breaker's rest follow.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class GrammarState:
     Attributes:
         exhausted: whether only the end may follow.
         looks_ahead: whether `look_ahead` can compute masks.
-        waits: whether `begin` begins each mask instead of `accept`, because forced tokens are looked up in between.
+        waits: whether `begin`, not `accept`, starts each mask, because forced tokens are looked up in between.
 
     Raises:
         InvalidParameterError: see `GrammarBackend.compile`.
@@ -133,7 +133,7 @@ class GrammarState:
         self.looks_ahead = self._grammar.copy() is not None
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
         self._ahead: list[tuple[int, NDArray[np.int32]]] = []  # expected tokens, and the mask after each
-        self._is_due = False  # whether a mask must be begun
+        self._is_due = False  # whether the next mask must be computed
         self._filling: Future[None] = backend.workers.submit(self._fill)
 
     def sibling(self) -> GrammarState:
@@ -147,7 +147,7 @@ class GrammarState:
         return self._bits
 
     def accept(self, token_id: int) -> None:
-        """Advance by a token and begin the mask of the next one.
+        """Advance by a token and start to compute the mask of the next one.
 
         Raises:
             InvalidParameterError: the token was allowed, but the grammar cannot continue after it.
@@ -166,13 +166,13 @@ class GrammarState:
             self.begin()
 
     def begin(self) -> None:
-        """Begin the mask of the next token, if it has not begun."""
+        """Start to compute the mask of the next token, if that has not started."""
         if self._is_due:
             self._is_due = False
             self._filling = self._backend.workers.submit(self._fill)
 
     def look_ahead(self, token_ids: Sequence[int]) -> None:
-        """Begin the next mask, and the masks after expected tokens, which `masks_ahead` returns and `accept` reuses."""
+        """Start to compute the next mask, and masks after expected tokens, for `masks_ahead` and `accept`."""
         self._filling.result()
         self._filling = self._backend.workers.submit(self._walk, token_ids, self._is_due)
         self._is_due = False
@@ -207,7 +207,7 @@ class GrammarState:
         return [] if many else self._grammar.ff_tokens()
 
     def rollback(self, count: int) -> None:
-        """Undo the last `count` tokens, and begin the mask at that position again, unless the grammar `waits`."""
+        """Undo the last `count` tokens, and start the mask at that position again, unless `waits` is set."""
         self._filling.result()
         self._grammar.rollback(count)
         self.exhausted, self._failure, self._ahead, self._is_due = False, None, [], True

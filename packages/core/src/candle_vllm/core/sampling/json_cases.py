@@ -62,7 +62,7 @@ class _Cases:
         self.compared = False
         self.references = References(root)
         self.facts = Facts(self.references, lambda pattern: taker({"pattern": pattern}))
-        self.names: dict[str, _Written] = {"#": _Written("#")}  # pointer, with "not" before it -> reference
+        self.names: dict[str, _Written] = {"#": _Written("#")}  # pointer, or "not " + pointer -> reference
         self.waiting: list[tuple[_Written, Any, At]] = []
         self.written = 0
 

@@ -3,7 +3,7 @@
 
 A schema is read as draft 2020-12; older spellings (`definitions`, a list as `items`, a boolean `exclusiveMinimum`) keep
 their meaning. Unknown keywords and formats that are not enforced are annotations, as in the specification; there is a
-remark for each that resembles a known one.
+remark for each such format, and for each keyword that resembles a known one.
 
 llguidance's date formats accept the 29th of February in every year, and a leap second in any minute. So this module
 defines these formats: a leap second is 23:59:60 UTC, or the same moment in a time zone whose offset is a multiple of 15
@@ -190,7 +190,7 @@ def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
 
 
 def _lists_of_items(schema: dict[str, Any], place: str) -> None:
-    """Rewrite the old form, in which `items` is a list for the first elements, and `additionalItems` for the others."""
+    """Rewrite the old form: `items` lists schemas of the first elements, `additionalItems` is for later elements."""
     others = schema.pop("additionalItems", None)  # has no effect unless `items` is a list
     if isinstance(schema.get("items"), list):
         if "prefixItems" in schema:

@@ -42,7 +42,7 @@ def types_of(schema: dict[str, Any], place: str = "#") -> frozenset[str]:
 
 
 def type_names(types: Iterable[str]) -> list[str] | None:
-    """Return the value of `type` that allows these types; None for fractions without integers, which has no value."""
+    """Return the value of `type` that allows these types; None for fractions without integers."""
     found = set(types)
     if FRACTION in found:
         if "integer" not in found:
@@ -61,7 +61,7 @@ def type_of(value: Any) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Return a text that is equal for values that are equal in JSON Schema: 1 and 1.0, objects in any order."""
+    """Return a text that is equal for values that are equal in JSON Schema: 1 and 1.0, keys in any order."""
 
     def plain(one: Any) -> Any:
         if isinstance(one, float) and one.is_integer():
@@ -126,7 +126,7 @@ def _is_number(value: Any) -> bool:
 
 
 class Facts:
-    """Facts about the schemas of one document. Uncertain answers are False or None; so are those that take too long.
+    """Facts about the schemas of one document. Uncertain answers are False or None, also if the search takes too long.
 
     Args:
         taker: returns, for a pattern, a function that checks whether the pattern is found in a text.
@@ -180,7 +180,7 @@ class Facts:
         """Return whether certainly no value matches both.
 
         Args:
-            one, other: schemas that must hold together; see `parts`.
+            one, other: two lists of schemas; those of one list must hold together, see `parts`.
             depth: depth of the recursion.
         """
         self._looks += len(one) + len(other)

@@ -212,7 +212,7 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
         values = (each for each in json_facts.values_of(whole) or () if isinstance(each, str) and takes(each))
         own["properties"] = {**dict.fromkeys(values, rest), **own["properties"]}
     elif rest not in (True, {}) and len(wrong) < len(named):
-        raise _no_names(at)  # the pattern also matches named properties, which must not get the schema of the others
+        raise _no_names(at)  # the pattern also matches named properties, whose schema is a different one
     else:
         own["patternProperties"] = {_one_pattern(whole, at): rest}
     return None

@@ -179,7 +179,7 @@ def _above(_: Any, schema: Schema) -> list[Schema]:
 
 
 def _not_bounds(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
-    """Return the opposite of bounds. If a side has two numbers, only the first keyword's function handles them."""
+    """Return the opposite of bounds. With minimum and exclusiveMinimum, only minimum's function returns schemas."""
     plain, broken = ("minimum", _below) if keyword.endswith("inimum") else ("maximum", _above)
 
     def breaks(value: Any, schema: Schema) -> list[Schema]:

@@ -4,7 +4,7 @@
 - Each additional pattern on the same text may double the work. The compiler makes one expression of all patterns that
   `allOf`, or a `$ref` next to other keywords, applies to a text, and it has no limit for this work. The number of these
   patterns is estimated: inside such schemas, patterns are counted together if they apply to properties with the same
-  name, to elements of arrays, or to keys without a name; the last group is added to every name.
+  name, to elements of arrays, or to unnamed keys; patterns of unnamed keys count for every name, too.
 - With endless recursion, generation would continue until the context is full.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Check JSON schemas before they are compiled: refuse constraints that cannot be guaranteed, or are too costly.
 
-A schema is first rewritten in llguidance's keywords (`json_cases`). This module checks their values: numbers that are
+A schema is first rewritten in llguidance's keywords (`json_cases`). Then this module finds numbers that would be
 rounded, keys that could be spelled in two ways or appear twice, and schemas whose compilation takes unbounded time or
 memory or overflows the stack. All limits were measured: a schema at one of these limits compiles in at most a second.
 """
@@ -76,8 +76,9 @@ class Compilable(NamedTuple):
 
     Attributes:
         schema: the schema in llguidance's keywords.
-        any_escape: whether texts may have `\\u` escapes: of any character, or with a pattern of control characters.
+        any_escape: whether texts may have `\\u` escapes (in a text with a pattern, of control characters only).
         remarks: remarks for the user.
+        compared: whether array elements must be compared during generation, see `unique_items`.
     """
 
     schema: dict[str, Any]

@@ -97,7 +97,7 @@ class LarkShape:
         return [other for other in self._refers[name] if other in self._refers]
 
     def _circles(self) -> Iterator[list[str]]:
-        """Yield cycles of rules; referred rules before the rules that refer to them (Tarjan, without recursion)."""
+        """Yield strongly connected sets of rules, each after the sets that it refers to (Tarjan, without recursion)."""
         found: dict[str, int] = {}
         lowest: dict[str, int] = {}
         waiting: list[str] = []
@@ -187,7 +187,7 @@ def is_token(piece: str) -> bool:
 
 
 def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
-    """Return the grammar of a JSON schema, which may be changed.
+    """Return the grammar of a JSON schema, which is rewritten by `compilable_schema`.
 
     Args:
         name: name of the grammar.

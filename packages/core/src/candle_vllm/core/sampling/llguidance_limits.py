@@ -52,8 +52,8 @@ def limits() -> LLParserLimits:
 def check_time(name: str, text: str) -> None:
     """Refuse grammars that llguidance would compile for too long.
 
-    Its limits do not count work for the first byte of a terminal, where it intersects large regular expressions of a
-    user's grammar. Patterns of a schema follow a quotation mark, so that they are not affected.
+    llguidance's limits do not count its work on the first byte of a terminal, for which it intersects large regular
+    expressions of a user's grammar. Patterns of a schema follow a quotation mark, so that they are not affected.
     """
     meets = "&" in text or "~" in text
     if meets and (len(text) > _FEW or _COUNTED.search(text)) and not _ends_in_time(text):

@@ -24,7 +24,7 @@ MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_LOGPROBS = 20  # alternatives reported per token
-MAX_BEAMS = MAX_LOGPROBS // 2  # of a beam search, which extends each by twice as many tokens; vLLM's default limit
+MAX_BEAMS = MAX_LOGPROBS // 2  # a search with w beams reads 2 w log-probabilities; as in vLLM by default
 MAX_NAMED_LOGPROBS = 128  # entries of logprob_token_ids, as in vLLM
 MAX_TOKEN_LIST = 4096  # entries of logit_bias, stop_token_ids, bad_words
 MAX_ALLOWED_TOKENS = 1_000_000
@@ -79,7 +79,7 @@ class RequestOutputKind(enum.IntEnum):
 
 class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
     ExplainedStruct,
-    frozen=False,  # msgspec allows it: what is given is kept in copies
+    frozen=False,  # fields may be assigned; engines keep copies
     kw_only=True,
     forbid_unknown_fields=True,
     omit_defaults=True,
@@ -326,7 +326,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
                 given[name] = defaults.get(name, float(value))
             elif isinstance(value, _OpenCount):
                 given[name] = defaults.get(name, int(value))
-        return replace(self, **given) if given else copy.copy(self)  # which validates nothing again
+        return replace(self, **given) if given else copy.copy(self)  # `copy` does not validate again
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

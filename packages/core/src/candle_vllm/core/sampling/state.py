@@ -47,8 +47,8 @@ class SamplingState:
         tokens: prompt and output so far. The scheduler may read the same list; `append` and `rollback` change it.
         reads_tokens: whether the host must know all earlier tokens before the next one is sampled.
         notes_tokens: whether `append` also updates counts, the grammar, thoughts or DRY.
-        may_edit: whether its logits may be edited at some position: by masks, bias, penalties or processors.
-        only_masks: whether only its grammar edits its logits.
+        may_edit: whether the sequence's logits may be edited at some position: by masks, bias, penalties or processors.
+        only_masks: whether only the grammar edits the sequence's logits.
         num_ahead: sampled tokens after `tokens` that the host does not know yet; above 0 only if steps overlap.
     """
 
@@ -107,7 +107,7 @@ class SamplingState:
         self._recent: RecentCounts | None = None
         self._mus = [2 * params.mirostat_tau]  # mirostat's mu of the tokens so far and of the next one
         self._chances: tuple[int, list[float]] = (0, [])  # a position, and XTC's random numbers from there on
-        if self.chain is not None:  # it applies these, and a dynamic temperature
+        if self.chain is not None:  # the chain applies these, and a dynamic temperature
             self.controls = (1.0 if params.dynatemp_range else self.controls[0], 0.0, 0.0, 1.0)
         self.dry = None if breakers is None else DryState(params, breakers, self.tokens)
         self.failure: str | None = None
@@ -203,7 +203,7 @@ class SamplingState:
     def rollback(self, count: int, thoughts: ThoughtCount | None = None) -> None:
         """Undo the last `count` calls of `append`.
 
-        `thoughts` is a copy of the count of reasoning tokens before them; None counts the output again.
+        `thoughts` is a copy of the count of reasoning tokens before these calls; None counts the output again.
         """
         if not count:
             return
@@ -327,7 +327,7 @@ class SamplingState:
 
 
 def uniforms_ahead(states: Sequence[SamplingState]) -> NDArray[np.float64]:
-    """Return the next random numbers [K, R] of R sequences; each sequence has computed at least K >= 1 of them."""
+    """Return the next random numbers [K, R] of R sequences: the K >= 1 that all sequences have computed."""
     left = [_uniforms_left(state) for state in states]
     if not all(left):
         _make_uniforms(states)  # one call for all sequences, which takes as long as for one

@@ -164,7 +164,7 @@ class ThoughtCount:
         self.spent = 0
         self._closing = self._limit.opened or ()  # closing mark of the current reasoning
         self._tail = b""  # end of the text, in which no mark was found yet
-        self._said: list[int] = []  # the last tokens of the current reasoning, as many as a mark may have
+        self._said: list[int] = []  # the last tokens of the current reasoning, enough for any mark
         self._forced: tuple[int, ...] = ()  # the tokens that are still to be forced
         self._decide()
 

@@ -24,7 +24,7 @@ class Compared(NamedTuple):
     """Array elements that must differ in the texts of a form.
 
     Attributes:
-        sites: the sites of the form's schema.
+        sites: the sites of the form's schema, see `unique_sites`.
         twin: the form's grammar over single bytes.
         start, end: marks of the reasoning before the form.
     """

@@ -31,11 +31,11 @@ _TWIN_WORDS = 9  # int32 words of a mask over single bytes and the few special t
 
 
 class Elements:
-    """The elements of one array as a trie of bytes; place 0 is the root, before an element.
+    """The elements of one array as a trie of bytes. A place is the index of a node; 0 is the root, before an element.
 
     Attributes:
         next: the child places of each place, by byte.
-        dead: whether all elements that a place can lead to exist.
+        dead: for each place, whether all elements that it can lead to exist already.
         fractions: whether the elements may be numbers with fractions.
     """
 
@@ -107,7 +107,7 @@ class Unrepeated:
         self._tokens = neighbours
         self._stack: list[_Frame] = []
         self._site = sites.root  # site of the current or next value
-        self._mode = "value"  # or key, colon, string, name, after
+        self._mode = "value"  # or key, colon, string, name (a number or literal), after
         self._escaped = False
         self._key: bytearray | None = None  # the key, if the current string is a key
         self._place = 0  # place of the current element

@@ -78,7 +78,7 @@ class Neighbours:
         return self._outside[mode]
 
     def in_string(self, *, escaped: bool, element: bool) -> NDArray[np.int32]:
-        """Return a mask [words] of the tokens that may come in a string, after a backslash if `escaped`."""
+        """Return a mask [words] of tokens allowed in a string; `element`: of an array; `escaped`: after a backslash."""
         return self._string[escaped, element]
 
     def not_going_on(self, mode: str) -> NDArray[np.int32]:
@@ -94,7 +94,7 @@ class Neighbours:
         first = bisect_left(self._texts, said, *span)
         if first == span[1] or not self._texts[first].startswith(said):
             return None
-        most = said.rstrip(b"\xff")  # its last byte plus 1 is the next text without this beginning
+        most = said.rstrip(b"\xff")  # with its last byte plus 1 it follows all texts with this beginning
         last = bisect_left(self._texts, most[:-1] + bytes([most[-1] + 1]), first, span[1]) if most else span[1]
         return first, last
 
@@ -158,7 +158,7 @@ def _opens_text(text: bytes, mode: str) -> bool:
 
 
 def _opens(text: bytes, start: int = 0) -> bool:
-    """Return whether an array opens after `start`; it may have an element with a comma after it."""
+    """Return whether an array opens after `start` and a comma follows, which may end its first element."""
     return 0 <= text.find(b"[", start) < text.rfind(b",")
 
 
