@@ -33,7 +33,7 @@ def deep_stacks() -> Iterator[None]:
 
 
 LOADING_THREADS: ContextVar[int | None] = ContextVar("LOADING_THREADS", default=None)
-"""Number of threads that convert one tensor, if set; each new thread has its own value."""
+"""Number of threads that convert one tensor, if set; a new thread starts without a value."""
 
 LOADED_PART: ContextVar[object] = ContextVar("LOADED_PART", default=None)
 """Key of the part of a model that this thread loads; it is the same when the part is loaded again."""
@@ -205,7 +205,7 @@ def _freeze_objects() -> None:
         gc.freeze()
 
 
-AT_EXIT: dict[threading.Thread, Callable[[], None]] = {}  # writers of files, and how to end them before `os._exit`
+AT_EXIT: dict[threading.Thread, Callable[[], None]] = {}  # file-writing thread -> its end before `os._exit`
 
 
 def process_state(pid: int) -> tuple[str, float] | None:

@@ -106,7 +106,7 @@ class OpenAIAdapter(ExplainedAttributes):
             images: allowed sources of images; None allows only images inside the request.
 
         Raises:
-            ConfigError: no format has the name of a parser, or a default of the model or of its template is invalid.
+            ConfigError: the name of a parser is unknown, or a default of the model or of its template is invalid.
         """
         info = engine.model_info
         self._engine = engine
@@ -169,7 +169,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return self._engine.model_info.max_images
 
     async def try_picture(self, data: bytes) -> None:
-        """Raise `RequestError` if the model cannot read an image file (its bytes) in the result of a tool."""
+        """Raise `RequestError` if the model cannot read an image file, given as bytes, in a tool's result."""
         await self._work.look(self._preparation.try_picture, data)
 
     async def tokens_of(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -374,7 +374,7 @@ class OpenAIAdapter(ExplainedAttributes):
 
         if task.beam_penalty is None:
             return submit(prompt, params, request_id, watcher=self._watcher, **more)
-        from candle_vllm.openai.beams import beam_stream  # imported here because few requests search
+        from candle_vllm.openai.beams import beam_stream  # imported here because few requests use it
 
         info = RequestInfo(request_id, "generate", prompt, params, self._engine.detokenize, more.get("lora_request"))
         with watched_submit(self._watcher, info) as watch:

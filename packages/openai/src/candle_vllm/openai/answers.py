@@ -205,7 +205,7 @@ def _longer(known: int | None, start: float | None, end: float | None) -> int | 
 
 
 class AnswerReader:
-    """Outputs of all choices of one request -> events.
+    """Converts the outputs of all choices of one request to events.
 
     Choice `i * sequences + j` is sequence `j` of prompt `i`.
 
@@ -294,7 +294,7 @@ def _check_output(output: TokenOutput, paths: Paths) -> None:
     if output.finish_reason is FinishReason.ERROR:
         if output.error_kind == "request":
             with paths.blamed():
-                field = "model" if output.error_param == "lora_request" else output.error_param  # an adapter's name
+                field = "model" if output.error_param == "lora_request" else output.error_param  # requested as model
                 raise RequestError(output.error or "the request was aborted and cannot be continued", field)
         raise GenerationFailedError(output.error or "the engine gave no reason")
     if output.finish_reason is FinishReason.ABORT:

@@ -19,7 +19,7 @@ from candle_vllm.core.vllm.beam_search import Beam, BeamSearch, BeamSearchParams
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.serving import WorkerThreads
 
-_PAUSE = 0.01  # seconds between attempts
+_PAUSE = 0.01  # seconds between attempts to submit a step
 _Submit = Callable[[Sequence[int], SamplingParams, str], TokenStream]
 
 

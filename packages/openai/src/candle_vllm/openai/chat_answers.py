@@ -60,7 +60,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
     def _written(self, event: Event) -> Chunk | None: ...
 
     def _counts(self, usage: Usage | Progress) -> Chunk | None:
-        """Return the chunk of counts: a report of progress, or the final usage; others go into later chunks."""
+        """Return a chunk for a report of progress or the final usage; other counts go into later chunks."""
         if isinstance(usage, Progress):
             beside = {} if self._timings is None else {"timings": wire_timings(usage.usage)}
             choice = replace(self._empty, index=usage.choice)
@@ -233,7 +233,7 @@ def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  
 
 
 def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int | None = None) -> wire.Timings:
-    """Convert counts and times to llama.cpp's form; without times, the ones of `usage`."""
+    """Convert counts and times to llama.cpp's form; a time that is None is that of `usage`."""
     prompt, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
     prompt_ms = usage.prompt_ms or 0 if prompt_ms is None else prompt_ms
     predicted_ms = usage.completion_ms or 0 if predicted_ms is None else predicted_ms

@@ -51,11 +51,11 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        """Return the prompt with the placeholders of its images, and the preprocessed images."""
+        """Return the prompt with its image placeholders expanded, and the preprocessed images."""
         ...
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """Render messages of the form that the model's template needs; the arguments are those of `ChatTemplate`."""
+        """Render messages in the form that the template needs; the arguments are those of `ChatTemplate.render`."""
         ...
 
     def stream(

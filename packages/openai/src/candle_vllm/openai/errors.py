@@ -64,7 +64,7 @@ class ModelNotServedError(RequestError):
 
 
 class GenerationFailedError(CandleVllmError):
-    """The engine failed on this request; its message is for the log, not for the client."""
+    """The engine failed on this request; the error's message is for the log, not for the client."""
 
 
 class ErrorResponse(NamedTuple):

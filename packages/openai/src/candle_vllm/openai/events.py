@@ -124,7 +124,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress(_OfChoice, frozen=True):
-    """A part of the prompt has been computed; if requested, before the choice begins.
+    """A part of the prompt has been computed; sent, if requested, before the choice begins.
 
     Attributes:
         head: fields of the whole answer.

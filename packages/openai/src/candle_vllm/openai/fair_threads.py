@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 MOST_WAITING = 60.0  # maximum number of seconds for which a request waits for a thread
 BIG = 64 << 10  # bytes; the steps of larger requests run one at a time
-MAX_STEPS = 4096  # requests that wait for their next step
+MAX_STEPS = 4096  # maximum number of waiting jobs of each kind, see `apart`
 
 asker: ContextVar[str] = ContextVar("asker", default="")
 """The caller of the current request, as the label of an API key; empty on a server that does not distinguish callers.
@@ -128,7 +128,7 @@ class _Job(NamedTuple):
 
 
 class FairThreads:
-    """A few threads, and a queue of jobs in which askers take turns; one asker uses at most half of them, or one.
+    """A few threads, and a queue of jobs in which askers take turns; one asker uses at most half of the threads, or one.
 
     A thread is busy until its job ends, even if nobody waits for the result any more.
 
@@ -205,7 +205,7 @@ class FairThreads:
                 job = self._waiting.take(self._has_room)
                 if job is None:
                     return
-                if time.monotonic() >= job.until:  # the event loop was too busy for its timeout
+                if time.monotonic() >= job.until:  # the event loop was too busy to cancel the job in `run`
                     job.result.cancel()
                 elif job.result.set_running_or_notify_cancel():
                     self._running[job.asker] += 1

@@ -45,7 +45,7 @@ Script = Pieces | Callable[[str], Pieces]
 
 
 class TemplateCall(NamedTuple):
-    """Arguments of one rendering."""
+    """Arguments of one `render_messages` call."""
 
     messages: list[dict[str, Any]]
     options: dict[str, Any]
@@ -165,11 +165,11 @@ class ScriptedEngine(ScriptedVectors):
         """Ignore the callback: a scripted engine does not die."""
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return bytes as token ids."""
+        """Return the bytes of the text as token ids, by default after the beginning token."""
         return self.tokenizer.encode(text, add_special_tokens)
 
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt:
-        """Make an infill prompt like an engine, with the marks among its special tokens."""
+        """Make an infill prompt as the real engine does; the infill marks must be in `special_tokens`."""
         marks = infill_marks(self.tokenizer.special_tokens.get, {})
         return infill_prompt(self.tokenizer, marks, prefix, suffix)
 
@@ -178,7 +178,7 @@ class ScriptedEngine(ScriptedVectors):
         return self.tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
 
     def token_names(self, token_ids: Sequence[int]) -> list[str]:
-        """Name tokens by their bytes in hexadecimal digits, which are not their texts."""
+        """Return each token's bytes in hexadecimal, so that its name differs from its text."""
         return [self.tokenizer.token_bytes(token).hex() for token in token_ids]
 
     def reset_prefix_cache(self) -> None:
@@ -212,7 +212,7 @@ class ScriptedEngine(ScriptedVectors):
         )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """Render ChatML; append tool calls to their message as JSON; only the two generation options have an effect."""
+        """Render ChatML, calls as JSON; only `add_generation_prompt` and `continue_final_message` have an effect."""
         variables = options.pop("chat_template_kwargs", None) or {}
         return self.render_messages(messages, **options, **variables)
 
@@ -228,7 +228,7 @@ class ScriptedEngine(ScriptedVectors):
         return text + ("<|im_start|>assistant\n" if options.get("add_generation_prompt", True) else "")
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compile the grammar for the byte tokenizer; raise the engine's errors. Scripts are not constrained by it."""
+        """Compile the grammar for the byte tokenizer; raise the real engine's errors. It does not constrain scripts."""
         self._grammars.compile(params)
 
     def stream(
@@ -242,7 +242,7 @@ class ScriptedEngine(ScriptedVectors):
         watcher: RequestWatcher | None = None,
         lora_request: Sequence[tuple[LoRARequest, float]] = (),
     ) -> TokenStream:
-        """Check the request and return its stream; raises the real engine's errors, or the scripted error."""
+        """Check the request and return its stream; raises the real engine's errors, or `submit_error`."""
         params = (sampling_params or SamplingParams()).filled(self._default_sampling)
         request_id = request_id or uuid.uuid4().hex
         text, ids = read_prompt(prompt, sees="image" in self._info.modalities)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sequences of a `ScriptedEngine`, by the contract of the real engine."""
+"""Sequences of a `ScriptedEngine`, which follow the real engine's contract."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class ScriptedSequence:
         )
 
     def progress(self) -> list[TokenOutput]:
-        """Return the reports before the first step and after the prompt; seconds are made up."""
+        """Return two `PromptProgress` reports, before and after the prompt is computed; seconds are made up."""
         tokens = len(self._request.prompt_token_ids)
         reports = PromptProgress(self._num_cached, 0.0), PromptProgress(tokens, 0.25)
         return [replace(self._output(), progress=report) for report in reports]

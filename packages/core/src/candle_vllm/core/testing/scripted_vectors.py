@@ -43,8 +43,8 @@ class PoolingCall(NamedTuple):
 class ScriptedVectors:
     """The part of `ScriptedEngine` that returns vectors and scores.
 
-    A vector counts tokens by their id modulo `SIZE`; it may be truncated. A score is the cosine of two vectors, or for
-    a cross-encoder (`tasks=("score",)`) the share of the second text's tokens that are in the first.
+    A vector counts tokens by their id modulo `SIZE`; `dimensions` may truncate it. A score is the cosine of two
+    vectors, or for a cross-encoder (`tasks=("score",)`) the share of the second text's tokens that are in the first.
 
     Attributes:
         pooling_calls: every call, in order.
@@ -73,7 +73,7 @@ class ScriptedVectors:
     async def aembed(
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
     ) -> list[EmbeddingOutput]:
-        """Return the vector of every text; raises the real engine's errors, or the scripted error."""
+        """Return the vector of every text; raises the real engine's errors, `submit_error` or `failure`."""
         with self._watched("embed", inputs, call) as answered:
             texts = self._texts(inputs, params, call)
             plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
@@ -90,7 +90,7 @@ class ScriptedVectors:
     async def aclassify(
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
     ) -> list[ClassificationOutput]:
-        """Return the shares of every text's tokens by their id modulo the number of labels."""
+        """Return each label's share of a text's tokens; a token's label is its id modulo the number of labels."""
         with self._watched("classify", inputs, call) as answered:
             texts = self._texts(inputs, params, call)
             count, request_id = len(self.model_info.labels), call.get("request_id")

@@ -15,7 +15,7 @@ class ChatConventions(msgspec.Struct, frozen=True, kw_only=True):
     """Template and tokens that structure a conversation.
 
     Attributes:
-        chat_template: the template in use, several by name, or None.
+        chat_template: the template in use, a dict of templates by name, or None.
         special_tokens: name -> id of the tokens that structure a text and are not part of it.
         mark_ids: name -> id of the tokens in brackets, such as `<tool_call>`, that are part of the text.
         token_names: texts of `bos_token`, `eos_token` and so on, for templates.

@@ -273,5 +273,5 @@ def _cut_at_tag(text: str, ending: str) -> str:
             "continue_final_message",
         )
     place = text.rindex(tag)
-    # If the template trims messages, the tag's last space is missing; then the text before the tag is trimmed too.
+    # If the template trims messages, the tag's last space is missing; then trim the text before the tag as well.
     return text[:place] if text[place : place + len(_TAG)] == _TAG else text[:place].rstrip()

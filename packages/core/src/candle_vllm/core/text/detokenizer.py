@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 
-if TYPE_CHECKING:  # the settings import this module, and not the library of tokenizers
+if TYPE_CHECKING:  # settings import this module, and must not import the tokenizers library
     from candle_vllm.core.text.tokenizer import Tokenizer
 
 MAX_MARK = 1024  # characters
@@ -235,7 +235,7 @@ class StopScanner:
         self.idle = not found
         self._include_stop = include_stop
         self._held = ""
-        self._pending: tuple[int, str] | None = None  # a match that a mark may cancel: characters after it, stop
+        self._pending: tuple[int, str] | None = None  # (characters after it, stop string); a mark may cancel it
         self._names = dict[str, str]()  # special tokens in marks -> placeholder characters
         states = {"": _State(found, {}, {})}
         if marks is not None and found:
@@ -301,7 +301,7 @@ class StopScanner:
         return self._state is not self._answer or not (self._skips or self._fresh)
 
     def _ends(self, whole: str) -> str:
-        """Return the text before the stop string that was found."""
+        """Return the text up to the found stop string, which it includes if `include_stop` is set."""
         assert self._pending is not None
         back, stop = self._pending
         self.found, self._held, self._pending = stop, "", None

@@ -6,7 +6,7 @@ Each kind of tokenizer (`tokenizer.ggml.model`) gives the same token ids as llam
 - gpt2: byte-pair merges over GPT-2's byte alphabet, after the pre-tokenizer in `tokenizer.ggml.pre`;
 - gemma4: byte-pair merges over UTF-8 with U+2581 for spaces and <0xNN> for missing characters;
 - llama: SentencePiece's byte-pair model. Its merges are not stored, but every token that is the concatenation of two
-  tokens is a merge, and its score is its rank;
+  tokens is a merge, ranked by the token's score;
 - t5: SentencePiece's unigram model;
 - bert: WordPiece. The file marks the first token of a word with U+2581 and leaves the other tokens unmarked.
 """
@@ -96,7 +96,7 @@ def _added(vocab: gguf_vocab.GgufVocab, ids: set[int], *, special: bool) -> list
 
 
 def _frame(backend: Tokenizer, vocab: gguf_vocab.GgufVocab) -> None:
-    """Set BOS before and EOS after a prompt by the file; a pair has one BOS, as in BERT and llama.cpp."""
+    """Add BOS before and EOS after a prompt if the file says so; a pair of texts has one BOS, as in llama.cpp."""
     before = [vocab.ids["bos"]] if vocab.add_bos else []
     behind = [vocab.ids["eos"]] if vocab.add_eos else []
     if before or behind:

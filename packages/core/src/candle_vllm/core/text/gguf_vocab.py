@@ -256,7 +256,7 @@ def _halves(line: str) -> tuple[str, str]:
 
 
 def check_merges(vocab: GgufVocab) -> None:
-    """Raise the error for the first invalid merge; called only if the tokenizers library refused them: it is slow.
+    """Raise the error for the first invalid merge; slow, so called only if the tokenizers library refused them.
 
     Raises:
         InvalidFileError: a merge is not two tokens whose concatenation is a token.

@@ -18,7 +18,7 @@ class InfillMarks(NamedTuple):
 
     Attributes:
         prefix, suffix: marks that precede the text before the gap, and the text after it.
-        middle: token after both, where the answer begins; None if the answer follows the text directly.
+        middle: token after both texts, where the answer begins; None if the answer follows them directly.
         suffix_first: the suffix comes first in the prompt.
         ends: tokens that end the answer.
     """
@@ -67,7 +67,7 @@ def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]
     """Find the infill marks of a vocabulary; None for a model without infill training.
 
     Args:
-        token_id: returns the id of a token's text.
+        token_id: returns a token's id by its text, or None.
         named: ids in a GGUF file, by `GGUF_NAMES` and other names.
     """
     found = next(filter(None, (_by_names(one, token_id) for one in _KNOWN)), None) or _told(named)

@@ -3,7 +3,7 @@
 
 GGUF stores the pre-tokenizer's name, not its rules. Each entry lists regular expressions that are applied in order,
 each to the parts from the previous one; matches and the text between them become separate parts. The names, and which
-names share an entry, are those of llama.cpp; if the model's own tokenizer.json is known, its expression is used.
+names share an entry, follow llama.cpp; the expressions follow the model's own tokenizer.json where that is known.
 Syntax: Oniguruma, as in the `tokenizers` package.
 """
 
@@ -100,7 +100,7 @@ _DEEPSEEK_LLM = (
     r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+",
     r"\s+$",
     _HANGUL_HAN,
-    r"\p{N}",  # llama.cpp has \p{N}+, with the same tokens: DeepSeek's vocabulary has no longer numbers
+    r"\p{N}",  # llama.cpp has \p{N}+, with the same tokens: DeepSeek's vocabulary has only one-digit numbers
 )
 _AFMOE_SCRIPTS = (
     r"[\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{F900}-\x{FAFF}\x{3040}-\x{309F}\x{30A0}-\x{30FF}\x{FF65}-\x{FF9F}"

@@ -196,7 +196,7 @@ def prompt_texts(
 
     Args:
         method: name of the called method, to which `options` were given.
-        within: names of fields by the class that has them, for errors; see `unknown_name`.
+        within: names of fields by the class that has them, for errors; see `arguments.unknown_name`.
 
     Raises:
         TypeError: an option is unknown, and is not a variable of the template.
@@ -231,7 +231,7 @@ def needs_of(template: ChatTemplate) -> TemplateNeeds:
 
 
 def _texts(content: Any) -> list[str] | None:
-    """Return the texts of a content; None if it has parts that only the template knows."""
+    """Return the texts of a content; None if it has images, or parts that only the template knows."""
     if content is None:
         return [""]
     if isinstance(content, str):
@@ -273,7 +273,7 @@ def addresses_of(conversation: Sequence[Message], place: str = "messages") -> li
 
 
 def with_files(conversation: Sequence[Message], files: Iterable[bytes]) -> list[Message]:
-    """Replace the images with a URL in a conversation by the files of its `addresses_of`."""
+    """Return a conversation in which `files`, in the order of `addresses_of`, replace the images with a URL."""
     left = iter(files)
 
     def had(part: Any) -> Any:
@@ -349,7 +349,7 @@ def _check_message(place: str, message: Any, template: ChatTemplate | None, sees
 
 
 def _check_keys(place: str, given: Mapping[Any, Any], known: tuple[str, ...], words: set[str], what: str) -> None:
-    """Refuse keys that no template reads, unless they are empty: clients send answers back with empty keys."""
+    """Refuse keys that neither API nor template knows, except empty ones, which clients send back with answers."""
     for key, value in given.items():
         if key not in known and key not in words and value is not None and value != []:
             name = str(key)[:60]

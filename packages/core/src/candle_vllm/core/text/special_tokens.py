@@ -60,7 +60,7 @@ def end_of_turn_ids(ids: Mapping[str, int]) -> set[int]:
 
 
 def end_of_file_ids(ids: Mapping[str, int], given: Mapping[str, int]) -> set[int]:
-    """Return ids of padding, repository and file separators: those in the file, otherwise those found by their text."""
+    """Return ids of padding, repository and file separators: from `given`, a file's ids, otherwise by text."""
     found = set()
     for name, texts in END_OF_FILE:
         index = given.get(name, next((ids[text] for text in texts if text in ids), None))

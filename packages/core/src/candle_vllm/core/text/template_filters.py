@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Filters and functions that chat templates may use (step 3 of a request).
 
-Jinja's own filters, which first check the size of their arguments, and the three helpers that transformers adds.
+These are Jinja's own filters, which first check the size of their arguments, and transformers' three helpers.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _joined(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    # A marked filter has the context, the environment or the evaluation context as first argument, then the value.
+    # Jinja passes a marked filter the context, environment or evaluation context first, then the value.
     marked = hasattr(original, "jinja_pass_arg")
 
     @functools.wraps(original)
@@ -159,7 +159,7 @@ def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guarded_tests() -> dict[str, Callable[..., Any]]:
-    """Return Jinja's own tests; those that compare values measure them first."""
+    """Return Jinja's own tests; tests that compare values first check the size of the values."""
     return {name: _measured(test) if name in _COMPARING else test for name, test in tests.TESTS.items()}
 
 

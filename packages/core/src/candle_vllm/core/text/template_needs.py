@@ -191,7 +191,7 @@ _CITY, _OTHER_CITY = str(ARGUMENTS["city"]), str(OTHER_ARGUMENTS["city"])
 
 @dataclasses.dataclass(frozen=True)
 class TemplateNeeds:
-    """Features of a chat template. By default all are supported; `fit` and `fit_tools` rewrite the others.
+    """Features of a chat template; `fit` and `fit_tools` rewrite what it does not support, by default nothing.
 
     Attributes:
         writes_tools: the prompt contains the tools that a request offers.
@@ -478,7 +478,7 @@ def _parts(content: Any) -> Sequence[Any]:
 
 
 def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Split messages so that each has as many calls as the template supports, with its results and content."""
+    """Split messages with several calls, or with calls and content, if the template does not support them."""
     made = list[dict[str, Any]]()
     left = list(reversed(messages))
     while left:
@@ -504,7 +504,7 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
 
 
 def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], needs: TemplateNeeds) -> None:
-    """Move the content of a message with calls to a message before it, or to one of its turn with `roles_in_turn`.
+    """Move content of a message with calls to a new one before it; with `roles_in_turn`, to one of the same turn.
 
     Args:
         left: the messages after this one, in reverse order.
@@ -540,7 +540,7 @@ def _fitting_call(call: Mapping[str, Any], needs: TemplateNeeds) -> dict[str, An
 
 
 def _as_object(arguments: Any) -> dict[str, Any]:
-    """Convert arguments to an object: parse a text, also a truncated one; other values go under one key."""
+    """Convert arguments to an object: parse a text, also a truncated one; other values go under the key `INVALID`."""
     if isinstance(arguments, str):
         for text in (arguments, *_closed(arguments)):
             try:

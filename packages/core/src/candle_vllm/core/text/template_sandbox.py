@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The Jinja environment in which chat templates run (step 3 of a request).
 
-Jinja's immutable sandbox prevents a template from reaching into Python. This one also limits its time and memory: the
+Jinja's immutable sandbox prevents a template from reaching into Python. This sandbox also limits time and memory: the
 parsed template is rewritten so that every loop iteration, macro body, output, `~` and slice calls `Limits`, and
 operators, calls and filters pass through `template_limits`.
 """

@@ -114,7 +114,7 @@ def _wordpiece(step: dict[str, Any]) -> Callable[[str], bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's alphabet: printable Latin-1 characters are their own byte, the others begin at U+0100."""
+    """Return GPT-2's alphabet: printable Latin-1 characters are their own byte, the other bytes begin at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(value): value for value in printable}
     others = (value for value in range(256) if chr(value) not in alphabet)

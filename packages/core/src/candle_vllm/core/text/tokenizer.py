@@ -36,7 +36,7 @@ class Tokenizer:
         bos_token_id: the token that begins a text, or None.
         eos_token_ids: the tokens that end a turn, the vocabulary's own end-of-sequence token first.
         special_tokens: texts of special tokens by their names in templates: `bos_token`, `eos_token` and others.
-        chat_template: the template in the tokenizer's files, several by name, or None.
+        chat_template: the template in the tokenizer's files, a dict of templates by name, or None.
         response_template: `response_template` of tokenizer_config.json: how a model formats its answers; or None.
         strips_leading_space: a text begins without the space of its first token (SentencePiece).
         longest_token: number of characters in the longest token text.
@@ -45,7 +45,7 @@ class Tokenizer:
 
     Args:
         backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: see above.
-        named_ids: a GGUF file's token ids by its own names for them, such as `fim_pre`; used to find infill marks.
+        named_ids: a GGUF file's special token ids by name, such as `fim_pre`; used to find infill marks.
         tokens: every token's text and id, if the caller has them: reading them from `backend` is slow.
     """
 
@@ -138,7 +138,7 @@ class Tokenizer:
 
         Raises:
             InvalidParameterError: the text has half a surrogate pair.
-            InvalidFileError: the vocabulary lacks a token that it needs for this text.
+            InvalidFileError: the vocabulary lacks a token that this text needs.
         """
         return self.encode_batch([text], add_special_tokens, parse_special=parse_special)[0]
 

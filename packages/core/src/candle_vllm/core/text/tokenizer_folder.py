@@ -109,7 +109,7 @@ def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
     """Load tiktoken.model of Kimi K2.5: a line for each token, its bytes in base64 and its rank.
 
     The adjacent pair that forms the token of lowest rank is merged; so every split of a token into two is a merge.
-    The ids after the ranks are those of tokenizer_config.json, or reserved. Source: Kimi's `TikTokenTokenizer`.
+    Ids after the ranks belong to tokens of tokenizer_config.json, or are reserved. Source: Kimi's `TikTokenTokenizer`.
     """
     path = folder / "tiktoken.model"
     if config.get("tokenizer_class") != "TikTokenTokenizer":
@@ -228,7 +228,7 @@ def _content(value: Any) -> Any:
 def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], folder: Path) -> None:
     """Add the tokens of the other files to those of tokenizer.json, and set the flags of all tokens.
 
-    A token is special if any file says so, and special tokens are found in the text before normalisation.
+    A token is special if any file says so. A special token that is `_torn` is found before normalisation.
     """
     path = folder / "tokenizer_config.json"
     before = {token.content: token for token in backend.get_added_tokens_decoder().values()}
@@ -292,7 +292,7 @@ def _torn(backend: Backend, text: str) -> bool:
 def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path: Path) -> None:
     """Change the tokens that tokenizer.json puts around a prompt if add_bos_token or add_eos_token contradicts it.
 
-    A key that is absent, or whose token has no name, has no effect. True adds the token to a side without tokens; false
+    A key that is absent, or whose token is unknown, has no effect. True adds the token to a side without tokens; false
     empties a side that has the token. Any other side is unchanged.
     """
     sides = _sides(backend)
@@ -318,7 +318,7 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path
 
 
 def _sides(backend: Backend) -> list[list[str]] | None:
-    """Return the tokens that tokenizer.json puts before and after a text; None for another kind of rule."""
+    """Return the tokens that tokenizer.json puts before and after a text; None if its rule is of another kind."""
     rule = backend.post_processor
     state = None if rule is None else msgspec.json.decode(rule.__getstate__())
     steps = [] if state is None else state.get("processors", [state])

@@ -342,7 +342,7 @@ class ImageSources:
 
 
 def _add(counted: Counter[str], who: str, size: int, most: int, what: str) -> None:
-    """Count bytes: any number at first, then at most `most` in all, and half of it for a client that has bytes."""
+    """Count bytes: any number while the sum is 0, else up to `most`, and half of it for a client that has bytes."""
     total = counted.total()
     if size > 0 and total and (total + size > most or (who and counted[who] and counted[who] + size > most // 2)):
         raise EngineOverloadedError(f"{what} take {total >> 20} MB: try again later")
@@ -424,7 +424,7 @@ def _waited(work: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
 
 
 def _opened_below(folder: Path, path: Path) -> int:
-    """Open a resolved path folder by folder, without following links that were made since; raises OSError for a link.
+    """Open a resolved path folder by folder; raises OSError for a link, which was made after the path was resolved.
 
     O_NONBLOCK: opening a pipe would otherwise wait for a writer.
     """

@@ -195,7 +195,7 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
     `url` or `base64`) and of vLLM (`image_pil`). Nothing is fetched: see `part_address`.
 
     Raises:
-        InvalidParameterError: the part has no image, or a URL of another machine.
+        InvalidParameterError: the part has no image, an unreadable one, or a URL that is no data URL.
     """
     found = [
         part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None
@@ -380,7 +380,7 @@ def _bare_jpeg(data: bytes) -> _File:
 
 
 def _bare_gif(data: bytes) -> _File:
-    """Keep the screen, the last control block and everything from the first image on. Source: GIF89a, 18 to 26."""
+    """Keep the screen, the first image's control block and everything from this image on. Source: GIF89a, 18 to 26."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + ((6 << (flags & 7)) if flags & 128 else 0)
     screen, control = data[:at], b""

@@ -47,7 +47,7 @@ class Cut(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Number of tiles: those of the grid, and one more for the whole image."""
+        """Number of tiles: the grid's tiles, and one more for the whole image."""
         return self.rows * self.columns + 1
 
     def cells(self, size: int) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
 class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Idefics3 and SmolVLM: a grid of square tiles, row by row, followed by the whole image as one tile.
 
-    The image is resized twice: its longer side to `longest` (even if it is smaller), then both sides to whole tiles.
+    The image is resized twice: its longer side to `longest`, also if that enlarges it, then both sides to whole tiles.
 
     Attributes:
         longest: pixels of the longer side.
@@ -130,7 +130,7 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return made
 
     def _first(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width for a longer side of `longest`; the other is even. `_MOST_SIDE` limits both."""
+        """Return height and width for a longer side of `longest`; the other side is even. `_MOST_SIDE` limits both."""
         ratio = width / height
         if width >= height:
             width = self.longest
@@ -264,7 +264,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def most_cells(self) -> int:
-        """Upper bound of an image's cells; sides that are rounded up, or to at least one cell, exceed `most` pixels."""
+        """Upper bound of an image's cells; with sides rounded up, or to one cell, an image may exceed `most` pixels."""
         if self.fills:
             return self.most // self.cell**2
         return self.most // self.cell**2 + (self.longest + math.isqrt(self.most)) // self.cell + 2
@@ -282,7 +282,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return np.asarray(PIL.Image.fromarray(picture.pixels).resize((width, height), resample))[None]
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """Return both sides rounded to whole cells, half cells to even numbers; outside the bounds they are scaled."""
+        """Return both sides in whole cells, halves rounded to even; an image outside the bounds is scaled first."""
         if self.fills:
             grown = math.sqrt(self.most / (height * width))
             rows, columns = (math.floor(grown * side / self.cell) for side in (height, width))
@@ -307,7 +307,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Llama 4: tiles of a canvas on which the image stands at the top left, followed by the whole image.
 
-    The scale of a canvas is the factor by which the image would fill it. The canvas with the smallest scale of at
+    The scale of a canvas is the factor that fits the image into it. The canvas with the smallest scale of at
     least 1 is used, otherwise the one with the largest scale; of several, the one with the fewest tiles. The image is
     not enlarged, except to a side of one tile. An image whose canvas is one tile has only that tile.
 
@@ -488,7 +488,7 @@ def budget_rule(fields: Fields, patch: int, cell: int) -> AreaRule:
 
 
 def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return cell indices, window by window of `side` x `side` cells (fewer at edges), and the cells per window."""
+    """Return cell indices, window by window of `side` x `side` cells (fewer at edges), and each window's cell count."""
     row, column = np.indices((rows, columns)).reshape(2, -1)
     window = row // side * -(-columns // side) + column // side
     return np.argsort(window, kind="stable"), np.bincount(window)
@@ -555,7 +555,7 @@ def patch_rows(
         normalisation: normalisation of the pixels.
 
     Returns:
-        Patches [N * P, 3 * patch * patch], channels before pixels, and row and column of each in its tile [N * P, 2].
+        Patches [N * P, 3 * patch * patch], channels before pixels; each patch's row and column in its tile [N * P, 2].
     """
     count, height, width, _ = tiles.shape
     grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)

@@ -128,7 +128,7 @@ class VisionInput:
         return expanded, tuple(inputs)
 
     def _join(self, ids: list[int], more: Sequence[int]) -> None:
-        """Append `more` to `ids`; line breaks at the border become the tokens that they are in one text."""
+        """Append `more` to `ids`; line breaks at the border are tokenized as in one text."""
         count, place, breaks = 0, 0, self.breaks
         if ids and more and ids[-1] in breaks and more[0] in breaks:
             while ids and ids[-1] in breaks:

@@ -36,7 +36,7 @@ class Translated:
         config: settings of the engine.
         pooling: default pooling parameters of a call.
         quantization: given quantization method of the checkpoint; None if not given.
-        generation: defaults of requests that replace the defaults in the model's files; None to keep these.
+        generation: defaults of requests that replace the defaults in the model's files; None keeps the files' defaults.
         sampling: defaults of requests that override all others.
     """
 
@@ -96,7 +96,7 @@ def check_quantization(said: str | None, stored: str | None) -> None:
 
 
 class EngineArgs:
-    """Stored arguments of `LLM` and `AsyncLLM`; `vars` returns the given ones.
+    """Stored arguments of `LLM` and `AsyncLLM`; `vars` returns the given arguments.
 
     Args:
         model: as in `InferenceEngine`.

@@ -28,7 +28,7 @@ class AsyncLLM:
     """Model for concurrent requests in an event loop, with vLLM's names.
 
     Args:
-        model, arguments: as for `LLM`. Loading blocks the event loop: construct it before, or in a worker thread.
+        model, arguments: as for `LLM`. Loading blocks: construct it before the loop runs, or in a thread.
 
     Attributes:
         engine: the engine.
@@ -40,7 +40,7 @@ class AsyncLLM:
     def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
         self._opened = llm.Opened.of(model, arguments)
         self.engine = self._opened.engine
-        self._adapter_names: dict[int, str] = {}  # names of added adapters by vLLM's numbers
+        self._adapter_names: dict[int, str] = {}  # names of added adapters by `lora_int_id`
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
@@ -68,7 +68,7 @@ class AsyncLLM:
         Args:
             request_id: id for `abort`; unique among the running requests.
             priority: priority of the request; lower values run first.
-            lora_request: its adapter, or pairs of adapters and scales (`enable_lora`).
+            lora_request: adapter of the request, or pairs of adapters and scales (`enable_lora`).
             trace_headers, data_parallel_rank: refused.
 
         Raises:
@@ -164,7 +164,7 @@ class AsyncLLM:
         return name is not None and await asyncio.to_thread(self.engine.remove_lora, name)
 
     async def list_loras(self) -> set[int]:
-        """Return the numbers of the adapters that were added with a number; `engine.list_loras` returns more."""
+        """Return the numbers of the adapters that were added with a number; `engine.list_loras` returns all."""
         known = {each.name for each in await asyncio.to_thread(self.engine.list_loras)}
         return {number for number, name in self._adapter_names.items() if name in known}
 
@@ -230,7 +230,7 @@ class _Telling:
         return [] if self._asked else None
 
     def take(self, piece: TokenOutput) -> outputs.RequestOutput | None:
-        """Return the output for a `TokenOutput`, or None."""
+        """Return the output for a `TokenOutput`; None if `kind` is FINAL_ONLY and a sequence has not ended."""
         whole = self._so_far[piece.index]
         if self._kind is RequestOutputKind.DELTA:
             whole = self._so_far[piece.index] = outputs.CompletionOutput(

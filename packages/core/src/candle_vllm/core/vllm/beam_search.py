@@ -93,7 +93,7 @@ class BeamSearchOutput:
 
 @dataclasses.dataclass
 class Beam:
-    """Tokens that continue a prompt, the end token included; in `logprobs` each is the chosen one."""
+    """Tokens that continue a prompt, the end token included; in `logprobs` each token is `chosen`."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """LLM: vLLM's class for programs without an event loop, over `InferenceEngine`.
 
-It differs from `InferenceEngine` as vLLM does: in names and outputs, in sampling defaults (without parameters, the
-model's own, otherwise temperature 1 over the whole vocabulary), and in the default of 16 tokens, also for a chat.
+It differs from `InferenceEngine` as vLLM does: in names and outputs, in sampling defaults (the model's own for a call
+without parameters, else temperature 1 over the whole vocabulary), and in the default of 16 tokens, also for a chat.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Defaults:
 
     Args:
         engine: the engine; its model's files may have defaults.
-        generation: defaults that replace the defaults of the files; None to keep these.
+        generation: defaults that replace the files' defaults; None keeps the files' defaults.
         sampling: values that override all other defaults.
     """
 
@@ -168,7 +168,7 @@ class LLM(ExplainedAttributes):
             mm_processor_kwargs: refused: the model's files and the engine's settings define how images are prepared.
 
         Raises:
-            RequestError: a prompt or parameter is invalid; its index is given in a list; no prompt has run then.
+            RequestError: a prompt or parameter is invalid, and none has run; for a list, the message has its index.
             CandleVllmError: the engine failed on a request, or was closed in the meantime.
         """
         refuse_given("generate", mm_processor_kwargs=mm_processor_kwargs)
@@ -343,7 +343,7 @@ class LLM(ExplainedAttributes):
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: None = None,
     ) -> list[ScoringRequestOutput]:
-        """Compute similarity scores of pairs of texts: one with one, one with each of many, or many with as many.
+        """Score the similarity of texts: one text with one, or with each of a list, or two lists of equal length.
 
         A cross-encoder reads both texts at once; other models compare their embeddings, see `EngineFront.score`.
 
@@ -371,7 +371,7 @@ class LLM(ExplainedAttributes):
     # ---- other methods -----------------------------------------------------------------------------------------------
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the default sampling parameters: the model's if its files have some, otherwise vLLM's."""
+        """Return the default sampling parameters: vLLM's, overridden by those in the model's files."""
         return self._opened.defaults.sampling_params()
 
     def reset_prefix_cache(self) -> bool:
@@ -511,7 +511,7 @@ def task_params(params: Any, pooling_task: str) -> Any:
 
 
 def pooled(made: Embedding | Classification) -> PoolingRequestOutput[PoolingOutput]:
-    """Convert an output of `embed` or `classify`; numbers for each of several vectors become rows."""
+    """Convert an output of `embed` or `classify`; several vectors become rows."""
     numbers, cached = (made.embedding, made.num_cached_tokens) if isinstance(made, Embedding) else (made.probs, 0)
     flat = np.array(numbers, np.float32)
     data = PoolingOutput(flat.reshape(made.vectors, -1) if made.vectors else flat)

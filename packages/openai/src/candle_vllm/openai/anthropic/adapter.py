@@ -117,7 +117,7 @@ def _worded(reading: Reading) -> Iterator[None]:
 
 
 class Reading(NamedTuple):
-    """A task, and the path of the request's message in which the task's last message begins."""
+    """A task, and the path of the first request message that became part of the task's last message."""
 
     task: Task
     last: str
@@ -213,7 +213,7 @@ _Kind = Literal["text", "thinking"]
 
 
 class EventWriter:
-    """Converts the events of one answer.
+    """Converts the events of one answer to Anthropic's events.
 
     One block is closed before the next begins. White space between blocks is omitted, because clients send blocks back
     in the next request, and this API refuses blank text blocks.

@@ -58,7 +58,7 @@ class OutputTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts. The prompt has `input_tokens` and `cache_read_input_tokens` together.
+    """Token counts. The prompt's tokens are `input_tokens` plus `cache_read_input_tokens`.
 
     Attributes:
         cache_creation_input_tokens: 0, because writing to the cache is not charged.

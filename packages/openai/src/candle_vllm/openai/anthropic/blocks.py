@@ -31,8 +31,8 @@ CacheControl = dict[str, Any]
 
 
 class TextBlock(WireModel):
-    """Text. `cache_control` has no effect, because every full block is cached; nor has `parsed_output`, which
-    Anthropic's client adds to the text of an answer.
+    """Text. `cache_control` has no effect, because every full KV block is cached; nor has `parsed_output`, which
+    Anthropic's client adds to an answer's text blocks.
     """
 
     type: Literal["text"]

@@ -139,7 +139,7 @@ class Metadata(WireModel):
 
 
 class PromptRequest(WireModel):
-    """Fields that set the prompt; both requests have them. None means absent."""
+    """Fields that set the prompt, common to `MessagesRequest` and `CountTokensRequest`. None means absent."""
 
     model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

@@ -75,7 +75,7 @@ def _is_search(value: Any) -> bool:
 
 
 def _run_by_the_client(value: Any) -> Any:
-    """Refuse tools that Anthropic executes, or defines without a schema, with a hint."""
+    """Refuse, with a hint, tools that Anthropic executes or whose schema it defines."""
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind != "custom" and not _is_search(value):
         if kind == "function":

@@ -73,7 +73,7 @@ def choose_layout(
         template: the chat template, or several by name.
         response_template: response template of the tokenizer (`tokenizer_config.json`).
         model_type: type in `config.json`, or a GGUF file's architecture.
-        chat_template: `template` if it is already compiled; otherwise it is compiled here.
+        chat_template: `template`, already compiled; if it is None, it is compiled here.
 
     Raises:
         ConfigError: no format has the name in the option.
@@ -151,7 +151,7 @@ def _first(
 
 
 def _with_answer_marks(row: ReasoningFormat, text: str, kind: str) -> ReasoningFormat:
-    """Return the format with the same marks and with answer marks, if the template or model type indicates it."""
+    """Return a format with the row's marks and answer marks, if the template or model type indicates it; else `row`."""
     for other in REASONING_FORMATS:
         indicated = kind in map(_plain, other.model_types) or any(hint in text for hint in other.hints)
         if indicated and other.answer and (other.open, other.close) == (row.open, row.close):

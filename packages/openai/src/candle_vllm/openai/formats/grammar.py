@@ -2,7 +2,7 @@
 """Grammar of the messages with tool calls that a model may write, from a row of `table` (step 2 of a request's life).
 
 In mode "required" a message is reasoning and calls. In mode "auto" it is free text, in which a call must follow the
-format after its opening mark. White space is allowed where models usually write it. `grammars` has the call formats.
+format after its opening mark. White space is allowed where models usually write it. Calls are written by `grammars`.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class _Message:
         return sequence(self._writer.mark(block.lead), block.rest)
 
     def _thoughts(self, behind: str = "") -> str:
-        """Return an expression of reasoning before calls or text; before a fence it ends as in `Writer.thought`."""
+        """Return an expression of reasoning before calls or text; if calls begin with a fence, see `Writer.thought`."""
         writer = self._writer
         thought = writer.thought if self._opening().startswith("`") else writer.until
         if self._open_close:
@@ -265,13 +265,13 @@ class _Message:
         return f"{sequence(writer.thought(self._open_close), main)} | TEXT" if self._open_close else main
 
     def _text(self, parts: Sequence[str], body: str) -> str:
-        """Return an expression of text with these parts, up to the message's end; reasoning there may be unclosed."""
+        """Return an expression of text with these parts, up to the message's end, where reasoning may be unclosed."""
         ends = [body, *(self._writer.trigger(begin, "TEXT", body) for begin in self._pairs)]
         lead = self._writer.rule(" | ".join(parts)) + "*" if parts else ""
         return self._writer.rule(sequence(lead, self._writer.rule(" | ".join(ends))))
 
     def _unmarked(self) -> tuple[str, str, str]:
-        """Return expressions of text up to a code fence, unmarked calls, and their beginnings; "" if not possible."""
+        """Return expressions of text up to a code fence, unmarked calls, and their beginnings; "" without them."""
         bodies = [self._form.bare, *(body for body in self._form.bodies if getattr(body, "known_only", False))]
         body = next((body for body in bodies if isinstance(body, (JsonCalls, Pythonic))), None)
         fenced = self._form.fenced is not None or _FENCE in self._form.opens

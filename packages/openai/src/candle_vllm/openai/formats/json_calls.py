@@ -200,7 +200,7 @@ class _ObjectReader:
         return (yield from read_value(reader, nowhere, self._stops))
 
     def _may_call(self) -> bool:
-        """Whether the object with this name may be a call, or must be ignored."""
+        """Whether the object may be a call by its name; a call of a `silent` name is parsed without events."""
         shape, tools = self._shape, self._calls.tools
         if self._name in tools:
             return True

@@ -52,7 +52,7 @@ def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
     next(run)
 
     def decoded(text: str) -> None:
-        nonlocal held  # receives runs of characters and whole escapes, one at a time
+        nonlocal held  # `text` is a run of characters or one whole escape
         if _LONE.fullmatch(text):  # a special token, which is plain text here
             whole, held = held, ""
             inner.feed((_LONE.sub("\ufffd", json.loads(f'"{whole}"')) if whole else "") + text)

@@ -26,15 +26,15 @@ _NOTHING = Markers(())
 def read_value(reader: Reader, sink: Sink, stops: Markers = _NOTHING) -> Need[bool]:
     """Parse one value, perhaps after white space, and pass its text to `sink`; return whether it is closed.
 
-    Outside of its strings, a marker of `stops` ends the value early, and is not consumed. Added brackets count as
-    closing.
+    Outside of its strings, a marker of `stops` ends the value early, and is not consumed. A value is also closed if
+    missing brackets were added.
     """
     yield from reader.skip_space()
     return (yield from _Value(reader, sink, stops).read())
 
 
 def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
-    """Parse a quoted string, and return its content; None without a quote, or if it is not closed within `most`."""
+    """Parse a quoted string, and return its content; None without a quote, or not closed in `most` characters."""
     quote = yield from reader.peek()
     if quote not in ('"', "'") or not quote:
         return None
@@ -138,7 +138,7 @@ class _Value:
         self._sink(text)
 
     def _escape(self) -> Need[bool]:
-        """Parse a backslash and the escaped character; an unknown escape means the character itself."""
+        """Parse a backslash and the escaped character; an unknown escape is plain text, with its backslash."""
         reader = self._reader
         if not (yield from self._ahead(2)):
             return False
@@ -157,7 +157,7 @@ class _Value:
         return True
 
     def _ahead(self, count: int) -> Need[bool]:
-        """Wait until that many characters can be read; consume the rest of a text that ends before."""
+        """Wait until `count` characters can be read; consume the rest of a text that ends before."""
         while len(self._reader.text) - self._reader.at < count:
             if self._reader.ended:
                 self._reader.at = len(self._reader.text)

@@ -71,7 +71,7 @@ class _TaggedCall(_Call[Tagged]):
         return self._value(quoted(key), schema, argument_kinds(self._tool.parameters, key))
 
     def _others(self, known: list[str], schema: Schema) -> str:
-        """Return the rule of entries with other names; their types follow from their texts, as in the parser."""
+        """Return the rule of additional entries; as in the parser, the text of a value determines its type."""
         names = " | ".join(quoted(key) for key in known)
         key = self._writer.terminal(f"{_FREE_KEY} & ~({names})" if names else _FREE_KEY)
         return self._writer.rule(sequence(SPACE, self._value(key, schema, ANYTHING)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A user's Lark grammar for the input of a custom tool: a text between marks, or a text in a JSON string.
+"""Rewrite a user's Lark grammar for a custom tool's input, which is a text between marks or in a JSON string.
 
 In a JSON string, strings and regular expressions are rewritten to match JSON's escapes, where a quote, a backslash and
 a line break are two characters each; rules are only renamed. Constructs that cannot be rewritten are refused.

@@ -36,8 +36,8 @@ class Notation:
         key, free_key: expressions of a given key, and of any key except the given ones.
         words: words for null, false and true.
         unkeyable: whether a key cannot be written.
-        ordered: whether entries are sorted by key, case-insensitively, as by Jinja's `dictsort`, or in the schema's
-            order.
+        ordered: whether entries are sorted by key, case-insensitively, as by Jinja's `dictsort`; otherwise they are in
+            the schema's order.
     """
 
     string: Callable[[Root, Branch], str]
@@ -248,7 +248,7 @@ def _single(value: str) -> str:
 
 
 def gemma(body: Gemma, context: Context) -> Block:
-    """Return the grammar of a name and an object."""
+    """Return the grammar of a call: a name and an object."""
     context.check_names()
     writer = context.writer
     notation = _gemma_notation(writer, body.quote)

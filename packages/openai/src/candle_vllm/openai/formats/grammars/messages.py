@@ -95,7 +95,7 @@ def _named(flow: Harmony, context: Context) -> str:
 
 
 def _written(flow: Harmony, context: Context, write: _Write) -> str:
-    """Return a header with the function's name, and a call in another format."""
+    """Return a header with the function's name, and a call in the format `flow.body`."""
     writer = context.writer
     parts = []
     for tool in context.tools:

@@ -22,10 +22,10 @@ _SEVERAL = ("anyOf", "oneOf", "allOf")
 class Guard:
     """Changes schemas so that no string in a value contains one of the given marks.
 
-    Keys that a schema does not name are plain names; an object with named properties has no other keys.
+    Keys that a schema does not name must match `_KEYS`; an object with named properties has no other keys.
 
     Args:
-        root: the schema that contains the schemas, for errors.
+        root: the schema of the tool's arguments, for errors.
         marks: texts that no string may contain.
     """
 
@@ -175,7 +175,7 @@ def scalar(writer: Writer, branch: Branch, *, python: bool = False) -> str | Non
 
 
 def json_value(writer: Writer, root: Root, branch: Branch, guard: Guard | None = None) -> str:
-    """Return a branch as JSON."""
+    """Return an expression of a branch's value as JSON; `guard` restricts strings in lists and objects."""
     plain = scalar(writer, branch)
     if plain is not None:
         return plain
