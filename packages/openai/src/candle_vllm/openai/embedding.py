@@ -402,7 +402,7 @@ def _base64(request: embeddings.EmbeddingRequest, vector: array[float]) -> str:
 def octets(
     request: embeddings.EmbeddingRequest, made: embeddings.EmbeddingList | embeddings.PooledList
 ) -> tuple[bytes, dict[str, str]]:
-    """Return the body and the headers of an answer in bytes."""
+    """Return the body and the headers of an answer with `encoding_format` bytes or bytes_only."""
     body, data, dtype = bytearray(), list[dict[str, Any]](), request.embed_dtype or "float32"
     told = {"embed_dtype": dtype, "endianness": request.endianness or "native"}
     for item in made.data:

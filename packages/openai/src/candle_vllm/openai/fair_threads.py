@@ -128,7 +128,7 @@ class _Job(NamedTuple):
 
 
 class FairThreads:
-    """A few threads, and a queue of jobs in which askers take turns; one asker uses at most half of the threads, or one.
+    """A few threads and a queue of jobs in which askers take turns; one asker uses half of the threads at most, or one.
 
     A thread is busy until its job ends, even if nobody waits for the result any more.
 

@@ -50,7 +50,7 @@ class FimRequest(WireModel):
     metadata: dict[str, Any] | None = None
 
     def task(self, defaults: Mapping[str, Any]) -> Task:
-        """Convert the request to a task; `defaults` are values, by name in `SamplingParams`, of absent fields."""
+        """Convert the request to a task; `defaults` are values, by name in `SamplingParams`, for absent fields."""
         given = sampling_values(self)
         if self.random_seed is not None:
             given["seed"] = self.random_seed

@@ -60,7 +60,7 @@ class ScriptedEngine(ScriptedVectors):
             either. A function is called once per sequence, so that answers can differ. The end token follows the
             script; with `ignore_eos` the script begins again.
         name, max_model_len, default_sampling, has_chat_template: shown in `model_info`.
-        submit_error: raised by `stream`, like the error of a full queue or a dead engine.
+        submit_error: raised for every request, like the error of a full queue or a dead engine.
         fail_after: number of a request's `TokenOutput`s before `failure`.
         failure: an exception is raised by the stream; a text ends every sequence with `FinishReason.ERROR`.
         failure_kind: kind of the error for a text.
@@ -75,7 +75,7 @@ class ScriptedEngine(ScriptedVectors):
     Attributes:
         requests: every accepted request, in order.
         aborted: ids of requests whose stream was closed before its end.
-        pausing: number of requests that wait in a pause before their next `TokenOutput`; their timeouts have begun.
+        pausing: number of requests in a pause before their next `TokenOutput`, while their timeouts run.
         template_calls: every rendered conversation.
         pictures: every image that `look` was given.
         chat_conventions: conventions like those of a model.

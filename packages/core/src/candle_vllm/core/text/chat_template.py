@@ -34,7 +34,7 @@ class ChatTemplate:
     "tool_use" is used when tools are given, "rag" when documents are, otherwise "default".
 
     Attributes:
-        supports_tools: the template reads `tools`.
+        supports_tools: a template reads `tools`, or is named "tool_use".
         source: the template's text, or texts by name.
         roles: roles that the template compares messages with.
         words: every attribute name and string in the template's code, among them the keys that it reads.

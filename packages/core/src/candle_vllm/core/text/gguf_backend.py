@@ -76,7 +76,7 @@ def marked_texts(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
 
 
 def _special_ids(vocab: gguf_vocab.GgufVocab, marked: set[int]) -> set[int]:
-    """Return the ids that are hidden from the text: control and unknown tokens, and tokens that end a turn."""
+    """Return the ids hidden from the text: control, unknown and end-of-turn tokens, without `VISIBLE_FRAME`."""
     hidden = {index for index in marked if vocab.types[index] != gguf_vocab.USER_DEFINED}
     texts = marked_texts(vocab)
     ends = end_of_turn_ids(texts)

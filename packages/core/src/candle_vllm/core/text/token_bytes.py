@@ -2,7 +2,7 @@
 """Convert tokens to bytes by the rules of the tokenizer's decoder (steps 3 and 9 of a request).
 
 The `tokenizers` package decodes lists of tokens to text, and cannot decode a single token that is half a character. The
-same rules for bytes have no such limit: the joined bytes of the tokens, decoded as UTF-8, are the text.
+same rules applied to bytes have no such limit: the joined bytes of the tokens, decoded as UTF-8, are the text.
 """
 
 from __future__ import annotations

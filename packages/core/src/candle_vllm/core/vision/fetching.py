@@ -191,7 +191,7 @@ class ImageSources:
             _add(self._held, who, size, MAX_HELD_BYTES, "image files of requests")
 
     def keep(self, images: Sequence[ImageInput]) -> None:
-        """Count preprocessed images until they are garbage-collected, after their requests.
+        """Count preprocessed images until they are garbage-collected, after their requests end.
 
         Raises:
             EngineOverloadedError: the preprocessed images in memory exhaust the limit.

@@ -2,9 +2,9 @@
 """Check image files of requests and decode them to pixels (before step 3).
 
 An untrusted file is parsed here before Pillow reads it: this checks its format, its size and its scans, and removes
-everything but the pixels: EXIF, ICC profiles, texts, comments and control blocks of further frames. So Pillow parses no
-metadata, and the cost of a file is bounded by its bytes and its pixels. Pillow's message about a damaged file may
-contain memory addresses and is not returned. Source of the limits: docs/vision.md (CVE-2026-22778 and others).
+EXIF, ICC profiles, texts, comments and control blocks of further frames. So Pillow parses no metadata, and the cost of
+a file is bounded by its bytes and its pixels. Pillow's message about a damaged file may contain memory addresses and is
+not returned. Source of the limits: docs/vision.md (CVE-2026-22778 and others).
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def _bare_png(data: bytes) -> _File:
     raise _too_many("chunks")
 
 
-_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xef\xfe])")  # 0xFF and any other byte belong to a scan's data
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xef\xfe])")  # 0xFF before any other byte is a scan's data
 _JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; all with Huffman coding
 _JPEG_PIXELS = frozenset({0xC4, 0xDA, 0xDB, 0xDD, 0xE0, 0xEE}) | _JPEG_FRAMES  # E0 and EE define the colour space
 _JPEG_DROPPED = frozenset({0xCC, 0xDC, *range(0xE1, 0xEE), 0xEF, 0xFE})

@@ -282,7 +282,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return np.asarray(PIL.Image.fromarray(picture.pixels).resize((width, height), resample))[None]
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """Return both sides in whole cells, halves rounded to even; an image outside the bounds is scaled first."""
+        """Return both sides in whole cells, halves rounded to even; outside the bounds the image is scaled."""
         if self.fills:
             grown = math.sqrt(self.most / (height * width))
             rows, columns = (math.floor(grown * side / self.cell) for side in (height, width))
@@ -307,9 +307,9 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Llama 4: tiles of a canvas on which the image stands at the top left, followed by the whole image.
 
-    The scale of a canvas is the factor that fits the image into it. The canvas with the smallest scale of at
-    least 1 is used, otherwise the one with the largest scale; of several, the one with the fewest tiles. The image is
-    not enlarged, except to a side of one tile. An image whose canvas is one tile has only that tile.
+    The scale of a canvas is the factor that fits the image into it. The canvas with the smallest scale of at least 1 is
+    used, otherwise the one with the largest scale; of several, the one with the fewest tiles. The image is not
+    enlarged, except to a side of one tile. An image whose canvas is one tile has only that tile.
 
     Attributes:
         tile: pixels of a tile's side.

@@ -48,7 +48,7 @@ class Translated:
 
 
 def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Translated:
-    """Translate vLLM's arguments and those of `EngineConfig`.
+    """Translate arguments: names of vLLM, or fields of `EngineConfig`.
 
     Raises:
         ConfigError: a value is invalid; the error names its argument.

@@ -168,7 +168,7 @@ class LLM(ExplainedAttributes):
             mm_processor_kwargs: refused: the model's files and the engine's settings define how images are prepared.
 
         Raises:
-            RequestError: a prompt or parameter is invalid, and none has run; for a list, the message has its index.
+            RequestError: a prompt or parameter is invalid; no prompt has run; for a list, the message has its index.
             CandleVllmError: the engine failed on a request, or was closed in the meantime.
         """
         refuse_given("generate", mm_processor_kwargs=mm_processor_kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Streamed arguments of a call -> JSON text of an object, valid at every moment (step 10 of a request's life).
+"""Streamed arguments of a call -> JSON text of an object that is never invalid (step 10 of a request's life).
 
 Anthropic's clients parse a call's input while it streams, and fail on invalid JSON, which models may generate. So names
 and strings at the top level of the object are sent as they arrive, and every other value when it is complete. If the

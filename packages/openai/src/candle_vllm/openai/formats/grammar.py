@@ -68,8 +68,8 @@ def tool_grammar(
         special: texts of the vocabulary's special tokens -> their ids.
         own: texts of ordinary tokens -> their ids; forced marks consist of these tokens, so that the next prompt, which
             has the same tokens, finds this answer in the cache.
-        loose: tools whose arguments may be any object; in mode "auto", so may the arguments of tools that are neither
-            strict nor have a grammar.
+        loose: tools whose arguments may be any object; in mode "auto", also all tools that are not strict and
+            have no grammar.
         always: whether calls are constrained in mode "auto" even if no tool is strict.
 
     Returns:

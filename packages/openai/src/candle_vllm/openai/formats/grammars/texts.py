@@ -185,7 +185,7 @@ def json_value(writer: Writer, root: Root, branch: Branch, guard: Guard | None =
 
 
 def edged(writer: Writer, body: str) -> str:
-    """Return a terminal of `body` with optional line breaks around it: one before it, and then maybe one after it."""
+    """Return a terminal of `body` alone, after a line break, or between two line breaks; the parser removes these."""
     if body == "TEXT":
         return body
     bare = writer.terminal(rf"{body} & ~/\n(?s:.*)/")
