@@ -67,7 +67,7 @@ class OpenAIAdapter(ExplainedAttributes):
 
     Requests are plain objects, or come from `parse_chat_request` and similar functions. Every method raises
     `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the engine accepts no
-    request, and `GenerationFailedError` if the engine fails later; `to_error` converts them to responses.
+    request, and `GenerationFailedError` if the engine fails on this one; `to_error` converts them to responses.
     `SyncOpenAIAdapter` is for programs without an event loop.
     """
 
