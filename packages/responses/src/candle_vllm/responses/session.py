@@ -146,7 +146,7 @@ class ResponsesSession(ExplainedAttributes):
         *,
         client_tools: Sequence[Mapping[str, Any]] = (),
     ) -> AsyncGenerator[Event, None]:
-        """Run as `run_conversation`, and yield events until `ConversationFinished`. Close the iterator to end it.
+        """Run as `run_conversation`, and yield events until `ConversationFinished`. Close the iterator to end the run.
 
         Without messages, the conversation continues where it ended: open calls first, then the model's next turn.
 

@@ -43,7 +43,7 @@ def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _with_operators_form(wire: Any, settings: RequestOptions) -> Any:
-    """Return the request with what the operator adds to every answer: token counts, names of tokens by their ids."""
+    """Return the request with what the operator adds to every answer: token counts, ids instead of tokens' texts."""
     if not isinstance(wire, GenerationFields):
         return wire
     added: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def json_answer(made: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 
 async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadline: float) -> Response:
-    """Answer a request whose body has been read, until `deadline` (`time.monotonic()`)."""
+    """Answer a request whose body has been read; `deadline` is a `time.monotonic()`."""
     begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
     mailbox_writer: MailboxWriter = request.app.state.mailbox_writer
     streams = bool(wire.stream)
@@ -176,7 +176,7 @@ async def answer_parsed_with(
     *,
     queued: bool = True,
 ) -> Response:
-    """As `answer_with`, for a request whose body has been read, until `deadline` (`time.monotonic()`)."""
+    """As `answer_with`, for a request whose body has been read; `deadline` is a `time.monotonic()`."""
     begin_generation(request.scope)
 
     async def work() -> Any:

@@ -149,7 +149,7 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the state for the server: a drain waits while `busy()` is true: work for clients that disconnected."""
+    """Yield the server's state: a drain waits while `busy()` tells that work for disconnected clients runs."""
     mailbox: Mailbox | None = app.state.mailbox
     store: ResponseStore | None = app.state.response_store
     background: Background | None = app.state.background

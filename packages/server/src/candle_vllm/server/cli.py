@@ -97,7 +97,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _write_nowhere() -> None:
-    """Redirect a standard output that fails to the null device, because it is flushed again at exit."""
+    """If standard output fails, redirect it to the null device, because it is flushed again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -48,7 +48,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     begin: Callable[[], Coroutine[Any, Any, None]] | None = None
-    """Coroutine function that runs from the start of the server."""
+    """Coroutine function that is started once the server listens."""
     beside: Callable[[], Coroutine[Any, Any, None]] | None = None
     """Coroutine function that runs while the server runs, and is cancelled when it ends."""
 

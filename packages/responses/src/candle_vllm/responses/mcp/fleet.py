@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Status of a server for a page or a log; nothing in it is secret.
+    """Status of an MCP server for a page or a log; nothing in it is secret.
 
     Attributes:
         name: name in the configuration.
@@ -32,7 +32,7 @@ class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
         server: name and version that the server reports, or None.
         protocol_version: negotiated protocol version, or None.
         instructions: instructions for the use of the server, or None.
-        tools: names that a model uses, of the last known list.
+        tools: names by which a model calls the tools of the last known list.
         notes: what was left out of the server's list of tools, and why.
         reconnects: number of connections after the first.
         log: last lines of the server's log.
@@ -56,7 +56,7 @@ class McpFleet:
 
     Args:
         configs: at most 64 servers with different names; disabled ones have a status but are not started.
-        registry: receives the servers' tools, and their new lists whenever they change.
+        registry: receives each server's tools, and its new list whenever its tools change.
         strict: whether a server that cannot be reached at the start is an error; otherwise it is tried again in the
             background, and its tools are added once it is connected.
 
@@ -136,7 +136,7 @@ class McpFleet:
             self.registry.replace(name, ())
 
     def _register(self, link: McpLink) -> None:
-        """Put a server's tools into the registry; `start` does this for all, in the configuration's order.
+        """Put a server's tools into the registry; no effect during `start`, which registers all in order at its end.
 
         The tools are part of the prompt, whose prefix is cached, so their order must not depend on timing.
         """

@@ -23,9 +23,9 @@ from candle_vllm.responses.mcp.server_values import OAuthClient
 if TYPE_CHECKING:
     from mcp.shared.auth import OAuthClientInformationFull, OAuthToken
 
-MAX_BODY = 10 * 1024 * 1024  # bytes of a response that is no event stream, and of one event
+MAX_BODY = 10 * 1024 * 1024  # maximum bytes of a response that is no event stream, or of one event in a stream
 _WRITE_SECONDS = 30.0
-_NOTICE_SECONDS = 10.0  # for the answer to a notification, which blocks all other messages in the SDK
+_NOTICE_SECONDS = 10.0  # for the answer to a notification; while the SDK awaits it, no other message is sent
 _LEAVE_SECONDS = 3.0  # for the answer to the request that ends a session
 _RESOLVE_SECONDS = 10.0
 _MAX_ADDRESSES = 4  # addresses of one name that are tried
@@ -34,7 +34,7 @@ _tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities b
 
 
 def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:
-    """Return a client for one connection, for public addresses only if required. Reads have no timeout here."""
+    """Return a client for one connection; `notes` sets the timeouts of reads that no caller limits."""
     headers = {"accept-encoding": "identity", **peer.config.headers}
     if isinstance(peer.config.auth, str):
         headers["Authorization"] = f"Bearer {peer.config.auth}"
@@ -56,7 +56,7 @@ def bare_address(url: str) -> str:
 
 
 def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
-    """Return the credentials of a server's requests besides its headers, or None.
+    """Return the credentials for requests to a server, in addition to the configured headers, or None.
 
     They are the user and password in its address (Basic), or an OAuth token, which is requested when the server asks
     for one, and again when it has expired.
@@ -65,7 +65,7 @@ def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
         return None
     if isinstance(config.auth, OAuthClient):
         with warnings.catch_warnings():
-            # without an issuer, the server decides who gets the secret, as the documentation of mcp.json says
+            # the SDK warns: without an issuer, the MCP server decides who gets the secret (documented for mcp.json)
             warnings.simplefilter("ignore", MCPDeprecationWarning)
             return _ClientCredentials(config.auth, bare_address(config.url))
     parts = urlsplit(config.url)
@@ -75,7 +75,7 @@ def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
 
 
 class _Memory:
-    """Holds the token until the connection ends; nothing is written to disk."""
+    """Holds the token for all connections to one server; nothing is written to disk."""
 
     def __init__(self) -> None:
         self._tokens: OAuthToken | None = None
@@ -95,7 +95,7 @@ class _Memory:
 
 
 class _ClientCredentials(ClientCredentialsOAuthProvider):
-    """Requests the scopes of the configuration, where the SDK would use the ones that the servers name."""
+    """Requests the configured scopes; the SDK would request the scopes that the servers name."""
 
     def __init__(self, client: OAuthClient, url: str) -> None:
         self._scopes = " ".join(client.scopes) or None

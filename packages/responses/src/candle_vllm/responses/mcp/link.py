@@ -38,7 +38,7 @@ from candle_vllm.responses.tools.tool import (
 if TYPE_CHECKING:
     from mcp_types import CallToolResult, Implementation, Tool
 
-MAX_CALLS = 64  # concurrent calls; more wait
+MAX_CALLS = 64  # concurrent calls; further calls wait
 CALL_WAIT = 5.0  # seconds that a call waits for a connection
 MAX_PARTS = 1000  # of an output
 _MESSAGE_CHARS = 2000  # characters of a server's message that a model sees
@@ -277,7 +277,7 @@ def definition_of(server: str, tool: Tool) -> ToolDefinition:
 
 
 def tool_output(result: CallToolResult, *, fault: str | None = None) -> ToolOutput:
-    """Convert a call's result; every kind of content in both protocol versions is supported.
+    """Convert a call's result; every kind of content in MCP is supported.
 
     `fault` is an error in a result that the server reports as a success; it becomes the first text.
     """
@@ -312,7 +312,7 @@ def _part(block: Any) -> ContentPart:
 
 
 class OutputChecks:
-    """Checks outputs. The checker of a schema is made at its first use, and reused until the tool's schema changes."""
+    """Checks outputs against their schemas. A schema's checker is made at its first use, and kept until it changes."""
 
     def __init__(self) -> None:
         self._checkers: dict[str, tuple[Any, ArgumentsChecker]] = {}

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import anyio
 from mcp.client.stdio import get_default_environment
 
-GRACE = 2.0  # seconds between the end of its input, SIGTERM and SIGKILL
+GRACE = 2.0  # seconds from closing stdin to SIGTERM, and from SIGTERM to SIGKILL
 _KILLED = 0.5  # seconds to wait after SIGKILL; zombies that nobody reaps stay in the group
 _POLL = 0.01
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -26,9 +26,9 @@ _T = TypeVar("_T")
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return the environment of a server's program: the SDK's few variables, and variables of proxies and certificates.
+    """Return an MCP server's environment: the MCP SDK's default variables, and proxy and certificate variables.
 
-    Behind a proxy, a program that downloads itself first (`npx`, `uvx`) would not start without the latter.
+    Behind a proxy, `npx` and `uvx` could not download a program without the proxy and certificate variables.
     """
     names = (*_PROXIES, *map(str.lower, _PROXIES), *_CERTIFICATES)
     found = {name: os.environ[name] for name in names if name in os.environ}
@@ -88,12 +88,12 @@ async def start_process(
 
 
 async def _end_spawned(spawning: asyncio.Future[Process]) -> None:
-    """End a process that may not have started yet; awaiting `spawning` elsewhere would cancel it, too."""
+    """End a process that may not have started yet; a second cancellation must not reach `spawning`."""
     await end_process(await spawning, grace=0.0)
 
 
 async def end_process(process: Process, *, grace: float | None = None) -> None:
-    """Close its input, wait, and end its whole group: first with SIGTERM, then with SIGKILL.
+    """Close the process's input, wait, and end its whole group: first with SIGTERM, then with SIGKILL.
 
     A descendant that left the group (`setsid`) is not ended.
     """
@@ -155,6 +155,6 @@ def _signal_group(group: int, number: int) -> bool:
         os.killpg(group, number)
     except ProcessLookupError:
         return False
-    except PermissionError:  # zombies of another user, or on macOS also one's own
+    except PermissionError:  # another user's zombies; on macOS this user's, too
         return number == 0
     return True

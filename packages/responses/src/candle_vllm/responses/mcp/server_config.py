@@ -159,7 +159,7 @@ class McpServerConfig(ExplainedSettings):
         else:
             if self.enabled:
                 checks.address("url", self.url)
-            else:  # it may contain a variable that is not set
+            else:  # the URL may contain a variable that is not set
                 checks.one_line("url", self.url)
             wrong, target = [name for name in _LOCAL if getattr(self, name)], "a url"
             fits = self.transport != "stdio"

@@ -133,7 +133,7 @@ class Supervisor:
             if why is None:
                 self.transports = (kind,)
                 if connection.client.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-                    self._mode = "legacy"  # "auto" costs seconds: such a server does not answer its requests
+                    self._mode = "legacy"  # such a server leaves the requests of "auto" unanswered, which costs seconds
                 self._logged[kind] = ""
                 self.connections += 1
                 self.error = None

@@ -94,7 +94,7 @@ class Opening:
         return sse_client(bare_address(self._peer.config.url), httpx_client_factory=client)
 
 
-MAX_MENDED = 2000  # tools of a list, or blocks of a result, that are checked; further ones are dropped
+MAX_MENDED = 2000  # maximum number of tools of a list, and of blocks of a result; the rest is left out
 _LEFT_OUT = {"type": "text", "text": ""}  # replaces each further block, so that the number of blocks stays the same
 _MAX_NOTES = 20
 _ERA = "2025-11-25"  # the protocol version with the strictest formats

@@ -14,7 +14,7 @@ from candle_vllm.responses.protocol.response import OutputItem, OutputText, Reas
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """An event; `timings`, in llama.cpp's form, if the request asks for them."""
+    """An event; it has `timings`, in llama.cpp's form, if the request asks for them."""
 
     sequence_number: int
     timings: Timings | UnsetType = UNSET

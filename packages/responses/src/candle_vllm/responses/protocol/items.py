@@ -61,7 +61,7 @@ class ImagePart(WireModel):
     _is_one_image = model_validator(mode="after")(one_image)
 
     def image(self, path: str) -> Image:
-        """Return the image of a task."""
+        """Return the image as a part of a task; `path` is the path of this part in the request."""
         if self.file_id is not None:
             return Image(self.file_id, self.detail, f"{path}.file_id", stored=True)
         return Image(self.image_url or "", self.detail, f"{path}.image_url")
@@ -160,7 +160,7 @@ class _DirectCaller(WireModel):
 
 
 class _CallItem(WireModel):
-    """A call of an earlier answer; `async` and `caller`, which OpenAI's models have, have no effect."""
+    """A call of an earlier answer; `async` and `caller`, which calls of OpenAI's models have, have no effect."""
 
     id: ItemId | None = None
     call_id: Name

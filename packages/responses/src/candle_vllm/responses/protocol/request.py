@@ -152,7 +152,7 @@ class PromptFields(fields.WireModel):
 
     @property
     def conversation_id(self) -> str | None:
-        """Id of the conversation, in either form."""
+        """Id of the conversation, which a request gives as a string or in an object."""
         named = self.conversation
         return named.id if isinstance(named, ConversationReference) else named
 

@@ -216,7 +216,7 @@ class NamedToolChoice(fields.WireModel):
 
 
 class McpToolChoice(fields.WireModel):
-    """A call of one of this server's tools is required; with `name`, a call of the tool of this name."""
+    """A call of a tool of this MCP server is required; with `name`, a call of the tool of this name."""
 
     type: Literal["mcp"]
     server_label: fields.Name
@@ -244,7 +244,7 @@ ToolReference = Annotated[
 
 
 class AllowedToolsChoice(fields.WireModel):
-    """Only some of the tools may be called (`auto`) or must be (`required`); the model sees all tools."""
+    """Only these tools may be called (`auto`), or one must be (`required`); the model sees all tools."""
 
     type: Literal["allowed_tools"]
     mode: Literal["none", "auto", "required"] = "auto"

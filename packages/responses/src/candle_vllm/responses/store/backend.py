@@ -70,10 +70,10 @@ class Bounds:
         entry_size: maximum bytes of one entry without its parts.
         parts: maximum number of parts of one entry.
         parts_size: maximum bytes of the parts of one entry.
-        spares_leased: whether leased entries do not expire, and new entries are refused rather than leased ones
-            dropped; otherwise leased ones expire, and are dropped last.
+        spares_leased: whether leased entries never expire and are never dropped, so that a new entry may be refused;
+            otherwise leased entries expire, and are dropped last.
         advice: advice for the message about a full store.
-        several: whether there are several owners; each then has half of `entries` and `size`, and drops its own.
+        several: whether there are several owners; each then has half of `entries` and `size`, and drops its own data.
     """
 
     entries: int
@@ -181,18 +181,18 @@ class Backend(Protocol):
     async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()) -> int:
         """Store an entry, or replace the one with its owner and id; return how many other entries were dropped.
 
-        An active entry is replaced at its position in lists; any other is deleted first. `names` are names of the
-        entry's contents, for `find`; `parts` are its first parts. StoreLimitError if a limit of one entry or of the
-        store prevents it.
+        An active entry is replaced at its position in lists; an inactive entry is deleted first. `names` are ids in the
+        entry's contents, for `find`; `parts` are its first parts. Raises StoreLimitError if a limit of one entry or of
+        the store prevents it.
         """
         ...
 
     async def get(self, kind: str, owner: str, name: str) -> Entry | None:
-        """Return an entry that has not expired; an active entry never expires, nor a leased one that is spared."""
+        """Return an entry that has not expired. Active entries never do, nor, with `spares_leased`, leased entries."""
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
-        """Return up to `limit` entries without contents, newest first, older than `after`; None if it is unknown."""
+        """Return up to `limit` entries older than `after`, newest first, no contents; None for an unknown `after`."""
         ...
 
     async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
@@ -224,7 +224,7 @@ class Backend(Protocol):
             lease_was: expected end of the lease; limits then do not apply, so that an entry with an expired lease can
                 be ended.
             expires: new time of expiry; None leaves it.
-            names: further names of its contents.
+            names: further ids in its contents.
 
         Raises:
             StoreLimitError: the entry exceeds the limit of one entry, or the store.
@@ -234,7 +234,7 @@ class Backend(Protocol):
     async def delete(
         self, kind: str, owner: str, name: str, *, status: str | None = None, holder: str | None = None
     ) -> bool:
-        """Delete an entry that `get` would find, if its status and holder match (None: any); return whether it did."""
+        """Delete an entry that `get` finds if status and holder match (None: any); return whether it was deleted."""
         ...
 
     async def expire(self) -> int:
@@ -242,7 +242,7 @@ class Backend(Protocol):
         ...
 
     async def find(self, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:
-        """Return the parts with these ids, and the entries whose contents have these names."""
+        """Return the parts with these ids, and the entries that have one of them in their `names`."""
         ...
 
     # ---- parts -------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Backend(Protocol):
     async def parts(
         self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
     ) -> list[EntryItem] | None:
-        """Return up to `limit` parts after `after`, None if it is unknown; without a limit, the entry is used now."""
+        """Return up to `limit` parts after `after`, None if that is unknown; no limit: the entry counts as used now."""
         ...
 
     async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
@@ -290,7 +290,7 @@ class Backend(Protocol):
         ...
 
     async def move(self, held: Sequence[Held], until: int | None, about: bytes | None = None) -> set[Held]:
-        """Set the end of leases, or end them with None, and the entries' summary, unless `about` is None.
+        """Set the end of leases (None ends them), and the entries' summary, unless `about` is None.
 
         Return the entries whose lease the holder no longer has.
         """
@@ -310,7 +310,7 @@ class BackendUrl(NamedTuple):
     Attributes:
         runs: module of this folder, and its class that implements `Backend` (place, bounds, clock); imported when a
             store is opened.
-        rest: what follows the scheme, for messages; "" for another name of a scheme, which they leave out.
+        rest: what follows the scheme in messages; "" for an alias of a scheme, which messages omit.
         short: likewise, for the help of flags.
     """
 

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 _FULL = "database or disk is full"  # SQLite's message
 
-WAIT_SECONDS = 20.0  # for which a call waits for its result, including the time in the queue
-BUSY_SECONDS = 5  # for which a statement waits for another writer, or a connection for the server
+WAIT_SECONDS = 20.0  # a call waits this long for its result, including the time in the queue
+BUSY_SECONDS = 5  # a statement waits this long for another writer, or a connection for the server
 _STATEMENT_MS = 10_000
 _ATTEMPTS = 10  # to open an SQLite file that other processes open at the same time
 _PAUSE_SECONDS = 0.1
@@ -203,7 +203,7 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Take the write lock at once: SQLite would refuse it to a transaction that has read before another wrote."""
+    """Take the write lock at once: SQLite refuses it later if another transaction has written since the first read."""
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 

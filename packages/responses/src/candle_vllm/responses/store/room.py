@@ -127,7 +127,7 @@ class Room:
         return self._connection.execute(query.order_by(*order).limit(limit).with_for_update(skip_locked=True)).all()
 
     def _may_go(self, keep: int) -> ColumnElement[bool]:
-        """Return the condition of rows that may be deleted, without leased ones if the store spares them."""
+        """Return the condition of rows that may be deleted: with `spares_leased`, neither active nor leased rows."""
         lease, other = self._entries.c.lease, self._entries.c.number != keep
         if not self._bounds.spares_leased:
             return other

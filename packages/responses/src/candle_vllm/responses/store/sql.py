@@ -178,7 +178,7 @@ class SqlBackend:
         if lease_was is None:
             self._check_size(kind, row.given + len(body) + OVERHEAD)
         if grown > 0 and lease_was is None:
-            self._room(connection).make(owner, grown, keep=row.number, beyond_share=True)  # an active entry may end
+            self._room(connection).make(owner, grown, keep=row.number, beyond_share=True)  # so that the entry can end
         values: dict[str, Any] = {"body": body, "size": entries.c.size + grown, "used": self.now}
         if status is not None:
             values |= {"status": status, "lease": lease} | ({"holder": None} if lease is None else {})
@@ -379,7 +379,7 @@ class SqlBackend:
             )
 
     def _note(self, connection: Connection, number: int, names: Collection[str]) -> None:
-        """Store the names of an entry's contents."""
+        """Store further `names` of an entry, see `Backend.put`."""
         known = sorted({name for name in names if len(name) <= MAX_ID and "\0" not in name})
         for start in range(0, len(known), NAMES_AT_ONCE):
             some = known[start : start + NAMES_AT_ONCE]

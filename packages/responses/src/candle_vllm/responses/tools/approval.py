@@ -26,7 +26,7 @@ Rule = Literal["never", "always"]
 ApprovalPolicy = Rule | Mapping[str, Rule] | Ask
 """When a tool call needs approval: "never" (every call runs), "always" (every call is pending), a mapping of tool names
 to these rules, with "*" for other tools (default: "always"), or a callback that decides each call. Without a policy, a
-tool of an MCP server needs approval, unless its server approves it (`auto_approve`), and other tools do not."""
+tool of an MCP server needs approval, unless the server's `auto_approve` matches it, and other tools do not."""
 
 _RULES = ("never", "always")
 

@@ -42,7 +42,7 @@ from candle_vllm.responses.tools.tool import (
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 60.0  # seconds of a call if neither the caller nor the tool sets a timeout
-DEFAULT_MAX_CHARS = 50_000  # characters of an output that the model sees
+DEFAULT_MAX_CHARS = 50_000  # maximum characters of an output that the model sees
 MAX_TIMEOUT = 86_400.0  # maximum timeout of a call in seconds
 MAX_ARGUMENTS = 1 << 20  # characters of JSON
 MAX_OUTPUT = 16 << 20  # characters of text and base64 that a tool may return
@@ -53,7 +53,7 @@ _NEAR = 500  # names that are compared with an unknown one
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
-    """A call that may run: the tool exists, and `arguments`, the parsed ones, match its schema."""
+    """A call that may run: the tool exists, and the parsed `arguments` match its schema."""
 
     call: ToolCall
     definition: ToolDefinition
@@ -90,7 +90,7 @@ async def run(
     max_chars: int = DEFAULT_MAX_CHARS,
     report: Report | None = None,
 ) -> ToolResult:
-    """Run a checked call once; arguments are as in `execute`.
+    """Run a checked call once. `timeout` is as in `call_directly`; `max_chars` limits the result's text.
 
     Cancelling the coroutine cancels the tool, and waits until it has ended; a tool that does not react within six
     seconds is abandoned, with an error in the log.
@@ -131,7 +131,7 @@ async def _run_within(checked: Checked, seconds: float, report: Report | None) -
 
 
 async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOutput]:
-    """Return the tool's output or failure. Only Ctrl+C and a cancellation are passed on."""
+    """Return the tool's output or failure. Only Ctrl+C and a cancellation are raised."""
     name = checked.definition.name
     try:
         output = await checked.tool.run(checked.arguments, report)

@@ -39,7 +39,7 @@ def tool_name(server: str, tool: str) -> str:
 
 
 def hashed_name(server: str, tool: str) -> str:
-    """Return a name with a hash, for parts that need one, and instead of a name that is already used."""
+    """Return a name with a hash: for parts that cannot be a name unchanged, or if their name is used already."""
     data = f"{len(server)}:{server}{tool}".encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(data).hexdigest()[:_DIGITS]
     label = (_clean(server) or "server")[:_MAX_SERVER]

@@ -152,7 +152,7 @@ def _documented(lines: list[str]) -> dict[str, str]:
     return {name: " ".join(part for part in parts if part) for name, parts in found.items()}
 
 
-MAX_THREADS = 64  # threads of one tool, including calls that timed out; one turn runs at most this many calls at once
+MAX_THREADS = 64  # threads of one tool, including calls that timed out; the maximum of `parallel_tools`, too
 MAX_TIMEOUT = 86_400.0  # seconds
 
 

@@ -94,9 +94,9 @@ class ToolRegistry:
     def replace(self, server: str, tools: Sequence[Tool]) -> tuple[str, ...]:
         """Replace all tools of a server; an empty list removes the server.
 
-        A tool whose name is used by another group gets a name with a hash. A tool that cannot be offered (the second
-        with a name, a schema beyond the limits) is left out, with a warning in the log. Returns the original names of
-        such tools.
+        A tool whose name a function or another server's tool has gets a name with a hash. A tool that cannot be offered
+        (the second of one name, a schema beyond the limits) is left out, with a warning in the log. Returns the
+        original names of the tools that are left out.
         """
         room = MAX_TOOLS - len(self) + len(self._groups.get(server, {}))
         group: dict[str, Registered] = {}

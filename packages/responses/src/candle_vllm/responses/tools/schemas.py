@@ -45,7 +45,7 @@ Keyword = Callable[..., Iterator[Any] | None]
 
 
 def schema_fault(parameters: Mapping[str, Any]) -> str | None:
-    """Return why this cannot be the schema of arguments, or None: not JSON, not of an object, too large or too deep."""
+    """Return why this cannot be a schema of arguments (not JSON, not of an object, too large, too deep), or None."""
     if not isinstance(parameters, Mapping):
         return "its parameters must be the JSON schema of an object"
     try:

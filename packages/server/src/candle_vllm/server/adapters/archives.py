@@ -36,7 +36,7 @@ _KEPT = (sources.CONFIG, sources.WEIGHTS)
 _HTTP_SECONDS = 10.0  # timeout of a single read
 _MAX_SUM = 4096  # maximum bytes of a checksum file
 _SUM = re.compile(r"[0-9a-f]{64}")
-_NOTHING = (403, 404, 410)  # S3 answers 403 for a missing key without list rights
+_NOTHING = (403, 404, 410)  # S3 answers 403 for a missing key if the client may not list keys
 
 
 class TarSource(FetchedSource):
@@ -80,7 +80,7 @@ class TarSource(FetchedSource):
             except FileNotFoundError:
                 raise sources.Unavailable(f"{shown} does not exist, although its checksum does") from None
             if found.hexdigest() != told:
-                # maybe only one of the two is updated
+                # maybe the server has replaced only one of the two yet
                 raise sources.Unavailable(f"{shown} does not match its checksum")
             base = unpack(archive, folder, budget)
             size = archive.stat().st_size

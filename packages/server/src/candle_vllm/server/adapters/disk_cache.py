@@ -106,7 +106,7 @@ class DiskCache:
         return place / _FILES, entry
 
     def latest(self, kind: str, is_it: Callable[[str], bool], asked: str) -> Key | None:
-        """Return the last used key of a name that was requested with revision `asked`; `is_it` tests the name."""
+        """Return the last used key whose name passes `is_it`, and whose requested or pinned revision is `asked`."""
         found = [(used, entry) for used, _, entry in self._entries() if entry.key.kind == kind]
         found = [(used, entry) for used, entry in found if is_it(entry.key.name)]
         found = [(used, entry) for used, entry in found if asked in (entry.asked, entry.key.revision)]

@@ -54,7 +54,7 @@ class HubSource(FetchedSource):
 
     @property
     def keeps(self) -> str:
-        """See `FetchedSource`. Adapters of a pattern that allows every repository have another kind."""
+        """See `FetchedSource`. A restricted pattern must not find adapters that an unrestricted one has cached."""
         return "hf" if self.takes_all else "hf, own"
 
     def _may_have(self, name: sources.AdapterName) -> bool:

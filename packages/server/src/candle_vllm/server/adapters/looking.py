@@ -122,7 +122,7 @@ class Lookout:
         raise HttpError(503, message, "adapter_unavailable", {"retry-after": "5"}, param="model")
 
     async def _ask(self, place: _Place, read: AdapterName) -> Found | None:
-        """Look an adapter up in one source, unless a recent result for its name is stored; always in a local folder."""
+        """Look up an adapter in a source, unless a lookup there failed recently; a local folder is always searched."""
         source, now = place.source, time.monotonic()
         until, error = place.missing.get(read, (0.0, None))
         if now < until:

@@ -28,7 +28,7 @@ from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
 
-MAX_KNOWN = 10_000  # registered adapters; the least recently used ones that only requests named are dropped
+MAX_KNOWN = 10_000  # registered adapters; beyond it, the least recently used are dropped, except the operator's
 _LISTED = 20  # maximum number of names in a message
 _NEAR = 200  # maximum number of names that are compared with an unknown one
 
@@ -109,7 +109,7 @@ class Adapters:
         self._numbered: dict[str, dict[int, str]] = {}  # names by base and number
         self._used = Counter[tuple[str, str]]()
         self._kept: dict[tuple[str, str], Callable[[], None]] = {}  # release functions of protected files
-        self._all: tuple[tuple[str, ...], tuple[Adapter, ...]] | None = None  # with the sources' names
+        self._all: tuple[tuple[str, ...], tuple[Adapter, ...]] | None = None  # the sources' names; result of `all`
 
     # ---- names -------------------------------------------------------------------------------------------------------
 
@@ -356,7 +356,7 @@ class Adapters:
         self._set(replace(adapter, number=before.number, scale=before.scale))
 
     def spelled(self, text: str) -> tuple[str, str]:
-        """Return the adapter name in a request, without its base: with the revision, and without."""
+        """Return the adapter name in a request without the prefix `base:`: with the revision, and without it."""
         name = self._split(text)[1]
         return name, name.partition("@")[0]
 

@@ -127,7 +127,7 @@ class BucketSource(FetchedSource):
                 for file in (sources.CONFIG, sources.WEIGHTS):
                     heads.append(obstore.head(self._store, below + file))
                     _ = budget.seconds
-            except (FileNotFoundError, PermissionDeniedError):  # S3 denies access to a missing key without list rights
+            except (FileNotFoundError, PermissionDeniedError):  # 403: a missing key, if the client may not list keys
                 return None
         tags = [f"{head.get('e_tag') or head['last_modified'].isoformat()} {head['size']}" for head in heads]
         revision = hashlib.sha256("\n".join(tags).encode()).hexdigest()[:40]

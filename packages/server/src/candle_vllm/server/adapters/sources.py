@@ -86,7 +86,7 @@ class Disk(Protocol):
 
 
 class Budget:
-    """The bytes and the seconds that are left for fetching one adapter; with `disk`, it accounts for the bytes there.
+    """The bytes and the seconds that are left for fetching one adapter; `disk` accounts for bytes on disk.
 
     Its methods raise `Refused` when no bytes are left, and `Unavailable` when no time is left.
     """

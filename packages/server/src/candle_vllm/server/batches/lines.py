@@ -128,7 +128,7 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     if body.get("encoding_format") in ("bytes", "bytes_only"):
         raise LineError("encoding_format must be float or base64: a result is JSON.", "invalid_request", name)
     own = body.get("priority")
-    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route refuses others
+    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route refuses other values
         body["priority"] = (own or 0) + PRIORITY
     return Line(name, url, json.dumps(body).encode())
 

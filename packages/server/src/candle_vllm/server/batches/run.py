@@ -39,9 +39,9 @@ class BatchRun:
 
     Args:
         store: store of the batch.
-        held: the batch, with this server as its holder.
+        held: the batch, whose lease this server has.
         longest: maximum bytes of a line.
-        pause: seconds between two checks whether this server still holds the batch and whether it was cancelled.
+        pause: seconds between two checks whether this server still has the lease and whether the batch was cancelled.
 
     Attributes:
         cancelled: set when somebody cancels the batch.
@@ -73,7 +73,7 @@ class BatchRun:
             application: answers the lines.
             caller: who created the batch; None if this caller has no valid key any more.
             places: context manager that waits for a free slot for a line, and occupies it.
-            width: maximum number of lines that are held at a time.
+            width: maximum number of lines in progress at a time.
         """
         owner, backend = self.held.owner, await self._store.backend()
         self._record = await self._store.batch(owner, self.held.id)
@@ -126,7 +126,7 @@ class BatchRun:
             await asyncio.sleep(self._pause)
             with contextlib.suppress(StoreUnavailableError):
                 until = (await self._store.backend()).now + LEASE_MS
-                with contextlib.suppress(NotStoredError):  # reading the input fails then
+                with contextlib.suppress(NotStoredError):  # if the input is gone, reading it fails
                     await self._store.protect(self.held.owner, self.record.batch.input_file_id, until)
                 if not await self._store.renew(self.held, until) and self.task is not None:
                     self.lost = True
@@ -141,7 +141,7 @@ class BatchRun:
         number, rest = 0, b""
         parts = self._store.contents(self.held.owner, await self._input())
         async for part in parts:
-            # In a thread, where keys take turns for each part, because a part may consist only of newlines.
+            # In a thread that API keys share in turns: a part of nothing but newlines takes long to split.
             size = len(rest) + len(part.body)
             *lines, rest = await apart((rest + part.body).split, b"\n", size=size)
             if len(rest) > self._longest:
@@ -297,7 +297,7 @@ class BatchRun:
     # ---- the state of the batch --------------------------------------------------------------------------------------
 
     async def _end(self) -> None:
-        """Create the files of results, and write the final status; a server that was stopped here repeats it."""
+        """Create the files of results, and write the final status; repeated if the server stops in between."""
         owner, record, cancelled = self.held.owner, self.record, self.cancelled.is_set()
         failed = record.batch.errors is not None
         if not failed and record.batch.finalizing_at is None:  # before the results are visible

@@ -45,7 +45,7 @@ class Batches:
         options: options of the store.
         callers: returns the callers of all valid API keys; only `NOBODY` if clients need no key.
         longest: maximum bytes of a line.
-        places: returns how many sequences a model runs at a time, of which half may be lines.
+        places: returns how many sequences a model runs at a time, half of which may answer lines of batches.
         app: answers the lines.
 
     Attributes:
@@ -128,7 +128,7 @@ class Batches:
     def upload(self, owner: str) -> Iterator[Callable[[int], None]]:
         """Register an upload until it is stored; yields a function that counts its received bytes.
 
-        Raises HttpError, also when counting: 429 if the key's uploads are too many or too large, 503 if all keys' are.
+        Raises HttpError, also when counting: 429 if a key's uploads are too many or too large, 503 if all together are.
         """
         own, upload = self._uploads.setdefault(owner, {}), object()
         if len(own) >= UPLOADS_OF_A_KEY:
@@ -155,7 +155,7 @@ class Batches:
         return are_several(self._callers())
 
     async def _look(self) -> None:
-        """Start batches that no server works on; with several keys, one owner has at most half of the running ones."""
+        """Start batches that no server works on; with several keys, one owner has at most half of `AT_ONCE`."""
         if not self.store.is_open:
             return
         most = AT_ONCE // 2 if self._several() else AT_ONCE

@@ -7,7 +7,7 @@ ended; a `file` is complete and visible.
 
 A batch is an entry whose lease names the server that works on it; any server may take over a batch whose lease has
 expired. A cancellation is stored as a part of the entry, so that it overwrites no result of the working server. The
-lease of an input belongs to all batches that read it: each renews it, and it lapses after the last of them.
+lease of an input file belongs to all batches that read it: each of their servers renews it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MANY = 1000  # files that are read at once to find the files of one purpose
 UPLOAD_MS = 15 * 60_000  # time limit of an upload
 MAX_LINES = 50_000
 _CANCEL = "cancel"  # id of the part that cancels a batch
-_LATER = 2048  # bytes of a batch without its metadata, in each of its states
+_LATER = 2048  # maximum bytes of a batch as JSON without its metadata, in any state
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class BatchStore:
         return await backend.change(BATCHES, owner, batch.id, body, status=status, lease=lease, expires=expires)
 
     async def protect(self, owner: str, file_id: str, until: int) -> None:
-        """Until a time, an input does not expire and makes no room; for all batches that read it."""
+        """Until a time, keep an input file from expiry and eviction, for all batches that read it."""
         await (await self.backend()).claim(FILE, Held(owner, file_id, BATCHES), until)
 
     async def renew(self, held: Held, until: int) -> bool:

@@ -239,7 +239,7 @@ def _content(choice: Mapping[str, Any]) -> str:
 
 
 class Target:
-    """A server, by its base URL; UsageError if the URL has another form.
+    """A server, by its base URL; UsageError if the URL is invalid.
 
     Args:
         base_url: `http://` or `https://` with a host, and perhaps a port and a path prefix.

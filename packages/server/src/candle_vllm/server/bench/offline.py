@@ -140,7 +140,7 @@ def bench_speculation(
     skip_chat_template: bool = False,
     output_json: Path | None = None,
 ) -> int:
-    """Answer each prompt alone, alternately with and without draft tokens, and print the speedup.
+    """Answer the prompts one by one, each alternately with and without draft tokens, and print the speedup.
 
     Returns 1 if any answers differ, else 0.
     """

@@ -187,7 +187,7 @@ class TerminalApproval:
         return Approval.DENY
 
     def _is_approved(self, definition: ToolDefinition) -> bool:
-        """Whether a tool is approved. Names with a server match only full names: servers choose their tools' names."""
+        """Whether a tool is approved. A server chooses `original_name`, so it is not compared with full names."""
         return (
             definition.name in self._always
             or matches(self._full_names, definition.name)

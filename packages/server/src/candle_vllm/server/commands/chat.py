@@ -356,7 +356,7 @@ class Chat:
             self._fail(f"{failure}; {_NO_MODEL}")
 
     def _choose_adapter(self, name: str) -> bool:
-        """Select an adapter of --lora-modules, or none by the model's own name; return whether the name is known."""
+        """Select an adapter of --lora-modules, or no adapter by the model's name; return whether the name is known."""
         if self._engine is None:
             return False
         if self._lora is not None and name == self._engine.model_info.name:

@@ -138,7 +138,7 @@ _ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
 
 def derived(configuration: Configuration) -> dict[str, Derived]:
-    """Return values for settings that are not set, as far as they are known if the model is not on this machine."""
+    """Return the values of settings that are not set; some are unknown if the model is not on this machine."""
     settings, names = configuration.settings, configuration.catalogue.default.names
     config = resolve_ranks(engine_config(settings, fetch=False))
     found = {option.name: Derived(option.unset, DEFAULT) for option in OPTIONS if option.unset}

@@ -90,7 +90,7 @@ class MarkdownDisplay(Display):
         self._drawn_at = 0.0
         self._block = ""  # complete lines of the current block
         self._line = ""  # the current line
-        self._fence = ""  # mark that closes the code block that the current block has open
+        self._fence = ""  # mark that closes the code block in the current block; "" if no code block is open
         self._fence_is_block = False
         self._after_blank = False
         self._torn = False  # whether the beginning of the current block is printed, because the block is too long
@@ -119,7 +119,7 @@ class MarkdownDisplay(Display):
         self._write_rate()
 
     def _take(self, line: str) -> None:
-        """Append a complete line to the block; print the previous block, or this one, when it is complete."""
+        """Append a complete line to the block; print the block that this line ends, or the one that ended before it."""
         mark = _FENCE.match(line)
         if self._fence:
             self._block += line

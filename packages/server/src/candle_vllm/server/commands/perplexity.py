@@ -64,7 +64,7 @@ def imatrix(
 
 @contextmanager
 def _cutting(window: int) -> Iterator[None]:
-    """Context manager whose error names --window, not the setting that it becomes, if windows are too long."""
+    """Context manager whose error names --window, not `max_model_len`, if windows are too long."""
     try:
         yield
     except ConfigError as error:

@@ -45,8 +45,8 @@ class ApiKeyMiddleware:
     """Passes on a request with a valid key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
     Inner layers find the request's caller with `caller_of`; `/ready`, which needs no key, finds with `is_stranger`
-    whether a valid key was missing. If there are several keys, one key may use half of the connections for requests
-    that have not ended: slow uploads, streams and WebSockets.
+    whether a valid key was missing. If there are several keys, requests of one key that have not ended (slow uploads,
+    streams, WebSockets) may use half of the connections.
 
     Args:
         keys: keys of clients and of operators.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Errors that the server itself raises before the adapter gets a request, in OpenAI's error format (step 1).
+"""Errors of the server itself, not of `OpenAIAdapter` or the engine, in OpenAI's error format (step 1).
 
-Failures inside the adapter and the engine are converted by `candle_vllm.openai.to_error`.
+Failures in `OpenAIAdapter` and the engine are converted by `candle_vllm.openai.to_error`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 
 class HttpError(Exception):
-    """A request that the server itself refuses.
+    """A request that the server itself refuses or ends.
 
     Attributes:
         status: HTTP status.

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class FailureMiddleware:
     """Turns exceptions that no route handles into responses, and shortens the error of a failed start.
 
-    A request that the end of the drain cancels gets a 503; a stream that has begun reports it itself (`EventStream`).
+    A request that the end of the drain cancels gets a 503; a begun stream reports the shutdown itself (`EventStream`).
 
     If the response has begun, the server closes the connection, so that the client sees that the answer is incomplete.
     An expected error (CandleVllmError) is then logged in one line; every other exception is raised to the server.

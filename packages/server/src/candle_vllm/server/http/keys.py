@@ -29,7 +29,7 @@ MAX_KEYS = 10_000
 LOOK_SECONDS = 1.0  # seconds between two checks of the files
 _ENTRY = ("name", "key", "sha256", "expires", *RATES, "manages", "models", "notes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
-_TAKEN = re.compile(r"m?[0-9]+|none|other")  # labels of unnamed keys, of no key, and (metrics) of further keys
+_TAKEN = re.compile(r"m?[0-9]+|none|other")  # labels of unnamed keys, of requests without a key, of the rest in metrics
 _MAX_PATTERNS, _MAX_PATTERN = 1000, 512
 _SHOWN = 10  # names in a line of the log
 
@@ -112,7 +112,7 @@ class Keyring:
     async def reload(self, settings: AccessOptions | None = None) -> bool:
         """Read the files again, and take the keys of `settings`, if given; return True.
 
-        If a file is invalid or no key would be left, log it, keep the old keys and return False.
+        If a file is invalid, or a first key is added or the last one removed, log it, keep the old keys, return False.
         """
         if settings is None and not self._paths:
             return True

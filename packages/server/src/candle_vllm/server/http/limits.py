@@ -21,7 +21,7 @@ from candle_vllm.server.http.routing import NOBODY, Caller, Limits, caller_of
 from candle_vllm.server.settings.options import Rate
 from candle_vllm.server.settings.table import RATES
 
-ROUNDING = 1e-6  # seconds by which rounding may let a client be early that waited for Retry-After
+ROUNDING = 1e-6  # seconds that a client which waited for Retry-After may be early because of rounding
 _SWEEP = 1024  # number of meters at which unused ones are deleted for the first time
 
 
