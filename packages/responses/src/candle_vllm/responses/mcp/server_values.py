@@ -25,7 +25,7 @@ MASK = "***"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
-_SHORTEST_SECRET = 6  # characters; ordinary words contain shorter ones
+_SHORTEST_SECRET = 6  # characters; shorter values occur in ordinary words
 _SECRET_WORD = re.compile(
     r"token|secret|passw|pwd|api.?key|access.?key|auth|bearer|credential|header|cookie", re.IGNORECASE
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Supervisor: opens the connection to an MCP server, follows changes of its tools, and reconnects when it ends.
+"""Supervisor: opens the connection to an MCP server, follows changes of the tools, and reconnects when it is lost.
 
 The delay before an attempt grows from 0.5 to 30 seconds with each failure; a call of a tool starts an attempt at once.
 """

@@ -183,7 +183,7 @@ class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     """Kinds of output tokens: `reasoning_tokens` counts the reasoning with the markers around it.
 
-    With `return_draft_counts`, the other two count the draft tokens that were verified and accepted.
+    `return_draft_counts` adds the numbers of draft tokens that were verified, and of these that were accepted.
     """
 
     reasoning_tokens: int

@@ -104,7 +104,7 @@ class ToolFilter(fields.WireModel):
 
 
 class ApprovalFilter(fields.WireModel):
-    """Which tools need an approval and which do not; all other tools need one."""
+    """Which tools `always` need an approval, and which `never`; all other tools need one."""
 
     always: ToolFilter | None = None
     never: ToolFilter | None = None

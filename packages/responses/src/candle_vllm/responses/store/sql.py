@@ -309,7 +309,7 @@ class SqlBackend:
         row = connection.execute(due.order_by(entries.c.lease).limit(1)).first()
         if row is None:
             return None
-        same = and_(entries.c.number == row.number, entries.c.lease == row.lease)  # no other server claimed it before
+        same = and_(entries.c.number == row.number, entries.c.lease == row.lease)  # unless another server claimed it
         moved = connection.execute(update(entries).where(same).values(lease=until))
         return _entry(row) if moved.rowcount else None
 

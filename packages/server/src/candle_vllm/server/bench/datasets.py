@@ -139,7 +139,7 @@ def _random_text(words: Words, prefix: list[int], length: int, chance: random.Ra
     wanted = len(prefix) + length
     ids = prefix + words.draw(length, chance)
     text = words.decode(ids)
-    for _ in range(_SETTLING):  # random tokens decoded to text are seldom tokenized to the same ones
+    for _ in range(_SETTLING):  # random tokens decoded to text are seldom tokenized to the same tokens
         ids = words.encode(text)
         if len(ids) == wanted:
             break

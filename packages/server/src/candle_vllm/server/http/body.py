@@ -30,8 +30,8 @@ T = TypeVar("T")
 class Held:
     """Counts the bytes of requests until they are tokenized: bodies, WebSocket messages, stored responses to continue.
 
-    The first 64 KB of each do not count, so that a request of usual size is never refused because of other clients. One
-    key may use half of `most`, the maximum number of bytes. Large bodies are parsed one at a time (`apart`), and keys
+    The first 64 KB of each body or message do not count: other clients' requests cannot block one of usual size.
+    One key may use half of `most`, the maximum number of bytes. Large bodies are parsed one at a time (`apart`); keys
     take turns. `pieces` are the connections that wait to read the next part of a large body or message.
     """
 

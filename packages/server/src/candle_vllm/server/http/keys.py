@@ -100,7 +100,7 @@ class Keyring:
         return are_several(self.callers())
 
     async def watch(self) -> None:
-        """Read the files again whenever they have changed; does not return if there are files."""
+        """Read the files again whenever they have changed, until this is cancelled; return at once without files."""
         seen = self._read_at
         while self._paths:
             await asyncio.sleep(LOOK_SECONDS)

@@ -159,7 +159,7 @@ class RateLimits:
 
 
 class RateLimitMiddleware:
-    """Adds headers with a caller's limits to its responses, and its meter to the scope, where tokens are counted."""
+    """Adds headers with a caller's limits to its responses, and its meter to the scope for counting tokens."""
 
     def __init__(self, app: ASGIApp, limits: RateLimits) -> None:
         self._app = app
