@@ -99,7 +99,7 @@ class EngineFront(ABC):
 
     Attributes:
         config: the engine's settings.
-        image_sources: where images of conversations may be fetched from, by these settings; also for API adapters.
+        image_sources: fetches images of conversations from URLs, as far as `config` allows it.
     """
 
     config: EngineConfig
@@ -264,11 +264,11 @@ class EngineFront(ABC):
         return self._rendered("apply_chat_template", messages, options)[0]
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """Render messages that `fit` has adapted to the model's template, which are not checked again.
+        """Render messages, without a check, that `template_needs.fit` has adapted to the model's template.
 
         Args:
             messages: see `ChatTemplate.render`.
-            variables: its other arguments, and variables of the template.
+            variables: other arguments of `ChatTemplate.render`, and variables of the template.
 
         Raises:
             ChatTemplateError: the model has no template, or it refused the conversation.
@@ -282,7 +282,7 @@ class EngineFront(ABC):
 
     def _template(self, source: str | None = None) -> ChatTemplate:
         """Return the template of `source`, or else the model's."""
-        if not self.model_info.has_chat_template:  # a reward model reads conversations
+        if not self.model_info.has_chat_template:  # a reward model generates nothing, but may have a template
             self._check_generates()
         texts = self._require()[1]
         if source is not None:
@@ -733,7 +733,7 @@ class EngineFront(ABC):
 
     @abstractmethod
     def _require(self) -> tuple[PreparingEngine, Texts]:
-        """Return the engine and its texts; raises `EngineDeadError` once it is closed."""
+        """Return the engine and its `Texts`; raises `EngineDeadError` once it is closed."""
 
     def _working(self) -> PreparingEngine:
         """Return the engine, if this process has its threads: a forked child has only a copy of the memory.

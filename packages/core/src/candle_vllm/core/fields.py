@@ -37,7 +37,7 @@ class Fields:
         return self.values.get(self.prefix + key) is not None
 
     def get(self, key: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """Return the value of `key`, which must be of `kind` (a float: finite); `default` if it is absent or null.
+        """Return the value of `key`, which must be of `kind` (a finite float); `default` if it is absent or null.
 
         In GGUF metadata a number may be a list with one entry per layer, if all entries are equal.
         """

@@ -102,7 +102,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
         self._thread: EngineThread | None = None
         self._manual, self._ranks = False, ranks
         self._ended: list[TokenOutput] = []  # last outputs of requests that were aborted between steps
-        self._lock = threading.Lock()  # guards the start of the thread, the choice of `step` instead, and closing
+        self._lock = threading.Lock()  # guards the choice of the thread or of `step`, and closing
         self._finalizer = weakref.finalize(self, _shut_down, None, self._engine, self._owner)
         self._info = model_info(loaded, self._engine)
 
@@ -144,8 +144,8 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
     def step(self) -> list[TokenOutput]:
         """Run one step of the requests added with `add_request`; return an empty list without work.
 
-        The last outputs of requests that were aborted since the previous step come first. On a GPU a step launches the
-        next one before it waits, so that the outputs belong to the step that was launched before.
+        The last outputs of requests that were aborted since the previous step come first. On a GPU a call launches a
+        step before it waits for the previous one, and returns the outputs of the previous step.
         """
         engine = self._own_loop()
         if not self._ended:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Statistics of an engine, each declared with its form: `/metrics` and the sums over replicas come from there.
+"""Statistics of an engine, each declared with its form, which `/metrics` and the sums over replicas use.
 
 The part that observes a number reports it under the name of its field (`stats()` of the scheduler, the adapter store,
 the drafter and others); `EngineStats.snapshot` puts the reports together.
@@ -145,13 +145,13 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         adapter_loads, adapter_load_failures, adapter_evictions: counts since the start.
         adapter_load_seconds: total time of the loads.
         max_adapters: maximum number of adapters in one step; 0 without LoRA.
-        running_adapters, waiting_adapters: current number of sequences of the adapters with the most sequences.
+        running_adapters, waiting_adapters: current number of sequences by adapter, only for the adapters with the most.
         kept_block_bytes: current bytes of offloaded blocks (KV tiers) on disk, in main memory and in Redis (in the last
             two, of the first rank only); 0 without KV tiers.
         kept_blocks_read, kept_blocks_written: offloaded blocks read and written, since the start.
         kept_blocks_skipped: blocks that were not written because the writer was too slow, since the start.
         kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
-        sleep_level: 0 while it is awake; see `InferenceEngine.sleep`.
+        sleep_level: 0 while the engine is awake; see `InferenceEngine.sleep`.
         images_encoded, images_reused, image_failures: images that were encoded, images whose embeddings were reused,
             and images that could not be encoded, since the start.
         image_seconds: total time of encoding images, since the start.

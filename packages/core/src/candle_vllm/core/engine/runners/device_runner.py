@@ -10,8 +10,8 @@ mark (an event) to wait for.
 If experts are in main memory (`kernels/moe/host.py`), the host computes within a step: the step is launched or replayed
 in parts, and the next one is not launched ahead.
 
-With pipeline parallelism, as many steps are in flight as there are stages (`device_borders.py`). The first stage runs
-the head and samples once the hidden states of the last stage are back; these are not captured with the layers.
+With pipeline parallelism, as many steps are in flight as there are stages (`device_borders.py`). Once the hidden states
+of the last stage are back, the first stage runs the head, which is not captured with the layers, and samples.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ MOST_CAPTURED = 512
 
 
 def bucket_sizes(sequences: int) -> list[int]:
-    """Return the batch sizes of captured steps: 1, 2, 4; multiples of 8 to 64, of 16 to 256, of 32; the maximum."""
+    """Return batch sizes of captured steps: 1, 2, 4; every 8 up to 64, every 16 up to 256, every 32; the maximum."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MOST_CAPTURED + 1, 32)]
     most = min(sequences, MOST_CAPTURED)
     return [*(size for size in sizes if size < most), most]
@@ -87,13 +87,13 @@ class DeviceRunner(CacheParts):
         attend: the attention backend, see `kernels/attention`; None for `paged_attention`.
         graphs: whether decoding steps are captured.
         finite_cache: whether every element of the cache must be finite from the start.
-        captured_prompts: steps with prompts are captured up to this number of tokens; `attend` must be `mixed`.
+        captured_prompts: maximum tokens of a captured step with prompts; 0 unless the attention `Backend` is `mixed`.
         overlaps: whether the next step may be launched before this one's tokens are known; False with speculative
             decoding, whose drafts depend on these tokens. Then `limits.sequences` includes the draft tokens of a step.
         host: computes the experts that are in main memory; None without such experts. It is closed with the runner.
         row_scales: whether each row of the cache has its own scales, see `kernels/kv_write/scaled_rows`.
         turning: see `RecordedRunner`.
-        state_dtype: type of activations, if layers keep states.
+        state_dtype: type of layer states that are not `exact` (`StatePart`); None for `dtype`.
 
     Attributes:
         adapters: applies adapters in the decoder's layers; None without LoRA.
@@ -186,7 +186,7 @@ class DeviceRunner(CacheParts):
                 self._stream.run(self._captured(size, adapted=entries is not None))
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
-            self._count_on_host(0)  # work outside of steps has no tokens
+            self._count_on_host(0)  # until the next step, all rows are padding
 
     def _send_pages(self) -> None:
         """Copy changed page tables to the device, after the launched steps."""
@@ -214,7 +214,7 @@ class DeviceRunner(CacheParts):
             self._begun.append(_Begun(size, batch.sampled_rows, entries))
 
     def _turn(self, batch: Batch) -> Ints | None:
-        """Write rotary table rows for image rows; return `batch.turns`, or None without M-RoPE or images."""
+        """Write rotary table rows for image rows; return the step's `turns`, or None without M-RoPE or images."""
         turned = batch.turned
         if turned is None or self._turning is None:
             return None
@@ -394,11 +394,11 @@ class DeviceRunner(CacheParts):
 
         If steps with prompts are captured, the largest captured one follows. These steps measure the memory of steps
         and compile the kernels of later steps; the small one is first, because it is not measured. Their results are
-        meaningless: all blocks and positions are 0. They are not captured, because they may first run without their
-        kernels. They need no other stage, except that the small step connects the stages.
+        meaningless: all blocks and positions are 0. They are not captured, because `triton_build.compile_together` may
+        run them without launching kernels. They need no other stage, except that the small step connects the stages.
         """
         limits = self._limits
-        # The last token represents the last chunk of the longest prompt, because its context takes memory too.
+        # The last sequence is the last token of the longest context, because a context takes memory, too.
         others = limits.sequences - 1
         tokens = min(limits.tokens, others * limits.longest + 1 if others else limits.longest)
         prompts = -(-tokens // limits.longest) + 1
@@ -535,7 +535,7 @@ class DeviceRunner(CacheParts):
             self.adapters.taking_none()
 
     def _padded(self, size: StepSize, border: Border | None, *, adapted: bool) -> None:
-        """Run a step padded to a size; a stage runs it without the head. Runs as `Work`."""
+        """Run a step padded to a size; a stage runs it without the head. Called as work of the stream."""
         self._take_sent(adapted, head=False)
         hidden = self._forward(size, self._inputs.rows_for(size), border=border)
         if border is not None:
@@ -549,7 +549,7 @@ class DeviceRunner(CacheParts):
         self._leave_logits(hidden)
 
     def _leave_logits(self, hidden: torch.Tensor) -> None:
-        """Write logits of rows, gathered from all ranks, to the memory that sampling reads. Runs as `Work`."""
+        """Write logits of rows, gathered from all ranks, to the memory that sampling reads; work of the stream."""
         self.decoder.logits(hidden, self._logits[: len(hidden)])
 
     def _take_kept(self) -> None:
@@ -575,7 +575,7 @@ class DeviceRunner(CacheParts):
         how: dict[str, Any] = {**self._attend, "given": given, "may_divide": may_divide}
         prompts = size.mixed and (places.decoding is not None or places.decodes < size.rows)
         how["states"] = self._inputs.states(size, prompts=prompts, drafts=self._room.drafts > 0)
-        if ahead is not None:  # only the reference has rows that attend to later positions
+        if ahead is not None:  # only the reference supports rows that attend to later positions
             places = dataclasses.replace(places, host=dataclasses.replace(places.on_host(), ahead=ahead))
             how["attend"] = attend_by_reference
         how["windowed"] = self._inputs.windowed(places, slots, self._pages_there)

@@ -58,7 +58,7 @@ class EagerRunner(CacheParts, StepwiseRunner):
         room: number of slots for layer states.
         device, dtype: device and element type of the cache.
         adapters: applies adapters in the decoder's layers; None without LoRA.
-        taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
+        taps: layers whose inputs `hidden_rows` returns; None for the output of the last norm.
         turning, windows: see `RecordedRunner`, which also explains the attribute `page_of`.
     """
 
@@ -182,7 +182,7 @@ def layer_caches_of(
         empty: allocates a tensor of a shape, in the type of keys unless `dtype` is given.
         beside: extra elements after each key and value, see `kernels/kv_write/scaled_rows.py`.
         room: number of slots for layer states.
-        state_dtype: type of activations; None if it is the type of keys.
+        state_dtype: type of layer states that are not `exact` (`StatePart`); None for the type of keys.
         windows: page pools of layers with a window.
     """
     layers, specs = decoder.config.num_layers, decoder.config.cache_specs
@@ -331,8 +331,8 @@ class EagerTower:
 class EagerHead(EagerRunner):
     """Runs a draft head; see `HeadRunner`. Arguments are those of `EagerRunner`, without taps.
 
-    `adapters` applies the adapters of the model, whose embedding and head it may share; its own steps have no adapters.
-    `beside` is the model's runner, whose caches a head without caches of its own reads.
+    `adapters` is the model's: it is off in steps of the draft head, which may share the model's embedding and head.
+    `beside` is the model's runner; a draft head without a cache reads the caches of `beside`.
     """
 
     def __init__(

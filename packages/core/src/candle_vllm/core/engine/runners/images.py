@@ -28,7 +28,7 @@ class TowerRunner(Protocol):
     """See `ModelRunner`."""
 
     def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
-        """Encode tiles [N, h, w, 3] to [N * count, V * E] (`EmbeddedRows`); yields between parts, so steps can run."""
+        """Encode tiles [N, h, w, 3] to rows of `EmbeddedRows.vectors`; yields between parts, so that steps can run."""
         ...
 
 

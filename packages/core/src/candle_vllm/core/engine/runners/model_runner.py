@@ -51,8 +51,8 @@ class ModelRunner(Protocol):
         """Start the model's part of a step, which writes keys and values to the cache.
 
         Args:
-            states: sampling states of `batch.drawing`, of which only parameters such as temperature, and the random
-                numbers of these positions, are read here.
+            states: sampling states of `batch.drawing`; only their parameters, such as temperature, and the random
+                numbers of the sampled positions are read here.
         """
         ...
 
@@ -254,7 +254,7 @@ class EncoderRunner(StepwiseRunner):
 
 
 def _token_types(run: Run) -> Ints:
-    """Return [count] token types: the number, 0 or 1, of the text of a pair to which each token belongs."""
+    """Return token types [count]: whether each token is in the first (0) or the second (1) text of a pair."""
     request = run.sequence.request
     assert isinstance(request, PoolingRequest)
     return np.array(request.token_type_ids or [0] * run.count, np.int64)

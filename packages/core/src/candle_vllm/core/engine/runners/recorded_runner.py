@@ -65,8 +65,8 @@ class RecordedRunner(StepwiseRunner):
         limits: the largest step.
         isa: instruction sets that the kernels may use; None for all that the CPU has.
         team: threads of another runner, which closes them; None to start threads. Two teams would compete for the CPUs.
-        taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
-        images: vectors of an image row: its embedding, and one per layer that adds a vector; 0 for a text-only model.
+        taps: layers whose inputs `hidden_rows` returns; None for the output of the last norm.
+        images: vectors per image row: its embedding, and one per layer that adds a vector; 0 for a text-only model.
         whole: whether `hidden_rows` may be called for any row of any step.
         kinds: types in which keys and values are stored.
         turning: the model's rotary embedding with table rows for a step's image tokens; None without M-RoPE.
@@ -147,8 +147,8 @@ class RecordedRunner(StepwiseRunner):
             self._plan_of(Adapted.ADDED)
         self._adapters: AdapterRows | None = None  # adapters of the last step
         self._plan_samples = False  # whether the last step's plan sampled
-        # The rows of the last logits, which are the same object in most steps, and the tokens sampled from them. If a
-        # step goes on, no numpy function is called, because reading the weights evicts numpy from the CPU caches.
+        # The rows of the last logits, which are the same object in most steps, and the tokens sampled from them. In a
+        # step that `goes_on` no numpy function is called, because reading the weights evicts numpy from the CPU caches.
         self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
 
     def _record(
@@ -355,7 +355,7 @@ class RecordedRunner(StepwiseRunner):
 class RecordedHead(RecordedRunner):
     """Replays a draft head on the CPU; see `HeadRunner`. Arguments are those of `RecordedRunner`, without taps.
 
-    `beside` is the model's runner, whose caches a head without caches of its own reads.
+    `beside` is the model's runner; a draft head without a cache reads the caches of `beside`.
     """
 
     def __init__(
@@ -504,7 +504,7 @@ def _drawing(runner: RecordedRunner) -> Draw:
 
 
 def compile_together(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:
-    """Compile the kernels of a plan in parallel, at the first start on a machine."""
+    """Compile kernels that `record` requests, and `more`, at a machine's first start; `later`: see `compile_first`."""
 
     def ask() -> None:
         record()

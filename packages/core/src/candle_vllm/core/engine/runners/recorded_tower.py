@@ -96,7 +96,7 @@ class RecordedTower:
 
     @staticmethod
     def _join(tower: Tower, recorder: Recorder) -> list[_Join]:
-        """Record the projections of cells to embeddings: of the last norm's output, and of each `deep` layer's."""
+        """Record the projections of cells to embeddings, for the outputs of the last norm and of each `deep` layer."""
         made: list[_Join] = []
         config = tower.config
         for project in (tower.project, *tower.mergers):

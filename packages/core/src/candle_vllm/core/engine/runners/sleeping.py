@@ -3,7 +3,8 @@
 
 Level 1 frees the KV cache; weights on a GPU are moved to host memory, weights on the CPU stay. Level 2 also drops the
 weights, which are read from the model's files again. At both levels the engine keeps adapters and the objects that
-prepare requests. On the CPU memory keeps its addresses, which recorded plans have; on a GPU steps are captured again.
+prepare requests. On the CPU memory keeps its addresses, because recorded plans contain them; on a GPU steps are
+captured again.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Sleeper:
     """Frees an engine's memory and fills it again; used in the engine's thread only.
 
     Args:
-        loaded: its model, before a runner has prepared it.
+        loaded: the engine's model, before a runner has prepared it.
         ranks: the ranks among which the model is divided; None for a whole model.
 
     Attributes:

@@ -43,7 +43,7 @@ _LOG_INTERVAL = 60.0  # seconds between two log entries for drafting failures of
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
-    """A launched, uncommitted step that samples tokens for `lives`; `ahead`: whether their `num_ahead` counts these."""
+    """A launched, uncommitted step that samples tokens for `lives`; `ahead`: whether `num_ahead` counts the tokens."""
 
     step: Step
     batch: Batch
@@ -378,7 +378,7 @@ class Engine:
     def _count_prompts(self, prompts: Seq[Run]) -> list[TokenOutput]:
         """Count the tokens of prompts that a step has completed, and return the reports of progress.
 
-        Recomputing a preempted prompt after its first token does not count. What is recomputed is not reported again.
+        A prompt recomputed after its first output token does not count. Recomputed tokens are not reported again.
         """
         outputs: list[TokenOutput] = []
         for item in prompts:

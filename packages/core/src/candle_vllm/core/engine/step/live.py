@@ -87,7 +87,7 @@ class Live(ABC):
         )
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
-        """Return the last output of a sequence that ends without a new token; a `failure` of `str` is the engine's."""
+        """Return the last output of a sequence that ends without a new token; a `str` is a failure of the engine."""
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.sequence.index,
@@ -173,12 +173,12 @@ class LiveSequence(Live):
         ends = not params.ignore_eos or state.grammar is not None
         self.eos_token_ids = frozenset(eos_token_ids) if ends else frozenset()
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
-        # After any other token only the length or a stop string can end the sequence.
+        # After any token that is not in `_ends`, only the length, a stop string or a grammar can end the sequence.
         self._ends = self.eos_token_ids | self.stop_token_ids if self.stop_token_ids else self.eos_token_ids
         stops = params.stop_scanner(() if params.stop_marks is None else tokenizer.special_token_ids)
         sequence.tokens = state.tokens  # both use the same list
         self._tokens, self._texts = state.tokens, tokenizer.plain_texts
-        # `accept` reads these for nearly every token: close together, because a step evicts them from the CPU caches.
+        # `accept` reads these for nearly every token. A step evicts them from the CPU caches, so they are adjacent.
         self._only_appends = False  # whether `SamplingState.append` changes only `tokens`; False before the first token
         self._is_plain = False  # `Detokenizer.is_plain`
         self._request_id, self._index = sequence.request.request_id, sequence.index
@@ -289,7 +289,7 @@ class LiveSequence(Live):
             self.prompt_logprobs += [self.describe(row) for row in scored]
 
     def describe(self, row: LogprobRow, *, named: bool = False) -> PositionLogprobs:
-        """Convert one row of log-probabilities, with the texts of its tokens; if `named`, top tokens have no rank."""
+        """Convert a row of log-probabilities, with its tokens' texts; if `named`, only the row's token has a rank."""
         top = tuple(
             self._logprob(token, value, rank if not named else row.rank if token == row.token_id else 0)
             for rank, (token, value) in enumerate(zip(row.top_ids, row.top_logprobs, strict=True), 1)

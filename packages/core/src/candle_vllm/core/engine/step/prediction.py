@@ -19,7 +19,7 @@ class Prediction:
             self._pairs[pair].append(place)
 
     def found_in(self, answer: Sequence[int]) -> int:
-        """Count the predicted tokens in passages that the answer shares: at its beginning, or of two tokens or more.
+        """Count the predicted tokens in passages that the answer shares: at both beginnings, or of two tokens or more.
 
         The answer is matched along the prediction. After a mismatch, matching resumes at the next occurrence of the
         answer's last two tokens in the prediction, or else at their last earlier occurrence.

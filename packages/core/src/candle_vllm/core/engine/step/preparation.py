@@ -82,7 +82,7 @@ class EncoderPreparation(Preparation):
     Args:
         name: the model's name, for messages.
         config: the model's config.
-        pooling: pools hidden states; None if the model itself computes the logits of its head.
+        pooling: pools hidden states; None for an encoder that returns scores instead (`EncoderConfig.scores`).
         max_model_len: longest text, in tokens.
         adapters: see `Preparation`.
         head: layers after the pooling; None without such layers.
@@ -112,7 +112,7 @@ class EncoderPreparation(Preparation):
         return [PooledText(sequence, plan)]
 
     def _logits_plan(self, request: PoolingRequest) -> PoolingPlan:
-        """Return the pooling plan for a model that computes its head itself: `EncoderRunner` then returns logits."""
+        """Return the pooling plan of an encoder with `EncoderConfig.scores`, whose logits `EncoderRunner` returns."""
         head, activate = PooledHead(likelihood=self.config.likelihood), request.pooling.use_activation is not False
         count = len(self.config.labels)
         return PoolingPlan(POOLING_METHODS["cls"], normalize=False, dimensions=count, head=head, activate=activate)
@@ -128,7 +128,7 @@ class DecoderPreparation(Preparation):
         max_model_len: see `Preparation`.
         pooling: pools hidden states to vectors; None to refuse pooling requests.
         head: layers after the pooling; None without such layers.
-        seed: seed of the generator from which requests without a seed get theirs; None for random seeds.
+        seed: seed of the generator of seeds for requests without one; None for random seeds.
         adapters: see `Preparation`.
         images: finds the positions of images in a prompt; None for a text-only model.
         open_objects: see `LlguidanceBackend`.
@@ -324,7 +324,7 @@ def pooling_tasks(labels: Seq[str], pooling: str | None = None) -> tuple[str, ..
 
     Args:
         labels: the labels of its head; empty without a head.
-        pooling: the pooling before that head; None if the model computes the head.
+        pooling: the pooling before that head, see `EncoderConfig.head_pooling`.
     """
     if not labels:
         return ("embed", "score")

@@ -28,10 +28,11 @@ A sequence with adapters, images or offloaded blocks waits until these are loade
 see `AdapterAdmission`, `ImageStore` and `OffloadedBlocks`. If image tokens attend to each other, all tokens of a tile
 run in one step.
 
-If layers keep a state (`states.py`), a cached prefix ends at a checkpoint. Checkpoints are written after the last full
-block of a prompt, at the end of each prompt chunk that ends with a block, after the last full block of an answer, and
-where the prefixes of two prompts diverge: the waiting prompt requests it from the running one, or writes it itself if
-the blocks are cached without a checkpoint. So prompt chunks end with blocks, and drafts before a block's last token.
+If layers keep a state (`cache/states.py`), a cached prefix ends at a checkpoint. Checkpoints are written after the last
+full block of a prompt, at the end of each prompt chunk that ends with a block, after the last full block of an answer,
+and where the prefixes of two prompts diverge: the waiting prompt requests it from the running one, or writes it itself
+if the blocks are cached without a checkpoint. So prompt chunks end with a block if possible, and a draft ends before a
+block's last token.
 
 If layers have a sliding window (`window_pages.py`), a cached prefix must have the pages that the next token attends to.
 A run gets pages of these layers when it is scheduled, and frees pages that have left its window. A prompt chunk ends
@@ -206,7 +207,7 @@ class Scheduler:
             self._preempt(self.running[-1])  # prompts occupy all pages, and none can continue
             return self._schedule()
         decodes = [item for item in scheduled if item.decodes]
-        if len(decodes) < len(scheduled):  # before prompts: `by_rows` makes each row of a drafted run a sequence
+        if len(decodes) < len(scheduled):  # drafted runs first: `by_rows` makes each of their rows a sequence
             others = [item for item in scheduled if not item.decodes]
             decodes += sorted(others, key=lambda item: not item.drafts)
         return Step(self._with_states(decodes))
@@ -495,7 +496,7 @@ class Scheduler:
         return sequence.hashes(size)[: (sequence.num_tokens - 1) // size]
 
     def _max_checkpoint(self, sequence: Sequence) -> int:
-        """Return the maximum length of a prefix with a checkpoint; a prefix has less than all tokens of a prompt."""
+        """Return the maximum tokens of a prefix with a checkpoint; the last token is always computed."""
         if not self.blocks.enable_prefix_caching:
             return 0
         return (sequence.num_prompt_tokens if self.reproducible else sequence.num_tokens) - 1
@@ -646,7 +647,7 @@ class WholeTexts:
             self.adapters.waits(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a finished or aborted text; it leaves the queue when it runs."""
+        """Remove a finished or aborted text; a text that has run is no longer in the queue."""
         if not sequence.num_admissions:
             self.waiting.remove(sequence)
         elif self.adapters is not None:

@@ -28,7 +28,7 @@ class PlacedImage(msgspec.Struct, eq=False):
     Attributes:
         positions: prompt positions of its embeddings, in ascending order.
         spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
-        rows: its embeddings, float32 [count, E]; None until they are encoded.
+        rows: its embeddings, float32 [count, V * E] (`EmbeddedRows`); None until they are encoded.
         grid: its rows and columns of embeddings, if M-RoPE rotates them; its positions are consecutive then.
         first: the rotary position of its first embedding, in time, height and width.
         blank: the token id that replaces its image tokens in the text model's input; None to leave these unchanged.
@@ -80,7 +80,7 @@ class SequenceState(msgspec.Struct, eq=False):
         going: the `RunState` of its next run, without checkpoints.
         reading: the slot of a checkpoint that its last run read; -1 if it read its own slot.
         wanted: requested checkpoints that are not scheduled yet, in ascending order.
-        told: requested checkpoints, which waiting sequences may wait for, with the hashes of their blocks.
+        told: requested checkpoints, which waiting sequences may wait for, with the hash of the last block before each.
         pending: checkpoints that launched runs write, with their slots.
         generated: the hash of the last checkpoint after its prompt.
     """

@@ -87,7 +87,7 @@ class Unread(Generic[T]):
 
     async def take(self) -> T:
         """Return the next item; at the end raise its error once, then `StopAsyncIteration`."""
-        loop = self._loop = self._loop or asyncio.get_running_loop()  # finding the loop is a system call in 3.11
+        loop = self._loop = self._loop or asyncio.get_running_loop()  # finding the loop is a system call in Python 3.11
         while not self._items:
             if self._ended:
                 raise self._errors.pop() if self._errors else StopAsyncIteration

@@ -167,7 +167,7 @@ class EngineThread:
 
     Args:
         engine: the engine, which only this thread touches from now on.
-        max_sequences: maximum number of live sequences; above it, new requests are refused.
+        max_sequences: maximum number of live sequences; a request beyond it is refused, unless no other is live.
         after_step: called in the thread after each step, when its outputs have been delivered.
     """
 
@@ -247,7 +247,7 @@ class EngineThread:
         return bool(self._asleep)
 
     def sleep(self, level: int, mode: str) -> None:
-        """Refuse new requests, abort the others or wait until they end, then free memory.
+        """Refuse new requests, abort earlier ones or wait until they end, then free memory.
 
         Args:
             level, mode: see `InferenceEngine.sleep`.

@@ -29,7 +29,7 @@ _SHIFTER_BITS = 0x4B400000  # bits of the float32 `SHIFTER`
 
 
 def fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
-    """Combine the 16 lanes of each of one or four vectors; lane i of the <4> result is for vector i, or for the one."""
+    """Combine the 16 lanes of each of one or four vectors; lane i of the <4> result is for vector i or the one."""
 
     def pick(x: Any, y: Any, order: list[int]) -> Any:
         return e.b.shuffle_vector(x, y, ir.Constant(vector(I32, len(order)), order))

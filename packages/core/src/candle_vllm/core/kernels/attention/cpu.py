@@ -101,10 +101,10 @@ def _list_tiles(
     key_size: int,
     value_size: int,
 ) -> None:
-    """Write the addresses of `count` key tiles from position `start` on, and `VALUE_TILES` bytes later of value tiles.
+    """Write the addresses of `count` key tiles from position `start` on, and `VALUE_TILES` bytes later, of value tiles.
 
-    `keys` and `values` are the layer's caches, `key_size` and `value_size` their bytes per slot. Tiles after that of
-    position `last` get its address.
+    `keys` and `values` are the layer's caches, `key_size` and `value_size` their bytes per slot. For tiles after
+    position `last`, the address of the tile of `last` is written.
     """
     to = int64_at(tiles)
     strip = min(1 << shift, STRIP)
@@ -356,7 +356,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 chunk = max(first_chunk + turn * run, chunk_of(seen))
                 last_seen = at_position[ROW_TILE + rows - 1]
                 top = min(first_chunk + turn * run + run - 1, chunk_of(last_seen))
-                to = parts  # scratch memory, even for results that are not used
+                to = parts  # not used: in split units, each chunk sets it
                 following = -1  # the next unit, if this thread has claimed it already
                 if size == 0:
                     for i in range(rows):
@@ -455,7 +455,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
 
 
 def make_merge(head_dim: int, rotated: int) -> Callable[..., None]:
-    """Return `merge`, which merges partial results; with `rotated` it undoes the rotation of quantised values."""
+    """Return `merge`, which merges partial results; with `rotated` it undoes the Hadamard rotation of values."""
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
 

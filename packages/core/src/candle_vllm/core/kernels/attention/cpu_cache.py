@@ -58,7 +58,7 @@ class CacheKind(enum.IntEnum):
 
     @property
     def is_quantised(self) -> bool:
-        """Whether heads are rotated and stored as codes, in blocks."""
+        """Whether Hadamard-rotated heads are stored as block codes."""
         return self.bits < 16
 
     @property
@@ -187,7 +187,7 @@ def partial_floats(head_dim: int) -> int:
 ROW_TILE = 64  # maximum rows of a unit
 _SPLIT_STREAMS = 16  # number of sequences whose partial results fit in scratch memory
 _MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
-HEADER = 64  # bytes before the threads' scratch memory: the counter has its own cache line
+HEADER = 64  # bytes before the threads' scratch memory: a cache line for the unit counter
 VALUE_TILES = 8 * (CHUNK // LANES)  # byte offset of the value tiles' addresses in a chunk's list of tiles
 TILE_LIST = 2 * VALUE_TILES  # bytes of a list of tiles; a thread has two, for the current and the next chunk
 

@@ -90,7 +90,7 @@ def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
 def _in_turn(kind: CacheKind, isa: Isa) -> bool:
     """Return whether to sum only one tile of keys, or half a block of values, at a time, because registers are few.
 
-    Not for codes of 8 bits, which would be slower because of the order in which memory is read.
+    False for codes of 8 bits, which would be slower because of the order in which memory is read.
     """
     return not isa.wide and kind.has_halves
 
@@ -230,7 +230,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
         of_scales, of_codes = (b.mul(number, e.int64(size)) for size in (halves_of_block, tile_codes))
 
         def weighed(tile: Any) -> list[Any]:
-            """Return a tile's probabilities times the scales of its values. Scales of hidden positions may be NaN."""
+            """Return a tile's probabilities times the scales of its values. Scales of masked positions may be NaN."""
             halves = e.load(b.add(tile_at(tile), of_scales), vector(F16), scales)
             scale, found = e.half_to_float(halves), []
             for row in range(m):

@@ -37,7 +37,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emi
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2(NOTHING - NOTHING) is 1 and not NaN
-_RUN = 8  # maximum pairs of dimensions that are read of some tiles before other tiles, if registers are few
+_RUN = 8  # maximum pairs of dimensions that are read from some tiles before other tiles, if registers are few
 _BLOCKS = 5  # maximum vectors of 16 dimensions whose sums are held in registers
 
 
@@ -101,7 +101,7 @@ def score_tiles(
 
 
 def _scores(e: Emitter, args: Any, m: int, d: int, tiles: list[Any], isa: Isa) -> None:
-    """Emit `score_tiles` for bfloat16: as many tiles at once as registers hold the sums of, `_RUN` pairs at a time."""
+    """Emit `score_tiles` for bfloat16: as many tiles at once as registers have room for, `_RUN` pairs at a time."""
     b, queries, stride, scores, pairs, at_once = e.b, args[0], args[3], args[4], d // 2, vectors_at_once(isa, m)
     run = pairs if at_once == TILES else next(n for n in range(min(_RUN, pairs), 0, -1) if pairs % n == 0)
 

@@ -72,7 +72,7 @@ class AttentionRows:
         return self if self.ahead is None else dataclasses.replace(self, ahead=None)
 
     def on_device(self) -> DeviceRows:
-        """Return a copy on the device of the block tables; its `decodes` are the leading sequences with one token."""
+        """Return a copy on the block tables' device; its `decodes` are the leading sequences with one token."""
         import torch
 
         counts = [end - start for start, end in itertools.pairwise(self.query_start)]
@@ -106,8 +106,8 @@ class DeviceRows:
         decoding: [1] int32, at most `decodes`: the number of leading sequences that the decode kernel computes, read on
             the device; `decodes` is then only the maximum for the launch. None if `decodes` is the number. Only for
             backends that are `mixed`, see `Backend`.
-        lists: work lists that the first layer's kernels compute for all layers. So an object serves only one step or
-            one captured step, and its tensors are rewritten only between replays.
+        lists: work lists that the first layer's kernels compute for all layers. So a `DeviceRows` serves only one step
+            or one captured step, and its tensors are rewritten only between replays.
     """
 
     query_start: torch.Tensor

@@ -63,7 +63,7 @@ def _attend_one(q: torch.Tensor, caches: Any, rows: AttentionRows, scale: float,
 
 
 def _row(rows: AttentionRows, row: int) -> AttentionRows:
-    """Return the rows of a step that has only sequence `row`."""
+    """Return the `AttentionRows` of a step with only sequence `row`."""
     count = rows.query_start[row + 1] - rows.query_start[row]
     ahead = None if rows.ahead is None else rows.ahead[rows.query_start[row] : rows.query_start[row + 1]]
     return type(rows)((0, count), (rows.context_lens[row],), rows.block_tables[row : row + 1], ahead)

@@ -62,8 +62,8 @@ def _generation(capability: tuple[int, int]) -> int:
 
 
 def _window_size(window: int | None, single: bool = False) -> tuple[int, int]:
-    """Return the numbers of keys before and after the query's position; -1 for all. With `single` there are no keys
-    after it, and with -1 instead of 0 FlashAttention 2 computes the query heads of a KV head together."""
+    """Return the numbers of keys before and after the query's position; -1 for all. A `single` query has no keys after
+    it, so -1 means the same as 0, but lets FlashAttention 2 compute the query heads of a KV head together."""
     if window is None:
         return (-1, -1) if single else (-1, 0)
     return (window - 1, 0)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Paged attention of one new token of each sequence on a GPU, split over the keys so that all multiprocessors work.
 
-The keys of a sequence are divided into splits, by the length of its context alone. A fixed number of programs shares
-the work items, each one split of one KV head of one sequence, which the programs compute on the device
-(`triton_items`): the grid depends on the number of sequences only, and a captured launch serves any lengths. An item's
-partial result is the state of the online softmax in fp32; a second kernel merges the partial results of a sequence in a
-fixed order, unless there is only one. So a result depends on its own sequence alone, bit for bit.
+The keys of a sequence are divided into splits, by the length of its context alone. A work item is one split of one KV
+head of one sequence. The programs of a launch, whose number depends only on the number of sequences, find the items on
+the device (`triton_items`) and share them, so a captured launch serves any lengths. An item's partial result is the
+state of the online softmax in fp32; a second kernel merges the partial results of a sequence in a fixed order, unless
+there is only one. So a result depends on its own sequence alone, bit for bit.
 Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
 """
 
@@ -366,8 +366,8 @@ def decode(
 def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> int:
     """Return the bytes of an element for `splits`.
 
-    A cache of 8 bits has tiles of more keys, except with fp32 queries, because the tiles are then computed in fp32, and
-    with row scales and heads of at most 128 elements, for which some compilers run out of registers.
+    A cache of 8 bits has tiles of more keys, with two exceptions: fp32 queries, whose tiles are computed in fp32; and
+    row scales with heads of at most 128 elements, for which some compilers run out of registers.
     """
     return 4 if query_bytes == 4 else 2 if rows_scaled and dim <= 128 else cache_bytes
 

@@ -45,7 +45,7 @@ _ROWS = 256  # sequences that a program compares at a time to find the sequence 
 
 @triton.jit
 def behind_decodes(query_start, context_lens, block_tables, table_stride, rows, decoding):
-    """Return a step's tables and number of sequences without the first decoding[0] sequences; None skips 0."""
+    """Return a step's tables and number of sequences, from sequence decoding[0] on if `decoding` is not None."""
     if decoding is not None:
         decodes = tl.load(decoding)
         query_start += decodes
@@ -300,7 +300,7 @@ def prefill(
 ) -> None:
     """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller checks arguments.
 
-    With `decoding`, begin at query_start[decoding[0]]: the other rows are not changed.
+    With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed.
     """
     rows = context_lens.shape[0]
     block_size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]

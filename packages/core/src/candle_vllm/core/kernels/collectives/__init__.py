@@ -302,8 +302,8 @@ class ProcessGroup:
         host: the address at which Gloo listens for the other ranks.
         memory: shared memory of all ranks, if they are on one machine; see `shared_memory`.
         first: index in that memory of this group's first rank.
-        ring: whether the group is used as `Stages`. Results that return then have their own communicator, because a
-            communicator runs its operations in order, so that a waiting send to the next stage would delay them.
+        ring: whether the group is used as `Stages`. Then results that return to the first stage have a communicator of
+            their own: a communicator runs operations in order, so a waiting send to the next stage would delay them.
     """
 
     def __init__(
@@ -356,7 +356,7 @@ class ProcessGroup:
                 return x.copy_(self._sum_in_order(x.view(-1)).view(x.shape))
             self._over(self._group.allreduce([x]))
             return x
-        wide = x.float()  # x itself, or a copy of a narrower type, which is rounded once at the end
+        wide = x.float()  # x itself, or a float32 copy of a narrower x; its sum is rounded once
         self._shared.add(wide.data_ptr(), wide.numel())
         return x if wide is x else x.copy_(wide)
 

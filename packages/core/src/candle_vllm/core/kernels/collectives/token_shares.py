@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.collectives import Collective, added_up
 from candle_vllm.core.kernels.moe import Pairs
 
 LEAST_SAVED = 4 << 20  # bytes that a rank must save in a layer: dividing costs three more exchanges and a host wait
-MOST_SHARE = 0.75  # exchanges, which are slower per byte, are used for at most this share of the all-reduces' bytes
+MOST_SHARE = 0.75  # exchanges are slower per byte: they may need at most this share of the all-reduces' bytes
 
 
 def rows_sent(held: Sequence[int], top_k: int) -> tuple[float, float]:
@@ -50,7 +50,7 @@ def rows_sent(held: Sequence[int], top_k: int) -> tuple[float, float]:
 
 
 def least_step(held: Sequence[int], top_k: int) -> float:
-    """Return from how many bytes of rows [T, E] on a step should be divided; infinity if never."""
+    """Return the minimum bytes of rows [T, E] of a step that should be divided; infinity if never."""
     sums, exchanges = rows_sent(held, top_k)
     return LEAST_SAVED / (sums - exchanges) if exchanges <= MOST_SHARE * sums else math.inf
 
@@ -61,7 +61,7 @@ class TokenShares:
     Args:
         collective: the ranks.
         held: number of experts of each rank; experts are numbered rank by rank.
-        least: bytes of rows from which on a step is divided, if `begin` allows it and there is a row for each rank.
+        least: minimum bytes of rows of a divided step; `begin` must allow it too, and each rank must get a row.
     """
 
     def __init__(self, collective: Collective, held: Sequence[int], least: float) -> None:

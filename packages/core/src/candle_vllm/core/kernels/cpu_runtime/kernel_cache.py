@@ -194,7 +194,7 @@ def _tell(folder: Path | None) -> None:
     wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
-    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # a new folder has its own line
+    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # `kernel_cache` logs a new folder
         logger.warning("compiling further CPU kernels for this machine: once, in some seconds each")
     how = "once for this machine" if folder is not None else "which cannot be cached"
     tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
@@ -282,8 +282,8 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
     The sources are the kernel's own module, this module (which imports the compiler), and every module of
     `candle_vllm.core` that these import, directly or indirectly. Modules outside `kernels` count because they define
     constants of the code, such as the layouts and code tables of `candle_vllm.core.quantization`; modules of `NO_CODE`
-    define none. Imports in functions count, imports under TYPE_CHECKING do not. The text of a package that contains an
-    imported module counts; the package's imports do not, because the importing module gets no name from it. Triton's
+    define none. Imports in functions count, imports under TYPE_CHECKING do not. The `__init__.py` of a package that
+    contains an imported module counts; its imports do not, because the importing module gets no name from it. Triton's
     modules do not count, because no CPU kernel calls them. A module that a kernel imports by a computed name is not
     found, so that is not allowed.
 
@@ -496,7 +496,7 @@ def _drop_old(folder: Path) -> None:
     """Delete old versions of kernels in a level's folder, except for the `_KEPT_VERSIONS` used last of each kernel.
 
     Files that were used within a day stay, for users who switch between versions or branches. Links are not followed.
-    Folders of earlier versions of this package, which had their own, are deleted a month after their last use.
+    Earlier versions of this package had a folder each, which is deleted a month after its last use.
     """
     versions, day_ago = defaultdict[str, list[tuple[float, Path]]](list), time.time() - _DAY
     with suppress(OSError):  # another process may be deleting the same files

@@ -34,7 +34,7 @@ class Isa(enum.IntFlag):
     AVX2 = 16  # 16 registers of 256 bits; every CPU with AVX-512 has them
     AVX_VNNI = 32  # the instructions of VNNI with 256 bits, without AVX-512
     NEON = 64  # 32 registers of 128 bits
-    DOTPROD = 128  # 16 products of 8 bits, summed in groups of four; all use the same four activations
+    DOTPROD = 128  # 16 products of 8 bits, summed in groups of four; all groups use the same four activations
     I8MM = 256  # product of 2 x 8 and 8 x 2 matrices of 8-bit integers
     ARM_BF16 = 512  # as DOTPROD, but with bfloat16, summed in pairs
     VBMI = 1024  # AVX512-VBMI: selects 64 bytes out of 128
@@ -119,7 +119,7 @@ def host_level() -> Level:
 
 @cache
 def best_level() -> Level:
-    """Return the highest level of this CPU; if no level fits, a level of this CPU alone, by LLVM's name of it."""
+    """Return the highest level of this CPU; if no level fits, a level for this CPU only, named as LLVM names it."""
     return level_of(host_flags()) or _native()
 
 

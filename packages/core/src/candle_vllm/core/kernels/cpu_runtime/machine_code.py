@@ -20,15 +20,15 @@ from typing import NamedTuple
 from candle_vllm.core.kernels.cpu_runtime.level import machine
 
 ENTRY = "candle_entry"
-"""Symbol of the function in an object file."""
+"""Symbol of an object file's entry function."""
 
 _PROGBITS, _SYMTAB, _RELA = 1, 2, 4
 _WRITABLE = 1
 _X86, _ARM = 62, 183  # machine numbers of ELF
 _STUB_BYTES, _SLOT_BYTES, _PAGE = 16, 8, 4096
 
-# Kinds of relocations. x86-64: distance to a symbol, or to an external function. ARM64: distance of a call or jump in
-# instructions; page of an address; offset of an address in its page, in units of the size of the data that is read.
+# Kinds of relocations. x86-64: distance to a symbol, or to an external function. ARM64: distance of a call or jump,
+# counted in instructions; distance to an address's page, in pages; offset in this page, in units of the access size.
 _PC32, _PLT32 = 2, 4
 _JUMP26, _CALL26, _PAGE21 = 282, 283, 275
 _PLACES = {277: 0, 278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
@@ -39,7 +39,7 @@ class Image(NamedTuple):
     """Position-independent code.
 
     Attributes:
-        entry: offset of the function.
+        entry: offset of the entry function.
         slots: offset of the slot of each function of the C library, by the function's name.
     """
 
@@ -59,7 +59,7 @@ class _Section(NamedTuple):
 
 
 class LinkError(ValueError):
-    """An object file has contents that position-independent code cannot have."""
+    """An object file cannot be linked, or the C library lacks a function of an image."""
 
 
 # ---- from an object file to an image ---------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def link(made: bytes) -> Image:
     """Link an object file of LLVM, position-independent code of the small code model, to an image.
 
     Raises:
-        LinkError: the code has writable memory, or refers to a symbol that is not a function of the C library.
+        LinkError: the file is no x86-64 or ARM64 object, needs writable memory, or has an unsupported relocation.
     """
     kind_of_cpu, sections = _sections(made)
     symbols = _symbols(made, sections)
@@ -78,7 +78,7 @@ def link(made: bytes) -> Image:
     code, starts = bytearray(), dict[int, int]()
     wanted = [entry[1]]
     for number in wanted:  # the list grows in the loop: sections that the code refers to, directly or indirectly
-        section = sections[number] if number < len(sections) else None  # higher numbers: memory without contents
+        section = sections[number] if number < len(sections) else None  # higher numbers are reserved by ELF
         if section is None or section.kind != _PROGBITS or section.flags & _WRITABLE:
             raise LinkError("the code has memory of its own; an error of Python's, such as of range() by 0, needs some")
         code += bytes(-len(code) % max(section.align, 1))
@@ -165,7 +165,7 @@ def _relocations(made: bytes, section: _Section) -> list[tuple[int, int, int, in
 
 
 def load(image: Image) -> int:
-    """Map an image for the life of the process; return the address of its function.
+    """Map an image for the life of the process; return the address of its entry function.
 
     Raises:
         OSError: the system provides no executable memory.
@@ -226,7 +226,7 @@ def to_bytes(image: Image) -> bytes:
 
 
 def from_bytes(kept: bytes) -> Image:
-    """Return the image of bytes from `to_bytes`; callers have checked the bytes' integrity."""
+    """Restore an image from the bytes of `to_bytes`; callers must check their integrity first."""
     (size,) = struct.unpack_from("<Q", kept)
     head = json.loads(kept[8 : 8 + size])
     return Image(kept[8 + size :], head["entry"], head["slots"])
