@@ -215,7 +215,7 @@ class EngineFront(ABC):
         Args:
             token_ids: the prompt, with the token that the model's template writes for each image.
             images: Pillow images, arrays [height, width, 3] of uint8, or the bytes of PNG, JPEG, WebP or GIF files; or
-                images that this method returned, together with its token ids.
+                images that an earlier call returned with these token ids.
             names: the field of each image, for error messages; "image" by default.
 
         Raises:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Convert stored matrices to the layouts of GPU kernels, or decode them if no kernel multiplies their format.
 
-Each method returns the matrix and, for the log, the reason if a quantised matrix takes more memory than in the file.
+The methods of `Backend` return the matrix and, for the log, why a quantised matrix takes more memory than in the file.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ class GivenTensors:
 
 
 class EagerTower:
-    """Runs a vision tower; see `TowerRunner`. On a GPU it has a different stream than the steps."""
+    """Runs a vision tower; see `TowerRunner`. On a GPU it runs on another stream than the steps."""
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 

@@ -116,7 +116,7 @@ class RecordedTower:
         return made.reshape(-1, made.shape[2])
 
     def _encode(self, tile: NDArray[np.uint8], target: NDArray[np.float32], clock: _Clock) -> Iterator[None]:
-        """Write the embeddings of a tile, [C, vectors * text size]."""
+        """Write the embeddings of a tile to `target`, [cells, vectors * text size]."""
         arrays, read = self._tile.arrays, self._config.read(tile)
         rows = len(read.places)
         yield from self._touch(rows, clock)
@@ -174,7 +174,7 @@ class RecordedTower:
             columns[slice(first, last) if order is None else order[first:last]] = join.made[: last - first]
 
     def _run(self, piece: _Piece, rows: int, clock: _Clock) -> Iterator[None]:
-        """Run a piece whole, or its operations one by one, in parts, if the piece takes too long."""
+        """Run a piece whole; if it takes too long, run its operations one by one, in parts."""
         least = max(_PIECE, 1e-6) / 2
         expected = self._foreseen(piece.kind, -1, rows)
         if expected is None:

@@ -192,7 +192,7 @@ def rotary_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions 
 
 
 def turns(turned: RotaryPositions, positions: Ints, first: int) -> Ints:
-    """Return [T] rotary table row minus position of each row; the table rows of image rows begin at `first`."""
+    """Return [T]: each token's rotary table row minus its position; image tokens have the rows from `first` on."""
     turns = turned.shifts.copy()
     turns[turned.rows] = first + np.arange(len(turned.rows)) - positions[turned.rows]
     return turns

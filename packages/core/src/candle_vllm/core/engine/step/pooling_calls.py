@@ -228,7 +228,7 @@ def _numbered(request_id: str, number: int, count: int) -> str:
 
 @contextmanager
 def _blaming(number: int, count: int, side: int | None = None) -> Iterator[None]:
-    """Add the index of the input to an error's message if there are several, and which text of a pair is wrong."""
+    """Add to an error's message the index of the input, if there are several, and which text of a pair is wrong."""
     try:
         yield
     except RequestError as error:
@@ -275,7 +275,7 @@ def _numbers(piece: TokenOutput) -> array[float]:
 def _products(
     pairs: Sequence[Pair], outputs: Sequence[EmbeddingOutput], longest: float, *, with_ids: bool = True
 ) -> list[ScoreOutput]:
-    """Score each pair by the vectors of its texts; `outputs` has the distinct texts in order of first appearance."""
+    """Score each pair by the vectors of its texts; `outputs` has one for each distinct text, in order of appearance."""
     vectors = dict(zip(dict.fromkeys(text for pair in pairs for text in pair), outputs, strict=True))
     counted: set[str] = set()
     made = []

@@ -48,7 +48,7 @@ class PlacedImage(msgspec.Struct, eq=False):
         return 0 if self.grid is None else self.first + max(self.grid) - (self.positions[-1] + 1)
 
     def marks(self, block_size: int) -> Iterator[tuple[int, bytes]]:
-        """Yield each block number with embeddings of the image, and the key and offset that its hash must include."""
+        """Yield each block number with embeddings of the image, and the key and offset that the hash must include."""
         last = -1
         for number, position in enumerate(self.positions):
             if position // block_size != last:

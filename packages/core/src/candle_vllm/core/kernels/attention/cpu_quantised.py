@@ -359,7 +359,7 @@ def _largest(e: Emitter, values: list[Any]) -> Any:
 
 
 def _to_half(e: Emitter, x: Any) -> tuple[Any, Any]:
-    """Round floats that are all equal to fp16; return its bits, and the rounded value as floats."""
+    """Round a vector of equal floats to fp16; return the fp16 bits, and the rounded value as floats."""
     b = e.b
     half = b.fptrunc(_limited(e, x, -_LARGEST_HALF, _LARGEST_HALF), vector(F16))
     return b.extract_element(b.bitcast(half, vector(I16)), ir.Constant(I32, 0)), e.half_to_float(half)

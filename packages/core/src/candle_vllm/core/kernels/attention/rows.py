@@ -35,7 +35,7 @@ class PagedCache(NamedTuple):
 
 
 class WindowedCache(PagedCache):
-    """KV cache of a layer that keeps only the pages of its sliding window; block tables and slots are those of a pool.
+    """KV cache of a layer that keeps only pages of its sliding window; a page pool has its block tables and slots.
 
     Attributes:
         pool: index of the page pool, see `WindowedBlocks`.

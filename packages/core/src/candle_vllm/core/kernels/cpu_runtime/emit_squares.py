@@ -33,7 +33,7 @@ def store_square(e: Emitter, register: int, address: Any, stride: int) -> None:
 
 
 def shape_squares(e: Emitter, memory: Any, shapes: Sequence[tuple[int, int]]) -> None:
-    """Configure the registers from 0 on: (rows, bytes of a row) of each, by way of 64 bytes of memory."""
+    """Configure the registers from 0 on: `shapes` has (rows, bytes of a row) of each, `memory` is 64 bytes."""
     table = bytearray(64)
     table[0] = 1  # the palette
     for register, (lines, width) in enumerate(shapes):

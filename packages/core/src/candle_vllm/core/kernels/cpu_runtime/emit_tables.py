@@ -19,7 +19,7 @@ _BYTES = 4 * LANES
 
 
 def look_up(e: Emitter, numbers: Sequence[int], words: Any, isa: Isa, lanes: int = LANES) -> Any:
-    """Replace each byte of the lanes (0 to 15) by the entry of `numbers` at that index.
+    """Replace each byte of the lanes, an index from 0 to 15, by that entry of `numbers`.
 
     Args:
         numbers: sixteen entries, 0 to 255.
