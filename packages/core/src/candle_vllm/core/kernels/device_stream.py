@@ -86,7 +86,7 @@ class DeviceStream(Protocol):
 
 
 def copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy between the device and staged memory, or on the device. Runs as `Work`."""
+    """Copy between the device and staged memory, or on the device. Call as the stream's work."""
     target.copy_(source, non_blocking=True)
 
 
@@ -100,7 +100,7 @@ class Sent:
         self._staged.numpy()[...] = array
 
     def there(self) -> torch.Tensor:
-        """Return the array on the device. Runs as `Work`."""
+        """Return the array on the device. Call as the stream's work."""
         return self._staged.to(self._stream.device, non_blocking=True)
 
 

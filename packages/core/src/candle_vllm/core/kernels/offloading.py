@@ -62,7 +62,7 @@ def states_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
 
 
 def block_parts(caches: Sequence[LayerCache], block: int, page_of: Any = ()) -> list[torch.Tensor]:
-    """Return views uint8 [size] of a block, one for each cache tensor; `page_of` is as for `in_pages`."""
+    """Return views uint8 [size] of a block, one for each cache tensor; `page_of[pool][block]` is its page."""
     pools = {id(part): cache.pool for cache in caches if isinstance(cache, WindowedCache) for part in cache}
     pages = {name: int(page_of[pool][block]) for name, pool in pools.items()}
     parts = [part[pages.get(id(part), block)] for part in tensors_of(caches)]
@@ -96,7 +96,7 @@ class HostWeights:
         self._used = 0  # used bytes of the last piece
 
     def take(self, *roots: object) -> None:
-        """Move the data of all filled tensors of layers or matrices to this memory."""
+        """Move the data of all loaded tensors of layers or matrices to this memory."""
         with torch.no_grad():
             for tensor in tensors_in(*roots):
                 held, there = (place.view(tensor.dtype).view(tensor.shape) for place in self._room(tensor.nbytes))

@@ -50,7 +50,7 @@ class CpuRank(NamedTuple):
 def bind_pages(address: int, size: int, nodes: Sequence[int]) -> int:
     """Make Linux allocate whole pages at `address` on these nodes when they are first touched; return 0 or an errno.
 
-    On a single node, pages are allocated while the node has free memory; on several nodes they are interleaved.
+    A single node is used while it has free memory, then other nodes; over several nodes, pages are interleaved.
     """
     call = _MBIND.get(platform.machine().lower())
     if call is None or sys.platform != "linux":
@@ -266,7 +266,7 @@ def _memory_of(node: int, root: Path) -> int:
 
 
 def parsed_ranges(text: str) -> frozenset[int]:
-    """Parse a list of numbers in Linux's notation, such as "0-3,8"; empty for any other text."""
+    """Parse a list of numbers in Linux's notation, such as "0-3,8", up to the first part in another notation."""
     numbers: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

@@ -218,7 +218,7 @@ def plan_row(
         operation: address of the operation.
         numbers: address of the step's numbers.
         arguments: the operation's named tuple of arguments.
-        barrier: whether all threads wait for each other after it.
+        barrier: whether all threads wait for each other after the operation.
         inner: the plan row of a nested operation, which the operation calls.
     """
     kinds = field_kinds(type(arguments))
@@ -302,7 +302,7 @@ class LinearArguments(NamedTuple):
         x: address of the activations, in the input form of the weight format.
         x_bytes: row stride of plain activations: a multiple of 64, with zeros after K.
         scales, sums: addresses of scales and sums of quantised activations.
-        span: for small floats (`scaled_linear`): loop iterations for a span, the columns that share a scale.
+        span: for small floats (`scaled_linear`): loop iterations for the columns that share a scale; otherwise 0.
         ahead: prefetch distance of quantised weights, in bytes.
         beside: address of the threads' lists of other memory to prefetch meanwhile (`tiles.py`), `RUNS_BYTES` apart; or
             0. Only products of quantised weights use it.

@@ -51,8 +51,8 @@ _HUGE = 2 << 20  # bytes of a huge page; the first matrix begins at a multiple
 _WRITTEN = 32 << 20  # bytes of a write, so large that Linux caches the file in huge pages
 _SUMMED = 1 << 17  # 64-bit words of which `checksum` computes one sum
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and newer
-_SILENCE = 60  # seconds after its last write from which a part was left by an ended process
-_PATIENCE = 10.0  # seconds that the end of a process may wait for a file
+_SILENCE = 60  # seconds without a write after which a .tmp file counts as left by an ended process
+_PATIENCE = 10.0  # maximum seconds that an ending process waits for its file to be written
 
 
 class PackedFile:
@@ -96,7 +96,7 @@ class PackedFile:
             thread.start()
         else:
             with suppress(OSError):
-                make_room(self._path, 0)  # deletes leftover parts
+                make_room(self._path, 0)  # deletes leftover .tmp files
             how = "mapped" if self._huge else "read"
             logger.info("packed weights: %.1f MB %s from %s", size / 1e6, how, self._path.parent)
 
@@ -121,7 +121,7 @@ class PackedFile:
             logger.warning("the packed weights in %s are written again: %s", self._path, error)
             return
         if sys.platform == "linux":
-            with suppress(OSError):  # an older kernel
+            with suppress(OSError):  # an older Linux kernel
                 mapped.madvise(mmap.MADV_HUGEPAGE)
                 mapped.madvise(_POPULATE_READ)
         whole = np.frombuffer(mapped, np.uint8)
@@ -150,7 +150,7 @@ class PackedFile:
         return made(**fields, data=data.reshape(tiles, -1)), entry["why"]
 
     def _end(self, thread: threading.Thread, size: int, began: float) -> None:
-        """When the process ends, wait for the file if that takes some seconds only; otherwise give it up at once."""
+        """When the process ends, wait for the file if that takes only some seconds; otherwise give it up at once."""
         last = time.monotonic() + _PATIENCE
         try:
             rest = 0.0

@@ -179,7 +179,7 @@ def rank_of(table: int, thread: int, threads: int) -> tuple[int, int, int]:
 
 @njit(inline="always")
 def inner_row(row: int, arguments: int) -> int:
-    """Return the address of the row nested in `row`, after its own arguments; 0 without a nested row."""
+    """Return the address of the row nested in `row` after `arguments` arguments; 0 without a nested row."""
     size = 8 * (FIRST_ARGUMENT + arguments)
     return row + size if int64_at(row)[1] >> 8 > size else 0
 

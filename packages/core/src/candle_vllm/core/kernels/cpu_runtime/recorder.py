@@ -259,7 +259,7 @@ class Recorder:
         return self._row_numbers
 
     def scratch(self, size: int) -> int:
-        """Return the address of `size` bytes of scratch memory, which the operation after the next may overwrite."""
+        """Return the address of `size` bytes of scratch memory for two consecutive operations; others overwrite it."""
         if self._scratch is None or self._scratch.nbytes < size:
             self._scratch = self._allocate(size, np.uint8)
         return address_of(self._scratch)

@@ -67,8 +67,8 @@ class ThreadTeam:
     Args:
         threads: number of threads, the caller's included; more threads than CPUs are slower, but correct.
         ranks: division of the threads. Helpers run on their rank's CPUs. The caller runs on the first rank's CPUs from
-            its first plan on, unless it is the main thread, of which child processes would inherit the binding.
-        kept_plans: number of plans whose memory the team keeps, at least; so many plans may alternate.
+            its first plan on, unless it is the main thread, whose binding child processes would inherit.
+        kept_plans: minimum number of plans whose memory the team keeps; that many plans may alternate.
 
     Raises:
         ConfigError: the system cannot start that many threads.
@@ -224,7 +224,7 @@ def _run_on(cpus: frozenset[int]) -> None:
 
 
 def _end(take_part: Callable[..., object], memory: np.ndarray, shared: int, threads: int, plans: object) -> None:
-    """End the helpers of a team that was not closed; the plans' memory is kept until no helper reads them."""
+    """End the helpers of a team that was not closed; keep the plans while helpers read them, for at most a second."""
     ctypes.c_int64.from_address(shared + STOP).value = 1
     take_part(0, 0, shared, 0, threads)
     inside = [shared + WORKERS + number * WORKER_BYTES + INSIDE for number in range(1, threads)]

@@ -38,7 +38,7 @@ from candle_vllm.core.threads import collector_paused
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
 INDEX_KEY = 128  # elements of a key of DeepSeek's index
-CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2, delta nets and Mamba
+CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2; delta nets and Mamba
 
 
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -76,7 +76,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         for form in RowForm:
             yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated, form.bytes)
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
-        if isa & Isa.VNNI:  # at other levels F16 matrices read floats
+        if isa & Isa.VNNI:  # at other levels F16 matrices take float32
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, WordForm.I16, WordForm.I16.bytes)
     if isa & Isa.VNNI:
         yield "word_linear.cpu:make_linear", (isa,)

@@ -6,7 +6,7 @@ computed together with the conversion to the input form of the matrices that rea
 value is a result, such as a product, whose operations are not recorded yet. In a sum, a pending value or a norm is
 added directly to the memory of the other value; a norm to which a value is added is computed first.
 
-A value has the version of its buffer. The use of a value after its buffer was overwritten is an error in the model's
+A value stores the version of its buffer. The use of a value after its buffer was overwritten is an error in the model's
 code and raises at once.
 """
 

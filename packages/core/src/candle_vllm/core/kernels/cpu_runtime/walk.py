@@ -113,7 +113,7 @@ def _claim(word: int, number: int, count: int) -> int:
 
 @njit(inline="always")
 def _do_share(at: int, number: int, shared: int, owner: int, threads: int) -> int:
-    """Run the unclaimed pieces of thread `owner` of a row; return their number."""
+    """Run thread `owner`'s piece of a row if it is unclaimed; return the number of pieces that were run."""
     if _claim(shared + WORKERS + owner * WORKER_BYTES + CLAIM, number, 1) < 0:
         return 0
     call_operation(int64_at(at)[0], at, owner, threads)
@@ -157,7 +157,7 @@ def _completes(shared: int, done: int, total: int) -> bool:
 
 @njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, thread: int, threads: int) -> None:
-    """Run the operations of a plan in order; a row begins with the address and the length of its arguments.
+    """Run the operations of a plan in order; a row begins with the operation's address, flags and the row's length.
 
     `number` and `group` belong to the first row.
     """

@@ -76,7 +76,7 @@ def can_drop_pages() -> bool:
 
 
 def drop_pages(array: np.ndarray) -> int:
-    """Return whole pages of an array's memory to the system; they read as zeros afterwards. Returns the bytes freed."""
+    """Return an array's whole pages to the system; they then read as zeros or as their file. Returns bytes freed."""
     start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length <= 0:
@@ -105,7 +105,7 @@ class WeightMemory:
         # For each part of a model, in the order of its `take` calls: the array (while it is in use), offset and size.
         self._taken: dict[object, list[tuple[weakref.ref[np.ndarray], int, int]]] = {}
         self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
-        self._stays: set[int] = set()  # addresses of pieces that are never dropped: some memory belongs to no part
+        self._stays: set[int] = set()  # addresses of pieces that are never dropped: with memory of no part
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
         self.mapped: dict[str, tuple[Any, str | None]] = {}  # set by `packed_file`: matrices in a mapped file, by key
         self.writer: threading.Thread | None = None  # thread of `packed_file` that writes the matrices to a file
@@ -149,7 +149,7 @@ class WeightMemory:
         self._again = Counter()
 
     def drop(self) -> int:
-        """Return the memory of all parts to the system; addresses stay valid and read as zeros. Returns bytes freed."""
+        """Return the memory of all parts to the system by `drop_pages`; addresses stay valid. Returns bytes freed."""
         if self.writer is not None:
             self.writer.join()
         pieces = [piece for each in self._whole if (piece := each()) is not None]

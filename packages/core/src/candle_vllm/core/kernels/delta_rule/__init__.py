@@ -73,7 +73,7 @@ def delta_rule(
         q, k, v, a, b: see above; the elements of a token are contiguous.
         gates: the layer's parameters of decays and strengths.
         cache: the layer's states and kept rows, float32.
-        rows: the states that the step reads and writes; None in recorded steps, which have their own.
+        rows: the states that the step reads and writes; None in recorded steps, which use `StepArrays.states`.
         scale: factor of q: Dk^-0.5.
         normed: whether q and k are divided by their norms.
     """

@@ -135,7 +135,7 @@ def prepare(row, thread, threads):
 
 
 def _each_row(e: Emitter, rows: Any, state: list[Any], body: Any) -> list[Any]:
-    """Emit body(row, half, state) -> state for each row of S, 4 at a time; `half` is which half of the sum gets it."""
+    """Emit body(row, half, state) -> state for each row of S, 4 at a time; `half` (0, 1) is the row's partial sum."""
     b = e.b
 
     def several(index: Any, state: list[Any]) -> list[Any]:

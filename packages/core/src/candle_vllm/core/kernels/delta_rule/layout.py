@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sizes of the gated delta rule, parameters of its gates, and addresses of its compiled operations."""
+"""Sizes of the gated delta rule, parameters of its gates, and arguments of its compiled operations."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def state_shape(value_heads: int, key_dim: int, value_dim: int) -> tuple[int, in
 def kept_inputs(key_heads: int, value_heads: int, key_dim: int, value_dim: int, *, gates: int = 2) -> int:
     """Return the number of elements of a kept row.
 
-    `gates` is the decays and strengths of a value head: 2; with a decay for each row of S, Dk + 1; in Mamba 1, Dv.
+    `gates` counts the decays and strengths of a value head: 2; with a decay for each row of S, Dk + 1; in Mamba 1, Dv.
     """
     return key_heads * key_dim + value_heads * (value_dim + gates)
 
 
 def gate_sizes(gates: DeltaGates, heads: int) -> tuple[int, int]:
-    """Return the numbers of decays and of strengths in a kept row; in Mamba 1, a counts as strengths."""
+    """Return the numbers of decays and of strengths in a kept row; in Mamba 1, `a` counts as strengths."""
     count = math.prod(gates.bias.shape)
     return (0, count) if len(gates.decay.shape) > 1 else (count, heads)
 

@@ -14,13 +14,13 @@ The results and the state after the chunk are
 In Mamba 2, B is the diagonal matrix of the step sizes and U = B V; then D V with the `skip` D is added to Y.
 
 `chunk_kernel` computes inverse(..) B (except for Mamba 2), tril(Q K^T D), P and E, for each value head of all chunks in
-parallel. The inverse is computed row by row, which stays accurate for similar keys; logarithms of products of decays
-are separate sums, not differences. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on whole chunks. The
-tokens of a chunk within which a state is stored are processed one by one. Sources: Yang et al., 2024, arXiv:2406.06484,
+parallel. The inverse is computed row by row, which stays accurate for similar keys; the log of each product of
+decays is a sum of its own, not a difference of sums. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on
+whole chunks. Tokens of a chunk within which a state is stored are processed one by one. Sources: Yang et al., 2024, arXiv:2406.06484,
 section 3; Dao and Gu, 2024, arXiv:2405.21060, section 6.
 
 Products with q and k use their 16-bit elements unchanged; norms are applied to the result. A float32 factor of a
-product is split into the sum of two bfloat16 numbers, which is closer to float32 than TF32 is.
+product is split into the sum of two 16-bit floats, which is closer to float32 than TF32 is.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def chunks_kernel(
     start = tl.load(query_start + sequence).to(tl.int32)
     end = tl.load(query_start + sequence + 1).to(tl.int32)
     if start < end:
-        # Tokens before the first chunk that begins in this step, tokens of whole chunks, and the remaining tokens.
+        # The pieces: the tokens before the first chunk that begins in this step, the chunks, the remaining tokens.
         position = tl.load(positions + start).to(tl.int32)
         begin = tl.minimum(start + (CHUNK - position % CHUNK) % CHUNK, end)
         chunks = (end - begin) // CHUNK

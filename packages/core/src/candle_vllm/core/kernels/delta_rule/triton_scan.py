@@ -51,7 +51,7 @@ def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def gates_of(x, row, column, DK: tl.constexpr, DV: tl.constexpr, EACH: tl.constexpr):
-    """Load a value head's elements of a, decay or bias: one, EACH = DK [DKP, 1], or, in Mamba 1, [1, BLOCK_V]."""
+    """Load a value head's a, decay or bias: one element; [DKP, 1] if EACH is DK; [1, BLOCK_V] in Mamba 1 (EACH 0)."""
     if EACH == 0:
         found = tl.load(x + column[None, :], mask=(column < DV)[None, :], other=0.0)
     elif EACH > 1:
@@ -213,7 +213,7 @@ def scan_kernel(
     HV: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
-    DKP: tl.constexpr,  # rounded up to a power of two
+    DKP: tl.constexpr,  # DK rounded up to a power of two
     FILLED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NORMED: tl.constexpr,

@@ -2,7 +2,7 @@
 """Look up embedding rows.
 
 Contract: for token_ids [T] int64 below V and table [V, E], y [T, E] is an exact copy of rows, in the table's dtype and
-in new memory. Recorded steps read rows as float32 from tables in their own layouts, and may add several (`cpu.py`).
+in new memory. Recorded steps read rows as float32 from tables in other layouts, and may add rows of several tables.
 """
 
 from __future__ import annotations

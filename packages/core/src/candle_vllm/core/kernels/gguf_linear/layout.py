@@ -63,7 +63,7 @@ class Planes:
     Attributes:
         low, high: bits of a code in the two planes; high may be 0.
         layout: the kind's `TileLayout`; for IQ1, IQ2 and IQ3, that of the 4-bit codes.
-        factor: factor of the small scales.
+        factor: factor of the integers in `scales`, for types with super-scales.
     """
 
     low: int

@@ -120,7 +120,7 @@ def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WOR
 
 @triton.jit
 def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
-    """Return scale and offset of group g, or of one half if the width is 16; a weight is scale * code + offset."""
+    """Return scale and offset of group g, or of a half if 16 weights share them; a weight is scale * code + offset."""
     NESTED: tl.constexpr = FORM.nested
     MINIMUM: tl.constexpr = FORM.minimum
     WIDTH: tl.constexpr = FORM.width

@@ -5,7 +5,7 @@ Files of GPTQ, AWQ and compressed-tensors have such weights: a weight is scale *
 weights of a row shares a scale, and perhaps a zero; it is a multiple of 32 columns, or the whole row. FP8's codes are
 floats, e4m3 or e5m2, and a weight is scale * float. NVFP4's codes are e2m1, and a weight is scale * (inner scale *
 float) with an inner scale for each 16 weights. Scales of floats are fp32, inner scales e4m3. Infinite and NaN weights
-give the products of IEEE 754, except that infinite scales give NaN if K is not a multiple of a step.
+give the products of IEEE 754, except that infinite scales give NaN if K is not a multiple of a step (`layout.py`).
 
 If the inputs of a group are not adjacent (activation order), the columns are reordered at load, and x before each
 product (`GroupMatrix.order`).

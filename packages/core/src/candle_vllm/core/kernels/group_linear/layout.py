@@ -11,7 +11,7 @@ of a row along K, a **step** 4 parts (2 for codes of 8 bits); a **plane** is a t
     inner   [steps, N, 2]  int32, for e2m1: byte b of the two words is the e4m3 scale of weights 16 b to 16 b + 15
 
 Columns are padded to whole steps with codes of 0, which are multiplied by zeros of x, and scales of 0. e4m3 has two NaN
-codes, which float16 represents differently: a group with a NaN code has the scale NaN, which gives the same products.
+codes, which the kernels would read as finite: a group with a NaN code has the scale NaN, which gives the same products.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, build, launc
 from candle_vllm.core.kernels.linear.triton_products import exact, rounded
 from candle_vllm.core.kernels.triton_build import WITH_TENSOR_CORES, Build
 
-# The first tile that is wide enough is used, else the last. Chosen by counting registers of the compiled code, not yet
-# measured on a GPU. No four warps have 64 rows: Hopper's instruction for them rounds differently.
+# The first tile with enough tokens is used, else the last. Chosen by counting registers of the compiled code, not yet
+# measured on a GPU. No tile of `exact` has 64 rows for four warps: Hopper would use wgmma, which rounds differently.
 TILES = (Tile(8, 32, 1, 4), Tile(16, 64, 2, 5), Tile(32, 64, 2, 4), Tile(64, 32, 4, 4), Tile(128, 32, 8, 3))
 ROUNDED_TILES = (Tile(32, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 

@@ -5,7 +5,7 @@ Terms: see `attention/cpu_cache.py`. The operation reads the product of the fuse
 fp32 (`kernels/rotary`), and rounds to bfloat16: q, times a factor, is written to a buffer, k and v to the caches in the
 layout of `attention.cpu_tiles`. For a quantised cache, a head is first computed as floats on the stack, and then
 becomes blocks of `attention.cpu_quantised`; queries are quantised if keys are. A unit of work is one head of one token.
-Two threads may write the halves of one 32-bit word of the value cache, so stores to it have 16 bits.
+Two threads may write the halves of one 32-bit word of the value cache, so stores to that cache have 16 bits.
 """
 
 from __future__ import annotations

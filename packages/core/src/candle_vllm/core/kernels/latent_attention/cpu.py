@@ -246,7 +246,7 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
 
 @njit(inline="always")
 def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> None:
-    """Add the scores above 0 of 16 heads, times the heads' weights, to the sums of `keys` keys; `begins`: from 0."""
+    """Add the positive scores of 16 heads, times the heads' weights, to the keys' sums, or if `begins` set the sums."""
     score, weight, out = float32_at(scores), float32_at(weights), float32_at(to)
     for key in range(keys):
         total = np.float32(0) if begins else out[key]
@@ -257,7 +257,7 @@ def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> N
 
 @njit(inline="always")
 def _count(keys, start: int, end: int, least: int) -> np.int32:
-    """Count the int32 keys that are at least `least`; with a count of 32 bits, a vector has twice as many keys."""
+    """Count the int32 keys that are at least `least`; a 64-bit count would halve the number of keys in a vector."""
     count, bound = np.int32(0), np.int32(least)
     for i in range(start, end):
         count = np.int32(count + np.int32(keys[i] >= bound))
@@ -281,7 +281,7 @@ def _choose(scores: int, count: int, top: int, to: int) -> None:
     while ((low ^ high) & 0xFFFFFFFF) >> bits:
         bits += 1
     least = -(1 << 31) if bits == 32 else low >> bits << bits  # a bound that at least `top` keys reach
-    reached, above = count, 0  # number of keys that reach `least`; fewer than `top`, that reach the next higher bound
+    reached, above = count, 0  # keys that reach `least`; keys that reach the next higher bound, fewer than `top`
     while bits > 0 and reached > top:
         bits -= 1
         further = _count(keys, 0, count, least + (1 << bits))

@@ -237,7 +237,7 @@ class HeadsArguments(NamedTuple):
         rows, row_bytes: address of a plan row of `function` for each head, and bytes from one row to the next.
         heads, tiles: H, and tiles of a head's matrix.
         latent_queries: address of the products, float32 [T, H, L] with L a multiple of 16, for `arranges`.
-        queries, width, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, D, R, and the factor of the queries.
+        queries, width, rope, scale: address of the queries of `cpu_tiles.py`, D, R, and the factor of the queries.
     """
 
     function: int
@@ -265,10 +265,10 @@ class PrepareArguments(NamedTuple):
         block_shift: log2(S).
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
         cache: address of the layer's cache.
-        queries: address of [T, P, D / 2, 16, 2] bfloat16.
+        queries: address of the queries of `cpu_tiles.py`, bfloat16.
         inputs, head_bytes, row_numbers: address of each head's rows of nope, bytes from head to head, elements from
             row to row.
-        cos, sin: addresses of float32 [P, R / 2].
+        cos, sin: addresses of float32 [positions, R / 2].
     """
 
     q: int

@@ -4,7 +4,7 @@
 The cache stores a token's latent row [rope | latent] contiguously, D = R + L elements of bfloat16, and both products
 read it. The heads of a token are in **groups** of 16: one vector has the same pair of dimensions of 16 heads, so a
 score needs no sum over lanes; and the heads of a token attend to the same keys, so no mask is needed. Queries are
-[T, P, D / 2, 16, 2] with P groups for each token; lanes without a head have undefined values, which only they use.
+[T, P, D / 2, 16, 2] with P groups for each token; lanes without a head have undefined values, which others ignore.
 
 Scores are float32 [G, 256, 16] for the G groups of a row tile, probabilities bfloat16 pairs of positions
 [G, 128, 16, 2]. For the values, two neighbouring latent rows are interleaved in registers. A partial result has the

@@ -71,7 +71,7 @@ STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
 _SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
 _MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
-FEW_TOKENS = 16  # up to so many tokens of a step, threads divide a token's index scores; above, they divide tokens
+FEW_TOKENS = 16  # up to this number of tokens in a step, threads divide each token's index scores; above it, tokens
 CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # bytes of a thread in a choice: addresses of tiles, scores of a chunk
 
 

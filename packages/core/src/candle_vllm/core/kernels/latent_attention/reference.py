@@ -10,7 +10,7 @@ import torch
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 _QUERIES = 64  # queries at a time, so that the scores of a long prompt stay small
-_SCORES = 1 << 25  # maximum scores of an index, of all its heads, that are computed at a time; at least one query's
+_SCORES = 1 << 25  # maximum index scores of all heads that are computed at a time, but at least one query's
 
 
 def latent_attention(

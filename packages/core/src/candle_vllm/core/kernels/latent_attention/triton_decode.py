@@ -132,10 +132,10 @@ class Splits:
 
 
 def splits(heads: int, bytes_per_number: int) -> Splits:
-    """Choose by the model's shape alone, never by the batch.
+    """Return the division for a model's shape, which never depends on the batch.
 
-    An item has as many heads as registers hold sums of (512 elements each), because every item reads the cache again.
-    Not measured yet.
+    An item has as many heads as the registers have room for sums of 512 elements, because every item reads the cache
+    again. Not measured yet.
     """
     some = max(16, next_power_of_2(heads))
     if bytes_per_number == 4:

@@ -118,7 +118,7 @@ class Tiles:
 
 
 def tiles(bytes_per_number: int) -> Tiles:
-    """Choose by the shape of a head alone, never by the batch. Not measured yet: as many rows as registers hold."""
+    """Return tiles for an element size, whatever the batch: as many rows as registers hold. Not measured yet."""
     return Tiles(16, 16, 8, 2) if bytes_per_number == 4 else Tiles(64, 16, 8, 3)
 
 

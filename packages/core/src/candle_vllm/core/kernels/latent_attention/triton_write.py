@@ -24,7 +24,7 @@ def latent_write_kernel(
     latent_stride,
     R: tl.constexpr,
     L: tl.constexpr,
-    RP: tl.constexpr,  # rounded up to a power of two
+    RP: tl.constexpr,  # R rounded up to a power of two
     LP: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)

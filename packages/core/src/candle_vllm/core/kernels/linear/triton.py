@@ -2,11 +2,12 @@
 """Linear layers on a GPU, with the same bits for any number of rows (step 6 of a request's life).
 
 One kernel serves any number of tokens and every storage format of a matrix; a function of `triton_products.py` defines
-the product. A **tile** is some rows of the matrix and some tokens; a **stretch** is some consecutive steps of K. The
-matrix's rows are the M dimension of the product and tokens the N dimension, so that a decoding batch fills the tensor
-cores' instruction as well as possible, and the matrix is read once. The matrix's shape alone determines the stretches,
-whose sums are added to 0 in order, in fp32. One program computes and adds all stretches of a tile (FOLD) if there are
-enough tokens to fill the GPU; otherwise programs share them, and a second launch adds them in the same way.
+the product, and the **steps** of K. A **tile** is some rows of the matrix and some tokens; a **stretch** is some
+consecutive steps. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a decoding
+batch fills the tensor cores' instruction as well as possible, and the matrix is read once. The matrix's shape alone
+determines the stretches, whose sums are added to 0 in order, in fp32. One program computes and adds all stretches of a
+tile (FOLD) if there are enough tokens to fill the GPU; otherwise programs share the stretches, and a second launch adds
+them in the same way.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits
 at every position of the tile and for every width of the tile. The kernels rely on that for instructions of one family
@@ -44,7 +45,7 @@ class Cut(NamedTuple):
     """Division of K into stretches, by the matrix's shape, and among programs.
 
     Attributes:
-        rows: rows of a tile with which programs are counted.
+        rows: rows of a tile that the division assumes, whatever tile a launch uses.
         programs: desired number of programs with few tokens.
         least: minimum steps of a stretch; for a plain matrix in units of `BLOCK` columns.
         enough: number of tiles from which on a program computes all stretches, if there are more than `few` tokens.

@@ -30,7 +30,7 @@ import triton.language as tl
 class Codec:
     """Functions that read a matrix of codes. One object per kind of matrix: it is part of a kernel's cache key.
 
-    In the device functions, g is a part of a step, `part` is which `width` weights of each 32, and `planes` is (low,
+    In the device functions, g is a part of a step, `part` the index of `width` weights in each 32, and `planes` (low,
     high, scales, supers); supers has the scales of super-blocks (float16 pairs of GGUF's K and IQ types).
 
     Attributes:
@@ -40,7 +40,7 @@ class Codec:
         scale: (words, unit, part, OFFSET, FORM): (scale, shift) of a unit, fp32 [R]; `shift` multiplies sums of x.
         tile: (codes, words, at, g, FORM, dtype, ROWS): [R, width] for `exact`, from bit `at` of a code on.
         rounded: (codes, words, g, FORM, dtype, ROWS): weights [R, 32] for `rounded`.
-        low, high: bits of a code in each result of `codes`; high may be 0. `exact` takes 8-bit integers as two of 4.
+        low, high: bits of a code in each result of `codes`; high may be 0. `exact` splits 8-bit integers in two.
         parts: number of parts of a step, of 32 weights each.
         unit: number of parts of a step that always share a scale.
         width: weights that `exact` multiplies at a time: 32, or fewer if fewer share a scale.
@@ -188,7 +188,7 @@ def exact(
     element = tl.arange(0, E)
     column = tl.arange(0, WIDTH)
     x_at += column[:, None]
-    # Joined as the codes are: Triton 3.6 derives x's layout from this, and prefetches x only if both products want one.
+    # Joined as the codes are: Triton 3.6 derives x's layout from this, and prefetches x only if both products agree.
     half = tl.full((ROWS, E), 1.0, tl.float32).to(dtype)
     ones = tl.reshape(tl.join(half, half), (ROWS, WIDTH))
     zeros = tl.zeros((ROWS, TOKENS), tl.float32)

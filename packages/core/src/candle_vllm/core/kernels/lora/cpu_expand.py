@@ -197,7 +197,7 @@ def _add(out: int, sums: int, scale: float, bias: int, less: int, base: int, lan
 
 @njit
 def _spread(row: int, given: Any, first: int, last: int) -> None:
-    """Copy columns first .. last of the model's own products of a row to the result, to which adapters are added."""
+    """Write columns first .. last of the model's products, plus bias and old values, to the result, before adapters."""
     for t in range(step_number(row, given.rows_from)):
         source = float32_at(given.base + t * given.base_bytes)
         target = float32_at(given.out + t * given.row_bytes)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Record the operations of adapters on the CPU: `shrink` before a product, `expand` around it.
 
-`shrink` reads float32 rows of the input, which are written together with the format for the model's matrices. `expand`
+`shrink` reads float32 rows of the input, which are written together with the rows for the model's matrices. `expand`
 calls the operation of the model's own product and adds to the product. No barrier is between `shrink` and `expand`, so
 a step with adapters has no more barriers than a step without. If an adapter needs the model's product separately
 (DoRA), the product is written to separate memory, and `expand` copies it to the result.
@@ -62,7 +62,7 @@ class Joining:
         }
 
     def begin(self, *, barrier: bool) -> None:
-        """Record the operation that must come before `shrink`, with a barrier between them."""
+        """Record `begin`, which ends before `shrink` begins; `barrier` is False if a later row has the barrier."""
         done = aligned(lay.DONE_BYTES * self._recorder.limits.threads, np.uint8)
         self._done = self._recorder.keep_array(done)
         self._recorder.add(operation("lora.cpu_shrink:begin"), lay.BeginArguments(self._done), barrier=barrier)
@@ -102,12 +102,12 @@ class Joining:
         barrier: bool = True,
         **how: Any,
     ) -> None:
-        """Record the sum with the model's products, which are in `own` or already in `target`.
+        """Record `expand`, which adds adapters to the model's products; these are in `own`, or already in `target`.
 
         Args:
             target, own: the result, and the model's products.
             columns: first column and number of columns.
-            product: the operation that computes the model's products, and its arguments; None if they are in `own`.
+            product: the operation that computes the model's products, and its arguments; None if already computed.
             barrier: as for `Recorder.add`.
             how: values of `_arguments` that differ from the defaults.
         """

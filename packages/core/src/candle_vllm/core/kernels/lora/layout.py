@@ -3,8 +3,8 @@
 
 An adapter is not padded to the size of a slot. Terms:
 
-    table    of an adapter: for each adapter site 0, or the address of the site's description (for experts, of an array
-             of such addresses): [A, R, parts], and for each part (matrix of the site)
+    table    of an adapter: for each adapter site, 0 or the address of the site's description (for experts, of an array
+             of such addresses). A description is [A, R, parts], and for each part (matrix of the site)
              [begin, rows, rank offset, steps, B, scale, bias, less, full, ids, count, new, r]
     entry    a row of a step with one of the row's adapters; a **group** is the entries of one adapter
     quarter  of A: a quarter of the columns K, which are padded to a multiple of 32

@@ -149,7 +149,7 @@ class Packing:
         return CompiledAdapter(address, sum(each.nbytes for each in self._memory), self.dtype, self._memory)
 
     def _bytes_of(self, delta: Delta) -> int:
-        """Return about the number of bytes of a delta's matrices."""
+        """Estimate the bytes of a delta's matrices."""
         products = sum(math.prod(part.shape) for part in (delta.a, delta.b) if part is not None)
         scales = 0 if self.form is not lay.NumberForm.I8 or delta.b is None else 2 * delta.b.shape[0] + 512
         return (

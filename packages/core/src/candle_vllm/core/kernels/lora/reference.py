@@ -144,7 +144,7 @@ class TorchAdapter:
         return total
 
     def _sums(self, h: torch.Tensor, delta: TorchDelta) -> torch.Tensor:
-        """Return sums [n, r] times s, rounded as before the product with B."""
+        """Return sums [n, r] times s, rounded for the product with B."""
         if self.whole:
             return in_16_bits(h, min(float(MOST_16), 2**31 // 127 // filled(h.shape[1]))) * delta.scale
         return (h * delta.scale).to(self.dtype).float()

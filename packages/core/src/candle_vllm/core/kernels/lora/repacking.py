@@ -2,10 +2,10 @@
 """Fast packing of adapters whose files differ only in their weights, by a recorded list of copies.
 
 Packing an adapter that has only A and B depends on its configuration and on the names and shapes of its tensors, the
-adapter's **kind**; it moves elements without changing them. So one adapter is packed with indices into its file instead
-of its elements, which records the source of each element. All other adapters of the kind are then copied in a few
-hundred pieces without the GIL, instead of fitting and packing each tensor in Python. Equal pieces, as in most layers,
-share their indices. An adapter with elements that are not finite is left to `fit_adapter`, which raises the error.
+adapter's **kind**; it only moves elements (with I8, their codes). So one adapter is packed with indices into its file
+instead of its elements, which records the source of each element. All other adapters of the kind are then copied in a
+few hundred pieces without the GIL, instead of fitting and packing each tensor in Python. Equal pieces, as in most
+layers, share their indices. An adapter with NaN or infinite elements is left to `fit_adapter`, which raises.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Slots:
 
     Attributes:
         addresses: int64 [slots, parts, GPU_FIELDS] of A [r, K'] and c * B [N, r'] in x's type, whose rows are padded
-            to `GPU_COLUMNS` and `GPU_RANKS`, and of c - 1 [N] and bias [N] in fp32.
+            to multiples of `GPU_COLUMNS` and `GPU_RANKS`, and of c - 1 [N] and bias [N] in fp32.
         ranks: int32 [slots, parts], r.
         scales: float32 [slots, parts].
         columns: int32 [parts, 2], the first column of a part in y, and its N.

@@ -146,7 +146,7 @@ class ExpertsArguments(NamedTuple):
 
     Attributes:
         starts: address of `starts` of `RouteArguments`.
-        table: address of int64 [X, matrices, ENTRY]: linear operations, whose results have a row for each place.
+        table: address of int64 [X, matrices, ENTRY]: plan rows of linear operations, which write a row for each place.
         num_experts: X.
         matrices: number of matrices of each expert; all tiles of an expert cost the same.
         picked: address of int64 [T * k]: the row of the activations for each place.

@@ -93,7 +93,7 @@ class HostExperts:
         self.layers = [_Layer(self, number) for number in range(len(layers))]
 
     def begin(self, tokens: int) -> None:
-        """Set how many leading rows of the following steps are tokens; the others are padding. Runs in the stream."""
+        """Set how many leading rows of the following steps are tokens; the others are padding. Call as stream work."""
         self._tokens = tokens
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ def expert_linear(
 
 
 def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """See the contract in the package: fp32."""
+    """See the contract in the package; the result is fp32."""
     results = results.unflatten(0, pairs.experts.shape)
     total = torch.zeros(pairs.tokens, results.shape[2], device=results.device)
     for slot in range(pairs.top_k):

@@ -6,7 +6,7 @@ product function for the storage format (`kernels/linear/triton_products.py`).
 
 Few pairs (decoding): there is a program for each pair and each tile of some rows of an expert's matrix. It multiplies
 the tile by every token that chose the pair's expert, or ends at once if an earlier pair has the same expert. So weights
-are read once, and pairs are not sorted. With one or two warps, also Hopper uses the plain tensor instructions, whose
+are read once, and pairs are not sorted. No tile has 64 rows for four warps, so Hopper too uses `mma.sync`, whose
 results do not depend on the number of tokens. Codes are multiplied by x exactly.
 
 Many pairs: a program multiplies a tile by a block of its expert's pairs. The weights are the left factor, so small
@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
     many: tuple[Tile, ...]
 
 
-# Not measured yet. Few pairs never use four warps with 64 rows, for which Hopper would use its own instruction.
+# Not measured yet. Tiles for few pairs never have 64 rows for four warps, for which Hopper would use `wgmma`.
 _ROUNDED = (Tile(16, 128, 4, 3), Tile(32, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 PLAIN = Tiles(
     (Tile(8, 32, 1, 4, 128), Tile(16, 32, 1, 4, 128), Tile(32, 64, 2, 4), Tile(64, 64, 2, 4)),
@@ -68,7 +68,7 @@ PLAIN_SLOW = Tiles(
     (Tile(8, 32, 2, 1, 32), Tile(16, 32, 4, 1, 32), Tile(32, 32, 8, 1, 32), Tile(64, 32, 8, 1, 32)), _MANY_SLOW
 )
 GGUF_SLOW = Tiles((Tile(8, 32, 4, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)), _MANY_SLOW)
-# For codes that are looked up in a table, which takes registers.
+# Tiles for codes that are looked up in a table, which takes registers.
 TABLE = GGUF._replace(few=(*GGUF.few[:-1], Tile(64, 16, 4, 3)))
 TABLE_SLOW = GGUF_SLOW._replace(few=(*GGUF_SLOW.few[:-1], Tile(64, 16, 8, 1)))
 TOGETHER = 8  # tiles of rows whose programs run together, so that their tokens stay in the cache
