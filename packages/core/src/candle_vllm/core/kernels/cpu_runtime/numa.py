@@ -113,7 +113,7 @@ class CpuRanks:
         return exact and all(first < last for first, last in itertools.pairwise(shares))
 
     def pages(self, size: int) -> np.ndarray:
-        """Allocate untouched bytes from the start of a page, interleaved over all ranks' nodes."""
+        """Allocate untouched, page-aligned bytes, interleaved over all ranks' nodes."""
         memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         advice = getattr(mmap, "MADV_HUGEPAGE", None)
         if advice is not None:
@@ -174,10 +174,10 @@ def plan_ranks(
 ) -> CpuRanks | None:
     """Divide threads among the nodes with CPUs that this process may use; return None for a single rank.
 
-    With fewer ranks than nodes, a rank has adjacent nodes, if possible of one socket; with more, ranks share CPUs.
+    With fewer ranks than nodes, a rank has adjacent nodes, if possible of one socket; with more, ranks share nodes.
 
     Args:
-        asked: number of ranks; None for one per node, at most as many as threads.
+        asked: number of ranks; None for one per node, but no more than threads.
         threads: number of threads of the team.
         cpus: usable CPUs; None for the CPUs that the system allows.
         root: root of the file system.

@@ -56,7 +56,7 @@ _PATIENCE = 10.0  # maximum seconds that an ending process waits for its file to
 
 
 class PackedFile:
-    """Packed matrices of one load: those of a file, if `about` is the file's key, and those that the file lacks."""
+    """Packed matrices of one load: read from the file if its key is `about`, else packed and written to the file."""
 
     def __init__(self, path: Path, about: str) -> None:
         self._path, self._about = path, about
@@ -110,7 +110,7 @@ class PackedFile:
                 table = json.loads(text)
                 start = _start(length)
                 if table["about"] != self._about:
-                    return  # a file of another version
+                    return  # made from other files, or by other code
                 if size != start + table["bytes"]:
                     raise ValueError(f"it has {size} bytes instead of {start + table['bytes']}")
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -211,7 +211,7 @@ def pack(stored: StoredTensor, backend: Backend[tuple[Any, str | None]]) -> tupl
 
 
 def make_room(path: Path, size: int) -> bool:
-    """Delete the least recently used files until a file of `size` bytes fits; False, with a log line, if it cannot."""
+    """Delete the least recently used files until a file of `size` bytes fits; log and return False if it cannot."""
     files, total, now = list[tuple[float, int, Path]](), 0, time.time()
     for each in path.parent.iterdir():
         with suppress(FileNotFoundError):  # another process may be deleting the same files
@@ -240,7 +240,7 @@ def make_room(path: Path, size: int) -> bool:
 
 
 def checksum(data: np.ndarray) -> str:
-    """Return the hash of the sums of a matrix's 64-bit words, MiB by MiB, which is as fast as reading the memory."""
+    """Return a hash of one sum of 64-bit words for each MiB of a matrix, which is as fast as reading the memory."""
     words = data.reshape(-1).view(np.uint64)
     whole = words.size // _SUMMED * _SUMMED
     sums = words[:whole].reshape(-1, _SUMMED).sum(axis=1).tobytes() + words[whole:].sum().tobytes()
@@ -276,7 +276,7 @@ def _start(length: int) -> int:
 
 
 def _chunks(parts: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
-    """Join bytes to chunks of `_WRITTEN`; each is valid until the next one is requested."""
+    """Join bytes to chunks of `_WRITTEN`; each chunk is valid until the next one is requested."""
     chunk, used = np.empty(_WRITTEN, np.uint8), 0
     for part in parts:
         while part.size:

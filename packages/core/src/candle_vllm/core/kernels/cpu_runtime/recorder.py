@@ -82,7 +82,7 @@ class StepArrays:
 
     Attributes:
         wanted_start: [sequences + 1] offset of each sequence's logit rows, and their total number.
-        moved_on: whether the arrays describe the next step, which computes the tokens sampled in the last step.
+        moved_on: whether the runner has already advanced the arrays from a decoding step to the step after it.
         turns: [tokens] a token's row in rotary tables minus its position; None if no plan needs it.
         states: fields of `StateRows` in `kernels/states.py`; empty if no layer has a state.
         page_tables, page_slots: block tables and slots of each page pool.
@@ -113,7 +113,7 @@ class EntryArrays:
     Attributes:
         rows, scales: row and adapter scale of each entry.
         starts: first entry of each group, and the end of the last group.
-        tables: address of each group's adapter, the table of `lora/layout.py`.
+        tables: address of the table (`lora/layout.py`) of each group's adapter.
     """
 
     def __init__(self, entries: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Thread team: one pool of threads for a whole plan, which share the work of its operations.
+"""Thread team: one pool of threads that share the work of each operation of a plan.
 
 A plan is given to the team once for each step. Waiting threads spin for microseconds (between steps for a fraction of a
 millisecond) and then sleep. Threads wait for a thread that the system has descheduled only if that thread has begun a
@@ -251,7 +251,7 @@ class Semaphores(NamedTuple):
 
 
 def system_semaphores() -> Semaphores | None:
-    """Return Windows' semaphores, Grand Central Dispatch's on macOS (no unnamed POSIX ones there), otherwise POSIX's.
+    """Return the system's semaphores: Windows', Grand Central Dispatch's (macOS lacks unnamed POSIX ones), or POSIX's.
 
     The arguments of `wait` and `post` suit all three. For `wait`, -1 is Windows' and Dispatch's infinite timeout. For
     `post`, 1 and 0 are the count and a null pointer for Windows. POSIX functions read the semaphore alone.

@@ -32,7 +32,7 @@ def stack_bytes(_: Any, count: Any) -> Any:
 
 @intrinsic
 def add_rows(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: Any, count: Any, onto: Any) -> Any:
-    """Write sums of weights * terms to `count` vectors of `target` from `first` on; add them if `onto` is not 0."""
+    """Write weighted sums of `terms` rows to `count` vectors of `target` from `first` on; add them if `onto` is 1."""
     signature = types.void(*[types.int64] * 7)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

@@ -88,7 +88,7 @@ def drop_pages(array: np.ndarray) -> int:
 
 
 class WeightMemory:
-    """Allocator of aligned memory. Matrices that share a piece keep it alive together. Safe for several threads.
+    """Allocator of aligned memory. A piece lives as long as any matrix in it. Safe for several threads.
 
     Args:
         piece_bytes: size of a piece; a larger matrix has a piece of its own.
@@ -105,7 +105,7 @@ class WeightMemory:
         # For each part of a model, in the order of its `take` calls: the array (while it is in use), offset and size.
         self._taken: dict[object, list[tuple[weakref.ref[np.ndarray], int, int]]] = {}
         self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
-        self._stays: set[int] = set()  # addresses of pieces that are never dropped: with memory of no part
+        self._stays: set[int] = set()  # addresses of pieces with memory of no part, which are never dropped
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
         self.mapped: dict[str, tuple[Any, str | None]] = {}  # set by `packed_file`: matrices in a mapped file, by key
         self.writer: threading.Thread | None = None  # thread of `packed_file` that writes the matrices to a file

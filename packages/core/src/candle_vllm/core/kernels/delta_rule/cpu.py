@@ -6,7 +6,7 @@ of a value head (16 KB for Dk = 128) with all tokens of a sequence in the step, 
 token reads the tiles in two passes: the first computes k S, which Mamba does not need, the second the new state and
 q S. If the state after a token is to be stored, it is written to its slot, where the next token reads it.
 
-Every element of k S and q S is a sum over Dk in a fixed order, in two halves. So the bits depend neither on how a
+Every element of k S and q S is a sum over Dk in a fixed order, as two partial sums. So the bits depend neither on how a
 prompt is divided into steps, nor on the rest of the step, nor on the thread. `keep` writes the kept rows after all
 units have read those of the previous step, because several units read the same row.
 """

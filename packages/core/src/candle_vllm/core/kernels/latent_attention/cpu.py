@@ -246,7 +246,7 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
 
 @njit(inline="always")
 def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> None:
-    """Add the positive scores of 16 heads, times the heads' weights, to the keys' sums, or if `begins` set the sums."""
+    """Add the positive scores of 16 heads, times the heads' weights, to the keys' sums; set the sums if `begins`."""
     score, weight, out = float32_at(scores), float32_at(weights), float32_at(to)
     for key in range(keys):
         total = np.float32(0) if begins else out[key]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Linear layers on a GPU, with the same bits for any number of rows (step 6 of a request's life).
 
-One kernel serves any number of tokens and every storage format of a matrix; a function of `triton_products.py` defines
-the product, and the **steps** of K. A **tile** is some rows of the matrix and some tokens; a **stretch** is some
-consecutive steps. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a decoding
-batch fills the tensor cores' instruction as well as possible, and the matrix is read once. The matrix's shape alone
-determines the stretches, whose sums are added to 0 in order, in fp32. One program computes and adds all stretches of a
-tile (FOLD) if there are enough tokens to fill the GPU; otherwise programs share the stretches, and a second launch adds
+One kernel serves any number of tokens and every storage format of a matrix; `triton_products.py` has the functions that
+compute a product, and defines **steps** of K. A **tile** is some rows of the matrix and some tokens; a **stretch** is
+some consecutive steps. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a
+decoding batch fills the tensor cores' instruction as well as possible, and the matrix is read once. The matrix's shape
+alone determines the stretches, whose sums are added to 0 in order, in fp32. One program computes and adds all stretches
+of a tile (FOLD) if there are enough tokens to fill the GPU; otherwise programs share them, and a second launch adds
 them in the same way.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits

@@ -74,7 +74,7 @@ class FittedAdapter:
 
     Attributes:
         digest: SHA-256 of the configuration's and the weights' bytes: the adapter's key in the prefix cache.
-        alora: invocation tokens (activated LoRA): active from their last occurrence on; None for the whole sequence.
+        alora: invocation tokens: the adapter is active from their last occurrence on (activated LoRA); None if always.
         deltas: by the layer's path ("layers.0.attention.qkv", "embed", "head"), then by the prefix of the part's name
             in `Linear.parameters` ("q.", "gate.3.", ""). If the output layer shares the embedding table, "head" changes
             only the output layer, and "embed" only the lookup.

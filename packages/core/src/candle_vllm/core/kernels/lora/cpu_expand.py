@@ -212,14 +212,14 @@ def _spread(row: int, given: Any, first: int, last: int) -> None:
 
 
 def _make_columns(FORM: int, ISA: int) -> Any:
-    """Return a function that adds columns of a part for 8, 4, 2 or 1 rows of a product."""
+    """Return a function that adds an adapter's terms to columns of a part, for 8, 4, 2 or 1 rows of a product."""
 
     form, WIDE = layout.NumberForm(FORM), int(is_wide(Isa(ISA)))
     ROW_BYTES, SCALES = form.row_bytes, form.panel_scales
 
     @njit
     def add_columns(part, memory, count, first, last, onward):
-        """Add columns first .. last of a part; onward: address of the weights that are read next, or 0."""
+        """Add the terms in columns first .. last of a part; onward: address of the weights that are read next, or 0."""
         scales, targets, bases, sums = memory + 64, memory + 128, memory + 192, memory + _SUMS
         spare, steps = sums + 512, int64_at(part)[layout.STEPS]
         weights, begins = int64_at(part)[layout.MATRIX], 4 * int64_at(part)[layout.BEGIN]
@@ -273,7 +273,7 @@ def make_parts(FORM: int, ISA: int) -> Any:
 
     @njit
     def add_parts(about, h, folded, count, memory, most, first, last, following):
-        """Add columns first .. last of an adapter; `following` describes the next adapter, or is 0.
+        """Add an adapter's terms to columns first .. last; `following`: the next adapter's description, or 0.
 
         about: the adapter's description. h: address of the rows' sums, or of their factors (`cpu_shrink.py`). most:
         maximum number of floats of a row. memory: address of lines of 64 bytes, for 8 rows each: addresses of factors,

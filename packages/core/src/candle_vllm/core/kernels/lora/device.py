@@ -99,7 +99,7 @@ class DeviceAdapter(TorchAdapter):
         self.nbytes = self.piece.nbytes
 
     def on(self, piece: torch.Tensor) -> TorchAdapter:
-        """Return the same adapter on a copy of the memory."""
+        """Return the same adapter with tensors in `piece`, a copy of its memory."""
         made = TorchAdapter.__new__(TorchAdapter)
         made.dtype, made.nbytes, made.whole = self.dtype, self.nbytes, self.whole
         made.deltas = {number: [self._moved(delta, piece) for delta in of] for number, of in self.deltas.items()}

@@ -229,7 +229,7 @@ class EagerAdapters:
     def add_expert(
         self, place: Place | None, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor
     ) -> None:
-        """Add adapters to an expert's products y [n, N] of these tokens' rows x, in place."""
+        """Add adapters in place to an expert's products y [n, N] of the rows x [n, K] of `tokens`."""
         for group, of in self._at(place):
             scale = torch.zeros(int(max(group.rows.max(), tokens.max())) + 1, 1, device=y.device)
             scale[group.rows] = group.scales

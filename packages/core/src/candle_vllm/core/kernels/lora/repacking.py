@@ -55,7 +55,7 @@ class _Piece:
 
 
 class _Watching(Packing):
-    """Pack indices of the file's elements instead of the elements, counted from 1; 0 is a blank position.
+    """Pack indices of the file's elements, counted from 1, instead of the elements; 0 is a blank position.
 
     Args:
         dtype: type in which adapters of this kind are multiplied.

@@ -137,7 +137,7 @@ class HostExperts:
     def _record(
         self, recorder: Recorder, layers: Sequence[Record], size: int, experts: int
     ) -> list[tuple[np.ndarray, int]]:
-        """Record each layer's plan and its operations; all share memory, because they run one after another."""
+        """Record each layer's plan; all plans share memory, because they run one after another."""
         self._inputs = recorder.buffer(size), recorder.buffer(experts)
         self._out = recorder.buffer(size)
         plans: list[tuple[np.ndarray, int]] = []
