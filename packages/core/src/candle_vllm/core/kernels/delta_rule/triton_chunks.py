@@ -14,10 +14,10 @@ The results and the state after the chunk are
 In Mamba 2, B is the diagonal matrix of the step sizes and U = B V; then D V with the `skip` D is added to Y.
 
 `chunk_kernel` computes inverse(..) B (except for Mamba 2), tril(Q K^T D), P and E, for each value head of all chunks in
-parallel. The inverse is computed row by row, which stays accurate for similar keys; the log of each product of
-decays is a sum of its own, not a difference of sums. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on
-whole chunks. Tokens of a chunk within which a state is stored are processed one by one. Sources: Yang et al., 2024, arXiv:2406.06484,
-section 3; Dao and Gu, 2024, arXiv:2405.21060, section 6.
+parallel. The inverse is computed row by row, which stays accurate for similar keys; the log of each product of decays
+is a sum of its own, not a difference of sums. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on whole
+chunks. Tokens of a chunk within which a state is stored are processed one by one. Sources: Yang et al., 2024,
+arXiv:2406.06484, section 3; Dao and Gu, 2024, arXiv:2405.21060, section 6.
 
 Products with q and k use their 16-bit elements unchanged; norms are applied to the result. A float32 factor of a
 product is split into the sum of two 16-bit floats, which is closer to float32 than TF32 is.
