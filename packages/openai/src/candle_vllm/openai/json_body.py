@@ -111,7 +111,7 @@ def _decode_utf8(body: bytes) -> str:
 
 
 def _check_size(text: str, name: str) -> None:
-    """Check limits before the text is parsed; strings are skipped only if a plain count exceeds a limit."""
+    """Check limits before the text is parsed; if a plain count exceeds a limit, count again without strings."""
     for characters, pattern, most, what in _LIMITS:
         if sum(map(text.count, characters)) <= most:
             continue
@@ -205,7 +205,7 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Reques
 
 @contextmanager
 def rules_below(path: str) -> Iterator[None]:
-    """Context manager that converts errors of wire types' rules; their paths begin with `path`, "" for a request."""
+    """Context manager that converts errors of `fields.rule_error` to request errors whose paths begin with `path`."""
     try:
         yield
     except PydanticCustomError as refusal:
@@ -218,7 +218,7 @@ def to_request_error(error: ValidationError) -> InvalidParameterError:
     """Convert pydantic's first error, with its field.
 
     pydantic lists at most one error for each field, because lists and objects end at their first error. Errors of
-    `rule_error` have the rest of their path, and their text, in the error's context.
+    `fields.rule_error` have the rest of their path, and their text, in the error's context.
     """
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})

@@ -71,7 +71,7 @@ def _bias_pair(pair: Any, named: bool) -> tuple[int | str, float]:
 
 
 class _Asked(LlamaFields, LlamaForms):
-    """Fields that both routes share.
+    """Fields that `/completion` and `/infill` share.
 
     Attributes:
         n_predict: maximum number of tokens; -1 and -2 mean up to the end of the context, 0 only processes the prompt.
@@ -220,7 +220,7 @@ class InfillRequest(_Asked):
     input_extra: Annotated[list[Extra], Field(max_length=MAX_EXTRA, fail_fast=True)] | None = None
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
-        """Convert the request to one task; without a suffix, it continues the text."""
+        """Convert the request to one task; without a suffix, the task continues the text."""
         before = "".join(_SNIPPET + each.text for each in self.input_extra or ())
         prefix = (f"{before}\n\n{self.input_prefix}" if before else self.input_prefix) + self.prompt
         return [Task(prompts=(prefix,), suffix=self.input_suffix, **shared)]
@@ -289,7 +289,7 @@ class LlamaStream(ChunkStream[Answered]):
 async def llama_stream(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
 ) -> LlamaStream:
-    """Submit a request with one prompt, and stream its chunks; raises as the methods of the adapter.
+    """Submit a request with one prompt, and stream its chunks; raises what the adapter's methods raise.
 
     `defaults` are sampling values, by name in `SamplingParams`, that take precedence over the model's defaults.
     """

@@ -37,7 +37,7 @@ _TAIL = 1 << 14  # characters at a prompt's end that are searched for its last m
 
 
 class Planned(NamedTuple):
-    """How one request's answers are parsed, and constrained; the limit on reasoning; and where stop strings apply."""
+    """How one request's answers are parsed and constrained, the limit on reasoning, and where stop strings apply."""
 
     answers: AnswerPlan
     structured: StructuredOutputsParams | None
@@ -46,13 +46,13 @@ class Planned(NamedTuple):
 
 
 class AnswerPlanner:
-    """Plans the answers of one model; ConfigError if no format has a given name.
+    """Plans the answers of one model; raises ConfigError if a given name of a format is unknown.
 
     Args:
         conventions: the chat conventions that the model was trained with.
         model_type: the model's architecture.
         tool_parser, reasoning_parser: names of formats; None uses the model's own.
-        thinking: default for the limit on reasoning, and the message that ends it; below 0 means no limit.
+        thinking: default for the limit on reasoning and for the message that ends it; a limit below 0 means no limit.
 
     Attributes:
         choice: the chosen formats, and the reasons for the choice.
@@ -245,7 +245,7 @@ def constrain(
         reasoning: format of the reasoning that may precede the answer; None if no reasoning can.
         in_reasoning: whether the prompt has already opened the reasoning.
         special: special tokens of the vocabulary, by name.
-        own: other tokens that marks consist of, by name.
+        own: tokens such as `<tool_call>` that are not special tokens, by name.
         loose: names of tools whose schemas do not constrain calls.
         continued: whether the prompt ends within an answer, which the model continues.
 
@@ -294,7 +294,7 @@ def constrain(
 def _after_thoughts(
     structured: StructuredOutputsParams, reasoning: ReasoningFormat | None, in_reasoning: bool
 ) -> StructuredOutputsParams:
-    """Return the constraint so that it begins after the reasoning, if the model may reason."""
+    """Return the constraint, which begins after the reasoning if the model may reason."""
     if reasoning is None:
         return structured
     start = None if in_reasoning else reasoning.open

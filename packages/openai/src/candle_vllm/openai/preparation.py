@@ -169,7 +169,7 @@ class TaskPreparation:
             return ids, images
 
     def try_picture(self, data: bytes) -> None:
-        """Check an image for a tool's result; RequestError if the model cannot read it there."""
+        """Raise `RequestError` if the model cannot read this image file in a tool's result."""
         said = template_messages(_LOOKED, self._planner.choice.needs)
         prompt = self._engine.tokenize(self._engine.render_messages(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
@@ -417,7 +417,7 @@ class TaskPreparation:
         return EchoedPrompt(text, first, tuple(ids))
 
     def _cut(self, task: Task, ids: Sequence[int]) -> list[int]:
-        """Truncate a prompt as the task asks; the context has room for one output token."""
+        """Truncate a prompt as the task asks, so that one output token fits into the context."""
         return list(ids if task.cut is None else task.cut.of(ids, self._engine.model_info.max_model_len - 1))
 
     def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
@@ -461,12 +461,12 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
         )
 
 
-# honoured by a beam search or, as it samples nothing, not needed
+# fields that a beam search honours, or does not need because it samples nothing
 _WITH_BEAMS = frozenset({"n", "max_tokens", "ignore_eos", "skip_special_tokens", "logprobs", "cache_salt", "seed"})
 
 
 def _check_beams(task: Task, params: SamplingParams) -> None:
-    """Refuse fields that a beam search cannot honour, which ranks answers by the model's own log-probabilities."""
+    """Refuse fields that a beam search cannot honour: it ranks answers by the model's own log-probabilities."""
     given, neutral = dict[str, Any](), SamplingParams()
     for name, value in task.sampling.items():
         if name not in _WITH_BEAMS and value != getattr(neutral, name):
@@ -509,7 +509,7 @@ def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remarks(task: Task, loose: Collection[str] = ()) -> tuple[str, ...]:
-    """Return warnings about the schemas that constrain an answer, which are compiled already."""
+    """Return warnings about the schemas and grammars of an answer; they have been compiled without errors."""
     found = list[str]()
     if task.form is not None and task.form.json is not None:
         found += schema_remarks(task.form.json)

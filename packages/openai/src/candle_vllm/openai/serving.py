@@ -92,7 +92,7 @@ class ServedNames:
         Args:
             name: the model name in the request, followed by the name of `adapter` if the request has one.
             scales: scales of adapters by id.
-            adapter: the request's own field for the adapter.
+            adapter: `lora_path` of the request.
 
         Raises:
             InvalidParameterError, ModelNotServedError: as in `AdapterNames.uses`, or the model has no adapters.
@@ -145,7 +145,7 @@ MAX_TOKENIZING = 4096  # waiting requests with a prompt
 
 
 class WorkerThreads:
-    """Threads for the work of one API adapter; they end with it."""
+    """Threads for the work of one API adapter; they end when the adapter is freed."""
 
     def __init__(self) -> None:
         self._prompts = FairThreads("prompts", 4, MAX_TOKENIZING)

@@ -198,7 +198,7 @@ class Paths(NamedTuple):
     Attributes:
         fields: the request's names of fields that the task or the engine names differently.
         schemas: path of each shown tool's schema.
-        words: for names in `fields` that no message may contain, the text that replaces the name in the message.
+        words: for some names in `fields`, the text that replaces the name's first occurrence in the message.
     """
 
     fields: Mapping[str, str]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Conversations of a model that calls tools, and the loop between them.
+"""Conversations of a model that calls tools, MCP clients, and the Responses API.
 
 Names are imported on first use, so that only a program that uses MCP pays for its import.
 """

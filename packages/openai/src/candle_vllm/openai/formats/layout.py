@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Layout of a model's messages: its reasoning and call formats, and their form for one vocabulary.
+"""Layout of a model's messages: its reasoning and call formats; and a layout that is bound to one vocabulary.
 
-For a vocabulary, each special token in a text is replaced by one surrogate character, which decoded UTF-8 never
-contains: a mark that is a special token is then found where the model generated the token, not where text spells it.
+In a bound layout and in the parsed text, each special token of a mark is one surrogate character, which decoded UTF-8
+never contains: the mark is then found where the model generated the token, not where text spells it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from candle_vllm.openai.formats.output import CallSink, Output, call_id
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader
 
 THOUGHTS, CALL = "thoughts", "call"
-"""States of `StopMarks` in which a message is not text of the answer."""
+"""States of `StopMarks` (`core/text/detokenizer.py`) in which a message is not text of the answer."""
 
 
 class Body(Protocol):
@@ -32,7 +32,7 @@ class Flow(Protocol):
     """A format of whole messages, for messages that are not text with marks."""
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
-        """Parse a message to its end; calls are text unless `tools`. The prompt may have opened its reasoning."""
+        """Parse a message to its end; calls are text unless `tools`. `in_reasoning`: the prompt opened reasoning."""
         ...
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -49,7 +49,7 @@ class ReasoningFormat:
         open, close: the marks.
         others: further pairs of opening and closing marks.
         strays: marks without meaning if they occur alone; the answer omits them.
-        answer: strays before and after the text of an answer.
+        answer: pairs of strays before and after the text of an answer.
         flow: the format, if messages are not text with marks.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no reasoning itself.
@@ -91,7 +91,7 @@ class ReasoningFormat:
         return found
 
     def led_by(self, opening: str) -> ReasoningFormat:
-        """Return the format with the pair of `opening`, by which a prompt may open the reasoning, as the first."""
+        """Return the format with the pair of the mark `opening` first; a prompt may open the reasoning by this mark."""
         if opening == self.open or opening not in self.pairs:
             return self
         closing = self.pairs[opening]
@@ -115,11 +115,11 @@ class ToolFormat:
         bare: format of calls without an opening mark; only at the beginning of a message.
         unmarked: like `bare`, for models that omit the mark by mistake; grammars never write this format.
         bare_starts: first characters of calls without an opening mark.
-        fenced: format of calls that some models write in a JSON code block instead.
+        fenced: format of calls that some models write in a JSON code block instead of after a mark.
         strays: marks without meaning if they occur alone; the answer omits them.
-        answer: strays before and after the text of an answer.
+        answer: pairs of strays before and after the text of an answer.
         flow: the format, if messages are not text with marks.
-        argument_tags: whether an argument is a tag with its name, such as `<path>`; special tokens like it are text.
+        argument_tags: whether an argument is a tag with its name (`<path>`); special tokens of this form are text.
         make_id: creates ids of calls without an id.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no calls itself.

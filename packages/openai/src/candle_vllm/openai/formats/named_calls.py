@@ -22,7 +22,7 @@ class NamedJson:
     """A name, a mark, and arguments.
 
     Attributes:
-        before_name: texts that may precede the name and are ignored (DeepSeek's type, Kimi's name space).
+        before_name: texts that may precede the name and are not part of it (DeepSeek's type, Kimi's name space).
         name_end: the mark between name and arguments; "" if the arguments' bracket follows the name.
         between: marks that may follow `name_end`, before the arguments.
         id_mark: the mark between the name and an id before `name_end` (Mistral).
@@ -135,7 +135,7 @@ CODE_TOOLS = ("python", "ipython", "code_interpreter")
 
 
 class RawArgument:
-    """Converts the text of a call that is not an object to arguments.
+    """Converts a call's text that is not a JSON object to arguments.
 
     The text is the value of the argument that `text_argument` names. Without such an argument, the text is passed on
     unchanged, so that the caller sees what the model wrote. Without text there are no arguments.
@@ -162,7 +162,7 @@ class RawArgument:
 
 
 def text_argument(name: str, schema: Mapping[str, Any]) -> str:
-    """Return the name of a tool's only argument if it is a text or code; "" for other tools."""
+    """Return the name of a tool's only argument if it may be a string; else "code" for `CODE_TOOLS`, "" for others."""
     properties = schema.get("properties")
     keys = list(properties) if isinstance(properties, Mapping) else []
     if len(keys) == 1 and ((kinds := argument_kinds(schema, keys[0])).text or kinds.listed):
@@ -207,7 +207,7 @@ class RawCode:
     closers: tuple[str, ...] = ()
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse code after the opening mark; return False if no such tool is offered, or if it is not code.
+        """Parse code after the opening mark; return False if no such tool is offered, or if the text is not code.
 
         Text that was truncated is no call, because it could be the beginning of a call in another format.
         """

@@ -105,7 +105,7 @@ class CallSink:
 
 
 class CallBegins(Exception):
-    """Raised instead of beginning a call: by a probe that only looks for its name, or if `may_begin` refuses it."""
+    """Raised by `CallSink.begin` if `may_begin` refuses the call; a probe for a call's name refuses every call."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -115,15 +115,15 @@ class CallBegins(Exception):
 class Output:
     """Collects the parts of a message as events, until they are fetched.
 
-    White space around reasoning, and between content and calls, separates them and belongs to neither. Content
-    that follows calls or reasoning begins with the white space that preceded these or, without any, a line break.
+    White space around reasoning, and between content and calls, separates them and belongs to neither. Content that
+    goes on after calls or reasoning begins with the white space before these or, without any, with a line break.
 
     Args:
         tools: tools of the request, by name.
         make_id: creates ids of calls.
         most_calls: maximum number of calls; further calls are left out. None means no limit.
         shown: texts of the special tokens to show, by the characters that replace them (see `layout`).
-        names: the same of all special tokens, for strings in arguments and for marks that prove to be plain text.
+        names: like `shown`, of all special tokens: for strings in arguments, and marks that prove to be plain text.
 
     Attributes:
         calls: receives calls.

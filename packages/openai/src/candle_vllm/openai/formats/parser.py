@@ -23,13 +23,13 @@ class OutputParser:
         layout: what the message may contain.
         tools: tools of the request: name -> schema of the arguments; None if calls are not parsed.
         in_reasoning: whether the prompt has opened the reasoning, with the layout's first pair of marks.
-        behind_reasoning: whether the prompt has closed the reasoning; leading white space then belongs to it.
+        behind_reasoning: whether the prompt has closed the reasoning; leading white space then belongs to reasoning.
         held: whether a grammar constrains calls.
-        lazy: whether the grammar applies only from the beginning of a call; unconstrained text is then no call.
+        lazy: whether the grammar applies only from the beginning of a call; text outside the grammar is then no call.
         most_calls: maximum number of calls; further calls are left out. None means no limit.
         make_id: creates ids of calls without an id; None uses the format's function.
         shown: texts of the special tokens to show, by the characters that stand for them.
-        names: texts of all special tokens, likewise; strings in arguments keep them.
+        names: like `shown`, of all special tokens; strings in arguments keep them.
     """
 
     def __init__(

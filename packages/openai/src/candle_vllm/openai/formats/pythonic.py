@@ -114,7 +114,7 @@ class _Arguments:
         return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
-        """Parse text up to a comma, a closing bracket, or (unless `inside` a value) an equals sign; return it too."""
+        """Parse text up to a comma, a closing bracket, or (unless `inside` a value) an equals sign; return both."""
         reader, parts, stack = self._reader, list[str](), list[str]()
         while True:
             yield from reader.match(_PLAIN, parts.append)

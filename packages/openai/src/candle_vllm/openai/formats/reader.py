@@ -43,7 +43,7 @@ class Markers:
         return bool(self.literals)
 
     def begun_at(self, text: str, start: int) -> int:
-        """Return the position near the end of `text` from which a literal may begin; without one, the text's length."""
+        """Return where a literal's beginning at the end of `text` starts; without one, the text's length."""
         if self._begun is None:
             return len(text)
         match = self._begun.search(text, max(start, len(text) - self._reach))
@@ -67,7 +67,7 @@ class Reader:
     Attributes:
         text, at: the received text, and the offset up to which it is consumed.
         ended: whether all text has arrived.
-        lenient: whether the parser may add text that is missing at the end; if not, finished text counts as truncated.
+        lenient: whether a parser may close what is open at the end; if not, `whole` is False.
         begun: the beginning of a marker at the end of truncated text, which `until` did not pass to its sink.
     """
 
@@ -80,7 +80,7 @@ class Reader:
         self.lenient = True
         self._done = False
         self.begun = ""
-        self._kept: list[str] | None = None  # text consumed since the mark that is no longer in `text`
+        self._kept: list[str] | None = None  # consumed text since the mark, no longer in `text`
         self._from = 0  # offset in `text` at which `_kept` continues
 
     def feed(self, text: str) -> None:
@@ -225,7 +225,7 @@ class Reader:
         return self.ended and not self.whole and self.at == len(self.text)
 
     def name(self, ends: Markers, most: int = 256) -> Need[tuple[str, str]]:
-        """Consume and return a short text and the marker that ends it; the marker is "" if the text exceeds `most`."""
+        """Consume and return a short text and the marker after it, "" if the text ends or exceeds `most` before one."""
         parts: list[str] = []
         size = 0
         while True:

@@ -442,12 +442,12 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
 
 
 def tool_names() -> dict[str, ToolFormat]:
-    """Return the tool formats by every name, each format's own name first."""
+    """Return the tool formats by name and alias; a format's name precedes an equal alias."""
     return _by_name(TOOL_FORMATS)
 
 
 def reasoning_names() -> dict[str, ReasoningFormat]:
-    """Return the reasoning formats by every name, each format's own name first."""
+    """Return the reasoning formats by name and alias; a format's name precedes an equal alias."""
     return _by_name(REASONING_FORMATS)
 
 

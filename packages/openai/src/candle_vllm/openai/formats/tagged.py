@@ -34,7 +34,7 @@ class Tagged:
         closers: marks that may follow the calls.
         head: pattern of the attributes in the key's tag; its groups are `key` and either `text` ("true" for a string,
             "false" for JSON) or `type` (a JSON type).
-        newlines: whether line breaks before and after a value do not belong to it; without the first, the second does.
+        newlines: whether the line breaks around a value are not part of it; without the first, the second is.
         text_open, text_end: marks around a text that may contain tags (XML's CDATA).
         tight: spellings of `name_open` and `key_open` without a space, which models also write.
         known_only: whether a call must name an offered tool, and arguments or the end of the call must follow. This is
@@ -356,7 +356,7 @@ class _Inner:
             self._sink(text)
 
     def end(self, marked: bool) -> None:
-        """End the value. Without its mark (`marked`), the line break after it belongs to the next mark."""
+        """End the value. Without its end mark (not `marked`), a line break after it belongs to the next mark."""
         if self._held and marked and not self._paired:
             self._sink(self._held)
 

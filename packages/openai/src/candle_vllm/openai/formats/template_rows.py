@@ -31,7 +31,7 @@ _SHORT = 3  # minimum length of a text that distinguishes calls
 
 
 def writer_of_calls(probe: template_needs.TemplateProbe, *, as_text: bool) -> ToolFormat | None:
-    """Return the first row that parses the call in the template's output; rows are tried in their marks' order."""
+    """Return the first row that parses the call in the template's output; rows with earlier marks are tried first."""
     written = probe.calls(as_text=as_text)
     if written is None:
         return None

@@ -15,7 +15,7 @@ from candle_vllm.openai.formats.reader import SPACES, CodeSpans, Markers, Need, 
 
 FENCE = "```json"
 _QUOTES = "`\"'"
-# Beginnings of calls without a mark in a grammar (`grammars.json_bodies`, `grammars.literals`).
+# Beginnings of calls that a grammar writes without a mark (`grammars/bodies.py`, `grammars/literals.py`).
 _HELD = re.compile(
     r"""[ \n]{0,4}(?:\[[ \n]{0,4})?\{[ \n]{0,4}(?:"type":[ ]?"function",[ ]?)?"name":[ \n]{0,4}"[^"]*","""
     r"""[ \n]{0,4}"(?:arguments|parameters)":\s*|[ \n]{0,4}\[[\w.\-]+\("""
@@ -111,7 +111,7 @@ class TextFlow:
                 fresh = self._is_end(mark)
 
     def _is_end(self, mark: str) -> bool:
-        """Whether a mark ends reasoning that was not opened; within a line, or after content, it is text."""
+        """Whether a mark ends unopened reasoning; after content it is text, as is an opening mark within a line."""
         if is_special(mark) or (mark not in self._pairs and (self._unclosed or not self._output.in_content)):
             self._unclosed = False
             self._part_ends()
@@ -177,7 +177,7 @@ class TextFlow:
         return False
 
     def _calls(self, mark: str) -> Need[bool]:
-        """Parse calls after a mark, which is text without a call; return whether they had another model's format."""
+        """Parse calls after a mark (without a call it is text); return whether they had another model's format."""
         form, reader, calls = self._form, self._reader, self._output.calls
         assert form is not None
         if mark in form.names:

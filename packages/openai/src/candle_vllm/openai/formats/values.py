@@ -199,7 +199,7 @@ def _spelt(text: str, types: frozenset[str]) -> str | None:
 
 
 def _meant(text: str, kinds: Kinds) -> str | None:
-    """Convert other spellings of null, booleans and numbers; None for a text that is nearly an enumerated string."""
+    """Convert other spellings of null, booleans and numbers; None for an enumerated string in another letter case."""
     lower, types = text.lower(), kinds.types
     if any(lower == one.lower() for one in kinds.listed):
         return None

@@ -36,7 +36,7 @@ _SPELLED = {
     "logprobs": "top_logprobs",
     **{name: f"options.{name}" for name in sampling_names(wires.Options)},
 }
-"""The request's names of the engine's parameters."""
+"""Name in `SamplingParams` -> path of the field in the request."""
 
 
 class LineStream(ChunkStream[answers.Line]):
@@ -143,7 +143,7 @@ class OllamaAdapter:
             raise
 
     async def _cut(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize texts, and truncate texts that are too long at their end, before their final special token."""
+        """Tokenize texts; of a text that is too long, remove the last tokens before its final special token."""
         most, made = self._adapter.model_info.max_model_len, list[list[int]]()
         around, *tokens = await self._adapter.tokens_of(["", *texts])
         for number, ids in enumerate(tokens):

@@ -76,7 +76,7 @@ REFUSED_GENERATE_FIELDS: Mapping[str, fields.Refusal] = {
 def seconds_of(value: float | str) -> float:
     """Convert `keep_alive` to seconds: a number of seconds, or a duration as Go writes it (`5m`, `1h30m`).
 
-    A negative value means infinity. ValueError for anything else.
+    A negative or very long time means infinity. Raises ValueError for a value of another form.
     """
     if isinstance(value, str):
         text = value.strip()

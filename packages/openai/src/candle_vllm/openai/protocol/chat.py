@@ -76,7 +76,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     `max_completion_tokens` and `max_tokens` are two names of one limit; without both, the context is the limit.
     `include_reasoning: false` leaves the reasoning out of the answer; it is still generated and counted. With a
     `prediction`, usage counts the predicted tokens that are part of the answer. With `timings_per_token`, an answer and
-    every chunk except a choice's first have llama.cpp's `timings`; the engine measures the last chunk's. With
+    every chunk except a choice's first have llama.cpp's `timings`, measured by the engine only in the last chunk. With
     `verbose`, an answer, or a stream's first chunk, has the rendered prompt in `__verbose`.
     `conversation_id` and `resource_id` are the client's labels, which the answer, or a stream's first chunk, repeats.
     """

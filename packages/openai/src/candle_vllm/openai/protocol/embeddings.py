@@ -54,19 +54,19 @@ class EmbeddingRequest(CutFields, PoolingFields):
         endianness: byte order of these elements; "native" is "little".
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
         pooling, embedding_type: which token positions are pooled; the second name is the Rust candle-vllm's.
-        normalize, normalized, use_activation: whether to scale vectors to length 1; null means as the model. The second
-            name is Jina's, the third vLLM's.
+        normalize, normalized, use_activation: whether to scale vectors to length 1; null uses the model's setting. The
+            second name is Jina's, the third vLLM's.
         add_special_tokens: whether special tokens are added to texts; None adds them.
-        truncate: whether to truncate texts to the model's maximum length, as with `truncate_prompt_tokens` -1; Jina's.
+        truncate: whether to truncate texts to the model's maximum length, as with `truncate_prompt_tokens` -1 (Jina).
         task: Jina's name of a task ("retrieval.query"), which selects the LoRA adapter "retrieval_query".
-        return_multivector: whether each token gets a vector, as with `pooling` "all"; Jina's.
+        return_multivector: whether each token gets a vector, as with `pooling` "all" (Jina).
         input_type: "query", "document" or another name of a sentence-transformers prompt, which precedes each text.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
     own_tasks: ClassVar[bool] = False  # true if `task` does not name an adapter
     texts: ClassVar[str] = "input"  # field of the texts
-    scaled: ClassVar[bool | None] = None  # `normalize` of requests that have none of its names
+    scaled: ClassVar[bool | None] = None  # `normalize` if a request sets none of its three names
 
     input: Input
     encoding_format: Literal["float", "base64", "bytes", "bytes_only"] | None = None
@@ -179,7 +179,7 @@ class ContentRequest(EmbeddingRequest):
 
 
 class ActivationFields(WireModel):
-    """Whether the logits of a head become probabilities, in two names of one field; the second is vLLM's older one."""
+    """Whether logits of a head become probabilities: one field with two names; `activation` is vLLM's older name."""
 
     use_activation: bool | None = None
     activation: bool | None = None

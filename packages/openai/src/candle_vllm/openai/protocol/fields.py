@@ -33,13 +33,13 @@ MAX_PROMPTS = 128  # prompts of one completion request
 MAX_CHOICES = 256  # prompts times n
 MAX_BAD_WORDS = 256
 MAX_LOGIT_BIAS = 1024
-MAX_BEAM_TOKENS = 1 << 12  # tokens that a beam search may try to keep: max_tokens x n x prompts
-MAX_LOGPROBS = 1 << 18  # log-probabilities of an answer: tokens x n x (logprobs + 1), of the prompt or generated
+MAX_BEAM_TOKENS = 1 << 12  # maximum tokens of a beam search: max_tokens x n x prompts
+MAX_LOGPROBS = 1 << 18  # log-probabilities of generated, or of prompt tokens: tokens x n x (logprobs + 1)
 Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 
 def bounded(name: str, *, ge: float | None = None, le: float | None = None) -> Any:
-    """Return the bounds of a field of `SamplingParams`; `ge` and `le` are an API's own, which replace them."""
+    """Return the bounds of a field of `SamplingParams`; an API's own bounds `ge` and `le` replace them."""
     kind = caps.BOUNDS[name]
     above = kind.low if isinstance(kind, Number) and kind.open_low else None
     least = None if above is not None else kind.low if ge is None else ge
@@ -201,7 +201,7 @@ def invalid(field: str, text: str) -> PydanticCustomError:
 
 
 def few_entries(most: int) -> BeforeValidator:
-    """Return a validator that refuses objects of more than `most` entries: listing a million errors takes seconds."""
+    """Return a validator that refuses more than `most` entries: pydantic needs seconds to list a million errors."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:

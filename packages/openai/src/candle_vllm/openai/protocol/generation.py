@@ -64,8 +64,8 @@ class StreamOptions(fields.WireModel):
     """What a stream contains besides the text.
 
     Attributes:
-        include_usage: whether the last chunk has the token counts and no choices; others then have `usage: null`.
-        continuous_usage_stats: whether every chunk has the counts so far instead, if `include_usage` is true.
+        include_usage: whether the last chunk has the token counts and no choices; earlier ones then have `usage: null`.
+        continuous_usage_stats: whether earlier chunks have the counts so far instead, if `include_usage` is true.
     """
 
     include_usage: bool | None = None

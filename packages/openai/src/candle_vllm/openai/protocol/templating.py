@@ -21,7 +21,7 @@ _TEMPLATE_ARGUMENTS = frozenset({
 
 
 Budget = Annotated[int, bounded("thinking_token_budget")]
-# vLLM's name first, then llama.cpp's.
+# Names of the budget: vLLM's first, then llama.cpp's.
 _BUDGETS = ("thinking_token_budget", "reasoning_budget", "reasoning_budget_tokens", "thinking_budget_tokens")
 
 

@@ -59,7 +59,7 @@ class TokenizeChatRequest(TemplateFields):
     return_token_strs: bool | None = None
 
     def chat_fields(self) -> dict[str, Any]:
-        """Return the fields that chat requests share, each already validated."""
+        """Return the validated fields that this request has in common with a chat request."""
         return {name: getattr(self, name) for name in type(self).model_fields if name != "return_token_strs"}
 
 

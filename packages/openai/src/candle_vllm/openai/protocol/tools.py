@@ -95,7 +95,7 @@ class FunctionDefinition(fields.WireModel):
 
 
 class Tool(fields.WireModel):
-    """A tool: a function. The cache mark has no effect, because every full block is cached."""
+    """A function as a tool; `cache_control` has no effect, because every full block is cached."""
 
     type: Literal["function"] = "function"
     function: FunctionDefinition
@@ -178,7 +178,7 @@ AnyReference = Annotated[
 
 
 class AllowedTools(fields.WireModel):
-    """A subset of the tools: with `auto` the model may call them, with `required` it must."""
+    """A subset of the tools: with `auto` the model may call them, with `required` it must call one."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[AnyReference], Field(min_length=1, max_length=fields.MAX_TOOLS, fail_fast=True)]
@@ -237,7 +237,7 @@ def check_chat_tools(tools: Sequence[Tool | CustomTool] | None) -> None:
 
 
 def tool_use(tools: Sequence[Tool | CustomTool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
-    """Combine the three fields; raises the error that pydantic reports if they contradict each other."""
+    """Combine a request's three tool fields; raises the error that pydantic reports if they contradict each other."""
     functions = [_function(tool) for tool in tools or ()]
     if not functions and choice not in (None, "none") and not (choice == "auto" and tools is not None):
         raise fields.invalid("tool_choice", "needs tools: there is nothing to choose from")

@@ -50,7 +50,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """llama.cpp's report while a prompt is computed: tokens of the prompt, cached, computed or cached; milliseconds."""
+    """llama.cpp's report while a prompt is computed; `processed` counts its cached and its computed tokens."""
 
     total: int
     cache: int

@@ -26,7 +26,7 @@ from candle_vllm.responses.store.backend import Upkeep
 
 MAX_RUNNING = 32  # responses at a time
 MAX_ENDED = 128  # ended responses whose events are still held
-MAX_ENDED_BYTES = 64 << 20  # bytes of their events
+MAX_ENDED_BYTES = 64 << 20  # bytes of the events of ended responses
 MAX_BYTES = 8 << 20  # bytes of the events of one response
 RENEW_SECONDS = 15.0
 TOO_LONG = "The response took longer than this server allows."
@@ -45,7 +45,7 @@ class _Run:
         self.events = Chunks[EncodedEvent](MAX_BYTES)
         self.latest = entry.body  # the response object, as JSON
         self.ended_elsewhere = False
-        self.work: Work[StreamEvent] | None = None  # None until the record is stored
+        self.work: Work[StreamEvent] | None = None  # None until the entry is stored
 
     async def cancel(self) -> None:
         """End the work; returns when it has ended."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The initial response: the request's fields with their defaults, which the response repeats.
 
-It lists the tools of the request, without those that this server does not run, and without secrets.
+Its tools are the request's, without secrets, and without tools that OpenAI would run (`HostedTool`).
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ _FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  
 
 
 class OpenServer(NamedTuple):
-    """An MCP server as a request sees it; `error` is the reason if there are no tools, `unapproved` other tools."""
+    """An MCP server of a request; `error`: why it has no tools; `unapproved`: tools that mcp.json does not approve."""
 
     label: str
     tools: Sequence[Tool] = ()

@@ -292,7 +292,7 @@ def _room(options: StoreOptions, given: Sequence[Mapping[str, Any]]) -> int:
 # `compaction`, encoded but not encrypted; in a later input, it becomes a part of the prompt.
 
 MIN_SUMMARY, MAX_SUMMARY = 128, 2048  # tokens
-_SHORTER = 8  # characters of a conversation per token of its summary: about half of its length
+_SHORTER = 8  # characters of a conversation per token of its summary, so that the summary is about half as long
 _ASKED = (
     "Summarise the conversation up to here for somebody who goes on with it and has not seen it: what was asked, "
     "decided, found and done, the names, numbers, paths and code that still matter, and what is open. Write the "

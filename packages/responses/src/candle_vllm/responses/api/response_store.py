@@ -73,7 +73,7 @@ class ResponseStore:
         return self._store
 
     async def owner(self, key: str) -> str:
-        """Return the owner of an API key's data; without keys (""), all share one owner."""
+        """Return the owner of an API key's data; without keys (""), all requests share one owner."""
         return (await self.backend()).owner(key)
 
     # ---- responses ---------------------------------------------------------------------------------------------------

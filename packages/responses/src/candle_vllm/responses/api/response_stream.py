@@ -128,7 +128,7 @@ class ResponseStream:
         await self.opened.aclose()
 
     def stop(self, error: wire.ErrorDetail) -> list[wire.StreamEvent]:
-        """Return the last events of a response that its caller ends with an error; then close the stream."""
+        """End a response with an error, and return its last events; the caller must then close the stream."""
         self._closed = True
         if self._last is not None:
             self._last.cancel()

@@ -189,8 +189,8 @@ async def gather_items(
 ) -> list[Placed]:
     """Return the history and the input of a request; references to items of the history are left out.
 
-    A previous response is looked up in the connection's memory first. Raises RequestError if there is no store, or if
-    it does not have an item that the request refers to.
+    A previous response is looked up in the connection's memory first. Raises RequestError if the request refers to a
+    response, conversation or item that is not stored.
     """
     given = request.input or []
     if isinstance(given, str):

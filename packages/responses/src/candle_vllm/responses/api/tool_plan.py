@@ -34,7 +34,7 @@ class PlannedTool(NamedTuple):
 
     Attributes:
         kind: type of the tool, which defines its format and who runs it.
-        name: name without a prefix.
+        name: name without the prefix of a namespace or an MCP server.
         path: path of the tool in the request.
         namespace: namespace of a function or a custom tool.
         server: label of an MCP server.
@@ -71,7 +71,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     offered: dict[str, list[ToolDefinition]] = msgspec.field(default_factory=dict)
 
     def mcp_name(self, label: str, name: str) -> str:
-        """Return the model's name of a tool of an MCP server, even if the server does not exist."""
+        """Return the name by which the model calls an MCP server's tool, even if the server does not exist."""
         for chat_name, tool in self.by_name.items():
             if tool.server == label and tool.name == name:
                 return chat_name
@@ -210,7 +210,7 @@ def _rule(tool: wire_tools.McpTool, definition: ToolDefinition) -> Rule:
 
 
 def _choice(plan: ToolPlan, choice: wire_tools.ToolChoice | None) -> Choice:
-    """Return the choice with the model's names of tools; InvalidParameterError if it names no tool of the request."""
+    """Return the choice with the names that the model uses; InvalidParameterError if a tool is not in the request."""
     if choice is None or isinstance(choice, str):
         return Choice(choice or "auto")
     if isinstance(choice, wire_tools.AllowedToolsChoice):
@@ -223,7 +223,7 @@ def _choice(plan: ToolPlan, choice: wire_tools.ToolChoice | None) -> Choice:
 
 
 def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> list[str]:
-    """Return the model's names of the tools to which a choice refers."""
+    """Return the names that the model uses for the tools to which a choice refers."""
     tools, why = plan.by_name, None
     if isinstance(reference, wire_tools.McpToolChoice):
         field, wanted = f"{path}.server_label", reference.server_label

@@ -189,7 +189,7 @@ class HttpModel:
             raise self._failed(error) from None
 
     async def _chat(self, body: dict[str, Any]) -> httpx2.Response:
-        """Return the answer to a chat request; without tools, `tools` is an empty list where the server takes one."""
+        """Return the answer to a chat request; without tools, `tools` is an empty list if the server accepts one."""
         content, headers = _encoded({**self._no_tools, **body}), {"content-type": "application/json"}
         try:
             return await self._answer("POST", "chat/completions", content=content, headers=headers)

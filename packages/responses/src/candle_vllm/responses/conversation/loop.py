@@ -46,7 +46,7 @@ _Round = tuple[tuple[str, str, str, str], ...]
 
 
 class RepeatWatch:
-    """Counts consecutive turns with equal calls and results, in any order and with any ids; `most` make a loop."""
+    """Counts consecutive turns with equal calls and results, in any order and with any ids; `most` turns are a loop."""
 
     def __init__(self, most: int) -> None:
         self._most = most

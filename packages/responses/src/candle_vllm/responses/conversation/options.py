@@ -104,7 +104,7 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
 
 
 class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of all turns; prompts count in every turn. `cached_tokens` were in the prefix cache.
+    """Tokens of all turns; each turn counts its whole prompt. `cached_tokens` were in the prefix cache.
 
     Attributes:
         draft_tokens, accepted_draft_tokens: draft tokens that were verified, and those that were accepted.

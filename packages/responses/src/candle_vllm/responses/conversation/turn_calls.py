@@ -31,7 +31,7 @@ MAX_KEPT = 64 << 20  # characters of output in the results; further results have
 
 
 class Decisions(NamedTuple):
-    """Decisions about calls that were made before the conversation continues.
+    """Decisions about calls, made before the conversation continues.
 
     Attributes:
         approved: ids of calls that run without a request for approval.

@@ -39,7 +39,7 @@ _NO_NEWLINE = re.compile(r"[^\n]")
 
 @dataclass(frozen=True)
 class McpConfig:
-    """The servers of a file, in its order, including disabled ones; `path` is None without a file."""
+    """The servers of a file, in the file's order, including disabled ones; `path` is None without a file."""
 
     servers: tuple[McpServerConfig, ...] = ()
     path: Path | None = None
