@@ -362,7 +362,7 @@ class TaskPreparation:
             return _remarks(task)
 
     def _check(self, task: Task) -> None:
-        """Check the rules that depend on the model and on the adapter's options."""
+        """Check the rules that depend on the model and on the options of `OpenAIAdapter`."""
         if task.priority < 0 and not self._allow_priority:
             raise no_priority()
         allowed: Sequence[int] | None = task.sampling.get("allowed_token_ids")

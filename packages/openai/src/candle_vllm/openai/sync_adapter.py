@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SyncOpenAIAdapter: the adapter for programs without an event loop."""
+"""SyncOpenAIAdapter: `OpenAIAdapter` for programs without an event loop."""
 
 from __future__ import annotations
 

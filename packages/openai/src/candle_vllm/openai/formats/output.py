@@ -17,7 +17,7 @@ from candle_vllm.openai.formats.values import escaped
 Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
 MakeId = Callable[[int], str]
 
-NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # names of functions that are possible with every model
+NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # function names that are possible in every model's format
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 _SPECIAL = re.compile("[\ud800-\udfff]")
 

@@ -142,7 +142,7 @@ class LineWriter:
     """Writes the lines of one answer, as `chat` lines or generate lines.
 
     `ends` are the end-of-sequence tokens, which have no log-probabilities in Ollama's API; `context` are the prompt's
-    tokens if the last line must have a `context`, the tokens of prompt and answer.
+    tokens; with them, the last line has a `context`: the tokens of prompt and answer.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class LineWriter:
             case Usage():
                 return [self._last(event)] if event.final else []
             case Progress():
-                return []  # no request of this API asks for it
+                return []  # no request of this API asks for progress
 
     def _say(self, logprobs: Any, text: str = "", thought: str = "") -> list[Line]:
         if not text and not thought and logprobs is UNSET:

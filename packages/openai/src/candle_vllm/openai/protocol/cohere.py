@@ -23,7 +23,7 @@ _QUERY, _DOCUMENT = ("query", "retrieval.query"), ("document", "passage", "corpu
 INPUT_TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"search_query": _QUERY, "query": _QUERY, "search_document": _DOCUMENT, "document": _DOCUMENT, "passage": _DOCUMENT}
 )
-"""Other names under which models have the prompt of an input_type; used if a model has no prompt of that name."""
+"""input_type -> other names of a model's prompt for this type, used if the model has no prompt of that name."""
 
 EmbeddingType = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 

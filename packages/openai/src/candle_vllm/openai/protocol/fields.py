@@ -340,7 +340,7 @@ class CutFields(WireModel):
 
 
 class ModelFields(WireModel):
-    """The model that answers, and its adapter.
+    """The model that answers, and its LoRA adapter.
 
     Attributes:
         model: name of the model or of an adapter.

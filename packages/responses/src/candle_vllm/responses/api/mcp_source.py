@@ -122,7 +122,7 @@ _OWN_HEADERS = frozenset({
     "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
 })  # fmt: skip
 _OWN_PREFIXES = ("mcp-", "proxy-")
-_FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  # key of a configuration -> of a tool
+_FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  # key of a server's settings -> field
 
 
 class OpenServer(NamedTuple):
@@ -161,7 +161,7 @@ class NoServers:
 
 
 class McpServers:
-    """The servers of a registry, by their labels, and URLs that match a pattern.
+    """The MCP servers of a registry, by their labels, and URLs that match a pattern.
 
     Args:
         registry: registry of the operator's servers, as an `McpFleet` fills it.

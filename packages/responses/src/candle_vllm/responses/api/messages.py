@@ -22,7 +22,7 @@ from candle_vllm.responses.api.call_results import CallResults, Placed
 from candle_vllm.responses.protocol import items as wire_items
 from candle_vllm.responses.tools.names import tool_name
 
-_ENCODED = "candle-vllm-1."  # prefix of reasoning that this server encoded
+_ENCODED = "candle-vllm-1."  # prefix of reasoning and summaries that this server encoded
 _SUMMARY = "<summary of the conversation before>\n{}\n</summary of the conversation before>"
 
 
@@ -212,7 +212,7 @@ def _summary(item: wire_items.CompactionItem, path: str) -> str:
 
 
 def _decoded(encrypted: str | None) -> str:
-    """Return the reasoning that this server encoded; "" for another server's."""
+    """Return the reasoning or summary that this server encoded; "" for another server's."""
     if not encrypted or not encrypted.startswith(_ENCODED):
         return ""
     try:

@@ -136,7 +136,7 @@ class TurnItems:
 
     def ran(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
         """End a call with its result; its item has the images that the model sees, within the limits."""
-        self.run(result.call)  # for calls that were not run, for example with invalid arguments
+        self.run(result.call)  # adds the item of a call that did not run, such as one with invalid arguments
         writer = self._calls.get(result.call.id)
         if isinstance(writer, McpCallWriter):
             size = sum(len(part.source) for part in shown if isinstance(part, ImagePart))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""OpenAI's chat format: messages of a library's user, and tasks that become requests to other servers."""
+"""OpenAI's chat format: messages that a library's user gives, and tasks that become requests to other servers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def chat_request(task: Task) -> dict[str, Any]:
         raise UnsupportedParameterError(message, "echo")
     variables = dict(task.variables)
     effort = variables.pop("reasoning_effort", None)
-    if effort is not None:  # a server derives these from the effort
+    if effort is not None:  # a server derives the variables `implied` from the effort
         implied = ("thinking", "enable_thinking")
         variables = {k: value for k, value in variables.items() if k not in implied or value is not (effort != "none")}
     sampling = dict(task.sampling)

@@ -49,7 +49,7 @@ def eyes_of(model: ChatModel) -> Eyes | None:
 
 
 class InProcessModel:
-    """A model that is an adapter of this process, without HTTP; `eyes` is the adapter's image input."""
+    """A model that is an `OpenAIAdapter` of this process, without HTTP; `eyes` is the adapter's image input."""
 
     def __init__(self, adapter: OpenAIAdapter) -> None:
         self._adapter = adapter
@@ -69,7 +69,7 @@ class InProcessModel:
 
 
 ModelSource = EngineLike | OpenAIAdapter | ChatModel | str
-"""An engine, an adapter, any `ChatModel`, or the base URL of a server with OpenAI's chat API."""
+"""An engine, an `OpenAIAdapter`, any `ChatModel`, or the base URL of a server with OpenAI's chat API."""
 
 
 def http_model(base_url: str, api_key: str | None, model: str | None) -> HttpModel:
@@ -80,7 +80,7 @@ def http_model(base_url: str, api_key: str | None, model: str | None) -> HttpMod
 
 
 def local_model(source: Any) -> ChatModel:
-    """Return the model for an engine or an adapter; a model is returned unchanged. ConfigError for another type."""
+    """Return the model for an engine or an `OpenAIAdapter`; a model stays unchanged. ConfigError for another type."""
     is_class = isinstance(source, type)
     if isinstance(source, OpenAIAdapter):
         return InProcessModel(source)

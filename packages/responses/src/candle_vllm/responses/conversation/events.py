@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Typed events of a conversation.
 
-A turn: `TurnStarted`, then deltas of reasoning, text and calls as they are generated, with `TurnMeasured` between them
-if the request asks for token counts or progress, then `TurnFinished` with the whole message. Its calls:
+A turn gives `TurnStarted`, deltas of reasoning, text and calls as they are generated, with `TurnMeasured` between them
+if the request asks for token counts or progress, and `TurnFinished` with the whole message. Then each call gives
 `ApprovalRequested` if an approval is needed, `ToolStarted`, `ToolProgressed`, `ToolFinished`; the events of concurrent
 calls interleave. The last event is `ConversationFinished`. Errors of the model are exceptions of the iterator.
 """

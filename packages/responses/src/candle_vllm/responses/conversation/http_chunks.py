@@ -165,7 +165,7 @@ def _text(data: Mapping[str, Any], name: str) -> str | None:
 
 
 def _whole(text: str) -> str:
-    """Return the text without lone surrogates, which JSON can contain but a message cannot."""
+    """Return the text with "?" for lone surrogates, which JSON can contain but a message cannot."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -149,7 +149,7 @@ class HttpModel:
         self._server = f"the model server at {self._url.host}"
         self._key = _checked_key(api_key)
         self._model = model
-        self._no_tools: dict[str, Any] = {"tools": []}  # a server may have tools of its own for requests without
+        self._no_tools: dict[str, Any] = {"tools": []}  # a server may add its own tools to a request without `tools`
         headers = {"accept-encoding": "identity", "user-agent": "candle-vllm"}
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
