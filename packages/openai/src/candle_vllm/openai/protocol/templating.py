@@ -52,7 +52,7 @@ class TemplateFields(WireModel):
     """How messages are rendered to a prompt, and the limit on reasoning. None means absent.
 
     Attributes:
-        chat_template: a template that replaces the model's template; `OpenAIAdapter` decides whether it is allowed.
+        chat_template: a template that replaces the model's template, if the operator allows it.
         thinking: template variable with two names, `thinking` and `enable_thinking`; or an object that also has a
             budget.
         thinking_token_budget: maximum number of reasoning tokens; -1 means no limit. The next three fields are aliases.
