@@ -181,7 +181,7 @@ def _has_terminal() -> bool:
 
 
 def warn_of_missing(catalogue: Catalogue) -> threading.Thread | None:
-    """Warn at the start of model files that are missing or unreadable, before a client asks for the model.
+    """Warn of missing or unreadable model files, before a client asks for the model.
 
     Return the thread that reads the headers of the files that exist, except the default model's, whose load will read
     them; None if there are no such files.

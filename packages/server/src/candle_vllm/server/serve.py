@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 _BACKLOG = 2048
 SWITCH_SECONDS = 0.0005  # a tenth of Python's default, so that threads that parse large requests delay no engine step
-WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds after the start: earliest time, and latest while requests run
+WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds: pause before each check that no request runs; limit of that wait
 
 
 def serve(configuration: Configuration, load: Load | None = None) -> int:
@@ -119,7 +119,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
 
 
 def with_fetched(configuration: Configuration) -> Catalogue:
-    """Return the catalogue, with the models that were downloaded if clients may change the models."""
+    """Return the catalogue; if clients may change the models, it includes the downloaded ones."""
     catalogue, settings = configuration.catalogue, configuration.settings
     if not settings.allow_model_changes:
         return catalogue

@@ -47,7 +47,7 @@ _MAX_NUMBER = 9  # digits
 
 
 async def store_and_owner(request: Request) -> tuple[ResponseStore, str]:
-    """Return the store of responses, and the caller as an owner in it; HttpError 404 if nothing is stored."""
+    """Return the store of responses, and the caller as an owner in it; HttpError 404 if the store is off."""
     store: ResponseStore | None = request.app.state.response_store
     if store is None:
         raise HttpError(404, "This server stores no responses: it was started with --responses-store off.", "store_off")

@@ -2,8 +2,8 @@
 """uvicorn's protocols: HTTP and WebSockets with limits on request heads, bodies, frames and connections.
 
 Below step 1 of a request's life. Without the limits, a client without a key could fill the memory, use up all
-connections, or keep the event loop busy with chunks and frames of a few bytes. A server that stops closes idle
-WebSockets at once; a WebSocket on which an answer is sent is notified, and may finish it during the drain.
+connections, or keep the event loop busy with chunks and frames of a few bytes. A stopping server closes idle
+WebSockets at once; on other WebSockets, the answer that is being sent may be finished during the drain.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_PIPELINED = 64  # requests on one connection that wait for the answers to ea
 LINGER_SECONDS, LINGER_BYTES = 5.0, 16 << 20  # limits on the discarded rest of a body after its answer
 MAX_FRAGMENTS = 1024  # frames of one WebSocket message
 MAX_FRAMES = 1024  # frames of less than 1 KiB from a WebSocket's client in a second
-CONTROL_WEIGHT = 16  # number of small frames as which a control frame counts, because it is answered
+CONTROL_WEIGHT = 16  # a control frame counts as this number of small frames, because it is answered
 
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")  # RFC 9112, section 3.2
 
@@ -145,9 +145,9 @@ def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool)
 class _LimitedHttpToolsProtocol(HttpToolsProtocol):
     """Closes a connection whose request has too many bytes that are not body: headers, trailers, framing.
 
-    Also if a body has too many small chunks, or is incomplete when its answer begins. uvicorn has a reference only
-    to the last of several pipelined requests, this class to all of them. When the client disconnects, the request
-    that is being answered is notified, and no error is sent in place of its answer.
+    It also closes a connection whose body has too many small chunks, or is incomplete when the answer begins. uvicorn
+    refers only to the last of several pipelined requests; this class refers to all of them. When the client
+    disconnects, the request that is being answered is notified, and no error is sent in place of its answer.
     """
 
     _piece = b""  # the data that is being parsed
@@ -306,7 +306,7 @@ class _LimitedHttpToolsProtocol(HttpToolsProtocol):
 
 
 def http_protocol() -> type[asyncio.Protocol]:
-    """Return the protocol of one server: httptools, with limits; its classes share what they know of connections."""
+    """Return the protocol class of one server: httptools, with limits; its connections share `silent` and `idle`."""
     most = most_connections()
     silent: dict[Any, float] = {}  # connections that wait for a request head, and since when; oldest first
     idle: dict[Any, None] = {}  # connections that were answered and send nothing; longest idle first
@@ -331,7 +331,7 @@ def http_protocol() -> type[asyncio.Protocol]:
         def _make_place(self) -> None:
             """Close connections that were silent for `CROWDED_SECONDS`; beyond the limit, close one more.
 
-            The one more is the longest silent connection, else the longest idle one, else the new one.
+            This last one is the longest silent connection, else the longest idle one, else the new one.
             """
             patience = self.loop.time() - CROWDED_SECONDS
             while (oldest := next(iter(silent), self)) is not self and silent[oldest] < patience:
@@ -391,7 +391,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
     """Lets the route close a connection when the server stops, and limits what a client may send.
 
     Limits apply to the frames of a message, small frames per second, the bytes of incomplete messages (`Held`), and the
-    parts of large messages per iteration of the loop (`Pieces`). While a client does not read, no frame of it is read.
+    parts of large messages per iteration of the loop (`Pieces`). While a client does not read, its frames are not read.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -83,7 +83,7 @@ class UnversionedMiddleware:
 
 
 class GreetingMiddleware:
-    """Answers `/` on one port as Ollama does, because its clients check there whether the server runs."""
+    """Answers `/` on one port as Ollama does, because Ollama's clients check there whether the server runs."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self._app = app
@@ -98,7 +98,7 @@ class GreetingMiddleware:
 
 
 Limits = Mapping[str, int]
-"""The limits of one key, by their settings in `RATES`."""
+"""The limits of one key, by setting name (`RATES` in `settings/table.py`)."""
 
 
 class Caller(NamedTuple):
@@ -106,7 +106,7 @@ class Caller(NamedTuple):
 
     Attributes:
         label: its key's name, or "1" for the first unnamed key, "m1" for the first management key; not secret.
-        key: the key itself, or a value that stands for its name; stores use its hash as the owner.
+        key: the key itself, or for a named key a text with its name; stores use the hash of this as the owner.
         limits: limits on what it uses in a window of time.
         models: patterns of the names of models and adapters that it may use; None means all.
     """
@@ -201,7 +201,7 @@ class RequestContext:
         return self.state.get("meter")
 
     def first_of_request(self) -> bool:
-        """Return True on the first call only: a client's request with several prompts is several to the engine."""
+        """Return True on the first call only: the engine gets one request for each prompt of a client's request."""
         first = not self.state.get("observed", False)
         self.state["observed"] = True
         return first
@@ -223,8 +223,8 @@ def owned_salt(salt: str) -> str:
     """Return a `cache_salt` that belongs to the API key of the current request.
 
     A client that sends the salt of another key does not find that key's blocks. The engine, its process and the blocks
-    on disk and in Redis have only the hash. The hash is the same after a restart, and for all keys of the same name. If
-    the server needs no key, the salt is returned unchanged.
+    on disk and in Redis have only the result, a hash. It is the same after a restart, and for all keys of the same
+    name. If the server needs no key, the salt is returned unchanged.
     """
     context = current_request.get()
     key = "" if context is None else caller_of(context.scope).key

@@ -52,7 +52,7 @@ WRITE_PART = "candle_vllm.write_part"
 """The ASGI extension by which the HTTP protocol of this server provides a `WritePart`."""
 
 WritePart = Callable[[bytes], bool]
-"""Writes a part of a response body at once, neither empty nor the last; False if the client does not keep up.
+"""Writes a part of a response body, neither empty nor the last, at once; False if the client does not keep up.
 
 The layers around a route see only the beginning and the end of a response, which are ASGI messages. Passing each part
 through the layers would take longer than all other work between the engine and the connection.
@@ -60,10 +60,10 @@ through the layers would take longer than all other work between the engine and 
 
 
 class EventStream(Response):
-    """A response that sends each chunk as one event: the last stage of a chain (`Receiver`).
+    """A response that sends each chunk as one event: the last stage of a chain (`Receiver` in core's `step/stream.py`).
 
     Chunks of a `PushStream` are written in the loop iteration in which they arrive. If the client does not keep up,
-    they wait; beyond `MAX_BUFFERED` bytes, the sink of the request holds further outputs, up to `MAX_UNREAD`.
+    they wait; beyond `MAX_BUFFERED` bytes, the sink of the request queues further outputs, up to core's `MAX_UNREAD`.
 
     Args:
         chunks: a `PushStream` or an iterator. Its `aclose` is called at the end of the stream. Its `delivered`, if it
@@ -174,7 +174,7 @@ class EventStream(Response):
             self._drained.set()
             if isinstance(self._chunks, PushStream):
                 self._chunks.hold(False)
-            # Before `delivered` is called, an empty last message is sent on its own, which waits for a slow client.
+            # `delivered` is called after an empty last message of its own; sending this waits for a slow client.
             last = ended and not (data and self._delivered)
             if last or self._write_part is None or not self._write_part(data):
                 await send({"type": "http.response.body", "body": data, "more_body": not last})

@@ -179,11 +179,11 @@ class MailboxOptions:
     """Options of the whole mailbox.
 
     Attributes:
-        url: a URL of `BACKENDS` of `responses/store/backend.py`.
+        url: URL of the store; `BACKENDS` in `responses/store/backend.py` lists the forms.
         retention_secs: how long a finished answer is stored.
         max_record_bytes: maximum size of one answer's JSON; a larger answer is stored as an error that says so.
         max_records_per_key: maximum number of answers of one API key; beyond it, its oldest one is deleted.
-        max_records: maximum number of all answers; beyond it, the oldest one of the key with the most is deleted.
+        max_records: maximum number of all answers; beyond it, the key with most answers loses its oldest one.
         webhook: the operator's webhook and the retries of all webhooks.
         webhook_allowed_hosts: hosts of clients' webhooks: `name` or `*.name`, with `:port` unless 80 or 443.
         webhook_allow_private: whether hosts listed by their full name may have private or loopback addresses.

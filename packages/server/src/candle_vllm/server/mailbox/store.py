@@ -68,7 +68,7 @@ class StoredAnswer:
         return Held(self.owner, self.request_id, self.delivery_id)
 
     def about(self, attempts: int = 0, *, pushed: bool = False) -> dict[str, object]:
-        """Return the metadata of its entry; after the push, without URL and token."""
+        """Return the metadata of the store's entry; after the push, without URL and token."""
         where = {} if pushed else {"url": self.url, "bearer": self.bearer}
         return {"model": self.model, "attempts": attempts, **where}
 
@@ -117,7 +117,7 @@ class MailboxStore:
         await self.backend.delete(ANSWER, owner, request_id, status=Status.STREAMING)
 
     async def purge(self) -> int:
-        """Delete expired answers, and turn streaming answers past their deadline into errors; return the deletions."""
+        """Delete expired answers, turn streaming answers past their deadline into errors; return the number deleted."""
         for lost in await self.backend.lapsed():
             name, expires = (lost.kind, lost.owner, lost.id), self.now + self._retention
             status = Status.INTERNAL_ERROR

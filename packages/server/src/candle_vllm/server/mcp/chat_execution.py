@@ -65,7 +65,7 @@ CONTEXT = "context_length"
 
 
 class WatchedTurns:
-    """Passes turns on, and stores the head (id, time, model) of the first turn for the whole answer.
+    """Passes the model's turns to the loop, and stores the first turn's head (id, time, model) for the whole answer.
 
     Attributes:
         head: head of the first turn, once it has begun.
@@ -115,7 +115,7 @@ class ExecutionState:
         text, thoughts, logprobs: output of the last turn.
     """
 
-    def __init__(self, registry: ToolRegistry, *, reasons: bool, told: Told = Told()) -> None:  # noqa: B008  # immutable
+    def __init__(self, registry: ToolRegistry, *, reasons: bool, told: Told = Told()) -> None:  # noqa: B008 - immutable
         self._registry = registry
         self._reasons, self._told = reasons, told
         self._usage = ConversationUsage()
@@ -265,7 +265,7 @@ class Execution:
         except PromptTooLongError:
             if not self.state.turns:
                 raise
-            self.state.end(FinishReason.LENGTH, limit=CONTEXT)  # tools' outputs filled the context, not the client
+            self.state.end(FinishReason.LENGTH, limit=CONTEXT)  # outputs of tools, not the client, filled the context
             raise StopAsyncIteration from None
         finally:
             del pending  # its exception refers to this frame
@@ -331,7 +331,7 @@ async def executed(execution: Execution) -> ChatCompletion:
 
 
 class ExecutedStream:
-    """The chunks of the answer as they are generated; one id, one role, one end. Closing it ends turn and tools."""
+    """The chunks of the answer as they are generated, with one id, one role, one end. `aclose` ends turn and tools."""
 
     def __init__(self, execution: Execution, *, include_usage: bool) -> None:
         self._execution = execution

@@ -30,7 +30,7 @@ from candle_vllm.server.models.slot import ServedModel
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService, Offer
 
-_MANY = 64  # tools; more are checked in a thread, so that other streams do not wait for it
+_MANY = 64  # tools or messages; more are checked in a thread, so that other streams do not wait
 _LEAVE_OUT = "send tools: [] to leave the tools of this server's MCP servers out"
 _NOT_TOGETHER = f"is not supported while the server runs tools itself: {_LEAVE_OUT}"
 

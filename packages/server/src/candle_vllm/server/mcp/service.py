@@ -156,7 +156,7 @@ class McpService:
         return self._offer
 
     def refusal(self, name: str) -> str | None:
-        """Return why chat requests do not get the tool that models would call `name`; None if no server has it."""
+        """Return why chat requests do not get the tool called `name`; None if they do, or no server has it."""
         if (entry := self.registry.entry(name)) is not None:
             approved = not self.options.execute or self.auto_approves(entry.definition)
             return None if approved else "mcp.json does not approve it (autoApprove)"

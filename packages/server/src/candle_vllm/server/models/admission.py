@@ -83,7 +83,7 @@ class Admission:
 
     Args:
         capacity: maximum number of sequences in the engine. A request with more than half of them counts as half, so
-            that the engine need not be empty before it starts; its further sequences wait inside the engine.
+            that the request can start before the engine is empty; its further sequences wait inside the engine.
         max_unfinished: maximum number of running and waiting sequences; further requests are refused with 503.
         max_per_key: the same limit for each key; further requests of the key are refused with 429. None means half of
             `max_unfinished` if the server has several keys.
@@ -182,7 +182,7 @@ class Admission:
             raise HttpError(503, message, "overloaded", self._retry_after(total))
 
     def _retry_after(self, unfinished: int) -> dict[str, str]:
-        """Return a header with the estimated seconds until the engine has finished that many sequences."""
+        """Return a header with the estimated seconds until the engine has finished `unfinished` sequences."""
         seconds = math.ceil(self._seconds * unfinished / self._capacity)
         return {"retry-after": str(max(1, min(seconds, MAX_RETRY_AFTER)))}
 

@@ -81,7 +81,7 @@ class Archive(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the model's folder: the path's last component without extension; its parent for `model.tar`."""
+        """Name of the model's folder: the path's last component without extension; for `model.tar`, the one before."""
         parts = [part for part in unquote(urlsplit(self.address).path).split("/") if part] or [""]
         last = next(
             (parts[-1][: -len(end)] for end in (*_ENDINGS, _GGUF) if parts[-1].lower().endswith(end)), parts[-1]

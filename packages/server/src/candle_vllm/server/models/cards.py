@@ -146,8 +146,8 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
         loaded_at: Unix time in seconds.
         load_seconds: duration of loading, including the time in which other models were unloaded.
         idle_seconds: seconds since its last use; null while it is in use or not loaded.
-        memory_bytes: size of weights, full cache, recurrent states, and an index's scores and choices.
-        state_bytes, index_bytes: the parts of recurrent states, and of an index of sparse attention.
+        memory_bytes: size of weights, full cache with recurrent states, and the indexer of sparse attention.
+        state_bytes, index_bytes: the parts of `memory_bytes` for recurrent states, and for the indexer.
         error: reason why the model could not be loaded, or why its engine died.
     """
 
@@ -384,7 +384,7 @@ class NewModelRequest(WireModel):
 
 
 class ModelRequest(WireModel):
-    """Body of a request that names a model; `model_id` is the name of this field in the Rust candle-vllm."""
+    """Body of a request that names a model; `model_id` is the Rust candle-vllm's name of `model`."""
 
     model: Name | None = None
     model_id: Name | None = None

@@ -32,7 +32,7 @@ _Options = TypeVar("_Options", bound=ModelOptions)
 
 
 def choose_file(names: Sequence[str], named: Named) -> str | None:
-    """Return the first part of the GGUF file that a name selects; None for safetensors.
+    """Return the GGUF file that a name selects, the first of a split model; None for safetensors.
 
     Raises:
         PullError: no file has the tag, or several files match.

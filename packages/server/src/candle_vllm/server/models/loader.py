@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 WORKSPACE = 256 * MIB  # memory that a step needs besides weights and cache
 LEAST_CACHE = 256 * MIB  # smallest useful KV cache
-CACHE_SHARE = 0.4  # share of a KV cache in the memory that other models leave free
+CACHE_SHARE = 0.4  # share of a KV cache in the memory that other models, the weights and the workspace leave free
 BESIDE_CAPACITY = 8  # for every 8 of `max_num_seqs`, one more sequence may be in the engine
 
 

@@ -30,7 +30,7 @@ from candle_vllm.server.settings.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
-DEATH_WINDOW = 300.0  # seconds in which an engine may die MAX_DEATHS times before it is no longer restarted by itself
+DEATH_WINDOW = 300.0  # an engine that dies more than MAX_DEATHS times in these seconds is not restarted automatically
 
 
 class Changes(msgspec.Struct, frozen=True):

@@ -117,7 +117,7 @@ def _fetch_weights(settings: HubOptions, plan: downloads.Plan) -> None:
 
 
 def _bar(what: str, before: int, total: int) -> Any:
-    """Return a progress bar class that reports the progress of all files to `tell`; `before` counts earlier files."""
+    """Return a progress bar class that reports all files' progress to `tell`; `before`: bytes of earlier files."""
 
     class Bar:
         def __init__(self, *_: Any, initial: int = 0, **__: Any) -> None:

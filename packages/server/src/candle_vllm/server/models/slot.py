@@ -20,7 +20,7 @@ from candle_vllm.server.models.library import Description
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 from candle_vllm.server.settings.catalogue import ModelEntry
 
-MAX_DEATHS = 5  # deaths within `DEATH_WINDOW` after which an engine is not restarted automatically
+MAX_DEATHS = 5  # after more deaths within `DEATH_WINDOW` (`manager.py`), an engine is not restarted automatically
 
 
 class ModelState(enum.StrEnum):
@@ -43,7 +43,7 @@ class ServedModel:
         watcher: updates the metrics of the engine.
         adapter, messages, ollama: adapters for the APIs of OpenAI, Anthropic and Ollama.
         admission: admission control of the engine.
-        memory: bytes of its weights and its cache, for memory checks of other models.
+        memory: bytes of its weights, cache and sparse-attention indexer, for memory checks of other models.
     """
 
     entry: ModelEntry

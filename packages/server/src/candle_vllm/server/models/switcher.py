@@ -279,7 +279,7 @@ class ModelSwitcher:
             self.idle(slot)
 
     def _least_used(self) -> ModelSlot:
-        """Return the slot to unload next: an idle one before busy ones, and of these the least recently used."""
+        """Return the slot to unload next: the least recently used of the idle ones, else of the busy ones."""
         slots = [slot for slot in self._slots if slot.model is not None]
         return min(slots, key=lambda slot: (slot.in_flight > 0, slot.last_used))
 

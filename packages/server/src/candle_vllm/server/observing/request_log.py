@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The log of requests: one line for each request to an engine that has ended (after step 10 of a request's life).
+"""The log of requests: one line for each engine request that has ended (after step 10 of a request's life).
 
 Prompts are logged only if the operator wants it, and truncated. Nothing that a client sends can begin a new line.
 """

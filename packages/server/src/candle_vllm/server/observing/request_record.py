@@ -57,7 +57,7 @@ class RequestRecord:
         context: the HTTP request, if there is one.
 
     Attributes:
-        arrived, ended: `time.monotonic()` at which the server got the request and finished it; 0 until it has ended.
+        arrived, ended: `time.monotonic()` at which the server got the request and finished it; `ended` is 0 until then.
         first_token: time of its first token; None for an answer without tokens.
         prompt_tokens, cached_tokens: token counts as in `usage`.
         tokens, sequence_times: for each sequence, its number of tokens and the engine's times, once it has ended.
@@ -155,7 +155,7 @@ class RequestRecord:
             self._forget(reason)
 
     def fail(self, error: Exception) -> None:
-        """End the unfinished sequences with an exception; a late refusal does not count as a failure of the engine."""
+        """End the unfinished sequences with an exception; a refusal before the first token counts only as refused."""
         reason = _refusal(error) if self.first_token is None else None
         if self.ended:
             return

@@ -105,7 +105,7 @@ def _gauge(name: str, text: str, value: Callable[[EngineReading], float]) -> Ser
 
 
 def _engine(name: str, text: str, when: str, row: Callable[[EngineStats, EngineReading], Row], *labels: str) -> Series:
-    """A gauge of a loaded model's engine, while the field `when` of its statistics is not 0.
+    """A gauge of a loaded model's engine, while the statistic that `when` names is not 0.
 
     An encoder has no blocks (`num_blocks`); an engine has LoRA slots (`max_adapters`) if adapters are enabled.
     """

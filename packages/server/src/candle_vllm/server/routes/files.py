@@ -158,7 +158,7 @@ async def delete_file(request: Request, file_id: str) -> Response:
 
 
 async def _asked(request: Request, *known: str) -> tuple[Batches, str, dict[str, str]]:
-    """Return the service of files and batches, the caller as an owner, and the query; 404 if nothing is stored."""
+    """Return the service of files and batches, the caller as an owner, and the query; 404 if the store is off."""
     batches: Batches | None = request.app.state.batches
     if batches is None:
         raise HttpError(404, "This server stores no files: it was started with --responses-store off.", "store_off")

@@ -166,7 +166,7 @@ async def remove_model(request: Request) -> Response:
 
 
 def _reloader(request: Request) -> Reloader:
-    """Return the object that changes the models; HttpError 403 if the operator does not allow it, 409 without one."""
+    """Return the reloader; HttpError 403 if the operator does not allow changes, 409 if the server has no reloader."""
     if not request.app.state.settings.allow_model_changes:
         message = "Models cannot be changed: this server was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_off")

@@ -32,7 +32,7 @@ _LATEST = ":latest"
 
 
 class OfModel(WireModel):
-    """The name of a model; `name` is the older name of the field."""
+    """The name of a model; `name` is the older name of `model`."""
 
     model: Name | None = None
     name: Name | None = None
@@ -196,7 +196,7 @@ async def _loaded(request: Request, wire: Any, deadline: float) -> ollama.Times:
 
 
 def _keep(request: Request, wire: Any) -> None:
-    """Tell the manager for how long the model stays loaded, if the request has `keep_alive` and may set it."""
+    """Set for how long the model stays loaded, if the request has `keep_alive` and clients may unload models."""
     seconds = wire.keep_seconds
     if seconds is None:
         return

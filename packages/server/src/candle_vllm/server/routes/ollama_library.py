@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/api/pull`, `/api/copy` and `/api/delete`: Ollama's API for downloading, naming and deleting models.
 
-Not a step of a request's life. The operator must allow these routes, for clients with a key or on this machine only.
+Not a step of a request's life. The operator must allow these routes; clients need a key, or are on this machine.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class PullLine(msgspec.Struct, frozen=True, kw_only=True):
 async def ollama_pull(request: Request) -> Response:
     """Fetch a model of Hugging Face, where the operator allows that.
 
-    The files are compared with the hub's sums, and the model is served from then on.
+    The files are compared with the hub's checksums, and the model is served from then on.
     """
     wire: PullRequest = await _allowed(request, PullRequest)
     pulls: Pulls = request.app.state.pulls
@@ -155,7 +155,7 @@ async def ollama_copy(request: Request) -> Response:
 async def ollama_delete(request: Request) -> Response:
     """Remove a fetched model, where the operator allows that.
 
-    A copy loses its name; a fetched model is forgotten, and its files are removed.
+    Of a copy, only the name is removed. A fetched model is not served any more, and its files are deleted.
     """
     wire: DeleteRequest = await _allowed(request, DeleteRequest)
     manager: ModelManager = request.app.state.manager

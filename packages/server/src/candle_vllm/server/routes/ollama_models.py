@@ -55,7 +55,7 @@ class Tag(msgspec.Struct, frozen=True, kw_only=True):
     """A model that can be used.
 
     Attributes:
-        modified_at: time at which it was loaded, or the time of the request.
+        modified_at: time of loading; of the request if it is not loaded.
         size: bytes of its weights; 0 if they are not on this machine yet.
         digest: hash of the name, not of the weights.
     """
@@ -107,7 +107,7 @@ class ApiVersion(msgspec.Struct, frozen=True):
 
 
 class ShowRequest(OfModel):
-    """The model to describe; `name` is the older name of the field, and `verbose` has no effect."""
+    """The model to describe; `name` is the older name of `model`, and `verbose` has no effect."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         "system": Refusal(_AS_IT_IS, ("",)),
@@ -122,7 +122,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     """Properties of a model.
 
     Attributes:
-        modelfile: a Modelfile with its name.
+        modelfile: only a comment and `FROM` with its name.
         parameters: its sampling settings, one per line.
         template: its chat template, in Jinja.
         model_info: properties with Ollama's names.

@@ -183,7 +183,7 @@ class _Exchange:
         return self._stream
 
     def _error_events(self, failure: Exception) -> bytes:
-        """Return the last events of a stream that the server ends: the response fails, with the next event numbers."""
+        """Return the last events of a stream that the server ends: the response fails; event numbers continue."""
         assert self._stream is not None
         return b"".join(map(self._events.write, self._stream.stop(detail_of(failure)))) + DONE
 
@@ -263,7 +263,7 @@ async def owner_of(request: HTTPConnection, wire: requests.PromptFields | reques
 
 
 def response_servers(service: McpService | None, settings: ToolOptions, *, keys: bool) -> McpSource | None:
-    """Return the operator's MCP servers and allowed URLs, None without both; `keys` as in `ConfiguredServers`."""
+    """Return the operator's MCP servers and allowed URLs, None without either; `keys` as in `ConfiguredServers`."""
     urls = settings.mcp_allow_urls
     if service is None:
         return McpServers(ToolRegistry(), allowed_urls=urls) if urls else None

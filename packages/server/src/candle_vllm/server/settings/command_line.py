@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The command line parser, built from the table of settings in `table.py` (before step 1 of a request's life).
 
-argparse splits the command line. The values are converted by the same kinds as those of the environment and of
-models.yaml, so that every source has the same rules and error messages.
+argparse splits the command line. `Option.kind` converts the values, as it does for the environment and models.yaml, so
+that every source has the same rules and error messages.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _in_full(command: str, argv: Sequence[str]) -> list[str]:
     found = [SHORT.get(text, text) if text != "-p" or command == "serve" else text for text in argv[:end]]
     if command == "generate":  # llama-cli has flags for the prompt, which is a positional argument here
         found = [text for text in found if text not in ("-p", "--prompt")]
-    found = ["--help" if text.startswith("--help=") else text for text in found]  # with a group or flag, as in vLLM
+    found = ["--help" if text.startswith("--help=") else text for text in found]  # vLLM's --help=GROUP
     named = any(text.split("=", 1)[0] in BY_NAME["model"].flags for text in found)
     if command == "serve" and found and not found[0].startswith("-") and found[0] not in COMMANDS and not named:
         found.insert(0, "--m")

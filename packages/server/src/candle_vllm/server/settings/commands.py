@@ -39,9 +39,9 @@ class Command:
 
     Attributes:
         summary: line about it in the help.
-        runs: module below `candle_vllm.server`, and its function, which gets the settings, and the own options and
-            arguments that were given by their names.
-        uses: groups of settings, and further needs of settings (`Option.needs`), that it uses.
+        runs: module below `candle_vllm.server`, and its function, which gets the settings (see `whole`), and as
+            keyword arguments the given options and arguments of the command.
+        uses: groups of settings that it uses, and the values of `Option.needs` that it fulfils.
         plus: further settings that it uses, by name.
         options: own options; they have no environment variable and no key in models.yaml.
         text: placeholder of its text, which is an argument; in brackets if the text may be left out, "" for no text.

@@ -117,7 +117,7 @@ def refuse_wrong_formats(settings: table.FormatOptions) -> None:
 
 
 def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
-    """Raise ConfigError for parsers and adapters that do not exist, and for adapters that are off."""
+    """Raise ConfigError for parsers and adapters that do not exist, and for adapters without `enable_lora`."""
     refuse_wrong_formats(settings)
     from candle_vllm.server.settings.adapters import read_specs  # slow import, needed only here
 
@@ -235,7 +235,7 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 
 
 def _template(path: Path | str | None) -> str | None:
-    """Return the template in a file, the text that is one, or ChatML for llama.cpp's name `chatml`."""
+    """Return a template: a file's content, a text as it is, or ChatML for llama.cpp's name `chatml`."""
     if path is None or isinstance(path, str):
         return path
     if path.name == "chatml" and not path.exists():

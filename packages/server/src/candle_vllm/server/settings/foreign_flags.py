@@ -54,7 +54,7 @@ def _pooler(text: str) -> list[str]:
 
 
 def _cors(text: str) -> list[str]:
-    """Translate llama.cpp's `--cors-origins A[,B]`; `localhost` is any port of this machine's names for itself."""
+    """Translate llama.cpp's `--cors-origins A[,B]`; `localhost` means this machine's own names with any port."""
     names = [f"http://{name}{port}" for name in ("localhost", "127.0.0.1", "[::1]") for port in ("", ":*")]
     given = (names if each == "localhost" else [each] for each in text.split(","))
     return [argument for origins in given for origin in origins for argument in ("--cors-origin", origin)]
@@ -96,7 +96,7 @@ def _device(text: str) -> list[str]:
 
 
 def _drafts(text: str) -> list[str]:
-    """Translate llama.cpp's maximum of draft tokens per step; larger values, as for its n-gram methods, are clipped."""
+    """Translate llama.cpp's maximum of draft tokens per step; values above `MAX_DRAFT` are clipped."""
     count = min(int(text), MAX_DRAFT) if text.isdecimal() else text
     return ["--speculative-config.num_speculative_tokens", str(count)]
 

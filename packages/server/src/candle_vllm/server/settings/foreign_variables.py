@@ -27,7 +27,7 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables with the Hugging Face token, also in `.env`."""
 
 IDLE: Mapping[str, str] = {name: why for name, _, why in _ROWS if why and not name.startswith(ENV_PREFIX)}
-"""Variables of the Rust candle-vllm, without its prefix, that have no effect; with the reason."""
+"""Variables of the Rust candle-vllm that lack its prefix and have no effect here -> the reason."""
 
 _LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # each of them enables adapters
 _OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # for every command, not only for servers
@@ -119,7 +119,7 @@ def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
 
 
 def idle_remarks(variables: Mapping[str, str], title: str) -> list[str]:
-    """Return remarks on variables of the Rust candle-vllm, without its prefix, that have no effect."""
+    """Return remarks on variables of the Rust candle-vllm that lack its prefix and have no effect here."""
     return [f"{name} in {title} has no effect: {why}" for name, why in IDLE.items() if name in variables]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """models.yaml: named models with their settings; `original_keys` reads the keys of the Rust candle-vllm.
 
-Read before step 1 of a request's life. An unknown key is refused with the nearest known one, a key with the value null
-sets nothing, and a key without effect causes a remark.
+The file is read at start and on reload. An unknown key is an error that names the nearest known key, a null value sets
+nothing, and a key without effect causes a remark.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ModelsFile:
 
 
 def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsFile | None:
-    """Read the models.yaml that applies: the given one, or the first in the home folder and the working folder."""
+    """Read the models.yaml that applies: the given one, else the first in ~/.candle-vllm and the working folder."""
     if explicit is not None:
         path = folder / explicit
         if not path.is_file():
@@ -99,7 +99,7 @@ def read_models_file(path: Path) -> ModelsFile:
 
 
 def _globals(content: Mapping[str, Any], path: Path, remarks: list[str]) -> SettingsSource:
-    """Read the global settings: top-level keys, and limits of the Rust candle-vllm."""
+    """Read the global settings: top-level keys, and limits in `parking_lot`."""
     told = {name: content[name] for name in _GLOBAL if name in content}
     if "parking_lot" in content:
         told = {**lot_limits(content["parking_lot"], f"{path}: parking_lot", remarks), **told}
@@ -127,7 +127,7 @@ def model_entry(
 
     Args:
         entry: the entry.
-        where: its position, for messages.
+        where: its source for messages: a file or the request.
         folder: base of relative paths.
         remarks: receives remarks on keys without effect.
         number: number of the entry, counted from 1.

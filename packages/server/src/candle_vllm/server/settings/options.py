@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Definition of a setting: name, flags, kind and help; errors for invalid values; the forms of `--host`.
 
-Read before step 1 of a request's life. The engine's settings are defined in the table of `EngineConfig`.
+Settings are read before step 1 of a request's life. The engine's settings are defined in the table of `EngineConfig`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GROUPS = MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, 
     "model", "device and memory", "scheduling", "default sampling", "several models", "adapters",
     "mailbox and webhooks", "kept responses", "MCP tools", "HTTP server", "logging",
 )  # fmt: skip
-# what a command does, beside the groups of settings that it uses (`Option.needs`)
+# needs (`Option.needs`): what a command does, besides using groups of settings
 SERVES, BATCHES, REUSES, CALLS = "serving", "batch size", "shared prefixes", "tool calls"
 
 
@@ -35,7 +35,7 @@ class Rate(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Name in headers and metrics; OpenAI's have no window."""
+        """Name in headers and metrics; without the window if that is a minute, as in OpenAI's headers."""
         return self.unit if self.window == "minute" else f"{self.unit}-{self.window}"
 
 
@@ -54,13 +54,13 @@ class Option:
         repeat: whether the flag may be repeated; in the environment, values are separated by commas.
         in_yaml: whether it is allowed in `params` of a model in models.yaml.
         rivals: name of a set of settings of which one source may set only one.
-        needs: what a command, among the ones with its group, must use as well (`Command.uses`) to use the setting: a
-            need or another group; the other commands reject its flags.
+        needs: a need or a further group. A command uses the setting only if its `Command.uses` lists this as well as
+            the setting's group; other commands reject the flags.
         default: value if it is not set; None leaves it to the engine, the model or the machine.
         engine: field of `EngineConfig` that receives its value.
         unset: what None means, where nothing else tells it; `candle-vllm config` shows it.
         secret: whether its value is never shown.
-        rate: the limit of each API key whose amount it is.
+        rate: what the setting limits for each API key, if it is such a limit.
     """
 
     name: str
@@ -102,7 +102,7 @@ def plain(value: Any) -> Any:
 
 
 Told = Callable[[str, Any], Option]
-"""Makes a setting of its name and its default."""
+"""Makes a setting from its name and its default."""
 
 
 def switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more: Any) -> Option:
@@ -133,7 +133,7 @@ def engine(
     """Return a maker of a setting of `EngineConfig`, under the same name or under `name`.
 
     `EngineConfig` defines its type and help. `text` replaces the help, `more` is appended to it, and `reading` replaces
-    attributes of its kind. It is allowed in models.yaml by default.
+    attributes of its kind. By default, the setting is allowed in models.yaml.
     """
 
     def told(field: str, default: Any) -> Option:

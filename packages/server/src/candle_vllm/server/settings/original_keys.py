@@ -44,7 +44,7 @@ _MAX_DEVICES = 64
 _DEVICE_ID = Integer(0, 999, units=False)
 
 MODEL_KEYS = ("capabilities", "parking_lot")
-"""Further keys of a model."""
+"""Keys of a model that only the Rust candle-vllm's models.yaml has."""
 
 
 def given(section: Any, where: str) -> dict[Any, Any]:
@@ -59,7 +59,7 @@ def given(section: Any, where: str) -> dict[Any, Any]:
 
 
 def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> dict[str, Any]:
-    """Return the params of a model by our names, with params from its `capabilities` and `parking_lot`.
+    """Return the params of a model by our names, with params from its `parking_lot`; check its `capabilities`.
 
     `entry` is the model's mapping in the file, `title` its name in messages; `remarks` gets remarks on keys without
     effect.
@@ -108,7 +108,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
 
 
 def _device(value: Any, where: str) -> str:
-    """Translate a list of GPUs to `device`: an empty list means the CPU, only GPU 0 means "auto"."""
+    """Translate a list of GPUs to `device`: an empty list means the CPU, [0] means "auto"."""
     if not isinstance(value, list) or len(value) > _MAX_DEVICES:
         raise UsageError(f"{where} must be a list of at most {_MAX_DEVICES} whole numbers, not {value!r:.60}")
     numbers = [convert(_DEVICE_ID, number, where) for number in value]
@@ -218,7 +218,7 @@ def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
     if not section.pop("sign_payload", True):
         section.pop("signing_secret", None)
     if isinstance(auth := section.get("auth"), dict) and auth.get("type") == "hmac":
-        section["auth"] = {"signs": "body", **auth}  # its receivers verify the body only
+        section["auth"] = {"signs": "body", **auth}  # the Rust candle-vllm's receivers verify only the body
     return {"webhook": section}
 
 
@@ -227,7 +227,7 @@ def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
 ORIGINAL: Mapping[str, str] = {
     name.removeprefix(ENV_PREFIX): why for name, _, why in foreign_tables()["Variables"] if name.startswith(ENV_PREFIX)
 }
-"""Variables of the Rust candle-vllm, without the prefix, that have no effect here; with the reason."""
+"""Variables of the Rust candle-vllm that have no effect here: name without the prefix -> reason."""
 
 _HONOURED = ("PROMPT_CACHE_ENABLED", "PROMPT_CACHE_REDIS_URL", "STREAM_AS_REASONING_CONTENT")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`SettingsSource`, the values of one source; reading the environment, `.env` and YAML; and which source decides.
 
-Read before step 1 of a request's life. Every source becomes a `SettingsSource`: typed values by setting name. An
+Sources are read before step 1 of a request's life. Each becomes a `SettingsSource`: typed values by setting name. An
 unknown name is an error with the nearest known name, or a remark if only some settings are used.
 """
 
@@ -48,10 +48,10 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
     Args:
         variables: values by name.
         title: name of the source, for messages.
-        known: settings that are used; errors in others and unknown variables become remarks. None means all settings.
+        known: settings that are used (None: all); errors in other settings and unknown variables become remarks.
 
     Raises:
-        UsageError: a used setting's value is invalid, a variable is a service link, or without `known`, unknown.
+        UsageError: a used setting is invalid; a variable is a Kubernetes service link, or (without `known`) unknown.
     """
     options = {option.env: option for option in OPTIONS}
     values: dict[str, Any] = {}
@@ -193,7 +193,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
 
 def merge(sources: Sequence[SettingsSource]) -> dict[str, Any]:
-    """Return the value of each decided setting; of rivals (`Option.rivals`), only that of the first source with one."""
+    """Return the value of each setting from its first source; of rivals (`Option.rivals`), only the first source's."""
     return {name: source.values[name] for name, source in origins(sources).items()}
 
 

@@ -2,7 +2,7 @@
 """The table of all settings, which defines flags, variables, models.yaml keys, help and the fields of `Settings`.
 
 Read before step 1 of a request's life. A setting called `block_size` is the field `Settings.block_size`, the variable
-`CANDLE_VLLM_BLOCK_SIZE`, the flag `--block-size` unless others are named, and, with `in_yaml`, a key of `params` in
+`CANDLE_VLLM_BLOCK_SIZE`, the flag `--block-size` unless `flags` names others, and, with `in_yaml`, a key of `params` in
 models.yaml. The short names with two dashes (`--m`, `--p`) come from the Rust candle-vllm, the long ones from other
 servers.
 """
@@ -428,7 +428,7 @@ class AccessOptions(_Checked):
 
     @property
     def rates(self) -> dict[str, int]:
-        """The limits of each API key that does not have its own, by their settings in `RATES`."""
+        """The limits of API keys without limits of their own, by setting name (`RATES`)."""
         return {name: value for name in RATES if (value := getattr(self, name)) is not None}
 
     @property
