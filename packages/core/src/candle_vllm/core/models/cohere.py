@@ -50,7 +50,8 @@ def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
     """Read `config.json` of cohere and cohere2."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if "model_max_length" in fields:  # Command R and R+: the other key has the length of training
-        fields = Fields({**fields.values, "max_position_embeddings": fields.count("model_max_length")}, fields.path)
+        length = {f"{fields.prefix}max_position_embeddings": fields.count("model_max_length")}
+        fields = Fields({**fields.values, **length}, fields.path, fields.prefix)
     shared, local = shared_from_hf(fields, model_type, eps="layer_norm_eps"), model_type == "cohere2"
     if local:
         usual = Fields({"sliding_window": 4096, **fields.values}, fields.path)

@@ -47,7 +47,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
     if not sparse <= {*range(layers)}:
         raise InvalidFileError(f"{fields.path}: moe_layers names layers that are not there")
     chunk = fields.get("attention_chunk_size", int, _CHUNK)
-    scaled = bool(fields.values.get("attn_temperature_tuning", True))  # transformers 4.51.0 wrote the number 4
+    tuning = fields.values.get(f"{fields.prefix}attn_temperature_tuning", True)  # or the number 4
     own = {
         "intermediate_size": fields.count("intermediate_size_mlp", 16384),
         "sliding_windows": tuple(chunk if kind == "chunked_attention" else None for kind in kinds),
@@ -55,7 +55,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
         "qkv_bias": fields.get("attention_bias", bool, False),
         "output_bias": fields.get("attention_bias", bool, False),
         "same_length": fields.get("use_qk_norm", bool, True),
-        "temperature": (fields.count("floor_scale", 8192), fields.get("attn_scale", float, 0.1)) if scaled else None,
+        "temperature": (fields.count("floor_scale", 8192), fields.get("attn_scale", float, 0.1)) if tuning else None,
     }
     top = fields.count("num_experts_per_tok", 1)
     return _config(fields, shared | own, sparse, (fields.count("num_local_experts"), top, inner))
