@@ -120,6 +120,8 @@ class IdleDevice:
     def join(self) -> None:
         """There is nothing to wait for."""
 
+    def new_pool(self) -> None: ...
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """As it is: it will not run."""
         return work
