@@ -120,7 +120,8 @@ class IdleDevice:
     def join(self) -> None:
         """There is nothing to wait for."""
 
-    def new_pool(self) -> None: ...
+    def new_pool(self) -> None:
+        """For captures, which allocate nothing."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """As it is: it will not run."""
