@@ -14,6 +14,7 @@ from candle_vllm.core.sampling.thoughts import ThoughtBudget, ThoughtCount, Thou
 
 THINK = {"<think>": "</think>"}
 WORDS = {"Hm, ": "So: "}  # marks of several tokens
+TEXT = {"<t>": "</t>", "\n<u>": "</u>"}
 
 
 def count(vocabulary: Any, **budget: Any) -> ThoughtCount:
@@ -65,6 +66,17 @@ def say(vocabulary: Any, thoughts: ThoughtCount, text: str) -> str:
         ({"tokens": 4, "marks": WORDS}, "Hm, abSocial", "Hm, abSo: cial"),
         ({"tokens": 7, "marks": WORDS}, "Hm, abSo: then on", "Hm, abSo: then on"),
         ({"tokens": 2, "marks": WORDS | THINK}, "<think>abc", "<think>ab</think>c"),
+        # Text that mentions a mark: an opening one behind other text, a closing one in quotes.
+        ({"tokens": 0, "marks": TEXT}, 're.sub(r"<t>.*', 're.sub(r"<t>.*'),
+        ({"tokens": 0, "marks": TEXT}, "Use\n<t>ab and\n<u>ab.", "Use\n<t>ab and\n<u>ab."),
+        ({"tokens": 4, "marks": TEXT}, "<t>a</t>x" + 9 * " " + "<t>bcdef", "<t>a</t>x" + 9 * " " + "<t>bcdef"),
+        ({"tokens": 0, "marks": TEXT | THINK}, "Use <t>ab<think>c", "Use <t>ab<think></think>c"),
+        ({"tokens": 2, "marks": TEXT}, 9 * " " + "<t>abc", 9 * " " + "<t>ab</t>c"),
+        ({"tokens": 2, "marks": TEXT}, "\n<u>abc", "\n<u>ab</u>c"),
+        ({"tokens": 4, "marks": TEXT, "opened": "<t>"}, "a</t>\n\n<t>bcde", "a</t>\n\n<t>bcd</t>e"),
+        ({"tokens": 10, "marks": TEXT}, "<t>a `</t>` bbbb", "<t>a `</t>` bb</t>bb"),
+        ({"tokens": 7, "marks": TEXT}, '<t>abc"</t>def', '<t>abc"</t>def'),
+        ({"tokens": 7, "marks": TEXT}, '<t>abc"</t>"de', '<t>abc"</t>"</t>de'),
     ],
 )
 def test_thoughts_end_where_the_budget_is_spent(vocabulary: Any, budget: dict[str, Any], text: str, came: str) -> None:
@@ -80,9 +92,10 @@ def test_the_text_of_a_special_token_is_no_mark(vocabulary: Any) -> None:
 
 
 def test_a_mark_takes_no_part_in_the_count(vocabulary: Any) -> None:
-    thoughts = count(vocabulary, tokens=9, marks=WORDS)
-    say(vocabulary, thoughts, "Hm, abcSo: ")
-    assert (thoughts.spent, thoughts.inside) == (3, False)
+    for marks, text, spent in ((WORDS, "Hm, abcSo: ", 3), (TEXT, "<t>a</t>", 1), (TEXT, '<t>ab"</t>c', 3)):
+        thoughts = count(vocabulary, tokens=9, marks=marks)
+        say(vocabulary, thoughts, text)
+        assert (thoughts.spent, thoughts.inside) == (spent, False)
 
 
 def test_tokens_that_are_taken_back_were_not_thought(vocabulary: Any) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.text.detokenizer import StopScanner
+from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.formats.layout import THOUGHTS
 from candle_vllm.openai.planning import stop_marks
 from packages.openai.tests.formats.messages import REASONING, parse, parser
@@ -35,7 +38,7 @@ def samples(but: tuple[str, ...]) -> list[Any]:
 def scanned(sample: Sample, stop: str, pieces: Iterable[str]) -> tuple[str, str | None]:
     """The text up to the stop string, and that where it was found."""
     reasoning = REASONING[sample.reasoning]
-    marks = stop_marks(reasoning, FORMATS[sample.tools], list(TOOLS))
+    marks = stop_marks(reasoning, FORMATS[sample.tools], list(TOOLS), ())
     first = reasoning.open if sample.prefilled else ""
     scanner = StopScanner([stop], marks=replace(marks, first=first if first in ("", *marks.states) else THOUGHTS))
     return "".join(map(scanner.feed, pieces)) + scanner.flush(), scanner.found
@@ -73,3 +76,20 @@ def test_stops_in_the_answer_are_found_however_it_is_cut(sample: Sample, size: i
         )
         before = sample.content[: sample.content.index(stop)]
         assert parsed.content.strip() == before.strip(), stop
+
+
+def test_a_mention_of_thoughts_does_not_hide_stop_strings() -> None:
+    scanner = StopScanner(["END"], marks=stop_marks(REASONING["think"], FORMATS["hermes"], list(TOOLS), ()))
+    text = "<think>END</think>\n<thought>END</thought>Wrap it in `<think>` tags. "
+    assert ("".join(map(scanner.feed, text + "END and more")) + scanner.flush(), scanner.found) == (text, "END")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_special_tokens_begin_thoughts_anywhere(special: bool) -> None:
+    made = ScriptedEngine("Yes.", special_tokens=("<think>", "</think>") if special else ())
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Why?"}], "stop": ["END"]}
+    asyncio.run(OpenAIAdapter(made, reasoning_parser="qwen3").chat(body))
+    marks = made.requests[-1].params.stop_marks
+    assert marks is not None
+    assert ("<think>" in marks.states[""], "<think>" in marks.fresh) == (special, not special)
+    assert "<thought>" in marks.fresh

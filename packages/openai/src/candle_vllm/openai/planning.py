@@ -119,7 +119,8 @@ class AnswerPlanner:
         thoughts = self._budget(task, reasoning, opening, called)
         if bound.layout == Layout():
             return Planned(AnswerPlan(), structured, thoughts)
-        marks = stop_marks(reasoning, tools, [tool.name for tool in use.tools] if called else ())
+        special = [bound.names[token] for token in bound.characters]
+        marks = stop_marks(reasoning, tools, [tool.name for tool in use.tools] if called else (), special)
         answers = AnswerPlan(
             bound=bound,
             tools={tool.name: tool.parameters for tool in use.tools} if called else None,
@@ -166,13 +167,17 @@ class AnswerPlanner:
         )
 
 
-def stop_marks(reasoning: ReasoningFormat | None, form: ToolFormat | None, tools: Collection[str]) -> StopMarks:
+def stop_marks(
+    reasoning: ReasoningFormat | None, form: ToolFormat | None, tools: Collection[str], special: Collection[str]
+) -> StopMarks:
     """Return where stop strings apply: in the text of an answer, not in its reasoning or calls.
 
     Args:
         reasoning: the model's reasoning format, if it has one.
         form: the model's tool-call format, whose marks begin and end calls.
         tools: names of the tools that may be called; without tools, text in the form of a call is text.
+        special: names of the special tokens in marks. An answer may mention other opening marks of reasoning, so these
+            count only at the beginning of a part.
     """
     flow = (form.flow if form else None) or (reasoning.flow if reasoning else None)
     if flow is not None:
@@ -180,10 +185,11 @@ def stop_marks(reasoning: ReasoningFormat | None, form: ToolFormat | None, tools
         return StopMarks(states=states, fresh=fresh)
     pairs = reasoning.pairs if reasoning else {}
     strays = (*(reasoning.strays if reasoning else ()), *(form.strays if form else ()), *pairs.values())
-    states = {"": {**dict.fromkeys(strays, ""), **{opening: opening for opening in pairs}}}
+    fresh = {opening: opening for opening in pairs if not any(map(opening.startswith, special))}
+    states = {"": {**dict.fromkeys(strays, ""), **{opening: opening for opening in pairs if opening not in fresh}}}
     states |= {opening: {end: ""} for opening, end in pairs.items()}
     if form is None or not tools:
-        return StopMarks(states=states)
+        return StopMarks(states=states, fresh=fresh)
     body = form.bodies[0] if form.bodies else None
     closers, end = getattr(body, "closers", ()), getattr(body, "call_end", "")
     states[""] |= dict.fromkeys((mark for mark in (*closers, end) if mark and not mark.startswith("`")), "")
@@ -196,7 +202,7 @@ def stop_marks(reasoning: ReasoningFormat | None, form: ToolFormat | None, tools
     for opening in pairs if form.ends_thoughts else ():
         states[opening] |= {"\n" + mark if form.on_lines else mark: state for mark, state in (opens | names).items()}
     bare = ("[{}(",) if isinstance(form.bare, Pythonic) else _BARE_OBJECTS if form.bare else ()
-    fresh = dict.fromkeys((begun.replace("{}", name) for begun in bare for name in tools), "unmarked")
+    fresh |= dict.fromkeys((begun.replace("{}", name) for begun in bare for name in tools), "unmarked")
     return StopMarks(states=states, fresh=fresh)
 
 

@@ -3,7 +3,8 @@
 
 Reasoning is between two marks of the model's own format. Tokens between them are counted; when the budget is reached,
 the closing mark is forced, token by token, and the answer continues after it. A mark that is the name of a special
-token means that token, as in `StructuredOutputsParams`.
+token means that token, as in `StructuredOutputsParams`. Other text may mention a mark: an opening mark counts only at
+the beginning of the text or directly after reasoning, a closing mark not in quotes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ THOUGHT_TOKENS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
 """Marks that are single tokens in some vocabularies; they are used if a caller gives no marks."""
+_QUOTES = (b"`", b'"', b"'")
 _SPECIAL = b"\xff"  # begins a special token among bytes of text: UTF-8 has no such byte
 
 
@@ -117,7 +119,7 @@ class ThoughtLimit:
         written = {name: self._special[special_tokens[name]] for name in names}
         self.starts = {_written(opening, written): tuple(encode(end, True)) for opening, end in budget.marks.items()}
         self.ends = tuple(_written(mark, written) for mark in (*budget.marks.values(), *budget.ends))
-        self.longest = max(map(len, (*self.starts, *self.ends)))
+        self.longest = 1 + max(map(len, (*self.starts, *self.ends)))  # bytes of a mark and of a quote beside it
         self.opened = None if budget.opened is None else self.starts[_written(budget.opened, written)]
         self._token_bytes = token_bytes
 
@@ -165,6 +167,7 @@ class ThoughtCount:
         self._closing = self._limit.opened or ()  # closing mark of the current reasoning
         self._tail = b""  # end of the text, in which no mark was found yet
         self._said: list[int] = []  # the last tokens of the current reasoning, enough for any mark
+        self._fresh = True  # only white space, or the beginning of a mark, came since the beginning or the reasoning
         self._forced: tuple[int, ...] = ()  # the tokens that are still to be forced
         self._decide()
 
@@ -203,24 +206,34 @@ class ThoughtCount:
         if self.inside:
             self.spent += 1
             self._said = [*self._said, token][-limit.longest :]
-        marks = limit.ends if self.inside else limit.starts
-        place, mark = max((text.rfind(mark), mark) for mark in marks)
+        marks = limit.ends if self.inside else self._starts(text.lstrip())
+        place, mark = max(((text.rfind(mark), mark) for mark in marks), default=(-1, b""))
         if place < 0:
             self._tail = text
             return
-        rest = text[place + len(mark) :]
-        if self.inside:
-            self.spent -= self._tokens_of(mark)  # tokens of a mark are not reasoning
-            self._leave(rest)
-        else:
+        quote, rest = text[place - 1 : place], text[place + len(mark) :]
+        if not self.inside:
             self.inside, self._closing, self._tail = True, limit.starts[mark], rest
+        elif quote in _QUOTES and _SPECIAL not in mark and rest[:1] in (b"", quote):
+            self._tail = rest or text  # the next token determines whether the mark is in quotes
+        else:
+            self.spent -= self._tokens_of(mark + rest)  # tokens of a mark are not reasoning
+            self._leave(rest)
+
+    def _starts(self, text: bytes) -> list[bytes]:
+        """Return the opening marks that count in a text, which begins without white space."""
+        starts = self._limit.starts
+        found = [mark for mark in starts if _SPECIAL in mark or (self._fresh and text.startswith(mark.lstrip()))]
+        self._fresh = self._fresh and any(mark.lstrip().startswith(text) for mark in starts)
+        return found
 
     def _leave(self, rest: bytes) -> None:
         self.inside, self._closing, self._tail, self._said, self._forced = False, (), rest, [], ()
+        self._fresh = True
 
-    def _tokens_of(self, mark: bytes) -> int:
-        """Return how many of the last tokens belong to the closing mark that the last token completed."""
-        left = len(mark)
+    def _tokens_of(self, text: bytes) -> int:
+        """Return how many of the last tokens belong to a text that ends with them."""
+        left = len(text)
         for count, token in enumerate(reversed(self._said), 1):
             left -= len(self._limit.bytes_of(token))
             if left <= 0:
@@ -230,6 +243,8 @@ class ThoughtCount:
     def _decide(self) -> None:
         """When the budget is spent, force the rest of the closing mark that the model has not written itself."""
         if not self.inside or self.spent < self._limit.tokens or self._forced:
+            return
+        if self._tail.endswith(self._limit.ends):  # perhaps in quotes
             return
         closing = self._closing
         begun = next((n for n in range(len(closing) - 1, 0, -1) if tuple(self._said[-n:]) == closing[:n]), 0)
