@@ -16,7 +16,7 @@ from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.tagged import Tagged
-from candle_vllm.openai.formats.values import argument_kinds, to_json
+from candle_vllm.openai.formats.values import argument_kinds, python_value, to_json
 from packages.openai.tests.formats.messages import parse
 from packages.openai.tests.formats.test_grammar import ROWS, THINK, Tool, vocabulary
 from packages.openai.tests.formats.walks import accepts
@@ -178,3 +178,66 @@ def test_a_value_by_its_schema(schema: dict[str, Any], text: str, value: object)
     whole = {"properties": {"a": schema}, "$defs": {"level": {"enum": ["nil", "low"]}}}
     read = json.loads(to_json(text, argument_kinds(whole, "a")))
     assert (read, type(read)) == (value, type(value))
+
+
+TEXTUAL: dict[str, Any] = {"type": "object", "properties": {"zip": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"$ref": "#/$defs/node", "$defs": {"node": TEXTUAL}}, "12345"),
+        ({"allOf": [{"properties": {"x": {}}}, TEXTUAL]}, "12345"),
+        ({"anyOf": [TEXTUAL, {"type": "null"}]}, "12345"),
+        ({"additionalProperties": {"type": "string"}}, "12345"),
+        ({"properties": {"zip": True}, "additionalProperties": {"type": "string"}}, 12345),
+        ({"patternProperties": {"z": {"type": "integer"}}, "additionalProperties": {"type": "string"}}, 12345),
+        ({"anyOf": [TEXTUAL, {"properties": {"zip": {"type": "integer"}}}]}, 12345),
+        ({"anyOf": 5, "$ref": "other"}, 12345),
+    ],
+)
+def test_where_the_schema_of_an_argument_stands(schema: dict[str, Any], value: object) -> None:
+    assert json.loads(to_json("12345", argument_kinds(schema, "zip"))) == value
+
+
+def test_nested_values_have_the_schemas_that_references_name() -> None:
+    schema: dict[str, Any] = {
+        "properties": {
+            "zips": {"$ref": "#/$defs/zips"},
+            "zip": {"type": "string"},
+            "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        },
+        "$defs": {"zips": {"type": "array", "items": {"$ref": "#/properties/zip"}}},
+    }
+    inner = "<next><zips><item>1</item><item>2</item></zips><next><zip>3</zip></next></next>"
+    text = f'<tool_call><invoke name="f">{inner}</invoke></tool_call>'.replace("<", "]<]minimax[>[<")
+    parsed = parse(OutputParser(Layout(THINK, ROWS["minimax_m3"]), tools={"f": schema}), text)
+    assert parsed.values == [("f", {"next": {"zips": ["1", "2"], "next": {"zip": "3"}}})]
+
+
+def test_a_grammar_of_a_map_accepts_the_texts_that_are_read_as_texts() -> None:
+    form, parameters = ROWS["qwen3_coder"], {"type": "object", "additionalProperties": {"type": "string"}}
+    vocab = vocabulary(form, THINK, bound=False)
+    lark = tool_grammar(
+        form, [Tool("f", parameters)], mode="required", parallel=False, reasoning=None, in_reasoning=False, special={}
+    )  # fmt: skip
+    assert lark is not None
+    [(call, _)] = written(form, "12345", "string")
+    ids = vocab.encode(call)
+    assert accepts(vocab.compiler(lark)(), ids) == (len(ids), True)
+    assert parse(OutputParser(Layout(THINK, form), tools={"f": parameters}), call).values == [("f", {"a": "12345"})]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"'\ud83d\ude00 hi'", "\U0001f600 hi"),
+        (r"['\ud83d\ude00', {'\ud83d\ude00': '\ud800'}]", ["\U0001f600", {"\U0001f600": "\ufffd"}]),
+    ],
+)
+def test_surrogate_pairs_are_characters(text: str, value: object) -> None:
+    """No surrogate remains: those in arguments are special tokens."""
+    found = python_value(text)
+    assert found is not None
+    found.encode()
+    assert json.loads(found) == value

@@ -11,7 +11,7 @@ from typing import Any
 from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers
-from candle_vllm.openai.formats.values import Kinds, argument_kinds, escaped, sub_schema, to_json
+from candle_vllm.openai.formats.values import Kinds, escaped, schema_kinds, sub_schema, to_json
 
 _MOST_DEPTH = 64
 _EMPTY = {"object": "{}", "array": "[]"}
@@ -84,7 +84,7 @@ class _Arguments:
             if key in keys and not listed:
                 self._emit = lambda _: None
             self._emit((", " if keys else "") + ("" if listed else json.dumps(key, ensure_ascii=False) + ": "))
-            within = sub_schema(schema, None if listed else key)
+            within = sub_schema(schema, None if listed else key, self._schema)
             if depth >= _MOST_DEPTH or not (yield from self._value(within, depth + 1)):
                 return False
             self._emit = emit
@@ -101,7 +101,7 @@ class _Arguments:
     def _value(self, schema: Mapping[str, Any], depth: int) -> Need[bool]:
         """Parse a value and the tag that closes it."""
         reader = self._reader
-        kinds = argument_kinds({**self._schema, "properties": {"": schema}}, "")
+        kinds = schema_kinds(schema, self._schema)
         text = kinds.is_string
         if text:
             self._emit('"')

@@ -7,7 +7,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from candle_vllm.core.sampling.json_rules import TYPE_ALIASES
@@ -75,21 +75,24 @@ def kinds_of(kind: str) -> Kinds:
 
 def argument_kinds(schema: Mapping[str, Any], key: str) -> Kinds:
     """Return the values that the schema of a tool's arguments allows for the argument `key`."""
-    properties = schema.get("properties")
-    own = properties.get(key) if isinstance(properties, Mapping) else None
-    return _kinds(own, schema) if isinstance(own, Mapping) else ANYTHING
+    return schema_kinds(sub_schema(schema, key, schema), schema)
 
 
-def sub_schema(schema: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
-    """Return the schema of an object's entry `key`, or of a list's items; {} without a schema."""
-    properties = schema.get("properties")
-    if key is None:
-        own = schema.get("items")
-    elif isinstance(properties, Mapping) and key in properties:
-        own = properties[key]
-    else:
-        own = schema.get("additionalProperties")
-    return own if isinstance(own, Mapping) else {}
+def sub_schema(schema: Mapping[str, Any], key: str | None, root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schema of an object's entry `key`, or of a list's items if `key` is None.
+
+    References in `schema` are relative to `root`.
+    """
+    own, others = list[Any](), list[Any]()
+    for part in _parts(schema, root):
+        properties = part.get("properties")
+        if key is None:
+            own.append(part.get("items"))
+        elif isinstance(properties, Mapping) and key in properties:
+            own.append(properties[key])
+        elif not part.get("patternProperties"):
+            others.append(part.get("additionalProperties"))
+    return {"anyOf": [one for one in own or others if isinstance(one, Mapping)]}
 
 
 def escaped(text: str) -> str:
@@ -139,7 +142,8 @@ def python_value(text: str) -> str | None:
         return None
     try:
         value = ast.literal_eval(_ESCAPE.sub(_valid_escape, text))
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # joins surrogate pairs
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
 
@@ -149,11 +153,10 @@ def _valid_escape(match: re.Match[str]) -> str:
     return match[0] if match[1] in "\\'\"abfnrtvxuUN01234567\n" else "\\" + match[0]
 
 
-def _kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
-    types, listed, todo, steps = set[str](), set[str](), [schema], 0
-    while todo and steps < _MOST_STEPS:
-        steps += 1
-        part = todo.pop()
+def schema_kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
+    """Return the values that a schema allows; its references are relative to `root`."""
+    types, listed = set[str](), set[str]()
+    for part in _parts(schema, root):
         kinds = part.get("type")
         named = {TYPE_ALIASES.get(kind, kind) for kind in _listed(kinds) if isinstance(kind, str)}
         if "const" in part or isinstance(part.get("enum"), list):
@@ -161,14 +164,24 @@ def _kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
             listed.update(value for value in values if isinstance(value, str))
             named = (named or {_type_of(value) for value in values}) - {"string"}
         types |= named
-        for name in ("anyOf", "oneOf", "allOf"):
-            todo += [one for one in part.get(name) or () if isinstance(one, Mapping)][:_MOST_STEPS]
-        reference = part.get("$ref")
-        if isinstance(reference, str) and (target := _resolve(reference, root)) is not None:
-            todo.append(target)
     if not types and not listed:
         return ANYTHING
     return Kinds(frozenset(types - {"string"}), "string" in types, frozenset(listed))
+
+
+def _parts(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a schema, its alternatives and the targets of its references."""
+    todo = [schema]
+    for _ in range(_MOST_STEPS):
+        if not todo:
+            return
+        part = todo.pop()
+        yield part
+        for name in ("anyOf", "oneOf", "allOf"):
+            todo += [one for one in _listed(part.get(name)) if isinstance(one, Mapping)][:_MOST_STEPS]
+        reference = part.get("$ref")
+        if isinstance(reference, str) and (target := _resolve(reference, root)) is not None:
+            todo.append(target)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -180,10 +193,9 @@ def _type_of(value: Any) -> str:
 
 
 def _resolve(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    if not reference.startswith("#/"):
-        return None
-    found: Any = root
-    for step in reference[2:].split("/")[:_MOST_STEPS]:
+    start, *steps = reference.split("/")
+    found: Any = root if start == "#" else None
+    for step in steps[:_MOST_STEPS]:
         found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else None
 

@@ -15,7 +15,7 @@ from candle_vllm.openai.formats.named_calls import NamedJson
 from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.output import mistral_id
 from candle_vllm.openai.formats.tagged import Tagged
-from candle_vllm.openai.formats.values import ANYTHING, Kinds, argument_kinds
+from candle_vllm.openai.formats.values import Kinds, argument_kinds
 
 _FREE_KEY = "/[A-Za-z_][A-Za-z0-9_.\\-]{0,63}/"
 _INDEX = "/[1-9][0-9]{0,2}/"
@@ -71,10 +71,11 @@ class _TaggedCall(_Call[Tagged]):
         return self._value(quoted(key), schema, argument_kinds(self._tool.parameters, key))
 
     def _others(self, known: list[str], schema: Schema) -> str:
-        """Return the rule of additional entries; as in the parser, the text of a value determines its type."""
+        """Return the rule of additional entries."""
         names = " | ".join(quoted(key) for key in known)
         key = self._writer.terminal(f"{_FREE_KEY} & ~({names})" if names else _FREE_KEY)
-        return self._writer.rule(sequence(SPACE, self._value(key, schema, ANYTHING)))
+        kinds = argument_kinds(self._tool.parameters, "")  # no property has this name
+        return self._writer.rule(sequence(SPACE, self._value(key, schema, kinds)))
 
     def _value(self, key: str, schema: Schema, kinds: Kinds) -> str:
         """Return the rule of a key, its value, and the marks around them."""
