@@ -174,6 +174,7 @@ def test_a_checker_goes_on_after_a_failure() -> None:
         ({"type": "array"}, 'must have "type": "object"'),
         ([], "must be the JSON schema of an object"),
         (of(a=object()), "is no JSON"),
+        (of(a={"$ref": "//[#/$defs/a"}), "'//[#/$defs/a' is not supported"),
         (of(), None),
         ({}, None),
     ],

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from candle_vllm.core.sampling.json_references import References
 from candle_vllm.core.sampling.structured import refused
@@ -106,22 +106,15 @@ def span_of(schema: dict[str, Any]) -> Span:
 
     def end(plain: str, exclusive: str, sign: int, none: float) -> tuple[float, bool]:
         bound, opened = schema.get(plain), schema.get(exclusive)
-        ends = [(_as_float(bound), opened is True)] if _is_number(bound) else []
-        ends += [(_as_float(opened), True)] if _is_number(opened) else []
+        ends = [(bound, opened is True)] if _is_number(bound) else []
+        ends += [(opened, True)] if _is_number(opened) else []
         return max(ends, key=lambda one: (sign * one[0], one[1]), default=(none, False))
 
     low = end("minimum", "exclusiveMinimum", 1, -math.inf)
     return Span(*low, *end("maximum", "exclusiveMaximum", -1, math.inf))
 
 
-def _as_float(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -167,7 +160,8 @@ class Facts:
                 return [json.loads(text) for text in dict.fromkeys(map(canonical, values))], alone
             types = types_of(schema)
             span = span_of(schema)
-            if types == {"integer"} and span.high - span.low <= MAX_VALUES:
+            finite = math.inf not in (abs(span.low), abs(span.high))
+            if types == {"integer"} and finite and span.high <= span.low + MAX_VALUES:
                 low, high = math.ceil(span.low), math.floor(span.high)
                 inside = [n for n in range(low, high + 1) if not span.misses(Span(n, False, n, False))]
                 return inside, False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urldefrag, urljoin
+from urllib.parse import unquote, urljoin
 
 from candle_vllm.core.sampling.structured import refused
 
@@ -71,7 +71,7 @@ class References:
         """
         if not isinstance(reference, str):
             raise _elsewhere(reference, place)
-        document, fragment = urldefrag(reference)
+        document, _, fragment = reference.partition("#")
         uri = _joined(base, document) if document else base
         if uri not in self._resources:
             raise _elsewhere(reference, place)
@@ -90,7 +90,7 @@ class References:
         for own in map(schema.get, self._ids):
             if not isinstance(own, str):
                 continue
-            document, fragment = urldefrag(own)
+            document, _, fragment = own.partition("#")
             base = _joined(base, document) if document else base
             if document:
                 self._resources.setdefault(base, schema)
