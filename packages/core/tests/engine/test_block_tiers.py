@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,9 @@ from candle_vllm.core.engine.cache import block_tiers as kept_blocks
 from candle_vllm.core.engine.cache import redis_blocks
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.block_stores import BlockError, BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
-from candle_vllm.core.engine.cache.block_tiers import OffloadedBlocks
+from candle_vllm.core.engine.cache.block_tiers import OffloadedBlocks, OffloadedPrefixes
 from candle_vllm.core.engine.cache.redis_blocks import RedisBlocks
+from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
@@ -282,6 +284,25 @@ def test_servers_share_states_with_the_pages_before_them(redis: tuple[str, subpr
         redis[1].kill()
         redis[1].wait()
         assert answer(engine, turn[1:], "other")
+
+
+def test_a_look_up_that_ends_during_a_step_is_waited_for() -> None:
+    """`is_ready` has deferred the sequence; the engine must run another step, whenever the look-up ends."""
+    ends, nothing = threading.Event(), lambda *_: None
+    part: Any = SimpleNamespace(reads=False, take=nothing, offer=nothing, may_have=nothing, is_ready=lambda *_: True)
+    pool = StatePool(1, 1, SIZE)
+
+    def look(_: object) -> None:
+        ends.wait()
+
+    prefixes = OffloadedPrefixes(part, part, pool, look)
+    assert not prefixes.is_ready("a", (), 1)
+    ends.set()
+    prefixes.wait(PATIENCE)
+    assert prefixes.reads
+    prefixes.take()
+    assert not prefixes.reads
+    assert prefixes.is_ready("a", (), 1)
 
 
 @needs_redis

@@ -111,6 +111,20 @@ def test_blocks_come_back_when_they_have_left_memory(model: Path, tmp_path: Path
         assert engine.stats().kept_blocks_read == 5
 
 
+def test_blocks_that_are_read_do_not_evict_the_blocks_before_them(model: Path, tmp_path: Path) -> None:
+    """A prompt of which the head is cached and the tail is on disk."""
+    with running(model, tmp_path / "kept", kv_cache_memory=1 << 17, max_model_len=7 * SIZE) as engine:
+        right = answer(engine, PROMPT)
+        for n in range(2):
+            answer(engine, [9 + n, *PROMPT], f"other {n}")
+        answer(engine, PROMPT[:1:-1][: 2 * SIZE + 3], "short")
+        assert len(engine.scheduler.blocks.lookup(_hashes(engine, PROMPT))) == 3
+        before = cached(engine)
+        assert answer(engine, PROMPT, "again") == right
+        assert cached(engine) - before == 5 * SIZE
+        assert engine.stats().kept_blocks_read == 2
+
+
 def _hashes(engine: Engine, prompt: list[int]) -> list[bytes]:
     return engine.prepare(request(prompt, "hash"))[0].sequence.hashes(SIZE)
 

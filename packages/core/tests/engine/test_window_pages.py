@@ -314,6 +314,19 @@ def test_nobody_makes_way_while_a_step_under_way_may_free_pages() -> None:
     assert prompts.scheduler.num_preemptions == 0
 
 
+def test_blocks_of_a_store_leave_a_touched_prefix_its_pages() -> None:
+    model = Pretended(window=8, blocks=64, spare=20)
+    text = list(range(40))
+    for order, each in enumerate((text, list(range(100, 140)))):
+        model.add(each, order, max_tokens=1)
+        model.finish()
+    found = model.blocks.lookup(hashes := block_hashes(text, SIZE, None))
+    assert len(found) == 10
+    model.blocks.touch(hashes)
+    model.take_in(list(range(200, 200 + SIZE * (len(model.blocks.pools[0].free_pages) + 5))))
+    assert all(model.blocks.has_pages(block) for block in found)
+
+
 def test_a_block_whose_page_has_gone_is_read_from_a_store_anew() -> None:
     model = Pretended(window=8, blocks=64, spare=1)
     text = list(range(60))

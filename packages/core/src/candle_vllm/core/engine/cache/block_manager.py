@@ -83,6 +83,12 @@ class BlockManager:
                 found.append(block)
         return found
 
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        """Make the free blocks that `lookup` finds the most recently used ones; the tail stays before the head."""
+        for block in reversed(self.lookup(hashes)):
+            if block in self._free:
+                self._free.move_to_end(block)
+
     def num_free_after_sharing(self, blocks: Sequence[int]) -> int:
         return len(self._free) - sum(self._owners[block] == 0 for block in blocks)
 

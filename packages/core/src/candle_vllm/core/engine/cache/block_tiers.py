@@ -83,6 +83,10 @@ class Places(Protocol):
         """Return the published blocks or slots for `hashes`, up to the first hash without one."""
         ...
 
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        """Make the blocks or slots that `lookup` finds the most recently used ones."""
+        ...
+
     def take_in(self, digest: bytes) -> int | None:
         """Publish a free block or slot, which the caller then writes; return None if all are in use."""
         ...
@@ -476,6 +480,7 @@ class OffloadedBlocks:
             missing.append(digest)
         if not missing or self._blocks.num_free < num_blocks:
             return True
+        self._blocks.touch(hashes)  # else the blocks that are read would evict them
         reading = self._readings[sequence] = _Reading(next(self._numbers), missing, self._ranks)
         with self._wake:
             self._under_way[reading.number] = reading
@@ -581,16 +586,17 @@ class OffloadedPrefixes:
 
     def __init__(self, blocks: OffloadedBlocks, states: OffloadedBlocks, pool: StatePool, look: _Look | None) -> None:
         self._blocks, self._states, self._pool, self._look = blocks, states, pool, look
-        self._looks: dict[object, threading.Thread] = {}
+        self._looks: dict[object, threading.Thread | None] = {}  # by sequence; None once `take` has seen the end
         self._both = blocks, states
         pool.offer = states.offer
         self.offer, self.may_have = blocks.offer, blocks.may_have
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
         if self._look is not None and sequence not in self._looks:
-            self._looks[sequence] = threading.Thread(target=self._look, args=(hashes,), daemon=True)
-            self._looks[sequence].start()
-        if sequence in self._looks and self._looks[sequence].is_alive():
+            thread = self._looks[sequence] = threading.Thread(target=self._look, args=(hashes,), daemon=True)
+            thread.start()
+        look = self._looks.get(sequence)
+        if look is not None and look.is_alive():
             return False
         there = (n for n in range(len(hashes), 0, -1) if self._is_within_reach(hashes[n - 1]))
         end = next(there, 0)
@@ -610,14 +616,17 @@ class OffloadedPrefixes:
 
     @property
     def reads(self) -> bool:
-        return any(each.reads for each in self._both) or any(each.is_alive() for each in self._looks.values())
+        return any(each.reads for each in self._both) or any(look is not None for look in self._looks.values())
 
     def take(self) -> None:
+        for sequence, look in self._looks.items():
+            if look is not None and not look.is_alive():
+                self._looks[sequence] = None
         for each in self._both:
             each.take()
 
     def wait(self, seconds: float) -> None:
-        look = next((each for each in self._looks.values() if each.is_alive()), None)
+        look = next((each for each in self._looks.values() if each is not None), None)
         (look.join if look is not None else (self._states if self._states.reads else self._blocks).wait)(seconds)
 
     def rest(self) -> None:

@@ -56,6 +56,11 @@ class StatePool:
         """Return the slots of the published checkpoints for `hashes`, up to the first hash without one."""
         return [self._published[digest] for digest in itertools.takewhile(self._published.__contains__, hashes)]
 
+    def touch(self, hashes: Seq[bytes]) -> None:
+        """Make the checkpoints that `lookup` finds the most recently used ones."""
+        for digest in itertools.takewhile(self._published.__contains__, hashes):
+            self._published.move_to_end(digest)
+
     def take_in(self, digest: bytes) -> int | None:
         """Publish a slot, whose checkpoint the caller then writes; None if every slot is pinned or pending."""
         slot = self._take()

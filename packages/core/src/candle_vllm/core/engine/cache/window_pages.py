@@ -176,6 +176,14 @@ class WindowedBlocks(BlockManager):
             pool.leave(sequence.block_table[max(first, blocks) : last])
             sequence.windowed[number] = min(first, blocks), min(last, blocks)
 
+    def touch(self, hashes: Seq[bytes]) -> None:
+        """See `BlockManager`; also make their pages the most recently used ones."""
+        super().touch(hashes)
+        for block in self.lookup(hashes):
+            for pool in self.pools:
+                if block in pool.idle:
+                    pool.idle.move_to_end(block)
+
     def take_in(self, digest: bytes) -> int | None:
         """See `BlockManager`; the block gets a page of each pool that has a free one."""
         block = super().take_in(digest)
