@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 import threading
@@ -30,12 +31,14 @@ from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.runners import recorded_runner, sleeping
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.errors import EngineSleepingError
+from candle_vllm.core.kernels import offloading
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, loading, new_memory
 from candle_vllm.core.kernels.offloading import tensors_in
 from candle_vllm.core.remote.engine import RemoteEngine
@@ -292,6 +295,100 @@ def test_weights_of_a_device_go_to_the_host_and_back(on_a_device: tuple[Engine, 
     engine.wake_up(["weights"])
     engine.wake_up(["kv_cache"])
     assert _tokens(engine) == right
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "first"),
+    [(torch.Tensor, "to", 2, ["kv_cache"]), (DeviceRunner, "_allocate", 1, []), (DeviceRunner, "_capture", 1, [])],
+    ids=["weights", "cache", "capture"],
+)
+def test_a_device_without_memory_stays_asleep(
+    on_a_device: tuple[Engine, LoadedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    call: int,
+    first: list[str],
+) -> None:
+    """Another process has taken it; with memory again, the engine wakes up with the same weights."""
+    engine, loaded = on_a_device
+    right, weights = _tokens(engine), tensors_in(*(layer.mlp for layer in loaded.decoder.layers))  # type: ignore[attr-defined]
+    engine.sleep(1)
+    engine.wake_up(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(getattr(owner, name), call, torch.OutOfMemoryError("CUDA out of memory")))
+        with pytest.raises(CandleVllmError, match="stays asleep: CUDA out of memory"):
+            engine.wake_up(["weights", "kv_cache"])
+    assert engine.is_sleeping
+    assert not any(each.numel() for each in weights)
+    assert not engine.runner.caches  # type: ignore[attr-defined]
+    engine.wake_up(["weights", "kv_cache"])
+    assert not engine.is_sleeping
+    assert _tokens(engine) == right
+
+
+def test_a_host_without_memory_leaves_a_device_awake(
+    on_a_device: tuple[Engine, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, loaded = on_a_device
+    right, weights = _tokens(engine), tensors_in(*(layer.mlp for layer in loaded.decoder.layers))  # type: ignore[attr-defined]
+    engine.add(engine.prepare(_request("cut")))
+    engine.step()
+    with monkeypatch.context() as patch:
+        error = RuntimeError("CUDA error: out of memory")  # of pinned memory
+        patch.setattr(offloading, "_bytes_of", failing(offloading._bytes_of, 2, error))
+        with pytest.raises(CandleVllmError, match="has restored its memory: CUDA error: out of memory"):
+            engine.sleep(1)
+    assert not engine.is_sleeping
+    assert all(each.numel() for each in weights)
+    assert engine.has_work
+    assert [piece.finish_reason for piece in engine.step()][-1:] == [FinishReason.ABORT]
+    assert not engine.has_work
+    assert _tokens(engine) == right
+
+
+def failing(whole: Callable[..., Any], number: int, error: Exception) -> Callable[..., Any]:
+    """The same function, which fails at a call."""
+    calls = itertools.count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return whole(*args, **kwargs)
+
+    return call
+
+
+def test_requests_end_where_memory_does_not_go_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with InferenceEngine(model, **SETTINGS) as engine:
+        right = answer(engine)
+        stream = engine.generate_stream(PROMPT, SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+        next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(recorded_runner, "drop_pages", failing(recorded_runner.drop_pages, 1, OSError(22, "locked")))
+            with pytest.raises(CandleVllmError, match="locked"):
+                engine.sleep()
+        with pytest.raises(RequestAbortedError):
+            list(stream)
+        assert not engine.is_sleeping
+        assert answer(engine) == right
+
+
+def test_weights_that_cannot_be_loaded_put_the_cache_to_sleep_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with InferenceEngine(model, **SETTINGS) as engine:
+        right = answer(engine)
+        engine.sleep(2)
+        engine.wake_up(["kv_cache"])
+        with monkeypatch.context() as patch:
+            patch.setattr(sleeping, "load_any_model", failing(sleeping.load_any_model, 1, MemoryError("no memory")))
+            with pytest.raises(CandleVllmError, match="stays asleep: no memory"):
+                engine.wake_up()
+        engine.wake_up(["weights"])
+        assert engine.is_sleeping
+        engine.wake_up()
+        assert answer(engine) == right
 
 
 def _request(name: str) -> GenerationRequest:

@@ -316,7 +316,7 @@ class EngineFront(ABC):
 
         Raises:
             CandleVllmError: the engine cannot sleep at this level (random weights at level 2, or on the CPU of a system
-                other than Linux); nothing has changed.
+                other than Linux), and nothing has changed; or memory cannot be freed: the engine is awake again.
             EngineDeadError: the engine has stopped.
         """
         check_sleep(level, mode)
@@ -330,7 +330,7 @@ class EngineFront(ABC):
             tags: "weights", "kv_cache" or both; None means both. Requests are accepted once both are awake.
 
         Raises:
-            CandleVllmError: the weights cannot be read again, or there is too little memory: the engine stays asleep.
+            CandleVllmError: the weights cannot be read again, or there is too little memory: all of the engine sleeps.
             EngineDeadError: the engine has stopped.
         """
         self._wake_up(read_tags(tags))

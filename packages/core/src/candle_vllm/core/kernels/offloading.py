@@ -170,10 +170,15 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def to_host(self) -> None:
-        """Move the data to host memory, pinned so that copies are fast, and free the device memory."""
-        shared: dict[int, list[torch.Tensor]] = {}
+        """Move the data to host memory, pinned so that copies are fast, and free the device memory.
+
+        If this fails, `to_device` moves back what was moved.
+        """
+        held_already = [place.tensor for _, places in self._held for place in places]
+        _empty(held_already)  # some are on the device again if `to_device` has failed
+        ids, shared = set(map(id, held_already)), dict[int, list[torch.Tensor]]()
         for each in self._tensors:
-            if self._stays is not None and self._stays.holds(each):
+            if id(each) in ids or (self._stays is not None and self._stays.holds(each)):
                 continue
             shared.setdefault(each.untyped_storage().data_ptr(), []).append(each)
         for tensors in shared.values():
@@ -186,14 +191,14 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def to_device(self) -> None:
-        """Move the data back to the device."""
-        held, self._held = self._held, []
-        for data, places in held:
+        """Move the data back to the device. If this fails, `to_host` frees the device memory again."""
+        for data, places in self._held:
             there = data.to(self._device, non_blocking=True, copy=True).untyped_storage()
             for place in places:
                 place.tensor.set_(there, place.offset, place.size, place.stride)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self._held = []
 
     @torch.no_grad()
     def drop(self) -> None:

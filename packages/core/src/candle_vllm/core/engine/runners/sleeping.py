@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -103,31 +104,55 @@ class Sleeper:
             self._mark = self._marked()
 
     def sleep(self, level: int) -> None:
-        """Free memory at a checked level; no request may run, and no block may be published."""
+        """Free memory at a checked level; no request may run, and no block may be published.
+
+        Raises:
+            CandleVllmError: main memory is too small for the weights; what was awake is awake again.
+        """
         if self.asleep == TAGS and level <= self.level:
             return
         level = max(level, self.level if WEIGHTS in self.asleep else 0)
-        began = time.perf_counter()
+        began, awake = time.perf_counter(), TAGS - self.asleep
+        try:
+            self._free(level)
+        except (RuntimeError, MemoryError, OSError) as error:
+            self.wake_up(awake)
+            raise CandleVllmError(f"the engine cannot sleep, and has restored its memory: {error}") from error
+        logger.info("asleep at level %d after %.2f s", level, time.perf_counter() - began)
+
+    def _free(self, level: int) -> None:
+        """Free all memory of a level, on all ranks, whatever is freed already."""
         self.tell(level)
-        if KV_CACHE not in self.asleep:
-            for runner in self.runners:
-                runner.drop_cache()
+        self.asleep, self.level = TAGS, level
+        for runner in self.runners:
+            runner.drop_cache()
         if level == 2:
             if self._tensors is not None:
                 self._tensors.drop()
             for memory in self._loaded.memories:
                 memory.drop()
-        elif WEIGHTS not in self.asleep and self._tensors is not None and self._loaded.placement.device.type != "cpu":
+        elif self._tensors is not None and self._loaded.placement.device.type != "cpu":
             self._tensors.to_host()
         give_back()
-        self.asleep, self.level = TAGS, level
-        logger.info("asleep at level %d after %.2f s", level, time.perf_counter() - began)
 
     def wake_up(self, tags: Iterable[str]) -> None:
-        """Restore the freed memory of these tags; if that fails, raise CandleVllmError and leave the tag asleep."""
+        """Restore the freed memory of these tags; if that fails, raise CandleVllmError, with all tags asleep."""
         began, asked = time.perf_counter(), self.asleep.intersection(tags)
-        if asked:
-            self.tell(asked)
+        if not asked:
+            return
+        self.tell(asked)
+        try:
+            self._restore(asked)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they refer to tensors
+            self._free(self.level)
+            if isinstance(error, CandleVllmError):
+                raise
+            raise CandleVllmError(f"the engine cannot wake up, and stays asleep: {error}") from error
+        if not self.asleep:
+            logger.info("awake after %.2f s", time.perf_counter() - began)
+
+    def _restore(self, asked: frozenset[str]) -> None:
         if WEIGHTS in asked:
             if self.level == 2:
                 self._load_again()
@@ -138,11 +163,10 @@ class Sleeper:
             for runner in self.runners:
                 runner.restore_cache()
             self.asleep -= {KV_CACHE}
-        if asked and not self.asleep:
-            self.level = 0
+        if not self.asleep:
             for runner in self.runners:
                 runner.wake_up()
-            logger.info("awake after %.2f s", time.perf_counter() - began)
+            self.level = 0
 
     def _marked(self) -> str:
         try:

@@ -106,6 +106,7 @@ class Engine:
         self._last_logged: dict[type[Exception], float] = {}  # when a drafting failure was logged last
         self._counts = Counter(steps=0, prompt_tokens=0, cached_prompt_tokens=0, generation_tokens=0)
         self._finished: Counter[str] = Counter()
+        self._left: list[TokenOutput] = []  # outputs of a `sleep` that failed, for the next step
         self._waits_since = -1  # `AdapterStore.changes` when all sequences began to wait for adapters; -1 otherwise
         self._failures_seen = -1  # number of handled adapter failures
 
@@ -121,8 +122,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while any sequence is unfinished, or a step is in flight."""
-        return bool(self._live) or bool(self._flights)
+        """True while any sequence is unfinished, a step is in flight, or outputs are left for the next step."""
+        return bool(self._live or self._flights or self._left)
 
     @property
     def waits(self) -> bool:
@@ -170,18 +171,21 @@ class Engine:
         """Free memory; see `Sleeper`. Abort all requests and return their last outputs.
 
         Raises:
-            CandleVllmError: the engine cannot sleep at this level; no request was aborted.
+            CandleVllmError: the engine cannot sleep at this level, and no request was aborted; or memory is too small,
+                and the next step returns the last outputs.
         """
         if self.sleeper is None:
             raise CandleVllmError("this engine was not loaded from files, and cannot sleep")
         self.sleeper.check(level)
-        outputs = [output for request_id in list(self._requests) for output in self.abort(request_id)]
+        for request_id in list(self._requests):
+            self._left += self.abort(request_id)
         while self._flights:
-            outputs += self._collect()
+            self._left += self._collect()
         self._forget_prefixes()
         if self.offloaded is not None:
             self.offloaded.rest()
         self.sleeper.sleep(level)
+        outputs, self._left = self._left, []
         return outputs
 
     @property
@@ -210,7 +214,9 @@ class Engine:
         If several steps may be in flight (pipeline parallelism), it launches one more, and commits the oldest step if
         `in_flight` steps are in flight or no step was launched.
         """
-        outputs: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
+        outputs, self._left = self._left, []
+        if self.adapters is not None:
+            outputs += self._end_unloadable(self.adapters)
         if self.images is not None and self.images.works:
             outputs += self._encode(self.images)
         if self.offloaded is not None:

@@ -271,7 +271,12 @@ class EngineThread:
     def wake_up(self, tags: frozenset[str]) -> None:
         """Restore the memory of these tags; requests are accepted when all tags are restored. Raises as `sleep`."""
         with self._nights:
-            self._engine_wake_up(tags)
+            try:
+                self._engine_wake_up(tags)
+            except BaseException:
+                with self._wake:
+                    self._asleep = self._asleep and TAGS  # all of the engine stays asleep
+                raise
             with self._wake:
                 self._asleep -= tags
 
