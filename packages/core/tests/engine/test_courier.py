@@ -52,6 +52,23 @@ async def test_the_loop_turns_between_two_batches() -> None:
     assert [later - sooner for sooner, later in zip([0, *seen], seen)].count(BATCH) == 10
 
 
+async def test_a_sink_that_fails_stops_no_other() -> None:
+    log: list[tuple[int, Any]] = []
+    courier, failures = OutputQueue(asyncio.get_running_loop()), list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
+    sinks = [Noting(number, log) for number in range(2 * BATCH)]
+    failing = sinks[BATCH]  # in the second batch
+    failing.put = lambda _: 1 // 0  # type: ignore[method-assign, assignment]
+    courier.send((), [(sink, 0) for sink in sinks])  # type: ignore[misc]
+    await asyncio.sleep(0)
+    courier.send((), [(sink, 1) for sink in sinks if sink is not failing])  # type: ignore[misc]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert [type(each) for each in failures] == [ZeroDivisionError]
+    for sink in sinks:
+        assert [item for name, item in log if name == sink.name] == ([] if sink is failing else [0, 1])
+
+
 async def test_a_closed_loop_is_no_failure() -> None:
     loop = asyncio.new_event_loop()
     loop.close()

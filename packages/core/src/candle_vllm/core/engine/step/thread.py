@@ -86,15 +86,17 @@ class OutputQueue:
         self._others.extend(others)
         if self._under_way and (first or others):
             return
-        for _ in range(BATCH):
-            queue = self._first or self._others
-            if not queue:
-                break
-            sink, item = queue.popleft()
-            sink.put(item)
-        self._under_way = bool(self._first or self._others)
-        if self._under_way:
-            self._loop.call_soon(self._hand_out)
+        try:
+            for _ in range(BATCH):
+                queue = self._first or self._others
+                if not queue:
+                    break
+                sink, item = queue.popleft()
+                sink.put(item)
+        finally:  # the loop reports a sink's exception, and the other sinks get their items
+            self._under_way = bool(self._first or self._others)
+            if self._under_way:
+                self._loop.call_soon(self._hand_out)
 
 
 @dataclasses.dataclass
