@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import os
 import signal
 import threading
@@ -265,8 +266,18 @@ def test_when_none_is_left_the_engine_has_ended(made: Path, monkeypatch: pytest.
         engine.generate([1, 2, 3], GREEDY)
 
 
-def test_it_is_closed_while_a_replica_is_started_again(made: Path) -> None:
+def test_it_is_closed_while_a_replica_is_started_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt fails, because the system starts no process."""
+    start, failures = fleet.EngineProcess, [OSError(errno.ENOMEM, "Cannot allocate memory")]
+
+    def attempt(config: EngineConfig) -> Any:
+        if failures:
+            raise failures.pop()
+        return start(config)
+
+    monkeypatch.setattr(fleet, "_PAUSE", 0.0)
     engine = ReplicatedEngine(str(made / "model"), data_parallel_size=2, **SETTINGS)
+    monkeypatch.setattr(fleet, "EngineProcess", attempt)
     os.kill(engine.pids[0], signal.SIGKILL)
     wait_for(lambda: not engine.stats().replicas[0].alive)
     fleet_of = engine._require()[0]
@@ -274,6 +285,7 @@ def test_it_is_closed_while_a_replica_is_started_again(made: Path) -> None:
     starting = [process for process in fleet_of._starting.values() if process is not None]
     engine.close()
     assert not fleet_of._starting
+    assert not failures
     for pid in [process.pid for process in starting]:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

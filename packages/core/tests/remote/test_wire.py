@@ -6,10 +6,12 @@ from __future__ import annotations
 import inspect
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +21,7 @@ from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError, RequestError
 from candle_vllm.core.remote import payloads, wire
+from candle_vllm.core.remote.link import RemoteLink
 from candle_vllm.core.remote.serving import Outbox
 from candle_vllm.core.remote.wire import (
     Check,
@@ -52,6 +55,27 @@ STATS = EngineStats(
 
 def through(message: Any, kinds: Any) -> Any:
     return Reader(kinds).read(encode(message))
+
+
+def test_a_refused_request_has_no_outputs() -> None:
+    """Those that came in the same round are dropped, because nobody waits for them any more."""
+    context, refused = zmq.Context(), list[str]()
+    socket, alive = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    outputs = [TokenOutput(request_id=ticket, index=0, num_prompt_tokens=3) for ticket in "0100"]
+    refusal = Refused("0", describe_error(InvalidParameterError("no", "prompt_logprobs")))
+    messages = [encode(each) for each in (Pieces(outputs[:3]), refusal, Pieces(outputs[3:]))]
+    process: Any = SimpleNamespace(socket=socket, alive=alive, send=lambda _: None, received=lambda _: messages)
+    ready: Any = SimpleNamespace(info=SimpleNamespace(max_model_len=9), max_step_tokens=9, stats=STATS)
+    link = RemoteLink(process, ready, SimpleNamespace(prepare=None))  # type: ignore[arg-type]
+    link.on_refused = lambda request_id, _: refused.append(request_id)
+    for ticket, name in enumerate(("refused", "other")):
+        request = GenerationRequest(request_id=name, prompt_token_ids=(1, 2, 3), params=SamplingParams())
+        link.add([payloads.Payload(request, str(ticket), b"")])
+    link.wake()
+    assert [output.request_id for output in link.step()] == ["other"]
+    assert refused == ["refused"]
+    link.close()
+    context.destroy()
 
 
 def test_a_piece_with_everything_in_it() -> None:

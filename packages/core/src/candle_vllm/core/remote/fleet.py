@@ -462,9 +462,10 @@ class Fleet:
                 try:
                     self._bring_back(number, this)
                     return
-                except CandleVllmError as error:
+                except Exception as error:  # such as an OSError: a process cannot be started without memory
                     if self.is_alive:
-                        logger.error("replica %d could not be started: %s", number, error)
+                        unknown = not isinstance(error, CandleVllmError)
+                        logger.error("replica %d could not be started: %s", number, error, exc_info=unknown)
                 self._closed.wait(_PAUSE * 2 ** len(deaths))
         finally:
             with self._lock:

@@ -160,6 +160,7 @@ class RemoteLink:
             live = self._by_ticket.get(message.ticket)
             if live is not None:
                 self._forget(live)
+                pieces[:] = [piece for piece in pieces if piece.request_id != live.request.request_id]
                 self.on_refused(live.request.request_id, wire.make_error(message.error))
         elif isinstance(message, (wire.Checked, wire.Told)):
             self._answer(message)
