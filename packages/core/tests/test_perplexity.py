@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core import CandleVllmError, ConfigError, InferenceEngine
+from candle_vllm.core import CandleVllmError, ConfigError, InferenceEngine, SamplingParams, TokenOutput
+from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.perplexity import cut, perplexity
 from candle_vllm.core.testing.toy_model import write_toy_model
 from packages.core.tests.models.test_speaking import FOLDER, HELD_OUT, docstrings, their_logits
@@ -112,6 +114,28 @@ def test_one_window_has_no_error(toy: Path) -> None:
     with InferenceEngine(toy, **SETTINGS) as engine:
         found = perplexity(engine, "a text", window=WINDOW)
     assert (found["windows"], found["tokens"], found["perplexity_error"]) == (1, 5, None)
+
+
+def test_other_requests_keep_their_outputs(toy: Path) -> None:
+    with InferenceEngine(toy, **SETTINGS) as engine:
+        other = engine.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        assert perplexity(engine, "a text", window=WINDOW)["tokens"] == 5
+        outputs = list[TokenOutput]()
+        while engine.has_unfinished_requests:
+            outputs += engine.step()
+        assert {output.request_id for output in outputs} == {other}
+        assert sum(len(output.token_ids) for output in outputs) == 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an engine on the CPU does not sleep")
+def test_a_sleeping_engine_computes_nothing(toy: Path) -> None:
+    with InferenceEngine(toy, **SETTINGS) as engine:
+        right = perplexity(engine, "a text", window=WINDOW)
+        engine.sleep(2)
+        with pytest.raises(EngineSleepingError, match="wake it up"):
+            perplexity(engine, "a text", window=WINDOW)
+        engine.wake_up()
+        assert perplexity(engine, "a text", window=WINDOW) == right
 
 
 def test_what_is_refused(toy: Path) -> None:

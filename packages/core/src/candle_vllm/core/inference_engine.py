@@ -101,7 +101,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
             self._engine: Engine | None = build_engine(config, loaded, ranks)
         self._thread: EngineThread | None = None
         self._manual, self._ranks = False, ranks
-        self._ended: list[TokenOutput] = []  # last outputs of requests that were aborted between steps
+        self._ended: list[TokenOutput] = []  # outputs that the next `step` returns first
         self._lock = threading.Lock()  # guards the choice of the thread or of `step`, and closing
         self._finalizer = weakref.finalize(self, _shut_down, None, self._engine, self._owner)
         self._info = model_info(loaded, self._engine)
@@ -156,13 +156,20 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
     def read_logits(self, token_ids: Sequence[int], read: Reader | None, first: int = 0) -> None:
         """Run a text as `step` does, and call `read` with the logits after each token from the token `first` on.
 
-        Raises CandleVllmError if the engine fails on the text, or `read` raises.
+        Raises CandleVllmError if the engine sleeps or fails on the text, or `read` raises. Outputs of other requests
+        are returned by the next `step`.
         """
         self._check_generates()
-        engine = self._own_loop()
-        engine.add([ScoredText(token_ids, read, first)])
-        while engine.has_work:
-            for output in engine.step():
+        engine, text = self._own_loop(), ScoredText(token_ids, read, first)
+        if engine.is_sleeping:
+            raise EngineSleepingError(SLEEPS)
+        engine.add([text])
+        outputs: list[TokenOutput] = []
+        while not text.is_over:
+            outputs += engine.step()
+        self._ended += [output for output in outputs if output.request_id != text.request.request_id]
+        for output in outputs:
+            if output.request_id == text.request.request_id:
                 raise_failure(output)
 
     @property
