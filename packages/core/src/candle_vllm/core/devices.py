@@ -180,10 +180,11 @@ def fitting(device: Device, what: str, size: int) -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Return the GPU memory that torch caches to the system, so that other processes see it as free."""
+    """Return the GPU memory and pinned main memory that torch caches, so that other processes see it as free."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        getattr(torch.accelerator, "empty_host_cache", lambda: None)()  # not in the oldest supported torch
 
 
 def _driver_fault(message: str) -> str:

@@ -158,6 +158,7 @@ class Sleeper:
                 self._load_again()
             elif self._tensors is not None:
                 self._tensors.to_device()
+                give_back()  # the pinned copies
             self.asleep -= {WEIGHTS}
         if KV_CACHE in asked:
             for runner in self.runners:
