@@ -522,13 +522,18 @@ def adapted_answers(folder: Path, method: dict[str, Any] | None, *, eager: bool)
     return tokens, tried
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "op by op"])
+@pytest.mark.parametrize(
+    ("method", "eager"),
+    [("eagle3", False), ("eagle3", True), ("draft_model", False)],
+    ids=["compiled", "op by op", "draft model"],
+)
 def test_adapters_change_what_a_head_reads_and_nothing_in_it(
-    folder: Path, head: Path, eager: bool, caplog: pytest.LogCaptureFixture
+    folder: Path, head: Path, method: str, eager: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has the model's embedding, which an adapter may change as it may the head and every layer."""
     plain, _ = adapted_answers(folder, None, eager=eager)
-    found, tried = adapted_answers(folder, {"method": "eagle3", "model": str(head)}, eager=eager)
+    model = head if method == "eagle3" else folder
+    found, tried = adapted_answers(folder, {"method": method, "model": str(model)}, eager=eager)
     assert found == plain
     assert tried > 30
     assert found[0] == found[2] != found[1]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,30 @@ def test_preempted_sequences_and_shared_beginnings_are_guessed_for_as_others(tok
         cached += engine.stats().cached_prompt_tokens
     assert preempted > 0
     assert cached > 0
+
+
+@pytest.mark.usefixtures("failing_guesses")
+def test_a_step_of_the_model_that_fails_leaves_no_block_reserved_and_none_that_counts_as_read(
+    tokenizer: Tokenizer,
+) -> None:
+    engine, drafter = scripted(tokenizer, 90, 4, 16, 0, None)
+    assert drafter.model is not None
+    run, calls = drafter.model._run, itertools.count()
+
+    def failing(runs: Any, ready: Any) -> Any:
+        if next(calls) % 5 == 0:
+            raise ZeroDivisionError
+        return run(runs, ready)
+
+    drafter.model._run = failing  # type: ignore[method-assign]
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    asked = [
+        GenerationRequest(request_id=str(number), prompt_token_ids=[*b"abcabcabca", 97 + number], params=params)
+        for number in range(4)
+    ]
+    driven(engine, asked, {})
+    assert set(engine.draft_failures) == {ZeroDivisionError}, "and no row was missing"
+    assert drafter.stats()["draft_tokens"] == drafter.stats()["accepted_draft_tokens"] > 0
 
 
 # ---- what pays -------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from candle_vllm.core.kernels.offloading import tensors_in
 from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.threads import LOADED_PART
+from packages.core.tests.engine.drafted import FreeTimes, same_times
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.toy_encoder import write_toy_encoder
 from packages.core.tests.toy_gguf import write_toy_gguf
@@ -94,6 +95,27 @@ def test_answers_are_the_same_after_it(model: Path, settings: dict[str, Any], le
             assert (engine.is_sleeping, engine.stats().sleep_level) == (False, 0)
             assert answer(engine) == right
         assert engine.stats().cached_prompt_tokens == 0  # nothing was left in the prefix cache
+
+
+def test_a_draft_model_reads_again_what_its_cache_has_lost(model: Path) -> None:
+    """Of six blocks, which the prompt has in the same order after another prompt that was read without drafts."""
+    settings: dict[str, Any] = SETTINGS | {"kv_cache_memory": 100_000, "max_model_len": 96}
+    with InferenceEngine(model, **settings, speculative_config={"model": str(model)}) as engine:
+        assert engine.stats().num_blocks == 6
+        assert engine._engine is not None
+        drafter = engine._engine._drafter
+        assert drafter is not None
+        assert drafter.model is not None
+        drafter.times, drafter.model.times = same_times, FreeTimes()
+        for _ in range(2):
+            before = engine.stats()
+            answer(engine)
+            after = engine.stats()
+            tried = after.draft_tokens - before.draft_tokens
+            assert tried == after.accepted_draft_tokens - before.accepted_draft_tokens > 0
+            engine.sleep(1)
+            engine.wake_up()
+            engine.generate([PROMPT[::-1]], SamplingParams(max_tokens=1), use_tqdm=False)
 
 
 def test_quantised_files_are_packed_again(tmp_path: Path) -> None:

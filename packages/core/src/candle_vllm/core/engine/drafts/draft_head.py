@@ -39,7 +39,6 @@ class _Tail:
     """The layer's part of a target sequence, from block `first` on. Its runs have their tokens in `Run.drafts`."""
 
     __slots__ = ("begin", "first", "table", "tokens")
-    adapters = ()  # adapters change the target's hidden states, but not the layer's weights
 
     def __init__(self, table: array[int], first: int, size: int) -> None:
         self.table, self.first, self.begin = table, first, first * size
@@ -130,6 +129,10 @@ class DraftingHead(DraftModel):
         self._tails.pop(live, None)
         self._unread.pop(live, None)
         super().forget(live)
+
+    def reset(self) -> None:
+        self._unread = {}
+        super().reset()
 
     # ---- contents of its cache ---------------------------------------------------------------------------------------
 

@@ -163,7 +163,7 @@ class DraftModel:
         self._longest, self._most_rows, self._cost = longest, most_rows, cost
         size = scheduler.blocks.block_size
         self._size = size
-        self._batches = BatchBuilder(size, runner.step_memory, images=False)
+        self._batches = BatchBuilder(size, runner.step_memory, images=False, adapters=False)
         self._owns: dict[LiveSequence, Own] = {}
         self._reserved: list[LiveSequence] = []
         self._full: dict[int, bytes] = {}  # by block whose rows are all valid, the hash of its tokens
@@ -212,6 +212,12 @@ class DraftModel:
         for kind, (hits, tries) in enumerate(((6.0, 8.0), (4.8, 8.0))):
             right, all_ = self._common[kind]
             self._common[kind] = right * 0.98 + hits * 0.02, all_ * 0.98 + tries * 0.02
+
+    def reset(self) -> None:
+        """Forget what the cache contains, after it was dropped or a step failed, and free the reserved blocks."""
+        self._owns.clear()
+        self._full.clear()
+        self.release()
 
     def close(self) -> None:
         """End the runner's threads."""

@@ -310,6 +310,11 @@ class Drafter:
         if self.model is not None:
             self.model.close()
 
+    def reset(self) -> None:
+        """Forget what the draft model's cache contains; see `DraftModel.reset`."""
+        if self.model is not None:
+            self.model.reset()
+
     def forget(self, live: LiveSequence) -> None:
         """Drop the state of an ended sequence, and store its answer for later matches."""
         if self.model is not None:

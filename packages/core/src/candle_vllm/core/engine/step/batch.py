@@ -315,12 +315,15 @@ class BatchBuilder:
         block_size: tokens of a block; 0 without a cache, so without slots and tables.
         memory: memory for the arrays; None to allocate them.
         images: whether image embeddings replace image tokens.
+        adapters: whether the sequences' adapters apply to the model.
     """
 
-    def __init__(self, block_size: int, memory: StepMemory | None = None, *, images: bool = True) -> None:
+    def __init__(
+        self, block_size: int, memory: StepMemory | None = None, *, images: bool = True, adapters: bool = True
+    ) -> None:
         self._block_size = block_size
         self._memory = memory
-        self._images = images
+        self._images, self._adapters = images, adapters
         self._rows: list[tuple[Sequence, int]] = []  # sequence and admission of each row of the tables
         self._tables = np.zeros((0, 1), np.int64) if memory is None else memory.block_tables
         self._known: list[int] = []  # number of blocks written in each row
@@ -367,7 +370,7 @@ class BatchBuilder:
             drawing=scheduled if whole else [item for item in scheduled if item.wanted],
             drafted=decodes < count and any(run.drafts for run in scheduled),
             sampled_rows=laid.sampled_rows,
-            adapters=adapter_rows(scheduled, laid.query_start),
+            adapters=adapter_rows(scheduled, laid.query_start) if self._adapters else None,
             embedded=embedded_rows(scheduled, laid.query_start, tokens[0]) if shown else None,
             ahead=rows_ahead(scheduled, laid.query_start) if shown else None,
             turned=rotary_positions(scheduled, laid.query_start) if self._images else None,

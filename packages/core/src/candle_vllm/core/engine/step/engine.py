@@ -184,6 +184,8 @@ class Engine:
         self._forget_prefixes()
         if self.offloaded is not None:
             self.offloaded.rest()
+        if self._drafter is not None:
+            self._drafter.reset()
         self.sleeper.sleep(level)
         outputs, self._left = self._left, []
         return outputs
@@ -290,6 +292,7 @@ class Engine:
             self.scheduler.has_drafts = False
             for live in lives:
                 live.sequence.drafts = ()
+            drafter.reset()
 
     def stats(self) -> EngineStats:
         """Return the current counters and gauges."""
