@@ -66,7 +66,8 @@ def write_gguf_adapter(
         raise ConfigError("adapters are written unquantised: leave isq out, and choose a type with dtype", "isq")
     files = model_files(config)
     with read_adapter(adapter, ANY_SIZE) as stored, naming(config_file(files), stored.path):
-        fitted = fit_adapter(stored, adapter_base(files, config))
+        base = adapter_base(files, config)
+        fitted = fit_adapter(stored, base)
         opened = open_model(files, CPU)
         with opened.checkpoint as checkpoint:
             family, model = describe_family(files, checkpoint, opened.metadata)
@@ -77,17 +78,25 @@ def write_gguf_adapter(
                 row = architecture(model, config_file(files))
                 name, laid_out, parts, names = row.name, row.stored(model), row.names(model), {}
             found: defaultdict[str, list[_Piece]] = defaultdict(list)
-            lines = {line.target: line for line in expand(family.weights, laid_out, "gguf")}
+            lines = dict[str, Line]()
+            for line in expand(family.weights, laid_out, "gguf"):
+                if line.names:
+                    written = line.find(names)
+                    lines[line.target] = preferring(line, (written,) if written is not None else parts)
             for target, delta in _targets(stored, fitted):
                 line = lines.get(target)
-                if line is None or not line.names or (target == "head:weight" and laid_out.tie_embeddings):
+                if line is None or (target == "head:weight" and laid_out.tie_embeddings):
                     raise AdapterError(
                         f"{stored.path}: it changes {target}, for which a GGUF file of {files.name} has no tensor: "
                         f"{_MERGE}"
                     )
-                written = line.find(names)
-                line = preferring(line, (written,) if written is not None else parts)
                 found[line.first].append((line, delta))
+            for target, line in lines.items():
+                pieces = found.get(line.first, ())
+                if target in base.shapes and _is_absent(line, [own for own, _ in pieces]):
+                    rows, columns = base.shapes[target]
+                    a, b = (constant(target, np.zeros(shape), stored.path) for shape in ((0, columns), (rows, 0)))
+                    found[line.first].append((line, Delta(a=a, b=b)))
             alpha = _alpha(fitted)
             plans = [
                 PlannedTensor(f"{tensor}.{half}", values, _kind(config, values))
@@ -112,6 +121,12 @@ def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str
                         f"{stored.path}: it has {what} for {path}, which GGUF adapters cannot store: {_MERGE}"
                     )
             yield f"{path}:{prefix}weight", delta
+
+
+def _is_absent(line: Line, present: list[Line]) -> bool:
+    """Whether a line is a part of the same layer and of the same tensor in the file as the `present` lines."""
+    layers = {own.target.partition(":")[0] for own in present}
+    return line.expert is None and line not in present and line.target.partition(":")[0] in layers
 
 
 def _alpha(fitted: FittedAdapter) -> float:
