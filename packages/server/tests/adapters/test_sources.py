@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import socket
 import tarfile
 import threading
@@ -115,7 +116,8 @@ def test_the_local_folder_has_what_is_in_it_and_nothing_else(tmp_path: Path) -> 
     gguf = had(source, named("small"))
     assert gguf is not None
     assert gguf.path == root / "small.gguf"
-    for other in ("a_b/c", "a", "out", "linked_files", "circle", "plain", "a/b_c/adapter_config.json", "none"):
+    others = "a_b/c a out linked_files circle circle/x plain a/b_c/adapter_config.json none"
+    for other in others.split():
         assert had(source, named(other)) is None, other
     write(root / "wide", r=4000)
     write(root / "large")
@@ -123,6 +125,19 @@ def test_the_local_folder_has_what_is_in_it_and_nothing_else(tmp_path: Path) -> 
     listed = source.names()
     assert listed == ("a/b_c", "small")  # each of them, and nothing that is refused when it is named
     assert all(had(source, named(name)) for name in listed)
+
+
+def test_a_folder_that_the_server_may_not_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a")
+    write(tmp_path / "lost")
+
+    def read(path: Path) -> bool:
+        if "lost" in path.parts:
+            raise PermissionError(path)
+        return os.path.isfile(path)
+
+    monkeypatch.setattr(Path, "is_file", read)
+    assert LocalSource(tmp_path, Limits()).names() == ("a",)
 
 
 def test_a_version_is_a_folder_below_the_name(tmp_path: Path) -> None:
@@ -175,6 +190,7 @@ def test_a_repository_is_pinned_to_its_commit_and_fetched_once(fake_hub: Any, ca
     assert [name for name, _ in fake_hub.asked] == [CONFIG, WEIGHTS]
     assert had(hub(cache), named(f"acme/tone@{COMMIT}")) == found
     assert len(fake_hub.asked) == 2
+    assert had(hub(cache, offline=True), named("acme/tone@main")) == found
     below = had(hub(cache), named("acme/many/sub"))
     assert below is not None
     assert had(hub(cache), named("acme/many")) is None
@@ -438,15 +454,20 @@ def test_an_archive_comes_with_its_sum(store: Store, cache: DiskCache) -> None:
     assert had(source, named("none")) is None
 
 
+def test_an_address_may_have_a_query(store: Store, cache: DiskCache) -> None:
+    store.put_archive("/x.tar", whole())
+    assert had(TarSource(store.url + "/{name}.tar?key=1", cache, Limits()), named("x")) is not None
+
+
 def test_the_log_has_neither_passwords_nor_signatures(store: Store, cache: DiskCache) -> None:
     address = store.url.replace("://", "://me:secret@") + "/{name}?sig=secret"
     source = TarSource(address, cache, Limits())
-    store.files["/x"] = b"<html>"
+    store.files["/x.sha256"] = b"<html>"
     with pytest.raises(Unavailable, match="does not begin with a SHA-256") as told:
         had(source, named("x"))
     assert "secret" not in str(told.value)
     store.status = 500
-    with pytest.raises(Unavailable, match=r"/x answered 500") as told:
+    with pytest.raises(Unavailable, match=r"/x\.sha256 answered 500") as told:
         had(source, named("x"))
     assert "secret" not in str(told.value)
 
@@ -537,6 +558,12 @@ def test_a_bucket_is_asked_for_two_files_by_name(
     other = had(source, named("acme/tone"))
     assert other is not None
     assert other.revision != found.revision
+    store.files[f"/bucket/below/acme/tone/{WEIGHTS}"] = b"first"
+    fetch = source.find(named("acme/tone"))
+    store.files[f"/bucket/below/acme/tone/{WEIGHTS}"] = b"later"
+    assert callable(fetch)
+    with pytest.raises(Unavailable, match="was replaced while the adapter was fetched"):
+        fetch()
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
@@ -568,6 +595,38 @@ def test_the_least_used_makes_room_unless_it_is_in_use(cache: DiskCache, tmp_pat
     cache.put(Key("hf", "acme/big", "r"), "", filled(800 << 10))
     assert kept(tmp_path / "cache") == (1, 800 << 10)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_adapter_that_requests_use_was_not_used_least_recently(cache: DiskCache) -> None:
+    keys = [Key("hf", f"acme/{n}", "r") for n in range(3)]
+    paths = [cache.put(key, "", filled(400 << 10)) for key in keys[:2]]
+    let_go = cache.hold(paths[0])
+    for place, when in zip(paths, (1, 2), strict=True):
+        os.utime(place.parent / "entry.json", (when, when))
+    let_go()
+    cache.put(keys[2], "", filled(400 << 10))
+    assert [cache.find(key) is not None for key in keys] == [True, False, True]
+
+
+def test_what_is_evicted_is_never_found_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, key = DiskCache(tmp_path / "cache", 1 << 20), Key("hf", "acme/tone", "r")
+    path = cache.put(key, "", filled(600 << 10))
+
+    def ends(*_: object, **__: object) -> None:
+        """The server ends after the first file."""
+        (path / WEIGHTS).unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", ends)
+        with pytest.raises(KeyboardInterrupt):
+            cache.put(Key("hf", "acme/other", "r"), "", filled(600 << 10))
+    cache = DiskCache(tmp_path / "cache", 2 << 20)
+    assert cache.find(key) is None
+    shutil.rmtree(cache.put(key, "", filled(3)))  # by somebody else
+    assert cache.find(key) is None
+    assert cache.put(key, "", filled(3)).is_dir()
+    assert cache.find(key) is not None
 
 
 def test_all_that_comes_at_once_stays_within_the_bound(tmp_path: Path) -> None:
@@ -613,6 +672,19 @@ def test_what_another_server_fetches_into_the_cache_counts(tmp_path: Path) -> No
 
     one.put(Key("hf", "acme/tone", "r"), "", fill)
     assert kept(tmp_path / "cache") == (1, 60 << 10)
+
+
+def test_what_an_ended_server_left_counts_for_an_hour(tmp_path: Path) -> None:
+    cache, left = DiskCache(tmp_path / "cache", 100 << 10), tmp_path / "cache" / ".staged-x"
+    (left / "adapter").mkdir(parents=True)
+    (left / "adapter" / WEIGHTS).write_bytes(bytes(60 << 10))
+    for path in (left / "adapter", left):
+        os.utime(path, (1, 1))
+    with pytest.raises(Unavailable, match="what is fetched"):  # its weights have just been written
+        cache.put(Key("hf", "acme/tone", "r"), "", filled(60 << 10))
+    os.utime(left / "adapter" / WEIGHTS, (1, 1))
+    cache.put(Key("hf", "acme/tone", "r"), "", filled(60 << 10))
+    assert not left.exists()
 
 
 def test_an_archive_and_what_is_unpacked_of_it_have_room_together(store: Store, tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ _NOTHING = (403, 404, 410)  # S3 answers 403 for a missing key if the client may
 class TarSource(FetchedSource):
     """Archives at an http or https URL (`address`) with `{name}`, and perhaps `{revision}`.
 
-    The URL with the suffix `.sha256` serves the SHA-256 of the archive, which is its revision. The checksum is fetched
-    first, and an archive that does not match it is not unpacked. Redirects are not followed.
+    The URL with the suffix `.sha256` to its path serves the SHA-256 of the archive, which is its revision. The checksum
+    is fetched first, and an archive that does not match it is not unpacked. Redirects are not followed.
     """
 
     kind = "tar"
@@ -59,9 +59,10 @@ class TarSource(FetchedSource):
     def _pin(self, name: sources.AdapterName, budget: sources.Budget) -> Pinned | None:
         wanted = name.revision if name.revision and "{revision}" not in self._address else None
         url = self._address.replace("{name}", quote(name.name)).replace("{revision}", quote(name.revision or ""))
-        shown = without_secrets(url)
+        shown, parts = without_secrets(url), urlsplit(url)
+        summed = parts._replace(path=f"{parts.path}.sha256").geturl()
         try:
-            told = b"".join(_http(url + ".sha256", budget, _MAX_SUM))[:64].decode("ascii", "replace").lower()
+            told = b"".join(_http(summed, budget, _MAX_SUM))[:64].decode("ascii", "replace").lower()
         except FileNotFoundError:
             return None
         if not _SUM.fullmatch(told):

@@ -99,10 +99,9 @@ class DiskCache:
         """Return a complete adapter and mark it as used now."""
         place = self._folder / key.digest
         entry = _read(place)
-        if entry is None or entry.key != key or not (place / _FILES).is_dir():
+        if entry is None or entry.key != key:
             return None
-        with contextlib.suppress(OSError):
-            os.utime(place / _ENTRY)
+        _mark_used(place)
         return place / _FILES, entry
 
     def latest(self, kind: str, is_it: Callable[[str], bool], asked: str) -> Key | None:
@@ -150,12 +149,17 @@ class DiskCache:
         return place / _FILES
 
     def hold(self, path: Path) -> Callable[[], None]:
-        """Protect an adapter of `find` or `put` from eviction until the returned function is called."""
+        """Protect an adapter of `find` or `put` from eviction until the returned function is called.
+
+        Both mark the adapter as used now.
+        """
         digest = path.parent.name
         with self._lock:
             self._held[digest] += 1
+        _mark_used(path.parent)
 
         def let_go() -> None:
+            _mark_used(path.parent)
             with self._lock:
                 self._held[digest] -= 1
                 self._held += Counter()  # removes entries that are zero
@@ -164,10 +168,8 @@ class DiskCache:
 
     def clear_left(self) -> None:
         """Remove unfinished downloads of servers that were terminated."""
-        with contextlib.suppress(OSError):
-            for path in self._folder.glob(_STAGED + "*"):
-                if time.time() - path.stat().st_mtime > _LEFT_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+        with self._lock:
+            self._elsewhere()
 
     def _reserve(self, room: Room, least: int, most: int) -> None:
         with self._lock:
@@ -195,16 +197,22 @@ class DiskCache:
                 raise Refused(f"{said} (--lora-cache-bytes)")
             raise Unavailable(f"{said} with what is in use and what is fetched (--lora-cache-bytes)")
         for place in leaving:
-            shutil.rmtree(place, ignore_errors=True)
+            gone = self._folder / f"{_STAGED}{secrets.token_hex(8)}"
+            with contextlib.suppress(OSError):
+                place.rename(gone)  # so that nobody finds an adapter of which some files are deleted
+            shutil.rmtree(gone, ignore_errors=True)
         room.size = least
 
     def _elsewhere(self) -> int:
-        """Bytes of unfinished downloads of other servers."""
+        """Bytes of unfinished downloads of other servers; removes those of servers that were terminated."""
         total = 0
-        with contextlib.suppress(OSError):
-            for staged in self._folder.glob(_STAGED + "*"):
-                if staged.name not in self._rooms:
-                    total += _size(staged)
+        for staged in self._folder.glob(_STAGED + "*"):
+            if staged.name in self._rooms:
+                continue
+            with contextlib.suppress(OSError):
+                if time.time() - max(path.stat().st_mtime for path in (staged, *staged.rglob("*"))) > _LEFT_SECONDS:
+                    shutil.rmtree(staged, ignore_errors=True)
+                total += _size(staged)
         return total
 
     def _entries(self) -> Iterator[tuple[float, Path, Entry]]:
@@ -217,7 +225,15 @@ class DiskCache:
                     yield (place / _ENTRY).stat().st_mtime, place, entry
 
 
+def _mark_used(place: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(place / _ENTRY)
+
+
 def _read(place: Path) -> Entry | None:
+    """Return the metadata of a complete adapter."""
+    if not (place / _FILES).is_dir():
+        return None
     try:
         with (place / _ENTRY).open("rb") as stream:
             return msgspec.json.decode(stream.read(_MAX_ENTRY), type=Entry)

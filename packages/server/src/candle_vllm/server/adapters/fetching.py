@@ -39,11 +39,12 @@ class Pinned(NamedTuple):
 class FetchedSource:
     """A source whose adapters are fetched into a cache; cached adapters are found even if the source is unreachable.
 
-    `kind` and `pins` are as in `Source`.
+    `kind` and `pins` are as in `Source`; `usual` is the revision of names without one.
     """
 
     kind = ""
     pins = True
+    usual = ""
 
     def __init__(self, cache: DiskCache, limits: Limits) -> None:
         self._cache = cache
@@ -59,6 +60,7 @@ class FetchedSource:
         if not self._may_have(name):
             return None
         label, asked = self._label(name), name.revision or ""
+        asked = "" if asked == self.usual else asked
         if self.pins and asked and (here := self._here(Key(self.keeps, label, asked))) is not None:
             return here  # the revision identifies the content, so the source need not be asked
         try:

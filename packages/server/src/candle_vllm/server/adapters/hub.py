@@ -41,6 +41,7 @@ class HubSource(FetchedSource):
     """
 
     kind = "hf"
+    usual = "main"
 
     def __init__(self, pattern: str, settings: HubOptions, cache: DiskCache, limits: sources.Limits) -> None:
         super().__init__(cache, limits)

@@ -129,23 +129,25 @@ class BucketSource(FetchedSource):
                     _ = budget.seconds
             except (FileNotFoundError, PermissionDeniedError):  # 403: a missing key, if the client may not list keys
                 return None
-        tags = [f"{head.get('e_tag') or head['last_modified'].isoformat()} {head['size']}" for head in heads]
+        tags = [_tag(head) for head in heads]
         revision = hashlib.sha256("\n".join(tags).encode()).hexdigest()[:40]
 
         def fill(folder: Path, budget: sources.Budget) -> str | None:
             budget.expect(sum(head["size"] for head in heads))
-            self._get(below + sources.CONFIG, folder / sources.CONFIG, budget, sources.MAX_CONFIG)
+            self._get(below, folder / sources.CONFIG, tags[0], budget, sources.MAX_CONFIG)
             base = sources.check_config((folder / sources.CONFIG).read_bytes(), budget.limits)
-            self._get(below + sources.WEIGHTS, folder / sources.WEIGHTS, budget, budget.limits.max_bytes)
+            self._get(below, folder / sources.WEIGHTS, tags[1], budget, budget.limits.max_bytes)
             return base
 
         return Pinned(revision, fill, self._label(name))
 
-    def _get(self, key: str, path: Path, budget: sources.Budget, most: int) -> None:
+    def _get(self, below: str, path: Path, tag: str, budget: sources.Budget, most: int) -> None:
         import obstore
 
         with _s3_failures(budget), path.open("xb") as stream:
-            got = obstore.get(self._store, key)  # `_pin` has checked that the key exists
+            got = obstore.get(self._store, below + path.name)  # `_pin` has checked that the key exists
+            if _tag(got.meta) != tag:
+                raise sources.Unavailable(f"{path.name} in the bucket was replaced while the adapter was fetched")
             size = int(got.meta["size"])
             if size > most:
                 raise sources.Refused(f"its {path.name} has more than {most >> 20} MiB")
@@ -153,6 +155,11 @@ class BucketSource(FetchedSource):
             taking = Taking(stream, budget)
             for piece in got.stream(min_chunk_size=_PIECE):
                 taking.write(piece)
+
+
+def _tag(meta: Any) -> str:
+    """Return what identifies the content of a file in a bucket."""
+    return f"{meta.get('e_tag') or meta['last_modified'].isoformat()} {meta['size']}"
 
 
 @contextmanager

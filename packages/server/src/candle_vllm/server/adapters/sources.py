@@ -8,6 +8,7 @@ absolute path, no empty component. A source that cannot verify an adapter report
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -225,7 +226,7 @@ class LocalSource:
                 break
             name = path.relative_to(root).as_posix()
             name = read_name(name.removesuffix(".gguf") if path.suffix == ".gguf" else name)
-            with contextlib.suppress(Refused):
+            with contextlib.suppress(Refused, OSError):  # the server may not read it, or it has just gone
                 if name is not None and holds_adapter(path) and self.find(name) is not None:
                     found.append(str(name))
         return tuple(sorted(found))
@@ -244,7 +245,7 @@ def _below(folder: Path, depth: int) -> Sequence[Path]:
             if len(below) > 4 * _MAX_LISTED:
                 break
         found += below
-        level = [path for path in below if path.is_dir() and not path.is_symlink()]
+        level = [path for path in below if os.path.isdir(path) and not path.is_symlink()]
     return found
 
 
@@ -256,7 +257,7 @@ def holds_adapter(path: Path) -> bool:
 def _is_inside(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root)
-    except OSError:  # symbolic links form a cycle
+    except (OSError, RuntimeError):  # symbolic links form a cycle, a RuntimeError before Python 3.13
         return False
 
 
