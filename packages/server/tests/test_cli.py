@@ -659,6 +659,7 @@ def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[st
             ["--lora-modules", "a=/nope/tone", "--enable-lora"],
             "'a' of --lora-modules cannot be loaded: there is no /nope/tone",
         ),
+        (["--lora-modules", "a=~nobody9/tone", "--enable-lora"], "cannot be loaded: there is no ~nobody9/tone"),
         (["--mcp-execute"], "mcp_execute needs MCP servers"),
         (["--m", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
         (["--m", "nobody/nothing", "--offline"], "is not in the cache"),

@@ -15,8 +15,8 @@ import pytest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.server.adapters.disk_cache import DiskCache, Key
-from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
-from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Unavailable
+from candle_vllm.server.adapters.registry import Adapter, Adapters, BaseAdapters
+from candle_vllm.server.adapters.sources import AdapterName, Found, Limits, LocalSource, Refused, Unavailable
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.settings import Settings
@@ -24,6 +24,7 @@ from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.adapters.adapter_fakes import CONFIG, files
 from packages.server.tests.server_fakes import FakeLoader
 from tests.waiting import PATIENCE, until
 
@@ -265,8 +266,9 @@ async def test_a_models_own_name_is_never_an_adapters(source: FakeSource) -> Non
     known = adapters(source)
     assert known.find("base") is None
     assert known.find("default") is None
-    with pytest.raises(UsageError, match="has the name of a model"):
-        adapters(entries=(entry(lora_modules=("base=/x",)),))
+    for name in ("base", "base:tone"):
+        with pytest.raises(UsageError, match="has the name of a model"):
+            adapters(entries=(entry(lora_modules=(f"{name}=/x",)),))
 
 
 async def test_files_that_went_from_the_cache_come_again_as_they_were(tmp_path: Path, source: FakeSource) -> None:
@@ -303,6 +305,36 @@ async def test_what_an_operator_loads_by_a_resolvers_name_keeps_its_revision(
     source.gate.set()
     assert await asked is None
     assert known.find("mine") is None
+
+
+async def test_other_files_of_a_name_have_another_name_in_the_engine(tmp_path: Path) -> None:
+    """The engine may still have the earlier files."""
+    known = Adapters([LocalSource(tmp_path, Limits())])
+    known.adopt(Catalogue([entry()]))
+    (tmp_path / "tone").mkdir()
+    (tmp_path / "tone" / CONFIG).write_bytes(files()[CONFIG])
+    found = await known.reach("tone")
+    assert found is not None
+    assert found.request.lora_name == "tone"
+    shutil.rmtree(tmp_path / "tone")
+    (tmp_path / "tone.gguf").write_bytes(b"GGUF")
+    again = await known.reach("tone")
+    assert again is not None
+    assert again.request.lora_path == str(tmp_path / "tone.gguf")
+    assert again.request.lora_name.startswith("tone@")
+    assert await known.reach("tone") is again
+
+
+def test_a_model_that_stays_keeps_what_was_changed_at_run_time() -> None:
+    known = adapters(entries=(entry(lora_modules=("tone=/srv/a", "poems=/srv/p")),))
+    assert known.add(Adapter(name="tone", base="base", path=Path("/srv/b"), root="b")) is not None
+    known.scale("base", {1: 0.5})
+    changed = known.numbered("base")
+    known.adopt(Catalogue([entry(lora_modules=("tone=/srv/a", "poems=/srv/p")), entry("more")]))
+    assert known.numbered("base") == changed
+    assert [(str(each.path), each.scale) for each in changed] == [("/srv/b", 0.0), ("/srv/p", 0.5)]
+    known.adopt(Catalogue([entry(lora_modules=("tone=/srv/c",))]))  # whose engine is loaded anew
+    assert [(str(each.path), each.request.lora_name) for each in known.numbered("base")] == [("/srv/c", "tone")]
 
 
 async def test_an_adapter_that_goes_while_its_request_is_prepared_never_becomes_the_base(source: FakeSource) -> None:
@@ -485,5 +517,20 @@ async def test_adapters_that_shall_be_there_are_loaded_with_their_model(tmp_path
         await until(lambda: len(loader.engines[0].adapters) == 3 and not manager._warming)
         there = {name: info.pinned for name, info in loader.engines[0].adapters.items()}
         assert there == {"pinned": True, "warm": False, "acme/tone@c1": False}
+    finally:
+        await manager.close()
+
+
+async def test_a_model_is_loaded_with_its_own_adapter_of_a_name_that_another_model_has_too(source: FakeSource) -> None:
+    pinned = '{"name": "tone", "path": "/srv/%s", "pinned": true}'
+    entries = [entry(name, lora_modules=(pinned % name,), lora_warmup=("acme/tone",)) for name in ("first", "second")]
+    loader = FakeLoader()
+    manager = ModelManager(Catalogue(entries), loader, adapters=Adapters([source]))
+    try:
+        await manager.load("second")
+        await until(lambda: len(loader.engines[0].adapters) == 2 and not manager._warming)
+        there = {name: (info.path, info.pinned) for name, info in loader.engines[0].adapters.items()}
+        assert there == {"tone": ("/srv/second", True), "acme/tone@c1": (str(source.folder / "acme--tone"), False)}
+        assert manager.adapters.find("second:acme/tone") is not None
     finally:
         await manager.close()

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.engine.requests import AdapterUse
+from candle_vllm.core.engine.model_info import AdapterInfo
+from candle_vllm.core.engine.requests import AdapterUse, LoRARequest
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.server.adapters.registry import BaseAdapters
+from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.routes.ollama_library import refuse_open_changes
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.adapters.adapter_fakes import CONFIG, WEIGHTS, files
 from packages.server.tests.fake_hub import COMMIT
 from packages.server.tests.running_server import Running, paths_of
-from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 
 Start = Callable[..., Running]
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -286,10 +289,44 @@ def test_an_adapter_is_loaded_replaced_and_unloaded_in_vllms_words(given: Runnin
         for wrong, status in (
             ({"lora_name": "", "lora_path": "x"}, 400), ({"lora_name": "x"}, 400), ({**body, "lora_name": "base"}, 400),
             ({"lora_name": "x", "lora_path": "/none/there"}, 404), ({"lora_name": "x\n", "lora_path": "/"}, 400),
-            ({**body, "base_model_name": "none"}, 404),
+            ({**body, "base_model_name": "none"}, 404), ({**body, "lora_name": "base:x"}, 400),
+            ({"lora_name": "x", "lora_path": "~nobody9/x"}, 404), ({"lora_name": "x", "lora_path": "x" * 300}, 404),
         ):  # fmt: skip
             assert http.post(load, json=wrong).status_code == status, wrong
         assert http.post(unload, json={}).status_code == 400
+
+
+def test_requests_use_the_earlier_files_until_others_have_replaced_them(given: Running, tmp_path: Path) -> None:
+    """The engine refuses a name with other files than it has: here nobody is between the two."""
+    body, load = {"lora_path": str(tmp_path), "load_inplace": True}, given.engine.add_lora
+    load(LoRARequest("poems", lora_path="/srv/poems.gguf"))
+    asked = list[tuple[str, str]]()
+
+    def slowly(request: LoRARequest) -> AdapterInfo:
+        info = load(request)
+        assert chat(given, "poems").status_code == 200
+        use = given.engine.requests[-1].adapters[0]
+        asked.append((use.name, use.path))
+        return info
+
+    given.engine.add_lora = slowly
+    with given.http() as http:
+        assert http.post("/v1/load_lora_adapter", json={"lora_name": "poems", **body}).status_code == 200
+    assert asked == [("poems", "/srv/poems.gguf")]
+    assert chat(given, "poems").status_code == 200
+    ((name, _),) = used(given)
+    assert name.startswith("poems@")
+    there = given.engine.adapters
+    assert (there[name].path, there[name].pinned, "poems" in there) == (str(tmp_path), True, False)
+
+
+def test_each_base_may_have_an_adapter_of_one_name(start: Start, tmp_path: Path) -> None:
+    entries = [ModelEntry(name, Settings(enable_lora=True), (name,)) for name in ("first", "second")]
+    running = start(ModelManager(Catalogue(entries), FakeLoader()), allow_runtime_lora=True)
+    with running.http() as http:
+        for base, status in (("first", 200), ("second", 200), ("first", 400), (None, 400)):
+            body = {"lora_name": "tone", "lora_path": str(tmp_path), "base_model_name": base}
+            assert http.post("/v1/load_lora_adapter", json=body).status_code == status, base
 
 
 def test_an_adapter_that_cannot_be_loaded_is_named_and_not_served(given: Running, tmp_path: Path) -> None:

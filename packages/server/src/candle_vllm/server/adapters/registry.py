@@ -7,6 +7,7 @@ name that no source has is remembered for a while; the base model never answers 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ class Adapter:
         kind: kind of its source, as in `Source`; "given" for files that the operator named.
         asked: its name in the source, if the operator loaded it at run time from a source; otherwise None.
         plain: whether its name is valid without the prefix `base:`; False if requests used it only with the prefix.
+        mark: stands for the revision in the engine, where the name may still have other files; see `Adapters.in_place`.
         created: Unix time in seconds.
     """
 
@@ -63,6 +65,7 @@ class Adapter:
     kind: str = "given"
     asked: AdapterName | None = None
     plain: bool = True
+    mark: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -82,8 +85,8 @@ class Adapter:
     @property
     def request(self) -> LoRARequest:
         """The LoRA request for the engine; its name is unique for these files."""
-        pinned = self.revision and not self.name.endswith(f"@{self.revision}")
-        name = f"{self.name}@{self.revision}" if pinned else self.name
+        version = self.revision or self.mark
+        name = self.name if not version or self.name.endswith(f"@{version}") else f"{self.name}@{version}"
         return LoRARequest(lora_name=name, lora_path=str(self.path))
 
 
@@ -235,6 +238,7 @@ class Adapters:
         if now is None or now is known or not (now.kind == "given" or now.path.exists()):  # else already registered
             before = now or Adapter(name=name, base=entry, path=found.path, root=found.root, plain=False)
             now = replace(before, path=found.path, root=found.root, revision=found.revision, kind=source.kind)
+            now = _marked(now, before)
         adapter = now if now.plain or base is not None else replace(now, plain=True)
         if self._known.get((entry, name)) is not adapter:
             self._set(adapter)
@@ -321,26 +325,32 @@ class Adapters:
     def adopt(self, catalogue: Catalogue) -> None:
         """Register the adapters in the models' settings; drop adapters of models that the catalogue no longer has.
 
+        A model with unchanged settings keeps its adapters with their files and scales.
+
         Raises:
-            UsageError: an adapter is invalid, or has the name of a model.
+            UsageError: an adapter is invalid, or its name is or begins with the name of a model.
         """
         if self._lookout.sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
             raise UsageError("--lora-resolver needs a model with --enable-lora, and there is none")
         specs_of = {entry.name: read_specs(entry.settings.lora_modules) for entry in catalogue.entries}
+        bases = [entry for entry in catalogue.entries if entry.settings.enable_lora]
+        prefixes = tuple(f"{name}:" for entry in bases for name in entry.names)
         for spec in (spec for specs in specs_of.values() for spec in specs):
-            if catalogue.has(spec.name):
+            if catalogue.has(spec.name) or spec.name.startswith(prefixes):
                 raise UsageError(f"--lora-modules: the adapter {spec.name!r:.200} has the name of a model")
+        before = {entry.name: entry for entry in (() if self._catalogue is None else self._catalogue.entries)}
         self._catalogue = catalogue
         entries = {entry.name: entry for entry in catalogue.entries}
+        same = {name for name, entry in entries.items() if name in before and before[name].is_as(entry)}
         for key, each in list(self._known.items()):
-            if each.base not in entries or each.number is not None:
+            if each.base not in entries or (each.number is not None and each.base not in same):
                 self._drop(key)
         self._all = None
-        for entry in entries.values():
+        for entry in (entry for name, entry in entries.items() if name not in same):
             for number, spec in enumerate(specs_of[entry.name]):
                 scale = 0.0 if entry.settings.lora_init_without_apply else spec.scale
                 given = Adapter(
-                    name=spec.name, base=entry.name, path=Path(spec.path).expanduser(),
+                    name=spec.name, base=entry.name, path=Path(spec.path),
                     root=Path(without_secrets(spec.path, alone=True)).name,
                     number=number, scale=scale, pinned=spec.pinned,
                 )  # fmt: skip
@@ -350,10 +360,19 @@ class Adapters:
         """Return the adapters that the operator named or loaded for a model."""
         return [each for each in self._known.values() if each.base == base and each.stays]
 
-    def add(self, adapter: Adapter) -> None:
-        """Register an adapter that the operator loads at run time; it keeps id and scale of one that it replaces."""
+    def in_place(self, adapter: Adapter) -> Adapter:
+        """Return an adapter that the operator loads at run time with id, scale and pin of the one that it replaces.
+
+        If their files differ, so do their names in the engine: requests use both until `add` registers the new one.
+        """
         before = self._known.get((adapter.base, adapter.name), adapter)
-        self._set(replace(adapter, number=before.number, scale=before.scale))
+        return _marked(replace(adapter, number=before.number, scale=before.scale, pinned=before.pinned), before)
+
+    def add(self, adapter: Adapter) -> Adapter | None:
+        """Register an adapter as `in_place` returns it; return the one that it replaces."""
+        before = self._known.get((adapter.base, adapter.name))
+        self._set(self.in_place(adapter))
+        return before
 
     def spelled(self, text: str) -> tuple[str, str]:
         """Return the adapter name in a request without the prefix `base:`: with the revision, and without it."""
@@ -370,6 +389,12 @@ class Adapters:
         chosen = {adapter.name: scale for adapter, scale in self.mix(base, scales)}
         for adapter in self.numbered(base):
             self._set(replace(adapter, scale=chosen.get(adapter.name, 0.0)))
+
+
+def _marked(adapter: Adapter, before: Adapter) -> Adapter:
+    """Mark an adapter whose files differ from those of the earlier adapter of its name."""
+    differs = adapter.path != before.path
+    return replace(adapter, mark=hashlib.sha256(bytes(adapter.path)).hexdigest()[:8] if differs else before.mark)
 
 
 class BaseAdapters:

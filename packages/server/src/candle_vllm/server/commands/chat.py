@@ -364,7 +364,7 @@ class Chat:
             return True
         for spec in read_specs(self._settings.lora_modules):
             if spec.name == name:
-                wanted = LoRARequest(name, lora_path=str(Path(spec.path).expanduser()))
+                wanted = LoRARequest(name, lora_path=spec.path)
                 self._engine.add_lora(wanted)
                 self._lora = wanted
                 return True

@@ -343,16 +343,17 @@ class ModelManager:
 
     async def warm(self, slot: ModelSlot) -> None:
         """Load a model's pinned adapters and warmup adapters into its engine; log failures."""
-        pinned = [each for each in self.adapters.given(slot.entry.name) if each.pinned]
-        wanted = [*(each.name for each in pinned), *slot.entry.settings.lora_warmup]
-        for name in dict.fromkeys(wanted):
-            model = slot.model
+        pinned = [each.name for each in self.adapters.given(slot.entry.name) if each.pinned]
+        for name in dict.fromkeys([*pinned, *slot.entry.settings.lora_warmup]):
+            model, own = slot.model, f"{slot.entry.names[0]}:{name}"
             try:
-                adapter = await self.adapters.reach(name)
+                adapter = await self.adapters.reach(own if self.adapters.find(own) else name)
+                if adapter is not None and adapter.base != slot.entry.name:
+                    adapter = await self.adapters.reach(own)  # the name alone is another model's adapter
                 if adapter is None:
                     raise AdapterError("no adapter source has an adapter of this name")
                 if model is not None:
-                    await asyncio.to_thread(_load_adapter, model, adapter, name in [each.name for each in pinned])
+                    await asyncio.to_thread(_load_adapter, model, adapter)
             except (CandleVllmError, HttpError) as error:
                 logger.error("the adapter %s of %s could not be preloaded: %s", name, slot.entry.name, error)
 
@@ -372,9 +373,9 @@ class ModelManager:
             self._switcher.idle(slot)
 
 
-def _load_adapter(model: ServedModel, adapter: Adapter, pinned: bool) -> None:
+def _load_adapter(model: ServedModel, adapter: Adapter) -> None:
     model.engine.add_lora(adapter.request)
-    if pinned:
+    if adapter.pinned:
         model.engine.pin_lora(adapter.request.lora_name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,13 +101,15 @@ async def load_lora_adapter(request: Request) -> Response:
         raise HttpError(400, "Both 'lora_name' and 'lora_path' must be provided.", _INVALID)
     if manager.catalogue.has(name) or not name.isprintable():
         raise HttpError(400, f"{name!r:.200} is the name of a model, or not a valid name.", _INVALID, param="lora_name")
+    if manager.adapters.spelled(name)[0] != name:
+        message = f"{name!r:.200} begins with the name of a model: set 'base_model_name' instead."
+        raise HttpError(400, message, _INVALID, param="lora_name")
     slot = _base(manager, wanted.base_model_name)
-    known = manager.adapters.find(name)
-    if known is not None and not wanted.load_inplace:
+    if manager.adapters.find(f"{slot.entry.names[0]}:{name}") is not None and not wanted.load_inplace:
         message = f"The lora adapter '{name}' has already been loaded."
         more = " If you want to load the adapter in place, set 'load_inplace' to True."
         raise HttpError(400, message + more, _INVALID, param="lora_name")
-    adapter = await _files(manager, wanted, slot.entry.name)
+    adapter = manager.adapters.in_place(await _files(manager, wanted, slot.entry.name))
     held = manager.adapters.use(adapter)
     try:
         lease = await manager.acquire(slot.entry.name)
@@ -114,9 +117,11 @@ async def load_lora_adapter(request: Request) -> Response:
             asked, engine = adapter.request, lease.model.engine
             asked = LoRARequest(asked.lora_name, lora_path=asked.lora_path, load_inplace=wanted.load_inplace)
             info = await asyncio.to_thread(engine.add_lora, asked)
-            manager.adapters.add(adapter)
-            if known is not None and known.base == adapter.base and known.request.lora_name != asked.lora_name:
-                await asyncio.to_thread(engine.remove_lora, known.request.lora_name)
+            if adapter.pinned:
+                await asyncio.to_thread(engine.pin_lora, asked.lora_name)
+            replaced = manager.adapters.add(adapter)
+            if replaced is not None and replaced.request.lora_name != asked.lora_name:
+                await asyncio.to_thread(engine.remove_lora, replaced.request.lora_name)
         finally:
             lease.release()
     except (AdapterError, ModelNotFoundError) as error:
@@ -134,8 +139,8 @@ def _said(info: AdapterInfo) -> list[str]:
 
 async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -> Adapter:
     """Return an adapter whose files are on this machine; a resolver fetches missing files."""
-    path, local = wanted.lora_path, Path(wanted.lora_path).expanduser()
-    if await asyncio.to_thread(local.exists):
+    path, local = wanted.lora_path, Path(os.path.expanduser(wanted.lora_path))
+    if await asyncio.to_thread(os.path.exists, local):  # False for a path that cannot be read
         return Adapter(name=wanted.lora_name, base=base, path=local, root=local.name)
     found = await manager.adapters.fetch(path, wanted.lora_name, base)
     if found is None:

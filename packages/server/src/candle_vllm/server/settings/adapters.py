@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,8 +90,8 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
         raise UsageError(f"{where}: scale of {values['name']!r:.100} must be a number within ±1000")
     if not isinstance(pinned, bool):
         raise UsageError(f"{where}: pinned of {values['name']!r:.100} must be true or false")
-    path = values["path"] if folder is None else str(folder / Path(values["path"]).expanduser())
-    return AdapterSpec(values["name"], path, float(scale), pinned)
+    path = os.path.expanduser(values["path"])  # leaves an unknown user's folder as it is
+    return AdapterSpec(values["name"], path if folder is None else str(folder / path), float(scale), pinned)
 
 
 def spec_text(spec: AdapterSpec) -> str:

@@ -124,8 +124,8 @@ def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
     if (settings.lora_modules or settings.lora_warmup) and not settings.enable_lora:
         raise UsageError(f"{'--lora-modules' if settings.lora_modules else '--lora-warmup'} needs --enable-lora")
     for spec in read_specs(settings.lora_modules):
-        if not (path := Path(spec.path).expanduser()).exists():
-            where = without_secrets(str(path), alone=True)
+        if not os.path.exists(spec.path):
+            where = without_secrets(spec.path, alone=True)
             raise UsageError(f"the adapter {spec.name!r:.200} of --lora-modules cannot be loaded: there is no {where}")
 
 
