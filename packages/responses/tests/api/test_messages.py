@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.api.call_results import DENIED, NOT_APPROVED, Placed
+from candle_vllm.responses.api.call_results import DENIED, NOT_APPROVED, NOT_RUN, Placed
 from candle_vllm.responses.api.messages import encode_thoughts, translate
 from candle_vllm.responses.conversation.chat_form import chat_message
 from candle_vllm.responses.protocol.request import parse_responses_request
@@ -161,11 +161,27 @@ def test_approvals() -> None:
     assert not ignored.approved
 
 
-def test_a_call_that_was_agreed_to_and_has_run_is_one_call() -> None:
-    ran = {"type": "mcp_call", "id": "m1", "server_label": "s", "name": "t", "arguments": "{}", "output": "ok"}
-    translated = made([request(), answer(True), {**ran, "approval_request_id": "r1"}, user("thanks")])
-    assert [one["role"] for one in translated.messages] == ["assistant", "tool", "user"]
-    assert calls(translated.messages[0]) == [("r1", "s__t")]
+_RAN = {"type": "mcp_call", "id": "m1", "server_label": "s", "name": "t", "arguments": "{}", "output": "ok"}
+_RAN |= {"approval_request_id": "r1"}
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+@pytest.mark.parametrize(
+    ("between", "told"),
+    [([answer(True), _RAN], "ok"), ([_RAN], "ok"), ([answer(False)], DENIED), ([answer(True)], NOT_RUN)],
+)
+def test_an_answer_follows_the_result_of_a_call_that_needed_approval(
+    between: list[dict[str, Any]], told: str, thinks: bool
+) -> None:
+    """An approved call has no item if its server was down."""
+    thoughts = {"type": "reasoning", "id": "t", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    behind = [*([thoughts] if thinks else []), {"role": "assistant", "content": "Noon."}, user("thanks")]
+    translated = made([request(), *between, *behind])
+    asked, result_of_call, said, _ = translated.messages
+    assert [one["role"] for one in translated.messages] == ["assistant", "tool", "assistant", "user"]
+    assert (calls(asked), asked["content"]) == ([("r1", "s__t")], None)
+    assert result_of_call["content"] == told
+    assert (said["content"], said.get("reasoning_content")) == ("Noon.", "hm" if thinks else None)
     assert not translated.approved
 
 

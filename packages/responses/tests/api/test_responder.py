@@ -484,6 +484,24 @@ async def test_an_agreement_to_a_call_that_cannot_run_is_refused() -> None:
     assert clock.runs == 0
 
 
+async def test_an_approval_does_not_outlive_an_answer_without_its_call(kept: ResponseStore) -> None:
+    """While the server was down, the approved call could not run; the conversation goes on without it."""
+    clock = Clock()
+    servers = Servers(clock)
+    scripted = engine(lambda prompt: "It is down." if "tool\n" in prompt else call("s__time"))
+    answering = responder(scripted, store=kept, servers=servers)
+    request = {"tools": [{**SERVER, "require_approval": "always"}]}
+    _, asked = await streamed(answering, {**request, "input": "Hi"})
+    servers.tools, servers.error = (), "no route"
+    agreed = {"type": "mcp_approval_response", "approval_request_id": asked["output"][-1]["id"], "approve": True}
+    _, down = await streamed(answering, {**request, "input": [agreed], "previous_response_id": asked["id"]})
+    listed, said = down["output"]
+    assert (listed["type"], listed["error"], said["type"]) == ("mcp_list_tools", "no route", "message")
+    servers.tools, servers.error = (clock,), None
+    _, after = await streamed(answering, {**request, "input": "And now?", "previous_response_id": down["id"]})
+    assert ([item["type"] for item in after["output"]], clock.runs) == (["message"], 0)
+
+
 async def test_a_queued_response_waits_for_nothing_that_takes_time(kept: ResponseStore) -> None:
     """Neither for its conversation's turn nor for servers; what is wrong from there on is told in events."""
     opened = asyncio.Event()

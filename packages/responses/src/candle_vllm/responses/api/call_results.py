@@ -18,6 +18,7 @@ from candle_vllm.responses.protocol.items import (
     McpApprovalResponseItem,
     McpCallItem,
     MessageItem,
+    ReasoningItem,
     images_in,
     parts_of,
 )
@@ -61,6 +62,8 @@ class CallResults:
                 self._ran(item, path)
             elif isinstance(item, McpApprovalResponseItem):
                 self._decided(item, path)
+            elif isinstance(item, ReasoningItem) or (isinstance(item, MessageItem) and item.role == "assistant"):
+                self._answered_past()
         for request in self._requests:
             if request not in self.approved:
                 self.parts.setdefault(request, (TextPart(NOT_APPROVED),))
@@ -118,6 +121,11 @@ class CallResults:
             self.approved[request] = f"{path}.approval_request_id"
         else:
             self.parts[request] = (TextPart(f"{DENIED} {item.reason}" if item.reason else DENIED),)
+
+    def _answered_past(self) -> None:
+        """Close the approved calls that did not run before the model answered, because their server was down."""
+        self.parts |= dict.fromkeys(self.approved, (TextPart(NOT_RUN),))
+        self.approved.clear()
 
 
 def _shown(items: Sequence[Placed], room: int) -> set[str]:

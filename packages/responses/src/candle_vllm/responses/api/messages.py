@@ -102,14 +102,14 @@ class _Body:
         elif isinstance(item, (wire_items.McpCallItem, wire_items.McpApprovalRequestItem)):
             if item.id not in self._results.run_by_approval:
                 self._call(path, item.id, self._names.mcp_name(item.server_label, item.name), item.arguments)
-                if self._answer is not None and isinstance(item, wire_items.McpCallItem):
-                    self._answer.has_results = True
         elif isinstance(item, wire_items.McpListToolsItem):
             self.listed.add(item.server_label)
         elif isinstance(item, wire_items.CallOutputItem):
             self._close()
         else:
             assert not isinstance(item, wire_items.ItemReference)
+        if self._answer is not None and isinstance(item, (wire_items.McpCallItem, wire_items.McpApprovalResponseItem)):
+            self._answer.has_results = True
 
     def finish(self) -> tuple[Message, ...]:
         self._close()

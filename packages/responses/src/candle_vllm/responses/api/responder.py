@@ -228,7 +228,7 @@ class Responder:
         model.entered = stream.begun
         await stream.put(writer.resume(plan))
         for server in plan.servers:
-            if server.label not in made.listed:
+            if server.error or server.label not in made.listed:
                 await stream.put(writer.list_server(server.label, plan.offered[server.label], server.error))
         try:
             loop = ConversationLoop(model, plan.registry, self._loop_options(request, plan))
