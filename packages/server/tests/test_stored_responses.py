@@ -10,15 +10,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 from openresponses_types.types import ResponseResource
 
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, EngineDeadError, EngineOverloadedError
+from candle_vllm.openai.fair_threads import RequestBytes
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.commands.config import HIDDEN, effective
+from candle_vllm.server.models.admission import Admission
+from candle_vllm.server.routes import responses as routes
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import SettingsSource
@@ -238,6 +242,49 @@ def test_a_background_response_is_deleted_in_mid_run(slow: Running) -> None:
     time.sleep(0.1)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(begun.id)
+
+
+class _Answer:
+    """A stream without events, whose closing is cancelled."""
+
+    def opening(self) -> list[Any]:
+        return []
+
+    async def start(self) -> None: ...
+
+    def __aiter__(self) -> _Answer:
+        return self
+
+    async def __anext__(self) -> Any:
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("end", ["full", "retired", "cancelled"])
+async def test_a_background_response_that_ends_early_says_why_and_leaves_its_place(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admission, released = Admission(1, 1 if end == "full" else 9), list[bool]()
+    entry = SimpleNamespace(settings=SimpleNamespace(enable_request_priority=False))
+    lease: Any = SimpleNamespace(
+        model=SimpleNamespace(entry=entry, admission=admission), release=lambda: released.append(True)
+    )
+    stream, request = _Answer(), SimpleNamespace(scope={})
+    if end != "cancelled":
+        monkeypatch.setattr(stream, "aclose", stream.start)
+        other = await admission.enter("other", 1)
+    work = asyncio.ensure_future(anext(routes._work(stream, lease, request, 0, RequestBytes())))
+    if end == "retired":
+        await waiting.until(lambda: admission.waiting == 1)
+        admission.close()
+    expected = {"full": EngineOverloadedError, "retired": EngineDeadError, "cancelled": asyncio.CancelledError}
+    with pytest.raises(expected[end], match=r"1 sequences are running" if end == "full" else None):
+        await work
+    if end != "cancelled":
+        other.leave()
+    assert (admission.running, admission.waiting, released) == (0, 0, [True])
 
 
 def test_two_responses_in_one_conversation_take_turns(slow: Running) -> None:

@@ -187,6 +187,42 @@ async def test_one_that_was_deleted_behind_its_back_ends_with_its_next_word(
         await kept.get("a", "resp_1")
 
 
+@pytest.mark.parametrize("again", ["cancel", "delete", "stop"])
+async def test_a_second_end_does_not_interrupt_the_first(
+    kept: ResponseStore, background: Background, answered: Make, again: str
+) -> None:
+    answer, closing, may_close, closed = Answer(answered), asyncio.Event(), asyncio.Event(), list[str]()
+
+    async def events() -> AsyncIterator[wire.StreamEvent]:
+        try:
+            async for event in answer.events():
+                yield event
+        finally:
+            closing.set()
+            await may_close.wait()
+            closed.append("the place in the engine")
+
+    reader = asyncio.create_task(_all(await background.begin(entry(answer.queued), events(), 10.0)))
+    await until(lambda: background.events("a", "resp_1").next_number == 3)
+    first = asyncio.create_task(background.cancel("a", "resp_1"))
+    await closing.wait()
+    second = asyncio.create_task(getattr(background, again)("a", "resp_1"))
+    await asyncio.sleep(0.02)
+    may_close.set()
+    await asyncio.gather(first, second)
+    assert (closed, background.busy, len(await reader)) == (["the place in the engine"], False, 3)
+
+
+async def test_a_full_queue_is_told_in_its_own_words(
+    kept: ResponseStore, background: Background, answered: Make, caplog
+) -> None:
+    full = EngineOverloadedError("8 sequences are running or waiting")
+    last = (await _all(await begin(background, Answer(answered, open_gate=True, fail=full))))[-1]
+    error = msgspec.json.decode(last.data)["response"]["error"]
+    assert error == {"code": "rate_limit_exceeded", "message": str(full)}
+    assert not caplog.text
+
+
 async def test_a_failure_is_told_and_kept(kept: ResponseStore, background: Background, answered: Make, caplog) -> None:
     events = await _all(await begin(background, Answer(answered, open_gate=True, fail=ValueError("a secret path"))))
     assert [event.number for event in events] == list(range(7))
@@ -343,6 +379,36 @@ async def test_a_failure_adds_nothing_to_its_conversation(
     assert await kept.conversation_items("a", conversation) == []
 
 
+async def test_a_renewal_does_not_end_a_response_whose_end_is_being_stored(
+    kept: ResponseStore, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease has ended with its end, as if another server had cancelled it."""
+    name = (await Conversations(kept).create("a", ConversationCreateRequest())).id
+    at_end, goes_on, add = asyncio.Event(), asyncio.Event(), kept.add_to_conversation
+
+    async def held(ended: Entry) -> None:
+        at_end.set()
+        await goes_on.wait()
+        await add(ended)
+
+    monkeypatch.setattr(kept, "add_to_conversation", held)
+    answer = Answer(answered, conversation=name)
+    events = await begin(background, answer)
+    renew = kept.renew
+
+    async def late(names: Any) -> Any:
+        answer.gate.set()  # the end overtakes a renewal that has begun
+        await at_end.wait()
+        return await renew(names)
+
+    monkeypatch.setattr(kept, "renew", late)
+    await background._renew()
+    await background._renew()
+    goes_on.set()
+    assert (await _all(events))[-1].name == "response.completed"
+    assert [item["id"] for item in await kept.conversation_items("a", name)] == ["msg_in_resp_1", "msg_out_resp_1"]
+
+
 async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(
     kept: ResponseStore, background: Background, answered: Make
 ) -> None:
@@ -415,6 +481,28 @@ async def test_readers_get_the_failure_at_their_end() -> None:
     assert await anext(late) == 0
     with pytest.raises(ValueError, match="broken"):
         await anext(late)
+
+
+async def test_work_tells_its_end_also_if_the_closing_of_its_pieces_is_cancelled() -> None:
+    ends, closing = list[BaseException | None](), asyncio.Event()
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            closing.set()
+            await asyncio.Event().wait()
+
+    async def take(_: int) -> None:
+        raise ValueError("no")
+
+    async def end(failure: BaseException | None) -> None:
+        ends.append(failure)
+
+    work = Work(numbers(), 5, take, end)
+    await closing.wait()
+    await work.cancel()
+    assert [type(each) for each in ends] == [asyncio.CancelledError]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError, Inva
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.responses.api.outliving import Chunks, EncodedEvent, Failure, Work, close
 from candle_vllm.responses.api.response_store import ResponseStore
+from candle_vllm.responses.api.response_stream import response_code
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store import entries as stored
@@ -45,6 +46,7 @@ class _Run:
         self.events = Chunks[EncodedEvent](MAX_BYTES)
         self.latest = entry.body  # the response object, as JSON
         self.ended_elsewhere = False
+        self.ending = False  # its end is written to the store, which ends its lease
         self.work: Work[StreamEvent] | None = None  # None until the entry is stored
 
     async def cancel(self) -> None:
@@ -183,6 +185,7 @@ class Background:
 
     async def _note(self, run: _Run, response: Response, finished: bool) -> None:
         body = to_json_bytes(response)
+        run.ending = finished
         try:
             if await self._store.change(*run.name, response.status, body):
                 run.latest = body
@@ -205,17 +208,20 @@ class Background:
             elif isinstance(failure, TimeoutError):
                 await self._fail(run, TOO_LONG)
             elif failure is not None:
-                logger.error(
-                    "the background response %s failed: %s", run.entry.id, failure, exc_info=stored.traced(failure)
-                )
-                await self._fail(run, to_error(failure).body.error.message)
+                code = response_code(failure)
+                if code == "server_error":
+                    logger.error(
+                        "the background response %s failed: %s", run.entry.id, failure, exc_info=stored.traced(failure)
+                    )
+                await self._fail(run, to_error(failure).body.error.message, code)
             elif not run.events.finished:
                 await self._fail(run, "The response ended without a result.")
         finally:
             self._leave(run)
 
-    async def _fail(self, run: _Run, message: str) -> None:
-        body = stored.settled(run.latest, "failed", ("server_error", message))
+    async def _fail(self, run: _Run, message: str, code: str = "server_error") -> None:
+        run.ending = True
+        body = stored.settled(run.latest, "failed", (code, message))
         try:
             await self._store.change(*run.name, "failed", body)
         except CandleVllmError as error:  # its lease will expire, and then it has failed
@@ -236,10 +242,10 @@ class Background:
             self._ended.popitem(last=False)
 
     async def _renew(self) -> None:
-        names = [name for name, run in self._running.items() if run.work is not None]
-        if names:
-            ended = await self._store.renew(names)
-            await asyncio.gather(*(self.stop(*name) for name in ended))
+        runs = {name: run for name, run in self._running.items() if run.work is not None and not run.ending}
+        if runs:
+            ended = await self._store.renew(list(runs))
+            await asyncio.gather(*(self.stop(*name) for name in ended if not runs[name].ending))
 
     async def _is_stored(self, name: Name, status: str) -> bool:
         """Whether the store has this status already, because the task of the response has written it."""

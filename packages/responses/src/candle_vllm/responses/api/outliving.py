@@ -131,7 +131,8 @@ class Work(Generic[T]):
     async def cancel(self) -> None:
         """Cancel the task, and wait until it has ended."""
         await self._started.wait()
-        self.task.cancel()
+        if not self.task.cancelling():  # a second cancellation would interrupt the cleanup
+            self.task.cancel()
         await asyncio.wait({self.task})
 
     async def _run(
@@ -144,12 +145,14 @@ class Work(Generic[T]):
         self._started.set()
         failure: Failure | None = None
         try:
-            async with asyncio.timeout(seconds):
-                async for chunk in chunks:
-                    await take(chunk)
+            try:
+                async with asyncio.timeout(seconds):
+                    async for chunk in chunks:
+                        await take(chunk)
+            finally:
+                await close(chunks)
         except (Exception, asyncio.CancelledError) as ended:
             failure = ended
-        await close(chunks)
         await end(failure)
 
 

@@ -123,9 +123,11 @@ class ResponseStream:
         self._closed = True
         self._waiting.clear()
         self._news.set()
-        if self._last is not None:
-            await end_task(self._last)
-        await self.opened.aclose()
+        try:
+            if self._last is not None:
+                await end_task(self._last)
+        finally:
+            await self.opened.aclose()
 
     def stop(self, error: wire.ErrorDetail) -> list[wire.StreamEvent]:
         """End a response with an error, and return its last events; the caller must then close the stream."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import APIRouter, Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
 from candle_vllm.responses.api.background import Background
@@ -36,6 +36,7 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import begin_generation, caller_of
 from candle_vllm.server.http.sse import DONE
 from candle_vllm.server.mailbox.policy import refuse_headers
+from candle_vllm.server.models.admission import RetiredError
 from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.openapi.operation import COUNTED, KEPT, QUEUED, RESPONSES, Operation, routing
@@ -233,21 +234,22 @@ async def _work(
 ) -> AsyncGenerator[StreamEvent, None]:
     """Wait for a response's turn, and yield its events; `size` counts in `Held` until the prompt is tokenized."""
     request_bytes.set(size)
-    try:
-        for event in stream.opening():
-            yield event
-        place = await enter(lease, caller_of(request.scope), 1, priority)
-        try:
+    with ExitStack() as held:
+        held.callback(lease.release)
+        held.callback(size.release)
+        async with aclosing(stream):
+            for event in stream.opening():
+                yield event
+            try:
+                place = await enter(lease, caller_of(request.scope), 1, priority)
+            except HttpError as full:
+                raise EngineOverloadedError(str(full)) from None
+            except RetiredError:
+                raise EngineDeadError("the model was unloaded while a response waited for a place in it") from None
+            held.callback(place.leave)
             await stream.start()
             async for event in stream:
                 yield event
-        finally:
-            await stream.aclose()
-            place.leave()
-    finally:
-        size.release()
-        await stream.aclose()
-        lease.release()
 
 
 async def owner_of(request: HTTPConnection, wire: requests.PromptFields | requests.CompactRequest) -> str:
