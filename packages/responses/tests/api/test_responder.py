@@ -145,13 +145,15 @@ async def test_whole_and_streamed_are_alike(change: dict[str, Any]) -> None:
     assert alike(whole) == alike(last)
 
 
-async def test_log_probabilities() -> None:
-    events, made = await streamed(responder(engine("Hi")), {"input": "x", "top_logprobs": 1})
-    entries = made["output"][0]["content"][0]["logprobs"]
+@pytest.mark.parametrize("thoughts", ["", "<think>Hm.</think>"])
+async def test_log_probabilities(thoughts: str) -> None:
+    events, made = await streamed(responder(engine(f"{thoughts}Hi")), {"input": "x", "top_logprobs": 1})
+    entries = made["output"][-1]["content"][0]["logprobs"]
     assert [entry["token"] for entry in entries] == ["H", "i", "<|eos|>"]  # as in chat answers
     assert [len(entry["top_logprobs"]) for entry in entries] == [1, 1, 1]
-    told = [entry for event in events if event["type"].endswith("text.delta") for entry in event["logprobs"]]
-    assert told == entries
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [entry for event in deltas for entry in event["logprobs"]] == entries
+    assert len(deltas) == len(entries)
 
 
 async def test_what_the_model_is_asked() -> None:

@@ -59,6 +59,8 @@ class TurnItems:
         if isinstance(self._open, MessageWriter):
             self._open.add(text, logprobs)
             return
+        if not text and isinstance(self._open, ReasoningWriter):
+            return  # tokens of the reasoning, or of the mark that ends it
         self._space.append((text, logprobs))
         if text.strip():  # a message of only white space, as between reasoning and calls, is dropped
             self._begin_message()
