@@ -18,8 +18,9 @@ from candle_vllm.responses.api.response_store import ConversationTurns, Response
 from candle_vllm.responses.api.stored_items import PageRequest, entry_of, page_of, stored_items
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.protocol.response import Response
-from candle_vllm.responses.store.backend import StoreOptions
+from candle_vllm.responses.store.backend import Held, StoreOptions
 from candle_vllm.responses.store.entries import (
+    CONVERSATION,
     ConversationBusyError,
     NotStoredError,
     StoreLimitError,
@@ -173,6 +174,34 @@ async def test_servers_of_one_store_answer_in_turn(tmp_path: Path, monkeypatch: 
     finally:
         await one.close()
         await other.close()
+
+
+async def test_a_turn_whose_client_leaves_while_it_is_granted_is_free_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ResponseStore(StoreOptions(url=f"sqlite:///{tmp_path / 'r.sqlite'}"))
+    try:
+        name = (await Conversations(kept).create("a", ConversationCreateRequest())).id
+        store, granted = await kept.backend(), asyncio.Event()
+        claim = store.claim
+
+        async def granting(*what: Any) -> bool:
+            assert await claim(*what)
+            granted.set()
+            return await asyncio.Future()
+
+        async def answer() -> None:
+            async with kept.turn("a", name):
+                pass
+
+        monkeypatch.setattr(store, "claim", granting)
+        answering = asyncio.create_task(answer())
+        await granted.wait()
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        assert await claim(CONVERSATION, Held("a", name, "another"), store.now + 1000)
+    finally:
+        await kept.close()
 
 
 async def test_nothing_is_answered_in_a_conversation_that_is_full() -> None:

@@ -329,16 +329,18 @@ class ConversationTurns:
 @contextlib.asynccontextmanager
 async def _turn_in_store(store: Backend, owner: str, conversation_id: str, param: str) -> AsyncIterator[None]:
     turn = Held(owner, conversation_id, new_id("turn"))
-    with blaming(param):
-        checked_id("Conversation", conversation_id, param)
-        while not await store.claim(CONVERSATION, turn, store.now + TURN_MS):
-            await asyncio.sleep(POLL_SECONDS)
     failure = "a conversation's turn was not renewed"
-    upkeep = Upkeep(RENEW_SECONDS, lambda: store.move([turn], store.now + TURN_MS), failure)
     try:
-        yield
-    finally:
-        await upkeep.close()
+        with blaming(param):
+            checked_id("Conversation", conversation_id, param)
+            while not await store.claim(CONVERSATION, turn, store.now + TURN_MS):
+                await asyncio.sleep(POLL_SECONDS)
+        upkeep = Upkeep(RENEW_SECONDS, lambda: store.move([turn], store.now + TURN_MS), failure)
+        try:
+            yield
+        finally:
+            await upkeep.close()
+    finally:  # also after a cancellation during `claim`, which may succeed all the same
         try:
             await store.move([turn], None)
         except CandleVllmError as error:  # the lease expires by itself
