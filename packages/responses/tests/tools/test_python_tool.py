@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import pytest
 from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import TypedDict
 
 from candle_vllm.core.errors import InvalidParameterError
@@ -141,6 +142,31 @@ def test_any_name_of_a_parameter(name: str) -> None:
     exec(f"def f({name}: int): return {name}", namespace)
     assert list(parameters(namespace["f"])["properties"]) == [name]
     assert run(namespace["f"], **{name: 3}).structured == 3
+
+
+def test_an_alias_is_the_name_that_the_model_knows() -> None:
+    def count(number: Annotated[int, Field(alias="n")] = 2, hidden: SkipJsonSchema[int] = 1, plain: int = 0) -> int:
+        """Count.
+
+        Args:
+            number: how many.
+            plain: more.
+        """
+        return number + hidden + plain
+
+    assert parameters(count)["properties"] == {
+        "n": {"type": "integer", "description": "how many.", "default": 2},
+        "plain": {"type": "integer", "description": "more.", "default": 0},
+    }
+    assert run(count, n=3, plain=1).structured == 5
+    with pytest.raises(ToolArgumentsError, match="number: Extra inputs are not permitted"):
+        run(count, number=3)
+
+    def twins(a: Annotated[int, Field(alias="n")], b: Annotated[int, Field(alias="n")]) -> int:
+        return a + b
+
+    with pytest.raises(InvalidParameterError, match="twins"):
+        function_tool(twins)
 
 
 def test_no_parameters() -> None:

@@ -48,12 +48,12 @@ class Signature:
         try:
             self._adapter: TypeAdapter[dict[str, Any]] = TypeAdapter(arguments)
             self.schema = self._adapter.json_schema(schema_generator=_Untitled)
+            self._complete(parameters, descriptions)
         except (PydanticUserError, TypeError, ValueError, RecursionError) as error:
             reason = str(error).partition("\n")[0]
             raise InvalidParameterError(
                 f"{label} cannot be a tool: its parameters have no JSON schema ({reason:.300})", "tools"
             ) from None
-        self._complete(parameters, descriptions)
 
     def convert(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Convert the arguments to the types of the parameters; missing arguments are left out.
@@ -71,9 +71,10 @@ class Signature:
     def _complete(self, parameters: Mapping[str, inspect.Parameter], descriptions: Mapping[str, str]) -> None:
         """Add descriptions and defaults, which are not in the types."""
         self.schema.pop("title", None)
-        self.schema.setdefault("properties", {})
-        for name, parameter in parameters.items():
-            schema = self.schema["properties"][name]
+        shown = self.schema.setdefault("properties", {})  # by alias, if a parameter has one
+        names = self._adapter.json_schema(by_alias=False, schema_generator=_Untitled).get("properties", ())
+        for name, schema in zip(names, shown.values(), strict=True):
+            parameter = parameters[name]
             if descriptions.get(name):
                 schema.setdefault("description", descriptions[name])
             if parameter.default is not inspect.Parameter.empty and "default" not in schema:
