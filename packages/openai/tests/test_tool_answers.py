@@ -250,8 +250,10 @@ async def test_a_stop_string_inside_a_call_does_not_cut_it(stop: str) -> None:
 async def test_hidden_thoughts_are_not_in_log_probabilities_either() -> None:
     made = adapter(["<think>", "Hm", "</think>", "Hello"], reasoning_parser="think")
     fields = {"include_reasoning": False, "logprobs": True, "return_token_ids": True}
-    choice = (await whole(made, **fields)).choices[0]
+    answer = await whole(made, **fields)
+    choice = answer.choices[0]
     assert "".join(entry.token for entry in choice.logprobs.content).startswith("Hello")
+    assert len(choice.token_ids) == answer.usage.completion_tokens  # as vLLM, which hides no ids
     assert "Hm" not in str(await chunks(made, **fields))
 
 

@@ -110,6 +110,9 @@ def test_thoughts_stand_apart(start: Callable[..., Any]) -> None:
         assert "".join(piece.message.thinking or "" for piece in pieces) == "Let me see."
         assert client.chat(**ASK, think=False).message.thinking is None
         assert client.generate("scripted", "Hi", think=True).thinking == "Let me see."
+        hidden = client.generate("scripted", "Hi", think=False)
+    assert (hidden.thinking, hidden.response) == (None, "Four.")
+    assert "<think>Let me see.</think>Four." in running.engine.detokenize(list(hidden.context or ()), False)
     with client_of(start()) as client, pytest.raises(ollama.ResponseError, match="does not support thinking"):
         client.chat(**ASK, think=True)
 

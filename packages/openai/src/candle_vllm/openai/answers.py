@@ -98,19 +98,19 @@ class ChoiceReader:
     def read(self, output: TokenOutput) -> list[Event]:
         """Return the output's events; the first has its ids and log-probabilities, and may be an empty `Text`."""
         ids = output.token_ids if self._tell_ids else None
-        parser = self._parser
+        logprobs, parser = output.logprobs, self._parser
         if parser is None:
-            events: list[Event] = [Text(self._choice, output.text, ids, output.logprobs)] if output.text else []
+            events: list[Event] = [Text(self._choice, output.text, ids, logprobs)] if output.text else []
         else:
             before = parser.in_reasoning
             parsed = self._parsed(parser, output)
             thought = before or parser.in_reasoning
             self.reasoning_tokens += len(output.token_ids) if thought else 0
             if thought and not self._plan.show_reasoning:
-                return self._events(parsed, None if ids is None else (), None)
-            events = self._events(parsed, ids, output.logprobs)
-        if not events and output.token_ids and (output.logprobs is not None or ids is not None):
-            return [Text(self._choice, "", ids, output.logprobs)]
+                logprobs = None
+            events = self._events(parsed, ids, logprobs)
+        if not events and output.token_ids and (logprobs is not None or ids is not None):
+            return [Text(self._choice, "", ids, logprobs)]
         return events
 
     def end(self, output: TokenOutput) -> Ended:
