@@ -105,6 +105,37 @@ def test_images_are_pasted_dropped_and_taken_back(page: Any, seeing: Any) -> Non
     assert page.locator(".question .bubble").count() == 0
 
 
+def test_what_is_given_while_an_image_is_read_is_kept_and_sent_with_it(page: Any, seeing: Any) -> None:
+    page.evaluate("""() => {
+      const plain = window.createImageBitmap;
+      window.read = [];
+      window.createImageBitmap = async (file) => {
+        await new Promise((resolve) => window.read.push(resolve));
+        return plain(file);
+      };
+    }""")
+    give(page, "paste", [file()])
+    give(page, "paste", [file(255 - PIXELS, name="b.png")])
+    give(page, "drop", [{"name": "c.txt", "mimeType": "text/plain", "buffer": b"hello"}])
+    page.locator(".composer .file").wait_for()
+    eventually(page, lambda: page.evaluate("window.read.length") == 2)
+    say(page, "These?")  # is not sent before all is read
+    assert button(page, "Send").is_disabled()
+    page.evaluate("window.read[1]()")
+    eventually(page, lambda: waiting(page).count() == 1)
+    page.evaluate("location.hash = '#/models'")  # another page, which the input does not outlive
+    page.locator("#composer").wait_for(state="detached")
+    page.evaluate("window.read[0]()")
+    page.evaluate("history.back()")
+    eventually(page, lambda: waiting(page).count() == 2)
+    assert (page.locator(".composer .file").count(), page.locator("#composer").input_value()) == (1, "These?")
+    page.locator("#composer").press("Enter")
+    said(page, "A picture.")
+    assert len(seeing.engine.pictures) == 2
+    assert (page.locator(".question").count(), waiting(page).count()) == (1, 0)
+    assert page.locator(".composer .file").count() == 0
+
+
 def test_large_images_are_made_smaller_and_broken_ones_named(page: Any, seeing: Any) -> None:
     large = np.kron(PIXELS[:, :, :], np.ones((100, 100, 1), np.uint8))
     page.locator("#attach-file").set_input_files([

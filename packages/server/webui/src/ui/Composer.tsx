@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The input: Enter sends, Shift+Enter begins a line, Escape stops.
 
+import { type Signal, signal } from "@preact/signals";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { maxBody } from "../api/http.ts";
 import { MAX_FILE, MAX_FILES, readFile } from "../chat/files.ts";
@@ -24,11 +25,27 @@ import { ToolsSwitch } from "./ToolsSwitch.tsx";
 const MAX_HEIGHT = 240;
 const FILES = "files"; // what the notice is about
 
+interface Attachments {
+  images: readonly string[];
+  files: readonly TextFile[];
+  reading: number; // times that something was given and is not read yet
+}
+
+const attachments = new Map<string, Signal<Attachments>>(); // by conversation; "" is the new one
+
+/** What goes with the next message: it stays with the page, as a typed text does. */
+function attachmentsOf(id: string): Signal<Attachments> {
+  const known = attachments.get(id) ?? signal({ images: [], files: [], reading: 0 });
+  attachments.set(id, known);
+  return known;
+}
+
 export function Composer({ chat }: { chat: OpenChat | null }) {
   const id = chat?.info.peek().id ?? "";
   const [text, setText] = useState(() => readDraft(id));
-  const [images, setImages] = useState<readonly string[]>([]);
-  const [files, setFiles] = useState<readonly TextFile[]>([]);
+  const attached = attachmentsOf(id);
+  const { images, files, reading } = attached.value;
+  const change = (part: Partial<Attachments>) => (attached.value = { ...attached.peek(), ...part });
   const isEmpty = !text.trim() && !images.length && !files.length;
   const sees = cardFor(shownStart.value.model)?.modalities?.includes("image") ?? false;
   const field = useRef<HTMLTextAreaElement>(null);
@@ -45,7 +62,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
   };
   const parts = useRef(new Set<string>()); // of prompts, to be written over
   const send = (isSure = false) => {
-    if (isEmpty || isBusy) return;
+    if (isEmpty || isBusy || reading) return;
     const unfilled = [...parts.current].filter((one) => text.includes(one)).join(", ");
     if (unfilled && !isSure) {
       confirmFirst({ title: t.value.unfilled, text: t.value.unfilledText(unfilled), action: t.value.send, onConfirm: () => send(true) });
@@ -55,8 +72,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     forgetAbout(FILES);
     const said = text.trim();
     write("");
-    setImages([]);
-    setFiles([]);
+    change({ images: [], files: [] });
     void sendMessage(said, { images, files });
   };
   const insert = (more: string, from: number, to: number) => {
@@ -85,11 +101,14 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
   };
   const attach = async (given: readonly File[]) => {
     const pictures = given.filter(isImage);
-    const found = sees ? await Promise.all(pictures.map(readImage)) : [];
+    const others = given.filter((one) => !isImage(one));
+    change({ reading: attached.peek().reading + 1 });
+    const [found, texts] = await Promise.all([
+      Promise.all(sees ? pictures.map(readImage) : []), Promise.all(others.map(readFile)),
+    ]).finally(() => change({ reading: attached.peek().reading - 1 }));
+    const { images, files } = attached.peek(); // what was given later may have been read before
     const read = found.filter((url) => url !== undefined);
     const all = [...images, ...read].slice(0, MAX_IMAGES);
-    const others = given.filter((one) => !isImage(one));
-    const texts = await Promise.all(others.map(readFile));
     const taken = texts.filter((one) => typeof one !== "string");
     const allFiles = [...files, ...taken].slice(0, MAX_FILES);
     const fit = fitting(all, (chat?.attachedSize ?? 0) + sizeOfAttached({ files: allFiles }), maxBody());
@@ -102,8 +121,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     if (files.length + taken.length > MAX_FILES) refused.push(t.value.filesFull(MAX_FILES));
     if (refused.length) notifyAbout(FILES, refused.join(" "));
     else forgetAbout(FILES);
-    if (read.length) setImages(fit);
-    setFiles(allFiles);
+    change({ images: read.length ? fit : images, files: allFiles });
     field.current?.focus();
   };
   const drop = (event: DragEvent) => {
@@ -146,7 +164,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
               <span key={index} class="picture">
                 <img src={url} alt={t.value.picture} />
                 <button type="button" class="icon-button" aria-label={t.value.removeImage(index + 1)} data-tip={t.value.removeImage(index + 1)}
-                  onClick={() => { setImages(images.filter((_, other) => other !== index)); field.current?.focus(); }}><Icon name="close" /></button>
+                  onClick={() => { change({ images: images.filter((_, other) => other !== index) }); field.current?.focus(); }}><Icon name="close" /></button>
               </span>
             ))}
           </div>
@@ -154,7 +172,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
         {files.length > 0 && (
           <div class="files">
             {files.map((file, index) => (
-              <FileChip key={index} file={file} onRemove={() => { setFiles(files.filter((_, other) => other !== index)); field.current?.focus(); }} />
+              <FileChip key={index} file={file} onRemove={() => { change({ files: files.filter((_, other) => other !== index) }); field.current?.focus(); }} />
             ))}
           </div>
         )}
@@ -170,7 +188,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
               <Icon name="stop" />
             </button>
           ) : (
-            <button type="submit" class="send" aria-label={t.value.send} data-tip={t.value.send} disabled={isEmpty || connection.value === "locked"}>
+            <button type="submit" class="send" aria-label={t.value.send} data-tip={t.value.send} disabled={isEmpty || reading > 0 || connection.value === "locked"}>
               <Icon name="send" />
             </button>
           )}
