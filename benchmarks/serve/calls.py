@@ -157,7 +157,7 @@ def main() -> int:
     threading.settrace(counter.trace)
     sys.setprofile(counter.profile)
     sys.settrace(counter.trace)
-    return serving.serve(Configuration(settings, Catalogue([ModelEntry("bench", settings)]), ()))
+    return serving.serve(Configuration(settings, settings, Catalogue([ModelEntry("bench", settings)]), ()))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main() -> int:
         return library.engine
 
     serving.ModelLoader = functools.partial(ModelLoader, start_engine=start)  # pyrefly: ignore[bad-assignment]
-    configuration = Configuration(settings, Catalogue([ModelEntry("bench", settings)]), ())
+    configuration = Configuration(settings, settings, Catalogue([ModelEntry("bench", settings)]), ())
     profile = cProfile.Profile() if args.profile else contextlib.nullcontext()
     with profile:
         status = serving.serve(configuration)

@@ -512,12 +512,15 @@ class TestCommands:
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
         asked_for: list[tuple[str | None, str | None]] = []
+        weights: list[Path | None] = []
 
         def load(settings: Settings, **_: object) -> PacedEngine:
             asked_for.append((settings.model, settings.weight_file))
+            weights.append(settings.imatrix)
             return engine
 
         monkeypatch.setattr(chat_module, "load_engine", load)
+        monkeypatch.setenv("CANDLE_VLLM_IMATRIX", "first.imatrix")
         (tmp_path / "my models").mkdir()
         path = tmp_path / "my models" / "a b.gguf"
         path.write_bytes(b"x")
@@ -529,6 +532,7 @@ class TestCommands:
             *[(str(path), None)] * 3,
             ("org/name", None),
         ]
+        assert weights == [Path("first.imatrix"), *[None] * 5]
         assert out.count("error: /model takes MODEL and FILE: ") == 2
         assert "error: /model takes a model" in out
 

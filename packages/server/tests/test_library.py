@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from candle_vllm.core.loading.source import tag_of
 from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
+from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models import downloads
 from candle_vllm.server.models.downloads import (
     choose_file,
@@ -37,6 +39,7 @@ from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.model_names import KNOWN, PullError, read_name
 from packages.server.tests.fake_hub import FakeHub
 from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import PATIENCE
 
 BIG = os.urandom(3 << 20)
 REPO = "org/model-GGUF"
@@ -186,6 +189,20 @@ def test_a_download_that_was_stopped_goes_on_later(
     assert list(Path(settings.download_dir or "").rglob("*.incomplete")) == []
 
 
+def test_a_damaged_folder_of_the_cache_is_named(hub: FakeHub, settings: Settings) -> None:
+    fetch(settings, plan_pull(settings, REPO))
+    (refs,) = Path(settings.download_dir or "").glob("models--*/refs")
+    (refs / "v2").write_text("b" * 40)  # written before the first file
+    with pytest.raises(PullError, match=r"damaged \(.*missing commit.*v2.*: remove .*org--model-GGUF$") as caught:
+        fetch(settings, plan_pull(settings, REPO))
+    assert caught.value.code == "damaged"
+
+
+async def test_work_in_a_thread_may_raise_anything() -> None:
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await asyncio.wait_for(in_thread(lambda: next(iter(())), "test"), PATIENCE)
+
+
 def test_what_is_told_late_does_not_bring_a_pull_back(hub: FakeHub, settings: Settings) -> None:
     for state in (PullState.FAILED, PullState.STOPPED):
         pull = Pull(plan_pull(settings, REPO), REPO, room_of(settings, 0))
@@ -296,6 +313,32 @@ def test_run_fetches_and_talks(command: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert said.endswith("Good day!\n")
     assert (asked[0].model, asked[0].weight_file, asked[0].temperature) == (REPO, "model-Q4_K_M.gguf", 0)
     assert command("run", REPO, "Hi")[1] == "Good day!\n"  # which is here now
+
+
+def test_a_downloaded_model_has_no_settings_of_an_entry_of_models_yaml(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models.yaml").write_text(
+        "global_params: {top_p: 0.5}\nmodels:\n- name: a\n  local_path: missing\n  weight_file: a.gguf\n"
+        f"  params: {{revision: v2, chat_template: chatml, isq: q4k, top_k: 5, download_dir: {tmp_path}/its}}\n"
+    )
+    monkeypatch.delenv("CANDLE_VLLM_DOWNLOAD_DIR")
+    asked: list[Settings] = []
+
+    def load(settings: Settings, **_: Any) -> PacedEngine:
+        asked.append(settings)
+        return PacedEngine("Hi")
+
+    monkeypatch.setattr("candle_vllm.server.commands.terminal.load_engine", load)
+    assert command("run", REPO, "Hi", "--min-p", "0.25")[0] == 0
+    assert f"{REPO}:Q4_K_M" in command("list")[1]  # in the folder of the server
+    given, _ = parse("serve", ["--allow-model-changes", "--min-p", "0.25"])
+    configuration = load_configuration(given, {}, folder=tmp_path, home=tmp_path)
+    own, fetched = (entry.settings for entry in with_fetched(configuration).entries)
+    assert (own.revision, own.weight_file, own.top_k, own.top_p) == ("v2", "a.gguf", 5, 0.5)
+    for each in (asked[0], fetched):
+        assert (each.revision, each.chat_template, each.isq, each.top_k) == (None, None, None, None)
+        assert (each.weight_file, each.top_p, each.min_p) == ("model-Q4_K_M.gguf", 0.5, 0.25)
 
 
 @pytest.mark.parametrize("name", [REPO, f"{REPO}:q4_k_m", f"hf.co/{REPO}:Q4_K_M", "toy:1b", "toy"])

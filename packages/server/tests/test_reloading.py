@@ -249,6 +249,15 @@ def _started(start: Any, folder: Path, **settings: Any) -> tuple[Served, Any]:
     return served, running.http(headers={"authorization": "Bearer root"})
 
 
+async def test_an_added_model_has_the_defaults_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "models.yaml").write_text("global_params: {temperature: 0.3}" + FILE)
+    given = SettingsSource("the command line", {}, {})
+    configuration = load_configuration(given, {}, folder=tmp_path, home=tmp_path)
+    assert configuration.entry_of is not None
+    added = configuration.entry_of({"name": "d", "hf_id": "x/d", "params": {"top_k": 4}}, [])
+    assert (added.settings.temperature, added.settings.top_k, added.settings.model) == (0.3, 4, "x/d")
+
+
 def _served_names(client: Any) -> list[str]:
     return [card["id"] for card in client.get("/v1/models", headers={"authorization": "Bearer user"}).json()["data"]]
 

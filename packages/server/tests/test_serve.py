@@ -65,7 +65,7 @@ def test_a_port_in_use_is_found_before_the_model_loads() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         settings = Settings(port=other.getsockname()[1])
-        configuration = Configuration(settings, Catalogue([ModelEntry("m", settings)]), ())
+        configuration = Configuration(settings, settings, Catalogue([ModelEntry("m", settings)]), ())
         loader = FakeLoader()
         with pytest.raises(UsageError, match=r"port \d+ on 127.0.0.1 is in use: .* choose another --port"):
             serve(configuration, loader)

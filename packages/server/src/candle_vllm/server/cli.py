@@ -113,15 +113,17 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
     from candle_vllm.server.settings.commands import COMMANDS
 
     takes = COMMANDS[command]
+    has_model = any(option.name == "model" for option in takes.settings)
+    settings = configuration.settings if has_model else configuration.unlisted
     module, _, name = takes.runs.partition(":")
     with leaving_at_once(lambda: "it started"):
         if not takes.elsewhere:
             from candle_vllm.server.settings.derived import refuse_missing
 
-            refuse_missing(configuration.settings)
+            refuse_missing(settings)
         with collector_paused():  # the engine's modules are many objects, and none of them is garbage
             program = getattr(import_module(f"candle_vllm.server.{module}"), name)
-    return program(configuration if takes.whole else configuration.settings, **own)
+    return program(configuration if takes.whole else settings, **own)
 
 
 def say(remarks: Sequence[str]) -> None:

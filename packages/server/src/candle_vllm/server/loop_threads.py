@@ -90,6 +90,9 @@ def _succeed(result: asyncio.Future[T], value: T, discard: Callable[[T], object]
 
 def _fail(result: asyncio.Future[T], error: BaseException) -> None:
     if not result.done():
+        if isinstance(error, StopIteration):  # a future refuses it
+            wrapped = RuntimeError("the work raised StopIteration")
+            wrapped.__cause__, error = error, wrapped
         result.set_exception(error)
 
 

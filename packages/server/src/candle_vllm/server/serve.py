@@ -48,7 +48,7 @@ from candle_vllm.server.models.switcher import Load, ManagerLimits
 from candle_vllm.server.observing.metrics import Observation
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.reloading import Reloader, warn_of_missing
-from candle_vllm.server.routes.ollama_library import refuse_open_changes, served_entry
+from candle_vllm.server.routes.ollama_library import pulls_of, refuse_open_changes, served_entry
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.adapters import read_specs
@@ -97,6 +97,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         manager, observation = open_manager(with_fetched(configuration), settings, load)
         app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox), mcp=mcp)
         app.state.page_key = new_page_key(settings, mcp is not None)
+        app.state.pulls = pulls_of(manager, configuration.unlisted)
         server = make_server(app, settings, tls)
         app.state.stopping = lambda: server.should_exit
         starting = Start(app, server, _bound(settings.address, listener))
@@ -120,7 +121,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
 
 def with_fetched(configuration: Configuration) -> Catalogue:
     """Return the catalogue; if clients may change the models, it includes the downloaded ones."""
-    catalogue, settings = configuration.catalogue, configuration.settings
+    catalogue, settings = configuration.catalogue, configuration.unlisted
     if not settings.allow_model_changes:
         return catalogue
     from candle_vllm.server.models.downloads import downloaded

@@ -47,8 +47,9 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
 _OTHER_MODEL: dict[str, Any] = dict.fromkeys(
-    ("weight_path", "weight_file", "revision", "tokenizer", "chat_template", "tool_parser", "reasoning_parser")
-)
+    ("weight_path", "weight_file", "revision", "tokenizer", "chat_template", "mmproj", "imatrix", "tool_parser",
+     "reasoning_parser")
+)  # fmt: skip
 
 
 EXIT_FAILED = 1

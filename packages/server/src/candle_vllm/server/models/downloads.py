@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -253,6 +254,14 @@ def _repos(settings: HubOptions) -> Iterator[CachedRepoInfo]:
         yield from (repo for repo in scan_cache_dir(settings.download_dir).repos if repo.repo_type == "model")
     except CacheNotFound:
         return
+
+
+def damage(settings: HubOptions, folder: Path) -> str:
+    """Return why the cache's folder of a repository cannot be read; "" if it can be."""
+    from huggingface_hub import scan_cache_dir
+
+    warnings = map(str, scan_cache_dir(settings.download_dir).warnings)
+    return "; ".join(warning for warning in warnings if folder.name in re.split(r"[/\\()]", warning))
 
 
 def _models_of(repo: CachedRepoInfo) -> Iterator[Local]:

@@ -67,7 +67,12 @@ def fetch(settings: ModelOptions, plan: downloads.Plan) -> downloads.Local:
     except ModelNotFoundError as error:
         raise PullError(str(error), "interrupted") from error
     _verify(plan, files.folder)
-    return next(local for local in downloads.downloaded(settings) if local.name == plan.name)
+    for local in downloads.downloaded(settings):
+        if local.name == plan.name:
+            return local
+    folder = _blobs(settings, plan).parent
+    why = downloads.damage(settings, folder) or "the model is not in it"
+    raise PullError(f"{plan.name} is here, but its folder is damaged ({why}): remove {folder}", "damaged")
 
 
 def discard(settings: HubOptions, plan: downloads.Plan) -> None:

@@ -47,9 +47,11 @@ class Configuration:
         again: loads the configuration again.
         entry_of: builds another entry from a section in the format of models.yaml; adds remarks or raises UsageError.
         remarks: warnings about settings without effect, or with a surprising effect.
+        unlisted: settings of models that are not in models.yaml, such as downloaded ones: without those of its entries.
     """
 
     settings: Settings
+    unlisted: Settings
     catalogue: Catalogue
     sources: tuple[SettingsSource, ...]
     models_file: Path | None = None
@@ -101,9 +103,13 @@ def load_configuration(
         values["hf_token"] = _token(values, variables, folder)
         return Settings(**values)
 
+    def settings_of_other(*sources: SettingsSource) -> Settings:
+        defaults = [models_file.params] if models_file is not None and name is not None else []
+        return settings_of([*(_without(each, _CHOOSING) for each in upper), *sources, *defaults, *lower])
+
     def entry_of(section: Mapping[str, Any], remarks: list[str]) -> ModelEntry:
         model, source = model_entry(section, "the request", folder, remarks)
-        settings = settings_of([*(_without(each, _CHOOSING) for each in upper), source, *lower])
+        settings = settings_of_other(source)
         return ModelEntry(model, settings, settings.served_model_name)
 
     if models_file is None or name is None:
@@ -134,6 +140,7 @@ def load_configuration(
         remarks += [*variables_of.dotenv_remarks(dotenv), *variables_of.key_remarks(settings, environ, dotenv)]
     return Configuration(
         settings,
+        dataclasses.replace(settings_of_other(), download_dir=settings.download_dir),
         catalogue,
         tuple(sources),
         models_file.path if models_file else None,
