@@ -231,6 +231,35 @@ def client(url: str) -> Any:
     return redis.Redis.from_url(url)
 
 
+class TimedSocket:
+    """A socket that notes the seconds that it may take to send."""
+
+    def __init__(self) -> None:
+        self.timeout, self.allowed = 1.0, list[float]()
+
+    def settimeout(self, seconds: float) -> None:
+        self.timeout = seconds
+
+    def gettimeout(self) -> float:
+        return self.timeout
+
+    def sendall(self, data: bytes) -> None:
+        self.allowed.append(self.timeout)
+
+    def recv(self, size: int) -> bytes:
+        return bytes(size)
+
+
+def test_a_block_may_take_as_long_to_send_as_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = TimedSocket()
+    bounded = redis_blocks._BoundedSocket(end, 1 << 10)
+    bounded.sendall(b"x")
+    bounded._until = time.monotonic() + 0.01  # a slow answer, of which the end comes
+    bounded.recv(8)
+    bounded.sendall(bytes(16 << 20))
+    assert end.allowed == [pytest.approx(1.0, abs=0.1), 3.0]
+
+
 @needs_redis
 def test_servers_share_what_prompts_begin_with(model: Path, redis: tuple[str, Any], tmp_path: Path) -> None:
     with running(model, None) as engine:

@@ -213,6 +213,7 @@ class _BoundedSocket:
         return getattr(self._end, name)
 
     def sendall(self, data: Bytes) -> None:
+        self._end.settimeout(TIMEOUT + len(data) / _SLOWEST)  # for all of the data
         self._end.sendall(data)
         self._left, self._until = self._most, time.monotonic() + TIMEOUT + self._most / _SLOWEST
 
