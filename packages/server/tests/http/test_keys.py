@@ -165,6 +165,10 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not(
     await written("keys: [{name: bob, key: carol-secret}]", "1 keys; gone: alice, carol, ops")
     assert ring.find(b"alice-secret-9") is None
     assert "secret" not in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(keys, "read_yaml", lambda *_, **__: 1 // 0)
+        await written(FILE, "could not be read again (ZeroDivisionError)")
+    await written(FILE + "  - {name: dora, key: dora-secret}\n", "new: alice, dora, ops")
     watch.cancel()
 
 

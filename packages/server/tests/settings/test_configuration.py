@@ -101,6 +101,12 @@ def test_repeatable_flags_and_lists_in_variables(load) -> None:
     assert load("--api-key c", {"CANDLE_VLLM_API_KEY": "a"}).api_key == ("c",)
 
 
+def test_adapters_in_json_in_a_variable(load) -> None:
+    one, two = '{"name": "a", "path": "/x"}', '{"name":"b","path":"/y,z","scale":2}'
+    for text, expected in ((one, (one,)), (f"{one}, {two}", (one, two)), ("a=/x,b=/y", ("a=/x", "b=/y"))):
+        assert load(env={"CANDLE_VLLM_LORA_MODULES": text}).lora_modules == expected
+
+
 def test_secrets_do_not_show(load) -> None:
     assert "topsecret" not in repr(load("--api-key topsecret --hf-token hf_topsecret"))
     assert "topsecret" not in json.dumps([shown(BY_NAME["mcp_args"], "--token topsecret")])
@@ -328,6 +334,8 @@ def test_settings_made_in_python_are_checked_too() -> None:
         ("models:\n  - {name: default, local_path: x}\n", "cannot be called 'default'"),
         ("models:\n  - {name: a, name: b, local_path: x}\n", "the key 'name' appears twice"),
         ("models: []\nmodels: []\n", "line 2: .*the key 'models' appears twice"),
+        ("models:\n- name: a\n  hf_id: {{ model }}\n", "line 3: not valid YAML: found unhashable key"),
+        ("? [a, b]\n: c\n", "line 1: not valid YAML"),
         ("models:\n  - {name: a, local_path: x}\nmailbox: {url: mysql://x}\n", "models.yaml: mailbox must be sqlite"),
         ("models:\n  - {name: a, local_path: x}\nmailbox: {retention_secs: 5}\n", "needs a mailbox"),
         ("models:\n  - {name: a, local_path: x}\nparking_lot: {quue: {}}\n", "unknown key 'quue'"),

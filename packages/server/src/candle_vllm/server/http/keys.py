@@ -106,7 +106,11 @@ class Keyring:
             await asyncio.sleep(LOOK_SECONDS)
             now = await asyncio.to_thread(self._stamp)
             if now == seen != self._read_at:  # a file has changed, and nobody writes to it any more
-                await self.reload()
+                try:
+                    await self.reload()
+                except Exception as error:  # its message may have a key; the next change must still be read
+                    kind = type(error).__name__
+                    logger.error("the API keys could not be read again (%s); the keys from before stay valid", kind)
             seen = now
 
     async def reload(self, settings: AccessOptions | None = None) -> bool:

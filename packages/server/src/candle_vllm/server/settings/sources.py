@@ -93,7 +93,9 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
 
 
 def _variable(option: Option, text: str, spelled: str) -> Any:
-    parts = [part.strip() for part in text.split(",")] if option.repeat else [text]
+    in_json = option.name == "lora_modules" and text.lstrip().startswith("{")
+    comma = r",(?=\s*{)" if in_json else ","
+    parts = [part.strip() for part in re.split(comma, text)] if option.repeat else [text]
     converted = [convert(option.kind, part, spelled) for part in parts]
     return tuple(converted) if option.repeat else converted[0]
 
@@ -173,12 +175,13 @@ def _loader() -> type[yaml.SafeLoader]:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
             for key, _ in node.value:
+                if not isinstance(key.value, str):
+                    continue  # the parent class refuses a mapping or list as key
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key {str(key.value)[:60]!r} appears twice", key.start_mark
                     )
-                if isinstance(key.value, str):
-                    seen.add(key.value)
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     def section(loader: Loader, node: yaml.MappingNode) -> Iterator[Section]:
