@@ -251,17 +251,20 @@ class Notes:
 
     def __init__(self) -> None:
         self.kept: list[bool] = []
+        self.begun = 0
 
     async def begin(self, *_: Any) -> None:
-        pass
+        self.begun += 1
 
     async def keep(self, *_: Any, disconnected: bool) -> bool:
         self.kept.append(disconnected)
         return True
 
 
-def _answer(notes: Any, mode: Mode = Mode.ON_DISCONNECT, seconds: float = 5.0) -> OutlivingAnswer:
-    wish = Wish(DeliveryPolicy(mode, Mode.NEVER), "", "1")
+def _answer(
+    notes: Any, mode: Mode = Mode.ON_DISCONNECT, seconds: float = 5.0, webhook: Mode = Mode.NEVER
+) -> OutlivingAnswer:
+    wish = Wish(DeliveryPolicy(mode, webhook), "", "1")
     form = StoredForm("chatcmpl-", lambda chunks: {"all": "".join(chunks)})
     return OutlivingAnswer(notes, wish, form, "m", time.monotonic() + seconds)
 
@@ -288,6 +291,17 @@ async def test_a_client_is_waited_for_to_the_deadline_and_only_where_it_matters(
     took = time.monotonic() - begin
     assert took >= 0.15 if mode is Mode.ON_DISCONNECT else took < 20
     assert notes.kept == [True]
+
+
+@pytest.mark.parametrize("mode", [Mode.ON_DISCONNECT, Mode.ALWAYS])
+async def test_only_what_is_certain_to_be_stored_is_listed(mode: Mode) -> None:
+    notes = Notes()
+    answer = _answer(notes, mode, webhook=Mode.ALWAYS)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert notes.begun == (mode is Mode.ALWAYS)
+    await answer.aclose()
+    await answer.finish(None)
 
 
 @pytest.mark.parametrize("leaves", [True, False])

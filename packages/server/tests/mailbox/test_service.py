@@ -15,6 +15,7 @@ from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request
 from candle_vllm.openai.errors import GenerationFailedError
+from candle_vllm.responses.store.entries import Entry
 from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
@@ -155,6 +156,25 @@ async def test_a_push_is_given_up(open_mailbox, receiver, caplog, status: int, a
     assert await _get(mailbox) is not None, "its client may still fetch it"
     assert f"answered {status}" in caplog.text
     assert "hunter2" not in caplog.text
+
+
+async def test_a_push_whose_record_expires_is_given_up(open_mailbox, receiver, caplog) -> None:
+    receiver.statuses = [503]
+    mailbox = await open_mailbox({"retry_delay_ms": 60_000}, retention_secs=30)
+    ends: list[bool] = []
+    mailbox.pushed = ends.append
+    await _keep(mailbox, DeliveryPolicy(GONE, GONE, receiver.url))
+    await until(lambda: ends == [False])
+    assert "answered 503, and its record expires before the next attempt" in caplog.text
+    await mailbox.close()  # and one that came due while no server ran
+    mailbox = await open_mailbox(retention_secs=3600)
+    await mailbox._deliverer.close()
+    mailbox.pushed = ends.append
+    await _keep(mailbox, DeliveryPolicy(GONE, GONE, receiver.url), 2)
+    mailbox.store.backend._clock = lambda: time.time() + 3601
+    await mailbox._purge()
+    await until(lambda: ends == [False, False])
+    assert "chatcmpl-2 are no longer attempted: its record has expired" in caplog.text
 
 
 async def test_no_retries_where_there_are_none(open_mailbox, receiver) -> None:
@@ -324,9 +344,10 @@ async def test_expired_records_are_purged_while_it_runs(open_mailbox, monkeypatc
     monkeypatch.setattr("candle_vllm.server.mailbox.service.PURGE_SECONDS", 0.05)
     expire, deleted = SqlBackend.expire, list[int]()
 
-    async def noting(self: SqlBackend) -> int:
-        deleted.append(await expire(self))
-        return deleted[-1]
+    async def noting(self: SqlBackend) -> list[Entry]:
+        found = await expire(self)
+        deleted.append(len(found))
+        return found
 
     monkeypatch.setattr(SqlBackend, "expire", noting)
     mailbox = await open_mailbox(retention_secs=1)

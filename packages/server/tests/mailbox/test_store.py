@@ -138,20 +138,31 @@ async def test_what_has_expired_is_neither_shown_nor_kept(opener, clock) -> None
     clock.now += 3601
     assert await _ids(store) == []
     assert await store.get("a", "one") is None
-    assert await store.purge() == 1
-    assert await store.purge() == 0
+    assert len(await store.backend.expire()) == 1
+    assert await store.backend.expire() == []
 
 
 async def test_an_answer_that_streams_beyond_its_time_becomes_an_error(opener, clock) -> None:
     store = await opener(retention_secs=100)
     await store.put(_entry(store, "one", status=Status.STREAMING, response=None, expires=store.now + 1000))
     clock.now += 2
-    assert await store.purge() == 0
+    assert await store.purge() == []
     record = await store.get("a", "one")
     assert record.status is Status.INTERNAL_ERROR
     assert b"stopped" in bytes(record.response)
     clock.now += 101
-    assert await store.purge() == 1
+    assert len(await store.backend.expire()) == 1
+
+
+async def test_a_push_of_a_lost_answer_has_an_id_of_its_own(opener, clock) -> None:
+    store = await opener()
+    for name in ("one", "two"):
+        await store.put(_entry(store, name, status=Status.STREAMING, response=None, expires=store.now + 1000))
+    clock.now += 2
+    await store.purge()
+    ids = [(await store.get("a", name)).delivery_id for name in ("one", "two", "one")]
+    assert len(ids[0]) == 32
+    assert ids[0] == ids[2] != ids[1]
 
 
 async def test_the_oldest_of_a_key_makes_room(opener) -> None:
@@ -257,9 +268,14 @@ async def test_a_push_of_a_replaced_or_deleted_record_changes_nothing(opener) ->
 async def test_an_expired_push_is_not_sent(opener, clock) -> None:
     store = await opener()
     await store.put(_entry(store, "one", push=True))
+    await store.put(_entry(store, "sent now", push=True, expires=store.now + 2 * HOUR))
+    await store.put(_entry(store, "no push"))
     clock.now += 3601
+    assert (await store.claim(7200_000, ())).request_id == "sent now"
+    clock.now += 3600
     assert await store.claim(1000, ()) is None
     assert await store.next_push(()) is None
+    assert [lost.request_id for lost in await store.purge()] == ["one"]
 
 
 async def test_everything_is_there_after_a_restart(opener) -> None:

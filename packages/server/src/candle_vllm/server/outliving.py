@@ -60,10 +60,6 @@ class Wish:
     request_id: str
     usage_hidden: bool = False
 
-    def asks_for(self, mode: Mode) -> bool:
-        """Whether the answer is stored or pushed in this mode."""
-        return mode in (self.policy.mailbox, self.policy.webhook)
-
 
 class MailboxWriter:
     """Reads answers to their end for the mailbox; without a mailbox, it refuses requests that ask for one."""
@@ -203,7 +199,7 @@ class OutlivingAnswer:
         self._made.set_result(made)
         self._chunks.finish(made if isinstance(made, Exception) else None)
         wish = self._wish
-        if wish.asks_for(Mode.ON_DISCONNECT):
+        if Mode.ON_DISCONNECT in (wish.policy.mailbox, wish.policy.webhook):
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
                     await self._over.wait()
@@ -244,7 +240,7 @@ class OutlivingAnswer:
 
     async def _note(self) -> None:
         """List the answer in the mailbox as being generated, as soon as it is certain that it will be stored."""
-        if not self._wish.asks_for(Mode.ALWAYS):
+        if self._wish.policy.mailbox is not Mode.ALWAYS:
             await self._gone.wait()
         limit = max(1.0, self._deadline - time.monotonic())
         await self._mailbox.begin(self._wish.policy, self._wish.owner, self._id, self._model, limit)

@@ -236,7 +236,7 @@ class ResponseStore:
         store = await self.backend()
         for entry in await store.lapsed():
             await self._fail_lapsed(entry)
-        return await store.expire()
+        return len(await store.expire())
 
     async def _fail_lapsed(self, entry: stored.Entry) -> bool:
         """End a response if its server has died; return whether it had died."""

@@ -237,8 +237,8 @@ class Backend(Protocol):
         """Delete an entry that `get` finds if status and holder match (None: any); return whether it was deleted."""
         ...
 
-    async def expire(self) -> int:
-        """Delete expired entries, and return their number."""
+    async def expire(self) -> list[Entry]:
+        """Delete expired entries, and return them without contents."""
         ...
 
     async def find(self, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:

@@ -63,6 +63,7 @@ class SqlBackend:
         self._bounds = bounds
         self._clock = clock
         self._entries, self._parts, self._names = self.tables.entries, self.tables.parts, self.tables.names
+        self._summary = [each for each in self._entries.c if each.name not in ("body", "given")]  # no contents
         self._active = self._entries.c.status.in_(ACTIVE)
 
     @property
@@ -121,8 +122,8 @@ class SqlBackend:
     def page(
         self, connection: Connection, kind: str, owner: str, limit: int, after: str | None = None
     ) -> list[Entry] | None:
-        columns = [each for each in self._entries.c if each.name not in ("body", "given")]
-        query = select(*columns).where(self._visible(kind, owner)).order_by(self._entries.c.number.desc()).limit(limit)
+        query = select(*self._summary).where(self._visible(kind, owner))
+        query = query.order_by(self._entries.c.number.desc()).limit(limit)
         if after is not None:
             place = select(self._entries.c.number).where(self._visible(kind, owner, after))
             last = connection.execute(place).scalar_one_or_none()
@@ -210,13 +211,12 @@ class SqlBackend:
         return bool(numbers)
 
     @_transaction
-    def expire(self, connection: Connection) -> int:
+    def expire(self, connection: Connection) -> list[Entry]:
         over = and_(self._entries.c.expires <= self.now, not_(self._alive))
-        numbers = list(
-            connection.execute(select(self._entries.c.number).where(over).limit(10 * ROWS_AT_ONCE)).scalars()
-        )
-        self._room(connection).drop(numbers)
-        return len(numbers)
+        query = select(*self._summary).where(over).limit(10 * ROWS_AT_ONCE)
+        rows = connection.execute(query.with_for_update(skip_locked=True)).all()  # another server may expire them now
+        self._room(connection).drop([row.number for row in rows])
+        return [_entry(row) for row in rows]
 
     @_transaction
     def find(self, connection: Connection, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:

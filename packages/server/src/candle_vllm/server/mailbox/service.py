@@ -51,7 +51,7 @@ class Mailbox:
         """Open the store, and continue the pushes of an earlier server; ConfigError if the store cannot be opened."""
         await self.store.open()
         self._deliverer.start()
-        self._purging = Upkeep(PURGE_SECONDS, self.store.purge, "the mailbox could not be purged", at_once=True)
+        self._purging = Upkeep(PURGE_SECONDS, self._purge, "the mailbox could not be purged", at_once=True)
 
     async def close(self) -> None:
         """Stop pushing within seconds, and close the store; pending pushes remain in it."""
@@ -172,6 +172,11 @@ class Mailbox:
         if self.options.webhook.url is None:
             raise invalid("url", "is required: this server has no webhook of its own")
         return parse_target(self.options.webhook.url)
+
+    async def _purge(self) -> None:
+        for lost in await self.store.purge():
+            logger.warning("pushes of %s are no longer attempted: its record has expired", lost.request_id)
+            self.pushed(False)
 
     async def _put(self, answer: StoredAnswer) -> bool:
         try:

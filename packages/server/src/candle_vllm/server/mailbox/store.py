@@ -7,6 +7,7 @@ lease of a streaming answer is its request's deadline; any other lease is the ti
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from collections.abc import Callable, Collection
@@ -116,13 +117,18 @@ class MailboxStore:
         """Delete a streaming answer that will not be completed."""
         await self.backend.delete(ANSWER, owner, request_id, status=Status.STREAMING)
 
-    async def purge(self) -> int:
-        """Delete expired answers, turn streaming answers past their deadline into errors; return the number deleted."""
+    async def purge(self) -> list[StoredAnswer]:
+        """Delete expired answers, and turn streaming answers past their deadline into errors.
+
+        Return the deleted answers whose push was due, without their contents.
+        """
         for lost in await self.backend.lapsed():
             name, expires = (lost.kind, lost.owner, lost.id), self.now + self._retention
             status = Status.INTERNAL_ERROR
             await self.backend.change(*name, _LOST, status=status, lease_was=lost.lease, expires=expires)
-        return await self.backend.expire()
+        now = self.now
+        deleted = await self.backend.expire()  # a push with a later lease is being sent, and its end is reported
+        return [_answer(entry) for entry in deleted if entry.lease is not None and entry.lease <= now]
 
     async def claim(self, lease_ms: int, busy_owners: Collection[str]) -> StoredAnswer | None:
         """Claim the push that has been due longest, not of `busy_owners`; it is due again after the lease."""
@@ -146,9 +152,11 @@ class MailboxStore:
 
 
 def _answer(entry: Entry) -> StoredAnswer:
-    about = entry.about
+    about, holder = entry.about, entry.holder
+    if holder is None:  # the answer was lost, and its lease ended: an id that is the same for each of its pushes
+        holder = hashlib.sha256(f"{entry.owner} {entry.id} {entry.created}".encode()).hexdigest()[:32]
     return StoredAnswer(
         entry.owner, entry.id, about["model"], Status(entry.status), entry.body or None, entry.expires or 0,
         listed=entry.kind == ANSWER, push=entry.lease is not None and not entry.active, url=about.get("url"),
-        bearer=about.get("bearer"), attempts=about["attempts"], delivery_id=entry.holder or "", created=entry.created,
+        bearer=about.get("bearer"), attempts=about["attempts"], delivery_id=holder, created=entry.created,
     )  # fmt: skip

@@ -278,11 +278,14 @@ class Deliverer:
 
     async def _store_outcome(self, push: StoredAnswer, attempt: Attempt) -> None:
         failed = push.attempts + 1
+        wait, detail = wait_ms(self._options.webhook.retry_delay_ms, failed), attempt.detail
         if attempt.outcome is Outcome.FAILED and failed <= self._options.webhook.retry_count:
-            await self._store.postpone(push, failed, wait_ms(self._options.webhook.retry_delay_ms, failed))
-            return
+            if self._store.now + wait < push.expires:
+                await self._store.postpone(push, failed, wait)
+                return
+            detail += ", and its record expires before the next attempt"
         if attempt.outcome is not Outcome.DELIVERED:
-            logger.warning("pushes of %s are no longer attempted: %s", push.request_id, attempt.detail)
+            logger.warning("pushes of %s are no longer attempted: %s", push.request_id, detail)
         self._pushed(attempt.outcome is Outcome.DELIVERED)
         await self._store.settle(push)
 
