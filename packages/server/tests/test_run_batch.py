@@ -226,6 +226,23 @@ def test_files_behind_addresses(
         kept.unlink()
 
 
+@pytest.mark.parametrize("answers", [b"{}\n", b""])
+def test_answers_of_a_run_that_is_interrupted_are_found(
+    answers: bytes, engine: PacedEngine, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    async def interrupted(_: Any, given: Any, made: Any, load: Any) -> None:
+        made.write(answers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_run", interrupted)
+    (tmp_path / "in").write_text(json.dumps(request("a")))
+    assert main(["run-batch", "-i", "in", "-o", f"{shelf.url}/out", "--output-tmp-dir", str(tmp_path)]) == 130
+    kept = list(tmp_path.glob("run-batch-*"))
+    said = capsys.readouterr().err
+    assert [path.read_bytes() for path in kept] == ([answers] if answers else [])
+    assert all(f"the answers so far are in {path}" in said for path in kept)
+
+
 @pytest.mark.parametrize("status", [404, 302])
 def test_an_address_that_cannot_be_read(
     status: int,

@@ -70,8 +70,15 @@ def run_batch(
                 asyncio.run(_run(configuration, given, made, load))
             return 0
         descriptor, name = tempfile.mkstemp(prefix="run-batch-", suffix=".jsonl", dir=output_tmp_dir)
-        with os.fdopen(descriptor, "wb") as made:
-            asyncio.run(_run(configuration, given, made, load))
+        try:
+            with os.fdopen(descriptor, "wb") as made:
+                asyncio.run(_run(configuration, given, made, load))
+        except BaseException:
+            if os.path.getsize(name):
+                sys.stderr.write(f"run-batch: the answers so far are in {name}\n")
+            else:
+                os.unlink(name)
+            raise
     _send(target, Path(name))
     return 0
 
