@@ -217,9 +217,9 @@ def test_arguments_of_calls_are_as_the_template_wants_them(engine: InferenceEngi
         (
             {"role": "sytem", "content": "x"},
             "messages[1].role",
-            "'sytem' is none (did you mean system?); the roles are",
+            "'sytem' is no role (did you mean system?); the roles are",
         ),
-        ({"role": "function", "content": "x"}, "messages[1].role", "'function' is none; the roles are"),
+        ({"role": "function", "content": "x"}, "messages[1].role", "'function' is no role; the roles are"),
         ({"role": "user", "content": "y", "contnt": "x"}, "messages[1].contnt", "a message has no 'contnt'"),
         ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1].function_call", "a message has no"),
         ({"role": "user", "content": [{"type": "x", "text": "x"}]}, "messages[1].content[0]", "is of type 'x'"),

@@ -83,7 +83,7 @@ def test_nothing_behind_a_prompt_is_a_plain_continuation(suffix: str | None) -> 
 @pytest.mark.parametrize(
     ("body", "marks", "param", "text"),
     [
-        ({"suffix": "z"}, (), "suffix", "was not trained to fill in the middle"),
+        ({"suffix": "z"}, (), "suffix", "cannot fill in the middle"),
         ({"suffix": "z", "echo": True}, QWEN, "echo", "cannot be combined with suffix"),
         ({"suffix": 5}, QWEN, "suffix", "must be a string"),
         ({"suffix": "z" * 5000}, QWEN, "max_tokens", "tokens"),

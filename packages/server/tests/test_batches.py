@@ -726,7 +726,7 @@ def test_uploads_under_way_are_bounded(start: Callable[..., Any]) -> None:
             stack.enter_context(unfinished(running, "alice", size))
             wait_for(lambda: batches._uploaded == size)
             assert answer("alice").status_code == 429
-            assert "of one key that are under way may have 1 MB" in answer("alice").text
+            assert "unfinished uploads of one key may have 1 MB" in answer("alice").text
             assert answer("bob").status_code == 200
             beyond = (2 << 20) + service.FORM_OVERHEAD - size + 1
             other = stack.enter_context(unfinished(running, "bob", beyond))

@@ -143,7 +143,7 @@ RAMP = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "2", "--ramp-up-e
         (["--backend", "tgi"], "--backend"),
         (["--dataset-name", "hf", "--model", "m"], "data sets are not downloaded"),
         (["--dataset-name", "sharegpt", "--model", "m"], "needs --dataset-path FILE"),
-        (["--dataset-path", "x", "--model", "m"], "random is made here"),
+        (["--dataset-path", "x", "--model", "m"], "random is generated"),
         (["--dtype", "bf16"], "--dtype does not apply"),
     ],
 )

@@ -150,7 +150,7 @@ def test_what_llama_cpp_has_no_place_for_is_named(case: str, tmp_path: Path, wor
 
 def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
     folder = made("Gemma-2", tmp_path / "m", attn_logit_softcapping=None)
-    with pytest.raises(UnsupportedModelError, match=r"gemma2 divides by attn_logit_softcapping, and"):
+    with pytest.raises(UnsupportedModelError, match=r"gemma2 needs attn_logit_softcapping, which"):
         written(folder, words)
     with pytest.raises(UnsupportedModelError, match="gemma3n has four streams"):
         written(made("Gemma-3n", tmp_path / "streams", altup_num_inputs=3), words)
@@ -159,9 +159,9 @@ def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("EXAONE 4 windows", {}, "exaone4 has windows in models of 64 layers alone$"),
+        ("EXAONE 4 windows", {}, "exaone4 has windows only in models of 64 layers$"),
         ("Mamba biases", {}, "Mamba 1 has 2 channels per hidden element, and a convolution's bias$"),
-        ("Command R+", {"attention_bias": False}, "command-r has norms of q and k in models of 64 layers or more"),
+        ("Command R+", {"attention_bias": False}, "command-r has norms of q and k only in models of 64 layers or more"),
         ("Command R", {"tie_word_embeddings": False}, "no head beside the embedding table$"),
         ("ERNIE 4.5 MoE", {"num_hidden_layers": 3, "moe_layer_interval": 2}, "has all dense layers in front"),
     ],

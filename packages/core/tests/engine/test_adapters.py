@@ -240,7 +240,7 @@ def test_a_removed_name_is_forgotten_and_its_memory_with_the_last_lease() -> Non
     assert store.remove("a")
     assert not store.remove("a")
     assert store.infos() == ()
-    with pytest.raises(InvalidParameterError, match="there is no adapter 'a', nor any other"):
+    with pytest.raises(InvalidParameterError, match="there is no adapter 'a': give its path"):
         store.find(use("a", path=""))
     store.release(first)
     assert _held(store) == (0, 1, 100)

@@ -135,9 +135,9 @@ def test_any_run_of_steps(overlapping: bool) -> None:
 @pytest.mark.parametrize(
     ("before", "told", "said"),
     [
-        ((), Next(bytes(8), ()), "1 sequences goes on"),
-        ((3, 5), Next(bytes(8), ()), "1 sequences goes on"),
-        ((3,), Next(bytes(16), ()), "2 sequences goes on"),
+        ((), Next(bytes(8), ()), "does not follow a decoding step of 1"),
+        ((3, 5), Next(bytes(8), ()), "does not follow a decoding step of 1"),
+        ((3,), Next(bytes(16), ()), "does not follow a decoding step of 2"),
         ((3,), Next(bytes(8), ((1, 1, 1),)), "sequence 1 begins"),
         ((3,), Next(bytes(8), ((-1, 1, 1),)), "sequence -1 begins"),
         ((3,), Next(bytes(8), ((0, 2, 1),)), "block 2 of"),

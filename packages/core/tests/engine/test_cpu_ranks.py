@@ -207,7 +207,7 @@ def without_kernels(folder: Path) -> Path:
     ("write", "settings", "reason"),
     [
         (gguf, {"cpu_ranks": 2, "enforce_eager": True}, "enforce_eager is set"),
-        (without_kernels, {"tensor_parallel_size": 2}, "heads of 8"),
+        (without_kernels, {"tensor_parallel_size": 2}, "head size 8"),
     ],
 )
 def test_ranks_of_kernels_that_are_not_compiled_are_refused(
@@ -301,7 +301,7 @@ def test_cpu_ranks_that_cannot_be_are_refused_as_they_were_asked_for(
     settings: dict[str, Any], system: str, message: str, no_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "sys", SimpleNamespace(platform=system))
-    with pytest.raises(ConfigError, match=f"tensor_parallel_size=2 means as many CPU ranks .*{message}") as refused:
+    with pytest.raises(ConfigError, match=f"tensor_parallel_size=2 means 2 CPU ranks, .*{message}") as refused:
         resolve_ranks(EngineConfig(model="/nowhere", tensor_parallel_size=2, **settings))
     assert refused.value.setting == "tensor_parallel_size"
 

@@ -616,7 +616,7 @@ def test_a_heads_cache_is_planned_beside_the_models(folder: Path, head: Path, pl
         ({}, {"d2t": "I32"}, "d2t makes token 100000 of the head's 3, and the model has 272 tokens"),
         ({}, {"d2t": "F32"}, r"d2t is F32 \[200\]; it must be 200 whole numbers"),
         ({}, {"fc.weight": None}, "missing tensors .1.: fc.weight"),
-        ({}, {"lm_head.weight": None}, "has 200 tokens without a head of its own, of the model's 272"),
+        ({}, {"lm_head.weight": None}, "has 200 tokens and no head; the model's head has 272"),
         ({}, {"midlayer.hidden_norm.weight": (32,)}, r"hidden_norm.weight has shape \[32\]"),
         ({}, {"midlayer.extra.weight": (4,)}, "unexpected tensors .1.: midlayer.extra.weight"),
         (
@@ -670,10 +670,10 @@ def test_other_names_of_the_method_are_taken(name: str) -> None:
 
 
 def test_models_without_such_a_layer_are_refused_by_name(folder: Path, head: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"speculative_config: .*has no layer that predicts further tokens"):
+    with pytest.raises(ModelLoadError, match=r"speculative_config: .*has no multi-token prediction layer"):
         loaded(folder, {"method": "mtp"})
     gemma = write_tiny(tmp_path / "gemma", "gemma2", head_dim=32, query_pre_attn_scalar=16)
-    with pytest.raises(ModelLoadError, match="layers for further tokens of gemma2 are not implemented"):
+    with pytest.raises(ModelLoadError, match="multi-token prediction layers of gemma2 are not implemented"):
         loaded(gemma, {"method": "mtp"})
     with pytest.raises(ModelLoadError, match="architecture 'llama' is not an EAGLE-3 head"):
         loaded(folder, {"method": "eagle3", "model": str(write_toy_gguf(tmp_path / "toy.gguf"))})

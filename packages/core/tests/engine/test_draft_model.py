@@ -287,7 +287,7 @@ def test_other_words_and_missing_models_are_refused_by_name(folder: Path, strang
     (other / "tokenizer.json").write_text(words.replace("<|im_start|>", "<|turn|>"))
     with pytest.raises(ConfigError, match=r"other cannot draft for toy.*token 257 is '<\|im_start\|>' in one"):
         loaded(folder, other)
-    with pytest.raises(ModelNotFoundError, match="speculative_config: the model of drafts"):
+    with pytest.raises(ModelNotFoundError, match="speculative_config: draft model"):
         loaded(folder, tmp_path / "nothing.gguf")
 
 

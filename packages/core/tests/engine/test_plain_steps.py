@@ -172,4 +172,4 @@ def test_a_head_size_without_a_kernel_runs_in_torch(tmp_path: Path, caplog: pyte
     with make(write_toy_model(tmp_path, toy_config(hidden_size=128, head_dim=8))) as engine:
         assert engine.model_info.dtype == "f32"
         assert engine.generate([[1]], SamplingParams(max_tokens=1), use_tqdm=False)
-    assert "op by op in torch, which is slow: heads of 8" in caplog.text
+    assert "op by op in torch, which is slow: head size 8" in caplog.text

@@ -110,7 +110,7 @@ def test_a_model_without_a_kernel_runs_eagerly_and_says_why(tmp_path: Path, capl
     with make(path) as engine:
         assert engine.model_info.dtype == "f32"
         assert len(run(engine)) == len(PROMPTS)
-    assert "heads of 8" in caplog.text
+    assert "head size 8" in caplog.text
 
 
 def test_packed_weights_take_the_memory_of_the_file(model: Path) -> None:

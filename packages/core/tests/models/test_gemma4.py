@@ -119,7 +119,7 @@ def test_defaults_are_those_of_transformers() -> None:
         ({"num_key_value_heads": 3}, InvalidFileError, "8 heads cannot share 3 key-value heads"),
         ({"per_layer_config": {"4": {"head_dim": 0}}}, InvalidFileError, "head_dim is 0"),
         ({"per_layer_config": {"4": 5}}, InvalidFileError, "4 is 5, not a dict"),
-        ({"hidden_size_per_layer_input": -1}, InvalidFileError, "embeddings for layers have -1"),
+        ({"hidden_size_per_layer_input": -1}, InvalidFileError, "per-layer embeddings have -1"),
         ({"final_logit_softcapping": 0.0}, InvalidFileError, "must be above 0"),
         ({"enable_moe_block": True}, InvalidFileError, "num_experts is missing"),
     ],

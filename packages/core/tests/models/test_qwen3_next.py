@@ -252,7 +252,7 @@ def test_experts_stand_in_all_layers_or_by_steps() -> None:
         ({"layer_types": ["linear_attention"]}, "layer_types must name"),
         ({"layer_types": ["linear_attention", "sliding_attention"]}, "layer_types must name"),
         ({"layer_types": None, "full_attention_interval": 0}, "full_attention_interval is 0"),
-        ({"linear_num_value_heads": 5}, "5 value heads of linear attention cannot share 2"),
+        ({"linear_num_value_heads": 5}, "5 linear-attention value heads cannot share 2"),
         ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1"),
         ({"linear_conv_kernel_dim": 17}, "linear_conv_kernel_dim is 17"),
         ({"linear_key_head_dim": "absent"}, "linear_key_head_dim is missing"),
@@ -290,7 +290,7 @@ def test_layers_of_a_gguf_file() -> None:
     [
         ({"attention.recurrent_layers": [True] * 4}, InvalidFileError, "recurrent_layers must"),
         ({"attention.recurrent_layers": [1, 0, "no", 0, 0]}, InvalidFileError, "recurrent_layers must"),
-        ({"ssm.inner_size": 191}, InvalidFileError, "inner_size is 191"),
+        ({"ssm.inner_size": 191}, InvalidFileError, "inner_size 191 is no multiple"),
         ({"ssm.time_step_rank": 0}, InvalidFileError, "time_step_rank is 0"),
         ({"ssm.conv_kernel": 1 << 20}, InvalidFileError, "conv_kernel is 1048576"),
         ({"rope.scaling.type": "longer", "rope.scaling.factor": 2.0}, UnsupportedModelError, "rope scaling"),

@@ -651,7 +651,7 @@ def test_pixtrals_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_
     wrong("Mistral 3", InvalidFileError, "patch_size is 5; config.json asks for", processor={"patch_size": 5})
     wrong("Mistral 3", InvalidFileError, "longest_edge is missing", processor={"size": {"height": 40, "width": 40}})
     wrong("Mistral 3", InvalidFileError, "more than 16384", processor={"size": {"longest_edge": 4000}})
-    wrong("Mistral 3", InvalidFileError, "heads of 2 numbers", vision_config={"num_attention_heads": 16})
+    wrong("Mistral 3", InvalidFileError, "head size 2 must be", vision_config={"num_attention_heads": 16})
     wrong("Mistral 3", unsupported, "do_center_crop is true", processor={"do_center_crop": True})
     wrong(
         "Pixtral", unsupported, "vision_feature_select_strategy is 'default'", vision_feature_select_strategy="default"
@@ -691,7 +691,7 @@ def test_towers_of_llama_4_that_do_not_fit_are_named(folders: Callable[[str], Pa
     wrong("pixel_shuffle_ratio is 0.4", vision_config={"pixel_shuffle_ratio": 0.4})
     wrong("intermediate_size is 96; cells have 128 elements", vision_config={"intermediate_size": 96})
     wrong("projector_output_dim is 48; projector_input_dim is 40", vision_config={"projector_output_dim": 48})
-    wrong("heads of 2 numbers", vision_config={"num_attention_heads": 16})
+    wrong("head size 2 must be", vision_config={"num_attention_heads": 16})
     wrong("tiles of 32 pixels; the model has 4 x 4 patches", processor={"size": {"height": 32, "width": 32}})
     wrong("tiles are squares", processor={"size": {"height": 16, "width": 32}})
     wrong("max_patches is 65", processor={"max_patches": 65})
@@ -719,7 +719,7 @@ def test_towers_of_gemma_4_that_do_not_fit_are_named(folders: Callable[[str], Pa
     wrong(InvalidFileError, "64 positions, of which", vision_config={"position_embedding_size": 64})
     wrong(
         InvalidFileError,
-        "heads of 2 numbers",
+        "head size 2 must be",
         vision_config={"num_attention_heads": 16, "head_dim": 2, "num_key_value_heads": 16},
     )
 

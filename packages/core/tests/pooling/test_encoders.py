@@ -523,7 +523,7 @@ def test_classes_equal_transformers(architecture: str, kind: str | None, eager: 
 @pytest.mark.parametrize("labels", [{}, LABELS])
 def test_a_head_takes_no_other_pooling(labels: dict[str, Any], tmp_path: Path) -> None:
     folder = write_toy_encoder(tmp_path, toy_encoder_config(CROSS_ENCODERS[0], **labels), pooling=None)
-    with pytest.raises(ConfigError, match="this one has a head of its own"):
+    with pytest.raises(ConfigError, match="this model has its own head"):
         InferenceEngine(str(folder), pooling="mean")
 
 

@@ -140,10 +140,10 @@ def test_what_becomes_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         assert stored.nbytes == wanted.size
         assert np.array_equal(stored.load(), ggml.dequantize(wanted, kind, (64, 256)))
     assert [record.message for record in caplog.records] == [
-        "isq q4k: 2 matrices as Q6_K (embedding and head)",
-        "isq q4k: 1 matrices as Q4_K",
-        "isq q4k: 1 matrices as Q8_0, as their rows are no multiple of 256",
-        "isq q4k: 1 matrices as plain, as their rows fit no block",
+        "isq q4k: 2 matrices: Q6_K (embedding and head)",
+        "isq q4k: 1 matrices: Q4_K",
+        "isq q4k: 1 matrices: Q8_0, as their rows are no multiple of 256",
+        "isq q4k: 1 matrices: plain, as their rows fit no block",
     ]
 
 

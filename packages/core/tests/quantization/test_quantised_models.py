@@ -324,7 +324,7 @@ def test_a_layer_without_an_order_of_its_own_decodes(tmp_path: Path) -> None:
             part = MatrixParameter(matrices, name, (16, 64), partial(recorded.backend, groups=ordered))
             why = part.fill(checkpoint.tensors["l.weight"])
             assert (why is None) == ordered
-            assert why is None or why.endswith("hold them exactly in the order of their inputs")
+            assert why is None or why.endswith("has exactly these values in the order of their inputs")
         device = Placement(CPU, "F32", keeps_quantised=True)
         for name, groups in (("decoded", False), ("groups", True)):
             part = MatrixParameter(matrices, name, (16, 64), partial(device.backend, groups=groups))

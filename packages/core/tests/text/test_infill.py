@@ -85,6 +85,6 @@ def test_a_vocabulary_without_marks_is_refused() -> None:
     for names in ((), QWEN[:2], ("[PREFIX]",)):
         tokenizer = ByteTokenizer(names)
         assert infill_marks(tokenizer.special_tokens.get, {"eot": 3}) is None
-        with pytest.raises(InvalidParameterError, match="suffix: this model was not trained") as caught:
+        with pytest.raises(InvalidParameterError, match="suffix: this model cannot fill in") as caught:
             infill_prompt(tokenizer, None, "a", "b")
         assert caught.value.param == "suffix"

@@ -98,7 +98,7 @@ def test_what_has_no_counterpart_is_refused_by_name(given: dict[str, Any], error
 
 
 def test_a_quantisation_that_the_checkpoint_does_not_have(toy_model: Path) -> None:
-    with pytest.raises(ConfigError, match="quantization 'awq': the checkpoint's weights are plain"):
+    with pytest.raises(ConfigError, match="quantization 'awq': the checkpoint is not quantised"):
         LLM(str(toy_model), quantization="awq", threads=1, max_model_len=64)
 
 

@@ -329,7 +329,7 @@ def test_routes_of_operators_want_their_own_key(start) -> None:
             assert client.get(path, headers={"authorization": "Bearer operator"}).status_code != 401, path
         refused = client.get("/v1/models", headers={"authorization": "Bearer operator"})
         assert refused.status_code == 401
-        assert refused.json()["error"]["message"].startswith("This route wants an API key (--api-key)")
+        assert refused.json()["error"]["message"].startswith("This route needs a client's API key (--api-key)")
 
 
 def test_routes_of_operators_are_known() -> None:

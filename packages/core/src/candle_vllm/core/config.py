@@ -83,8 +83,8 @@ CACHE_TYPES: Mapping[str, CacheType] = MappingProxyType({
 """Values of `kv_cache_dtype`. Other modules read from this table what a type needs and allows."""
 CACHE_ALIASES = {"k3v4": "turbo3"} | {other: name for name, kind in CACHE_TYPES.items() for other in kind.names}
 _CACHE = Choice(tuple(CACHE_TYPES), absent={
-    "turbo3": "the cache has 16 bits a number, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
-    "fp8_e5m2": "floats of 8 bits are e4m3 here, which have a bit of precision more",
+    "turbo3": "the cache has 16 bits per element, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
+    "fp8_e5m2": "8-bit floats are e4m3 here, which has one more bit of precision",
 })  # fmt: skip
 _MIN_KEY_LENGTH = 16  # characters of a cluster's key
 _DTYPES = ("auto", "f32", "bf16", "f16")

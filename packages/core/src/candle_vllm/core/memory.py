@@ -200,7 +200,7 @@ def plan_cache(
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget, window_bytes)
     num_blocks = min(affordable, per_sequence * sequences)
-    source = "as it was set" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
+    source = "set by kv_cache_memory" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
     if of_whole:
         source = f"{_size(available)} free{room.kept}, of {_size(room.total)} times {config.gpu_memory_utilization:g}"
     whole = num_blocks == per_sequence * sequences

@@ -59,7 +59,7 @@ def perplexity(
         save.write(head)
     if reference is not None and (theirs := reference.readline(len(head) + 9)) != head:
         raise ConfigError(
-            f"the reference tokenized the text differently: its tokens are {theirs!r}, and the model's are {head!r}",
+            f"the reference has other tokens or another vocabulary: {theirs!r}, not {head!r}",
             "reference",
         )
     parts: list[list[NDArray[np.float64]]] = []

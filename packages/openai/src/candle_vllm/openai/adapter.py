@@ -395,7 +395,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _MANY_CHUNKS = 1000
-_STREAMED = "stream is true, and {0} gives the answer when it is whole: call {0}_stream, or leave stream out"
+_STREAMED = "stream is true, but {0} returns the whole answer: call {0}_stream, or leave stream out"
 
 
 async def _joined(join: Callable[[list[T]], U], chunks: list[T]) -> U:

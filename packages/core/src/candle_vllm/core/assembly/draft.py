@@ -278,7 +278,7 @@ def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHea
             if (name := line.find(stored.tensors)) is not None
         }
         part = stored.with_tensors({name: stored.tensors[name] for name in names})
-        with room_for_weights(f"what {found.name} shares with {target.name}", target.placement, part):
+        with room_for_weights(f"the tables that {found.name} shares with {target.name}", target.placement, part):
             fill(whole, family.weights, family.ignored(model), model, part, lambda *_: None)
     return whole
 
@@ -331,12 +331,12 @@ def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config,
         wrong = f"it reads hidden states of {config.target_size} elements, and the model's have {model.hidden_size}"
     elif (head.own_embed is None or head.own_head is None) and own != model.hidden_size:
         wrong = (
-            f"it has {own} numbers of a token and no embedding or head of its own; the model has {model.hidden_size}"
+            f"its hidden size is {own}, without an embedding or a head of its own; the model's is {model.hidden_size}"
         )
     elif head.own_embed is not None and abs(config.vocab_size - model.vocab_size) > MOST_UNSHARED:
         wrong = f"it knows {config.vocab_size} tokens, and the model {model.vocab_size}"
     elif head.own_head is None and config.draft_vocab_size != model.vocab_size:
-        wrong = f"it has {config.draft_vocab_size} tokens without a head of its own, of the model's {model.vocab_size}"
+        wrong = f"it has {config.draft_vocab_size} tokens and no head; the model's head has {model.vocab_size}"
     if wrong is not None:
         raise ConfigError(
             f"speculative_config: {name} cannot draft for {target.name}: {wrong}; use a head that was trained for it",
@@ -413,7 +413,7 @@ def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
 @contextmanager
 def _as_setting(drafts: EngineConfig | None) -> Iterator[None]:
     """Prefix errors with `speculative_config`, and with the draft model's name if it has files of its own."""
-    said = "speculative_config" + ("" if drafts is None else f": the model of drafts, {drafts.model!r:.200}")
+    said = "speculative_config" + ("" if drafts is None else f": draft model {drafts.model!r:.200}")
     try:
         yield
     except ConfigError as error:

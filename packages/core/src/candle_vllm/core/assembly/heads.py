@@ -56,7 +56,7 @@ def pooling_of(
 def check_pooling(pooling: ModelPooling | None, chosen: PoolingKind | None) -> None:
     """Raise ConfigError if the setting names a pooling that the model's head does not take."""
     if chosen is not None and (pooling is None or pooling.pooling != chosen):
-        raise ConfigError("pooling is of embedding models, and this one has a head of its own: leave it out", "pooling")
+        raise ConfigError("pooling is for embedding models, and this model has its own head: leave it out", "pooling")
 
 
 def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer) -> PooledHead:

@@ -117,7 +117,7 @@ def quantised_in_situ(
         importance = None
         if imatrix is not None and chosen is not None and chosen.name not in SIMPLE:
             importance = imatrix.of_line(written, stored.shape[-1], config)
-            counts[f"such, by the importance of their inputs ({imatrix.path.name})"] += importance is not None
+            counts[f"quantised by importance ({imatrix.path.name})"] += importance is not None
         tensors[line.target] = stored if chosen is None else in_situ(stored, chosen, importance)
     _say(name, counts)
     if imatrix is not None:
@@ -200,4 +200,4 @@ def _group(wanted: GGMLQuantizationType, chosen: GGMLQuantizationType | None, ta
 def _say(name: str, counts: Counter[str]) -> None:
     for group, count in counts.items():
         if group:
-            logger.info("isq %s: %d matrices as %s", name, count, group)
+            logger.info("isq %s: %d matrices: %s", name, count, group)

@@ -204,7 +204,7 @@ def _how_many(
             left -= _size(placement, stored, found, layers, experts)
     free_experts, free_layers = config.cpu_experts is None, config.cpu_offload_gb is None and config.gpu_layers is None
     if not (free_experts or free_layers) or config.ranks > 1:
-        return experts, layers, "as it was set"
+        return experts, layers, "as the settings say"
     free, total = gpu_memory(device)
     if config.gpu_memory_utilization is not None:
         free = max(0, free - int(total * (1 - config.gpu_memory_utilization)))
@@ -226,7 +226,7 @@ def _how_many(
         f"the weights take {weights // MIB} MiB; of {free // MIB} MiB that are free on {device}, {_STEPS // MIB} MiB "
         f"are reserved for activations and {cache // MIB} MiB for a KV cache"
     )
-    return experts, layers, why if chosen else "as it was set"
+    return experts, layers, why if chosen else "as the settings say"
 
 
 def _size(placement: Placement, stored: Checkpoint, found: _Layers, number: int, experts: int) -> int:

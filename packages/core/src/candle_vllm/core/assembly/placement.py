@@ -102,7 +102,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
         )
     if obstacle is not None:
         raise ConfigError(
-            f"tensor_parallel_size={ranks} means as many CPU ranks without a GPU, and {obstacle}",
+            f"without a GPU, tensor_parallel_size={ranks} means {ranks} CPU ranks, and {obstacle}",
             "tensor_parallel_size",
         )
     logger.info("no GPU is used: tensor_parallel_size=%d means cpu_ranks=%d (docs/scaling.md)", ranks, ranks)
@@ -130,7 +130,7 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
         return _in_torch(config, in_torch, "enforce_eager is set")
     if device.type == "cpu" and model.implementation != "native":
         compiled = _recorded(config, in_torch, matrix_obstacle(checkpoint))
-        compiled = _in_torch(config, compiled, "its layers are transformers'")
+        compiled = _in_torch(config, compiled, "the layers are transformers modules")
         if not compiled.recorded:
             return compiled
         use_threads(1)  # a pool of torch would wait for its next operation on the cores of the products' threads
@@ -251,10 +251,10 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
         if not layout.supported(model.latent, block_size):
             return f"latent attention of {model.latent} with blocks of {block_size} tokens (`block_size`) has no kernel"
         has_kernel = model.index is None or layout.choice_supported(model.index)
-        return None if has_kernel else f"an index of {model.index} has no kernel"
+        return None if has_kernel else f"the sparse index {model.index} has no kernel"
     for dim in {spec.key_dim for spec in paged(model.cache_specs)}:
         if not supported(dim, block_size):
-            return f"heads of {dim} with blocks of {block_size} tokens (`block_size`) have no kernel"
+            return f"head size {dim} with blocks of {block_size} tokens (`block_size`) has no kernel"
     return None
 
 

@@ -139,6 +139,6 @@ def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
     # In pieces, because the check allocates a byte for each element.
     if any(bool(piece.isinf().any()) for piece in values.flatten().split(_LOOKED_AT)):
         raise UnsupportedModelError(
-            f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: set "
+            f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504; set "
             "dtype='bf16' or dtype='f32', or device='cpu' where the GPU has neither for this model"
         )

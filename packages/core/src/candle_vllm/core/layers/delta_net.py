@@ -48,7 +48,7 @@ class DeltaSizes:
 
     def __post_init__(self) -> None:
         if self.heads % self.key_heads:
-            raise InvalidFileError(f"{self.heads} value heads of linear attention cannot share {self.key_heads} keys")
+            raise InvalidFileError(f"{self.heads} linear-attention value heads cannot share {self.key_heads} key heads")
 
     @property
     def parts(self) -> tuple[int, int, int]:

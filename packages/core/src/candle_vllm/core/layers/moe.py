@@ -76,7 +76,7 @@ class Mixture:
                 f"the best {self.top_groups} of {self.groups} groups of {self.experts} experts cannot be chosen"
             )
         if self.correction and self.groups > 1 and self.experts == self.groups:
-            raise InvalidFileError(f"{self.groups} groups of one expert cannot be judged by their two best")
+            raise InvalidFileError(f"the router needs groups of two experts or more; {self.groups} have one")
         for size in (self.inner_size, self.shared_size):
             if not 0 <= size <= MAX_COUNT:
                 raise InvalidFileError(f"the model's experts have an inner size of {size}; it must be 1 to {MAX_COUNT}")

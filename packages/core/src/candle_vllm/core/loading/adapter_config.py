@@ -211,7 +211,7 @@ def _check_init(keys: _Keys) -> None:
         keys.refuse("init_lora_weights", _CONVERSION)
     if value == "loftq":
         keys.refuse("init_lora_weights", f"such training changes the base's own weights; {_MERGE}")
-    keys.refuse("init_lora_weights", f"served are true, false, {', '.join(_UNCHANGED_BASE)}; {_MERGE}")
+    keys.refuse("init_lora_weights", f"it must be true, false, {', '.join(_UNCHANGED_BASE)}; otherwise {_MERGE}")
 
 
 def _trained_tokens(keys: _Keys) -> dict[str, tuple[int, ...]]:

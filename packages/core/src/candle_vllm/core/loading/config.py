@@ -279,6 +279,6 @@ class EncoderConfig:
         if self.hidden_size % self.num_heads:
             raise InvalidFileError(f"hidden states of {self.hidden_size} cannot be cut into {self.num_heads} heads")
         if not 0 < self.max_position <= MAX_COUNT:
-            raise InvalidFileError(f"the model's config leaves room for texts of {self.max_position} tokens")
+            raise InvalidFileError(f"the context length must be 1 to {MAX_COUNT} tokens, not {self.max_position}")
         if not 0 < self.norm_eps < 1:
             raise InvalidFileError(f"the model's config says the epsilon of its norms is {self.norm_eps}")

@@ -289,7 +289,7 @@ def check_kind(metadata: Mapping[str, object], path: Path) -> None:
     kind = kind_of(metadata)
     if kind != "model":
         what = next(what for name, what in _OTHER_KINDS.values() if name == kind)
-        raise UnsupportedModelError(f"{path}: this is {what} and name the model with --m")
+        raise UnsupportedModelError(f"{path}: this is {what} and name the model with -m")
 
 
 def _alignment(header: _Header, metadata: dict[str, MetadataValue]) -> int:

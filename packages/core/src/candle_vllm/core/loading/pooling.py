@@ -186,7 +186,7 @@ def _part(entry: object, path: Path) -> tuple[str, str]:
 
 def _pooling_config(path: Path) -> PoolingKind:
     if not path.is_file():
-        raise InvalidFileError(f"{path} is missing, which says how the model's vectors are made: download it too")
+        raise InvalidFileError(f"{path} is missing: it sets the model's pooling; download it too")
     fields = Fields(read_json(path), path)
     if not fields.get("include_prompt", bool, True):
         raise UnsupportedModelError(f"{path}: include_prompt is false, which is not implemented")

@@ -68,7 +68,7 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
         taken |= _names(parts)
         logical[tensor.name] = tensor
     if _quantises_activations(fields):
-        logger.info("%s asks for quantised activations: here they keep a precision at least as high", path)
+        logger.info("%s asks for quantised activations; they keep at least that precision", path)
     if not logical:
         logger.warning("%s names the method %s, and no weight is quantised", path, method)
     rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in taken}

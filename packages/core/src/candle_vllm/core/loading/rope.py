@@ -202,7 +202,7 @@ def _check_longrope(rope: RopeConfig) -> None:
     for name, values in divisors.items():
         if len(values) != rope.dim // 2:
             raise InvalidFileError(
-                f"the rotary {name} has {len(values)} numbers; it must have {rope.dim // 2}, one for each pair of the "
+                f"the rotary {name} has {len(values)} divisors; it must have {rope.dim // 2}, one for each pair of the "
                 f"{rope.dim} rotary dimensions"
             )
         for value in values:

@@ -202,7 +202,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
         found = _TEXT.fullmatch(name)
         plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)
         if plain in made:
-            raise InvalidFileError(f"{checkpoint.path}: tensor {plain} of the text tower is there under two names")
+            raise InvalidFileError(f"{checkpoint.path}: the text model's tensor {plain} is stored under two names")
         made[plain] = dataclasses.replace(tensor, name=plain)
     return checkpoint.with_tensors(made), checkpoint.with_tensors(others)
 

@@ -60,7 +60,7 @@ def completed(config: ApertusConfig, tensors: Mapping[str, StoredTensor]) -> Ape
     """Add the xIELU parameters, which are tensors with one element each, to the config."""
     names = [[f"model.layers.{n}.mlp.act_fn.{part}" for part in _PARTS] for n in range(config.num_layers)]
     if any(name not in tensors or tensors[name].numel != 1 for layer in names for name in layer):
-        raise WeightsError("the numbers of xIELU (mlp.act_fn.alpha_p and others) are missing, or are not one of each")
+        raise WeightsError("the parameters of xIELU (mlp.act_fn.alpha_p and others) are missing, or not of one element")
     found = (tuple(float(tensors[name].load().reshape(-1)[0]) for name in layer) for layer in names)
     return dataclasses.replace(config, xielu=tuple(found))
 
@@ -70,7 +70,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
     shared, output_bias = shared_from_gguf(fields, checkpoint), "blk.0.attn_output.bias" in checkpoint.tensors
     columns = [Fields(fields.values, fields.path).get(f"xielu.{part}", list) for part in _PARTS]
     if any(len(column) != shared["num_layers"] for column in columns):
-        raise InvalidFileError(f"{fields.path}: the numbers of xIELU are not those of {shared['num_layers']} layers")
+        raise InvalidFileError(f"{fields.path}: the parameters of xIELU are not for {shared['num_layers']} layers")
     own: dict[str, Any] = {
         "qkv_bias": gguf_has_bias(checkpoint),
         "output_bias": output_bias,

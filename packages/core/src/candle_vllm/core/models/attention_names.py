@@ -113,7 +113,7 @@ def local_keys(config: Any) -> dict[str, Any]:
     """
     pattern = [window is not None for window in config.sliding_windows]
     if any(pattern) and config.model_type == "exaone4" and config.num_layers != 64:
-        raise UnsupportedModelError("llama.cpp's exaone4 has windows in models of 64 layers alone")
+        raise UnsupportedModelError("llama.cpp's exaone4 has windows only in models of 64 layers")
     keys = window_keys(config) | ({"attention.sliding_window_pattern": pattern} if any(pattern) else {})
     local = getattr(config, "local_rope", None)
     return keys | ({} if local is None else {"rope.freq_base_swa": float(local.theta)})

@@ -137,7 +137,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
     if not config.tie_embeddings:
         raise UnsupportedModelError("llama.cpp's command-r and cohere2 have no head beside the embedding table")
     if config.model_type == "cohere" and config.head_norms != (config.num_layers >= 64):
-        raise UnsupportedModelError("llama.cpp's command-r has norms of q and k in models of 64 layers or more alone")
+        raise UnsupportedModelError("llama.cpp's command-r has norms of q and k only in models of 64 layers or more")
     plain: dict[str, Any] = {"rope.scaling.type": "none"} if config.rope.kind == "default" else {}
     return plain | {"logit_scale": float(config.logit_scale)} | local_keys(config)
 

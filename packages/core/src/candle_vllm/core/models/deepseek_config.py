@@ -60,7 +60,7 @@ class DeepseekConfig(ModelConfig):
                 "and some must be left that do not rotate"
             )
         if not 0 <= self.extra_layers <= MAX_LAYERS:
-            raise InvalidFileError(f"the model has {self.extra_layers} layers that predict further tokens")
+            raise InvalidFileError(f"the model has {self.extra_layers} multi-token prediction layers")
         if max(self.kv_rank, self.q_rank, self.value_dim) > 1 << 16:
             raise InvalidFileError(f"latent vectors of {self.kv_rank} and {self.q_rank} are not possible")
 

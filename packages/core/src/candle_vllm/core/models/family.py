@@ -148,7 +148,7 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise InvalidFileError(f"vision_config: {self.num_heads} heads of {self.hidden_size} numbers")
+            raise InvalidFileError(f"vision_config: {self.num_heads} heads cannot share hidden_size {self.hidden_size}")
         if not 0 < self.norm_eps < 1:
             raise InvalidFileError(f"vision_config says the epsilon of its norms is {self.norm_eps}")
 

@@ -54,7 +54,7 @@ class Gemma3nConfig(Gemma4Config):
         if self.hidden_size % 16:
             raise UnsupportedModelError(f"hidden_size {self.hidden_size} is not implemented: it must divide by 16")
         if self.input_size < 1:
-            raise InvalidFileError(f"the model's config says its embeddings for layers have {self.input_size} numbers")
+            raise InvalidFileError(f"the model's config says per-layer embeddings have {self.input_size} elements")
         assert len(self.deviations) == self.num_layers
 
     @property

@@ -67,9 +67,9 @@ class Gemma4Config(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(0 < dim <= 1024 for dim in self.head_dims):
-            raise InvalidFileError(f"heads of {max(self.head_dims)} numbers are not possible")
+            raise InvalidFileError(f"heads of {max(self.head_dims)} elements are not possible")
         if not 0 <= self.input_size * self.num_layers <= MAX_COUNT:
-            raise InvalidFileError(f"the model's config says its embeddings for layers have {self.input_size} numbers")
+            raise InvalidFileError(f"the model's config says per-layer embeddings have {self.input_size} elements")
         if self.final_softcap is not None and not self.final_softcap > 0:
             raise InvalidFileError(f"final_logit_softcapping is {self.final_softcap}; it must be above 0")
 

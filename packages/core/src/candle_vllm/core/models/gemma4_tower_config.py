@@ -37,7 +37,7 @@ class Gemma4TowerConfig(TowerConfig):
         super().__post_init__()
         if self.num_layers and self.hidden_size // self.num_heads % 4:
             raise InvalidFileError(
-                f"vision_config: heads of {self.hidden_size // self.num_heads} numbers, which must be a multiple of 4"
+                f"vision_config: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
             )
         if self.learned * self.patch < self.side * self.patch or not 0 < self.theta <= 1e9:
             raise InvalidFileError(

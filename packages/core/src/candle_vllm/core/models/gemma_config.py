@@ -145,7 +145,7 @@ def gemma2_keys(config: Any) -> dict[str, Any]:
     caps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.final_softcap}
     missing = [key for key, cap in caps.items() if not cap]
     if missing:
-        raise UnsupportedModelError(f"llama.cpp's gemma2 divides by {' and '.join(missing)}, and this model has none")
+        raise UnsupportedModelError(f"llama.cpp's gemma2 needs {' and '.join(missing)}, which this model lacks")
     return window_keys(config) | {key: float(cap) for key, cap in caps.items()}
 
 

@@ -56,7 +56,7 @@ def _stretched(fields: Fields) -> Fields:
     dim = fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
     theta = scaling.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
     if dim <= 2 or not 0 < alpha <= 1e9:
-        raise UnsupportedModelError(f"{fields.path}: {key} has an alpha of {alpha} for heads of {dim} numbers")
+        raise UnsupportedModelError(f"{fields.path}: {key} has an alpha of {alpha} for heads of {dim} elements")
     theta *= alpha ** (dim / (dim - 2))
     rope = {"rope_type": "default", "rope_theta": theta}
     return Fields({**fields.values, "rope_theta": theta, "rope_scaling": None, "rope_parameters": rope}, fields.path)
@@ -117,7 +117,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
     """The GGUF metadata of the experts; llama.cpp has one size for experts and dense layers."""
     mixture = config.mixture
     if mixture.inner_size != config.intermediate_size:
-        raise UnsupportedModelError("llama.cpp's hunyuan-moe has experts as wide as intermediate_size alone")
+        raise UnsupportedModelError("llama.cpp's hunyuan-moe has only experts as wide as intermediate_size")
     return size_keys(mixture) | {"expert_shared_feed_forward_length": mixture.shared_size, "expert_shared_count": 1}
 
 

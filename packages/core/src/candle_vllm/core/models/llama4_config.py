@@ -45,7 +45,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
     if len(kinds) != layers or len(turned) < layers or not {*kinds} <= {"chunked_attention", "full_attention"}:
         raise InvalidFileError(f"{fields.path}: layer_types and no_rope_layers must describe {layers} layers")
     if not sparse <= {*range(layers)}:
-        raise InvalidFileError(f"{fields.path}: moe_layers names layers that are not there")
+        raise InvalidFileError(f"{fields.path}: moe_layers names layers that the model does not have")
     chunk = fields.get("attention_chunk_size", int, _CHUNK)
     tuning = fields.values.get(f"{fields.prefix}attn_temperature_tuning", True)  # or the number 4
     own = {

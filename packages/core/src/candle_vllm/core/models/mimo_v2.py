@@ -68,7 +68,7 @@ def _mimo(shared: dict[str, Any], heads: tuple[int, int], mixture: Mixture) -> L
     count, windows = shared["num_heads"], shared["sliding_windows"]
     if any(count % each for each in heads) or len(windows) != shared["num_layers"]:
         raise InvalidFileError(
-            f"{count} heads, {heads} key-value heads and {len(windows)} kinds of layers do not agree"
+            f"{count} heads, {heads} key-value heads and a pattern of {len(windows)} layers do not agree"
         )
     sinks = frozenset(n for n, window in enumerate(windows) if window is not None)
     own: dict[str, Any] = {"num_kv_heads": min(heads), "sink_layers": sinks, "attention_sinks": True}

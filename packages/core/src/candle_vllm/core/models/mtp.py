@@ -86,7 +86,7 @@ def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
     """
     qwen = type(config) is Qwen3NextConfig  # not its subclasses, which have other blocks
     if not (qwen or isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig))):
-        raise UnsupportedModelError(f"layers for further tokens of {config.model_type} are not implemented")
+        raise UnsupportedModelError(f"multi-token prediction layers of {config.model_type} are not implemented")
     tensors, last = checkpoint.tensors, config.num_layers
     if checkpoint.format == "gguf" and f"blk.{last}.nextn.eh_proj.weight" in tensors:
         names = {part: f"blk.{last}.nextn.{name.replace('.', '_')}" for part, name in _BEHIND.items()}
@@ -97,7 +97,7 @@ def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
         if f"{start}fc.weight" in tensors:
             names = {part: start + name for part, name in _APART.items()}
             return Layout(f"{start}layers.0.", names, given_back=True, near_one=qwen)
-    raise UnsupportedModelError(f"{checkpoint.path}: the model has no layer that predicts further tokens")
+    raise UnsupportedModelError(f"{checkpoint.path}: the model has no multi-token prediction layer")
 
 
 def layer_tensors(layout: Layout, checkpoint: Checkpoint, model: Sequence[WeightName]) -> Checkpoint:

@@ -134,7 +134,7 @@ WEIGHTS = [
 def gguf_keys(config: PhiMoeConfig) -> dict[str, Any]:
     """The GGUF metadata of a Phi-3.5-MoE in addition to the keys of every model."""
     if config.mixture is None or not (config.head_bias and config.output_bias):
-        raise UnsupportedModelError("llama.cpp's phimoe wants biases of the head and of what attention gives")
+        raise UnsupportedModelError("llama.cpp's phimoe needs biases of the head and of attention's output")
     return phi3.gguf_keys(config) | count_keys(config.mixture)
 
 

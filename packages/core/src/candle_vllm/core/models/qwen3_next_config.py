@@ -121,7 +121,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Qwen3NextConfig:
     every = _but_every(fields.count("full_attention_interval", 4), layers)
     heads, inner = fields.count("ssm.time_step_rank"), fields.count("ssm.inner_size")
     if inner % heads:
-        raise InvalidFileError(f"{fields.path}: {fields.prefix}ssm.inner_size is {inner}, of {heads} heads")
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}ssm.inner_size {inner} is no multiple of {heads} heads")
     return Qwen3NextConfig(
         **shared | {"num_layers": layers, "sliding_windows": (None,) * layers},
         delta=DeltaSizes(

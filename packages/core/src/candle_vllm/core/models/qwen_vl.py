@@ -62,7 +62,7 @@ class QwenTowerConfig(TowerConfig):
         super().__post_init__()
         if self.hidden_size // self.num_heads % 4:
             raise InvalidFileError(
-                f"vision_config: {self.num_heads} heads of {self.hidden_size} numbers: a head's must be a multiple of 4"
+                f"vision_config: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
             )
 
 

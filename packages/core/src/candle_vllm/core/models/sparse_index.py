@@ -99,7 +99,10 @@ def from_gguf(fields: Fields, architecture: str, layers: int, rope: int) -> dict
 def _checked(fields: Fields, sizes: list[int], rope: int, full: list[bool], layers: int, pairs: bool) -> dict[str, Any]:
     heads, dim, top = sizes
     if len(full) != layers or not full[0] or dim <= rope:
-        raise InvalidFileError(f"{fields.path}: the index of the layers is incomplete, or its keys have {dim} elements")
+        raise InvalidFileError(
+            f"{fields.path}: layer 0 has no index, indexer types do not cover the {layers} layers, or index keys have "
+            f"{dim} elements (more than {rope} are needed)"
+        )
     if not fields.count("q_lora_rank" if "q_lora_rank" in fields else "attention.q_lora_rank", 0):
         raise UnsupportedModelError(f"{fields.path}: an index without q_lora_rank is not implemented")
     index = LatentSizes(heads=heads, nope=dim - rope, rope=rope, latent=dim - rope, value=0)

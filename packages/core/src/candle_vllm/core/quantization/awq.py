@@ -66,7 +66,7 @@ def awq_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
     qweight, qzeros = parts.get(".qweight", "I32"), parts.get(".qzeros", "I32")
     scales = parts.get(".scales", *FLOATS)
     if len(qweight.shape) != 2 or 0 in qweight.shape:
-        raise parts.shape_error(qweight, "[inputs, outputs / 8]", "8 codes of 4 bits of an input each")
+        raise parts.shape_error(qweight, "[inputs, outputs / 8]", "each int32 has 8 codes of one input")
     columns, rows = qweight.shape[0], qweight.shape[1] * PER
     why = f"{rows} outputs, {columns} inputs and group_size {group}"
     if group > 0 and columns % group:

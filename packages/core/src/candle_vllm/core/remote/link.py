@@ -173,7 +173,7 @@ class RemoteLink:
         if live is None:  # aborted meanwhile
             return
         if piece.index not in live.unfinished:
-            raise EngineDeadError("the engine process sent a piece of a sequence that is not there, and is ended")
+            raise EngineDeadError("the engine process sent an output of an unknown or finished sequence, and is ended")
         if not live.begun:
             live.begun = True
             self.on_begun(live.request.request_id)
@@ -235,7 +235,7 @@ class RemoteThread(EngineThread):
             EngineDeadError: the engine has stopped.
         """
         number = next(self._numbers)
-        self._ask(number, write_check(number, params), "a form of texts", "checked")
+        self._ask(number, write_check(number, params), "the structured outputs", "checked")
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """Send a call to the engine's adapter store, and wait for the answer.

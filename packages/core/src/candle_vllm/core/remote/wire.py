@@ -191,7 +191,7 @@ def encode(message: msgspec.Struct) -> bytes:
     """
     data = msgspec.msgpack.encode(message, enc_hook=_plain)
     if len(data) > MAX_FRAME:
-        raise FrameTooLargeError(f"a message of {len(data)} bytes; {MAX_FRAME} are possible")
+        raise FrameTooLargeError(f"a message has {len(data)} bytes; at most {MAX_FRAME} are possible")
     return data
 
 

@@ -152,7 +152,7 @@ class _Writer:
         inside = self._format(content, depth + 1)
         if content["type"] == "any_text" and ends != [""]:
             if "" in ends:
-                raise refused("structural_tag: a tag of any_text cannot end with a text and also with none")
+                raise refused("structural_tag: a tag of any_text has an empty end and another end: give one of them")
             return self._rule(" | ".join(map(self._until, ends)))
         return f"{inside} {self._rule(' | '.join(map(self._literals.expression, ends)))}"
 

@@ -96,7 +96,7 @@ class ComparedGrammar:
         self._inner.fill_mask(bits)
         np.bitwise_and(bits, self._kept(), out=bits)
         if not bits.any():
-            raise refused("the grammar cannot go on here: every element that may stand in an array was said already")
+            raise refused("the grammar cannot go on here: the array already has every element that its schema allows")
 
     def accept(self, token_id: int) -> bool:
         ended = self._inner.exhausted

@@ -327,7 +327,7 @@ class ScriptedEngine(ScriptedVectors):
         if len(ids) + (request.params.max_tokens or 1) > limit:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens and max_tokens is {request.params.max_tokens}; "
-                f"together they are more, and this model's maximum context length is {limit} tokens",
+                f"together that is too many: this model's maximum context length is {limit} tokens",
                 "max_tokens",
             )
         if request.request_id in self._live:

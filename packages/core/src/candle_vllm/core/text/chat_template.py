@@ -114,7 +114,7 @@ class ChatTemplate:
         if not isinstance(text, str) or len(text) > MAX_TEMPLATE:
             size = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
             raise UnsupportedModelError(
-                f"the chat template {name!r:.60} has {size}; it must be a text of at most {MAX_TEMPLATE} characters"
+                f"the chat template {name!r:.60} must be a text of at most {MAX_TEMPLATE} characters, not {size}"
             )
         token = current_budget.set(Budget())
         try:
@@ -159,7 +159,7 @@ class ChatTemplate:
                 return name
         if "default" not in self._sources:
             names = ", ".join(sorted(self._sources)) or "none"
-            raise ChatTemplateError(f"the model's chat templates are {names}; none of them fits a plain conversation")
+            raise ChatTemplateError(f"the model's chat templates are {names}; this conversation needs 'default'")
         return "default"
 
     def _run(self, name: str, variables: dict[str, Any]) -> str:
@@ -260,7 +260,7 @@ def _mark_ending(conversation: list[dict[str, Any]], template: str) -> str:
         last["content"] = content + _TAG
         return content
     raise ChatTemplateError(
-        "continue_final_message needs a last message with text that the template writes; this one has none", "messages"
+        "continue_final_message needs a last message with text, and a template that writes message contents", "messages"
     )
 
 

@@ -116,7 +116,7 @@ def infill_prompt(
     """
     if marks is None:
         raise InvalidParameterError(
-            "suffix: this model was not trained to fill in the middle: its vocabulary has none of the marks for it",
+            "suffix: this model cannot fill in the middle: its vocabulary has no infill marks",
             "suffix",
         )
     before = tokenizer.encode(prefix, False, parse_special=False) if isinstance(prefix, str) else list(prefix)

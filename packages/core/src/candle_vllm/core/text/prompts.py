@@ -333,7 +333,7 @@ def _check_message(place: str, message: Any, template: ChatTemplate | None, sees
         raise _wrong(f"{place}.role", f"{said}: system, user, assistant or tool")
     if role not in ROLES and role not in roles:
         known = f"the roles are {', '.join(ROLES[:-1])} and {ROLES[-1]}"
-        raise _wrong(f"{place}.role", f"{role!r:.60} is none{nearest(role[:60], ROLES)}; {known}")
+        raise _wrong(f"{place}.role", f"{role!r:.60} is no role{nearest(role[:60], ROLES)}; {known}")
     _check_keys(place, message, _KEYS, words, "message")
     if content is None:
         if not any(message.get(name) for name in _WITHOUT_CONTENT):

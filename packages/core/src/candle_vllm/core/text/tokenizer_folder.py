@@ -115,7 +115,7 @@ def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
     if config.get("tokenizer_class") != "TikTokenTokenizer":
         raise UnsupportedModelError(
             f"{folder} has tiktoken.model and no tokenizer.json, and its tokenizer_class is "
-            f"{config.get('tokenizer_class')!r:.80}; only Kimi's TikTokenTokenizer is known to cut words as it does"
+            f"{config.get('tokenizer_class')!r:.80}; only Kimi's TikTokenTokenizer is supported"
         )
     ranks = _read_ranks(path)
     letters = {byte: letter for letter, byte in BYTE_ALPHABET.items()}
@@ -310,7 +310,7 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path
             logger.warning("%s: add_%s is true, which is ignored: tokenizer.json has %s there", path, name, before)
             continue
         sides[side] = [text] if wanted else []
-        logger.info("%s: add_%s is %s: around a text are %s and %s, not %s", path, name, wanted, *sides, before)
+        logger.info("%s: add_%s is %s: tokens around a text are %s and %s, not %s", path, name, wanted, *sides, before)
         changed = True
     if changed:
         before, behind = ([(text, backend.token_to_id(text) or 0) for text in side] for side in sides)

@@ -89,8 +89,8 @@ def check_quantization(said: str | None, stored: str | None) -> None:
     """
     if said is not None and stored is None:
         raise ConfigError(
-            f"quantization {said!r:.60}: the checkpoint's weights are plain, and none are quantised by this name while "
-            "they are loaded. Leave it out, or use isq",
+            f"quantization {said!r:.60}: the checkpoint is not quantised, and loading does not quantise with this "
+            "method: leave it out, or use isq",
             "quantization",
         )
 
@@ -123,12 +123,12 @@ class EngineArgs:
             if each.name != "model":
                 _add_flag(parser, each.name, each.help, isinstance(each.kind, Boolean), _reader(each.name))
         for name in _TRANSLATED.keys() - SETTINGS.keys():
-            _add_flag(parser, name, "vLLM's", False, _value)
+            _add_flag(parser, name, "as in vLLM", False, _value)
         for name in ("runner", "convert", "quantization", "generation_config"):
-            _add_flag(parser, name, "vLLM's", False, str)
+            _add_flag(parser, name, "as in vLLM", False, str)
         for name in ("pooler_config", "override_generation_config"):
-            _add_flag(parser, name, "vLLM's, as JSON", False, json.loads)
-        _add_flag(parser, "trust_remote_code", "vLLM's: never", True, str)
+            _add_flag(parser, name, "JSON, as in vLLM", False, json.loads)
+        _add_flag(parser, "trust_remote_code", "must be false: a model's own code is never run", True, str)
         return parser
 
     @classmethod

@@ -359,7 +359,7 @@ class LLM(ExplainedAttributes):
             first *= len(second)
         if not second or len(first) != len(second):
             raise InvalidParameterError(
-                f"score takes one text and any number of others, or as many of both: not {len(first)}, {len(second)}",
+                f"score takes one text and a list, or lists of equal length, not {len(first)} and {len(second)} texts",
                 "data_2",
             )
         outputs = self.engine.score(list(zip(first, second, strict=True)), use_tqdm=use_tqdm, lora_request=lora_request)
@@ -522,5 +522,5 @@ def refuse_given(method: str, **given: object) -> None:
     """Refuse arguments that exist only to be refused with a reason."""
     for name, value in given.items():
         if value is not None:
-            said = foreign_names(method).get(name, "there is nothing that it could change here")
+            said = foreign_names(method).get(name, "it would have no effect here")
             raise InvalidParameterError(f"{method} takes no {name}: {said}", name)

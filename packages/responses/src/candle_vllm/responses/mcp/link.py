@@ -283,7 +283,7 @@ def tool_output(result: CallToolResult, *, fault: str | None = None) -> ToolOutp
     """
     parts = [_part(block) for block in result.content[:MAX_PARTS]]
     if len(result.content) > MAX_PARTS:
-        parts.append(ContentPart(kind="text", text=f"[{len(result.content) - MAX_PARTS} more pieces are left out]"))
+        parts.append(ContentPart(kind="text", text=f"[{len(result.content) - MAX_PARTS} more parts are left out]"))
     if fault is not None:
         parts.insert(0, ContentPart(kind="text", text=fault))
     return ToolOutput(

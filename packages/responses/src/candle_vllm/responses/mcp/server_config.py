@@ -147,8 +147,7 @@ class McpServerConfig(ExplainedSettings):
     def _check_target(self, checks: server_values.Checks) -> None:
         """Check that exactly one of `command` and `url` is set, and that no setting is only for the other one."""
         if (self.command is None) == (self.url is None):
-            both = "and has both" if self.command is not None else "and has neither"
-            checks.fail("command", f"or url must be given, not both: the server is a program or an address, {both}")
+            checks.fail("command", "or url must be given, and not both")
         if self.transport is not None and self.transport not in get_args(Transport):
             checks.fail("transport", f"must be one of {', '.join(get_args(Transport))}, not {self.transport!r:.40}")
         if self.command is not None:

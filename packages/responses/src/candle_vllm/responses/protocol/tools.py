@@ -165,7 +165,7 @@ class McpTool(fields.WireModel):
     def _for_a_url(self) -> Self:
         for name in ("authorization", "headers"):
             if getattr(self, name) and self.server_url is None:
-                raise fields.invalid(name, "needs server_url: the operator's own servers have their own")
+                raise fields.invalid(name, "needs server_url: mcp.json sets it for its own servers")
         return self
 
 

@@ -177,7 +177,7 @@ def _unpack(tar: tarfile.TarFile, folder: Path, budget: sources.Budget) -> str |
             raise sources.Refused(f"its archive has more than {MAX_MEMBERS} members")
         path, shown = PurePosixPath(member.name), f"{member.name!r:.100}"
         if path.is_absolute() or ".." in path.parts:
-            raise sources.Refused(f"its archive has {shown}, which leads out of it")
+            raise sources.Refused(f"its archive has {shown}, a path outside the archive")
         if member.isdir():
             continue
         if not member.isreg() or member.issparse() or member.size < 0:

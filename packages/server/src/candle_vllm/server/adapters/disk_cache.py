@@ -192,10 +192,10 @@ class DiskCache:
                 leaving.append(place)
                 total -= entry.size
         if total + least > self._max_bytes:  # evict nothing if the adapter would not fit anyway
-            said = f"it has {least >> 20} MiB, and the cache holds {self._max_bytes >> 20} MiB"
+            said = f"it needs {least >> 20} MiB, and the cache has {self._max_bytes >> 20} MiB"
             if least > self._max_bytes:
                 raise Refused(f"{said} (--lora-cache-bytes)")
-            raise Unavailable(f"{said} with what is in use and what is fetched (--lora-cache-bytes)")
+            raise Unavailable(f"{said}, adapters in use or being fetched included (--lora-cache-bytes)")
         for place in leaving:
             gone = self._folder / f"{_STAGED}{secrets.token_hex(8)}"
             with contextlib.suppress(OSError):

@@ -87,7 +87,7 @@ class BatchRun:
                 return
             if caller is None:
                 await self._fail(
-                    [BatchError(code="invalid_api_key", message="Its API key is no longer a key of this server.")]
+                    [BatchError(code="invalid_api_key", message="The batch's API key is not valid any more.")]
                 )
                 return
             try:
@@ -113,7 +113,7 @@ class BatchRun:
             await self._flush()
             await self._store.renew(self.held, (await self._store.backend()).now)
         except (CandleVllmError, AssertionError) as error:
-            logger.warning("the batch %s could not be given back: %s", self.held.id, error)
+            logger.warning("the batch %s could not be released: %s", self.held.id, error)
 
     async def fail_for_good(self) -> None:
         """Mark the batch as failed, because it would fail again."""

@@ -81,7 +81,7 @@ class Batches:
         """Open a store that is not in memory, and continue the batches of an earlier server."""
         if self.store.options.url != MEMORY:
             await self.store.backend()
-        self._upkeep = Upkeep(RENEW_SECONDS, self._look, "batches could not be looked for", at_once=True)
+        self._upkeep = Upkeep(RENEW_SECONDS, self._look, "waiting batches could not be read", at_once=True)
 
     async def close(self) -> None:
         """Release the running batches, and close the store."""
@@ -137,9 +137,9 @@ class Batches:
 
         def count(size: int) -> None:
             if sum(own.values()) + size > (share := self.store.share) + FORM_OVERHEAD:
-                raise _too_much(429, f"uploads of one key that are under way may have {share >> 20} MB")
+                raise _too_much(429, f"the unfinished uploads of one key may have {share >> 20} MB in total")
             if self._uploaded + size > (most := self.store.options.max_bytes) + FORM_OVERHEAD:
-                raise _too_much(503, f"uploads that are under way may have {most >> 20} MB (--files-max-mb)")
+                raise _too_much(503, f"all unfinished uploads may have {most >> 20} MB in total (--files-max-mb)")
             own[upload] += size
             self._uploaded += size
 
@@ -207,7 +207,7 @@ class Batches:
             await run.give_back()
             raise
         except CandleVllmError as error:
-            logger.warning("the batch %s stopped, and is taken up again: %s", run.held.id, error.__cause__ or error)
+            logger.warning("the batch %s stopped, and is continued later: %s", run.held.id, error.__cause__ or error)
         except Exception:
             logger.exception("the batch %s failed", run.held.id)
             await run.fail_for_good()

@@ -97,7 +97,7 @@ def make_samples(
     if name not in NAMES:
         raise UsageError(f"--dataset-name must be one of {', '.join(NAMES)}, not {name!r:.60}")
     if (path is None) != (name in ("random", "sonnet")):
-        raise UsageError(f"--dataset-path is for data sets in files, which need it; {name} is made here" if path
+        raise UsageError(f"--dataset-path is only for data sets in files; {name} is generated" if path
                          else f"--dataset-name {name} needs --dataset-path FILE")  # fmt: skip
     if path is None:
         make = _random if name == "random" else _sonnet
@@ -244,7 +244,7 @@ class ServerWords:
         self._model = model
         ids = self.encode("To be counted.")
         if not ids or not self.decode(ids):
-            raise CandleVllmError("the server's /tokenize returns no count")
+            raise CandleVllmError("the server's /tokenize or /detokenize returns nothing")
         # The server does not report its vocabulary; tokens of plain text represent it.
         self._known = sorted({token for line in (*_LINES, _PREFACE) for token in self.encode(line)})
 

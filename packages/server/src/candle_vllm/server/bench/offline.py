@@ -163,9 +163,9 @@ def bench_speculation(
         f"Plain: {result['plain_tokens_per_second']:.2f} tokens/s\n"
         f"With drafts: {result['tokens_per_second']:.2f} tokens/s\n"
         f"Ratio, median of the pairs: {result['ratio']:.3f}\n"
-        f"Tried: {result['draft_tokens']}, right: {result['accepted_draft_tokens']} "
+        f"Draft tokens: {result['draft_tokens']}, accepted: {result['accepted_draft_tokens']} "
         f"({result['acceptance_rate']:.1%}); tokens a step: {result['tokens_per_step']:.2f}\n"
-        f"Bound by the times of steps: {result['bound']:.3f}\n"
+        f"Upper bound from step times: {result['bound']:.3f}\n"
         f"Answers that differ: {result['different_answers']}\n"
     )
     _save(output_json, result)

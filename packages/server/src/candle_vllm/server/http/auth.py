@@ -117,7 +117,7 @@ def _refused(key: Key | None, manages: bool) -> str:
     if key is not None and not key.is_valid:
         return f"The API key {key.caller.label!r} has expired: ask this server's operator for another."
     if key is not None and not manages:
-        return "This route wants an API key (--api-key): a management key is for operators' routes only."
+        return "This route needs a client's API key (--api-key): a management key is for operators' routes only."
     if key is not None:
         return f"{_called(key)} is not a management key of this server: it is for clients' routes only."
     which = "management key" if manages else "key"

@@ -421,7 +421,7 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
             raise Refused(f"its archive has more than {_MAX_MEMBERS:,} members")
         path, shown = PurePosixPath(member.name), f"{member.name!r:.100}"
         if path.is_absolute() or ".." in path.parts or "\\" in member.name:
-            raise Refused(f"its archive has {shown}, which leads out of it")
+            raise Refused(f"its archive has {shown}, a path outside the archive")
         if len(path.parts) > _MOST_PARTS:
             raise Refused(f"its archive has {shown}, which is more than {_MOST_PARTS} folders deep")
         if member.isdir():

@@ -214,7 +214,7 @@ def _shown(slot: ModelSlot) -> Shown:
     if slot.model is not None and (length := slot.model.engine.model_info.embedding_size):
         about[f"{known.architecture}.embedding_length"] = length
     return Shown(
-        modelfile=f"# {name} as it is served; its settings are flags, or stand in models.yaml\nFROM {name}\n",
+        modelfile=f"# {name} as it is served; its settings come from flags or models.yaml\nFROM {name}\n",
         parameters="\n".join(f"{field:30} {value}" for field, value in drawn.items()),
         template=UNSET if known.template is None else known.template,
         details=details(slot),

@@ -392,7 +392,7 @@ class AdapterStore:
 
     def _others(self, name: str) -> str:
         if not self._entries:
-            return ", nor any other"
+            return ""
         names = list(self._entries)
         more = ", ..." if len(names) > _SHOWN_NAMES else ""
         return f"{nearest(name, names[:1000])}; there are {', '.join(names[:_SHOWN_NAMES]):.600}{more}"

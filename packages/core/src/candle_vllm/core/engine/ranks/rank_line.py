@@ -310,7 +310,7 @@ class Line:
         if self._keys is not None:
             tag = read_exactly(self.socket, _TAG_BYTES)
             if not hmac.compare_digest(tag, _tag(self._keys[1], next(self._received), data)):
-                raise ValueError("what came over a line was not sent by its other end")
+                raise ValueError("a frame has a wrong signature")
         return decoder(kind).decode(data)
 
     def end(self) -> None:
@@ -581,7 +581,7 @@ class Batches:
     def _next(self, told: Next) -> Batch:
         last, ids = self._last, as_ints(told.token_ids)
         if last is None or not len(ids) == len(last.context_lens) == last.tokens.shape[1]:
-            raise ValueError(f"a step of {len(ids)} sequences goes on, and the one before was not like it")
+            raise ValueError(f"`Next` for {len(ids)} sequences does not follow a decoding step of {len(ids)} sequences")
         tokens = last.tokens + _ONE_ON
         tokens[0], tokens[3] = ids, -1
         for row, column, block in told.begun:
@@ -639,7 +639,7 @@ def _find_pages(runner: Any, told: Pages) -> None:
     """Set page table entries; raises ValueError if the rank has no such blocks."""
     places, page_of = as_ints(told.places), runner.page_of.reshape(-1)
     if len(places) and not 0 <= places.min() <= places.max() < len(page_of):
-        raise ValueError(f"pages of blocks are told, and there are {len(page_of)} in all pools")
+        raise ValueError(f"page table indices are outside the {len(page_of)} blocks of all pools")
     page_of[places] = as_ints(told.pages)
 
 

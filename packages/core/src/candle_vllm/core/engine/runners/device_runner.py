@@ -486,7 +486,7 @@ class DeviceRunner(CacheParts):
         return _nothing
 
     def _added(self) -> DeviceAdapters:
-        assert self.adapters is not None, "an engine without adapters has sequences without"
+        assert self.adapters is not None, "without LoRA, no sequence has an adapter"
         return self.adapters
 
     def _eager(self, batch: Batch, border: Border | None = None, *, measured: bool = False) -> Work:

@@ -456,7 +456,7 @@ class _RecordedGiven:
         self._recorder, self.stops = recorder, list[_Stop]()
 
     def put(self, x: Recorded, ranks: Collective | None) -> Recorded:
-        assert ranks is None, "ranks run op by op"
+        assert ranks is None, "a model divided among processes is not recorded"
         self._stop(x)
         return x
 

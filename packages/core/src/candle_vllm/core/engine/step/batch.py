@@ -125,7 +125,7 @@ def embedded_rows(scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> Em
         for image in run.sequence.images if run.start < run.sequence.num_prompt_tokens else ():
             begin, end = (bisect.bisect_left(image.positions, place) for place in (run.start, run.start + run.count))
             if begin < end:
-                assert image.rows is not None, "a sequence begins when its pictures are there"
+                assert image.rows is not None, "a sequence is admitted after its images are encoded"
                 rows.append(np.array(image.positions[begin:end]) + (first - run.start))
                 if image.blank is not None:
                     token_ids[rows[-1]] = image.blank
@@ -141,7 +141,7 @@ def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
             for begin, end in image.spans:
                 begin = max(begin, run.start)
                 if begin < min(end, run.start + run.count):
-                    assert end <= run.start + run.count, "a tile is not cut"
+                    assert end <= run.start + run.count, "a step must contain whole tiles"
                     found = np.zeros(query_start[-1], np.int64) if found is None else found
                     place = first - run.start
                     found[place + begin : place + end] = np.arange(end - begin)[::-1]

@@ -112,7 +112,7 @@ class Pooler:
     def wanted(self, start: int, end: int) -> range:
         """Return the needed positions in `start:end` that were not added yet: a preempted text is run again."""
         missing = range(max(start, self._next), min(end, self._end))
-        assert not missing or missing.start == self._next, "a position that counts was left out"
+        assert not missing or missing.start == self._next, "a needed position was left out"
         return missing
 
     def add(self, total: NDArray[np.float64], positions: int) -> None:

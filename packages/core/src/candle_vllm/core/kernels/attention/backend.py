@@ -88,7 +88,7 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
     if needs.slopes or needs.chunks:
         return "FlashAttention is not used with ALiBi, nor within chunks"
     if needs.cache_dtype != "auto":
-        return f"FlashAttention does not read a cache of {needs.cache_dtype} beside queries of another type"
+        return f"FlashAttention does not read a cache of {needs.cache_dtype} with queries of another type"
     if torch.version.hip is not None:
         return "FlashAttention is used on NVIDIA GPUs alone"
     if needs.capability is None or needs.capability < (8, 0):

@@ -89,7 +89,7 @@ def _refusal_of_4(needs: AttentionNeeds) -> str | None:
     if major not in (9, 10, 11):
         return "its pages need a Hopper or Blackwell data-centre GPU"
     if major > 9 and 128 < needs.head_dim < 256:
-        return f"heads of {needs.head_dim} numbers are not served on this GPU"
+        return f"head size {needs.head_dim} is not supported on this GPU"
     return None if installed(_FOUR) else "it is not installed"
 
 

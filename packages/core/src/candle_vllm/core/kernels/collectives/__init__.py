@@ -195,7 +195,7 @@ def shared_memory(ranks: int) -> BinaryIO | None:
     try:
         return sealed_memory(ranks * BLOCK_BYTES)
     except OSError as error:
-        logger.warning("ranks add up by Gloo, which takes longer: the system gives no memory to share (%s)", error)
+        logger.warning("ranks sum over Gloo, which is slower: the system provides no shared memory (%s)", error)
         return None
 
 
@@ -278,7 +278,7 @@ class _SharedMemory:
         until = time.monotonic() + self._patience
         while self._state[0] != 2:
             if self._gone.is_set():
-                raise RuntimeError("the other ranks have gone")
+                raise RuntimeError("another rank has ended")
             if time.monotonic() > until:
                 raise RuntimeError(f"the other ranks have not come within {self._patience:.0f} s")
             time.sleep(nap)
@@ -506,7 +506,7 @@ class _Receiver:
                 failed = done.get(timeout=_LOOK.total_seconds())
             except queue.Empty:
                 if gone.is_set():
-                    raise RuntimeError("the other ranks have gone") from None
+                    raise RuntimeError("another rank has ended") from None
             else:
                 if failed is not None:
                     raise failed

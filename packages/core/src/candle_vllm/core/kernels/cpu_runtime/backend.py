@@ -65,9 +65,9 @@ class RecordedBackend:
         del read
         found = blocks()
         if found is None:
-            return self._decoded(stored, "no blocks of GGUF hold them exactly")
+            return self._decoded(stored, "no GGUF block type has exactly these values")
         if found.order is not None and not self.groups:
-            return self._decoded(stored, "no blocks of GGUF hold them exactly in the order of their inputs")
+            return self._decoded(stored, "no GGUF block type has exactly these values in the order of their inputs")
         return self.blocks(stored, lambda: found)
 
     def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> tuple[Matrix, str | None]:

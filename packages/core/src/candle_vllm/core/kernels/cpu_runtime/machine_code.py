@@ -80,7 +80,7 @@ def link(made: bytes) -> Image:
     for number in wanted:  # the list grows in the loop: sections that the code refers to, directly or indirectly
         section = sections[number] if number < len(sections) else None  # higher numbers are reserved by ELF
         if section is None or section.kind != _PROGBITS or section.flags & _WRITABLE:
-            raise LinkError("the code has memory of its own; an error of Python's, such as of range() by 0, needs some")
+            raise LinkError("the code needs writable memory, as raising a Python error does (range() with step 0)")
         code += bytes(-len(code) % max(section.align, 1))
         starts[number] = len(code)
         code += made[section.offset : section.offset + section.size]
@@ -102,7 +102,7 @@ def link(made: bytes) -> Image:
         name, section, value = symbols[number]
         target = (starts[section] + value if section else stubs[name]) + addend
         if (section == 0 and kind not in _CALLS[kind_of_cpu]) or not _patch(kind_of_cpu, code, at, kind, target):
-            raise LinkError(f"a relocation of kind {kind} to {name!r}")
+            raise LinkError(f"unsupported relocation {kind} to {name!r}")
     return Image(bytes(code), starts[entry[1]] + entry[2], slots)
 
 
@@ -181,7 +181,7 @@ def load(image: Image) -> int:
     at = _mapped(libc, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     ctypes.memmove(at, bytes(code), len(code))
     if libc.mprotect(ctypes.c_void_p(at), size, mmap.PROT_READ | mmap.PROT_EXEC) != 0:
-        raise OSError(ctypes.get_errno(), "the system lets no memory be executed that was written")
+        raise OSError(ctypes.get_errno(), "the system forbids executing memory that was written")
     return at + image.entry
 
 

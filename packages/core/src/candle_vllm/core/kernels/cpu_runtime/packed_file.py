@@ -106,7 +106,7 @@ class PackedFile:
                 magic, length, digest = _HEAD.unpack(file.read(_HEAD.size))
                 size = os.fstat(file.fileno()).st_size
                 if magic != _MAGIC or length > size or hashlib.sha256(text := file.read(length)).digest() != digest:
-                    raise ValueError("it is damaged or of another program")
+                    raise ValueError("it is damaged, or no file of packed weights")
                 table = json.loads(text)
                 start = _start(length)
                 if table["about"] != self._about:
@@ -187,7 +187,7 @@ class PackedFile:
                         raise InterruptedError("the process ended before the file was written")
                     self._written += file.write(chunk.data)
             part.replace(self._path)
-            said = "packed weights: %.1f MB saved in %s (--packed-cache off saves none)"
+            said = "packed weights: %.1f MB saved in %s (--packed-cache off disables this)"
             logger.info(said, size / 1e6, self._path.parent)
         except OSError as error:
             logger.warning("packed weights cannot be saved in %s: %s", self._path.parent, error)

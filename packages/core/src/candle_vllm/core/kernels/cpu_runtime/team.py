@@ -166,7 +166,7 @@ class ThreadTeam:
     def _start(self) -> None:
         cpus = len(usable_cpus())
         if self.threads > cpus:
-            logger.warning("%d threads wait for each other on CPUs: %d; fewer threads are faster", self.threads, cpus)
+            logger.warning("threads (%d) outnumber CPUs (%d): fewer threads are faster", self.threads, cpus)
         try:
             with deep_stacks():
                 for helper in self._helpers:
@@ -189,7 +189,7 @@ class ThreadTeam:
                 made.append(semaphore)
         if threads > 1 and not (made and all(made)):
             self._drop_semaphores()
-            logger.warning("this system has no semaphores that the CPU kernels know: they use one thread")
+            logger.warning("the CPU kernels cannot use this system's semaphores: they use one thread")
             return False
         return True
 

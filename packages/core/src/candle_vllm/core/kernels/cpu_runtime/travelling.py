@@ -164,7 +164,7 @@ def write(level: Level, folder: Path) -> None:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Write the code of all levels, or of the given ones."""
-    parser = argparse.ArgumentParser(prog="travelling", description="compile the CPU kernels that travel in the wheel")
+    parser = argparse.ArgumentParser(prog="travelling", description="precompile the CPU kernels for the wheel")
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help=", ".join(level.name for level in LEVELS))
     parser.add_argument("--into", type=Path, default=kernel_cache.TRAVELLING, help="another folder than the package's")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, set up for one level

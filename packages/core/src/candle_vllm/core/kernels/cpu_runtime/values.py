@@ -508,7 +508,7 @@ class _Prepared(_Wrapper):
 
     def onto(self, target: Buffer, *, accumulate: bool = True, column: int = 0) -> None:
         """Record that the norm is added to the rows of `target` from `column` on, or overwrites them."""
-        assert self._prologue.norm, "of what is prepared for matrices, norms alone can be added to a value"
+        assert self._prologue.norm, "only a norm can be added to a value; gates and activations cannot"
         assert self._weight is not None
         arguments = NormOntoArguments(
             x=self.source.address,

@@ -162,8 +162,8 @@ class WeightMemory:
         self._left -= self.ranks.place(taken, [taken.size // tiles * tile for tile in self.ranks.borders(tiles)])
         if self._left <= 0:
             logger.warning(
-                "there are too many matrices for placing each rank's rows on its node, so that the rest is read from "
-                "all nodes in turns: raise vm.max_map_count"
+                "weights are only partly bound to their ranks' NUMA nodes, because Linux limits a process's mappings; "
+                "the rest is interleaved over all nodes, which is slower: raise vm.max_map_count"
             )
 
     def _take(self, count: int) -> np.ndarray:

@@ -97,7 +97,7 @@ def _check(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
     if zeros is not None:
         if zeros.shape != scales.shape or zeros.is_floating_point():
             raise ValueError(
-                f"zeros are {zeros.dtype} of shape {tuple(zeros.shape)}; whole numbers as the scales stand"
+                f"zeros are {zeros.dtype} of shape {tuple(zeros.shape)}; integers of the shape of the scales are read"
             )
         if int(zeros.min()) < 0 or int(zeros.max()) > 0xFFFF:
             raise ValueError(f"zeros from {int(zeros.min())} to {int(zeros.max())}; 0 to 65535 are read")

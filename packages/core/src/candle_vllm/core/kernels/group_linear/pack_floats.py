@@ -52,7 +52,7 @@ def check_span(span: int, columns: int) -> None:
     """Raise `UnsupportedModelError` if no kernel supports a scale for `span` of a matrix's columns."""
     if span < columns and span % PART:
         raise UnsupportedModelError(
-            f"a scale for {span} columns has no kernel on a GPU: it must be for a multiple of {PART}, or for all"
+            f"a scale for {span} columns has no kernel on a GPU: it must be a multiple of {PART} columns, or all"
         )
 
 

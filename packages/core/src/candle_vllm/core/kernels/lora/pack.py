@@ -100,7 +100,7 @@ def _check(name: str, place: Place, delta: Delta) -> None:
             f"{name}: adapters of experts may have only A, B and biases, neither DoRA nor whole matrices"
         )
     if place.lookup and delta.column_scale is not None:
-        raise AdapterError(f"{name}: a table whose rows are looked up takes no DoRA")
+        raise AdapterError(f"{name}: a table whose rows are looked up does not support DoRA")
 
 
 def numbers_of(stored: StoredTensor | None) -> NDArray[np.float32]:

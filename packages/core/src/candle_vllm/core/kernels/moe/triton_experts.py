@@ -281,7 +281,7 @@ def product(
     """
     assert bias is None or (bias.is_contiguous() and bias.device == x.device)
     stored, device = matrix.stored, x.device
-    assert stored != "codes", "experts of whole numbers come in GGUF's blocks"
+    assert stored != "codes", "experts with integer codes are stored as GGUF blocks"
     tiles = _tiles(stored, matrix.kind, capability(device))
     tile = tile_for(pairs.tokens, tiles.few) if blocks is None else tile_for(blocks.most, tiles.many)
     operand, rows = matrix.operand(tile.columns), out.shape[1]

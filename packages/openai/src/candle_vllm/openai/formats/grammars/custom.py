@@ -71,7 +71,7 @@ def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
     """
     kinds = _checked_tokens(definition)
     if _is_recursive(kinds):
-        raise _refused("it is recursive, and this model's calls have a text up to a mark, which it could hold")
+        raise _refused("it is recursive, and so cannot exclude the mark that ends the text of a call")
 
     def string(text: str) -> str:
         return quoted(_decoded(text)) + ("i" if text.endswith("i") else "")
@@ -149,7 +149,7 @@ def _tokens(definition: str) -> Iterator[tuple[str, str]]:
     while position < len(definition):
         match = _TOKENS.match(definition, position)
         if match is None:
-            raise _refused(f"{definition[position : position + 20]!r} has no meaning within a call")
+            raise _refused(f"{definition[position : position + 20]!r} is not supported in a tool's grammar")
         position = match.end()
         kind = match.lastgroup or ""
         if kind != "space":

@@ -84,7 +84,7 @@ class Values:
             known = sorted(known, key=lambda entry: entry[0].lower())
         for name, _, _ in known:
             if self._notation.unkeyable(name):
-                raise self._root.refused(f"properties: {name!r:.60}", "that name cannot be written in it")
+                raise self._root.refused(f"properties: {name!r:.60}", "that name cannot be written in this format")
         first = rest = ""
         if others is not None:
             entry = sequence(free_key([name for name, _, _ in known]), self.value(others))
