@@ -148,6 +148,8 @@ def test_what_is_refused(toy: Path) -> None:
             file.seek(0)
             with pytest.raises(ConfigError, match="the reference has other tokens or another vocabulary"):
                 perplexity(engine, text, window=WINDOW, tokens=tokens, reference=file)
+        with pytest.raises(CandleVllmError, match="fewer log-probabilities than tokens"):
+            perplexity(engine, TEXT, window=WINDOW, tokens=TOKENS, reference=io.BytesIO(file.getvalue()[:-4]))
         with pytest.raises(CandleVllmError, match="no room"):
             engine.read_logits([1, 2, 3], lambda _: (_ for _ in ()).throw(ValueError("no room")))
         assert perplexity(engine, TEXT, window=WINDOW)["windows"] > 1  # a text that failed leaves nothing behind

@@ -315,6 +315,7 @@ async def test_events_are_read_however_they_are_cut(way: str, size: int) -> None
         (b"HTTP/1.1 500 Error\r\ncontent-length: 0\r\n\r\n", "HTTP/1.1 500 Error"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\ndata: {}", "the connection was closed"),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", "cannot be read"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n-5\r\n", "cannot be read"),
         (b"HTTP/1.1 200 OK\r\n\r\ndata: {\n\n", "not JSON"),
         (b'HTTP/1.1 200 OK\r\n\r\ndata: {"error":{"message":"died"}}\n\n', "died"),
         (b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices":[{"text":"a"}]}\n\n', "before its last event"),

@@ -8,7 +8,9 @@ import dataclasses
 import os
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
+import httpx
 import pytest
 from huggingface_hub import scan_cache_dir
 
@@ -225,7 +227,7 @@ def test_a_file_that_is_not_what_the_hub_has_is_removed(hub: FakeHub, settings: 
 @pytest.mark.parametrize("told", ["../" * 12 + "tmp/x", "0" * 63, "A" * 64])
 def test_a_sum_that_is_none_names_no_file_here(hub: FakeHub, settings: Settings, told: str) -> None:
     hub.sums[REPO, "model-Q4_K_M.gguf"] = told
-    with pytest.raises(PullError, match="whose name or sum cannot be"):
+    with pytest.raises(PullError, match="with an invalid name or checksum"):
         plan_pull(settings, REPO)
 
 
@@ -396,6 +398,12 @@ def test_ps_asks_a_server(command: Any, start: Any) -> None:
     assert status == 2
     assert "Missing or wrong API key" in why
     assert "no server answers" in command("ps", "--port", "9")[2]
+
+
+@pytest.mark.parametrize(("status", "told"), [(200, {"object": "list"}), (200, []), (404, "no"), (404, [])])
+def test_ps_asks_another_kind_of_server(command: Any, status: int, told: Any) -> None:
+    with mock.patch("httpx.Client.get", return_value=httpx.Response(status, json=told)):
+        assert "is no candle-vllm: name another one" in command("ps", "--port", "9")[2]
 
 
 def test_a_server_has_what_was_fetched_where_that_is_allowed(hub: FakeHub, settings: Settings, tmp_path: Path) -> None:

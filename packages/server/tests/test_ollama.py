@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import ollama
 import pytest
+from msgspec.structs import replace
 
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.core.testing.toy_model import write_toy_model
@@ -253,6 +254,13 @@ def test_documented_curl_lines_work_and_pages_from_elsewhere_do_not(start: Calla
     assert len(running.engine.requests) == 2
     own = curl(f"{running.url}/api/chat", "-d", body, "-H", f"Origin: {running.url}")
     assert json.loads(own)["done"]
+
+
+def test_a_models_size_is_all_of_its_memory(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine())
+    running.engine._info = replace(running.engine._info, weight_bytes=1, kv_cache_bytes=2, index_bytes=4)
+    with running.http() as client:
+        assert client.get("/api/ps").json()["models"][0]["size"] == 7
 
 
 def test_keys_count_here_too(start: Callable[..., Any]) -> None:

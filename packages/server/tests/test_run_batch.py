@@ -351,3 +351,8 @@ async def test_no_more_lines_are_held_than_asked_for() -> None:
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"error": 1}', b'{"error": {"message": "m"}}'])
 def test_errors_of_any_form_are_told(body: bytes) -> None:
     assert problem_of(body) == Problem(code="error", message="m" if b'"m"' in body else "The request failed.")
+
+
+def test_a_line_that_is_not_utf8_is_named() -> None:
+    with pytest.raises(LineError, match="The line is not valid UTF-8"):
+        read_line(b'{"custom_id": "\xff"}')

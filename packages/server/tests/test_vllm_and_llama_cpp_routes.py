@@ -472,6 +472,16 @@ def test_chat_with_llama_cpps_fields(start: Callable[..., Any]) -> None:
         assert running.engine.requests[-1].params.structured_outputs.grammar == grammar
         assert client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": -1}).status_code == 200
         assert running.engine.requests[-1].params.max_tokens is None
+        for limits, wanted in (
+            ({"n_predict": -1}, None),
+            ({"max_tokens": -1}, None),
+            ({"max_tokens": None, "n_predict": 9}, 9),
+            ({"max_tokens": None}, 16),
+        ):
+            assert client.post("/v1/completions", json={"prompt": "a", **limits}).status_code == 200
+            assert running.engine.requests[-1].params.max_tokens == wanted
+        refused = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 8, "n_predict": 9})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n_predict")
 
 
 def test_several_prompts_are_answered_in_llama_cpps_words(start: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from candle_vllm.core.conversion.gguf_file import write_file
 from candle_vllm.core.conversion.gguf_pieces import unigram
-from candle_vllm.core.conversion.gguf_tokenizer import cut_name, tokenizer_metadata
+from candle_vllm.core.conversion.gguf_tokenizer import _around, cut_name, tokenizer_metadata
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.text import tokenizer as ours
@@ -76,6 +77,12 @@ def test_an_unknown_cut_is_refused() -> None:
     backend.pre_tokenizer = pre_tokenizers.Split("e", "isolated")
     with pytest.raises(UnsupportedModelError, match=r"like none of the pre-tokenizers that GGUF has names for.*`isq`"):
         cut_name(backend, False)
+
+
+def test_special_tokens_in_the_middle_of_a_text_are_refused() -> None:
+    cuts = SimpleNamespace(encode=lambda _, add_special_tokens=True: [1, 0, 2] if add_special_tokens else [1, 2])
+    with pytest.raises(UnsupportedModelError, match="changes a text to which it adds special tokens"):
+        _around(cuts)  # type: ignore[arg-type]
 
 
 def test_other_kinds_are_refused() -> None:

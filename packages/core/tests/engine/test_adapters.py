@@ -148,6 +148,23 @@ def test_one_load_serves_all_who_ask_for_it() -> None:
     store.close()
 
 
+def test_a_pin_holds_though_another_one_gave_up() -> None:
+    loads = Loads()
+    loads.gate.clear()
+    store = AdapterStore(loads)
+    store.find(use("a"))
+    told: list[bool] = []
+    patient = threading.Thread(target=lambda: told.append(store.pin("a", PATIENCE).pinned))
+    patient.start()
+    loads.until_begun("a")
+    with pytest.raises(TimeoutError):
+        store.pin("a", 0.0)
+    loads.gate.set()
+    patient.join()
+    assert told == [each.pinned for each in store.infos()] == [True]
+    store.close()
+
+
 def test_a_failure_is_kept_for_a_while_and_tried_again() -> None:
     now = [0.0]
     loads = Loads()

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, LoRAReq
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.build import build_engine
+from candle_vllm.core.engine.cache import block_stores
 from candle_vllm.core.engine.cache import block_tiers as kept_blocks
 from candle_vllm.core.engine.cache.block_stores import BlockFolder
 from candle_vllm.core.engine.requests import GenerationRequest
@@ -97,6 +101,34 @@ def test_a_prompt_is_found_after_a_restart(model: Path, tmp_path: Path, settings
         assert (stats.kept_blocks_read, stats.kept_block_failures) == (5, 0)
         assert answer(engine, PROMPT, "again") == right
         assert engine.stats().kept_blocks_read == 5  # from memory
+
+
+def test_a_file_stays_when_it_cannot_be_opened_now(tmp_path: Path) -> None:
+    """Too many open files say nothing of the block; a link in its place is no block."""
+    store = BlockFolder(tmp_path / "kept", "f", 1 << 20, 1000)
+    store.write(bytes(32), bytes(1000))
+    for number, stays in ((errno.EMFILE, True), (errno.ELOOP, False)):
+        failure = mock.patch.object(block_stores.os, "open", side_effect=OSError(number, "no"))
+        with failure, pytest.raises(block_stores.BlockError):
+            store.read(bytes(32))
+        assert store.has(bytes(32)) is stays
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_blocks_that_are_written_during_a_listing_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, listed = BlockFolder(tmp_path / "kept", "f", 1 << 20, 1000), block_stores._found
+    store.write(bytes(32), bytes(1000))
+
+    def slow(*given: Any) -> OrderedDict[str, int]:
+        found = listed(*given)
+        store.write(b"a" * 32, bytes(1000))
+        return found
+
+    monkeypatch.setattr(block_stores, "_found", slow)
+    store._look()
+    assert store.has(bytes(32))
+    assert store.has(b"a" * 32)
+    assert store.num_bytes == 2 * (block_stores.HEADER + 1000)
 
 
 def test_blocks_come_back_when_they_have_left_memory(model: Path, tmp_path: Path) -> None:

@@ -95,15 +95,16 @@ def test_what_is_no_such_file(content: bytes, said: str, tmp_path: Path) -> None
 
 
 def test_gguf_files_of_other_things(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "imatrix")
-    writer.add_tensor("a.in_sum2", np.ones((2, 4), np.float32))
-    writer.add_tensor("a.counts", np.ones((3, 1), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(InvalidFileError, match="a count for each of 2 rows"):
-        read_imatrix(tmp_path / "x.gguf")
+    for columns, rows in ((4, 2), (0, 0)):
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "imatrix")
+        writer.add_tensor("a.in_sum2", np.ones((2, columns), np.float32))
+        writer.add_tensor("a.counts", np.ones((3, 1), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(InvalidFileError, match=f"a count for each of {rows} rows"):
+            read_imatrix(tmp_path / "x.gguf")
     with pytest.raises(InvalidFileError, match="there is no entry"):
         read_imatrix(write_gguf_form(tmp_path / "none.gguf", {}))
     with pytest.raises(ModelNotFoundError):

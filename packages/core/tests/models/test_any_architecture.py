@@ -28,6 +28,7 @@ from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.models import registry
 from candle_vllm.core.models.any_architecture.attention import Pass, under_way
+from candle_vllm.core.models.any_architecture.gguf import config_values
 from candle_vllm.core.models.any_architecture.modules import OwnLinear
 from packages.core.tests.models.any_configs import ALONE, IN_BATCHES, REFUSED, tiny_config
 from packages.core.tests.models.families import FORMATS
@@ -212,6 +213,12 @@ def test_gguf_without_a_table_is_refused(tmp_path: Path) -> None:
         load(path, model_impl="transformers")
 
 
+def test_an_unknown_function_of_a_router_is_refused() -> None:
+    checkpoint = SimpleNamespace(path=Path("m.gguf"), metadata={"minimax-m2.expert_gating_func": 3}, tensors={})
+    with pytest.raises(UnsupportedModelError, match="expert_gating_func 3 is not implemented"):
+        config_values("minimax-m2", checkpoint)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -298,6 +305,7 @@ def test_unknown_architectures_name_the_way(tmp_path: Path) -> None:
     [
         ({"model_type": "nobody", "auto_map": {"AutoModelForCausalLM": "x.Y"}}, "code beside the weights is never run"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is"),
+        ({"parts": [{"hidden_size": 1 << 40}]}, "hidden_size is"),
         ({"model_type": "t5"}, "is no decoder"),
         ({"model_type": "bert", "is_decoder": False}, "attends to tokens after its own"),
         ({"model_type": "rembert", "is_decoder": False}, "is_decoder false"),

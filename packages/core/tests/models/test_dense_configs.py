@@ -6,18 +6,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.rope import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models import granite
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from packages.core.tests.models.dense_models import edited, folders, gguf_config
-from packages.core.tests.models.families import PHI4_MINI
-from packages.core.tests.models.tiny import load
+from packages.core.tests.models.families import PHI4_MINI, ROWS
+from packages.core.tests.models.tiny import load, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +161,32 @@ def test_a_wrong_config_names_file_and_key(
     with pytest.raises(InvalidFileError, match=message) as caught:
         load(source)
     assert str(source / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        ("MiMo V2", {"mlp_layer_types": ["dense"] * 4}, "must describe 3 layers"),
+        ("MiMo V2", {"mlp_layer_types": ["dense", "spares", "sparse"]}, "must describe 3 layers"),
+        ("MiMo V2", {"mlp_layer_types": [[], "dense", "dense"]}, "must describe 3 layers"),
+        ("Nemotron-H", {"layers_block_type": [["mamba"]] * 5}, "layers other than mamba"),
+    ],
+)
+def test_kinds_of_layers_are_checked(row: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    written = write_tiny(tmp_path / "there", ROWS[row].model_type, **ROWS[row].config)
+    with pytest.raises((InvalidFileError, UnsupportedModelError), match=message):
+        load(edited(written, tmp_path, **change))
+
+
+def test_a_rope_pattern_is_for_all_layers(tmp_path: Path) -> None:
+    checkpoint = SimpleNamespace(tensors={}, metadata={})
+    dense = SimpleNamespace(num_layers=3, head_dim=64, model_type="granite_swa")
+    fields = Fields({"attention.sliding_window": 8, "logit_scale": 1.0, "attention.rope_pattern": [True]}, tmp_path)
+    with (
+        mock.patch.object(granite.llama, "config_from_gguf", return_value=dense),
+        pytest.raises(InvalidFileError, match="rope_pattern must describe 3 layers"),
+    ):
+        granite.config_from_gguf(fields, checkpoint)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ def test_published_configs_are_read() -> None:
         ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act is 'gelu'"),
         ({"no_rope_layers": [1, 1]}, InvalidFileError, "must describe 48 layers"),
         ({"layer_types": ["sliding_attention"] * 48}, InvalidFileError, "must describe 48 layers"),
+        ({"layer_types": [["full_attention"]] * 48}, InvalidFileError, "must describe 48 layers"),
         ({"moe_layers": [48]}, InvalidFileError, "layers that the model does not have"),
+        ({"moe_layers": [[0]]}, InvalidFileError, "layers that the model does not have"),
         ({"attention_chunk_size": -1}, InvalidFileError, "sliding window is -1"),
     ],
 )

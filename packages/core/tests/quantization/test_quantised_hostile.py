@@ -77,6 +77,11 @@ WRONG: dict[str, tuple[Written, Callable[[Parts], object], str]] = {
     "gptq scales short": (gptq(WEIGHT), cut(".scales", 3), shape("l.scales", [3, 64], [4, 64])),
     "gptq zeros narrow": (gptq(WEIGHT), cut(".qzeros", 4, 7), shape("l.qzeros", [4, 7], [4, 8])),
     "gptq outputs": (gptq(WEIGHT), cut(".qweight", 16, 63), shape("l.scales", [4, 64], [4, 63])),
+    "gptq outputs of half a number": (
+        gptq(WEIGHT),
+        lambda parts: (cut(".qweight", 16, 60)(parts), cut(".scales", 4, 60)(parts)),
+        r"l\.qweight has shape \[16, 60\]; it must be \[inputs / 8, a multiple of 8\]",
+    ),
     "gptq nothing": (gptq(WEIGHT), cut(".qweight", 0), r"l\.qweight has shape \[0, 64\].*\[inputs / 8, outputs\]"),
     "gptq one dimension": (
         gptq(WEIGHT),

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ from candle_vllm.core import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
+from candle_vllm.core.engine.requests import AdapterUse
 from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.remote import fleet
-from candle_vllm.core.remote.fleet import replica_configs
+from candle_vllm.core.remote.fleet import Fleet, replica_configs
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.toy_adapter import linear_shapes, write_adapter
 from tests.waiting import until, wait_for
@@ -331,3 +334,44 @@ def test_devices_and_replicas_must_agree(settings: dict[str, Any], message: str)
 def test_one_engine_refuses_to_be_several(kind: type[InferenceEngine] | type[RemoteEngine]) -> None:
     with pytest.raises(ConfigError, match="ReplicatedEngine"):
         kind("m", data_parallel_size=2)
+
+
+class Scripted:
+    """A replica that has or refuses each adapter, and may have ended since."""
+
+    def __init__(self, *, fails: bool = False, ends: bool = False) -> None:
+        self._fails, self._ends, self.removed = fails, ends, list[str]()
+
+    def call(self, call: AdapterCall) -> tuple[()]:
+        if self._fails:
+            raise AdapterError("no such file")
+        return ()
+
+    def remove_lora(self, name: str) -> None:
+        if self._ends:
+            raise EngineDeadError("the engine process has ended")
+        self.removed.append(name)
+
+
+def bare_fleet(replicas: list[Scripted], loose: OrderedDict[str, str]) -> Fleet:
+    fleet = object.__new__(Fleet)
+    vars(fleet).update(_changing=threading.Lock(), _closed=threading.Event(), _added={}, _loose=loose, _pinned=set())
+    vars(fleet).update(_living=lambda: replicas, _replicas=replicas)
+    return fleet
+
+
+def test_an_adapter_that_one_replica_refuses_leaves_the_others() -> None:
+    replicas = [Scripted(ends=True), Scripted(), Scripted(fails=True)]
+    with pytest.raises(AdapterError, match="no such file"):
+        bare_fleet(replicas, OrderedDict()).call_adapters(AdapterCall("add", AdapterUse(name="a", path="/a")))
+    assert replicas[1].removed == ["a"]
+
+
+def test_a_name_that_another_thread_drops_meanwhile_is_no_error() -> None:
+    class Dropping(OrderedDict[str, str]):
+        def __setitem__(self, key: str, value: str) -> None:
+            super().__setitem__(key, value)
+            del self[key]
+
+    use = AdapterUse(name="a", path="/a")
+    assert bare_fleet([Scripted()], Dropping())._located(use) == use

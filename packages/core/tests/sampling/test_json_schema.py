@@ -73,6 +73,7 @@ from candle_vllm.core.sampling.json_schema import checked_schema, compilable_sch
         ({"const": (1 << 53) + 1}, "number that is too large"),
         ({"enum": [{"a": [1e999]}]}, "number that is too large"),
         ({"minimum": "1"}, "a bound must be a number"),
+        ({"minimum": True}, "a bound must be a number"),
         (
             {"properties": {"a": {"const": "a\x00"}}, "additionalProperties": True},
             r"control character U\+0000 .at #/properties/a. beside",

@@ -156,7 +156,7 @@ def test_vectors_and_scores(llm: LLM, engine: InferenceEngine) -> None:
     assert scores == pytest.approx(wanted, abs=1e-5)
     assert [each.outputs.score for each in llm.score(["a", "a"], ["b", "c"])] == pytest.approx(wanted, abs=1e-5)
     assert llm.score("a", "b")[0].prompt_token_ids == engine.tokenize("a") + engine.tokenize("b")
-    with pytest.raises(InvalidParameterError, match="not 2, 3"):
+    with pytest.raises(InvalidParameterError, match="not 2 and 3"):
         llm.score(["a", "b"], ["c", "d", "e"])
     with pytest.raises(InvalidParameterError, match="2 inputs need as many params, not 1"):
         llm.embed(["a", "b"], pooling_params=params[:1])
@@ -245,6 +245,7 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         ),
         (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may only have add_special_tokens"),
         (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),
+        (lambda llm: llm.encode("a", tokenization_kwargs={"x": 1}), "^encode takes no tokenization_kwargs"),
         (lambda llm: llm.encode("a", pooling_task="score"), "for pairs of texts use score"),
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
         (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "the model takes text only"),

@@ -6,10 +6,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from candle_vllm.core import LLM, AsyncEngineArgs, ConfigError, EngineArgs, EngineConfig
+from candle_vllm.core import LLM, AsyncEngineArgs, ConfigError, EngineArgs, EngineConfig, InferenceEngine
 from candle_vllm.core.vllm.arguments import translated
 
 
@@ -98,8 +99,11 @@ def test_what_has_no_counterpart_is_refused_by_name(given: dict[str, Any], error
 
 
 def test_a_quantisation_that_the_checkpoint_does_not_have(toy_model: Path) -> None:
-    with pytest.raises(ConfigError, match="quantization 'awq': the checkpoint is not quantised"):
+    watched = mock.patch.object(InferenceEngine, "close", autospec=True, side_effect=InferenceEngine.close)
+    wrong = pytest.raises(ConfigError, match="quantization 'awq': the checkpoint is not quantised")
+    with watched as close, wrong:
         LLM(str(toy_model), quantization="awq", threads=1, max_model_len=64)
+    assert close.call_count == 1
 
 
 def test_arguments_from_a_command_line(toy_model: Path) -> None:

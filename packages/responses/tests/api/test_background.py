@@ -308,6 +308,8 @@ async def test_too_many_are_refused_and_leave_nothing(kept: ResponseStore, answe
     await until(lambda: len(background._running) == 1)
     await begin(background, answers[2])
     await background.close()
+    with pytest.raises(EngineOverloadedError, match="The server is stopping"):
+        await begin(background, answers[1])
 
 
 async def test_a_store_that_is_gone_at_the_end_fails_the_response(

@@ -329,5 +329,5 @@ def test_arguments_that_are_mixed_up(name: str) -> None:
     made = writer()
     for event in (*begin(name), *begin(name, 1)):
         made.add(event)
-    with pytest.raises(CandleVllmError, match="mixed up"):
+    with pytest.raises(CandleVllmError, match="mixes the arguments"):
         made.add(said.CallArgumentsDelta(index=0, call_id=f"call_{name}_0", delta="x"))

@@ -57,6 +57,9 @@ async def test_too_many_in_one_conversation_are_refused(monkeypatch: pytest.Monk
     with pytest.raises(ConversationBusyError, match="3 responses are running or waiting") as error:
         await tasks[3]
     assert error.value.param == "conversation"
+    with pytest.raises(ConversationBusyError) as error:
+        await turns.turn("a", "1", "conversation_id").__aenter__()
+    assert error.value.param == "conversation_id"
     tasks[1].cancel()  # who gives up makes room
     await asyncio.sleep(0)
     leave.set()

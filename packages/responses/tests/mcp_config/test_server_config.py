@@ -37,7 +37,7 @@ def test_made_of_a_mapping(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "neither"),
+        ({}, "url must be given, and not both"),
         ({"command": "x", "timeout": float("nan")}, "timeout must be"),
         ({"command": "x", "timeout": float("inf")}, "timeout must be"),
         ({"command": "x", "connect_timeout": 601}, "connect_timeout must be more than 0 and at most 600"),

@@ -251,6 +251,13 @@ async def test_one_of_several_owners_has_half(store_url: str, clock) -> None:
     with pytest.raises(StoreLimitError, match="Your half") as refused:
         await store.put(record("resp_8", text="x" * 12_000))
     assert not isinstance(refused.value, StoreFullError)  # waiting is no help
+    leased = [record(f"busy_{number}", status="in_progress", lease=NOW + 99_000) for number in range(4)]
+    for each in leased:
+        await store.put(each)
+    with pytest.raises(StoreFullError, match="half of the store is full: it may have 4 entries"):
+        await store.put(record("busy_4"))
+    for each in leased:
+        await store.delete(RESPONSE, "a", each.id)
     for number in range(9, 16):
         await store.put(record(f"resp_{number}"))
     assert await there("a") == [f"resp_{number}" for number in range(15, 11, -1)]

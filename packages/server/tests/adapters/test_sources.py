@@ -680,7 +680,7 @@ def test_what_an_ended_server_left_counts_for_an_hour(tmp_path: Path) -> None:
     (left / "adapter" / WEIGHTS).write_bytes(bytes(60 << 10))
     for path in (left / "adapter", left):
         os.utime(path, (1, 1))
-    with pytest.raises(Unavailable, match="what is fetched"):  # its weights have just been written
+    with pytest.raises(Unavailable, match="being fetched"):  # its weights have just been written
         cache.put(Key("hf", "acme/tone", "r"), "", filled(60 << 10))
     os.utime(left / "adapter" / WEIGHTS, (1, 1))
     cache.put(Key("hf", "acme/tone", "r"), "", filled(60 << 10))

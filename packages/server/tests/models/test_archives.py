@@ -349,7 +349,7 @@ def test_a_gguf_file_is_fetched_once_and_found_without_writing(
     ("address", "content", "said"),
     [
         ("tiny.gguf", b"<html>", "the downloaded file tiny.gguf is not a GGUF file"),
-        ("tiny-00001-of-00002.gguf", b"GGUF", "is a part of a model"),
+        ("tiny-00001-of-00002.gguf", b"GGUF", "one file of a split model"),
         ("model.tar", b"GGUF", "cannot be unpacked"),
     ],
 )

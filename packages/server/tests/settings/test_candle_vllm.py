@@ -241,6 +241,7 @@ def test_the_mailbox_of_a_parking_lot(load: Load) -> None:
         ("prompt_cache: {enabled: sometimes}", "prompt_cache.enabled must be true or false"),
         ("prompt_cache: {enabld: true}", "unknown key 'enabld' (did you mean enabled?)"),
         ("prompt_cache: true", "prompt_cache must be a mapping"),
+        ("prompt_cache_path: a, prompt_cache: {cache_path: b}", "cache_path and prompt_cache_path are the same"),
         ("kvcache_compression: 3", "kvcache_compression must be a mapping"),
         ("parking_lot: {limit: {}}", "unknown key 'limit' (did you mean limits?)"),
         ("mem: 1}\n    capabilities: {vision_mode: maybe", "vision_mode must be one of disabled, proxy, native"),

@@ -85,7 +85,7 @@ def test_host_opens_no_server_without_a_key(load: Load, host: str) -> None:
     made = load(HOST=host)
     assert made.settings.address.host == "127.0.0.1"
     (remark,) = made.remarks
-    assert remark.startswith(f"HOST in the environment ({host}) is not used, for the server has no API key")
+    assert remark.startswith(f"HOST in the environment ({host}) is not used without an API key")
     for keyed in (
         load(HOST=host, API_KEY="k"),
         load("--api-key k", HOST=host),

@@ -74,7 +74,10 @@ def perplexity(
         if save is not None:
             save.write(own.tobytes())
         if reference is not None:
-            other = np.frombuffer(reference.read(own.nbytes), np.float32).reshape(own.shape)
+            data = reference.read(own.nbytes)
+            if len(data) != own.nbytes:
+                raise ValueError("the reference has fewer log-probabilities than tokens: save it again")
+            other = np.frombuffer(data, np.float32).reshape(own.shape)
             with np.errstate(invalid="ignore"):
                 terms = np.exp(other) * (other - own)  # NaN where both are -inf
             columns += [other[at], np.nansum(terms, 1, dtype=np.float64), other.argmax(1) == own.argmax(1)]

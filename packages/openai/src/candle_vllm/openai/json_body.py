@@ -85,7 +85,7 @@ def to_dict(value: msgspec.Struct) -> dict[str, Any]:
 
 def decode_json(body: bytes | str, name: str = "The body") -> Any:
     """Decode the JSON value in `body`; raises `InvalidBodyError`, which calls the body `name` and locates the error."""
-    text = _decode_utf8(body) if isinstance(body, bytes) else body
+    text = _decode_utf8(body, name) if isinstance(body, bytes) else body
     _check_size(text, name)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
@@ -103,11 +103,11 @@ def decode_json(body: bytes | str, name: str = "The body") -> Any:
     return value
 
 
-def _decode_utf8(body: bytes) -> str:
+def _decode_utf8(body: bytes, name: str) -> str:
     try:
         return body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidBodyError(f"The body is not valid UTF-8: byte {error.start} ({error.reason}).") from None
+        raise InvalidBodyError(f"{name} is not valid UTF-8: byte {error.start} ({error.reason}).") from None
 
 
 def _check_size(text: str, name: str) -> None:

@@ -331,7 +331,7 @@ class TaskPreparation:
             _check_beams(task, params)
             limit = max(1, MAX_BEAM_TOKENS // sequences)
             if (params.max_tokens or 0) > limit:
-                said = f"max_tokens: a beam search for {sequences} answers has {limit} tokens each at most"
+                said = f"max_tokens: a beam search for {sequences} answers allows {limit} tokens each"
                 raise InvalidParameterError(said, "max_tokens")
             params = replace(params, max_tokens=params.max_tokens or limit)
         if params.logprobs is None:

@@ -143,7 +143,7 @@ def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]
         limit = None if request.max_tokens is None else max(request.max_tokens, 1)
         given["logprobs"] = request.logprobs
     given["prompt_logprobs"] = request.prompt_logprobs
-    if limit is not None:
+    if limit is not None or request.unlimited:
         given["max_tokens"] = limit
     return given
 

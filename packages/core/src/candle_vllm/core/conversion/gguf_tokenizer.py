@@ -192,7 +192,9 @@ def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the tokens before and after a text."""
     inner, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    first = next(at for at in range(len(whole)) if whole[at : at + len(inner)] == inner)
+    first = next((at for at in range(len(whole)) if whole[at : at + len(inner)] == inner), None)
+    if first is None:
+        raise UnsupportedModelError("this tokenizer changes a text to which it adds special tokens; GGUF cannot say so")
     return whole[:first], whole[first + len(inner) :]
 
 

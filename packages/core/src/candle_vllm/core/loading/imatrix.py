@@ -113,8 +113,8 @@ def _gguf_entries(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 continue
             bare = name.removesuffix(_SUMS)
             counts = checkpoint.tensors.get(bare + _COUNTS)
-            rows = stored.numel // stored.shape[-1]
-            if stored.type_name != "F32" or counts is None or counts.type_name != "F32" or counts.numel != rows:
+            rows = stored.numel // max(1, stored.shape[-1])
+            if counts is None or {stored.type_name, counts.type_name} != {"F32"} or not counts.numel == rows > 0:
                 raise InvalidFileError(f"{path}: {name} and its counts must be F32, a count for each of {rows} rows")
             sums = stored.load().reshape(rows, -1).copy()
             sums[counts.load().reshape(-1) == 0] = 0

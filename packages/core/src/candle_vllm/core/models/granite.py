@@ -77,6 +77,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     if dense.model_type == "granite_swa":
         windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=4)
         turned = fields.get("attention.rope_pattern", list, [True] * layers)
+        if len(turned) != layers:
+            raise InvalidFileError(f"{fields.path}: attention.rope_pattern must describe {layers} layers")
         unrotated = frozenset(layer for layer, turns in enumerate(turned) if not turns)
         own |= {"sliding_windows": windows, "unrotated_layers": unrotated}
     top = fields.count("expert_used_count") if experts else 0

@@ -41,10 +41,11 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
     turned = fields.get("no_rope_layers", list, []) or [(n + 1) % 4 for n in range(layers)]
     kinds = fields.get("layer_types", list, ["chunked_attention" if each else "full_attention" for each in turned])
     step = fields.count("interleave_moe_layer_step", 1)
-    sparse = frozenset(fields.get("moe_layers", list, range(step - 1, layers, step)))
-    if len(kinds) != layers or len(turned) < layers or not {*kinds} <= {"chunked_attention", "full_attention"}:
+    sparse = fields.get("moe_layers", list, [*range(step - 1, layers, step)])
+    known = all(kind in ("chunked_attention", "full_attention") for kind in kinds)
+    if len(kinds) != layers or len(turned) < layers or not known:
         raise InvalidFileError(f"{fields.path}: layer_types and no_rope_layers must describe {layers} layers")
-    if not sparse <= {*range(layers)}:
+    if not all(layer in range(layers) for layer in sparse):
         raise InvalidFileError(f"{fields.path}: moe_layers names layers that the model does not have")
     chunk = fields.get("attention_chunk_size", int, _CHUNK)
     tuning = fields.values.get(f"{fields.prefix}attn_temperature_tuning", True)  # or the number 4
@@ -58,7 +59,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
         "temperature": (fields.count("floor_scale", 8192), fields.get("attn_scale", float, 0.1)) if tuning else None,
     }
     top = fields.count("num_experts_per_tok", 1)
-    return _config(fields, shared | own, sparse, (fields.count("num_local_experts"), top, inner))
+    return _config(fields, shared | own, frozenset(sparse), (fields.count("num_local_experts"), top, inner))
 
 
 def _config(

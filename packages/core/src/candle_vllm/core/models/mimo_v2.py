@@ -49,6 +49,8 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     windows = layer_windows(fields, layers, window) or tuple(window if local else None for local in pattern)
     usual = fields.get("moe_layer_freq", list, [n > 0 for n in range(layers)])
     kinds = fields.get("mlp_layer_types", list, usual)
+    if len(kinds) != layers or any(kind not in ("dense", "sparse", 0, 1) for kind in kinds):
+        raise InvalidFileError(f"{fields.path}: mlp_layer_types or moe_layer_freq must describe {layers} layers")
     mixture = sigmoids_from_hf(fields)
     own = {
         "sliding_windows": windows,

@@ -74,7 +74,7 @@ def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
     fields = fields.with_defaults(**_DEFAULTS)
     key = next((key for key in ("layers_block_type", "layer_types") if key in fields), "hybrid_override_pattern")
     named = [*fields.get(key, str)] if key == "hybrid_override_pattern" else fields.get(key, list)
-    if not named or any(kind not in _KINDS for kind in named):
+    if not named or any(not isinstance(kind, str) or kind not in _KINDS for kind in named):
         raise UnsupportedModelError(
             f"{fields.path}: {key} has layers other than mamba, attention, mlp and moe: {named!r:.80}"
         )

@@ -87,8 +87,10 @@ def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
     why = f"{rows} outputs, {columns} inputs, {bits} bits and group_size {scheme.group}"
     if scales.shape != (groups, rows):
         raise parts.shape_error(scales, [groups, rows], why)
-    if rows % per or qzeros.shape != (groups, rows // per):
-        raise parts.shape_error(qzeros, [groups, rows / per if rows % per else rows // per], why)
+    if rows % per:
+        raise parts.shape_error(qweight, f"[inputs / {per}, a multiple of {per}]", why)
+    if qzeros.shape != (groups, rows // per):
+        raise parts.shape_error(qzeros, [groups, rows // per], why)
     ragged = scheme.group > 0 and columns % scheme.group
     group_of = np.arange(columns) // scheme.group if ragged else None
     if g_idx is not None:

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from struct import pack
 from typing import Any, Final
 
@@ -349,7 +350,8 @@ class Fleet:
                 infos = _merged(self._each(carry_out))
             except CandleVllmError:
                 for replica in done if call.what == "add" and not known else ():
-                    replica.remove_lora(name)
+                    with suppress(CandleVllmError):  # it may have ended
+                        replica.remove_lora(name)
                 raise
             if call.what == "remove":
                 self._added.pop(name, None)
@@ -380,7 +382,8 @@ class Fleet:
             )
         if use.path and added is None:
             self._loose[use.name] = use.path
-            self._loose.move_to_end(use.name)
+            with suppress(KeyError):  # another thread has dropped the name
+                self._loose.move_to_end(use.name)
             while len(self._loose) > MAX_LOOSE_NAMES:
                 self._loose.popitem(last=False)
         return replace(use, path=known) if known and not use.path else use

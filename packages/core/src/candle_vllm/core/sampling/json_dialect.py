@@ -152,7 +152,8 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
             raise refused(f"{name} must be a whole number of 0 to {MAX_COUNT} (at {place})")
     for name in _BOUNDS:
         value = schema.get(name)
-        if name in schema and not isinstance(value, (int, float)):
+        wrong = not isinstance(value, (int, float)) or (isinstance(value, bool) and name in ("minimum", "maximum"))
+        if name in schema and wrong:
             raise refused(f"a bound must be a number (at {place}/{name})")
     multiple = schema.get("multipleOf", 1)
     if isinstance(multiple, bool) or not isinstance(multiple, (int, float)) or not 0 < multiple < math.inf:

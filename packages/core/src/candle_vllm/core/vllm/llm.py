@@ -24,7 +24,7 @@ from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
 from candle_vllm.core.engine.step.stream import Bar
 from candle_vllm.core.engine_front import EngineFront
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.errors import ConfigError, InvalidParameterError
 from candle_vllm.core.inference_engine import InferenceEngine
 from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
 from candle_vllm.core.remote import ReplicatedEngine
@@ -106,7 +106,11 @@ class Opened:
         made = translated(model, arguments)
         several = made.config.data_parallel_size > 1
         engine = ReplicatedEngine(made.config) if several else InferenceEngine(made.config)
-        check_quantization(made.quantization, engine.model_info.quantization)
+        try:
+            check_quantization(made.quantization, engine.model_info.quantization)
+        except ConfigError:
+            engine.close()
+            raise
         return cls(engine, True, made.pooling, Defaults(engine, made.generation, made.sampling))
 
     def close(self) -> None:
@@ -304,7 +308,7 @@ class LLM(ExplainedAttributes):
         Raises:
             InvalidParameterError: the task is unknown or not supported.
         """
-        refuse_given("embed", tokenization_kwargs=tokenization_kwargs or None)
+        refuse_given("encode", tokenization_kwargs=tokenization_kwargs or None)
         if asks_classes(pooling_task, self.engine.model_info):
             refuse_given("encode", pooling_params=pooling_params)
             return list(map(pooled, self.engine.classify(prompts, use_tqdm=use_tqdm, lora_request=lora_request)))

@@ -151,7 +151,7 @@ def response_tools(template: Any) -> ToolFormat | str:
         return "it has no field tool_calls"
     opens = tuple(_marks(field, "open"))
     if not opens:
-        return "its calls begin with no mark that can be read"
+        return "its calls have no readable opening mark"
     kind = field.get("content", "text")
     for row in TOOL_FORMATS:
         marks = (*row.opens, *row.names, *_before_names(row))
@@ -178,7 +178,7 @@ def response_reasoning(template: Any) -> ReasoningFormat | str:
             return row
     if opens and closes and opens[0] and closes[0] and field.get("content", "text") == "text":
         return ReasoningFormat("response_template", opens[0], closes[0])
-    return "its thoughts stand between no marks that can be read"
+    return "its reasoning has no readable opening and closing marks"
 
 
 def _field(template: Any, name: str) -> Mapping[str, Any] | None:
@@ -245,10 +245,10 @@ def _json_row(field: Mapping[str, Any], opens: tuple[str, ...]) -> ToolFormat | 
         for key in keys:
             found = _PLACEHOLDER.fullmatch(str(function.get(key, "")))
             if found is None:
-                return "its calls are put together in a way that has no row in the table of formats"
+                return "no format in the table writes calls as its transform does"
             keys[key] = found[1]
     if keys["name"] not in NAME_KEYS or keys["arguments"] not in ARGUMENT_KEYS:
-        return f"its calls name the function and the arguments {keys['name']!r:.40} and {keys['arguments']!r:.40}"
+        return f"no format has the keys {keys['name']!r:.40} and {keys['arguments']!r:.40} for a function and arguments"
     body = JsonCalls(
         closers=tuple(mark.strip() for mark in _marks(field, "close")),
         name_key=keys["name"],

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
@@ -262,16 +262,27 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     prompt_cache_options: dict[str, Any] | None = None
     session_id: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
+    _unlimited: bool = False
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _no_limit(cls, data: Any) -> Any:
+    def _no_limit(cls, data: Any, handler: Callable[[Any], Self]) -> Self:
         """Convert llama.cpp's name of `max_tokens`; -1, which its clients and LM Studio's send, means no limit."""
         if not isinstance(data, dict) or not ("n_predict" in data or data.get("max_tokens") == -1):
-            return data
-        limit = data.get("max_tokens", data.get("n_predict"))
+            return handler(data)
+        limit, other = data.get("max_tokens"), data.get("n_predict")
+        if None not in (limit, other) and limit != other:
+            raise fields.invalid("n_predict", "and max_tokens are the same field; give one of them")
+        limit = other if limit is None else limit
         data = {name: value for name, value in data.items() if name not in ("n_predict", "max_tokens")}
-        return data if limit == -1 else data | {"max_tokens": limit}
+        made = handler(data if limit == -1 else data | {"max_tokens": limit})
+        made._unlimited = limit == -1
+        return made
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether the request says that the answer has no maximum length but the context's."""
+        return self._unlimited
 
     @model_validator(mode="after")
     def _shared_rules(self) -> Self:

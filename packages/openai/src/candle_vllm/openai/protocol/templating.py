@@ -129,7 +129,7 @@ def check_variables(kwargs: Mapping[str, Any]) -> None:
         if not name.isidentifier() or len(name) > 64:
             raise invalid("", f"names template variables; {name!r:.70} cannot be one")
         if name in _TEMPLATE_ARGUMENTS:
-            raise invalid(name, "cannot be set here; it is a part of every call of the template")
+            raise invalid(name, "cannot be set here; the server sets it for every prompt")
 
 
 def set_effort(kwargs: dict[str, Any], effort: str | None, field: str) -> None:

@@ -166,7 +166,9 @@ class Background:
 
     def _check_room(self, owner: str) -> None:
         own = sum(1 for name in self._running if name[0] == owner)
-        if self._closed or len(self._running) >= self._max_running or own >= max(1, self._max_running // 2):
+        if self._closed:
+            raise EngineOverloadedError("The server is stopping.")
+        if len(self._running) >= self._max_running or own >= max(1, self._max_running // 2):
             raise EngineOverloadedError(
                 f"{own} background responses of this key are running, and {len(self._running)} in all; at most "
                 f"{max(1, self._max_running // 2)} of one key and {self._max_running} in all are allowed. Try again "

@@ -298,7 +298,7 @@ class ConversationTurns:
 
         Args:
             conversation_id: id of the conversation; only a shared store requires that it exists.
-            param: parameter that the error names if the conversation does not exist.
+            param: parameter that errors name.
 
         Raises:
             ConversationBusyError: too many responses wait for this conversation.
@@ -310,7 +310,7 @@ class ConversationTurns:
             raise ConversationBusyError(
                 f"{queue.waiting} responses are running or waiting in the conversation {conversation_id!r:.80}: try "
                 "again when they have ended.",
-                "conversation",
+                param,
             )
         queue.waiting += 1
         try:
@@ -344,7 +344,7 @@ async def _turn_in_store(store: Backend, owner: str, conversation_id: str, param
         try:
             await store.move([turn], None)
         except CandleVllmError as error:  # the lease expires by itself
-            logger.warning("a conversation's turn could not be given back: %s", error.__cause__ or error)
+            logger.warning("a conversation's turn could not be released: %s", error.__cause__ or error)
 
 
 @contextlib.contextmanager

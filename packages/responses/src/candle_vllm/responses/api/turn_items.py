@@ -100,7 +100,7 @@ class TurnItems:
             return  # an approval request has the arguments, too; other calls have no item
         writer = self._calls.get(call_id)
         if writer is None or writer is not self._current:
-            raise CandleVllmError("The model's answer has the arguments of several calls mixed up.")
+            raise CandleVllmError("The model's answer mixes the arguments of several calls.")
         writer.add(delta)
 
     def end_turn(self, *, cut: bool) -> None:

@@ -103,7 +103,7 @@ class ShownPictures:
         if there >= eyes.max_images:
             return f"it is not shown: a conversation may have {eyes.max_images} images"
         if len(data) > self._room:
-            return f"it is not shown: the images of tools have {MAX_PICTURES >> 20} MB of base64 in all"
+            return f"it is not shown: the images of tools may have {MAX_PICTURES >> 20} MB of base64 in all"
         try:
             await eyes.try_picture(await asyncio.to_thread(from_base64, data, "the image"))
         except RequestError as error:

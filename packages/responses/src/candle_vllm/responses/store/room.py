@@ -97,9 +97,8 @@ class Room:
             victims = self._victims(self._fullest(measure, keep) if owner is None else owner, keep)
             if not victims:
                 what = f"The {self._place.title} is" if owner is None else f"Your half of the {self._place.title} is"
-                said = (
-                    f"{what} full: {size} bytes do not fit into its {most_size}, and nothing in it can be deleted now."
-                )
+                lack = f"{size} bytes do not fit into its {most_size}" if much > 0 else f"it may have {most} entries"
+                said = f"{what} full: {lack}, and nothing in it can be deleted now."
                 if most_size is not None and size > most_size:
                     raise StoreLimitError(f"{said} {bounds.advice}")
                 raise StoreFullError(f"{said} {bounds.advice}", own=owner is not None)

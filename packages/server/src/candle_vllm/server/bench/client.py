@@ -105,7 +105,10 @@ class AnswerClient(asyncio.Protocol):
             line = data.find(b"\r\n", at)
             if line < 0:
                 return data[at:]
-            size = int(data[at:line].partition(b";")[0], 16)
+            digits = data[at:line].partition(b";")[0].strip()
+            if digits.strip(b"0123456789abcdefABCDEF"):
+                raise ValueError("not a chunk's size")
+            size = int(digits, 16)
             start, end = line + 2, line + 2 + size
             if len(data) < end + 2:
                 return data[at:]

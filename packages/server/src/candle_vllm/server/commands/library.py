@@ -150,6 +150,8 @@ def ps(settings: ListenerOptions) -> int:
             told: Any = answer.json()
     except (httpx.HTTPError, ValueError) as error:
         raise UsageError(f"no server answers at {address.url} ({error}): name it with --host and --port") from None
+    if not isinstance(told, dict) or ("models" if answer.status_code == 200 else "error") not in told:
+        raise UsageError(f"the server at {address.url} is no candle-vllm: name another one with --host and --port")
     if answer.status_code != 200:
         raise UsageError(f"the server at {address.url} refused the request: {told.get('error')}")
     rows = [(each["name"], size(each["size"]), "GPU" if each["size_vram"] else "CPU", f"{each['context_length']:,}",

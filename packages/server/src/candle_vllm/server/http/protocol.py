@@ -136,7 +136,7 @@ def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool)
     if version == "1.0" and b"transfer-encoding" in names:
         return "HTTP/1.0 has no Transfer-Encoding."
     if hosts and _HOST.fullmatch(values[b"host"]) is None:
-        return "The Host header is no host with or without a port."
+        return "The Host header must be a host, with or without a port."
     if upgrades and (b"transfer-encoding" in values or values.get(b"content-length", b"").strip(b"0")):
         return "A request with a body cannot ask for another protocol: ask for HTTP/1.1 alone."
     return None
@@ -217,7 +217,7 @@ class _LimitedHttpToolsProtocol(HttpToolsProtocol):
                 raise ValueError("a connection cannot be upgraded while an answer is written")
             return
         if len(self.pipeline) > MAX_PIPELINED:
-            raise ValueError("too many requests wait for the one before them")
+            raise ValueError("too many pipelined requests")
         cycle = self.cycle
         extensions: dict[str, Any] = {WRITE_PART: _part_writer(cycle)}
         cycle.scope["extensions"] = extensions

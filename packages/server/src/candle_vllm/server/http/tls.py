@@ -41,7 +41,7 @@ def tls_context(settings: ListenerOptions) -> ssl.SSLContext | None:
         except OSError as error:
             raise UsageError(f"ssl_ca_certs {settings.ssl_ca_certs} cannot be used: {_reason(error)}") from None
     elif settings.ssl_cert_reqs:
-        raise UsageError("ssl_cert_reqs needs ssl_ca_certs, the certificates that sign those of clients")
+        raise UsageError("ssl_cert_reqs needs ssl_ca_certs, the clients' CA certificates")
     context.verify_mode = ssl.VerifyMode(settings.ssl_cert_reqs)
     if settings.ssl_ciphers is not None:
         try:

@@ -249,7 +249,7 @@ def folder_at(address: str, cache: Path) -> Path | None:
 def _take_gguf(file: Path, target: Path) -> None:
     """Move a GGUF file to its final name; InvalidFileError if it is no GGUF file, or one part of a split model."""
     if len(split_names(target.name)) > 1:
-        raise InvalidFileError(f"{target.name} is a part of a model: an archive may hold all of them")
+        raise InvalidFileError(f"{target.name} is one file of a split model: put all its files into a tar archive")
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise InvalidFileError(f"the downloaded file {target.name} is not a GGUF file")

@@ -150,7 +150,7 @@ def _file(sibling: RepoSibling) -> HubFile:
     name, told = sibling.rfilename, None if sibling.lfs is None else str(sibling.lfs["sha256"])
     leaves = name.startswith("/") or "\\" in name or ".." in name.split("/")
     if leaves or (told is not None and re.fullmatch("[0-9a-f]{64}", told) is None):
-        raise PullError(f"the hub's list has a file {name!r:.100} whose name or sum cannot be", "no_such_file")
+        raise PullError(f"the hub's list has a file {name!r:.100} with an invalid name or checksum", "no_such_file")
     return HubFile(name, sibling.size or 0, told)
 
 

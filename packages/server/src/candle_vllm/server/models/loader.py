@@ -178,7 +178,7 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     if need > most:
         raise NoMemoryError(
             f"{_called(settings)} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model"
-            ": take a smaller --mem, or a model with fewer bits"
+            ": lower --mem, or choose a smaller quantisation"
         )
 
 

@@ -169,7 +169,7 @@ async def ollama_ps(request: Request) -> Response:
         if slot.model is None or not caller_of(request.scope).may_use(*slot.entry.names):
             continue
         name, info = slot.entry.names[0], slot.model.engine.model_info
-        size, expires = info.weight_bytes + info.kv_cache_bytes, manager.expires_at(slot)
+        size, expires = info.weight_bytes + info.kv_cache_bytes + info.index_bytes, manager.expires_at(slot)
         found.append(
             Resident(name=name, model=name, size=size, digest=digest(name), details=details(slot),
                      expires_at=rfc3339(_FAR if expires is None else expires),

@@ -97,7 +97,7 @@ def _over_file(command: str, given: SettingsSource, path: Path | None) -> Settin
     except UsageError as error:
         raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     if more:
-        raise UsageError(f"{path}: {next(iter(more))} stands on the command line alone")
+        raise UsageError(f"{path}: {next(iter(more))} can only be set on the command line")
     deciding = origins([given, below])
     return SettingsSource(
         given.title,

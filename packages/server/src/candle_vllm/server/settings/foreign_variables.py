@@ -85,7 +85,7 @@ def deployment_source(
     host = values.get("host", "localhost")
     if keyed or "api_key" in values or "host" in stronger or is_loopback(host):
         return source
-    remark = f"HOST in the environment ({host}) is not used, for the server has no API key: set one, or --host {host}"
+    remark = f"HOST in the environment ({host}) is not used without an API key: set one, or --host {host}"
     del values["host"]
     return replace(source, remarks=(*source.remarks, remark))
 

@@ -124,6 +124,8 @@ def _prompt_cache(value: Any, where: str, remarks: list[str], found: dict[Any, A
     backend = section.pop("backend", None)  # sled is another file format: a folder of blocks replaces it
     for key, ours in () if enabled is False else _KEPT_IN.get(backend, ()):
         if key in section:
+            if ours in found:
+                raise UsageError(f"{where}.{key} and {ours} are the same setting: give one")
             found[ours] = section.pop(key)
     if section and enabled is not False:
         remarks.append(

@@ -254,12 +254,15 @@ class AdapterStore:
             self._loose.pop(name, None)
             entry.pinned = True
         try:
-            return self._until_loaded(entry, timeout)
+            self._until_loaded(entry, timeout)
         except BaseException:
             with self._change:
                 entry.pinned = False
                 self._change.notify_all()
             raise
+        with self._change:  # a call of `pin` that failed meanwhile has unpinned it
+            entry.pinned = self._entries.get(name) is entry
+            return _info(entry)
 
     def remove(self, name: str) -> bool:
         """Drop a name; return whether it was known. Accepted requests continue; the last one frees the memory."""

@@ -11,6 +11,7 @@ header and the bytes of all layers: keys, then values.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -38,6 +39,7 @@ _LOOKS = 16  # the folder is listed again each time that a store has written 1/1
 _SILENCE = 60.0  # seconds until a store's failure is logged again
 _UNFINISHED = 60.0  # seconds after which an unfinished file is deleted
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{2}/[0-9a-f]{64}")
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of reading a file that may be undamaged
 _READING = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -154,7 +156,8 @@ class BlockFolder:
             with os.fdopen(os.open(path, _READING), "rb") as file:
                 data = memoryview(file.read(HEADER + self._block_bytes + 1))
         except OSError as error:
-            self._forget(name)
+            if error.errno not in _PASSING:
+                self._forget(name)
             raise BlockError(f"{path} cannot be read: {error}") from error
         payload = opened(digest, data, self._block_bytes)
         if payload is None:
@@ -196,6 +199,9 @@ class BlockFolder:
             order = {name: number for number, name in enumerate(self._sizes)}
         found = _found(self._root, order)
         with self._lock:
+            for name, size in self._sizes.items():
+                if name not in order:  # written since the listing began
+                    found.setdefault(name, size)
             self._sizes = found
             self.num_bytes, self._written = sum(self._sizes.values()), 0
 

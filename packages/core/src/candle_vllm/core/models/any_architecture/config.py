@@ -117,8 +117,9 @@ def _with_floats(value: Any) -> Any:
 def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
     """Raise InvalidFileError if the config asks for larger sizes than any model has."""
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            _check_sizes(value, path)
+        for section in value if isinstance(value, list) else (value,):
+            if isinstance(section, Mapping):
+                _check_sizes(section, path)
         most = MAX_LAYERS if key in _LAYERS else MAX_EXPERTS if key.endswith("experts") else MAX_COUNT
         most = most << 4 if "vocab" in key else most  # some models have a table of token n-grams
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most and not key.endswith("_id"):

@@ -61,7 +61,9 @@ def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
         said = {named: checkpoint.metadata.get(f"{name}.{key}") for key, named in table.items()}
         values |= {named: value for named, value in said.items() if isinstance(named, str) and value is not None}
     if isinstance(values.get("scoring_func"), int):
-        values["scoring_func"] = ("none", "softmax", "sigmoid")[values["scoring_func"] % 3]
+        if not 0 <= values["scoring_func"] < 3:
+            raise UnsupportedModelError(f"{path}: expert_gating_func {values['scoring_func']} is not implemented")
+        values["scoring_func"] = ("none", "softmax", "sigmoid")[values["scoring_func"]]
     scaling = checkpoint.metadata.get(f"{name}.rope.scaling.type", "none")
     if scaling != "none" and not any(values.get(key) for key in ("rope_scaling", "rope_parameters")):
         raise UnsupportedModelError(
