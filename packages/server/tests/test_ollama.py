@@ -351,6 +351,20 @@ def test_a_model_is_pulled_asked_copied_and_deleted(changing: Callable[..., Any]
             client.delete("scripted")
 
 
+def test_a_model_is_deleted_by_the_name_of_its_pull(changing: Callable[..., Any]) -> None:
+    """Also by one without a tag, and by one that a later pull brought."""
+    name = f"hf.co/{REPO}"
+    with client_of(changing()) as client:
+        for names in ((name,), (f"{REPO}:Q4_K_M", name)):
+            for each in names:
+                assert client.pull(each).status == "success"
+            assert client.chat(name, HI).message.content == "Hello!"
+            client.delete(name)
+            assert [model.model for model in client.list().models] == ["scripted"]
+            with pytest.raises(ollama.ResponseError, match="not served"):
+                client.delete(name)
+
+
 def test_a_pull_that_fails_says_why(changing: Callable[..., Any], fake_hub: Any) -> None:
     fake_hub.sums[REPO, "model-Q4_K_M.gguf"] = "0" * 64
     running = changing()

@@ -396,6 +396,22 @@ def test_requests_end_where_memory_does_not_go_back(model: Path, monkeypatch: py
         assert answer(engine) == right
 
 
+def test_what_can_neither_sleep_nor_wake_refuses_requests(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with InferenceEngine(model, **SETTINGS) as engine:
+        right = answer(engine)
+        with monkeypatch.context() as patch:
+            patch.setattr(recorded_runner, "drop_pages", failing(recorded_runner.drop_pages, 1, OSError(22, "locked")))
+            restore = failing(sleeping.Sleeper._restore, 1, RuntimeError("no memory"))
+            patch.setattr(sleeping.Sleeper, "_restore", lambda *given: restore(*given))
+            with pytest.raises(EngineSleepingError, match=r"neither sleep .*locked.* nor wake up .*no memory"):
+                engine.sleep()
+        assert engine.is_sleeping
+        with pytest.raises(EngineSleepingError):
+            answer(engine)
+        engine.wake_up()
+        assert answer(engine) == right
+
+
 def test_weights_that_cannot_be_loaded_put_the_cache_to_sleep_again(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
         fields = Fields({**fields.values, **length}, fields.path, fields.prefix)
     shared, local = shared_from_hf(fields, model_type, eps="layer_norm_eps"), model_type == "cohere2"
     if local:
-        usual = Fields({"sliding_window": 4096, **fields.values}, fields.path)
+        usual = fields.with_defaults(**{f"{fields.prefix}sliding_window": 4096})
         shared["sliding_windows"] = windows_from_hf(usual, shared["num_layers"])
     shared["qkv_bias"] = shared["output_bias"] = fields.get("attention_bias", bool, False)
     shared["tie_embeddings"] = fields.get("tie_word_embeddings", bool, True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import msgspec
@@ -33,7 +34,7 @@ from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
 from candle_vllm.server.routes.ollama import OfModel
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
-from candle_vllm.server.settings.model_names import PullError, read_name
+from candle_vllm.server.settings.model_names import PullError
 from candle_vllm.server.settings.options import UsageError
 
 router = APIRouter()
@@ -161,12 +162,15 @@ async def ollama_delete(request: Request) -> Response:
     manager: ModelManager = request.app.state.manager
     settings, name = request.app.state.settings, wire.named
     entry = manager.find(name, exact=True).entry
-    if not _names_file(name, entry) and len(entry.names) > 1:
+    pulled = await in_thread(lambda: _names_file(settings, name, entry), "find-model")
+    entry = manager.find(name, exact=True).entry  # another request may have removed it
+    if not pulled and len(entry.names) > 1:
         left = tuple(each for each in entry.names if each != name)
         _change(manager, entry, dataclasses.replace(entry, aliases=left))
         return Response()
     try:
         local = await in_thread(lambda: find_downloaded(settings, entry.name), "find-model")
+        entry = manager.find(name, exact=True).entry
     except ModelNotFoundError:
         message = f"The model {name!r} was not downloaded by this server, so its files cannot be deleted."
         raise HttpError(409, message, "model_stays", param="model") from None
@@ -182,12 +186,11 @@ async def ollama_delete(request: Request) -> Response:
     return Response()
 
 
-def _names_file(name: str, entry: ModelEntry) -> bool:
-    """Whether a name stands for the downloaded file itself, as Ollama's short names do, and not for a copy."""
-    try:
-        return name == entry.name or str(read_name(name)) == entry.name
-    except PullError:
-        return False
+def _names_file(settings: Settings, name: str, entry: ModelEntry) -> bool:
+    """Whether a pull of this name fetches the model, which Ollama's short names do, and a copy's name does not."""
+    with suppress(PullError, ModelNotFoundError):
+        return name == entry.name or find_downloaded(settings, name).name == entry.name
+    return False
 
 
 def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | None) -> None:
@@ -219,12 +222,13 @@ def pulls_of(manager: ModelManager, settings: Settings) -> Pulls:
 
 def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) -> None:
     """Serve a downloaded model, also under the name in the request if no other model has that name."""
-    if local.name in manager.slots:
-        return
+    old = manager.slots[local.name].entry if local.name in manager.slots else None
+    new = old or served_entry(settings, local)
     try:
-        _change(manager, None, served_entry(settings, local, (asked,)))
+        _change(manager, old, dataclasses.replace(new, aliases=(*new.names, asked)))
     except UsageError:
-        _change(manager, None, served_entry(settings, local))
+        if old is None:
+            _change(manager, None, new)
 
 
 def served_entry(settings: Settings, local: Local, aliases: tuple[str, ...] = ()) -> ModelEntry:

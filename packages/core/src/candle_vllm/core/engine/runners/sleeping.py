@@ -21,7 +21,7 @@ from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import give_back
 from candle_vllm.core.engine.runners.model_runner import HeadRunner, ModelRunner
-from candle_vllm.core.errors import CandleVllmError, InvalidParameterError
+from candle_vllm.core.errors import CandleVllmError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import can_drop_pages
 from candle_vllm.core.loading.source import files_mark
@@ -107,6 +107,7 @@ class Sleeper:
         """Free memory at a checked level; no request may run, and no block may be published.
 
         Raises:
+            EngineSleepingError: it failed, and so did waking up again: all memory counts as freed.
             CandleVllmError: main memory is too small for the weights; what was awake is awake again.
         """
         if self.asleep == TAGS and level <= self.level:
@@ -116,7 +117,11 @@ class Sleeper:
         try:
             self._free(level)
         except (RuntimeError, MemoryError, OSError) as error:
-            self.wake_up(awake)
+            try:
+                self.wake_up(awake)
+            except Exception as second:
+                both = f"the engine can neither sleep ({error}) nor wake up ({second}): it stays asleep"
+                raise EngineSleepingError(both) from error
             raise CandleVllmError(f"the engine cannot sleep, and has restored its memory: {error}") from error
         logger.info("asleep at level %d after %.2f s", level, time.perf_counter() - began)
 
@@ -144,7 +149,7 @@ class Sleeper:
         try:
             self._restore(asked)
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they refer to tensors
+            _forget_frames(error)
             self._free(self.level)
             if isinstance(error, CandleVllmError):
                 raise
@@ -205,3 +210,10 @@ def _layers(loaded: LoadedModel | LoadedEncoder) -> list[Any]:
     draft = loaded.draft
     drafts = [] if draft is None else [draft.decoder if isinstance(draft, LoadedModel) else draft.head]
     return [loaded.decoder, *([] if loaded.tower is None else [loaded.tower.tower]), *drafts]
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the local variables of an error's frames and of its causes' frames, which refer to tensors."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

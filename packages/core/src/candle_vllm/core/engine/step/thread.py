@@ -265,6 +265,8 @@ class EngineThread:
                 while mode == "wait" and self._clients and self.is_alive:
                     time.sleep(_LOOK)
                 self._engine_sleep(level)
+            except EngineSleepingError:  # neither asleep nor awake: only `wake_up` helps
+                raise
             except BaseException:
                 with self._wake:
                     self._asleep = before
