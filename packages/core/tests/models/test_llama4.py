@@ -84,7 +84,7 @@ def test_published_configs_are_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"num_experts_per_tok": 2}, UnsupportedModelError, "a token has 2 experts"),
+        ({"num_experts_per_tok": 2}, UnsupportedModelError, "2 experts per token are not"),
         ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act is 'gelu'"),
         ({"no_rope_layers": [1, 1]}, InvalidFileError, "must describe 48 layers"),
         ({"layer_types": ["sliding_attention"] * 48}, InvalidFileError, "must describe 48 layers"),

@@ -29,7 +29,7 @@ from candle_vllm.server.http.sse import EventStream, named_event
 INCLUDE: Mapping[str, Any] = {
     "include": {
         "enum": [*INCLUDABLE],
-        "description": "Without effect: items are as they were asked for when they were made. It may be repeated.",
+        "description": "Without effect: items have the parts that their request asked for. It may be repeated.",
     }
 }
 AFTER: Mapping[str, Any] = {
@@ -47,7 +47,7 @@ _MAX_NUMBER = 9  # digits
 
 
 async def store_and_owner(request: Request) -> tuple[ResponseStore, str]:
-    """Return the store of responses, and the caller as an owner in it; HttpError 404 if the store is off."""
+    """Return the store of responses, and the caller's owner id in it; HttpError 404 if the store is off."""
     store: ResponseStore | None = request.app.state.response_store
     if store is None:
         raise HttpError(404, "This server stores no responses: it was started with --responses-store off.", "store_off")
@@ -124,7 +124,7 @@ def switch_of(query: dict[str, str], name: str) -> bool:
 class ResponseEvents:
     """Encodes the events of one response for one reader.
 
-    OpenAI's event `keepalive` fills a silence, because clients count events but not comments. It repeats the number of
+    OpenAI's event `keepalive` fills a silence, because clients' idle timeouts ignore comments. It repeats the number of
     the event before it, so that the numbers have no gap and a reader can resume after any of them.
     """
 

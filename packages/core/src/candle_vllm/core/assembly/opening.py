@@ -131,7 +131,7 @@ def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[st
 
 
 def stored_types(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> str | None:
-    """Return the stored types with their counts, after the type that a GGUF file states; None if all are plain."""
+    """Return the type that a GGUF file states, then the stored types and their counts; None if all are plain."""
     kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
     plain = {"F32", "F16", "BF16", "F64", "I64"}  # I64 tensors are buffers
     if set(kinds) <= plain:

@@ -19,8 +19,8 @@ class GatedMLP:
         bias: whether all three matrices have biases.
         down_bias: whether the last matrix has a bias; None if it is as `bias`.
         activation: activation of the gate.
-        fused: checkpoints have gate and up as one matrix [2F, E], the gate's rows first: the part "weight" of
-            `gate_up`; otherwise as two, "gate.weight" and "up.weight".
+        fused: whether checkpoints have gate and up as one matrix [2F, E], the gate's rows first: `WeightName` target
+            `gate_up:weight`; otherwise the targets are `gate_up:gate.weight` and `gate_up:up.weight`.
     """
 
     def __init__(

@@ -19,12 +19,12 @@ _CHUNK, _TEMPERATURE = 8192, (8192, 0.1)  # of published models; GGUF files do n
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama4Config(LlamaConfig):
-    """Config of Llama 4. `sliding_windows` are the chunks.
+    """Config of Llama 4; `sliding_windows` has the layers' chunk sizes.
 
     Attributes:
         chunked: some layers attend within chunks, see `AttentionNeeds`.
         same_length: heads of q and k have a norm without a weight in layers with rotary positions.
-        temperature: L and s: queries at position p in layers without positions are multiplied by
+        temperature: L and s: in layers without rotary positions, queries at position p are multiplied by
             1 + s ln(1 + floor((p + 1) / L)); None for no factor.
     """
 
@@ -48,7 +48,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
     if not all(layer in range(layers) for layer in sparse):
         raise InvalidFileError(f"{fields.path}: moe_layers names layers that the model does not have")
     chunk = fields.get("attention_chunk_size", int, _CHUNK)
-    tuning = fields.values.get(f"{fields.prefix}attn_temperature_tuning", True)  # or the number 4
+    tuning = fields.values.get(f"{fields.prefix}attn_temperature_tuning", True)  # 4 in older files
     own = {
         "intermediate_size": fields.count("intermediate_size_mlp", 16384),
         "sliding_windows": tuple(chunk if kind == "chunked_attention" else None for kind in kinds),
@@ -68,7 +68,7 @@ def _config(
     """Make the config; `sizes` are the number of experts, the experts per token, and the size of an expert."""
     count, top, inner = sizes
     if top != 1:
-        raise UnsupportedModelError(f"{fields.path}: a token has {top} experts; with scaled inputs it may have one")
+        raise UnsupportedModelError(f"{fields.path}: {top} experts per token are not supported, only one")
     mixture = Mixture(
         experts=count,
         top_k=1,

@@ -96,11 +96,11 @@ def _to_bf16(values: np.ndarray, out: np.ndarray) -> None:
             target[np.isnan(part)] = 0x7FC0
 
 
-_LAST = MappingProxyType({"F8_E4M3": (0x7E, 448.0), "F8_E5M2": (0x7C, 65536.0)})  # maximum or infinity: code, number
+_LAST = MappingProxyType({"F8_E4M3": (0x7E, 448.0), "F8_E5M2": (0x7C, 65536.0)})  # code, value of maximum or infinity
 
 
 def _to_small_floats(values: np.ndarray, name: str, out: np.ndarray) -> None:
-    """Round float32 to 8-bit floats; above the largest number, e4m3 stays there and e5m2 becomes infinite."""
+    """Round float32 to 8-bit floats; above the largest number, e4m3 saturates and e5m2 becomes infinite."""
     last, most = _LAST[name]
     numbers, sizes = np.append(_small_floats(name)[:last].astype(np.float64), most), np.minimum(np.abs(values), most)
     middles = (numbers[1:] + numbers[:-1]) / 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Find the arrays in texts of a JSON schema whose elements must differ (`uniqueItems`), for `unique_items`."""
+"""Find the arrays whose elements must differ (`uniqueItems`) in instances of a JSON schema, for `unique_items`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _types_at(facts: Facts, place: Place, depth: int = 0) -> tuple[frozenset[str
 
 
 class Site:
-    """The schemas that may apply to a value of the text.
+    """The schemas that may apply to one value in an instance.
 
     Attributes:
         differing: types of the elements that must differ, if the value is an array; empty if elements may be equal.
@@ -58,7 +58,7 @@ class Site:
 
 
 class Sites:
-    """The sites of the texts of a schema.
+    """The sites of a schema's instances.
 
     Args:
         root: the schema of the request; it must have been checked.

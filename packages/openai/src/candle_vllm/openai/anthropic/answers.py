@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Anthropic's answers, stream events and errors (step 10 of a request's life).
 
-Errors come from OpenAI's table, so both APIs agree on whose fault an error is, and on what a client may know.
+`to_error` maps errors of both APIs, so they agree on whose fault an error is, and on what a client may know.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TextBlock(_Tagged, frozen=True, kw_only=True, tag="text"):
 
 
 class ThinkingBlock(_Tagged, frozen=True, kw_only=True, tag="thinking"):
-    """The model's reasoning; empty if the request omits its text."""
+    """The model's reasoning; empty if the request's `display` is `omitted`."""
 
     thinking: str
     signature: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TaskMaker: makes a task of a checked request, with its history, the tools of its MCP servers, and limits."""
+"""TaskMaker: makes a task from a checked request, its history and its MCP servers' tools, and checks their limits."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Prepared(NamedTuple):
     def _paths(self, form: str, limit: int | None) -> Paths:
         own = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "include"}
         own |= dict.fromkeys(("thinking_token_budget", "thoughts"), "reasoning.max_tokens")
-        to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit, errors name the input
+        to_lower = {} if limit is not None else {"max_tokens": "input"}  # without max_output_tokens, name the input
         return Paths(
             {**own, "prompt": "input", "structured_outputs": form, **to_lower},
             [_path_of(self.plan.by_name[tool["function"]["name"]]) for tool in self.plan.shown],
@@ -158,7 +158,7 @@ class TaskMaker:
         return prepared
 
     async def _max_images(self, items: Sequence[Placed]) -> int:
-        """Return the model's image limit if the conversation's results have images that its template shows; else 0."""
+        """Return the model's image limit if results of MCP tools have images that its template shows; else 0."""
         shown = any(isinstance(item, McpCallItem) and images_in(item.content) for item, _ in items)
         if not shown or self._eyes is None or not self._eyes.max_images:
             return 0
@@ -180,7 +180,7 @@ class TaskMaker:
             for task in opening.values():
                 task.cancel()
             await asyncio.gather(*opening.values(), return_exceptions=True)
-            opening.clear()  # their errors refer to this frame
+            opening.clear()  # breaks a cycle: the tasks' errors refer to this frame
             raise
 
 

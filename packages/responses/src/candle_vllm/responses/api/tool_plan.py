@@ -59,7 +59,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
         approval: approval rule of each tool that runs here.
         choice: tool choice.
         servers: MCP servers of the request, with their tools or the reason why these cannot be listed.
-        offered: tools of each server that the model is shown, by the server's label.
+        offered: by server label, the server's tools that the model is shown.
     """
 
     by_name: dict[str, PlannedTool] = msgspec.field(default_factory=dict)
@@ -71,7 +71,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     offered: dict[str, list[ToolDefinition]] = msgspec.field(default_factory=dict)
 
     def mcp_name(self, label: str, name: str) -> str:
-        """Return the name by which the model calls an MCP server's tool, even if the server does not exist."""
+        """Return the name by which the model calls an MCP server's tool, even if the request lacks the tool."""
         for chat_name, tool in self.by_name.items():
             if tool.server == label and tool.name == name:
                 return chat_name
@@ -167,13 +167,13 @@ def _add_server(plan: ToolPlan, tool: wire_tools.McpTool, server: OpenServer, pa
         if (other := plan.by_name.get(definition.name)) is not None:
             field = f"{path}.allowed_tools"
             raise InvalidParameterError(
-                f"{field} lets in {name!r:.80}, which the model would call {definition.name!r}, as it "
-                f"calls {other.path}: rename that one, or leave this one out",
+                f"{field} allows {name!r:.80}, and the model's name for it, {definition.name!r}, belongs to "
+                f"{other.path}: rename that tool, or do not allow this one",
                 field,
             )
         try:
             plan.registry.add(one)
-        except InvalidParameterError as fault:  # as for the operator's servers
+        except InvalidParameterError as fault:  # left out, as by `ToolRegistry.replace`
             logger.warning("a tool of the MCP server %.100r is left out: %s", server.label, fault)
             continue
         offered.append(definition)
@@ -197,7 +197,7 @@ def _matches(chosen: wire_tools.ToolFilter, definition: ToolDefinition) -> bool:
 
 
 def _rule(tool: wire_tools.McpTool, definition: ToolDefinition) -> Rule:
-    """Return the approval rule of a tool; a tool that neither list names needs an approval."""
+    """Return the approval rule of a tool; a tool that neither filter matches needs an approval."""
     wish = tool.require_approval
     if isinstance(wish, wire_tools.ApprovalFilter):
         if wish.always is not None and _matches(wish.always, definition):

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The protocol of a store: what its users call, and what a backend implements; a store's options and upkeep.
 
-A store holds entries: responses, conversations with their parts, answers of the mailbox. Each entry belongs to an
-owner, the hash of an API key, and has an id that is unique for this owner. Users of a store (`ResponseStore`, and the
-server's mailbox) define the kinds of entries; a backend does not read their contents. Times are milliseconds since
-1970.
+A store holds entries, such as responses and conversations; some have parts. Each entry belongs to an owner, the hash of
+an API key, and has an id that is unique for this owner. Users of a store (`ResponseStore`, the server's mailbox and its
+`BatchStore`) define the kinds of entries; a backend does not read their contents. Times are milliseconds since 1970.
 
 A **lease** reserves an entry for a holder until a time. Until then, only the holder may change the entry or renew the
-lease; afterwards, anyone may claim it. There are four kinds of leases:
+lease; afterwards, anyone may claim it. Kinds of leases (`server/batches/store.py` has two more):
 
     a response in the background    held and renewed by the server that answers it. An expired lease means that this
                                     server died: the server that finds it ends the response as failed.
@@ -65,7 +64,7 @@ class Bounds:
 
     Attributes:
         entries: maximum number of entries of all owners.
-        owner_entries: maximum number of entries of one owner, whose least recently used entries are then dropped.
+        owner_entries: maximum number of entries of one owner; beyond it, its least recently used entries are dropped.
         size: maximum bytes of all entries.
         entry_size: maximum bytes of one entry without its parts.
         parts: maximum number of parts of one entry.
@@ -73,7 +72,7 @@ class Bounds:
         spares_leased: whether leased entries never expire and are never dropped, so that a new entry may be refused;
             otherwise leased entries expire, and are dropped last.
         advice: advice for the message about a full store.
-        several: whether there are several owners; each then has half of `entries` and `size`, and drops its own data.
+        several: whether there are several owners; an owner beyond half of `entries` or `size` then loses its own data.
     """
 
     entries: int
@@ -149,7 +148,7 @@ class StoreOptions:
             parts=self.max_items,
             parts_size=self.max_conversation_bytes,
             spares_leased=True,
-            advice="Send less, or let its operator raise --responses-max-mb.",
+            advice="Send less, or let the operator raise --responses-max-mb.",
         )
 
 
@@ -181,14 +180,14 @@ class Backend(Protocol):
     async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()) -> int:
         """Store an entry, or replace the one with its owner and id; return how many other entries were dropped.
 
-        An active entry is replaced at its position in lists; an inactive entry is deleted first. `names` are ids in the
-        entry's contents, for `find`; `parts` are its first parts. Raises StoreLimitError if a limit of one entry or of
-        the store prevents it.
+        A replaced entry that is active (`entries.ACTIVE`) keeps its place in lists and its parts; an inactive one is
+        deleted first. `names` are ids in the entry's contents, for `find`; `parts` are added to its parts. Raises
+        StoreLimitError if a limit of one entry or of the store prevents it.
         """
         ...
 
     async def get(self, kind: str, owner: str, name: str) -> Entry | None:
-        """Return an entry that has not expired. Active entries never do, nor, with `spares_leased`, leased entries."""
+        """Return an unexpired entry. Active entries never expire, and with `spares_leased` neither do leased ones."""
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
@@ -221,13 +220,13 @@ class Backend(Protocol):
         Args:
             status: new status of an active entry; None for an inactive entry, whose status and lease do not change.
             lease: new end of the lease; None ends it.
-            lease_was: expected end of the lease; limits then do not apply, so that an entry with an expired lease can
+            lease_was: expected end of the lease; if given, no limits apply, so that an entry with an expired lease can
                 be ended.
             expires: new time of expiry; None leaves it.
             names: further ids in its contents.
 
         Raises:
-            StoreLimitError: the entry exceeds the limit of one entry, or the store.
+            StoreLimitError: the entry exceeds a limit of one entry or of the store.
         """
         ...
 
@@ -253,15 +252,15 @@ class Backend(Protocol):
         """Add parts at the end, all or none; return how many entries were dropped to make room.
 
         Parts that exist already are skipped with `skip_known`, and refused with InvalidParameterError otherwise. Raises
-        StoreLimitError if the parts exceed the limits, and as the methods below NotStoredError if the entry does not
-        exist.
+        StoreLimitError if the parts exceed the limits, and, like the next three methods, NotStoredError if the entry
+        does not exist.
         """
         ...
 
     async def parts(
         self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
     ) -> list[EntryItem] | None:
-        """Return up to `limit` parts after `after`, None if that is unknown; no limit: the entry counts as used now."""
+        """Return up to `limit` parts after `after`, None for an unknown `after`; no `limit` marks the entry as used."""
         ...
 
     async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
@@ -282,7 +281,7 @@ class Backend(Protocol):
         ...
 
     async def claim_due(self, until: int, busy_owners: Collection[str]) -> Entry | None:
-        """Claim, until a time, the inactive entry whose lease ended first, except entries of busy owners."""
+        """Claim, until a time, the inactive entry whose lease ended first; skip owners at their limit."""
         ...
 
     async def next_due(self, busy_owners: Collection[str]) -> int | None:
@@ -297,7 +296,7 @@ class Backend(Protocol):
         ...
 
     async def lapsed(self, busy_owners: Collection[str] = ()) -> list[Entry]:
-        """Return some active entries whose lease has expired, the oldest first, except entries of busy owners."""
+        """Return some active entries with an expired lease, earliest first; skip owners at their limit."""
         ...
 
 

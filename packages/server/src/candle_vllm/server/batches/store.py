@@ -6,8 +6,8 @@ state: an `upload` is incomplete, and is deleted if its server dies; `results` o
 ended; a `file` is complete and visible.
 
 A batch is an entry whose lease names the server that works on it; any server may take over a batch whose lease has
-expired. A cancellation is stored as a part of the entry, so that it overwrites no result of the working server. The
-lease of an input file belongs to all batches that read it: each of their servers renews it.
+expired. A cancellation is a part of the entry, so that it overwrites no state that the working server wrote. The lease
+of an input file belongs to all batches that read it: each of their servers renews it.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class BatchStore:
     async def show_results(self, owner: str, file_id: str, name: str, seconds: int) -> str | None:
         """Make the file of results visible; return its id, or None without results."""
         backend, size = await self.backend(), 0
-        if await backend.get(RESULTS, owner, file_id) is None:  # the file was created before
+        if await backend.get(RESULTS, owner, file_id) is None:  # visible already, or deleted as empty
             return file_id if await backend.get(FILE, owner, file_id) is not None else None
         async for part in self.contents(owner, file_id, RESULTS):
             size += len(part.body)
@@ -262,7 +262,7 @@ class BatchStore:
         return not await (await self.backend()).move([held], until)
 
     async def lapsed(self, busy_owners: Collection[str]) -> list[entries.Entry]:
-        """Return batches that no server works on, except those of busy owners; delete uploads whose server died."""
+        """Return batches that no server works on, skipping owners at their limit; delete uploads whose server died."""
         backend, found = await self.backend(), []
         for entry in await backend.lapsed(busy_owners):
             if entry.kind == BATCHES:
@@ -278,7 +278,7 @@ class BatchStore:
         bounds = Bounds(
             options.max_entries, size=options.max_bytes, entry_size=1 << 20, parts=MAX_LINES + 1,
             parts_size=options.max_bytes, spares_leased=True,
-            advice="Delete files, or let its operator raise --files-max-mb.", several=self._several,
+            advice="Delete files, or let the operator raise --files-max-mb.", several=self._several,
         )  # fmt: skip
         place = Place(options.url, "batches", "store of files", SETTING)
         return await open_backend(place, bounds, time.time)
@@ -295,7 +295,7 @@ def too_large(most: int) -> entries.StoreLimitError:
 
 
 def _body(record: BatchRecord) -> bytes:
-    """Return a record as JSON, padded to the size of its largest state, so that a batch can end in a full store."""
+    """Return a record as JSON, padded to its largest size, so that a batch can end although the store is full."""
     return msgspec.json.encode(record).ljust(_LATER + len(msgspec.json.encode(record.batch.metadata)))
 
 

@@ -6,9 +6,9 @@ target step (a prompt chunk, a token, accepted drafts) after that step's tokens 
 reads its own hidden states instead of the target's. After the target has run these positions, the layer reads their
 hidden states and overwrites its cache there. Its cache has the same block numbers and positions as the target's.
 
-For some tokens there are no hidden states: a prefix from the prefix cache, unless another sequence has written its rows
-to the layer's cache, and tokens that were appended while the sequence got no drafts. The sequence's rows then begin at
-the next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
+Hidden states are not stored, so the layer's cache lacks rows for some tokens: a prefix from the prefix cache, unless
+another sequence wrote these rows, and tokens that were appended while the sequence got no drafts. The sequence's rows
+then begin at the next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
 
 A head without a cache of its own (Gemma 4's drafter) reads the target's cache instead. It reads only the last row
 of a step, and all of its draft tokens have the position of the sequence's last token.
@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.recorded import Value
 
 
 class _Tail:
-    """The layer's part of a target sequence, from block `first` on. Its runs have their tokens in `Run.drafts`."""
+    """The layer's rows of a target sequence, from block `first` on; `run` passes their tokens as `Run.drafts`."""
 
     __slots__ = ("begin", "first", "table", "tokens")
 
@@ -87,13 +87,13 @@ class DraftingHead(DraftModel):
         self._vocab_size, self._shares = vocab_size, shares
         self._tails: dict[LiveSequence, _Tail] = {}
         self._unread: dict[LiveSequence, tuple[int, int, int]] = {}  # first and end position, row of the first
-        self._states: NDArray[np.float32] | None = None  # the target's hidden states, for the next step
-        self._back: dict[LiveSequence, NDArray[np.float32]] = {}  # hidden states of the last step, read by the next
+        self._states: NDArray[np.float32] | None = None  # the target's hidden states, for the layer's next step
+        self._back: dict[LiveSequence, NDArray[np.float32]] = {}  # the layer's own hidden states, for its next step
 
     # ---- called by the drafter ---------------------------------------------------------------------------------------
 
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
-        """Record which rows of a committed target step must be read; call `release` before the target's next step.
+        """Record a committed target step's rows to read; the caller calls `release` before the target's next step.
 
         Args:
             lives: the sequence of each run; None for a sequence that gets no drafts.
@@ -134,7 +134,7 @@ class DraftingHead(DraftModel):
         self._unread = {}
         super().reset()
 
-    # ---- contents of its cache ---------------------------------------------------------------------------------------
+    # ---- contents of the layer's cache -------------------------------------------------------------------------------
 
     def _begin(self, own: Own, live: LiveSequence) -> None:
         del live
@@ -159,10 +159,10 @@ class DraftingHead(DraftModel):
         del own, length
         return 0
 
-    # ---- its steps ---------------------------------------------------------------------------------------------------
+    # ---- the layer's steps -------------------------------------------------------------------------------------------
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Return runs of the target's unread rows, and their `asked` sequences; if none asked, run the rows at once."""
+        """Return runs of unread target rows with their `asked` sequences; without such sequences, run the rows now."""
         del lives
         asking = {each.live: each for each in asked}
         runs: list[Run] = []

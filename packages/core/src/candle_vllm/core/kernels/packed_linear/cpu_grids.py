@@ -37,7 +37,7 @@ class GridGroup:
     Args:
         e, layout, isa: emitter, layout and instruction set of the code.
         block, group, codes: address of the block, index of the group, address of its codes; see `cpu.py`.
-        named: a table; `quad` returns the indices of weights in the table instead of the weights. None for the weights.
+        named: a table of weights; `quad` returns each weight's index in it. With None, `quad` returns 128 + weight.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class GridGroup:
         return [self.e.b.or_(self.e.b.shl(small, one), one) for small in self._small()]
 
     def quad(self, quad: int) -> Any:
-        """Return 128 + weight of the four weights at places 4 quad to 4 quad + 3 of `GridLayout.order`."""
+        """Return 128 + weight for the four places from `4 * quad` on in `GridLayout.order`; or indices, see `named`."""
         word, high = divmod(quad, 2)
         if word not in self._words:
             self._words[word] = self._signed(word) if self.layout.signs else self._of_index(word)
@@ -94,7 +94,7 @@ class GridGroup:
         return self.e.b.or_(found, side)
 
     def _pair(self, pair: int) -> Any:
-        """Look up the indices 2 pair and 2 pair + 1: their first bytes, then their second bytes."""
+        """Look up indices `2 * pair` and `2 * pair + 1`: the first bytes, then the second bytes."""
         if pair in self._pairs:
             return self._pairs[pair]
         e, b = self.e, self.e.b
@@ -113,7 +113,7 @@ class GridGroup:
         return self._pairs[pair]
 
     def _upper(self, first: int) -> list[Any]:
-        """Return the bits above the lowest eight of the four indices from `first` on, each <64 x i1>."""
+        """Return the bits above the low bytes of the four indices from `first` on, <64 x i1> for each bit."""
         bits = HIGH_BITS.get(self.layout.name, 0)
         if not bits:
             return []
@@ -131,7 +131,7 @@ class GridGroup:
         return self._are_set(rows, [1 << bit % 8 for bit in self.layout.left_out])
 
     def _are_set(self, rows: Any, bits: list[int]) -> Any:
-        """Return which of the four `bits` are set, one bit for each byte of a lane."""
+        """Return for each byte whether it has its bit, <64 x i1>; `bits` are the masks of a lane's four bytes."""
         wanted = ir.Constant(vector(I8, 64), [ir.Constant(I8, bit) for bit in bits * ROWS])
         return self.e.b.icmp_unsigned("!=", self.e.b.and_(rows, wanted), self.e.zeros(I8, 64))
 
@@ -307,7 +307,7 @@ def _vectors(e: Emitter, quads: list[Any], bits: int) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def _code_blocks(_: Any, kind: Any, isa: Any, blocks: Any, to: Any, count: Any) -> Any:
-    """Do what `make_codes` does for consecutive blocks."""
+    """Convert `count` consecutive blocks of indices to blocks of codes."""
     named = PackedKind(kind.literal_value)
     layout, grid, features = LAYOUTS[named], FORMATS[named.type.name], Isa(isa.literal_value)
     assert isinstance(layout, TileLayout)

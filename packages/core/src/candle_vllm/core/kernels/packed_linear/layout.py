@@ -5,8 +5,8 @@ Terms, for a matrix of N rows of K weights:
 
     tile    16 consecutive rows; a thread reads a tile sequentially
     group   32 consecutive weights of each row of a tile
-    block   one group (most simple types), or more groups that share a super-scale (eight in K-quants): first the
-            scales (the head), then the codes; a tile is consecutive blocks along K
+    block   one group (in most types with a simple head), or several (eight in K-quants): first the scales (the head),
+            then the codes; a tile is consecutive blocks along K
     quad    4 consecutive weights of each row: quad j (0 to 7) of a group is its weights 4j to 4j + 3
     vector  64 bytes, 4 for each row: all codes of a quad, or some of the bits of several quads
 
@@ -19,7 +19,7 @@ Heads of a block:
     K-quant head  super-scale f16[16]  (negated super-minimum f16[16])  then 32 bytes for each group:
                   scale u8[16], minimum u8[16]             Q4_K, Q5_K (a scale for 32 weights)
                   scale i8[16], scale i8[16]               Q3_K, Q6_K (16 weights: first half, second half of the group)
-                  scale | minimum << 4, u8[16][2]          Q2_K (16 weights: both halves of a row side by side)
+                  scale | minimum << 4, u8[16][2]          Q2_K (16 weights: a row's two scales side by side)
                   scale i8[16], 16 bytes in all            IQ4_XS (a scale for 32 weights)
 
 A group's codes are vectors; byte b of a row's 4 bytes belongs to weight 4j + b of quad j:
@@ -30,13 +30,13 @@ A group's codes are vectors; byte b of a row's 4 bytes belongs to weight 4j + b 
     single bits   bit j belongs to quad j                                                  (1 vector; 1, 3, 5 bits)
     triples       vector v holds quad 2v in bits 0 to 2 and quad 2v + 1 in bits 3 to 5, for v = 0 to 2; above them are
                   quad 6 (its low bits in vector 0, the highest in bit 6 of vector 1) and quad 7 (its low bits in vector
-                  2, the highest in bit 7 of vector 1)           (3 vectors; 3 bits that are looked up, IQ1 and IQ2)
+                  2, the highest in bit 7 of vector 1)              (3 vectors; 3-bit codes of a table, IQ1 and IQ2)
     trits         vector i holds the 5 quads of a block from 5i on: a byte is ceil(256 / 243 * n) for the base-3 number
                   n of five digits, the first digit highest, as in TQ1_0                   (13 vectors for eight groups)
 
-A type with several of these stores them in order, high bits first, so that memory is read sequentially. A code is
-unsigned; a weight is scale * (code - zero) for the types without a minimum, otherwise scale * code + minimum. IQ4_NL,
-IQ4_XS, MXFP4 and NVFP4 have a table of 16 values, in which a code is looked up: a weight is scale * value.
+A type whose codes are split into two of these parts stores the high bits first, so that memory is read sequentially. A
+code is unsigned; a weight is scale * (code - zero) for the types without a minimum, otherwise scale * code + minimum.
+IQ4_NL, IQ4_XS, MXFP4 and NVFP4 have a table of 16 values, in which a code is looked up: a weight is scale * value.
 
 The other IQ types have two layouts with identical results. The layout of `grids.py` has the indices of the file; it is
 used if the CPU can look up 64 bytes at once (VBMI). Other CPUs would gather from the types' grids, which takes several
@@ -285,7 +285,7 @@ class GatedArguments(NamedTuple):
     """Arguments of an operation that gates one product with another and quantises the result.
 
     Attributes:
-        rows_from: the `StepNumber` that is T.
+        rows_from: the `StepNumber` that gives T, the number of rows.
         gate, other: addresses of the tiles of two matrices of one kind and shape.
         tile_bytes: bytes from one tile to the next.
         outputs: N of each matrix, a multiple of 32.

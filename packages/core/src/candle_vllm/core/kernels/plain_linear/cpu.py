@@ -13,8 +13,8 @@ With AVX-512, 8 rows are multiplied by two tiles at once: a step of 16 vectors o
 activations, so that multiplication is the limit. Fewer rows are limited by memory, and use one tile after the other,
 because reading two tiles alternately is slower.
 
-With AVX2 alone, three panels of a group are multiplied by one tile, 6 of their 24 rows at a time (not with BF16, whose
-pairs need registers). 6 rows have 12 vectors of sums; with only 8 (4 rows), multiplications wait for each other.
+With AVX2 alone, three panels of a group are multiplied by one tile, 6 of their 24 rows at a time (not with BF16: its
+unpacking needs registers). 6 rows have 12 vectors of sums; with only 8 (4 rows), multiplications wait for each other.
 
 Every variant adds a sum's products in the order of K.
 """

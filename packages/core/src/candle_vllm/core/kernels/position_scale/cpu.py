@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Multiply each row in place by a factor of its position on the CPU (step 6 of a request's life)."""
+"""On the CPU, multiply each row in place by the factor for its position (step 6 of a request's life)."""
 
 from __future__ import annotations
 
