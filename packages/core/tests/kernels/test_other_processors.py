@@ -191,7 +191,8 @@ def test_plain_products_do_not_depend_on_the_rows_beside(name: str) -> None:
 def run_there(processor: Emulated, made: Compiled, functions: list[int]) -> list[np.ndarray]:
     """What operations that the plan has make on the emulated processor of the memory that it has here: all of it."""
     recorder = made.recorder
-    rows = [recorder.arrays.query_start, *recorder.arrays.states, recorder.arrays.numbers]
+    states = recorder.arrays.states.tables.values()
+    rows = [recorder.arrays.query_start, *states, recorder.arrays.numbers]
     kept = [x for x in recorder._keep if isinstance(x, np.ndarray)]
     here = [x for x in (made.states, made.kept, *recorder.allocated, *kept, *rows) if x.nbytes]
     there = [processor.array(x) for x in here]
