@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule on the CPU beside a copy of the same bytes: one JSON line per result.
+"""The gated delta rule and Mamba 2 on the CPU beside a copy of the same bytes: one JSON line per result.
 
 Each layer has states of its own, as many as a model has, so that none is in the processor's caches that would not be
 there in a step. `us` are microseconds a layer and step, `copy_us` those of copying its states from one place to
 another by as many threads, and `ratio` the one by the other; medians of the rounds, which take turns.
 
-    python benchmarks/cpu/states.py [--shape qwen3.5-0.8b|qwen3.5-4b] [--threads N] [--sequences 1 32] [--rounds 9]
+    python benchmarks/cpu/states.py [--shape NAME] [--threads N] [--sequences 1 32] [--rounds 9]
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from candle_vllm.core.kernels.delta_rule.layout import DeltaGates, kept_inputs, 
 from candle_vllm.core.kernels.states import StateCache
 from candle_vllm.core.threads import default_threads
 
-SHAPES = {"qwen3.5-0.8b": (16, 16, 128, 128, 18), "qwen3.5-4b": (16, 32, 128, 128, 24)}  # Hk, Hv, Dk, Dv, layers
+SHAPES = {  # Hk, Hv, Dk, Dv, layers
+    "qwen3.5-0.8b": (16, 16, 128, 128, 18),
+    "qwen3.5-4b": (16, 32, 128, 128, 24),
+    "granite-4-h-tiny": (1, 48, 128, 64, 36),
+    "nemotron-3-nano-4b": (8, 96, 128, 80, 21),
+}
+MAMBA = ("granite-4-h-tiny", "nemotron-3-nano-4b")
 MEMORY = 3 << 30  # most bytes of states
 
 
@@ -40,7 +46,9 @@ def measure(shape: str, sequences: int, threads: int, rounds: int) -> dict[str, 
     recorder, team = Recorder(limits, host_isa()), ThreadTeam(threads)
     recorder.begin(Adapted.NOT)
     random = np.random.default_rng(0)
-    gates = DeltaGates(*(-random.random((2, heads), np.float32)))
+    gates, mamba = DeltaGates(*(-random.random((2, heads), np.float32))), shape in MAMBA
+    if mamba:
+        gates = gates._replace(skip=random.random(heads, np.float32))
     widths = [(key_heads * key, key), (key_heads * key, key), (heads * value, value), (heads, None), (heads, None)]
     made = [recorder.buffer(width) for width, _ in (*widths, widths[2])]
     for buffer in made:
@@ -55,7 +63,7 @@ def measure(shape: str, sequences: int, threads: int, rounds: int) -> dict[str, 
     for states in memory:
         record_delta_rule(
             recorder, rows[:5], rows[5], gates, StateCache(states, np.zeros((sequences, 0, inputs), np.float32)),
-            scale=key**-0.5, normed=True,
+            scale=1.0 if mamba else key**-0.5, normed=not mamba,
         )  # fmt: skip
     arrays, each = recorder.arrays, np.arange(sequences)
     arrays.query_start[: sequences + 1] = np.arange(sequences + 1)
