@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, UnsupportedModelError
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import InvalidFileError, NoMemoryError
 from candle_vllm.core.loading.cache_specs import PagedSpec, StateSpec, paged
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models.registry import NOT_BUILT, family_from_hf
@@ -171,6 +173,21 @@ def test_a_model_without_pages(name: str, tmp_path: Path) -> None:
         expected.append(int(eager_logits(folder, expected, [len(expected)])[-1].argmax()))
     assert list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids) == expected[40:]
     assert second.num_cached_tokens == 32
+
+
+def test_a_cut_context_counts_states(tmp_path: Path) -> None:
+    """What all of the context takes includes the states of the sequences."""
+    row = ROWS["Nemotron-H"]
+    folder = write_tiny(tmp_path, row.model_type, **row.config)
+    model, config = load(folder).config, EngineConfig(model=str(folder))
+    cut = list[str]()
+    for free in range(1 << 17, 1 << 20, 1 << 12):
+        with contextlib.suppress(NoMemoryError):
+            plan = plan_cache(config, model, lambda _: 2, 4, Room(free, 0.5))
+            assert plan.state_bytes
+            cut += [plan.warning] if plan.warning else []
+    assert cut
+    assert all(re.search(r"all of it takes [1-9]\d* MiB more than the", each) for each in cut), cut
 
 
 def test_what_does_not_rotate_has_no_tables(tmp_path: Path) -> None:

@@ -219,9 +219,10 @@ def plan_cache(
     )
     cut = ""
     if context < model.max_position:
-        whole_bytes = per_sequence * block_bytes + window_bytes
+        whole_bytes = per_sequence * block_bytes + window_bytes + state_bytes
         if config.kv_cache_memory or of_whole:
-            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) instead of {_size(budget)}"
+            given = _size(budget + state_bytes)
+            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) instead of {given}"
         else:
             missing = -(-int(whole_bytes / share - available) // MIB)
             more = f"all of it takes {missing:,} MiB more than the {_size(available)} that are free{room.kept}"
