@@ -381,9 +381,8 @@ class Fleet:
                 "lora_request",
             )
         if use.path and added is None:
+            self._loose.pop(use.name, None)  # the name becomes the last one
             self._loose[use.name] = use.path
-            with suppress(KeyError):  # another thread has dropped the name
-                self._loose.move_to_end(use.name)
             while len(self._loose) > MAX_LOOSE_NAMES:
                 self._loose.popitem(last=False)
         return replace(use, path=known) if known and not use.path else use
