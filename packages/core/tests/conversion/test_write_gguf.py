@@ -99,8 +99,8 @@ def test_every_family_has_its_row() -> None:
     assert known | told_by_rope | told_by_experts == set(ARCHITECTURES)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("isq", ["q4_0", "q4k", "q6k"])
+@pytest.mark.one_of_each(3)
+@pytest.mark.parametrize("isq", ["q4_0", "q4k", "q6k", "w8a8"])
 def test_the_compiled_kernels_run_what_was_written(isq: str, tmp_path: Path, words: Path) -> None:
     """Rows of 256 take the type; a file and a model that is quantised while it is loaded have the same blocks."""
     big = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_attention_heads": 8}
@@ -157,7 +157,7 @@ def test_a_template_takes_the_place_of_all(tmp_path: Path, words: Path) -> None:
         assert keys == {f"tokenizer.chat_template{end}" for end in found}
 
 
-@pytest.mark.parametrize("isq", ["q8_0", "q4k"])
+@pytest.mark.parametrize("isq", ["q8_0", "q4k", "w8a8"])
 def test_a_gguf_file_is_quantised_as_its_folder_is(isq: str, tmp_path: Path, words: Path) -> None:
     """To the bit, metadata in its types included."""
     big = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_attention_heads": 8}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.activation_rows import SEGMENT, ByteForm, RowForm, row_bytes, row_elements
 
 pytest.importorskip("numba")
 
@@ -21,15 +21,16 @@ from packages.core.tests.kernels import activation_forms
 def run(
     x: np.ndarray,
     prologue: Prologue,
-    form: RowForm,
+    form: RowForm | ByteForm,
     threads: int = 2,
     weight: np.ndarray | None = None,
     picked: list[int] | None = None,
 ) -> np.ndarray:
-    """The result's bits, [T + 1, row_elements]; the last row must stay untouched."""
+    """The result's bits, [T + 1, row_elements], bytes of a row for int8; the last row must stay untouched."""
     columns = x.shape[1] // (2 if prologue.gated else 1)
-    rows, bits = len(picked) if picked else len(x), np.uint16 if form is RowForm.BF16 else np.uint32
-    out = np.full((rows + 1, row_elements(columns)), 77, bits)
+    rows, bits = len(picked) if picked else len(x), {1: np.uint8, 2: np.uint16, 4: np.uint32}[form.bytes]
+    width = row_bytes(form, columns) if isinstance(form, ByteForm) else row_elements(columns)
+    out = np.full((rows + 1, width), 77, bits)
     numbers = np.zeros(StepNumber.COUNT, np.int64)
     numbers[StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS] = rows
     index = np.array(picked or [0], np.int64)
@@ -80,6 +81,32 @@ def test_equals_the_reference(prologue: Prologue, form: RowForm, rows: int, colu
         assert torch.equal(numbers, exact.bfloat16()), "the form alone differs"
     for threads in (1, 3):
         assert np.array_equal(run(x, prologue, form, threads, weight), result)
+
+
+@pytest.mark.parametrize("prologue", [Prologue.NONE, Prologue.NORM, Prologue.SILU], ids=lambda prologue: prologue.name)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 33), (7, 576), (1, 1344)])
+def test_bytes_equal_the_reference(prologue: Prologue, rows: int, columns: int) -> None:
+    """Integers, scales and sums are those of the float rows, for any number of threads and in any place."""
+    x, weight = data(rows, columns * 2 if prologue.gated else columns), np.ones(columns, np.float32)
+    x[0, : SEGMENT // 2] = 0.0
+    y = run(x, prologue, RowForm.F32, weight=weight).view(np.float32)
+    found, segments = run(x, prologue, ByteForm.I8, weight=weight), -(-columns // SEGMENT)
+    padded = np.zeros((rows, segments, SEGMENT), np.float32)
+    padded.reshape(rows, -1)[:, :columns] = y[:, :columns]
+    scales = np.abs(padded).max(2) / np.float32(127)
+    factors = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
+    codes = np.rint(padded * factors[:, :, None])
+    size = -(-columns // 64) * 64
+    assert np.array_equal(found[:, :size].view(np.int8)[:, :columns], codes.reshape(rows, -1)[:, :columns])
+    assert not found[:, columns:size].any()
+    tail = np.ascontiguousarray(found[:, size : size + 8 * segments]).reshape(rows, segments, 8)
+    assert np.array_equal(tail[:, :, :4].copy().view(np.float32)[:, :, 0], scales)
+    assert np.array_equal(tail[:, :, 4:].copy().view(np.int32)[:, :, 0], -128 * codes.sum(2))
+    for threads in (1, 3):
+        again = run(x, prologue, ByteForm.I8, threads, weight)
+        assert np.array_equal(again[:, : size + 8 * segments], found[:, : size + 8 * segments])
+    last = run(x, prologue, ByteForm.I8, weight=weight, picked=[rows - 1])
+    assert np.array_equal(last[0, :size], found[-1, :size])
 
 
 def test_ties_round_to_even() -> None:

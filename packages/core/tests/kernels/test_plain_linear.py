@@ -13,12 +13,16 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, plain_kind, reference, unpack
+from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, pack_rows, plain_kind, reference, unpack
 from candle_vllm.core.kernels.torch_numbers import DTYPES, NAMES
+from candle_vllm.core.kernels.weight_quant.rows import quantise_rows
+from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.activation_rows import row_elements
+from candle_vllm.core.kernels.activation_quant import Prologue
+from candle_vllm.core.kernels.activation_rows import ByteForm, RowsArguments, row_bytes, row_elements, rows_operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
@@ -27,9 +31,10 @@ from candle_vllm.core.kernels.plain_linear import cpu
 from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
 # The generic path runs everywhere; BF16, and the blocks of 24 rows of AVX2, only where the CPU has them.
-ISAS = [Isa.GENERIC, *[isa for isa in (Isa.AVX2, Isa.BF16) if host_isa() & isa]]
+ISAS = [Isa.GENERIC, *[isa for isa in (Isa.AVX2, Isa.BF16, Isa.AMX) if host_isa() & isa]]
 ODD = 301
-each_kind = pytest.mark.parametrize("kind", list(PlainKind), ids=lambda kind: kind.name)
+FLOATS = [kind for kind in PlainKind if kind is not PlainKind.W8A8]
+each_kind = pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.name)
 
 
 def stored(kind: PlainKind, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -99,7 +104,7 @@ def test_the_layout_keeps_every_number(kind, rows, columns):
     assert matrix.kind is plain_kind(kind.name) is kind
     assert np.array_equal(unpack(matrix), tensor.float().numpy())
     assert address_of(matrix.data) % 64 == 0
-    assert matrix.nbytes <= -(-rows // 16) * 16 * (columns + 7) * kind.itemsize
+    assert matrix.nbytes <= -(-rows // 16) * 16 * (columns + (31 if kind is PlainKind.BF16 else 3)) * kind.itemsize
 
 
 def test_unaligned_bytes():
@@ -235,13 +240,72 @@ def test_no_rows_is_no_work(team):
     assert multiply(team, packed(PlainKind.F32, 17, 95), activations(1, 95)[:0]).shape == (0, 17)
 
 
+# ---- 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+def blocks_of_rows(weights: np.ndarray) -> np.ndarray:
+    """Q8_0 with one scale for each row."""
+    plain = np.ascontiguousarray(weights, np.float32)
+    return quantise_rows(plain.view(np.uint8).reshape(len(plain), -1), "F32", plain.shape[1])
+
+
+def multiply_bytes(team: ThreadTeam, matrix: PlainMatrix, x: np.ndarray, isa: Isa, **more: np.ndarray) -> np.ndarray:
+    """As `multiply`, for activations that the compiled operation quantises."""
+    rows, columns = x.shape
+    inputs, size = aligned(x.size, np.float32).reshape(x.shape), row_bytes(ByteForm.I8, columns)
+    inputs[:] = x
+    out, numbers = aligned(rows * size, np.uint8), np.full(StepNumber.COUNT, rows, np.int64)
+    given = RowsArguments(x=address_of(inputs), stride=columns, columns=columns, out=address_of(out))
+    run_row(team, rows_operation(Prologue.NONE, ByteForm.I8), numbers, given)
+    bias, onto = more.get("bias"), more.get("onto")
+    return multiply_in_field(team, matrix, rows, isa, bias, onto, x=address_of(out), x_bytes=size)
+
+
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 32), (17, 96), (63, 1344)])
+def test_8_bits_have_the_same_bits_on_every_cpu(outputs, columns, team):
+    """Integer sums are exact, and floats are added in the same order by every variant."""
+    weights, x = activations(64, columns)[:outputs], activations(341, columns) * 3
+    raw = blocks_of_rows(weights)
+    matrix = pack_rows(raw, outputs, columns)
+    assert matrix is not None
+    exact = ggml.dequantize(raw, GGMLQuantizationType.Q8_0, (outputs, columns))
+    assert np.array_equal(unpack(matrix), exact)
+    wanted = reference.linear(exact, reference.round_activations(x, PlainKind.W8A8))
+    whole = multiply_bytes(team, matrix, x, Isa.GENERIC)
+    assert error(whole, wanted) < 1e-6
+    for isa in [*ISAS[1:], *[isa for isa in (host_isa() & ~Isa.AMX,) if isa]]:
+        for rows in (1, 2, 4, 5, 8, 9, 16, 17, 33, 341):
+            assert same_bits(multiply_bytes(team, matrix, x[:rows], isa), whole[:rows])
+            assert same_bits(multiply_bytes(team, matrix, x[-rows:], isa), whole[-rows:])
+
+
+@pytest.mark.parametrize("rows", [3, 19])
+def test_8_bits_with_a_bias_and_onto_a_result(rows, team):
+    matrix, x = pack_rows(blocks_of_rows(activations(37, 160)), 37, 160), activations(rows, 160)
+    random = np.random.default_rng(5)
+    bias, onto = (random.standard_normal(shape).astype(np.float32) for shape in (37, (rows, 37)))
+    plain = multiply_bytes(team, matrix, x, host_isa())
+    assert same_bits(multiply_bytes(team, matrix, x, host_isa(), bias=bias, onto=onto), plain + bias + onto)
+
+
+def test_only_rows_with_one_scale_become_8_bits():
+    raw = blocks_of_rows(activations(17, 96))
+    assert pack_rows(raw, 17, 96) is not None
+    raw.reshape(17, 3, 34)[16, 1, 0] ^= 1
+    assert pack_rows(raw, 17, 96) is None
+    zeros = pack_rows(blocks_of_rows(np.zeros((3, 64))), 3, 64)
+    assert not unpack(zeros).any()
+
+
 # ---- embedding rows --------------------------------------------------------------------------------------------------
 
 
-@each_kind
-@pytest.mark.parametrize("columns", [1, ODD])
+@pytest.mark.parametrize(("kind", "columns"), [*itertools.product(FLOATS, (1, ODD)), (PlainKind.W8A8, 96)])
 def test_embedding_rows_are_exact(kind, columns, team):
-    matrix = packed(kind, 63, columns)
+    if kind is PlainKind.W8A8:
+        matrix = pack_rows(blocks_of_rows(activations(63, columns)), 63, columns)
+    else:
+        matrix = packed(kind, 63, columns)
     ids = np.array([0, 62, 17, 17, -1, 63, 1 << 40], np.int64)
     field = np.full((len(ids) + 1, columns + 8), 7, np.float32)
     numbers = np.full(StepNumber.COUNT, len(ids), np.int64)

@@ -20,6 +20,8 @@ from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, Samplin
 from candle_vllm.core.assembly.isq import in_situ, quantised_in_situ
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.config import ISQ_NAMES
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.torch_numbers import NAMES
@@ -116,6 +118,27 @@ def test_a_part_is_quantised_as_the_whole_is(name: str, weighed: bool, tmp_path:
             whole.columns(16, 512)
 
 
+def test_w8a8_has_one_scale_for_each_row(tmp_path: Path) -> None:
+    """Tables keep blocks. A CPU with byte products multiplies such rows by 8-bit segments, another one as Q8_0."""
+    weights = {"a": torch.randn(64, 256), "head": torch.randn(300, 256)}
+    save_file(weights, tmp_path / "model.safetensors")
+    table, matrices = [WeightName("a:weight", "a", None), WeightName("head:weight", "head", None)], dict[str, Any]()
+    placement = Placement(CPU, "F32", WeightMemory())
+    with open_safetensors(tmp_path) as checkpoint:
+        found = quantised_in_situ("w8a8", table, checkpoint, Counts(num_experts=0))
+        for name, weight in weights.items():
+            blocks = found.tensors[f"{name}:weight"].raw().reshape(len(weight), 8, 34)
+            scales = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).astype(np.float32)
+            assert (scales == scales[:, :1]).all() == (name == "a")
+            decoded = ggml.dequantize(blocks, GGMLQuantizationType.Q8_0, tuple(weight.shape))
+            assert (np.abs(decoded - weight.numpy()).reshape(len(weight), 8, 32) <= 0.6 * scales).all()
+            MatrixParameter(matrices, name, tuple(weight.shape), placement.backend).fill(
+                found.tensors[f"{name}:weight"]
+            )
+    assert matrices["a"].kind.name == ("W8A8" if host_isa() & (Isa.VNNI | Isa.AVX_VNNI) else "Q8_0")
+    assert matrices["head"].kind.name == "Q8_0"
+
+
 def test_what_becomes_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Rows of 256 take the type, the tables at least Q6_K, rows of 96 Q8_0, rows of 40 nothing."""
     names = {
@@ -202,7 +225,8 @@ def test_a_gguf_file_is_refused_with_the_alternative(tmp_path: Path) -> None:
         load(file, isq="q4_k")
 
 
-def test_numbers_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isq", ["q8_0", "w8a8"])
+def test_numbers_that_cannot_be_quantised_are_named(isq: str, tmp_path: Path) -> None:
     folder = write_toy_model(tmp_path)
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
@@ -210,7 +234,7 @@ def test_numbers_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match=r"model\.safetensors: tensor model\.layers\.1\.mlp\.up_proj\.weight .* finite"
     ):
-        load(folder, isq="q8_0")
+        load(folder, isq=isq)
 
 
 def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_NAME = DEMO_FILE.removesuffix(".gguf")
 """Name of the demo model; if it is served under this name, requests may also use "demo"."""
 
-ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k", "iq4_nl", "iq4_xs")
+ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k", "iq4_nl", "iq4_xs", "w8a8")
 """Types to which plain (not quantised) weights can be quantised while they are loaded."""
 
 
@@ -299,8 +299,9 @@ class EngineConfig(ExplainedSettings):
                                         "folder whose files requests may name as images (file://)"] = None
     isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise plain weights while they are loaded "
                    "(docs/quantisation.md): " + ", ".join(ISQ_NAMES),
-                   "q4_k stands for q4k. The embedding and the head get at least q6k; norms, biases and routers stay "
-                   "plain. Not for GGUF files, for weights that are quantised already, or for encoders."] = None
+                   "q4_k stands for q4k. w8a8 is q8_0 with one scale for each row, for CPUs with matrix units. The "
+                   "embedding and the head get at least q6k; norms, biases and routers stay plain. Not for GGUF files, "
+                   "for weights that are quantised already, or for encoders."] = None
     imatrix: Annotated[Path | None, FilePath(), "importance matrix of llama.cpp, GGUF or .dat, that isq uses to "
                        "quantise",
                        "For the k types, iq4_nl and iq4_xs only, because the other types have no search."] = None
@@ -508,7 +509,7 @@ class EngineConfig(ExplainedSettings):
                 raise ConfigError(
                     f"{name} sets nothing without enable_lora: set enable_lora=True, or leave it out", name
                 )
-        if self.imatrix is not None and (self.isq is None or self.isq[:3] in ("q4_", "q5_", "q8_")):
+        if self.imatrix is not None and (self.isq is None or self.isq[:3] in ("q4_", "q5_", "q8_", "w8a")):
             raise ConfigError(
                 "imatrix is for quantising to types with a search for scales: set isq to one of the k types, iq4_nl or "
                 "iq4_xs, or leave it out",

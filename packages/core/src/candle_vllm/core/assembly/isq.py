@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from candle_vllm.core.errors import ConfigError, WeightsError
-from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES, SOURCES, fitting_type, quantise
+from candle_vllm.core.kernels.weight_quant.rows import BY_ROW, ISQ_TYPES, SOURCES, fitting_type, quantise, quantise_rows
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE
 from candle_vllm.core.loading.imatrix import Imatrix
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -40,10 +40,12 @@ class InSitu(Viewed):
     Attributes:
         kind: the type of its blocks.
         importance: importance of its columns, see `weight_quant.rows.quantise`.
+        by_row: whether a row has one scale, see `weight_quant.rows.quantise_rows`.
     """
 
     kind: GGMLQuantizationType
     importance: np.ndarray | None = None
+    by_row: bool = False
 
     def select(self, order: np.ndarray) -> StoredTensor:
         """See `StoredTensor.select`; only these rows are read and quantised, because rows are independent."""
@@ -55,7 +57,7 @@ class InSitu(Viewed):
         return self._part(self.source.rows(first, last)) if self._is_plain else Viewed.rows(self, first, last)
 
     def columns(self, first: int, last: int) -> StoredTensor:
-        """See `StoredTensor.columns`; only these blocks are quantised, because blocks are independent."""
+        """See `StoredTensor.columns`; only these blocks are quantised, with `by_row` by a scale of their own."""
         self._check_columns(first, last)
         if not self._is_plain:
             return Viewed.columns(self, first, last)
@@ -69,7 +71,7 @@ class InSitu(Viewed):
 
     def _part(self, source: StoredTensor, importance: np.ndarray | None = None) -> InSitu:
         importance = self.importance if importance is None else importance
-        return in_situ(source, self.kind, importance)
+        return in_situ(source, self.kind, importance, by_row=self.by_row)
 
     def raw(self) -> np.ndarray:
         """See `StoredTensor.raw`; quantises at each call.
@@ -79,6 +81,8 @@ class InSitu(Viewed):
         """
         assert self.source.dtype is not None
         try:
+            if self.by_row:
+                return quantise_rows(self.source.raw(), self.source.dtype, self.shape[-1])
             return quantise(self.source.raw(), self.source.dtype, self.shape[-1], self.kind, self.importance)
         except ValueError as error:
             raise WeightsError(
@@ -118,7 +122,8 @@ def quantised_in_situ(
         if imatrix is not None and chosen is not None and chosen.name not in SIMPLE:
             importance = imatrix.of_line(written, stored.shape[-1], config)
             counts[f"quantised by importance ({imatrix.path.name})"] += importance is not None
-        tensors[line.target] = stored if chosen is None else in_situ(stored, chosen, importance)
+        by_row = name == BY_ROW and not _is_table(line.target)
+        tensors[line.target] = stored if chosen is None else in_situ(stored, chosen, importance, by_row=by_row)
     _say(name, counts)
     if imatrix is not None:
         check_used(
@@ -170,11 +175,13 @@ def chosen_type(kind: GGMLQuantizationType, target: str, stored: StoredTensor) -
     return fitting_type(kind, stored.shape[-1])
 
 
-def in_situ(stored: StoredTensor, kind: GGMLQuantizationType, importance: np.ndarray | None = None) -> InSitu:
+def in_situ(
+    stored: StoredTensor, kind: GGMLQuantizationType, importance: np.ndarray | None = None, *, by_row: bool = False
+) -> InSitu:
     """Wrap a plain tensor as a quantised one."""
     size, width = ggml.block_layout(kind)
     nbytes = math.prod(stored.shape) // size * width
-    return InSitu(stored.name, stored.shape, kind.name, nbytes, stored, kind, importance)
+    return InSitu(stored.name, stored.shape, kind.name, nbytes, stored, kind, importance, by_row)
 
 
 def stays_plain(target: str, stored: StoredTensor) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gguf import LlamaFileType
 
-from candle_vllm.core.assembly.isq import check_plain, check_used, chosen_type, stays_plain
+from candle_vllm.core.assembly.isq import check_plain, check_used, chosen_type, in_situ, stays_plain
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import AdapterFactors, merge
@@ -28,7 +28,7 @@ from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_meta
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import AdapterError, ConfigError, ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
+from candle_vllm.core.kernels.weight_quant.rows import BY_ROW, ISQ_TYPES
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 PLAIN_KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _SPLIT = ("attend.keys:weight", "attend.values:weight")  # stay plain, as in llama.cpp's own files of quantised models
 _FULL = ("_norm.weight", "ssm_conv1d.weight", "position_embd.weight", "token_types.weight")
+_TABLES = ("token_embd.", "output.", "per_layer_token_embd.")
 _TEMPLATE = "tokenizer.chat_template"
 _SLACK = 64 << 20  # bytes beyond the tensors: metadata, and overhead of the file system
 
@@ -112,9 +113,18 @@ def write_gguf(
         else:
             _check_plain(config, checkpoint)
             plans, metadata = _plan(config, files, checkpoint, adapters, opened)
+        if config.isq == BY_ROW:
+            plans = [_by_row(plan) for plan in plans]
         total = sum(plan.nbytes for plan in plans)
         _check_room(out, total)
         return write_plans(plans, metadata, out, progress, types)
+
+
+def _by_row(plan: PlannedTensor) -> PlannedTensor:
+    """Plan one scale for each row of a Q8_0 matrix; tables keep a scale for each block."""
+    if plan.kind != GGMLQuantizationType.Q8_0 or plan.stored.dtype is None or plan.name.startswith(_TABLES):
+        return plan
+    return dataclasses.replace(plan, stored=in_situ(plan.stored, plan.kind, by_row=True))
 
 
 def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
@@ -251,7 +261,8 @@ def _requantised(config: EngineConfig, name: str, target: str | None, stored: St
         kind = chosen_type(ISQ_TYPES[config.isq], target, plain) or own
     else:
         kind = GGMLQuantizationType[PLAIN_KINDS.get(config.dtype, own.name)]
-    return PlannedTensor(name, stored if kind == own else plain, kind)
+    same = kind == own and (config.isq != BY_ROW or name.startswith(_TABLES))
+    return PlannedTensor(name, stored if same else plain, kind)
 
 
 def _by_importance(plans: Sequence[PlannedTensor], imatrix: Imatrix) -> list[PlannedTensor]:

@@ -23,7 +23,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
 from candle_vllm.core.kernels.recorded import LIMITS
 
-_SHIFTER_BITS = 0x4B400000  # bits of the float32 `SHIFTER`
+SHIFTER_BITS = 0x4B400000  # bits of the float32 `SHIFTER`
 
 # ---- emitted code ----------------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]]
         whole = [b.bitcast(half, vector(I32)) for half in rounded]
         numbers.append([b.trunc(half, vector(I8)) for half in whole])
         totals.append(b.add(*whole))
-    total = b.sub(fold(e, totals, b.add), e.constant(I32, GROUP * _SHIFTER_BITS & 0xFFFFFFFF, 4))
+    total = b.sub(fold(e, totals, b.add), e.constant(I32, GROUP * SHIFTER_BITS & 0xFFFFFFFF, 4))
     return numbers, s, b.fmul(s, b.sitofp(total, vector(F32, 4)))
 
 

@@ -8,6 +8,7 @@ the stack and padded with zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -16,15 +17,17 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import (
+    SHIFTER_BITS,
     emit_scales,
+    fold,
     layer_scale,
     prologue_halves,
     rms_scale,
     row_mean,
     share,
 )
-from candle_vllm.core.kernels.activation_rows import WORD, RowForm, RowsArguments, WordForm
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.activation_rows import SEGMENT, WORD, ByteForm, RowForm, RowsArguments, WordForm
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
@@ -88,6 +91,54 @@ def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
     return numbers, b.extract_element(scales, ir.Constant(I32, 0))
 
 
+@intrinsic
+def _write_bytes(_: Any, y: Any, out: Any, groups: Any) -> Any:
+    """Write a row of float32 y, `groups` groups, in `ByteForm`."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_y, at_out, count = args
+
+        def halves(first: Any, group: Any) -> list[Any]:
+            at = b.add(at_y, b.mul(b.add(first, group), e.int64(4 * GROUP)))
+            return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
+
+        def larger(first: Any, group: Any, most: list[Any]) -> list[Any]:
+            sizes = [e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves(first, group)]
+            return [b.select(b.fcmp_ordered(">", x, y), x, y) for x, y in zip(sizes, most)]
+
+        def write(first: Any, factor: Any, group: Any, totals: list[Any]) -> list[Any]:
+            at = b.add(at_out, b.mul(b.add(first, group), e.int64(GROUP)))
+            for part, half in enumerate(halves(first, group)):
+                rounded = b.bitcast(b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)), vector(I32))
+                whole = b.sub(rounded, e.constant(I32, SHIFTER_BITS))
+                totals = [b.add(totals[0], whole)]
+                e.store(at, b.trunc(whole, vector(I8)), LANES * part)
+            return totals
+
+        def segment(number: Any, state: list[Any]) -> list[Any]:
+            first = b.mul(number, e.int64(SEGMENT // GROUP))
+            left = b.sub(count, first)
+            some = b.select(b.icmp_signed("<", left, e.int64(SEGMENT // GROUP)), left, e.int64(SEGMENT // GROUP))
+            scales, inverse = emit_scales(
+                e, [e.loop(some, [e.zeros(F32), e.zeros(F32)], partial(larger, first))], 127.0
+            )
+            factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [0] * LANES))
+            (total,) = e.loop(some, [e.zeros(I32)], partial(write, first, factor))
+            place, lane = b.add(tail, b.mul(number, e.int64(8))), ir.Constant(I32, 0)
+            e.store(place, b.extract_element(scales, lane))
+            e.store(place, b.mul(b.extract_element(fold(e, [total], b.add), lane), ir.Constant(I32, -128)), 4)
+            return state
+
+        end = b.add(at_out, b.mul(count, e.int64(GROUP)))
+        tail = b.add(at_out, b.and_(b.add(b.mul(count, e.int64(GROUP)), e.int64(63)), e.int64(-64)))
+        e.loop(b.udiv(b.add(count, e.int64(SEGMENT // GROUP - 1)), e.int64(SEGMENT // GROUP)), [], segment)
+        e.loop_or_skip(b.and_(count, e.int64(1)), [], lambda _, state: (e.store(end, e.zeros(I8, GROUP)), state)[1])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), code
+
+
 @njit
 def padded_row(x: int, columns: int, target: int) -> int:
     """Copy a row to `target`, with zeros up to the next multiple of 32 columns; return `target`."""
@@ -100,8 +151,8 @@ def padded_row(x: int, columns: int, target: int) -> int:
 
 
 def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[..., None]:
-    """Return the operation for a prologue and a `RowForm` or `WordForm`; BYTES is the size of its elements."""
-    WORDS = int(FORM == WordForm.I16)
+    """Return the operation for a prologue and a form of rows; BYTES is the size of its elements."""
+    WORDS, WHOLE, F32_ROWS = int(FORM == WordForm.I16), int(FORM == ByteForm.I8), int(RowForm.F32)
 
     def activation_rows(row, thread, threads):
         given = read(RowsArguments, row)
@@ -112,10 +163,15 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
         if WORDS == 1:
             out_bytes += ((groups + 15) >> 4) * 64
         first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
+        if WHOLE == 1:  # one thread converts a row
+            out_bytes = ((columns + 63) >> 6) * 64 + (columns + 8 * SEGMENT - 1) // (8 * SEGMENT) * 64
+            first_row, first_group, group_count = rows * thread // threads, 0, groups
+            row_count = rows * (thread + 1) // threads - first_row
         if group_count == 0:
             return
         ragged = columns % GROUP != 0
-        copies = stack_bytes(3 * row_bytes if ragged else 64)
+        copies = stack_bytes((3 * row_bytes if ragged else 64) + WHOLE * row_bytes)
+        whole = copies + (3 * row_bytes if ragged else 64)
         if ragged and (PROLOGUE == 1 or PROLOGUE == 3):
             if PROLOGUE == 3:
                 padded_row(weight + columns * 4, columns, copies + 2 * row_bytes)
@@ -139,6 +195,10 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
                 scale = layer_scale(at, columns, mean, eps)
             target = given.out + t * out_bytes
             bias, scales = weight + row_bytes, target + groups * GROUP * BYTES
+            if WHOLE == 1:
+                _write_groups(PROLOGUE, F32_ROWS, at, other, bias, scale, mean, whole, 0, 0, groups)
+                _write_bytes(whole, target, groups)
+                continue
             _write_groups(PROLOGUE, FORM, at, other, bias, scale, mean, target, scales, first_group, group_count)
 
     return activation_rows

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -52,9 +53,15 @@ class RecordedBackend:
         return plain_linear.pack(stored.raw(), stored.dtype, rows, columns, self.kind, self.memory), None
 
     def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[Matrix, str | None]:
-        from candle_vllm.core.kernels import packed_linear
+        from candle_vllm.core.kernels import packed_linear, plain_linear
+        from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 
         blocks, (rows, columns) = read(), stored.shape
+        bytes_multiplied = blocks.type == GGMLQuantizationType.Q8_0 and host_isa() & (Isa.VNNI | Isa.AVX_VNNI)
+        if bytes_multiplied and blocks.order is None:
+            made = plain_linear.pack_rows(blocks.raw, rows, columns, self.memory)
+            if made is not None:
+                return made, None
         matrix = packed_linear.pack(blocks.raw, blocks.type, rows, columns, self.memory)
         return dataclasses.replace(matrix, order=blocks.order), None
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Groups, Prologue, QuantiseArguments, quantise_operation
 from candle_vllm.core.kernels.activation_rows import (
+    ByteForm,
     InputForm,
     RowForm,
     RowsArguments,
@@ -118,7 +119,7 @@ def _convert(
         recorder.add(quantise_operation(prologue, wide), arguments, barrier=barrier)
         return Inputs({"x": at_q, "scales": at_scales, "sums": at_sums}, (q, scales, sums))
     size = row_bytes(form, columns)
-    out = recorder.memory(copies * size // form.bytes, np.float32 if form is RowForm.F32 else np.int16)
+    out = recorder.memory(copies * size // form.bytes, {1: np.int8, 2: np.int16, 4: np.float32}[form.bytes])
     recorder.add(rows_operation(prologue, form), RowsArguments(**common, out=address_of(out)), barrier=barrier)
     return Inputs({"x": address_of(out), "x_bytes": size}, (out,))
 
@@ -195,7 +196,7 @@ def gate_products(
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
     """Record a lookup of embedding rows; see `embedding_arguments`."""
-    assert matrix.input_form in (Groups(), *RowForm), "columns of the table are reordered"
+    assert matrix.input_form in (Groups(), *RowForm, *ByteForm), "columns of the table are reordered"
     recorder.keep_matrix(matrix)
     arguments = embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
     recorder.add(operation(matrix.embedding, matrix.kind), arguments)  # scaled tables were decoded at load

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_rows import RowForm, WordForm
+from candle_vllm.core.kernels.activation_rows import ByteForm, RowForm, WordForm
 from candle_vllm.core.kernels.attention.cpu_cache import PRECOMPILED
 from candle_vllm.core.kernels.attention.cpu_record import attend_isa
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
@@ -76,6 +76,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         for form in RowForm:
             yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated, form.bytes)
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
+        yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, ByteForm.I8, ByteForm.I8.bytes)
         if isa & Isa.VNNI:  # at other levels F16 matrices take float32
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, WordForm.I16, WordForm.I16.bytes)
     if isa & Isa.VNNI:

@@ -59,6 +59,7 @@ def record_latent(
     heads, nope, rope, latent = sizes.heads, sizes.nope, sizes.rope, sizes.latent
     assert len({matrix.kind for matrix in (*parts.keys, *parts.values)}) == 1
     form = parts.keys[0].input_form
+    assert isinstance(form, RowForm)
     width, factor = rope + latent, scale * math.log2(math.e)
     queries = recorder.memory(groups_of(heads) * LANES * width, np.int16)
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)

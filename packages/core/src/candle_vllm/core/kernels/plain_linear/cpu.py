@@ -24,15 +24,27 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.activation_rows import SEGMENT
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import ask_tiles, emit_sums, fill_panel, fill_panels, write_tiles
+from candle_vllm.core.kernels.plain_linear import cpu_squares
+from candle_vllm.core.kernels.plain_linear.cpu_panel import (
+    add_segment,
+    ask_tiles,
+    emit_sums,
+    fill_panel,
+    fill_panels,
+    find_tails,
+    scale_sums,
+    sum_type,
+    write_tiles,
+)
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
 _CACHED_BYTES = 384 << 10
@@ -74,7 +86,7 @@ def _multiply(
             return row // 8 * 1024 + (tile * min(height, 8) + row % 8) * 4 * ROWS
 
         def begin(tile: int, row: int) -> Any:
-            return e.load(at_out, vector(F32), place(tile, row))
+            return e.load(at_out, vector(sum_type(number)), place(tile, row))
 
         def write(tile: int, row: int, total: Any) -> None:
             e.store(at_out, total, place(tile, row))
@@ -92,6 +104,10 @@ def _multiply(
 def make_linear(KIND: int, ISA: int) -> Any:
     PANEL_BYTES = _CACHED_BYTES  # maximum bytes of a group's panels; a group has at least one panel
     isa = Isa(ISA)
+    if isa & Isa.AMX and KIND == PlainKind.BF16:
+        return cpu_squares.make_linear(KIND)
+    INTEGERS, RUN_BYTES = int(KIND == PlainKind.W8A8), RUN * PlainKind(KIND).step_bytes
+    SEGMENT_RUNS = SEGMENT // (RUN * PlainKind.W8A8.step_columns)
     TALL = bool(isa & Isa.AVX2) and not isa.wide and KIND != PlainKind.BF16
     PART, PANELS = _PART if isa.wide or TALL else _PART // 2, 9 if TALL else 8  # maximum panels of a group
 
@@ -109,10 +125,11 @@ def make_linear(KIND: int, ISA: int) -> Any:
             most = min(max(PANEL_BYTES // panel_bytes, 1), PANELS)
             if TALL and most > 3:
                 most -= most % 3
-        panels = stack_bytes(most * (panel_bytes + 1024) + 64)
+        panels = stack_bytes(most * (panel_bytes + 1024 + 64) + 1024 + 64)
         sums = panels + most * panel_bytes
-        addresses = sums + most * 1024
-        at_address, run_bytes = int64_at(addresses), tile_bytes // runs
+        scratch = sums + most * 1024
+        tails, addresses = scratch + 1024, scratch + 1024 + most * 64
+        at_address, values = int64_at(addresses), float32_at(sums)
         row = 0
         while rows - row > 8:
             count = min(8 * most, rows - row)
@@ -120,20 +137,31 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 count &= -8
             blocks = (count + 7) >> 3
             fill_panels(given, row, count, addresses, panels)
+            if INTEGERS == 1:
+                find_tails(given, row, count, 8 * blocks, tails)
             tile = first
             while tile < last:
                 at = weights + tile * tile_bytes
                 width = 2 if last - tile >= 2 and not TALL else 1
-                values = float32_at(sums)
                 for index in range(256 * blocks):
                     values[index] = 0.0
                 ask_tiles(given.out + row * row_bytes, row_bytes, count, tile, width)
                 for begin in range(0, runs, PART):
-                    some, part = min(PART, runs - begin), at + begin * run_bytes
+                    some, part = min(PART, runs - begin), at + begin * RUN_BYTES
                     block = 0
                     while block < blocks:
                         panel, to = panels + block * panel_bytes + begin * 32 * RUN, sums + 1024 * block
-                        if TALL and blocks - block >= 3:
+                        if INTEGERS == 1:
+                            for first_run in range(0, some, SEGMENT_RUNS):
+                                own, x = part + first_run * RUN_BYTES, panel + first_run * 32 * RUN
+                                few, segment = min(SEGMENT_RUNS, some - first_run), (begin + first_run) // SEGMENT_RUNS
+                                if width == 2:
+                                    _multiply(KIND, 8, 2, ISA, 0, own, tile_bytes, x, scratch, few, 0)
+                                    add_segment(8, 2, scratch, tails + 64 * block, segment, to)
+                                else:
+                                    _multiply(KIND, 8, 1, ISA, 0, own, tile_bytes, x, scratch, few, 0)
+                                    add_segment(8, 1, scratch, tails + 64 * block, segment, to)
+                        elif TALL and blocks - block >= 3:
                             _multiply(KIND, 24, 1, ISA, 1, part, tile_bytes, panel, to, some, panel_bytes)
                             block += 2
                         elif width == 2:
@@ -144,6 +172,8 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 for block in range(blocks):
                     target = given.out + (row + 8 * block) * row_bytes
                     some = min(8, count - 8 * block)
+                    if INTEGERS == 1:
+                        scale_sums(given, sums + 1024 * block, 8, some, tile, width)
                     write_tiles(sums + 1024 * block, 8, some, tile, width, columns, target, row_bytes, bias, accumulate)
                 tile += width
             row += count
@@ -161,11 +191,33 @@ def make_linear(KIND: int, ISA: int) -> Any:
             fill_panel(8, panels, addresses, x_bytes >> 6)
         elif block == 4:
             fill_panel(4, panels, addresses, x_bytes >> 6)
+        if INTEGERS == 1:
+            find_tails(given, row, count, block, tails)
         tile = first
         while tile < last:
             at = weights + tile * tile_bytes
             width = 2 if block == 8 and last - tile >= 2 else 1
-            if width == 2:
+            if INTEGERS == 1:
+                for index in range(16 * width * block):
+                    values[index] = 0.0
+                for begin in range(0, runs, SEGMENT_RUNS):
+                    own, x = at + begin * RUN_BYTES, panels + begin * 4 * RUN * block
+                    some, segment = min(SEGMENT_RUNS, runs - begin), begin // SEGMENT_RUNS
+                    if width == 2:
+                        _multiply(KIND, 8, 2, ISA, 0, own, tile_bytes, x, scratch, some, 0)
+                        add_segment(8, 2, scratch, tails, segment, sums)
+                    elif block == 8:
+                        _multiply(KIND, 8, 1, ISA, 0, own, tile_bytes, x, scratch, some, 0)
+                        add_segment(8, 1, scratch, tails, segment, sums)
+                    elif block == 4:
+                        _multiply(KIND, 4, 1, ISA, 0, own, tile_bytes, x, scratch, some, 0)
+                        add_segment(4, 1, scratch, tails, segment, sums)
+                    else:
+                        x = at_address[0] + begin * 4 * RUN
+                        _multiply(KIND, 1, 1, ISA, 0, own, tile_bytes, x, scratch, some, 0)
+                        add_segment(1, 1, scratch, tails, segment, sums)
+                scale_sums(given, sums, block, count, tile, width)
+            elif width == 2:
                 _multiply(KIND, 8, 2, ISA, 0, at, tile_bytes, panels, sums, runs, 0)
             elif block == 8:
                 _multiply(KIND, 8, 1, ISA, 0, at, tile_bytes, panels, sums, runs, 0)
@@ -176,20 +228,31 @@ def make_linear(KIND: int, ISA: int) -> Any:
             write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
             tile += width
 
-    return plain_linear
+    if not isa & Isa.AMX or KIND != PlainKind.W8A8:
+        return plain_linear
+    few, many = njit(plain_linear), njit(cpu_squares.make_linear(KIND))
+
+    def w8a8_linear(entry: Any, thread: int, threads: int) -> None:
+        if step_number(entry, read(LinearArguments, entry).rows_from) <= 8:  # the sums are exact in both
+            few(entry, thread, threads)
+        else:
+            many(entry, thread, threads)
+
+    return w8a8_linear
 
 
 @intrinsic(prefer_literal=True)
-def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: Any) -> Any:
+def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: Any, tile_bytes: Any) -> Any:
     """Convert row `lane` of a tile to floats."""
     number = PlainKind(kind.literal_value)
     width = number.itemsize
-    stored = {PlainKind.BF16: I16, PlainKind.F16: F16, PlainKind.F32: F32}[number]
+    stored = {PlainKind.BF16: I16, PlainKind.F16: F16, PlainKind.F32: F32, PlainKind.W8A8: I8}[number]
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_weights, at_lane, at_out, count = args[1:]
+        at_weights, at_lane, at_out, count, size = args[1:]
         start = b.add(at_weights, b.mul(at_lane, e.int64(width * number.step_columns)))
+        scale = e.load(b.add(b.add(at_weights, size), b.mul(at_lane, e.int64(4))), F32, -4 * ROWS)
 
         def body(index: Any, state: list[Any]) -> list[Any]:
             step = b.sdiv(index, e.int64(number.step_columns))
@@ -200,13 +263,15 @@ def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: An
                 value = b.bitcast(b.shl(b.zext(value, I32), ir.Constant(I32, 16)), F32)
             elif number is PlainKind.F16:
                 value = b.fpext(value, F32)
+            elif number is PlainKind.W8A8:
+                value = b.fmul(b.sitofp(b.sub(b.zext(value, I32), ir.Constant(I32, 128)), F32), scale)
             e.store(b.add(at_out, b.mul(index, e.int64(4))), value)
             return state
 
         e.loop(count, [], body)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 4), code
+    return types.void(kind, *[types.int64] * 5), code
 
 
 def make_embedding(KIND: int) -> Any:
@@ -217,7 +282,8 @@ def make_embedding(KIND: int) -> Any:
             token = ids[row]
             target = given.out + row * given.row_bytes
             if 0 <= token < given.rows:
-                _widen_row(KIND, given.weights + (token >> 4) * given.tile_bytes, token & 15, target, given.columns)
+                tile = given.weights + (token >> 4) * given.tile_bytes
+                _widen_row(KIND, tile, token & 15, target, given.columns, given.tile_bytes)
             else:
                 values = float32_at(target)
                 for index in range(given.columns):

@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from candle_vllm.core.kernels.activation_rows import SEGMENT
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I32, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
@@ -89,11 +90,18 @@ def _weights(e: Emitter, kind: PlainKind, address: Any, offset: int) -> Any:
     """Load a step's weights of 16 output rows."""
     if kind is PlainKind.F16:
         return e.half_to_float(e.load(address, vector(F16), offset))
-    return e.load(address, vector(I32 if kind is PlainKind.BF16 else F32), offset)
+    return e.load(address, vector(F32 if kind is PlainKind.F32 else I32), offset)
+
+
+def sum_type(kind: PlainKind) -> Any:
+    """Return the type of sums: float32, or int32 for the segments of W8A8, see `add_segment`."""
+    return I32 if kind is PlainKind.W8A8 else F32
 
 
 def _add_step(e: Emitter, kind: PlainKind, isa: Isa, total: Any, weights: Any, x: Any) -> Any:
     """Add a step's products to 16 sums; x has the same activation element in every lane."""
+    if kind is PlainKind.W8A8:
+        return e.dot_u8_i8(total, weights, x, isa)
     return e.dot_bf16(total, x, weights, isa) if kind is PlainKind.BF16 else e.fma(x, weights, total)
 
 
@@ -128,7 +136,7 @@ def emit_sums(
     for picked in together:
         for first in range(0, height, rows):
             places = [(tile, first + row) for tile in picked for row in range(rows)]
-            sums = [begin(*place) if begin else e.zeros(F32) for place in places]
+            sums = [begin(*place) if begin else e.zeros(sum_type(kind)) for place in places]
             block, bases = (min(height, 8), first), [tiles[tile] for tile in picked]
             sums = _block_sums(e, kind, isa, bases, block, sums, panels, runs)
             for place, total in zip(places, sums):
@@ -147,7 +155,7 @@ def _block_sums(
 ) -> list[Any]:
     """Do what `emit_sums` does for rows whose sums [tile, row] fit registers. `block`: rows of a panel, first row."""
     (height, first), rows = block, len(sums) // len(tiles)
-    b, element = e.b, F32 if kind is not PlainKind.BF16 else I32
+    b, element = e.b, I32 if kind in (PlainKind.BF16, PlainKind.W8A8) else F32
 
     def body(index: Any, totals: list[Any]) -> list[Any]:
         offset = b.mul(index, e.int64(RUN * kind.step_bytes))
@@ -168,6 +176,59 @@ def _block_sums(
         return totals
 
     return e.loop(runs, sums, body)
+
+
+@intrinsic(prefer_literal=True)
+def add_segment(_: Any, block: Any, tiles: Any, sums: Any, tails: Any, segment: Any, totals: Any) -> Any:
+    """Add a segment of W8A8, int32 [tiles, block, 16] at `sums`, times the rows' scales to floats at `totals`.
+
+    tails: address of int64 [block], the addresses of the rows' numbers of segments, see `ByteForm`.
+    """
+    height, width = block.literal_value, tiles.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_sums, at_tails, number, at_totals = args[2:]
+        for row in range(height):
+            tail = b.add(e.load(at_tails, I64, 8 * row), b.mul(number, e.int64(8)))
+            scale, start = e.splat(e.load(tail, F32)), e.splat(e.load(tail, I32, 4))
+            for place in range(row * VECTOR_BYTES, width * height * VECTOR_BYTES, height * VECTOR_BYTES):
+                part = b.sitofp(b.add(e.load(at_sums, vector(I32), place), start), vector(F32))
+                e.store(at_totals, e.fma(part, scale, e.load(at_totals, vector(F32), place)), place)
+        return context.get_dummy_value()
+
+    return types.void(block, tiles, *[types.int64] * 4), code
+
+
+@intrinsic
+def _times_16(_: Any, target: Any, factors: Any) -> Any:
+    """Multiply 16 floats at `target` by those at `factors`."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        e.store(args[0], b.fmul(e.load(args[0], vector(F32)), e.load(args[1], vector(F32))))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
+
+
+@njit
+def scale_sums(given: Any, sums: int, block: int, rows: int, tile: int, count: int) -> None:
+    """Multiply sums of W8A8, float32 [count, block, 16], by the scales of the weights."""
+    for at in range(count):
+        for row in range(rows):
+            _times_16(sums + (at * block + row) * 64, given.weights + (tile + at + 1) * given.tile_bytes - 64)
+
+
+@njit
+def find_tails(given: Any, row: int, count: int, rows: int, tails: int) -> None:
+    """Write the addresses of the segments' scales of `count` rows of W8A8 to int64 [rows]; the last row is repeated."""
+    size = (given.length * RUN * 4 + 8 * SEGMENT - 1) // (8 * SEGMENT) * 64
+    for index in range(rows):
+        source = row + min(index, count - 1)
+        if given.picked != 0:
+            source = int64_at(given.picked)[source]
+        int64_at(tails)[index] = given.x + (source + 1) * given.x_bytes - size
 
 
 @njit

@@ -7,8 +7,11 @@ instruction multiplies by one 32-bit element of the activations:
     BF16   two columns, 64 bytes: [16 rows, 2 columns], for the dot product of pairs
     F16    one column, 32 bytes: [16 rows]
     F32    one column, 64 bytes: [16 rows]
+    W8A8   four columns, 64 bytes: [16 rows, 4 columns], integers + 128
 
-The number of steps of a tile is a multiple of `RUN`; elements beyond K or N are 0. Threads read tiles in order.
+The number of steps of a tile is a multiple of `RUN`, and of 16 for BF16 and W8A8, because AMX multiplies 16 steps at
+once. Elements beyond K or N are 0. A tile of W8A8 ends with the scales of its rows, float32 [16]. Threads read tiles in
+order.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.activation_rows import ByteForm, RowForm
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.quantization.plain import ELEMENTS
 
@@ -36,16 +39,17 @@ class PlainKind(enum.IntEnum):
     BF16 = 0
     F16 = 1
     F32 = 2
+    W8A8 = 3
 
     @property
     def itemsize(self) -> int:
         """Bytes of a weight."""
-        return ELEMENTS[self.name].itemsize
+        return 1 if self is PlainKind.W8A8 else ELEMENTS[self.name].itemsize
 
     @property
     def step_columns(self) -> int:
         """Columns of a step."""
-        return 2 if self is PlainKind.BF16 else 1
+        return {PlainKind.BF16: 2, PlainKind.W8A8: 4}.get(self, 1)
 
     @property
     def step_bytes(self) -> int:
@@ -54,7 +58,8 @@ class PlainKind(enum.IntEnum):
 
     def steps(self, columns: int) -> int:
         """Return the number of steps of a tile."""
-        return -(-columns // (self.step_columns * RUN)) * RUN
+        run = ROWS if self in (PlainKind.BF16, PlainKind.W8A8) else RUN
+        return -(-columns // (self.step_columns * run)) * run
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,6 @@ class PlainMatrix(Matrix):
         return self.steps // RUN
 
     @property
-    def input_form(self) -> RowForm:
+    def input_form(self) -> RowForm | ByteForm:
         """See `Matrix`."""
-        return RowForm.BF16 if self.kind is PlainKind.BF16 else RowForm.F32
+        return {PlainKind.BF16: RowForm.BF16, PlainKind.W8A8: ByteForm.I8}.get(self.kind, RowForm.F32)

@@ -72,6 +72,36 @@ def pack(
     return PlainMatrix(rows, columns, kind, data)
 
 
+def pack_rows(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | None = None) -> PlainMatrix | None:
+    """Pack blocks of Q8_0, uint8 [N, bytes of a row], as W8A8; return None if a row has several scales.
+
+    `memory` is as for `pack`.
+    """
+    blocks = np.ascontiguousarray(raw).reshape(rows, -1, _BLOCK_BYTES)
+    halves, kind = np.ascontiguousarray(blocks[:, :, :2]).view(np.uint16)[:, :, 0], PlainKind.W8A8
+    if columns > MAX_COLUMNS or not (halves == halves[:, :1]).all():
+        return None
+    tiles, steps = -(-rows // ROWS), kind.steps(columns)
+    data = (memory or WeightMemory(0)).take(tiles * (steps + 1) * kind.step_bytes, tiles).reshape(tiles, -1)
+    scales = np.zeros(tiles * ROWS, np.float32)
+    scales[:rows] = halves[:, 0].view(np.float16)
+    data[:, -4 * ROWS :] = scales.view(np.uint8).reshape(tiles, -1)
+
+    def job(first: int) -> None:
+        codes = np.full((ROWS, steps * kind.step_columns), 128, np.uint8)
+        some = blocks[first * ROWS : (first + 1) * ROWS, :, 2:]
+        codes[: len(some), :columns] = some.reshape(len(some), -1) ^ np.uint8(128)
+        target = data[first, : -4 * ROWS].view(np.uint32).reshape(steps, ROWS)
+        target[:] = codes.view(np.uint32).reshape(ROWS, steps).T
+
+    with ThreadPoolExecutor(max(1, min(loading_threads(), tiles))) as pool:
+        list(pool.map(job, range(tiles)))
+    return PlainMatrix(rows, columns, kind, data)
+
+
+_BLOCK_BYTES = 34
+"""Bytes of a block of Q8_0: a float16 scale and 32 integers."""
+
 _LARGEST = MappingProxyType(
     {
         PlainKind.BF16: (0x7F80, 3.3895314e38),

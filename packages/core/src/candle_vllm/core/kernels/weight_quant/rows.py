@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -24,8 +24,11 @@ from candle_vllm.core.threads import loading_threads
 CHUNK = 1 << 18
 """Weights that are quantised at a time, so that the data stays in the cache."""
 
+BY_ROW = "w8a8"
+"""Name in the setting `isq` of Q8_0 with one scale for each row, see `quantise_rows`."""
+
 ISQ_TYPES: Mapping[str, GGMLQuantizationType] = MappingProxyType(
-    {name: GGMLQuantizationType[re.sub("k$", "_K", name).upper()] for name in ISQ_NAMES}
+    {name: GGMLQuantizationType[re.sub("k$", "_K", name.replace(BY_ROW, "q8_0")).upper()] for name in ISQ_NAMES}
 )
 """Types that weights can be quantised to, by their names in the setting `isq`."""
 
@@ -74,8 +77,38 @@ def quantise(
         return run(values.reshape(-1, size), out[first:last].reshape(-1, width), given)
 
     starts = [first for entry in range(0, rows, each) for first in range(entry, entry + each, step)] if rows else []
+    _run(job, starts)
+    return out
+
+
+def quantise_rows(raw: np.ndarray, stored: str, columns: int) -> np.ndarray:
+    """Quantise rows to blocks of Q8_0 that have one scale for each row, its largest magnitude divided by 127.
+
+    Arguments, result and errors are those of `quantise`.
+    """
+    rows, blocks = len(raw), columns // 32
+    out = np.empty((rows, blocks, 34), np.uint8)
+
+    def job(first: int) -> bool:
+        last = min(first + step, rows)
+        values = read_plain(np.ascontiguousarray(raw[first:last]), stored, (last - first, columns), "F32")
+        largest = np.abs(values).max(1, keepdims=True)
+        halves = (largest / np.float32(127)).astype(np.float16)
+        scales = halves.astype(np.float32)
+        codes = np.rint(np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)).clip(-127, 127)
+        out[first:last, :, :2] = halves.view(np.uint8)[:, None]
+        out[first:last, :, 2:] = codes.astype(np.int8).view(np.uint8).reshape(last - first, blocks, 32)
+        return bool((largest <= LARGEST).all())
+
+    step = max(1, CHUNK // columns)
+    with np.errstate(invalid="ignore", over="ignore"):
+        _run(job, list(range(0, rows, step)))
+    return out.reshape(rows, -1)
+
+
+def _run(job: Callable[[int], bool], starts: Sequence[int]) -> None:
+    """Run a job for each chunk of rows; raise ValueError if one returns False."""
     with ThreadPoolExecutor(max(1, min(loading_threads(), len(starts)))) as pool:
         good = all(list(pool.map(job, starts)))
     if not good:
         raise ValueError(f"an element is not finite, or beyond {LARGEST:,.0f}")
-    return out

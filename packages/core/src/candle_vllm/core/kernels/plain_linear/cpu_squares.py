@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: MIT
+"""Linear layer with BF16 and W8A8 weights on AMX as a compiled CPU operation (step 6 of a request's life).
+
+Terms (tile, step): see `layout.py`. 16 steps of a tile are a square of AMX, as are 64 bytes of 16 rows of activations.
+A thread copies **blocks** of 16 rows to panels of squares; a single row is read where it is. Two tiles are multiplied
+by two blocks at once: four registers have sums, and each square that is loaded is used twice. Panels stay in the
+second-level cache, and one **part** of K of two tiles in the first-level cache; between parts the sums are in memory.
+
+AMX adds bfloat16 products of even columns of a square, then those of odd columns, then both to the sum. Other
+instructions add in another order, so a CPU with AMX computes every row with AMX. Sums of W8A8 are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.activation_rows import SEGMENT
+from candle_vllm.core.kernels.cpu_runtime.emit import I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_squares import (
+    end_squares,
+    load_square,
+    shape_squares,
+    square_call,
+    store_square,
+)
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.plain_linear.cpu_panel import (
+    VECTOR_BYTES,
+    add_segment,
+    ask_tiles,
+    find_tails,
+    scale_sums,
+    write_tiles,
+)
+from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
+
+SQUARE_BYTES = ROWS * VECTOR_BYTES
+
+_CACHED_BYTES = 1 << 20
+"""Bytes of the panels that a thread reads again for each pair of tiles from its second-level cache."""
+
+_PART = 12
+"""Squares of a tile in a part of K: 24 KiB of two tiles."""
+
+_SUMS, _INPUTS, _WEIGHTS = 0, 4, 6
+"""First registers for sums, activations and weights."""
+
+
+@intrinsic
+def _begin_squares(_: Any, memory: Any) -> Any:
+    """Configure the tile registers; `memory` is 64 bytes for the configuration."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        shape_squares(Emitter(b), args[0], [(ROWS, VECTOR_BYTES)] * 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+@intrinsic
+def _fill_panel(_: Any, panel: Any, addresses: Any, squares: Any) -> Any:
+    """Copy the rows at int64 [16] `addresses` into `squares` squares."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_panel, at_addresses, count = args
+        sources = [e.load(at_addresses, I64, 8 * row) for row in range(ROWS)]
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            offset = b.mul(index, e.int64(VECTOR_BYTES))
+            target = b.add(at_panel, b.mul(index, e.int64(SQUARE_BYTES)))
+            for row, source in enumerate(sources):
+                e.store(target, e.load(b.add(source, offset), vector(I64, 8)), row * VECTOR_BYTES)
+            return state
+
+        e.loop(count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), code
+
+
+@intrinsic(prefer_literal=True)
+def _multiply(
+    _: Any,
+    kind: Any,
+    blocks: Any,
+    tiles: Any,
+    weights: Any,
+    tile_bytes: Any,
+    inputs: Any,
+    block_bytes: Any,
+    square_bytes: Any,
+    stride: Any,
+    sums: Any,
+    squares: Any,
+) -> Any:
+    """Multiply adjacent tiles by blocks of rows, and add to float32 [blocks, tiles, 16, 16] at `sums`.
+
+    The sums of W8A8 are written as int32 instead.
+
+    Blocks are `block_bytes` apart, their squares `square_bytes`, and the rows of a square `stride`.
+    """
+    height, width = blocks.literal_value, tiles.literal_value
+    integers = PlainKind(kind.literal_value) is PlainKind.W8A8
+    product = "tdpbsud" if integers else "tdpbf16ps"
+    places = [(block, tile) for block in range(height) for tile in range(width)]
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_weights, apart, at_inputs, between, step, lines, at_sums, count = args[3:]
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            x, w = b.add(at_inputs, b.mul(index, step)), b.add(at_weights, b.mul(index, e.int64(SQUARE_BYTES)))
+            for block in range(height):
+                load_square(e, _INPUTS + block, b.add(x, b.mul(between, e.int64(block))), lines)
+            for tile in range(width):
+                load_square(e, _WEIGHTS + tile, b.add(w, b.mul(apart, e.int64(tile))), e.int64(VECTOR_BYTES))
+                for block in range(height):
+                    square_call(e, product, _SUMS + block * width + tile, _INPUTS + block, _WEIGHTS + tile)
+            return state
+
+        for at in range(len(places)):
+            if integers:
+                square_call(e, "tilezero", _SUMS + at)
+            else:
+                load_square(e, _SUMS + at, b.add(at_sums, e.int64(at * SQUARE_BYTES)), e.int64(VECTOR_BYTES))
+        e.loop(count, [], body)
+        for at in range(len(places)):
+            store_square(e, _SUMS + at, b.add(at_sums, e.int64(at * SQUARE_BYTES)), VECTOR_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(kind, blocks, tiles, *[types.int64] * 8), code
+
+
+@njit
+def _fill_panels(given: Any, row: int, count: int, addresses: int, panels: int, squares: int) -> None:
+    """Copy `count` input rows from `row` on into panels of 16; the last row fills the last panel."""
+    at_address = int64_at(addresses)
+    for block in range((count + 15) >> 4):
+        for index in range(16):
+            source = row + min(16 * block + index, count - 1)
+            if given.picked != 0:
+                source = int64_at(given.picked)[source]
+            at_address[index] = given.x + source * given.x_bytes
+        _fill_panel(panels + block * squares * SQUARE_BYTES, addresses, squares)
+
+
+@njit(inline="always")
+def _multiply_blocks(
+    KIND: int,
+    left: int,
+    width: int,
+    weights: int,
+    tile_bytes: int,
+    inputs: int,
+    block_bytes: int,
+    square_bytes: int,
+    stride: int,
+    sums: int,
+    squares: int,
+) -> None:
+    """Call `_multiply` for two blocks, or for one if only one is left."""
+    if left >= 2 and width == 2:
+        _multiply(KIND, 2, 2, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
+    elif left >= 2:
+        _multiply(KIND, 2, 1, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
+    elif width == 2:
+        _multiply(KIND, 1, 2, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
+    else:
+        _multiply(KIND, 1, 1, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
+
+
+@njit(inline="always")
+def _add_segments(left: int, width: int, sums: int, tails: int, segment: int, totals: int) -> None:
+    """Call `add_segment` for two blocks, or for one if only one is left."""
+    for block in range(min(left, 2)):
+        offset = block * width * SQUARE_BYTES
+        if width == 2:
+            add_segment(16, 2, sums + offset, tails + 128 * block, segment, totals + offset)
+        else:
+            add_segment(16, 1, sums + offset, tails + 128 * block, segment, totals + offset)
+
+
+def make_linear(KIND: int) -> Any:
+    CACHED, SQUARE, WIDE, INTEGERS = _CACHED_BYTES, SQUARE_BYTES, ROWS // RUN, int(KIND == PlainKind.W8A8)
+    PART, EACH = _PART, SEGMENT // 64 if INTEGERS else _PART  # squares of a segment
+
+    def plain_linear(entry: Any, thread: int, threads: int) -> None:
+        given = read(LinearArguments, entry)
+        rows = step_number(entry, given.rows_from)
+        tile_bytes, columns, squares = given.tile_bytes, given.outputs, given.length // WIDE
+        tiles = (columns + 15) >> 4
+        first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+        if rows <= 0 or first == last:
+            return
+        panel_bytes, most = squares * SQUARE, 1
+        if rows > 16:
+            most = max(min(CACHED // panel_bytes, 16) & -2, 1)
+        panels = stack_bytes(most * (panel_bytes + 2 * SQUARE + 128) + 4 * SQUARE + 128)
+        sums = panels + most * panel_bytes
+        scratch = sums + most * 2 * SQUARE
+        tails, addresses = scratch + 4 * SQUARE, scratch + 4 * SQUARE + most * 128
+        _begin_squares(addresses)
+        values = float32_at(sums)
+        row = 0
+        while row < rows:
+            count = min(16 * most, rows - row)
+            blocks = (count + 15) >> 4
+            x, step, stride = panels, SQUARE, 64
+            if INTEGERS == 1:
+                find_tails(given, row, count, 16 * blocks, tails)
+            if count > 1:
+                _fill_panels(given, row, count, addresses, panels, squares)
+            else:
+                source = row
+                if given.picked != 0:
+                    source = int64_at(given.picked)[row]
+                x, step, stride = given.x + source * given.x_bytes, 64, 0
+            tile = first
+            while tile < last:
+                at = given.weights + tile * tile_bytes
+                width = 2 if last - tile >= 2 else 1
+                for index in range(256 * width * blocks):
+                    values[index] = 0.0
+                ask_tiles(given.out + row * given.row_bytes, given.row_bytes, count, tile, width)
+                for begin in range(0, squares, PART):
+                    part, some = at + begin * SQUARE, min(PART, squares - begin)
+                    for block in range(0, blocks, 2):
+                        inputs, to = x + block * panel_bytes + begin * step, sums + block * width * SQUARE
+                        left = blocks - block
+                        if INTEGERS == 1:
+                            for first_square in range(0, some, EACH):
+                                own, columns_of = part + first_square * SQUARE, inputs + first_square * step
+                                few, segment = min(EACH, some - first_square), (begin + first_square) // EACH
+                                _multiply_blocks(
+                                    KIND,
+                                    left,
+                                    width,
+                                    own,
+                                    tile_bytes,
+                                    columns_of,
+                                    panel_bytes,
+                                    step,
+                                    stride,
+                                    scratch,
+                                    few,
+                                )
+                                _add_segments(left, width, scratch, tails + 128 * block, segment, to)
+                        else:
+                            _multiply_blocks(
+                                KIND, left, width, part, tile_bytes, inputs, panel_bytes, step, stride, to, some
+                            )
+                for block in range(blocks):
+                    some, to = min(16, count - 16 * block), sums + block * width * SQUARE
+                    if INTEGERS == 1:
+                        scale_sums(given, to, 16, some, tile, width)
+                    write_tiles(
+                        to, 16, some, tile, width, columns,
+                        given.out + (row + 16 * block) * given.row_bytes, given.row_bytes, given.bias, given.accumulate,
+                    )  # fmt: skip
+                tile += width
+            row += count
+        end_squares()
+
+    return plain_linear
