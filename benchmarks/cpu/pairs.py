@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """candle-vllm and one other engine in turns, both loaded and warm, on one shape: each pair, and the median ratio.
 
-    python benchmarks/cpu/pairs.py MODEL.gguf --shape prompt|batch [--pairs 5]
+    python benchmarks/cpu/pairs.py MODEL.gguf --shape prompt|batch [--pairs 5] [--peer-model OTHER.gguf]
         --openvino-python PATH                                 a Python with openvino-genai
         | --batched-bench PATH                                 llama.cpp's tool, or ik_llama.cpp's; batch only
 
@@ -83,16 +83,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--shape", choices=("prompt", "batch"), required=True)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--peer-model", help="file that the other engine reads; default: the same")
     other = parser.add_mutually_exclusive_group(required=True)
     other.add_argument("--openvino-python")
     other.add_argument("--batched-bench")
     options = parser.parse_args()
-    mine = ours(options.model, options.shape)
+    mine, theirs = ours(options.model, options.shape), options.peer_model or options.model
     if options.openvino_python:
-        peer = openvino(options.openvino_python, options.model, options.shape)
+        peer = openvino(options.openvino_python, theirs, options.shape)
         peer()
     else:
-        peer = batched(options.batched_bench, options.model)
+        peer = batched(options.batched_bench, theirs)
     mine()
     ratios = []
     for _ in range(options.pairs):
