@@ -94,10 +94,6 @@ def findings(tree: ast.AST) -> Iterator[str]:
 
 # What is found and does no harm, each in one place.
 EXCUSED = {
-    (
-        "kernels/triton_build.py",
-        "imports a module by a name that is made at run time",
-    ),  # our own, as pkgutil lists them
     ("kernels/attention/flash_attn.py", "imports a module by a name that is made at run time"),  # two that stand there
     ("kernels/cpu_runtime/operation.py", "imports a module by a name that is made at run time"),  # kernels name them
     ("core/__init__.py", "imports a module by a name that is made at run time"),  # our own, from a table there

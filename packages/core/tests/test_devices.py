@@ -19,7 +19,8 @@ import torch
 
 from candle_vllm.core import ConfigError, InferenceEngine, devices
 from candle_vllm.core.devices import CPU, Device, choose_device, fitting, require_torch
-from candle_vllm.core.kernels.triton_build import AMD, AMD_STAGES, CAPABILITIES, TENSOR_CORES, capability, stages
+from candle_vllm.core.kernels.triton_build import AMD, AMD_STAGES, TENSOR_CORES, capability, stages
+from packages.core.tests.kernels.triton.building import CAPABILITIES
 
 GB = 1 << 30
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS
+from packages.core.tests.kernels.triton.building import CAPABILITIES, Build, tables
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -23,8 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from candle_vllm.core.kernels.dispatch import interpreted
-from candle_vllm.core.kernels.gguf_linear import triton as quantised
-from candle_vllm.core.kernels.linear import triton as plain
 from candle_vllm.core.kernels.linear.triton_products import exact
 
 INSTRUCTION = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]*")
@@ -37,13 +36,15 @@ PLAIN = {
 }
 
 
-def forms(module: Any, capability: int) -> Iterator[Any]:
-    kernels = [build for build in module.AOT if capability in build.capabilities]
-    kernels = [build for build in kernels if build.kernel.fn.__name__ != "merge_kernel"]  # which only adds
-    if module is quantised:
+def forms(module: str) -> Iterator[Any]:
+    kernels = [build for build in tables()[module] if build.kernel.fn.__name__ != "merge_kernel"]  # which only adds
+    if module == "gguf_linear.triton":
         kernels = [build for build in kernels if build.constants.get("PRODUCT") is exact]
-    marks = () if capability == 90 else (pytest.mark.every_form,)
-    return (pytest.param(build, capability, id=f"{build}-sm{capability}", marks=marks) for build in kernels)
+    for capability in CAPABILITIES:
+        marks = () if capability == 90 else (pytest.mark.every_form,)
+        for build in kernels:
+            if capability in build.capabilities:
+                yield pytest.param(build, capability, id=f"{build}-sm{capability}", marks=marks)
 
 
 def instructions(build: Build, capability: int) -> set[str]:
@@ -59,7 +60,7 @@ def instructions(build: Build, capability: int) -> set[str]:
 
 @pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
 class TestInstructions:
-    @pytest.mark.parametrize(("build", "capability"), [form for c in CAPABILITIES for form in forms(plain, c)])
+    @pytest.mark.parametrize(("build", "capability"), list(forms("linear.triton")))
     def test_plain(self, build: Build, capability: int) -> None:
         found = instructions(build, capability)
         if "fp32" in str(build) or capability < 80:
@@ -68,7 +69,7 @@ class TestInstructions:
             assert found
             assert all(re.fullmatch(PLAIN[capability], name) for name in found), found
 
-    @pytest.mark.parametrize(("build", "capability"), [form for c in CAPABILITIES for form in forms(quantised, c)])
+    @pytest.mark.parametrize(("build", "capability"), list(forms("gguf_linear.triton")))
     def test_quantised(self, build: Build, capability: int) -> None:
         found = instructions(build, capability)
         assert bool(found) == (capability >= 80)

@@ -31,7 +31,7 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels import triton_build
-from candle_vllm.core.kernels.triton_build import Usage, compile_form
+from packages.core.tests.kernels.triton.building import Usage, compile_form, tables
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
@@ -267,7 +267,7 @@ def device() -> torch.device:
 @pytest.fixture
 def turing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is as on a GPU of compute capability 7.5, where the interpreter runs or the GPU is a newer one."""
-    triton_build.modules()
+    tables()  # imports the modules
     usual = triton_build.capability
     for name, module in list(sys.modules.items()):
         if name.startswith("candle_vllm.core.") and getattr(module, "capability", None) is usual:

@@ -37,10 +37,11 @@ from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import DeviceStream, Work
-from candle_vllm.core.kernels.triton_build import SHARED_LIMITS, compile_together
+from candle_vllm.core.kernels.triton_build import compile_together
 from candle_vllm.core.sampling import device_sampler
 from candle_vllm.core.sampling.sampler import Token
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.kernels.triton.building import SHARED_LIMITS
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.toy_gguf import write_toy_gguf
 

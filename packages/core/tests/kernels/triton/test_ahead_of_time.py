@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from candle_vllm.core.kernels.triton_build import (
+from candle_vllm.core.kernels.triton_build import TENSOR_CORES
+from packages.core.tests.kernels.triton.building import (
     AMD_TARGETS,
     CAPABILITIES,
     SHARED_LIMITS,
-    TENSOR_CORES,
     Usage,
     compile_build,
-    modules,
+    tables,
 )
 
 if importlib.util.find_spec("triton") is None:
@@ -57,8 +58,8 @@ def kind(name: str, build: Any) -> str:
 
 def builds() -> Iterator[Any]:
     seen = set()
-    for name, module in modules().items():
-        for place, build in enumerate(module.AOT):
+    for name, forms in tables().items():
+        for place, build in enumerate(forms):
             for capability in build.capabilities:
                 common = capability == USUAL and kind(name, build) not in seen
                 if common:
@@ -68,12 +69,12 @@ def builds() -> Iterator[Any]:
 
 
 def amd_builds() -> Iterator[Any]:
-    for name, module in modules().items():
-        forms = reversed(list(enumerate(module.AOT)))
-        kernels = {kind(name, build): place for place, build in forms if 80 in build.capabilities}
+    for name, forms in tables().items():
+        placed = reversed(list(enumerate(forms)))
+        kernels = {kind(name, build): place for place, build in placed if 80 in build.capabilities}
         for place in sorted(kernels.values()):
             for target in AMD_TARGETS:
-                yield pytest.param((name, place), target, id=f"{name}:{module.AOT[place]}-{target}")
+                yield pytest.param((name, place), target, id=f"{name}:{forms[place]}-{target}")
 
 
 @pytest.mark.timeout(3600)
@@ -87,7 +88,7 @@ def test_compiles_without_spilling(
     usage = background.forms[*form, target].result()
     assert isinstance(usage, Usage), usage
     record_property("usage", usage)
-    known = FEW_BYTES.get((str(modules()[form[0]].AOT[form[1]]), target), 0)
+    known = FEW_BYTES.get((str(tables()[form[0]][form[1]]), target), 0)
     usage = dataclasses.replace(usage, stack=0) if usage.stack == known else usage
     assert usage.fault is None, f"{usage.fault} ({usage})"
 
@@ -100,7 +101,7 @@ def test_compiles_for_amd(form: Form, target: str, background: Any) -> None:
     usage = background.forms[*form, target].result()
     assert isinstance(usage, Usage), usage
     assert usage.shared <= usage.shared_limit, usage
-    listed = not SPILLING[target].isdisjoint({form[0], kind(form[0], modules()[form[0]].AOT[form[1]])})
+    listed = not SPILLING[target].isdisjoint({form[0], kind(form[0], tables()[form[0]][form[1]])})
     assert (usage.stack > 0) == listed, usage
 
 
@@ -110,20 +111,30 @@ def test_every_kernel_with_products_has_a_form_for_every_gpu() -> None:
         r"latent_attention|delta_rule\.triton_chunks|.*:GroupCodec$|gguf_linear\.triton:linear_kernel:rounded"
     )
     found: dict[str, set[int]] = {}
-    for name, module in modules().items():
-        for build in module.AOT:
+    for name, forms in tables().items():
+        for build in forms:
             found.setdefault(kind(name, build), set()).update(build.capabilities)
     for kernel, targets in found.items():
         first = TENSOR_CORES if later.match(kernel) else CAPABILITIES[0]
         assert targets == {capability for capability in CAPABILITIES if capability >= first}, kernel
 
 
+def test_every_kernel_has_a_form() -> None:
+    """A kernel's name ends with `_kernel`; what it calls has other names."""
+    import candle_vllm.core.kernels as kernels
+
+    found = set()
+    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        if info.name.rpartition(".")[2].startswith("triton"):
+            module = importlib.import_module(info.name)
+            found |= {value for name, value in vars(module).items() if re.fullmatch(r"[a-z]\w*_kernel", name)}
+    assert found == {build.kernel for forms in tables().values() for build in forms}
+
+
 def test_what_has_no_bfloat16_is_built_with_float16() -> None:
     import triton
 
-    from candle_vllm.core.kernels.embedding import triton as embedding
-
-    build = next(build for build in embedding.AOT if "*bf16" in build.arguments.values())
+    build = next(build for build in tables()["embedding.triton"] if "*bf16" in build.arguments.values())
     assert isinstance(compile_build(build, 75), Usage)
     seen = []
     usual, triton.compile = triton.compile, lambda source, **given: seen.append(source) or usual(source, **given)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
-from candle_vllm.core.kernels.gguf_linear.layout import OWN_FORMS
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats
 from candle_vllm.core.kernels.matrices import TensorMatrix
@@ -25,6 +24,7 @@ from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, Floats, ScaledCodes
 from packages.core.tests.kernels.moe_layer import Biases, Experts, matrix_of, moe
+from packages.core.tests.kernels.triton.forms.gguf_linear.triton import OWN_FORMS
 from tests.common_run import few
 
 TOLERANCE = 5e-3

@@ -13,7 +13,7 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, linear, pack, reference, stack, triton
-from candle_vllm.core.kernels.gguf_linear.layout import OWN_FORMS, PLANES, gguf_kind
+from candle_vllm.core.kernels.gguf_linear.layout import PLANES, gguf_kind
 from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.linear import triton as launches
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS
@@ -21,6 +21,7 @@ from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
+from packages.core.tests.kernels.triton.forms.gguf_linear.triton import OWN_FORMS
 from tests.common_run import few
 
 TOLERANCE = 5e-3

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Literal
 
 import pytest
@@ -152,8 +151,3 @@ def test_no_tokens_are_no_work(device: torch.device) -> None:
     assert embedding_kernel.embedding(torch.zeros(0, dtype=torch.int64, device=device), weight[None]).shape == (0, 8)
     positions = torch.zeros(0, dtype=torch.int64, device=device)
     assert rotary.rotary(none.unsqueeze(1), positions, table, table).shape == (0, 1, 8)
-
-
-@pytest.mark.parametrize("module", [norm, rotary, gate, embedding_kernel])
-def test_every_module_names_what_it_launches(module: ModuleType) -> None:
-    assert module.AOT

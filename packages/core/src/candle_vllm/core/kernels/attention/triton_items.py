@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS
 
 ITEM_LIST = 0  # 1: work items are listed once per step, not counted by each program; not measured on a GPU yet
 
@@ -115,22 +115,3 @@ def list_items(
         lists[key] = torch.empty(1 + rows * cut["SPLITS"], dtype=torch.int32, device=context_lens.device)
         list_items_kernel[(1,)](lists[key], context_lens, decoding, rows, **cut, ROWS=LISTED, num_warps=4, **OPTIONS)
     return lists[key]
-
-
-def _build(window: int, keys: int, splits: int, *, mixed: bool) -> Build:
-    return Build(
-        list_items_kernel,
-        {"items": "*i32", "context_lens": "*i32", "rows": "i32"} | ({"decoding": "*i32"} if mixed else {}),
-        {"WINDOW": window, "BLOCK_N": keys, "SPLITS": splits, "CHUNK": 256, "ROWS": LISTED}
-        | ({} if mixed else {"decoding": None}),
-        unaligned=("context_lens", "decoding"),
-        label=f"{keys}x{splits}" + "-window" * bool(window) + "-mixed" * mixed,
-    )
-
-
-AOT = (
-    _build(0, 64, 32, mixed=False),
-    _build(0, 64, 32, mixed=True),
-    _build(1024, 32, 64, mixed=False),
-    _build(0, 16, 32, mixed=True),
-)

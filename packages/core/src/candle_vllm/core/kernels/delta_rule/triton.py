@@ -18,12 +18,11 @@ from candle_vllm.core.kernels.delta_rule.triton_chunks import in_chunks, scan_ch
 from candle_vllm.core.kernels.delta_rule.triton_scan import (
     CACHE_STRIDES,
     STRIDES,
-    build_arguments,
     constants_of,
     scan_tokens,
 )
 from candle_vllm.core.kernels.states import TABLES
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache, StateRows
@@ -146,19 +145,3 @@ def delta_rule(
 def _keep_constants(key_heads: int, heads: int, key_dim: int, value_dim: int, each: int = 1) -> dict[str, int]:
     sizes = {"HK": key_heads, "HV": heads, "DK": key_dim, "DV": value_dim, "EACH": each}
     return {**sizes, "ROWS": _ROWS, "PART": _PART}
-
-
-def _build(dtype: str, key_heads: int, heads: int, dim: int) -> Build:
-    names = ("k", "v", "a", "b", "kept", "query_start", "slots", *STRIDES[2:], *CACHE_STRIDES[1:])
-    arguments = build_arguments(dtype)
-    return Build(
-        keep_kernel,
-        {name: arguments[name] for name in names} | {"keeps": "*i32", "sequences": "i32"},
-        _keep_constants(key_heads, heads, dim, dim),
-        aligned=(*STRIDES[2:], *CACHE_STRIDES[1:]),
-        unaligned=TABLES,
-        label=f"{dtype}-{key_heads}x{heads}x{dim}",
-    )
-
-
-AOT = (_build("bf16", 16, 32, 128),)

@@ -33,10 +33,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.delta_rule.triton_scan import (
-    CACHE_STRIDES,
     STRIDES,
-    build_arguments,
-    constants_of,
     log_decay,
     scan_rows,
     state_before,
@@ -45,7 +42,7 @@ from candle_vllm.core.kernels.delta_rule.triton_scan import (
     tile_places,
 )
 from candle_vllm.core.kernels.states import TABLES
-from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TENSOR_CORES, Build, capability, cdiv
+from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, cdiv
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -453,26 +450,3 @@ def _chunk_names() -> tuple[str, ...]:
     """Return the names of the arguments that `chunk_kernel` shares with `chunks_kernel`."""
     tensors = ("q", "k", "a", "b", "decay", "bias", "matrices", "factors", "positions")
     return *tensors, "most", "scale", *(name for name in STRIDES if not name.startswith("v"))
-
-
-def _builds(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0) -> tuple[Build, Build]:
-    arguments = build_arguments(dtype) | {"positions": "*i32", "matrices": "*bf16", "factors": "*fp32"}
-    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim)
-    constants |= {"CHUNK": CHUNK, "CORRECTS": not value_dim}
-    more: dict[str, Any] = {**_HOW, "capabilities": WITH_TENSOR_CORES, "unaligned": (*TABLES, "positions")}
-    more |= {"label": f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else "")}
-    skip, nothing = ({"skip": "*fp32"}, {}) if value_dim else ({}, {"skip": None})
-    names = _chunk_names()
-    chunk = {name: arguments[name] for name in names} | {"tokens": "i32"}
-    strides, every = tuple(name for name in STRIDES if name in names), (*STRIDES, *CACHE_STRIDES)
-    return (
-        Build(chunk_kernel, chunk, _chunk_constants(constants), aligned=strides, **more),
-        Build(chunks_kernel, arguments | skip, constants | {"BLOCK_V": _BLOCK_V} | nothing, aligned=every, **more),
-    )
-
-
-AOT = (
-    *_builds("bf16", 16, 32, 128),
-    *_builds("fp16", 16, 48, 128),
-    *_builds("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
-)

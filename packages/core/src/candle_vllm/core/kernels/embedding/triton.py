@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 _PART = 1024  # elements of a program; not measured yet
 
@@ -46,11 +46,3 @@ def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 def _constants(size: int) -> dict[str, int]:
     return {"E": size, "BLOCK": min(next_power_of_2(size), _PART)}
-
-
-def _build(dtype: str, size: int) -> Build:
-    arguments = {"token_ids": "*i64", "table": f"*{dtype}", "y": f"*{dtype}", "table_stride": "i32"}
-    return Build(embedding_kernel, arguments, _constants(size), aligned=("table_stride",), label=f"{dtype}-{size}")
-
-
-AOT = (_build("bf16", 4096), _build("fp16", 1024), _build("fp32", 576))

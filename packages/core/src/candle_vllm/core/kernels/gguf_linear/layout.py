@@ -125,9 +125,6 @@ PLANES: Mapping[PackedKind, Planes] = MappingProxyType(
     {kind: _planes(layout) for kind, layout in LAYOUTS.items() if kind < PackedKind.MXFP4}
 )
 
-OWN_FORMS = tuple(kind for kind in PLANES if kind <= PackedKind.IQ4_XS or kind is PackedKind.IQ2_S)
-"""Kinds whose kernels differ by more than a table; the other IQ types have the kernels of IQ4_XS or of IQ2_S."""
-
 
 def gguf_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
     """Return the layout of a tensor type on a GPU; 8 bits for a type without a layout.

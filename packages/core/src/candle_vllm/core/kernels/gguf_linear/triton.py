@@ -14,19 +14,18 @@ not, parts of the matrix are decoded, and torch multiplies.
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.gguf_linear.layout import OWN_FORMS, PLANES, GgufMatrix
-from candle_vllm.core.kernels.gguf_linear.triton_codes import codec, float_code, operand, planned, scale_of
+from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix
+from candle_vllm.core.kernels.gguf_linear.triton_codes import float_code, operand, scale_of
 from candle_vllm.core.kernels.linear import linear as plain_linear
-from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, build, launch, tile_for
+from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, launch, tile_for
 from candle_vllm.core.kernels.linear.triton_products import exact, rounded
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind
-from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TENSOR_CORES, Build, capability
+from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability
 
 # Tiles by the number of weights that share a scale. The first tile that has at least as many tokens as x is used,
 # otherwise the last. Chosen by counting instructions and registers of the compiled code, not yet measured on a GPU. One
@@ -141,62 +140,3 @@ def _tile(tokens: int, kind: PackedKind, capability: int) -> Tile:
     if PLANES[kind].layout.values is not None:
         return tile_for(tokens, TABLE_TILES if capability >= TENSOR_CORES else PLAIN_TABLE_TILES[LAYOUTS[kind].width])
     return tile_for(tokens, (TILES if capability >= TENSOR_CORES else PLAIN_TILES)[LAYOUTS[kind].width])
-
-
-def _exact(
-    kind: PackedKind,
-    tokens: int,
-    capabilities: tuple[int, ...] = (90,),
-    *,
-    dtype: str = "bf16",
-    columns: int = 4096,
-    form: str = "split",
-) -> Build:
-    label, tile = f"{kind.name}-{dtype}", _tile(tokens, kind, capabilities[0])
-    bias = form == "whole"
-    return build(planned(kind, columns), exact, tile, dtype, label, capabilities, form=form, bias=bias)
-
-
-def _rounded(kind: PackedKind, dtype: str, columns: int, tokens: int, capabilities: tuple[int, ...]) -> Build:
-    tile = tile_for(tokens, ROUNDED_TILES)
-    return build(planned(kind, columns), rounded, tile, dtype, f"{kind.name}-{dtype}", capabilities, bias=True)
-
-
-def _embedding(kind: PackedKind, dtype: str) -> Build:
-    planes = dict(zip(("low", "high", "scales", "supers"), planned(kind, 4096).planes, strict=True))
-    types: dict[str, Any] = {"token_ids": "*i64", **planes, "out": f"*{dtype}", "N": "i32", "K": "i32"}
-    missing = {name: None for name, found in types.items() if found is None}
-    return Build(
-        embedding_kernel,
-        {name: found for name, found in types.items() if found is not None},
-        {"FORM": codec(kind), "PADDED": False, **missing},
-        num_warps=1,
-        aligned=("N", "K"),
-        label=f"{kind.name}-{dtype}",
-    )
-
-
-_LOOKED_UP = (PackedKind.IQ4_XS, PackedKind.IQ2_S)
-_USUAL = (PackedKind.Q4_K, PackedKind.Q6_K, PackedKind.IQ4_XS)
-
-AOT = (
-    *(_exact(kind, 16) for kind in OWN_FORMS),
-    *(_exact(kind, tokens, WITH_TENSOR_CORES) for kind in _USUAL for tokens in (1, 64)),
-    *(_exact(kind, 32) for kind in _USUAL),
-    *(_exact(kind, tokens, WITH_TENSOR_CORES) for kind in _LOOKED_UP for tokens in (1, 32, 64)),
-    *(_exact(kind, 128, form="fold") for kind in OWN_FORMS),
-    *(_exact(kind, 128, (80, 100, 120), form="fold") for kind in _USUAL),
-    _exact(PackedKind.Q3_K, 8, WITH_TENSOR_CORES, dtype="fp16", form="whole"),
-    _exact(PackedKind.Q5_1, 16, WITH_TENSOR_CORES, columns=4128, form="whole"),
-    *(_exact(kind, tokens, (75,), dtype="fp16") for tokens in (8, 16) for kind in OWN_FORMS),
-    *(_exact(kind, 128, (75,), dtype="fp16", form="fold") for kind in _USUAL),
-    _exact(PackedKind.Q5_1, 16, (75,), dtype="fp16", columns=4128, form="whole"),
-    *(_rounded(kind, "bf16", 4096, 512, (90,)) for kind in OWN_FORMS if PLANES[kind].layout.nested),
-    *(
-        _rounded(kind, "bf16", 4096, 512, (80, 100, 120))
-        for kind in (PackedKind.Q4_K, PackedKind.Q3_K, PackedKind.IQ4_XS)
-    ),
-    _rounded(PackedKind.Q8_0, "fp16", 4096, 32, WITH_TENSOR_CORES),
-    _rounded(PackedKind.Q5_1, "bf16", 4128, 64, WITH_TENSOR_CORES),
-    _embedding(PackedKind.Q6_K, "bf16"),
-)

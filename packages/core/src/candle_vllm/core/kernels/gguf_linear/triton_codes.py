@@ -306,11 +306,3 @@ def operand(matrix: GgufMatrix) -> Operand:
     planes = matrix.low, matrix.high, matrix.scales, matrix.supers
     steps = matrix.planes.steps(matrix.columns)
     return Operand(planes, matrix.rows, matrix.columns, None, steps, codec(matrix.kind))
-
-
-def planned(kind: PackedKind, columns: int) -> Operand:
-    """Return the operand of a matrix that does not exist, for kernels that are compiled ahead of time."""
-    planes = PLANES[kind]
-    elements = {0: None, 1: "*i16", 2: "*i16", 4: "*i32", 8: "*i32"}
-    types = elements[planes.low], elements[planes.high], "*i32", "*i32" if planes.layout.nested else None
-    return Operand(types, 1, columns, None, planes.steps(columns), codec(kind))

@@ -205,13 +205,3 @@ def operand(matrix: GroupMatrix) -> Operand:
     planes = matrix.codes, matrix.inner, matrix.scales, None
     found = codec(matrix.bits, matrix.unit, matrix.zeros, matrix.scale_dtype, matrix.numbers)
     return Operand(planes, matrix.rows, matrix.columns, matrix.group, matrix.steps, found)
-
-
-def planned(bits: int, group: int, zeros: bool, columns: int = 4096, numbers: Numbers = "int") -> Operand:
-    """Return the operand of a matrix that does not exist, for kernels that are compiled ahead of time."""
-    scales = {"int": torch.int32 if zeros else torch.int16}.get(numbers, torch.float32)
-    kind = {torch.int16: torch.bfloat16, torch.int32: torch.float16}.get(scales, torch.float32)
-    matrix = GroupMatrix(1, columns, bits, group, kind, torch.empty(0), torch.empty(0, dtype=scales), numbers=numbers)
-    types = {torch.int16: "*i16", torch.int32: "*i32", torch.float32: "*fp32"}
-    planes = "*i32", "*i32" if numbers == "e2m1" else None, types[scales], None
-    return operand(matrix)._replace(planes=planes)

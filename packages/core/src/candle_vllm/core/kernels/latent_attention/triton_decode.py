@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.attention.triton_items import (
 )
 from candle_vllm.core.kernels.attention.triton_tiles import load_tile, tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_queries
-from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2, stages
 
 _ROWS = 256  # maximum sequences of a launch, if each program counts the items
 _CHUNK = 256  # minimum number of keys of a split
@@ -228,43 +228,3 @@ def _constants(shape: Splits, heads: int, rope: int, latent: int, block_size: in
 def _merge_constants(constants: dict[str, Any]) -> dict[str, Any]:
     shared = {name: constants[name] for name in ("H", "BLOCK_N", "SPLITS", "CHUNK")}
     return {**shared, "D": constants["L"], "DP": constants["LP"], "WINDOW": 0, "SINKS": False, "MERGED": _MERGED}
-
-
-def _build(
-    dtype: str,
-    heads: int,
-    rope: int = 64,
-    latent: int = 512,
-    block_size: int = 64,
-    *,
-    mixed: bool = False,
-    listed: bool = False,
-) -> Build:
-    shape = splits(heads, 4 if dtype == "fp32" else 2)
-    arguments = dict.fromkeys(("q_rope", "q_latent", "cache", "out"), f"*{dtype}")
-    arguments |= {"partial_values": "*fp32", "partial_states": "*fp32", "scale": "fp32"}
-    arguments |= {"context_lens": "*i32", "block_tables": "*i32", "first": "i32"}
-    arguments |= dict.fromkeys(("decoding",) * mixed + ("items",) * listed, "*i32")
-    strides = ("rope_token", "rope_head", "latent_token", "latent_head")
-    arguments |= dict.fromkeys(("rows", *strides, "table_stride"), "i32")
-    return Build(
-        latent_decode_kernel,
-        arguments,
-        _constants(shape, heads, rope, latent, block_size)
-        | dict.fromkeys(("decoding",) * (not mixed) + ("items",) * (not listed)),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-        aligned=strides,
-        unaligned=("context_lens", "block_tables", "decoding"),
-        label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed + "-listed" * listed,
-        capabilities=WITH_TENSOR_CORES,
-    )
-
-
-AOT = (
-    _build("bf16", 128),
-    _build("bf16", 128, mixed=True),
-    _build("bf16", 128, mixed=True, listed=True),
-    _build("bf16", 16),
-    _build("fp32", 128),
-)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv
 
 _TOKENS, _OUTPUTS = 16, 64  # tokens and outputs of a program; not measured yet
 
@@ -71,15 +71,3 @@ def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _constants(heads: int, inputs: int, outputs: int, bytes_per_number: int) -> dict[str, Any]:
     sizes = {"H": heads, "IN": inputs, "OUT": outputs}
     return {**sizes, "BLOCK_T": _TOKENS, "BLOCK_O": _OUTPUTS, "BLOCK_I": 32 if bytes_per_number == 4 else 64}
-
-
-AOT = (
-    Build(
-        head_linear_kernel,
-        dict.fromkeys(("x", "weight", "y"), "*bf16") | dict.fromkeys(("tokens", "x_token", "x_head"), "i32"),
-        _constants(128, 128, 512, 2),
-        aligned=("x_token", "x_head"),
-        label="bf16",
-        capabilities=WITH_TENSOR_CORES,
-    ),
-)

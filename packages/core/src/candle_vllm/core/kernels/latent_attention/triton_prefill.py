@@ -18,7 +18,7 @@ import triton.language as tl
 from candle_vllm.core.kernels.attention.triton_prefill import behind_decodes, find_tile
 from candle_vllm.core.kernels.attention.triton_tiles import load_tile, tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_queries
-from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2, stages
 
 _ROWS = 256  # sequences that a program compares at a time to find the sequence of its tile
 
@@ -178,33 +178,3 @@ def _constants(shape: Tiles, heads: int, rope: int, latent: int, block_size: int
         "BLOCK_N": shape.keys,
         "ROWS": _ROWS,
     }
-
-
-def _build(
-    dtype: str, heads: int, rope: int = 64, latent: int = 512, block_size: int = 64, *, mixed: bool = False
-) -> Build:
-    shape = tiles(4 if dtype == "fp32" else 2)
-    arguments = dict.fromkeys(("q_rope", "q_latent", "cache", "out"), f"*{dtype}")
-    arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32"}
-    arguments |= {"decoding": "*i32"} if mixed else {}
-    strides = ("rope_token", "rope_head", "latent_token", "latent_head")
-    arguments |= dict.fromkeys(("rows", *strides, "table_stride"), "i32")
-    return Build(
-        latent_prefill_kernel,
-        arguments,
-        _constants(shape, heads, rope, latent, block_size) | ({} if mixed else {"decoding": None}),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-        aligned=strides,
-        unaligned=("query_start", "context_lens", "block_tables", "decoding"),
-        label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed,
-        capabilities=WITH_TENSOR_CORES,
-    )
-
-
-AOT = (
-    _build("bf16", 128),
-    _build("bf16", 128, mixed=True),
-    _build("bf16", 16),
-    _build("fp32", 128),
-)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, next_power_of_2
 
 
 @triton.jit
@@ -54,16 +54,3 @@ def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, 
 
 def _constants(rope: int, latent: int) -> dict[str, int]:
     return {"R": rope, "L": latent, "RP": next_power_of_2(rope), "LP": next_power_of_2(latent)}
-
-
-AOT = (
-    Build(
-        latent_write_kernel,
-        dict.fromkeys(("rope", "latent", "cache"), "*bf16")
-        | {"slots": "*i32", "rope_stride": "i32", "latent_stride": "i32"},
-        _constants(64, 512),
-        aligned=("rope_stride", "latent_stride"),
-        label="bf16",
-        capabilities=WITH_TENSOR_CORES,
-    ),
-)

@@ -16,7 +16,7 @@ from candle_vllm.core.kernels.matrices import DeviceMatrix
 from candle_vllm.core.kernels.moe.arguments import FEW, Activation, Pairs, is_gated
 from candle_vllm.core.kernels.moe.triton_experts import block_tokens, product
 from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv
 
 _PART = 1024  # elements of a program of the sum; not measured yet
 
@@ -81,11 +81,3 @@ def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         grid = (pairs.tokens, cdiv(width, _PART))
         sum_kernel[grid](results, weights, experts, y, pairs.count, width, **constants, num_warps=4, **OPTIONS)
     return y
-
-
-def _build(dtype: str, top_k: int) -> Build:
-    types = {"results": f"*{dtype}", "weights": "*fp32", "experts": "*i32", "y": f"*{dtype}", "X": "i32", "E": "i32"}
-    return Build(sum_kernel, types, {"TOP": top_k, "BLOCK": _PART}, aligned=("E",), label=f"{dtype}-{top_k}")
-
-
-AOT = (_build("bf16", 8), _build("fp16", 2))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Routing
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, next_power_of_2
 
 
 @triton.jit
@@ -140,25 +140,3 @@ def _constants(
 def _warps(constants: dict[str, Any]) -> int:
     """Return the number of warps: one, without barriers, for up to 16 elements of a thread. Not measured yet."""
     return max(1, constants["G"] * constants["M"] // 512)
-
-
-def _build(dtype: str, experts: int, top_k: int, groups: tuple[int, int], sigmoid: bool) -> Build:
-    constants = _constants(experts, top_k, groups, sigmoid, sigmoid, True)
-    types = {"logits": f"*{dtype}", "weights": "*fp32", "experts": "*i32", "stride": "i32", "scale": "fp32"}
-    return Build(
-        route_kernel,
-        types | ({"bias": "*fp32"} if sigmoid else {}),
-        {**constants, **({} if sigmoid else {"bias": None})},
-        num_warps=_warps(constants),
-        aligned=("stride",),
-        label=f"{dtype}-{experts}x{top_k}-{groups[1]}of{groups[0]}",
-    )
-
-
-AOT = (
-    _build("bf16", 128, 8, (1, 1), False),
-    _build("fp32", 256, 8, (8, 4), True),
-    _build("bf16", 512, 10, (1, 1), False),
-    _build("bf16", 160, 6, (8, 3), False),
-    _build("fp32", 384, 8, (1, 1), True),
-)

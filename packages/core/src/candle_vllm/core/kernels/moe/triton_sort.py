@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.moe.arguments import Pairs
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 # Not measured yet.
 _CHUNK = 256
@@ -160,25 +160,3 @@ def _constants(experts: int, block: int, chunks: int) -> dict[str, Any]:
         "BLOCK": block,
         "RECOUNT": chunks <= _RECOUNT,
     }
-
-
-def _build(experts: int, block: int, chunks: int) -> Build:
-    constants = _constants(experts, block, chunks)
-    types = dict.fromkeys(("experts", "counts", "order", "table"), "*i32")
-    types |= dict.fromkeys(("pairs", "blocks", "X"), "i32")
-    if constants["RECOUNT"]:
-        del types["counts"]
-        constants["counts"] = None
-    return Build(place_kernel, types, constants, num_warps=_WARPS, label=f"{experts}-{block}-{chunks}")
-
-
-AOT = (
-    Build(
-        count_kernel,
-        {"experts": "*i32", "counts": "*i32", "pairs": "i32", "X": "i32"},
-        {"CHUNK": _CHUNK, "BINS": 128},
-    ),
-    _build(8, 128, 64),
-    _build(128, 16, 2),
-    _build(512, 128, 512),
-)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 _MOST = 16384  # the longest row that is kept in registers
 _PART = 4096  # elements of a longer row that are processed at a time
@@ -154,30 +154,3 @@ def _form(heads: int, size: int, add: bool, *, apart: bool = False) -> tuple[dic
     rows = max(1, _SHORT // block)
     constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add, "APART": apart}
     return constants, min(max(rows * block // 256, 4), 32 if size <= _MOST else 16)
-
-
-def _build(dtype: str, heads: int, size: int, add: bool) -> Build:
-    constants, num_warps = _form(heads, size, add)
-    strides = ("x_token", "x_head", "residual_token", "residual_head")
-    arguments = {"x": f"*{dtype}", "weight": "*fp32", "y": f"*{dtype}"}
-    arguments |= dict.fromkeys((*strides, "rows"), "i32") | {"eps": "fp32"}
-    sums = ("residual", "total")
-    return Build(
-        rms_norm_kernel,
-        arguments | (dict.fromkeys(sums, f"*{dtype}") if add else {}),
-        {**constants, **({} if add else dict.fromkeys(sums))},
-        num_warps=num_warps,
-        aligned=strides,
-        label=f"{dtype}-{heads}x{size}{'-add' if add else ''}",
-    )
-
-
-AOT = (
-    _build("bf16", 1, 4096, True),
-    _build("fp16", 1, 1024, False),
-    _build("bf16", 32, 128, False),
-    _build("bf16", 1, 8192, True),
-    _build("bf16", 1, 16384, True),
-    _build("fp32", 1, 576, True),
-    _build("bf16", 1, 20480, True),
-)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 _PAIRS = 512  # pairs of a program; not measured yet
 
@@ -137,24 +137,3 @@ def _constants(heads: int, kv_heads: int, dim: int, half: int) -> dict[str, Any]
     halves, rests = next_power_of_2(half), next_power_of_2(max(dim - 2 * half, 1))
     sizes = {"H": heads, "K": kv_heads, "D": dim, "HALF": half, "HALVES": halves, "RESTS": rests}
     return sizes | {"HEADS": min(max(1, _PAIRS // halves), next_power_of_2(heads))}
-
-
-def _build(dtype: str, heads: int, kv_heads: int, dim: int, half: int) -> Build:
-    strides = ("q_token", "q_head", "k_token", "k_head")
-    arguments = {"q": f"*{dtype}", "q_out": f"*{dtype}", "positions": "*i64", "cos": "*fp32", "sin": "*fp32"}
-    keys = ("k", "k_out")
-    return Build(
-        rotary_kernel,
-        arguments | dict.fromkeys(strides, "i32") | (dict.fromkeys(keys, f"*{dtype}") if kv_heads else {}),
-        {**_constants(heads, kv_heads, dim, half), **({} if kv_heads else dict.fromkeys(keys))},
-        aligned=strides,
-        label=f"{dtype}-{heads}-{kv_heads}-{dim}-{2 * half}",
-    )
-
-
-AOT = (
-    _build("bf16", 32, 8, 128, 64),
-    _build("fp16", 9, 3, 64, 32),
-    _build("fp32", 32, 0, 80, 16),
-    _build("bf16", 24, 8, 96, 36),
-)

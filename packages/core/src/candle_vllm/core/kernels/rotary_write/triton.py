@@ -15,7 +15,6 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.kv_write.scaled_rows import LARGEST, SCALE, has_row_scales
 from candle_vllm.core.kernels.kv_write.triton import (
-    build_types,
     check_scaled,
     for_cache,
     row_codes,
@@ -25,7 +24,7 @@ from candle_vllm.core.kernels.kv_write.triton import (
     scales_place,
 )
 from candle_vllm.core.kernels.rms_norm import HeadNorms
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _PAIRS = 256  # pairs of a program; not measured yet
@@ -264,51 +263,3 @@ def _constants(heads: int, kv_heads: int, dim: int, half: int, norm: bool, fp8: 
 def _row_constants(kv_heads: int, size: int, largest: float) -> dict[str, Any]:
     """Return constants; `size` is the block size of a cache whose rows have scales, else 0."""
     return {"LARGEST": largest, "S": size or 1, "EXTRA": SCALE * size * kv_heads}
-
-
-def _build(
-    dtype: str,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    half: int,
-    *,
-    norm: bool = False,
-    fp8: bool = False,
-    rows: str = "",
-) -> Build:
-    cache = rows or ("fp8e4nv" if fp8 else dtype)
-    strides = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")
-    arguments = dict.fromkeys(("q", "k", "v", "q_out"), f"*{dtype}") | dict.fromkeys(("cos", "sin"), "*fp32")
-    arguments |= dict.fromkeys(("key_cache", "value_cache"), f"*{cache}")
-    arguments |= {"positions": "*i32", "slots": "*i32", "eps": "fp32"} | dict.fromkeys(strides, "i32")
-    constants: dict[str, Any] = _constants(heads, kv_heads, dim, half, norm, fp8)
-    constants |= _row_constants(kv_heads, 16 if rows else 0, 127.0 if rows == "i8" else _LARGEST)
-    for names, there in ((("q_weight", "k_weight"), norm), (("key_scale", "value_scale"), fp8)):
-        if there:
-            arguments |= dict.fromkeys(names, "*fp32")
-        else:
-            constants |= dict.fromkeys(names)
-    return Build(
-        rotary_write_kernel,
-        arguments,
-        constants,
-        aligned=strides,
-        label=f"{dtype}-{heads}-{kv_heads}-{dim}-{2 * half}"
-        + "-norm" * norm
-        + "-fp8" * fp8
-        + f"-{rows}-rows" * bool(rows),
-        capabilities=build_types(cache),
-    )
-
-
-AOT = (
-    _build("bf16", 32, 8, 128, 64),
-    _build("bf16", 16, 8, 128, 64, norm=True),
-    _build("fp16", 9, 3, 64, 32),
-    _build("fp32", 24, 8, 96, 36, norm=True),
-    _build("bf16", 32, 8, 128, 64, fp8=True),
-    _build("bf16", 32, 8, 128, 64, rows="i8"),
-    _build("bf16", 16, 8, 128, 64, norm=True, rows="fp8e4nv"),
-    _build("fp16", 32, 8, 128, 64, rows="u8"),
-)

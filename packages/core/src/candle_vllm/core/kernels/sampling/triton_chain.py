@@ -32,7 +32,7 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
     mass_of,
     value_of,
 )
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS
 
 _PART = tl.constexpr(512)  # logits that a program loads at a time; not measured yet
 _LIKELIEST = tl.constexpr(LIKELIEST)
@@ -332,14 +332,3 @@ def narrow(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor) -> Non
         rooms = torch.empty(count, _ROOM.value, dtype=torch.float32, device=logits.device)
         launch: dict[str, Any] = {"num_warps": _WARPS, **OPTIONS}
         chain_kernel[(count,)](logits, rows, links, rooms, logits.stride(0), vocabulary, **launch)
-
-
-AOT = (
-    Build(
-        chain_kernel,
-        {"logits": "*fp32", "rows": "*i64", "links": "*fp64", "rooms": "*fp32", "row_stride": "i32", "V": "i32"},
-        {},
-        num_warps=_WARPS,
-        aligned=("row_stride", "V"),
-    ),
-)

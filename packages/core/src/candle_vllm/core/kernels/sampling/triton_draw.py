@@ -35,7 +35,7 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
     survey_kernel,
     value_of,
 )
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS
 
 _EDGES = tl.constexpr(4)
 _PLAN = tl.constexpr(8)  # int32 elements of a row's plan: the key of min_p's bound, then the edges' keys
@@ -361,37 +361,3 @@ def draw(
         gather_kernel[rows.grid](*state, values, names, stride, vocabulary, chunks, CB=block, **launch)
     finish_kernel[(number,)](*state, values, names, ids, stride, vocabulary, chunks, CB=block, SEARCH=search, **launch)
     return ids, largest
-
-
-_TYPES = {
-    **dict.fromkeys(("logits", "group_maxima", "maxima", "largest_in", "largest_out", "values"), "*fp32"),
-    **dict.fromkeys(("firsts", "plans", "counts", "names"), "*i32"),
-    **dict.fromkeys(("ids", "masses"), "*i64"),
-    **dict.fromkeys(("row_stride", "V", "C"), "i32"),
-    "controls": "*fp64",
-}
-
-
-def _build(kernel: Any, chunks: int, **constants: Any) -> Build:
-    """Return a build of a kernel; arguments without a type are constants."""
-    names = [name for name in kernel.arg_names if name not in constants]
-    label = "-".join([str(chunks), *(name for name, value in constants.items() if value is True)])
-    arguments = {name: _TYPES[name] for name in names if name in _TYPES}
-    if "CB" in kernel.arg_names:
-        constants["CB"] = next_power_of_2(chunks)
-    aligned = tuple(name for name in ("row_stride", "V") if name in names)
-    return Build(kernel, arguments, constants, num_warps=_WARPS, aligned=aligned, label=label)
-
-
-_NO_LISTS = {"values": None, "names": None, "counts": None}
-AOT = (
-    _build(survey_kernel, 32),
-    _build(plan_kernel, 32, RANDOM=False, SEARCH=False),
-    _build(plan_kernel, 32, RANDOM=True, SEARCH=False),
-    _build(plan_kernel, 64, RANDOM=True, SEARCH=True),
-    _build(weigh_kernel, 32, SEARCH=False, counts=None),
-    _build(weigh_kernel, 32, SEARCH=True),
-    _build(gather_kernel, 64),
-    _build(finish_kernel, 38, SEARCH=False, **_NO_LISTS),
-    _build(finish_kernel, 64, SEARCH=True),
-)

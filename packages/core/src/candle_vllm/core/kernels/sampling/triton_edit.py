@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv
 
 _PART = tl.constexpr(1024)  # biases or logits that a program loads at a time; not measured yet
 _ROWS = tl.constexpr(256)  # rows of a program that counts tokens
@@ -163,26 +163,3 @@ def _check(logits: torch.Tensor, edits: DeviceEdits) -> None:
     for group in (("bias_ids", "bias"), ("mask_rows", "masks"), ("count_rows", "counts", "penalties")):
         assert len({getattr(edits, name) is None for name in group}) == 1, f"{group} come together"
     assert edits.bias is None or edits.bias_ids is None or edits.bias.shape == edits.bias_ids.shape
-
-
-_PENALTY_TYPES = {"count_rows": "*i32", "counts": "*i32", "penalties": "*fp64"}
-_MASK_TYPES = {"mask_rows": "*i32", "masks": "*i32"}
-
-
-def _build(masks: bool, counts: bool) -> Build:
-    arguments = {"logits": "*fp32", "row_stride": "i32", "V": "i32", "W": "i32"}
-    constants: dict[str, bool | None] = {"MASKS": masks, "COUNTS": counts}
-    for there, types in ((masks, _MASK_TYPES), (counts, _PENALTY_TYPES)):
-        arguments |= types if there else {}
-        constants |= {} if there else dict.fromkeys(types)
-    label = "-".join(name for name, there in (("masks", masks), ("counts", counts)) if there)
-    return Build(mask_and_penalise_kernel, arguments, constants, aligned=("row_stride", "V"), label=label)
-
-
-AOT = (
-    Build(bias_kernel, {"logits": "*fp32", "bias_ids": "*i32", "bias": "*fp32", "row_stride": "i32", "N": "i32"}),
-    _build(True, True),
-    _build(True, False),
-    _build(False, True),
-    Build(note_kernel, {"counts": "*i32", "count_rows": "*i32", "token_ids": "*i64", "R": "i32", "V": "i32"}),
-)

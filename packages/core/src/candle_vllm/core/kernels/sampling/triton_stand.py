@@ -35,7 +35,7 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
     survey_kernel,
     value_of,
 )
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _HIGHEST = tl.constexpr(2**63 - 1)
@@ -230,23 +230,3 @@ def stand(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Tensor, mos
         **launch,
     )
     return standing
-
-
-_TYPES = {
-    **dict.fromkeys(("logits", "group_maxima", "maxima", "largest_in", "largest_out", "values"), "*fp32"),
-    **dict.fromkeys(("chosen", "top_logits"), "*fp32"),
-    **dict.fromkeys(("edges", "befores", "counts", "names"), "*i32"),
-    **dict.fromkeys(("token_ids", "tops", "masses", "ranks", "top_ids"), "*i64"),
-    **dict.fromkeys(("row_stride", "V", "C", "MOST"), "i32"),
-    "offsets": "*fp64",
-}
-
-
-def _build(kernel: Any, chunks: int) -> Build:
-    arguments = {name: _TYPES[name] for name in kernel.arg_names if name in _TYPES}
-    constants = {"CB": next_power_of_2(chunks)} if "CB" in kernel.arg_names else {}
-    aligned = tuple(name for name in ("row_stride", "V") if name in arguments)
-    return Build(kernel, arguments, constants, num_warps=_WARPS, aligned=aligned, label=str(chunks))
-
-
-AOT = tuple(_build(kernel, 38) for kernel in (edge_kernel, measure_kernel, gather_top_kernel, name_kernel))

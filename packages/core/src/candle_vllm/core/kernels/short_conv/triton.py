@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.states import TABLES
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache, StateRows
@@ -326,43 +326,3 @@ def _constants(channels: int, taps: int, *, single: bool) -> dict[str, Any]:
 
 def _store_constants(channels: int, taps: int) -> dict[str, Any]:
     return {"C": channels, "TAPS": taps, "BLOCK": min(next_power_of_2(channels), 512), "ROWS": _ROWS}
-
-
-def _build(
-    dtype: str,
-    channels: int,
-    taps: int,
-    *,
-    single: bool = False,
-    stores: bool = False,
-    bias: bool = False,
-    gated: bool = False,
-) -> Build:
-    arguments = dict.fromkeys(("x", "states"), f"*{dtype}") | {"kept": "*fp32"} | dict.fromkeys(TABLES, "*i32")
-    strides = ("x_stride", "gate_stride", "slot_stride", "kept_slot", "kept_row")
-    arguments |= dict.fromkeys(strides, "i32")
-    label = f"{dtype}-{channels}x{taps}" + "-single" * single + "-bias" * bias + "-gated" * gated
-    more: dict[str, Any] = {"aligned": strides, "unaligned": TABLES, "label": label}
-    constants: dict[str, Any] = {}
-    optional = {"gate_in": gated} | ({} if stores else {"gate_out": gated, "bias": bias})
-    for name, there in optional.items():
-        if there:
-            arguments[name] = "*fp32" if name == "bias" else f"*{dtype}"
-        else:
-            constants[name] = None
-    if stores:
-        return Build(store_kernel, arguments, constants | _store_constants(channels, taps), **more)
-    arguments |= {"weight": "*fp32", "y": f"*{dtype}"} | dict.fromkeys(("tokens", "sequences"), "i32")
-    constants |= _constants(channels, taps, single=single) | {"SILU": not gated}
-    return Build(conv_kernel, arguments, constants, **more)
-
-
-AOT = (
-    _build("bf16", 8192, 4, single=True),
-    _build("bf16", 8192, 4),
-    _build("bf16", 8192, 4, stores=True),
-    _build("bf16", 2048, 3, single=True, gated=True),
-    _build("fp16", 2048, 3, bias=True, gated=True),
-    _build("fp16", 2048, 3, stores=True, gated=True),
-    _build("fp32", 2048, 3),
-)

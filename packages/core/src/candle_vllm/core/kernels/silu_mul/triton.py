@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.recorded import GateKind
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 _PART = 1024  # elements of a program; not measured yet
 _KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus", "silu_7", "silu_16")
@@ -65,22 +65,3 @@ def gated(up: torch.Tensor, gate: torch.Tensor, kind: GateKind) -> torch.Tensor:
 
 def _constants(size: int, kind: str, span: int) -> dict[str, int]:
     return {"F": size, "BLOCK": min(next_power_of_2(size), _PART), "SPAN": span, "KIND": _KINDS.index(kind)}
-
-
-def _build(dtype: str, size: int, kind: str, span: int = 1) -> Build:
-    strides = ("gate_stride", "up_stride")
-    arguments: dict[str, str] = dict.fromkeys(("gate", "up", "y"), f"*{dtype}")
-    arguments |= dict.fromkeys(strides, "i32")
-    return Build(
-        gate_mul_kernel, arguments, _constants(size, kind, span), aligned=strides, label=f"{dtype}-{size}-{kind}"
-    )
-
-
-AOT = (
-    _build("bf16", 14336, "silu"),
-    _build("fp16", 1536, "gelu_tanh"),
-    _build("fp32", 123, "silu"),
-    _build("bf16", 4096, "sigmoid"),
-    _build("bf16", 6144, "softplus", 128),
-    _build("bf16", 1280, "silu_16"),
-)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""Forms of the kernels of `delta_rule/triton_chunks` that are compiled ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from candle_vllm.core.kernels.delta_rule.triton_chunks import (
+    _BLOCK_V,
+    _HOW,
+    CHUNK,
+    _chunk_constants,
+    _chunk_names,
+    chunk_kernel,
+    chunks_kernel,
+)
+from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, constants_of
+from candle_vllm.core.kernels.states import TABLES
+from packages.core.tests.kernels.triton.building import WITH_TENSOR_CORES, Build
+from packages.core.tests.kernels.triton.forms.delta_rule.triton_scan import build_arguments
+
+
+def _builds(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0) -> tuple[Build, Build]:
+    arguments = build_arguments(dtype) | {"positions": "*i32", "matrices": "*bf16", "factors": "*fp32"}
+    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim)
+    constants |= {"CHUNK": CHUNK, "CORRECTS": not value_dim}
+    more: dict[str, Any] = {**_HOW, "capabilities": WITH_TENSOR_CORES, "unaligned": (*TABLES, "positions")}
+    more |= {"label": f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else "")}
+    skip, nothing = ({"skip": "*fp32"}, {}) if value_dim else ({}, {"skip": None})
+    names = _chunk_names()
+    chunk = {name: arguments[name] for name in names} | {"tokens": "i32"}
+    strides, every = tuple(name for name in STRIDES if name in names), (*STRIDES, *CACHE_STRIDES)
+    return (
+        Build(chunk_kernel, chunk, _chunk_constants(constants), aligned=strides, **more),
+        Build(chunks_kernel, arguments | skip, constants | {"BLOCK_V": _BLOCK_V} | nothing, aligned=every, **more),
+    )
+
+
+FORMS = (
+    *_builds("bf16", 16, 32, 128),
+    *_builds("fp16", 16, 48, 128),
+    *_builds("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
+)
