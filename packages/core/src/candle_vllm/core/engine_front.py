@@ -298,9 +298,9 @@ class EngineFront(ABC):
         return texts.template
 
     @property
-    @abstractmethod
     def is_sleeping(self) -> bool:
         """Whether the engine sleeps: it refuses requests (`EngineSleepingError`) until all tags are awake."""
+        return self._running_thread().is_sleeping
 
     @explained()
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
@@ -335,19 +335,19 @@ class EngineFront(ABC):
         """
         self._wake_up(read_tags(tags))
 
-    @abstractmethod
-    def _sleep(self, level: int, mode: str) -> None: ...
+    def _sleep(self, level: int, mode: str) -> None:
+        self._running_thread().sleep(level, mode)
 
-    @abstractmethod
-    def _wake_up(self, tags: frozenset[str]) -> None: ...
+    def _wake_up(self, tags: frozenset[str]) -> None:
+        self._running_thread().wake_up(tags)
 
-    @abstractmethod
     def reset_prefix_cache(self) -> None:
-        """Clear the prefix cache: no later request uses a block that is cached now.
+        """Clear the prefix cache, of all replicas: no later request uses a block that is cached now.
 
         Raises:
             EngineDeadError: the engine has stopped.
         """
+        self._running_thread().reset_prefix_cache()
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step and free its blocks; unknown ids are ignored."""

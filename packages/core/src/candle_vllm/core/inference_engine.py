@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import threading
 import weakref
@@ -39,8 +38,6 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.prompts import Prompt
 from candle_vllm.core.threads import LOADING_THREADS
 from candle_vllm.core.vision.fetching import ImageSources
-
-logger = logging.getLogger(__name__)
 
 _LOADING = 1.0  # maximum seconds that a step without other work waits for adapters
 
@@ -201,7 +198,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
 
     def _sleep(self, level: int, mode: str) -> None:
         if not self._manual:
-            self._running_thread().sleep(level, mode)
+            super()._sleep(level, mode)
             return
         engine = self._own_loop()
         if mode == "wait" and engine.has_work:
@@ -210,7 +207,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
 
     def _wake_up(self, tags: frozenset[str]) -> None:
         if not self._manual:
-            self._running_thread().wake_up(tags)
+            super()._wake_up(tags)
         else:
             self._own_loop().wake_up(sorted(tags))
 

@@ -8,7 +8,6 @@ is refused, because every embedding would be wrong.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +24,6 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.pooled_head import Dense, DenseActivation
 from candle_vllm.core.pooling import MAX_DIMENSIONS, POOLING_METHODS, ModelPooling, PoolingKind
 from candle_vllm.core.quantization.tensors import StoredTensor
-
-logger = logging.getLogger(__name__)
 
 MAX_MODULES = 16
 MAX_PROMPTS, MAX_PROMPT = 256, 1 << 14

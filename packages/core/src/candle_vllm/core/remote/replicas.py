@@ -64,20 +64,6 @@ class ReplicatedEngine(EngineFront):
         self._check_generates()
         self._running_thread().check_structured_outputs(params)
 
-    def reset_prefix_cache(self) -> None:
-        """See `EngineFront`; clears the caches of all replicas."""
-        self._running_thread().reset_prefix_cache()
-
-    @property
-    def is_sleeping(self) -> bool:
-        return self._running_thread().is_sleeping
-
-    def _sleep(self, level: int, mode: str) -> None:
-        self._running_thread().sleep(level, mode)
-
-    def _wake_up(self, tags: frozenset[str]) -> None:
-        self._running_thread().wake_up(tags)
-
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         return self._running_thread().call_adapters(call)
 

@@ -129,15 +129,20 @@ class PreparingEngine(Protocol):
 
 
 class RequestRunner(Protocol):
-    """Runs prepared requests: an `EngineThread`, or a fleet of them."""
+    """Runs prepared requests: an `EngineThread`, whose methods these are, or a fleet of them."""
 
-    def submit(self, prepared: Sequence[Any], sink: Sink) -> None:
-        """See `EngineThread.submit`."""
-        ...
+    @property
+    def is_sleeping(self) -> bool: ...
 
-    def abort(self, request_id: str, sink: Sink | None = None) -> None:
-        """See `EngineThread.abort`."""
-        ...
+    def submit(self, prepared: Sequence[Any], sink: Sink) -> None: ...
+
+    def abort(self, request_id: str, sink: Sink | None = None) -> None: ...
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def sleep(self, level: int, mode: str) -> None: ...
+
+    def wake_up(self, tags: frozenset[str]) -> None: ...
 
 
 class StepEngine(PreparingEngine, Protocol):
