@@ -15,14 +15,7 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel, fit_settings
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.assembly.tower import LoadedTower
-from candle_vllm.core.config import (
-    CACHE_TYPES,
-    SETTINGS,
-    WITH_WEIGHTS,
-    EngineConfig,
-    SpeculativeConfig,
-    draft_settings,
-)
+from candle_vllm.core.config import CACHE_TYPES, SETTINGS, WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_limits, adapter_loader

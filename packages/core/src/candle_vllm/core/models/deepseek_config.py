@@ -11,13 +11,7 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
-from candle_vllm.core.loading.config import (
-    MAX_LAYERS,
-    LatentSizes,
-    ModelConfig,
-    shared_from_gguf,
-    shared_from_hf,
-)
+from candle_vllm.core.loading.config import MAX_LAYERS, LatentSizes, ModelConfig, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import rope_from_hf, stretched_context, yarn_scale
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import sparse_index

@@ -12,13 +12,7 @@ from candle_vllm.core.loading.cache_specs import CacheSpec
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.llama import LlamaConfig
-from candle_vllm.core.models.mamba2 import (
-    HYBRID_KEYS,
-    MambaSizes,
-    mamba_keys,
-    sizes_from_gguf,
-    sizes_from_hf,
-)
+from candle_vllm.core.models.mamba2 import HYBRID_KEYS, MambaSizes, mamba_keys, sizes_from_gguf, sizes_from_hf
 
 
 class Factors(NamedTuple):

@@ -40,13 +40,7 @@ from candle_vllm.core.kernels.attention.triton_tiles import (
     weigh_tile,
 )
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, has_row_scales
-from candle_vllm.core.kernels.triton_build import (
-    OPTIONS,
-    TENSOR_CORES,
-    capability,
-    next_power_of_2,
-    stages,
-)
+from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, next_power_of_2, stages
 
 _ROWS = 256  # maximum sequences of a launch, if each program counts the items
 _CHUNK = 256  # minimum number of keys of a split

@@ -28,13 +28,7 @@ from candle_vllm.core.kernels.attention.triton_tiles import (
     value_unit,
 )
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, has_row_scales
-from candle_vllm.core.kernels.triton_build import (
-    OPTIONS,
-    TENSOR_CORES,
-    capability,
-    next_power_of_2,
-    stages,
-)
+from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, next_power_of_2, stages
 
 _ROWS = 256  # sequences that a program compares at a time to find the sequence of its tile
 

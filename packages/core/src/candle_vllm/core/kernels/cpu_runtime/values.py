@@ -39,11 +39,7 @@ from candle_vllm.core.kernels.moe.arguments import is_gated
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale import PositionScaleArguments
 from candle_vllm.core.kernels.recorded import Floats, Gates, LookUp, Recorded, RecordedRows, RecordedTokens
-from candle_vllm.core.kernels.rms_norm import (
-    HeadNormArguments,
-    NormOntoArguments,
-    norm_rows,
-)
+from candle_vllm.core.kernels.rms_norm import HeadNormArguments, NormOntoArguments, norm_rows
 from candle_vllm.core.kernels.scale_cap import ScaleCapArguments, scale_cap_arguments, scale_cap_operation
 from candle_vllm.core.kernels.short_conv import ShortConvArguments, state_shape
 from candle_vllm.core.kernels.side_by_side import CopyArguments

@@ -15,12 +15,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
 from candle_vllm.core.kernels.delta_rule.triton_chunks import in_chunks, scan_chunks
-from candle_vllm.core.kernels.delta_rule.triton_scan import (
-    CACHE_STRIDES,
-    STRIDES,
-    constants_of,
-    scan_tokens,
-)
+from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, constants_of, scan_tokens
 from candle_vllm.core.kernels.states import TABLES
 from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv
 

@@ -19,13 +19,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.lora.layout import GPU_RANKS
-from candle_vllm.core.kernels.triton_build import (
-    OPTIONS,
-    TENSOR_CORES,
-    capability,
-    cdiv,
-    stages,
-)
+from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, cdiv, stages
 
 # Not measured yet.
 _STEP = 64  # columns of x at a time

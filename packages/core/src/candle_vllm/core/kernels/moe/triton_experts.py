@@ -30,14 +30,7 @@ from candle_vllm.core.kernels.moe.arguments import Activation, Pairs, is_gated
 from candle_vllm.core.kernels.moe.triton_sort import Blocks
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.silu_mul.triton import limited
-from candle_vllm.core.kernels.triton_build import (
-    OPTIONS,
-    TENSOR_CORES,
-    capability,
-    cdiv,
-    next_power_of_2,
-    stages,
-)
+from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, cdiv, next_power_of_2, stages
 
 
 class Tiles(NamedTuple):
