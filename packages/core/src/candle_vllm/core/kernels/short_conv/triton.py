@@ -62,6 +62,38 @@ def _input(
     return tl.where(number >= 0, now, tl.where(behind >= 0, drafted, earlier))
 
 
+@triton.jit
+def _store_state(
+    x,  # arguments without a comment as in `_input`
+    gate,
+    states,
+    kept,
+    begin,
+    number,
+    replays,
+    source,
+    there,
+    channel,
+    to,  # slot of the state
+    inside,  # where the state is written
+    x_stride,
+    gate_stride,
+    slot_stride,
+    kept_row,
+    C: tl.constexpr,
+    BEFORE: tl.constexpr,
+):
+    """Write a sequence's state after the input `number`: this and the inputs before it."""
+    for tap in tl.static_range(BEFORE):
+        value = _input(
+            x, gate, states, kept, begin, number - BEFORE + 1 + tap, replays, source, there, channel, x_stride,
+            gate_stride, slot_stride, kept_row, C, BEFORE
+        )  # fmt: skip
+        tl.debug_barrier()  # all threads must have read the state before one overwrites it
+        at = states + to * slot_stride + tap * C + channel
+        tl.store(at, value.to(states.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["tokens", "sequences"], do_not_specialize_on_alignment=TABLES)
 def conv_kernel(
     x,  # [T, C]
@@ -121,23 +153,9 @@ def conv_kernel(
         factor = tl.load(weight + channel * TAPS + tap, mask=channel < C, other=0.0).to(tl.float32)
         seen = number - BEFORE + tap
         total += factor * _input(
-            x,
-            gate_in,
-            states,
-            taken,
-            begin,
-            seen,
-            replayed,
-            source,
-            there,
-            channel,
-            x_stride,
-            gate_stride,
-            slot_stride,
-            kept_row,
-            C,
-            BEFORE,
-        )
+            x, gate_in, states, taken, begin, seen, replayed, source, there, channel, x_stride, gate_stride,
+            slot_stride, kept_row, C, BEFORE
+        )  # fmt: skip
     if SILU:
         total = total / (1.0 + tl.exp(-total))
     inside = there & (channel < C)
@@ -148,29 +166,10 @@ def conv_kernel(
     if SINGLE:
         to = tl.load(stores + token, mask=there, other=-1).to(tl.int64)
         place = tl.load(keeps + token, mask=there, other=-1).to(tl.int64)
-        for tap in tl.static_range(BEFORE):
-            seen = number - BEFORE + 1 + tap
-            value = _input(
-                x,
-                gate_in,
-                states,
-                taken,
-                begin,
-                seen,
-                replayed,
-                source,
-                there,
-                channel,
-                x_stride,
-                gate_stride,
-                slot_stride,
-                kept_row,
-                C,
-                BEFORE,
-            )
-            tl.debug_barrier()  # all threads must have read the state before one overwrites it
-            at = states + to * slot_stride + tap * C + channel
-            tl.store(at, value.to(states.dtype.element_ty), mask=inside & (to >= 0))
+        _store_state(
+            x, gate_in, states, taken, begin, number, replayed, source, there, channel, to, inside & (to >= 0),
+            x_stride, gate_stride, slot_stride, kept_row, C, BEFORE
+        )  # fmt: skip
         value = _row(x, gate_in, begin + number, inside, channel, x_stride, gate_stride)
         tl.debug_barrier()
         tl.store(taken + place * kept_row + channel, value, mask=inside & (place >= 0))
@@ -222,29 +221,10 @@ def store_kernel(
             place = tl.load(keeps + token).to(tl.int64)
             number = nothing + (token - start)
             if to >= 0:
-                for tap in tl.static_range(BEFORE):
-                    seen = number - BEFORE + 1 + tap
-                    value = _input(
-                        x,
-                        gate_in,
-                        states,
-                        taken,
-                        begin,
-                        seen,
-                        replayed,
-                        source,
-                        every,
-                        channel,
-                        x_stride,
-                        gate_stride,
-                        slot_stride,
-                        kept_row,
-                        C,
-                        BEFORE,
-                    )
-                    tl.debug_barrier()
-                    at = states + to * slot_stride + tap * C + channel
-                    tl.store(at, value.to(states.dtype.element_ty), mask=channel < C)
+                _store_state(
+                    x, gate_in, states, taken, begin, number, replayed, source, every, channel, to, channel < C,
+                    x_stride, gate_stride, slot_stride, kept_row, C, BEFORE
+                )  # fmt: skip
             if place >= 0:
                 value = _row(x, gate_in, begin + number, channel < C, channel, x_stride, gate_stride)
                 tl.debug_barrier()
