@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels import dispatch
-from candle_vllm.core.kernels.sampling import triton
+from candle_vllm.core.kernels.sampling import triton_chain
 from candle_vllm.core.kernels.sampling.chain import narrow_in_numpy
 from candle_vllm.core.kernels.sampling.contract import Link
 
@@ -68,7 +68,7 @@ def test_the_chain_is_the_references(device: torch.device, kind: str) -> None:
     logits = torch.from_numpy(np.tile(row, (len(cases) + 1, 1))).to(device)
     places = torch.tensor([0, *range(2, len(cases) + 1)], device=device)
     links = np.stack([numbers(**case) for case in cases])
-    triton.narrow(logits, places, torch.from_numpy(links).to(device))
+    triton_chain.narrow(logits, places, torch.from_numpy(links).to(device))
     found = logits.cpu().numpy()
     assert found[1].tolist() == row.tolist()
     for place, case, own in zip(places.tolist(), cases, links, strict=True):
@@ -84,5 +84,5 @@ def test_broken_rows_are_left_alone(device: torch.device, poison: float) -> None
     links = torch.from_numpy(np.tile(numbers(TYPICAL_P=0.5, MIROSTAT=2, MU=1), (3, 1))).to(device)
     expected = rows.cpu().numpy().copy()
     narrow_in_numpy(expected[2], links[2].cpu().numpy())
-    triton.narrow(rows, torch.arange(3, device=device), links)
+    triton_chain.narrow(rows, torch.arange(3, device=device), links)
     np.testing.assert_array_equal(rows.cpu().numpy(), expected)

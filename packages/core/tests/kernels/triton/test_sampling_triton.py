@@ -12,7 +12,7 @@ import torch
 
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels import sampling as kernels
-from candle_vllm.core.kernels.sampling import reference, triton, triton_draw, triton_rows, triton_stand
+from candle_vllm.core.kernels.sampling import reference, triton_draw, triton_edit, triton_rows, triton_stand
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import apply_in_torch
 from candle_vllm.core.sampling.params import SamplingParams
@@ -44,7 +44,7 @@ def table(rows: int, temperature: float, min_p: float, top_k: int, top_p: float)
 
 def draw(logits: torch.Tensor, controls: np.ndarray, device: torch.device, **more: bool) -> tuple[Any, Any]:
     arguments = dict(zip(("random", "search"), kernels.asks(controls))) | more
-    ids, largest = triton.draw(logits.to(device), torch.from_numpy(controls).to(device), **arguments)
+    ids, largest = triton_draw.draw(logits.to(device), torch.from_numpy(controls).to(device), **arguments)
     return ids.cpu().numpy(), largest.cpu().numpy()
 
 
@@ -143,11 +143,11 @@ def test_a_row_with_too_many_candidates_is_searched_itself(
     controls = np.array([(1.0, 0.0, 300, 1.0, 0.7), (3.0, 0.01, 0, 0.9, 0.3), (1.0, 0.0, 90, 0.7, 0.9)])
     wanted = draw(logits, controls, device)[0]
     tokens, tops = torch.arange(3), torch.full((3,), 20)
-    before = triton.stand(logits, tokens, tops, 20)
+    before = triton_stand.stand(logits, tokens, tops, 20)
     for module in (triton_rows, triton_draw, triton_stand):
         monkeypatch.setattr(module, "BUFFER", triton_rows.tl.constexpr(limit))
     assert np.array_equal(draw(logits, controls, device)[0], wanted)
-    after = triton.stand(logits, tokens, tops, 20)
+    after = triton_stand.stand(logits, tokens, tops, 20)
     assert torch.equal(before.top_ids, after.top_ids)
     assert torch.equal(before.top_logits, after.top_logits)
 
@@ -185,7 +185,7 @@ def test_standing_equals_the_references(device: torch.device, kind: str, vocabul
     tokens = np.random.default_rng(0).integers(0, vocabulary, ROWS)
     tops = np.array([20, 7])
     place = [torch.from_numpy(x).to(device) for x in (tokens, tops)]
-    got = triton.stand(logits.to(device), place[0], place[1], 20)
+    got = triton_stand.stand(logits.to(device), place[0], place[1], 20)
     wanted = kernels.stand_tensors(logits, torch.from_numpy(tokens), torch.from_numpy(tops), 20)
     np.testing.assert_allclose(got.offsets.cpu(), wanted.offsets, rtol=1e-7, atol=1e-6)
     for name in ("ranks", "logits", "top_ids", "top_logits"):
@@ -196,7 +196,7 @@ def test_standing_of_a_broken_row_leaves_its_neighbours_alone(device: torch.devi
     logits = noise(3, 700)
     logits[1, 9] = math.nan
     tokens, tops = torch.tensor([5, 0, 699], device=device), torch.full((3,), 4, device=device)
-    got = triton.stand(logits.to(device), tokens, tops, 4)
+    got = triton_stand.stand(logits.to(device), tokens, tops, 4)
     assert got.offsets[1].isnan()
     sound = torch.tensor([0, 2])
     wanted = kernels.stand_tensors(logits[sound], tokens[sound.to(device)].cpu(), tops[:2].cpu(), 4)
@@ -260,7 +260,7 @@ def test_edits_equal_those_of_the_processors(device: torch.device, poison: float
     expected, plain, got = logits.clone(), logits.clone(), logits.to(device)
     apply_in_torch(expected, states)
     kernels.edit_tensors(plain, edits_of(states, torch.device("cpu")))
-    triton.edit(got, edits_of(states, device))
+    triton_edit.edit(got, edits_of(states, device))
     torch.testing.assert_close(got.cpu(), plain, rtol=1e-7, atol=0, equal_nan=True)
     broken = ~(expected.amax(1) < INF)
     assert torch.equal(broken, ~(plain.amax(1) < INF))
@@ -270,12 +270,12 @@ def test_edits_equal_those_of_the_processors(device: torch.device, poison: float
 def test_edits_that_nobody_asks_for_are_left_out(device: torch.device) -> None:
     logits = noise(2, 50).to(device)
     before = logits.clone()
-    triton.edit(logits, DeviceEdits())
+    triton_edit.edit(logits, DeviceEdits())
     none = torch.full((2,), -1, dtype=torch.int32, device=device)
-    triton.edit(logits, DeviceEdits(mask_rows=none, masks=torch.zeros(1, 2, dtype=torch.int32, device=device)))
+    triton_edit.edit(logits, DeviceEdits(mask_rows=none, masks=torch.zeros(1, 2, dtype=torch.int32, device=device)))
     assert torch.equal(logits, before)
     with pytest.raises(AssertionError, match="come together"):
-        triton.edit(logits, DeviceEdits(mask_rows=none))
+        triton_edit.edit(logits, DeviceEdits(mask_rows=none))
 
 
 def test_counts_follow_the_tokens(device: torch.device) -> None:
@@ -285,11 +285,11 @@ def test_counts_follow_the_tokens(device: torch.device) -> None:
     assert after.counts is not None
     tokens = torch.full((len(PARAMS),), 900, device=device)
     plain = before.counts.cpu().clone()
-    triton.note(before.counts, before.count_rows, tokens)
+    triton_edit.note(before.counts, before.count_rows, tokens)
     kernels.note_tokens(plain, before.count_rows.cpu(), tokens.cpu())
     assert torch.equal(before.counts, after.counts)
     assert torch.equal(plain, after.counts.cpu())
-    triton.note(before.counts, before.count_rows, torch.full_like(tokens, -1))
+    triton_edit.note(before.counts, before.count_rows, torch.full_like(tokens, -1))
     assert torch.equal(before.counts, after.counts)
 
 

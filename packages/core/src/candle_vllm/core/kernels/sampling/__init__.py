@@ -16,7 +16,8 @@ numbers, in the order of `Control`. Rules of `draw`, the sampling function:
   - a row's result does not depend on the other rows, bit for bit.
 
 `reference.py` implements the rules in torch for any device. `cpu.py` is compiled; it is used on the CPU if it is
-precompiled or Numba is installed. `triton.py` is used on GPUs.
+precompiled or Numba is installed. On GPUs, `triton_draw.py` samples tokens, `triton_stand.py` finds ranks,
+`triton_edit.py` edits logits, and `triton_chain.py` is llama.cpp's chain.
 
 The functions `*_tensors` and `note_tokens` have all arguments and results on the logits' device and never wait for it,
 so that a step that calls them can be captured. On the CPU the reference implements them.
@@ -242,9 +243,9 @@ def draw_tensors(
         not finite is 0.
     """
     if on_gpu(logits):
-        from candle_vllm.core.kernels.sampling import triton
+        from candle_vllm.core.kernels.sampling import triton_draw
 
-        return triton.draw(logits, controls, random=random, search=search)
+        return triton_draw.draw(logits, controls, random=random, search=search)
     import torch
 
     from candle_vllm.core.kernels.sampling import reference
@@ -264,9 +265,9 @@ def stand_tensors(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Ten
         most: the width of the result.
     """
     if on_gpu(logits):
-        from candle_vllm.core.kernels.sampling import triton
+        from candle_vllm.core.kernels.sampling import triton_stand
 
-        return triton.stand(logits, token_ids, tops, most)
+        return triton_stand.stand(logits, token_ids, tops, most)
     import torch
 
     from candle_vllm.core.kernels.sampling import reference
@@ -284,9 +285,9 @@ def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
     penalties is float64; a finite logit stays finite or becomes -inf.
     """
     if on_gpu(logits):
-        from candle_vllm.core.kernels.sampling import triton
+        from candle_vllm.core.kernels.sampling import triton_edit
 
-        triton.edit(logits, edits)
+        triton_edit.edit(logits, edits)
         return
     from candle_vllm.core.kernels.sampling import reference
 
@@ -307,9 +308,9 @@ def narrow_tensors(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor
         links: [N, len(Link)] float64, contiguous.
     """
     if on_gpu(logits):
-        from candle_vllm.core.kernels.sampling import triton
+        from candle_vllm.core.kernels.sampling import triton_chain
 
-        triton.narrow(logits, rows, links)
+        triton_chain.narrow(logits, rows, links)
         return
     import torch
 
@@ -347,9 +348,9 @@ def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch
         token_ids: [R] int64; ids below 0, V and ids above V are not counted.
     """
     if on_gpu(counts):
-        from candle_vllm.core.kernels.sampling import triton
+        from candle_vllm.core.kernels.sampling import triton_edit
 
-        triton.note(counts, count_rows, token_ids)
+        triton_edit.note(counts, count_rows, token_ids)
         return
     from candle_vllm.core.kernels.sampling import reference
 
