@@ -147,6 +147,13 @@ def test_a_model_is_fetched_listed_and_removed(hub: FakeHub, settings: Settings)
         find_downloaded(settings, REPO)
 
 
+def test_a_pull_counts_shards_of_any_name(hub: FakeHub, settings: Settings) -> None:
+    shards = {"layers-0.safetensors": b"12", "mtp.safetensors": b"345"}
+    hub.repos["org/model"] = {"config.json": b"{}", "model.safetensors.index.json": b"{}", **shards}
+    plan = plan_pull(settings, "org/model")
+    assert ([file.name for file in plan.files][-2:], plan.weight_bytes) == (list(shards), 5)
+
+
 def test_a_download_that_broke_off_goes_on(hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)
     plan = plan_pull(settings, REPO)

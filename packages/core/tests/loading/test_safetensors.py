@@ -182,13 +182,25 @@ def test_an_entry_has_a_length(tmp_path: Path, header: dict[str, Any]) -> None:
         open_safetensors(tmp_path / "x.safetensors")
 
 
-def test_a_missing_shard_and_a_missing_tensor(tmp_path: Path) -> None:
+def test_a_missing_shard_and_a_missing_tensor(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, "1.safetensors", a=torch.ones(2))
     write_index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"})
     with pytest.raises(ModelNotFoundError, match=r"2\.safetensors is missing"):
         open_safetensors(tmp_path)
     write(tmp_path, "2.safetensors", c=torch.ones(2))
-    with pytest.raises(InvalidFileError, match=r"'b' in 2\.safetensors, which does not hold it"):
+    assert list(open_safetensors(tmp_path).tensors) == ["a", "c"]
+    assert "index.json: its files lack 1 of its tensors, as 'b'" in caplog.text
+
+
+@pytest.mark.parametrize("named", [1, 2])
+def test_of_a_tensor_in_two_shards_the_index_chooses_one(tmp_path: Path, named: int) -> None:
+    shards = {str(number): f"{number}.safetensors" for number in (1, 2)}
+    for number, shard in shards.items():
+        write(tmp_path, shard, **{number: torch.ones(1), "a": torch.full((1,), int(number))})
+    write_index(tmp_path, shards | {"a": f"{named}.safetensors"})
+    assert open_safetensors(tmp_path).tensors["a"].load().tolist() == [named]
+    write_index(tmp_path, shards)
+    with pytest.raises(InvalidFileError, match=r"'a' is both in .*1\.safetensors and in .*2\.safetensors"):
         open_safetensors(tmp_path)
 
 

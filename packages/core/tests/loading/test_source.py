@@ -257,6 +257,7 @@ def test_a_weight_file_beside_a_file(tmp_path: Path) -> None:
         (["config.json", "pytorch_model.bin"], UnsupportedModelError, "convert them to safetensors"),
         (["consolidated.00.pth"], UnsupportedModelError, "pickles"),
         (["model.safetensors"], ModelNotFoundError, "no config.json"),
+        (["config.json", "model.safetensors.index.json"], ModelNotFoundError, r"but no \*\.safetensors file: add"),
         (["mmproj.gguf"], ModelNotFoundError, "neither config.json"),
         (["readme.md"], ModelNotFoundError, "neither config.json"),
     ],
@@ -363,9 +364,18 @@ def test_parts_of_a_sentence_transformers_model_are_fetched(hub: Hub) -> None:
     assert fake.downloaded() == sorted([*SAFETENSORS, *parts])
 
 
-def test_shards_are_fetched_with_their_index(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    fake = hub(["config.json", "model.safetensors.index.json", *shards, "consolidated.safetensors"])
+@pytest.mark.parametrize(
+    "shards",
+    [
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ["model-00001-of-00001.safetensors", "mtp.safetensors"],
+        ["layers-0.safetensors", "layers-1.safetensors", "mtp.safetensors", "outside.safetensors"],
+    ],
+    ids=lambda shards: shards[0],
+)
+def test_shards_of_any_name_are_fetched_with_their_index(shards: list[str], hub: Hub) -> None:
+    others = ["consolidated.safetensors", "adapter_model.safetensors", "onnx/a.safetensors"]
+    fake = hub(["config.json", "model.safetensors.index.json", *shards, *others])
     with pytest.raises(Exception, match="index"):  # the fake's files are empty of sense
         resolve("org/name")
     assert fake.downloaded() == sorted(["config.json", "model.safetensors.index.json", *shards])

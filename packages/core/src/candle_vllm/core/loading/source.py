@@ -40,6 +40,7 @@ _ID_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_ID_PART}/{_ID_PART}", re.ASCII)
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
 """Files of a repository's top folder that are downloaded with the weights."""
+_OTHER_WEIGHTS = ("consolidated", "adapter_model")  # safetensors in Mistral's own format, and of an adapter
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HUB_TIMEOUT_S = 10.0
@@ -271,6 +272,8 @@ def choose_weights(
         raise ModelNotFoundError(f"{where} holds safetensors files but no config.json, which describes the model")
     if any(name.endswith(PICKLES) for name in top):
         raise _pickle_error(where)
+    if INDEX_FILE in top:
+        raise ModelNotFoundError(f"{where} holds {INDEX_FILE} but no *.safetensors file: add the shards that it names")
     raise ModelNotFoundError(
         f"{where} holds neither config.json with *.safetensors nor a GGUF model; importance matrices, adapters and "
         "vision towers are not models"
@@ -441,10 +444,9 @@ def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
         weights = list(gguf_parts)
     elif SINGLE_FILE in top:
         weights = [SINGLE_FILE]
-    elif INDEX_FILE in top:
-        weights = [name for name in top if fnmatch.fnmatchcase(name, "model*.safetensors")]
-    else:
+    else:  # shards may have any names
         weights = [name for name in top if name.endswith(".safetensors")]
+        weights = [name for name in weights if not name.startswith(_OTHER_WEIGHTS)] or weights
     return _patterns(_companions(names) + weights)
 
 
