@@ -148,6 +148,22 @@ def test_another_kind_of_file_is_refused_with_its_flag(metadata: dict[str, str],
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("impl", ["auto", "native", "transformers"])
+@pytest.mark.parametrize("said", [{"is_causal": False}, {"text_config": {"is_causal": False}}, None], ids=str)
+def test_a_decoder_whose_tokens_see_later_ones_is_refused(said: Any, impl: str, tmp_path: Path) -> None:
+    """Models for embeddings are published with such a config, and causal attention would give other vectors."""
+    if said is None:
+        model = path = tmp_path / "m.gguf"
+        write_file(path, [], {"general.architecture": "llama", "llama.attention.causal": False})
+    else:
+        model = write_toy_model(tmp_path)
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    with pytest.raises(UnsupportedModelError, match=r"(is_|attention\.)causal is false, and attention") as caught:
+        load(model, model_impl=impl)
+    assert str(path) in str(caught.value)
+
+
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 

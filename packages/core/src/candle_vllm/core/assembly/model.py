@@ -46,7 +46,7 @@ from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
 from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places
 from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
-from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
+from candle_vllm.core.models.registry import check_causal, family_from_gguf, family_from_hf
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.pooled_head import PooledHead
 from candle_vllm.core.pooling import ModelPooling
@@ -376,6 +376,7 @@ def describe_family(
 ) -> tuple[Family, ModelConfig]:
     """Return the family and the config of a decoder's files; `impl`: see `family_from_hf`."""
     if files.format == "gguf":
+        check_causal(Fields(metadata, checkpoint.path), f"{metadata.get('general.architecture')}.attention.causal")
         return family_from_gguf(metadata, checkpoint, impl)
     if files.config is None:
         raise InvalidFileError(f"{files.folder}: there is no config.json beside the safetensors files")

@@ -223,9 +223,12 @@ def family_from_hf(
         tensors: tensors of the checkpoint; None if they are not available.
         impl: which layers to use; by default transformers' layers only for architectures that this folder lacks.
     """
+    whole = Fields(config, path)
+    for fields in (whole, whole.section("text_config")):
+        check_causal(fields, "is_causal")
     if impl == "transformers":
         return _family_of_transformers(config, path, tensors)
-    names = Fields(config, path).get("architectures", list)
+    names = whole.get("architectures", list)
     if len(names) != 1 or not isinstance(names[0], str):
         raise InvalidFileError(f"{path}: architectures must name one model class, not {names!r:.80}")
     named, fields = text_fields(names[0], config, path, tensors)
@@ -240,6 +243,15 @@ def family_from_hf(
         own = family.ignored
         family = dataclasses.replace(family, ignored=lambda config: [*own(config), rf"({'|'.join(SCORES)})\..*"])
     return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path, family.weights)
+
+
+def check_causal(fields: Fields, key: str) -> None:
+    """Raise UnsupportedModelError for a decoder whose tokens attend to later ones, by the key for it in its config."""
+    if not fields.get(key, bool, True):
+        raise UnsupportedModelError(
+            f"{fields.path}: {key} is false, and attention to later tokens is implemented only for encoders, which "
+            "docs/models.md lists: choose another model"
+        )
 
 
 def _is_decoder_of_transformers(name: str, config: Mapping[str, Any]) -> bool:
