@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, Keys
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import ConfigError, EngineConfig, ModelNotFoundError, UnsupportedModelError, WeightsError
@@ -142,6 +142,32 @@ def test_words_and_template_come_back(tmp_path: Path, words: Path) -> None:
     assert tokenizer.chat_template == "{{ messages }}"
     other = load(write(folder, tmp_path / "t.gguf", words, chat_template="{{ 1 }}").path)
     assert other.tokenizer.chat_template == "{{ 1 }}"
+
+
+@pytest.mark.parametrize(
+    ("said", "stored"),
+    [
+        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, {"temp": 0.6, "top_p": 0.95, "top_k": 20}),
+        ({"top_k": -1, "min_p": 0.125, "repetition_penalty": 1.5}, {"top_k": 0, "min_p": 0.125, "penalty_repeat": 1.5}),
+        ({"temperature": 0.6, "do_sample": False, "typical_p": 0.5}, {"temp": 0.0}),
+        ({"temperature": None, "eos_token_id": 258}, {}),
+    ],
+    ids=str,
+)
+def test_sampling_defaults_are_written_and_read(
+    said: dict[str, Any], stored: dict[str, float], tmp_path: Path, words: Path
+) -> None:
+    folder = write_toy_model(tmp_path / "model", toy_config())
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    path = write(folder, tmp_path / "m.gguf", words).path
+    prefix = Keys.General.SAMPLING_TEMP.removesuffix("temp")
+    fields = {name: each.contents() for name, each in GGUFReader(path).fields.items() if name.startswith(prefix)}
+    assert fields == pytest.approx({prefix + name: value for name, value in stored.items()})
+    names = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
+    found = {names.get(name, name): value for name, value in stored.items()}
+    assert load(path).default_sampling == pytest.approx(found)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.25}')
+    assert load(tmp_path).default_sampling == pytest.approx(found | {"temperature": 0.25})
 
 
 def test_a_template_takes_the_place_of_all(tmp_path: Path, words: Path) -> None:

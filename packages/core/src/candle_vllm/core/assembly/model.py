@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,11 @@ logger = logging.getLogger(__name__)
 
 # Keys of generation_config.json that are sampling defaults; their names are those of SamplingParams.
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+GGUF_SAMPLING = MappingProxyType({
+    "temperature": "general.sampling.temp", "top_p": "general.sampling.top_p", "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p", "repetition_penalty": "general.sampling.penalty_repeat",
+})  # fmt: skip
+"""The keys of sampling defaults in GGUF metadata, by their keys in generation_config.json."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ class Loaded:
         tokenizer: the tokenizer.
         template: the chat template; None without one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
-        default_sampling: sampling defaults of the model's generation config; its maximum answer length is "max_tokens".
+        default_sampling: the model's sampling defaults; the maximum length of an answer is "max_tokens".
         pooling: how hidden states are pooled; None for an encoder that returns scores instead of vectors.
         head: layers after the pooling; None without such layers.
         quantization: stored tensor types with their counts, after a GGUF file's own type; None if all are plain.
@@ -307,7 +313,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
         )
     limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
     model_config = dataclasses.replace(model_config, max_position=limit)
-    generation = _generation_config(files)
+    generation = _generation_config(files, metadata)
     default_sampling = sampling_defaults(generation)
     tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
     banned = generation.token_ids("suppress_tokens") or Fields(metadata, described).token_ids(SUPPRESSED)
@@ -432,9 +438,11 @@ def read_template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -
         return ChatTemplate(source, tokenizer.special_tokens) if source else None
 
 
-def _generation_config(files: ModelFiles) -> Fields:
+def _generation_config(files: ModelFiles, metadata: Mapping[str, Any]) -> Fields:
+    """Return generation_config.json, with the sampling defaults of GGUF metadata for keys that it lacks."""
     path = files.generation_config
-    return Fields(read_json(path) if path else {}, path or files.folder)
+    stored = {key: metadata.get(name) for key, name in GGUF_SAMPLING.items()}
+    return Fields(stored | (read_json(path) if path else {}), path or config_file(files))
 
 
 def sampling_defaults(generation: Fields) -> dict[str, float | int]:

@@ -16,6 +16,7 @@ from typing import Any
 from gguf import LlamaFileType
 
 from candle_vllm.core.assembly.isq import check_plain, check_used, chosen_type, in_situ, stays_plain
+from candle_vllm.core.assembly.model import GGUF_SAMPLING, sampling_defaults
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import AdapterFactors, merge
@@ -298,7 +299,7 @@ def _encoder_plan(
 
 
 def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[str, Any]:
-    """Return the keys of tokenizer and chat template."""
+    """Return the keys of tokenizer, chat template and sampling defaults."""
     tokenizer = open_tokenizer(config, files, {}, model.vocab_size)
     generation = files.generation_config
     ending = Fields(read_json(generation) if generation else {}, generation or files.folder)
@@ -306,6 +307,8 @@ def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[
     metadata = tokenizer_metadata(tokenizer, model.vocab_size, ends)
     if banned := ending.token_ids("suppress_tokens"):
         metadata[SUPPRESSED] = list(banned)
+    chosen = sampling_defaults(ending)  # top_k -1 keeps all tokens, as 0 does
+    metadata |= {name: max(0, chosen[key]) for key, name in GGUF_SAMPLING.items() if key in chosen}
     if config.chat_template is None:
         return metadata
     kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # without named templates
