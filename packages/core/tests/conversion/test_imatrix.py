@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from candle_vllm.core import ConfigError, EngineConfig
+from candle_vllm.core import ConfigError, EngineConfig, UnsupportedModelError
 from candle_vllm.core.conversion import write_gguf, write_imatrix
 from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.weights import beside_gguf
@@ -148,6 +148,13 @@ def test_columns_in_the_order_of_the_file(tmp_path: Path, words: Path) -> None:
     line = next(line for _, line in beside_gguf(family.weights, config) if line.names and line.first == name)
     own = read_imatrix(tmp_path / "imatrix.gguf").of_line(line, len(order), config)
     np.testing.assert_allclose(own, sums[name] / sums[name].mean(), rtol=2e-4)
+
+
+def test_layers_of_transformers_are_refused_by_name(tmp_path: Path, words: Path) -> None:
+    folder = write_tiny(tmp_path / "model", "arcee")
+    with pytest.raises(UnsupportedModelError, match="runs on layers of transformers, whose matrices have no names in"):
+        written(folder, words, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_it_is_refused_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import resolve
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.models.any_configs import tiny_config
+from packages.core.tests.models.tiny import write_tiny
 from packages.core.tests.toy_gguf import write_toy_gguf
 
 CPU = torch.device("cpu")
@@ -108,6 +110,13 @@ def test_weights_that_are_named_are_refused(tmp_path: Path) -> None:
     assert caught.value.setting == "load_format"
     with pytest.raises(ConfigError, match=r"\*Q4_K\*"):
         load(write(tmp_path / "folder"), weight_file="*Q4_K*")
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "bloom"])
+def test_weights_are_those_of_the_layers_that_run(name: str, tmp_path: Path) -> None:
+    (write_tiny(tmp_path, name, **tiny_config(name)) / "model.safetensors").unlink()
+    for impl in ("native", "transformers"):
+        assert load(tmp_path, model_impl=impl).config.implementation.startswith(impl)
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:

@@ -319,6 +319,34 @@ def test_what_cannot_run_is_refused(changed: dict[str, Any], message: str, tmp_p
         load(folder, model_impl="transformers")
 
 
+@pytest.mark.parametrize("name", ["arcee", "nemotron", "gpt_neox", "bert"])
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_tensors_say_whether_the_head_is_the_table(
+    name: str, stored: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not `tie_word_embeddings`; transformers reads a stored head, too, and misses one that is not stored."""
+    folder = write_tiny(tmp_path, name, **tiny_config(name) | {"tie_word_embeddings": not stored})
+    theirs, path = _theirs(folder, some_tokens()), folder / "config.json"
+    path.write_text(json.dumps(config_of(folder) | {"tie_word_embeddings": stored}))
+    assert spread(_logits(load(folder, model_impl="transformers"), [70]), theirs) < 1e-5
+    assert f"{path}: tie_word_embeddings is {'true' if stored else 'not true'}, and" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rope_theta": 10**8},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10**8}},
+        {"seed": 1 << 40, "num_params": 14 * 10**9, "model_max_length": 10**30, "initial_scale": 1 << 30},
+    ],
+    ids=str,
+)
+def test_whole_numbers_that_are_no_sizes_may_be_large(changed: dict[str, Any], tmp_path: Path) -> None:
+    path = write_tiny(tmp_path, "hyperclovax", **tiny_config("hyperclovax")) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    assert load(tmp_path).config.implementation == "transformers"
+
+
 def test_ranks_are_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "arcee")
     settings = EngineConfig(model=str(folder), model_impl="transformers", tensor_parallel_size=2, enforce_eager=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,22 @@ def test_the_context_grows_by_the_factor(tmp_path: Path) -> None:
     assert load(folder).config.max_position == 20
     assert load(folder, yarn_scaling_factor=2.5).config.max_position == 50
     assert load(folder, yarn_scaling_factor=2.5, max_model_len=30).config.max_position == 30
+
+
+@pytest.mark.parametrize(("model_type", "impl"), [("arcee", "auto"), ("qwen3", "transformers")])
+def test_on_layers_of_transformers_the_config_scales(model_type: str, impl: Any, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "plain", model_type, head_dim=32, max_position_embeddings=CONTEXT)
+    with pytest.raises(ConfigError, match=rf"yarn_scaling_factor=4: {model_type} runs on layers of transformers"):
+        load(folder, yarn_scaling_factor=FACTOR, model_impl=impl)
+    twin, tokens = their_twin(folder, tmp_path / "twin"), some_tokens()
+    assert load(twin, model_impl=impl).config.max_position == CONTEXT * FACTOR
+    logits = eager_logits(twin, tokens, [len(tokens)], model_impl=impl)
+    assert error(logits, their_logits(twin, tokens)) < 1e-4
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for kind, context in (("linear", 80), ("dynamic", 80), ("llama3", 20), ("default", 20)):
+        said = {"rope_theta": 1e4, "rope_type": kind, "factor": FACTOR, "original_max_position_embeddings": CONTEXT}
+        (twin / "config.json").write_text(json.dumps(config_of(folder) | {"rope_parameters": said | bands}))
+        assert load(twin, model_impl=impl).config.max_position == context
 
 
 def test_models_that_are_scaled_already_are_refused(tmp_path: Path) -> None:

@@ -385,6 +385,21 @@ def test_a_checkpoint_without_quantisation_is_itself(tmp_path: Path) -> None:
     assert set(same.tensors) == {"odd", "l.weight"}
 
 
+def test_modelopt_may_quantise_the_cache_alone(tmp_path: Path) -> None:
+    checkpoint = open_safetensors(write_safetensors(tmp_path / "m.safetensors", {"l.weight": torch.ones(2, 2)}))
+    settings = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(settings))
+    assert set(read_quantised(checkpoint, {}, tmp_path / "config.json").tensors) == {"odd", "l.weight"}
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {}}')
+    with pytest.raises(UnsupportedModelError, match="quant_algo is ''; implemented: NVFP4, FP8"):
+        read_quantised(checkpoint, {}, tmp_path / "config.json")
+
+
+def test_the_name_of_compressed_tensors_has_two_spellings(tmp_path: Path) -> None:
+    written = WRITERS["ct int8"](numbers(8, 32))
+    assert torch.equal(loaded(open_layer(written, tmp_path, quant_method="compressed_tensors")), written.weight)
+
+
 def test_scales_of_plain_weights_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """compressed-tensors' dense layers keep the scales that they would be quantised by."""
     written = ct_packed(numbers(16, 64))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from candle_vllm.core.config import ModelImpl
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
@@ -80,7 +81,7 @@ class DummyTensor(FileTensor):
         """Do nothing: the tensor is in no file."""
 
 
-def open_dummy(config: Path, device: Device) -> Checkpoint:
+def open_dummy(config: Path, device: Device, impl: ModelImpl = "auto") -> Checkpoint:
     """Return the tensors that a model of this config would have, with Hugging Face's names.
 
     Parts of one stored tensor (the experts of a fused tensor) are separate tensors, named by their target in the model.
@@ -88,6 +89,7 @@ def open_dummy(config: Path, device: Device) -> Checkpoint:
     Args:
         config: a `config.json`.
         device: the device on which the tensors will be used.
+        impl: see `family_from_hf`.
 
     Raises:
         ModelLoadError: the config cannot be read or its model is not implemented, as with real weights; the weights
@@ -105,7 +107,7 @@ def open_dummy(config: Path, device: Device) -> Checkpoint:
     try:
         tensors = {
             name: DummyTensor(name, shape, type_name, math.prod(shape) * ELEMENTS[type_name].itemsize, file, 0, device)
-            for name, shape in _shapes(config)
+            for name, shape in _shapes(config, impl)
         }
         _check_memory(config, sum(tensor.nbytes for tensor in tensors.values()), device)
     except BaseException:
@@ -114,9 +116,9 @@ def open_dummy(config: Path, device: Device) -> Checkpoint:
     return Checkpoint(config, "safetensors", [file], tensors, {})
 
 
-def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(path: Path, impl: ModelImpl) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield names and shapes of the model's tensors, by building the model without memory."""
-    family, config = family_from_hf(read_json(path), path)
+    family, config = family_from_hf(read_json(path), path, impl=impl)
     nothing = Checkpoint(path, "safetensors", (), {}, {})
     model = family.build(config, SHAPES, nothing)
     lines = [line for line in expand(family.weights, config) if line.names]

@@ -85,7 +85,7 @@ def _load_any_model(
     if found is not None and files.format == "dummy":
         raise ConfigError("load_format 'dummy' supports decoders only: leave it out for an encoder", "load_format")
     with collector_paused():
-        opened = open_model(files, device)
+        opened = open_model(files, device, config.model_impl)
     found = found or describe_encoder(files, opened)
     if found is None:
         loaded = load_model(config, device, progress, opened, ranks)

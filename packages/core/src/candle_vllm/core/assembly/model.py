@@ -211,7 +211,7 @@ def load_model(
         ModelNotFoundError: no model has this name.
         ModelLoadError: its files cannot be used; the message names the file.
     """
-    opened = opened or open_model(model_files(config), device)
+    opened = opened or open_model(model_files(config), device, config.model_impl)
     files, started = opened.files, time.perf_counter()
     with opened.checkpoint as checkpoint:
         model = describe_model(config, device, opened)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.config import EngineConfig, ModelImpl
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.core.fields import read_json
@@ -79,10 +79,11 @@ def naming(source: object, *others: object) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from error
 
 
-def open_model(files: ModelFiles, device: Device) -> Opened:
+def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto") -> Opened:
     """Open the files that `model_files` found; raises like `load_model`.
 
-    For a GGUF file the modules for other formats are not imported, so that it loads faster.
+    `impl` chooses the layers for which the weights of a dummy are made. For a GGUF file the modules for other formats
+    are not imported, so that it loads faster.
     """
     with naming(config_file(files)), room_for(f"the file of {files.name}", 0):
         if files.format == "gguf":
@@ -97,7 +98,7 @@ def open_model(files: ModelFiles, device: Device) -> Opened:
             from candle_vllm.core.assembly.dummy import open_dummy
 
             assert files.config is not None
-            return Opened(files, open_dummy(files.config, device), {})
+            return Opened(files, open_dummy(files.config, device, impl), {})
         from candle_vllm.core.assembly.cache_scales import split_cache_scales
         from candle_vllm.core.loading.quantised import read_quantised
         from candle_vllm.core.loading.safetensors import open_safetensors

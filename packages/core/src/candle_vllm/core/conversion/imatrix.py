@@ -63,6 +63,9 @@ def write_imatrix(
     plain: dict[str, Any] = {"device": "cpu", "dtype": "f32", "enforce_eager": True, "enable_prefix_caching": False}
     config, inputs = dataclasses.replace(config, **plain, max_model_len=window, max_num_seqs=1), _Inputs()
     with InferenceEngine(config) as engine:
+        if engine.model_info.implementation != "native":
+            said = "runs on layers of transformers, whose matrices have no names in GGUF files: no matrix is written"
+            raise UnsupportedModelError(f"{config.model} {said}")
         before, windows = cut(engine, text, window, tokens)
         places = number_places(getattr(engine._require()[1], "decoder", None), cast("Any", inputs))
         for number, each in enumerate(windows):

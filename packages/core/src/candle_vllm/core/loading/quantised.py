@@ -115,7 +115,8 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
             nested = "quantization" in own  # the whole hf_quant_config.json, not only its section
             default = "modelopt" if nested or "quant_algo" in own else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
-            method, own = method.lower(), own.section("quantization") if nested else own
+            method = method.lower().replace("compressed_tensors", "compressed-tensors")
+            own = own.section("quantization") if nested else own
             if method not in METHODS:
                 raise UnsupportedModelError(
                     f"{path}: {key} asks for the method {method!r:.60}, which is not implemented; implemented: "

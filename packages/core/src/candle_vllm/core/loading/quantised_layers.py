@@ -156,6 +156,8 @@ def _mxfp4(_: Fields, checkpoint: Checkpoint) -> Found:
 
 
 def _modelopt(fields: Fields, checkpoint: Checkpoint) -> Found:
+    if "quant_algo" not in fields and "kv_cache_quant_algo" in fields:
+        return
     algorithm = fields.choice("quant_algo", "", "NVFP4", "FP8")
     if algorithm == "FP8":
         yield from _fp8(Fields({}, fields.path), checkpoint)

@@ -19,10 +19,17 @@ def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint)
     """Multiply the model's context length by `factor` with YaRN; None changes nothing.
 
     Raises:
-        ConfigError: the rotary embedding is absent, scaled already, or of two kinds, or the context would be too long.
+        ConfigError: the rotary embedding is absent, scaled already, of two kinds, or that of transformers' own layers,
+            or the context would be too long.
     """
     if factor is None:
         return config
+    if config.implementation != "native":
+        raise ConfigError(
+            f"yarn_scaling_factor={factor:g}: {config.model_type} runs on layers of transformers, which take scaling "
+            "from config.json alone: leave the setting out, and write rope_parameters there",
+            _SETTING,
+        )
     if getattr(config, "positions", 0):
         raise ConfigError(
             f"yarn_scaling_factor={factor:g}: positions of {config.model_type} are a table of {config.max_position} "

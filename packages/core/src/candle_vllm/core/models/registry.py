@@ -282,7 +282,7 @@ def _family_of_transformers(
         name, fields = text_fields(names[0], config, path, tensors)
         text = {key.removeprefix("text_config."): value for key, value in fields.values.items()}
         config = text | {"architectures": [name], "model_type": text.get("model_type") or next(iter(TOWERS[names[0]]))}
-    return _any_architecture().family_of(config, path)
+    return _any_architecture().family_of(config, path, tensors)
 
 
 def family_from_gguf(

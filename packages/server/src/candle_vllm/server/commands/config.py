@@ -213,7 +213,7 @@ def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, d
     if is_encoder(files):
         none = Derived("none", f"derived: {files.name} is an encoder and generates no text")
         return dict.fromkeys(_OF_MODEL, none) | {"tokenizer": own}
-    opened = open_model(files, device)
+    opened = open_model(files, device, config.model_impl)
     with opened.checkpoint:
         model = describe_model(config, device, opened)
         cache = _foreseen(config, model, opened) if device.type == "cpu" else None

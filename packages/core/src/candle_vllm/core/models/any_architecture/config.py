@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,12 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_COUNT, Fields
 from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
 from candle_vllm.core.loading.config import MAX_EXPERTS, MAX_LAYERS, ModelConfig
-from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf, stretched_context
 from candle_vllm.core.models.any_architecture.attention import PROBE, AttentionCall, NotPagedError
 from candle_vllm.core.models.any_architecture.trial import calls_of, class_of, without_memory
 
 _VERSION = version("transformers")
+_NO_SIZE = re.compile(r"_id$|theta|base|factor|scal|seed|param|model_max_length")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 
 
@@ -84,6 +86,11 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
             raise UnsupportedModelError(f"{path}: {type(model).__name__} cannot run here: {obstacle}") from error
     text = described.get_text_config(decoder=True)
     first = calls[0] if calls else AttentionCall("", 1, 1, 2, 2, None, 1.0, None)
+    length = _number(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length") or 1 << 15
+    scaling = getattr(text, "rope_parameters", None) or {}
+    if scaling.get("factor") and scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
+        kept = {key: scaling.get(key) for key in ("rope_type", "factor", "original_max_position_embeddings")}
+        length = stretched_context(rope_from_hf(Fields({"rope_parameters": kept}, path), 4, length), length)
     hidden = _number(text, "hidden_size", "n_embd", "d_model") or 1
     return AnyConfig(
         model_type=kind,
@@ -94,7 +101,7 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
         num_heads=first.heads,
         num_kv_heads=first.kv_heads,
         head_dim=first.key_dim,
-        max_position=_number(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length") or 1 << 15,
+        max_position=length,
         norm_eps=1e-5,
         rope=RopeConfig(dim=2),
         tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
@@ -122,7 +129,7 @@ def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
                 _check_sizes(section, path)
         most = MAX_LAYERS if key in _LAYERS else MAX_EXPERTS if key.endswith("experts") else MAX_COUNT
         most = most << 4 if "vocab" in key else most  # some models have a table of token n-grams
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most and not key.endswith("_id"):
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most and not _NO_SIZE.search(key):
             raise InvalidFileError(f"{path}: {key} is {value}; at most {most} are possible")
 
 

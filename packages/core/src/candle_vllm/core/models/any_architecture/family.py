@@ -11,6 +11,7 @@ from typing import Any
 
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.trunks import head_as_stored
 from candle_vllm.core.loading.views import transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.any_architecture import gguf
@@ -22,9 +23,11 @@ from candle_vllm.core.models.family import Family
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 
-def family_of(values: Mapping[str, Any], path: Path) -> tuple[Family, AnyConfig]:
-    """The family and the config of one model; errors as in `config_from_hf`."""
-    return _family(values, path, named_for)
+def family_of(
+    values: Mapping[str, Any], path: Path, tensors: Mapping[str, StoredTensor] | None = None
+) -> tuple[Family, AnyConfig]:
+    """The family and the config of one model, tied as its stored `tensors` are; errors as in `config_from_hf`."""
+    return _family(values, path, named_for, tensors=tensors)
 
 
 def family_of_gguf(name: str, checkpoint: Checkpoint) -> tuple[Family, AnyConfig]:
@@ -38,10 +41,16 @@ def family_of_gguf(name: str, checkpoint: Checkpoint) -> tuple[Family, AnyConfig
 
 
 def _family(
-    values: Mapping[str, Any], path: Path, named: Callable[..., Checkpoint], names: tuple[str, ...] = ()
+    values: Mapping[str, Any],
+    path: Path,
+    named: Callable[..., Checkpoint],
+    names: tuple[str, ...] = (),
+    tensors: Mapping[str, StoredTensor] | None = None,
 ) -> tuple[Family, AnyConfig]:
     config = config_from_hf(values, path)
     shapes = AnyDecoder(config, SHAPES)
+    if tensors is not None and (tied := _is_tied(shapes, tensors, path)) != config.tie_embeddings:
+        return _family({**values, "tie_word_embeddings": tied}, path, named, names)
     table = list(_table(shapes))
     return Family(
         hf={},
@@ -52,6 +61,18 @@ def _family(
         ignored=partial(_ignored, shapes.model),
         prepared=partial(named, shapes.model, shapes.stored_shapes, shapes.experts),
     ), config
+
+
+def _is_tied(decoder: AnyDecoder, tensors: Mapping[str, StoredTensor], path: Path) -> bool:
+    """Whether the head is the embedding table by the stored tensors, see `head_as_stored`."""
+    shapes, pairs = decoder.stored_shapes, decoder.model._tied_weights_keys or {}
+    pair = next((pair for pair in pairs.items() if pair[0].endswith(".weight") and shapes.keys() >= {*pair}), None)
+    if pair is None:
+        return decoder.config.tie_embeddings
+    alike = {name: tensor for name, tensor in tensors.items() if tensor.shape == shapes[pair[1]]}
+    stored = named_for(decoder.model, shapes, decoder.experts, Checkpoint(path, "safetensors", (), alike, {}))
+    rows = [WeightName(target, name, name) for target, name in zip(("head:weight", "embed:weight"), pair, strict=True)]
+    return head_as_stored(decoder.config, stored.tensors, path, rows).tie_embeddings
 
 
 def _table(decoder: AnyDecoder) -> Iterator[WeightName]:
