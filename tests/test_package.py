@@ -43,7 +43,7 @@ OP_BY_OP = (
     "enforce_eager is set, so layers run op by op in torch, which is not installed: "
     "leave it out, or install torch: "
     "in the clone `uv run --extra torch candle-vllm` or `uv tool install '.[torch]'`, "
-    "with its wheels pip install 'candle-vllm[torch]'"
+    "with its wheels uv pip install 'candle-vllm[torch]'"
 )
 PATIENCE = 240
 
@@ -475,7 +475,7 @@ def test_without_code_and_compiler_it_says_so(
             "device 'cuda' cannot be used: torch is not installed: "
             "in the clone `uv run --extra cuda candle-vllm` or `uv tool install '.[cuda]'`, "
             "with its wheels "
-            "pip install 'candle-vllm[cuda]'. "
+            "uv pip install 'candle-vllm[cuda]'. "
             "To compute on the CPU, set --device cpu",
         ),
         (["--enforce-eager", "-tp", "2", "--device", "cpu"], OP_BY_OP),
@@ -512,5 +512,5 @@ def test_a_gpu_that_lies_idle_is_told(light: Installed) -> None:
     assert light.python(code) == (
         "WARNING a GPU was found but cannot be used, so the CPU is used: torch is not installed: "
         "in the clone `uv run --extra cuda candle-vllm` or `uv tool install '.[cuda]'`, "
-        "with its wheels pip install 'candle-vllm[cuda]'\n"
+        "with its wheels uv pip install 'candle-vllm[cuda]'\n"
     )

@@ -244,7 +244,7 @@ def test_op_by_op_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         "enforce_eager is set, so layers run op by op in torch, which is not installed: "
         "leave it out, or install torch: "
         "in the clone `uv run --extra torch candle-vllm` or `uv tool install '.[torch]'`, "
-        "with its wheels pip install 'candle-vllm[torch]'"
+        "with its wheels uv pip install 'candle-vllm[torch]'"
     )
 
 

@@ -22,6 +22,7 @@ import msgspec
 import pytest
 
 from candle_vllm.core.engine.stats import EngineStats
+from candle_vllm.core.errors import NotReadyError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.server import serve as serve_module
 from candle_vllm.server.app import create_app
@@ -67,7 +68,7 @@ def test_a_port_in_use_is_found_before_the_model_loads() -> None:
         settings = Settings(port=other.getsockname()[1])
         configuration = Configuration(settings, settings, Catalogue([ModelEntry("m", settings)]), ())
         loader = FakeLoader()
-        with pytest.raises(UsageError, match=r"port \d+ on 127.0.0.1 is in use: .* choose another --port"):
+        with pytest.raises(NotReadyError, match=r"port \d+ on 127.0.0.1 is in use: .* choose another --port"):
             serve(configuration, loader)
         assert loader.loads == []
 
@@ -75,18 +76,18 @@ def test_a_port_in_use_is_found_before_the_model_loads() -> None:
 def test_a_second_server_on_the_port_is_refused_while_the_first_one_loads() -> None:
     with bind(Settings(port=0).address) as listener:
         address = Settings(port=listener.getsockname()[1]).address
-        with pytest.raises(UsageError, match="is in use"):
+        with pytest.raises(NotReadyError, match="is in use"):
             bind(address).close()
 
 
 def test_a_second_server_on_the_unix_socket_is_refused_while_the_first_one_loads(tmp_path: Path) -> None:
     address = Settings(host=f"unix://{tmp_path / 's.sock'}").address
-    with bind(address), pytest.raises(UsageError, match="another server listens"):
+    with bind(address), pytest.raises(NotReadyError, match="another server listens"):
         bind(address).close()
 
 
 def test_an_address_that_is_not_ours() -> None:
-    with pytest.raises(UsageError, match="cannot listen on"):
+    with pytest.raises(NotReadyError, match="cannot listen on"):
         bind(Settings(host="192.0.2.1").address)
     with pytest.raises(UsageError, match="is not an address of this machine"):
         bind(Settings(host="no-such-host.invalid").address)
@@ -156,7 +157,7 @@ def test_unix_sockets(tmp_path: Path) -> None:
     assert path.exists()
     with bind(address) as listener:
         listener.listen()
-        with pytest.raises(UsageError, match="another server listens"):
+        with pytest.raises(NotReadyError, match="another server listens"):
             bind(address)
     path.unlink()
     path.write_text("precious")
@@ -311,16 +312,28 @@ def test_a_whole_answer_that_is_cut_off_is_a_503(tmp_path: Path) -> None:
         assert process.wait(60) == 0
 
 
-def test_a_mailbox_that_cannot_be_opened_is_a_users_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flag", "place", "status", "message"),
+    [
+        ("--mailbox", "sqlite:///{}/m.sqlite", 2, "cannot open the mailbox: file is not a database"),
+        ("--mailbox", "postgresql://u:p@127.0.0.1:1/d", 1, "cannot open the mailbox: connection failed"),
+        ("--responses-store", "postgresql://u:p@127.0.0.1:1/d", 1, "cannot open the store of responses: connection"),
+        ("--h", "192.0.2.1", 1, "cannot listen on 192.0.2.1 port 0"),
+        ("--h", "unix://{}/m.sqlite", 2, "m.sqlite exists and is not a socket"),
+    ],
+)
+def test_the_status_says_whether_the_next_start_may_succeed(
+    flag: str, place: str, status: int, message: str, tmp_path: Path
+) -> None:
+    """A service manager starts again after status 1, and not after an error that the user has to correct."""
     (tmp_path / "m.sqlite").write_bytes(b"garbage" * 500)
-    script = SCRIPT.format(
-        root=ROOT, pieces=1, hurried=0, arguments=["--p", "0", "--mailbox", f"sqlite:///{tmp_path}/m.sqlite"]
-    )
+    script = SCRIPT.format(root=ROOT, pieces=1, hurried=0, arguments=["--p", "0", flag, place.format(tmp_path)])
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
     )
-    assert ended.returncode == 2
-    assert "candle-vllm: error: cannot open the mailbox: file is not a database" in ended.stderr
+    assert ended.returncode == status, ended.stderr
+    assert "candle-vllm: error: " in ended.stderr
+    assert message in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
 

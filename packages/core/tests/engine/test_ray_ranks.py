@@ -17,6 +17,7 @@ import pytest
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine
 from candle_vllm.core.engine.ranks import ray_ranks
+from candle_vllm.core.errors import NotReadyError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.test_ranks import GREEDY, PROMPTS, dies, engine_of
 
@@ -110,7 +111,7 @@ def test_without_a_cluster_it_says_what_to_do(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", nobody)
     model = write_toy_model(tmp_path, toy_config())
-    with pytest.raises(ConfigError, match="`ray start --head` starts one") as raised:
+    with pytest.raises(NotReadyError, match="`ray start --head` starts one") as raised:
         engine_of(model, 2, **RAY)
     assert raised.value.setting == "distributed_executor_backend"
 
@@ -137,6 +138,6 @@ def test_places_that_never_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(groups, "remove_placement_group", removed.append)
     monkeypatch.setattr(ray_ranks, "JOINING", -1.0)
     model = write_toy_model(tmp_path, toy_config())
-    with pytest.raises(ConfigError, match=r"2 times \{'CPU': 1.0\}.* \{'CPU': 1.0\} free"):
+    with pytest.raises(NotReadyError, match=r"2 times \{'CPU': 1.0\}.* \{'CPU': 1.0\} free"):
         engine_of(model, 2, **RAY)
     assert len(removed) == 1

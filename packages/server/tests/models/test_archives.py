@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.errors import HubUnreachableError, InvalidFileError, ModelNotFoundError
 from candle_vllm.server.adapters import fetching
 from candle_vllm.server.models import archives
 from candle_vllm.server.models.archives import MARKER, Archive, fetch_archive, model_at, unpack, writable
@@ -190,7 +190,7 @@ def test_goes_on_where_it_broke_off(place: Place, tmp_path: Path) -> None:
         return True
 
     place.breaks = breaks
-    with pytest.raises(ModelNotFoundError, match="answered 503"):
+    with pytest.raises(HubUnreachableError, match="answered 503"):
         fetch_archive(archive, tmp_path)
     assert not (tmp_path / "tiny").exists()
     before = place.sent
@@ -321,7 +321,7 @@ def test_the_first_root_that_can_be_written(tmp_path: Path) -> None:
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(ModelNotFoundError, match="cannot be downloaded"):
+    with pytest.raises(HubUnreachableError, match="cannot be downloaded"):
         fetch_archive(Archive("http://127.0.0.1:9/a/model.tar"), tmp_path)
 
 

@@ -3,7 +3,8 @@
 
     CandleVllmError
     ├── ConfigError              an impossible setting: names the setting and a value that works
-    │   └── NoMemoryError        the model, its cache or its steps do not fit into the available memory
+    │   ├── NoMemoryError        the model, its cache or its steps do not fit into the available memory
+    │   └── NotReadyError        an address is in use, or a program that a setting names is not reached: try again later
     ├── ModelNotFoundError       no such Hugging Face id, folder or file
     │   └── HubUnreachableError  the hub did not answer, and the cache has no such model
     ├── ModelLoadError           the files exist but cannot be used
@@ -30,7 +31,7 @@ from __future__ import annotations
 def with_extra(name: str) -> str:
     """Return the command that installs an extra, as the end of a sentence that says what is missing."""
     clone = f"in the clone `uv run --extra {name} candle-vllm` or `uv tool install '.[{name}]'`"
-    return f"{clone}, with its wheels pip install 'candle-vllm[{name}]'"
+    return f"{clone}, with its wheels uv pip install 'candle-vllm[{name}]'"
 
 
 class CandleVllmError(Exception):
@@ -53,12 +54,16 @@ class NoMemoryError(ConfigError):
     """The model, its cache or its steps need more memory than is available."""
 
 
+class NotReadyError(ConfigError):
+    """An address is in use or not there yet, or a program that a setting names is not reached: try again later."""
+
+
 class ModelNotFoundError(CandleVllmError):
     """The model source does not exist."""
 
 
 class HubUnreachableError(ModelNotFoundError):
-    """The model is not in the cache, and the hub did not answer or ended the download: try again later."""
+    """The model is not in the cache, and the hub or server did not answer or ended the download: try again later."""
 
 
 class ModelLoadError(CandleVllmError):

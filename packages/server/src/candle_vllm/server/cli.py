@@ -46,7 +46,7 @@ def _run(argv: Sequence[str]) -> int:
         import io
         from pathlib import Path
 
-        from candle_vllm.core.errors import CandleVllmError, EngineDeadError, HubUnreachableError
+        from candle_vllm.core.errors import CandleVllmError, EngineDeadError, HubUnreachableError, NotReadyError
         from candle_vllm.core.threads import collect_seldom
 
         debug = False
@@ -93,7 +93,7 @@ def _run(argv: Sequence[str]) -> int:
         reason = "the memory ran out; allow the process more, or take less: --mem, --max-num-seqs, --threads"
         said = reason if isinstance(error, MemoryError) else without_secrets(in_flags(str(error)))
         sys.stderr.write(f"candle-vllm: error: {said}\n")
-        return EXIT_FAILED if isinstance(error, EngineDeadError | HubUnreachableError) else EXIT_USAGE
+        return EXIT_FAILED if isinstance(error, EngineDeadError | HubUnreachableError | NotReadyError) else EXIT_USAGE
 
 
 def _write_nowhere() -> None:

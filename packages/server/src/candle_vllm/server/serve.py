@@ -28,7 +28,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from candle_vllm.core.config import draft_settings
-from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.errors import CandleVllmError, ConfigError, NotReadyError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.shown import LOG_STYLES, without_secrets
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
@@ -139,7 +139,7 @@ def bind_second(settings: Settings, first: socket.socket) -> list[socket.socket]
     host = "127.0.0.1" if settings.address.unix_path is not None else settings.address.host
     try:
         return [bind(Address(host, settings.ollama_port))]
-    except UsageError:
+    except ConfigError:
         first.close()
         raise
 
@@ -278,7 +278,7 @@ def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = N
 
 
 def bind(address: Address) -> socket.socket:
-    """Return a socket that listens at the address; UsageError if the address is in use, or not of this machine.
+    """Return a socket that listens at the address; NotReadyError if it is in use or not this machine's, or UsageError.
 
     It listens at once, because two sockets that do not listen yet may share a port. Early clients wait for the server.
     """
@@ -302,7 +302,8 @@ def bind(address: Address) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise UsageError(_bind_message(address, error)) from None
+        kind = NotReadyError if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else UsageError
+        raise kind(_bind_message(address, error)) from None
     return listener
 
 
@@ -326,14 +327,14 @@ def _bind_unix(path: Path) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UsageError(f"cannot listen on {path}: {error.strerror}") from None
-    except UsageError:
+    except ConfigError:
         listener.close()
         raise
     return listener
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket that a crashed server left behind; UsageError for a socket in use, or another kind of file."""
+    """Remove the socket of a crashed server; NotReadyError if a server listens, UsageError for another kind of file."""
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise UsageError(f"{path} exists and is not a socket")
     assert sys.platform != "win32"  # `_bind_unix` refuses Windows
@@ -343,7 +344,7 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise UsageError(f"another server listens on {path}")
+    raise NotReadyError(f"another server listens on {path}")
 
 
 def _remove_socket(address: Address) -> None:

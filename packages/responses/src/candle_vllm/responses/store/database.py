@@ -20,7 +20,7 @@ from sqlalchemy import select as select_rows
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
-from candle_vllm.core.errors import ConfigError, EngineOverloadedError, with_extra
+from candle_vllm.core.errors import ConfigError, EngineOverloadedError, NotReadyError, with_extra
 from candle_vllm.openai.fair_threads import FairThreads
 from candle_vllm.responses.store.backend import MEMORY, Place, wrong_url
 from candle_vllm.responses.store.entries import StoreUnavailableError
@@ -56,14 +56,15 @@ class Database:
         self._thread = FairThreads(place.title, 1, max_waiting)
 
     async def open(self) -> None:
-        """Connect and create missing tables; raises `ConfigError`."""
+        """Connect and create missing tables; raises `ConfigError`, or `NotReadyError` if no server answers."""
         engine = connect_to(self._place)
         try:
             arguments = engine, self._place, self._tables
             self._salt = await self._thread.run(partial(prepare, *arguments))
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-            raise ConfigError(f"cannot open the {self._place.title}: {cause:.300}", self._place.setting) from None
+            kind = NotReadyError if isinstance(error, OperationalError) else ConfigError
+            raise kind(f"cannot open the {self._place.title}: {cause:.300}", self._place.setting) from None
         finally:
             if not self._salt:
                 engine.dispose()

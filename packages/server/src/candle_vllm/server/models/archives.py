@@ -26,7 +26,7 @@ from threading import Lock
 from typing import IO, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.errors import HubUnreachableError, InvalidFileError, ModelNotFoundError
 from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.progress import tell
 from candle_vllm.core.shown import without_secrets
@@ -287,9 +287,11 @@ def _download(archive: Archive, partial: Path) -> Path:
                 raise ModelNotFoundError(f"{shown} answered {answer.status_code} without a length")
             _ranges(client, archive.address, partial, int(told[1]), version)
     except httpx.HTTPStatusError as error:
-        raise ModelNotFoundError(f"{shown} answered {error.response.status_code}") from None
+        status = error.response.status_code
+        kind = HubUnreachableError if status == 429 or status >= 500 else ModelNotFoundError
+        raise kind(f"{shown} answered {status}") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ModelNotFoundError(
+        raise (HubUnreachableError if isinstance(error, httpx.TransportError) else ModelNotFoundError)(
             f"{shown} cannot be downloaded ({type(error).__name__}): the part that arrived is kept"
         ) from None
     return partial
@@ -310,7 +312,7 @@ def _whole(answer: Any, partial: Path, shown: str) -> None:
                 )
             tell("downloading the model", done, max(total, done))
     if total and done != total:
-        raise ModelNotFoundError(f"{shown} ended after {done:,} of {total:,} bytes")
+        raise HubUnreachableError(f"{shown} ended after {done:,} of {total:,} bytes")
 
 
 def _ranges(client: Any, address: str, partial: Path, total: int, version: str) -> None:
@@ -363,7 +365,7 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
                 answer.raise_for_status()
                 now = answer.headers.get("etag") or answer.headers.get("last-modified") or ""
                 if answer.status_code != 206 or now != version:
-                    raise ModelNotFoundError(f"{shown} changed during the download: try again")
+                    raise HubUnreachableError(f"{shown} changed during the download: try again")
                 if not answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/"):
                     raise ModelNotFoundError(f"{shown} sent other bytes than were requested")
                 for piece in steadily(answer.iter_raw()):
@@ -381,7 +383,7 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
             if not left:
                 raise
         time.sleep(0.5 * (_TRIES - left))
-    raise ModelNotFoundError(f"{shown} closes the connection again and again: the part that arrived is kept")
+    raise HubUnreachableError(f"{shown} closes the connection again and again: the part that arrived is kept")
 
 
 def _check_room(path: Path, nbytes: int) -> None:

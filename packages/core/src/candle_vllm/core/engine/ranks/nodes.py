@@ -29,7 +29,7 @@ import msgspec
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.ranks.rank_line import SILENCE, TICK, Line, read_exactly, time_left
-from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.errors import ConfigError, EngineDeadError, NotReadyError
 from candle_vllm.core.shown import log_style
 from candle_vllm.core.threads import default_threads, ending
 
@@ -108,7 +108,7 @@ class RankListener:
         host, port: the address on which it listens.
 
     Raises:
-        ConfigError: the address cannot be listened on.
+        NotReadyError: the address cannot be listened on.
     """
 
     def __init__(self, host: str, port: int, key: str, ranks: range, size: int, nodes: int) -> None:
@@ -116,7 +116,7 @@ class RankListener:
         try:
             self._listener = socket.create_server((host, port), backlog=128, family=_family(host, port))
         except OSError as error:
-            raise ConfigError(
+            raise NotReadyError(
                 f"the first node cannot listen on {host} port {port} (master_addr, master_port): "
                 f"{error.strerror or error}. "
                 "master_addr is an address of the first node that the others can reach",
@@ -233,7 +233,7 @@ class RankListener:
 
         Raises:
             EngineDeadError: the listener was closed.
-            ConfigError: some ranks have not joined in time.
+            NotReadyError: some ranks have not joined in time.
         """
         until = time.monotonic() + JOINING
         with self._changed:
@@ -241,7 +241,7 @@ class RankListener:
                 if self._closed:
                     raise EngineDeadError("the engine was closed, or a rank ended, before all ranks had joined")
                 if time.monotonic() > until:
-                    raise ConfigError(
+                    raise NotReadyError(
                         f"ranks {_listed(missing)} have not joined at {self.host} port {self.port} within "
                         f"{JOINING:.0f} s: "
                         "start candle-vllm on every node with the same --master-addr, --master-port and key, and a "

@@ -18,7 +18,7 @@ import msgspec
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.ranks.nodes import JOINING, Invitation, RankListener, share_of_threads, start_rank
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, NotReadyError
 from candle_vllm.core.shown import log_style
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class RayRanks:
             free = {name: self._ray.available_resources().get(name, 0.0) for name in bundles[0]}
             wanted = f"{len(bundles)} times {bundles[0]}, the first on this machine; the cluster has {free} free"
             if time.monotonic() > until:
-                raise ConfigError(f"Ray has no free resources for the ranks: it needs {wanted}", _SETTING)
+                raise NotReadyError(f"Ray has no free resources for the ranks: it needs {wanted}", _SETTING)
             logger.info("waiting for free resources in the Ray cluster: %s", wanted)
 
     def _with_gpu(self, config: EngineConfig) -> EngineConfig:
@@ -152,7 +152,7 @@ def _connected() -> Any:
         try:
             ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), logging_level=logging.WARNING)
         except (ConnectionError, ValueError) as error:
-            raise ConfigError(
+            raise NotReadyError(
                 "there is no Ray cluster here: `ray start --head` starts one, `ray start --address=HOST:6379` on the "
                 f"other machines joins it, and RAY_ADDRESS says where it is ({error})",
                 _SETTING,
