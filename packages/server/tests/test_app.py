@@ -643,6 +643,8 @@ def test_what_other_servers_have_is_answered_with_what_it_is_called_here(start) 
         assert client.get("/nothing").json()["error"]["message"].endswith("the API is under /v1.")
         message = client.post("/v1/audio/transcriptions").json()["error"]["message"]
         assert message == "There is no route '/v1/audio/transcriptions' here."
+        message = client.post("/v1/v1/messages").json()["error"]["message"]
+        assert message == "There is no route '/v1/v1/messages' here; leave /v1 out of the base URL."
         assert (
             client.get("/v1/chat/completions")
             .json()["error"]["message"]

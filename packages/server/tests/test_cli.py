@@ -783,7 +783,7 @@ def test_imatrix_writes_a_file_that_quantize_reads(tmp_path: Path, capsys: pytes
 
 def test_words_of_other_programs_for_help_version_and_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
-    for line in ("help", "--help", "help bench serve", "bench serve --help", "version", "--version"):
+    for line in ("help", "--help", "help bench serve", "bench serve --help", "version", "--version", "-v", "--version"):
         with pytest.raises(SystemExit):
             parse(*split_command(line.split()))
         said.append(capsys.readouterr().out)

@@ -342,5 +342,5 @@ def test_files_whose_headers_cannot_be_read_are_named_at_the_start(
     assert reading is not None
     reading.join()
     said = [record.getMessage() for record in caplog.records]
-    for name, reason in (("cut", "cut.gguf"), ("README", "not a .gguf file"), ("none", "there is no")):
+    for name, reason in (("cut", "cut.gguf"), ("README", "not a GGUF file"), ("none", "there is no")):
         assert any(line.startswith(f"the model {name} cannot be loaded: ") and reason in line for line in said), said

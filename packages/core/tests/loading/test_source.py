@@ -133,6 +133,16 @@ def test_a_gguf_file_stands_alone(tmp_path: Path) -> None:
     assert files.config is files.generation_config is files.tokenizer_folder is None
 
 
+def test_a_gguf_file_without_the_ending(tmp_path: Path) -> None:
+    """As Ollama stores them."""
+    (tmp_path / "sha256-ab").write_bytes(b"GGUF\3\0\0\0")
+    files = resolve(str(tmp_path / "sha256-ab"))
+    assert (files.name, files.format, files.weights) == ("sha256-ab", "gguf", (tmp_path / "sha256-ab",))
+    (tmp_path / "Modelfile").write_text("FROM ./sha256-ab\n")
+    with pytest.raises(UnsupportedModelError, match="Modelfile is not a GGUF file"):
+        resolve(str(tmp_path / "Modelfile"))
+
+
 def test_any_part_of_a_split_file_is_the_model(tmp_path: Path) -> None:
     fill(tmp_path, ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"])
     files = resolve(str(tmp_path / "m-00002-of-00002.gguf"))

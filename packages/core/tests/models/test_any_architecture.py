@@ -291,9 +291,9 @@ def test_native_layers_come_first(tmp_path: Path) -> None:
 def test_unknown_architectures_name_the_way(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "arcee")
     with mock.patch.object(registry, "_has_transformers", return_value=False):
-        with pytest.raises(UnsupportedModelError, match=r"ArceeForCausalLM.*pip install 'candle-vllm\[transformers\]'"):
+        with pytest.raises(UnsupportedModelError, match=r"ArceeForCausalLM.*uv run --extra transformers"):
             load(folder)
-        with pytest.raises(ConfigError, match=r"pip install 'candle-vllm\[transformers\]'"):
+        with pytest.raises(ConfigError, match="uv run --extra transformers candle-vllm"):
             load(folder, model_impl="transformers")
     assert load(folder).config.implementation == "transformers"
     with pytest.raises(UnsupportedModelError, match="ArceeForCausalLM"):

@@ -105,7 +105,7 @@ def test_a_key_whose_time_is_over_opens_nothing(path: Path) -> None:
 WRONG = [
     ("", "must be a mapping"),
     ("keys: []", "at least one key"),
-    ("keys:\n- name: a\n", "line 2: name of 'a' has neither key nor sha256"),
+    ("keys:\n- name: a\n", "line 2: the key 'a' has neither key nor sha256"),
     ("keys:\n- {name: a, key: SECRET}\n- {name: a, key: SECRET2}", "line 3: 'a' appears twice"),
     ("keys:\n- {name: a, key: SECRET}\n- {name: b, key: SECRET}", "line 3: the key of 'b' stands in the file twice"),
     ("keys:\n- name: a\n  kee: SECRET", "line 3: unknown key 'kee' (did you mean key?)"),

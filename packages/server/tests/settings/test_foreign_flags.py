@@ -216,6 +216,15 @@ def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str)
         (["generate", "hi", "--log-jsonl"], "--log-jsonl is called --log-format json here"),
         (["create", "llama3"], "there is no command 'create': several models and their settings: models.yaml"),
         (["bench", "model.gguf"], "a model is named with --m model.gguf"),
+        (["push", "demo"], "there is no command 'push': models are not uploaded"),
+        (["show", "demo", "--modelfile"], "--modelfile is not supported: there is no Modelfile"),
+        (["serve", "--samplers", "top_k"], "--samplers is not supported: samplers have a fixed order"),
+        (["serve", "--logits-processors", "a:B"], "--logits-processors is not supported: a server has no logits"),
+        (
+            ["serve", "--system", "Hi"],
+            "--system does not apply to `candle-vllm serve`, only to `candle-vllm generate, chat, agent, run`",
+        ),
+        (["generate", "hi", "--pooling", "cls"], "--pooling does not apply to `candle-vllm generate`, only to"),
     ],
 )
 def test_the_answer_has_the_name_here(arguments: list[str], message: str) -> None:
@@ -250,6 +259,7 @@ def test_a_flag_of_another_command_is_taken_where_the_answer_is_right_without_it
     source, _ = parse("serve", ["-n", "128", "--repeat-penalty", "1.1", "--trust-remote-code"])
     assert dict(source.values) == {"repetition_penalty": 1.1}
     assert [remark.split(" has no effect here: ")[0] for remark in source.remarks] == ["-n", "--trust-remote-code"]
+    assert source.remarks[0].endswith("; for a server, max_tokens of each request")
     generating, own = parse("generate", ["hi", "-n", "128"])
     assert (own["max_tokens"], generating.remarks) == (128, ())
 

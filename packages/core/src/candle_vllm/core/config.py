@@ -360,8 +360,8 @@ class EngineConfig(ExplainedSettings):
                               "GiB of weights that stay in main memory and are read by the GPU over the bus in every "
                               "step, whole layers from the last one; 0 for none (docs/scaling.md)",
                               "None is as much as does not fit."] = None
-    gpu_layers: Annotated[int | None, Integer(0, MOST_LAYERS), "number of layers whose weights are on the GPU; it "
-                          "reads the other layers over the bus, as with cpu_offload_gb",
+    gpu_layers: Annotated[int | None, Integer(0, MOST_LAYERS), "number of layers whose weights are in GPU memory; "
+                          "the GPU reads the others from main memory in every step",
                           "None leaves it to cpu_offload_gb; only one of the two may be set."] = None
     dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain (not quantised) matrices: auto (as stored; "
                      "on a GPU bf16, or f16 if it has no bf16), f32, bf16 or f16",

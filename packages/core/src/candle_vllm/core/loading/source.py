@@ -29,7 +29,7 @@ from candle_vllm.core.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from candle_vllm.core.loading.gguf import file_kind, split_names
+from candle_vllm.core.loading.gguf import MAGIC, file_kind, split_names
 from candle_vllm.core.loading.safetensors import INDEX_FILE, SINGLE_FILE, safetensors_files
 from candle_vllm.core.progress import Progress, teller
 from candle_vllm.core.setting_kinds import nearest
@@ -193,15 +193,21 @@ def _in_cache(model: str, cache_dir: Path | None = None) -> str:
 def _from_file(path: Path, weight_file: str | None) -> ModelFiles:
     if path.suffix in PICKLES:
         raise _pickle_error(str(path))
-    if path.suffix != ".gguf":
+    if path.suffix != ".gguf" and not _has_gguf(path):  # Ollama's files have no ending
         raise UnsupportedModelError(
-            f"{path} is not a .gguf file; for safetensors pass the folder that also holds config.json"
+            f"{path} is not a GGUF file; for safetensors pass the folder that also holds config.json"
         )
     if weight_file is not None:
         raise ModelNotFoundError(f"{path} is itself a file: leave out weight_file ({weight_file!r})")
     names = split_names(path.name)
     stem = path.stem if len(names) == 1 else names[0].removesuffix(f"-00001-of-{len(names):05d}.gguf")
     return ModelFiles(name=stem, folder=path.parent, weights=tuple(path.with_name(n) for n in names), format="gguf")
+
+
+def _has_gguf(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+    return False
 
 
 def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders: bool = False) -> ModelFiles:

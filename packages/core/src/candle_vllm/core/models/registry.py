@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from candle_vllm.core.config import ModelImpl
-from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, with_extra
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -29,7 +29,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 Row = TypeVar("Row", Family, EncoderFamily)
 
-_INSTALL = "pip install 'candle-vllm[transformers]'"
+_INSTALL = with_extra("transformers")
 
 FAMILIES = (
     "llama",

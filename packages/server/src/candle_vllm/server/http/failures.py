@@ -179,7 +179,8 @@ def _routing_error(request: Request, failure: HTTPException) -> HttpError:
     methods = request.app.state.document.methods(route_path(request.scope))
     nearest = _ROUTES_HERE.get(path.rstrip("/"))
     under = "" if path.startswith(("/v1/", "/api/")) else "; the API is under /v1"
-    near = f"; the route for this is {nearest}" if nearest else under
+    twice = "; leave /v1 out of the base URL" if path.startswith("/v1/v1/") else under
+    near = f"; the route for this is {nearest}" if nearest else twice
     messages = {
         404: (f"There is no route {path!r} here{near}.", "not_found"),
         405: (f"{path!r} does not support {method}; it supports {' and '.join(methods)}.", "method_not_allowed"),

@@ -241,7 +241,7 @@ def _named(entry: Section, path: Path, defaults: Limits) -> list[Key]:
             raise wrong("sha256", "must be 64 hexadecimal digits, of the key's bytes alone, without a newline")
         digests.append(bytes.fromhex(text))
     if not digests:
-        raise wrong("name", "has neither key nor sha256")
+        raise UsageError(f"{path}{line_of(entry, 'name')}: the key {name!r} has neither key nor sha256")
     manages = entry.get("manages", False)
     if not isinstance(manages, bool):
         raise wrong("manages", "must be true or false")

@@ -19,7 +19,7 @@ from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMAN
 from candle_vllm.server.settings.foreign_flags import foreign_flags, lines_of, translated
 from candle_vllm.server.settings.options import GROUPS, Option, UsageError, convert
 from candle_vllm.server.settings.sources import SettingsSource, origins
-from candle_vllm.server.settings.table import BY_NAME, OPTIONS
+from candle_vllm.server.settings.table import BY_NAME
 
 _EPILOG = """\
 Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env and from models.yaml.
@@ -37,6 +37,8 @@ class _Parser(argparse.ArgumentParser):
 
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     """Split the command from its arguments; the default command is `serve`."""
+    if argv == ["-v"]:  # vLLM's and Ollama's; beside other flags it is llama.cpp's --verbose
+        argv = ["--version"]
     if not argv or argv[0].startswith("-"):
         return "serve", list(argv)
     if " ".join(argv[:2]) in COMMANDS:
@@ -137,7 +139,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
             "prompt", metavar=takes.text, help=f"the {takes.text.lower()}; - reads it from standard input"
         )
     elif takes.text:
-        text = "is answered, in the place of a conversation"
+        text = "answer this prompt and exit"
         parser.add_argument("prompt", metavar=takes.text.strip("[]"), nargs="?", help=text)
     groups = {name: [option for option in takes.settings if option.group == name] for name in GROUPS}
     for title, options in {command: takes.options, **groups}.items():
@@ -233,8 +235,7 @@ def _unknown(command: str, text: str) -> str:
             more = f": the command comes first (candle-vllm {text} ...)"
         return f"unexpected argument {text!r:.60}{more:.200}"
     flag = text.split("=", 1)[0]
-    elsewhere = [option for option in OPTIONS if flag in (*option.flags, *option.constants)]
-    if elsewhere:
-        return f"{flag} does not apply to `candle-vllm {command}`"
+    if commands := flag_commands().get(flag):
+        return f"{flag} does not apply to `candle-vllm {command}`, only to `candle-vllm {', '.join(commands)}`"
     known = [name for option in (*takes.settings, *takes.options) for name in (*option.flags, *option.constants)]
     return f"unknown flag {flag[:60]}{nearest(flag, ['--help', '--version', *known])}; see candle-vllm --help"

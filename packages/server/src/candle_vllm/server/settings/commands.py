@@ -171,6 +171,9 @@ _CHAT_EPILOG = """\
 On a pipe every line is a message or a command, and what stands between \"\"\" and \"\"\" is one message of several
 lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
 """
+_PS_EPILOG = """\
+--host and --port are the address of the running server, --api-key is one of its API keys, not a management key.
+"""
 _BENCH = (MODEL, DEVICE, LIMITS, LOGGING)
 _ANSWERING = (*_BENCH, SAMPLING)
 _ALL = (*GROUPS, REUSES, CALLS, BATCHES, SERVES)
@@ -241,9 +244,9 @@ COMMANDS: Mapping[str, Command] = {
                    "same order: a file, which is written anew, or an address, by PUT", "FILE"),
             _own("output_tmp_dir", FilePath(), "where they are gathered before they go to an address", "FOLDER"),
         )),
-    "run": Command("talk with a model of Hugging Face, which is fetched where it is not here", "commands.library:run",
+    "run": Command("chat with a model, which is downloaded first if necessary", "commands.library:run",
         (*_ANSWERING, REUSES), names_model=True, text="[PROMPT]", options=(_SYSTEM, MAX_TOKENS)),
-    "pull": Command("fetch a model of Hugging Face: what it takes, whether it fits, then its files",
+    "pull": Command("download a model from Hugging Face, after showing its size and whether it fits",
         "commands.library:pull", plus=(*_FETCHING, "device"), names_model=True),
     "list": Command("show the models that were fetched", "commands.library:list_models",
         plus=("download_dir", "log_level"),
@@ -253,7 +256,7 @@ COMMANDS: Mapping[str, Command] = {
     "rm": Command("remove a model that was fetched", "commands.library:rm", plus=("download_dir", "log_level"),
         names_model=True),
     "ps": Command("show what a running server has in memory", "commands.library:ps",
-        plus=("host", "port", "api_key", "log_level")),
+        plus=("host", "port", "api_key", "log_level"), epilog=_PS_EPILOG),
     "quantize": Command("write the model as a GGUF file, quantised or plain", "commands.quantize:quantize",
         (MODEL, LOGGING), plus=("chat_template",), hint="candle-vllm quantize --m MODEL --isq q4k --out FILE.gguf",
         options=(

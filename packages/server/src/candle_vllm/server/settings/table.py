@@ -111,7 +111,7 @@ class FormatOptions(_Checked):
     chat_template: Annotated[Path | str | None, own(MODEL,
         TemplateFile(), "Jinja chat template to use instead: a file, its text, or chatml", "FILE", in_yaml=True,
         needs=SAMPLING)] = None
-    pooling: Annotated[TextPooling | None, engine(MODEL, "KIND")] = None
+    pooling: Annotated[TextPooling | None, engine(MODEL, "KIND", needs=SERVES)] = None
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
         needs=SAMPLING)] = None
     max_images: Annotated[int | None, engine(MODEL, "N", needs=SAMPLING)] = None
@@ -206,7 +206,8 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
         Integer(1, 1 << 30), "memory of the KV cache, in MB of 2^20 bytes", "MB", in_yaml=True,
         rivals="KV cache size")] = None
     kv_cache_memory_bytes: Annotated[int | None, engine(DEVICE,
-        "BYTES", text="the same in bytes; 4G is 4 * 2^30", name="kv_cache_memory", rivals="KV cache size")] = None
+        "BYTES", text="memory of the KV cache in bytes, instead of --mem; 4G is 4 * 2^30", name="kv_cache_memory",
+        rivals="KV cache size")] = None
     kv_fraction: Annotated[float | None, engine(DEVICE, "SHARE", rivals="KV cache size")] = None
     gpu_memory_utilization: Annotated[float | None, engine(DEVICE, "SHARE", rivals="KV cache size",
         unset="unused: kv_fraction applies")] = None
@@ -416,7 +417,8 @@ class AccessOptions(_Checked):
         Integer(1, 1 << 30), "most requests of one API key in a minute; further requests are refused with 429; without "
         "keys, of all clients together", "N", rate=Rate("requests", "minute", 60.0), unset="no limit")] = None
     tokens_per_minute: Annotated[int | None, own(HTTP,
-        Integer(1, 1 << 40), "most tokens of prompts and answers in a minute, likewise", "N",
+        Integer(1, 1 << 40), "most tokens (prompts and answers) of one API key in a minute; further requests are "
+        "refused with 429; without keys, of all clients together", "N",
         rate=Rate("tokens", "minute", 60.0), unset="no limit")] = None
     request_timeout: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "seconds after which a request is aborted, its time in the "
