@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -326,23 +327,31 @@ def test_the_service_is_validated_by_its_client(service: Path) -> None:
 # ---- what stands beside it -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def proxy(demo_server: ServerProcess, tmp_path: Path) -> Iterator[httpx.Client]:
-    """Caddy before a server."""
-    caddy = shutil.which("caddy")
-    if caddy is None:
-        pytest.skip("caddy is not installed")
+def _caddy(port: int, upstream: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    text = (DEPLOY / "caddy" / "Caddyfile").read_text()
+    (folder / "Caddyfile").write_text(text.replace("\tskip_install_trust", "\tadmin off\n\tskip_install_trust"))
+    own = {"DOMAIN": f"http://localhost:{port}", "UPSTREAM": upstream}
+    return ["caddy", "run", "--config", "Caddyfile", "--adapter", "caddyfile"], own
+
+
+def _nginx(port: int, upstream: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    text = (DEPLOY / "nginx" / "candle-vllm.conf").read_text()
+    text = text.replace("listen 80;", f"listen localhost:{port};").replace("127.0.0.1:2000", upstream)
+    temporary = "".join(f"{name}_temp_path temp;" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    first = f"user {getpass.getuser()}; pid nginx.pid; daemon off; error_log log; events {{}}"
+    (folder / "nginx.conf").write_text(f"{first} http {{ access_log off; {temporary} {text} }}")
+    return ["nginx", "-p", str(folder), "-c", "nginx.conf"], {}
+
+
+@pytest.fixture(params=[_caddy, _nginx], ids=["caddy", "nginx"])
+def proxy(demo_server: ServerProcess, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    """A proxy before a server, with the configuration of deploy/."""
     port = free_port()
-    environment = clean_environment(tmp_path) | {"XDG_DATA_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
-    environment |= {"DOMAIN": f"http://localhost:{port}", "UPSTREAM": demo_server.url.removeprefix("http://")}
-    text = (
-        (DEPLOY / "caddy" / "Caddyfile")
-        .read_text()
-        .replace("\tskip_install_trust", "\tadmin off\n\tskip_install_trust")
-    )
-    (tmp_path / "Caddyfile").write_text(text)
+    command, own = request.param(port, demo_server.url.removeprefix("http://"), tmp_path)
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    environment = clean_environment(tmp_path) | {"XDG_DATA_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)} | own
     with (tmp_path / "log").open("wb") as log:
-        command = [caddy, "run", "--config", "Caddyfile", "--adapter", "caddyfile"]
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     with httpx.Client(base_url=f"http://localhost:{port}", trust_env=False, timeout=60) as client:
 
@@ -361,8 +370,11 @@ def proxy(demo_server: ServerProcess, tmp_path: Path) -> Iterator[httpx.Client]:
 
 
 def test_a_proxy_hides_each_route_of_operators() -> None:
-    text = (DEPLOY / "caddy" / "Caddyfile").read_text()
-    hidden = set(re.findall(r"/\S+", " ".join(re.findall(r"^\s*(?:@operators )?path (.*)", text, re.MULTILINE))))
+    caddy = (DEPLOY / "caddy" / "Caddyfile").read_text()
+    hidden = set(re.findall(r"/\S+", " ".join(re.findall(r"^\s*(?:@operators )?path (.*)", caddy, re.MULTILINE))))
+    nginx = (DEPLOY / "nginx" / "candle-vllm.conf").read_text()
+    (paths,) = re.findall(r"location ~ \^/\((.*)\)\$ {", nginx)
+    assert {"/" + path.replace(".+", "*") for path in paths.split("|")} | {"/lora-adapters"} == hidden
     ours = {re.sub(r"\{.*?\}", "*", path) for (_, path), operation in OPERATIONS.items() if operation.manages}
     assert hidden == ours - {"/v1/models/status", "/v1/models/inventory"}
 
