@@ -17,6 +17,7 @@ from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.requests import read_chat
 from candle_vllm.openai.task import template_messages
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 MESSAGES: list[dict[str, Any]] = [
     {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     {"role": "user", "content": "c"},
@@ -43,8 +44,8 @@ MESSAGES: list[dict[str, Any]] = [
         ],
     },
     {"role": "tool", "tool_call_id": "call_2", "content": "2"},
-    {"role": "tool", "tool_call_id": "call_1", "content": "1"},
-    {"role": "user", "content": "l"},
+    {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "1"}, IMAGE]},
+    {"role": "user", "content": [{"type": "text", "text": "l"}, IMAGE]},
     {"role": "assistant", "content": ""},
     {"role": "user", "content": "m"},
     {"role": "system", "content": "n"},
@@ -57,12 +58,16 @@ def test_both_write_the_same(fields: tuple[str, ...]) -> None:
     needs = TemplateNeeds(**{name: FIELDS[name] for name in fields})
     task = read_chat(ChatCompletionRequest.model_validate({"model": "m", "messages": MESSAGES}))
     theirs = template_messages(task.messages, needs)
-    ours = of_core(one_conversation(MESSAGES))
+    ours = of_core(one_conversation(MESSAGES, sees=True))
     fit(ours, needs)
     assert ours == theirs
     again = of_core(theirs)  # what is adapted already stays
     fit(again, needs)
     assert again == theirs
+    parts = [(one["role"], part["type"]) for one in ours if isinstance(one["content"], list) for part in one["content"]]
+    images = [role for role, kind in parts if kind == "image"]
+    assert len(images) == 2
+    assert "images_in_results" not in fields or images == ["user", "user"]
 
 
 def test_what_fits_stays() -> None:
@@ -73,12 +78,43 @@ def test_what_fits_stays() -> None:
 
 
 def test_each_call_has_its_own_result() -> None:
-    messages = of_core(one_conversation(MESSAGES[10:13]))
+    messages = of_core(one_conversation(MESSAGES[10:13], sees=True))
     fit(messages, TemplateNeeds(parallel_calls=False, content_beside_calls=False))
     assert [one.get("tool_call_id") or one.get("tool_calls", [{}])[0].get("id") for one in messages] == [
         None, "call_2", "call_2", "call_1", "call_1",
     ]  # fmt: skip
-    assert [one["content"] for one in messages] == ["k", "", "2", "", "1"]  # images stay in their order
+    parts = [{"type": "text", "text": "1"}, {"type": "image"}]
+    assert [one["content"] for one in messages] == ["k", "", "2", "", parts]  # images stay in their order
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_user_has_the_images_that_results_may_not_have(behind: bool) -> None:
+    """In their order: the request's images take the marks of a prompt one after the other."""
+    first, *others = ({"type": "image", "n": n} for n in range(4))
+    text = {"type": "text", "text": "a"}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [text, first]},
+        {"role": "assistant", "content": ""},
+        {"role": "tool", "content": [text, others[0]]},
+        {"role": "tool", "content": [others[1]]},
+        {"role": "user", "content": [text, others[2]]},
+        {"role": "assistant", "content": "b"},
+    ]
+    shown, early = messages[:4], messages[1:4]
+    fit(messages, TemplateNeeds(images_in_results=False, user_behind_results=behind))
+    said = "[an image, which is in a message of the user]"
+    results = [one["content"] for one in messages if one["role"] == "tool"]
+    users = [one["content"] for one in messages if one["role"] == "user"]
+    if behind:
+        assert results == [f"a\n{said}", said]
+        assert users == [[text, first], [*others[:2], text, others[2]]]
+    else:
+        assert results == [f"a\n{said}", f"{said}\na\n{said}"]
+        assert users == [[text, first, *others]]
+    for given, last in ((shown, [*others[:2]]), (early, others[:2])):
+        fit(given, TemplateNeeds(images_in_results=False, user_behind_results=behind))
+        assert [one for one in given if one["role"] == "user"][-1]["content"][-2:] == last
+        assert (given[-1]["role"] == "user") is (behind or given is early)
 
 
 def test_schemas_that_macros_of_templates_take() -> None:

@@ -178,7 +178,10 @@ def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ({"prompt": "no mark", "multi_modal_data": {"image": PICTURES[0]}}, "1 images, and 0 placeholders"),
+        (
+            {"prompt": "no mark", "multi_modal_data": {"image": PICTURES[0]}},
+            "0 placeholders in the .* needs one '<image>'",
+        ),
         ({"prompt": "<image><image>", "multi_modal_data": {"image": PICTURES[0]}}, "1 images, and 2 placeholders"),
         ({"prompt": "<image>", "multi_modal_data": {"image": [PICTURES[0]] * 65}}, "65 images; at most 64 are allowed"),
         ({"prompt": "<image>", "multi_modal_data": {"image": "x.png"}}, "an image must be a PIL.Image"),

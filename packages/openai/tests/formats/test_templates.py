@@ -13,7 +13,7 @@ import pytest
 
 from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import ChatTemplate
-from candle_vllm.core.text.template_needs import split
+from candle_vllm.core.text.template_needs import fit, split
 from candle_vllm.openai.formats.choice import Choice, choose_layout
 from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
@@ -231,6 +231,45 @@ def test_what_real_templates_need(models: list[Model]) -> None:
     }
     single = {name for name, need in needs.items() if need and need.writes_calls and not need.parallel_calls}
     assert single == {name for name, said in LOSSES if said == "parallel"}
+
+
+def test_each_image_has_a_mark_wherever_results_stand(models: list[Model]) -> None:
+    image, words = {"type": "image"}, [{"type": "text", "text": text} for text in ("Left", "Right")]
+    calls = [
+        {"id": f"callno00{n}", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}
+        for n in range(2)
+    ]
+    one, two = ({"role": "assistant", "content": "", "tool_calls": calls[:count]} for count in (1, 2))
+
+    def result(content: Any, n: int = 0) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": f"callno00{n}", "name": "get_weather", "content": content}
+
+    more = {"role": "user", "content": [words[0], image, words[1]]}
+    conversations = [
+        [ASK, one, result([image])],
+        [ASK, one, result("mild"), more],
+        [ASK, two, result([words[0], image, image]), result([image, words[1]], 1), more],
+        [more, one, result([image]), {"role": "assistant", "content": "So."}, ASK],
+        [ASK, one, result([image]), one, result([image, words[0]]), {"role": "assistant", "content": "So."}, more],
+    ]
+    seeing = set[str]()
+    for model in models:
+        try:
+            seen = model.template.render([more], tools=TOOLS).partition("Left")[2].partition("Right")[0].strip()
+        except ChatTemplateError:
+            continue
+        if model.choice.needs is None or not seen or "type" in seen:  # nothing, or the part as JSON or Python
+            continue
+        seeing.add(model.name)
+        seen = seen.removeprefix("<|END_TEXT|>").removesuffix("<|START_TEXT|>")  # Cohere's around texts
+        for given in conversations:
+            messages = json.loads(json.dumps(given))
+            fit(messages, model.choice.needs)
+            count = sum(part == image for each in given for part in each["content"])
+            text = model.template.render(messages, tools=TOOLS)
+            parts = text.replace("'", '"').count('"image"')
+            assert (text.count(seen), parts) == (count, 0), (model.name, messages)
+    assert {"mistralai-Ministral-3-14B-Reasoning-2512", "google-gemma-4-31B-it", "Qwen3.5-4B"} < seeing
 
 
 def test_what_real_templates_write_is_read_back(models: list[Model]) -> None:

@@ -60,6 +60,7 @@ _WORD = string.ascii_letters + string.digits + "_.+-"
 _MOST_LAST = 64  # characters of the text that opens an answer
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _HALF_MARK = re.compile(r"(?:<[^<>\n]*|\[[^\[\]\n]*)\Z")
+_ELSEWHERE = "[an image, which is in a message of the user]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,14 @@ class TemplateProbe:
         places = [-1 if text is None else text.find(one["content"]) for one in messages]
         return -1 not in places and places == sorted(places)
 
+    def shows_images(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether an image in the last message, a tool result, is written as in a user's message."""
+        parts = [{"type": "text", "text": CONTENT}, {"type": "image"}, {"type": "text", "text": RESULT}]
+        tools = None if self._prompts[True] is None else _TOOLS
+        seen = self._render([{**_ASK, "content": parts}], tools)
+        mark = "" if seen is None else seen.partition(CONTENT)[2].partition(RESULT)[0].strip()
+        return not mark or self.writes([*messages[:-1], {**messages[-1], "content": parts}], mark, tools=tools)
+
     def wants_parts(self) -> bool:
         """Whether the template writes texts only if they are parts of a content."""
         plain = self._prompts[False]
@@ -197,6 +206,7 @@ class TemplateNeeds:
         writes_tools: the prompt contains the tools that a request offers.
         writes_calls: the prompt contains earlier tool calls; otherwise a call becomes text of the assistant's message.
         writes_results: the prompt contains tool results; otherwise a result becomes text of the user's turn.
+        images_in_results: a tool result may have images; otherwise they become parts of a user's message.
         writes_reasoning: the prompt contains the reasoning of a last message that has tool calls.
         arguments_as_text: arguments of a call must be a JSON text; otherwise they must be an object.
         parallel_calls: a message may have several calls; otherwise each call gets its own message, with its result.
@@ -221,6 +231,7 @@ class TemplateNeeds:
     writes_tools: bool = False
     writes_calls: bool = True
     writes_results: bool = True
+    images_in_results: bool = True
     writes_reasoning: bool = False
     arguments_as_text: bool = False
     parallel_calls: bool = True
@@ -299,8 +310,9 @@ def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
         content = None
         if (as_text := _as_text(probe, content)) is None:
             result = {"role": "tool", "tool_call_id": "callno001", "name": NAME, "content": RESULT}
-            shown = probe.writes([_ASK, _message("assistant", CONTENT), result], CONTENT, RESULT)
-            return {"writes_calls": False, "writes_results": shown}
+            turn = [_ASK, _message("assistant", CONTENT), result]
+            shown = probe.writes(turn, CONTENT, RESULT)
+            return {"writes_calls": False, "writes_results": shown, "images_in_results": probe.shows_images(turn)}
 
     thinking = probe.calls(as_text=as_text, content=content, thoughts=THOUGHTS)
     two = probe.calls((ARGUMENTS, OTHER_ARGUMENTS), as_text=as_text, content=content)
@@ -315,6 +327,7 @@ def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
     return {
         "writes_calls": True,
         "writes_results": results,
+        "images_in_results": not results or probe.shows_images([_ASK, call, result]),
         "writes_reasoning": thinking is not None and _CITY in thinking.text and THOUGHTS in thinking.text,
         "arguments_as_text": as_text,
         "parallel_calls": two is not None and _CITY in two.text and _OTHER_CITY in two.text,
@@ -390,6 +403,8 @@ def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
     Users of different names stay apart, unless the template needs `roles_in_turn`.
     """
     messages = _in_turn([_as_said(message, needs) for message in _late_as_user(rendered, needs)], needs)
+    if not needs.images_in_results:
+        messages = _shown_by_users(messages, needs)
     last = messages[-1]["role"] if messages else None
     written = needs.system_alone if last == "system" else needs.system_behind_results if last == "tool" else True
     begun = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
@@ -453,6 +468,28 @@ def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[d
         else:
             made.append(dict(message))
     return made
+
+
+def _shown_by_users(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
+    """Move images of tool results to the next user message or, if none may follow results, to the last one."""
+    made, images = list[dict[str, Any]](), list[Any]()
+    for message in (*messages, _message("", "")):
+        role, content = message["role"], message.get("content")
+        if images and role != "tool":
+            earlier = () if needs.user_behind_results else (one for one in reversed(made) if one["role"] == "user")
+            if (user := next(iter(earlier), None)) is not None:
+                user["content"] = _joined(user["content"], images)
+            elif role == "user":
+                message["content"] = _joined(images, content)
+            else:
+                made.append(_message("user", images))
+            images = []
+        parts = _parts(content) if role == "tool" else ()
+        if own := [part for part in parts if part.get("type") == "image"]:
+            images += own
+            message["content"] = "\n".join(part.get("text", _ELSEWHERE) for part in parts)
+        made.append(message)
+    return made[:-1]
 
 
 def _one_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

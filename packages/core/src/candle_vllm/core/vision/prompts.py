@@ -98,7 +98,8 @@ class VisionInput:
         marks = (ids := list(ids)).count(self.parts.asks)
         if marks != len(images):
             raise InvalidParameterError(
-                f"image: {len(images)} images, and {marks} placeholders in the prompt; each image needs one",
+                f"image: {len(images)} images, and {marks} placeholders in the prompt; each image needs one "
+                f"{self.parts.written!r}",
                 "image",
             )
         expanded: list[int] = []
