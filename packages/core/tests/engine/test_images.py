@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,13 +50,12 @@ def sequence(*shades: int) -> Sequence:
     return made
 
 
-def steps(store: ImageStore) -> Iterator[int]:
+def steps(store: ImageStore, *waiting: Sequence) -> int:
     count = 0
-    while store.works:
+    while store.work(waiting):
         assert count < 100
-        store.work()
         count += 1
-        yield count
+    return count
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_picture_is_encoded_once_in_pieces(tower: Tower) -> None:
     store.add(first)
     store.add(second)
     assert not store.is_ready(first)
-    assert len(list(steps(store))) == 6
+    assert steps(store, first, second) == 6
     assert store.is_ready(first)
     assert store.is_ready(second)
     assert tower.begun == [1, 2]
@@ -77,31 +77,81 @@ def test_a_picture_is_encoded_once_in_pieces(tower: Tower) -> None:
     store.add(third)
     assert store.is_ready(third)
     assert (store.stats()["images_encoded"], store.stats()["images_reused"]) == (2, 1)
-    assert not store.works
+    assert not store.work([third])
 
 
 def test_what_was_used_longest_ago_goes_but_nothing_that_is_used(tower: Tower) -> None:
     store, held = ImageStore(tower, 2 * 32), sequence(1, 2, 3)
     store.add(held)
-    list(steps(store))
+    steps(store, held)
     assert store.is_ready(held)  # three of them, though there is room for two
-    store.ended(held)
+    store.left(held)
+    assert not any(each.rows is not None for each in held.images)
     for shade, known in ((2, True), (3, True), (1, False)):
         each = sequence(shade)
         store.add(each)
         assert store.is_ready(each) is known
-        store.ended(each)
-    assert not store.works  # nobody wants the first any more
+        store.left(each)
+        assert not store.work([])  # nobody wants the first any more
+
+
+def test_images_are_encoded_in_the_order_of_admission_and_not_far_ahead(tower: Tower) -> None:
+    store, sequences = ImageStore(tower, 2 * 32), [sequence(1, 2, 3), sequence(), sequence(4), sequence(5, 6)]
+    for each in reversed(sequences):
+        store.add(each)
+    steps(store, *sequences)
+    assert tower.begun == [1, 2, 3]  # the first gets all of its own, though there is room for two
+    store.left(sequences[0])  # its prompt is computed
+    steps(store, *sequences[1:])
+    assert tower.begun == [1, 2, 3, 4, 5, 6]
+    more, better = sequence(7), sequence(8)
+    store.add(more)
+    store.add(better)
+    assert not store.work([*sequences[1:], more])
+    steps(store, better, *sequences[1:], more)
+    assert tower.begun[6:] == [8]
+    adapter: Any = SimpleNamespace(alora=None)
+    more.adapters = ((adapter, 1.0),)  # a preempted one, whose adapters a sequence before it may wait for
+    steps(store, better, *sequences[1:], more)
+    assert tower.begun[6:] == [8, 7]
+
+
+def test_others_of_a_request_hold_no_images_back(tower: Tower) -> None:
+    """They may wait until another request has its share of the batch."""
+    store, first, second, third = ImageStore(tower, 0), sequence(1), sequence(2), sequence(3)
+    first.index = 1
+    for each in (first, second, third):
+        store.add(each)
+    steps(store, first, second, third)
+    assert tower.begun == [1, 2]
+
+
+def test_a_preempted_sequence_asks_again(tower: Tower) -> None:
+    store, first, second = ImageStore(tower, 0), sequence(1), sequence(1)
+    for each in (first, second, first):  # the first was preempted before its prompt was computed
+        store.add(each)
+    steps(store, first, second)
+    assert store.is_ready(first)
+    store.left(first)
+    store.left(first)
+    assert store.is_ready(second)
+    store.left(second)
+    store.add(first)  # it was preempted after its prompt was computed, and nothing of it is left
+    assert not store.is_ready(first)
+    steps(store, first)
+    assert store.is_ready(first)
+    assert tower.begun == [1, 1]
+    assert not store.stats()["images_reused"]
 
 
 def test_who_goes_away_is_encoded_for_no_more(tower: Tower) -> None:
     store, gone, stays = ImageStore(tower, 1 << 20), sequence(1, 2), sequence(2)
     store.add(gone)
     store.add(stays)
-    store.work()
-    store.ended(gone)
+    store.work([gone, stays])
+    store.left(gone)
     assert tower.closed == 1
-    list(steps(store))
+    steps(store, stays)
     assert tower.begun == [1, 2]
     assert store.is_ready(stays)
 
@@ -110,16 +160,16 @@ def test_a_picture_that_fails_fails_alone(tower: Tower) -> None:
     store, wrong, right = ImageStore(tower, 1 << 20), sequence(1, 0), sequence(1)
     store.add(wrong)
     store.add(right)
-    list(steps(store))
+    steps(store, wrong, right)
     assert str(store.failure(wrong)) == "zeros"
     assert store.failure(right) is None
     assert store.is_ready(right)
     assert not store.is_ready(wrong)
-    store.ended(wrong)
+    store.left(wrong)
     assert not store.failures
     again = sequence(0)  # is tried again
     store.add(again)
-    assert store.works
+    assert store.work([again])
 
 
 def test_blocks_are_known_by_what_they_show() -> None:

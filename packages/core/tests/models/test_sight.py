@@ -143,7 +143,11 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
         assert all(each.num_cached_tokens for each in again[:3])
 
 
-def test_answers_survive_preemption(folder: Path, alone: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("limit", [1 << 28, 0])
+def test_answers_survive_preemption(
+    limit: int, folder: Path, alone: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_MOST_FOR_IMAGES", limit)
     long = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
     several = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, n=6)  # which begin together
     with InferenceEngine(folder, kv_cache_memory=220_000, block_size=16, max_model_len=384) as engine:
@@ -152,6 +156,25 @@ def test_answers_survive_preemption(folder: Path, alone: list[tuple[int, ...]]) 
         for answers, right in zip(found, whole, strict=True):
             assert [each.token_ids for each in answers.outputs] == [right] * 6
         assert engine.stats().preemptions
+        assert (engine.stats().images_encoded == 3) is (limit > 0)  # otherwise again for a preempted one
+
+
+def test_images_are_encoded_in_the_order_of_requests_and_not_far_ahead(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_MOST_FOR_IMAGES", 0)
+    with InferenceEngine(folder, max_num_seqs=2) as engine:
+        pictures = [RANDOM.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(7)]
+        prompts = [{"prompt": "<image> x", "multi_modal_data": {"image": picture}} for picture in pictures]
+        names = [engine.add_request(prompt, GREEDY, priority=10) for prompt in prompts[1:]]
+        names.insert(0, engine.add_request(prompts[0], GREEDY, priority=0))
+        began, store = dict[str, None](), engine._require()[0].images
+        assert store is not None
+        while engine.has_unfinished_requests:
+            began |= dict.fromkeys(output.request_id for output in engine.step())
+            assert store._bytes <= 5 * 16 * 64 * 4  # one picture
+        assert list(began) == names
+        assert engine.stats().images_encoded == len(names)
 
 
 def test_several_answers_share_a_picture(folder: Path, alone: list[tuple[int, ...]]) -> None:

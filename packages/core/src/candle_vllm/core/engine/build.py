@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
-_MOST_FOR_IMAGES = 256 * MIB  # total size of image embeddings above which embeddings without a request are evicted
+_MOST_FOR_IMAGES = 256 * MIB  # size of image embeddings above which unused ones are evicted and no more are prepared
 
 logger = logging.getLogger(__name__)
 

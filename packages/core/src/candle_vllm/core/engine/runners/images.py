@@ -2,14 +2,15 @@
 """Encode and cache the images of waiting requests, in parts between steps (before step 4 of a request's life).
 
 A sequence with images is admitted when all its images are encoded; until then, other sequences are admitted before it.
-Embeddings are cached by the image's pixels, so requests with the same image share them.
+Embeddings are cached by the image's pixels, so requests with the same image share them. A sequence uses them until its
+prompt is computed. Images are encoded in the order of admission, and not ahead of it beyond a limit of bytes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -37,7 +38,8 @@ class ImageStore:
 
     Args:
         runner: encodes images.
-        most_bytes: bytes of all embeddings above which embeddings without a sequence are evicted.
+        most_bytes: bytes of all embeddings above which embeddings without a sequence are evicted, and only the first
+            waiting sequence with images has its images encoded.
     """
 
     def __init__(self, runner: TowerRunner, most_bytes: int) -> None:
@@ -45,28 +47,23 @@ class ImageStore:
         self._most_bytes = most_bytes
         self._made: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()  # least recently used first
         self._bytes = 0
-        self._wanted: OrderedDict[bytes, ImageInput] = OrderedDict()
-        self._users: Counter[bytes] = Counter()
+        self._wanted: set[bytes] = set()
+        self._users: dict[bytes, set[Sequence]] = {}
         self._encoding: tuple[bytes, Encoding] | None = None
         self.failures: dict[bytes, Exception] = {}  # errors of images that sequences still wait for
         self._counts = Counter(images_encoded=0, images_reused=0, image_failures=0)
         self._seconds = 0.0  # total time of encoding
 
-    @property
-    def works(self) -> bool:
-        """Whether `work` has something to do."""
-        return self._encoding is not None or bool(self._wanted)
-
     def add(self, sequence: Sequence) -> None:
-        """Request the embeddings of a sequence's images."""
+        """Request the embeddings of a sequence's images: of a new sequence, or of one that was preempted."""
         for image in sequence.images:
             key = image.given.key
-            self._users[key] += 1
+            self._users.setdefault(key, set()).add(sequence)
             if key in self._made:
                 self._made.move_to_end(key)
-                self._counts["images_reused"] += 1
+                self._counts["images_reused"] += image.rows is None
             elif self._encoding is None or self._encoding[0] != key:
-                self._wanted.setdefault(key, image.given)
+                self._wanted.add(key)
 
     def is_ready(self, sequence: Sequence) -> bool:
         """Assign encoded embeddings to a sequence's images; return whether all are encoded."""
@@ -81,27 +78,32 @@ class ImageStore:
             (self.failures[image.given.key] for image in sequence.images if image.given.key in self.failures), None
         )
 
-    def ended(self, sequence: Sequence) -> None:
-        """Drop a sequence that has ended or was aborted."""
+    def left(self, sequence: Sequence) -> None:
+        """Drop a sequence whose prompt is computed, or that was aborted; no effect on one that was dropped before."""
         for image in sequence.images:
-            key = image.given.key
-            self._users[key] -= 1
-            if not self._users[key]:
-                del self._users[key]
-                self._wanted.pop(key, None)
+            key, image.rows = image.given.key, None
+            users = self._users.get(key, set())
+            users.discard(sequence)
+            if not users and self._users.pop(key, None) is not None:
+                self._wanted.discard(key)
                 self.failures.pop(key, None)
                 if self._encoding is not None and self._encoding[0] == key:
                     self._encoding[1].close()
                     self._encoding = None
         self._shrink()
 
-    def work(self) -> None:
-        """Encode the next part of the image that has waited longest."""
+    def work(self, waiting: Iterable[Sequence]) -> bool:
+        """Encode the next part of an image; return whether there was one to encode.
+
+        `waiting` are the waiting sequences in the order of admission.
+        """
         if self._encoding is None:
-            if not self._wanted:
-                return
-            key, given = self._wanted.popitem(last=False)
-            self._encoding = key, self._runner.embeddings(np.frombuffer(given.tiles, np.uint8).reshape(*given.shape, 3))
+            given = self._next(waiting) if self._wanted else None
+            if given is None:
+                return False
+            self._wanted.remove(given.key)
+            tiles = np.frombuffer(given.tiles, np.uint8).reshape(*given.shape, 3)
+            self._encoding = given.key, self._runner.embeddings(tiles)
         key, encoding = self._encoding
         begun = time.perf_counter()
         try:
@@ -120,6 +122,24 @@ class ImageStore:
             self.failures[key] = error
         finally:
             self._seconds += time.perf_counter() - begun
+        return True
+
+    def _next(self, waiting: Iterable[Sequence]) -> ImageInput | None:
+        """Return the image to encode next; None if the limit allows none.
+
+        The first sequence with images may exceed the limit; a later one of the same request (`index`) does not count as
+        the first, because it may wait for its request's share of the batch. A preempted sequence with adapters may
+        exceed it too: the first may wait for the memory of these adapters.
+        """
+        allowed = True
+        for sequence in waiting:
+            if not (sequence.images and (allowed or sequence.adapters)):
+                continue
+            for image in sequence.images:
+                if image.given.key in self._wanted:
+                    return image.given
+            allowed = allowed and (sequence.index > 0 or self._bytes <= self._most_bytes)
+        return None
 
     def stats(self) -> dict[str, float]:
         """Return the statistics of images, by field of `EngineStats`."""

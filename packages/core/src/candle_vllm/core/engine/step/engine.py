@@ -219,8 +219,7 @@ class Engine:
         outputs, self._left = self._left, []
         if self.adapters is not None:
             outputs += self._end_unloadable(self.adapters)
-        if self.images is not None and self.images.works:
-            outputs += self._encode(self.images)
+        encodes = self.images is not None and self._encode(self.images, outputs)
         if self.offloaded is not None:
             self.offloaded.take()
         began = time.perf_counter()
@@ -230,7 +229,7 @@ class Engine:
         if idle and self.offloaded is not None and self.offloaded.reads:
             self.offloaded.wait(_BLOCK_WAIT)
             idle = False
-        self._waits_since = changes if idle and (self.images is None or not self.images.works) else -1
+        self._waits_since = changes if idle and not encodes else -1
         if self.runner.in_flight > 1:
             if flight is not None:
                 self._flights.append(flight)
@@ -245,15 +244,14 @@ class Engine:
                 self._propose_drafts(self._drafter, flight, time.perf_counter() - began)
         return outputs
 
-    def _encode(self, images: ImageStore) -> list[TokenOutput]:
-        """Encode a part of an image; end the sequences whose images failed."""
-        images.work()
-        if not images.failures:
-            return []
-        failed = [(each, error) for each in self.scheduler.waiting if (error := images.failure(each)) is not None]
-        for _, error in failed:
-            logger.error("an image could not be encoded", exc_info=error)
-        return [self._fail(sequence, error) for sequence, error in failed]
+    def _encode(self, images: ImageStore, outputs: list[TokenOutput]) -> bool:
+        """Encode a part of an image, if any; append outputs of sequences whose images failed to `outputs`."""
+        encodes = images.work(self.scheduler.waiting)
+        for sequence in list(self.scheduler.waiting) if images.failures else ():
+            if (error := images.failure(sequence)) is not None:
+                logger.error("an image could not be encoded", exc_info=error)
+                outputs.append(self._fail(sequence, error))
+        return encodes
 
     def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
         """End the waiting sequences whose adapters could not be loaded."""

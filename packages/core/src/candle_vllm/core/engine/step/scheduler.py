@@ -71,7 +71,7 @@ class ImageAdmission(Protocol):
 
     def is_ready(self, sequence: Sequence) -> bool: ...
 
-    def ended(self, sequence: Sequence) -> None: ...
+    def left(self, sequence: Sequence) -> None: ...
 
 
 class OffloadedAdmission(Protocol):
@@ -140,8 +140,6 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        if self.images is not None:
-            self.images.add(sequence)
         self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -151,7 +149,7 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         if self.images is not None:
-            self.images.ended(sequence)
+            self.images.left(sequence)
         if self.offloaded is not None:
             self.offloaded.left(sequence)
         if self.adapters is not None:
@@ -239,9 +237,11 @@ class Scheduler:
         return [msgspec.structs.replace(run, state=states.plan(run, generated=generated)) for run in runs]
 
     def launched(self, items: Iterable[Run]) -> None:
-        """Count the tokens of a launched step as computed."""
+        """Count the tokens of a launched step as computed; give up the images of prompts that it completes."""
         for item in items:
             sequence = item.sequence
+            if self.images is not None and item.start < sequence.num_prompt_tokens <= item.start + item.count:
+                self.images.left(sequence)
             if item.wanted:
                 sequence.num_ahead += 1  # the number of accepted drafts is not known yet
                 sequence.num_uncomputed_tokens += 1 - item.count
@@ -406,11 +406,11 @@ class Scheduler:
                 continue
             if sequence.num_ahead:  # preempted before its token was known; it must not be overtaken
                 return
+            if self.images is not None and not self.images.is_ready(sequence):  # before adapters are leased
+                deferred += 1
+                continue
             if self.adapters is not None and sequence.entries and self.adapters.holds_back(sequence):
                 deferred, held = deferred + 1, held + 1
-                continue
-            if self.images is not None and not self.images.is_ready(sequence):
-                deferred += 1
                 continue
             hashes = self._shareable(sequence)
             needed = self.blocks.blocks_for(sequence.num_tokens)
@@ -555,6 +555,8 @@ class Scheduler:
 
     def _wait(self, sequence: Sequence) -> None:
         _insert(self.waiting, sequence)
+        if self.images is not None:
+            self.images.add(sequence)
         if self.adapters is not None:
             self._all_held = None
             self.adapters.waits(sequence)
