@@ -29,7 +29,7 @@ WRONG = [
     "http://host:0/", "http://host:99999/", "http://host:x/", "http://host:-1/", "http://127.1/", "http://2130706433/",
     "http://0x7f.0.0.1/", "http://0x7f000001/", "http://017700000001/", "http://0177.0.0.1/", "http://127.0.0.1.5/",
     "http://-a.com/", "http://a..b/", "http://*.a.com/", "http://a_b.com/", "http://[::1/", "http://[v1.x]/",
-    "http://" + "a" * 64 + ".com/", "http://host/" + "x" * 2048, "http://a@b@c/", "http://ok.example@169.254.169.254/",
+    "http://" + "a" * 64 + ".com/", "http://host/" + "x" * 8192, "http://a@b@c/", "http://ok.example@169.254.169.254/",
     "http://ok.example&@evil/", "http://evil\t.com/", "http://ｅvil.com/",
 ]  # fmt: skip
 
@@ -48,6 +48,8 @@ RIGHT = [
     ("https://10.0.0.1/", "10.0.0.1", 443),
     ("https://xn--bcher-kva.example/", "xn--bcher-kva.example", 443),
     ("https://a.example/x?mail=a@b", "a.example", 443),
+    ("https://a.example/@user/logo@2x.png", "a.example", 443),
+    ("https://a.example/?X-Amz-Security-Token=" + "x" * 4096, "a.example", 443),
 ]
 
 

@@ -161,7 +161,7 @@ async def test_nothing_is_fetched_unless_it_is_listed(site: Site) -> None:
     "url",
     [
         "http://me:secret@{0}/a.png", "http://me@{0}/a.png", "http://{0}\\@evil.example/", "http://{0}#@evil.example/",
-        "http://evil.example@{0}/", "http://{0}/\r\nX: y", "http://{0}/" + "x" * 2048, "HTTP://\u24e7.example/",
+        "http://evil.example@{0}/", "http://{0}/\r\nX: y", "http://{0}/" + "x" * 8192, "HTTP://\u24e7.example/",
     ],
 )  # fmt: skip
 async def test_addresses_that_are_refused_as_they_are_written(url: str, site: Site) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import httpx
 
-MAX_URL = 2048  # characters
+MAX_URL = 8192  # characters; signed URLs with a session token have more than 2,048
 RESOLVE_SECONDS = 10.0
 MAX_ADDRESSES = 4  # maximum number of addresses of one name that are tried
 
@@ -81,8 +81,8 @@ def parse_target(text: str, *, trusted: bool = True) -> Target:
         raise ForbiddenTarget("is not a valid URL") from None
     if url.scheme not in _PORTS:
         raise ForbiddenTarget("must begin with https:// or http://")
-    if url.userinfo or "@" in text.split("?")[0]:
-        raise ForbiddenTarget("must hold no user name and no @")
+    if url.userinfo or "@" in text.partition("://")[2].partition("/")[0].partition("?")[0]:
+        raise ForbiddenTarget("must hold no user name and no @ before its path")
     if url.fragment or "#" in text:
         raise ForbiddenTarget("must hold no fragment")
     host = url.raw_host.decode("ascii")
