@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import struct
 import sys
 import time
@@ -74,6 +75,13 @@ def test_transparent_pixels_are_white() -> None:
 def test_sixteen_bits_become_their_upper_eight() -> None:
     wide = Image.fromarray(np.array([[0, 255, 256, 65535, 32768]], np.uint16))
     assert decode_picture(stored(wide)).pixels[0, :, 0].tolist() == [0, 0, 1, 255, 128]
+    assert decode_picture(stored(wide, transparency=32768)).pixels[0, :, 0].tolist() == [0, 0, 1, 255, 255]
+    assert decode_picture(stored(wide, transparency=255)).pixels[0, :, 0].tolist() == [0, 255, 1, 255, 128]
+    colours = [0x0010, 0x2000, 0x3000], [0x0010, 0x2000, 0x4000], [0x0010, 0x0000, 0x0000]
+    rows = b"\0" + struct.pack(">9H", *itertools.chain(*colours))
+    data = png(3, 1, rows, before=chunk(b"tRNS", struct.pack(">3H", *colours[1])), bits=16)
+    for image in (data, Image.open(io.BytesIO(data))):
+        assert picture_of(image).pixels[0].tolist() == [[0, 0x20, 0x30], [255] * 3, [0] * 3]
 
 
 def test_other_modes_are_colours() -> None:
@@ -91,11 +99,12 @@ def test_of_many_frames_the_first_is_seen() -> None:
 
 
 def png(
-    width: int, height: int, data: bytes = b"", before: bytes = b"", after: bytes = b"", interlaced: int = 0
-) -> bytes:
+    width: int, height: int, data: bytes = b"", before: bytes = b"", after: bytes = b"", interlaced: int = 0,
+    bits: int = 8,
+) -> bytes:  # fmt: skip
     """A PNG file whose header says this size, with further chunks before its pixels and behind them."""
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, interlaced))
     body = before + chunk(b"IDAT", zlib.compress(data)) + after + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + body
 

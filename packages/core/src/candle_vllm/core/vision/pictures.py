@@ -253,9 +253,15 @@ def _picture(image: Image, orientation: int) -> Picture:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    turn = turns.get(orientation)
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value / 256).convert("L")  # Pillow alone would clip at 255
+    turn, clear = turns.get(orientation), image.info.get("transparency")
+    if image.mode.startswith("I;16"):  # Pillow alone would clip at 255, and compare the lower eight bits with `clear`
+        values = np.asarray(image)
+        image = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(PIL.Image.fromarray((values != clear).astype(np.uint8) * 255))
+    elif isinstance(clear, tuple) and max(clear) > 255:  # 16 bits, of which Pillow has the upper eight of each pixel
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         seen = _halved(image if image.mode == "RGBA" else image.convert("RGBA"))
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, (255, 255, 255, 255)), seen)
