@@ -36,7 +36,7 @@ from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParame
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.loading.towers import of_tower
-from candle_vllm.core.models import gemma4_tower_config, llama4_tower
+from candle_vllm.core.models import gemma4_tower_config, gemma4_unified_tower, llama4_tower
 from candle_vllm.core.models.registry import tower_family
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
@@ -362,6 +362,19 @@ def test_rows_of_a_picture_end_with_a_mark_of_their_own(name: str, folders: Call
             text = prompt(name, picture)["prompt"].split("[IMG]")
             head, tail = (Tokenizer.from_file(str(folder / "tokenizer.json")).encode(part).ids for part in text)
             assert list(found.prompt_token_ids) == [*head, *marks, *tail]
+
+
+@pytest.mark.parametrize("said", [{}, {"use_bidirectional_attention": None}, {"use_bidirectional_attention": "vision"}])
+@pytest.mark.parametrize(("name", "read"), [
+    ("Gemma 4 12B", gemma4_unified_tower.config_from_hf), ("Gemma 4 31B", gemma4_tower_config.config_from_hf),
+])  # fmt: skip
+def test_a_config_says_whether_tokens_of_an_image_see_later_ones(name: str, read: Any, said: dict[str, Any]) -> None:
+    row = ROWS[name]
+    text = {key: value for key, value in row.text.items() if key != "use_bidirectional_attention"} | said
+    fields = Fields({"vision_config": row.vision, "text_config": text}, Path("config.json"))
+    found = read(fields, Fields(row.processor, Path("preprocessor_config.json")), 64)
+    theirs = AutoConfig.for_model(text["model_type"], **said).use_bidirectional_attention
+    assert found.whole is (theirs == "vision")
 
 
 def test_line_breaks_around_a_picture_are_those_of_one_text(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
         norm_eps=vision.get("rms_norm_eps", float, 1e-6),
         learned=vision.count("mm_posemb_size", 1120, most=MOST_POSITIONS),
         text_size=text_size,
-        whole=text.get("use_bidirectional_attention", str, "") == "vision",
+        whole=text.values.get("use_bidirectional_attention", "vision") == "vision",  # null is causal
         blank=text.get("pad_token_id", int, 0),
     )
 
