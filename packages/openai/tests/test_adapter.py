@@ -45,6 +45,8 @@ from candle_vllm.openai.remarks import collect_remarks
 from tests.waiting import PATIENCE, until
 
 HI = [{"role": "user", "content": "hi"}]
+GIF = "data:;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs="
+SEEN: list[Any] = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": GIF}}]}]
 
 
 def wire(value: msgspec.Struct) -> dict[str, Any]:
@@ -157,6 +159,11 @@ async def test_prompts_that_are_too_long_are_cut_where_that_is_asked_for() -> No
     assert len(engine.requests[-1].prompt_token_ids) == 5
     with pytest.raises(InvalidParameterError, match="smaller truncation size"):
         await adapter.complete({"prompt": "a", "truncate_prompt_tokens": 16})
+    adapter = OpenAIAdapter(ScriptedEngine("abc", sees=True))
+    seen: dict[str, Any] = {"messages": SEEN, "truncate_prompt_tokens": -1}
+    for asked in (adapter.chat(seen), adapter.embed(seen)):
+        with pytest.raises(UnsupportedParameterError, match="truncate_prompt_tokens: a prompt with images"):
+            await asked
 
 
 async def test_tokens_are_named_by_their_ids_where_that_is_asked_for() -> None:
@@ -633,10 +640,8 @@ async def test_texts_wait_for_no_images_that_are_decoded() -> None:
             return super().look(token_ids, images, names)
 
     free, adapter = threading.Event(), OpenAIAdapter(Slow("x", sees=True))
-    gif = "data:;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs="
-    seen: list[Any] = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": gif}}]}]
-    asked = [adapter.chat({"messages": seen}) for _ in range(5)]
-    counted = [adapter.tokenize({"messages": seen}) for _ in range(5)]
+    asked = [adapter.chat({"messages": SEEN}) for _ in range(5)]
+    counted = [adapter.tokenize({"messages": SEEN}) for _ in range(5)]
     waiting = [asyncio.ensure_future(each) for each in (*asked, *counted)]
     try:
         await asyncio.sleep(0.2)

@@ -194,9 +194,12 @@ class TaskPreparation:
         if "image" not in self._engine.model_info.modalities:
             said = f"{images[0].path}: an image cannot be read: {self._engine.model_info.name} takes text only"
             raise UnsupportedParameterError(said, images[0].path)
-        return self._begun(images)
+        return self._begun(task, images)
 
-    def _begun(self, images: Sequence[ImagePart]) -> Unseen:
+    def _begun(self, task: Task, images: Sequence[ImagePart]) -> Unseen:
+        if task.cut is not None:
+            field = "truncate_prompt_tokens"
+            raise UnsupportedParameterError(f"{field}: a prompt with images is not truncated: omit it", field)
         where = [ImageAddress(image.source, image.path, image.stored) for image in images]
         return [self._images.begin(each) for each in where], [each.path for each in where]
 
@@ -323,7 +326,7 @@ class TaskPreparation:
                 _check_prompt_logprobs("logprobs", task.sampling.get("logprobs"), tokens, task.choices)
             shortest = min((len(prompt.token_ids) for prompt in prompts), default=0)
             params = self._bounded(task, params, task.choices * len(prompts), shortest)
-            return PreparedPrompts(prompts, params, unseen=self._begun(task.images) if task.images else None)
+            return PreparedPrompts(prompts, params, unseen=self._begun(task, task.images) if task.images else None)
 
     def _bounded(self, task: Task, params: SamplingParams, sequences: int, prompt: int) -> SamplingParams:
         """Refuse answers with too many log-probabilities; without `max_tokens`, limit the number of tokens instead."""
