@@ -45,6 +45,7 @@ class FakeHub:
         cut: bytes after which the next download breaks off; None for never.
         held: bytes after which downloads of weights wait until the event is set; None for never.
         asked: requested ranges of the downloads.
+        strange: paths of requests that a hub of models alone does not know.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class FakeHub:
         self.cut: int | None = None
         self.held: tuple[int, threading.Event] | None = None
         self.asked: list[tuple[str, str | None]] = []
+        self.strange: list[str] = []
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -83,6 +85,7 @@ class FakeHub:
                 elif (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)) is not None:
                     self._file(match[1], match[2], body=body)
                 else:
+                    hub.strange.append(path)
                     self._send(404, b"{}")
 
             def _refer(self, repo: str) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -361,6 +363,15 @@ def test_every_command_takes_the_names_of_pull(
     assert [path.name for path in first.weights] == ["model-Q4_K_M.gguf"]
     assert first.weights == again.weights
     assert find_downloaded(settings, name).weight_file == "model-Q4_K_M.gguf"
+
+
+def test_the_hub_is_asked_for_the_model_alone(hub: FakeHub, tmp_path: Path) -> None:
+    """And not for a list of coding agents, one of which would be named to it."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_DISABLE_TELEMETRY", None)
+    command = [sys.executable, "-m", "candle_vllm.server.cli", "show", REPO]
+    told = subprocess.run(command, env=environment, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (told.returncode, hub.strange) == (0, []), told.stderr
 
 
 def test_a_type_that_a_repository_does_not_have_is_told_the_others(hub: FakeHub, settings: Settings) -> None:

@@ -366,7 +366,7 @@ INFO = said(
 @pytest.mark.parametrize("piece", [HEAD, HEAD + b"\r\n"], ids=["head", "body"])
 @pytest.mark.parametrize("step", ["look", "fetch"])
 def test_a_peer_that_drips_is_left_when_the_time_is_over(
-    kind: str, piece: bytes, step: str, cache: DiskCache, monkeypatch: pytest.MonkeyPatch, fake_hub: Any
+    kind: str, piece: bytes, step: str, cache: DiskCache, monkeypatch: pytest.MonkeyPatch, fake_hub: Any, tmp_path: Path
 ) -> None:
     """And with it the place of the look or the fetch is free: each byte would begin another ten seconds."""
     first = {"tar": (".sha256 ", SUM), "hub": ("/api/", INFO), "bucket": ("HEAD ", OBJECT)}[kind]
@@ -376,6 +376,10 @@ def test_a_peer_that_drips_is_left_when_the_time_is_over(
     limits = Limits(seconds=0.3)
     with Dripping(answers) as peer:
         monkeypatch.setattr(constants, "ENDPOINT", peer.url)
+        # As on the first day of a machine, in a process that imported huggingface_hub before candle_vllm.server.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
+        monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", peer.url + "/{repo_id}/resolve/{revision}/{filename}"
         )

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False  # not imported from typing, because that would delay the handling of Ctrl+C
 if TYPE_CHECKING:
     from typing import Any
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "create_app", "load_settings"]
 
+# Read when huggingface_hub is imported, which would otherwise ask the hub which coding agents there are.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 

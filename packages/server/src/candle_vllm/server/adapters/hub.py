@@ -170,8 +170,10 @@ class HubSource(FetchedSource):
     @contextmanager
     def _answer(self, url: str, budget: sources.Budget) -> Iterator[Any]:
         """Yield a response that is not compressed; raises HTTPError and OSError of huggingface_hub."""
+        from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # otherwise its headers cost a request that `cut_off` does not end
         headers = {**build_hf_headers(token=self._settings.hf_token), "accept-encoding": "identity"}
         headers["connection"] = "close"  # `cut_off` only ends connections that the request itself opens
         patience = min(HUB_TIMEOUT_S, budget.seconds)
