@@ -14,6 +14,7 @@ from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadErro
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter, parse_chat_request, to_error, to_json_bytes
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
+from candle_vllm.openai.remarks import collect_remarks
 from packages.openai.tests.formats.samples import SAMPLES, Sample
 from packages.openai.tests.formats.samples import TOOLS as SCHEMAS
 from tests.waiting import wait_for
@@ -230,6 +231,17 @@ async def test_a_tool_that_is_not_strict_is_called_even_if_its_schema_cannot_be_
     grammar = engine.requests[0].params.structured_outputs.grammar
     assert "uniqueItems" not in grammar
     assert "maxLength" in grammar  # the other tool is held to its schema all the same
+
+
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "mistral"])
+async def test_a_call_without_its_schema_is_said(form: str) -> None:
+    """Whether the plan or the compiler finds that a schema cannot be guaranteed."""
+    for schema in (ODD, {"properties": {"a": {"type": "string", "pattern": "^(?!b)"}}}):
+        for mode, said in (("required", 1), ("auto", 0)):
+            remarks = collect_remarks()
+            made = OpenAIAdapter(ScriptedEngine([CALL]), tool_parser=form)
+            await made.chat({"messages": HI, "tools": [tool("odd", schema), tool("f2", EVEN)], "tool_choice": mode})
+            assert sum("arguments of 'odd' are not constrained by their schema: " in text for text in remarks) == said
 
 
 @pytest.mark.parametrize("beside", [{}, {"response_format": {"type": "json_object"}}, {"tool_choice": "required"}])

@@ -7,8 +7,9 @@ these methods run in other threads (`WorkerThreads`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -61,6 +62,7 @@ class PreparedChat(NamedTuple):
         remarks: warnings to the client about the constraint.
         images: preprocessed images of the prompt.
         unseen: images that are not read yet: their files or addresses, and their paths in the request.
+        loose: tools whose schemas do not constrain calls, and the reasons.
     """
 
     prompt: list[int]
@@ -70,6 +72,7 @@ class PreparedChat(NamedTuple):
     remarks: tuple[str, ...] = ()
     images: tuple[ImageInput, ...] = ()
     unseen: Unseen | None = None
+    loose: Mapping[str, str] = MappingProxyType({})
 
 
 class PreparedPrompts(NamedTuple):
@@ -119,7 +122,7 @@ class TaskPreparation:
             text = self._render(task)
             if bounded and task.cut is None:
                 check_length(self._engine, text)
-            answers, structured, thoughts, marks = self._planned(task, text)
+            (answers, structured, thoughts, marks), loose = self._planned(task, text)
             # Templates write special tokens themselves; a request may add more.
             prompt = self._cut(task, self._behind(task, text, add_special_tokens=task.add_special_tokens))
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
@@ -129,7 +132,7 @@ class TaskPreparation:
             if structured is not params.structured_outputs or thoughts is not None or marks is not None:
                 params = replace(params, structured_outputs=structured, thoughts=thoughts, stop_marks=marks)
             params = self._bounded(task, params, task.choices, len(prompt))
-            return PreparedChat(prompt, params, answers, text, unseen=unseen)
+            return PreparedChat(prompt, params, answers, text, unseen=unseen, loose=loose)
 
     async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
         """Read the images of a conversation from their sources, and add them to `prepared`; raises `RequestError`."""
@@ -234,7 +237,8 @@ class TaskPreparation:
             try:
                 if form is not None:
                     self._engine.check_structured_outputs(form)
-                return prepared._replace(remarks=_remarks(task, self._without_grammar(task, prepared.text)))
+                loose = {**self._without_grammar(task, prepared.text), **prepared.loose}
+                return prepared._replace(remarks=_remarks(task, loose))
             except RequestError:
                 if asked is not None:
                     self._engine.check_structured_outputs(asked)
@@ -259,36 +263,38 @@ class TaskPreparation:
                 reason = str(error).removeprefix("structured_outputs: ")
                 raise InvalidParameterError(f"{field}: {reason}", field) from None
 
-    def _without_grammar(self, task: Task, text: str) -> frozenset[str]:
-        """Return the tools whose grammar cannot be enforced in the model's tool-call format."""
-        found = set[str]()
+    def _without_grammar(self, task: Task, text: str) -> dict[str, str]:
+        """Return the tools whose grammar cannot be enforced in the model's tool-call format, and the reasons."""
+        found = dict[str, str]()
         for tool in task.tools.tools:
             try:
                 if tool.grammar is not None:
                     self._planner.plan(replace(task, tools=replace(task.tools, tools=(tool,))), text)
-            except RequestError:
-                found.add(tool.name)
-        return frozenset(found)
+            except RequestError as error:
+                found[tool.name] = str(error)
+        return found
 
-    def _planned(self, task: Task, text: str) -> Planned:
+    def _planned(self, task: Task, text: str) -> tuple[Planned, Mapping[str, str]]:
         try:
-            return self._planner.plan(task, text)
+            return self._planner.plan(task, text), {}
         except RequestError:
             loose = self._loose(task, text)
             if not loose:
                 raise
-            return self._planner.plan(task, text, loose=loose)
+            return self._planner.plan(task, text, loose=loose), loose
 
-    def _loose(self, task: Task, text: str) -> frozenset[str]:
-        """Return the non-strict tools whose schema cannot be enforced; all non-strict tools beyond `_MOST_TRIED` tools.
+    def _loose(self, task: Task, text: str) -> dict[str, str]:
+        """Map the non-strict tools whose schema cannot be enforced to the reasons.
+
+        Beyond `_MOST_TRIED` tools, these are all non-strict tools.
 
         Raises InvalidParameterError if the schema of a strict tool cannot be enforced.
         """
         use = task.tools
-        found = set[str]()
+        found = dict[str, str]()
         for tool in use.tools:
             if not tool.strict and len(use.tools) > _MOST_TRIED:
-                found.add(tool.name)
+                found[tool.name] = "there are too many tools"
                 continue
             try:
                 one = replace(task, tools=replace(use, tools=(tool,)))
@@ -301,8 +307,8 @@ class TaskPreparation:
                     raise InvalidParameterError(
                         f"{field}: the arguments of the strict tool {tool.name!r} cannot be guaranteed: {error}", field
                     ) from None
-                found.add(tool.name)
-        return frozenset(found)
+                found[tool.name] = str(error)
+        return found
 
     def prompts(self, task: Task) -> PreparedPrompts:
         """Prepare a task with prompts; RequestError names the request's fields."""
@@ -511,16 +517,20 @@ def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     return dict(variables)
 
 
-def _remarks(task: Task, loose: Collection[str] = ()) -> tuple[str, ...]:
-    """Return warnings about the schemas and grammars of an answer; they have been compiled without errors."""
+def _remarks(task: Task, loose: Mapping[str, str] = MappingProxyType({})) -> tuple[str, ...]:
+    """Return warnings about the schemas and grammars of an answer, which were compiled except those of `loose`."""
     found = list[str]()
     if task.form is not None and task.form.json is not None:
         found += schema_remarks(task.form.json)
     for tool in task.tools.tools:
+        required = task.tools.mode == "required"
         if tool.grammar is not None and tool.name in loose:
             found.append(
                 f"the input of {tool.name!r} is not constrained by its grammar, which cannot be guaranteed in a call"
             )
-        if (tool.strict or task.tools.mode == "required") and tool.name not in loose:
+        elif tool.name in loose and required:
+            reason = loose[tool.name].removeprefix("structured_outputs: ").removeprefix("tools: ")
+            found.append(f"the arguments of {tool.name!r} are not constrained by their schema: {reason}")
+        elif tool.name not in loose and (tool.strict or required):
             found += [f"of the parameters of {tool.name!r}: {text}" for text in schema_remarks(tool.parameters)]
     return tuple(found)
