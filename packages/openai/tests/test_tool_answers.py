@@ -233,6 +233,16 @@ async def test_a_tool_that_is_not_strict_is_called_even_if_its_schema_cannot_be_
     assert "maxLength" in grammar  # the other tool is held to its schema all the same
 
 
+async def test_of_hundreds_of_tools_those_that_cannot_be_guaranteed_are_loose() -> None:
+    """Agents with several MCP servers send as many; one odd schema is no reason to free the calls of all others."""
+    for odd in ([7], [0, 90, 199], list(range(200))):
+        engine = ScriptedEngine([CALL])
+        tools = [tool(f"f{i}", ODD if i in odd else {"properties": {f"p{i}": EVEN}}) for i in range(200)]
+        made = OpenAIAdapter(engine, tool_parser="hermes")
+        await made.chat({"messages": HI, "tools": tools, "tool_choice": "required"})
+        assert engine.requests[0].params.structured_outputs.grammar.count("maxLength") == 200 - len(odd)
+
+
 @pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "mistral"])
 async def test_a_call_without_its_schema_is_said(form: str) -> None:
     """Whether the plan or the compiler finds that a schema cannot be guaranteed."""

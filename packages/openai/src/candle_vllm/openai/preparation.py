@@ -7,7 +7,7 @@ these methods run in other threads (`WorkerThreads`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from candle_vllm.openai.serving import WorkerThreads, check_length
 from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart, images_of, template_messages
 
 MAX_PIXELS = 1 << 28  # pixels of all images of a request: a few bytes can encode an image of the maximum size
-_MOST_TRIED = 64  # tools whose schemas are tried one by one
+_GROUP, _MOST_SPLIT = 16, 4  # tools whose schemas are tried together, and refused groups that are tried one by one
 
 
 _NOT_SHOWN = TextPart("[an image, which this model cannot see]")
@@ -286,28 +286,40 @@ class TaskPreparation:
     def _loose(self, task: Task, text: str) -> dict[str, str]:
         """Map the non-strict tools whose schema cannot be enforced to the reasons.
 
-        Beyond `_MOST_TRIED` tools, these are all non-strict tools.
+        Groups of tools are tried first. The tools of a refused group are tried one by one, in `_MOST_SPLIT` groups, and
+        otherwise found as a whole; if the rest is refused together, all tools are found.
 
         Raises InvalidParameterError if the schema of a strict tool cannot be enforced.
         """
-        use = task.tools
-        found = dict[str, str]()
-        for tool in use.tools:
-            if not tool.strict and len(use.tools) > _MOST_TRIED:
-                found[tool.name] = "there are too many tools"
-                continue
+        use, found, split = task.tools, dict[str, str](), 0
+
+        def check(one: Task, loose: Collection[str] = ()) -> None:
+            form = self._planner.plan(one, text, loose=loose).structured
+            if form is not None:
+                self._engine.check_structured_outputs(form)
+
+        free = [tool for tool in use.tools if not tool.strict]
+        groups = [[tool] for tool in use.tools if tool.strict]
+        groups += [free[start : start + _GROUP] for start in range(0, len(free), _GROUP)]
+        for group in groups:  # which grows
             try:
-                one = replace(task, tools=replace(use, tools=(tool,)))
-                alone = self._planner.plan(one, text).structured
-                if alone is not None:
-                    self._engine.check_structured_outputs(alone)
+                check(replace(task, tools=replace(use, tools=tuple(group))))
             except RequestError as error:
-                if tool.strict:
-                    field = _path_of(task, tool.name)
+                if group[0].strict:
+                    name = group[0].name
+                    field = _path_of(task, name)
                     raise InvalidParameterError(
-                        f"{field}: the arguments of the strict tool {tool.name!r} cannot be guaranteed: {error}", field
+                        f"{field}: the arguments of the strict tool {name!r} cannot be guaranteed: {error}", field
                     ) from None
-                found[tool.name] = str(error)
+                if len(group) > 1 and split < _MOST_SPLIT:
+                    split += 1
+                    groups += [[tool] for tool in group]
+                else:
+                    found |= {tool.name: str(error) for tool in group}
+        try:
+            check(task, found)
+        except RequestError as error:
+            found = {tool.name: str(error) for tool in free}
         return found
 
     def prompts(self, task: Task) -> PreparedPrompts:
