@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.server import serve
 from candle_vllm.server.adapters import fetching
 from candle_vllm.server.batches.lines import (
@@ -148,6 +149,21 @@ def test_files_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_of_an_earlier_run_stay_until_the_model_is_loaded(
+    engine: PacedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = run(tmp_path, *(request(name) for name in "abc"))
+
+    def refuse(entry: Any, _beside: Any) -> Any:
+        raise InvalidFileError("the file is damaged")
+
+    with monkeypatch.context() as damaged:
+        damaged.setattr(serve, "ModelLoader", lambda metrics, **_: refuse)
+        assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl"]) == 2
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == earlier
+    assert len(run(tmp_path, request("d"))) == 1
+
+
 class Shelf:
     """A server of files: what is read from it, what is written to it, and how it answers."""
 
@@ -213,7 +229,7 @@ def test_files_behind_addresses(
     assert main(["run-batch", "-i", f"{shelf.url}/in", "-o", "out.jsonl"]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
     capsys.readouterr()
-    for statuses, asked in (([200, 403], 2), ([200, 503, 503, 503], 4), ([200, 307], 2)):
+    for statuses, asked in (([200, 403], 2), ([200, 503, 429, 503], 4), ([200, 307], 2)):
         shelf.statuses, shelf.asked = [*statuses], []
         assert main([*line, "--output-tmp-dir", str(tmp_path)]) == 2
         assert len(shelf.asked) == asked

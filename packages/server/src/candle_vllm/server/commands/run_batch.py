@@ -66,7 +66,7 @@ def run_batch(
         if isinstance(target, Path):
             if target.exists() and isinstance(source, Path) and target.samefile(source):
                 raise UsageError(f"{target} is the input: write the answers to another file")
-            with target.open("wb") as made:
+            with target.open("ab") as made:
                 asyncio.run(_run(configuration, given, made, load))
             return 0
         descriptor, name = tempfile.mkstemp(prefix="run-batch-", suffix=".jsonl", dir=output_tmp_dir)
@@ -149,7 +149,7 @@ def _send(url: httpx.URL, path: Path) -> None:
             path.unlink()
             return
         why = f"it answered with {status}"
-        if status < httpx.codes.INTERNAL_SERVER_ERROR:
+        if status < httpx.codes.INTERNAL_SERVER_ERROR and status != httpx.codes.TOO_MANY_REQUESTS:
             break
     raise CandleVllmError(f"{without_secrets(str(url))} did not accept the answers ({why}): they are in {path}")
 
@@ -170,6 +170,8 @@ async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], 
         slot = await manager.start()
         assert slot.model is not None
         gc.freeze()
+        if made.seekable() and made.tell():  # what an earlier run wrote stays until the model is loaded
+            made.truncate(0)
         width = MORE_THAN_RUN * slot.model.engine.model_info.max_num_seqs
         await _answer_all(application, given, made, width)
     observation.close()
