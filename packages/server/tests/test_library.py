@@ -356,12 +356,14 @@ def test_a_downloaded_model_has_no_settings_of_an_entry_of_models_yaml(
 def test_every_command_takes_the_names_of_pull(
     hub: FakeHub, settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `run` and `show` know a model by is a name to `serve`, `generate` and the library's engine too."""
+    """What `run` and `show` know a model by is a name to `serve` and `generate` too, and of a draft model."""
     monkeypatch.setitem(cast(dict[str, Any], KNOWN), "toy:1b", model_names.Known(REPO, "Q4_K_M", 10))
     first = model_files(engine_config(dataclasses.replace(settings, model=name)))  # fetches it
     again = model_files(engine_config(dataclasses.replace(settings, model=name), offline=True))
     assert [path.name for path in first.weights] == ["model-Q4_K_M.gguf"]
     assert first.weights == again.weights
+    draft = engine_config(dataclasses.replace(settings, model=name, speculative_config={"model": name}))
+    assert draft.speculative_config == {"model": draft.model}
     assert find_downloaded(settings, name).weight_file == "model-Q4_K_M.gguf"
 
 

@@ -166,6 +166,9 @@ def engine_config(settings: table.ModelOptions, *, fetch: bool = True, **changes
     if settings.enforce_eager and not in_ranks and importlib.util.find_spec("torch") is None:
         logger.warning("enforce_eager has no effect: torch is not installed, so the compiled kernels compute")
         values["enforce_eager"] = False
+    draft = settings.speculative_config
+    if draft is not None and isinstance(draft.get("model"), str):
+        values["speculative_config"] = {**draft, "model": named_model(draft["model"])}
     if settings.mem is not None:
         values["kv_cache_memory"] = settings.mem << 20
     values |= changes
