@@ -107,6 +107,22 @@ def test_what_is_not_kept_is_continued_from_the_connection_s_memory(server: Runn
         assert ["cobalt" in said(server), "Keep this." in said(server)] == [True, True]
 
 
+@pytest.mark.usefixtures("movable_clock")
+def test_silence_is_broken_by_events_as_over_http(start: Callable[..., Running]) -> None:
+    """Codex counts the messages of a WebSocket alone, and not its pings."""
+    running = start(PacedEngine("abc", first_pause=60))
+    with opened(running) as socket:
+        send(socket)
+        running.wait_for(lambda: running.engine.pausing)
+        for _ in range(3):
+            running.skip(20.5)
+        events = answer(socket)
+    silent = [place for place, event in enumerate(events) if event["type"] == "keepalive"]
+    assert len(silent) >= 2
+    assert all(events[place]["sequence_number"] == events[place - 1]["sequence_number"] for place in silent)
+    judge_events([event for event in events if event["type"] != "keepalive"])
+
+
 def test_another_connection_knows_what_was_kept_and_nothing_else(server: Running) -> None:
     with opened(server) as socket:
         lost, kept = ask(socket, "copper"), ask(socket, "zinc", store=True)

@@ -140,7 +140,12 @@ class ResponseEvents:
 
     def silence(self) -> bytes:
         """Return the event that fills a silence."""
-        return named_event("keepalive", b'{"type":"keepalive","sequence_number":%d}' % self._number)
+        return named_event("keepalive", silent_event(self._number))
+
+
+def silent_event(number: int) -> bytes:
+    """Return the JSON of the event that fills a silence after the event `number`."""
+    return b'{"type":"keepalive","sequence_number":%d}' % number
 
 
 def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:

@@ -36,9 +36,11 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import store_refusal
 from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS, UNDECODED
 from candle_vllm.server.http.routing import RequestContext, begin_generation, caller_of, current_request
+from candle_vllm.server.http.sse import KEEP_ALIVE_SECONDS
 from candle_vllm.server.models.manager import take_turn
 from candle_vllm.server.routes.responses import Responders, detail_of, owner_of
 from candle_vllm.server.settings.derived import speak_in_flags
+from candle_vllm.server.store_access import silent_event
 
 router = APIRouter()
 MAX_WAITING = 16  # messages that wait for the responses to earlier messages
@@ -70,6 +72,7 @@ class _Connection:
         self._news = asyncio.Event()
         self._gone = False  # whether the client has disconnected
         self._stream: ResponseStream | None = None
+        self._number = 0  # of the last event of this response
         self._draining: asyncio.Event = websocket.scope.get("extensions", {}).get(DRAINING) or asyncio.Event()
 
     async def run(self) -> None:
@@ -170,6 +173,8 @@ class _Connection:
 
     async def _answer(self) -> None:
         previous: str | None = None
+        self._number = 0
+        filling = asyncio.create_task(self._fill_silence(), name="silence of a WebSocket")
         try:
             wire = await self._take()
             previous = wire.previous_response_id
@@ -181,9 +186,20 @@ class _Connection:
             self._gone = True
         except Exception as failure:
             await self._fail(failure)
+        finally:
+            await end_task(filling)
         if previous is not None and (self._stream is None or self._stream.failure is not None):
             self._memory.forget(previous)
         self._stream = None
+
+    async def _fill_silence(self) -> None:
+        """Send an event after `KEEP_ALIVE_SECONDS` without one: clients do not count the connection's own pings."""
+        with contextlib.suppress(WebSocketDisconnect):
+            while True:
+                before = self._number
+                await asyncio.sleep(KEEP_ALIVE_SECONDS)
+                if self._number == before:
+                    await self._send_bytes(silent_event(before))
 
     async def _generate(self, wire: ResponsesRequest) -> None:
         """Generate one response, and send its events as they come."""
@@ -223,6 +239,7 @@ class _Connection:
             await self._websocket.close(_RESTART, "the server has stopped")
 
     async def _send(self, event: StreamEvent) -> None:
+        self._number = event.sequence_number
         await self._send_bytes(to_json_bytes(event))
 
     async def _send_error(self, failure: Exception) -> None:
