@@ -98,6 +98,8 @@ class Server:
         elif MODE == "big-list":
             tools = [tool(f"t{index}", description="x" * MEGA) for index in range(8)]
             self.send(id=message["id"], result={"tools": tools})
+        elif MODE == "bad-parts":
+            self.send(id=message["id"], result={"tools": self.tools, "nextCursor": "", "_meta": []})
         else:
             self.send(id=message["id"], result={"tools": self.tools})
 
@@ -146,7 +148,8 @@ class Server:
 
     def call_bad_parts(self, request: Any, message: dict[str, Any]) -> None:
         content = [{"type": "video", "data": "x"}, {"type": "text", "text": "the text"}]
-        self.send(id=request, result={"content": content})
+        fields = json.loads((message["params"].get("arguments") or {}).get("text", "{}"))
+        self.send(id=request, result={"content": content} | fields)
 
     def call_lies(self, request: Any, message: dict[str, Any]) -> None:
         text = message["params"]["arguments"]["text"]
@@ -174,7 +177,7 @@ class Server:
         self.send(id="ask", method=method, params=params)
 
     def call_bad_result(self, request: Any, message: dict[str, Any]) -> None:
-        self.send(id=request, result={"content": "no list"})
+        self.send(id=request, result={"content": 5})
 
     def call_error(self, request: Any, message: dict[str, Any]) -> None:
         self.send(id=request, error={"code": -32000, "message": f"no, {os.environ.get('TOKEN')} " + "x" * 100_000})

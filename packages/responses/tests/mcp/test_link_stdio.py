@@ -84,7 +84,16 @@ async def test_bad_parts_of_lists_and_results_are_left_out_by_themselves(scripte
     async with McpLink(scripted("bad-parts")) as link:
         assert list(link.tools) == ["echo", "bare"]
         assert "the tool 'bad' is left out" in "\n".join(link.log_lines())
+        assert "twice" not in "\n".join(link.log_lines())
         assert said(await link.call("bare", {})) == ("[content of the kind 'video', which is not understood] the text")
+        for fields in (
+            {"isError": None}, {"structuredContent": [1]}, {"structuredContent": "x"}, {"_meta": []},
+            {"content": {"type": "text", "text": "the text"}}, {"content": "the text"},
+            {"content": None, "structuredContent": {"a": "the text"}},
+        ):  # fmt: skip
+            output = await link.call("echo", {"text": json.dumps(fields)})
+            assert "the text" in said(output)
+            assert not output.is_error
 
 
 async def test_progress(scripted: Scripted) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -106,14 +107,24 @@ _SHOWN = ("title", "description", "icons", "annotations", "execution", "outputSc
 def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
     """Remove the parts of a server's answer that violate the protocol, in place.
 
-    The SDK checks an answer as a whole, so one invalid tool would invalidate the list, and one unknown block the
-    result. A tool is repaired if its meaning is clear, and otherwise dropped; a text about it replaces an invalid
-    block.
+    The SDK checks an answer as a whole, so one invalid tool or optional field would invalidate the list, and one
+    unknown block the result. Such a field is removed; a tool is repaired if its meaning is clear, and otherwise
+    dropped; a text about it replaces an invalid block.
 
     Args:
         result: result of any request; lists of tools and results of calls are checked.
         note: called with a sentence for each dropped tool, up to a limit.
     """
+    for name, kind in _FIELDS.items():
+        if name in result and (not isinstance(result[name], kind) or result[name] == ""):
+            del result[name]
+    content, structured = result.get("content"), result.get("structuredContent")
+    if content is None and structured is not None:
+        content = json.dumps(structured)
+    if isinstance(content, str):
+        content = {"type": "text", "text": content}
+    if isinstance(content, dict):
+        result["content"] = [content]
     if isinstance(tools := result.get("tools"), list):
         notes: list[str] = []
         mended = [_mended_tool(tool, notes.append) for tool in tools[:MAX_MENDED]]
@@ -157,6 +168,8 @@ def _mended_tool(tool: Any, note: Callable[[str], object]) -> dict[str, Any] | N
     return None
 
 
+_FIELDS = {"_meta": dict, "structuredContent": dict, "isError": bool, "nextCursor": str}
+"""Types of the optional fields beside a list of tools or of blocks."""
 _PLAIN = {"name": "a", "inputSchema": {"type": _OBJECT}}
 
 
