@@ -158,12 +158,13 @@ def test_a_failing_model_is_status_1(
 
 def test_events_as_json(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(folder)
-    scripted(monkeypatch, DOUBLE, "42")
+    answer = "4\u20282\u2029\x85."
+    scripted(monkeypatch, DOUBLE, answer)
     assert main(["agent", "--tool-parser", "hermes", "--yes", "--json", "x"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == {"type": "TurnStarted", "number": 1}
     assert lines[-1]["type"] == "ConversationFinished"
-    assert lines[-1]["result"]["final_message"] == "42"
+    assert lines[-1]["result"]["final_message"] == answer
     finished = [line["result"]["text"] for line in lines if line["type"] == "ToolFinished"]
     assert finished == ["42"]
 

@@ -22,7 +22,7 @@ import msgspec
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError, ConfigError
-from candle_vllm.openai import OpenAIAdapter
+from candle_vllm.openai import OpenAIAdapter, to_json_bytes
 from candle_vllm.responses import ConversationOptions, ResponsesSession
 from candle_vllm.responses.conversation.chat_model import ModelSource
 from candle_vllm.responses.conversation.events import (
@@ -135,7 +135,7 @@ def _introduce(session: ResponsesSession) -> None:
 
 
 def _print_json(event: Event) -> None:
-    sys.stdout.write(msgspec.json.encode(event, enc_hook=str).decode() + "\n")
+    sys.stdout.write(to_json_bytes(event, str).decode() + "\n")
     sys.stdout.flush()
 
 
