@@ -22,6 +22,8 @@ from candle_vllm.openai.protocol.chat import ChatLogprobs, ChatTokenLogprob, Top
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.responses.conversation.turn_reader import MAX_CHARS
 
+_FAILURES = ("error", "abort", "content_filter")  # OpenRouter, vLLM, OpenAI and Azure
+
 
 class _Call:
     def __init__(self, given_id: str) -> None:
@@ -41,6 +43,11 @@ class ChunkReader:
     def finished(self) -> bool:
         """Whether every answer has a finish reason."""
         return bool(self._choices) and all(choice.reason for choice in self._choices.values())
+
+    @property
+    def failure(self) -> str:
+        """The finish reason of an answer that the server did not finish, or ""."""
+        return next((choice.reason for choice in self._choices.values() if choice.reason in _FAILURES), "")
 
     def read(self, data: Mapping[str, Any]) -> list[Event]:
         """Return the events of one chunk; raises `CandleVllmError` for an answer that exceeds the limits."""

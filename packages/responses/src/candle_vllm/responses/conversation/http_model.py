@@ -243,6 +243,11 @@ class HttpModel:
             raise ModelServerError(
                 f"{self._server} closed the connection before its answer was complete", response.status_code
             )
+        if reader.failure:
+            raise ModelServerError(
+                f"{self._server} ended its answer before it was complete (finish_reason {reader.failure!r})",
+                response.status_code,
+            )
         for event in reader.end():
             yield event
 
