@@ -38,7 +38,7 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
         ("n_ctx", "it is called max_model_len"),
         ("max_model_length", "did you mean max_model_len?"),
         ("n_gpu_layers", "called gpu_layers"),
-        ("max_memory", "set which weights are not on the GPU"),
+        ("max_memory", "weights outside the GPU are set by cpu_experts"),
         ("tp_size", "called tensor_parallel_size"),
         ("mem_fraction_static", "it is called gpu_memory_utilization"),
         ("temperature", r"generate\(prompts, SamplingParams"),
@@ -178,8 +178,13 @@ def test_what_is_so_anyway_may_be_said() -> None:
         "limit_mm_per_prompt": {},
     }
     assert EngineConfig(model="m", **settings) == EngineConfig(model="m")
-    params: dict[str, Any] = {"detokenize": True, "skip_clone": True}
+    params: dict[str, Any] = {"detokenize": False, "skip_clone": True}
     assert SamplingParams(**params) == SamplingParams()
+
+
+def test_what_has_no_effect_is_taken_with_a_remark(caplog: pytest.LogCaptureFixture) -> None:
+    assert EngineConfig(model="m", swap_space=4.5) == EngineConfig(model="m")  # type: ignore[call-arg]
+    assert caplog.messages == ["swap_space has no effect here: a preempted request is computed again, not swapped"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +197,7 @@ def test_what_is_so_anyway_may_be_said() -> None:
             {"model": "m", "enable_eplb": False, "fully_sharded_loras": True},
             "each GPU has the whole adapter",
         ),
-        (SamplingParams, {"detokenize": False}, "always the case"),
+        (SamplingParams, {"use_cache": False}, "always the case"),
         (PoolingParams, {"task": "embed"}, "the method sets it"),
     ],
 )

@@ -36,6 +36,16 @@ from candle_vllm.core.vllm.arguments import translated
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}},
         ),
         ({"attention_backend": "FLASH_ATTN"}, {"attention_backend": "flash_attn"}),
+        ({"attention_backend": "TRITON_ATTN"}, {"attention_backend": "triton"}),
+        ({"attention_backend": "TORCH_SDPA"}, {"attention_backend": "torch"}),
+        ({"limit_mm_per_prompt": {"image": 2, "video": 0}}, {"max_images": 2}),
+        ({"limit_mm_per_prompt": {"image": {"count": 3, "width": 512}}}, {"max_images": 3}),
+        ({"limit_mm_per_prompt": {}}, {}),
+        ({"enable_chunked_prefill": False}, {"max_num_batched_tokens": 0}),
+        ({"enable_sleep_mode": True, "async_scheduling": True, "enable_chunked_prefill": True}, {}),
+        ({"swap_space": 4, "compilation_config": 3, "max_seq_len_to_capture": 1024}, {}),
+        ({"num_scheduler_steps": 8, "structured_outputs_config": {"backend": "xgrammar"}}, {}),
+        ({"served_model_name": "m"}, {}),
         (
             {"pipeline_parallel_size": 1, "trust_remote_code": True, "runner": "pooling", "disable_log_stats": False},
             {},
@@ -79,9 +89,9 @@ def test_how_vectors_are_made() -> None:
         ({"fully_sharded_loras": True}, TypeError, "each GPU has the whole adapter"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: unknown method 'eagle'"),
-        ({"served_model_name": "m"}, TypeError, "names are a server's"),
         ({"device_ids": [1]}, TypeError, r"\(data_parallel_size\) only"),
-        ({"limit_mm_per_prompt": {"image": 1}}, TypeError, "max_images"),
+        ({"limit_mm_per_prompt": {"video": 1}}, ConfigError, "limit_mm_per_prompt has 'video': images are"),
+        ({"limit_mm_per_prompt": 2}, ConfigError, "limit_mm_per_prompt must be a JSON object of counts"),
         ({"logits_processors": [object]}, TypeError, "requests have them, as functions"),
         ({"temperature": 1}, TypeError, "requests have it"),
         ({"max_modle_len": 5}, TypeError, "did you mean max_model_len"),
@@ -112,10 +122,18 @@ def test_arguments_from_a_command_line(toy_model: Path) -> None:
     parser.add_argument("--top-k", type=int)
     args = parser.parse_args(
         ["--max-model-len", "64", "--no-enable-prefix-caching", "--dtype", "half", "--enforce-eager", "--threads", "1",
-         "--tensor-parallel-size", "1", "--no-trust-remote-code"]
+         "--enable-chunked-prefill", "--limit-mm-per-prompt", '{"image": 2}', "--tensor-parallel-size", "1",
+         "--no-trust-remote-code"]
     )  # fmt: skip
     wanted = EngineConfig(
-        model="m", seed=0, max_model_len=64, enable_prefix_caching=False, dtype="f16", cuda_graphs=False, threads=1
+        model="m",
+        seed=0,
+        max_model_len=64,
+        enable_prefix_caching=False,
+        dtype="f16",
+        cuda_graphs=False,
+        threads=1,
+        max_images=2,
     )
     kept = AsyncEngineArgs.from_cli_args(args)
     assert translated(vars(kept).pop("model"), {**vars(kept)}).config == wanted

@@ -49,6 +49,23 @@ def test_each_is_the_setting_that_means_the_same_and_config_says_whence(load: Lo
     assert made.remarks == ()
 
 
+def test_each_of_other_servers(load: Load) -> None:
+    made = load(
+        LLAMA_ARG_MODEL="a.gguf", LLAMA_ARG_HOST="::1", LLAMA_ARG_PORT="8080", LLAMA_ARG_CTX_SIZE="4096",
+        LLAMA_ARG_N_PARALLEL="2", LLAMA_ARG_THREADS="3", LLAMA_ARG_N_GPU_LAYERS="9", VLLM_BATCH_INVARIANT="1",
+        VLLM_CPU_KVCACHE_SPACE="4", VLLM_ATTENTION_BACKEND="TRITON_ATTN", VLLM_LOGGING_LEVEL="WARNING",
+    )  # fmt: skip
+    settings = made.settings
+    assert (settings.model, settings.host, settings.port, settings.max_model_len) == ("a.gguf", "::1", 8080, 4096)
+    assert (settings.max_num_seqs, settings.threads, settings.gpu_layers, settings.deterministic) == (2, 3, 9, True)
+    assert (settings.kv_cache_memory_bytes, settings.attention_backend) == (4 << 30, "triton")
+    assert (settings.log_level, made.remarks) == ("warning", ())
+    (remark,) = load(LLAMA_ARG_HOST="0.0.0.0").remarks
+    assert remark.startswith("LLAMA_ARG_HOST in the environment (0.0.0.0) is not used without an API key")
+    (remark,) = load(VLLM_TORCH_COMPILE_LEVEL="3").remarks
+    assert remark == "VLLM_TORCH_COMPILE_LEVEL in the environment has no effect: torch.compile is not used"
+
+
 def test_the_order_is_flags_then_our_variables_then_these_then_dotenv(load: Load) -> None:
     dotenv = "CANDLE_VLLM_PORT=4\n"
     assert load("--p 1", dotenv, PORT="3", CANDLE_VLLM_PORT="2").settings.port == 1

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import logging
 import sys
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from candle_vllm.core.foreign_names import Row, foreign_tables
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.shown import ShownStruct
 
+logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -36,8 +38,11 @@ def foreign_names(owner: str) -> Mapping[str, str]:
 
 
 def says_what_is_so(owner: str, name: str, value: object) -> bool:
-    """Whether an unknown argument of `owner` has a value that changes nothing."""
+    """Whether an unknown argument of `owner` has a value that changes nothing; where any is accepted, it is logged."""
     agreeing = _agreeing(owner).get(name, ())
+    if "*" in agreeing:
+        logger.warning("%s has no effect here: %s", name, foreign_names(owner)[name])
+        return True
     return any(type(value) is type(each) and value == each for each in agreeing)
 
 

@@ -127,7 +127,7 @@ def is_demo(model: str) -> bool:
 DraftMethod = Literal["none", "ngram", "suffix", "draft_model", "eagle3", "mtp"]
 _ATTENTION = Choice(
     get_args(AttentionBackend),
-    {"triton_attn": "triton"},
+    {"triton_attn": "triton", "flash-attn": "flash_attn", "torch_sdpa": "torch"},
     {"flashinfer": "FlashInfer's kernels are not used; triton is this project's own"},
 )
 _REFUSED_FORMATS: dict[str, str] = dict.fromkeys(

@@ -22,7 +22,6 @@ from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.setting_kinds import Boolean
 
-_ATTENTION = {"TRITON_ATTN": "triton", "FLASH_ATTN": "flash_attn", "TORCH_SDPA": "torch"}
 _LOAD_FORMATS = {"hf": "auto", "safetensors": "auto", "fastsafetensors": "auto", "gguf": "auto"}
 _POOLINGS = {"MEAN": "mean", "CLS": "cls", "LAST": "last"}
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
@@ -123,7 +122,7 @@ class EngineArgs:
             if each.name != "model":
                 _add_flag(parser, each.name, each.help, isinstance(each.kind, Boolean), _reader(each.name))
         for name in _TRANSLATED.keys() - SETTINGS.keys():
-            _add_flag(parser, name, "as in vLLM", False, _value)
+            _add_flag(parser, name, "as in vLLM", name.startswith("enable_"), _value)
         for name in ("runner", "convert", "quantization", "generation_config"):
             _add_flag(parser, name, "as in vLLM", False, str)
         for name in ("pooler_config", "override_generation_config"):
@@ -185,6 +184,30 @@ def _eager(value: Any) -> dict[str, Any]:
     return {"cuda_graphs": False} if value else {}
 
 
+def image_limit(given: Any) -> int | None:
+    """Return the number of images in vLLM's `limit_mm_per_prompt`: by kind of input a count, or a mapping with `count`.
+
+    Raises:
+        ValueError: it has another form, or allows inputs other than images.
+    """
+    try:
+        counts = {kind: limit.get("count", 0) if isinstance(limit, dict) else limit for kind, limit in given.items()}
+    except AttributeError:
+        raise ValueError('must be a JSON object of counts, as {"image": 4}') from None
+    other = next((kind for kind, count in counts.items() if kind != "image" and count != 0), None)
+    if other is not None:
+        raise ValueError(f"has {other!r:.40}: images are the only supported input besides text")
+    return counts.get("image")
+
+
+def _images(value: Any) -> dict[str, Any]:
+    try:
+        count = image_limit(value or {})
+    except ValueError as error:
+        raise ConfigError(f"limit_mm_per_prompt {error}", "limit_mm_per_prompt") from None
+    return {} if count is None else {"max_images": count}
+
+
 def _length(value: Any) -> dict[str, Any]:
     return {} if value in (None, -1, "auto") else {"max_model_len": value}
 
@@ -213,7 +236,7 @@ def _template(value: Any) -> dict[str, Any]:
 _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "dtype": _by("dtype", {}),
     "kv_cache_dtype": _by("kv_cache_dtype", CACHE_ALIASES),
-    "attention_backend": _by("attention_backend", _ATTENTION),
+    "attention_backend": lambda value: {} if value is None else {"attention_backend": str(value).lower()},
     "load_format": _by("load_format", _LOAD_FORMATS),
     "enforce_eager": _eager,
     "max_model_len": _length,
@@ -222,6 +245,8 @@ _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "chat_template": _template,
     "allowed_local_media_path": lambda value: {} if value in (None, "") else {"allowed_local_media_path": value},
     "kv_cache_memory_bytes": lambda value: {} if value is None else {"kv_cache_memory": value},
+    "limit_mm_per_prompt": _images,
+    "enable_chunked_prefill": lambda value: {"max_num_batched_tokens": 0} if value is False else {},
 }
 
 

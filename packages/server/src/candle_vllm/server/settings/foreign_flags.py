@@ -103,15 +103,10 @@ def _drafts(text: str) -> list[str]:
 
 def _images(text: str) -> list[str]:
     """Translate vLLM's `--limit-mm-per-prompt`: a JSON object of counts; those of video and audio must be 0."""
-    try:
-        given = json.loads(text)
-        counts = {kind: limit.get("count", 0) if isinstance(limit, dict) else limit for kind, limit in given.items()}
-    except (ValueError, AttributeError):
-        raise ValueError('must be a JSON object of counts, as {"image": 4}') from None
-    other = next((kind for kind, count in counts.items() if kind != "image" and count != 0), None)
-    if other is not None:
-        raise ValueError(f"has {other!r:.40}: images are the only supported input besides text")
-    return ["--max-images", str(counts["image"])] if "image" in counts else []
+    from candle_vllm.core.vllm.arguments import image_limit  # imported here: it imports the engine
+
+    count = image_limit(_json(text, dict))
+    return [] if count is None else ["--max-images", str(count)]
 
 
 def _adapters(text: str) -> list[str]:

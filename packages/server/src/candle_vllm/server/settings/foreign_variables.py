@@ -27,7 +27,7 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables with the Hugging Face token, also in `.env`."""
 
 IDLE: Mapping[str, str] = {name: why for name, _, why in _ROWS if why and not name.startswith(ENV_PREFIX)}
-"""Variables of the Rust candle-vllm that lack its prefix and have no effect here -> the reason."""
+"""Variables of vLLM and the Rust candle-vllm that have no effect here -> the reason."""
 
 _LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # each of them enables adapters
 _OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # for every command, not only for servers
@@ -38,7 +38,8 @@ _KEY_LIKE = re.compile(
     re.ASCII,
 )
 _CLIENTS_KEY = "OPENAI_API_KEY"  # a client's variable: warn only if other machines can connect
-_LEVELS = {"off": "error", "error": "error", "warn": "warning", "info": "info", "debug": "debug", "trace": "debug"}
+_LEVELS = {"off": "error", "critical": "error", "error": "error", "warning": "warning", "warn": "warning",
+           "info": "info", "debug": "debug", "trace": "debug"}  # fmt: skip
 
 
 def deployment_source(
@@ -85,7 +86,8 @@ def deployment_source(
     host = values.get("host", "localhost")
     if keyed or "api_key" in values or "host" in stronger or is_loopback(host):
         return source
-    remark = f"HOST in the environment ({host}) is not used without an API key: set one, or --host {host}"
+    name = given_as["host"]
+    remark = f"{name} in the environment ({host}) is not used without an API key: set one, or --host {host}"
     del values["host"]
     return replace(source, remarks=(*source.remarks, remark))
 
@@ -97,11 +99,12 @@ def _value(name: str, setting: str, text: str, remarks: list[str]) -> Any:
             text if text == "localhost" or ip_address(text) is not None else None
         )  # some shells set HOST to the name of the machine
     if setting == "log_level":
-        return _rust_level(text)
+        return _log_level(text)
     if name == "HF_HOME":
         return convert(BY_NAME[setting].kind, text, spelled) / "hub"
     try:
-        value = convert(BY_NAME[setting].kind, text, spelled)
+        gib = "G" if name == "VLLM_CPU_KVCACHE_SPACE" else ""
+        value = convert(BY_NAME[setting].kind, text + gib, spelled)
         return (value,) if setting == "api_key" else value  # a single key, which may contain commas
     except UsageError as error:
         if name not in ("PORT", "HF_HUB_OFFLINE"):
@@ -119,7 +122,7 @@ def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
 
 
 def idle_remarks(variables: Mapping[str, str], title: str) -> list[str]:
-    """Return remarks on variables of the Rust candle-vllm that lack its prefix and have no effect here."""
+    """Return remarks on variables in `IDLE`."""
     return [f"{name} in {title} has no effect: {why}" for name, why in IDLE.items() if name in variables]
 
 
@@ -132,8 +135,8 @@ def hub_token_source(*places: tuple[str, Mapping[str, str]]) -> SettingsSource:
     return SettingsSource("nowhere")
 
 
-def _rust_level(text: str) -> str | None:
-    """Translate RUST_LOG to a log level: the level of this program's directive, or the global one."""
+def _log_level(text: str) -> str | None:
+    """Translate RUST_LOG or a level to a log level: that of this program's directive, or the global one."""
     levels: dict[str, str] = {}
     for directive in text.lower().split(","):
         target, equals, level = directive.strip().rpartition("=")

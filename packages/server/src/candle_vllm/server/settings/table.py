@@ -192,8 +192,7 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
         reading={"auto": True, "whole": True}, flags=("--gpu-layers", "--n-gpu-layers"))] = None
     dtype: Annotated[str | None, engine(DEVICE, "TYPE")] = None
     enforce_eager: Annotated[bool, engine(DEVICE)] = False
-    attention_backend: Annotated[str | None, engine(DEVICE,
-        "NAME", reading={"aliases": {"flash-attn": "flash_attn"}})] = None
+    attention_backend: Annotated[str | None, engine(DEVICE, "NAME")] = None
     kv_cache_dtype: Annotated[str | None, engine(DEVICE,
         "TYPE", more="; --fp8-kvcache is fp8", reading=_CACHE,
         flags=("--kv-cache-dtype", "--kvcache-dtype"), constants={"--fp8-kvcache": "fp8"})] = None
