@@ -130,7 +130,7 @@ def test_many_wrong_entries_are_not_all_listed(fields: dict[str, Any]) -> None:
         ({"chat_template": ""}, "chat_template", "must not be empty"),
         ({"chat_template": "x" * (MAX_TEMPLATE + 1)}, "chat_template", f"at most {MAX_TEMPLATE} characters"),
         ({"include_reasoning": "no"}, "include_reasoning", "must be true or false"),
-        ({"guided_json": {}}, "guided_json", "use structured_outputs"),
+        ({"ebnf": "a"}, "ebnf", "use structured_outputs"),
         ({"separate_reasoning": False}, "separate_reasoning", "include_reasoning"),
         ({"messages": []}, "messages", "must not be empty"),
         ({"messages": HI * (MAX_MESSAGES + 1)}, "messages", f"at most {MAX_MESSAGES}"),
@@ -427,6 +427,7 @@ def test_llama_cpps_own_route_takes_them_too() -> None:
 def test_names_of_other_servers() -> None:
     params = to_sampling_params(chat(repeat_penalty=1.3, mirostat_mode=2, tfs_z=1, top_a=0), {})
     assert (params.repetition_penalty, params.mirostat) == (1.3, 2)
+    assert [chat(**{name: 7}).seed for name in ("random_seed", "sampling_seed")] == [7, 7]
     assert chat(repeat_penalty=1.3, repetition_penalty=1.3).repetition_penalty == 1.3
     assert refusal(chat, repeat_penalty=1.3, repetition_penalty=1.2)[0] == "repeat_penalty"
     assert refusal(chat, top_a=0.5) == ("top_a", "top_a is not supported: this sampler is not implemented")

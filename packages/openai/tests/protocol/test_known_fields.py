@@ -13,7 +13,7 @@ from openai.types.chat.chat_completion_stream_options_param import ChatCompletio
 
 from candle_vllm.openai import ADVISORY_FIELDS, REFUSED_FIELDS, ChatCompletionRequest, CompletionRequest
 from candle_vllm.openai.protocol.fields import COMPLETION_REFUSED_FIELDS, WireModel
-from candle_vllm.openai.protocol.generation import StreamOptions
+from candle_vllm.openai.protocol.generation import GUIDED, StreamOptions
 from candle_vllm.openai.protocol.structured import StructuredOutputs
 
 
@@ -44,7 +44,7 @@ VLLM_STRUCTURED = names("""
 
 
 def known(kind: type[WireModel]) -> set[str]:
-    return kind.wire_names() | set(kind.refused_fields)
+    return kind.wire_names() | set(kind.refused_fields) | set(GUIDED)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,12 @@ def schema_format(schema: object = SCHEMA, **fields: Any) -> dict[str, Any]:
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, {"json": SCHEMA}),
         ({"structured_outputs": {"json": SCHEMA, "regex": None, "json_object": False}}, {"json": SCHEMA}),
         ({"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+        ({"guided_json": json.dumps(SCHEMA), "guided_whitespace_pattern": " ?"},
+         {"json": SCHEMA, "whitespace_pattern": " ?"}),
+        ({"guided_regex": "a+", "guided_json": None, "guided_json_object": False}, {"regex": "a+"}),
+        ({"guided_choice": ["a", "b"], "guided_decoding_backend": "outlines"}, {"choice": ["a", "b"]}),
+        ({"guided_grammar": 'start: "a"', "structured_outputs": None}, {"grammar": 'start: "a"'}),
+        ({"guided_json_object": True}, {"json_object": True}),
         ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ["a", "b"]}),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, {"grammar": 'start: "a"'}),
         ({"grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'}),
@@ -193,6 +199,10 @@ def nested(levels: int) -> dict[str, Any]:
         ({"structured_outputs": {"jsn": {}}}, "structured_outputs.jsn", "did you mean 'json'"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
          "structured_outputs", "exclude each other"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "guided_regex", "and structured_outputs exclude"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "structured_outputs", "exclude each other"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "structured_outputs", "regex, choice are given"),
+        ({"guided_json": 3}, "structured_outputs.json", "must be an object"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_field(fields: dict[str, Any], param: str, message: str) -> None:
@@ -210,10 +220,6 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str, message: st
         ({"response_format": {"type": "grammar", "grammar": "x"}}, "response_format.type", "use structured_outputs"),
         ({"structured_outputs": {"json": {}, "disable_additional_properties": True}},
          "structured_outputs.disable_additional_properties", '"additionalProperties": false'),
-        ({"guided_json": SCHEMA}, "guided_json", "use structured_outputs"),
-        ({"guided_regex": "a"}, "guided_regex", "use structured_outputs"),
-        ({"guided_choice": ["a"]}, "guided_choice", "use structured_outputs"),
-        ({"guided_grammar": "a"}, "guided_grammar", "use structured_outputs"),
     ],
 )  # fmt: skip
 def test_what_others_define_is_unsupported(fields: dict[str, Any], param: str, message: str) -> None:

@@ -176,8 +176,12 @@ OTHER_NAMES: Mapping[str, str] = {
     "repeat_penalty": "repetition_penalty",
     "mirostat_mode": "mirostat",
     "speculative.n_max": "num_speculative_tokens",
+    "random_seed": "seed",
+    "sampling_seed": "seed",
 }
-"""Names of fields in llama.cpp, Ollama and text-generation-webui -> their names here."""
+"""Names of fields in llama.cpp, Ollama, text-generation-webui, Mistral's API and SGLang -> their names here."""
+GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")}
+"""vLLM's fields before `structured_outputs` -> their names in it."""
 MAX_BREAKERS_TEXT = 4096  # characters
 
 
@@ -263,6 +267,17 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     session_id: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     _unlimited: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guided(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not any(name in data for name in GUIDED):
+            return data
+        given = {name: value for name, value in data.items() if name in GUIDED and value not in (None, False)}
+        rest = {name: value for name, value in data.items() if name not in GUIDED}
+        if given and rest.get("structured_outputs") is not None:
+            raise fields.invalid(next(iter(given)), "and structured_outputs exclude each other; give one of them")
+        return rest | {"structured_outputs": {GUIDED[name]: value for name, value in given.items()}} if given else rest
 
     @model_validator(mode="wrap")
     @classmethod
