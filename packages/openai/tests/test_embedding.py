@@ -355,7 +355,8 @@ async def test_as_many_on_both_sides() -> None:
         ({"text_1": "a", "text_2": []}, "text_2"), ({"text_1": "a", "text_2": [1]}, "text_2.0"),
         ({"text_1": 5, "text_2": "b"}, "text_1"), ({"text_1": "a", "text_2": ["b"] * (MAX_PAIRS + 1)}, "text_2"),
         ({"text_1": "a", "text_2": "b", "activation": False}, "activation"),
-        ({"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
+        ({"text_1": "a", "text_2": "b", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"text_1": "a", "text_2": "b", "truncation_side": "left"}, "truncation_side"),
     ],
 )  # fmt: skip
 def test_wrong_pairs_name_their_place(fields: dict[str, Any], param: str) -> None:
@@ -369,6 +370,34 @@ async def test_a_pair_that_is_too_long_is_named() -> None:
     with pytest.raises(PromptTooLongError, match="input 1: the text has 12 tokens") as caught:
         await score(engine, text_1="a", text_2=["b", "b" * 9])
     assert caught.value.param == "text_2.1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "read"),
+    [
+        ({"truncate_prompt_tokens": 6}, ["abc", "xyz"]),  # both texts of this tokenizer have an end token
+        ({"truncate_prompt_tokens": 3}, ["a", "x"]),
+        ({"truncate_prompt_tokens": -1}, ["abcdefghijk", "xyz"]),
+        ({"max_tokens_per_doc": 2}, ["ab", "xy"]),
+        ({"max_tokens_per_doc": 5, "truncate_prompt_tokens": 6}, ["abc", "xyz"]),
+    ],
+)
+async def test_texts_that_are_too_long_lose_their_ends(fields: dict[str, int], read: list[str]) -> None:
+    texts = ["abcdefghijklmnopqrstuvw", "xyz"]
+    engine = ScriptedEngine(max_model_len=14, tasks=("score",))
+    await score(engine, text_1="q", text_2=texts, **fields)
+    ranked = await rerank(engine, query="q", documents=texts, **fields)
+    assert [[b for _, b in call.inputs] for call in engine.pooling_calls] == [read, read]
+    assert {each["document"]["text"] for each in ranked["results"]} == set(texts)
+
+
+async def test_texts_of_vectors_lose_their_ends_each() -> None:
+    engine = ScriptedEngine(max_model_len=8)
+    await score(engine, text_1="a" * 20, text_2="b" * 20, truncate_prompt_tokens=-1, max_tokens_per_doc=3)
+    assert engine.pooling_calls[0].inputs == [("a" * 7, "bbb")]
+    with pytest.raises(InvalidParameterError, match="smaller truncation size") as caught:
+        await score(engine, text_1="a", text_2="b", truncate_prompt_tokens=9)
+    assert caught.value.param == "truncate_prompt_tokens"
 
 
 # ---- rankings --------------------------------------------------------------------------------------------------------
@@ -408,7 +437,7 @@ async def test_the_best_few(top_n: int | None, count: int) -> None:
         ({"documents": [1]}, "documents.0"), ({"documents": "a"}, "documents"),
         ({"documents": [{}]}, "documents.0.text"),
         ({"documents": ["a"] * (MAX_PAIRS + 1)}, "documents"), ({"top_n": -1}, "top_n"), ({"top_n": "1"}, "top_n"),
-        ({"return_documents": 1}, "return_documents"), ({"max_tokens_per_doc": 10}, "max_tokens_per_doc"),
+        ({"return_documents": 1}, "return_documents"), ({"max_tokens_per_doc": -1}, "max_tokens_per_doc"),
         ({"rank_fields": ["a"]}, "rank_fields"), ({"document": ["a"]}, "document"),
     ],
 )  # fmt: skip

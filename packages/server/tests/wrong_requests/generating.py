@@ -150,6 +150,7 @@ SHARED = [
     Row("structured_outputs", {"jsn": {}}, "structured_outputs.jsn"),
     Row("structured_outputs", {"json": 1}, "structured_outputs.json"),
     Row("structured_outputs", {"json": "{"}, "structured_outputs.json"),
+    Row("guided_json", 1, "structured_outputs.json"),
     Row("structured_outputs", {"regex": "("}, "structured_outputs.regex"),
     Row("structured_outputs", {"regex": ""}, "structured_outputs.regex"),
     Row("structured_outputs", {"regex": "(?=a)"}, "structured_outputs.regex"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
 from candle_vllm.openai.protocol.embeddings import EMBEDDING_REFUSED_FIELDS
-from candle_vllm.openai.protocol.pooling import POOLING_REFUSED_FIELDS
-from candle_vllm.openai.protocol.score import RerankRequest
+from candle_vllm.openai.protocol.score import RerankRequest, ScoreRequest
 from candle_vllm.openai.protocol.tokenizing import MAX_DETOKENIZED
 from packages.server.tests.wrong_requests.rows import BIG, GONE, LONG, MODEL, Route, Row, not_served, switches, texts
 
@@ -62,9 +61,16 @@ COHERE_ROWS = [
     Row("output_dimension", 9999),
     Row("truncate", "MIDDLE"),
 ]
-SCORE_ROWS = [
+SCORING = [
     *POOLING,
-    *not_served(POOLING_REFUSED_FIELDS),
+    Row("truncate_prompt_tokens", -2),
+    Row("truncate_prompt_tokens", 1 << 30),
+    Row("max_tokens_per_doc", -1),
+    Row("max_tokens_per_doc", "1"),
+]
+SCORE_ROWS = [
+    *SCORING,
+    *not_served(ScoreRequest.refused_fields),
     Row("text_1", GONE, "text_2"),
     Row("text_2", GONE, "text_1"),
     Row("text_1", 1),
@@ -80,7 +86,7 @@ SCORE_ROWS = [
     Row("queries", "a"),
 ]
 RERANK_ROWS = [
-    *POOLING,
+    *SCORING,
     *not_served(RerankRequest.refused_fields),
     *switches("return_documents"),
     Row("query", GONE),

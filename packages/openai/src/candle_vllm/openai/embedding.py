@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import time
 import uuid
 from array import array
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -44,6 +46,7 @@ from candle_vllm.openai.protocol.cohere import INPUT_TYPES, CohereEmbeddings, Co
 from candle_vllm.openai.protocol.pooling import MAX_NUMBERS, MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
 from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads, check_length
+from candle_vllm.openai.task import Cut
 
 
 class EmbeddingEngineLike(Protocol):
@@ -234,8 +237,9 @@ class EmbeddingAdapter:
         name, request_id = self.names.served(request.model), _request_id("score-", request)
         more = self._more(request, request_id)
         with _failures(request.blamed, request.blamed(0, 1)):
-            await self._work.prepare(self._count_pairs, request.pairs, request.blamed(0, 1).partition(".")[0])
-            outputs = await self._engine.ascore(request.pairs, **more)
+            pairs = await self._work.prepare(self._shortened, request, request.pairs)
+            await self._work.prepare(self._count_pairs, pairs, request.blamed(0, 1).partition(".")[0])
+            outputs = await self._engine.ascore(pairs, **more)
         data = (Score(index=index, score=output.score) for index, output in enumerate(outputs))
         return _listed(ScoreList, request_id, name, data, outputs)
 
@@ -245,8 +249,8 @@ class EmbeddingAdapter:
         name, request_id = self.names.served(request.model), _request_id("rerank-", request)
         more = self._more(request, request_id)
         texts = request.texts
-        pairs = [(request.query, text) for text in texts]
         with _failures(lambda number, side: f"documents.{number}" if side else "query", "documents.0"):
+            pairs = await self._work.prepare(self._shortened, request, [(request.query, text) for text in texts])
             await self._work.prepare(self._count_pairs, pairs, "documents")
             outputs = await self._engine.ascore(pairs, **more)
         order = sorted(range(len(outputs)), key=lambda index: -outputs[index].score)[: request.top_n or None]
@@ -328,6 +332,27 @@ class EmbeddingAdapter:
             check_length(self._engine, text)
         return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
 
+    def _shortened(self, request: ScoreRequest | RerankRequest, pairs: list[_Pair]) -> list[_Pair]:
+        """Truncate the texts of pairs as the request asks; only `_count_pairs` refuses what is still too long."""
+        most, document = request.truncate_prompt_tokens, request.max_tokens_per_doc or math.inf
+        if most is None and document == math.inf:
+            return pairs
+        info, tokenize = self._engine.model_info, self._engine.tokenize
+        room = math.inf if most is None else len(Cut(most, "right").of(range(info.max_model_len), info.max_model_len))
+        room -= len(tokenize("a")) - len(tokenize("a", add_special_tokens=False))  # tokens that mark the text's ends
+        if "embed" in info.tasks:  # it reads each text for itself
+            return [(self._beginning(a, room), self._beginning(b, min(room, document))) for a, b in pairs]
+        return [(a, self._beginning(b, min(room - len(tokenize(a)), document))) for a, b in pairs]
+
+    def _beginning(self, text: str, most: float) -> str:
+        """Return the longest beginning of a text with at most `most` tokens, and at least one character."""
+
+        def tokens(end: int) -> int:
+            return len(self._engine.tokenize(text[:end], add_special_tokens=False))
+
+        fits = tokens(len(text)) <= most
+        return text if fits else text[: max(1, bisect_right(range(len(text)), most, key=tokens) - 1)]
+
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:
         """Refuse pairs before they run if they have too many tokens together."""
         reads_once = "embed" in self._engine.model_info.tasks  # a cross-encoder reads a text again in every pair
@@ -348,6 +373,7 @@ class EmbeddingAdapter:
 
 _OF_VECTORS = ("dimensions", "normalize", "normalized", "pooling", "embedding_type", "return_multivector", "input_type")
 _List = TypeVar("_List", embeddings.EmbeddingList, embeddings.PooledList, embeddings.ClassifiedList, ScoreList)
+_Pair = tuple[str, str]
 _NAMELESS = re.compile(r"LABEL_\d+")  # transformers' default names of classes
 _VERBS: Mapping[str, str] = {
     "embed": "embed texts",

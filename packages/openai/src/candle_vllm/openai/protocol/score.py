@@ -30,7 +30,26 @@ Texts = Annotated[
 _SIDES = (("text_1", "text_2"), ("queries", "items"), ("queries", "documents"), ("data_1", "data_2"))
 
 
-class ScoreRequest(PoolingFields):
+class ScoringFields(PoolingFields):
+    """Fields of requests with pairs of texts, which by default are refused if they are too long.
+
+    Attributes:
+        truncate_prompt_tokens: maximum tokens of a pair, or of each text if the model compares vectors; -1 for the
+            model's maximum. Texts lose their ends, in pairs only the second texts.
+        max_tokens_per_doc: maximum tokens of a second text; 0 for no limit.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name != "truncate_prompt_tokens"},
+        "truncation_side": Refusal("texts of pairs lose their ends", ("right",)),
+        "truncate": Refusal("use truncate_prompt_tokens", (False, "NONE")),
+    }
+
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = None
+    max_tokens_per_doc: Annotated[int, Field(ge=0, le=(1 << 31) - 1)] | None = None
+
+
+class ScoreRequest(ScoringFields):
     """Pairs of texts: one text with each of several, or two lists of equal length, paired in order."""
 
     text_1: Texts | None = None
@@ -114,7 +133,7 @@ Document = Annotated[
 ]
 
 
-class RerankRequest(PoolingFields):
+class RerankRequest(ScoringFields):
     """Documents to rank by their relevance to a query.
 
     Attributes:
@@ -123,9 +142,8 @@ class RerankRequest(PoolingFields):
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        **POOLING_REFUSED_FIELDS,
-        "max_tokens_per_doc": Refusal("documents are never cut"),
-        "max_chunks_per_doc": Refusal("documents are never cut"),
+        **ScoringFields.refused_fields,
+        "max_chunks_per_doc": Refusal("use max_tokens_per_doc"),
         "rank_fields": Refusal("documents are texts"),
     }
 
