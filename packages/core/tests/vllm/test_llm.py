@@ -193,7 +193,23 @@ def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> No
     assert tokenizer.eos_token_id == engine.model_info.eos_token_ids[0]
     text = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
     assert text == engine.apply_chat_template([USER])
-    assert tokenizer.apply_chat_template([USER], add_generation_prompt=True) == engine.tokenize(str(text), False)
+    ids = engine.tokenize(str(text), False)
+    assert tokenizer.apply_chat_template([USER], add_generation_prompt=True) == ids
+    two = tokenizer(["abc", "a"])
+    assert two["input_ids"] == [tokenizer.encode("abc"), tokenizer.encode("a")]
+    assert tokenizer.batch_decode(two["input_ids"]) == [tokenizer.decode(each) for each in two["input_ids"]]
+    names = tokenizer.convert_ids_to_tokens(ids)
+    assert tokenizer.convert_tokens_to_ids(names) == ids
+    assert tokenizer.get_vocab()[tokenizer.convert_ids_to_tokens(ids[0])] == ids[0]
+    assert tokenizer.convert_tokens_to_ids("no such token") == tokenizer.get_vocab().get(tokenizer.unk_token or "")
+    conventions = engine.chat_conventions
+    assert tokenizer.chat_template == conventions.chat_template
+    assert dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)) == dict(conventions.special_tokens)
+    for kind in ("bos", "eos", "pad"):
+        name = conventions.token_names.get(f"{kind}_token")
+        assert getattr(tokenizer, f"{kind}_token") == name
+        if name in conventions.special_tokens:
+            assert getattr(tokenizer, f"{kind}_token_id") == conventions.special_tokens[name]
 
 
 def test_a_form_and_functions_of_a_request(llm: LLM) -> None:

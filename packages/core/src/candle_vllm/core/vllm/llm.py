@@ -8,6 +8,7 @@ without parameters, else temperature 1 over the whole vocabulary), and in the de
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -422,7 +423,7 @@ class LLM(ExplainedAttributes):
 
 
 class LlmTokenizer:
-    """An engine's tokenizer with the common methods of transformers' tokenizers.
+    """An engine's tokenizer with the common attributes and methods of transformers' tokenizers.
 
     Args:
         engine: the engine.
@@ -430,17 +431,27 @@ class LlmTokenizer:
 
     def __init__(self, engine: EngineFront) -> None:
         self._engine = engine
-        info = engine.model_info
+        info, conventions = engine.model_info, engine.chat_conventions
+        special = conventions.special_tokens
         self.vocab_size = info.vocab_size
-        self.eos_token_id = info.eos_token_ids[0] if info.eos_token_ids else None
+        self.chat_template = conventions.chat_template
+        self.all_special_tokens, self.all_special_ids = list(special), list(special.values())
+        names = (conventions.token_names.get(f"{name}_token", "") for name in ("bos", "eos", "pad", "unk"))
+        self.bos_token, self.eos_token, self.pad_token, self.unk_token = (name or None for name in names)
+        self.bos_token_id, self.pad_token_id = special.get(self.bos_token or ""), special.get(self.pad_token or "")
+        ends = info.eos_token_ids
+        self.eos_token_id = special.get(self.eos_token or "", ends[0] if ends else None)
 
     def __len__(self) -> int:
         return self.vocab_size
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """Tokenize a text to `input_ids`, with an `attention_mask` of ones."""
-        ids = self.encode(text, add_special_tokens)
-        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True) -> dict[str, Any]:
+        """Tokenize a text to `input_ids`, with an `attention_mask` of ones; of several texts, to a list of each."""
+        if isinstance(text, str):
+            ids = self.encode(text, add_special_tokens)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        each = [self(one, add_special_tokens) for one in text]
+        return {name: [made[name] for made in each] for name in ("input_ids", "attention_mask")}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokenize a text."""
@@ -450,6 +461,28 @@ class LlmTokenizer:
         """Decode token ids."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         return self._engine.detokenize(ids, skip_special_tokens)
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+        """Decode each list of token ids."""
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    @functools.cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self._engine.token_names(range(len(self)))) if name}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the id of each token, by its entry in the vocabulary."""
+        return self._vocabulary
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+        """Return a token's entry in the vocabulary, or a list of them."""
+        return self._engine.token_names([ids])[0] if isinstance(ids, int) else self._engine.token_names(ids)
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """Return the id of an entry in the vocabulary, or a list of them; an unknown one has that of `unk_token`."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        return self._vocabulary.get(tokens, self._vocabulary.get(self.unk_token or ""))
 
     def apply_chat_template(
         self,
