@@ -124,6 +124,7 @@ def test_a_package_lists_its_public_names(part: str) -> None:
         ("from candle_vllm import InferenceEngin", r" \(did you mean InferenceEngine\?\)"),
         ("from candle_vllm.core import Llama", ": the name here is InferenceEngine"),
         ("from candle_vllm import EngineBuilder", ": the name here is InferenceEngine"),
+        ("from candle_vllm import ToolCall", ": messages and tools are dictionaries in OpenAI's form"),
         ("from candle_vllm import Tool", ": messages and tools are dictionaries in OpenAI's form"),
         ("from candle_vllm.responses import McpClient", ": McpFleet of candle_vllm.responses has the tools of .*"),
         ("from candle_vllm.responses import ResponseSession", r" \(did you mean ResponsesSession\?\)"),
@@ -142,16 +143,23 @@ def test_importing_a_name_that_there_is_not(statement: str, hint: str) -> None:
     ("owner", "name", "said"),
     [
         (InferenceEngine, "builder", r"^InferenceEngine has no 'builder': InferenceEngine\(model, device"),
-        (InferenceEngine, "cancel_request", "has no 'cancel_request': abort$"),
-        (OpenAIAdapter.__new__(OpenAIAdapter), "chat_completion_stream", ": chat_stream$"),
+        (OpenAIAdapter.__new__(OpenAIAdapter), "new", r": OpenAIAdapter\(engine\)$"),
         (ResponsesSession, "add_mcp_server", r"mcp_servers=\[\.\.\.\]\)$"),
         (InferenceEngine, "nothing", "^InferenceEngine has no 'nothing'$"),
     ],
 )
-def test_attributes_that_have_another_name_here(owner: object, name: str, said: str) -> None:
+def test_attributes_that_something_else_stands_for_here(owner: object, name: str, said: str) -> None:
     with pytest.raises(AttributeError, match=said):
         getattr(owner, name)
     assert not hasattr(owner, name)
+
+
+def test_attributes_that_have_another_name_here() -> None:
+    assert candle_vllm.AsyncLLMEngine is candle_vllm.AsyncLLM
+    assert InferenceEngine.cancel_request is InferenceEngine.abort  # type: ignore[attr-defined]
+    adapter = OpenAIAdapter.__new__(OpenAIAdapter)
+    assert adapter.chat_completion == adapter.chat  # type: ignore[attr-defined]
+    assert adapter.chat_completion_stream == adapter.chat_stream  # type: ignore[attr-defined]
 
 
 def test_type_checkers_know_the_names_and_the_settings(tmp_path: Path) -> None:
@@ -478,7 +486,7 @@ def test_without_code_and_compiler_it_says_so(
             "uv pip install 'candle-vllm[cuda]'. "
             "To compute on the CPU, set --device cpu",
         ),
-        (["--enforce-eager", "-tp", "2", "--device", "cpu"], OP_BY_OP),
+        (["--op-by-op", "-tp", "2", "--device", "cpu"], OP_BY_OP),
     ],
     ids=["cuda", "op by op"],
 )

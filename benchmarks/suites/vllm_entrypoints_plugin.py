@@ -4,9 +4,8 @@ vLLM's, and models that public packages hold instead of those of Hugging Face.
 
 A server keeps the name that the test gives to its model, so requests and comparisons stay as they are. Where a test
 needs facts of the model (its vocabulary, the ids of a text, vectors to compare with), transformers has them from the
-same files. `--enforce-eager` is left out: here it means layers op by op in torch, which is slow and gives the same.
-Answers are greedy where a test does not say otherwise, and some contexts are shorter: many tests set no limit, and a
-small model may not end by itself.
+same files. Answers are greedy where a test does not say otherwise, and some contexts are shorter: many tests set no
+limit, and a small model may not end by itself.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class RemoteOpenAIServer:
         self, model: str, vllm_serve_args: Sequence[str], *, env_dict: dict[str, str] | None = None, seed: int = 0,
         override_hf_configs: dict[str, Any] | None = None, **_: Any,
     ) -> None:  # fmt: skip
-        flags = [flag for flag in vllm_serve_args if flag != "--enforce-eager"] + ["--seed", str(seed)]
+        flags = [*vllm_serve_args, "--seed", str(seed)]
         flags += ["--override-generation-config", '{"temperature": 0}']
         if not any(flag.replace("_", "-") == "--max-model-len" for flag in flags):
             flags += ["--max-model-len", "2048"]

@@ -592,7 +592,7 @@ def test_enforce_eager_without_torch_has_no_effect_beside_ranks(
     no_gpu: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    line = ["serve", "--p", "0", "--enforce-eager", "-tp", "2", "--m", "nobody/nothing", "--offline"]
+    line = ["serve", "--p", "0", "--op-by-op", "-tp", "2", "--m", "nobody/nothing", "--offline"]
     assert main(line) == 2
     idle, *_, error = capsys.readouterr().err.splitlines()
     assert "enforce_eager has no effect: torch is not installed, so the compiled kernels compute" in idle

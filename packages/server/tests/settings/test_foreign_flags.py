@@ -110,6 +110,8 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--reasoning off": {"default_chat_template_kwargs": {"enable_thinking": False}},
     "--reasoning auto": {"default_chat_template_kwargs": {"enable_thinking": True}},
     "--pooling cls": {"pooling": "cls"},
+    "--enforce-eager": {"cuda_graphs": False},
+    "--no-enforce-eager --op-by-op": {"enforce_eager": True},
     "--attention-backend TRITON_ATTN": {"attention_backend": "triton"},
     "--attention-backend flash-attn": {"attention_backend": "flash_attn"},
     "-mu https://a.example/b.gguf": {"model": "https://a.example/b.gguf"},
@@ -176,7 +178,7 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
     assert dict(source.values) == {
         "model": "other/name", "tensor_parallel_size": 1,
         "port": 1, "mem": 64, "max_model_len": 8192, "served_model_name": ("a", "b"),
-        "enable_prefix_caching": False, "enforce_eager": True, "temperature": 0.5}  # fmt: skip
+        "enable_prefix_caching": False, "cuda_graphs": False, "temperature": 0.5}  # fmt: skip
     assert source.given_as["port"] == "--p"
     assert source.given_as["max_model_len"] == f"--max-model-len in {path}"
     assert [remark.split()[0] for remark in source.remarks] == ["--swap-space"]

@@ -105,9 +105,9 @@ Told = Callable[[str, Any], Option]
 """Makes a setting from its name and its default."""
 
 
-def switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more: Any) -> Option:
-    """Return a Boolean setting, with `--name` and `--no-name`, or with other flags that switch it off."""
-    flag = "--" + name.replace("_", "-")
+def switch(name: str, group: str, text: str, on: str = "", off: tuple[str, ...] = (), **more: Any) -> Option:
+    """Return a Boolean setting, with `--name` and `--no-name`, or with another flag `on`, or other flags `off`."""
+    flag = on or "--" + name.replace("_", "-")
     constants = {flag: True, **dict.fromkeys(off or (f"--no-{flag[2:]}",), False)}
     return Option(name, group, (), Boolean(), text, constants=constants, **more)
 
