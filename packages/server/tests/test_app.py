@@ -157,9 +157,9 @@ def test_root_and_version(start) -> None:
 def test_health_follows_the_engine(start) -> None:
     running = start()
     with running.http() as client:
-        assert client.get("/health").status_code == 200
+        assert [client.get(path).status_code for path in ("/health", "/v1/health", "/ping")] == [200] * 3
         running.engine.alive = False
-        assert client.get("/health").status_code == 503
+        assert [client.get(path).status_code for path in ("/health", "/v1/health", "/ping")] == [503] * 3
 
 
 def test_default_sampling_of_the_server_applies_where_the_request_says_nothing(start) -> None:

@@ -23,6 +23,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/rerank": {"query": "a", "documents": ["b", "a"]},
     "/rerank": {"query": "a", "documents": [{"text": "b"}]},
     "/v2/rerank": {"query": "a", "documents": ["b"], "top_n": 1},
+    "/reranking": {"query": "a", "documents": ["b"]},
 }
 
 

@@ -319,7 +319,7 @@ def test_keys_are_described_as_they_are() -> None:
 
     assert not any(secured().values())
     guarded = secured(api_key=("k",))
-    assert [path for path, needs in guarded.items() if not needs] == ["/health", "/ready", "/ping"]
+    assert [path for path, needs in guarded.items() if not needs] == ["/v1/health", "/health", "/ready", "/ping"]
     managed = secured(management_key=("k",))
     assert {path for path, needs in managed.items() if needs} == {
         "/v1/models/status", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/metrics", "/v1/usage",

@@ -23,7 +23,7 @@ UNUSED = "positive_data_acceptance"
 # Paths whose body is that of another one, or of two others; of the four that generate all but the one with most fields.
 TWINS = (
     "^(/score|/rerank|/v2/rerank|/v1/messages/count_tokens|/v1/responses/input_tokens|/v1/chat/completions/input_tokens"
-    "|/apply-template|/infill"
+    "|/reranking|/v1/reranking|/apply-template|/infill"
     "|/v1/completions|/v1/messages|/v1/responses|/v1/conversations|/api/generate|/api/embed|/api/embeddings"
     r"|/tokenize|/v1/conversations/\{conversation_id\}/items)$"
 )

@@ -206,6 +206,7 @@ async def test_folders_are_walked_beside_the_event_loop_and_once_in_a_while(tmp_
     assert [each.name for each in listed[0]] == ["given", "taste", "tone"]
     assert await known.reach("tastes") is None
     assert "did you mean taste" in known.near("tastes")
+    assert Adapters([]).near("taste").startswith("This server has no adapters (--lora-modules); --lora-resolver finds")
     assert len(source.threads) == 1
     assert source.threads[0] != threading.current_thread().name
     assert (await known.listed()) is known.all(), "made once"

@@ -55,7 +55,7 @@ def test_nothing_is_reached_without_a_key(start) -> None:
 
 def test_the_routes_are_known_and_only_two_are_public() -> None:
     assert {"/v1/chat/completions", "/v1/models/load", "/v1/models/x", "/"} <= set(ROUTES)
-    assert {"/health", "/ping", "/ready"} == ACCESS.public
+    assert {"/health", "/v1/health", "/ping", "/ready"} == ACCESS.public
 
 
 def test_health_needs_no_key(start) -> None:

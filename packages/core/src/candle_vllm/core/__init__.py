@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.inference_engine import InferenceEngine
     from candle_vllm.core.remote import RemoteEngine, ReplicatedEngine
     from candle_vllm.core.vllm.arguments import AsyncEngineArgs, EngineArgs
-    from candle_vllm.core.vllm.async_llm import AsyncLLM
+    from candle_vllm.core.vllm.async_llm import AsyncLLM, AsyncLLMEngine
     from candle_vllm.core.vllm.beam_search import BeamSearchParams
     from candle_vllm.core.vllm.llm import LLM
     from candle_vllm.core.vllm.outputs import (
@@ -68,6 +68,7 @@ __all__ = [
     "AdapterInfo",
     "AsyncEngineArgs",
     "AsyncLLM",
+    "AsyncLLMEngine",
     "BeamSearchParams",
     "CandleVllmError",
     "ChatTemplateError",
@@ -123,7 +124,7 @@ _LATER = MappingProxyType({
         ("inference_engine", "InferenceEngine"),
         ("remote", "RemoteEngine ReplicatedEngine"),
         ("vllm.llm", "LLM"),
-        ("vllm.async_llm", "AsyncLLM"),
+        ("vllm.async_llm", "AsyncLLM AsyncLLMEngine"),
         ("vllm.beam_search", "BeamSearchParams"),
         ("vllm.arguments", "EngineArgs AsyncEngineArgs"),
         ("vllm.outputs", "ClassificationRequestOutput EmbeddingRequestOutput Logprob PoolingRequestOutput "

@@ -127,22 +127,25 @@ class _ExplainingAttributes(ABCMeta):
     if not TYPE_CHECKING:  # a type checker would accept every name
 
         def __getattr__(cls, name: str) -> Any:
-            raise _no_attribute(cls.__name__, name, cls)
+            return _attribute(cls.__name__, name, cls)
 
 
 class ExplainedAttributes(metaclass=_ExplainingAttributes):
-    """Base of classes whose error for a missing attribute, of the class or an object, names the equivalent here."""
+    """Base of classes that have attributes by other names, too, or say in the error for one what stands for it here."""
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            raise _no_attribute(type(self).__name__, name, self)
+            return _attribute(type(self).__name__, name, self)
 
 
-def _no_attribute(owner: str, name: str, asked: object) -> AttributeError:
+def _attribute(owner: str, name: str, asked: object) -> Any:
+    """Return the attribute that the table names for `name`; AttributeError with the table's sentence, if it has one."""
     answer = foreign_names(f"{owner} attributes").get(name)
+    if answer is not None and answer.isidentifier():
+        return getattr(asked, answer)
     said = f": {answer}" if answer else ""
-    return AttributeError(f"{owner} has no {name[:60]!r}{said}", name=name, obj=asked)
+    raise AttributeError(f"{owner} has no {name[:60]!r}{said}", name=name, obj=asked)
 
 
 class ExplainedSettings(metaclass=_Explaining):

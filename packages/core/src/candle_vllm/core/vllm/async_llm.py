@@ -204,6 +204,10 @@ class AsyncLLM:
         self._opened.close()
 
 
+AsyncLLMEngine = AsyncLLM
+"""vLLM's older name."""
+
+
 class _Telling:
     """Converter of a stream's `TokenOutput`s to vLLM's outputs.
 

@@ -183,7 +183,7 @@ class Adapters:
         """Return text for an error message: some adapter names, and the most similar name."""
         known = self.all()
         if not known:
-            return "This server has no adapters."
+            return "This server has no adapters (--lora-modules); --lora-resolver finds those that requests name."
         first, text = name[:1].lower(), name.lower()
         likely = (each for each in known if each.name[:1].lower() == first or text in each.name.lower())
         shown = ", ".join(each.called(each.base) for each in known[:_LISTED]) + (

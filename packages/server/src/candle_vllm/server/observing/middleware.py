@@ -26,7 +26,7 @@ from candle_vllm.server.observing.series import HTTP
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 MAX_WARNING, MAX_WARNINGS = 500, 3_000  # bytes of one `x-warning` and of all: proxies accept 4 KB of headers
-_PROBES = ("/health", "/ready", "/ping", "/metrics")
+_PROBES = ("/health", "/v1/health", "/ready", "/ping", "/metrics")
 _PRINTABLE = bytes(byte if 0x20 <= byte < 0x7F else ord("?") for byte in range(256))
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 OTHER_METHOD = "other"

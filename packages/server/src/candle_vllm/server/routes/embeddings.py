@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/v1/embeddings`, `/v1/moderations`, `/v2/embed`, `/v1/score`, `/v1/rerank`: steps 1 and 10 of a request's life.
 
-`/score`, `/rerank` and `/v2/rerank` are the same routes under the names in vLLM, Jina and Cohere.
+`/score`, `/rerank`, `/v2/rerank` and `/reranking` are the same routes by the names of vLLM, Jina, Cohere and llama.cpp.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ async def create_score(request: Request) -> Response:
 
 
 @route(
-    "POST /v1/rerank /rerank /v2/rerank",
+    "POST /v1/rerank /rerank /v2/rerank /v1/reranking /reranking",
     body=RerankRequest,
     example={"query": "What colour is the sky?", "documents": ["I am a cat.", "The sky is blue."]},
     answer=Ranking,

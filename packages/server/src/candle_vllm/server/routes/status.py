@@ -71,7 +71,7 @@ async def usage(request: Request) -> Response:
     return json_answer({"object": "list", "data": rows})
 
 
-@route("GET /health", answer=Standing, statuses=(200, 503), public=True)
+@route("GET /health /v1/health", answer=Standing, statuses=(200, 503), public=True)
 async def health(request: Request) -> JSONResponse:
     """200 while the process can do its work.
 
