@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from candle_vllm.core import LLM, BeamSearchParams, InferenceEngine, InvalidParameterError
+from candle_vllm.core import LLM, BeamSearchParams, InferenceEngine, InvalidParameterError, SamplingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_sight import write_toy_sight
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -103,6 +105,18 @@ def test_a_search_is_the_same_for_prompts_at_a_time_and_ends_with_the_context(en
     context = engine.model_info.max_model_len
     (full,) = LLM(engine).beam_search([[5] * (context - 2)], params)
     assert {len(each.tokens) for each in full.sequences} == {context}
+
+
+def test_a_model_that_sees_searches_behind_images(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
+    asked: list[Any] = ["a", *({"prompt": "<image> x", "multi_modal_data": {"image": each}} for each in pixels)]
+    with InferenceEngine(write_toy_sight(tmp_path), threads=1, enforce_eager=True) as engine:
+        params = BeamSearchParams(beam_width=1, max_tokens=3, ignore_eos=True)
+        found = [output.sequences[0].tokens for output in LLM(engine).beam_search(asked, params)]
+        greedy = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+        wanted = engine.generate(asked, greedy, use_tqdm=False)
+    assert found == [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in wanted]
+    assert found[1] != found[2]
 
 
 @pytest.mark.parametrize(

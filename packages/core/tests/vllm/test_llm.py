@@ -102,6 +102,8 @@ def test_a_chat_gives_a_list_and_sixteen_tokens(llm: LLM, engine: InferenceEngin
     assert len(prompts[1]) > len(prompts[0])
     short = llm.chat([USER], GREEDY, chat_template="{{ messages[0].content }}")
     assert short[0].prompt_token_ids == engine.tokenize("hi", False)
+    for form in ("auto", "string", "openai"):
+        assert llm.chat([USER], GREEDY, chat_template_content_format=form)[0].prompt_token_ids == prompts[0]
     with pytest.raises(InvalidParameterError, match=r"^messages\[1\]\.content"):
         llm.chat([USER, {"role": "user"}])
 
@@ -260,7 +262,7 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
             "takes no mm_processor_kwargs: images are preprocessed",
         ),
         (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may only have add_special_tokens"),
-        (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),
+        (lambda llm: llm.chat([USER], chat_template_content_format="parts"), "must be auto, string or openai"),
         (lambda llm: llm.encode("a", tokenization_kwargs={"x": 1}), "^encode takes no tokenization_kwargs"),
         (lambda llm: llm.encode("a", pooling_task="score"), "for pairs of texts use score"),
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),

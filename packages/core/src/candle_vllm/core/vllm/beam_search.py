@@ -21,7 +21,7 @@ from candle_vllm.core.engine.step.stream import Bar, shown_bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import MAX_BEAMS, MAX_TOKENS, SamplingParams
-from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
+from candle_vllm.core.text.prompts import Prompt, as_prompts, prompt_pictures, read_prompt
 from candle_vllm.core.vllm.outputs import Logprob, by_token
 
 
@@ -185,9 +185,8 @@ def beam_search(
         )
     if concurrency_limit is not None and concurrency_limit < 1:
         raise InvalidParameterError("concurrency_limit must be at least 1", "concurrency_limit")
-    pairs = [read_prompt(prompt) for prompt in given]
-    inputs, info = [engine.tokenize(text or "") if ids is None else ids for text, ids in pairs], engine.model_info
-    searches = [BeamSearch(info, params, len(ids)) for ids in inputs]
+    info, inputs = engine.model_info, [_read(engine, prompt) for prompt in given]
+    searches = [BeamSearch(info, params, len(each["prompt_token_ids"])) for each in inputs]
     own = list(zip(searches, inputs, orders, choices, strict=True))
     at_a_time = concurrency_limit or len(own) or 1
     for first in range(0, len(own), at_a_time):
@@ -202,8 +201,8 @@ def beam_search(
         return BeamSearchSequence(prompt, tokens, entries, beam.cum_logprob, text, str(beam.finish_reason))
 
     return [
-        BeamSearchOutput([sequence(prompt, [*ids, *beam.tokens], beam) for beam in search.best()])
-        for prompt, (search, ids, *_) in zip(given, own, strict=True)
+        BeamSearchOutput([sequence(prompt, [*each["prompt_token_ids"], *beam.tokens], beam) for beam in search.best()])
+        for prompt, (search, each, *_) in zip(given, own, strict=True)
     ]
 
 
@@ -213,18 +212,32 @@ def beam_step(beam_width: int, logprobs: int = 0, cache_salt: str | None = None)
     return SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=asked, cache_salt=cache_salt)
 
 
+def _read(engine: EngineFront, prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as token ids, with its preprocessed images."""
+    text, ids = read_prompt(prompt, sees="image" in engine.model_info.modalities)
+    ids, images = engine.tokenize(text or "") if ids is None else ids, prompt_pictures(prompt)
+    if not images:
+        return {"prompt_token_ids": ids}
+    ids, seen = engine.look(ids, images)
+    return {"prompt_token_ids": ids, "multi_modal_data": {"image": seen}}
+
+
 def _step(
     engine: EngineFront,
-    own: Sequence[tuple[BeamSearch, Sequence[int], int, LoraChoice]],
+    own: Sequence[tuple[BeamSearch, dict[str, Any], int, LoraChoice]],
     params: BeamSearchParams,
 ) -> bool:
     """Extend every beam by one token, with its search's priority and adapters; return False if no beam is left."""
-    todo = [([*ids, *beam.tokens], order, choice) for search, ids, order, choice in own for beam in search.beams]
+    todo = [
+        ({**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *beam.tokens]}, order, choice)
+        for search, prompt, order, choice in own
+        for beam in search.beams
+    ]
     if not todo:
         return False
     outputs = iter(
         engine.generate(
-            [tokens for tokens, _, _ in todo],
+            [prompt for prompt, _, _ in todo],
             beam_step(params.beam_width),
             use_tqdm=False,
             priority=[order for _, order, _ in todo],

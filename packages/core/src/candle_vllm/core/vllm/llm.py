@@ -209,17 +209,17 @@ class LLM(ExplainedAttributes):
         Args:
             messages: messages of one conversation, or a list of conversations.
             chat_template: Jinja source that replaces the model's template.
-            chat_template_content_format: "auto" or "string": the parts of a content are always joined to one text.
+            chat_template_content_format: "auto", "string" or "openai": a content always has the form that the template
+                reads, and one without images is a text.
             tokenization_kwargs: refused: a template writes the special tokens itself.
 
         The other arguments and errors are as in `generate` and `InferenceEngine.chat`.
         """
         refuse_given("chat", mm_processor_kwargs=mm_processor_kwargs)
         refuse_given("chat", tokenization_kwargs=tokenization_kwargs or None)
-        if chat_template_content_format not in ("auto", "string"):
+        if chat_template_content_format not in ("auto", "string", "openai"):
             raise InvalidParameterError(
-                f"chat_template_content_format {chat_template_content_format!r:.60}: parts of a content are always "
-                'joined to one text, which is "string"',
+                f"chat_template_content_format {chat_template_content_format!r:.60}: must be auto, string or openai",
                 "chat_template_content_format",
             )
         made: Any = self.engine.chat(  # pyrefly: ignore[no-matching-overload]
