@@ -48,7 +48,8 @@ class Served:
 
     def __init__(self, path: Path, within: Sequence[tuple[FittedAdapter, float]] = (), **settings: Any) -> None:
         given = {"threads": 2, "max_num_seqs": 32, "max_num_batched_tokens": 256, "max_model_len": 128}
-        config = EngineConfig(model=str(path), enable_lora=True, block_size=BLOCK, **given | settings)
+        given |= {"max_lora_rank": 16, **settings}
+        config = EngineConfig(model=str(path), enable_lora=True, block_size=BLOCK, **given)
         self.loaded: LoadedModel = load_model(config, CPU, lambda done, whole: None)
         merge(self.loaded, within)
         self.engine: Engine = build_engine(config, self.loaded)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from tests.common_run import few
 
 pytest.importorskip("numba")
 
-from candle_vllm.core import ConfigError, InferenceEngine, LoRARequest, SamplingParams
+from candle_vllm.core import CandleVllmError, ConfigError, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.config import CACHE_TYPES, KvCacheDType
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, MOST_DIM, CacheKind, key_bytes, value_bytes
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -178,3 +179,13 @@ def test_a_bias_of_keys_costs_nothing(tmp_path: Path) -> None:
         )
     off = {name: np.abs(logprobs - found["exact"]).mean() for name, logprobs in found.items()}
     assert off["q8_0"] < off["bf16"], "which rounds a key of 120 to halves"
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_in_weights_of_attention_is_found(folder: Path, tmp_path: Path, types: dict[str, str], name: str) -> None:
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors[f"model.layers.0.self_attn.{name}_proj.weight"][5, 7] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    with opened(broken, **types) as engine, pytest.raises(CandleVllmError, match="NaN"):
+        answers(engine, PROMPTS[:1])

@@ -21,6 +21,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter, Place
 from candle_vllm.core.kernels.lora import layout as lay
+from candle_vllm.core.kernels.lora.cpu_shrink import count_blocks
 from candle_vllm.core.kernels.plain_linear import PlainMatrix
 
 
@@ -56,9 +57,8 @@ def contents(adapter: PackedAdapter, places: Iterable[Place]) -> list[Any]:
             found.append(None)
             continue
         a, ranks, parts = words(about, lay.HEAD)
-        size = int(ranks) * row_elements(place.columns) * form.bytes + 4 * form.block_scales * lay.most_blocks(
-            int(ranks)
-        )
+        size = int(ranks) * row_elements(place.columns) * form.bytes
+        size += 4 * form.block_scales * count_blocks(int(ranks))
         found.append((ranks, parts, ctypes.string_at(int(a), size)))
         for number in range(parts):
             part = words(about + 8 * (lay.HEAD + number * lay.PART), lay.PART)

@@ -84,3 +84,11 @@ def test_a_row_does_not_depend_on_its_neighbours_or_place() -> None:
     alone = run(x[3:4].copy(), Prologue.NORM, 2, weight)
     for whole, one in zip(together, alone):
         assert np.array_equal(whole[3:4], one)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+def test_a_number_that_is_not_finite_shows_in_its_group_wherever_it_stands(bad: float) -> None:
+    x = np.repeat(data(2, 160)[1:], 160, 0)  # four groups at once, and one
+    np.fill_diagonal(x, bad)
+    _, scales, _ = run(x, Prologue.NONE, 1)
+    assert np.array_equal(~np.isfinite(scales), np.arange(160)[:, None] // 32 == np.arange(5))

@@ -121,3 +121,12 @@ def test_a_row_does_not_depend_on_its_neighbours_or_place(columns: int) -> None:
     together = run(x, Prologue.NORM, RowForm.F32, weight=weight)
     assert np.array_equal(run(x, Prologue.NORM, RowForm.F32, weight=weight, picked=[3, 0, 3]), together[[3, 0, 3]])
     assert np.array_equal(run(x[3:4].copy(), Prologue.NORM, RowForm.F32, weight=weight), together[3:4])
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+def test_a_number_that_is_not_finite_shows_in_its_segment_wherever_it_stands(bad: float) -> None:
+    columns = SEGMENT + 64
+    x = np.repeat(data(1, columns), columns, 0)
+    np.fill_diagonal(x, bad)
+    tail = np.ascontiguousarray(run(x, Prologue.NONE, ByteForm.I8)[:, columns : columns + 16]).view(np.float32)
+    assert np.array_equal(~np.isfinite(tail[:, ::2]), np.arange(columns)[:, None] // SEGMENT == np.arange(2))

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +15,11 @@ pytest.importorskip("numba")
 
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import slot
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Place
+from candle_vllm.core.kernels.lora.cpu_shrink import count_blocks
+from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, ShrinkArguments, most_blocks
 from candle_vllm.core.kernels.lora.pack import pack_adapter, quantise
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.kernels.plain_linear import pack
@@ -97,25 +104,25 @@ def test_odd_widths(team, isa, dtype, columns):
 
 @each_isa
 @each_type
-def test_a_row_has_the_bits_that_it_has_alone(team, isa, dtype):
-    generator = np.random.default_rng(5)
-    (place,) = PLACES["layer"]
+@pytest.mark.parametrize("columns", [96, 2080, 4128])  # some, a few more than, and twice the columns of 4 spans
+def test_a_row_has_the_bits_that_it_has_alone(team, isa, dtype, columns):
+    generator, lone = np.random.default_rng(5), ThreadTeam(1)
+    place = dataclasses.replace(EVEN["layer"][0], columns=columns)
     adapters = [
-        both({name: low_rank(generator, 123 // 3, 96, rank) for name in names}, dtype, places)[0]
-        for names, rank, places in (
-            (("q.", "k.", "v."), 16, EVEN),
-            (("v.",), 5, EVEN),
-            (("q.", "v."), 40, EVEN),
-        )
+        both({name: low_rank(generator, 41, columns, rank) for name in names}, dtype, {"layer": (place,)})[0]
+        for names, rank in ((("q.", "k.", "v."), 16), (("v.",), 5), (("q.", "v."), 40))
     ]
-    place = EVEN["layer"][0]
     x, y = random_rows(generator, 40, place)
-    of = [(adapter, list(range(first, 40, step)), 1.5) for adapter, first, step in zip(adapters, (0, 3, 7), (1, 2, 3))]
-    together = add(team, isa, place, [(a, rows, [s] * len(rows)) for a, rows, s in of], x, y)
-    lone = ThreadTeam(1)
-    for row in (0, 3, 7, 13, 39):
-        alone = [(a, [0], [s]) for a, rows, s in of if row in rows]
-        assert (add(lone, isa, place, alone, x[row : row + 1], y[row : row + 1]) == together[row]).all()
+    of = [(adapter, range(first, 40, step)) for adapter, first, step in zip(adapters, (0, 3, 7), (1, 2, 3))]
+    alone = []
+    for row in range(40):
+        groups = [(adapter, [0], [1.5]) for adapter, rows in of if row in rows]
+        alone.append(add(lone, isa, place, groups, x[row : row + 1], y[row : row + 1])[0])
+    for count in (*range(2, 14), 40):
+        rows_of = [(adapter, [row for row in rows if row < count]) for adapter, rows in of]
+        groups = [(adapter, rows, [1.5] * len(rows)) for adapter, rows in rows_of if rows]
+        for threads in (lone, team):
+            assert (add(threads, isa, place, groups, x[:count], y[:count]) == alone[:count]).all()
     lone.close()
 
 
@@ -144,17 +151,47 @@ def test_added_within_the_product_as_behind_it(team, isa, rows):
 
 
 @each_type
-def test_what_two_threads_do_at_once_is_the_same(dtype):
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (4, 4128)])
+def test_what_two_threads_do_at_once_is_the_same(dtype, rows, columns):
     """More threads than cores: some come so late that others do their share as well."""
-    generator, many = np.random.default_rng(2), ThreadTeam(8)
-    (place,) = PLACES["layer"]
-    deltas = {name: low_rank(generator, end - begin, 96, 16) for name, (_, begin, end) in place.parts.items()}
-    adapter, _ = both(deltas, dtype)
-    x, y = random_rows(generator, 64, place)
-    groups = [(adapter, list(range(64)), [0.5] * 64)]
-    first = add(many, host_isa(), place, groups, x, y)
-    assert all((add(many, host_isa(), place, groups, x, y) == first).all() for _ in range(20))
+    generator, lone, many = np.random.default_rng(2), ThreadTeam(1), ThreadTeam(8)
+    place = dataclasses.replace(PLACES["layer"][0], columns=columns)
+    deltas = {name: low_rank(generator, end - begin, columns, 16) for name, (_, begin, end) in place.parts.items()}
+    adapter, _ = both(deltas, dtype, {"layer": (place,)})
+    x, y = random_rows(generator, rows, place)
+    groups = [(adapter, list(range(rows)), [0.5] * rows)]
+    alone = add(lone, host_isa(), place, groups, x, y)
+    for late in [False, True] * 20:
+        assert (add(many, host_isa(), place, groups, x, y, late=late) == alone).all()
+    lone.close()
     many.close()
+
+
+def test_sums_stay_while_they_are_computed_again():
+    """`expand` may read them meanwhile, if a thread is so late that another one has done its share."""
+    generator, lone = np.random.default_rng(2), ThreadTeam(1)
+    place = Place(0, 65536, {"": (0, 0, 16)})
+    adapter, _ = both({"": low_rank(generator, 16, place.columns, 16)}, "I8", {"layer": (place,)})
+
+    class Watched:
+        threads = 1
+
+        def run(self, plan: np.ndarray, rows: int) -> None:
+            lone.run(plan, rows)
+            shrink = plan[plan[1] >> 11 :]  # behind the row of `begin`
+            sums = int(shrink[slot(ShrinkArguments, "h")]), 2 * BLOCK_BYTES
+            first = ctypes.string_at(*sums)
+            again = Thread(target=lone.run, args=(np.tile(shrink, 200), 200))
+            again.start()
+            while again.is_alive():
+                assert ctypes.string_at(*sums) == first
+
+    add(Watched(), host_isa(), place, [(adapter, [0, 1], [1.0, 1.0])], *random_rows(generator, 2, place))
+    lone.close()
+
+
+def test_no_rank_takes_more_blocks_than_the_memory_for_the_largest_rank_has():
+    assert all(count_blocks(rank) <= most_blocks(most) for most in range(1, 1025) for rank in range(0, most + 1, 4))
 
 
 @each_type

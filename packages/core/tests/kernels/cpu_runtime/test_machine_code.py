@@ -11,6 +11,7 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
@@ -18,9 +19,16 @@ import pytest
 
 from candle_vllm.core.config import CpuLevel
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.cpu_runtime import kernel_cache, level, machine_code, operation, travelling
+from candle_vllm.core.kernels.cpu_runtime import (
+    kernel_cache,
+    level,
+    machine_code,
+    operation,
+    recorder,
+    travelling,
+)
 from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function, load_object
-from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_level, level_of
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_isa, host_level, level_of
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function, named_function
 from candle_vllm.core.kernels.cpu_runtime.primitives import float64_at, int64_at
 
@@ -143,9 +151,11 @@ def test_a_lower_level_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(operation, "_address", cache(lambda code: 0))
     kernel_cache.kernel_cache.cache_clear()
     best, able = host_level(), [entry for entry in LEVELS if entry.flags <= level.host_flags()]
-    for name in (None, able[-1].name, None):
+    monkeypatch.setattr(operation, "LEVELS_IN_USE", in_use := WeakKeyDictionary[object, level.Level]())
+    monkeypatch.setattr(recorder, "LEVELS_IN_USE", in_use)
+    for name, wanted in ((None, best), (able[-1].name, able[-1]), (None, best)):
         operation.use_level(name)
-        assert host_level() is (able[-1] if held else best)
+        assert host_level() is wanted
         folder = kernel_cache.kernel_cache()
         assert folder is not None
         assert folder.name == host_level().name
@@ -153,6 +163,13 @@ def test_a_lower_level_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ConfigError, match=rf"needs instructions that this CPU does not have; it supports .*{able[-1].name}"
     ):
         operation.use_level("neon" if level.machine() == "x86_64" else "avx2")
+    if len(able) > 1:
+        made = recorder.Recorder(recorder.StepLimits(1, 1, 1, 1, 16, 1), host_isa())
+        with pytest.raises(ConfigError, match=f"cpu_level='{able[-1].name}' is below '{best.name}'"):
+            operation.use_level(able[-1].name)
+        assert host_level() is best
+        del made
+        operation.use_level(able[-1].name)
     kernel_cache.kernel_cache.cache_clear()
 
 

@@ -55,11 +55,7 @@ def _turns(x: list[int], y: list[int], step: int) -> list[int]:
 
 def emit_scales(e: Emitter, groups: list[list[Any]], most: float) -> tuple[Any, Any]:
     """Return <4> scales, max|x| / `most` of one or four groups of two vectors each, and 1 / scale (0 for scale 0)."""
-    b = e.b
-
-    def larger(x: Any, y: Any) -> Any:
-        return b.select(b.fcmp_ordered(">", x, y), x, y)
-
+    b, larger = e.b, partial(emit_functions.emit_larger_size, e)
     largest = [larger(*(e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves)) for halves in groups]
     s = b.fdiv(fold(e, largest, larger), e.constant(F32, most, 4))
     some = b.fcmp_ordered(">", s, e.zeros(F32, 4))

@@ -28,6 +28,7 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
 )
 from candle_vllm.core.kernels.activation_rows import SEGMENT, WORD, ByteForm, RowForm, RowsArguments, WordForm
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger_size
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
@@ -105,7 +106,7 @@ def _write_bytes(_: Any, y: Any, out: Any, groups: Any) -> Any:
 
         def larger(first: Any, group: Any, most: list[Any]) -> list[Any]:
             sizes = [e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves(first, group)]
-            return [b.select(b.fcmp_ordered(">", x, y), x, y) for x, y in zip(sizes, most)]
+            return [emit_larger_size(e, x, y) for x, y in zip(sizes, most)]
 
         def write(first: Any, factor: Any, group: Any, totals: list[Any]) -> list[Any]:
             at = b.add(at_out, b.mul(b.add(first, group), e.int64(GROUP)))

@@ -50,7 +50,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     partial_floats,
 )
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, I64, SHIFTER, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_largest_lane
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_larger_size, emit_largest_lane
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 _LARGEST_HALF = 65504.0
@@ -241,10 +241,10 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
 
         def largest(tile: Any, tops: list[Any]) -> list[Any]:
             sizes = [e.call("llvm.fabs.v16f32", vector(F32), [each]) for each in weighed(tile)]
-            return [emit_larger(e, size, top) for size, top in zip(sizes, tops)]
+            return [emit_larger_size(e, size, top) for size, top in zip(sizes, tops)]
 
         tops = e.loop(count, [e.zeros(F32)] * m, largest)
-        tops = [emit_largest_lane(e, top) for top in tops]
+        tops = [emit_largest_lane(e, top, emit_larger_size) for top in tops]
         factors = []
         for top in tops:
             some = b.fcmp_ordered(">", top, e.constant(F32, _LEAST))
@@ -337,8 +337,8 @@ def _sum_numbers(e: Emitter, value: Any) -> Any:
 
 def _limited(e: Emitter, x: Any, low: float, high: float) -> Any:
     b, least, most = e.b, e.constant(F32, low), e.constant(F32, high)
-    x = b.select(b.fcmp_ordered(">", x, least), x, least)
-    return b.select(b.fcmp_ordered("<", x, most), x, most)
+    x = b.select(b.fcmp_ordered("<", x, least), least, x)  # NaN stays
+    return b.select(b.fcmp_ordered(">", x, most), most, x)
 
 
 def _rounded(e: Emitter, x: Any) -> Any:

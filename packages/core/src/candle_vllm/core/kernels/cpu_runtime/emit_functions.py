@@ -27,11 +27,17 @@ def emit_larger(e: Emitter, x: Any, y: Any) -> Any:
     return e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
 
 
-def emit_largest_lane(e: Emitter, value: Any) -> Any:
+def emit_larger_size(e: Emitter, x: Any, y: Any) -> Any:
+    """Return the larger of two magnitudes in each lane; NaN if one of them is, because its bits are the greatest."""
+    bits = [e.b.bitcast(each, vector(I32, each.type.count)) for each in (x, y)]
+    return e.b.bitcast(e.b.select(e.b.icmp_unsigned(">", *bits), *bits), x.type)
+
+
+def emit_largest_lane(e: Emitter, value: Any, larger: Callable[..., Any] = emit_larger) -> Any:
     """Return the maximum of 16 floats, in every lane."""
     for step in (8, 4, 2, 1):
         lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
-        value = emit_larger(e, value, e.b.shuffle_vector(value, value, lanes))
+        value = larger(e, value, e.b.shuffle_vector(value, value, lanes))
     return value
 
 

@@ -124,12 +124,13 @@ def best_level() -> Level:
 
 
 def choose_level(name: str | None) -> None:
-    """Compile kernels for the named level from now on, in this process; None changes nothing.
+    """Compile kernels for the named level from now on, in this process; None is the highest level of this CPU.
 
     Raises:
         ConfigError: this CPU lacks instructions of the level.
     """
     if name is None:
+        _chosen().clear()
         return
     able = [level for level in LEVELS if level.flags <= host_flags() and level.machine == machine()]
     found = next((level for level in able if level.name == name), None)

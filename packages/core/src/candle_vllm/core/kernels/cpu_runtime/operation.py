@@ -28,9 +28,11 @@ from dataclasses import dataclass
 from functools import cache
 from threading import Thread
 from typing import Any, ClassVar, NamedTuple, TypeAlias, get_type_hints
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
     WANTED,
     compiled_address,
@@ -40,7 +42,7 @@ from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
     kernel_cache,
     note_asked,
 )
-from candle_vllm.core.kernels.cpu_runtime.level import best_level, bytes_ahead, choose_level, host_level
+from candle_vllm.core.kernels.cpu_runtime.level import Level, best_level, bytes_ahead, choose_level, host_level
 from candle_vllm.core.threads import collector_paused
 
 NUMBERS = 2  # index in a plan row: the address of the step's numbers
@@ -85,15 +87,27 @@ def _address(code: str, *constants: int) -> int:
     return compiled_address(*named_function(code, *constants))
 
 
+LEVELS_IN_USE = WeakKeyDictionary[object, Level]()
+"""The level at which each recorder was created; it may request operations with the level's instructions later."""
+
+
 def use_level(name: str | None) -> None:
-    """Compile operations for the named level from now on, in this process; None changes nothing.
+    """Compile operations for the named level from now on, in this process; None is the highest level of this CPU.
 
     Raises:
-        ConfigError: this CPU lacks instructions of the level.
+        ConfigError: this CPU lacks instructions of the level, or the level lacks instructions that an engine uses.
     """
     before = host_level()
     choose_level(name)
     if host_level() != before:  # recorded plans contain the addresses of the old code
+        used = next((level for level in LEVELS_IN_USE.values() if level.isa & ~host_level().isa), None)
+        if used is not None:
+            choose_level(before.name)
+            raise ConfigError(
+                f"cpu_level={name!r} is below {used.name!r}, the level of another engine in this process: close that "
+                "engine first, or give both engines the same cpu_level",
+                "cpu_level",
+            )
         _address.cache_clear()
         kernel_cache.cache_clear()
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import (
+    LEVELS_IN_USE,
     RUNS_BYTES,
     Matrix,
     StepNumber,
@@ -140,6 +141,7 @@ class Recorder:
     def __init__(self, limits: StepLimits, isa: Isa) -> None:
         self.limits = limits
         self.isa = isa
+        LEVELS_IN_USE[self] = host_level()
         self.arrays = StepArrays(limits)
         self.plan: list[int] = []
         self.ends: list[int] = []  # end of each operation's row in the plan

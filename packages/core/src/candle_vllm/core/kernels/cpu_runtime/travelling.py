@@ -13,6 +13,7 @@ before wheels are built.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -38,7 +39,6 @@ from candle_vllm.core.threads import collector_paused
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
 INDEX_KEY = 128  # elements of a key of DeepSeek's index
-CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2; delta nets and Mamba
 
 
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -81,16 +81,17 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, WordForm.I16, WordForm.I16.bytes)
     if isa & Isa.VNNI:
         yield "word_linear.cpu:make_linear", (isa,)
-    for convolution in CONVOLUTIONS:
+    for convolution in itertools.product((3, 4), (0, 1), (0, 1)):  # taps, SiLU, gates
         yield "short_conv.cpu:make_short_conv", convolution
-    yield "scale_cap.cpu:make_scale_cap", (3,)
+    for kind in range(4):
+        yield "scale_cap.cpu:make_scale_cap", (kind,)
+    for gate in itertools.product(range(5), (0, 1)):
+        yield "silu_mul.cpu:make_gated_rows", gate
     for scan in ((0, 0), (0, 2), (1, 0), (1, 1)):
         yield "delta_rule.cpu:make_scan", scan
     for flag in (0, 1):
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
-        yield "scale_cap.cpu:make_scale_cap", (flag,)
-        yield "silu_mul.cpu:make_gated_rows", (flag, 0)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
         yield "latent_attention.cpu:make_choose", (INDEX_KEY, isa.bf16, flag)
     for keys, values in PRECOMPILED:

@@ -270,8 +270,9 @@ def make_run(FORM: int, ISA: int) -> Any:
     def run(weights, ranks, quarter, first, last, count, x_bytes, memory, onward):
         """Multiply blocks first .. last of a quarter.
 
-        memory: `RUN_MEMORY` bytes, with addresses of inputs and sums of `count` rows. onward: address of the weights
-        that are read after the last block of the last quarter, or 0.
+        memory: `RUN_MEMORY` bytes, with addresses of the inputs of `count` rows, and of 8 rows of sums (1 if `count` is
+        1), to which spans are added one after the other. onward: address of the weights that are read after the last
+        block of the last quarter, or 0.
         """
         columns, blocks = x_bytes >> 4, count_blocks(ranks)
         end = weights + 4 * (ranks * columns * ITEM + blocks * SCALES)
@@ -300,8 +301,7 @@ def make_run(FORM: int, ISA: int) -> Any:
                 about = weights + before + (quarter * blocks + block) * SCALES
                 at, steps = about + SCALES + begin * height * ITEM, size * height * ITEM // STEP
                 for index in range(rows):
-                    result = int64_at(memory + RESULTS)[min(index, count - 1)]
-                    outputs[index] = result + (block * 4 + quarter) * 64
+                    outputs[index] = int64_at(memory + RESULTS)[index] + (block * 4 + quarter) * 64
                 _shrink_rows(FORM, ISA, height, rows, at, about, memory, 0, memory + 64, steps, begin, end, jump)
             begin += size
 
@@ -422,7 +422,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
         first, last = total * thread // threads, total * (thread + 1) // threads
         most = (most + 63) & -16  # vectors are written beyond the last rank
         run = 8 if shared else RUN
-        memory = stack_bytes(RUN_MEMORY + 8 * most + (run_bytes if shared else 0))
+        memory = stack_bytes(RUN_MEMORY + 8 * most + run_bytes)
         own = memory + RUN_MEMORY + 8 * most  # sums of this thread: another thread may compute the same entries
         sources, results = int64_at(memory + SOURCES), int64_at(memory + RESULTS)
         before = 0
@@ -433,6 +433,8 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
             begin, end = starts[group], min(starts[group + 1], last_entry)
             ranks = int64_at(about)[1]
             blocks = count_blocks(ranks)
+            for index in range(8):
+                results[index] = own + index * blocks * layout.BLOCK_BYTES
             for entry in range(max(begin, first_entry), end, run):
                 number, high = max(first - before, 0), min(last - before, 4 * blocks)
                 before += 4 * blocks
@@ -452,12 +454,14 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                         count = min(stop - at, 8)
                         for index in range(count):
                             sources[index] = given.x + int64_at(given.rows)[at + index] * given.x_bytes
-                            place = at + index - begin
-                            results[index] = given.h + begin * given.h_bytes + place * blocks * layout.BLOCK_BYTES
-                            if shared:
-                                results[index] = own + index * blocks * layout.BLOCK_BYTES
                         weights = int64_at(about)[0]
                         multiply(weights, ranks, quarter, low, until, count, given.x_bytes, memory, onward)
+                        for index in range(0 if shared else count):
+                            h = given.h + begin * given.h_bytes + (at + index - begin) * blocks * layout.BLOCK_BYTES
+                            for block in range(low, until):
+                                line = (block * 4 + quarter) * LANES
+                                for lane in range(line, line + LANES):
+                                    float32_at(h)[lane] = float32_at(results[index])[lane]
                     number = (quarter + 1) * blocks
                 for at in range(entry, stop if shared else entry):
                     sums = own + (at - entry) * blocks * layout.BLOCK_BYTES

@@ -104,8 +104,8 @@ and the columns in A are padded with zeros."""
 
 
 def most_blocks(rank: int) -> int:
-    """Return the maximum number of blocks of `rank` ranks."""
-    return rank // 16 + (rank >> 3 & 1) + (rank >> 2 & 1)
+    """Return the maximum number of blocks of at most `rank` ranks: 16 ranks are one block, 12 are two."""
+    return (rank + 4) // 16 + 1
 
 
 def filled(rank: int) -> int:
