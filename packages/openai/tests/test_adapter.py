@@ -144,6 +144,27 @@ async def test_continuous_usage_without_usage_changes_nothing() -> None:
     assert found == ["stream_options.continuous_usage_stats has no effect without include_usage: true"]
 
 
+async def test_tools_that_no_prompt_shows_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    said = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    shown = {"plain": said, "reads tools": said + "{{ tools | tojson if tools }}"}
+    shown["beside a system message"] = said + "{{ tools | tojson if tools and messages[0].role == 'system' }}"
+    for name, template in shown.items():
+        caplog.clear()
+        adapter = OpenAIAdapter(
+            ScriptedEngine('{"name": "f", "arguments": {}}', chat_template=template), tool_parser="json"
+        )
+        for choice in ("auto", "required", {"type": "function", "function": {"name": "f"}}):
+            found = collect_remarks()
+            await adapter.chat({"messages": HI, "tools": tools, "tool_choice": choice})
+            assert len(found) == (name == "plain"), (name, found)
+        assert [record.getMessage() for record in caplog.records] == [f"scripted: {told}" for told in found]
+        for fields in ({"tools": tools, "tool_choice": "none"}, {}):
+            found = collect_remarks()
+            await adapter.chat({"messages": HI, **fields})
+            assert not found
+
+
 async def test_prompts_that_are_too_long_are_cut_where_that_is_asked_for() -> None:
     engine = ScriptedEngine("abc", max_model_len=16)
     adapter = OpenAIAdapter(engine)
@@ -153,10 +174,18 @@ async def test_prompts_that_are_too_long_are_cut_where_that_is_asked_for() -> No
         answer = await adapter.complete(fields)
         assert list(engine.requests[-1].prompt_token_ids) == tokens
         assert answer.usage.prompt_tokens == len(tokens)
-    echoed = await adapter.complete({"prompt": "abcdef", "max_tokens": 1, "echo": True, "truncate_prompt_tokens": 2})
-    assert echoed.choices[0].text == "efa"
+    for side, tokens, text in (("left", "ef", "efa"), ("right", "ab", "aba")):
+        fields = {"prompt": "abcdef", "max_tokens": 1, "truncate_prompt_tokens": 3, "truncation_side": side}
+        assert (await adapter.complete({**fields, "echo": True})).choices[0].text == text
+        beginning = engine.tokenizer.encode("")
+        assert beginning  # remains, as tokenizers do it
+        assert engine.requests[-1].prompt_token_ids == [*beginning, *map(ord, tokens)]
+        await adapter.complete({**fields, "add_special_tokens": False})
+        assert len(engine.requests[-1].prompt_token_ids) == 3
+        assert engine.requests[-1].prompt_token_ids[0] not in beginning
     await chat(engine, max_tokens=1, truncate_prompt_tokens=5)
     assert len(engine.requests[-1].prompt_token_ids) == 5
+    assert engine.requests[-1].prompt_token_ids[0] not in beginning  # templates write special tokens, as any text
     with pytest.raises(InvalidParameterError, match="smaller truncation size"):
         await adapter.complete({"prompt": "a", "truncate_prompt_tokens": 16})
     adapter = OpenAIAdapter(ScriptedEngine("abc", sees=True))

@@ -279,6 +279,9 @@ async def test_texts_that_are_too_long_are_cut_where_that_is_asked_for() -> None
             assert made["usage"]["prompt_tokens"] == tokens + 1
             assert made["data"][0] == (await embed(engine, input=kept))["data"][0]
     assert (await embed(engine, input="a" * 4000, truncate_prompt_tokens=4))["usage"]["prompt_tokens"] == 4
+    for side, kept in (("left", "ef"), ("right", "ab")):  # the token that begins a text remains
+        made = await embed(engine, input="abcdef", truncate_prompt_tokens=3, truncation_side=side)
+        assert made["data"][0] == (await embed(engine, input=kept))["data"][0]
     with pytest.raises(InvalidParameterError, match="smaller truncation size") as caught:
         await embed(engine, input="a", truncate_prompt_tokens=17)
     assert caught.value.param == "truncate_prompt_tokens"

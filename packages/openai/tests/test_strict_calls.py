@@ -22,6 +22,7 @@ WRONG = (  # calls with an argument that the schema does not allow, as models wr
     OBJECT,
     f"```json\n{OBJECT}\n```",
     f"<tool_call>\n{OBJECT}\n</tool_call>",
+    f"<tool_call>\n```json\n{OBJECT}\n```\n</tool_call>",
     f"[{OBJECT}]",
     f'<think>a "</think>" b\n<tool_call>\n{OBJECT}\n</tool_call>',
     f"<think>hm\n<tool_call>\n{OBJECT}\n</tool_call>",

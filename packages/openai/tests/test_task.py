@@ -15,7 +15,7 @@ from candle_vllm.core.text.prompts import template_messages as of_core
 from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, fit_tools, template_needs
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.requests import read_chat
-from candle_vllm.openai.task import template_messages
+from candle_vllm.openai.task import Cut, template_messages
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 MESSAGES: list[dict[str, Any]] = [
@@ -115,6 +115,26 @@ def test_a_user_has_the_images_that_results_may_not_have(behind: bool) -> None:
         fit(given, TemplateNeeds(images_in_results=False, user_behind_results=behind))
         assert [one for one in given if one["role"] == "user"][-1]["content"][-2:] == last
         assert (given[-1]["role"] == "user") is (behind or given is early)
+
+
+@pytest.mark.parametrize(
+    ("around", "prompt", "left", "right"),
+    [
+        ([], [1, 2, 3, 4, 5], [3, 4, 5], [1, 2, 3]),
+        ([101, 102], [101, 1, 2, 3, 102], [101, 3, 102], [101, 1, 102]),  # [CLS] and [SEP]
+        ([101], [101, 1, 2, 3, 4], [101, 3, 4], [101, 1, 2]),
+        ([102], [1, 2, 3, 4, 102], [3, 4, 102], [1, 2, 102]),
+        ([101, 102, 103], [101, 1, 2, 102, 103], [101, 102, 103], [101, 102, 103]),
+        ([101, 102, 103, 104], [101, 102, 1, 103, 104], [1, 103, 104], [101, 102, 1]),  # no place for all of them
+        ([101], [1, 2, 3, 4, 5], [3, 4, 5], [1, 2, 3]),  # a text without it
+    ],
+)
+def test_special_tokens_around_a_text_remain(
+    around: list[int], prompt: list[int], left: list[int], right: list[int]
+) -> None:
+    assert list(Cut(3, "left").of(prompt, 9, around)) == left
+    assert list(Cut(3, "right").of(prompt, 9, around)) == right
+    assert list(Cut(5).of(prompt, 9, around)) == list(Cut(-1).of(prompt, 5, around)) == prompt
 
 
 def test_schemas_that_macros_of_templates_take() -> None:

@@ -86,6 +86,8 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
         ({"regex": "^(a|b/c)$"}, ["a", "b/c"], ["^a$", "ab/c"]),
         ({"choice": ["yes", "no", 'a"\\b\n\x01\x7f</é']}, ["yes", "no", 'a"\\b\n\x01\x7f</é'], ["yesno", "y", "No"]),
         ({"grammar": 'start: "a" list\nlist: /[0-9]/ ("," list)?'}, ["a1", "a1,2,3"], ["a", "a1,"]),
+        ({"grammar": '?start: "a"+'}, ["a", "aa"], ["", "b"]),
+        ({"grammar": '%llguidance {}\n !start : "a"+'}, ["a", "aa"], ["", "b"]),
         ({"grammar": 'root ::= "a" [0-9]+ ("x" | "é")?'}, ["a1", "a12x", "a12é"], ["a", "ax"]),
         ({"grammar": 'start: "n=" %json {"type": "boolean"} "!"'}, ["n=true!"], ["n=1!", "n=true"]),
     ],

@@ -277,6 +277,28 @@ def test_a_long_conversation_is_within_the_limits() -> None:
     assert ChatTemplate(source, {}).render(messages).endswith("1000")
 
 
+@pytest.mark.parametrize(
+    ("source", "limit", "unit"),
+    [
+        ("{% for i in range(99999) %}{{ i }}{% endfor %}" * 2, "MAX_SECONDS", "s of processor time"),
+        ("{% for i in range(9999) %}{% set x = 'x' * 1000 %}{% endfor %}.", "MAX_WORK", "MiB of text"),
+    ],
+)
+def test_longer_conversations_and_more_tools_may_take_more(
+    source: str, limit: str, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_limits, limit, 0)
+    template, one, tool = ChatTemplate(source, {}), {"role": "user", "content": "x"}, {"type": "function"}
+    for messages, tools in ([one], None), ([one] * 2, [tool] * 1), ([one], []):
+        with pytest.raises(ChatTemplateError, match=f"{unit}; shorten the conversation, or begin a new one"):
+            template.render(messages, tools=tools)
+    for messages, tools in ([one] * 400, None), ([one] * 40, [tool] * 360):
+        assert template.render(messages, tools=tools)
+    monkeypatch.setattr(template_limits, "MOST_EACH", 3)
+    with pytest.raises(ChatTemplateError, match=unit):
+        template.render([one] * 400)
+
+
 def test_documents_that_a_template_would_drop_are_refused() -> None:
     messages, documents = [{"role": "user", "content": "hi"}], [{"title": "a", "text": "b"}]
     plain = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})

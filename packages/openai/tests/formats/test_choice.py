@@ -208,12 +208,14 @@ def test_what_a_template_needs() -> None:
 
     assert needs(HERMES) == TemplateNeeds(writes_tools=True)
     said = "{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.arguments if m.tool_calls }}{% endfor %}"
-    assert needs(said) == TemplateNeeds(arguments_as_text=True, parallel_calls=False)  # Python would be written
+    as_text = TemplateNeeds(ignores_tools=True, arguments_as_text=True, parallel_calls=False)
+    assert needs(said) == as_text  # Python would be written
     joined = needs(said.replace("}}{{", "+").replace("if m.tool_calls", "if m.tool_calls else m.content"))
     assert joined.arguments_as_text
     refusing = needs(said.replace("{{ m.tool", "{{ raise_exception('no calls, please') if m.tool_calls }}{{ m.tool"))
-    assert refusing == TemplateNeeds(writes_calls=False)
-    assert needs("{{ bos_token }}") == TemplateNeeds()  # which says nothing of what it is given
+    assert refusing == TemplateNeeds(ignores_tools=True, writes_calls=False)
+    # which says nothing of what it is given
+    assert needs("{{ bos_token }}") == TemplateNeeds(ignores_tools=True)
     short = HERMES.replace(
         "<tool_call>\n", "{% if c.id|length != 9 %}{{ raise_exception('id') }}{% endif %}<tool_call>"
     )

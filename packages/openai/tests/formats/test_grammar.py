@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -10,7 +11,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jsonschema
@@ -111,6 +112,18 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         ["short", "code"],
     ),
     "now": _object({}),
+    "descend": _object(
+        {"first": {"$ref": "#/$defs/node"}},
+        defs={
+            "node": _object(
+                {
+                    "value": {"type": "string", "maxLength": 4},
+                    "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+                },
+                ["value"],
+            )
+        },
+    ),
 }
 TOOLSET = [Tool(name, schema) for name, schema in SCHEMAS.items()]
 WALKS = few([3, 24], 3)  # of each kind
@@ -506,13 +519,26 @@ def test_only_strict_tools_are_held_to_their_schemas_in_free_text() -> None:
     assert not accepted("unknown", "{}")
 
 
+_LARGE = _object({f"k{number}": {"type": "string", "maxLength": 9} for number in range(200)}, [])
+
+
+def _often(part: dict[str, Any]) -> dict[str, Any]:
+    """Properties that repeat a large one, "#/properties/d"."""
+    return {"d": _LARGE, **{f"p{number}": part for number in range(400)}}
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("gemma4", _often({"anyOf": [{"$ref": "#/properties/d"}]}), "repeated too often"),
+    ("minimax_m3", _often({"anyOf": [{"$ref": "#/properties/d"}]}), "repeated too often"),
+    ("qwen3_coder", _often({"type": "array", "items": {"$ref": "#/properties/d"}}), "repeated too often"),
     ("hermes", {"a": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
     ("hermes", {"a": {"not": {"pattern": "a+"}}}, "not"),
     ("qwen3_coder", {"a": {"minLength": 1, "not": {"const": "x"}, "oneOf": [{}]}}, "not"),
     ("hermes", {"a": {"$ref": "https://example.com/x"}}, "ref"),
     ("hermes", {"a": {"type": "object", "x-guidance": {"lenient": True}}}, "x-guidance"),
     ("qwen3_coder", {"a": {"type": "string", "format": "hostname"}}, "hostname"),
+    ("qwen3_coder", {"a": {"type": "string", "format": ["x"]}}, "format"),
+    ("minimax_m3", {"a": {"format": {"x": 1}}}, "format"),
     ("qwen3_coder", {"a": {"type": "string", "pattern": "a\\b"}}, "pattern"),
     ("qwen3_coder", {"a": {"type": "string", "pattern": "^a|b$"}}, "pattern"),
     ("qwen3_coder", {"a": {"type": "string", "minLength": 3, "maxLength": 2}}, "minLength"),
@@ -546,6 +572,26 @@ def test_a_name_that_no_parser_takes_is_refused() -> None:
     assert _grammar([tool]) is not None
     with pytest.raises(UnsupportedParameterError, match="1st"):
         _grammar([tool], "qwen3_coder")
+
+
+_TWICE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {  # each definition has the next one twice
+    "alternatives": lambda next_one: {"anyOf": [next_one, next_one]},
+    "objects": lambda next_one: _object({"a": next_one, "b": next_one}),
+    "objects or null": lambda next_one: _object({name: {"anyOf": [next_one, {"type": "null"}]} for name in "ab"}),
+}
+
+
+@pytest.mark.usefixtures("tried_in_a_process")
+@pytest.mark.parametrize("last", [{"type": "string"}, {"type": "string", "enum": [1]}], ids=["text", "nothing"])
+@pytest.mark.parametrize("kind", _TWICE)
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "glm45", "gemma4", "pythonic", "minimax_m3"])
+def test_definitions_that_repeat_others_are_written_in_bounded_time(form: str, kind: str, last: dict[str, Any]) -> None:
+    definitions = {f"d{number}": _TWICE[kind]({"$ref": f"#/$defs/d{number + 1}"}) for number in range(30)}
+    schema = _object({"a": {"$ref": "#/$defs/d0"}}, defs={**definitions, "d30": last})
+    begun = time.process_time()
+    with contextlib.suppress(UnsupportedParameterError):
+        assert _grammar([Tool("f", schema)], form) is not None
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.usefixtures("tried_in_a_process")

@@ -123,6 +123,44 @@ def test_the_closing_mark_of_a_json_call_in_dots() -> None:
     assert (parsed.content, parsed.values) == ("Ok", [("f2", {"city": "x"})])
 
 
+_F2 = '{"name": "f2", "arguments": {"city": "x"}}'
+
+
+@pytest.mark.parametrize(
+    ("tools", "text", "content", "calls"),
+    [
+        ("hermes", f'<tool_call>{_F2}\n{{"foo": 1}}\n</tool_call>\nbye', '{"foo": 1}\nbye', 1),
+        ("hermes", f'<tool_call>{_F2}\n{{"name": "a b", "arguments": {{"name": "c"}}}}\n</tool_call>',
+         '{"name": "a b", "arguments": {"name": "c"}}', 1),
+        ("mistral", f'[TOOL_CALLS][{_F2}, {{"x": 1}}, {_F2}]', '{"x": 1}', 2),
+        ("tool_calls_json", f"<tool_calls>\n{_F2}\n{{invalid json here}}\n{_F2}\n</tool_calls>",
+         "{invalid json here}", 2),
+        ("llama3_json", f'{_F2}; {{"name": "nope", "parameters": {{}}}}', '{"name": "nope", "parameters": {}}', 1),
+        ("llama3_json", f"{_F2}\nNote: {{a}}", "Note: {a}", 1),
+        ("pythonic", "[f2(city='x'), unknown(a=1)]", "unknown(a=1)]", 1),
+        ("lfm2", "<|tool_call_start|>[f2(city='x'), a b]<|tool_call_end|>ok", "a b]<|tool_call_end|>ok", 1),
+        ("minimax_m2", '<minimax:tool_call>\n<invoke name="f2">\n<parameter name="city">x</parameter>\n</invoke>\n'
+         '<invoke name="a b">\n</invoke>\nok', '<invoke name="a b">\n</invoke>\nok', 1),
+        ("minimax_m3", ']<]minimax[>[<tool_call>]<]minimax[>[<invoke name="f2">]<]minimax[>[<city>x]<]minimax[>[</city>'
+         ']<]minimax[>[</invoke>]<]minimax[>[<invoke name="a b">ok', ']<]minimax[>[<invoke name="a b">ok', 1),
+        ("gemma4", '<|tool_call>call:f2{city:<|"|>x<|"|>},call:a b{}<tool_call|>ok', "call:a b{}<tool_call|>ok", 1),
+        ("kimi_k2", '<|tool_call_begin|>functions.f2:0<|tool_call_argument_begin|>{"city": "x"}<|tool_call_end|>'
+         "<|tool_call_begin|>a b<|tool_call_argument_begin|>{}",
+         "<|tool_call_begin|>a b<|tool_call_argument_begin|>{}", 1),
+    ],
+)  # fmt: skip
+def test_what_is_no_call_behind_a_call_is_text(tools: str, text: str, content: str, calls: int) -> None:
+    parsed = said(next(one for one in SHORT if one.tools == tools), text)
+    assert (parsed.content, parsed.values) == (content, [("f2", {"city": "x"})] * calls)
+
+
+@pytest.mark.parametrize("fence", ["```json", "```"])
+@pytest.mark.parametrize("sample", [pytest.param(one, id=one.tools) for one in IN_OBJECTS if "<" in one.text])
+def test_a_fence_behind_a_mark(sample: Sample, fence: str) -> None:
+    parsed = said(sample, re.sub(r"(\[?\{.*\}\]?)", rf"\n{fence}\n\1\n```\n", sample.text))
+    assert (parsed.content, parsed.values) == (sample.content, sample.calls)
+
+
 NAMED = ("mistral_v11", "mistral_v13", "kimi_k2", "deepseek_v3", "deepseek_v31", "solar")
 BEHIND_NAMES = [one for one in JSON if one.tools in NAMED]
 

@@ -289,13 +289,15 @@ class EmbeddingAdapter:
         """Tokenize the texts, each after the prompt for the input_type, and check their total size."""
         total, texts, front = 0, [], self._prompt(request)
         special, cut = request.add_special_tokens is not False, request.cut("right")
+        around = self._engine.tokenize("", add_special_tokens=special) if cut is not None else ()
         for number, text in enumerate(request.inputs):
             with _blamed(number, len(request.inputs), field=field):
                 if front and not isinstance(text, str):
                     raise InvalidParameterError("input_type needs texts, but this input is token ids", field)
                 ids = text if not isinstance(text, str) else self._tokenized(front + text, special, bounded=cut is None)
             if cut is not None:
-                ids = list(cut.of(ids, self._engine.model_info.max_model_len))
+                framed = around if isinstance(text, str) else ()
+                ids = list(cut.of(ids, self._engine.model_info.max_model_len, framed))
             total += len(ids)
             _check_total(total, field, number)
             texts.append(ids)

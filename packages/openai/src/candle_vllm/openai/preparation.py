@@ -7,6 +7,7 @@ these methods run in other threads (`WorkerThreads`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -41,6 +42,7 @@ _GROUP, _MOST_SPLIT = 16, 4  # tools whose schemas are tried together, and refus
 
 
 _NOT_SHOWN = TextPart("[an image, which this model cannot see]")
+_NO_TOOLS = "the chat template does not show tools: the model knows only those that a message describes"
 _LOOKED = (
     Message(role="user", parts=(TextPart("?"),)),
     Message(role="assistant", calls=(Call("call_image", "look", "{}"),)),
@@ -49,6 +51,8 @@ _LOOKED = (
 
 
 Unseen = tuple[Sequence[bytes | ImageAddress], Sequence[str]]
+
+logger = logging.getLogger(__name__)
 
 
 class PreparedChat(NamedTuple):
@@ -107,6 +111,7 @@ class TaskPreparation:
         self._allow_priority = allow_priority
         self._allow_chat_template = allow_chat_template
         self._defaults = _checked_defaults(engine.model_info.default_sampling)
+        self._warned = False  # whether the log says that the template does not show tools
 
     def chat(self, task: Task, *, bounded: bool = False) -> PreparedChat:
         """Prepare a conversation, without its images, which `see` reads; RequestError names the request's fields.
@@ -124,7 +129,8 @@ class TaskPreparation:
                 check_length(self._engine, text)
             (answers, structured, thoughts, marks), loose = self._planned(task, text)
             # Templates write special tokens themselves; a request may add more.
-            prompt = self._cut(task, self._behind(task, text, add_special_tokens=task.add_special_tokens))
+            prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
+            prompt = self._cut(task, prompt, text=True)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
@@ -404,6 +410,11 @@ class TaskPreparation:
         needs = self._planner.choice.needs if template is None else needs_of(template)
         if (tools := task.tools.as_template()) is not None:
             options["tools"] = tools if needs is None else fit_tools(tools, needs)
+            if needs is not None and needs.ignores_tools:
+                remark([_NO_TOOLS])
+                if template is None and not self._warned:
+                    logger.warning("%s: %s", self._engine.model_info.name, _NO_TOOLS)
+                    self._warned = True
         messages = template_messages(task.messages, needs)
         variables = {**self._template_defaults, **task.variables}
         render = self._engine.render_messages if template is None else template.render
@@ -425,21 +436,24 @@ class TaskPreparation:
         engine, special = self._engine, task.add_special_tokens
         ids = self._behind(task, prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
         self._check_known(ids)
-        ids = self._cut(task, ids)
+        ids = self._cut(task, ids, text=isinstance(prompt, str))
         text = first = ""
         if task.echo_prompts:
             whole = task.scored_only  # otherwise the answer may complete the last character of the prompt
             if isinstance(prompt, str) and task.cut is None:
                 text = prompt
             else:
-                text = engine.detokenize(ids, skip_special_tokens=False, whole=whole)
+                text = engine.detokenize(ids, skip_special_tokens=isinstance(prompt, str), whole=whole)
             scored = task.sampling.get("logprobs") is not None
             first = engine.detokenize(ids[:1], skip_special_tokens=False) if scored else ""
         return EchoedPrompt(text, first, tuple(ids))
 
-    def _cut(self, task: Task, ids: Sequence[int]) -> list[int]:
-        """Truncate a prompt as the task asks, so that one output token fits into the context."""
-        return list(ids if task.cut is None else task.cut.of(ids, self._engine.model_info.max_model_len - 1))
+    def _cut(self, task: Task, ids: Sequence[int], *, text: bool) -> list[int]:
+        """Truncate a prompt, of a `text` or of given ids, as the task asks; one output token must fit behind it."""
+        if task.cut is None:
+            return list(ids)
+        around = self._engine.tokenize("", add_special_tokens=task.add_special_tokens) if text else ()
+        return list(task.cut.of(ids, self._engine.model_info.max_model_len - 1, around))
 
     def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
         if not isinstance(prompt, str):

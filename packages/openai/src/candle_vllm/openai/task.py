@@ -179,8 +179,11 @@ class Cut(NamedTuple):
     tokens: int
     side: Literal["left", "right"] = "left"
 
-    def of(self, prompt: Sequence[int], context: int) -> Sequence[int]:
-        """Return the truncated prompt; InvalidParameterError if `tokens` exceeds `context`, the longest prompt."""
+    def of(self, prompt: Sequence[int], context: int, around: Sequence[int] = ()) -> Sequence[int]:
+        """Return the truncated prompt; InvalidParameterError if `tokens` exceeds `context`, the longest prompt.
+
+        `around` are the special tokens that the tokenizer puts around a text, which remain: those of an empty text.
+        """
         if self.tokens > context:
             raise InvalidParameterError(
                 "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
@@ -189,7 +192,12 @@ class Cut(NamedTuple):
         most = context if self.tokens < 0 else self.tokens
         if len(prompt) <= most:
             return prompt
-        return prompt[len(prompt) - most :] if self.side == "left" else prompt[:most]
+        count = len(around) if len(around) <= most else 0
+        fronts = (n for n in range(count + 1) if [*prompt[:n], *prompt[len(prompt) - count + n :]] == [*around])
+        if (front := next(fronts, None)) is None:
+            front = count = 0
+        first = len(prompt) - most + front if self.side == "left" else front
+        return [*prompt[:front], *prompt[first : first + most - count], *prompt[len(prompt) - count + front :]]
 
 
 class Paths(NamedTuple):

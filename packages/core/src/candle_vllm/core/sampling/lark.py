@@ -148,7 +148,7 @@ _TOKENS = re.compile(  # the relevant tokens of llguidance; no pattern backtrack
     r"""|(?P<mark>[(\[{}\])|&])|(?P<name>\w[\w-]*+)""",
     re.MULTILINE,
 )
-_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|start\s*+:)", re.MULTILINE)  # llguidance's test is quadratic
+_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:)", re.MULTILINE)  # llguidance's test is quadratic
 
 Grammar = dict[str, Any]
 """An element of llguidance's list of grammars: `name`, and `lark_grammar` or `json_schema`."""

@@ -163,7 +163,7 @@ class ChatTemplate:
         return "default"
 
     def _run(self, name: str, variables: dict[str, Any]) -> str:
-        token = current_budget.set(Budget())
+        token = current_budget.set(Budget(len(variables["messages"]) + len(variables["tools"] or ())))
         try:
             pieces, length = [], 0
             for piece in self._templates[name].generate(variables):

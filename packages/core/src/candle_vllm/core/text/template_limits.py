@@ -21,7 +21,10 @@ from jinja2.exceptions import SecurityError, TemplateRuntimeError
 MAX_SECONDS = 1.0  # of this thread's processor time, so that a busy machine does not fail a good template
 MAX_TEXT = 16 << 20  # characters of a single text
 MAX_WORK = 512 << 20  # bytes of all texts and lists that a rendering creates
+SECONDS_EACH, WORK_EACH = 0.02, 1 << 20  # more for each message and tool, since templates compare messages with others
+MOST_EACH = 512  # messages and tools for which there is more
 MAX_INTEGER_BITS = 4096
+_SHORTEN = "shorten the conversation, or begin a new one"
 _WIDE = 4  # maximum bytes of a character outside ASCII
 _OPAQUE = 64  # characters that are counted for an object that is no text or container
 CONTAINERS = (Mapping, KeysView, ValuesView, ItemsView, list, tuple, set, frozenset)
@@ -35,25 +38,27 @@ class BudgetExceededError(TemplateRuntimeError):
 
 
 class Budget:
-    """Counters of one rendering."""
+    """Counters of one rendering; `parts` is the number of messages and tools."""
 
-    __slots__ = ("_deadline", "_work")
+    __slots__ = ("_deadline", "_most_work", "_seconds", "_work")
 
-    def __init__(self) -> None:
-        self._deadline = time.thread_time() + MAX_SECONDS
+    def __init__(self, parts: int = 0) -> None:
+        self._seconds = MAX_SECONDS + min(parts, MOST_EACH) * SECONDS_EACH
+        self._deadline = time.thread_time() + self._seconds
+        self._most_work = MAX_WORK + min(parts, MOST_EACH) * WORK_EACH
         self._work = 0
 
     def check_time(self) -> None:
         """Raise an error if the time is used up."""
         if time.thread_time() > self._deadline:
-            raise BudgetExceededError(f"it took more than {MAX_SECONDS:g} s of processor time")
+            raise BudgetExceededError(f"it took more than {self._seconds:g} s of processor time; {_SHORTEN}")
 
     def spend(self, size: int) -> None:
         """Count `size` bytes of a new text or list, before it is created."""
         self.check_time()
         self._work += size
-        if self._work > MAX_WORK:
-            raise BudgetExceededError(f"it built more than {MAX_WORK >> 20} MiB of text")
+        if self._work > self._most_work:
+            raise BudgetExceededError(f"it built more than {self._most_work >> 20} MiB of text; {_SHORTEN}")
 
     def spend_text(self, length: int, *, ascii_only: bool = False) -> None:
         """Count a text of `length` characters, before it is created."""

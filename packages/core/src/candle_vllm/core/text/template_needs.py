@@ -204,6 +204,7 @@ class TemplateNeeds:
 
     Attributes:
         writes_tools: the prompt contains the tools that a request offers.
+        ignores_tools: the prompt is the same with and without tools.
         writes_calls: the prompt contains earlier tool calls; otherwise a call becomes text of the assistant's message.
         writes_results: the prompt contains tool results; otherwise a result becomes text of the user's turn.
         images_in_results: a tool result may have images; otherwise they become parts of a user's message.
@@ -229,6 +230,7 @@ class TemplateNeeds:
     """
 
     writes_tools: bool = False
+    ignores_tools: bool = False
     writes_calls: bool = True
     writes_results: bool = True
     images_in_results: bool = True
@@ -297,6 +299,9 @@ def _of_tools(probe: TemplateProbe) -> dict[str, bool]:
 
     return {
         "writes_tools": shown and probe.plain_prompt is not None and NAME not in probe.plain_prompt,
+        "ignores_tools": probe.prompt is not None
+        and probe.prompt == probe.plain_prompt
+        and not probe.writes([_message("system", "Be kind."), _ASK], NAME, tools=_TOOLS),
         "bare_tools": not shown or probe.writes([_ASK], NAME, tools=_BARE_TOOLS),
         "bare_schemas": not shown or takes(_BARE_SCHEMA),
         "odd_schemas": not shown or takes(_ODD_SCHEMA),

@@ -45,6 +45,7 @@ class _Kept(CallSink):
         super().__init__(nowhere, tools, call_id)
         self._calls: list[tuple[str, str, list[str]]] = []
         self._whole = True
+        self.between = self.begin  # raises `CallBegins`, as for the name of an unknown tool
 
     @property
     def complete(self) -> bool:

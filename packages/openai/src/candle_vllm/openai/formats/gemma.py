@@ -38,12 +38,14 @@ class Gemma:
         before = calls.count
         while True:
             yield from reader.skip_space()
-            if not (yield from reader.take(self.prefix, ":" + self.prefix)):
+            if not (prefix := (yield from reader.take(self.prefix, ":" + self.prefix))):
                 reader.drop_begun(self.prefix)
                 break
-            name, mark = yield from reader.name(markers("{"))
-            name = name.strip(SPACE)
+            text, mark = yield from reader.name(markers("{"))
+            name = text.strip(SPACE)
             if not mark or NAME.fullmatch(name) is None or (self.known_only and name not in calls.tools):
+                if calls.count > before and not reader.cut:
+                    reader.put_back(prefix + text + mark)
                 break
             calls.begin(name)
             calls.end((yield from _Object(self.quote, reader, calls, name).read()))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 
@@ -37,7 +38,7 @@ class JsonCalls:
         listed: whether `grammar` writes calls in a list.
         name_key, arguments_key: the keys that this model was trained to write.
         id_key: the key of the call's id, if the model was trained to write one.
-        fenced: whether the objects are in a fenced code block.
+        fenced: whether `grammar` writes the objects in a fenced code block.
     """
 
     closers: tuple[str, ...] = ()
@@ -53,12 +54,12 @@ class JsonCalls:
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Parse calls after the opening mark; return False, without any event, if there is no call."""
-        stops = markers(*self.closers)
         before, found = calls.count, False
         yield from reader.skip_space()
-        if self.fenced:
-            yield from reader.take("```json", "```")
-            yield from reader.skip_space()
+        fence = "" if self.known_only else (yield from reader.take("```json", _FENCE))
+        yield from reader.skip_space()
+        ends = dict.fromkeys(((_FENCE,) if fence else self.closers, self.closers))
+        stops = markers(*itertools.chain(*ends))
         listed = (yield from reader.peek()) == "["
         if listed:
             reader.at += 1
@@ -66,8 +67,13 @@ class JsonCalls:
             yield from reader.skip_space()
             if (yield from reader.peek()) != "{":
                 break
-            if not (yield from _ObjectReader(self, reader, calls, stops).read()):
-                return calls.count > before
+            one = _ObjectReader(self, reader, calls, stops).read()
+            if not (yield from reader.attempt(one, back=calls.count > before)):
+                if calls.count == before or reader.cut or self.known_only:
+                    return calls.count > before
+                start = len(reader.since_mark())
+                yield from read_value(reader, nowhere, stops)
+                calls.between(reader.since_mark()[start:])
             found = True
             yield from reader.skip_space()
             while listed and (yield from reader.take("}")):  # a surplus bracket
@@ -80,7 +86,8 @@ class JsonCalls:
             return listed and not words and (yield from self._empty_list(reader))
         if listed:
             yield from reader.take("]")
-        yield from skip_closers(reader, self.closers)
+        for closers in ends:
+            yield from skip_closers(reader, closers)
         return True
 
     @staticmethod

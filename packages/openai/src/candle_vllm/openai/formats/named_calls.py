@@ -48,7 +48,7 @@ class NamedJson:
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
-        while (yield from self._call(reader, calls)):
+        while (yield from reader.attempt(self._call(reader, calls), back=calls.count > before)):
             yield from skip_closers(reader, self.closers)
             if not self.again or not (yield from reader.take(*self.again)):
                 break

@@ -42,6 +42,8 @@ class Nested:
                 break
             name, mark = yield from reader.name(markers('">'))
             if not mark or NAME.fullmatch(name) is None:
+                if calls.count > before and not reader.cut:
+                    reader.put_back(f'{self.tag}<{self.call} name="{name}{mark}')
                 break
             calls.begin(name)
             calls.end((yield from _Arguments(self, reader, calls, name).read()))

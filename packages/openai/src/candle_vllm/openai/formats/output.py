@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from candle_vllm.openai.formats.events import CallArguments, CallEnd, CallStart, Event, TextPiece
-from candle_vllm.openai.formats.reader import SPACE
+from candle_vllm.openai.formats.reader import SPACE, nowhere
 from candle_vllm.openai.formats.values import escaped
 
 Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
@@ -46,6 +46,7 @@ class CallSink:
 
     Attributes:
         count: number of calls that have begun.
+        between: receives text between calls that is none.
         may_begin: called before the next call begins; if it returns false, `CallBegins` is raised.
     """
 
@@ -66,6 +67,7 @@ class CallSink:
         self._shown = False
         self.tools = tools
         self.count = 0
+        self.between: Callable[[str], object] = nowhere
         self.may_begin: Callable[[], bool] | None = None
 
     def begin(self, name: str, given_id: str = "") -> None:
@@ -146,6 +148,7 @@ class Output:
         self._content = _Text(self._piece("content"), joined="\n")
         self._reasoning.separate()
         self.calls = CallSink(lambda event: self._events.append(event), tools, make_id, most_calls, names)
+        self.calls.between = self._between_calls
 
     @property
     def in_content(self) -> bool:
@@ -164,6 +167,11 @@ class Output:
 
     def _spelt(self, character: str, but: str) -> str:
         return character if character in but else self._names.get(character, character)
+
+    def _between_calls(self, text: str) -> None:
+        self.part_ends()
+        self.content(text)
+        self.part_ends()
 
     def part_ends(self) -> None:
         """End the current part, because another kind of part follows."""

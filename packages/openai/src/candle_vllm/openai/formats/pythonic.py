@@ -49,7 +49,7 @@ class Pythonic:
         listed = bool((yield from reader.take("[")))
         if self.known_only and self.listed and not listed:
             return False
-        while (yield from self._call(reader, calls)):
+        while (yield from reader.attempt(self._call(reader, calls), back=calls.count > before)):
             yield from reader.skip_space()
             yield from reader.take(",", ";")
         if calls.count == before:

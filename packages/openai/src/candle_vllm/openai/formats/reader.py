@@ -118,6 +118,14 @@ class Reader:
         """Return the text consumed since the mark."""
         return "".join(self._kept or ()) + self.text[self._from : self.at]
 
+    def attempt(self, parser: Need[bool], *, back: bool) -> Need[bool]:
+        """Run a parser behind the mark; with `back`, move back if it returns False and the text was not truncated."""
+        start = len(self.since_mark()) if back else 0
+        done = yield from parser
+        if back and not done and not self.cut:
+            self.put_back(self.since_mark()[start:])
+        return done
+
     def forget(self) -> None:
         """Remove the mark."""
         self._kept = None

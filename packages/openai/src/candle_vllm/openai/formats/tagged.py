@@ -72,7 +72,7 @@ class Tagged:
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
-        while (yield from self._call(reader, calls)):
+        while (yield from reader.attempt(self._call(reader, calls), back=calls.count > before)):
             yield from reader.skip_space()
             if not self.name_open or self.known_only:
                 break

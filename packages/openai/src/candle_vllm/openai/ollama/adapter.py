@@ -25,7 +25,7 @@ from candle_vllm.openai.protocol.generation import sampling_names
 from candle_vllm.openai.protocol.templating import set_effort
 from candle_vllm.openai.protocol.tools import tool_use
 from candle_vllm.openai.remarks import remark
-from candle_vllm.openai.task import Call, Part, Paths, Task, TextPart
+from candle_vllm.openai.task import Call, Cut, Part, Paths, Task, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
 _Generating = wires.ChatRequest | wires.GenerateRequest
@@ -143,15 +143,13 @@ class OllamaAdapter:
             raise
 
     async def _cut(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize texts; of a text that is too long, remove the last tokens before its final special token."""
+        """Tokenize texts; of a text that is too long, remove the last tokens before its final special tokens."""
         most, made = self._adapter.model_info.max_model_len, list[list[int]]()
         around, *tokens = await self._adapter.tokens_of(["", *texts])
         for number, ids in enumerate(tokens):
             if len(ids) > most:
-                tail = 1 if len(around) > 1 and ids[-1] == around[-1] else 0
                 remark([f"input.{number} has {len(ids)} tokens and was cut to {most}"])
-                ids = ids[: most - tail] + ids[len(ids) - tail :]
-            made.append(ids)
+            made.append(list(Cut(most, "right").of(ids, most, around)))
         return made
 
     def _chat_task(self, request: wires.ChatRequest) -> Task:

@@ -45,6 +45,7 @@ class _Call(Generic[_Body]):
         self._root: Root = context.root(tool)
         self._tool = tool
         self._loose = tool.name in context.loose
+        self._rules: dict[tuple[str, int], str] = {}  # of `Nested`: keyed by tag and the id of a part of the schema
 
 
 class _TaggedCall(_Call[Tagged]):
@@ -172,7 +173,6 @@ class _TaggedCall(_Call[Tagged]):
 
 
 _KEY = re.compile(r"[^\s<>/\"'=]{1,128}")
-_MOST_DEPTH = 32
 _FREE_KEYS = "/[A-Za-z_][A-Za-z0-9_]{0,63}/"
 
 
@@ -190,21 +190,19 @@ def nested(body: Nested, context: Context) -> Block:
 class _NestedCall(_Call[Nested]):
     def expression(self) -> str:
         """Return a call, from its name to its end."""
-        inside = self._entries(self._root.schema, 0)
+        inside = self._entries(self._root.schema)
         return sequence(quoted(self._tool.name + '">'), inside, SPACE, self._close(self._body.call))
 
     def _close(self, key: str) -> str:
         return self._writer.mark(f"{self._body.tag}</{key}>")
 
-    def _entries(self, schema: Mapping[str, Any], depth: int) -> str:
+    def _entries(self, schema: Mapping[str, Any]) -> str:
         known, others = entries(self._root, schema)
-        if depth > _MOST_DEPTH:
-            raise self._root.refused("$ref", f"values may be nested at most {_MOST_DEPTH} deep")
         parts = []
         for key, part, required in known:
             if not _KEY.fullmatch(key) or (key == self._body.item and not parts):
                 raise self._root.refused(f"properties: {key!r:.60}", "that name cannot be a tag here")
-            entry = self._writer.rule(sequence(SPACE, self._entry(key, part, depth)))
+            entry = self._writer.rule(sequence(SPACE, self._entry(key, part)))
             parts.append(entry if required else f"{entry}?")
         if others is not None and self._loose:
             parts.append(self._any() + "*")
@@ -222,18 +220,26 @@ class _NestedCall(_Call[Nested]):
             name, sequence(writer.mark(f"{tag}<"), _FREE_KEYS, '">"', inside, _FREE_KEYS, '">"', SPACE)
         )
 
-    def _entry(self, key: str, schema: Any, depth: int) -> str:
-        """Return a tag, its value, and the tag that closes it."""
+    def _entry(self, key: str, schema: Any) -> str:
+        """Return the rule of a tag, its value, and the tag that closes it; the schema may be recursive."""
+        target = self._root.resolved(schema)
+        known = (key, id(target))
+        if known not in self._rules:
+            self._rules[known] = self._writer.reserve()
+            self._writer.define(self._rules[known], self._element(key, target))
+        return self._rules[known]
+
+    def _element(self, key: str, schema: Any) -> str:
         found = self._root.branches(schema)
         kinds = {branch.type for branch in found}
         unlike = set() if kinds == {"string"} else kinds - {"string"}
         free = all(branch.values is None and not branch.schema for branch in found) and len(found) == len(TYPES) - 1
         if free:
             found, unlike = [branch for branch in found if branch.type == "string"], {"object", "array"}
-        parts = [self._value(key, branch, unlike, depth) for branch in found]
+        parts = [self._value(key, branch, unlike) for branch in found]
         return sequence(self._writer.mark(f"{self._body.tag}<{key}>"), self._writer.rule(" | ".join(parts)))
 
-    def _value(self, key: str, branch: Branch, unlike: set[str], depth: int) -> str:
+    def _value(self, key: str, branch: Branch, unlike: set[str]) -> str:
         writer = self._writer
         if branch.type == "string":
             if any(self._body.tag + "<" in value for value in branch.values or ()):
@@ -241,22 +247,20 @@ class _NestedCall(_Call[Nested]):
             terminal = string_body(writer, self._root, branch, unlike)
             return writer.until(f"{self._body.tag}</{key}>", writer.without(terminal, [self._body.tag + "<"]))
         if branch.values is None and branch.type == "object":
-            inside = self._entries({"type": "object", **branch.schema}, depth + 1)
+            inside = self._entries({"type": "object", **branch.schema})
             return sequence(inside, SPACE, self._close(key))
         if branch.values is None and branch.type == "array":
-            return sequence(self._items(branch.schema, depth), SPACE, self._close(key))
+            return sequence(self._items(branch.schema), SPACE, self._close(key))
         return sequence(json_value(writer, self._root, branch), self._close(key))
 
-    def _items(self, schema: Mapping[str, Any], depth: int) -> str:
+    def _items(self, schema: Mapping[str, Any]) -> str:
         least, most = schema.get("minItems", 0), schema.get("maxItems", "")
         items = schema.get("items", True)
         if "prefixItems" in schema or not isinstance(items, (Mapping, bool)) or items is False:
             raise self._root.refused("prefixItems", "write a list with one kind of items")
         if most != "" and most < least:
             raise self._root.refused("minItems", f"{least} is above maxItems {most}")
-        if depth > _MOST_DEPTH:
-            raise self._root.refused("$ref", f"values may be nested at most {_MOST_DEPTH} deep")
-        one = self._writer.rule(sequence(SPACE, self._entry(self._body.item, items, depth + 1)))
+        one = self._writer.rule(sequence(SPACE, self._entry(self._body.item, items)))
         return f"{one}{{{least},{most}}}"
 
 

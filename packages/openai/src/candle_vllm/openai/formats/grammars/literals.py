@@ -59,7 +59,7 @@ class Values:
         self._writer = writer
         self._root = root
         self._notation = notation
-        self._rules: dict[int, str] = {}  # keyed by the id of a definition; definitions live as long as `root`
+        self._rules: dict[int, str] = {}  # keyed by the id of a part of the schema; parts live as long as `root`
         self._any = ""
 
     def value(self, schema: Any) -> str:
@@ -67,7 +67,7 @@ class Values:
         if schema is True or schema == {}:
             return self._anything()
         target = self._root.resolved(schema)
-        if target is schema:
+        if target is schema and "$ref" not in str(schema):  # equal parts share a rule
             return self._writer.rule(self._alternatives(schema))
         if id(target) not in self._rules:
             self._rules[id(target)] = self._writer.reserve()

@@ -29,6 +29,8 @@ _OWN = {
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _MOST_STEPS = 64  # nested references and alternatives
 _MOST_BRANCHES = 256
+_MOST_WORK = 2_000  # parts of a small schema that are expanded; larger schemas have more
+_PART = 32  # characters that are expanded in the time of one small part
 
 
 class FunctionShape(Protocol):
@@ -81,6 +83,7 @@ class Root:
         except InvalidParameterError as error:
             message = str(error).removeprefix("structured_outputs: ")
             raise InvalidParameterError(f"tools: the parameters of {tool.name!r}: {message}", "tools") from None
+        self._work_left = _MOST_WORK + 2 * len(str(self.schema))
 
     def refused(self, keyword: str, why: str) -> UnsupportedParameterError:
         """Return the error for a keyword that the model's tool-call format cannot express."""
@@ -99,6 +102,12 @@ class Root:
                 raise self.refused("$ref", "other keywords stand beside it; put them into the definition")
             schema = self._target(schema["$ref"])
         raise self.refused("$ref", "references refer to references without an end")
+
+    def _spend(self, characters: int, keyword: str = "$ref") -> None:
+        """Count an expanded part of the schema: a few references may repeat a definition a million times."""
+        self._work_left -= 1 + characters // _PART
+        if self._work_left < 0:
+            raise self.refused(keyword, "the definitions are repeated too often by references; use fewer of them")
 
     def self_contained(self, schema: Schema) -> dict[str, Any]:
         """Return a part of the schema, with the definitions to which it refers."""
@@ -128,6 +137,7 @@ class Root:
             return f"#/$defs/{names[pointer]}"
 
         whole = moved(schema)
+        self._spend(2 * len(str([whole, definitions])))
         return {**whole, "$defs": definitions} if definitions else whole
 
     def branches(self, schema: Any) -> list[Branch]:
@@ -147,6 +157,7 @@ class Root:
         several = next((name for name in ("allOf", "oneOf", "anyOf") if name in asserted), None)
         if depth > _MOST_STEPS:
             raise self.refused(several or "$ref", "alternatives are nested too deeply")
+        self._spend(len(str(schema)), several or "$ref")
         if several:
             yield from self._alternatives(schema, several, depth)
         elif "enum" in asserted or "const" in asserted:

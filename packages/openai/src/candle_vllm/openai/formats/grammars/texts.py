@@ -210,9 +210,9 @@ def _patterns(root: Root, schema: Schema) -> list[str]:
     if "pattern" in schema:
         found.append(f"/{_anchored(root, schema['pattern'])}/")
     if "format" in schema:
-        if schema["format"] not in _FORMATS:
+        if schema["format"] not in [*_FORMATS]:  # which may be any JSON value
             raise root.refused(
-                f"format: {schema['format']}", f"supported are date, time, date-time, {', '.join(_FORMATS)}"
+                f"format: {schema['format']!s:.60}", f"supported are date, time, date-time, {', '.join(_FORMATS)}"
             )
         found.append(f"/{_FORMATS[schema['format']]}/")
     return found
