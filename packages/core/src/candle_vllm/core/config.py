@@ -485,8 +485,8 @@ class EngineConfig(ExplainedSettings):
                          ] = None
     cpu_level: Annotated[CpuLevel | None, Choice(get_args(CpuLevel)),
                          "instruction set that the kernels use: " + ", ".join(get_args(CpuLevel)),
-                         "Default: the best one of this CPU that the kernels know. It must not be below that of another "
-                         "engine in the process (docs/kernels.md)."
+                         "Default: the best one of this CPU that the kernels know. It must not be below that of "
+                         "another engine in the process (docs/kernels.md)."
                          ] = None
     seed: Annotated[int | None, SEED, "makes requests without a seed reproducible, in order of arrival"] = None
     # fmt: on

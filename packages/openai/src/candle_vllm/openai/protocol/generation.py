@@ -180,7 +180,9 @@ OTHER_NAMES: Mapping[str, str] = {
     "sampling_seed": "seed",
 }
 """Names of fields in llama.cpp, Ollama, text-generation-webui, Mistral's API and SGLang -> their names here."""
-GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")}
+GUIDED = {
+    f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
+}
 """vLLM's fields before `structured_outputs` -> their names in it."""
 MAX_BREAKERS_TEXT = 4096  # characters
 

@@ -7,6 +7,7 @@ A NaN input gives NaN, and relative errors are below 4e-7, unless a function sta
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
