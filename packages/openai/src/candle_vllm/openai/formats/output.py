@@ -46,7 +46,7 @@ class CallSink:
 
     Attributes:
         count: number of calls that have begun.
-        between: receives text between calls that is none.
+        between: receives the text between two calls that is not a call.
         may_begin: called before the next call begins; if it returns false, `CallBegins` is raised.
     """
 
