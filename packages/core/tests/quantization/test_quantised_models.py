@@ -129,6 +129,9 @@ def test_compiled_kernels_multiply_the_same_numbers(name: str, folders: Folders)
                     assert torch.equal(found, weight)
             elif name in DECODED:
                 assert torch.equal(torch.from_numpy(plain_linear.unpack(matrix)), weight.bfloat16().float())
+            elif isinstance(matrix, plain_linear.PlainMatrix):  # a row has one scale
+                assert matrix.kind is plain_linear.PlainKind.W8A8
+                assert torch.equal(torch.from_numpy(plain_linear.unpack(matrix)), weight)
             else:
                 meant = weight if matrix.order is None else weight[:, matrix.order]
                 assert (matrix.order is not None) == ("act order" in name)
