@@ -19,7 +19,7 @@ import ollama
 import pytest
 from msgspec.structs import replace
 
-from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.core.errors import EngineOverloadedError, NotReadyError
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.models.manager import ModelManager
@@ -503,7 +503,7 @@ def test_ollama_s_own_port() -> None:
             assert client.get(usual).json()["name"] == "candle-vllm"
             assert [client.get(f"{each}/api/tags").status_code for each in (own, usual)] == [200, 200]
         assert httpx.get(f"{own}/api/tags", trust_env=False).status_code == 401
-        with pytest.raises(UsageError, match="in use"):
+        with pytest.raises(NotReadyError, match="in use"):
             bind_second(settings, first)
     finally:
         server.should_exit = True

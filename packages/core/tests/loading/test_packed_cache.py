@@ -202,24 +202,6 @@ def test_types_of_isq_are_kept_apart(tmp_path: Path, folder: Path, packings: lis
     assert not packings
 
 
-def test_types_that_only_a_compiler_keeps_are_kept_apart(
-    tmp_path: Path, folder: Path, packings: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = toy_config("llama", head_dim=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2)
-    rare = write_toy_gguf(tmp_path / "rare.gguf", config, quantization="TQ2_0", others={"token_embd": "Q8_0"})
-    made = {}
-    for again in (False, True):
-        packings.clear()
-        for found in (True, False):
-            for module in (packed_cache, packed_linear.layout):
-                monkeypatch.setattr(module, "has_compiler", lambda found=found: found)
-            matrices = load(rare, folder)
-            assert {each.kind.name for each in matrices.values()} == {"TQ2_0" if found else "Q8_0"}
-            assert not again or same(matrices, made[found])
-            made[found] = matrices
-    assert not packings
-
-
 def test_a_full_disk_costs_a_warning(
     model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

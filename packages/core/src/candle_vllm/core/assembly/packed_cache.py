@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, cache_root, has_compiler, own_folder
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, cache_root, own_folder
 from candle_vllm.core.kernels.cpu_runtime.level import host_level
 from candle_vllm.core.kernels.cpu_runtime.packed_file import PACKED, SUFFIX, PackedFile
 from candle_vllm.core.loading.source import files_mark
@@ -42,8 +42,7 @@ def packed_weights(
         yield
         return
     level = host_level()
-    packer = level.name, str(level.cpu), has_compiler()
-    model = [files_mark(paths), config.isq, config.dtype, config.model_impl, *packer, *part]
+    model = [files_mark(paths), config.isq, config.dtype, config.model_impl, level.name, str(level.cpu), *part]
     name = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:32]
     file = PackedFile(folder / (name + SUFFIX), f"{name} {layout_version()}")
     token = PACKED.set(file)
