@@ -301,7 +301,7 @@ def measured(task: str, drafting: InferenceEngine, pairs: int) -> Any:
         noted, own, then = list[tuple[int, float]](), list[tuple[int, float]](), drafting.stats()
         for guesses in (False, True) if pair % 2 else (True, False):
             with (
-                rows_of_steps(drafting) as seen,
+                rows_of_steps(drafting) if len(chats) == 1 else nullcontext([]) as seen,  # noting takes time, too
                 _noted(model.times) if model else nullcontext([]) as drafted,
                 nullcontext() if guesses else without_guesses(engine),
             ):

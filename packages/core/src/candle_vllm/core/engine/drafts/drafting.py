@@ -12,8 +12,9 @@ time, by the measured times of steps with that number; if no number saves time, 
 
 With several sequences, a balance is measured for each class of batch sizes (`StepTimes.balance`): the time that drafts
 saved, minus the time that drafts and the search for them took, in plain steps. If it is negative, there is no search,
-and each plain step adds one per cent to the balance: useless drafts cost about one per cent of the time. A single
-sequence has no balance, because it gains most, and a few slow steps at its start would end its drafts.
+and each plain step adds `StepTimes.SHARE` to the balance: useless drafts cost about one per cent of the time, which
+includes what a search costs the steps around it. A single sequence has no balance, because it gains most, and a few
+slow steps at its start would end its drafts.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class StepTimes:
 
     GAIN = 1.05  # speedup that a step with drafts must promise
     LEAVING = 0.15  # `leaving` before any was measured
-    SHARE = 0.01  # share of a plain step that the search may take
+    SHARE = 0.0072  # share of a plain step that the search may take
     BOUNDS = -8.0, 4.0  # bounds of the balance, so that it can follow a change of the text
     UNPLAIN = 64  # steps with drafts after which two plain steps are timed again
     LONGEST = 8.0  # maximum time that is recorded for one step, in plain steps
@@ -152,6 +153,7 @@ class StepTimes:
         self._curve = self._known[:]
         self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
         self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: plain, after them
+        self._drafted[0] = deque([1 + self.LEAVING] * 2, maxlen=9)  # there are few, so slow ones are not outvoted soon
 
     def plain(self, lives: int) -> float:
         """Return the seconds of a plain step with this number of sequences; 0 before three were measured."""

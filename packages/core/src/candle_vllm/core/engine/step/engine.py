@@ -240,8 +240,8 @@ class Engine:
             self._flights.append(flight)
         if not self.runner.overlaps:
             outputs += self._collect()
-            if self._drafter is not None and flight is not None:
-                self._propose_drafts(self._drafter, flight, time.perf_counter() - began)
+            if (drafter := self._drafter) is not None and flight is not None and not drafter.rests(len(flight.lives)):
+                self._propose_drafts(drafter, flight, time.perf_counter() - began)
         return outputs
 
     def _encode(self, images: ImageStore, outputs: list[TokenOutput]) -> bool:
@@ -268,8 +268,6 @@ class Engine:
         """Propose the drafts of the next step; `seconds` is the duration of this step."""
         assert isinstance(self.scheduler, Scheduler)
         batch, count = flight.batch, len(flight.lives)
-        if drafter.rests(count):
-            return
         rows = len(batch.sampled_rows)
         drafter.stepped(count if batch.tokens.shape[1] == rows else 0, rows - count, seconds)
         lives = [live for live in flight.lives if not live.is_over]
