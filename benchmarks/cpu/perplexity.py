@@ -33,7 +33,7 @@ from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.perplexity import perplexity
 
 TEXT = Path(__file__).parents[1] / "texts" / "python_topics.txt"
-EXACT: dict[str, Any] = {"enforce_eager": True}
+EXACT: dict[str, Any] = {"op_by_op": True}
 """Settings of the path that decodes the weights and computes in fp32."""
 
 CACHE_SETTINGS = ("key_cache_dtype", "value_cache_dtype")

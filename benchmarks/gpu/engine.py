@@ -183,7 +183,7 @@ def _engine_config(source: Path, shape: Shape, options: argparse.Namespace) -> E
         attention_backend=options.attention_backend,
         cuda_graphs=not options.no_cuda_graphs,
         deterministic=options.deterministic,
-        enforce_eager=options.eager,
+        op_by_op=options.eager,
         threads=1 if options.quick else None,
         max_model_len=min(longest + 64, shape.context),
         max_num_seqs=max([*options.batches, *options.serve, *options.mixed, 1]),

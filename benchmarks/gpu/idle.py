@@ -157,7 +157,7 @@ def idle_engine(folder: Path, sequences: int, longest: int) -> Engine:
     """An engine over a toy model that never runs."""
     model = write_toy_model(folder / "toy", toy_config(max_position_embeddings=longest))
     device = IdleDevice()
-    loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), CPU, lambda *_: None)
+    loaded = load_model(EngineConfig(model=str(model), op_by_op=True), CPU, lambda *_: None)
     runner = DeviceRunner(loaded.decoder, DeviceLimits(8192, sequences, longest // BLOCK, BLOCK), device, torch.float32)
     blocks = BlockManager(sequences * longest // BLOCK, BLOCK)
     preparation = DecoderPreparation(loaded.tokenizer, (), loaded.config.vocab_size, longest, seed=0)

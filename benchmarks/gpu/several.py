@@ -118,7 +118,7 @@ def _measure(way: str, model: Path, settings: dict[str, Any], options: argparse.
         load_format="dummy",
         device=options.device,
         cuda_graphs=not options.no_cuda_graphs,
-        enforce_eager=options.device == "cpu",
+        op_by_op=options.device == "cpu",
         threads=1 if options.quick else None,
         max_model_len=options.depth + options.output + 64,
         max_num_seqs=max([*options.batches, options.prompts]),

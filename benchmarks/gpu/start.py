@@ -126,7 +126,7 @@ def start(options: argparse.Namespace) -> None:
             model=options.started["model"],
             load_format="auto" if options.gguf else "dummy",
             device=options.device,
-            enforce_eager=options.eager,
+            op_by_op=options.eager,
             max_model_len=min(4096, SHAPES[options.model].context),
         )
         engine = stack.enter_context(InferenceEngine(config))

@@ -28,7 +28,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def engine(toy_model: Path) -> Iterator[InferenceEngine]:
-    with InferenceEngine(str(toy_model), threads=1, enforce_eager=True) as made:
+    with InferenceEngine(str(toy_model), threads=1, op_by_op=True) as made:
         yield made
 
 

@@ -43,7 +43,7 @@ WRONG: dict[str, list[Any]] = {
     "all2all_backend": [5, None, "naive", "pplx", "deepep_high_throughput", "flashinfer_nvlink_one_sided"],
     "data_parallel_size": [0, 65, 1.5, True, "2", None],
     "dtype": [5, None, "f64", []],
-    "enforce_eager": ["no", 1, None],
+    "op_by_op": ["no", 1, None],
     "isq": [5, "", "q4", "q4_k_m", "gguf", True],
     "imatrix": [5, True],
     "packed_cache": [5, None, True],

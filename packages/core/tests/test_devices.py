@@ -236,12 +236,12 @@ def test_a_torch_that_cannot_be_imported(gpus: Gpus, monkeypatch: pytest.MonkeyP
 
 
 def test_op_by_op_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_torch("enforce_eager is set")  # it is there
+    require_torch("op_by_op is set")  # it is there
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConfigError) as caught:
-        require_torch("enforce_eager is set", "leave it out")
+        require_torch("op_by_op is set", "leave it out")
     assert str(caught.value) == (
-        "enforce_eager is set, so layers run op by op in torch, which is not installed: "
+        "op_by_op is set, so layers run op by op in torch, which is not installed: "
         "leave it out, or install torch: "
         "in the clone `uv run --extra torch candle-vllm` or `uv tool install '.[torch]'`, "
         "with its wheels uv pip install 'candle-vllm[torch]'"

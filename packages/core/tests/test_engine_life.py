@@ -25,7 +25,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("used", [False, True])
 def test_a_dropped_engine_frees_its_memory_at_once(toy_model: Path, eager: bool, used: bool) -> None:
     """Weights and cache; the garbage collector, which would come some time later, is not asked."""
-    engine = InferenceEngine(str(toy_model), threads=1, enforce_eager=eager, block_size=32)
+    engine = InferenceEngine(str(toy_model), threads=1, op_by_op=eager, block_size=32)
     if used:
         engine.generate("abc", GREEDY, use_tqdm=False)
     assert engine._engine is not None

@@ -71,7 +71,7 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
         ({}, 0.03),
         ({"dtype": "f16"}, 0.01),
         ({"cuda_graphs": False}, 0.03),
-        ({"enforce_eager": True}, 0.03),
+        ({"op_by_op": True}, 0.03),
         ({"deterministic": True}, 0.03),
         ({"attention_backend": "torch"}, 0.03),
         ({"kv_cache_dtype": "fp8"}, 0.15),
@@ -81,7 +81,7 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     ids=str,
 )
 def test_scores_are_those_of_the_cpu(model: Path, settings: dict[str, Any], tolerance: float) -> None:
-    with make(model, device="cpu", enforce_eager=True) as engine:
+    with make(model, device="cpu", op_by_op=True) as engine:
         wanted = prompt_scores(engine)
     with make(model, **settings) as engine:
         assert error(prompt_scores(engine), wanted) < tolerance
@@ -90,7 +90,7 @@ def test_scores_are_those_of_the_cpu(model: Path, settings: dict[str, Any], tole
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_scores_of_quantised_weights(gguf: Path, deterministic: bool) -> None:
-    with make(gguf, device="cpu", enforce_eager=True) as engine:
+    with make(gguf, device="cpu", op_by_op=True) as engine:
         wanted = prompt_scores(engine)
     with make(gguf, deterministic=deterministic) as engine:
         assert error(prompt_scores(engine), wanted) < 0.03

@@ -55,7 +55,7 @@ def make(folder: Path, **settings: Any) -> InferenceEngine:
 
 def make_in_torch(folder: Path, **settings: Any) -> InferenceEngine:
     """Op by op: blocks of every size, and a runner whose steps a test can replace."""
-    return make(folder, enforce_eager=True, **settings)
+    return make(folder, op_by_op=True, **settings)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,7 +168,7 @@ def test_streamed_pieces_add_up_to_the_whole(engine: InferenceEngine) -> None:
 def test_progress_with_a_prompt_is_reported_if_it_is_asked_for(toy_model: Path, eager: bool) -> None:
     """Once before any part has run, then after each part; the second prompt finds blocks of the first."""
     prompt = [5 + place % 40 for place in range(150)]
-    with make(toy_model, block_size=16, max_num_batched_tokens=64, enforce_eager=eager) as engine:
+    with make(toy_model, block_size=16, max_num_batched_tokens=64, op_by_op=eager) as engine:
         for cached, parts in ((0, [0, 64, 128, 150]), (144, [144, 150])):
             asked = replace(GREEDY, prompt_progress=True, n=2)
             outputs = list(engine.generate_stream(prompt, asked))
@@ -594,7 +594,7 @@ def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
         ({"max_model_len": 513}, "max_model_len=512"),
         ({"kv_cache_memory": 1 << 45}, r"set kv_cache_memory=\d+ \(bytes\) or less"),
         (
-            {"kv_cache_memory": 65536, "max_model_len": 512, "enforce_eager": True},
+            {"kv_cache_memory": 65536, "max_model_len": 512, "op_by_op": True},
             r"max_model_len=128 or kv_cache_memory=1048576 \(bytes\)",
         ),
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "max_num_batched_tokens=8 or max_num_seqs=4"),
@@ -605,8 +605,8 @@ def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
         ({"kv_cache_dtype": "int8_per_token_head"}, "'int8_per_token_head' needs a GPU: on the CPU set 'q8_0'"),
         ({"value_cache_dtype": "fp8"}, "value_cache_dtype='fp8' needs a GPU"),
         (
-            {"kv_cache_dtype": "q8_0", "enforce_eager": True},
-            "'q8_0' needs the compiled kernels, .*: leave out enforce_eager, or key and value types",
+            {"kv_cache_dtype": "q8_0", "op_by_op": True},
+            "'q8_0' needs the compiled kernels, .*: leave out op_by_op, or key and value types",
         ),
         ({"max_cudagraph_capture_size": 64}, "`max_cudagraph_capture_size` needs a GPU"),
         ({"kv_fraction": 1.5}, "between 0 and 1"),

@@ -588,14 +588,14 @@ def test_a_hub_that_does_not_answer_has_another_status(monkeypatch: pytest.Monke
     assert main(["generate", "hi", "--m", "nobody/nothing"]) == 1
 
 
-def test_enforce_eager_without_torch_has_no_effect_beside_ranks(
+def test_op_by_op_without_torch_has_no_effect_beside_ranks(
     no_gpu: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     line = ["serve", "--p", "0", "--op-by-op", "-tp", "2", "--m", "nobody/nothing", "--offline"]
     assert main(line) == 2
     idle, *_, error = capsys.readouterr().err.splitlines()
-    assert "enforce_eager has no effect: torch is not installed, so the compiled kernels compute" in idle
+    assert "op_by_op has no effect: torch is not installed, so the compiled kernels compute" in idle
     assert "nobody/nothing" in error
 
 

@@ -28,7 +28,7 @@ def write(folder: Path, out: Path, **settings: Any) -> WrittenFile:
 
 
 def vectors(source: Path, *, eager: bool = False) -> np.ndarray:
-    with InferenceEngine(str(source), enforce_eager=eager) as engine:
+    with InferenceEngine(str(source), op_by_op=eager) as engine:
         return np.stack([np.asarray(output.embedding) for output in engine.embed(TEXTS, use_tqdm=False)])
 
 

@@ -185,7 +185,7 @@ TEXTS = [list(range(40, 70)), list(range(100, 117)), [7, 8, 9]]
 
 @pytest.mark.parametrize("eager", [False, True], ids=["recorded", "op by op"])
 def test_logits_are_those_of_merged_weights(served: Served, folder: Path, eager: bool) -> None:
-    settings: dict[str, Any] = {"enforce_eager": True, "dtype": "f32"} if eager else {}
+    settings: dict[str, Any] = {"op_by_op": True, "dtype": "f32"} if eager else {}
     first, second = (random_adapter(served, seed, rank, tables=True) for seed, rank in ((1, 8), (2, 5)))
     with Served(folder, **settings) if eager else nullcontext(served) as ours:
         packed = [ours.pack(one) for one in (first, second)]
@@ -220,7 +220,7 @@ def test_logits_in_8_bits_are_those_of_merged_whole_numbers(folder: Path, tmp_pa
     """Of products, tables and experts; and they are within two hundredths of those of the file's numbers."""
     from packages.core.tests.models.tiny import write_tiny
 
-    settings: dict[str, Any] = {"enforce_eager": True, "dtype": "f32"} if eager else {}
+    settings: dict[str, Any] = {"op_by_op": True, "dtype": "f32"} if eager else {}
     near = 1e-4 if eager else 2e-3  # a cache in bfloat16 rounds what is near otherwise
     made = write_tiny(tmp_path / "moe", "qwen2_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
                       shared_expert_intermediate_size=48, decoder_sparse_step=1)  # fmt: skip
@@ -386,7 +386,7 @@ def test_adapters_of_experts(tmp_path: Path) -> None:
 
     made = write_tiny(tmp_path / "moe", "qwen2_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
                       shared_expert_intermediate_size=48, decoder_sparse_step=1)  # fmt: skip
-    for settings in ({}, {"enforce_eager": True, "dtype": "f32"}):
+    for settings in ({}, {"op_by_op": True, "dtype": "f32"}):
         with Served(made, **settings) as ours:
             adapters = [random_adapter(ours, seed, rank) for seed, rank in ((1, 4), (2, 10))]
             packed = [ours.pack(one) for one in adapters]
@@ -407,9 +407,9 @@ def test_quantised_models_and_tables_with_a_scale(tmp_path: Path, settings: dict
         assert ours.pack(adapter).layout.dtype == ("BF16" if settings else "I8")
         found = ours.logits(TEXTS, [((ours.pack(adapter), 1.0),)] * 3)
         base = ours.logits(TEXTS, [()] * 3)
-    with Served(path, [(adapter, 1.0)], enforce_eager=True, dtype="f32") as whole:
+    with Served(path, [(adapter, 1.0)], op_by_op=True, dtype="f32") as whole:
         wanted = whole.logits(TEXTS, [()] * 3)
-    with Served(path, enforce_eager=True, dtype="f32") as bare:
+    with Served(path, op_by_op=True, dtype="f32") as bare:
         wanted_base = bare.logits(TEXTS, [()] * 3)
     for ours, theirs, plain, plain_theirs in zip(found, wanted, base, wanted_base):
         assert apart(ours, theirs) < max(2e-2, 2 * apart(plain, plain_theirs))

@@ -149,7 +149,7 @@ class SharedLazyStream(LazyStream):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_blocks_of_a_device_come_back_from_main_memory(model: Path, tmp_path: Path, graphs: bool) -> None:
     """A GPU's runner, on a stream that is as late as a GPU may be; its cache has few blocks, which others take."""
-    loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), CPU, lambda *_: None)
+    loaded = load_model(EngineConfig(model=str(model), op_by_op=True), CPU, lambda *_: None)
     host = HostBlocks(1 << 20, 2 * 2 * SIZE * loaded.config.num_kv_heads * 32 * 4)
     engine = on_a_device(loaded, host, graphs)
     right = answer(engine)

@@ -206,7 +206,7 @@ def without_kernels(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("write", "settings", "reason"),
     [
-        (gguf, {"cpu_ranks": 2, "enforce_eager": True}, "enforce_eager is set"),
+        (gguf, {"cpu_ranks": 2, "op_by_op": True}, "op_by_op is set"),
         (without_kernels, {"tensor_parallel_size": 2}, "head size 8"),
     ],
 )
@@ -284,7 +284,7 @@ def test_what_divides_among_gpus_alone_is_refused_before_anything_starts(case: s
         f"{named} would divide the model among GPUs, but no GPU is used: leave it out (docs/scaling.md)"
     )
     assert refused.value.setting == named.partition("=")[0]
-    kept = resolve_ranks(EngineConfig(model="/nowhere", enforce_eager=True, **settings))  # processes, in torch
+    kept = resolve_ranks(EngineConfig(model="/nowhere", op_by_op=True, **settings))  # processes, in torch
     assert (kept.device, kept.ranks) == ("cpu", EngineConfig(model="/nowhere", **settings).ranks)
 
 
@@ -317,8 +317,8 @@ def test_ranks_in_torch_without_torch_are_refused_with_what_installs_it(
     device: str, no_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConfigError, match=r"^enforce_eager is set, so layers .* torch, .* `uv run --extra torch "):
-        InferenceEngine("/nowhere", device=device, enforce_eager=True, tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"^op_by_op is set, so layers .* torch, .* `uv run --extra torch "):
+        InferenceEngine("/nowhere", device=device, op_by_op=True, tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize("case", FOR_GPUS)

@@ -52,7 +52,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 @pytest.fixture(scope="module")
 def loaded(toy_model: Path) -> LoadedModel:
-    config = EngineConfig(model=str(toy_model), enforce_eager=True)
+    config = EngineConfig(model=str(toy_model), op_by_op=True)
     return load_model(config, torch.device("cpu"), lambda *_: None)
 
 
@@ -76,7 +76,7 @@ def test_the_cache_gets_its_share_of_what_steps_leave(
 
 
 def test_a_picture_has_its_memory_while_it_is_encoded(memory: Memory, tmp_path: Path) -> None:
-    config = EngineConfig(model=str(write_toy_sight(tmp_path)), enforce_eager=True)
+    config = EngineConfig(model=str(write_toy_sight(tmp_path)), op_by_op=True)
     loaded = load_model(config, torch.device("cpu"), lambda *_: None)
     assert loaded.tower is not None
     memory.free = 340 * MIB
@@ -86,7 +86,7 @@ def test_a_picture_has_its_memory_while_it_is_encoded(memory: Memory, tmp_path: 
 
 
 def test_pictures_whose_tokens_see_each_other_are_not_reproducible(memory: Memory, tmp_path: Path) -> None:
-    config = EngineConfig(model=str(write_sight(tmp_path, "Gemma 3")), enforce_eager=True)
+    config = EngineConfig(model=str(write_sight(tmp_path, "Gemma 3")), op_by_op=True)
     loaded = load_model(config, torch.device("cpu"), lambda *_: None)
     with pytest.raises(ConfigError, match="set max_images=0") as caught:
         build(loaded, deterministic=True)
@@ -104,7 +104,7 @@ def test_stages_are_built_at_once(memory: Memory, tmp_path: Path, monkeypatch: p
 
     def built(ranks: ThreadRanks) -> tuple[Any, int]:
         assert ranks.stages is not None
-        part = load_model(dataclasses.replace(config, enforce_eager=True), Device("cpu"), lambda *_: None, ranks=ranks)
+        part = load_model(dataclasses.replace(config, op_by_op=True), Device("cpu"), lambda *_: None, ranks=ranks)
         decoder: Any = part.decoder
         decoder.stage.line = MeetingStages(ranks.stages.rank, 2, meetings)
         runner, plan = build_on_gpu(config, part, 64, 8, 0.9, ranks=ranks)

@@ -43,7 +43,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[LoadedModel]:
     """Of two ranks, of which the first has two of three heads of keys."""
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": CONTEXT}
     folder = write_toy_model(tmp_path_factory.mktemp("toy") / "toy", toy_config("llama", **sizes))
-    config = EngineConfig(model=str(folder), enforce_eager=True)
+    config = EngineConfig(model=str(folder), op_by_op=True)
     return in_threads(2, lambda ranks: load_model(config, Device("cpu"), lambda *_: None, ranks=ranks))
 
 
@@ -98,7 +98,7 @@ def test_tokens_are_sent_to_their_experts_in_steps_that_are_not_captured(
     """Those with prompts; a captured step, and one that is measured, has all tokens on each rank."""
     row, some = ROWS["Qwen2-MoE"], SHORT[:4]
     write_tiny(tmp_path, row.model_type, **row.config | {"max_position_embeddings": CONTEXT})
-    settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "enforce_eager": True}
+    settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "op_by_op": True}
     config = EngineConfig(model=str(tmp_path), all2all_backend="all_to_all", **settings)
     parts = in_threads(2, lambda ranks: load_model(config, Device("cpu"), lambda *_: None, ranks=ranks))
     right = drawn(parts, some, 4)

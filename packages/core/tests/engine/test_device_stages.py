@@ -55,7 +55,7 @@ Wanted = tuple[list[SamplingParams], dict[str, Any]]
 
 
 def load(model: Path, ranks: ThreadRanks | None = None) -> LoadedModel:
-    return load_model(EngineConfig(model=str(model), enforce_eager=True), Device("cpu"), lambda *_: None, ranks=ranks)
+    return load_model(EngineConfig(model=str(model), op_by_op=True), Device("cpu"), lambda *_: None, ranks=ranks)
 
 
 def staged_of(model: Path, stages: int, ranks: int = 1, *, serial: bool = False, **settings: Any) -> Staged:

@@ -95,7 +95,7 @@ def exact() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = write_toy_model(tmp_path_factory.mktemp("toy") / "toy", toy_config(max_position_embeddings=CONTEXT))
-    return load_model(EngineConfig(model=str(folder), enforce_eager=True), CPU, lambda *_: None)
+    return load_model(EngineConfig(model=str(folder), op_by_op=True), CPU, lambda *_: None)
 
 
 def make(

@@ -174,7 +174,7 @@ def test_eagle3_says_what_its_definition_says(folder: Path, tmp_path: Path, vari
     written = write_head(tmp_path / "head", config, weights)
     wanted = eagle3_reference(folder, config, weights)
     drafts = {"method": "eagle3", "model": str(written)}
-    with loaded(folder, drafts, enforce_eager=eager, max_num_batched_tokens=24, max_num_seqs=4) as engine:
+    with loaded(folder, drafts, op_by_op=eager, max_num_batched_tokens=24, max_num_seqs=4) as engine:
         seen = watched(engine)
         asked = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
         engine.generate([list(b"a text that is longer than the room of a step"), list(b"short")], asked, use_tqdm=False)
@@ -206,7 +206,7 @@ def test_other_forms_of_a_head_are_the_same_head(folder: Path, head: Path, tmp_p
     paths.append(write_gguf_head(tmp_path / "head.gguf", config, weights, taps))
     rows = []
     for path in paths:
-        with loaded(folder, {"method": "eagle3", "model": str(path)}, enforce_eager=True) as engine:
+        with loaded(folder, {"method": "eagle3", "model": str(path)}, op_by_op=True) as engine:
             seen = watched(engine)
             engine.generate([list(b"one of two")], SamplingParams(temperature=0.0, max_tokens=6), use_tqdm=False)
         rows.append([(candidates, row) for _, candidates, row in seen])
@@ -243,7 +243,7 @@ def test_layers_for_further_tokens_say_what_their_definition_says(tmp_path: Path
     source = write_tiny(tmp_path / "source", model_type, **fields)
     layer = NextTokens(source, layout)
     written = layer.write(tmp_path / "model", source, **({} if layout == "mtp" else {"num_nextn_predict_layers": 1}))
-    with loaded(written, {"method": "mtp"}, enforce_eager=eager, max_num_batched_tokens=24, max_num_seqs=4) as engine:
+    with loaded(written, {"method": "mtp"}, op_by_op=eager, max_num_batched_tokens=24, max_num_seqs=4) as engine:
         seen = watched(engine)
         asked = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
         engine.generate([list(b"a text that is longer than the room of a step"), list(b"short")], asked, use_tqdm=False)
@@ -269,12 +269,12 @@ def test_a_gguf_file_has_the_same_layer(tmp_path: Path, name: str, architecture:
     gguf = export_gguf(written, tmp_path / "model.gguf", architecture)
     bytes_of = []
     for path in (written, gguf):
-        with loaded(path, {"method": "mtp"}, enforce_eager=True) as engine:
+        with loaded(path, {"method": "mtp"}, op_by_op=True) as engine:
             seen = watched(engine)
             engine.generate([list(b"one of two")], SamplingParams(temperature=0.0, max_tokens=5), use_tqdm=False)
             assert max(apart(row, layer.last(tokens, candidates)) for tokens, candidates, row in seen) < 1e-4
             bytes_of.append(engine.model_info.weight_bytes)
-        with loaded(path, None, enforce_eager=True) as engine:
+        with loaded(path, None, op_by_op=True) as engine:
             bytes_of[-1] -= engine.model_info.weight_bytes
     copied = ("embed_tokens.weight", "shared_head.head.weight")
     own = sum(4 * tensor.numel() for name, tensor in layer.tensors.items() if not name.endswith(copied))
@@ -303,7 +303,7 @@ def test_other_names_of_a_layer_are_the_same_layer(tmp_path: Path) -> None:
         save_file({named(name): tensor for name, tensor in tensors.items()}, paths[-1] / "model.safetensors")
     rows = []
     for path in paths:
-        with loaded(path, {"method": "mtp"}, enforce_eager=True, max_images=0) as engine:
+        with loaded(path, {"method": "mtp"}, op_by_op=True, max_images=0) as engine:
             seen = watched(engine)
             engine.generate([list(b"one of two")], SamplingParams(temperature=0.0, max_tokens=6), use_tqdm=False)
         rows.append(seen)
@@ -488,7 +488,7 @@ def test_a_random_head_changes_no_answer(
 def adapted_answers(folder: Path, method: dict[str, Any] | None, *, eager: bool) -> tuple[list[list[int]], int]:
     """Answers to three prompts, of which the first and the last have an adapter of everything; and drafts that were
     tried."""
-    given: dict[str, Any] = {"threads": 1, "max_model_len": 128, "block_size": 16, "enforce_eager": eager}
+    given: dict[str, Any] = {"threads": 1, "max_model_len": 128, "block_size": 16, "op_by_op": eager}
     config = EngineConfig(model=str(folder), enable_lora=True, speculative_config=method or {"method": "none"}, **given)
     model = load_any_model(config, CPU, lambda *_: None)
     assert isinstance(model, LoadedModel)
@@ -586,9 +586,7 @@ def test_a_head_that_knows_the_model_is_always_right(tmp_path: Path, eager: bool
     folder = write_counting(tmp_path / "model")
     config = eagle3_config(CONFIG, rms_norm_eps=1e-12, draft_vocab_size=48)
     written = write_head(tmp_path / "head", config, counting_head(config))
-    with loaded(
-        folder, {"method": "eagle3", "model": str(written), "prompt_lookup_min": 24}, enforce_eager=eager
-    ) as engine:
+    with loaded(folder, {"method": "eagle3", "model": str(written), "prompt_lookup_min": 24}, op_by_op=eager) as engine:
         asked = SamplingParams(temperature=0.0, max_tokens=41, ignore_eos=True)
         (answer,) = engine.generate([[5, 6, 7]], asked, use_tqdm=False)
         stats = engine.stats()

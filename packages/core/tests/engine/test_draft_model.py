@@ -266,7 +266,7 @@ def test_another_model_changes_no_answer(folder: Path, stranger: Path, plain: In
 
 
 def test_layers_op_by_op_guess_as_well(folder: Path) -> None:
-    with loaded(folder, folder, enforce_eager=True) as engine:
+    with loaded(folder, folder, op_by_op=True) as engine:
         asked = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.0)
         engine.generate([list(b"xyzzy")], asked, use_tqdm=False)
         assert engine.stats().accepted_draft_tokens > 15

@@ -23,7 +23,7 @@ from tests.common_run import few
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 
 RANKS: dict[str, Any] = {
-    "device": "cpu", "enforce_eager": True, "tensor_parallel_size": 2, "max_num_batched_tokens": 64, "max_num_seqs": 8,
+    "device": "cpu", "op_by_op": True, "tensor_parallel_size": 2, "max_num_batched_tokens": 64, "max_num_seqs": 8,
 }  # fmt: skip
 GREEDY = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
 TEXTS = [list(b"a text that is longer than the room of a step" * 2), list(b"short")]
@@ -93,6 +93,6 @@ def test_a_layer_for_further_tokens_drafts(name: str, tmp_path: Path) -> None:
         seen = watched(engine)
         found = engine.generate(TEXTS, GREEDY, use_tqdm=False)
     assert max(apart(row, layer.last(*given)) for *given, row in random.Random(1).sample(seen, 4)) < 1e-4
-    with loaded(written, None, device="cpu", enforce_eager=True) as engine:
+    with loaded(written, None, device="cpu", op_by_op=True) as engine:
         plain = engine.generate(TEXTS, GREEDY, use_tqdm=False)
     assert [each.outputs[0].token_ids for each in found] == [each.outputs[0].token_ids for each in plain]

@@ -103,7 +103,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "seeded": {"temperature": 0.8, "seed": 5},
     "several answers": {"temperature": 0.8, "seed": 5, "n": 2},
 }
-HOW: dict[str, dict[str, Any]] = {"eager": {"enforce_eager": True, "dtype": "f32"}, "compiled": {}}
+HOW: dict[str, dict[str, Any]] = {"eager": {"op_by_op": True, "dtype": "f32"}, "compiled": {}}
 SIZES: dict[str, dict[str, Any]] = {
     "at once": {},
     "chunks": {"max_num_batched_tokens": 20},

@@ -110,7 +110,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_drafts_are_those_of_transformers(target: Path, tmp_path: Path, eager: bool) -> None:
     assistant = write_assistant(tmp_path / "assistant", target)
     drafts = {"method": "mtp", "model": str(tmp_path / "assistant")}
-    with loaded(target, drafts, enforce_eager=eager, max_num_batched_tokens=24, max_num_seqs=4) as engine:
+    with loaded(target, drafts, op_by_op=eager, max_num_batched_tokens=24, max_num_seqs=4) as engine:
         seen = watched(engine)
         asked = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
         engine.generate([list(TEXT), list(b"short")], asked, use_tqdm=False)
@@ -147,7 +147,7 @@ def test_a_gguf_file_and_clusters_of_tokens(target: Path, tmp_path: Path) -> Non
     shutil.copy(folder / "model.safetensors", text)
     rows = []
     for path in (folder, export_gguf(text, tmp_path / "assistant.gguf", "gemma4-assistant")):
-        with loaded(target, {"method": "gemma4_mtp", "model": str(path)}, enforce_eager=True) as engine:
+        with loaded(target, {"method": "gemma4_mtp", "model": str(path)}, op_by_op=True) as engine:
             seen = watched(engine)
             asked = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
             engine.generate([list(TEXT)], asked, use_tqdm=False)

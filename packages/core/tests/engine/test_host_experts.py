@@ -63,7 +63,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(source: Path, layers: int | None, **settings: Any) -> LoadedModel:
-    given = {"enforce_eager": True, "max_images": 0, "threads": 2} | settings
+    given = {"op_by_op": True, "max_images": 0, "threads": 2} | settings
     config = EngineConfig(model=str(source), cpu_experts=layers, **given)
     loaded = load_any_model(config, Device("cpu"), lambda *_: None)
     assert isinstance(loaded, LoadedModel)
@@ -276,7 +276,7 @@ def test_it_sleeps(level: int, mixture: Path, runner_of: Callable[..., Made]) ->
     assert loaded.split is not None
     assert list(loaded.memories) == [loaded.split.host and loaded.split.host.weight_memory]
     away = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=GPU))
-    sleeper = Sleeper(EngineConfig(model=str(mixture), enforce_eager=True, max_images=0, threads=2), away)
+    sleeper = Sleeper(EngineConfig(model=str(mixture), op_by_op=True, max_images=0, threads=2), away)
     runner, _ = runner_of(loaded, graphs=True)
     sleeper.runners, tokens = [runner], some_tokens(20)
     right = step_logits(runner, tokens, [19, 1])
@@ -431,7 +431,7 @@ def test_what_is_on_the_bus_sleeps(
     """It stays where it is at level 1, and is read from the file again at level 2."""
     loaded = load(mixture, 0, gpu_layers=1)
     away = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=GPU))
-    sleeper = Sleeper(EngineConfig(model=str(mixture), enforce_eager=True, max_images=0, threads=2), away)
+    sleeper = Sleeper(EngineConfig(model=str(mixture), op_by_op=True, max_images=0, threads=2), away)
     runner, tokens = runner_of(loaded, graphs=True)[0], some_tokens(20)
     sleeper.runners = [runner]
     right, (first, last) = step_logits(runner, tokens, [19, 1]), (_layers(loaded)[n].attention for n in (0, 1))

@@ -112,7 +112,7 @@ def test_logits_are_those_of_torch(
         assert engine.model_info.dtype == dtype
         fast, outputs = scores(engine), greedy(engine)
     assert "torch" not in caplog.text
-    with make(path, enforce_eager=True) as engine:
+    with make(path, op_by_op=True) as engine:
         assert engine.model_info.dtype == "f32"
         exact, wanted = scores(engine), greedy(engine)
     gaps = [abs(fast[i][t] - exact[i][t]) for i in range(len(exact)) for t in exact[i].keys() & fast[i].keys()]

@@ -170,7 +170,7 @@ def test_a_bias_of_keys_costs_nothing(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     found = {}
     scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    for name, settings in {"exact": {"enforce_eager": True}, "q8_0": {"kv_cache_dtype": "q8_0"}, "bf16": {}}.items():
+    for name, settings in {"exact": {"op_by_op": True}, "q8_0": {"kv_cache_dtype": "q8_0"}, "bf16": {}}.items():
         with opened(folder, threads=1, **settings) as engine:
             given = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
             outputs = engine.generate(given, scored, use_tqdm=False)

@@ -29,7 +29,7 @@ GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 FORMS: dict[str, dict[str, Any]] = {"ranks": {"tensor_parallel_size": 2}, "stages": {"pipeline_parallel_size": 2}}
 BOUND = 1 << 20
 USUAL: dict[str, Any] = {
-    "device": "cpu", "enforce_eager": True, "threads": 1, "block_size": SIZE, "max_num_seqs": 8,
+    "device": "cpu", "op_by_op": True, "threads": 1, "block_size": SIZE, "max_num_seqs": 8,
     "max_num_batched_tokens": 64, "max_model_len": 256,
 }  # fmt: skip
 
@@ -447,7 +447,7 @@ def test_parts_of_other_divisions_have_other_names(model: Path) -> None:
     from candle_vllm.core.devices import CPU
     from candle_vllm.core.engine.cache.block_tiers import _fingerprint
 
-    loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), CPU, lambda *_: None)
+    loaded = load_model(EngineConfig(model=str(model), op_by_op=True), CPU, lambda *_: None)
     forms = [{}, *FORMS.values(), {"tensor_parallel_size": 4}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}]
     names = [
         _fingerprint(config, loaded, rank)

@@ -51,7 +51,7 @@ LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 PROMPTS = ["The quick brown fox", "jumps over", "the lazy dog and then it " * 4]
 
 USUAL: dict[str, Any] = {
-    "device": "cpu", "enforce_eager": True, "threads": 1, "block_size": 8, "max_num_seqs": 8,
+    "device": "cpu", "op_by_op": True, "threads": 1, "block_size": 8, "max_num_seqs": 8,
     "max_num_batched_tokens": 40,
 }  # fmt: skip
 
@@ -226,7 +226,7 @@ def test_ranks_end_with_the_first_one(model: Path) -> None:
     script = (
         "import os, sys, time\n"
         "from candle_vllm.core import InferenceEngine\n"
-        "engine = InferenceEngine(sys.argv[1], device='cpu', enforce_eager=True, threads=1, tensor_parallel_size=2)\n"
+        "engine = InferenceEngine(sys.argv[1], device='cpu', op_by_op=True, threads=1, tensor_parallel_size=2)\n"
         "print(*(other.process.pid for other in engine._ranks._others.values()), flush=True)\n"
         "time.sleep(60)\n"
     )

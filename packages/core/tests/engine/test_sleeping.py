@@ -78,7 +78,7 @@ def gguf(folder: Path) -> Path:
     [
         {},
         {"isq": "q8_0"},
-        {"enforce_eager": True},
+        {"op_by_op": True},
         {"speculative_config": {"method": "draft_model", "model": "itself"}},
     ],
     ids=["recorded", "isq", "eager", "drafts"],
@@ -140,7 +140,7 @@ def test_what_sees_sleeps_too(tmp_path: Path) -> None:
         assert answer(engine, again) == other  # encoded by weights that were read again
 
 
-@pytest.mark.parametrize("settings", [{}, {"enforce_eager": True}], ids=["recorded", "eager"])
+@pytest.mark.parametrize("settings", [{}, {"op_by_op": True}], ids=["recorded", "eager"])
 def test_encoders_sleep(tmp_path: Path, settings: dict[str, Any]) -> None:
     with InferenceEngine(write_toy_encoder(tmp_path / "toy"), threads=1, **settings) as engine:
         right = engine.embed(["a cat"], use_tqdm=False)[0].embedding
@@ -292,10 +292,10 @@ def test_an_engine_elsewhere_sleeps(model: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def on_a_device(model: Path) -> Iterator[tuple[Engine, LoadedModel]]:
     """A GPU's runner, on a stream that is as late as a GPU may be; its tensors are on the CPU."""
-    loaded = load_any_model(EngineConfig(model=str(model), enforce_eager=True), CPU, lambda *_: None)
+    loaded = load_any_model(EngineConfig(model=str(model), op_by_op=True), CPU, lambda *_: None)
     assert isinstance(loaded, LoadedModel)
     elsewhere = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=Device("cuda:0")))
-    sleeper = Sleeper(EngineConfig(model=str(model), enforce_eager=True, device="cpu"), elsewhere)
+    sleeper = Sleeper(EngineConfig(model=str(model), op_by_op=True, device="cpu"), elsewhere)
     runner = DeviceRunner(loaded.decoder, DeviceLimits(64, 4, 16, 16), LazyStream(), torch.float32, finite_cache=True)
     runner.allocate(40)
     sleeper.runners = [runner]

@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_decoded_weights(config: dict[str, Any], quantiz
     path = write_toy_gguf(tmp_path / "toy.gguf", config, quantization=quantization)
     scored = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=20)
     rows = []
-    for settings, dtype in (({}, "int8"), ({"enforce_eager": True}, "f32")):
+    for settings, dtype in (({}, "int8"), ({"op_by_op": True}, "f32")):
         with make(path, **settings) as engine:
             assert engine.model_info.dtype == dtype
             output = engine.generate([PROMPTS[-1]], scored, use_tqdm=False)[0]

@@ -25,7 +25,7 @@ ONE = torch.ones(1)
 
 
 def load(folder: Path, dtype: KvCacheDType = "fp8") -> Decoder:
-    config = EngineConfig(model=str(folder), kv_cache_dtype=dtype, dtype="f32", enforce_eager=True)
+    config = EngineConfig(model=str(folder), kv_cache_dtype=dtype, dtype="f32", op_by_op=True)
     return load_model(config, torch.device("cpu"), lambda *_: None).decoder
 
 

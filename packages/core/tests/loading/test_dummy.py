@@ -91,7 +91,7 @@ def test_it_generates(eager: bool, tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0)
     texts = []
     for _ in range(2):
-        with InferenceEngine(str(tmp_path), load_format="dummy", enforce_eager=eager, device="cpu") as engine:
+        with InferenceEngine(str(tmp_path), load_format="dummy", op_by_op=eager, device="cpu") as engine:
             assert engine._loaded is not None
             assert engine._loaded.placement.recorded != eager
             output = engine.generate("Once upon a time", params, use_tqdm=False)[0]

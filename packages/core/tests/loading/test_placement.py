@@ -106,7 +106,7 @@ def test_plain_weights_beyond_float16_are_refused_by_name(name: str, tmp_path: P
     save_file({key: value.bfloat16() for key, value in tensors.items()}, file)
 
     def load(dtype: str) -> None:
-        settings = EngineConfig(model=str(folder), dtype=dtype, enforce_eager=True)  # type: ignore[arg-type]
+        settings = EngineConfig(model=str(folder), dtype=dtype, op_by_op=True)  # type: ignore[arg-type]
         loading.load_model(settings, CPU, lambda *_: None)
 
     load("bf16")

@@ -189,7 +189,7 @@ def test_a_missing_shard_and_a_missing_tensor(tmp_path: Path, caplog: pytest.Log
         open_safetensors(tmp_path)
     write(tmp_path, "2.safetensors", c=torch.ones(2))
     assert list(open_safetensors(tmp_path).tensors) == ["a", "c"]
-    assert "index.json: its files lack 1 of its tensors, as 'b'" in caplog.text
+    assert "index.json names wrong files for 1 tensors, such as 'b'" in caplog.text
 
 
 @pytest.mark.parametrize("named", [1, 2])

@@ -111,7 +111,7 @@ def answers_of_ranks(
     tokens: int = 12,
 ) -> Answers:
     """Of so many ranks of each of the stages, op by op or as steps of GPUs, on streams that stand for them."""
-    config = EngineConfig(model=str(source), enforce_eager=True, max_images=64)
+    config = EngineConfig(model=str(source), op_by_op=True, max_images=64)
     meetings = [Meetings() for _ in range(size)]
 
     def build(ranks: ThreadRanks) -> tuple[LoadedModel, ModelRunner, LazyStream | None]:

@@ -167,7 +167,7 @@ def test_compiled_kernels_multiply_what_is_quantised_in_situ(name: str, tmp_path
     kinds = [type(matrix) for matrix in _matrices(quantised)]
     assert kinds.count(PackedMatrix) >= len(kinds) - 2 * quantised.config.num_layers, "routers stay plain"
     assert 1e-4 < typical_spread(_logits(quantised), theirs) < 0.05
-    decoded = load(folder, model_impl="transformers", isq="q8_0", enforce_eager=True)
+    decoded = load(folder, model_impl="transformers", isq="q8_0", op_by_op=True)
     assert decoded.placement.weight_memory is None
     assert typical_spread(_logits(quantised), _logits(decoded)) < 0.02, "activations are rounded to 8 bits"
 
@@ -273,7 +273,7 @@ def test_compiled_products_have_the_threads_and_torch_has_one(tmp_path: Path) ->
         assert torch.get_num_threads() == 1
         layer = next(each for each in made.decoder.model.modules() if isinstance(each, OwnLinear))
         assert layer.products._team.threads == 2
-        load(folder, model_impl="transformers", threads=2, enforce_eager=True)
+        load(folder, model_impl="transformers", threads=2, op_by_op=True)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -281,7 +281,7 @@ def test_compiled_products_have_the_threads_and_torch_has_one(tmp_path: Path) ->
 
 def test_native_layers_come_first(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "llama")
-    assert load(folder, enforce_eager=True).config.implementation == "native"
+    assert load(folder, op_by_op=True).config.implementation == "native"
     assert load(folder, model_impl="transformers").config.implementation == "transformers"
     tokens = some_tokens()
     ours, other = (eager_logits(folder, tokens, [70], model_impl=each) for each in ("native", "transformers"))
@@ -349,7 +349,7 @@ def test_whole_numbers_that_are_no_sizes_may_be_large(changed: dict[str, Any], t
 
 def test_ranks_are_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "arcee")
-    settings = EngineConfig(model=str(folder), model_impl="transformers", tensor_parallel_size=2, enforce_eager=True)
+    settings = EngineConfig(model=str(folder), model_impl="transformers", tensor_parallel_size=2, op_by_op=True)
     from candle_vllm.core.assembly.model import fit_settings
 
     with pytest.raises(ConfigError, match="cannot divide it among ranks"):

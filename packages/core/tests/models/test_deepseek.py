@@ -194,7 +194,7 @@ def test_both_yarn_numbers_are_needed_to_leave_cos_and_sin_alone() -> None:
 
 
 def test_a_token_takes_one_latent_row_in_each_layer(dense: Path) -> None:
-    loaded = load(dense, enforce_eager=True)
+    loaded = load(dense, op_by_op=True)
     settings = EngineConfig(model=str(dense), block_size=16)
     plan = plan_cache(settings, loaded.config, lambda _: 2, 4, Room(1 << 30, 0.5))
     assert plan.block_bytes == 16 * 2 * (32 + 16) * 2

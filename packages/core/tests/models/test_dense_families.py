@@ -67,7 +67,7 @@ def test_longrope_decides_alike_from_gguf(folder: Callable[[str], Path], tmp_pat
 def test_a_shorter_context_keeps_longropes_scale(folder: Callable[[str], Path]) -> None:
     """It is of the model, not of what is served."""
     for limit in (40, 100, None):
-        rope = load(folder("longrope"), enforce_eager=True, max_model_len=limit).config.rope
+        rope = load(folder("longrope"), op_by_op=True, max_model_len=limit).config.rope
         assert attention_scale(rope) == pytest.approx(math.sqrt(1 + math.log(512 / 48) / math.log(48)), rel=1e-6)
 
 
@@ -151,7 +151,7 @@ def test_smollm3_without_a_list_of_layers(folder: Callable[[str], Path], tmp_pat
     """The interval says which layers do not turn; the base has a default of its own."""
     rope = {"rope_parameters": None, "layer_types": None, "no_rope_layers": None, "no_rope_layer_interval": 3}
     source = edited(folder("smollm3"), tmp_path, **rope)
-    loaded = load(source, enforce_eager=True).config
+    loaded = load(source, op_by_op=True).config
     assert loaded.unrotated_layers == {2}  # type: ignore[attr-defined]
     assert loaded.rope.theta == 2e6
     assert error(eager_logits(source, TOKENS, [len(TOKENS)]), their_logits(source, TOKENS)) < 1e-4

@@ -78,7 +78,7 @@ def test_vectors_of_a_batch_are_those_of_pefts_models(
     choices = [None, *(LoRARequest(name, lora_path=str(tmp_path / name)) for name in ("one", "other"))]
     assert error(np.stack(wanted[1]), np.stack(wanted[0])) > 0.1
     for eager in (False, True):
-        with InferenceEngine(str(folder), enable_lora=True, enforce_eager=eager, threads=1, dtype="fp32") as engine:
+        with InferenceEngine(str(folder), enable_lora=True, op_by_op=eager, threads=1, dtype="fp32") as engine:
             each = [(word, choice) for word in WORDS for choice in choices]
             together = engine.embed(
                 [word for word, _ in each], use_tqdm=False, lora_request=[choice for _, choice in each]
@@ -125,7 +125,7 @@ def test_scores_and_classes_are_those_of_pefts_models_with_their_heads(
             logits = made(input_ids=torch.tensor([encoding.ids]), token_type_ids=torch.tensor([types])).logits[0]
         wanted.append((logits.softmax(0) if labels else logits.sigmoid()).numpy())
     for eager in (False, True):
-        with InferenceEngine(str(folder), enable_lora=True, enforce_eager=eager, threads=1) as engine:
+        with InferenceEngine(str(folder), enable_lora=True, op_by_op=eager, threads=1) as engine:
 
             def ask(engine: InferenceEngine, choice: LoRARequest | None) -> np.ndarray:
                 if labels:

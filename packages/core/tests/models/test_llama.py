@@ -32,7 +32,7 @@ LENGTH, BLOCK = 150, 8
 
 def our_logits(folder: Path, tokens: list[int], chunk: int, **settings: Any) -> torch.Tensor:
     """Logits [T, V] of every position, the prompt run in chunks over a paged cache."""
-    loaded = load_model(EngineConfig(model=str(folder), enforce_eager=True, **settings), CPU, lambda *_: None)
+    loaded = load_model(EngineConfig(model=str(folder), op_by_op=True, **settings), CPU, lambda *_: None)
     blocks = -(-len(tokens) // BLOCK)
     runner = EagerRunner(loaded.decoder, blocks, BLOCK, CPU, torch.float32)
     sequence = Sequence(GenerationRequest(request_id="r", prompt_token_ids=tokens, params=SamplingParams()), 0, 0)

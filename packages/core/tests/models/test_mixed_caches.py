@@ -113,7 +113,7 @@ def answers(source: Path, prompts: list[list[int]], **settings: Any) -> list[tup
         return [tuple(each.outputs[0].token_ids) for each in engine.generate(prompts, params)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"enforce_eager": True}], ids=["compiled", "eager"])
+@pytest.mark.parametrize("settings", [{}, {"op_by_op": True}], ids=["compiled", "eager"])
 def test_cache_chunks_and_disk_change_no_answer(mixed: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     prompts = [some_tokens(64), [*some_tokens(48), 7, 8, 9], some_tokens(64)]
     alone = [answers(mixed, [prompt], enable_prefix_caching=False, **settings)[0] for prompt in prompts]
@@ -381,7 +381,7 @@ def device_parts(source: Path, **how: Any) -> Any:
     """See `with_runners`: one rank, on a stream that is as late as one may be."""
 
     def make(blocks: int, rooms: list[WindowRoom]) -> Any:
-        loaded, stream = load(source, enforce_eager=True, dtype="f32"), LazyStream()
+        loaded, stream = load(source, op_by_op=True, dtype="f32"), LazyStream()
         limits = DeviceLimits(40, 4 + how.get("rows", 0), 16, 16)
         keys: dict[str, Any] = {"graphs": how.get("graphs", True), "captured_prompts": how.get("captured", 0)}
         runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, overlaps=not how.get("rows"), **keys)
@@ -412,7 +412,7 @@ def test_the_runner_of_a_gpu_gives_the_same(
     if more.get("few"):  # sums that are exact take long
         given = [given[0][:70], [*given[0][:40], 7, 8, 9], given[0][:70]]
     with exact_sums():
-        expected = tokens_of(with_all_pages(source, given, {"enforce_eager": True, "dtype": "f32"}, max_tokens=24))
+        expected = tokens_of(with_all_pages(source, given, {"op_by_op": True, "dtype": "f32"}, max_tokens=24))
         known = {tuple(prompt): found for prompt, found in zip(given, expected, strict=True)}
         monkeypatch.setattr(Drafter, "propose", lambda _, lives: guess(known, lives))
         found, counts = with_runners(source, given, device_parts(source, **more), drafts=rows, **more)
@@ -426,7 +426,7 @@ def ranked_parts(source: Path, size: int, stages: int, *, gpu: bool) -> Any:
     """See `with_runners`: so many ranks of each stage, threads that are told what processes are told."""
 
     def make(blocks: int, rooms: list[WindowRoom]) -> Any:
-        config = EngineConfig(model=str(source), enforce_eager=True, dtype="f32", block_size=16)
+        config = EngineConfig(model=str(source), op_by_op=True, dtype="f32", block_size=16)
         meetings = [Meetings() for _ in range(size)]
 
         def build(ranks: ThreadRanks) -> tuple[Any, Any, LazyStream | None]:
@@ -465,7 +465,7 @@ def test_ranks_and_stages_free_pages_too(tmp_path: Path, size: int, stages: int,
     row = ROWS["Gemma-3"]
     write_tiny(tmp_path, row.model_type, **{**row.config, "max_position_embeddings": 256})
     given = long_prompts()[:4]
-    expected = tokens_of(with_all_pages(tmp_path, given, {"enforce_eager": True, "dtype": "f32"}, max_tokens=24))
+    expected = tokens_of(with_all_pages(tmp_path, given, {"op_by_op": True, "dtype": "f32"}, max_tokens=24))
     parts = ranked_parts(tmp_path, size, stages, gpu=gpu)
     found, counts = with_runners(tmp_path, given, parts, flights=stages)
     assert [[each] for each in found] == expected
@@ -473,7 +473,7 @@ def test_ranks_and_stages_free_pages_too(tmp_path: Path, size: int, stages: int,
 
 
 def test_op_by_op_no_answer_is_another(mixed: Path, tmp_path: Path) -> None:
-    given, settings = long_prompts()[:3], {"enforce_eager": True, "dtype": "f32"}
+    given, settings = long_prompts()[:3], {"op_by_op": True, "dtype": "f32"}
     expected = tokens_of(with_all_pages(mixed, given, settings, max_tokens=40))
     settings |= {"max_num_batched_tokens": 20, "prompt_cache_path": tmp_path}
     few = {"max_num_seqs": 3, "max_model_len": 256, "kv_cache_memory": 2 * (16 * 4096 + 10 * 6144)}

@@ -211,7 +211,7 @@ def loaded_from(folder: Path, **settings: Any) -> LoadedModel:
 @pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("eager", [True, False])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, enforce_eager=eager)
+    loaded = loaded_from(folder, op_by_op=eager)
     assert loaded.tower is not None
     with torch.inference_mode():
         found = theirs.model.get_image_features(**their_pixels(folder, PICTURES))
@@ -243,7 +243,7 @@ def request_of(loaded: LoadedModel, pictures: list[NDArray[np.uint8]], text: str
 @pytest.mark.parametrize("text", [ASK, ONE * 2 + "?", f"{ONE} and a longer text than before, then {ONE}"])
 @pytest.mark.parametrize("chunks", [[1000], [7], [1, 2, 30]])
 def test_positions_are_those_of_transformers(chunks: list[int], text: str, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, enforce_eager=True)
+    loaded = loaded_from(folder, op_by_op=True)
     pictures = PICTURES[1:3]
     request = request_of(loaded, pictures, text)
     made = preparation_for(loaded, 512).prepare(request)[0]
@@ -275,7 +275,7 @@ def test_positions_are_those_of_transformers(chunks: list[int], text: str, folde
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("tokens", [512, 23])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
-    settings: dict[str, Any] = {"enforce_eager": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
+    settings: dict[str, Any] = {"op_by_op": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
     with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
         params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
         found = engine.generate(PROMPT, params, use_tqdm=False)[0]
@@ -297,7 +297,7 @@ def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path
 @pytest.mark.parametrize("eager", [True, False])
 def test_vectors_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     """The last token's state, as embedding models with this class have it; what is shown changes it."""
-    with InferenceEngine(folder, enforce_eager=eager) as engine:
+    with InferenceEngine(folder, op_by_op=eager) as engine:
         asked = [PROMPT, {**PROMPT, "multi_modal_data": {"image": PICTURES[1:3]}}, PROMPTS[-1]]
         found = engine.embed(asked, use_tqdm=False)
         again = engine.embed(asked[:1], use_tqdm=False)[0]
@@ -348,7 +348,7 @@ def test_states_behind_a_picture_are_not_those_behind_another(folder: Path, eage
         for picture in pictures
         for text in (behind, f" -{behind}", f"!{behind}")
     ]
-    settings: dict[str, Any] = {"enforce_eager": eager, "block_size": 16}
+    settings: dict[str, Any] = {"op_by_op": eager, "block_size": 16}
     with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
         wanted = [answers(engine, [prompt])[0] for prompt in asked]
     assert len(set(wanted)) == len(wanted)
@@ -384,14 +384,14 @@ def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> No
         held = 500_000 * (1 + eager)  # half of it is for states
     small: dict[str, Any] = {"kv_cache_memory": held, "block_size": 16, "max_model_len": 256}
     preempted = False
-    with InferenceEngine(folder, enforce_eager=eager, **small, speculative_config={"method": "none"}) as engine:
+    with InferenceEngine(folder, op_by_op=eager, **small, speculative_config={"method": "none"}) as engine:
         whole = [engine.generate(prompt, long, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS]
         found = engine.generate(PROMPTS, long, use_tqdm=False)
         assert [each.outputs[0].token_ids for each in found] == whole
         preempted = bool(engine.stats().preemptions)
     assert preempted
     guesses = {"num_speculative_tokens": 4, "prompt_lookup_min": 2}
-    with InferenceEngine(folder, enforce_eager=eager, max_model_len=256, speculative_config=guesses) as engine:
+    with InferenceEngine(folder, op_by_op=eager, max_model_len=256, speculative_config=guesses) as engine:
         inner: Any = engine._engine
         inner._drafter.times = same_times  # drafts are tried, whatever they take on this machine
         for _ in range(2):  # the second time by what was answered the first
@@ -407,7 +407,7 @@ def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> No
 )
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
     """Its runner, by the references of its kernels: tokens that three positions turn, in what is captured too."""
-    loaded = loaded_from(folder, enforce_eager=True)
+    loaded = loaded_from(folder, op_by_op=True)
     asked = [
         (ASK, PICTURES[:2]),
         (ASK, [PICTURES[2]] * 2),
@@ -488,7 +488,7 @@ def test_what_cannot_be_seen_is_refused_by_name(folder: Path) -> None:
 @pytest.mark.parametrize("folder", few(KINDS, "qwen3_vl"), indirect=True)
 def test_an_operator_says_how_large_pictures_become(folder: Path, tmp_path: Path) -> None:
     """By either name, before what the file says; and more than what is usual, up to what is published."""
-    usual = loaded_from(folder, enforce_eager=True).vision
+    usual = loaded_from(folder, op_by_op=True).vision
     assert usual is not None
     text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
     write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
@@ -499,7 +499,7 @@ def test_an_operator_says_how_large_pictures_become(folder: Path, tmp_path: Path
         ({"max_pixels": 16 << 16}, 256, 16 << 16),
     ):
         for made in ({"model": str(folder)}, {"model": str(text), "mmproj": tower, "tokenizer": folder}):
-            config = EngineConfig(**made, enforce_eager=True, mm_processor_kwargs=said)
+            config = EngineConfig(**made, op_by_op=True, mm_processor_kwargs=said)
             vision = load_model(config, choose_device("cpu"), lambda *_: None).vision
             assert vision is not None
             assert (vision.parts.rule.least, vision.parts.rule.most) == (least, most)  # type: ignore[union-attr]
@@ -520,7 +520,7 @@ def test_an_operator_says_how_large_pictures_become(folder: Path, tmp_path: Path
 
 
 def test_marks_of_a_picture_stand_side_by_side(folder: Path) -> None:
-    loaded = loaded_from(folder, enforce_eager=True)
+    loaded = loaded_from(folder, op_by_op=True)
     request = request_of(loaded, PICTURES[:1], ONE)
     ids = list(request.prompt_token_ids)
     ids[2:2] = [5]
@@ -780,7 +780,7 @@ def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) ->
             stored[name] = torch.from_numpy(dequantize(quantize(tensor.numpy(), kind), kind).reshape(tensor.shape))
     plain = changed(folder, tmp_path / "plain", lambda _: None)
     save_file(stored, plain / "model.safetensors", {"format": "pt"})
-    wanted = loaded_from(plain, enforce_eager=True)
+    wanted = loaded_from(plain, op_by_op=True)
     quantised = EngineConfig(model=str(text), mmproj=tower, tokenizer=folder)
     assert wanted.tower is not None
     assert wanted.vision is not None
@@ -790,7 +790,7 @@ def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) ->
         for config, eager, most in (
             (quantised, True, 1e-4), (quantised, False, 2e-2), (in_situ, True, 1e-4), (in_situ, False, 2e-2)
         ):  # fmt: skip
-            loaded = load_model(dataclasses.replace(config, enforce_eager=eager), cpu, lambda *_: None)
+            loaded = load_model(dataclasses.replace(config, op_by_op=eager), cpu, lambda *_: None)
             assert loaded.tower is not None
             found = loaded.tower.tower
             runner: TowerRunner = EagerTower(found, cpu) if eager else RecordedTower(found, team)
@@ -830,7 +830,7 @@ def test_adapters_change_the_text_model_of_a_prompt_with_pictures(folder: Path, 
     theirs = adapted(folder, tmp_path / "a", r".*language_model.*\.(q_proj|v_proj)")
     request = LoRARequest("a", lora_path=str(tmp_path / "a"))
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
-    with InferenceEngine(folder, enforce_eager=True, enable_lora=True) as engine:
+    with InferenceEngine(folder, op_by_op=True, enable_lora=True) as engine:
         found = engine.generate(PROMPT, params, lora_request=request, use_tqdm=False)[0]
         plain = engine.generate(PROMPT, params, use_tqdm=False)[0]
     ids = torch.tensor([list(found.prompt_token_ids)])

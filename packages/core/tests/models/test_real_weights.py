@@ -175,7 +175,7 @@ MANY = pytest.param(20, 200, id="many", marks=pytest.mark.every_case)
 @pytest.mark.parametrize(("prompts", "tokens"), [SOME, MANY])
 def test_stories15m_equals_transformers(stories: Path, prompts: int, tokens: int) -> None:
     oracle = forward(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32))
-    with InferenceEngine(str(stories), enforce_eager=True, max_num_batched_tokens=64) as engine:
+    with InferenceEngine(str(stories), op_by_op=True, max_num_batched_tokens=64) as engine:
         check_greedy(engine, oracle, STORY_BEGINNINGS[:prompts], tokens)
         told = SamplingParams(temperature=0.0, max_tokens=max(tokens, 100))  # read again below, in several chunks
         text = engine.generate("Once upon a time", told, use_tqdm=False)
@@ -216,7 +216,7 @@ def smollm2_oracle() -> Iterator[Forward]:
 @pytest.mark.every_case
 @pytest.mark.parametrize(("prompts", "tokens"), [SOME, MANY])
 def test_smollm2_equals_transformers(smollm2_oracle: Forward, prompts: int, tokens: int) -> None:
-    with InferenceEngine(str(demo_model()), enforce_eager=True) as engine:
+    with InferenceEngine(str(demo_model()), op_by_op=True) as engine:
         check_greedy(engine, smollm2_oracle, QUESTIONS[:prompts], tokens)
         text = "The history of computing began with people. " * (tokens // 10)
         check_logits(engine, smollm2_oracle, engine.tokenize(text))
@@ -227,7 +227,7 @@ def test_packed_weights_keep_the_perplexity() -> None:
     """8-bit activations and a bfloat16 cache against fp32: within half a per cent."""
     found = {}
     for eager in (False, True):
-        with InferenceEngine(str(demo_model()), enforce_eager=eager) as engine:
+        with InferenceEngine(str(demo_model()), op_by_op=eager) as engine:
             found[eager] = perplexity(engine, TEXT.read_text("utf-8"), window=600, tokens=3600)["perplexity"]
     assert abs(found[False] / found[True] - 1) < 5e-3
 
@@ -241,6 +241,6 @@ def test_qwen_coder_equals_transformers() -> None:
     """Four types of quantised matrices, biases on q, k and v, and a vocabulary three times as large."""
     path = qwen_coder()
     model = gguf_oracle(path)
-    with InferenceEngine(str(path), enforce_eager=True, max_model_len=1024) as engine:
+    with InferenceEngine(str(path), op_by_op=True, max_model_len=1024) as engine:
         check_greedy(engine, forward(model), QUESTIONS[2:6], 24)
         check_logits(engine, forward(model), engine.tokenize("def quicksort(numbers: list[int]) -> list[int]:\n" * 6))

@@ -61,7 +61,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     """Logits of each rank."""
 
     def work(ranks: ThreadRanks) -> torch.Tensor:
-        config = EngineConfig(model=str(source), enforce_eager=True, **settings)
+        config = EngineConfig(model=str(source), op_by_op=True, **settings)
         loaded = load_model(config, CPU, lambda *_: None, ranks=ranks)
         room = room_of(loaded.decoder)
         runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, loaded.placement.torch_dtype, room=room)
@@ -226,7 +226,7 @@ def test_tokens_are_sent_by_themselves_where_that_pays(
     """On a GPU; not where what all tokens share would be whole on each rank for it."""
     row = ROWS[name]
     write_tiny(tmp_path, row.model_type, **row.config)
-    config = EngineConfig(model=str(tmp_path), tensor_parallel_size=4, enable_expert_parallel=True, enforce_eager=True)
+    config = EngineConfig(model=str(tmp_path), tensor_parallel_size=4, enable_expert_parallel=True, op_by_op=True)
 
     def load(ranks: ThreadRanks) -> Any:
         return load_model(config, CPU, lambda *_: None, ranks=ranks).decoder
@@ -351,7 +351,7 @@ def test_quantised_matrices_are_cut_as_a_gpu_holds_them(
 )
 def test_adapters_are_cut_as_their_matrices_are(name: str, config: dict[str, Any], tmp_path: Path) -> None:
     made = trained(tmp_path, name, **config)
-    engine = EngineConfig(model=str(made.model), enforce_eager=True)
+    engine = EngineConfig(model=str(made.model), op_by_op=True)
     whole = adapted_logits(load_model(engine, CPU, lambda *_: None), made.model, made.adapter)
     plain = eager_logits(made.model, some_tokens(), [LENGTH])
     assert error(whole, plain) > 1e-3
@@ -369,7 +369,7 @@ def test_adapters_of_whole_experts(exchanges: str, tmp_path: Path) -> None:
     parameters = [f"mlp.experts.{n}_proj" for n in ("gate_up", "down")]
     made = trained(tmp_path, "Qwen3-MoE", target_modules=["k_proj"], target_parameters=parameters)
     whole, part = (
-        EngineConfig(model=str(made.model), enforce_eager=True, **more)
+        EngineConfig(model=str(made.model), op_by_op=True, **more)
         for more in ({}, {"tensor_parallel_size": 2, "enable_expert_parallel": True, "all2all_backend": exchanges})
     )
     right = adapted_logits(load_model(whole, CPU, lambda *_: None), made.model, made.adapter)

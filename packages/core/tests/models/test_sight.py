@@ -74,7 +74,7 @@ def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> torch.Tenso
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    config = EngineConfig(model=str(folder), enforce_eager=eager)
+    config = EngineConfig(model=str(folder), op_by_op=eager)
     loaded = load_model(config, choose_device("cpu"), lambda *_: None)
     assert isinstance(loaded, LoadedModel)
     assert loaded.tower is not None
@@ -104,7 +104,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_logits_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    with InferenceEngine(folder, enforce_eager=eager, enable_prefix_caching=False) as engine:
+    with InferenceEngine(folder, op_by_op=eager, enable_prefix_caching=False) as engine:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
         found = engine.generate(PROMPT, params, use_tqdm=False)[0]
     ids = torch.tensor([found.prompt_token_ids])

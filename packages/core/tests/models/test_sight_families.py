@@ -270,7 +270,7 @@ def their_features(name: str, folder: Path, model: Any, picture: NDArray[np.uint
 @pytest.mark.parametrize("name", ROWS)
 def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
     folder = folders(name)
-    loaded, model = load(folder, enforce_eager=eager, max_images=64), theirs(folder)
+    loaded, model = load(folder, op_by_op=eager, max_images=64), theirs(folder)
     assert loaded.tower is not None
     asks = loaded.tower.vision.parts.asks
     ids, images = loaded.tower.vision.look([asks] * len(PICTURES), PICTURES)
@@ -332,7 +332,7 @@ def prompt(name: str, *pictures: NDArray[np.uint8]) -> dict[str, Any]:
 def test_logits_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
     folder = folders(name)
     pictures = [PICTURES[0], PICTURES[4], PICTURES[1]]
-    with InferenceEngine(folder, enforce_eager=eager, enable_prefix_caching=False) as engine:
+    with InferenceEngine(folder, op_by_op=eager, enable_prefix_caching=False) as engine:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
         found = engine.generate(prompt(name, *pictures), params, use_tqdm=False)[0]
     ids = torch.tensor([found.prompt_token_ids])
@@ -406,7 +406,7 @@ def test_pan_and_scan_shows_parts_of_wide_pictures(size: tuple[int, int], tmp_pa
     tile = "\n\n<start_of_image>" + "<image_soft_token>" * 16 + "<end_of_image>\n\n"
     parts = " ".join([tile] * (len(pixels) - 1))
     expected = f"Here is the original image {tile} and here are some crops to help you see better {parts}"
-    with InferenceEngine(folder, enforce_eager=True) as engine:
+    with InferenceEngine(folder, op_by_op=True) as engine:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
         found = engine.generate(prompt("Gemma 3", picture), params, use_tqdm=False)[0]
         assert found.prompt_logprobs is not None
@@ -492,7 +492,7 @@ def test_conversations_have_pictures_here_and_in_another_process(folders: Callab
 @pytest.mark.parametrize("name", few(list(ROWS), "Gemma 3"))
 def test_steps_of_a_gpu_have_the_same_answers(name: str, folders: Callable[[str], Path]) -> None:
     """Where tokens of a picture see each other, too."""
-    loaded, asks = load(folders(name), enforce_eager=True, max_images=64), ROWS[name].asks
+    loaded, asks = load(folders(name), op_by_op=True, max_images=64), ROWS[name].asks
     asked = [(f"Compare {asks} with {asks}", PICTURES[:2]), ("Nothing to see.", []), (f"{asks} and?", PICTURES[2:3])]
     with exact_sums():
         found, stream = answers_of_a_gpu(loaded, asked, captured=64, budget=128)
@@ -743,7 +743,7 @@ def test_tensors_of_sounds_are_left_out(folders: Callable[[str], Path], tmp_path
     tensors = load_file(tmp_path / "model.safetensors")
     sounds = {f"model.{name}.weight": torch.ones(3) for name in ("audio_tower.layers.0.norm", "embed_audio.projection")}
     save_file(tensors | sounds, tmp_path / "model.safetensors")
-    loaded = load(tmp_path, enforce_eager=True, max_images=4)
+    loaded = load(tmp_path, op_by_op=True, max_images=4)
     assert loaded.tower is not None
 
 

@@ -64,7 +64,7 @@ CASES = [(name, size, stages) for name in WRITERS for size, stages in ((2, 1), (
 )
 def test_answers_are_those_of_one_rank(name: str, size: int, stages: int, written: Callable[[str], Path]) -> None:
     """With prompts whole, and cut within a picture where that may be."""
-    right = answers_op_by_op(load(written(name), enforce_eager=True, max_images=64), prompts(name))
+    right = answers_op_by_op(load(written(name), op_by_op=True, max_images=64), prompts(name))
     for budget in (256, 40):
         require_same(answers_of_ranks(written(name), prompts(name), size, stages, budget=budget), right)
 
@@ -76,5 +76,5 @@ GPU = [(name, size, stages) for name in WRITERS for size, stages in ((2, 1), (1,
 def test_steps_of_gpus_have_the_same_answers(name: str, size: int, stages: int, written: Callable[[str], Path]) -> None:
     """What is launched and captured, with prompts cut; the first rank's tower works between the steps."""
     with exact_sums():
-        right = answers_op_by_op(load(written(name), enforce_eager=True, max_images=64), prompts(name))
+        right = answers_op_by_op(load(written(name), op_by_op=True, max_images=64), prompts(name))
         require_same(answers_of_ranks(written(name), prompts(name), size, stages, budget=40, gpu=True), right)

@@ -103,7 +103,7 @@ def test_few_tokens_are_plain_latent_attention(folder: Path, tmp_path: Path) -> 
 
 
 def test_index_keys_stand_beside_latent_rows(folder: Path) -> None:
-    config: Any = load(folder, enforce_eager=True).config
+    config: Any = load(folder, op_by_op=True).config
     plan = plan_cache(EngineConfig(model=str(folder), block_size=16), config, lambda _: 2, 4, Room(1 << 30, 0.5))
     keys = 32 * len(config.index_layers)
     assert plan.block_bytes == 16 * 2 * (config.num_layers * (32 + 16) + keys)
@@ -129,7 +129,7 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
             assert found[:6] == found[6:]
             return found, engine.stats().preemptions
 
-    config: Any = load(folder, enforce_eager=True).config
+    config: Any = load(folder, op_by_op=True).config
     block = 16 * 2 * (config.num_layers * 48 + 32 * len(config.index_layers))
     alone, _ = run(enable_prefix_caching=False, max_num_seqs=1)
     small, preemptions = run(kv_cache_memory=block * 9, max_model_len=96, max_num_batched_tokens=48, max_num_seqs=6)
@@ -147,7 +147,7 @@ with_shared_choices = pytest.mark.parametrize("folder", few(NAMES, "GLM-5"), ind
 @with_shared_choices
 def test_the_plan_counts_what_a_choice_takes(eager: bool, folder: Path) -> None:
     """Also the status; with as many positions as the context has, there is no choice."""
-    settings: dict[str, Any] = {"block_size": 16, "threads": 2, "max_num_batched_tokens": 64, "enforce_eager": eager}
+    settings: dict[str, Any] = {"block_size": 16, "threads": 2, "max_num_batched_tokens": 64, "op_by_op": eager}
     free = 16 << 20 if eager else 1 << 20
 
     def planned(source: Path) -> memory.CachePlan:
@@ -185,7 +185,7 @@ def test_the_memory_of_a_choice_is_free_after_the_step(folder: Path) -> None:
         chosen += 1
         return positions
 
-    tokens, loaded = some_tokens(), load(folder, enforce_eager=True)
+    tokens, loaded = some_tokens(), load(folder, op_by_op=True)
     runner, config = eager_runner(loaded, -(-LENGTH // BLOCK)), cast(Any, loaded.decoder.config)
     with mock.patch.object(reference, "choose", watched):
         step_logits(runner, tokens, [LENGTH])
@@ -227,7 +227,7 @@ def answers(engine: InferenceEngine, adapter: Path | None = None) -> tuple[list[
 @both
 @with_shared_choices
 def test_blocks_on_disk_have_index_keys(eager: bool, folder: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "enforce_eager": eager}
+    settings = {**SETTINGS, "op_by_op": eager}
     with InferenceEngine(folder, **settings) as engine:
         right = answers(engine)
     for read in (0, 4 + 3):
@@ -242,7 +242,7 @@ def test_blocks_on_disk_have_index_keys(eager: bool, folder: Path, tmp_path: Pat
 @both
 @with_shared_choices
 def test_answers_are_the_same_after_sleep(eager: bool, folder: Path) -> None:
-    with InferenceEngine(folder, enforce_eager=eager, **SETTINGS) as engine:
+    with InferenceEngine(folder, op_by_op=eager, **SETTINGS) as engine:
         right = answers(engine)
         for level in (1, 2):
             engine.sleep(level)
@@ -257,7 +257,7 @@ def test_adapters_of_an_index(eager: bool, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     made.peft.merge_and_unload().save_pretrained(merged)
     (merged / "tokenizer.json").write_bytes((made.model / "tokenizer.json").read_bytes())
-    settings = {**SETTINGS, "enforce_eager": eager}
+    settings = {**SETTINGS, "op_by_op": eager}
 
     def run(model: Path, adapter: Path | None = None) -> tuple[list[list[int]], list[list[float]]]:
         with InferenceEngine(model, enable_lora=True, **settings) as engine:

@@ -26,7 +26,7 @@ from packages.core.tests.engine.test_draft_states import engine as drafting_engi
 from packages.core.tests.models.tiny import BLOCK, CPU, load, step_logits
 
 MODELS = ("lfm2", "qwen3.5")
-EXACT: dict[str, Any] = {"enforce_eager": True, "dtype": "f32"}
+EXACT: dict[str, Any] = {"op_by_op": True, "dtype": "f32"}
 LENGTH, SENTENCES, CONTINUED = 512, 10, 32
 NEAR = 1e-3  # logits that lie closer are a tie, which rounding in fp32 may decide
 

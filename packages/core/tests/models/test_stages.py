@@ -51,7 +51,7 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
     """Logits of the ranks of the first stage."""
 
     def work(ranks: ThreadRanks) -> torch.Tensor:
-        config = EngineConfig(model=str(source), enforce_eager=True, **settings)
+        config = EngineConfig(model=str(source), op_by_op=True, **settings)
         loaded: Any = load_model(config, CPU, lambda *_: None, ranks=ranks)
         memory = 32, BLOCK, CPU, loaded.placement.torch_dtype
         runner = Steps(loaded.decoder, *memory, None, None, None, room_of(loaded.decoder))

@@ -51,7 +51,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(kind: str) -> dict[str, Any]:
-    return {"eager": {"enforce_eager": True, "dtype": "f32"}, "compiled": {}}[kind]
+    return {"eager": {"op_by_op": True, "dtype": "f32"}, "compiled": {}}[kind]
 
 
 @pytest.fixture(params=["eager", "compiled"])
@@ -226,7 +226,7 @@ def on_device(
     source: Path, given: list[list[int]], *, graphs: bool = True, captured: int = 0, drafts: int = 0, blocks: int = 60
 ) -> tuple[list[list[Any]], Engine]:
     """The answers of a GPU's runner on a stream that is as late as one may be, a prompt more in every other step."""
-    loaded, stream, kept = load(source, enforce_eager=True, dtype="f32"), LazyStream(), 5 if drafts else 0
+    loaded, stream, kept = load(source, op_by_op=True, dtype="f32"), LazyStream(), 5 if drafts else 0
     limits = DeviceLimits(40, 4 + drafts, 8, BLOCK)
     how: dict[str, Any] = {"graphs": graphs, "captured_prompts": captured, "overlaps": not drafts}
     runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, finite_cache=True, **how)

@@ -152,7 +152,7 @@ def load(source: Path, **settings: Any) -> LoadedModel:
 
 def eager_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:
     """Logits [T, V] of every position in torch, the prompt run in chunks of these sizes over a paged cache."""
-    loaded = load(source, enforce_eager=True, **settings)
+    loaded = load(source, op_by_op=True, **settings)
     return step_logits(eager_runner(loaded, -(-len(tokens) // BLOCK)), tokens, chunks)
 
 
@@ -174,7 +174,7 @@ def device_logits(source: Path, tokens: list[int], chunks: list[int], **settings
         return dataclasses.replace(usual(*arguments), keeps_quantised=True)
 
     with mock.patch.object(loading, "choose_placement", placed):
-        loaded = load(source, enforce_eager=True, **settings)
+        loaded = load(source, op_by_op=True, **settings)
     return step_logits(eager_runner(loaded, -(-len(tokens) // BLOCK)), tokens, chunks)
 
 

@@ -71,7 +71,7 @@ def expected(toy_model: Path) -> dict[PoolingKind, np.ndarray]:
 
 @pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 8, "max_num_seqs": 3, "block_size": 16}])
 def test_equals_transformers(toy_model: Path, expected: dict[PoolingKind, np.ndarray], settings: Any) -> None:
-    with InferenceEngine(str(toy_model), enforce_eager=True, **settings) as engine:
+    with InferenceEngine(str(toy_model), op_by_op=True, **settings) as engine:
         assert engine.model_info.tasks == ("generate", "embed", "score")
         assert engine.model_info.embedding_size == 64
         for kind in KINDS:
@@ -82,7 +82,7 @@ def test_equals_transformers(toy_model: Path, expected: dict[PoolingKind, np.nda
 def test_a_setting_names_the_pooling_of_requests_that_name_none(
     toy_model: Path, expected: dict[PoolingKind, np.ndarray]
 ) -> None:
-    with InferenceEngine(str(toy_model), enforce_eager=True, pooling="mean") as engine:
+    with InferenceEngine(str(toy_model), op_by_op=True, pooling="mean") as engine:
         assert np.abs(vectors(engine, TEXTS) - expected["mean"]).max() < 1e-5
         assert np.abs(vectors(engine, TEXTS, PoolingParams(pooling="cls")) - expected["cls"]).max() < 1e-5
     with pytest.raises(ConfigError, match="pooling 'all' is not one of mean, cls, last"):
@@ -96,7 +96,7 @@ def test_recorded_steps_give_the_same_vectors(tmp_path: Path, quantization: str)
     path = write_toy_gguf(tmp_path / "toy.gguf", config, quantization=quantization)
     for kind in KINDS:
         params = PoolingParams(pooling=kind)
-        with InferenceEngine(str(path), enforce_eager=True) as exact:
+        with InferenceEngine(str(path), op_by_op=True) as exact:
             wanted = vectors(exact, TEXTS, params)
         with InferenceEngine(str(path), threads=2, block_size=16) as engine:
             whole = vectors(engine, TEXTS, params)
@@ -110,7 +110,7 @@ def test_vectors_and_answers_do_not_disturb_each_other(
     toy_model: Path, expected: dict[PoolingKind, np.ndarray]
 ) -> None:
     prompts = [TEXTS[3], TEXTS[5], TEXTS[6]]
-    with exact_sums(), InferenceEngine(str(toy_model), enforce_eager=True) as engine:
+    with exact_sums(), InferenceEngine(str(toy_model), op_by_op=True) as engine:
         alone = [output.token_ids for output in engine.generate(prompts, GREEDY, use_tqdm=False)]
 
     async def mixed(engine: InferenceEngine) -> tuple[list[Any], list[Any]]:
@@ -118,7 +118,7 @@ def test_vectors_and_answers_do_not_disturb_each_other(
         found = asyncio.gather(*(engine.aembed(TEXTS, PoolingParams(pooling=kind)) for kind in KINDS))
         return await answers, await found
 
-    settings: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 16, "max_num_seqs": 4}
+    settings: dict[str, Any] = {"op_by_op": True, "max_num_batched_tokens": 16, "max_num_seqs": 4}
     with exact_sums(), InferenceEngine(str(toy_model), **settings) as engine:
         answers, found = asyncio.run(mixed(engine))
         assert engine.stats().num_free_blocks == engine.stats().num_blocks
@@ -129,7 +129,7 @@ def test_vectors_and_answers_do_not_disturb_each_other(
 
 def test_the_prefix_cache_serves_the_last_position_only(toy_model: Path) -> None:
     text = TEXTS[-1]
-    with InferenceEngine(str(toy_model), enforce_eager=True, block_size=16) as engine:
+    with InferenceEngine(str(toy_model), op_by_op=True, block_size=16) as engine:
         first = engine.embed([text], use_tqdm=False)[0]
         again = engine.embed([text], use_tqdm=False)[0]
         mean = engine.embed([text], PoolingParams(pooling="mean"), use_tqdm=False)[0]
@@ -140,7 +140,7 @@ def test_the_prefix_cache_serves_the_last_position_only(toy_model: Path) -> None
 
 
 def test_a_text_may_fill_the_whole_context(toy_model: Path) -> None:
-    with InferenceEngine(str(toy_model), enforce_eager=True, max_model_len=64, block_size=16) as engine:
+    with InferenceEngine(str(toy_model), op_by_op=True, max_model_len=64, block_size=16) as engine:
         for kind in KINDS:
             assert len(vectors(engine, [TEXTS[6]], PoolingParams(pooling=kind))[0]) == 64
         with pytest.raises(PromptTooLongError, match="the text has 65 tokens and the model takes at most 64"):
@@ -155,7 +155,7 @@ def test_a_text_may_fill_the_whole_context(toy_model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def loaded(toy_model: Path) -> LoadedModel:
-    return load_model(EngineConfig(model=str(toy_model), enforce_eager=True), CPU, lambda *_: None)
+    return load_model(EngineConfig(model=str(toy_model), op_by_op=True), CPU, lambda *_: None)
 
 
 def lazy_runner(loaded: LoadedModel, blocks: int) -> DeviceRunner:
@@ -234,7 +234,7 @@ def test_an_aborted_text_frees_its_blocks(loaded: LoadedModel) -> None:
 
 def test_vectors_may_be_cut_where_the_model_says_so(tmp_path: Path) -> None:
     folder = write_toy_model(tmp_path, toy_config(is_matryoshka=True))
-    with InferenceEngine(str(folder), enforce_eager=True) as engine:
+    with InferenceEngine(str(folder), op_by_op=True) as engine:
         whole = vectors(engine, [TEXTS[4]])[0]
         cut = vectors(engine, [TEXTS[4]], PoolingParams(dimensions=8))[0]
         assert np.abs(cut - whole[:8] / np.linalg.norm(whole[:8])).max() < 1e-6
@@ -245,13 +245,13 @@ def test_vectors_may_be_cut_where_the_model_says_so(tmp_path: Path) -> None:
 
 
 def test_lengths_that_the_model_was_not_trained_for_are_refused(toy_model: Path, tmp_path: Path) -> None:
-    with InferenceEngine(str(toy_model), enforce_eager=True) as engine:
+    with InferenceEngine(str(toy_model), op_by_op=True) as engine:
         assert len(vectors(engine, [[1]], PoolingParams(dimensions=64))[0]) == 64
         with pytest.raises(InvalidParameterError, match="leave dimensions out") as caught:
             engine.embed([[1]], PoolingParams(dimensions=32), use_tqdm=False)
         assert caught.value.param == "dimensions"
     folder = write_toy_model(tmp_path, toy_config(matryoshka_dimensions=[16, 32]))
-    with InferenceEngine(str(folder), enforce_eager=True) as engine:
+    with InferenceEngine(str(folder), op_by_op=True) as engine:
         assert len(vectors(engine, [[1]], PoolingParams(dimensions=32))[0]) == 32
         with pytest.raises(InvalidParameterError, match="trained for 16, 32, 64"):
             engine.embed([[1]], PoolingParams(dimensions=31), use_tqdm=False)
@@ -294,7 +294,7 @@ def test_nothing_in_nothing_out(toy_engine: InferenceEngine) -> None:
 
 @pytest.fixture(scope="module")
 def toy_engine(toy_model: Path) -> Any:
-    with InferenceEngine(str(toy_model), enforce_eager=True) as engine:
+    with InferenceEngine(str(toy_model), op_by_op=True) as engine:
         yield engine
 
 
@@ -336,7 +336,7 @@ def test_numbers_that_are_not_finite_never_leave(toy_model: Path, tmp_path: Path
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][7] = torch.nan
     save_file(weights, folder / "model.safetensors")
-    with InferenceEngine(str(folder), enforce_eager=True) as engine:
+    with InferenceEngine(str(folder), op_by_op=True) as engine:
         with pytest.raises(CandleVllmError, match="not finite"):
             engine.embed([[7]], use_tqdm=False)
         assert np.isfinite(vectors(engine, [[8]])).all(), "others go on"
@@ -344,14 +344,14 @@ def test_numbers_that_are_not_finite_never_leave(toy_model: Path, tmp_path: Path
 
 def test_more_texts_than_the_queue_takes(toy_model: Path) -> None:
     texts = [[n % 256, n // 256] for n in range(700)]
-    with InferenceEngine(str(toy_model), enforce_eager=True, max_queued_requests=16) as engine:
+    with InferenceEngine(str(toy_model), op_by_op=True, max_queued_requests=16) as engine:
         found = vectors(engine, texts)
         assert np.abs(vectors(engine, texts[-1:])[0] - found[-1]).max() < 1e-5
         assert len(asyncio.run(engine.aembed(texts))) == 700
 
 
 async def test_a_cancelled_call_leaves_nothing_behind(toy_model: Path) -> None:
-    with InferenceEngine(str(toy_model), enforce_eager=True, max_num_batched_tokens=64, max_num_seqs=2) as engine:
+    with InferenceEngine(str(toy_model), op_by_op=True, max_num_batched_tokens=64, max_num_seqs=2) as engine:
         task = asyncio.create_task(engine.aembed([TEXTS[-1]] * 200, PoolingParams(pooling="mean")))
         await until(lambda: engine.stats().finished.get("stop"))
         task.cancel()
@@ -393,7 +393,7 @@ def test_a_sentence_transformers_folder_says_how(
 ) -> None:
     folder = write_toy_model(tmp_path)
     write_modules(folder, pooling, normalize=normalize)
-    with InferenceEngine(str(folder), enforce_eager=True) as engine:
+    with InferenceEngine(str(folder), op_by_op=True) as engine:
         found = vectors(engine, TEXTS)
     lengths = np.linalg.norm(found, axis=-1, keepdims=True)
     assert np.allclose(lengths, 1, atol=1e-5) == normalize
@@ -446,14 +446,14 @@ def test_a_folder_that_means_something_else_is_refused(
     if modules is not None:
         (folder / "modules.json").write_text(modules if isinstance(modules, str) else json.dumps(modules))
     with pytest.raises(CandleVllmError, match=message):
-        InferenceEngine(str(folder), enforce_eager=True)
+        InferenceEngine(str(folder), op_by_op=True)
 
 
 @pytest.mark.parametrize("lengths", [[0], [65], ["8"], [True]])
 def test_wrong_matryoshka_lengths_name_the_file(tmp_path: Path, lengths: Any) -> None:
     folder = write_toy_model(tmp_path, toy_config(matryoshka_dimensions=lengths))
     with pytest.raises(CandleVllmError, match=r"config\.json: matryoshka_dimensions is"):
-        InferenceEngine(str(folder), enforce_eager=True)
+        InferenceEngine(str(folder), op_by_op=True)
 
 
 # ---- models without a head -------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def vectors(engine: InferenceEngine, params: PoolingParams | None = None) -> np.
 def test_vectors_equal_transformers(row: Row, eager: bool, tmp_path: Path) -> None:
     folder, model = write(tmp_path, row, row.name, plain=eager and not row.architecture)
     ids = [Tokenizer.from_folder(folder).encode(text) for text in TEXTS]
-    with InferenceEngine(str(folder), enforce_eager=eager, dtype="fp32") as engine:
+    with InferenceEngine(str(folder), op_by_op=eager, dtype="fp32") as engine:
         for kind, pool in POOLED.items():
             wanted = np.stack([pool(states(model, text)) for text in ids])
             found = vectors(engine, PoolingParams(pooling=kind, normalize=False))
@@ -251,7 +251,7 @@ def test_jina_v2_written_out(eager: bool, tmp_path: Path) -> None:
         return x.mean(0).numpy()
 
     wanted = np.stack([encoded(Tokenizer.from_folder(folder).encode(text)) for text in TEXTS])
-    with InferenceEngine(str(folder), enforce_eager=eager, dtype="fp32") as engine:
+    with InferenceEngine(str(folder), op_by_op=eager, dtype="fp32") as engine:
         found = vectors(engine, PoolingParams(normalize=False))
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
@@ -301,7 +301,7 @@ def test_heads_equal_transformers(row: Row, labels: int, tmp_path: Path) -> None
     folder, model = write(tmp_path, row, row.head, num_labels=labels, **more)
     tokenizer = Tokenizer.from_folder(folder)
     for eager in (False, True):
-        with InferenceEngine(str(folder), enforce_eager=eager, dtype="fp32") as engine:
+        with InferenceEngine(str(folder), op_by_op=eager, dtype="fp32") as engine:
             found = np.array([output.probs for output in engine.classify(TEXTS, use_tqdm=False)])
             for text, probabilities in zip(TEXTS, found, strict=True):
                 with torch.no_grad():
@@ -410,6 +410,6 @@ def test_nomic_v2_written_out(form: str, tmp_path: Path) -> None:
         write_out(writer)
     ids = [Tokenizer.from_folder(tmp_path).encode(text) for text in TEXTS]
     wanted = np.stack([nomic_moe_states(stored, each, bias=form != "gguf").mean(0) for each in ids])
-    with InferenceEngine(str(path), enforce_eager=form == "op by op", dtype="fp32") as engine:
+    with InferenceEngine(str(path), op_by_op=form == "op by op", dtype="fp32") as engine:
         found = vectors(engine, PoolingParams(normalize=False))
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()

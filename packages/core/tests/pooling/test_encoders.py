@@ -84,7 +84,7 @@ def test_vectors_equal_transformers(architecture: str, change: dict[str, Any], e
     folder = write_toy_encoder(tmp_path, toy_encoder_config(architecture, **change))
     tokenizer = Tokenizer.from_folder(folder)
     ids = [tokenizer.encode(word) for word in WORDS]
-    with InferenceEngine(str(folder), enforce_eager=eager, dtype="fp32") as engine:
+    with InferenceEngine(str(folder), op_by_op=eager, dtype="fp32") as engine:
         assert engine.model_info.tasks == ("embed", "score")
         assert engine.model_info.max_model_len == (130 if architecture == "BertModel" else 128)
         for kind in ("mean", "cls", "last"):
@@ -92,7 +92,7 @@ def test_vectors_equal_transformers(architecture: str, change: dict[str, Any], e
             assert error(found, their_vectors(folder, ids, kind)) < 1e-5
     for dtype, least, kind in (("auto", 0.999999, "mean"), ("bf16", 0.999, "cls")):
         chosen = None if kind == "mean" else kind
-        with InferenceEngine(str(folder), dtype=dtype, enforce_eager=eager, pooling=chosen) as engine:
+        with InferenceEngine(str(folder), dtype=dtype, op_by_op=eager, pooling=chosen) as engine:
             assert ((vectors(engine, WORDS) * their_vectors(folder, ids, kind)).sum(-1) > least).all()
 
 
@@ -120,7 +120,7 @@ def test_scores_equal_transformers(
         with torch.no_grad():
             logit = model(torch.tensor([encoding.ids]), token_type_ids=torch.tensor([types])).logits[0, 0]
         wanted.append(float(logit.sigmoid() if sigmoid else logit))
-    with InferenceEngine(str(folder), enforce_eager=eager) as engine:
+    with InferenceEngine(str(folder), op_by_op=eager) as engine:
         assert engine.model_info.tasks == ("score", "classify")
         assert engine.model_info.embedding_size == 0
         assert error(scores(engine, PAIRS), np.array(wanted)) < 1e-5
@@ -148,12 +148,12 @@ def test_a_batch_gives_what_its_texts_give_alone(folder: Path, eager: bool, dtyp
     """Compiled, to the bit, for any number of threads."""
     texts = [WORDS[n % len(WORDS)] + " a" * (n % 7) for n in range(60)]
     most = 0.0 if not eager else 1e-6 if dtype == "auto" else 2e-2
-    with InferenceEngine(str(folder), enforce_eager=eager, dtype=dtype, threads=1) as engine:
+    with InferenceEngine(str(folder), op_by_op=eager, dtype=dtype, threads=1) as engine:
         together = vectors(engine, texts)
         alone = np.concatenate([vectors(engine, [text]) for text in texts])
         assert np.abs(together - alone).max() <= most
     small: Any = {"max_num_batched_tokens": 16, "max_num_seqs": 3, "threads": 2}
-    with InferenceEngine(str(folder), enforce_eager=eager, dtype=dtype, **small) as engine:
+    with InferenceEngine(str(folder), op_by_op=eager, dtype=dtype, **small) as engine:
         assert np.abs(vectors(engine, texts) - alone).max() <= most, "a text longer than the step runs by itself"
 
 
@@ -161,7 +161,7 @@ def test_a_batch_gives_what_its_texts_give_alone(folder: Path, eager: bool, dtyp
 def test_a_pair_has_the_score_that_it_has_alone(eager: bool, tmp_path: Path) -> None:
     made = write_toy_encoder(tmp_path, toy_encoder_config("BertForSequenceClassification"), pooling=None)
     pairs = [PAIRS[n % len(PAIRS)] for n in range(9)]
-    with InferenceEngine(str(made), enforce_eager=eager) as engine:
+    with InferenceEngine(str(made), op_by_op=eager) as engine:
         alone = np.concatenate([scores(engine, [pair]) for pair in pairs])
         assert np.abs(scores(engine, pairs) - alone).max() <= (1e-6 if eager else 0)
 
@@ -508,7 +508,7 @@ def test_classes_equal_transformers(architecture: str, kind: str | None, eager: 
     with torch.no_grad():
         rows = torch.cat([model(torch.tensor([tokenizer.encode(word)])).logits for word in WORDS])
     with_head = {"multi_label_classification": rows.sigmoid(), "regression": rows}.get(str(kind), rows.softmax(-1))
-    with InferenceEngine(str(folder), enforce_eager=eager) as engine:
+    with InferenceEngine(str(folder), op_by_op=eager) as engine:
         assert (engine.model_info.tasks, engine.model_info.labels) == (("classify",), ("sad", "glad", "mad"))
         outputs = engine.classify(WORDS, use_tqdm=False)
         assert error(np.array([list(each.probs) for each in outputs]), with_head.numpy()) < 1e-5

@@ -101,7 +101,7 @@ def test_vectors_of_each_task_equal_transformers(written: tuple[Path, list[Any]]
     wanted = np.stack([[states(model, text).mean(0) for text in ids] for model in models])
     assert cosines(wanted[1], wanted[0]).max() < 0.99
     tasks = [None, *(LoRARequest(task.replace(".", "_"), lora_path=str(folder / task)) for task in TASKS)]
-    with InferenceEngine(str(folder), enable_lora=True, enforce_eager=eager) as engine:
+    with InferenceEngine(str(folder), enable_lora=True, op_by_op=eager) as engine:
         for task, each in zip(tasks, wanted, strict=True):
             made = engine.embed(WORDS, lora_request=task, use_tqdm=False)
             assert cosines(np.array([output.embedding for output in made]), each).min() > 0.99999

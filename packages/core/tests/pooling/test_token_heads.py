@@ -71,7 +71,7 @@ def test_colbert_gives_a_vector_of_each_token_and_maxsim(form: str, eager: bool,
     def wanted(text: str) -> np.ndarray:
         return unit(states(model, tokenizer.encode(text)) @ matrix.T)
 
-    with InferenceEngine(str(tmp_path), enforce_eager=eager) as engine:
+    with InferenceEngine(str(tmp_path), op_by_op=eager) as engine:
         assert engine.model_info.tasks == ("embed", "score")
         assert (engine.model_info.pooling, engine.model_info.embedding_size) == ("all", 8)
         for text, output in zip(TEXTS, engine.embed(TEXTS, use_tqdm=False), strict=True):
@@ -165,7 +165,7 @@ TOKEN_CLASSES = [
 def test_classes_of_tokens_equal_transformers(row: Row, eager: bool, tmp_path: Path) -> None:
     model = write(tmp_path, row, row.head, num_labels=3)[1]
     tokenizer = Tokenizer.from_folder(tmp_path)
-    with InferenceEngine(str(tmp_path), enforce_eager=eager) as engine:
+    with InferenceEngine(str(tmp_path), op_by_op=eager) as engine:
         assert engine.model_info.tasks == ("classify",)
         assert engine.model_info.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
         logits = engine.classify(TEXTS, PoolingParams(use_activation=False), use_tqdm=False)

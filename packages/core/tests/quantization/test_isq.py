@@ -69,7 +69,7 @@ def test_answers_are_those_of_a_gguf_file_of_the_same_type(family: str, eager: b
     config = toy_config(family, torch_dtype="float32")
     folder = write_toy_model(tmp_path / "plain", config)
     file = write_toy_gguf(tmp_path / "q8_0.gguf", config, quantization="Q8_0")
-    ours, theirs = answer(folder, isq="q8_0", enforce_eager=eager), answer(file, enforce_eager=eager)
+    ours, theirs = answer(folder, isq="q8_0", op_by_op=eager), answer(file, op_by_op=eager)
     assert ours[0] == theirs[0]
     assert np.array_equal(ours[1], theirs[1])
     assert ours[2] == theirs[2]
@@ -81,7 +81,7 @@ def test_answers_are_those_of_a_gguf_file_of_the_same_type(family: str, eager: b
 )
 def test_every_type_loads_and_its_kernels_agree_with_the_decoded_weights(name: str, tmp_path: Path) -> None:
     folder = write_toy_model(tmp_path, toy_config(**BIG))
-    compiled, decoded = answer(folder, isq=name), answer(folder, isq=name, enforce_eager=True)
+    compiled, decoded = answer(folder, isq=name), answer(folder, isq=name, op_by_op=True)
     assert f"{ISQ_TYPES[name].name} x" in compiled[2] == decoded[2]
     assert abs(compiled[1][0] - decoded[1][0]).max() < 0.2  # the compiled kernels have 8-bit activations
 

@@ -94,7 +94,7 @@ def device_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor
         return dataclasses.replace(choose_placement(*arguments), keeps_quantised=True)
 
     monkeypatch.setattr(loading, "choose_placement", placed)
-    loaded = load(folder, enforce_eager=True)
+    loaded = load(folder, op_by_op=True)
     return step_logits(EagerRunner(loaded.decoder, -(-len(TOKENS) // BLOCK), BLOCK, CPU, torch.float32), TOKENS, CHUNKS)
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[InferenceEngine]:
-    with InferenceEngine(str(folder), threads=1, enforce_eager=True, block_size=4) as made:
+    with InferenceEngine(str(folder), threads=1, op_by_op=True, block_size=4) as made:
         yield made
 
 
@@ -78,7 +78,7 @@ def test_what_ends_is_complete(folder: Path, reference: Any, engine: InferenceEn
     plain = LLM(engine).beam_search([PROMPTS[0]], BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True))
     end = plain[0].sequences[0].tokens[len(PROMPTS[0]) + 2]  # the third token of the best beam
     ended = write_toy_model(folder / "ended", toy_config(torch_dtype="float32", eos_token_id=end))
-    with LLM(InferenceEngine(str(ended), threads=1, enforce_eager=True)) as llm:
+    with LLM(InferenceEngine(str(ended), threads=1, op_by_op=True)) as llm:
         (output,) = llm.beam_search([PROMPTS[0]], BeamSearchParams(beam_width=3, max_tokens=5))
         ends = set(llm.engine.model_info.eos_token_ids)
         llm.engine.close()
@@ -110,7 +110,7 @@ def test_a_search_is_the_same_for_prompts_at_a_time_and_ends_with_the_context(en
 def test_a_model_that_sees_searches_behind_images(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
     asked: list[Any] = ["a", *({"prompt": "<image> x", "multi_modal_data": {"image": each}} for each in pixels)]
-    with InferenceEngine(write_toy_sight(tmp_path), threads=1, enforce_eager=True) as engine:
+    with InferenceEngine(write_toy_sight(tmp_path), threads=1, op_by_op=True) as engine:
         params = BeamSearchParams(beam_width=1, max_tokens=3, ignore_eos=True)
         found = [output.sequences[0].tokens for output in LLM(engine).beam_search(asked, params)]
         greedy = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)

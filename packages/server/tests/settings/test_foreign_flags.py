@@ -111,7 +111,7 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--reasoning auto": {"default_chat_template_kwargs": {"enable_thinking": True}},
     "--pooling cls": {"pooling": "cls"},
     "--enforce-eager": {"cuda_graphs": False},
-    "--no-enforce-eager --op-by-op": {"enforce_eager": True},
+    "--no-enforce-eager --op-by-op": {"op_by_op": True},
     "--attention-backend TRITON_ATTN": {"attention_backend": "triton"},
     "--attention-backend flash-attn": {"attention_backend": "flash_attn"},
     "-mu https://a.example/b.gguf": {"model": "https://a.example/b.gguf"},
@@ -281,8 +281,8 @@ def test_eager_steps_without_torch_are_compiled_ones(
         (None, {**two, "device": "cpu"}, True),  # rank processes, which torch computes; the library names the command
     ):
         monkeypatch.setattr("importlib.util.find_spec", lambda _name, found=there: found)
-        assert engine_config(Settings(model=model, enforce_eager=True, **more)).enforce_eager is eager
-    assert [record.message.split(":")[0] for record in caplog.records] == ["enforce_eager has no effect"] * 2
+        assert engine_config(Settings(model=model, op_by_op=True, **more)).op_by_op is eager
+    assert [record.message.split(":")[0] for record in caplog.records] == ["op_by_op has no effect"] * 2
 
 
 def test_chatml_is_a_template_by_its_name(tmp_path: Path) -> None:

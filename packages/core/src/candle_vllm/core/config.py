@@ -320,7 +320,7 @@ class EngineConfig(ExplainedSettings):
                       ] = "auto"
     tensor_parallel_size: Annotated[int, Integer(1, 64), "divide the model among N GPUs, one process for each; without "
                                     "a GPU it means cpu_ranks (docs/scaling.md)",
-                                    "Several devices (cuda:0,1) mean the same. With enforce_eager, ranks on the CPU "
+                                    "Several devices (cuda:0,1) mean the same. With op_by_op, ranks on the CPU "
                                     "are processes that compute op by op in torch, to try it out."] = 1
     pipeline_parallel_size: Annotated[int, Integer(1, 64), "pipeline stages: each has some of the model's layers and "
                                       "tensor_parallel_size ranks; for GPUs (docs/scaling.md)",
@@ -367,12 +367,12 @@ class EngineConfig(ExplainedSettings):
                      "on a GPU bf16, or f16 if it has no bf16), f32, bf16 or f16",
                      'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
                      'they are. On a GPU it is the type of activations too, "auto" being bf16, or f16 on Turing. '
-                     'With enforce_eager it is that of all weights and activations, "auto" being f32 on the CPU. '
+                     'With op_by_op it is that of all weights and activations, "auto" being f32 on the CPU. '
                      "Other spellings are read as these: float32, fp32 and float; bfloat16; float16, fp16 and half."
                      ] = "auto"
-    enforce_eager: Annotated[bool, Boolean(), "decode the weights and run the layers op by op, on a GPU without CUDA "
-                             "graphs: slow, for comparison",
-                             "On the CPU the layers run in torch, on a GPU with the same kernels."] = False
+    op_by_op: Annotated[bool, Boolean(), "decode the weights and run the layers op by op, on a GPU without CUDA "
+                        "graphs: slow, for comparison",
+                        "On the CPU the layers run in torch, on a GPU with the same kernels."] = False
     attention_backend: Annotated[AttentionBackend, _ATTENTION,
                                  "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch",
                                  '"torch_flash" is the FlashAttention inside torch, "flash_attn" the package of that '
@@ -723,7 +723,7 @@ class EngineSettings(TypedDict, total=False):
     cpu_offload_gb: float | None
     gpu_layers: int | None
     dtype: DType
-    enforce_eager: bool
+    op_by_op: bool
     attention_backend: AttentionBackend
     kv_cache_dtype: KvCacheDType
     key_cache_dtype: KvCacheDType | None

@@ -246,7 +246,7 @@ def load(path: Path, device: torch.device, change: dict[str, Any]) -> LoadedMode
     usual = model.choose_placement
     model.choose_placement = lambda *given: dataclasses.replace(usual(*given), **change)
     try:
-        return load_model(EngineConfig(model=str(path), enforce_eager=True, dtype="bf16"), device, lambda *_: None)
+        return load_model(EngineConfig(model=str(path), op_by_op=True, dtype="bf16"), device, lambda *_: None)
     finally:
         model.choose_placement = usual
 

@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(model: Path) -> LoadedModel:
-    return load_model(EngineConfig(model=str(model), enforce_eager=True), Device("cpu"), lambda *_: None)
+    return load_model(EngineConfig(model=str(model), op_by_op=True), Device("cpu"), lambda *_: None)
 
 
 def made(places: Places, seed: int, rank: int, *, dora: bool = False, tables: bool = False) -> FittedAdapter:
@@ -190,7 +190,7 @@ def test_adapters_of_stages_are_in_captured_steps_in_flight(
     wanted = expected(asked)
 
     def load(ranks: Any) -> LoadedModel:
-        config = EngineConfig(model=str(model), enforce_eager=True)
+        config = EngineConfig(model=str(model), op_by_op=True)
         return load_model(config, Device("cpu"), lambda *_: None, ranks=ranks)
 
     with Staged(load, lambda part, stream: built(part, 2, stream)[0], 2) as staged:

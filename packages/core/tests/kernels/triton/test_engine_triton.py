@@ -48,7 +48,7 @@ def load(path: Path, device: torch.device, dtype: str, monkeypatch: pytest.Monke
         return dataclasses.replace(usual(config, *others), **changes)
 
     monkeypatch.setattr(loading, "choose_placement", placed)
-    config = EngineConfig(model=str(path), enforce_eager=True, dtype=dtype)  # type: ignore[arg-type]
+    config = EngineConfig(model=str(path), op_by_op=True, dtype=dtype)  # type: ignore[arg-type]
     return loading.load_model(config, device, lambda *_: None)
 
 

@@ -63,7 +63,7 @@ def logits(
         quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
         return dataclasses.replace(usual(config, device, checkpoint, *others), keeps_quantised=quantised)
 
-    config = EngineConfig(model=str(source), enforce_eager=True, dtype=dtype, max_model_len=160, **settings)  # type: ignore[arg-type]
+    config = EngineConfig(model=str(source), op_by_op=True, dtype=dtype, max_model_len=160, **settings)  # type: ignore[arg-type]
     with monkeypatch.context() as patched:
         patched.setattr(loading, "choose_placement", placed)
         loaded = loading.load_model(config, device, lambda *_: None)

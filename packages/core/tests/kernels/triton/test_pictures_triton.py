@@ -30,7 +30,7 @@ def test_answers_equal_those_in_torch(
         asked = [(f"{ONE}?", PICTURES[3:])]
     else:
         folder, asked = write_sight(tmp_path, name), [(f"{ROWS[name].asks}?", PICTURES[3:])]
-    config = EngineConfig(model=str(folder), enforce_eager=True, dtype="f32")
+    config = EngineConfig(model=str(folder), op_by_op=True, dtype="f32")
     loaded = load_model(config, device, lambda *_: None)
     found, _ = answers_of_a_gpu(loaded, asked, graphs=False, tokens=3)
     with monkeypatch.context() as patched:

@@ -164,7 +164,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
                 chat.ChunkChoice(
                     index=event.choice,
                     delta=chat.ChatDelta(),
-                    finish_reason=event.reason.value,
+                    finish_reason=event.reason.openai,
                     stop_reason=event.stop,
                     token_ids=self._no_ids,
                 )

@@ -63,7 +63,7 @@ class CompletionWriter(AnswerWriter[Completion]):
                 CompletionChoice(
                     index=event.choice,
                     text="",
-                    finish_reason=event.reason.value,
+                    finish_reason=event.reason.openai,
                     stop_reason=event.stop,
                     token_ids=self._no_ids,
                 )

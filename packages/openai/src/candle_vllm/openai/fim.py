@@ -109,7 +109,7 @@ class _Writer:
                     last = ChunkChoice(
                         index=0,
                         delta=ChatDelta(content=""),
-                        finish_reason=self._ended.reason.value,
+                        finish_reason=self._ended.reason.openai,
                         stop_reason=self._ended.stop,
                     )
                     made.append(self._chunk(last, usage=wire_usage(event)))

@@ -210,7 +210,7 @@ def describe_head(
     if placement.recorded != target.placement.recorded:
         raise ConfigError(
             f"{found.name} and {target.name} must both run on the compiled kernels or both in torch, and one of them "
-            "has no compiled kernels (see the warning above); set enforce_eager=True or leave speculative_config out",
+            "has no compiled kernels (see the warning above); set op_by_op=True or leave speculative_config out",
             "speculative_config",
         )
     return dataclasses.replace(found, placement=placement)

@@ -72,6 +72,6 @@ def layout_version() -> str:
     for folder, folders, names in os.walk(CORE):
         folders.sort()
         for name in sorted(name for name in names if name.endswith(".py")):
-            info = os.stat(os.path.join(folder, name))  # no `Path`: some hundred files at each start
+            info = os.stat(os.path.join(folder, name))  # `Path` is slow: hundreds of files at each start
             digest.update(f"{folder.removeprefix(str(CORE))} {name} {info.st_size} {info.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]

@@ -51,7 +51,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     """Return the configuration with the ranks of this machine, before anything is loaded or started.
 
     Without a GPU, `tensor_parallel_size` means `cpu_ranks`: compiled kernels divided among the threads of one process.
-    With `enforce_eager` the ranks stay processes, which compute in torch.
+    With `op_by_op` the ranks stay processes, which compute in torch.
 
     Raises:
         ConfigError: there are fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU that is missing.
@@ -72,8 +72,8 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
         on_gpu = choose_device(config.device).type == "cuda"
     if on_gpu:
         return config
-    if config.enforce_eager:
-        require_torch("enforce_eager is set", "leave it out")
+    if config.op_by_op:
+        require_torch("op_by_op is set", "leave it out")
         return dataclasses.replace(config, device="cpu")
     refused = {
         "nnodes": config.nnodes > 1,
@@ -118,7 +118,7 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
     dtype = device_dtype(config, device)
     if device.type == "cuda" and dtype == "F16" and model.model_type in _BEYOND_F16:
-        dtype = _beyond_f16(config, device, model.model_type, kept=quantised and not config.enforce_eager)
+        dtype = _beyond_f16(config, device, model.model_type, kept=quantised and not config.op_by_op)
     if config.deterministic and device.type == "cuda" and is_amd():
         raise ConfigError(
             "deterministic is not supported on AMD GPUs, because the order of sums in their matrix instructions was "
@@ -126,8 +126,8 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
             "deterministic",
         )
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
-    if config.enforce_eager:
-        return _in_torch(config, in_torch, "enforce_eager is set")
+    if config.op_by_op:
+        return _in_torch(config, in_torch, "op_by_op is set")
     if device.type == "cpu" and model.implementation != "native":
         compiled = _recorded(config, in_torch, matrix_obstacle(checkpoint))
         compiled = _in_torch(config, compiled, "the layers are transformers modules")
@@ -139,7 +139,7 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(
                 "dtype f32 is not supported with quantised weights on a GPU: set dtype='bf16' or dtype='f16', or "
-                "enforce_eager=True",
+                "op_by_op=True",
                 "dtype",
             )
         return _in_torch(config, dataclasses.replace(in_torch, keeps_quantised=quantised), f"{device} is a GPU")
@@ -161,8 +161,8 @@ def encoder_placement(
         words: see `Placement`; used on CPUs with VNNI, which multiply 16-bit integers twice as fast as floats.
     """
     in_torch = Placement(device, device_dtype(config, device))
-    if config.enforce_eager or device.type == "cuda":
-        return _in_torch(config, in_torch, "enforce_eager is set" if config.enforce_eager else f"{device} is a GPU")
+    if config.op_by_op or device.type == "cuda":
+        return _in_torch(config, in_torch, "op_by_op is set" if config.op_by_op else f"{device} is a GPU")
     # Many tokens are multiplied at a time, so compute is the limit, not memory bandwidth as in a decoder's steps.
     made = _recorded(config, in_torch, obstacle or matrix_obstacle(checkpoint))
     return dataclasses.replace(made, words=words if made.recorded and host_isa() & Isa.VNNI else ())
@@ -193,7 +193,7 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
             "tensor_parallel_size where it sets cpu_ranks",
             "cpu_ranks",
         )
-    require_torch(reason, "leave it out" if config.enforce_eager else "")
+    require_torch(reason, "leave it out" if config.op_by_op else "")
     use_threads(config.threads or default_threads())
     return placement
 

@@ -60,7 +60,7 @@ def write_imatrix(
     and errors as `InferenceEngine`.
     """
     require_torch("the inputs of layers are measured")
-    plain: dict[str, Any] = {"device": "cpu", "dtype": "f32", "enforce_eager": True, "enable_prefix_caching": False}
+    plain: dict[str, Any] = {"device": "cpu", "dtype": "f32", "op_by_op": True, "enable_prefix_caching": False}
     config, inputs = dataclasses.replace(config, **plain, max_model_len=window, max_num_seqs=1), _Inputs()
     with InferenceEngine(config) as engine:
         if engine.model_info.implementation != "native":

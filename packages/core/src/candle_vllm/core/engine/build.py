@@ -396,7 +396,7 @@ def _plan_on_cpu(
     if config.attention_backend != "auto" and (placement.recorded or config.attention_backend != "torch"):
         raise ConfigError(
             f"attention_backend={config.attention_backend!r} needs a GPU: on the CPU leave it out, or set torch "
-            "together with enforce_eager=True",
+            "together with op_by_op=True",
             "attention_backend",
         )
     if config.gpu_memory_utilization is not None:
@@ -469,7 +469,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
         kind = CacheKind["BF16" if dtype == "auto" else dtype.upper()]
         if dtype != "auto" and not model.placement.recorded:
-            others = "enforce_eager, or key and value types" if config.enforce_eager else "it"
+            others = "op_by_op, or key and value types" if config.op_by_op else "it"
             raise ConfigError(
                 f"{asked} needs the compiled kernels, which do not run this model: leave out {others}", name
             )

@@ -27,13 +27,14 @@ else:
 class FinishReason(enum.StrEnum):
     """Reason for which an answer ended, and how each API spells it.
 
-    The value is the reason in OpenAI's chat and completions, in vLLM's classes, in metrics and in the request log.
+    The value is the reason in vLLM's classes, in metrics and in the request log.
 
     Attributes:
         anthropic, ollama, llama_server: the reason's name in these APIs, except for a stop string in Anthropic and
             llama-server, and for a full context window in Anthropic.
         responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
         limit: a phrase for the limit that cut the answer; "" for an answer that was not cut.
+        openai: the reason in OpenAI's chat and completions; the value unless a row has another name.
     """
 
     STOP = "stop", "end_turn", "stop", "eos"  # end-of-sequence token, stop token or stop string
@@ -47,12 +48,13 @@ class FinishReason(enum.StrEnum):
     llama_server: str
     responses: str
     limit: str
+    openai: str
 
     def __new__(cls, value: str, *spelled: str) -> Self:
         reason = str.__new__(cls, value)
         reason._value_ = value
-        spelled += ("",) * (5 - len(spelled))
-        reason.anthropic, reason.ollama, reason.llama_server, reason.responses, reason.limit = spelled
+        spelled += ("",) * (5 - len(spelled)) + (value,)
+        reason.anthropic, reason.ollama, reason.llama_server, reason.responses, reason.limit, reason.openai = spelled[:6]
         return reason
 
     @property

@@ -82,7 +82,7 @@ def open_safetensors(source: Path | str) -> Checkpoint:
             metadata.update(notes)
         wrong = [name for name, shard in weight_map.items() if name not in tensors or tensors[name].path.name != shard]
         if wrong:  # a tensor that the model needs is reported as missing when it is loaded
-            logger.warning("%s: its files lack %d of its tensors, as %.200r", index, len(wrong), wrong[0])
+            logger.warning("%s names wrong files for %d tensors, such as %.200r", index, len(wrong), wrong[0])
     except BaseException:
         for file in files:
             file.close()

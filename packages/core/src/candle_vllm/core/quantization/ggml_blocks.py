@@ -29,7 +29,7 @@ Float: TypeAlias = Literal["f16", "f32", "e8m0", "e4m3"]
 
 
 class Fields(NamedTuple):
-    """Bits of codes: in each run of `width` bytes first the lowest field of every byte, then every byte's next field.
+    """Bits of consecutive codes, which fill the lowest fields of a run of `width` bytes first, then its next fields.
 
     Attributes:
         start, stop: range of bytes in the block.
@@ -64,7 +64,7 @@ class BlockContents(NamedTuple):
         codes: fields of a weight's code, lowest bits first. None: codes are base-3 digits.
         scale, minimum: byte range of a float, or of several floats.
         zero: stored bits that mean code 0.
-        small: the small scales and minima in their order, each described like `codes`.
+        small: the small scales and minima in their order, in parts that are each described like `codes`.
         turn: number of small scales that precede the same number of minima, repeatedly; 0 without minima.
         small_zero: stored bits that mean the small scale 0.
         width: weights that share a scale.
@@ -296,5 +296,5 @@ def _put(blocks: np.ndarray, numbers: np.ndarray, several: tuple[Fields, ...], z
             continue
         runs = bits.reshape(*bits.shape[:-1], -1, len(fields.places), fields.width)
         placed = [runs[..., index, :] * np.uint8(1 << place) for index, place in enumerate(fields.places) if place]
-        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # data has written bits
+        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # data has the lower bits
         data[:] = reduce(np.bitwise_or, placed, lowest).reshape(data.shape)

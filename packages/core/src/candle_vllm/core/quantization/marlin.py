@@ -81,10 +81,10 @@ def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
     packed, scales = parts.get(".B", "I32"), parts.get(".s", *FLOATS)
     parts.find(".workspace", "I32")
     if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] % (2 * WIDTH):
-        raise parts.shape_error(packed, "[inputs / 16, 2 outputs]", "outputs come in runs of 64")
+        raise parts.shape_error(packed, "[inputs / 16, outputs * 2]", "outputs come in runs of 64")
     columns, rows = packed.shape[0] * TILE, packed.shape[1] // 2
     if group > 0 and columns % group:
-        raise parts.shape_error(packed, f"[a multiple of {group / TILE:g}, 2 outputs]", "groups of inputs are whole")
+        raise parts.shape_error(packed, f"[a multiple of {group / TILE:g}, outputs * 2]", "groups of inputs are whole")
     groups = 1 if group < 0 else columns // group
     if scales.shape != (groups, rows):
         why = f"{rows} outputs, {columns} inputs and group_size {group}"

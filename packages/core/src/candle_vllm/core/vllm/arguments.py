@@ -178,7 +178,7 @@ def _by(name: str, names: Mapping[str, str]) -> Callable[[Any], dict[str, Any]]:
 
 
 def _eager(value: Any) -> dict[str, Any]:
-    """Translate `enforce_eager`: vLLM's only disables CUDA graphs; `EngineConfig`'s also decodes the weights."""
+    """Translate `enforce_eager`: vLLM's only disables CUDA graphs; `EngineConfig.op_by_op` also decodes the weights."""
     if not isinstance(value, bool):
         raise ConfigError(f"enforce_eager must be true or false, not {value!r:.60}", "enforce_eager")
     return {"cuda_graphs": False} if value else {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Complete calls in the formats of other models, at the beginning of an answer (step 10 of a request's life)."""
+"""Parse whole calls in the formats of other models, at the beginning of an answer (step 10 of a request's life)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Kept(CallSink):
         super().__init__(nowhere, tools, call_id)
         self._calls: list[tuple[str, str, list[str]]] = []
         self._whole = True
-        self.between = self.begin  # raises `CallBegins`, as for the name of an unknown tool
+        self.between = self.begin  # text between calls raises `CallBegins`, as an unknown name does
 
     @property
     def complete(self) -> bool:

@@ -22,7 +22,7 @@ from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import OPTIONS, ModelOptions
 
 _STRANGE = ("weight_path", "weight_file", "revision", "isq", "imatrix", "kv_cache_dtype", "key_cache_dtype",
-            "value_cache_dtype", "enforce_eager")  # fmt: skip
+            "value_cache_dtype", "op_by_op")  # fmt: skip
 """Settings that do not apply to the reference, which is another model and runs with the precision of its files."""
 
 

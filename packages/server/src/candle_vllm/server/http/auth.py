@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Access checks: API keys, origins of web pages, and names in the Host header (step 1 of a request's life).
 
-All are pure ASGI middleware. Only /health, /ping, /ready and the web UI's files need no key. A browser cannot send a
-header from its address bar, so the documentation pages also accept the key as the password of HTTP Basic.
+All are pure ASGI middleware. Only /health, /v1/health, /ping, /ready and the web UI's files need no key. A browser
+cannot send a header from its address bar, so the documentation pages also accept the key as the password of HTTP Basic.
 
-The check of keys uses only the ASGI path and two headers, never the Host header or the raw URL. It takes the same time
-for every key of any length. Routes of operators can have keys of their own.
+The check of keys uses only the method, the ASGI path and two headers, never the Host header or the raw URL. It takes
+the same time for every key of any length. Routes of operators can have keys of their own.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ApiKeyMiddleware:
         key = self._keys.find(_given(scope, page)) if acting is None else self._keys.find_caller(acting)
         if key is not None and key.is_valid and (key.manages if manages else key.uses):
             scope.setdefault("state", {})["caller"] = key.caller
-            asker.set(key.caller.label if self._keys.are_several else "")  # a single owner may use everything
+            asker.set(key.caller.label if self._keys.are_several else "")  # a single owner need not share threads
             if acting is None:
                 await self._counted(key.caller.label, scope, receive, send)
             else:
@@ -131,7 +131,7 @@ def _is_page(method: str, path: str) -> bool:
 
 
 def _given(scope: Scope, page: bool) -> bytes | None:
-    """Return the key of a request; None for a request without a key, or with more than one."""
+    """Return a request's key, Authorization before x-api-key; None without one, or if its header is repeated."""
     bearers = [value for name, value in scope["headers"] if name == b"authorization"]
     own = [value for name, value in scope["headers"] if name == b"x-api-key"]
     if bearers:
@@ -284,9 +284,9 @@ def _values(scope: Scope, name: bytes) -> list[str]:
 def _is_own(scope: Scope, origin: str) -> bool:
     """Whether a page is this server's own, by evidence that no other page can forge, even if its name resolves here.
 
-    The evidence is one of: the address at which the connection arrived; an IP address in the Host header (a container's
-    published port), which no DNS server can redirect; the browser's `Sec-Fetch-Site`, which it sends only over HTTPS
-    and to this machine (a proxy).
+    The evidence is one of: the address at which the connection arrived; an IP address in the Host header (behind a
+    container's port), which no DNS server can redirect; `Sec-Fetch-Site` (behind a proxy), which a browser sends only
+    over HTTPS or to its own machine.
     """
     if origin in _addresses(scope) or _values(scope, b"sec-fetch-site") == ["same-origin"]:
         return True

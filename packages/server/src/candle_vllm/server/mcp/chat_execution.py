@@ -155,7 +155,7 @@ class ExecutionState:
 
     def end(self, reason: FinishReason, limit: str | UnsetType = UNSET) -> None:
         """End the conversation."""
-        self.finish_reason, self.limit = reason.value, limit
+        self.finish_reason, self.limit = reason.openai, limit
 
     @property
     def calls(self) -> tuple[ServerToolCall, ...] | UnsetType:

@@ -163,9 +163,9 @@ def engine_config(settings: table.ModelOptions, *, fetch: bool = True, **changes
     values = {option.engine: getattr(settings, option.name) for option in options if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
     in_ranks = settings.device == "cpu" and (settings.tensor_parallel_size or 1) > 1  # processes that need torch
-    if settings.enforce_eager and not in_ranks and importlib.util.find_spec("torch") is None:
-        logger.warning("enforce_eager has no effect: torch is not installed, so the compiled kernels compute")
-        values["enforce_eager"] = False
+    if settings.op_by_op and not in_ranks and importlib.util.find_spec("torch") is None:
+        logger.warning("op_by_op has no effect: torch is not installed, so the compiled kernels compute")
+        values["op_by_op"] = False
     draft = settings.speculative_config
     if draft is not None and isinstance(draft.get("model"), str):
         values["speculative_config"] = {**draft, "model": named_model(draft["model"])}

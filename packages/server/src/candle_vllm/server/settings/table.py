@@ -191,7 +191,7 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     gpu_layers: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as fit; all: the model must fit",
         reading={"auto": True, "whole": True}, flags=("--gpu-layers", "--n-gpu-layers"))] = None
     dtype: Annotated[str | None, engine(DEVICE, "TYPE")] = None
-    enforce_eager: Annotated[bool, engine(DEVICE, on="--op-by-op")] = False
+    op_by_op: Annotated[bool, engine(DEVICE, on="--op-by-op")] = False
     attention_backend: Annotated[str | None, engine(DEVICE, "NAME")] = None
     kv_cache_dtype: Annotated[str | None, engine(DEVICE,
         "TYPE", more="; --fp8-kvcache is fp8", reading=_CACHE,

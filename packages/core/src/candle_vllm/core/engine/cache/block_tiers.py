@@ -745,7 +745,7 @@ def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int) -> str:
     else:
         kernels = f"{version('torch')} {device_name(placement.device)}"
     settings = ("isq", "dtype", "block_size", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype", "lora_dtype",
-                "mm_processor_kwargs", "yarn_scaling_factor", "enforce_eager", "attention_backend",
+                "mm_processor_kwargs", "yarn_scaling_factor", "op_by_op", "attention_backend",
                 "deterministic")  # fmt: skip
     if config.ranks > 1:  # a different division has different parts, and sums over machines may round differently
         settings += ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "nnodes",

@@ -147,12 +147,12 @@ class DeviceBorders:
         vectors.append(torch.empty(shape, dtype=torch.float32, device=self._stream.device))
 
     def give(self, border: Border, given: GivenTensors) -> None:
-        """Set the vectors of a step's image rows to the vectors that have arrived. Runs as `Work`."""
+        """Set the vectors of a step's image rows to the vectors that have arrived. Call it in stream work."""
         if self._stage.vectors_arrive(border.width):
             given.vectors = border.vectors[0]
 
     def keep(self, border: Border, given: GivenTensors) -> None:
-        """Keep the vectors that image rows pass on to the next stage. Runs as `Work`."""
+        """Keep the vectors that image rows pass on to the next stage. Call it in stream work."""
         if self._stage.vectors_leave(border.width):
             border.vectors[:] = [given.vectors]
 
@@ -190,7 +190,7 @@ class DeviceBorders:
         return Border(None if arrived is None else arrived[:, :tokens], left[..., :tokens, :], 0, [])
 
     def fill(self, border: Border, tokens: int) -> None:
-        """Copy arrived activations to the buffers of a captured step of `tokens` tokens; pad them. Runs as `Work`."""
+        """Copy arrived activations to the buffers of a captured step of `tokens` tokens, and pad; call in stream work."""
         arrived, _ = self._still
         if arrived is not None and border.arrived is not None:
             count = border.arrived.shape[1]
@@ -198,7 +198,7 @@ class DeviceBorders:
             arrived[:, count:tokens].zero_()
 
     def empty(self, border: Border) -> None:
-        """Copy the activations for the next stage from the buffers of a captured step. Runs as `Work`."""
+        """Copy the activations for the next stage from the buffers of a captured step. Call it in stream work."""
         copy(border.left, self._still[1][..., : border.left.shape[-2], :])
 
     def blank(self, tokens: int) -> Border:

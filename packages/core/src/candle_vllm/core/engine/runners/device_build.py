@@ -70,7 +70,7 @@ def build_on_gpu(
         backend = dataclasses.replace(backend, capturable=False, note="an index chooses positions in torch")
     if backend.note:
         logger.info("attention by %s: %s", backend.name, backend.note)
-    graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
+    graphs = config.cuda_graphs and backend.capturable and not config.op_by_op
     if config.cuda_graphs and not backend.capturable:
         logger.warning(
             "steps are not captured as CUDA graphs: the attention backend %s does not support it", backend.name
@@ -78,7 +78,7 @@ def build_on_gpu(
     if config.max_cudagraph_capture_size and not (graphs and backend.mixed):
         raise ConfigError(
             "max_cudagraph_capture_size needs CUDA graphs and the attention backend triton: leave it at 0, or leave "
-            "out the setting that excludes them (cuda_graphs=False, enforce_eager=True, attention_backend)",
+            "out the setting that excludes them (cuda_graphs=False, op_by_op=True, attention_backend)",
             "max_cudagraph_capture_size",
         )
     dtype, row_scales = _cache_type(config, loaded)

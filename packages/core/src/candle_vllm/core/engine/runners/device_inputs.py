@@ -36,7 +36,7 @@ class DeviceLimits:
         table_width: blocks of the longest sequence.
         block_size: tokens of a block.
         states: whether layers keep states.
-        chunks: whether states may take whole chunks of a prompt at once; bits then depend on its division into steps.
+        chunks: whether kernels may compute states chunk by chunk; results then depend on how steps divide a prompt.
     """
 
     tokens: int
@@ -73,8 +73,8 @@ class DeviceInputs:
     Args:
         stream: the stream that copies them.
         limits: the largest step.
-        in_flight: maximum number of steps in flight. If more than 1, a step's sampling controls are sent separately,
-            when its hidden states are back (`send_controls`), because other steps are sent in between.
+        in_flight: maximum number of steps in flight. If more than 1, a step's sampling controls are sent separately
+            (`send_controls`), when the last stage has returned its hidden states: other steps are sent in between.
     """
 
     def __init__(self, stream: DeviceStream, limits: DeviceLimits, in_flight: int = 1) -> None:
@@ -181,7 +181,7 @@ class DeviceInputs:
         return rows._replace(positions=positions, single=not (prompts or drafts))
 
     def send_controls(self, states: Sequence[SamplingState]) -> tuple[bool, bool]:
-        """Copy the sampling controls of the step whose hidden states are back; returns the same as `send`."""
+        """Copy the sampling controls of a step whose hidden states the last stage returned; return what `send` does."""
         host, _ = self._draws.host()
         self._write_controls(host["controls"], states)
         self._draws.send(0)
@@ -280,7 +280,7 @@ class DeviceInputs:
     def windowed(
         self, rows: DeviceRows, slots: torch.Tensor, page_of: torch.Tensor
     ) -> list[tuple[torch.Tensor, DeviceRows]]:
-        """Compute slots and rows for each page pool; block n is page `page_of[g, n]`, int32. Runs as `Work`."""
+        """Compute slots and rows of each page pool; block n is page `page_of[g, n]`, int32. Call it in stream work."""
         size, found = self._limits.block_size, list[tuple[torch.Tensor, DeviceRows]]()
         blocks = slots.div(size, rounding_mode="floor")
         for pages in page_of:
@@ -312,7 +312,7 @@ class DeviceInputs:
         return self._of_tokens(1, tokens), self._of_tokens(2, tokens)
 
     def token_ids(self, tokens: int, drawn: torch.Tensor) -> torch.Tensor:
-        """Return token ids, [T] int32; unknown tokens are read from the last sampled ones, `drawn`. Runs as `Work`."""
+        """Return token ids, [T] int32; unknown ones are read from the last sampled, `drawn`. Call it in stream work."""
         sources = self._of_tokens(3, tokens)
         return torch.where(sources >= 0, drawn[sources.clamp(min=0)].to(torch.int32), self._of_tokens(0, tokens))
 

@@ -35,7 +35,7 @@ class PagedCache(NamedTuple):
 
 
 class WindowedCache(PagedCache):
-    """KV cache of a layer that keeps only pages of its sliding window; a page pool has its block tables and slots.
+    """KV cache of a layer that keeps only pages of its sliding window; each page pool has block tables and slots.
 
     Attributes:
         pool: index of the page pool, see `WindowedBlocks`.

@@ -199,4 +199,4 @@ def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, o
     assert matrix.input_form in (Groups(), *RowForm, *ByteForm), "columns of the table are reordered"
     recorder.keep_matrix(matrix)
     arguments = embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
-    recorder.add(operation(matrix.embedding, matrix.kind), arguments)  # scaled tables were decoded at load
+    recorder.add(operation(matrix.embedding, matrix.kind), arguments)  # tables without `embedding` were decoded at load

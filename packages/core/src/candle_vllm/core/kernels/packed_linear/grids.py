@@ -10,12 +10,13 @@ sources; a bit for each weight is its sign. A block is 256 weights of 16 rows:
             signs u32[16], high bits of the indices u8[16] or u16[16], scales u8[16], if the type has them
 
 The decoder combines a weight's sign and magnitude in a nibble. Eight nibbles are a **word**; a group of a row has four
-words. Bytes 0 and 1 of a word are for the first half of the weights of two adjacent indices, bytes 2 and 3 for the
-second half (`GridLayout.order`). Signs of the weights in byte c of word k are bits k (low nibble) and 4 + k (high
-nibble) of byte c of the group's signs. In some types the sign of every 8th weight is the parity of the other seven; the
-bits of these signs then hold the scale of the group (IQ2_XXS, IQ3_XXS) or the ninth bits of the indices (IQ2_XS). IQ1
-has no signs: its weights are -1, 0 or 1 plus or minus 1/8, and the sign of the 1/8 is above the indices' bits. A weight
-is super-scale * (2 * scale + 1) * `unit` * number, with the grid's number from `numbers`.
+words. In IQ2 and IQ3 bytes 0 and 1 of a word are for the first half of the weights of two adjacent indices, bytes 2 and
+3 for the second half; in IQ1 a word is one index (`GridLayout.order`). Signs of the weights in byte c of word k are
+bits k (low nibble) and 4 + k (high nibble) of byte c of the group's signs. In some types the sign of every 8th weight
+is the parity of the other seven; the bits of these signs then hold the scale of the group (IQ2_XXS, IQ3_XXS) or the
+ninth bits of the indices (IQ2_XS). IQ1 has no signs: its weights are -1, 0 or 1 plus or minus 1/8, and the sign of the
+1/8 is above the indices' bits. A weight is super-scale * (2 * scale + 1) * `unit` * number: the grid's (`numbers`) with
+its sign, or in IQ1 the grid's plus or minus 1.
 
 A tile has as many bytes as in the file. The grids are read from the `gguf` package. Source: ggml's `ggml-common.h`.
 """
@@ -35,7 +36,7 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 ROWS, GROUPS = 16, 8
 HIGH_BITS: Mapping[str, int] = MappingProxyType({"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS": 1, "IQ2_S": 2, "IQ3_S": 1})
-"""Number of an index's bits above its low byte, by type; IQ1_M has one more bit, which is not part of the index."""
+"""Bits of an index above its low byte, by type; the fourth of IQ1_M is the sign of 1/8, not part of the index."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ def _decoded(parts: Mapping[int, np.ndarray], layout: GridLayout, to: Callable[[
 
 
 def values(name: str) -> tuple[int, ...]:
-    """Return the 16 values of a type's 4-bit codes: three bits select a magnitude, the fourth is the flag."""
+    """Return the 16 values of a type's 4-bit codes: three bits select a grid number, the fourth is the flag."""
     sizes = np.unique(numbers(name)).tolist()
     sizes += [0] * (8 - len(sizes))
     if FORMATS[name].signs:
