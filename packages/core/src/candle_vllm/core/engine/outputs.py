@@ -53,8 +53,8 @@ class FinishReason(enum.StrEnum):
     def __new__(cls, value: str, *spelled: str) -> Self:
         reason = str.__new__(cls, value)
         reason._value_ = value
-        spelled += ("",) * (5 - len(spelled)) + (value,)
-        reason.anthropic, reason.ollama, reason.llama_server, reason.responses, reason.limit, reason.openai = spelled[:6]
+        reason.anthropic, reason.ollama, reason.llama_server, reason.responses, reason.limit = (spelled + ("",) * 5)[:5]
+        reason.openai = spelled[5] if len(spelled) > 5 else value
         return reason
 
     @property
