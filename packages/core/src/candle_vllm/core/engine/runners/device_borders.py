@@ -190,7 +190,7 @@ class DeviceBorders:
         return Border(None if arrived is None else arrived[:, :tokens], left[..., :tokens, :], 0, [])
 
     def fill(self, border: Border, tokens: int) -> None:
-        """Copy arrived activations to a captured step's buffers of `tokens` tokens; pad them. Call it in stream work."""
+        """Copy arrived activations to a captured step's buffers of `tokens` tokens, padded. Call it in stream work."""
         arrived, _ = self._still
         if arrived is not None and border.arrived is not None:
             count = border.arrived.shape[1]
