@@ -122,7 +122,7 @@ class EngineArgs:
             if each.name != "model":
                 _add_flag(parser, each.name, each.help, isinstance(each.kind, Boolean), _reader(each.name))
         for name in _TRANSLATED.keys() - SETTINGS.keys():
-            _add_flag(parser, name, "as in vLLM", name.startswith("enable_"), _value)
+            _add_flag(parser, name, "as in vLLM", name.startswith(("enable_", "enforce_")), _value)
         for name in ("runner", "convert", "quantization", "generation_config"):
             _add_flag(parser, name, "as in vLLM", False, str)
         for name in ("pooler_config", "override_generation_config"):
