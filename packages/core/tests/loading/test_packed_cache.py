@@ -202,6 +202,18 @@ def test_types_of_isq_are_kept_apart(tmp_path: Path, folder: Path, packings: lis
     assert not packings
 
 
+def test_files_of_an_installation_without_a_compiler_are_kept_apart(
+    model: Path, folder: Path, packings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Numba, types whose kernels are not precompiled become 8-bit codes."""
+    right = load(model, folder)
+    monkeypatch.setattr(packed_cache, "has_compiler", lambda: False)
+    packings.clear()
+    assert same(load(model, folder), right)
+    assert packings
+    assert len(kept(folder)) == 2
+
+
 def test_a_full_disk_costs_a_warning(
     model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, cache_root, own_folder
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, cache_root, has_compiler, own_folder
 from candle_vllm.core.kernels.cpu_runtime.level import host_level
 from candle_vllm.core.kernels.cpu_runtime.packed_file import PACKED, SUFFIX, PackedFile
 from candle_vllm.core.loading.source import files_mark
@@ -43,6 +43,7 @@ def packed_weights(
         return
     level = host_level()
     model = [files_mark(paths), config.isq, config.dtype, config.model_impl, level.name, str(level.cpu), *part]
+    model.append(has_compiler())  # without one, types whose kernels are not precompiled become 8-bit codes
     name = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:32]
     file = PackedFile(folder / (name + SUFFIX), f"{name} {layout_version()}")
     token = PACKED.set(file)
