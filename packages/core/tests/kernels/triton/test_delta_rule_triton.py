@@ -204,6 +204,13 @@ def test_prompts_in_chunks(device: torch.device, dtype: torch.dtype) -> None:
     check_step(device, Sizes(1, 2, 19, 21), (70, 130, 63, 1, 70), (0, 60, 1, 64, 120), dtype)
 
 
+@pytest.mark.parametrize("sizes", few([(KIMI,), (Sizes(2, 2, 128, 32, channels=True),)], (KIMI,)), ids=str)
+@pytest.mark.parametrize("likeness", few([0.0, 3.0], 3.0))
+def test_kimi_delta_attention_in_chunks(device: torch.device, sizes: Sizes, likeness: float) -> None:
+    """Each row of its state has its own decay."""
+    check_step(device, sizes, (70, 130, 63, 1, 70), (0, 60, 1, 64, 120), torch.bfloat16, likeness=likeness)
+
+
 @pytest.mark.parametrize("sizes", few([(EVEN,), (Sizes(2, 4, 16, 21),), (Sizes(1, 2, 128, 80),)], (EVEN,)), ids=str)
 def test_mamba_2_in_chunks(device: torch.device, sizes: Sizes) -> None:
     """Its chunks have no inverse; D times the values is added."""

@@ -92,7 +92,7 @@ def test_steps_equal_torch(name: str, device: torch.device, tmp_path: Path, monk
     assert error(logits(source, device, "f32", monkeypatch), reference(source, "f32", monkeypatch)) < 1e-4
 
 
-@pytest.mark.parametrize("name", few(["Qwen3.5", "Granite 4 H"], "Granite 4 H"))
+@pytest.mark.parametrize("name", few(["Qwen3.5", "Granite 4 H", "Kimi Linear"], "Kimi Linear"))
 def test_prompts_have_whole_chunks(
     name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

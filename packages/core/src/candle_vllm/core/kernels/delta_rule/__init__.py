@@ -31,7 +31,7 @@ States are stored as float32 [slots, Hv, ceil(Dv / 16), Dk, 16] on every backend
 float32: k [Hk, Dk], v [Hv, Dv], then decays and strengths, or on a GPU a and b unchanged, or in Mamba 1 a alone. Only
 the backend that wrote a kept row reads it. A token's result depends on its own sequence alone.
 
-On a GPU with tensor cores, the delta rule for 16-bit q, k and v, and Mamba 2 in bfloat16, compute whole **chunks** of
+On a GPU with tensor cores, the delta rules for 16-bit q, k and v, and Mamba 2 in bfloat16, compute whole **chunks** of
 64 tokens at once. A chunk begins at a position that is a multiple of 64; the step must have all tokens of the chunk and
 store no state within it. In all other cases tokens are processed one by one.
 

@@ -119,7 +119,7 @@ def delta_rule(
     grid = (len(rows.slots), heads, cdiv(value_dim, constants["BLOCK_V"]))
     each = gates.decay.numel() // heads if gates.decay.dim() == 1 else 0
     given["skip"] = gates.skip
-    if each == 1 and in_chunks(q, rows.positions, normed=normed):
+    if each and in_chunks(q, rows.positions, normed=normed):
         assert rows.positions.is_contiguous()
         scan_chunks(grid, given, rows.positions, constants)
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule and Mamba 2 for prompts on a GPU: whole chunks of 64 tokens at once, other tokens one by one.
+"""Gated delta rules and Mamba 2 for prompts on a GPU: whole chunks of 64 tokens at once, other tokens one by one.
 
 For a chunk's tokens i and j <= i, D[i, j] is the product of the decays of tokens j + 1 .. i, P[i] that of the decays up
 to token i, and E[i] that of the decays after token i. B is the diagonal matrix of the strengths, S the state before the
@@ -11,13 +11,15 @@ The results and the state after the chunk are
 
     Y = P Q S + tril(Q K^T D) U               S = P[63] S + (E K)^T U
 
-In Mamba 2, B is the diagonal matrix of the step sizes and U = B V; then D V with the `skip` D is added to Y.
+In Mamba 2, B is the diagonal matrix of the step sizes and U = B V; then D V with the `skip` D is added to Y. In Kimi
+delta attention, where each row of S has its own decay, P and E are matrices like K, of which P K S becomes (P * K) S,
+and K K^T D and Q K^T D become sums over the rows of S (`_row_scores`).
 
 `chunk_kernel` computes inverse(..) B (except for Mamba 2), tril(Q K^T D), P and E, for each value head of all chunks in
 parallel. The inverse is computed row by row, which stays accurate for similar keys; the log of each product of decays
 is a sum of its own, not a difference of sums. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on whole
 chunks. Tokens of a chunk within which a state is stored are processed one by one. Sources: Yang et al., 2024,
-arXiv:2406.06484, section 3; Dao and Gu, 2024, arXiv:2405.21060, section 6.
+arXiv:2406.06484, section 3; Dao and Gu, 2024, arXiv:2405.21060, section 6; Kimi Team, 2025, arXiv:2510.26692.
 
 Products with q and k use their 16-bit elements unchanged; norms are applied to the result. A float32 factor of a
 product is split into the sum of two 16-bit floats, which is closer to float32 than TF32 is.
@@ -34,6 +36,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.delta_rule.triton_scan import (
     STRIDES,
+    gates_of,
     log_decay,
     scan_rows,
     state_before,
@@ -48,6 +51,7 @@ CHUNK = 64
 """Tokens of a chunk."""
 
 _BLOCK_K = 64  # columns of q and k that are multiplied at a time
+_PART = tl.constexpr(16)  # tokens of a part of a chunk, within which decays of rows of S are multiplied pair by pair
 _BLOCK_V = 16  # columns of a program: the maximum without register spills
 
 
@@ -88,6 +92,55 @@ def _times(x, y):
 
 
 @triton.jit
+def _both(x, y, result):
+    """Multiply two float32 matrices, and add the product to `result`."""
+    upper, lower = _halves(x, tl.bfloat16)
+    more, less = _halves(y, tl.bfloat16)
+    return tl.dot(upper, more, tl.dot(upper, less, tl.dot(lower, more, result)))
+
+
+@triton.jit
+def _line(x, line, CHUNK: tl.constexpr):
+    """Return x [CHUNK, ..] with each row replaced by row `line` of its part; zeros if there is no such row."""
+    parts: tl.constexpr = CHUNK // _PART
+    split = tl.reshape(x, (parts, _PART, x.shape[1]))
+    here = tl.arange(0, _PART)[None, :, None] == line
+    found = tl.sum(tl.where(here, split, 0.0), axis=1)
+    return tl.reshape(tl.broadcast_to(found[:, None, :], split.shape), x.shape)
+
+
+@triton.jit
+def _row_scores(alike, found, keys, queries, gates, CHUNK: tl.constexpr):
+    """Add K K^T D and Q K^T D of some rows of S with the log decays `gates` [CHUNK, ..] to `alike` and `found`.
+
+    The log of each product of decays is a sum of its own: within a part of a chunk it grows token by token, between two
+    parts it is the sum up to the end of the key's part, and from there to the query.
+    """
+    keys, queries = keys.to(tl.float32), queries.to(tl.float32)
+    each = tl.arange(0, CHUNK)
+    place = each % _PART
+    decays = gates * 0.0
+    for step in range(_PART):
+        line = _PART - 1 - step
+        decays = tl.where((place > line)[:, None], decays + _line(gates, line + 1, CHUNK), 0.0)
+        decayed = tl.exp(decays) * _line(keys, line, CHUNK)
+        here = (each[None, :] == (each - place + line)[:, None]) & (place >= line)[:, None]
+        alike += tl.where(here, tl.sum(keys * decayed, axis=1)[:, None], 0.0)
+        found += tl.where(here, tl.sum(queries * decayed, axis=1)[:, None], 0.0)
+    for part in range(1, CHUNK // _PART):
+        first = part * _PART
+        inside = ((each >= first) & (each < first + _PART))[:, None]
+        before = (each < first)[:, None]
+        since = tl.where(inside, tl.exp(tl.cumsum(tl.where(inside, gates, 0.0), 0)), 0.0)
+        earlier = tl.where(before, gates, 0.0)
+        until = tl.where(before, tl.exp(tl.cumsum(earlier, 0, reverse=True) - earlier), 0.0)
+        turned = tl.trans(keys * until)
+        alike = _both(keys * since, turned, alike)
+        found = _both(queries * since, turned, found)
+    return alike, found
+
+
+@triton.jit
 def _store_halves(at, x, SIZE: tl.constexpr):
     upper, lower = _halves(x, tl.bfloat16)
     tl.store(at, upper)
@@ -107,13 +160,15 @@ def _product(at, y, SIZE: tl.constexpr):
 def chunk_kernel(
     q,  # [T, HK, DK]
     k,
-    a,  # [T, HV]
+    a,  # [T, HV * EACH]
     b,
-    decay,  # [HV] fp32
+    decay,  # [HV * EACH] fp32
     bias,
     # Results, at index i for the chunk that begins within the step's tokens CHUNK * i .. CHUNK * i + CHUNK - 1:
     matrices,  # [T / CHUNK, HV, 1 + CORRECTS, 2, CHUNK, CHUNK] bf16: scores, then the inverse, each as two halves
-    factors,  # [T / CHUNK, HV, 4, CHUNK] fp32: factors of rows of K for P K, of Q for P Q, of U for E K^T U; then P
+    factors,  # [T / CHUNK, HV, FACTORS] fp32: factors of rows of K for P K, of Q for P Q, of U for E K^T U, [3, CHUNK];
+    # then P [CHUNK], or P[63] [DKP] if EACH > 1, where the factors lack P and E
+    scaled,  # [T / CHUNK, HV, 3, 2, CHUNK, DKP] bf16: P * K, P * Q and E * K without norms, as halves; used if EACH > 1
     positions,  # [T]
     tokens,
     most,
@@ -133,9 +188,11 @@ def chunk_kernel(
     EPS: tl.constexpr,
     CHUNK: tl.constexpr,
     CORRECTS: tl.constexpr,  # whether it is the delta rule
+    EACH: tl.constexpr,  # decays of a value head, 1 or DK
 ):
     SIZE: tl.constexpr = CHUNK * CHUNK
     ROOM: tl.constexpr = 4 * SIZE if CORRECTS else 2 * SIZE
+    FACTORS: tl.constexpr = 3 * CHUNK + (DKP if EACH > 1 else CHUNK)
     place = tl.program_id(0)
     head = tl.program_id(1)
     key_head = head // (HV // HK)
@@ -156,32 +213,65 @@ def chunk_kernel(
             queries = _rows_of(q + key_head * q_head, first, q_token, column, DK, CHUNK)
             of_keys += _squares(keys)
             of_queries += _squares(queries)
-            if CORRECTS:
-                alike = tl.dot(keys, tl.trans(keys), alike)
-            found = tl.dot(queries, tl.trans(keys), found)
+            if EACH > 1:
+                gates = _row_gates(a, decay, bias, first, a_token, head, column, DK, CHUNK)
+                alike, found = _row_scores(alike, found, keys, queries, gates, CHUNK)
+                wide = scaled + (place * HV + head).to(tl.int64) * (6 * CHUNK * DKP)
+                _store_scaled(wide + each[:, None] * DKP + column[None, :], keys, queries, gates, CHUNK * DKP)
+                ends = factors + (place * HV + head).to(tl.int64) * FACTORS + 3 * CHUNK
+                tl.store(ends + column, tl.exp(tl.sum(gates, axis=0)))
+            else:
+                if CORRECTS:
+                    alike = tl.dot(keys, tl.trans(keys), alike)
+                found = tl.dot(queries, tl.trans(keys), found)
         norms = _norms(of_keys, NORMED, EPS)
         read = _norms(of_queries, NORMED, EPS) * scale
-        factor = tl.load(decay + head)
-        shift = tl.load(bias + head)
-        given = tl.load(a + row * a_token + head)
-        gates = log_decay(given, shift, factor)
-        following = tl.load(a + (row + 1) * a_token + head, mask=each < CHUNK - 1, other=0.0)
-        following = tl.where(each < CHUNK - 1, log_decay(following, shift, factor), 0.0)
-        before = tl.exp(tl.cumsum(gates, 0))
-        to = factors + (place * HV + head).to(tl.int64) * (4 * CHUNK) + each
-        tl.store(to, before * norms)
-        tl.store(to + CHUNK, before * read)
-        after = tl.exp(tl.cumsum(following, 0, reverse=True)) * norms
-        tl.store(to + 2 * CHUNK, after if CORRECTS else after * step_size(given, shift))
-        tl.store(to + 3 * CHUNK, before)
-        decays = tl.exp(tl.cumsum(tl.where(each[:, None] > each[None, :], gates[:, None], 0.0), 0))
-        decays = tl.where(each[:, None] >= each[None, :], decays, 0.0) * norms[None, :]
+        to = factors + (place * HV + head).to(tl.int64) * FACTORS + each
+        if EACH > 1:
+            tl.store(to, norms)
+            tl.store(to + CHUNK, read)
+            tl.store(to + 2 * CHUNK, norms)
+            decays = tl.where(each[:, None] >= each[None, :], norms[None, :], 0.0)
+        else:
+            factor = tl.load(decay + head)
+            shift = tl.load(bias + head)
+            given = tl.load(a + row * a_token + head)
+            gates = log_decay(given, shift, factor)
+            following = tl.load(a + (row + 1) * a_token + head, mask=each < CHUNK - 1, other=0.0)
+            following = tl.where(each < CHUNK - 1, log_decay(following, shift, factor), 0.0)
+            before = tl.exp(tl.cumsum(gates, 0))
+            tl.store(to, before * norms)
+            tl.store(to + CHUNK, before * read)
+            after = tl.exp(tl.cumsum(following, 0, reverse=True)) * norms
+            tl.store(to + 2 * CHUNK, after if CORRECTS else after * step_size(given, shift))
+            tl.store(to + 3 * CHUNK, before)
+            decays = tl.exp(tl.cumsum(tl.where(each[:, None] > each[None, :], gates[:, None], 0.0), 0))
+            decays = tl.where(each[:, None] >= each[None, :], decays, 0.0) * norms[None, :]
         to = matrices + (place * HV + head).to(tl.int64) * ROOM + each[:, None] * CHUNK + each[None, :]
         scores = found * read[:, None] * decays
         _store_halves(to, scores if CORRECTS else scores * step_size(given, shift)[None, :], SIZE)
         if CORRECTS:
             strengths = strength_of(tl.load(b + row * b_token + head), most)
             _store_halves(to + 2 * SIZE, _inverse(alike, decays, norms, strengths, CHUNK), SIZE)
+
+
+@triton.jit
+def _store_scaled(at, keys, queries, gates, SIZE: tl.constexpr):
+    """Write the columns of P * K, P * Q and E * K that belong to some rows of S."""
+    keys = keys.to(tl.float32)
+    decays = tl.exp(tl.cumsum(gates, 0))
+    _store_halves(at, keys * decays, SIZE)
+    _store_halves(at + 2 * SIZE, queries.to(tl.float32) * decays, SIZE)
+    _store_halves(at + 4 * SIZE, keys * tl.exp(tl.cumsum(gates, 0, reverse=True) - gates), SIZE)
+
+
+@triton.jit
+def _row_gates(a, decay, bias, first, a_token, head, column, DK: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the log decays [CHUNK, ..] of rows `column` of S for the tokens from `first` on; zeros beyond DK."""
+    given = _rows_of(a + head * DK, first, a_token, column, DK, CHUNK)
+    shift = tl.load(bias + head * DK + column, mask=column < DK, other=0.0)
+    factor = tl.load(decay + head * DK + column, mask=column < DK, other=0.0)
+    return log_decay(given, shift[None, :], factor[None, :])
 
 
 @triton.jit
@@ -219,25 +309,42 @@ def _take_chunk(
     CHUNK: tl.constexpr,
     CORRECTS: tl.constexpr,
     skip,  # used if not CORRECTS
+    scaled,  # of the chunk and value head, used if EACH > 1
+    DKP: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """Write the results of a whole chunk; return the state after the chunk."""
     SIZE: tl.constexpr = CHUNK * CHUNK
+    WIDE: tl.constexpr = CHUNK * DKP
     each = tl.arange(0, CHUNK)
     at = matrices + each[:, None] * CHUNK + each[None, :]
     values = _rows_of(v, first, v_token, column, DV, CHUNK).to(tl.float32)
     corrections = values  # times B in the factors below, or corrected
+    if EACH > 1:
+        rows = scaled + each[:, None] * DKP + row[None, :]
+        remembered = _product(rows, state, WIDE)
+        result = _product(rows + 2 * WIDE, state, WIDE)
+    else:
+        if CORRECTS:
+            remembered = _times(_rows_of(k, first, k_token, row, DK, CHUNK), state)
+        result = _times(_rows_of(q, first, q_token, row, DK, CHUNK), state)
     if CORRECTS:
-        remembered = _times(_rows_of(k, first, k_token, row, DK, CHUNK), state)
         corrections = _product(at + 2 * SIZE, values - tl.load(factors + each)[:, None] * remembered, SIZE)
-    result = _times(_rows_of(q, first, q_token, row, DK, CHUNK), state) * tl.load(factors + CHUNK + each)[:, None]
+    result *= tl.load(factors + CHUNK + each)[:, None]
     result += _product(at, corrections, SIZE)
     if not CORRECTS:
         result += skip * values
     to = out + (first + each).to(tl.int64)[:, None] * (HV * DV) + column[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=(column < DV)[None, :])
-    turned = tl.trans(_rows_of(k, first, k_token, row, DK, CHUNK))
     corrections *= tl.load(factors + 2 * CHUNK + each)[:, None]
-    return state * tl.load(factors + 4 * CHUNK - 1) + _times(turned, corrections)
+    if EACH > 1:
+        decays = tl.load(factors + 3 * CHUNK + row)
+        added = _product(scaled + 4 * WIDE + row[:, None] + each[None, :] * DKP, corrections, WIDE)
+        state = state * decays[:, None] + added
+    else:
+        turned = tl.trans(_rows_of(k, first, k_token, row, DK, CHUNK))
+        state = state * tl.load(factors + 4 * CHUNK - 1) + _times(turned, corrections)
+    return state
 
 
 @triton.jit(do_not_specialize=["most", "scale"], do_not_specialize_on_alignment=(*TABLES, "positions"))
@@ -260,6 +367,7 @@ def chunks_kernel(
     positions,  # [T]
     matrices,  # as above
     factors,
+    scaled,
     skip,  # [HV] fp32, read if not CORRECTS
     most,
     scale,
@@ -286,14 +394,16 @@ def chunks_kernel(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     CORRECTS: tl.constexpr,
+    EACH: tl.constexpr,
 ):
+    FACTORS: tl.constexpr = 3 * CHUNK + (DKP if EACH > 1 else CHUNK)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     key_head = head // (HV // HK)
     row = tl.arange(0, DKP)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    factor = tl.load(decay + head)
-    shift = tl.load(bias + head)
+    factor = gates_of(decay + head * EACH, row, column, DK, DV, EACH)
+    shift = gates_of(bias + head * EACH, row, column, DK, DV, EACH)
     past = 0.0
     if not CORRECTS:
         past = tl.load(skip + head)
@@ -301,7 +411,6 @@ def chunks_kernel(
     q += key_head * q_head
     k += key_head * k_head
     v += head * v_head
-    a += head
     b += head
     out += head * DV
     state = state_before(
@@ -327,6 +436,7 @@ def chunks_kernel(
         EPS,
         COLUMNS,
         CORRECTS,
+        EACH,
     )
     start = tl.load(query_start + sequence).to(tl.int32)
     end = tl.load(query_start + sequence + 1).to(tl.int32)
@@ -345,6 +455,9 @@ def chunks_kernel(
                 whole = tl.max(asked.to(tl.int32)) < 0
             if whole:
                 at = ((first // CHUNK) * HV + head).to(tl.int64) * CHUNK
+                wide = matrices
+                if EACH > 1:
+                    wide = scaled + at * (6 * DKP)
                 state = _take_chunk(
                     state,
                     first,
@@ -353,7 +466,7 @@ def chunks_kernel(
                     v,
                     out,
                     matrices + at * (4 * CHUNK if CORRECTS else 2 * CHUNK),
-                    factors + at * 4,
+                    factors + at // CHUNK * FACTORS,
                     q_token,
                     k_token,
                     v_token,
@@ -365,6 +478,9 @@ def chunks_kernel(
                     CHUNK,
                     CORRECTS,
                     past,
+                    wide,
+                    DKP,
+                    EACH,
                 )
                 slot = tl.load(stores + last - 1).to(tl.int64)
                 if slot >= 0:
@@ -378,7 +494,7 @@ def chunks_kernel(
                     q,
                     k,
                     v,
-                    a,
+                    a + head * EACH,
                     b,
                     out,
                     states,
@@ -404,6 +520,7 @@ def chunks_kernel(
                     COLUMNS,
                     CORRECTS,
                     past,
+                    EACH,
                 )
 
 
@@ -415,14 +532,17 @@ def scan_chunks(
 ) -> None:
     """Launch both kernels; see `triton.delta_rule`."""
     q, tokens, corrects = given["q"], len(given["q"]), given["skip"] is None
-    chunks = (cdiv(tokens, CHUNK), constants["HV"])
+    each, wide = given["decay"].numel() // constants["HV"], constants["DKP"]
+    chunks, on = (cdiv(tokens, CHUNK), constants["HV"]), q.device
+    scaled = torch.empty((*chunks, 6, CHUNK, wide), dtype=torch.bfloat16, device=on) if each > 1 else None
     given = given | {
         "positions": positions,
-        "matrices": torch.empty((*chunks, 4 if corrects else 2, CHUNK, CHUNK), dtype=torch.bfloat16, device=q.device),
-        "factors": torch.empty((*chunks, 4, CHUNK), dtype=torch.float32, device=q.device),
+        "matrices": torch.empty((*chunks, 4 if corrects else 2, CHUNK, CHUNK), dtype=torch.bfloat16, device=on),
+        "factors": torch.empty((*chunks, 3 * CHUNK + (wide if each > 1 else CHUNK)), dtype=torch.float32, device=on),
+        "scaled": scaled,
     }
     asked = {name: given[name] for name in _chunk_names()} | {"tokens": tokens}
-    constants = constants | {"CHUNK": CHUNK, "CORRECTS": corrects}
+    constants = constants | {"CHUNK": CHUNK, "CORRECTS": corrects, "EACH": each}
     chunk_kernel[chunks](**asked, **_chunk_constants(constants), **_HOW, **OPTIONS)
     constants |= {"BLOCK_V": _BLOCK_V}
     grid = (*grid[:2], cdiv(constants["DV"], _BLOCK_V))
@@ -442,11 +562,12 @@ def in_chunks(q: torch.Tensor, positions: torch.Tensor | None, *, normed: bool =
 
 
 def _chunk_constants(constants: dict[str, Any]) -> dict[str, Any]:
-    names = ("HK", "HV", "DK", "DKP", "NORMED", "EPS", "CHUNK", "CORRECTS")
-    return {name: constants[name] for name in names} | {"BLOCK_K": min(constants["DKP"], _BLOCK_K)}
+    names = ("HK", "HV", "DK", "DKP", "NORMED", "EPS", "CHUNK", "CORRECTS", "EACH")
+    most = _BLOCK_K if constants["EACH"] == 1 else _BLOCK_K // 2  # without register spills
+    return {name: constants[name] for name in names} | {"BLOCK_K": min(constants["DKP"], most)}
 
 
 def _chunk_names() -> tuple[str, ...]:
     """Return the names of the arguments that `chunk_kernel` shares with `chunks_kernel`."""
-    tensors = ("q", "k", "a", "b", "decay", "bias", "matrices", "factors", "positions")
+    tensors = ("q", "k", "a", "b", "decay", "bias", "matrices", "factors", "scaled", "positions")
     return *tensors, "most", "scale", *(name for name in STRIDES if not name.startswith("v"))

@@ -20,18 +20,28 @@ from packages.core.tests.kernels.triton.building import WITH_TENSOR_CORES, Build
 from packages.core.tests.kernels.triton.forms.delta_rule.triton_scan import build_arguments
 
 
-def _builds(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0) -> tuple[Build, Build]:
+def _builds(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1) -> tuple[Build, Build]:
     arguments = build_arguments(dtype) | {"positions": "*i32", "matrices": "*bf16", "factors": "*fp32"}
     constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim)
-    constants |= {"CHUNK": CHUNK, "CORRECTS": not value_dim}
+    constants |= {"CHUNK": CHUNK, "CORRECTS": not value_dim, "EACH": each}
     more: dict[str, Any] = {**_HOW, "capabilities": WITH_TENSOR_CORES, "unaligned": (*TABLES, "positions")}
-    more |= {"label": f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else "")}
+    more |= {
+        "label": f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else "-channels" * (each > 1))
+    }
     skip, nothing = ({"skip": "*fp32"}, {}) if value_dim else ({}, {"skip": None})
     names = _chunk_names()
-    chunk = {name: arguments[name] for name in names} | {"tokens": "i32"}
+    arguments |= {"scaled": "*bf16"} if each > 1 else {}
+    nothing |= {} if each > 1 else {"scaled": None}
+    chunk = {name: arguments[name] for name in names if name in arguments} | {"tokens": "i32"}
     strides, every = tuple(name for name in STRIDES if name in names), (*STRIDES, *CACHE_STRIDES)
     return (
-        Build(chunk_kernel, chunk, _chunk_constants(constants), aligned=strides, **more),
+        Build(
+            chunk_kernel,
+            chunk,
+            _chunk_constants(constants) | ({} if each > 1 else {"scaled": None}),
+            aligned=strides,
+            **more,
+        ),
         Build(chunks_kernel, arguments | skip, constants | {"BLOCK_V": _BLOCK_V} | nothing, aligned=every, **more),
     )
 
@@ -39,5 +49,6 @@ def _builds(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0
 FORMS = (
     *_builds("bf16", 16, 32, 128),
     *_builds("fp16", 16, 48, 128),
+    *_builds("bf16", 32, 32, 128, each=128),  # Kimi Linear
     *_builds("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
 )
