@@ -170,6 +170,9 @@ def test_default_sampling_of_the_server_applies_where_the_request_says_nothing(s
     silent, spoken = (request.params for request in running.engine.requests)
     assert (silent.temperature, silent.top_k, silent.min_p) == (0.5, 7, 0.3)
     assert (spoken.temperature, spoken.top_k) == (0.1, 7)
+    beams: dict[str, Any] = {"use_beam_search": True}  # which draw nothing
+    assert client.chat.completions.create(model="scripted", messages=MESSAGES, max_tokens=1, extra_body=beams).choices
+    assert client.completions.create(model="scripted", prompt="x", max_tokens=1, extra_body=beams).choices
 
 
 BAD_BODIES: list[tuple[bytes, dict[str, str], int, str | None]] = [

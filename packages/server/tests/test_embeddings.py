@@ -12,6 +12,7 @@ import pytest
 
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
+from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
 from candle_vllm.server.answering import texts_of
 from packages.server.tests.server_fakes import PacedEngine
 
@@ -114,6 +115,7 @@ def test_a_client_that_leaves_cancels_the_call(start: Callable[..., Any]) -> Non
         (parse_rerank_request, {"query": "q", "documents": ["a"] * 9}),
         (parse_embedding_request, {"input": ["a"] * 9}),
         (parse_embedding_request, {"input": [[1]] * 9}),
+        (CohereEmbedRequest.model_validate, {"texts": ["a"] * 9}),
     ],
 )
 def test_every_text_of_a_request_is_a_sequence(parse: Any, fields: Any) -> None:

@@ -34,10 +34,13 @@ from candle_vllm.server.outliving import MailboxWriter, StoredForm
 from candle_vllm.server.settings.table import RequestOptions
 
 JSON = "application/json"
+_TEXTS = ("input", "content", "documents", "texts")  # fields with the texts of a request for vectors or scores
 
 
 def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
-    """Return the request with the operator's values for sampling settings that it omits."""
+    """Return the request with the operator's values for sampling settings that it omits, unless it samples nothing."""
+    if getattr(wire, "use_beam_search", None):
+        return wire
     absent = {name: value for name, value in values.items() if getattr(wire, name) is None}
     return wire.model_copy(update=absent) if absent else wire
 
@@ -243,7 +246,7 @@ async def parsed(request: Request, parse: Callable[[bytes], Any]) -> Any:
 def texts_of(wire: Any) -> int:
     """Return the number of texts in a request for embeddings or scores; each is one sequence of the engine."""
     pairs = getattr(wire, "pairs", None)
-    texts = pairs or next(filter(None, (getattr(wire, name, None) for name in ("input", "content", "documents"))), ())
+    texts = pairs or next(filter(None, (getattr(wire, name, None) for name in _TEXTS)), ())
     many = isinstance(texts, (list, tuple)) and not (texts and isinstance(texts[0], int))
     return len(texts) if many else 1
 
