@@ -70,6 +70,15 @@ def test_a_kept_response_can_be_compacted(start: Callable[..., Running]) -> None
         assert 250 < (server.engine.requests[-1].params.max_tokens or 0) < 400
 
 
+def test_thoughts_take_no_part_of_a_summary(start: Callable[..., Running]) -> None:
+    server = start(PacedEngine("<think>" + "Hm. " * 99), reasoning_parser="think")
+    with server.http() as http:
+        answer = http.post("/v1/responses/compact", json={"model": "scripted", "input": ASKED})
+    assert server.engine.requests[-1].params.thoughts.tokens == 0  # this engine thinks all the same
+    assert answer.status_code == 400
+    assert "no summary" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

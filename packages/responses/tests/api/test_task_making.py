@@ -54,9 +54,9 @@ async def test_fields() -> None:
     assert (await task()).tools == ToolUse()
     assert (await task(reasoning={"max_tokens": 7})).thinking == ThinkingLimit(7)
     assert (await task(reasoning={"max_tokens": 0})).variables == {"thinking": False, "enable_thinking": False}
-    assert (await task(reasoning={"effort": "none"})).variables == {
-        "reasoning_effort": "none", "thinking": False, "enable_thinking": False,
-    }  # fmt: skip
+    off = {"reasoning_effort": "none", "thinking": False, "enable_thinking": False}
+    assert (await task(reasoning={"effort": "none"})).variables == off
+    assert (await task(reasoning={"effort": "none", "max_tokens": 0})).thinking == ThinkingLimit(0, required=False)
 
 
 async def test_llama_cpps_samplers() -> None:

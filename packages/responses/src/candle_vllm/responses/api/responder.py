@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from candle_vllm.core.engine.outputs import FinishReason
-from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.task import Task, images_of
@@ -311,7 +311,7 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
             "previous_response_id": request.previous_response_id,
             "input": [*items, {"type": "message", "role": "user", "content": _ASKED}],
             "store": False,
-            "reasoning": {"effort": "none"},
+            "reasoning": {"effort": "none", "max_tokens": 0},
         }
     )
 
@@ -323,7 +323,7 @@ def summary_limit(items: Sequence[Placed]) -> int:
 
 
 def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:
-    """Return the compacted conversation.
+    """Return the compacted conversation; RequestError if the answer has no summary, without which it would be lost.
 
     Args:
         response: answer to `summary_request`.
@@ -332,6 +332,9 @@ def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:
     assert response.usage is not None
     said = (item for item in response.output if isinstance(item, MessageOut))
     summary = "\n".join(part.text for item in said for part in item.content if isinstance(part, OutputText)).strip()
+    if not summary:
+        told = f"in {response.usage.output_tokens} tokens: send the conversation itself"
+        raise RequestError(f"The model wrote no summary of the conversation {told}.")
     users = [one for one in items if isinstance(one.item, MessageItem) and one.item.role == "user"]
     item = {"id": new_item_id("compaction"), "type": "compaction", "encrypted_content": encode_thoughts(summary)}
     return CompactedResponse(

@@ -300,8 +300,11 @@ def _variables(request: PromptFields) -> dict[str, Any]:
 
 
 def _thinking(request: PromptFields) -> ThinkingLimit | None:
-    tokens = None if request.reasoning is None else request.reasoning.max_tokens
-    return None if tokens is None else ThinkingLimit(tokens)
+    config = request.reasoning
+    if config is None or config.max_tokens is None:
+        return None
+    # With the effort "none", a model whose thoughts have no known marks counts as one that does not think.
+    return ThinkingLimit(config.max_tokens, required=config.effort != "none")
 
 
 def _check_length(request: PromptFields, count: int) -> None:
