@@ -166,20 +166,24 @@ def test_vectors(start: Callable[..., Any]) -> None:
         assert len(made.embeddings) == 2
         assert sum(x * x for x in made.embeddings[0]) == pytest.approx(1)
         assert len(client.embeddings("scripted", "a").embedding) == len(made.embeddings[0])
-        assert client.embed("scripted", [made.model or ""][:0]).embeddings == []
         with pytest.raises(ollama.ResponseError) as refusal:
             client.embed("scripted", "too long a text")
         assert refusal.value.status_code == 400
         assert client.embed("scripted", "too long a text", truncate=True).prompt_eval_count == 8
+    with running.http() as plain:
+        for nothing in ({}, {"input": None}, {"input": ""}, {"input": []}):  # only loads the model
+            answer = plain.post("/api/embed", json={"model": "scripted", **nothing})
+            assert (answer.status_code, answer.json()["embeddings"]) == (200, []), nothing
 
 
 def test_what_there_is(start: Callable[..., Any]) -> None:
-    with client_of(start()) as client:
+    with client_of(start(repetition_penalty=1.5)) as client:
         (listed,), (resident,) = client.list().models, client.ps().models
         assert (listed.model, listed.details.family) == ("scripted", "scripted")  # type: ignore[union-attr]
         assert (resident.model, resident.context_length, resident.expires_at.year) == ("scripted", 4096, 9999)  # type: ignore[union-attr]
         shown = client.show("scripted")
         assert shown.capabilities == ["completion", "embedding", "rerank"]
+        assert (shown.parameters or "").split() == ["repeat_penalty", "1.5"]
         assert shown.modelinfo["general.architecture"] == "scripted"  # type: ignore[index]
 
 

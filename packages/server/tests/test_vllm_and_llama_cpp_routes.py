@@ -55,12 +55,15 @@ def test_load_and_slots_count_what_runs(start: Callable[..., Any]) -> None:
 
 
 def test_what_is_told_of_a_model(start: Callable[..., Any]) -> None:
-    running = start(PacedEngine(), temperature=0.25, served_model_name=("name", "other"))
+    settings = {"temperature": 0.25, "repetition_penalty": 1.5}
+    running = start(PacedEngine(), **settings, served_model_name=("name", "other"))
     info = running.engine.model_info
     with running.http() as client:
         props = client.get("/props").json()
         assert props["default_generation_settings"]["n_ctx"] == info.max_model_len
-        assert props["default_generation_settings"]["params"]["temperature"] == 0.25
+        params = props["default_generation_settings"]["params"]
+        assert (params["temperature"], params["repeat_penalty"]) == (0.25, 1.5)
+        assert "repetition_penalty" not in params
         assert props["total_slots"] == info.max_num_seqs == len(client.get("/slots").json())
         assert props["model_alias"] == "name"
         assert props["chat_template"] == client.get("/tokenizer_info").json().get("chat_template", "")
@@ -348,7 +351,8 @@ def test_a_completion_in_llama_cpps_words(start: Callable[..., Any]) -> None:
         params = running.engine.requests[-1].params
         assert (params.max_tokens, params.repetition_penalty, params.seed) == (50, 1.1, None)
         assert params.temperature == 0.25
-        cut = client.post("/completion", json={"prompt": [1, 2], "n_predict": 1}).json()
+        idle = {"n_cache_reuse": 0, "backend_sampling": True, "samplers": ["top_k"]}
+        cut = client.post("/completion", json={"prompt": [1, 2], "n_predict": 1, **idle}).json()
         assert (cut["stop_type"], cut["tokens_predicted"], cut["truncated"]) == ("limit", 1, False)
         endless = client.post("/completion", json={"prompt": "a", "n_predict": -1, "temperature": 0.5}).json()
         assert endless["content"] == "one two three"

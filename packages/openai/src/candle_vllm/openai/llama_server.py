@@ -43,7 +43,8 @@ _REFUSED: Mapping[str, fields.Refusal] = {
     "t_max_prompt_ms": fields.Refusal("a prompt is always read whole", idle=True),
     "t_max_predict_ms": fields.Refusal("n_predict bounds an answer", idle=True),
     "n_indent": fields.Refusal("stop ends an answer", idle=True),
-    "samplers": fields.Refusal("samplers have a fixed order", idle=True),
+    "max_tokens": fields.Refusal("here it is called n_predict"),
+    **{name: fields.REFUSED_FIELDS[name] for name in ("n_cache_reuse", "backend_sampling", "samplers")},
 }
 
 _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]

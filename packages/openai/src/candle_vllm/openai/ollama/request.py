@@ -371,7 +371,7 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class EmbedRequest(_Asked):
-    """Texts to embed: `POST /api/embed`.
+    """Texts to embed: `POST /api/embed`. A request without a text only loads the model.
 
     Attributes:
         input: a text or several texts.
@@ -382,9 +382,11 @@ class EmbedRequest(_Asked):
     input: Annotated[
         list[_Text],
         Field(max_length=MAX_INPUTS, fail_fast=True),
-        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-    ]
+        BeforeValidator(lambda value: [] if value in (None, "") else [value] if isinstance(value, str) else value),
+        WithJsonSchema(
+            {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+        ),
+    ] = Field(default_factory=list)
     truncate: bool | None = None
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
 

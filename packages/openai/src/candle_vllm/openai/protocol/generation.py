@@ -156,6 +156,11 @@ class SamplerFields(fields.WireModel):
             return value
 
 
+def llama_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sampling values, which are by their names in `SamplingParams`, by the names of llama.cpp and of Ollama."""
+    return {"repeat_penalty" if name == "repetition_penalty" else name: value for name, value in values.items()}
+
+
 class LlamaFields(SamplerFields):
     """Sampling fields by the names of llama.cpp and of Ollama; null always means absent.
 

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai import ChatCompletionRequest, ErrorEnvelope, llama_server
 from candle_vllm.openai.json_body import parse_body
+from candle_vllm.openai.protocol.generation import llama_names
 from candle_vllm.openai.protocol.tokenizing import RenderedPrompt
 from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.openai.task import MEDIA_MARK
@@ -87,7 +88,7 @@ def _properties(model: ServedModel) -> Properties:
     counts = {**{name: getattr(_SAMPLING, name) for name in _SHOWN}, **info.default_sampling}
     return Properties(
         default_generation_settings=GenerationSettings(
-            info.max_model_len, {**counts, **model.entry.settings.default_sampling}
+            info.max_model_len, llama_names({**counts, **model.entry.settings.default_sampling})
         ),
         total_slots=info.max_num_seqs,
         model_alias=model.entry.names[0],

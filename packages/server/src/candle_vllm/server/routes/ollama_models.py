@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -19,6 +19,7 @@ from starlette.responses import Response
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.ollama import Failure, ollama_parser, rfc3339
 from candle_vllm.openai.protocol.fields import Refusal
+from candle_vllm.openai.protocol.generation import llama_names
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
@@ -203,7 +204,7 @@ async def ollama_version() -> Response:
 def _shown(slot: ModelSlot) -> Shown:
     known, settings, name = _description(slot), slot.entry.settings, slot.entry.names[0]
     assert known is not None
-    drawn: Mapping[str, Any] = {**known.sampling, **settings.default_sampling}
+    drawn = llama_names({**known.sampling, **settings.default_sampling})
     about: dict[str, str | int] = {
         "general.architecture": known.architecture,
         "general.basename": name,
