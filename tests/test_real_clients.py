@@ -272,7 +272,7 @@ def test_anthropic_shows_thoughts_and_takes_them_back(scripted: ScriptedServer) 
 def test_anthropic_lists_models(scripted: ScriptedServer) -> None:
     with anthropic_client(scripted.url) as client:
         assert "scripted" in [model.id for model in client.models.list()]
-        assert client.models.retrieve("scripted").id == "scripted"
+        assert client.models.retrieve("scripted").lifecycle == "active"
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

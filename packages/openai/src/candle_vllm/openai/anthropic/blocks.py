@@ -129,6 +129,10 @@ class ImageBlock(WireModel):
     ]
     cache_control: CacheControl | None = None
 
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "transformations": Refusal("large images are always scaled down", ({}, {"oversized_image": "downsize"}))
+    }
+
     def image(self, path: str) -> ImagePart:
         """Convert to the `ImagePart` of a `Task`."""
         if isinstance(self.source, FileSource):

@@ -353,6 +353,7 @@ def anthropic_card(card: Card) -> dict[str, object]:
     most = card.max_model_len if isinstance(card, LoadedCard) else None
     return {
         "type": "model", "id": card.id, "display_name": card.id, "created_at": created, "max_input_tokens": most,
+        "lifecycle": "active",
     }  # fmt: skip
 
 
