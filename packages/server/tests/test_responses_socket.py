@@ -175,6 +175,7 @@ def test_a_server_without_a_store_has_the_connection_s_memory(start: Callable[..
         ({"type": "response.create", "stream": False}, "stream"),
         ({"type": "response.create", "background": True}, "background"),
         ({"type": "response.create", "input": "Hi", "temprature": 1}, "temprature"),
+        ({"type": "response.create", "input": "Hi", "stream_id": "a"}, "stream_id"),
         ({"type": "response.create", "input": "Hi", "top_p": 7}, "top_p"),
     ],
 )

@@ -58,6 +58,7 @@ REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
     "n": Refusal("there is one answer", (1,)),
     "modalities": Refusal("the server generates text only", (["text"],)),
     "generate": Refusal("requests that generate nothing are not supported", (True,)),
+    "stream_id": Refusal("the responses of a connection run one after the other"),
     "betas": Refusal(_HOSTED, ([],)),
 }
 
