@@ -535,19 +535,47 @@ async def test_a_server_that_is_not_there_yet_comes_later(scripted: Scripted, tm
 
 
 async def test_after_many_attempts_only_a_call_makes_another(
-    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted, notes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(supervisor, "MAX_ATTEMPTS", 3)
-    link = McpLink(scripted("plain", cwd=str(tmp_path / "later")))
-    with pytest.raises(McpServerError):
-        await link.start(keep_trying=True)
+    folder, away = tmp_path / "here", tmp_path / "away"
+    folder.mkdir()
+    link = McpLink(scripted("plain", cwd=str(folder)))
+    await link.start()
+    folder.rename(away)
+    os.kill(notes.processes[0], signal.SIGTERM)
     await until(lambda: "3 attempts failed; the next one is made when a tool is called" in link.log_lines())
-    (tmp_path / "later").mkdir()
+    away.rename(folder)
     await asyncio.sleep(0.3)
     assert link.state == "failed"
     assert said(await link.call("echo", {"text": "x"})) == "x"
     assert link.state == "ready"
+    await link.aclose()
+
+
+async def test_a_server_without_known_tools_is_tried_without_end(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody could call a tool of it."""
+    monkeypatch.setattr(supervisor, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(supervisor, "LAST_DELAY", 0.02)
+    monkeypatch.setattr(supervisor, "MAX_ATTEMPTS", 3)
+    attempts, connect = 0, supervisor.Supervisor._connect
+
+    async def counted(self: supervisor.Supervisor) -> Any:
+        nonlocal attempts
+        attempts += 1
+        return await connect(self)
+
+    monkeypatch.setattr(supervisor.Supervisor, "_connect", counted)
+    link = McpLink(scripted("plain", cwd=str(tmp_path / "later")))
+    with pytest.raises(McpServerError):
+        await link.start(keep_trying=True)
+    await until(lambda: attempts > 5)
+    await link._supervisor._pause(100_000)  # the delay stays the same
+    (tmp_path / "later").mkdir()
+    await until(lambda: link.state == "ready")
     await link.aclose()
 
 

@@ -2,6 +2,7 @@
 """Supervisor: opens the connection to an MCP server, follows changes of the tools, and reconnects when it is lost.
 
 The delay before an attempt grows from 0.5 to 30 seconds with each failure; a call of a tool starts an attempt at once.
+After `MAX_ATTEMPTS` failures in a row, only such a call starts one, unless no tools of the server are known.
 """
 
 from __future__ import annotations
@@ -163,8 +164,9 @@ class Supervisor:
 
     async def _pause(self, failures: int) -> None:
         """Wait before the next attempt; a call of one of the server's tools ends the wait."""
-        delay: float | None = min(LAST_DELAY, FIRST_DELAY * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)  # noqa: S311
-        if failures >= MAX_ATTEMPTS:
+        doubled = FIRST_DELAY * 2 ** min(failures - 1, MAX_ATTEMPTS)
+        delay: float | None = min(LAST_DELAY, doubled) * random.uniform(0.75, 1.25)  # noqa: S311
+        if failures >= MAX_ATTEMPTS and self.listed and self.listed.tools:
             delay = None
             self._peer.note(f"{failures} attempts failed; the next one is made when a tool is called")
         least = asyncio.get_running_loop().time() + FIRST_DELAY / 2
