@@ -109,6 +109,58 @@ def test_escape_stops_and_a_reload_loses_nothing(slow_site: Site, open_page: Cal
     said(page, "Stopped.")
 
 
+def test_escape_stops_no_answer_where_it_closes_a_dialog_or_clears_the_search(
+    slow_site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(slow_site.url)
+    page.locator("#attach-file").set_input_files([{"name": "a.txt", "mimeType": "text/plain", "buffer": b"hello"}])
+    page.locator(".composer .file").wait_for()
+    say(page, "slowly")
+    said(page, "word3")
+    page.locator(".question .file-name").click()
+    page.locator("dialog .file-text").wait_for()
+    page.keyboard.press("Escape")
+    page.locator("dialog").wait_for(state="detached")
+    page.keyboard.press("Control+k")
+    page.keyboard.type("slow")
+    page.keyboard.press("Escape")
+    assert page.locator("#search").input_value() == ""
+    said(page, "word30")
+    assert page.locator(".answer[aria-busy=true]").count() == 1
+    page.keyboard.press("Escape")
+    said(page, "Stopped.")
+
+
+def test_an_answer_is_saved_while_its_tab_is_hidden(slow_site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(slow_site.url)
+    say(page, "slowly")
+    said(page, "word3")
+    page.evaluate("window.requestAnimationFrame = () => 0")  # a hidden page has no frames
+    page.wait_for_timeout(100)
+    page.evaluate("Object.defineProperty(document, 'hidden', { value: true })")
+    eventually(page, lambda: page.evaluate(_IS_SAVED, "word60 ") and not page.evaluate(_IS_SAVED, "word399"))
+
+
+_CONFIRM = """(field) => field.dispatchEvent(
+  new KeyboardEvent("keydown", { key: "Enter", keyCode: 229, bubbles: true, cancelable: true }))"""
+
+
+def test_enter_that_confirms_a_composition_sends_nothing(chat: Any) -> None:
+    """In Safari the composition has ended before the key that ends it: 229 is the code of a key of an input method."""
+    ask(chat, "Hello")
+    chat.locator("#composer").fill("日本")
+    assert chat.locator("#composer").evaluate(_CONFIRM)  # the default is not prevented
+    assert chat.locator("#composer").input_value() == "日本"
+    button(chat, "Edit").click()
+    assert chat.locator(".editor textarea").evaluate(_CONFIRM)
+    chat.locator(".editor").wait_for()
+    chat.locator(".editor textarea").press("Escape")
+    chat.locator(".conversation-link").dblclick()
+    chat.locator(".conversation input").evaluate(_CONFIRM)
+    chat.locator(".conversation input").wait_for()
+    assert chat.locator(".question").count() == 1
+
+
 _SLOW_DATABASE = """
 const open = IDBFactory.prototype.open;
 IDBFactory.prototype.open = function (...given) {

@@ -105,6 +105,20 @@ def test_images_are_pasted_dropped_and_taken_back(page: Any, seeing: Any) -> Non
     assert page.locator(".question .bubble").count() == 0
 
 
+def test_a_table_of_a_spreadsheet_is_pasted_as_text(page: Any) -> None:
+    """Spreadsheets and word processors also put an image of the text into the clipboard."""
+    paste = """(field, types) => {
+      const clipboardData = new DataTransfer();
+      clipboardData.items.add(new File(["x"], "image.png", { type: "image/png" }));
+      for (const type of types) clipboardData.setData(type, "1\\t2");
+      return field.dispatchEvent(new ClipboardEvent("paste", { bubbles: true, cancelable: true, clipboardData }));
+    }"""
+    composer = page.locator("#composer")
+    assert composer.evaluate(paste, ["text/plain", "text/html"])  # the browser pastes the text
+    assert not composer.evaluate(paste, ["text/html"])  # an image of a page
+    assert not composer.evaluate(paste, ["text/plain"])  # a file of a file manager, with its name
+
+
 def test_what_is_given_while_an_image_is_read_is_kept_and_sent_with_it(page: Any, seeing: Any) -> None:
     page.evaluate("""() => {
       const plain = window.createImageBitmap;

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.web.actions import act, ask, button, eventually, findings, said, say, wait_idle
-from tests.web.ui_server import Site
+from tests.web.ui_server import Site, ui_server
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
@@ -107,6 +107,59 @@ def focused(page: Any) -> str:
             "(document.activeElement.getAttribute('aria-label') || document.activeElement.textContent).trim()"
         )
     )
+
+
+def test_enter_begins_a_line_in_the_fields_of_a_phone(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page.locator("#composer").fill("one")
+    page.locator("#composer").press("Enter")
+    assert page.locator("#composer").input_value() == "one\n"
+    button(page, "Send").click()
+    wait_idle(page)
+    button(page, "Actions").first.click()
+    button(page, "Edit").first.click()
+    page.locator(".editor textarea").press("Enter")
+    assert page.locator(".editor textarea").input_value() == "one\n"
+
+
+_RIGHT_TO_LEFT = """# כותרת, ABC!
+
+מה שלומך?
+
+- אחת, `code`
+- שתיים
+
+> ציטוט.
+
+| שם | ערך |
+|---|---|
+| א | $x + 1$ |
+
+```python
+x = 1
+```
+
+English again.
+"""
+_SIDES = """(all) => all.map((one) => [one.localName, getComputedStyle(one).direction])"""
+
+
+def test_texts_have_the_direction_of_their_language(open_page: Callable[..., Any]) -> None:
+    with ui_server(lambda prompt: _RIGHT_TO_LEFT) as site:
+        page = open_page(site.url)
+        ask(page, "שלום, ABC?")
+        blocks = page.locator(".markdown").locator("h3, p, ul, blockquote, table, pre, math")
+        found = blocks.evaluate_all(_SIDES)
+        left = [("pre", "ltr"), ("math", "ltr"), ("p", "ltr")]
+        assert sorted(map(tuple, found)) == sorted(
+            [("h3", "rtl"), ("p", "rtl"), ("p", "rtl"), ("ul", "rtl"), ("blockquote", "rtl"), ("table", "rtl"), *left]
+        )
+        assert page.locator(".bubble").evaluate_all(_SIDES) == [["div", "rtl"]]
+        button(page, "Edit").click()
+        assert page.locator(".editor textarea").evaluate_all(_SIDES) == [["textarea", "rtl"]]
+        page.locator("#composer").fill("مرحبا")
+        assert page.locator("#composer").evaluate_all(_SIDES) == [["textarea", "rtl"]]
+        assert page.locator(".conversation-link").evaluate_all(_SIDES) == [["a", "rtl"]]
 
 
 def test_keyboard_only(site: Site, open_page: Callable[..., Any]) -> None:

@@ -58,6 +58,22 @@ def test_a_prompt_is_made_changed_and_deleted(chat: Any) -> None:
     assert names(chat) == []
 
 
+def test_a_selection_that_ends_outside_closes_no_dialog(chat: Any) -> None:
+    chat.locator(".sidebar").get_by_role("button", name="Prompts").click()
+    button(chat, "New prompt").click()
+    field = chat.get_by_label("Text", exact=True)
+    field.fill("a long text")
+    box = field.bounding_box()
+    chat.mouse.move(box["x"] + 40, box["y"] + 15)
+    chat.mouse.down()
+    chat.mouse.move(5, box["y"] + 15, steps=4)
+    chat.mouse.up()
+    chat.wait_for_timeout(200)
+    assert field.input_value() == "a long text"
+    chat.mouse.click(5, box["y"] + 15)
+    button(chat, "New prompt").wait_for()  # the list is below the form
+
+
 def test_tab_goes_through_the_parts_of_a_prompt(chat: Any) -> None:
     make(chat, "Translate", "Translate {{text}} into {{language}}.")
     chat.locator("#composer").press_sequentially("/tra")

@@ -68,6 +68,24 @@ def test_scripts_that_are_put_in_do_not_run(site: Site, browser: Any) -> None:
     context.close()
 
 
+def test_what_cannot_be_read_is_refused_and_the_page_stays(chat: Any) -> None:
+    chat.locator(".composer-frame").wait_for()
+    drop = """(where) => {
+        const transfer = new DataTransfer();
+        const folder = new File(["x"], "a folder");
+        folder.arrayBuffer = () => Promise.reject(new DOMException("a folder", "NotFoundError"));
+        const files = [folder, new File(["b = 2"], "b.py")];
+        Object.defineProperty(transfer, "files", { value: files });
+        Object.defineProperty(transfer, "types", { value: ["Files"] });
+        const made = (name) => new DragEvent(name, { dataTransfer: transfer, bubbles: true, cancelable: true });
+        return ["dragover", "drop"].map((name) => document.querySelector(where).dispatchEvent(made(name)));
+    }"""
+    assert chat.evaluate(drop, ".composer-frame") == [False, False]
+    chat.get_by_text("a folder: it cannot be read.").wait_for()
+    button(chat, "Show b.py").wait_for()
+    assert chat.evaluate(drop, ".sidebar") == [False, False]  # else the browser would show the file
+
+
 def test_files_for_the_model_are_fenced(chat: Any) -> None:
     chat.locator(".composer-frame").wait_for()
     chat.evaluate("""() => {

@@ -12,13 +12,14 @@ import { followPageKey } from "./state/page-key.ts";
 import { applyPreferences } from "./state/preferences.ts";
 import { followAddress } from "./state/route.ts";
 import { App } from "./ui/App.tsx";
-import { listenForShortcuts } from "./ui/shortcuts.ts";
+import { keepDroppedFilesOut, listenForShortcuts } from "./ui/shortcuts.ts";
 
 watchLeaving();
 applyPreferences();
 followPageKey();
 followAddress();
 listenForShortcuts();
+keepDroppedFilesOut();
 render(<App />, document.getElementById("app")!);
 void startChats(readLibrary);
 watchServer();

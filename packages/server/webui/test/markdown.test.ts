@@ -147,7 +147,7 @@ const ELEMENTS = new Set([
   "blockquote", "hr", "div", "table", "thead", "tbody", "tr", "th", "td", "img", "math", "mrow", "mi", "mn", "mo", "mtext",
 ]);
 const ATTRIBUTES = new Set([
-  "class", "href", "title", "target", "rel", "src", "alt", "start", "type", "checked", "disabled", "aria-label", "scope",
+  "class", "dir", "href", "title", "target", "rel", "src", "alt", "start", "type", "checked", "disabled", "aria-label", "scope",
   "role", "tabIndex", "text", "language", "closed", "display", "mathvariant", "stretchy",
 ]);
 

@@ -15,12 +15,14 @@ export function fenced(text: string, language = ""): string {
 }
 
 /** Why a file is not taken. */
-export type FileFault = "empty" | "tooLarge" | "pdf" | "binary" | "notUtf8";
+export type FileFault = "empty" | "tooLarge" | "pdf" | "binary" | "notUtf8" | "unreadable";
 
 /** A file, or why it is not taken: a PDF is no text, even where all of its bytes are ASCII. */
 export async function readFile(file: File): Promise<TextFile | FileFault> {
   if (!file.size || file.size > MAX_FILE) return file.size ? "tooLarge" : "empty";
-  const bytes = new Uint8Array(await file.arrayBuffer());
+  const buffer = await file.arrayBuffer().catch(() => undefined); // a folder, or a file that has gone
+  if (!buffer) return "unreadable";
+  const bytes = new Uint8Array(buffer);
   const isUtf16 = (bytes[0] === 0xff && bytes[1] === 0xfe) || (bytes[0] === 0xfe && bytes[1] === 0xff);
   if (bytes.includes(0) && !isUtf16) return "binary";
   if (String.fromCharCode(...bytes.subarray(0, 5)) === "%PDF-") return "pdf";

@@ -17,7 +17,7 @@ const GROUP = 24; // blocks
 /** Markdown that may still be growing; `open` says that it is. */
 export function Markdown({ source, open = false }: { source: string; open?: boolean }) {
   const blocks = useRef<GrowingBlocks>(null);
-  if (isTooMuch(source)) return <div class="markdown plain">{source}</div>;
+  if (isTooMuch(source)) return <div class="markdown plain" dir="auto">{source}</div>;
   const read = (blocks.current ??= new GrowingBlocks()).update(source, !open);
   const groups: Omit<GroupProps, "open">[] = [];
   for (let at = 0, after = 0; at < read.length; at += GROUP) {
@@ -57,34 +57,35 @@ const rankAfter = (rank: number, block: Block): number =>
 interface BlockProps {
   block: Block;
   rank?: number | undefined; // of a heading; none inside another block
+  dir?: "auto" | undefined; // that of the text; none inside another block, which has one
   open: boolean;
 }
 
 // A block is the same as long as its text is: the last one alone changes while an answer is written.
 const BlockView = memo(
-  ({ block, rank, open }: BlockProps) => blockNode(block, open, rank),
+  ({ block, rank, dir, open }: BlockProps) => blockNode(block, open, rank, dir),
   (before, after) =>
     before.open === after.open && before.rank === after.rank && (before.block === after.block || (after.open && before.block.raw === after.block.raw)),
 );
 
-export function blockNode(block: Block, open: boolean, rank?: number): VNode | null {
+export function blockNode(block: Block, open: boolean, rank?: number, dir?: "auto"): VNode | null {
   switch (block.type) {
     case "heading":
-      return heading(block as Tokens.Heading, rank);
+      return heading(block as Tokens.Heading, rank, dir);
     case "paragraph":
-      return <p>{inline((block as Tokens.Paragraph).tokens)}</p>;
+      return <p dir={dir}>{inline((block as Tokens.Paragraph).tokens)}</p>;
     case "text":
-      return <p>{textOf(block as Tokens.Text)}</p>;
+      return <p dir={dir}>{textOf(block as Tokens.Text)}</p>;
     case "code": {
       const { text, lang, raw } = block as Tokens.Code;
       return <CodeBlock text={text} language={lang ?? ""} closed={!open || isFenceClosed(raw)} />;
     }
     case "blockquote":
-      return <blockquote>{children((block as Tokens.Blockquote).tokens, open)}</blockquote>;
+      return <blockquote dir={dir}>{children((block as Tokens.Blockquote).tokens, open)}</blockquote>;
     case "list":
-      return list(block as ListPart, open);
+      return list(block as ListPart, open, dir);
     case "table":
-      return table(block as Tokens.Table);
+      return table(block as Tokens.Table, dir);
     case "hr":
       return <hr />;
     case "math":
@@ -93,7 +94,7 @@ export function blockNode(block: Block, open: boolean, rank?: number): VNode | n
     case "def":
       return null;
     default:
-      return <p class="verbatim">{block.raw}</p>;
+      return <p class="verbatim" dir={dir}>{block.raw}</p>;
   }
 }
 
@@ -101,23 +102,23 @@ function children(tokens: readonly Block[], open: boolean, after?: number): Comp
   let rank = after;
   return tokens.map((token, index) => {
     if (rank !== undefined) rank = rankAfter(rank, token);
-    return <BlockView key={index} block={token} rank={token.type === "heading" ? rank : undefined} open={open && index === tokens.length - 1} />;
+    return <BlockView key={index} block={token} rank={token.type === "heading" ? rank : undefined} dir={after === undefined ? undefined : "auto"} open={open && index === tokens.length - 1} />;
   });
 }
 
 // Headings of an answer stand below its own; what looks like one in a quotation or a list is none of the page's.
-function heading({ depth, tokens }: Tokens.Heading, rank: number | undefined): VNode {
+function heading({ depth, tokens }: Tokens.Heading, rank: number | undefined, dir: "auto" | undefined): VNode {
   const Name = rank === undefined ? "p" : ((["h3", "h4", "h5"] as const)[rank - 1] ?? "h6");
-  return <Name class={`level-${depth}`}>{inline(tokens)}</Name>;
+  return <Name class={`level-${depth}`} dir={dir}>{inline(tokens)}</Name>;
 }
 
-function list({ ordered, start, items, loose, part }: ListPart, open: boolean): VNode {
+function list({ ordered, start, items, loose, part }: ListPart, open: boolean, dir: "auto" | undefined): VNode {
   const content = items.map((item, index) => (
     <ListItem key={index} item={item} loose={loose} open={open && index === items.length - 1} />
   ));
   const kinds = [items.some((item) => item.task) && "tasks", part && "part"].filter(Boolean).join(" ") || undefined;
-  if (!ordered) return <ul class={kinds}>{content}</ul>;
-  return <ol class={kinds} start={start === "" ? 1 : start}>{content}</ol>;
+  if (!ordered) return <ul class={kinds} dir={dir}>{content}</ul>;
+  return <ol class={kinds} dir={dir} start={start === "" ? 1 : start}>{content}</ol>;
 }
 
 interface ItemProps {
@@ -142,11 +143,11 @@ const ListItem = memo(
   (before, after) => before.item.raw === after.item.raw && before.loose === after.loose && before.open === after.open,
 );
 
-function table({ header, rows, align }: Tokens.Table): VNode {
+function table({ header, rows, align }: Tokens.Table, dir: "auto" | undefined): VNode {
   const side = (index: number) => (align[index] ? `align-${align[index]}` : undefined);
   return (
     <div class="table-frame" role="region" aria-label={t.value.table} tabIndex={0}>
-      <table>
+      <table dir={dir}>
         <thead>
           <tr>
             {header.map((cell, index) => (

@@ -231,7 +231,6 @@ export class OpenChat {
     };
     const frames = new FrameQueue(() => {
       node.value = snapshot(draft);
-      if (draft.state === "streaming") saving ??= setTimeout(save, SAVE_MS); // what has ended was saved when it did
     });
     return {
       request: (goOn: boolean) => this.request(draft, goOn),
@@ -244,6 +243,7 @@ export class OpenChat {
       changed: () => {
         if (draft.state === "streaming" && this.active.value !== draft.id) this.begin(draft.id);
         frames.ask();
+        if (draft.state === "streaming") saving ??= setTimeout(save, SAVE_MS); // a hidden page may have no more frames
       },
       settled: () => {
         node.value = snapshot(draft);

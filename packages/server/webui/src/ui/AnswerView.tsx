@@ -138,7 +138,7 @@ const StepView = memo(
   ({ chat, id, step, raw, tokens, isOpen }: StepProps) => (
     <div class="step">
       {step.reasoning && <Reasoning step={step} isOpen={isOpen && !step.text && !step.calls.length} />}
-      {tokens && step.logprobs ? <Logprobs tokens={step.logprobs} /> : step.text && (raw ? <pre class="raw">{step.text}</pre> : <Markdown source={step.text} open={isOpen} />)}
+      {tokens && step.logprobs ? <Logprobs tokens={step.logprobs} /> : step.text && (raw ? <pre class="raw" dir="auto">{step.text}</pre> : <Markdown source={step.text} open={isOpen} />)}
       {step.calls.map((call, index) => call && (
         <ToolCard key={call.id || index} call={call} onDecide={(decision) => chat.decide(id, call.id, decision)} />
       ))}

@@ -20,6 +20,7 @@ import { Icon } from "./Icon.tsx";
 import { FileChip } from "./FileChip.tsx";
 import { FailureNote, LoadingLine } from "./ModelState.tsx";
 import { PromptMenu, setSystemPrompt, useSuggestions } from "./PromptPicker.tsx";
+import { isComposing } from "./shortcuts.ts";
 import { ToolsSwitch } from "./ToolsSwitch.tsx";
 
 const MAX_HEIGHT = 240;
@@ -131,8 +132,10 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     void attach(files);
   };
   const paste = (event: ClipboardEvent) => {
-    const files = [...(event.clipboardData?.files ?? [])].filter(isImage);
-    if (!files.length) return;
+    const { files: all = [], types = [] } = event.clipboardData ?? {};
+    const files = [...all].filter(isImage);
+    // Spreadsheets and word processors put an image of the text beside it.
+    if (!files.length || (types.includes("text/html") && types.includes("text/plain"))) return;
     event.preventDefault();
     void attach(files);
   };
@@ -143,7 +146,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
       event.preventDefault(); // behind the last one, Tab leaves the field as ever
       return;
     }
-    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+    const sends = event.key === "Enter" && !event.shiftKey && !isComposing(event);
     if (sends && !matchMedia("(pointer: coarse)").matches) {
       event.preventDefault();
       send();
@@ -176,7 +179,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
             ))}
           </div>
         )}
-        <textarea id="composer" ref={field} rows={1} value={text} placeholder={t.value.placeholder} aria-label={t.value.message} enterkeyhint="enter"
+        <textarea id="composer" ref={field} rows={1} dir="auto" value={text} placeholder={t.value.placeholder} aria-label={t.value.message} enterkeyhint="enter"
           onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} onPaste={paste} {...suggestions.attributes} />
         <div class="composer-row">
           <Attach sees={sees} onFiles={(files) => void attach(files)} />

@@ -11,6 +11,7 @@ import { go, hashOf, type Route, route } from "../state/route.ts";
 import { isStoreReady } from "../state/storage.ts";
 import { Icon } from "./Icon.tsx";
 import { Menu } from "./Menu.tsx";
+import { isComposing } from "./shortcuts.ts";
 
 const PAGE = 100; // conversations that are drawn at first, and each time the end comes into view
 const SEARCH_MS = 150;
@@ -168,7 +169,7 @@ function Item({ conversation }: { conversation: Conversation }) {
   });
   return (
     <li class="conversation">
-      <a class="conversation-link" href={hashOf(to)} aria-current={isCurrent ? "page" : undefined} title={title}
+      <a class="conversation-link" dir="auto" href={hashOf(to)} aria-current={isCurrent ? "page" : undefined} title={title}
         onClick={follow(to)} onDblClick={() => setRenaming(true)} onDragStart={(event) => event.dataTransfer?.setData(DRAGGED, id)}>
         {title}
       </a>
@@ -194,9 +195,9 @@ function Rename({ value, onKeep, onDone }: { value: string; onKeep: (name: strin
     onDone();
   };
   return (
-    <input ref={field} class="input" defaultValue={value} aria-label={t.value.rename} maxLength={200} onBlur={keep}
+    <input ref={field} class="input" dir="auto" defaultValue={value} aria-label={t.value.rename} maxLength={200} onBlur={keep}
       onKeyDown={(event) => {
-        if (event.key === "Enter" && !event.isComposing) keep();
+        if (event.key === "Enter" && !isComposing(event)) keep();
         if (event.key === "Escape") {
           event.stopPropagation();
           onDone();

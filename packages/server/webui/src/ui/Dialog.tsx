@@ -15,6 +15,7 @@ interface DialogProps {
 
 export function Dialog({ title, onClose, children, wide = false }: DialogProps) {
   const frame = useRef<HTMLDialogElement>(null);
+  const isPressedOutside = useRef(false); // where a selection may end, too
   const id = useId();
   useLayoutEffect(() => { // not a later effect: it would take the focus from what the user has gone to meanwhile
     const focused = document.activeElement;
@@ -26,10 +27,11 @@ export function Dialog({ title, onClose, children, wide = false }: DialogProps) 
     };
   }, []);
   const closeOutside = (event: MouseEvent) => {
-    if (event.target === frame.current) onClose();
+    if (event.target === frame.current && isPressedOutside.current) onClose();
   };
   return (
     <dialog ref={frame} class={wide ? "dialog wide" : "dialog"} aria-labelledby={id} onClick={closeOutside}
+      onPointerDown={(event) => (isPressedOutside.current = event.target === frame.current)}
       onCancel={(event) => { event.preventDefault(); onClose(); }}>
       <div class="dialog-body">
         <header class="dialog-head">

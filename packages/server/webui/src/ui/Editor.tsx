@@ -3,7 +3,7 @@
 
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { t } from "../i18n/index.ts";
-import { focusInput } from "./shortcuts.ts";
+import { focusInput, isComposing } from "./shortcuts.ts";
 
 /** Whether a message is being edited; the focus comes back to the button of that, or to the message field. */
 export function useEditing(button: string) {
@@ -54,9 +54,9 @@ export function Editor({ text: before, hint, action, isBusy, onKeep, onDone }: E
   };
   return (
     <div class="editor">
-      <textarea ref={field} class="input" rows={Math.min(12, before.split("\n").length + 1)} aria-label={t.value.edit} defaultValue={before}
+      <textarea ref={field} class="input" dir="auto" rows={Math.min(12, before.split("\n").length + 1)} aria-label={t.value.edit} defaultValue={before}
         onKeyDown={(event) => {
-          if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+          if (event.key === "Enter" && !event.shiftKey && !isComposing(event) && !matchMedia("(pointer: coarse)").matches) {
             event.preventDefault();
             send();
           }

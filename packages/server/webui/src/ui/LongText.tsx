@@ -9,7 +9,7 @@ const SHOWN = 10_000; // characters at first
 export function LongText({ class: name, text }: { class: string; text: string }) {
   const [count, setCount] = useState(SHOWN);
   return (
-    <div class={name}>
+    <div class={name} dir="auto">
       {text.length > count ? `${text.slice(0, count)}…` : text}
       {text.length > count && (
         <button type="button" class="button small" onClick={() => setCount(count * 10)}>{t.value.more}</button>

@@ -10,6 +10,7 @@ import { announce, notify } from "../state/notices.ts";
 import { findPrompts, prompts } from "../state/prompts.ts";
 import { Icon, type IconName } from "./Icon.tsx";
 import { Menu } from "./Menu.tsx";
+import { isComposing } from "./shortcuts.ts";
 
 const iconOf = ({ kind }: Prompt): IconName => (kind === "system" ? "settings" : "prompt");
 
@@ -50,7 +51,7 @@ export function useSuggestions(text: string, onChoose: (prompt: Prompt) => void)
   };
   /** Whether a key was for the list. */
   const onKey = (event: KeyboardEvent): boolean => {
-    if (!found.length || event.isComposing || event.shiftKey) return false;
+    if (!found.length || isComposing(event) || event.shiftKey) return false;
     const to = { ArrowDown: active + 1, ArrowUp: active + found.length - 1 }[event.key];
     if (to !== undefined) {
       setAt(to % found.length);

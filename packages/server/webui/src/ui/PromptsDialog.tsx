@@ -70,7 +70,7 @@ function PromptForm({ prompt, onDone }: { prompt: Prompt; onDone: () => void }) 
         </div>
         <div class="field">
           <label for={`${id}-text`}>{t.value.text}</label>
-          <textarea id={`${id}-text`} class="input" rows={8} required value={draft.text} onInput={(event) => setDraft({ ...draft, text: event.currentTarget.value })} />
+          <textarea id={`${id}-text`} class="input" dir="auto" rows={8} required value={draft.text} onInput={(event) => setDraft({ ...draft, text: event.currentTarget.value })} />
         </div>
         <footer class="dialog-actions">
           <button type="button" class="button" onClick={onDone}>{t.value.cancel}</button>

@@ -119,7 +119,7 @@ function TextField(props: FieldProps<"system" | "schema"> & { rows: number }) {
   return (
     <div class="field">
       <span class="field-head"><label for={id}>{t.value.fields[name]}</label><Reset {...props} /></span>
-      <textarea id={id} class={name === "schema" ? "input mono" : "input"} rows={rows} spellcheck={name === "system"} aria-invalid={isWrong}
+      <textarea id={id} class={name === "schema" ? "input mono" : "input"} dir="auto" rows={rows} spellcheck={name === "system"} aria-invalid={isWrong}
         aria-describedby={`${id}-hint`} value={value ?? ""} placeholder={inherited[name] ?? t.value.placeholders[name]} onInput={(event) => write(event.currentTarget.value)} />
       <span id={`${id}-hint`} class={isWrong ? "hint wrong" : "hint"}>{isWrong ? t.value.notASchema : t.value.hints[name]}</span>
     </div>

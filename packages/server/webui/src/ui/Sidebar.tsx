@@ -37,7 +37,7 @@ export function Sidebar() {
           <Icon name="search" />
           <input id="search" type="search" placeholder={t.value.search} aria-label={t.value.search} value={query}
             onInput={(event) => setQuery(event.currentTarget.value)}
-            onKeyDown={(event) => event.key === "Escape" && (setQuery(""), event.currentTarget.blur())} />
+            onKeyDown={(event) => event.key === "Escape" && (event.preventDefault(), setQuery(""), event.currentTarget.blur())} />
         </label>
         <ConversationList query={query.trim()} />
         <footer class="sidebar-foot">

@@ -6,6 +6,9 @@ import { isSidebarOver, open } from "../state/dialogs.ts";
 import { prefer, preferences } from "../state/preferences.ts";
 import { go } from "../state/route.ts";
 
+/** Whether an input method takes the key. In Safari the composition has ended before the key that ends it, whose code is 229. */
+export const isComposing = (event: KeyboardEvent): boolean => event.isComposing || event.keyCode === 229;
+
 export const isNarrow = (): boolean => matchMedia("(max-width: 760px)").matches;
 
 /** Shows or hides the list of conversations. */
@@ -42,10 +45,10 @@ function newChat(): void {
 
 export function listenForShortcuts(): void {
   addEventListener("keydown", (event) => {
-    if (event.isComposing) return;
+    if (isComposing(event)) return;
     const control = event.ctrlKey || event.metaKey;
     const key = event.key.toLowerCase();
-    const isOpen = open.value !== null;
+    const isOpen = document.querySelector("dialog[open]") !== null; // also one that the page's state does not know
     const done = (work: () => void) => {
       event.preventDefault();
       work();
@@ -68,3 +71,14 @@ function escape(): void {
 
 const isTyping = (target: EventTarget | null): boolean =>
   target instanceof HTMLElement && (target.isContentEditable || /^(?:INPUT|TEXTAREA|SELECT)$/.test(target.tagName));
+
+/** A file that is dropped beside the input would be shown by the browser in place of the page. */
+export function keepDroppedFilesOut(): void {
+  const refuse = (event: DragEvent) => {
+    if (event.defaultPrevented || !event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    event.dataTransfer.dropEffect = "none";
+  };
+  addEventListener("dragover", refuse);
+  addEventListener("drop", refuse);
+}
