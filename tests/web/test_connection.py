@@ -81,6 +81,23 @@ def test_tools_of_a_server_that_was_started_again_are_asked_for(chat: Any) -> No
     chat.get_by_role("link", name="Tools").wait_for()
 
 
+def test_tools_of_an_mcp_server_that_comes_later_are_asked_for(chat: Any) -> None:
+    server = {"name": "clock", "transport": "stdio", "state": "failed", "error": "it did not answer", "log": []}
+    tool = {"type": "function", "function": {"name": "clock__now", "parameters": {}}, "server": "clock"}
+    chat.route("**/v1/mcp/servers", lambda route: route.fulfill(json={"object": "list", "data": [server]}))
+    chat.route("**/v1/mcp/tools", lambda route: route.fulfill(json={"object": "list", "data": tools}))
+    tools: list[dict[str, Any]] = []
+    chat.clock.install()
+    chat.reload()
+    chat.get_by_role("link", name="Tools").wait_for()
+    assert button(chat, "Tools off").count() == 0
+    server["state"], tools = "ready", [tool]
+    for _ in range(6):
+        chat.clock.run_for(3_000)
+        chat.wait_for_timeout(100)  # for the answers
+    button(chat, "Tools off").wait_for()
+
+
 def test_a_network_that_is_back_is_noticed_at_once(chat: Any) -> None:
     chat.get_by_text("demo-model is running").wait_for()
     chat.clock.install()

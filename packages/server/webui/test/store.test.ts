@@ -6,6 +6,7 @@ import { merged, RANGES, readNumber, readSettings, served, wireFields } from "..
 import type { AssistantMessage, Conversation, Folder, Prompt, UserMessage } from "../src/chat/types.ts";
 import { de } from "../src/i18n/de.ts";
 import { en } from "../src/i18n/en.ts";
+import { formatSeconds, language } from "../src/i18n/index.ts";
 import { MemoryStore } from "../src/store/database.ts";
 import { readConversation, readFolder, readPrompt } from "../src/store/records.ts";
 import { type Archive, exportText, ImportError, importText, missing, newPrompts, Places } from "../src/store/transfer.ts";
@@ -219,4 +220,9 @@ test("a folder of a file is the same, the one of its name, or a new one", () => 
   const places = new Places([work, make("e", "Renamed")], [theirWork, art, art2, make("e", "Old name")]);
   assert.deepEqual([work, theirWork, art, art2, make("e", "")].map((one) => places.of(one.id)?.[0]), [undefined, "a", "c", "c", "e"]);
   assert.deepEqual([places.of(art.id), places.of(null), places.added], [art.id, null, [art]]);
+});
+
+test("times are rounded before they are taken apart", () => {
+  language.value = "en";
+  assert.deepEqual([0.25, 1.25, 59.9, 59.97, 119.6, 3661].map(formatSeconds), ["250 ms", "1.3 s", "59.9 s", "1 min 0 s", "2 min 0 s", "61 min 1 s"]);
 });

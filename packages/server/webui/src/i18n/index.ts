@@ -41,6 +41,7 @@ export function formatBytes(bytes: number): string {
 
 export function formatSeconds(seconds: number): string {
   if (seconds < 0.9995) return `${formatNumber(seconds * 1000)} ms`;
-  if (seconds < 60) return `${formatNumber(seconds, 1)} s`;
-  return `${formatNumber(Math.floor(seconds / 60))} min ${formatNumber(Math.round(seconds % 60))} s`;
+  if (seconds < 59.95) return `${formatNumber(seconds, 1)} s`;
+  const whole = Math.round(seconds);
+  return `${formatNumber(Math.floor(whole / 60))} min ${formatNumber(whole % 60)} s`;
 }

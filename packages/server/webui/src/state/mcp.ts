@@ -19,16 +19,18 @@ export const offeredTools = computed<readonly McpTool[]>(() => {
 });
 
 const POLL_MS = 2000;
+const FAILED_MS = 15_000; // the server tries it again by itself
 let polling: ReturnType<typeof setTimeout> | undefined;
 
-/** Asks for servers and tools, and again while one of them is still connecting. */
+/** Asks for servers and tools, and again while one of them is still connecting or has failed. */
 export async function refreshMcp(): Promise<void> {
   clearTimeout(polling);
   const servers = await listMcpServers();
   mcpTools.value = servers ? ((await listMcpTools()) ?? []) : [];
   mcpServers.value = servers;
-  const isConnecting = servers?.some((server) => server.state === "connecting");
-  if (isConnecting) polling = setTimeout(() => void refreshMcp().catch(() => undefined), POLL_MS);
+  const states = new Set(servers?.map(({ state }) => state));
+  const pause = states.has("connecting") ? POLL_MS : states.has("failed") ? FAILED_MS : undefined;
+  if (pause) polling = setTimeout(() => void refreshMcp().catch(() => undefined), pause);
 }
 
 /** The tools of a chat, by the names that are on in it. */

@@ -14,8 +14,10 @@ export function prefer(change: Partial<Preferences>): void {
   writePreferences(preferences.value);
 }
 
+const UNSENDABLE = /[^\x20-\x7e]/g; // what no header can have, such as spaces of no width beside a key that was copied
+
 export function setKey(key: string, remembered: boolean): void {
-  apiKey.value = { key: key.trim(), remembered };
+  apiKey.value = { key: key.replace(UNSENDABLE, "").trim(), remembered };
   writeKey(apiKey.value.key, remembered);
 }
 
