@@ -27,7 +27,15 @@ from candle_vllm.core.engine.build import build_engine, preparation_for
 from candle_vllm.core.engine.cache import block_tiers as kept_blocks
 from candle_vllm.core.engine.cache import redis_blocks
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.cache.block_stores import BlockError, BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
+from candle_vllm.core.engine.cache.block_stores import (
+    BlockError,
+    BlockFolder,
+    BlockStore,
+    Bytes,
+    HostBlocks,
+    Tiers,
+    sealed,
+)
 from candle_vllm.core.engine.cache.block_tiers import OffloadedBlocks, OffloadedPrefixes
 from candle_vllm.core.engine.cache.redis_blocks import RedisBlocks
 from candle_vllm.core.engine.cache.states import StatePool
@@ -287,6 +295,26 @@ def test_servers_share_what_prompts_begin_with(model: Path, redis: tuple[str, An
         assert engine.stats().cached_prompt_tokens == 0
 
 
+def test_servers_share_redis_whenever_they_downloaded_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list[str]()
+
+    class Named(HostBlocks):
+        def __init__(self, url: str, name: str, most_bytes: int, block_bytes: int, *, listed: bool) -> None:
+            super().__init__(most_bytes, block_bytes)
+            names.append(name)
+
+    monkeypatch.setattr(redis_blocks, "RedisBlocks", Named)
+    for seconds, seed in ((1000, 0), (2000, 0), (2000, 1)):
+        model = write_toy_model(tmp_path / f"{seconds} {seed}", toy_config(head_dim=32), seed=seed)
+        for path in model.iterdir():
+            os.utime(path, (seconds, seconds))
+        with running(model, "redis://h"):
+            pass
+    assert names[0] == names[1] != names[2]
+
+
 @needs_redis
 def test_servers_share_states_with_the_pages_before_them(redis: tuple[str, subprocess.Popen[bytes]]) -> None:
     """One that ran before the other wrote them finds them as well; where Redis is gone they are computed."""
@@ -463,6 +491,45 @@ def listening(serve: Callable[[socket.socket], None]) -> Iterator[str]:
         yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
         accepting.join()
+
+
+def test_a_redis_that_takes_no_blocks_gives_those_that_it_has() -> None:
+    """One without memory (noeviction) or disk refuses all commands that write, also those that note the time of use."""
+    data = b"x" * 1000
+
+    def serve(connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            while asked := connection.recv(1 << 16):
+                if b"GETRANGE" in asked:
+                    block = sealed(DIGESTS[0], data) + data
+                    connection.sendall(b"$%d\r\n%b\r\n" % (len(block), block) + b"-OOM command not allowed\r\n" * 2)
+                else:
+                    connection.sendall(b":0\r\n" * asked.count(b"*"))
+
+    with listening(serve) as url:
+        store = RedisBlocks(url, "a", 1 << 20, 1000)
+        assert store.read(DIGESTS[0]) == data
+        assert store.may_have(DIGESTS[0])
+        store.close()
+
+
+def test_an_emptied_redis_gets_all_blocks_again() -> None:
+    """A missing block says that others may be missing: each must be written when it is computed again."""
+
+    def serve(connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            while asked := connection.recv(1 << 16):
+                numbers = b":1\r\n" * asked.count(b"*")
+                connection.sendall(b"$0\r\n\r\n:1\r\n:0\r\n" if b"GETRANGE" in asked else numbers)
+
+    with listening(serve) as url:
+        store = RedisBlocks(url, "a", 1 << 20, 1000)
+        for digest in DIGESTS[:3]:
+            store.write(digest, bytes(1000))
+        assert store.has(DIGESTS[2])
+        assert store.read(DIGESTS[0]) is None
+        assert not any(store.has(digest) for digest in DIGESTS[:3])
+        store.close()
 
 
 RARELY = ("numbers", "lists", "huge", "negative", "error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,26 @@ def test_blocks_that_are_written_during_a_listing_are_known(tmp_path: Path, monk
     assert store.num_bytes == 2 * (block_stores.HEADER + 1000)
 
 
+def test_blocks_that_are_deleted_from_outside_are_written_again(tmp_path: Path) -> None:
+    """Who misses one knows that others may be gone as well; the whole folder may be emptied, too."""
+    digests = [bytes([n]) * 32 for n in range(3)]
+    first, second = (BlockFolder(tmp_path / "kept", "f", 1 << 20, 1000) for _ in range(2))
+    for deleted in range(2):
+        for digest in digests:
+            first.write(digest, bytes(1000))
+        if deleted:
+            shutil.rmtree(tmp_path / "kept" / first._own)
+        else:
+            second.clear()
+        with pytest.raises(block_stores.BlockError):
+            first.read(digests[0])
+        assert not any(first.has(digest) for digest in digests)
+        assert first.num_bytes == 0
+    first.write(digests[1], bytes(1000))
+    assert first.read(digests[1]) == bytes(1000)
+    assert (tmp_path / "kept" / first._own).stat().st_mode & 0o777 == 0o700
+
+
 def test_blocks_come_back_when_they_have_left_memory(model: Path, tmp_path: Path) -> None:
     """A cache of a few blocks, through which other prompts go meanwhile."""
     with running(model, tmp_path / "kept", kv_cache_memory=1 << 17, max_model_len=7 * SIZE) as engine:
@@ -219,6 +240,38 @@ def test_a_slow_disk_costs_a_second(model: Path, tmp_path: Path, monkeypatch: py
         assert tokens["slow"] == right
         assert (cached(engine), engine.stats().kept_block_failures) == (0, 1)
         held.set()
+
+
+def test_who_waits_behind_a_long_prefix_is_not_late(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """Prefixes are read one after the other: the second one has no block while the first one gets its blocks."""
+    folder, prompts = tmp_path / "kept", [PROMPT, PROMPT[::-1]]
+    with running(model, folder) as engine:
+        right = [answer(engine, prompt) for prompt in prompts]
+        both = [_hashes(engine, prompt)[:5] for prompt in prompts]
+    may_read = {digest: threading.Event() for hashes in both for digest in hashes}
+    whole = BlockFolder.read
+
+    def read(self: BlockFolder, digest: bytes) -> memoryview | None:
+        may_read[digest].wait()
+        return whole(self, digest)
+
+    with running(model, folder) as engine:
+        monkeypatch.setattr(BlockFolder, "read", read)
+        tokens: dict[str, list[int]] = {"0": [], "1": []}
+        for name, prompt in zip(tokens, prompts, strict=True):
+            engine.add(engine.prepare(request(prompt, name)))
+        number = 0
+        while engine.has_work:
+            if number < 10 and engine.stats().kept_blocks_read == number:
+                may_read[(both[0] + both[1])[number]].set()
+                number += 1
+                clock.skip(0.7)
+            for piece in engine.step():
+                tokens[piece.request_id] += piece.token_ids
+        assert [*tokens.values()] == right
+        assert (cached(engine), engine.stats().kept_block_failures) == (10 * SIZE, 0)
 
 
 def test_a_request_that_is_given_up_leaves_nothing(model: Path, tmp_path: Path) -> None:

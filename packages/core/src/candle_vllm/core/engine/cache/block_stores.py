@@ -156,7 +156,10 @@ class BlockFolder:
             with os.fdopen(os.open(path, _READING), "rb") as file:
                 data = memoryview(file.read(HEADER + self._block_bytes + 1))
         except OSError as error:
-            if error.errno not in _PASSING:
+            if error.errno == errno.ENOENT:  # deleted from outside, and maybe not alone
+                with suppress(OSError):
+                    self._look()
+            elif error.errno not in _PASSING:
                 self._forget(name)
             raise BlockError(f"{path} cannot be read: {error}") from error
         payload = opened(digest, data, self._block_bytes)
@@ -173,7 +176,8 @@ class BlockFolder:
     def write(self, digest: bytes, data: Bytes) -> None:
         name = self._name(digest)
         path = self._root / name
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")  # mode 0600
         try:
             with os.fdopen(handle, "wb") as file:

@@ -374,7 +374,7 @@ class _Reading:
         self.number, self.digests = number, digests
         self.found, self.ended = [0] * ranks, [False] * ranks
         self.brought = 0
-        self.moved = time.monotonic()  # when the last block was copied to the cache
+        self.moved = time.monotonic()  # when the last block of it, or of a reading before it, was copied to the cache
         self.is_over = False
 
     @property
@@ -521,7 +521,9 @@ class OffloadedBlocks:
             self._own.bring(reading.number, place)
             places.append(place)
         if places:
-            reading.moved = time.monotonic()
+            for each in self._readings.values():
+                if each.number >= reading.number:
+                    each.moved = time.monotonic()
             reading.brought += len(places)
             if self._others is not None:
                 self._others.bring(reading.number, places)
@@ -720,8 +722,8 @@ def _store(
         refused = "models that draft" if drafts else "random weights" if not loaded.files else ""
         if refused:
             raise ConfigError(f"{outliving} is not supported for {refused}: leave it out", outliving)
-        name = _fingerprint(config, loaded, rank) + what
         if config.prompt_cache_path is not None:
+            name = _fingerprint(config, loaded, rank) + what
             folder = BlockFolder(config.prompt_cache_path.expanduser(), name, config.prompt_cache_bytes, size)
             logger.info("blocks are offloaded to %s: %.1f MB there", config.prompt_cache_path, folder.num_bytes / 1e6)
             stores.append(folder)
@@ -730,12 +732,16 @@ def _store(
 
             halves = 2 if states(loaded.config.cache_specs) else 1  # blocks and checkpoints share the limit
             most = config.prompt_cache_bytes // (config.ranks * halves)
+            name = _fingerprint(config, loaded, rank, times=False) + what  # each server may have its own download
             stores.append(RedisBlocks(config.prompt_cache_url, name, most, size, listed=bool(what)))
     return stores[0] if len(stores) == 1 else Tiers(stores)
 
 
-def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int) -> str:
-    """Return everything that determines the bytes of a rank's part of a block except tokens, adapters and images."""
+def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int, *, times: bool = True) -> str:
+    """Return everything that determines the bytes of a rank's part of a block except tokens, adapters and images.
+
+    `times` are the modification times of the model's files, see `files_mark`.
+    """
     placement = loaded.placement
     if placement.recorded:
         from candle_vllm.core.kernels.cpu_runtime.kernel_cache import fingerprint
@@ -745,11 +751,12 @@ def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int) -> str:
     else:
         kernels = f"{version('torch')} {device_name(placement.device)}"
     settings = ("isq", "dtype", "block_size", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype", "lora_dtype",
-                "mm_processor_kwargs", "yarn_scaling_factor", "op_by_op", "attention_backend",
-                "deterministic")  # fmt: skip
+                "mm_processor_kwargs", "yarn_scaling_factor", "model_impl", "op_by_op",
+                "attention_backend", "deterministic")  # fmt: skip
     if config.ranks > 1:  # a different division has different parts, and sums over machines may round differently
         settings += ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "nnodes",
                      "distributed_executor_backend")  # fmt: skip
     said = [f"{name}={getattr(config, name)}" for name in settings] + [f"rank={rank}"] * (config.ranks > 1)
-    about = [version("candle-vllm-core"), kernels, files_mark(loaded.files), loaded.config.max_position, *said]
+    mark = files_mark(loaded.files, times=times)
+    about = [version("candle-vllm-core"), kernels, mark, loaded.config.max_position, *said]
     return " ".join(map(str, about))

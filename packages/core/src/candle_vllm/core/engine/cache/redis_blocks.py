@@ -96,11 +96,14 @@ class RedisBlocks:
             asked.getrange(key, 0, HEADER + self._size)  # one byte more, to detect a longer value
             asked.expire(key, UNUSED)
             asked.zadd(self._index, {digest: time.time()}, xx=True)
-            data = asked.execute()[0]
+            data = asked.execute(raise_on_error=False)[0]  # a Redis that refuses writes still has the block
+            if isinstance(data, Exception):
+                raise data
         except Exception as error:
             raise self._failed(error) from error
         if data == b"":
-            self._known.pop(digest, None)
+            if digest in self._known:  # Redis was emptied, or another server deletes: other blocks may be gone, too
+                self._known.clear()
             return None
         payload = opened(digest, memoryview(data), self._size) if isinstance(data, bytes) else None
         if payload is None:
