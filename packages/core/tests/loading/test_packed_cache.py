@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -280,10 +280,11 @@ def test_two_processes_at_once(model: Path, folder: Path, packings: list[str], h
     assert same(found, load(model, "off"))
 
 
-def test_a_process_that_ends_gives_a_file_up(
-    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("what", ["process", "engine"])
+def test_what_ends_gives_a_file_up(
+    model: Path, folder: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file that would take too long is given up as soon as its first bytes show it."""
+    """A file that would take too long is given up as soon as its first bytes show it: its matrices hold memory."""
     given_up = threading.Event()
 
     def slow(_: object) -> Iterator[np.ndarray]:
@@ -300,14 +301,18 @@ def test_a_process_that_ends_gives_a_file_up(
         raising=False,
     )
     config = EngineConfig(model=str(model), **SETTINGS, packed_cache=str(folder))
-    load_any_model(config, CPU, lambda *_: None)
-    ((thread, end),) = threads.AT_EXIT.items()
-    end()
+    ends: Callable[[], object] | None = None
+    if what == "engine":
+        ends = InferenceEngine(config).close
+    else:
+        load_any_model(config, CPU, lambda *_: None)
+    ((thread, at_exit),) = threads.AT_EXIT.items()
+    (ends or at_exit)()
     assert given_up.is_set()
     assert not thread.is_alive()
     assert not threads.AT_EXIT
     assert not list(folder.glob("*/*"))
-    assert "the process ended before the file was written" in caplog.text
+    assert "the model was closed before the file was written" in caplog.text
 
 
 def test_engines_sleep_over_kept_weights(model: Path, folder: Path) -> None:

@@ -225,6 +225,8 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
             return
         with self._lock:
             self._finalizer()
+            for memory in () if self._loaded is None else self._loaded.memories:
+                memory.end_writer()
             self._engine = self._loaded = self._thread = None
         gc.collect()
         give_back()

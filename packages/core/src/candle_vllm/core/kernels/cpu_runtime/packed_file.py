@@ -150,7 +150,7 @@ class PackedFile:
         return made(**fields, data=data.reshape(tiles, -1)), entry["why"]
 
     def _end(self, thread: threading.Thread, size: int, began: float) -> None:
-        """When the process ends, wait for the file if that takes only some seconds; otherwise give it up at once."""
+        """When the process ends or the engine is closed, wait for the file some seconds at most, or give it up."""
         last = time.monotonic() + _PATIENCE
         try:
             rest = 0.0
@@ -184,7 +184,7 @@ class PackedFile:
             with part.open("xb") as file:
                 for chunk in _chunks([head, *(matrix.data.reshape(-1) for _, (_, matrix, _) in every)]):
                     if self._ends:
-                        raise InterruptedError("the process ended before the file was written")
+                        raise InterruptedError("the model was closed before the file was written")
                     self._written += file.write(chunk.data)
             part.replace(self._path)
             said = "packed weights: %.1f MB saved in %s (--packed-cache off disables this)"

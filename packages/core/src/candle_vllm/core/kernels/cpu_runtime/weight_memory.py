@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from candle_vllm.core.threads import LOADED_PART, read_or_nothing
+from candle_vllm.core.threads import AT_EXIT, LOADED_PART, read_or_nothing
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
@@ -143,6 +143,11 @@ class WeightMemory:
     def can_map(self) -> bool:
         """Whether matrices may be in a mapped file: neither earlier addresses nor NUMA nodes are required."""
         return self._again is None and (self.ranks is None or not self.ranks.apart)
+
+    def end_writer(self) -> None:
+        """Make the writer let go of the matrices: as at exit, wait some seconds for the file, or else give it up."""
+        if self.writer is not None and (end := AT_EXIT.get(self.writer)) is not None:
+            end()
 
     def begin_again(self) -> None:
         """Let `take` return to each part the same addresses as the first time, from now on."""
