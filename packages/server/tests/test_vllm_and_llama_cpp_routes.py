@@ -7,11 +7,13 @@ import base64
 import json
 import re
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from candle_vllm.core.testing.scripted_engine import ScriptedEngine
@@ -232,6 +234,36 @@ def test_models_sleep_and_wake(start: Callable[..., Any], caplog: pytest.LogCapt
         assert answered.status_code == 200
         metrics = client.get("/metrics", headers=operator).text
         assert re.search(r'vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\} 1\b', metrics)
+
+
+def test_a_model_finishes_what_waits_before_it_sleeps(start: Callable[..., Any]) -> None:
+    """Requests that have not reached the engine, too; new ones are refused."""
+    engine = PacedEngine(["a"] * 20, pause=0.05)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=1)  # one more waits in the engine
+    running, body, answers = start(engine), {"messages": MESSAGES}, list[int]()
+
+    def ask() -> None:
+        with running.http() as client:
+            answers.append(client.post("/v1/chat/completions", json=body).status_code)
+
+    asking = [threading.Thread(target=ask) for _ in range(4)]
+    with running.http() as client:
+        for thread in asking:
+            thread.start()
+        running.wait_for(lambda: client.get("/load").json() == {"server_load": 4})
+        sleeping = threading.Thread(target=lambda: answers.append(client.post("/sleep?mode=wait").status_code))
+        sleeping.start()
+        with running.http() as other:
+            running.wait_for(lambda: other.get("/is_sleeping").json()["is_sleeping"])
+            assert other.get("/ready").json() == {"status": "sleeping"}
+            refused = other.post("/v1/chat/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_sleeping")
+            for thread in (*asking, sleeping):
+                thread.join()
+            assert answers == [200] * 5
+            assert (
+                other.post("/wake_up").status_code == other.post("/v1/chat/completions", json=body).status_code == 200
+            )
 
 
 def pieces(answer: httpx.Response) -> list[dict[str, Any]]:

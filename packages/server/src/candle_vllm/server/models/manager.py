@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import msgspec
 from starlette.types import Scope
 
-from candle_vllm.core.errors import AdapterError, CandleVllmError, EngineDeadError, RequestError
+from candle_vllm.core.engine.step.thread import SLEEPS
+from candle_vllm.core.errors import AdapterError, CandleVllmError, EngineDeadError, EngineSleepingError, RequestError
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.adapters.registry import Adapter, Adapters
 from candle_vllm.server.http.errors import HttpError
@@ -152,6 +153,7 @@ class ModelManager:
             ModelNotServedError: no model or adapter has this name.
             HttpError: 503 if too many requests wait, the wait takes too long, or the model cannot be loaded.
             EngineDeadError: the model's engine has died and is not restarted.
+            EngineSleepingError: the model finishes its requests before it sleeps.
         """
         slot, adapter = self.find(name), None if name is None else self.adapters.find(name)
         if adapter is None:
@@ -168,6 +170,8 @@ class ModelManager:
     async def _acquire(self, slot: ModelSlot) -> Lease:
         if slot.state is ModelState.READY and slot.model is not None:
             if slot.model.engine.is_alive:
+                if slot.resting:
+                    raise EngineSleepingError(SLEEPS)
                 return slot.lease()
             if not slot.entry.settings.has_own_process or self._switcher is None:
                 self.metrics.refused(slot.entry.names[0], Rejection.ENGINE_DEAD)

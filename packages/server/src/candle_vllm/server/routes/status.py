@@ -97,7 +97,7 @@ async def ready(request: Request) -> JSONResponse:
     slot = manager.slots[manager.active]
     if slot.state is ModelState.READY and slot.model is not None:
         alive = slot.model.engine.is_alive
-        if alive and slot.model.engine.is_sleeping:
+        if alive and (slot.resting or slot.model.engine.is_sleeping):
             return JSONResponse({"status": "sleeping"}, status_code=503, headers={"retry-after": "1"})
         return JSONResponse({"status": "ready" if alive else "dead"}, status_code=200 if alive else 503)
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None

@@ -7,6 +7,7 @@ body's `model` selects one.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -23,7 +24,7 @@ from candle_vllm.server import answering
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.manager import ModelManager
-from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.models.slot import ModelSlot, ServedModel
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.operation import MODEL_ERRORS, QUEUED, WHICH, Operation, routing
 from candle_vllm.server.routes.status import Standing, health
@@ -33,6 +34,7 @@ from candle_vllm.server.settings.table import OPTIONS
 router = APIRouter()
 route = routing(router, Operation)
 
+_LOOK = 0.02  # seconds between two checks whether all requests have ended
 _EACH = {"model": {"type": "string", "description": "A served name; without it every loaded model."}}
 
 
@@ -160,7 +162,16 @@ async def sleep(request: Request) -> Response:
         raise HttpError(400, f"level {level!r:.40}: 1 (keep the weights in memory) or 2 (drop them).", "wrong_level")
     if mode not in MODES:
         raise HttpError(400, f"mode {mode!r:.40}: {' or '.join(MODES)}.", "wrong_mode")
-    return await _each_engine(request, lambda engine: engine.sleep(int(level), mode))
+    slots = [slot for slot, _ in _engines(request)] if mode == "wait" else []
+    for slot in slots:
+        slot.resting = True
+    try:
+        while any(slot.in_flight for slot in slots):  # also requests that have not reached the engine
+            await asyncio.sleep(_LOOK)
+        return await _each_engine(request, lambda engine: engine.sleep(int(level), mode))
+    finally:
+        for slot in slots:
+            slot.resting = False
 
 
 @route(
@@ -189,22 +200,22 @@ async def wake_up(request: Request) -> Response:
 @route("GET /is_sleeping", tag="operators", answer=Sleeping, errors=(404,), query=_EACH, manages=True)
 async def is_sleeping(request: Request) -> Response:
     """Whether a loaded model sleeps."""
-    asleep = any(engine.is_sleeping for engine in _engines(request))
+    asleep = any(slot.resting or engine.is_sleeping for slot, engine in _engines(request))
     return answering.json_answer(Sleeping(asleep))
 
 
-def _engines(request: Request) -> list[ServedEngine]:
-    """Return the engines of the loaded models, or of the named one, if it is loaded."""
+def _engines(request: Request) -> list[tuple[ModelSlot, ServedEngine]]:
+    """Return the slots and engines of the loaded models, or of the named one, if it is loaded."""
     manager: ModelManager = request.app.state.manager
     name = request.query_params.get("model")
     slots = [manager.find(name, exact=True)] if name else manager.slots.values()
-    return [slot.model.engine for slot in slots if slot.model is not None]
+    return [(slot, slot.model.engine) for slot in slots if slot.model is not None]
 
 
 async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -> Response:
     engines = _engines(request)
     try:
-        for engine in engines:
+        for _, engine in engines:
             await in_thread(lambda engine=engine: work(engine), "sleep")
     except (EngineDeadError, ConfigError):
         raise
