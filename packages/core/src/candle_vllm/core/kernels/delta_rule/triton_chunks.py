@@ -227,6 +227,7 @@ def chunk_kernel(
         norms = _norms(of_keys, NORMED, EPS)
         read = _norms(of_queries, NORMED, EPS) * scale
         to = factors + (place * HV + head).to(tl.int64) * FACTORS + each
+        given, shift = norms, 0.0  # used if not CORRECTS
         if EACH > 1:
             tl.store(to, norms)
             tl.store(to + CHUNK, read)
@@ -319,7 +320,7 @@ def _take_chunk(
     each = tl.arange(0, CHUNK)
     at = matrices + each[:, None] * CHUNK + each[None, :]
     values = _rows_of(v, first, v_token, column, DV, CHUNK).to(tl.float32)
-    corrections = values  # times B in the factors below, or corrected
+    corrections = remembered = values  # values times B in the factors below, or corrected
     if EACH > 1:
         rows = scaled + each[:, None] * DKP + row[None, :]
         remembered = _product(rows, state, WIDE)
