@@ -320,7 +320,8 @@ def _take_chunk(
     each = tl.arange(0, CHUNK)
     at = matrices + each[:, None] * CHUNK + each[None, :]
     values = _rows_of(v, first, v_token, column, DV, CHUNK).to(tl.float32)
-    corrections = remembered = values  # values times B in the factors below, or corrected
+    corrections = values  # times B in the factors below, or corrected
+    remembered = values  # used if CORRECTS
     if EACH > 1:
         rows = scaled + each[:, None] * DKP + row[None, :]
         remembered = _product(rows, state, WIDE)
