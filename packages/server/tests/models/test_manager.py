@@ -466,3 +466,47 @@ async def test_a_server_whose_engine_stays_dead_is_not_healthy() -> None:
     assert not manager.is_healthy
     (await manager.acquire("a")).release()
     assert manager.is_healthy
+
+
+async def test_an_engine_that_cannot_be_loaded_again_is_tried_again_without_a_request() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader)
+    slot = manager.slots["a"]
+    (await manager.acquire("a")).release()
+
+    async def fail_to_load(deaths: int) -> None:
+        await until(lambda: len(slot.deaths) == deaths and slot.state is ModelState.FAILED)
+
+    loader.broken["a"] = NoMemoryError("the memory of the old engine is not free yet")
+    loader.engines[-1].die()
+    await fail_to_load(1)
+    await skip(30)
+    await fail_to_load(2)
+    loader.broken.clear()
+    await skip(30)
+    await until(lambda: slot.state is ModelState.READY)
+    loader.broken["a"] = NoMemoryError("the GPU is gone")
+    loader.engines[-1].die()
+    for deaths in (4, 5):
+        await fail_to_load(deaths)
+        assert manager.is_healthy
+        await skip(30)
+    await until(lambda: not manager.is_healthy)
+    loader.broken.clear()
+    slot.failed_at = None  # as half a minute later
+    (await manager.acquire("a")).release()
+    assert manager.is_healthy
+    await manager.close()
+
+
+async def test_a_failed_load_without_a_death_waits_for_a_request() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader)
+    loader.broken["a"] = NoMemoryError("too large")
+    with pytest.raises(HttpError):
+        await manager.acquire("a")
+    loader.broken.clear()
+    await skip(60)
+    assert (manager.slots["a"].state, loader.loads) == (ModelState.FAILED, [])
+    assert manager.is_healthy
+    await manager.close()

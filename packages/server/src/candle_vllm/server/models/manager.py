@@ -324,10 +324,18 @@ class ModelManager:
         if slot.state is not ModelState.READY or slot.going:  # it was about to be unloaded
             return
         slot.state, slot.error, slot.failed_at = ModelState.FAILED, EngineDeadError("the engine has stopped"), None
-        now = time.monotonic()
-        slot.deaths = [*(then for then in slot.deaths if now - then < DEATH_WINDOW), now]
+        slot.dead, now = True, time.monotonic()
+        slot.deaths = [then for then in slot.deaths if now - then < DEATH_WINDOW]
+        self._revive(slot)
+
+    def _revive(self, slot: ModelSlot) -> None:
+        """Load a model whose engine has died again, unless it died too often; a failed load counts as a death."""
+        switcher = self._switcher
+        if switcher is None or switcher.closing or slot.going or not slot.dead or slot.state is not ModelState.FAILED:
+            return
+        slot.deaths.append(time.monotonic())
         if not slot.given_up:
-            self._switcher.want(slot, asked=True)
+            switcher.want(slot, asked=True)
 
     @property
     def loaded(self) -> list[ServedModel]:
@@ -366,6 +374,8 @@ class ModelManager:
             task = asyncio.get_running_loop().create_task(self.warm(slot), name="warm-adapters")
             self._warming.add(task)
             task.add_done_callback(self._warming.discard)
+        if slot.dead and slot.state is ModelState.FAILED:  # proxies send no request to a server that is not ready
+            asyncio.get_running_loop().call_later(self._limits.retry_seconds, self._revive, slot)
         if slot.entry.name != self._chosen:
             return
         if slot.state is ModelState.READY:

@@ -77,7 +77,8 @@ class ModelSlot:
         arrivals: description of each waiting request for operators.
         asked: whether the model is to be loaded even if no request waits for it.
         error, failed_at: reason why loading failed or the engine died; and `time.monotonic()` of a failed load.
-        deaths: `time.monotonic()` of its engine's latest deaths.
+        deaths: `time.monotonic()` of its engine's latest deaths, and of failed loads after them.
+        dead: whether its engine died, and no other was loaded since.
         last_used, loaded_at: `time.monotonic()` of the last use, and Unix time in seconds of the load.
         load_seconds: duration of the last load.
         progress: current stage and progress of loading.
@@ -100,6 +101,7 @@ class ModelSlot:
     error: Exception | None = None
     failed_at: float | None = None
     deaths: list[float] = field(default_factory=list)
+    dead: bool = False
     last_used: float = 0.0
     loaded_at: float | None = None
     load_seconds: float | None = None
@@ -128,6 +130,7 @@ class ModelSlot:
         self.model, self.state = model, ModelState.READY
         self.last_used, self.loaded_at = time.monotonic(), time.time()
         self.error = self.failed_at = None
+        self.dead = False
 
     def rename(self, names: tuple[str, ...]) -> None:
         """Replace the names for clients; the first stays, because the model's metrics have it."""
