@@ -187,6 +187,29 @@ def test_what_a_name_has_stays_its_own_when_its_key_changes(path: Path) -> None:
         assert ask("GET", f"/v1/conversations/{made}", "alice-secret-9").json()["metadata"] == {"a": "b"}
 
 
+def test_a_key_that_is_no_longer_valid_asks_nothing_over_an_open_connection(path: Path) -> None:
+    app = create_app(PacedEngine("abc"), Settings(api_keys_file=path))
+    head = {"authorization": f"Bearer {ALICE}"}
+    with TestClient(app) as client, client.websocket_connect("/v1/responses", headers=head) as socket:
+
+        def ask() -> Any:
+            socket.send_json({"type": "response.create", "model": "default", "input": "hi"})
+            while (event := socket.receive_json())["type"] not in ("response.completed", "error"):
+                pass
+            return event.get("error", {}).get("code")
+
+        assert ask() is None
+        path.write_text(FILE.replace("2999", "2020"))
+        assert asyncio.run(app.state.keys.reload())
+        assert ask() == "invalid_api_key"
+        path.write_text(FILE.replace("name: alice", "name: alice\n    models: [other]"))
+        assert asyncio.run(app.state.keys.reload())
+        assert ask() == "model_not_allowed"
+        path.write_text(FILE.replace("name: alice", "name: carol"))
+        assert asyncio.run(app.state.keys.reload())
+        assert ask() == "invalid_api_key"
+
+
 def _salts(settings: Settings, key: str) -> list[str | None]:
     """The salts that an engine gets with requests that have the salt `mine`, one of each kind."""
     engine, salt = PacedEngine("abc"), {"cache_salt": "mine"}

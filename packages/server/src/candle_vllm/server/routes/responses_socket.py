@@ -204,6 +204,12 @@ class _Connection:
     async def _generate(self, wire: ResponsesRequest) -> None:
         """Generate one response, and send its events as they come."""
         scope = {**self._websocket.scope, "state": {**self._websocket.scope.get("state", {})}}
+        if self._caller.label:  # the connection may last longer than its key, or than what the key may do
+            key = self._state.keys.find_caller(self._caller)
+            if key is None:
+                message = "The API key of this connection is not valid any more: open another connection with a new key."
+                raise HttpError(401, message, "invalid_api_key")
+            scope["state"]["caller"] = key.caller
         current_request.set(RequestContext(scope))  # in the metrics, each response is a request of its own
         begin_generation(scope)
         async with in_time(time.monotonic() + self._state.settings.request_timeout, self._websocket):
