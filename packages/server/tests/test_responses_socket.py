@@ -225,6 +225,19 @@ def test_a_page_from_elsewhere_may_not_connect(start: Callable[..., Running]) ->
             ask(socket)
 
 
+def test_a_failure_of_the_server_is_logged_and_one_of_the_client_is_not(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(server) as socket:
+        assert refused(socket, temperature="hot")["status"] == 400
+        assert not caplog.messages
+        monkeypatch.setattr(responses_socket.Responders, "of", lambda *_: 1 // 0)
+        assert refused(socket)["status"] == 500
+    [record] = caplog.records
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError
+
+
 def test_other_paths_have_no_sockets(server: Running) -> None:
     with pytest.raises(InvalidStatus), connect(f"ws://127.0.0.1:{server.port}/v1/models", proxy=None):
         pass

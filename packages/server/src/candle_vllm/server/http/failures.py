@@ -112,7 +112,7 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
         return refusal(request.scope, failure)
     if isinstance(failure, CandleVllmError):
         speak_in_flags(failure)
-    _log(f"{request.method} {request.scope['path'][:200]!r} failed", failure)
+    log_failure(f"{request.method} {request.scope['path'][:200]!r} failed", failure)
     if _speaks_anthropic(request.scope):
         theirs = to_anthropic_error(failure, request_id=_request_id(request.scope))
         return _response(to_json_bytes(theirs.body), theirs.status, theirs.headers)
@@ -139,7 +139,7 @@ def error_event(failure: Exception) -> bytes:
     """Return the last event of a stream that failed, for OpenAI's clients."""
     if isinstance(failure, HttpError):
         return data_event(failure.body)
-    _log("a stream failed", failure)
+    log_failure("a stream failed", failure)
     return data_event(to_error(failure).body)
 
 
@@ -150,7 +150,7 @@ def anthropic_error_event(failure: Exception) -> bytes:
     if isinstance(failure, HttpError):
         body = anthropic_error(failure.status, str(failure), param=failure.param, request_id=request_id).body
     else:
-        _log("a stream failed", failure)
+        log_failure("a stream failed", failure)
         body = to_anthropic_error(failure, request_id=request_id).body
     return named_event(body.event_name, to_json_bytes(body))
 
@@ -158,12 +158,13 @@ def anthropic_error_event(failure: Exception) -> bytes:
 def ollama_error_line(failure: Exception) -> bytes:
     """Return the last line of a stream that failed, for Ollama's clients."""
     if not isinstance(failure, HttpError):
-        _log("a stream failed", failure)
+        log_failure("a stream failed", failure)
     message = str(failure) if isinstance(failure, HttpError) else to_error(failure).body.error.message
     return to_json_bytes(Failure(message)) + b"\n"
 
 
-def _log(what: str, failure: Exception) -> None:
+def log_failure(what: str, failure: Exception) -> None:
+    """Log a failure of the server, but not one of the client."""
     if isinstance(failure, EngineDeadError | entries.StoreUnavailableError):
         logger.error("%s: %s", what, failure)  # without a traceback: the cause is known, and ends many requests
     elif to_error(failure).status >= 500 and not isinstance(failure, (RequestAbortedError, EngineSleepingError)):

@@ -33,7 +33,7 @@ from candle_vllm.responses.protocol.request import ResponsesRequest, parse_respo
 from candle_vllm.server.answering import in_time
 from candle_vllm.server.http.body import BIG_BODY, Held
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.failures import store_refusal
+from candle_vllm.server.http.failures import log_failure, store_refusal
 from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS, UNDECODED
 from candle_vllm.server.http.routing import RequestContext, begin_generation, caller_of, current_request
 from candle_vllm.server.http.sse import KEEP_ALIVE_SECONDS
@@ -207,7 +207,7 @@ class _Connection:
         if self._caller.label:  # the connection may last longer than its key, or than what the key may do
             key = self._state.keys.find_caller(self._caller)
             if key is None:
-                message = "The API key of this connection is not valid any more: open another connection with a new key."
+                message = "The API key of this connection is no longer valid: open a connection with another key."
                 raise HttpError(401, message, "invalid_api_key")
             scope["state"]["caller"] = key.caller
         current_request.set(RequestContext(scope))  # in the metrics, each response is a request of its own
@@ -307,6 +307,7 @@ def _error_event(failure: Exception) -> bytes:
         status, kind = failure.status, "invalid_request_error" if failure.status < 500 else "server_error"
         error: dict[str, Any] = {"type": kind, "code": failure.code, "message": str(failure), "param": failure.param}
     else:
+        log_failure("a response over a WebSocket failed", failure)
         told = to_error(failure)
         status, body = told.status, told.body.error
         error = {"type": body.type, "code": body.code or body.type, "message": body.message, "param": body.param}
