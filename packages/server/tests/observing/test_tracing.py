@@ -138,6 +138,27 @@ class _Collector(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None: ...
 
 
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({}, "candle-vllm"),
+        ({"OTEL_SERVICE_NAME": "vllm-server"}, "vllm-server"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=chat,deployment.environment.name=test"}, "chat"),
+    ],
+)
+def test_the_environment_names_the_service(
+    variables: dict[str, str], name: str, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    tracing = Tracing(exporter)
+    tracing._tracer.start_span("a span").end()
+    tracing.close()
+    attributes = exporter.get_finished_spans()[0].resource.attributes
+    assert attributes["service.name"] == name
+    assert {"service.version", "telemetry.sdk.name"} <= attributes.keys()
+
+
 async def test_spans_reach_a_collector_over_http(noted: Any) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Collector) as server:
         server.got = []  # type: ignore[attr-defined]

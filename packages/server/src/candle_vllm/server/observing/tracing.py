@@ -39,7 +39,7 @@ class Tracing:
 
     def __init__(self, exporter: SpanExporter) -> None:
         try:
-            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.resources import OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.trace import SpanKind, Status, StatusCode
@@ -47,7 +47,8 @@ class Tracing:
         except ImportError as error:
             raise missing_telemetry() from error
         release = version("candle-vllm-server")
-        resource = Resource.create({"service.name": "candle-vllm", "service.version": release})
+        told = OTELResourceDetector().detect().attributes  # of the environment, such as OTEL_SERVICE_NAME
+        resource = Resource.create({"service.name": "candle-vllm", "service.version": release, **told})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         processor = BatchSpanProcessor(
             exporter, max_queue_size=MAX_QUEUED_SPANS, export_timeout_millis=EXPORT_SECONDS * 1000
