@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import importlib.util
 import os
 import re
 import resource
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +26,7 @@ import pytest
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
 from candle_vllm.server.settings.table import BY_NAME
+from packages.server.tests.http.test_tls import issue
 from tests.live_server import clean_environment
 from tests.ports import free_port
 from tests.release_script import release
@@ -175,6 +179,43 @@ def test_a_step_that_fails_says_why(words: list[str], given: dict[str, str], sai
     assert said in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"candle-vllm: {words[0]}: ")
     assert ("the server's log:" in done.stderr) == (words == ["prewarm"] and "PREWARM_LENGTHS" not in given)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "encrypted", "healthy"),
+    [
+        (200, "ready", False, True),
+        (200, "ready", True, True),
+        (200, "unloaded", False, True),  # because it was idle: the next request loads it
+        (503, "unloaded", False, False),  # at the start
+        (503, "loading", True, False),
+    ],
+)
+def test_the_probe_goes_by_the_status(
+    steps: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    status: int, body: str, encrypted: bool, healthy: bool,
+) -> None:  # fmt: skip
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(f'{{"status": "{body}"}}'.encode())
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        if encrypted:
+            issue(tmp_path, "server")
+            monkeypatch.setenv("CANDLE_VLLM_SSL_CERTFILE", str(tmp_path / "server.pem"))
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        monkeypatch.setenv("CANDLE_VLLM_PORT", str(server.server_address[1]))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with contextlib.nullcontext() if healthy else pytest.raises(steps.Failed, match="/ready: 503"):
+            steps.health()
+        server.shutdown()
 
 
 def test_who_wants_no_prompts_gets_none(steps: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
