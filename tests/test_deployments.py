@@ -260,6 +260,7 @@ def test_the_unit_of_systemd() -> None:
     assert not complaints
     text = unit.read_text()
     assert int(re.findall(r"TimeoutStopSec=(\d+)", text)[0]) > BY_NAME["shutdown_timeout"].default
+    assert "\nKillMode=mixed\n" in text  # else systemd would end the MCP servers before the requests that use them
 
 
 def test_the_build_in_the_cloud_is_in_order() -> None:
@@ -405,13 +406,15 @@ def test_a_backup_of_a_store_that_is_written(tmp_path: Path) -> None:
         for number in range(9):
             (tmp_path / "out").mkdir(exist_ok=True)
             (tmp_path / "out" / f"responses.sqlite-2020010{number}T000000Z").touch()
+            (tmp_path / "out" / f"responses.sqlite-test-2020010{number}T000000Z").touch()  # of another store
         command = ["bash", str(script), str(tmp_path / "out")]
         environment = {**os.environ, "HOME": str(tmp_path / "home")}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     store.close()
     made = Path(done.stdout.strip())
-    assert len(list((tmp_path / "out").iterdir())) == 7
+    assert len(list((tmp_path / "out").glob("responses.sqlite-2*"))) == 7
+    assert len(list((tmp_path / "out").glob("responses.sqlite-test-*"))) == 9
     copy = sqlite3.connect(made)
     assert copy.execute("select text from kept").fetchall() == [("before",)]
     copy.close()

@@ -48,5 +48,5 @@ PYTHON
   esac
   mv "$folder/.$name-$now" "$target"
   echo "$target"
-  find "$folder" -maxdepth 1 -name "$name-*" | sort -r | tail -n +8 | while read -r old; do rm -f "$old"; done
+  find "$folder" -maxdepth 1 -name "$name-[0-9]*T[0-9]*Z*" | sort -r | tail -n +8 | while read -r old; do rm -f "$old"; done
 done
