@@ -95,6 +95,15 @@ def test_wrong_headers(start) -> None:
             assert response.status_code == 401, header
 
 
+def test_what_a_proxy_asks_for_stands_beside_the_key(start) -> None:
+    with start(api_key=KEYS).http() as client:
+        basic = {"authorization": "Basic dXNlcjpwYXNzd29yZA=="}  # of nginx's auth_basic, which passes it on
+        for given, status in (({"x-api-key": "second-key"}, 200), ({"x-api-key": "wrong"}, 401), ({}, 401)):
+            assert client.get("/v1/models", headers=basic | given).status_code == status
+        bearer = {"authorization": "Bearer wrong", "x-api-key": "second-key"}
+        assert client.get("/v1/models", headers=bearer).status_code == 401
+
+
 def test_two_headers_are_refused(start) -> None:
     with start(api_key=KEYS).http() as client:
         headers = [("authorization", "Bearer first-key"), ("authorization", "Bearer wrong")]

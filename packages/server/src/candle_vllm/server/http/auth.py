@@ -134,9 +134,10 @@ def _given(scope: Scope, page: bool) -> bytes | None:
     """Return a request's key, Authorization before x-api-key; None without one, or if its header is repeated."""
     bearers = [value for name, value in scope["headers"] if name == b"authorization"]
     own = [value for name, value in scope["headers"] if name == b"x-api-key"]
-    if bearers:
-        return _authorized(bearers[0], page) if len(bearers) == 1 else None
-    return own[0].strip() if len(own) == 1 else None
+    given = _authorized(bearers[0], page) if len(bearers) == 1 else None
+    if given is not None or len(bearers) > 1:
+        return given
+    return own[0].strip() if len(own) == 1 else None  # also beside what a proxy asks for, such as `Basic`
 
 
 def _authorized(header: bytes, page: bool) -> bytes | None:
