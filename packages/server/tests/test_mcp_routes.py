@@ -76,6 +76,24 @@ def test_servers(start_mcp: Start, web: HttpMcpServer, tmp_path: Path) -> None:
         assert "hunter" not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        ({"api_key": ("one",)}, True),
+        ({"api_key": ("one", "other")}, True),  # each of them is an operator's key as well
+        ({"api_key": ("one",), "management_key": ("operator",)}, True),
+        ({"api_key": ("one", "other"), "management_key": ("operator",)}, False),
+    ],
+)
+def test_a_log_may_tell_of_the_calls_of_other_keys(
+    start_mcp: Start, web: HttpMcpServer, keys: dict[str, tuple[str, ...]], shown: bool
+) -> None:
+    with start_mcp(PacedEngine(), [web.config()], **keys).http(headers={"x-api-key": "one"}) as client:
+        [server] = client.get("/v1/mcp/servers").json()["data"]
+    assert server["tools_count"] == 3
+    assert bool(server["log"]) == shown
+
+
 def test_tools(client: httpx.Client) -> None:
     answer = client.get("/v1/mcp/tools").json()
     check("/v1/mcp/tools", "get", answer)

@@ -77,7 +77,7 @@ class ApiKeyMiddleware:
         acting = acting_for.get()
         key = self._keys.find(_given(scope, page)) if acting is None else self._keys.find_caller(acting)
         if key is not None and key.is_valid and (key.manages if manages else key.uses):
-            scope.setdefault("state", {})["caller"] = key.caller
+            scope.setdefault("state", {}).update({"caller": key.caller, "manages": key.manages})
             asker.set(key.caller.label if self._keys.are_several else "")  # a single owner need not share threads
             if acting is None:
                 await self._counted(key.caller.label, scope, receive, send)

@@ -127,7 +127,11 @@ class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
 
 @route("GET /v1/mcp/servers", answer=McpServerInfo, errors=(404,), listed=True)
 async def list_mcp_servers(request: Request) -> Response:
-    """The MCP servers and their states."""
+    """The MCP servers and their states.
+
+    If the server has several API keys, only keys that open operators' routes get the logs, which may show other calls.
+    """
+    logged = request.scope.get("state", {}).get("manages", True) or not request.app.state.keys.are_several
     found = [
         McpServerInfo(
             name=one.name,
@@ -137,7 +141,7 @@ async def list_mcp_servers(request: Request) -> Response:
             protocol_version=one.protocol_version,
             tools_count=len(one.tools),
             reconnects=one.reconnects,
-            log=one.log[-_LINES:],
+            log=one.log[-_LINES:] if logged else (),
         )
         for one in _service(request).status()
     ]
