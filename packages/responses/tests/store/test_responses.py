@@ -20,7 +20,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.api.response_store import LEASE_MS, ResponseStore
 from candle_vllm.responses.store.backend import BACKENDS, Backend, Bounds, Held, Place, StoreOptions, backend_at
-from candle_vllm.responses.store.database import connect_to
+from candle_vllm.responses.store.database import WAIT_SECONDS, connect_to
 from candle_vllm.responses.store.entries import (
     RESPONSE,
     Entry,
@@ -32,6 +32,7 @@ from candle_vllm.responses.store.entries import (
 )
 from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.responses.store.tables import VERSION, tables_of
+from tests.postgres_server import new_database
 from tests.waiting import PATIENCE, until
 
 TABLES = tables_of("responses")
@@ -416,6 +417,17 @@ async def test_keys_take_turns_at_the_database(opener, store_url: str) -> None:
     may_end.set()
     await asyncio.gather(*calls)
     assert order.index("bob") == 2
+
+
+def test_a_server_of_postgresql_that_is_gone_without_a_word_is_noticed(postgres: str) -> None:
+    """Or else the only connection would wait for minutes, also where another server has taken over."""
+    engine = connect_to(Place(new_database(postgres), "responses", "store", "setting"))
+    with engine.connect() as connection:
+        told: Any = connection.connection.dbapi_connection
+        given = {name: int(value) for name, value in told.info.get_parameters().items() if value.isdecimal()}
+    engine.dispose()
+    assert given["tcp_user_timeout"] / 1000 <= WAIT_SECONDS
+    assert given["keepalives_idle"] + given["keepalives_count"] * given["keepalives_interval"] <= WAIT_SECONDS
 
 
 async def test_a_password_is_never_in_a_message() -> None:

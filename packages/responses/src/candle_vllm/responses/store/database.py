@@ -217,7 +217,15 @@ def _postgresql(url: URL, place: Place) -> Engine:
             pool_timeout=BUSY_SECONDS,
             pool_pre_ping=True,
             hide_parameters=True,
-            connect_args={"connect_timeout": BUSY_SECONDS, "options": f"-c statement_timeout={_STATEMENT_MS}"},
+            connect_args={
+                "connect_timeout": BUSY_SECONDS,
+                "options": f"-c statement_timeout={_STATEMENT_MS}",
+                # A server that is gone without a word would otherwise hold the thread for up to two hours.
+                "tcp_user_timeout": _STATEMENT_MS,
+                "keepalives_idle": BUSY_SECONDS,
+                "keepalives_interval": BUSY_SECONDS,
+                "keepalives_count": 2,
+            },
         )
     except ModuleNotFoundError:
         raise ConfigError(
