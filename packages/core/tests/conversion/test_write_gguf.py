@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import ConfigError, EngineConfig, ModelNotFoundError, UnsupportedModelError, WeightsError
 from candle_vllm.core.conversion import WrittenFile, write_gguf
-from candle_vllm.core.conversion.gguf_architectures import ARCHITECTURES, architecture
-from candle_vllm.core.models.registry import HF_FAMILIES
+from candle_vllm.core.conversion.gguf_metadata import architecture
+from candle_vllm.core.models import llama, registry
+from candle_vllm.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.models.families import ROWS, first_rows
 from packages.core.tests.models.tiny import eager_logits, error, load, recorded_logits, some_tokens, write_tiny
@@ -92,11 +93,24 @@ def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path, words: Path) -
     assert error(logits(quantised.path), logits(folder, isq="q8_0")) < (5e-3 if multiplied else 1e-6)
 
 
-def test_every_family_has_its_row() -> None:
-    told_by_experts = {"nemotron_h_moe"}  # of one class
-    told_by_rope = {"qwen2_vl", "qwen3_vl", "qwen3_vl_moe"}  # whose tokens have three positions
-    known = {family.hf[name] for name, family in HF_FAMILIES.items()} - {ROWS[name].model_type for name in UNKNOWN}
-    assert known | told_by_rope | told_by_experts == set(ARCHITECTURES)
+def test_every_family_says_how_its_models_are_written() -> None:
+    """The families that llama.cpp does not know say nothing; what is written, a family reads."""
+    rows = {name: row for family in HF_FAMILIES.values() for name, row in family.as_gguf.items()}
+    assert {family.hf[name] for name, family in HF_FAMILIES.items()} - rows.keys() == {
+        ROWS[name].model_type for name in UNKNOWN
+    }
+    assert {row.name for row in rows.values()} <= {*GGUF_FAMILIES}
+
+
+def test_an_installed_family_says_how_it_is_written(
+    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own row, also for a type that another family has too."""
+    row = dataclasses.replace(llama.FAMILY.as_gguf["llama"], more=lambda _: {"example": 7})
+    family = dataclasses.replace(llama.FAMILY, hf={"ExampleForCausalLM": "llama"}, gguf=(), as_gguf={"llama": row})
+    monkeypatch.setattr(registry, "_installed", lambda: (family,))
+    folder = write_toy_model(tmp_path / "model", toy_config(architectures=["ExampleForCausalLM"]))
+    assert "llama.example" in GGUFReader(write(folder, tmp_path / "m.gguf", words).path).fields
 
 
 @pytest.mark.one_of_each(3)
@@ -304,4 +318,4 @@ def test_a_family_without_a_row_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_toy_model(tmp_path / "model")
     unknown = dataclasses.replace(load(folder).decoder.config, model_type="other")
     with pytest.raises(UnsupportedModelError, match=r"not written for other yet, but for llama, mistral, .*`isq`"):
-        architecture(unknown, folder)
+        architecture(llama.FAMILY, unknown, folder)

@@ -20,8 +20,8 @@ from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import check_weights, load_weights, places
-from candle_vllm.core.models.family import Tower, TowerConfig, TowerFamily
 from candle_vllm.core.models.registry import tower_family, tower_family_from_gguf, tower_family_named
+from candle_vllm.core.models.tower_family import Tower, TowerConfig, TowerFamily
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import require_pillow
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut

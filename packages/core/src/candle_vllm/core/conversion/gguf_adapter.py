@@ -22,8 +22,8 @@ from candle_vllm.core.assembly.model import describe_family
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import ANY_SIZE
-from candle_vllm.core.conversion.gguf_architectures import architecture
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress
+from candle_vllm.core.conversion.gguf_metadata import architecture
 from candle_vllm.core.conversion.gguf_tensors import joined, preferring
 from candle_vllm.core.conversion.write import PLAIN_KINDS, WrittenFile, check_target, write_plans
 from candle_vllm.core.devices import CPU
@@ -75,7 +75,7 @@ def write_gguf_adapter(
                 name, laid_out, parts = str(opened.metadata["general.architecture"]), model, ()
                 names = checkpoint.tensors
             else:
-                row = architecture(model, config_file(files))
+                row = architecture(family, model, config_file(files))
                 name, laid_out, parts, names = row.name, row.stored(model), row.names(model), {}
             found: defaultdict[str, list[_Piece]] = defaultdict(list)
             lines = dict[str, Line]()

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from candle_vllm.core.conversion.gguf_layout import DIVISORS, Architecture, Keys
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.config import ModelConfig
@@ -22,10 +22,29 @@ from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.rope import ROPE_KINDS, RopeConfig, attention_scale, inverse_frequencies, yarn_scale
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.registry import family_from_gguf
+from candle_vllm.core.models.family import DIVISORS, Architecture, Family
+from candle_vllm.core.models.registry import HF_FAMILIES, family_from_gguf
 from candle_vllm.core.pooling import POOLING_METHODS, PoolingKind
 
+Keys = dict[str, Any]
+
 logger = logging.getLogger(__name__)
+
+
+def architecture(family: Family, config: ModelConfig, path: Path) -> Architecture:
+    """Return how GGUF files describe a model: by its own family, or by another one with its model_type.
+
+    Raises:
+        UnsupportedModelError: no family says how models of this type are written.
+    """
+    rows = {name: row for each in (*HF_FAMILIES.values(), family) for name, row in each.as_gguf.items()}
+    row = rows.get(config.model_type)
+    if row is None:
+        raise UnsupportedModelError(
+            f"{path}: GGUF files are not written for {config.model_type} yet, but for {', '.join(rows)}; such a "
+            "model can be quantised while it is loaded, with `isq`"
+        )
+    return row
 
 
 def describe(config: ModelConfig, row: Architecture) -> Keys:

@@ -20,10 +20,15 @@ from candle_vllm.core.assembly.model import GGUF_SAMPLING, sampling_defaults
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import AdapterFactors, merge
-from candle_vllm.core.conversion.gguf_architectures import architecture
 from candle_vllm.core.conversion.gguf_encoder import check_encoder, describe_encoder, encoder_tensors
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
-from candle_vllm.core.conversion.gguf_metadata import check_description, computed_tensors, describe, pooling_keys
+from candle_vllm.core.conversion.gguf_metadata import (
+    architecture,
+    check_description,
+    computed_tensors,
+    describe,
+    pooling_keys,
+)
 from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
 from candle_vllm.core.devices import CPU
@@ -181,7 +186,7 @@ def _plan(
     if adapters:
         model, checkpoint = merge(config, files, family, model, checkpoint, adapters, opened)
     model = stretched(model, config.yarn_scaling_factor, checkpoint)
-    row, ignored = architecture(model, files.config), family.ignored(model)
+    row, ignored = architecture(family, model, files.config), family.ignored(model)
     table = family.weights
     check_weights(lambda: family.build(model, SHAPES, checkpoint), table, checkpoint, model, ignored=ignored)
     has_place = places(family.build(model, SHAPES, checkpoint))

@@ -23,7 +23,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -146,4 +146,5 @@ FAMILY = Family(
     weights=WEIGHTS,
     ignored=ignored,
     completed=completed,
+    as_gguf={"apertus": Architecture(name="apertus", more=gguf_keys, head=True, unread=())},
 )

@@ -119,6 +119,11 @@ def local_keys(config: Any) -> dict[str, Any]:
     return keys | ({} if local is None else {"rope.freq_base_swa": float(local.theta)})
 
 
+def parallel_keys(config: Any) -> dict[str, Any]:
+    """The GGUF key of blocks in which attention and the MLP read the same x."""
+    return {"use_parallel_residual": config.parallel}
+
+
 def axes_keys(config: Any) -> dict[str, Any]:
     """The GGUF keys of M-RoPE: how many frequencies time, height and width rotate; llama.cpp has a fourth axis."""
     keys: dict[str, Any] = {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}

@@ -17,7 +17,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, gguf_projection, pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig
+from candle_vllm.core.models.gpt import Gpt, GptConfig, fused
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -94,4 +94,5 @@ FAMILY = Family(
     build=Gpt,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"bloom": fused(name="bloom")},
 )

@@ -12,7 +12,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import MAMBA_BIASES, Architecture, Family
 from candle_vllm.core.models.mamba2 import MambaSizes, mamba_keys, sizes_from_gguf, sizes_from_hf
 from candle_vllm.core.models.nemotron_h import WEIGHTS, NemotronH
 from candle_vllm.core.models.nemotron_h_config import NemotronHConfig
@@ -69,4 +69,5 @@ FAMILY = Family(
     build=NemotronH,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"mamba2": Architecture(name="mamba2", more=gguf_keys, unread=MAMBA_BIASES)},
 )

@@ -28,7 +28,7 @@ from candle_vllm.core.loading.views import ColumnOrder
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import gguf_has_bias, local_keys
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import LAYER_NORM_EPS, Architecture, Family
 from candle_vllm.core.models.olmo2 import full_layers, windows_from_hf
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -150,4 +150,8 @@ FAMILY = Family(
     build=Cohere,
     weights=[_own(line) for line in llama.WEIGHTS if line.target != _TO + "mlp_norm:weight"],
     ignored=llama.ignored,
+    as_gguf={
+        "cohere": Architecture(name="command-r", more=gguf_keys, eps=LAYER_NORM_EPS, interleaved=True, square=True),
+        "cohere2": Architecture(name="cohere2", more=gguf_keys, eps=LAYER_NORM_EPS, interleaved=True, square=True),
+    },
 )

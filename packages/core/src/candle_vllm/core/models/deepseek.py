@@ -8,6 +8,7 @@ Shapes: T tokens, H heads, L latent, R rotary dimensions, V elements of a value 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -26,10 +27,16 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import sparse_index
-from candle_vllm.core.models.deepseek_config import DeepseekConfig, config_from_gguf, config_from_hf
+from candle_vllm.core.models.deepseek_config import (
+    DeepseekConfig,
+    config_from_gguf,
+    config_from_hf,
+    gguf_keys,
+    without_further_layers,
+)
 from candle_vllm.core.models.experts import expert_names, shared_names
-from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.llama import Mixer
+from candle_vllm.core.models.family import Architecture, Family
+from candle_vllm.core.models.llama import Mixer, mistral3_keys
 from candle_vllm.core.models.sparse_index import Index
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -229,6 +236,15 @@ def ignored(config: DeepseekConfig) -> list[str]:
     return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers
 
 
+GGUF = Architecture(
+    name="deepseek2",
+    more=gguf_keys,
+    otherwise=without_further_layers,
+    interleaved=True,
+    names=lambda config: () if config.q_rank else (".attn_q.",),
+    log_multiplier=0.1,
+)
+
 FAMILY = Family(
     hf={
         "DeepseekV2ForCausalLM": "deepseek_v2",
@@ -245,4 +261,15 @@ FAMILY = Family(
     build=lambda config, placement, _: Deepseek(config, placement),
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={
+        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), GGUF),
+        "deepseek_v32": dataclasses.replace(GGUF, name="deepseek32"),
+        "glm_moe_dsa": dataclasses.replace(GGUF, name="glm-dsa"),
+        "mistral4": dataclasses.replace(
+            GGUF,
+            name="mistral4",
+            more=lambda config: gguf_keys(config) | mistral3_keys(config),
+            names=lambda config: (*GGUF.names(config), "gate_up_exps"),
+        ),
+    },
 )

@@ -19,7 +19,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
 from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, size_keys, sparse_in_gguf
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import BIASES, DIVISORS, Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -126,4 +126,8 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={
+        "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
+        "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=gguf_keys, interleaved=True, norm=True),
+    },
 )

@@ -13,7 +13,7 @@ from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import BIASES, Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -66,4 +66,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"exaone": Architecture(name="exaone", unread=BIASES)},
 )

@@ -18,7 +18,7 @@ from candle_vllm.core.loading.views import qkv_rows
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, gguf_projection, pair
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import LAYER_NORM_EPS, Architecture, Family
 from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -108,4 +108,5 @@ FAMILY = Family(
     build=Gpt,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"falcon": Architecture(name="falcon", names=gguf_names, eps=LAYER_NORM_EPS, square=True)},
 )

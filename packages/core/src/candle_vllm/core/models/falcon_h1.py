@@ -24,8 +24,15 @@ from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF
-from candle_vllm.core.models.falcon_h1_config import Factors, FalconH1Config, config_from_gguf, config_from_hf
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.falcon_h1_config import (
+    Factors,
+    FalconH1Config,
+    config_from_gguf,
+    config_from_hf,
+    gguf_keys,
+    otherwise,
+)
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Attention, Llama, times
 from candle_vllm.core.models.mamba2 import Mamba2Mixer, mixer_names
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -138,4 +145,5 @@ FAMILY = Family(
     build=FalconH1,
     weights=[_line(line) for line in (*llama.WEIGHTS, *mixer_names("attention.mamba", HF + "mamba"))],
     ignored=llama.ignored,
+    as_gguf={"falcon_h1": Architecture(name="falcon-h1", more=gguf_keys, otherwise=otherwise, unread=())},
 )

@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.activation import Activation
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.parameters import Placement
@@ -21,7 +18,12 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.pooled_head import Dense
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
+
+DIVISORS = "rope_freqs.weight"
+BIASES = (".attn_output.bias", ".ffn_gate.bias", ".ffn_up.bias", ".ffn_down.bias")
+MAMBA_BIASES = (".ssm_in.bias", ".ssm_out.bias")
+LAYER_NORM_EPS = "attention.layer_norm_epsilon"
+"""Names in GGUF files, for the rows of `Family.as_gguf`: ends of tensors' names, and a key."""
 
 
 class Decoder(Protocol):
@@ -104,272 +106,67 @@ class Encoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TowerConfig:
-    """Config of a vision encoder. A patch is a square of pixels; a cell is a square of patches, for one embedding.
+class Architecture:
+    """How llama.cpp's GGUF files describe the models of one model_type.
 
     Attributes:
-        patch: side of a patch in pixels.
-        side: longest possible side of a tile in patches.
-        cell: side of a cell in patches.
-        text_size: elements of an embedding, which is the hidden size of the text model.
-        rule: how images become tiles.
-        pooled: the input of a cell's projection is the mean of its patches; otherwise its patches side by side.
-        most_patches: maximum number of patches of a tile; 0 for `side` squared.
-        window: side of an attention window in cells.
-        windowed: layers whose patches attend only to patches of the same window.
-        gated: the feed-forward layers have a gate.
-        learned: side of a table of learned positions that the host looks up; 0 without such a table.
-        deep: layers whose outputs are also projected, and added after the first layers of the text model (DeepStack).
-        whole: in the text model the embeddings of a tile attend to each other in both directions.
-        blank: see `VisionDescription.blank`.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    norm_eps: float
-    activation: Activation
-    patch: int
-    side: int
-    cell: int
-    text_size: int
-    rule: Rule
-    pooled: bool = False
-    most_patches: int = 0
-    window: int = 0
-    windowed: frozenset[int] = frozenset()
-    gated: bool = False
-    learned: int = 0
-    deep: tuple[int, ...] = ()
-    whole: bool = False
-    blank: int | None = None
-    num_experts: int = 0
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
-            raise InvalidFileError(f"vision_config: {self.num_heads} heads cannot share hidden_size {self.hidden_size}")
-        if not 0 < self.norm_eps < 1:
-            raise InvalidFileError(f"vision_config says the epsilon of its norms is {self.norm_eps}")
-
-    @property
-    def patches(self) -> int:
-        """Maximum number of patches of a tile."""
-        return self.most_patches or self.side**2
-
-    @property
-    def windows(self) -> int:
-        """Maximum number of windows of a tile; 1 for an encoder without windows."""
-        if not self.windowed:
-            return 1
-        cells, side = self.patches // self.cell**2, -(-self.side // self.cell)
-        return min(cells, cells // self.window**2 + 2 * side // self.window + 2)
-
-    def step_bytes(self, threads: int) -> int:
-        """Upper bound of the memory that the largest tile needs while `threads` threads encode it, in bytes."""
-        size, inner = self.hidden_size, self.intermediate_size * (3 if self.gated else 2)
-        each = 2 * self.patch_size + 8 * size + inner + 32 * (threads + 16)  # rows are rounded up to cache lines
-        keys = 16 * self.windows * 2 * size  # keys and values of windows that are not full
-        cells = 256 * 4 * (3 * self.cell_size + self.text_size)
-        return 4 * (self.patches * each + keys + cells)
-
-    @property
-    def vectors(self) -> int:
-        """Number of embeddings of a cell, which are side by side: that of the last layer, and those of `deep`."""
-        return 1 + len(self.deep)
-
-    @property
-    def patch_size(self) -> int:
-        """Elements of a patch: RGB values of its pixels."""
-        return 3 * self.patch**2
-
-    @property
-    def cell_pixels(self) -> int:
-        """Side of a cell in pixels."""
-        return self.cell * self.patch
-
-    @property
-    def cell_size(self) -> int:
-        """Elements of a cell, the input of `Tower.project`."""
-        return self.hidden_size if self.pooled else self.hidden_size * self.cell**2
-
-    def cells(self, hidden: Any) -> Any:
-        """The cells [C, cell_size] for `Tower.project` from the last norm's rows [T, E], an array or a tensor."""
-        whole = hidden.reshape(-1, self.cell**2, self.hidden_size)
-        return whole.mean(1) if self.pooled else whole.reshape(len(whole), -1)
-
-    def read(self, tile: NDArray[np.uint8]) -> TileRows:
-        """Prepare a tile [h, w, 3] for the encoder."""
-        rows, columns = tile.shape[0] // self.cell_pixels, tile.shape[1] // self.cell_pixels
-        each = self.cell**2
-        places = patch_places(rows * self.cell, columns * self.cell, self.cell)
-        if not self.windowed:
-            return TileRows(tile, self, places, None, (len(places),))
-        order, lengths = window_order(rows, columns, self.window)
-        places = places.reshape(-1, each, 2)[order].reshape(-1, 2)
-        return TileRows(tile, self, places, order, tuple((lengths * each).tolist()))
-
-
-class TileRows(NamedTuple):
-    """A tile in the order in which the encoder reads its patches.
-
-    Attributes:
-        tile: the tile's pixels.
-        config: config of the encoder.
-        places: [T, 2] int64, row and column of each patch.
-        order: [C] int64, index in the tile of each cell that the encoder reads; None for the tile's own order.
-        windows: number of patches of each window; the patches of a window follow each other.
-    """
-
-    tile: NDArray[np.uint8]
-    config: TowerConfig
-    places: NDArray[np.int64]
-    order: NDArray[np.int64] | None
-    windows: tuple[int, ...]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The tile's number of rows and of columns of patches."""
-        return self.tile.shape[0] // self.config.patch, self.tile.shape[1] // self.config.patch
-
-    def strips(self, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Yield indices [n] and elements [n, patch_size] of patches by rows of cells, about `most` patches at once."""
-        config, each = self.config, self.config.cell**2
-        columns = self.grid[1] // config.cell
-        step = max(1, most // (columns * each))
-        after = None if self.order is None else np.argsort(self.order)
-        for row in range(0, self.grid[0] // config.cell, step):
-            strip = self.tile[row * config.cell_pixels : (row + step) * config.cell_pixels]
-            patches, _ = patch_rows(strip[None], config.patch, config.cell, config.rule.normalisation)
-            cells = np.arange(row * columns, row * columns + len(patches) // each)
-            cells = cells if after is None else after[cells]
-            yield (each * cells[:, None] + np.arange(each)).reshape(-1), patches
-
-    def patches(self) -> NDArray[np.float32]:
-        """All patches, [T, patch_size]."""
-        made = np.empty((len(self.places), self.config.patch_size), np.float32)
-        for rows, patches in self.strips(len(made)):
-            made[rows] = patches
-        return made
-
-    def in_order(self, made: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Copy embeddings [C, vectors * text size] from the encoder's order of cells to the tile's own order."""
-        if self.order is None:
-            return made.copy()
-        found = np.empty_like(made)
-        found[self.order] = made
-        return found
-
-
-class Placed(NamedTuple):
-    """Positions of patches, as the encoder needs them.
-
-    Attributes:
-        numbers: [n] int64, index of each patch's position.
-        start: [n, E] float32, added to the embedded patches; None if there is no such addition.
-    """
-
-    numbers: NDArray[np.int64]
-    start: NDArray[np.float32] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TowerStep:
-    """Inputs of the encoder's layers besides x.
-
-    Attributes:
-        places, start: `numbers` and `start` of `Placed`.
-        lengths: number of patches of each tile; not used while a step is recorded.
-        windows: number of patches of each window; not used while a step is recorded.
-    """
-
-    places: Value
-    lengths: Sequence[int] = ()
-    windows: Sequence[int] = ()
-    start: Value | None = None
-
-
-class Tower(Protocol):
-    """The interface of a vision encoder for the engine.
-
-    Attributes:
-        config: config of the encoder.
-        layers: each maps x [T, E] to [T, E].
-        norm: norm after the last layer.
-        mergers: for each layer in the config's `deep`, the projection of its cells to embeddings [C, text size].
-    """
-
-    @property
-    def config(self) -> TowerConfig: ...
-
-    @property
-    def layers(self) -> Sequence[Callable[[Value, TowerStep], Value]]: ...
-
-    @property
-    def norm(self) -> Callable[[Value], Value]: ...
-
-    @property
-    def mergers(self) -> Sequence[Callable[[Value], Value]]: ...
-
-    def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """Convert rows and columns [n, 2] of patches, from index `first` on; the result is valid until the next tile.
-
-        `grid` is the tile's number of rows and of columns of patches.
-        """
-        ...
-
-    def begin(self, patches: Value, step: TowerStep) -> Value:
-        """Embed patches [T, patch_size]: x [T, E]."""
-        ...
-
-    def cells(self, hidden: Any) -> Any:
-        """Cells [C, cell size] from the output of `norm` [T, E], an array or a tensor."""
-        ...
-
-    def project(self, cells: Value) -> Value:
-        """Embeddings [C, text size] of cells [C, cell size]."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TowerFamily:
-    """How to read, build and fill vision encoders: each file of such a family in this folder has one as `FAMILY`.
-
-    The rule in the `TowerConfig` sets how pixels are prepared, and how many tiles and embeddings an image has.
-
-    Attributes:
-        name: name of the file.
-        hf: `architectures` in config.json of the multimodal models, with their model_type.
-        seen: supported values of model_type in `vision_config`; empty if the architecture is enough.
-        gguf: `clip.projector_type` of GGUF files.
-        settings: keys of preprocessor_config.json that an operator may override.
-        config_from_hf: reads a config from config.json, preprocessor_config.json, the text model's hidden size, and the
-            operator's values.
-        config_from_gguf: the same from a GGUF file's metadata, the text model's hidden size, and the operator's values.
-        prepared: the tensors of a GGUF file under the names of the table.
-        build, weights: as for `Family`.
-        mark: the token that is repeated for each of an image's embeddings.
-        asks: the token that a chat template writes for an image; empty if it is `mark`.
-        written: the whole text that a chat template writes for an image; empty if it is `asks`.
-        words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
-        turned: the text model has M-RoPE: embeddings rotate by time, row and column; see `engine/step/batch.py`.
+        name: value of `general.architecture`.
+        more: additional keys, without the architecture's prefix; they take precedence over common keys.
+        otherwise: config fields that differ in the file, such as the layout of stored tensors.
+        eps: key of the norms' epsilon.
+        interleaved: q and k rows are stored in pairs of adjacent rows.
+        names: substrings of the names to use for tensors with several GGUF names; for others the first name is used.
+        head: llama.cpp requires a head in the file, even if it equals the embedding table.
+        log_multiplier: value of `rope.scaling.yarn_log_multiplier` divided by `mscale_all_dim`; None without this key.
+        unread: ends of the names of tensors that llama.cpp does not know; it refuses files with such tensors.
+        square: llama.cpp requires that all heads together are as wide as the hidden state.
+        every: llama.cpp requires experts in all layers.
+        norm: whether llama.cpp normalises the weights of chosen experts; None if the file has a key for it.
     """
 
     name: str
-    hf: Mapping[str, str]
-    seen: tuple[str, ...] = ()
-    gguf: tuple[str, ...] = ()
-    settings: tuple[str, ...]
-    config_from_hf: Callable[[Fields, Fields, int, Mapping[str, Any]], TowerConfig]
-    config_from_gguf: Callable[[Fields, int, Mapping[str, Any]], TowerConfig]
-    prepared: Callable[[Mapping[str, StoredTensor], TowerConfig], Mapping[str, StoredTensor]]
-    build: Callable[[Any, Placement], Tower]
-    weights: Sequence[WeightName]
-    mark: str
-    asks: str = ""
-    written: str = ""
-    words_around: Callable[[Cut, tuple[int, int]], str]
-    turned: bool = False
+    more: Callable[[Any], dict[str, Any]] = lambda _: {}
+    otherwise: Callable[[Any], dict[str, Any]] = lambda _: {}
+    eps: str = "attention.layer_norm_rms_epsilon"
+    interleaved: bool = False
+    names: Callable[[Any], Sequence[str]] = lambda _: ()
+    head: bool = False
+    log_multiplier: float | None = None
+    unread: tuple[str, ...] = (DIVISORS, *BIASES)
+    square: bool = False
+    every: bool = False
+    norm: bool | None = None
+
+    def stored(self, config: Any) -> Any:
+        """Return the model's config as in a file of this architecture."""
+        tied = config.tie_embeddings and not self.head
+        usual: dict[str, Any] = {"interleaved_rotary": self.interleaved, "tie_embeddings": tied, "has_head": True}
+        return dataclasses.replace(config, **usual | self.otherwise(config))
+
+    def check(self, config: Any, names: Iterable[str], source: Path) -> None:
+        """Refuse a model that llama.cpp would not load, or would compute differently.
+
+        Args:
+            names: names of the file's tensors.
+            source: path for error messages.
+
+        Raises:
+            UnsupportedModelError: the message lists everything that llama.cpp does not support.
+        """
+        found = tuple(names)
+        lacks = [end.removeprefix(".") for end in self.unread if any(name.endswith(end) for name in found)]
+        if self.square and config.num_heads * config.head_dim != config.hidden_size:
+            lacks.append("heads that together are not as wide as the hidden state")
+        mixture = getattr(config, "mixture", None)
+        if self.every and len(config.sparse_layers) < config.num_layers:
+            lacks.append("layers without experts")
+        if mixture is not None and self.norm not in (None, mixture.renormalise):
+            lacks.append(f"norm_topk_prob {str(mixture.renormalise).lower()}")
+        if lacks:
+            raise UnsupportedModelError(
+                f"{source}: llama.cpp's {self.name} does not support {', '.join(lacks)}; serve it from its folder with "
+                "`isq` to quantise it"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -386,6 +183,7 @@ class Family:
         ignored: patterns of names of stored tensors without use.
         prepared: renames the tensors of a checkpoint to the names of the table; None if they already have these.
         completed: adds to the config what only the tensors show; None if `config.json` is complete.
+        as_gguf: how its models are written as GGUF files, by their model_type.
     """
 
     hf: Mapping[str, str]
@@ -397,6 +195,7 @@ class Family:
     ignored: Callable[[Any], Sequence[str]]
     prepared: Callable[[Checkpoint], Checkpoint] | None = None
     completed: Callable[[Any, Mapping[str, StoredTensor]], ModelConfig] | None = None
+    as_gguf: Mapping[str, Architecture] = dataclasses.field(default_factory=dict[str, Architecture])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import plus_one
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import projections
-from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gemma_config import GemmaConfig, config_from_gguf, config_from_hf
+from candle_vllm.core.models.family import Architecture, Family
+from candle_vllm.core.models.gemma_config import GemmaConfig, config_from_gguf, config_from_hf, gemma2_keys, gemma3_keys
 from candle_vllm.core.models.stack import DecoderStack
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -151,4 +151,9 @@ FAMILY = Family(
     build=Gemma,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={
+        "gemma": Architecture(name="gemma"),
+        "gemma2": Architecture(name="gemma2", more=gemma2_keys),
+        "gemma3_text": Architecture(name="gemma3", more=gemma3_keys),
+    },
 )

@@ -27,8 +27,8 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import gemma, gemma4
 from candle_vllm.core.models.attention_names import GG, HF
-from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gemma3n_config import Gemma3nConfig, config_from_gguf, config_from_hf
+from candle_vllm.core.models.family import Architecture, Family
+from candle_vllm.core.models.gemma3n_config import Gemma3nConfig, config_from_gguf, config_from_hf, gguf_keys, otherwise
 from candle_vllm.core.models.gemma3n_parts import Projections, SparseGatedMLP, StreamNorm, StreamRouter, TableRows
 from candle_vllm.core.models.gemma_parts import TABLES, LayerGate, LayerInputs
 from candle_vllm.core.models.llama import times
@@ -144,4 +144,5 @@ FAMILY = Family(
     build=Gemma3n,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"gemma3n_text": Architecture(name="gemma3n", more=gguf_keys, otherwise=otherwise)},
 )

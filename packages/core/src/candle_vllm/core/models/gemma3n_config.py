@@ -183,3 +183,8 @@ def gguf_keys(config: Gemma3nConfig) -> dict[str, Any]:
         "attention.shared_kv_layers": config.readers,
         "embedding_length_per_layer_input": config.input_size,
     }
+
+
+def otherwise(config: Gemma3nConfig) -> dict[str, Any]:
+    """The config field that differs in a GGUF file, whose per-layer table has a row for every token."""
+    return {"input_rows": config.vocab_size}

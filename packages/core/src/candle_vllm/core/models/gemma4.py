@@ -25,8 +25,8 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import gemma, gemma_parts
 from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.models.experts import expert_names
-from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gemma4_config import Gemma4Config, config_from_gguf, config_from_hf
+from candle_vllm.core.models.family import Architecture, Family
+from candle_vllm.core.models.gemma4_config import Gemma4Config, config_from_gguf, config_from_hf, gguf_keys
 from candle_vllm.core.models.gemma_parts import LayerGate, LayerInputs, LayerScale, RouterNorm
 
 
@@ -148,4 +148,8 @@ FAMILY = Family(
     build=Gemma4,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf=dict.fromkeys(
+        ("gemma4_text", "gemma4_unified_text"),
+        Architecture(name="gemma4", more=gguf_keys, unread=(), names=lambda _: ("gate_up_exps",)),
+    ),
 )

@@ -26,10 +26,10 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, write_rows
 from candle_vllm.core.loading.views import computed, constant
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.family import Placed, TowerFamily, TowerStep
 from candle_vllm.core.models.gemma4_tower_config import Gemma4TowerConfig, config_from_gguf, config_from_hf
 from candle_vllm.core.models.gemma4_tower_parts import BOUNDS, BoundedLinear, Positions, QueryNorm, Standard
 from candle_vllm.core.models.siglip import patch_kernel
+from candle_vllm.core.models.tower_family import Placed, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut
 

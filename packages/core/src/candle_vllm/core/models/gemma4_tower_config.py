@@ -12,7 +12,7 @@ import msgspec
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import MAX_LAYERS
-from candle_vllm.core.models.family import TowerConfig
+from candle_vllm.core.models.tower_family import TowerConfig
 from candle_vllm.core.vision.preprocessing import NOTHING, budget_rule, over
 
 _CAUSAL = (1536, 2560)  # hidden sizes of E2B and E4B, where an image's tokens attend causally

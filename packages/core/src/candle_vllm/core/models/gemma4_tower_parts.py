@@ -21,7 +21,7 @@ from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
 from candle_vllm.core.loading.weights import Parameter
-from candle_vllm.core.models.family import TowerConfig
+from candle_vllm.core.models.tower_family import TowerConfig
 
 BOUNDS = MappingProxyType({"input_min": -np.inf, "input_max": np.inf, "output_min": -np.inf, "output_max": np.inf})
 """Bounds of a matrix's inputs and outputs by name, with neutral values."""

@@ -21,10 +21,10 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.models.gemma4_tower import MARK, pixels_last, stacked, words_around
 from candle_vllm.core.models.gemma4_tower_config import MOST_POSITIONS
 from candle_vllm.core.models.gemma4_tower_parts import Positions
+from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, budget_rule, over
 

@@ -20,7 +20,6 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import plus_one, transposed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.family import TowerConfig, TowerFamily
 from candle_vllm.core.models.siglip import (
     ACTIVATIONS,
     Siglip,
@@ -30,6 +29,7 @@ from candle_vllm.core.models.siglip import (
     prepared,
     processor_of_gguf,
 )
+from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily
 from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, over, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import projections
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -165,4 +165,8 @@ FAMILY = Family(
     build=Glm,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={
+        "glm": Architecture(name="chatglm", interleaved=True, square=True),
+        "glm4": Architecture(name="glm4", interleaved=True),
+    },
 )

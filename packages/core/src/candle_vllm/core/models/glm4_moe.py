@@ -25,9 +25,10 @@ from candle_vllm.core.models.experts import (
     sigmoids_from_gguf,
     sigmoids_from_hf,
     sparse_in_gguf,
+    ungrouped,
     without_next_tokens,
 )
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -114,4 +115,7 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf=dict.fromkeys(
+        ("glm4_moe", "solar_open"), Architecture(name="glm4moe", more=gguf_keys, otherwise=ungrouped)
+    ),
 )

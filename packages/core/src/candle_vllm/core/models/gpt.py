@@ -10,6 +10,7 @@ Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabular
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.family import DIVISORS, LAYER_NORM_EPS, Architecture
 from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -147,3 +149,9 @@ class Gpt(DecoderStack):
         x = self.embed(token_ids)
         x = x if self.embed_norm is None else side_by_side(self.embed_norm(x))  # stored for norms and sums
         return x if self.positions is None else x + self.positions(step.positions)
+
+
+fused = functools.partial(
+    Architecture, names=lambda _: ("attn_qkv",), eps=LAYER_NORM_EPS, square=True, unread=(DIVISORS,)
+)
+"""The row of `Family.as_gguf` for families whose files store q, k and v as one matrix."""

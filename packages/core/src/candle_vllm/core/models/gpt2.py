@@ -19,7 +19,7 @@ from candle_vllm.core.loading.views import View, chain, qkv_rows, transposed
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.attention_names import GG, gguf_has_bias, gguf_projection, pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
+from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, fused
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -137,4 +137,5 @@ FAMILY = Family(
     build=Gpt,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"gpt2": fused(name="gpt2"), "gpt_bigcode": fused(name="starcoder")},
 )

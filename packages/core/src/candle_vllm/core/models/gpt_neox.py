@@ -12,9 +12,9 @@ from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import qkv_rows
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.attention_names import GG, gguf_has_bias, gguf_projection, pair
+from candle_vllm.core.models.attention_names import GG, gguf_has_bias, gguf_projection, pair, parallel_keys
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
+from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, fused
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -87,4 +87,5 @@ FAMILY = Family(
     build=Gpt,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"gpt_neox": fused(name="gptneox", more=parallel_keys, head=True)},
 )

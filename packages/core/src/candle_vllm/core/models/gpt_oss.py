@@ -27,7 +27,7 @@ from candle_vllm.core.loading.views import chain, every_other, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, projections, window_keys
 from candle_vllm.core.models.experts import expert_count, size_keys
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import DIVISORS, Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -213,4 +213,5 @@ FAMILY = Family(
     build=GptOss,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"gpt_oss": Architecture(name="gpt-oss", more=gguf_keys, head=True, unread=(DIVISORS,))},
 )

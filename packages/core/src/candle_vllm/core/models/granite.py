@@ -21,7 +21,7 @@ from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, also_named, local_keys
 from candle_vllm.core.models.experts import count_keys, expert_names, shared_names
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.models.local_layers import local_layers
 
@@ -148,4 +148,11 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        "granite": Architecture(name="granite", more=gguf_keys, interleaved=True, square=True, unread=()),
+        "granitemoe": Architecture(name="granitemoe", more=gguf_keys, interleaved=True, square=True, unread=()),
+        "granite_swa": Architecture(
+            name="granite_swa", more=swa_keys, interleaved=True, square=True, unread=(".ffn_gate_shexp.weight",)
+        ),
+    },
 )

@@ -17,7 +17,7 @@ from candle_vllm.core.loading.cache_specs import CacheSpec
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import granite, llama
 from candle_vllm.core.models.attention_names import HF, kv_heads_by_layer
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig, Mixer
 from candle_vllm.core.models.mamba2 import (
     HYBRID_KEYS,
@@ -117,4 +117,9 @@ FAMILY = Family(
     build=GraniteHybrid,
     weights=[*granite.WEIGHTS, *mixer_names("attention", HF + "mamba")],
     ignored=llama.ignored,
+    as_gguf={
+        "granitemoehybrid": Architecture(
+            name="granitehybrid", more=gguf_keys, interleaved=True, square=True, unread=(".ssm_in.bias",)
+        )
+    },
 )

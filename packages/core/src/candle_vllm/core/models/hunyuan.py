@@ -19,7 +19,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
 from candle_vllm.core.models.experts import expert_names, shared_names, size_keys
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -129,4 +129,8 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        "hunyuan_v1_dense": Architecture(name="hunyuan-dense"),
+        "hunyuan_v1_moe": Architecture(name="hunyuan-moe", more=gguf_keys, norm=True),
+    },
 )

@@ -24,9 +24,10 @@ from candle_vllm.core.models.experts import (
     shared_names,
     sigmoids_from_gguf,
     sparse_in_gguf,
+    ungrouped,
     without_next_tokens,
 )
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.glm4_moe import ignored
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
@@ -104,4 +105,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"hy_v3": Architecture(name="hy_v3", more=gguf_keys, otherwise=ungrouped)},
 )

@@ -19,7 +19,7 @@ from candle_vllm.core.loading.views import View, half_split
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, gguf_projection
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -107,4 +107,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"internlm2": Architecture(name="internlm2", interleaved=True, square=True)},
 )

@@ -20,7 +20,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, kv_heads_by_layer
 from candle_vllm.core.models.experts import count_keys, expert_count, expert_names, sparse_in_gguf
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import MAMBA_BIASES, Architecture, Family
 from candle_vllm.core.models.llama import Llama, Mixer
 from candle_vllm.core.models.mamba1 import (
     MambaMixer,
@@ -149,4 +149,5 @@ FAMILY = Family(
         *selective_names("attention", HF + "mamba"),
     ],
     ignored=llama.ignored,
+    as_gguf={"jamba": Architecture(name="jamba", more=gguf_keys, square=True, norm=False, unread=MAMBA_BIASES)},
 )

@@ -30,6 +30,7 @@ from candle_vllm.core.models.kimi_linear_config import (
     Taps,
     config_from_gguf,
     config_from_hf,
+    gguf_keys,
 )
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -139,4 +140,9 @@ FAMILY = Family(
     build=lambda config, placement, _: KimiLinear(config, placement),
     weights=WEIGHTS,
     ignored=deepseek.ignored,
+    as_gguf={
+        "kimi_linear": dataclasses.replace(
+            deepseek.GGUF, name="kimi-linear", more=gguf_keys, interleaved=False, head=True, norm=True
+        )
+    },
 )

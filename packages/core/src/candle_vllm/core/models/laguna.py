@@ -25,7 +25,7 @@ from candle_vllm.core.models.experts import (
     sigmoids_from_gguf,
     sigmoids_from_hf,
 )
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.models.local_layers import by_layer, heads_by_layer, local_from_gguf, ropes_by_kind
 
@@ -111,4 +111,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"laguna": Architecture(name="laguna", more=gguf_keys)},
 )

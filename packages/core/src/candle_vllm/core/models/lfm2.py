@@ -23,8 +23,8 @@ from candle_vllm.core.loading.views import flattened, row_part
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import GG, HF, projections
 from candle_vllm.core.models.experts import expert_names
-from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.lfm2_config import Lfm2Config, config_from_gguf, config_from_hf
+from candle_vllm.core.models.family import DIVISORS, Architecture, Family
+from candle_vllm.core.models.lfm2_config import Lfm2Config, config_from_gguf, config_from_hf, gguf_keys
 from candle_vllm.core.models.llama import Attention
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -134,6 +134,7 @@ WEIGHTS = [
     WeightName("norm:weight", "model.embedding_norm.weight", "token_embd_norm.weight"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]
+_CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
 
 FAMILY = Family(
     hf={"Lfm2ForCausalLM": "lfm2", "Lfm2MoeForCausalLM": "lfm2_moe"},
@@ -143,4 +144,8 @@ FAMILY = Family(
     build=Lfm2,
     weights=WEIGHTS,
     ignored=lambda config: [r"lm_head\.weight"] if config.tie_embeddings else [],
+    as_gguf={
+        "lfm2": Architecture(name="lfm2", more=gguf_keys, unread=_CONVOLVED, square=True),
+        "lfm2_moe": Architecture(name="lfm2moe", more=gguf_keys, unread=_CONVOLVED, square=True),
+    },
 )

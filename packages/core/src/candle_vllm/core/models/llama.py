@@ -33,8 +33,8 @@ from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import Parameter, WeightName
-from candle_vllm.core.models.attention_names import gguf_has_bias, projections, window_keys
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.attention_names import axes_keys, gguf_has_bias, projections, window_keys
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -367,4 +367,18 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={
+        **dict.fromkeys(
+            ("llama", "mistral", "ministral", "internlm3"),
+            Architecture(name="llama", more=window_keys, interleaved=True, unread=()),
+        ),
+        "ministral3": Architecture(
+            name="mistral3", more=mistral3_keys, interleaved=True, log_multiplier=1.0, unread=()
+        ),
+        "qwen2": Architecture(name="qwen2", more=window_keys, square=True),
+        "qwen2_vl": Architecture(name="qwen2vl", more=axes_keys, square=True),
+        "qwen3": Architecture(name="qwen3", more=window_keys),
+        "qwen3_vl": Architecture(name="qwen3vl", more=axes_keys),
+        "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),
+    },
 )

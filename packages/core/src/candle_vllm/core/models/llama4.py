@@ -25,9 +25,9 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.models.experts import expert_names, shared_names
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama
-from candle_vllm.core.models.llama4_config import Llama4Config, config_from_gguf, config_from_hf
+from candle_vllm.core.models.llama4_config import Llama4Config, config_from_gguf, config_from_hf, gguf_keys
 
 
 class Growth:
@@ -121,4 +121,5 @@ FAMILY = Family(
     build=Llama4,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"llama4_text": Architecture(name="llama4", more=gguf_keys, interleaved=True, unread=())},
 )

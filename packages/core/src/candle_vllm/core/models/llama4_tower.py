@@ -33,9 +33,9 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_ho
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
-from candle_vllm.core.models.family import Placed, TileRows, TowerFamily, TowerStep
 from candle_vllm.core.models.pixtral import AxialConfig, adjacent
 from candle_vllm.core.models.siglip import MOST_PATCHES, patch_kernel, prepared
+from candle_vllm.core.models.tower_family import Placed, TileRows, TowerFamily, TowerStep
 from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, CanvasRule, Cut, over, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import llama, nemotron_h
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import MAMBA_BIASES, Architecture, Family
 from candle_vllm.core.models.mamba1 import (
     MambaMixer,
     SelectiveConfig,
@@ -111,4 +111,5 @@ FAMILY = Family(
         *selective_names("attention", *_MIXERS),
     ],
     ignored=llama.ignored,
+    as_gguf=dict.fromkeys(("mamba", "falcon_mamba"), Architecture(name="mamba", more=gguf_keys, unread=MAMBA_BIASES)),
 )

@@ -25,9 +25,10 @@ from candle_vllm.core.models.experts import (
     sigmoids_from_hf,
     size_keys,
     sparse_in_gguf,
+    ungrouped,
     without_next_tokens,
 )
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.glm4_moe import later_layers
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.models.local_layers import by_layer, ropes_by_kind
@@ -139,4 +140,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"mimo_v2_flash": Architecture(name="mimo2", more=gguf_keys, otherwise=ungrouped, head=True, norm=True)},
 )

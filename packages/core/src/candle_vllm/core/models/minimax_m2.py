@@ -17,8 +17,8 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF
-from candle_vllm.core.models.experts import expert_count, expert_names
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.experts import expert_count, expert_names, sigmoid_keys
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.models.olmoe import with_experts
 
@@ -91,4 +91,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"minimax_m2": Architecture(name="minimax-m2", more=sigmoid_keys, head=True, norm=True)},
 )

@@ -14,9 +14,9 @@ from candle_vllm.core.loading.config import layer_windows, shared_from_gguf, sha
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF
-from candle_vllm.core.models.experts import expert_count, expert_names
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.attention_names import GG, HF, window_keys
+from candle_vllm.core.models.experts import count_keys, expert_count, expert_names
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -68,4 +68,12 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        "mixtral": Architecture(
+            name="llama",
+            more=lambda config: window_keys(config) | count_keys(config.mixture),
+            interleaved=True,
+            unread=(),
+        )
+    },
 )

@@ -24,7 +24,7 @@ from candle_vllm.core.loading.views import plus_one
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import gemma_config, llama
 from candle_vllm.core.models.attention_names import GG, HF, also_named
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Attention, Llama, LlamaConfig
 from candle_vllm.core.models.local_layers import local_layers
 from candle_vllm.core.models.olmo2 import full_layers
@@ -149,4 +149,5 @@ FAMILY = Family(
     build=MuseGlimmer,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"muse_glimmer_text": Architecture(name="muse-glimmer", more=gguf_keys, interleaved=True, head=True)},
 )

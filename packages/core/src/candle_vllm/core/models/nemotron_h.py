@@ -25,10 +25,11 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, gguf_projection, pair
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.experts import ungrouped
+from candle_vllm.core.models.family import LAYER_NORM_EPS, MAMBA_BIASES, Architecture, Family
 from candle_vllm.core.models.llama import Attention
 from candle_vllm.core.models.mamba2 import Mamba2Mixer, mixer_names
-from candle_vllm.core.models.nemotron_h_config import NemotronHConfig, config_from_gguf, config_from_hf
+from candle_vllm.core.models.nemotron_h_config import NemotronHConfig, config_from_gguf, config_from_hf, gguf_keys
 from candle_vllm.core.models.stack import DecoderStack
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -159,4 +160,8 @@ FAMILY = Family(
     build=NemotronH,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        name: Architecture(name=name, more=gguf_keys, eps=LAYER_NORM_EPS, otherwise=ungrouped, unread=MAMBA_BIASES)
+        for name in ("nemotron_h", "nemotron_h_moe")
+    },
 )

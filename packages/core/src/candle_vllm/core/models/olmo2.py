@@ -24,8 +24,8 @@ from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.attention_names import GG, HF, local_keys
+from candle_vllm.core.models.family import BIASES, Architecture, Family
 from candle_vllm.core.models.llama import Attention, LlamaConfig
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -139,4 +139,8 @@ FAMILY = Family(
     build=Olmo2,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        **dict.fromkeys(("olmo2", "olmo3"), Architecture(name="olmo2", more=local_keys, head=True, square=True)),
+        "exaone4": Architecture(name="exaone4", more=local_keys, square=True, unread=BIASES),
+    },
 )

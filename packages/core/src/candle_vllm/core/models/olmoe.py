@@ -16,8 +16,8 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.experts import expert_count, expert_names
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.experts import count_keys, expert_count, expert_names
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -77,4 +77,9 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        "olmoe": Architecture(
+            name="olmoe", more=lambda config: count_keys(config.mixture), head=True, square=True, norm=False
+        )
+    },
 )

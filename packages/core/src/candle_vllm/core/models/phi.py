@@ -23,7 +23,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import projections
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import DIVISORS, LAYER_NORM_EPS, Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -131,4 +131,5 @@ FAMILY = Family(
     build=Phi,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"phi": Architecture(name="phi2", eps=LAYER_NORM_EPS, head=True, square=True, unread=(DIVISORS,))},
 )

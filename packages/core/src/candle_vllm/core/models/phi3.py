@@ -21,7 +21,7 @@ from candle_vllm.core.loading.views import qkv_rows, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import window_keys
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -133,4 +133,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"phi3": Architecture(name="phi3", more=gguf_keys, names=lambda _: ("attn_qkv",), square=True)},
 )

@@ -25,7 +25,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama, phi3
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, pair
 from candle_vllm.core.models.experts import count_keys, expert_count, expert_names
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Attention, LlamaConfig
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -146,4 +146,5 @@ FAMILY = Family(
     build=PhiMoe,
     weights=WEIGHTS,
     ignored=phi3.ignored,
+    as_gguf={"phimoe": Architecture(name="phimoe", more=gguf_keys, square=True, head=True, norm=False, unread=())},
 )

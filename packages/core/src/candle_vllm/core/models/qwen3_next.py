@@ -28,7 +28,7 @@ from candle_vllm.core.loading.views import chain, flattened, plus_one
 from candle_vllm.core.loading.weights import Parameter, Seen, WeightName
 from candle_vllm.core.models import llama, qwen_moe
 from candle_vllm.core.models.attention_names import GG, HF
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.glm4_moe import later_layers
 from candle_vllm.core.models.qwen3_next_config import (
     TILED_COLUMNS,
@@ -37,8 +37,10 @@ from candle_vllm.core.models.qwen3_next_config import (
     config_from_gguf,
     config_from_hf,
     decay_of_log,
+    gguf_keys,
     joint_gates,
     joint_rows,
+    qwen35_keys,
     tiled_rows,
 )
 from candle_vllm.core.models.stack import DecoderStack
@@ -163,4 +165,11 @@ FAMILY = Family(
     build=Qwen3Next,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={
+        "qwen3_next": Architecture(
+            name="qwen3next", more=gguf_keys, names=lambda _: ("ssm_ba",), every=True, norm=True
+        ),
+        "qwen3_5": Architecture(name="qwen35", more=qwen35_keys),
+        "qwen3_5_moe": Architecture(name="qwen35moe", more=qwen35_keys, every=True, norm=True),
+    },
 )

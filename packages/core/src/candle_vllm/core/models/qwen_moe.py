@@ -19,9 +19,9 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import as_row, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, window_keys
+from candle_vllm.core.models.attention_names import GG, HF, axes_keys, window_keys
 from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, size_keys, sparse_in_gguf
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -129,11 +129,9 @@ WEIGHTS = [
 
 def gguf_keys(config: Any) -> dict[str, Any]:
     """The GGUF metadata of a model with experts in addition to the keys of every model."""
-    mixture = config.mixture
-    keys = window_keys(config) | size_keys(mixture) | {"expert_weights_norm": mixture.renormalise}
-    if mixture.shared_size:
-        keys["expert_shared_feed_forward_length"] = mixture.shared_size
-    return keys
+    keys = (axes_keys if config.rope.axes else window_keys)(config) | size_keys(config.mixture)
+    shared = {"expert_shared_feed_forward_length": config.mixture.shared_size} if config.mixture.shared_size else {}
+    return keys | {"expert_weights_norm": config.mixture.renormalise} | shared
 
 
 FAMILY = Family(
@@ -144,4 +142,9 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        "qwen2_moe": Architecture(name="qwen2moe", more=gguf_keys, head=True, square=True, every=True, norm=False),
+        "qwen3_moe": Architecture(name="qwen3moe", more=gguf_keys, every=True, norm=True),
+        "qwen3_vl_moe": Architecture(name="qwen3vlmoe", more=gguf_keys, every=True, norm=True),
+    },
 )

@@ -37,9 +37,9 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_ho
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed, row_part
 from candle_vllm.core.loading.weights import Parameter, Seen, WeightName
-from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.models.siglip import ACTIVATIONS
 from candle_vllm.core.models.siglip import prepared as swapped_back
+from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, Cut, area_rule, over
 

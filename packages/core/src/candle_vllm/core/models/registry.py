@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Which family serves which architecture.
 
-A new family is a file in this folder, a name in `FAMILIES`, and a row in `core/conversion/gguf_architectures.py`, or in
-a test's table of families without GGUF: see "Adding a dense family" in docs/architecture.md.
+A new family is a file in this folder and a name in `FAMILIES`: see "Adding a dense family" in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
 from candle_vllm.core.loading.trunks import SCORES, decoder_class, head_as_stored, is_headed, without_head
-from candle_vllm.core.models.family import EncoderFamily, Family, TowerFamily
+from candle_vllm.core.models.family import EncoderFamily, Family
 from candle_vllm.core.models.token_heads import base_class, with_head
+from candle_vllm.core.models.tower_family import TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 Row = TypeVar("Row", Family, EncoderFamily)

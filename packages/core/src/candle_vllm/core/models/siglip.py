@@ -31,7 +31,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, StretchRule, TileRule, over, tile_rule
 

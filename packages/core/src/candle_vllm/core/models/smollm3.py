@@ -12,7 +12,7 @@ from candle_vllm.core.loading.config import layer_windows, shared_from_gguf, sha
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import gguf_has_bias
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
@@ -72,4 +72,5 @@ FAMILY = Family(
     build=Llama,
     weights=llama.WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={"smollm3": Architecture(name="smollm3", interleaved=True)},
 )

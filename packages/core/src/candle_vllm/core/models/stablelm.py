@@ -26,8 +26,8 @@ from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, share
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, projections
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, parallel_keys, projections
+from candle_vllm.core.models.family import LAYER_NORM_EPS, Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 
 _MAX_NORMED_HEADS = 128
@@ -187,4 +187,14 @@ FAMILY = Family(
     build=StableLm,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        "stablelm": Architecture(
+            name="stablelm",
+            more=parallel_keys,
+            otherwise=whole_head_norms,
+            eps=LAYER_NORM_EPS,
+            head=True,
+            square=True,
+        )
+    },
 )

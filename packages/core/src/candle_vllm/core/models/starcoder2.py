@@ -11,8 +11,8 @@ from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, pair, projections
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, pair, projections, window_keys
+from candle_vllm.core.models.family import DIVISORS, LAYER_NORM_EPS, Architecture, Family
 from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -62,4 +62,9 @@ FAMILY = Family(
     build=Gpt,
     weights=WEIGHTS,
     ignored=llama.ignored,
+    as_gguf={
+        "starcoder2": Architecture(
+            name="starcoder2", more=window_keys, eps=LAYER_NORM_EPS, square=True, unread=(DIVISORS,)
+        )
+    },
 )

@@ -22,7 +22,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import hy_v3, laguna, llama
 from candle_vllm.core.models.attention_names import HF, also_named, local_keys
 from candle_vllm.core.models.experts import expert_count, sigmoids_from_gguf, sigmoids_from_hf, sparse_in_gguf
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import BIASES, Architecture, Family
 from candle_vllm.core.models.glm4_moe import later_layers
 from candle_vllm.core.models.llama import Llama, LlamaConfig, MLPGate
 from candle_vllm.core.models.local_layers import (
@@ -146,4 +146,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
+    as_gguf={"step3p5": Architecture(name="step35", more=gguf_keys, head=True, unread=BIASES)},
 )

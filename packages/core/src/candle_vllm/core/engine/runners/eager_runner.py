@@ -26,8 +26,9 @@ from candle_vllm.core.kernels.states import StateCache, StateRows
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading import cache_specs
-from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
 from candle_vllm.core.models.stack import DecoderStack, layers_here
+from candle_vllm.core.models.tower_family import Tower, TowerStep
 from candle_vllm.core.sampling.state import SamplingState
 
 

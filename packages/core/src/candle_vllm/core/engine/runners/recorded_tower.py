@@ -21,7 +21,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Recorder, Ste
 from candle_vllm.core.kernels.cpu_runtime.team import PART_CODE, ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
 from candle_vllm.core.kernels.recorded import Recorded
-from candle_vllm.core.models.family import Tower, TowerStep
+from candle_vllm.core.models.tower_family import Tower, TowerStep
 
 _PIECE = 0.03  # maximum seconds of encoding between two steps, as predicted
 _SLOWEST = 2e10  # assumed multiplications and additions a second before any measurement
