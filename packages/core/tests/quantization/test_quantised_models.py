@@ -23,15 +23,21 @@ from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.placement import choose_placement, memory_of
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import layout as packed_layout
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
 from candle_vllm.core.layers.parameters import MatrixParameter, Placement
+from candle_vllm.core.loading import quantised
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.group_codes import GroupCodes
+from candle_vllm.core.quantization.stored import DecodedSource
+from candle_vllm.core.quantization.tensors import StoredTensor
 from packages.core.tests.models.tiny import (
     BLOCK,
     CPU,
@@ -46,7 +52,7 @@ from packages.core.tests.models.tiny import (
     typical_spread,
 )
 from packages.core.tests.models.tiny import write_tiny as write_model
-from packages.core.tests.quantization.format_writers import WRITERS, Writer, fp8, marlin, mxfp4, quantise_model
+from packages.core.tests.quantization.format_writers import WRITERS, Writer, Written, fp8, marlin, mxfp4, quantise_model
 
 TOKENS = some_tokens(20)
 CHUNKS = [13, 6, 1]
@@ -164,8 +170,10 @@ def test_what_is_decoded_is_said(folders: Folders, caplog: pytest.LogCaptureFixt
 def test_memory_of_gguf_types_is_that_of_their_layouts(name: str, bits: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_layout, "host_isa", lambda: Isa.AVX2)
     tensor = SimpleNamespace(
-        name="weight", dtype=None, span=None, block_type=GGMLQuantizationType[name], shape=(32, 512), numel=32 * 512
+        name="weight", dtype=None, block_type=GGMLQuantizationType[name], shape=(32, 512), numel=32 * 512
     )
+    tensor.decodes = lambda unit: unit < 0
+
     checkpoint: Any = SimpleNamespace(tensors={"weight": tensor})
     assert memory_of(Placement(CPU, "F32", WeightMemory()), checkpoint) == 32 * 512 * bits / 8
 
@@ -185,6 +193,53 @@ def test_memory_is_that_of_what_is_kept(folders: Folders) -> None:
         device = Placement(CPU, "BF16", keeps_quantised=True)
         assert memory_of(device, opened.checkpoint) == plain // 2 + (wide if "blocks" in name else stored)
         opened.checkpoint.close()
+
+
+class Fractions(DecodedSource[GroupCodes]):
+    """A scratch format: bytes, less a zero of their row that is no integer."""
+
+    def __init__(self, codes: StoredTensor, zeros: StoredTensor) -> None:
+        self._codes, self._zeros = codes, zeros
+
+    def read(self, first: int, last: int) -> GroupCodes:
+        zeros = self._zeros.rows(first, last).load()
+        return GroupCodes(self._codes.raw()[first:last], np.full_like(zeros, 2**-8), zeros, 8, "F32")
+
+
+def fractions(config: Fields, stored: StoredTensors) -> Found:
+    for parts in layers_with(stored, ".codes"):
+        codes, zeros = parts.get(".codes", "U8"), parts.get(".zeros", "F32")
+        yield parts, parts.tensor("FRACTIONS", codes.shape, Fractions(codes, zeros))
+
+
+def test_a_format_without_a_kernel_is_one_module_and_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is decoded on every path, and planned for with the size of plain elements."""
+
+    def written(weight: torch.Tensor) -> Written:
+        zeros = 128 + torch.rand(len(weight), 1)
+        codes = (256 * weight + zeros).round().clamp(0, 255).byte()
+        return Written({".codes": codes, ".zeros": zeros}, (codes - zeros) / 256, {"quant_method": "fractions"})
+
+    monkeypatch.setattr(quantised, "METHODS", {"fractions": fractions})
+    source = write_model(tmp_path / "plain", "llama", num_key_value_heads=4, intermediate_size=128)
+    folder, decoded = quantise_model(source, tmp_path, written)
+    wanted = eager_logits(decoded, TOKENS, CHUNKS)
+    assert torch.equal(eager_logits(folder, TOKENS, CHUNKS), wanted)
+    with caplog.at_level(logging.INFO):
+        assert spread(recorded_logits(folder, TOKENS, CHUNKS), wanted) < 1e-2
+    assert "14 quantised tensors" in caplog.text
+    assert "FRACTIONS has no kernel" in caplog.text
+    opened = loading.open_model(loading.model_files(EngineConfig(model=str(folder), block_size=BLOCK)), CPU)
+    with opened.checkpoint as checkpoint:
+        tensors = checkpoint.tensors.values()
+        least = sum(2 * tensor.numel for tensor in tensors if tensor.dtype is None)
+        for placement in (Placement(CPU, "F32", WeightMemory()), Placement(CPU, "BF16", keeps_quantised=True)):
+            assert memory_of(placement, checkpoint) > least
+        part = next(tensor for tensor in tensors if tensor.dtype is None).columns(0, 8)
+        assert part.decodes(1)
+    assert error(device_logits(folder, monkeypatch), wanted) < 1e-5
 
 
 def test_biases_of_zeros_need_no_place(folders: Folders, tmp_path: Path) -> None:

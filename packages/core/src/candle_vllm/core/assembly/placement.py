@@ -339,13 +339,11 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
 
 
 def _is_decoded(placement: Placement, tensor: StoredTensor) -> bool:
-    """Return whether no kernel supports the tensor's scales; decoded tables and experts of mixed types do not count."""
-    if tensor.span is None:
-        return False
+    """Return whether no kernel takes the tensor's codes; decoded tables and experts of mixed types do not count."""
     unit = LEAST_SPAN
     if placement.keeps_quantised:
         from candle_vllm.core.kernels.group_linear.layout import PART as unit
-    return tensor.span < tensor.shape[-1] and tensor.span % unit != 0
+    return tensor.decodes(unit)
 
 
 def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:

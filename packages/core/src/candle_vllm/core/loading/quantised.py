@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Quantised safetensors: read a config's `quantization_config`, and combine the parts of a matrix into one tensor.
 
-`METHODS` in `quantised_layers.py` has a function for each method, and `quantization/` a file for each format. The
-stored tensors determine which layers are quantised, so a config's lists of exceptions need not be read. A layer may
-have its own bits or groups (GPTQModel's `dynamic`, several `config_groups`): of all schemes in the config, the first
-that fits its tensors is used, and layers are not matched with a config's patterns. Unused scales, zero points and group
-indices are removed and logged; other unused parts stay in the checkpoint, where the loader reports them.
+`METHODS` names the module of `quantization/` that finds the quantised layers of each method. The stored tensors
+determine which layers are quantised, so a config's lists of exceptions need not be read. A layer may have its own bits
+or groups (GPTQModel's `dynamic`, several `config_groups`): of all schemes in the config, the first that fits its
+tensors is used, and layers are not matched with a config's patterns. Unused scales, zero points and group indices are
+removed and logged; other unused parts stay in the checkpoint, where the loader reports them.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -20,14 +20,32 @@ from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.loading.quantised_layers import METHODS, is_dense
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import spare
-from candle_vllm.core.quantization.fp8 import NUMBERS
+from candle_vllm.core.quantization import auto_round, awq, compressed_tensors, fp4, fp8, gptq, marlin, modelopt
+from candle_vllm.core.quantization.finding import Found, StoredTensors
 from candle_vllm.core.quantization.stored import LayerTensors
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
+
+METHODS: Mapping[str, Callable[[Fields, StoredTensors], Found]] = MappingProxyType(
+    {
+        "gptq": gptq.layers,
+        "gptq_marlin": gptq.layers,
+        "marlin": marlin.layers,
+        "awq": awq.layers,
+        "awq_marlin": awq.layers,
+        "auto-round": auto_round.layers,
+        "compressed-tensors": compressed_tensors.layers,
+        "fp8": fp8.layers,
+        "fbgemm_fp8": fp8.layers,
+        "mxfp4": fp4.layers,
+        "modelopt": modelopt.layers,
+        "modelopt_fp4": modelopt.layers,
+    }
+)
+"""The function of each `quant_method`, which yields the parts and the weight of each quantised layer."""
 
 FILES = MappingProxyType(
     {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
@@ -41,7 +59,7 @@ ACTIVATION_SCALES = re.compile(
 """Names of scales that are not used: activations are not quantised with the checkpoint's scales, and
 `assembly/cache_scales.py` has already removed those scales of a float8 KV cache that are used."""
 
-_CODES = (*NUMBERS, "I8", "U8", "I32")  # a tensor `....weight` of one of these types holds quantised codes
+_CODES = (*fp8.NUMBERS, "I8", "U8", "I32")  # a tensor `....weight` of one of these types holds quantised codes
 
 
 def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -134,4 +152,5 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
 def _is_idle(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor is a quantisation parameter of a layer that is stored unquantised."""
     layer, _, end = name.rpartition(".")
-    return end in ("weight_scale", "weight_zero_point", "weight_g_idx") and is_dense(checkpoint, layer)
+    unused = end in ("weight_scale", "weight_zero_point", "weight_g_idx")
+    return unused and compressed_tensors.is_dense(checkpoint, layer)

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.quantization.finding import Found, StoredTensors, group_size, layers_with
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -77,3 +80,16 @@ def awq_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
     if qzeros.shape != (groups, rows // PER):
         raise parts.shape_error(qzeros, [groups, rows // PER], why)
     return parts.tensor("AWQ-4", (rows, columns), AwqSource(qweight, qzeros, scales))
+
+
+def layers(config: Fields, stored: StoredTensors) -> Found:
+    """Read the layers of `quant_method` awq."""
+    bits = config.get("bits", int, config.get("w_bit", int, 4))
+    if bits != 4:
+        raise UnsupportedModelError(f"{config.path}: AWQ with bits {bits} is not implemented; implemented: 4")
+    config.choice("version", "gemm", "gemm", "GEMM")
+    if not config.get("zero_point", bool, True):
+        raise UnsupportedModelError(f"{config.path}: AWQ with zero_point false is not implemented; implemented: true")
+    group = group_size(config, 128, "q_group_size" if "q_group_size" in config else "group_size")
+    for parts in layers_with(stored, ".qweight"):
+        yield parts, awq_tensor(parts, group)

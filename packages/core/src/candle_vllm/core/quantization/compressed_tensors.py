@@ -15,9 +15,10 @@ from types import MappingProxyType
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.compressed_ints import packed_ints, plain_ints
+from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
 from candle_vllm.core.quantization.fp4 import mxfp4_tensor, nvfp4_tensor
-from candle_vllm.core.quantization.fp8 import fp8_tensor
-from candle_vllm.core.quantization.stored import LayerTensors, QuantisedTensor
+from candle_vllm.core.quantization.fp8 import block_shape, fp8_tensor
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor
 
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4, DENSE = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense"
@@ -105,37 +106,24 @@ def _scheme(weights: Fields, format: str) -> CtScheme:
     return CtScheme(format, bits, kind, group, block)
 
 
-def block_shape(fields: Fields, key: str) -> tuple[int, int]:
-    """Return the rows and columns of a block.
-
-    Raises:
-        InvalidFileError: the value is not two counts.
-    """
-    sizes = fields.get(key, list)
-    if len(sizes) != 2 or not all(isinstance(size, int) and 0 < size <= 1 << 24 for size in sizes):
-        raise InvalidFileError(f"{fields.path}: {key} is {sizes!r:.80}; it must be two sizes such as [128, 128]")
-    return sizes[0], sizes[1]
-
-
-def ct_tensor(parts: Callable[[], LayerTensors], schemes: list[CtScheme]) -> tuple[LayerTensors, QuantisedTensor]:
+def ct_tensor(parts: LayerTensors, schemes: list[CtScheme]) -> tuple[LayerTensors, QuantisedTensor]:
     """Return the weight of a layer that is stored quantised, by the first scheme that its parts fit.
 
     Args:
-        parts: returns the layer's parts, called for each scheme that is tried.
+        parts: the layer's parts.
         schemes: schemes of the config.
 
     Raises:
         InvalidFileError: the parts fit no scheme; the message has the reason for the first scheme.
     """
-    first = parts()
     errors = [
         InvalidFileError(
-            f"{first.path}: layer {first.layer} is stored quantised, and quantization_config has no config_groups that "
+            f"{parts.path}: layer {parts.layer} is stored quantised, and quantization_config has no config_groups that "
             "say how"
         )
     ]
     for scheme in schemes:
-        own = parts()
+        own = parts.afresh()
         try:
             return own, _READERS[scheme.format](own, scheme)
         except InvalidFileError as error:
@@ -157,3 +145,20 @@ _READERS: Mapping[str, Callable[[LayerTensors, CtScheme], QuantisedTensor]] = Ma
         MXFP4: lambda parts, _: mxfp4_tensor(parts),
     }
 )
+
+
+# ---- the layers of a checkpoint --------------------------------------------------------------------------------------
+
+
+def layers(config: Fields, stored: StoredTensors) -> Found:
+    """Read the layers of `quant_method` compressed-tensors."""
+    schemes = read_schemes(config)
+    for parts in layers_with(stored, ".weight_packed", ".weight_scale"):
+        if not is_dense(stored, parts.layer):
+            yield ct_tensor(parts, schemes)
+
+
+def is_dense(stored: StoredTensors, layer: str) -> bool:
+    """Whether a layer with scales is stored unquantised nevertheless."""
+    weight = stored.tensors.get(f"{layer}.weight")
+    return weight is not None and weight.type_name in FLOATS

@@ -19,6 +19,8 @@ import math
 import numpy as np
 
 from candle_vllm.core.errors import WeightsError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
 from candle_vllm.core.quantization.fp8 import scale_numbers
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, E2M1_VALUES, BlockParts, put_together
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -167,3 +169,12 @@ def _matrix(parts: LayerTensors, packed: StoredTensor, scales: StoredTensor, gro
     if scales.shape != (rows, columns // group):
         raise parts.shape_error(scales, [rows, columns // group], f"{rows} outputs and {columns} inputs")
     return rows, columns
+
+
+# ---- the layers of a checkpoint --------------------------------------------------------------------------------------
+
+
+def layers(_: Fields, stored: StoredTensors) -> Found:
+    """Read the layers of `quant_method` mxfp4, the experts of gpt-oss."""
+    for parts in layers_with(stored, "_blocks"):
+        yield parts, mxfp4_experts(parts)

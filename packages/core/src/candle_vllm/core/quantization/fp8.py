@@ -16,6 +16,9 @@ from typing import Literal
 
 import numpy as np
 
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.quantization.finding import Found, StoredTensors
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import FLOATS, FloatSource, LayerTensors, QuantisedTensor, floats
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -97,3 +100,31 @@ def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> Quantised
         raise parts.shape_error(scale, list(wanted), f"tensor {weight.name} has shape {list(weight.shape)}")
     matrix = dataclasses.replace(weight, shape=(experts * rows, columns))
     return parts.tensor("FP8", weight.shape, Fp8Source(matrix, scale, block), parts.layer)
+
+
+# ---- the layers of a checkpoint --------------------------------------------------------------------------------------
+
+
+def layers(config: Fields, stored: StoredTensors) -> Found:
+    """Read the layers of `quant_method` fp8."""
+    block = block_shape(config, "weight_block_size") if "weight_block_size" in config else None
+    config.choice("fmt", "e4m3", "e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2")
+    for name, tensor in stored.tensors.items():
+        if name.endswith(".weight") and tensor.type_name in NUMBERS:
+            parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
+            yield parts, fp8_tensor(parts, block)
+        elif tensor.type_name in NUMBERS and name + "_scale_inv" in stored.tensors:
+            parts = LayerTensors(stored.tensors, name, stored.path)
+            yield parts, fp8_experts(parts, block)
+
+
+def block_shape(fields: Fields, key: str) -> tuple[int, int]:
+    """Return the rows and columns of a block.
+
+    Raises:
+        InvalidFileError: the value is not two counts.
+    """
+    sizes = fields.get(key, list)
+    if len(sizes) != 2 or not all(isinstance(size, int) and 0 < size <= 1 << 24 for size in sizes):
+        raise InvalidFileError(f"{fields.path}: {key} is {sizes!r:.80}; it must be two sizes such as [128, 128]")
+    return sizes[0], sizes[1]

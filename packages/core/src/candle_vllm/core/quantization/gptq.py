@@ -15,11 +15,16 @@ Source: Frantar et al., 2022, arXiv:2210.17323; AutoGPTQ's and GPTQModel's torch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.quantization import marlin
+from candle_vllm.core.quantization.finding import Found, StoredTensors, group_size, layers_with
 from candle_vllm.core.quantization.group_codes import GroupCodes, fields
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -115,3 +120,48 @@ def column_groups(parts: LayerTensors, g_idx: StoredTensor, columns: int, groups
         )
     regular = columns % groups == 0 and (found == np.arange(columns) // (columns // groups)).all()
     return None if regular else found
+
+
+# ---- the layers of a checkpoint --------------------------------------------------------------------------------------
+
+
+def layers(config: Fields, stored: StoredTensors) -> Found:
+    """Read the layers of `quant_method` gptq."""
+    layout = config.choice("checkpoint_format", "gptq", "gptq", "gptq_v2", "marlin")
+    config.choice("pack_dtype", "int32", "int32", "torch.int32")
+    if layout == "marlin" or config.get("is_marlin_format", bool, False):
+        yield from marlin.layers(config, stored)
+        return
+    # The layers of a pattern that begins with "-:" are not quantised.
+    own = [value for pattern, value in config.section("dynamic").values.items() if not pattern.startswith("-:")]
+    yield from layers_by_scheme(config, stored, own, zeros_less_one=layout == "gptq")
+
+
+def layers_by_scheme(config: Fields, stored: StoredTensors, own: Sequence[Any], *, zeros_less_one: bool) -> Found:
+    """Read each layer by the first scheme its parts fit: the main one, then those in `own`; names are not matched."""
+    bits, group = _bits(config, None), group_size(config)
+    schemes = [GptqScheme(bits, group, zeros_less_one)]
+    for values in own:
+        some = Fields(values if isinstance(values, dict) else {}, config.path)
+        schemes.append(GptqScheme(_bits(some, bits), group_size(some, group), zeros_less_one))
+    for parts in layers_with(stored, ".qweight"):
+        yield _first_fitting(parts, list(dict.fromkeys(schemes)))
+
+
+def _bits(config: Fields, default: int | None) -> int:
+    bits = config.get("bits", int, *(() if default is None else (default,)))
+    if bits not in (4, 8):
+        raise UnsupportedModelError(f"{config.path}: GPTQ with bits {bits} is not implemented; implemented: 4, 8")
+    return bits
+
+
+def _first_fitting(parts: LayerTensors, schemes: Sequence[GptqScheme]) -> tuple[LayerTensors, QuantisedTensor]:
+    """Read a layer by the first scheme that its parts fit; if no scheme fits, raise the first scheme's error."""
+    errors: list[InvalidFileError] = []
+    for scheme in schemes:
+        own = parts.afresh()
+        try:
+            return own, gptq_tensor(own, scheme)
+        except InvalidFileError as error:
+            errors.append(error)
+    raise errors[0]

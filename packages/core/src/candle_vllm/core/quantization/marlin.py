@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.quantization.finding import Found, StoredTensors, group_size, layers_with
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -90,3 +93,11 @@ def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
         why = f"{rows} outputs, {columns} inputs and group_size {group}"
         raise parts.shape_error(scales, [groups, rows], why)
     return parts.tensor("Marlin-4", (rows, columns), MarlinSource(packed, scales))
+
+
+def layers(config: Fields, stored: StoredTensors) -> Found:
+    """Read the layers of `quant_method` marlin."""
+    if (bits := config.get("bits", int, 4)) != 4:
+        raise UnsupportedModelError(f"{config.path}: Marlin with bits {bits} is not implemented; implemented: 4")
+    for parts in layers_with(stored, ".B"):
+        yield parts, marlin_tensor(parts, group_size(config, -1))

@@ -40,11 +40,13 @@ class WeightSource(ABC, Generic[Codes]):
         parts: the stored tensors.
         align: reads begin and end at multiples of this row number (or at the last row).
         span: number of columns that share an fp32 scale (FP8, NVFP4), K for one scale per row; None for other codes.
+        decodes: no kernel takes the codes, so packing decodes them; memory is planned for plain elements.
     """
 
     parts: tuple[StoredTensor, ...]
     align: int = 1
     span: int | None = None
+    decodes: bool = False
 
     @abstractmethod
     def read(self, first: int, last: int) -> Codes:
@@ -82,11 +84,20 @@ class FloatSource(WeightSource[ScaledCodes]):
         return backend.floats(tensor, tensor.span, tensor.codes)
 
 
+class DecodedSource(WeightSource[Codes]):
+    """Source of codes that no kernel takes; their zeros may be fractions."""
+
+    decodes = True
+
+    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
+        return backend.decoded(tensor, f"{tensor.type_name} has no kernel")
+
+
 class _Columns(WeightSource[Codes]):
     """Columns of another source."""
 
     def __init__(self, source: WeightSource[Codes], first: int, last: int) -> None:
-        self.parts, self.align = source.parts, source.align
+        self.parts, self.align, self.decodes = source.parts, source.align, source.decodes
         self.span = None if source.span is None else min(source.span, last - first)
         self._source, self._first, self._last = source, first, last
 
@@ -161,7 +172,7 @@ class QuantisedTensor(StoredTensor):
 
     def blocks(self) -> Blocks | None:
         """Convert the rows to blocks of a ggml type that has kernels; None if no such type represents them exactly."""
-        if self.span is not None:  # FP8 and NVFP4 with fp32 scales are not converted to ggml blocks
+        if self.span is not None or self.source.decodes:  # FP8 and NVFP4 with fp32 scales are not converted
             return None
         found: dict[int, Blocks | None] = {}
 
@@ -184,6 +195,10 @@ class QuantisedTensor(StoredTensor):
     @property
     def span(self) -> int | None:
         return self.source.span
+
+    def decodes(self, unit: int) -> bool:
+        span = self.span
+        return self.source.decodes or (span is not None and span < self.shape[-1] and span % unit != 0)
 
     @property
     def block_type(self) -> None:
@@ -235,6 +250,10 @@ class LayerTensors:
         self.layer = layer
         self.path = path
         self.taken: list[StoredTensor] = []
+
+    def afresh(self) -> LayerTensors:
+        """The same layer, from which no tensor is taken yet."""
+        return LayerTensors(self._tensors, self.layer, self.path)
 
     def find(self, end: str, *type_names: str) -> StoredTensor | None:
         """Return the tensor `layer` + `end`, which must have one of `type_names`; None if it is not stored."""

@@ -50,6 +50,10 @@ class Backend(Protocol[Packed]):
         """Pack small floats with a scale for each `span` columns."""
         ...
 
+    def decoded(self, stored: StoredTensor, why: str) -> Packed:
+        """Pack a quantised matrix as plain elements; `why` is for the log."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor(ABC):
@@ -129,6 +133,10 @@ class StoredTensor(ABC):
     def span(self) -> int | None:
         """Columns that share a scale of small floats; None for other stored types."""
         return None
+
+    def decodes(self, unit: int) -> bool:  # noqa: ARG002
+        """Whether packing decodes the codes, with kernels that take scales for multiples of `unit` columns."""
+        return False
 
     @property
     def _unit(self) -> tuple[int, int]:

@@ -72,21 +72,21 @@ class RecordedBackend:
         del read
         found = blocks()
         if found is None:
-            return self._decoded(stored, "no GGUF block type has exactly these values")
+            return self.decoded(stored, "no GGUF block type has exactly these values")
         if found.order is not None and not self.groups:
-            return self._decoded(stored, "no GGUF block type has exactly these values in the order of their inputs")
+            return self.decoded(stored, "no GGUF block type has exactly these values in the order of their inputs")
         return self.blocks(stored, lambda: found)
 
     def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> tuple[Matrix, str | None]:
         from candle_vllm.core.kernels import scaled_linear
 
         if not self.floats_kept:
-            return self._decoded(stored, "such a layer has no kernel for small floats")
+            return self.decoded(stored, "such a layer has no kernel for small floats")
         try:
             scaled_linear.check_span(span, stored.shape[1])  # before scales are repeated for every row
             return scaled_linear.pack(read(), self.memory), None
         except UnsupportedModelError as error:
-            return self._decoded(stored, str(error))
+            return self.decoded(stored, str(error))
 
     def numbers(self, stored: StoredTensor) -> list[PlainMatrix]:
         """Return the matrices [N, K] of a stored tensor [..., N, K]; decoded elements become `kind`, or bfloat16."""
@@ -102,6 +102,6 @@ class RecordedBackend:
         each = raw.reshape(math.prod(outer), -1)
         return [plain_linear.pack(matrix, dtype, rows, columns, self.kind, self.memory) for matrix in each]
 
-    def _decoded(self, stored: StoredTensor, why: str) -> tuple[Matrix, str | None]:
+    def decoded(self, stored: StoredTensor, why: str) -> tuple[Matrix, str | None]:
         (matrix,) = self.numbers(stored)
         return matrix, why

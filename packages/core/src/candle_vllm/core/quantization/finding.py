@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+"""Find the quantised layers of a checkpoint; each format's module has a function `layers` that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.quantization.stored import LayerTensors, QuantisedTensor
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+Found: TypeAlias = Iterator[tuple[LayerTensors, QuantisedTensor]]  # the parts of each layer, and its weight
+
+
+class StoredTensors(Protocol):
+    """A checkpoint's tensors by name, and the path that errors name."""
+
+    tensors: Mapping[str, StoredTensor]
+    path: Path
+
+
+def layers_with(stored: StoredTensors, *ends: str) -> Iterator[LayerTensors]:
+    """Yield the layers that have a tensor whose name ends with one of these suffixes."""
+    seen: set[str] = set()
+    for name in stored.tensors:
+        end = next((end for end in ends if name.endswith(end)), None)
+        if end is not None and (layer := name.removesuffix(end)) not in seen:
+            seen.add(layer)
+            yield LayerTensors(stored.tensors, layer, stored.path)
+
+
+def group_size(config: Fields, default: int | None = None, key: str = "group_size") -> int:
+    """Read the number of inputs in a group; -1 means all inputs."""
+    known = () if default is None else (default,)
+    return -1 if config.get(key, int, *known) == -1 else config.count(key, *known)
