@@ -12,19 +12,20 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi import APIRouter
 from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.routing import Match, Mount, Route
 from starlette.testclient import TestClient
 
 from candle_vllm.core.progress import Progress
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.app import OPERATIONS
+from candle_vllm.server.app import OPERATIONS, ROUTERS
 from candle_vllm.server.http.auth import PAGES, ApiKeyMiddleware, HostMiddleware, OriginMiddleware
 from candle_vllm.server.http.keys import Keyring
-from candle_vllm.server.http.routing import Caller, caller_of
+from candle_vllm.server.http.routing import Caller, caller_of, routed_path
 from candle_vllm.server.models.slot import ModelState
-from candle_vllm.server.openapi.operation import Access
+from candle_vllm.server.openapi.operation import Access, Operation, operations_of, routing
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import PacedEngine
 
@@ -355,6 +356,68 @@ def test_routes_of_operators_are_known() -> None:
         for path in ("/v1/models", "/v1/models/x", "/v1/queue", "/metrics/", "/health", "/"):
             assert not ACCESS.manages(method, path), path
         assert ACCESS.manages(method, "/lora-adapters") == (method != "GET")
+
+
+PIN = APIRouter()
+_pin = routing(PIN, functools.partial(Operation, tag="operators", manages=True))
+for _at, _manages in (
+    ("GET /v1/models/status", True), ("POST /v1/models/{name}/pin", True), ("GET /v1/models/{name:path}", False),
+    ("GET /v1/open/mine", False), ("POST /v1/open/mine", True), ("GET /v1/open/{name}", True),
+):  # fmt: skip
+    _pin(_at, manages=_manages)(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "manages"),
+    [
+        ("POST /v1/models/x/pin", True), ("PUT /v1/models/x/pin", True), ("DELETE /v1/models/x/pin", True),
+        ("OPTIONS /v1/models/x/pin", True), ("HEAD /v1/models/x/pin", True), ("WEBSOCKET /v1/models/x/pin", True),
+        ("GET /v1/models/x/pin", False), ("GET /v1/models/x", False), ("POST /v1/models/x", False),
+        ("POST /v1/models/x/pin\n", True), ("POST /v1/models/\n/pin", True), ("POST /v1/models/x\ny/pin", True),
+        ("POST /v1/models/../pin", True), ("POST /v1/models/%2F/pin", True),
+        ("POST /v1/models/org/name/pin", False), ("POST /v1/models//pin", False), ("POST /v1/models/x/pin/", False),
+        ("POST //v1/models/x/pin", False), ("POST /V1/models/x/pin", False), ("POST /v1/models/x/pin\n\n", False),
+        ("GET /v1/models/status", True), ("GET /v1/models/status\n", True), ("POST /v1/models/status", True),
+        ("GET /v1/open/mine", True), ("GET /v1/open/x", True), ("PUT /v1/open/x", True), ("GET /v1/open/", False),
+        ("GET /v1/open/\n", True), ("GET /v1/open/x\n", True), ("HEAD /v1/open/mine", True),
+    ],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("root", ["", "/v1", "/app"])
+async def test_a_path_parameter_guards_what_its_route_matches(asked: str, manages: bool, root: str) -> None:
+    """And nothing else below its prefix; a client's request reaches no operators' route, below any prefix."""
+    method, path = asked.split(" ", 1)
+    head = [(b"authorization", b"Bearer " + KEYS[0].encode())]
+    kind: dict[str, Any] = {"type": "http", "method": method} if method != "WEBSOCKET" else {"type": "websocket"}
+    scope = {**kind, "path": root + path, "root_path": root, "headers": head}
+    reached: list[bool] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        served = [route for route in PIN.routes if route.matches(scope)[0] is Match.FULL]
+        reached.append(any(operations[method, route.path].manages for route in served if isinstance(route, Route)))
+
+    async def send(message: Any) -> None:
+        assert message.get("status", 401) == 401
+
+    operations, keys = operations_of([PIN]), Keyring(Settings(api_key=KEYS, management_key=("operator",)))
+    await ApiKeyMiddleware(application, keys, Access(operations))(scope, None, send)  # type: ignore[arg-type]
+    assert reached == ([] if manages else [False])
+
+
+def test_no_spelling_opens_an_operators_route() -> None:
+    """The router matches the same path of the same scope."""
+    routes = [route for router in ROUTERS for route in router.routes]
+    values = ("x", "a/b", "\n", "x\n", "", "..", "%2F", "a\nb")
+    paths = {re.sub(r"\{.*?\}", value.replace("\n", r"\n"), at) for at in ACCESS.managed for value in values}
+    for path, root, method in itertools.product(
+        sorted(paths), ("", "/v1", "/v1/queues"), ("GET", "POST", "PUT", "DELETE")
+    ):
+        for spelt in (root + path, root + path + "\n", root + path + "/", root + "/" + path, path):
+            scope = {"type": "http", "method": method, "path": spelt, "root_path": root, "headers": []}
+            if not ACCESS.manages(method, routed_path(scope)):
+                found = next((each for each in routes if each.matches(scope)[0] is Match.FULL), None)
+                served = OPERATIONS.get((method, getattr(found, "path", "")))
+                assert served is None or not served.manages, (method, spelt, root)
 
 
 def test_a_management_key_alone_leaves_the_other_routes_open(start) -> None:

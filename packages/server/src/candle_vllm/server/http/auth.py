@@ -30,7 +30,7 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
 from candle_vllm.server.http.keys import Key, Keyring
 from candle_vllm.server.http.protocol import most_connections
-from candle_vllm.server.http.routing import acting_for, route_path
+from candle_vllm.server.http.routing import acting_for, route_path, routed_path
 
 if TYPE_CHECKING:
     from candle_vllm.server.openapi.operation import Access
@@ -64,7 +64,7 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
             return
         path = route_path(scope)
-        manages = self._access.manages(scope.get("method"), path)
+        manages = self._access.manages(scope.get("method"), routed_path(scope))
         guarded = self._keys.guards(operators=manages)
         if not guarded or path in self._access.public:
             if path == READY and guarded:

@@ -21,15 +21,18 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
+def routed_path(scope: Scope) -> str:
+    """Return the path of a request as the router matches it: without the prefix (`root_path`)."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
 def route_path(scope: Scope) -> str:
     """Return the path of a request, for layers that decide before the router does.
 
-    It has no prefix (`root_path`), and no newline at its end: the router's expressions end with `$`, which also matches
-    before such a newline.
+    It has no newline at its end: the router's expressions end with `$`, which also matches before such a newline.
     """
-    path, root = scope["path"], scope.get("root_path", "")
-    path = path[len(root) :] if root and path.startswith(root + "/") else path
-    return path.removesuffix("\n")
+    return routed_path(scope).removesuffix("\n")
 
 
 class HeadMiddleware:

@@ -18,6 +18,7 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from msgspec import UNSET
 from pydantic.json_schema import models_json_schema
+from starlette.routing import compile_path
 
 from candle_vllm.openai import ErrorEnvelope
 from candle_vllm.openai.protocol.fields import WireModel
@@ -275,7 +276,7 @@ def operations_of(routers: Iterable[APIRouter]) -> dict[Key, Operation]:
 
 
 class Access:
-    """Who may call a route, decided by its path: everybody, operators, or clients.
+    """Who may call a route, decided by its method and path: everybody, operators, or clients.
 
     `public` are paths without an operation that need no key.
     """
@@ -283,9 +284,29 @@ class Access:
     def __init__(self, operations: Mapping[Key, Operation], public: frozenset[str] = frozenset()) -> None:
         self.public = public | {path for (_, path), each in operations.items() if each.public}
         self.managed = {path for (_, path), each in operations.items() if each.manages}
-        self._open = {key for key, each in operations.items() if key[1] in self.managed and not each.manages}
-        self._below = tuple(path.partition("{")[0] for path in self.managed if "{" in path)
+        clients = [key for key, each in operations.items() if not each.manages]
+        self._open = {key for key in clients if key[1] in self.managed}
+        self._clients = [(method, compile_path(path)[0]) for method, path in clients]
+        self._patterns = [
+            (method, compile_path(path)[0])
+            for (method, path), each in operations.items()
+            if each.manages and "{" in path
+        ]
 
     def manages(self, method: str | None, path: str) -> bool:
-        """Whether only operators may send a request; a WebSocket has no method."""
-        return (path in self.managed or path.startswith(self._below)) and (method, path) not in self._open
+        """Whether only operators may send a request; a WebSocket has no method.
+
+        A path that a managed route matches is for operators with every method but those of clients' routes: of routes
+        at the same path or, if the managed route has path parameters, of all routes that match. If both kinds match
+        with the method, the path is for operators.
+
+        Args:
+            path: the path as the router matches it (`routed_path`).
+        """
+        methods = {own for own, pattern in self._patterns if pattern.match(path)}
+        plain = path.removesuffix("\n")  # `$` in the router's expressions also matches before a newline
+        if method in methods:
+            return True
+        if plain in self.managed:
+            return (method, plain) not in self._open
+        return bool(methods) and not any(own == method and pattern.match(path) for own, pattern in self._clients)
