@@ -416,6 +416,20 @@ def test_texts_alone_may_be_asked_for(folder: Path) -> None:
         engine.generate(PROMPT, GREEDY, use_tqdm=False)
 
 
+class Limited(EngineConfig):
+    """Settings with one more, of the name of a field of `PictureLimits`."""
+
+    max_image_pixels = 34
+
+
+def test_a_limit_of_images_is_a_setting_of_the_same_name(folder: Path) -> None:
+    with (
+        InferenceEngine(Limited(model=str(folder))) as engine,
+        pytest.raises(InvalidParameterError, match="pixels; at most 34"),
+    ):
+        engine.generate(PROMPT, GREEDY, use_tqdm=False)
+
+
 def test_what_does_not_fit_is_refused_before_the_rest_is_decoded(folder: Path) -> None:
     with InferenceEngine(folder, max_model_len=128) as engine:
         prompt = {"prompt": "<image>" * 3, "multi_modal_data": {"image": [PICTURES[0], PICTURES[0], b"none"]}}

@@ -151,7 +151,9 @@ def test_no_damage_does_more_than_that(format: str) -> None:
         for place in random.integers(0, len(data), 3):
             data[place] = random.integers(0, 256)
         try:
-            picture = decode_picture(bytes(data[: random.integers(1, len(data) + 1)]), PictureLimits(pixels=10_000))
+            picture = decode_picture(
+                bytes(data[: random.integers(1, len(data) + 1)]), PictureLimits(max_image_pixels=10_000)
+            )
         except InvalidParameterError:
             continue
         assert picture.pixels.size <= 30_000
@@ -166,11 +168,11 @@ def test_apples_form_of_png_is_refused_by_name() -> None:
 
 def test_limits_are_looked_at_before_pixels() -> None:
     with pytest.raises(InvalidParameterError, match=r"image: 7 x 5 pixels; at most 34"):
-        decode_picture(stored(), PictureLimits(pixels=34))
+        decode_picture(stored(), PictureLimits(max_image_pixels=34))
     with pytest.raises(InvalidParameterError, match=r"bytes; an image may have at most 20"):
-        decode_picture(stored(), PictureLimits(nbytes=20))
+        decode_picture(stored(), PictureLimits(max_image_bytes=20))
     with pytest.raises(InvalidParameterError, match=r"at most 34"):
-        picture_of(IMAGE, PictureLimits(pixels=34))
+        picture_of(IMAGE, PictureLimits(max_image_pixels=34))
 
 
 def test_equal_pixels_are_one_picture() -> None:
@@ -205,7 +207,7 @@ def test_base64_may_be_in_lines() -> None:
     data = bytes(range(256)) * 3
     for text in (base64.encodebytes(data).decode(), base64.b64encode(data).decode().replace("A", "A \t\r\n")):
         assert from_base64(text) == data
-        assert from_data_url(f"data:;base64,{text}", PictureLimits(nbytes=len(data))) == data
+        assert from_data_url(f"data:;base64,{text}", PictureLimits(max_image_bytes=len(data))) == data
     for text in ("AA\u00a0AA", "AA\0AA", "AA-A", "AAA"):
         with pytest.raises(InvalidParameterError, match="not valid base64"):
             from_base64(text)
@@ -236,7 +238,7 @@ def test_only_base64_is_data(url: str) -> None:
     with pytest.raises(InvalidParameterError):
         from_data_url(url)
     with pytest.raises(InvalidParameterError, match="has more than 30 bytes"):
-        from_data_url("data:;base64," + "A" * 100, PictureLimits(nbytes=30))
+        from_data_url("data:;base64," + "A" * 100, PictureLimits(max_image_bytes=30))
 
 
 def test_without_pillow_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

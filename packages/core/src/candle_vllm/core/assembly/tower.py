@@ -23,7 +23,7 @@ from candle_vllm.core.loading.weights import check_weights, load_weights, places
 from candle_vllm.core.models.registry import tower_family, tower_family_from_gguf, tower_family_named
 from candle_vllm.core.models.tower_family import Tower, TowerConfig, TowerFamily
 from candle_vllm.core.text.tokenizer import Tokenizer
-from candle_vllm.core.vision.pictures import require_pillow
+from candle_vllm.core.vision.pictures import PictureLimits, require_pillow
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut
 from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 
@@ -209,19 +209,19 @@ def _loaded(
     seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned, "blank": model.blank}
     seen |= {"written": family.written or family.asks or family.mark}
     parts = VisionDescription(family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, **seen)
-    vision = vision_input_of(parts, tokenizer, config.max_images)
+    vision = vision_input_of(parts, tokenizer, config)
     return LoadedTower(tower=tower, placement=placement, vision=vision, weight_bytes=nbytes)
 
 
-def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, most: int) -> VisionInput:
-    """Make the image preprocessing of a model from the `parts` of its tower, for at most `most` images per prompt."""
+def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: EngineConfig) -> VisionInput:
+    """Make the image preprocessing of a model from the `parts` of its tower; the settings have the limits of images."""
     family = tower_family_named(parts.family)
 
     def words(cut: Cut) -> Sequence[int]:
         said = family.words_around(cut, cut.cells(parts.cell))
         return tokenizer.encode(said, add_special_tokens=False, parse_special=True)
 
-    return VisionInput(parts, words, _breaks(tokenizer), most=most)
+    return VisionInput(parts, words, _breaks(tokenizer), PictureLimits.of(config))
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:

@@ -648,7 +648,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         model_sampling=loaded.default_sampling if generates else {},
         tasks=("generate", *vectors) if generates else vectors,
         modalities=("text",) if loaded.vision is None else ("text", "image"),
-        max_images=0 if loaded.vision is None else loaded.vision.most,
+        max_images=0 if loaded.vision is None else loaded.vision.limits.max_images,
         image_text="" if loaded.vision is None else loaded.vision.parts.written,
         labels=labels,
         embedding_size=0 if loaded.pooling is None or labels else loaded.pooling.length(loaded.pooling.pooling),

@@ -58,7 +58,7 @@ class RemoteEngine(EngineFront):
         self._owner = os.getpid()
         try:
             ready = process.greeting()
-            self._texts: _Texts | None = _Texts(ready, config.max_images)
+            self._texts: _Texts | None = _Texts(ready, config)
             self.image_sources = ImageSources.of(config)
             writer = RequestWriter(ready.info, self._texts.tokenizer, ready.pooling, config.seed)
             self._link = RemoteLink(process, ready, writer)
@@ -126,14 +126,14 @@ class RemoteEngine(EngineFront):
 class _Texts:
     """The model's tokenizer, template and image processing, as the engine's process reported them in `Ready`."""
 
-    def __init__(self, ready: Ready, most_images: int) -> None:
+    def __init__(self, ready: Ready, config: EngineConfig) -> None:
         self.tokenizer = _tokenizer(ready.tokenizer)
         self.template = None if ready.template is None else ChatTemplate(ready.template, self.tokenizer.special_tokens)
         self.vision: VisionInput | None = None
         if ready.vision is not None:
             from candle_vllm.core.assembly.tower import vision_input_of
 
-            self.vision = vision_input_of(ready.vision, self.tokenizer, most_images)
+            self.vision = vision_input_of(ready.vision, self.tokenizer, config)
 
 
 def _tokenizer(parts: TokenizerParts) -> Tokenizer:

@@ -254,7 +254,7 @@ class ImageSources:
                 about = os.fstat(file.fileno())
                 if not stat.S_ISREG(about.st_mode):
                     raise FileNotFoundError
-                if about.st_size > LIMITS.nbytes:
+                if about.st_size > LIMITS.max_image_bytes:
                     raise _too_large(image.path, "the file")
                 room.take(about.st_size, image.path)
                 return file.read(about.st_size)
@@ -443,14 +443,14 @@ def _opened_below(folder: Path, path: Path) -> int:
 
 async def _body(answer: httpx.Response, target: Target, path: str, room: _Room) -> bytes:
     told = answer.headers.get("content-length", "")
-    if told.isascii() and told.isdigit() and (len(told) > 15 or int(told) > LIMITS.nbytes):
+    if told.isascii() and told.isdigit() and (len(told) > 15 or int(told) > LIMITS.max_image_bytes):
         raise _too_large(path, target.host)
     if answer.headers.get("content-encoding", "identity").lower() != "identity":
         raise _failed(path, target, "the response is compressed, which was not requested")
     pieces, size = list[bytes](), 0
     async for piece in answer.aiter_raw():
         size += len(piece)
-        if size > LIMITS.nbytes:
+        if size > LIMITS.max_image_bytes:
             raise _too_large(path, target.host)
         room.take(len(piece), path)
         pieces.append(piece)
@@ -463,5 +463,5 @@ def _failed(path: str, target: Target, why: str) -> InvalidParameterError:
 
 def _too_large(path: str, where: str) -> InvalidParameterError:
     return InvalidParameterError(
-        f"{path}: {where} has more than {LIMITS.nbytes >> 20} MB, the most that an image may have", path
+        f"{path}: {where} has more than {LIMITS.max_image_bytes >> 20} MB, the most that an image may have", path
     )

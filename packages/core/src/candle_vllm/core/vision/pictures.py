@@ -29,6 +29,8 @@ from candle_vllm.core.errors import ConfigError, InvalidParameterError, with_ext
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from candle_vllm.core.config import EngineConfig
+
 MAX_PARTS = 1 << 16  # segments, chunks or blocks of a file
 MAX_SCANS = 100  # limit for a JPEG; encoders write about ten
 MAX_SCANNED = 1 << 31  # pixels times scans of a JPEG: a scan of a few bytes visits every pixel
@@ -40,15 +42,23 @@ _BLANKS = " \t\r\n\f\v"
 
 @dataclasses.dataclass(frozen=True)
 class PictureLimits:
-    """Limits of an image.
+    """Limits of a prompt's images. An engine's setting of the same name replaces a default.
 
     Attributes:
-        nbytes: maximum number of bytes of its file.
-        pixels: maximum number of pixels: width times height in the file's header.
+        max_images: maximum number of images.
+        max_image_bytes: maximum number of bytes of an image's file.
+        max_image_pixels: maximum number of pixels of an image: width times height in the file's header.
     """
 
-    nbytes: int = 20 << 20
-    pixels: int = 1 << 26
+    max_images: int = 64
+    max_image_bytes: int = 20 << 20
+    max_image_pixels: int = 1 << 26
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> PictureLimits:
+        """Return the limits that an engine's settings give."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 
 LIMITS = PictureLimits()
@@ -99,8 +109,8 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
     """
     import PIL.Image
 
-    if len(data) > limits.nbytes:
-        raise InvalidParameterError(f"{name}: {len(data)} bytes; an image may have at most {limits.nbytes}", name)
+    if len(data) > (most := limits.max_image_bytes):
+        raise InvalidParameterError(f"{name}: {len(data)} bytes; an image may have at most {most}", name)
     refused: Exception | None = None
     try:
         file = _bare(data)
@@ -174,9 +184,9 @@ def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image")
     head, comma, data = url.partition(",")
     if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
         raise InvalidParameterError(f"{name}: a data URL must be data:image/png;base64, and the base64 text", name)
-    most = 4 * (limits.nbytes // 3 + 1)
+    most = 4 * (limits.max_image_bytes // 3 + 1)
     if len(data) > most and len(data) - sum(map(data.count, _BLANKS)) > most:
-        raise InvalidParameterError(f"{name}: the image has more than {limits.nbytes} bytes", name)
+        raise InvalidParameterError(f"{name}: the image has more than {limits.max_image_bytes} bytes", name)
     return from_base64(data, name)
 
 
@@ -234,8 +244,9 @@ def part_address(part: Mapping[str, Any]) -> str | None:
 
 
 def _check_size(width: int, height: int, limits: PictureLimits, name: str) -> None:
-    if not 0 < width <= _LONGEST_SIDE or not 0 < height <= _LONGEST_SIDE or width * height > limits.pixels:
-        said = f"{name}: {width} x {height} pixels; at most {limits.pixels}, and {_LONGEST_SIDE} on a side, are allowed"
+    most = limits.max_image_pixels
+    if not 0 < width <= _LONGEST_SIDE or not 0 < height <= _LONGEST_SIDE or width * height > most:
+        said = f"{name}: {width} x {height} pixels; at most {most}, and {_LONGEST_SIDE} on a side, are allowed"
         raise InvalidParameterError(said, name)
 
 

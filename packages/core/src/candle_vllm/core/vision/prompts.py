@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.core.shown import ShownStruct
 from candle_vllm.core.vision.inputs import ImageInput
-from candle_vllm.core.vision.pictures import LIMITS, Picture, picture_of
+from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
 from candle_vllm.core.vision.preprocessing import Cut, Rule
 
 
@@ -64,14 +64,14 @@ class VisionInput:
         parts: description of the model's vision encoder.
         words: returns the tokens that replace the placeholder of an image, given its grid of tiles.
         breaks: tokens that consist of line breaks, with their number of line breaks; empty if no token is one break.
-        most: maximum number of images of a prompt.
+        limits: limits of a prompt's images.
         one_at_a_time: lock that is held while an image is decoded.
     """
 
     parts: VisionDescription
     words: Callable[[Cut], Sequence[int]]
     breaks: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    most: int = 64
+    limits: PictureLimits = LIMITS
     one_at_a_time: threading.Lock = dataclasses.field(default_factory=threading.Lock, compare=False, repr=False)
 
     def look(
@@ -91,9 +91,9 @@ class VisionInput:
             InvalidParameterError: too many images, an unusable image, or another number of placeholders than images.
             PromptTooLongError: the expanded prompt does not fit into the context.
         """
-        if len(images) > self.most:
+        if len(images) > (most := self.limits.max_images):
             raise InvalidParameterError(
-                f"image: the prompt has {len(images)} images; at most {self.most} are allowed", "image"
+                f"image: the prompt has {len(images)} images; at most {most} are allowed", "image"
             )
         marks = (ids := list(ids)).count(self.parts.asks)
         if marks != len(images):
@@ -111,7 +111,7 @@ class VisionInput:
             self._join(expanded, ids[begin:end])
             begin = end + 1
             with self.one_at_a_time:
-                picture = picture_of(image, LIMITS, name)
+                picture = picture_of(image, self.limits, name)
                 cut = self.parts.rule.cut(picture.height, picture.width)
                 least = len(expanded) + cut.tiles * self.parts.embeddings(cut)
                 if most_tokens is None or least < most_tokens:  # otherwise the prompt is refused below

@@ -235,6 +235,6 @@ async def stored_image(file_id: str, path: str) -> bytes:
         raise InvalidParameterError(said, path)
     try:
         owner = await batches.store.owner(caller_of(context.scope).key)
-        return await batches.store.whole(owner, file_id, LIMITS.nbytes, path)
+        return await batches.store.whole(owner, file_id, LIMITS.max_image_bytes, path)
     except (NotStoredError, StoreLimitError) as error:
         raise InvalidParameterError(f"{path}: {error}", path) from None

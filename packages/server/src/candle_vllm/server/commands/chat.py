@@ -396,7 +396,7 @@ class Chat:
             raise UsageError(f"{self.name} takes text only")
         try:
             with path.open("rb") as file:
-                data = file.read(LIMITS.nbytes + 1)
+                data = file.read(LIMITS.max_image_bytes + 1)
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
         picture = decode_picture(data, name=str(path))
