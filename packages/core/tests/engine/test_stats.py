@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from threading import RLock
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import msgspec
@@ -10,6 +12,7 @@ import pytest
 
 from candle_vllm.core import EngineStats
 from candle_vllm.core.engine.stats import STATS, Histogram, Stat, combined, ended, forms
+from candle_vllm.core.remote.fleet import Fleet
 from candle_vllm.core.remote.serving import Outbox
 from candle_vllm.core.remote.wire import FromChild, MalformedMessageError, Pieces, Reader, encode
 
@@ -44,8 +47,9 @@ def measured(*values: float) -> Measured:
 
 def test_every_field_has_a_form() -> None:
     assert STATS.keys() == set(EngineStats.__struct_fields__)
-    for name, stat in STATS.items():
-        assert stat.kind == ("counter" if stat.form == "counter" else "gauge"), name
+    for name, stat in forms(Measured).items():
+        counts = "histogram" if isinstance(stat.zero, Histogram) else "counter"
+        assert stat.kind == (counts if stat.form == "counter" else "gauge"), name
         assert bool(stat.series) == bool(stat.help), name
         assert stat.when in ("", *STATS), name
     assert forms(Measured)["waits"].kind == "histogram"
@@ -80,6 +84,21 @@ def test_histograms_of_two_replicas_add_up_and_survive_their_engines() -> None:
     other = msgspec.structs.replace(one, waits=Histogram((1,)))
     with pytest.raises(ValueError, match="shorter"):
         combined([one, other])
+
+
+def test_a_fleet_has_the_histograms_of_its_replicas() -> None:
+    """Also of a replica that has died."""
+    fleet = object.__new__(Fleet)
+    replicas = [SimpleNamespace(last_stats=lambda value=value: measured(value)) for value in (0.5, 9.0)]
+    vars(fleet).update(_lock=RLock(), _replicas=replicas, _up=[True, True], _restarts=[0, 0], _past=None)
+    assert fleet.stats() == msgspec.structs.replace(
+        combined([measured(0.5), measured(9.0)]), replicas=fleet.stats().replicas
+    )
+    vars(fleet).update(_up=[True, False], _past=ended(measured(8.0, 9.0)))
+    stats = fleet.stats()
+    assert isinstance(stats, Measured)
+    assert stats.waits == Histogram((0.25, 1, 8), [0, 1, 1, 1], 17.5)
+    assert [each.alive for each in stats.replicas] == [True, False]
 
 
 def test_a_snapshot_is_a_copy_of_what_the_parts_report() -> None:
