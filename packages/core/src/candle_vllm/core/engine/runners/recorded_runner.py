@@ -596,7 +596,9 @@ def _caches(
         if isinstance(spec, cache_specs.PagedSpec):
             cache = next(rest[spec.shape, cache_specs.pages_of(spec, windows, num_blocks)])
             pool = cache_specs.pool_of(spec, windows)
-            return cache if pool is None else WindowedCache.of(pool, *cache)
+            cache = cache if pool is None else WindowedCache.of(pool, *cache)
+            cache.kinds = kinds
+            return cache
         return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
 
     return cache_specs.layer_caches(specs, make)

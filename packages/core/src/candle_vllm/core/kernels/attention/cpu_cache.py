@@ -21,7 +21,6 @@ contiguous instead, so that a rank's heads are contiguous pages on its NUMA node
 from __future__ import annotations
 
 import enum
-import math
 from typing import Self
 
 import numpy as np
@@ -157,13 +156,6 @@ def head_gap(
 ) -> int:
     """Return the slots from the end of a head's part of a stretch to the next head's part; 0 if they are adjacent."""
     return key_layer_strides[1] // key_bytes(kind, head_dim) - max(STRETCH, block_size)
-
-
-def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: int) -> tuple[CacheKind, CacheKind]:
-    """Return how a layer's keys and values are stored, from the shapes of its caches."""
-    slots = [cache.itemsize * math.prod(cache.shape[3:]) // block_size for cache in caches]
-    keys, values = ({size(kind, head_dim): kind for kind in CacheKind} for size in (key_bytes, value_bytes))
-    return keys[slots[0]], values[slots[1]]
 
 
 ROWS = 4  # rows that share a load of keys

@@ -14,7 +14,6 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     PLAIN,
     CacheKind,
     head_gap,
-    kinds_of,
     scratch_bytes,
     stretch_step,
 )
@@ -95,7 +94,7 @@ def record_attention(
         queries = recorder.memory(qkv.heads * dim, np.int16)
         words = qkv.heads * dim // 2
         recorder.pick_rows((address_of(every), words), words, (address_of(queries), words))
-    keys, values = kinds_of(cache, dim, limits.block_size)
+    keys, values = cache.kinds or PLAIN
     size = scratch_bytes(
         max_tokens=limits.tokens,
         max_seqs=limits.sequences,
@@ -142,7 +141,7 @@ def _record_write(
     arrays, writes = recorder.arrays, len(qkv.columns) > 1
     every = qkv.rows_from is StepNumber.TOKENS
     assert every or not writes
-    keys, values = kinds_of(cache, qkv.head_dim, recorder.limits.block_size)
+    keys, values = cache.kinds or PLAIN
     cos, sin = (recorder.keep(table) for table in tables) if tables else (0, 0)
     written = WriteArguments(
         qkv=qkv.address,

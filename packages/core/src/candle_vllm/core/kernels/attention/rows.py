@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict
 if TYPE_CHECKING:
     import torch
 
+    from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
+
 
 class ScoreOptions(TypedDict, total=False):
     """How queries and keys are scored; see the contract in the package."""
@@ -22,16 +24,21 @@ class ScoreOptions(TypedDict, total=False):
     slopes: torch.Tensor | None
 
 
-class PagedCache(NamedTuple):
+class _Arrays(NamedTuple):
+    keys: Any
+    values: Any = None
+
+
+class PagedCache(_Arrays):
     """KV cache of a layer.
 
     Attributes:
         keys, values: [B, S, K, D] each; latent attention has only `keys`. Compiled steps on the CPU have the layouts
             of `attention/cpu_cache.py` and `latent_attention/layout.py`.
+        kinds: how compiled steps on the CPU store keys and values; None for elements of 16 bits, and elsewhere.
     """
 
-    keys: Any
-    values: Any = None
+    kinds: tuple[CacheKind, CacheKind] | None = None
 
 
 class WindowedCache(PagedCache):
