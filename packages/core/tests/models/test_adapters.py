@@ -44,6 +44,7 @@ CASES = [
     ("Phi-3", {"use_dora": True, **PATTERNS}),
     ("Qwen3-MoE", EXPERTS),
     ("Llama", {**TABLES, "r": 16}),
+    ("Granite 4 H", {"target_modules": ["q_proj", "k_proj"]}),
     *every(
         *[
             (name, OF_MAMBA if ROWS[name].model_type in MAMBAS else {})

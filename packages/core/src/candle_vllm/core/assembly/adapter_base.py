@@ -72,10 +72,12 @@ def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
         with open_model(files, CPU).checkpoint as checkpoint:
             yield stored_parts(family.weights, model, as_loaded(config, family, model, prepared(checkpoint)))
 
+    rows = family.as_gguf.items()  # a config from GGUF has the architecture's name
+    pairs = any(row.reordered for name, row in rows if model.model_type in (name, row.name))
     return AdapterBase(
         name=files.name,
         config=model,
-        places=AdapterPlaces(family.weights, model, shapes),
+        places=AdapterPlaces(family.weights, model, shapes, pairs=pairs),
         shapes=shapes,
         architectures=_architectures(family, model),
         weights=weights,

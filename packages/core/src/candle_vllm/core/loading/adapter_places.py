@@ -24,10 +24,6 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 Format: TypeAlias = Literal["safetensors", "gguf"]
 
-_PAIRS_IN_GGUF = ("llama", "mistral", "ministral", "ministral3", "mistral3", "mixtral", "smollm3", "internlm3")
-_PAIRS_IN_GGUF += ("internlm2", "granite", "granitemoe", "granite_swa", "muse_glimmer_text")
-"""Models whose query and key rows have interleaved rotary order in GGUF files, and half-split order in safetensors."""
-
 _TOWERS = ("model.language_model.", "language_model.model.", "language_model.")
 """Prefixes of a text model's names, if it was trained as a part of a larger model."""
 _TRUNKS = ("model.", "bert.", "roberta.")
@@ -67,11 +63,13 @@ class AdapterPlaces:
         table: the family's table of weight names.
         config: configuration of the loaded model.
         shapes: shapes of all parameters of the model, by target.
+        pairs: query and key rows have interleaved rotary order in GGUF files, and half-split order in safetensors.
     """
 
-    def __init__(self, table: Sequence[WeightName], config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, table: Sequence[WeightName], config: Any, shapes: Mapping[str, tuple[int, ...]], *, pairs: bool = False
+    ) -> None:
         self._table, self._shapes = table, shapes
-        pairs = config.model_type in _PAIRS_IN_GGUF
         self._configs: Mapping[Format, Any] = {
             "safetensors": dataclasses.replace(config, interleaved_rotary=False) if pairs else config,
             "gguf": dataclasses.replace(config, interleaved_rotary=True) if pairs else config,

@@ -114,7 +114,8 @@ class Architecture:
         more: additional keys, without the architecture's prefix; they take precedence over common keys.
         otherwise: config fields that differ in the file, such as the layout of stored tensors.
         eps: key of the norms' epsilon.
-        interleaved: q and k rows are stored in pairs of adjacent rows.
+        interleaved: q and k rows are stored in pairs of adjacent rows, as in safetensors.
+        reordered: q and k rows are stored in such pairs, and in safetensors in halves.
         names: substrings of the names to use for tensors with several GGUF names; for others the first name is used.
         head: llama.cpp requires a head in the file, even if it equals the embedding table.
         log_multiplier: value of `rope.scaling.yarn_log_multiplier` divided by `mscale_all_dim`; None without this key.
@@ -129,6 +130,7 @@ class Architecture:
     otherwise: Callable[[Any], dict[str, Any]] = lambda _: {}
     eps: str = "attention.layer_norm_rms_epsilon"
     interleaved: bool = False
+    reordered: bool = False
     names: Callable[[Any], Sequence[str]] = lambda _: ()
     head: bool = False
     log_multiplier: float | None = None
@@ -140,7 +142,8 @@ class Architecture:
     def stored(self, config: Any) -> Any:
         """Return the model's config as in a file of this architecture."""
         tied = config.tie_embeddings and not self.head
-        usual: dict[str, Any] = {"interleaved_rotary": self.interleaved, "tie_embeddings": tied, "has_head": True}
+        pairs = self.interleaved or self.reordered
+        usual: dict[str, Any] = {"interleaved_rotary": pairs, "tie_embeddings": tied, "has_head": True}
         return dataclasses.replace(config, **usual | self.otherwise(config))
 
     def check(self, config: Any, names: Iterable[str], source: Path) -> None:

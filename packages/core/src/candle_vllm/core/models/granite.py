@@ -149,10 +149,10 @@ FAMILY = Family(
     weights=WEIGHTS,
     ignored=llama.ignored,
     as_gguf={
-        "granite": Architecture(name="granite", more=gguf_keys, interleaved=True, square=True, unread=()),
-        "granitemoe": Architecture(name="granitemoe", more=gguf_keys, interleaved=True, square=True, unread=()),
+        "granite": Architecture(name="granite", more=gguf_keys, reordered=True, square=True, unread=()),
+        "granitemoe": Architecture(name="granitemoe", more=gguf_keys, reordered=True, square=True, unread=()),
         "granite_swa": Architecture(
-            name="granite_swa", more=swa_keys, interleaved=True, square=True, unread=(".ffn_gate_shexp.weight",)
+            name="granite_swa", more=swa_keys, reordered=True, square=True, unread=(".ffn_gate_shexp.weight",)
         ),
     },
 )

@@ -118,8 +118,9 @@ FAMILY = Family(
     weights=[*granite.WEIGHTS, *mixer_names("attention", HF + "mamba")],
     ignored=llama.ignored,
     as_gguf={
+        **granite.FAMILY.as_gguf,  # models without Mamba
         "granitemoehybrid": Architecture(
-            name="granitehybrid", more=gguf_keys, interleaved=True, square=True, unread=(".ssm_in.bias",)
-        )
+            name="granitehybrid", more=gguf_keys, reordered=True, square=True, unread=(".ssm_in.bias",)
+        ),
     },
 )

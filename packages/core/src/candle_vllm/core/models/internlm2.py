@@ -107,5 +107,5 @@ FAMILY = Family(
     build=Llama,
     weights=WEIGHTS,
     ignored=ignored,
-    as_gguf={"internlm2": Architecture(name="internlm2", interleaved=True, square=True)},
+    as_gguf={"internlm2": Architecture(name="internlm2", reordered=True, square=True)},
 )

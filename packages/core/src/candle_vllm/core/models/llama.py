@@ -370,11 +370,9 @@ FAMILY = Family(
     as_gguf={
         **dict.fromkeys(
             ("llama", "mistral", "ministral", "internlm3"),
-            Architecture(name="llama", more=window_keys, interleaved=True, unread=()),
+            Architecture(name="llama", more=window_keys, reordered=True, unread=()),
         ),
-        "ministral3": Architecture(
-            name="mistral3", more=mistral3_keys, interleaved=True, log_multiplier=1.0, unread=()
-        ),
+        "ministral3": Architecture(name="mistral3", more=mistral3_keys, reordered=True, log_multiplier=1.0, unread=()),
         "qwen2": Architecture(name="qwen2", more=window_keys, square=True),
         "qwen2_vl": Architecture(name="qwen2vl", more=axes_keys, square=True),
         "qwen3": Architecture(name="qwen3", more=window_keys),

@@ -72,7 +72,7 @@ FAMILY = Family(
         "mixtral": Architecture(
             name="llama",
             more=lambda config: window_keys(config) | count_keys(config.mixture),
-            interleaved=True,
+            reordered=True,
             unread=(),
         )
     },

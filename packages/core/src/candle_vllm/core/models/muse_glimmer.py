@@ -149,5 +149,5 @@ FAMILY = Family(
     build=MuseGlimmer,
     weights=WEIGHTS,
     ignored=ignored,
-    as_gguf={"muse_glimmer_text": Architecture(name="muse-glimmer", more=gguf_keys, interleaved=True, head=True)},
+    as_gguf={"muse_glimmer_text": Architecture(name="muse-glimmer", more=gguf_keys, reordered=True, head=True)},
 )

@@ -72,5 +72,5 @@ FAMILY = Family(
     build=Llama,
     weights=llama.WEIGHTS,
     ignored=llama.ignored,
-    as_gguf={"smollm3": Architecture(name="smollm3", interleaved=True)},
+    as_gguf={"smollm3": Architecture(name="smollm3", reordered=True)},
 )
