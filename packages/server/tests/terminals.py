@@ -59,7 +59,7 @@ class Terminal:
         columns: int = 80,
     ) -> None:
         code = PROGRAM.format(
-            command=arguments[0],
+            command={"generate": "terminal"}.get(arguments[0], arguments[0]),
             texts=list(texts),
             pause=pause,
             arguments=list(arguments),

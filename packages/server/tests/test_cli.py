@@ -37,6 +37,7 @@ from candle_vllm.server.settings.table import OPTIONS
 from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight
 from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.terminals import Terminal
 
 SPEAKING = Path(__file__).parents[2] / "core/tests/models/speaking/qwen3.5"
 
@@ -348,6 +349,15 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
     assert (first, second) == ("One", "Two")
     assert said
     assert "Hello!".startswith(said)
+
+
+def test_ctrl_c_leaves_the_answer_on_the_terminal(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path, ("generate", "One"), "abc" * 1000, pause=0.01)
+    terminal.wait_for("abcabc")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+    lines = terminal.screen.splitlines()
+    assert (lines[0][:6], lines[-1]) == ("abcabc", "candle-vllm: stopped")
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

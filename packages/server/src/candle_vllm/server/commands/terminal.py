@@ -232,11 +232,12 @@ async def _continuation(
 
 async def _write(pieces: AsyncGenerator[Said, None]) -> None:
     display, ended = Display(), None
-    async with contextlib.aclosing(pieces) as said:
-        async for piece in said:
-            display.show(piece)
-            ended = piece.ended
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    try:
+        async with contextlib.aclosing(pieces) as said:
+            async for piece in said:
+                display.show(piece)
+                ended = piece.ended
+    finally:  # the line that follows Ctrl+C or a failure replaces the current line of a terminal
+        display.close()
     if text := unfinished(ended):
         sys.stderr.write(f"{text}\n")
