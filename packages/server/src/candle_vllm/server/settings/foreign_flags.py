@@ -240,9 +240,10 @@ def _read(text: str) -> Any:
 
 
 def _spelled(flag: str, known: Known) -> str:
-    """Replace underscores by hyphens, because vLLM accepts both."""
-    hyphened = "--" + flag[2:].replace("_", "-")
-    return hyphened if flag.startswith("--") and flag not in foreign_flags() and flag not in known else flag
+    """Replace underscores by hyphens, because vLLM accepts both; an argument with white space is a text, not a flag."""
+    if not flag.startswith("--") or flag in foreign_flags() or flag in known or any(map(str.isspace, flag)):
+        return flag
+    return "--" + flag[2:].replace("_", "-")
 
 
 def _follows(row: Row, left: list[str]) -> str:
