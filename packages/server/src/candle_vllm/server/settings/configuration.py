@@ -120,7 +120,7 @@ def load_configuration(
     else:
         sources, entries = [], []
         for model, entry in models_file.models.items():
-            kept = {"served_model_name"} if model == name else set[str]()  # models must not share a name
+            kept = {"served_model_name", "weight_file"} if model == name else set[str]()  # models must not share them
             its = [*(_without(source, _CHOOSING - kept) for source in upper), entry, models_file.params, *lower]
             sources = its if model == name else sources
             settings = settings_of(its)
