@@ -14,6 +14,7 @@ import pytest
 from candle_vllm.core.shown import HIDDEN, without_secrets
 from candle_vllm.server.commands.config import effective
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import Configuration, load_configuration, load_settings
@@ -218,8 +219,27 @@ def test_models_file_by_alias_and_default(load, tmp_path: Path) -> None:
         assert (settings.max_model_len, settings.mem, settings.prefill_chunk_size) == (4096, 64, 256)
         assert settings.chat_template == tmp_path / "folder" / "small.jinja"
     assert load("--m near", models=MODELS).model == str(tmp_path / "folder" / "weights" / "near")
+    assert load("--m small --f other.gguf", models=MODELS).weight_file == "other.gguf"
     assert load("--m org/other", models=MODELS).temperature is None
     assert load("--w dir", models=MODELS).model is None
+
+
+def test_paths_in_params_are_relative_to_the_models_file(load, tmp_path: Path) -> None:
+    folder = tmp_path / "home" / ".candle-vllm"
+
+    def of(params: str) -> Settings:
+        return load(models=f"models: [{{name: a, hf_id: o/x, params: {{{params}}}}}]", in_home=True)
+
+    assert of("mmproj: a.gguf").mmproj == folder / "a.gguf"
+    specs = read_specs(of('lora_modules: [s=./a, \'{"name": "t", "path": "/b"}\']').lora_modules)
+    assert [spec.path for spec in specs] == [str(folder / "a"), "/b"]
+    for value, meant in {"packs": str(folder / "packs"), "/x": "/x", "on": "on", "off": "off", "'on'": "on"}.items():
+        assert of(f"packed_cache: {value}").packed_cache == meant
+    drafts = "speculative_config: {model: draft/small}"
+    assert of(drafts).speculative_config == {"model": "draft/small"}
+    (folder / "draft" / "small").mkdir(parents=True)
+    assert of(drafts).speculative_config == {"model": str(folder / "draft" / "small")}
+    assert of("speculative_config: {method: ngram}").speculative_config == {"method": "ngram"}
 
 
 def test_a_stronger_source_replaces_rivals(load) -> None:
@@ -378,6 +398,7 @@ def test_prompts_cannot_be_logged_without_the_log() -> None:
         ("models:\n- name: a\n  local_path: demo", "line 3: the demo model is no path: write hf_id: demo"),
         ("models:\n- {name: a, hf_id: x/y}\n- {name: a, hf_id: x/y}", "line 3: two models are called 'a'"),
         ("default_model: b\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model 'b'"),
+        ("default_model: [a]\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model ['a']"),
         ("models:\n- name: a\n  notes: 2026-02-30", "line 3: not valid YAML: day is out of range"),
         ("models: " + "{a: " * 3000, "nested too deeply"),
     ],

@@ -47,18 +47,18 @@ def read_specs(texts: Sequence[str]) -> Sequence[AdapterSpec]:
     return list(found.values())
 
 
-def read_spec(text: str) -> AdapterSpec:
-    """Parse one `--lora-modules`: `name=path`, or JSON in the form of vLLM or SGLang; raises `UsageError`."""
+def read_spec(text: str, folder: Path | None = None) -> AdapterSpec:
+    """Parse one `--lora-modules`: `name=path`, or JSON in the form of vLLM or SGLang; `folder` as in `make_spec`."""
     if text.lstrip().startswith("{"):
         try:
             given = json.loads(text)
         except (ValueError, RecursionError):
             raise UsageError(f"--lora-modules {text!r:.100} is not JSON") from None
-        return make_spec(given, "--lora-modules")
+        return make_spec(given, "--lora-modules", folder)
     name, equals, path = text.partition("=")
     if not equals:
         raise UsageError(f"--lora-modules {text!r:.100} must be name=path, or JSON with name and path")
-    return make_spec({"name": name, "path": path}, "--lora-modules")
+    return make_spec({"name": name, "path": path}, "--lora-modules", folder)
 
 
 def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) -> AdapterSpec:

@@ -7,6 +7,7 @@ nothing, and a key without effect causes a remark.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from candle_vllm.core.config import DEMO
 from candle_vllm.core.setting_kinds import FilePath, Text, nearest
-from candle_vllm.server.settings.adapters import make_spec, spec_text
+from candle_vllm.server.settings.adapters import make_spec, read_spec, spec_text
 from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, line_of, mapping
 from candle_vllm.server.settings.original_keys import (
     MODEL_KEYS,
@@ -82,7 +83,7 @@ def read_models_file(path: Path) -> ModelsFile:
             raise UsageError(f"{path}{line_of(entry)}: two models are called {name!r}")
         models[name] = source
     default = content.get("default_model")
-    if default is not None and default not in models:
+    if default is not None and (not isinstance(default, str) or default not in models):
         where = f"{path}{line_of(content, 'default_model')}"
         raise UsageError(f"{where}: default_model {default!r} is not one of its models{nearest(str(default), models)}")
     title = f"global_params of {path}"
@@ -198,6 +199,14 @@ def _yaml_option(key: Any, title: str) -> Option:
 
 def _yaml_value(option: Option, value: Any, spelled: str, folder: Path) -> Any:
     if option.repeat:
-        return tuple(convert(option.kind, item, spelled) for item in (value if isinstance(value, list) else [value]))
+        texts = tuple(convert(option.kind, item, spelled) for item in (value if isinstance(value, list) else [value]))
+        return tuple(spec_text(read_spec(text, folder)) for text in texts) if option.name == "lora_modules" else texts
+    if option.name == "packed_cache" and isinstance(value, bool):
+        value = "on" if value else "off"  # without quotation marks, YAML's on and off are Booleans
     converted = convert(option.kind, value, spelled)
+    if option.name == "packed_cache" and converted not in ("on", "off"):
+        return str(folder / os.path.expanduser(converted))
+    if option.name == "speculative_config" and isinstance(draft := converted.get("model"), str):
+        path = folder / os.path.expanduser(draft)
+        return {**converted, "model": str(path)} if path.exists() else converted
     return folder / converted if isinstance(converted, Path) else converted
