@@ -349,3 +349,7 @@ def test_what_is_wrong_in_dotenv_ends_commands_that_need_it(load: Load) -> None:
         load("", command="generate", prompt="hi", env_file="CANDLE_VLLM_SEED=x\n")
     with pytest.raises(UsageError, match="not a line of the form"):
         load(env_file=text)
+    endless = "#" * ((1 << 20) + 1)  # cannot be read at all, as one that is not UTF-8 or belongs to somebody else
+    assert "is larger than 1 MB; the file is ignored" in load(command="list", env_file=endless).remarks[0]
+    with pytest.raises(UsageError, match="is larger than 1 MB"):
+        load(env_file=endless)

@@ -106,7 +106,7 @@ def _variable(option: Option, text: str, spelled: str) -> Any:
 def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
     """Read the assignments of a `.env` file; returns {} if it does not exist. `${...}` is not expanded.
 
-    An invalid line is a UsageError; if `wrong` is given, it is skipped, and its message added to `wrong`.
+    An invalid line or file is a UsageError; if `wrong` is given, it is skipped, and its message added to `wrong`.
     """
     if not path.is_file():
         return {}
@@ -115,7 +115,14 @@ def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
     from dotenv.parser import parse_stream
 
     assignments: dict[str, str] = {}
-    for binding in parse_stream(io.StringIO(read_small(path))):
+    try:
+        text = read_small(path)
+    except UsageError as error:
+        if wrong is None:
+            raise
+        wrong.append(f"{error}; the file is ignored")
+        return {}
+    for binding in parse_stream(io.StringIO(text)):
         if binding.key is not None and binding.value is not None and not binding.error:
             assignments[binding.key] = binding.value
         elif binding.error or binding.key is not None:
