@@ -118,3 +118,5 @@ def test_free_texts_are_something_not_endless_and_utf8(text: str, message: str) 
 
 def test_paths_know_the_home_folder() -> None:
     assert FilePath().from_text("~/x") == Path.home() / "x"
+    with pytest.raises(ValueError, match=r"an unknown user, ~no_such_user: write ~/ or \./"):
+        FilePath().from_text("~no_such_user/x")

@@ -166,6 +166,10 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["--w", ".", "--revision", "main"], "--revision chooses a version on Hugging Face"),
         (["--w", "nowhere"], "weight path nowhere is not a folder"),
         (["--f", "no.gguf"], "weight file no.gguf does not exist"),
+        (["--m", "~no_such_user/a.gguf"], "there is no file or folder '~no_such_user/a.gguf'"),
+        (["--log-file", "~no_such_user/a"], "--log-file names the home folder of an unknown user, ~no_such_user"),
+        (["run-batch", "-i", "~no_such_user/a", "-o", "b"], "No such file or directory: ~no_such_user/a"),
+        (["--m", ".", "--host", "0.0.0..0"], "host '0.0.0..0' is not an address of this machine"),
     ],
 )
 def test_a_user_error_is_one_line_and_status_2(

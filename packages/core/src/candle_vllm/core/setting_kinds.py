@@ -160,7 +160,10 @@ class FilePath:
     def check(self, value: Any) -> Path:
         if not isinstance(value, Path):
             raise ValueError(f"must be a path, not {value!r:.60}")
-        return value.expanduser()
+        try:
+            return value.expanduser()
+        except RuntimeError:
+            raise ValueError(f"names the home folder of an unknown user, {value.parts[0]}: write ~/ or ./") from None
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,7 @@ def bind(address: Address) -> socket.socket:
         family, kind, protocol, _, target = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part between dots is empty or too long
         raise UsageError(f"host {address.host!r} is not an address of this machine: {error}") from None
     listener = socket.socket(family, kind, protocol)
     try:

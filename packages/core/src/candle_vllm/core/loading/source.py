@@ -163,15 +163,15 @@ def _from_path(path: Path, weight_file: str | None, *, dummy: bool) -> ModelFile
 
 def _existing(model: str) -> Path | None:
     try:
-        path = Path(model).expanduser() if model.startswith("~") else Path(model)
+        path = Path(os.path.expanduser(model))
         return path if path.exists() else None
-    except (OSError, RuntimeError) as error:  # a path that is too long, an unreadable folder, an unknown ~user
+    except OSError as error:  # a path that is too long, an unreadable folder
         raise ModelNotFoundError(f"{model!r:.200} cannot be looked up: {error}") from error
 
 
 def _beside(model: str) -> str:
     """Return ` (did you mean X?)` with the model of the most similar name in the same folder, or ""."""
-    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    path = Path(os.path.expanduser(model))
     with suppress(OSError):
         found = itertools.islice(path.parent.iterdir(), _LOOKED_AT)
         names = {each.name: each for each in found if each.suffix == ".gguf" or (each / "config.json").is_file()}

@@ -90,7 +90,7 @@ def _place(text: str) -> Path | httpx.URL:
     """Parse a path or an HTTP URL."""
     scheme, colon, _ = text.partition("://")
     if not colon or "/" in scheme:
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL:

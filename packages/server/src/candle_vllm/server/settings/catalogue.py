@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def source_name(settings: SourceOptions, demo: Path | None) -> str:
         from candle_vllm.server.models.archives import Archive  # imported only for URLs
 
         return without_secrets(source, alone=True) if (archive := Archive.of(source)) is None else archive.name
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix == ".gguf":
         return path.stem
     return path.resolve().name if path.exists() else without_secrets(source, alone=True)

@@ -8,6 +8,7 @@ and YAML files of flags (before step 1 of a request's life).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -85,7 +86,7 @@ def _json(text: str, kind: type[Any]) -> Any:
 
 
 def _socket(path: str) -> list[str]:
-    return ["--host", f"unix://{Path(path).expanduser().absolute()}"]
+    return ["--host", f"unix://{os.path.abspath(os.path.expanduser(path))}"]
 
 
 def _device(text: str) -> list[str]:
