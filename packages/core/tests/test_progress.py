@@ -11,6 +11,7 @@ import pytest
 from tqdm import tqdm
 
 from candle_vllm.core import progress as progress_module
+from candle_vllm.core.engine.step.stream import shown_bar
 from candle_vllm.core.progress import Progress, heard_by, progress_bar, tell
 
 
@@ -43,6 +44,12 @@ def test_words(progress: Progress, words: str, percent: int | None) -> None:
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_a_process_without_standard_error_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar(), shown_bar("prompts", 1, True) as advance:
+        advance()
 
 
 def test_a_terminal_shows_each_thing_that_takes_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,6 +297,16 @@ def test_streams_that_cannot_be_used_are_one_line(command: str, why: str, tmp_pa
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_goes_to_a_closed_stream_goes_nowhere(closed: str, tmp_path: Path) -> None:
+    model = write_toy_model(tmp_path / "toy")
+    line = f"{sys.executable} -m candle_vllm.server.cli generate hi --m {model} --max-tokens 1 {closed}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout == "") == (">&-" in closed.replace("2>&-", ""))
+    assert (done.stderr == "") == ("2>&-" in closed)
+
+
 @pytest.mark.parametrize("more", [[], ["--chat"]])
 def test_generate_says_where_the_answer_was_cut(
     more: list[str], engine: PacedEngine, capsys: pytest.CaptureFixture[str]

@@ -73,7 +73,7 @@ def heard_by(listener: Listener) -> Iterator[None]:
 @contextmanager
 def progress_bar() -> Iterator[None]:
     """Show progress within the context as a bar, on a terminal, after one second; without a total, as a count."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield
         return
     bar: Any = None

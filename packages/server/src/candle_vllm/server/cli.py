@@ -51,6 +51,10 @@ def _run(argv: Sequence[str]) -> int:
 
         debug = False
         collect_seldom()
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            if getattr(sys, name) is None:  # it is closed: what is written must not go to a socket with its number
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+                setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:

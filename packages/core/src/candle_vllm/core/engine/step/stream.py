@@ -332,7 +332,7 @@ def run_all(
 @contextmanager
 def shown_bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object]]:
     """Show a progress bar by `shown`, see `Bar`; yield a function that advances it by one."""
-    if not (callable(shown) or (shown and sys.stderr.isatty())):
+    if not (callable(shown) or (shown and sys.stderr is not None and sys.stderr.isatty())):
         yield lambda: None
         return
     from tqdm import tqdm  # imported here because streaming does not need it
