@@ -408,6 +408,15 @@ def test_a_model_is_removed_and_not_its_mirror_of_the_same_commit(hub: FakeHub, 
     assert [local.repo for local in downloaded(settings)] == [REPO]
 
 
+def test_safetensors_are_removed_and_not_a_gguf_file_beside_them(hub: FakeHub, settings: Settings) -> None:
+    hub.repos[REPO]["model.safetensors"] = BIG[:-7]
+    for name in (REPO, f"{REPO}:Q8_0"):
+        fetch(settings, plan_pull(settings, name))
+    assert [local.name for local in downloaded(settings)] == [REPO, f"{REPO}:Q8_0"]
+    assert remove(settings, find_downloaded(settings, REPO)) == len(BIG[:-7])
+    assert [local.name for local in downloaded(settings)] == [f"{REPO}:Q8_0"]
+
+
 def test_ps_asks_a_server(command: Any, start: Any) -> None:
     running = start(PacedEngine(), api_key=("right",))
     port = str(running.port)

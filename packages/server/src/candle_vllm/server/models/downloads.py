@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -239,7 +239,7 @@ def remove(settings: HubOptions, local: Local) -> int:
     freed = 0
     for revision in repo.revisions:
         names = {_inside(revision, file): file for file in revision.files}
-        for part in source.gguf_models(list(names)).get(local.weight_file or "", ()):
+        for part in _models_in(names).get(local.weight_file, ()):
             if (file := names.get(part)) is not None:
                 freed += file.size_on_disk if file.blob_path.exists() else 0
                 file.blob_path.unlink(missing_ok=True)
@@ -268,11 +268,7 @@ def _models_of(repo: CachedRepoInfo) -> Iterator[Local]:
     seen = set[str]()
     for revision in sorted(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified), reverse=True):
         files = {_inside(revision, file): file for file in revision.files}
-        models: dict[str | None, tuple[str, ...]] = {**source.gguf_models(list(files))}
-        weights = tuple(name for name in files if name.endswith(".safetensors") and "/" not in name)
-        if weights and "config.json" in files:
-            models[None] = weights
-        for first, parts in models.items():
+        for first, parts in _models_in(files).items():
             name = full_name(repo.repo_id, first)
             if name in seen or not all(part in files for part in parts):
                 continue
@@ -286,6 +282,13 @@ def _models_of(repo: CachedRepoInfo) -> Iterator[Local]:
                 modified=revision.last_modified,
                 digest=blob if len(blob) == 64 else None,
             )
+
+
+def _models_in(names: Iterable[str]) -> dict[str | None, tuple[str, ...]]:
+    """Map the first part of every GGUF model to all its parts, and None to the weights in safetensors, if any."""
+    names = list(names)
+    weights = tuple(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    return {**source.gguf_models(names), **({None: weights} if weights and "config.json" in names else {})}
 
 
 def _inside(revision: CachedRevisionInfo, file: Any) -> str:
