@@ -150,6 +150,13 @@ def test_ipv6() -> None:
         assert listener.family == socket.AF_INET6
 
 
+def test_localhost_is_the_ipv4_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0] for host in ("::1", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with bind(Settings(host="localhost", port=0).address) as listener:
+        assert listener.family == socket.AF_INET
+
+
 def test_unix_sockets(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     address = Settings(host=f"unix://{path}").address

@@ -285,9 +285,9 @@ def bind(address: Address) -> socket.socket:
     if address.unix_path is not None:
         return _bind_unix(address.unix_path)
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Of a name with addresses of both kinds, such as localhost, the IPv4 one, as in vLLM.
+        family, kind, protocol, _, target = min(found, key=lambda each: each[0] != socket.AF_INET)
     except (OSError, UnicodeError) as error:  # UnicodeError: a part between dots is empty or too long
         raise UsageError(f"host {address.host!r} is not an address of this machine: {error}") from None
     listener = socket.socket(family, kind, protocol)
