@@ -60,6 +60,8 @@ def test_each_of_other_servers(load: Load) -> None:
     assert (settings.max_num_seqs, settings.threads, settings.gpu_layers, settings.deterministic) == (2, 3, 9, True)
     assert (settings.kv_cache_memory_bytes, settings.attention_backend) == (4 << 30, "triton")
     assert (settings.log_level, made.remarks) == ("warning", ())
+    usual = {"LLAMA_ARG_CTX_SIZE": "0", "LLAMA_ARG_N_PARALLEL": "-1", "LLAMA_ARG_THREADS": "-1"}
+    assert load(**usual, LLAMA_ARG_N_GPU_LAYERS="-1", VLLM_CPU_KVCACHE_SPACE="0").settings == load().settings
     (remark,) = load(LLAMA_ARG_HOST="0.0.0.0").remarks
     assert remark.startswith("LLAMA_ARG_HOST in the environment (0.0.0.0) is not used without an API key")
     (remark,) = load(VLLM_TORCH_COMPILE_LEVEL="3").remarks

@@ -29,6 +29,9 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 IDLE: Mapping[str, str] = {name: why for name, _, why in _ROWS if why and not name.startswith(ENV_PREFIX)}
 """Variables of vLLM and the Rust candle-vllm that have no effect here -> the reason."""
 
+_AS_DEFAULT = {"LLAMA_ARG_CTX_SIZE": "0", "LLAMA_ARG_N_PARALLEL": "-1", "LLAMA_ARG_THREADS": "-1",
+               "VLLM_CPU_KVCACHE_SPACE": "0"}  # fmt: skip
+"""Values that mean the default, as if the variable was not set."""
 _LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # each of them enables adapters
 _OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # for every command, not only for servers
 _KEY_LIKE = re.compile(
@@ -64,8 +67,8 @@ def deployment_source(
         locates = setting in takes.plus and BY_NAME[setting].group == HTTP
         if name not in environ or not (takes.serves_models or locates or name in _OTHERS):
             continue
-        if name == "CACHE_DIR" and "MODEL_ID" not in environ:
-            continue  # other programs use this name, too
+        if text.strip() == _AS_DEFAULT.get(name) or (name == "CACHE_DIR" and "MODEL_ID" not in environ):
+            continue  # other programs use the name CACHE_DIR, too
         if not text.strip():
             remarks += [f"{name} in the environment is empty and is not used as a key"] if setting == "api_key" else []
         elif setting not in values:
