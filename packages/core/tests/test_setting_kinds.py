@@ -99,10 +99,16 @@ def test_a_secret_is_never_repeated() -> None:
     assert "s3cret" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("text", ["", "  ", "a\x00b", "a\nb", "x" * 5000])
+@pytest.mark.parametrize("text", ["", "  ", "a\x00b", "a\nb", "a\u202eb", "a\udcff", "x" * 5000])
 def test_texts_are_short_and_printable(text: str) -> None:
     with pytest.raises(ValueError, match="must"):
         Text().from_text(text)
+
+
+@pytest.mark.parametrize("text", ["モデル\u30001.gguf", "mes\xa0modèles", "می\u200cخواهم", "a b"])
+def test_texts_have_spaces_of_any_language(text: str) -> None:
+    assert Text().from_text(text) == text
+    assert FilePath().from_text(text) == Path(text)
 
 
 @pytest.mark.parametrize("text", ["\n", " ", "a\nb\t", "\x1b", "é"])

@@ -31,6 +31,8 @@ _NUMBERED = re.compile(r"\d{1,3}", re.ASCII)
 _APPLE = ("metal", "mps")
 _NO_METAL = "is Apple's GPU, which is not supported: set cpu, which auto chooses there as well"
 _SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_BLANKS = re.compile("[\xa0\u1680\u2000-\u200a\u200c\u200d\u202f\u205f\u3000]")
+"""Unicode's spaces and joiners, which occur in names of files, and which `str.isprintable` refuses."""
 _MAX_TEXT = 4096
 MAX_TEMPLATE = 1 << 20  # characters of a chat template
 _MAX_FREE_TEXT = 1 << 20
@@ -81,7 +83,7 @@ class Text:
             raise ValueError(f"must be a text, not {value!r:.60}")
         if not value.strip():
             raise ValueError("must not be empty: leave it out or give a value")
-        if len(value) > self.most or not value.isprintable():
+        if len(value) > self.most or not _BLANKS.sub("", value).isprintable():
             raise ValueError(f"must be at most {self.most} printable characters")
         return value
 
