@@ -17,7 +17,7 @@ from candle_vllm.core.conversion.write import check_target
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.perplexity import perplexity as measure
 from candle_vllm.core.progress import progress_bar
-from candle_vllm.server.settings.derived import engine_config, load_engine
+from candle_vllm.server.settings.derived import engine_config, in_flags, load_engine
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import OPTIONS, ModelOptions
 
@@ -64,11 +64,12 @@ def imatrix(
 
 @contextmanager
 def _cutting(window: int) -> Iterator[None]:
-    """Context manager whose error names --window, not `max_model_len`, if windows are too long."""
+    """Context manager whose error names --window, not `--max-model-len`, if windows are too long."""
     try:
         yield
     except ConfigError as error:
-        raise UsageError(f"--window {window}: {error}") if error.setting == "max_model_len" else error from None
+        said = in_flags(str(error)).replace("--max-model-len", "--window").removesuffix(" or leave it out")
+        raise UsageError(f"--window {window}: {said}") if error.setting == "max_model_len" else error from None
 
 
 def _text(file: Path | None) -> str:
