@@ -319,6 +319,19 @@ def test_generate_says_where_the_answer_was_cut(
     )
 
 
+@pytest.mark.parametrize("more", [[], ["--chat"]])
+def test_a_text_ends_where_the_context_does_unless_more_is_asked_for(
+    more: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = write_toy_model(tmp_path / "toy")
+    line = ["generate", "hi", "--m", str(model), "--max-model-len", "40", "--temperature", "0", *more]
+    assert main(line) == 0  # 256 tokens, which nobody asked for, do not fit
+    assert main([*line, "--max-tokens", "50"]) == 2
+    assert "and max_tokens is 50: together they are more" in capfd.readouterr().err
+    assert main(["generate", "hi" * 40, *line[2:]]) == 2
+    assert "this model's maximum context length is 40 tokens: shorten the prompt" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["generate", "Hi", "--chat"], ["chat"]])
 def test_an_empty_system_message_is_none(
     command: list[str], engine: PacedEngine, monkeypatch: pytest.MonkeyPatch
@@ -788,7 +801,8 @@ def test_perplexity_beside_a_reference(tmp_path: Path, capsys: pytest.CaptureFix
     assert (other["reference"], other["perplexity"]) == (own["perplexity"], alone["perplexity"])
     for command in (line[:5], ["imatrix", *line[1:5], "-o", str(tmp_path / "x.gguf")]):
         assert main([*command, "--window", "513"]) == 2
-        assert "--window 513: max_model_len 513 is beyond the model's context of 512" in capsys.readouterr().err
+        said = "--window 513: max_model_len 513 is beyond the model's context of 512 tokens: set --window 512\n"
+        assert capsys.readouterr().err.endswith(said)
 
 
 def test_imatrix_writes_a_file_that_quantize_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

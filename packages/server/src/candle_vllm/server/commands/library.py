@@ -131,9 +131,9 @@ def run(
         from candle_vllm.server.commands.chat import chat
 
         return chat(chosen, system, max_tokens)
-    from candle_vllm.server.commands.terminal import DEFAULT_MAX_TOKENS, generate
+    from candle_vllm.server.commands.terminal import generate
 
-    return generate(chosen, prompt, chat=True, system=system, max_tokens=max_tokens or DEFAULT_MAX_TOKENS)
+    return generate(chosen, prompt, chat=True, system=system, max_tokens=max_tokens)
 
 
 def ps(settings: ListenerOptions) -> int:

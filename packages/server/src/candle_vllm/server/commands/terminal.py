@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from candle_vllm.core.engine.outputs import FinishReason
-from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.settings.derived import load_engine, thinking_settings
 from candle_vllm.server.settings.options import UsageError
@@ -195,10 +195,10 @@ def generate(
     prompt: str,
     chat: bool = False,
     system: str | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | None = None,
     stop: tuple[str, ...] = (),
 ) -> int:
-    """Print the continuation of `prompt` ("-" reads it from standard input), and a newline."""
+    """Print the continuation of `prompt` ("-": standard input), by default of up to 256 tokens, and a newline."""
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a plain prompt has no system message")
     text = read_stdin("prompt") if prompt == "-" else prompt
@@ -206,17 +206,23 @@ def generate(
         raise UsageError("the prompt is empty")
     with load_engine(settings, max_num_seqs=1) as engine:
         gc.freeze()  # the process ends soon, so no garbage collection is needed
-        if chat:
-            messages = conversation(system, text)
-            pieces = answer_pieces(engine, messages, settings, max_tokens, stop)
-        else:
-            pieces = _continuation(engine, text, settings, max_tokens, stop)
-        asyncio.run(_write(pieces))
+
+        def pieces(most: int | None) -> AsyncGenerator[Said, None]:
+            if chat:
+                return answer_pieces(engine, conversation(system, text), settings, most, stop)
+            return _continuation(engine, text, settings, most, stop)
+
+        try:
+            asyncio.run(_write(pieces(max_tokens or DEFAULT_MAX_TOKENS)))
+        except PromptTooLongError:
+            if max_tokens is not None:
+                raise
+            asyncio.run(_write(pieces(None)))  # up to the context's end, which is nearer
     return 0
 
 
 async def _continuation(
-    engine: InferenceEngine, prompt: str, settings: ModelOptions, max_tokens: int, stop: tuple[str, ...]
+    engine: InferenceEngine, prompt: str, settings: ModelOptions, max_tokens: int | None, stop: tuple[str, ...]
 ) -> AsyncGenerator[Said, None]:
     sampling: dict[str, Any] = {**engine.model_info.default_sampling, **settings.default_sampling}
     sampling |= {"max_tokens": max_tokens, "stop": stop or None}
