@@ -87,6 +87,12 @@ def test_many_at_once_by_their_ids(engine: InferenceEngine) -> None:
     assert [each[-1].outputs[0].token_ids for each in told] == [list(each.token_ids) for each in wanted]
 
 
+def test_a_sequence_ends_with_the_context_as_in_vllm(engine: InferenceEngine) -> None:
+    most = engine.model_info.max_model_len
+    (*_, last) = asyncio.run(outputs(engine, "abc", SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)))
+    assert len(last.prompt_token_ids) + len(last.outputs[0].token_ids) == most
+
+
 def test_an_abort_ends_the_iteration_and_leaving_it_aborts(engine: InferenceEngine) -> None:
     def slowly(_: Any, row: Any) -> Any:
         time.sleep(0.02)  # the answer is not whole before it is aborted

@@ -19,6 +19,7 @@ from candle_vllm.core import (
     InferenceEngine,
     InvalidParameterError,
     PoolingParams,
+    PromptTooLongError,
     RemoteEngine,
     RequestOutput,
     RequestOutputKind,
@@ -42,6 +43,19 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
 @pytest.fixture
 def llm(engine: InferenceEngine) -> LLM:
     return LLM(engine)
+
+
+def test_sequences_end_with_the_context_as_in_vllm(llm: LLM, engine: InferenceEngine) -> None:
+    room = engine.model_info.max_model_len - 3
+    greedy = SamplingParams(temperature=0, max_tokens=room + 1, ignore_eos=True)
+    for output in (*llm.generate(["abc", "ab"], greedy, use_tqdm=False), *llm.chat([USER], greedy, use_tqdm=False)):
+        (made,) = output.outputs
+        length = len(output.prompt_token_ids) + len(made.token_ids)
+        assert (made.finish_reason, length) == ("length", min(room + 3, len(output.prompt_token_ids) + room + 1))
+    with pytest.raises(PromptTooLongError, match=f"ask for at most {room}"):
+        engine.generate("abc", greedy)
+    with pytest.raises(PromptTooLongError, match="shorten the prompt"):
+        llm.generate([[1] * (room + 3)], greedy)
 
 
 def test_prompts_of_every_kind_in_their_order(llm: LLM, engine: InferenceEngine) -> None:

@@ -12,6 +12,7 @@ import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Protocol, Self, Unpack, overload
 
 import msgspec
@@ -79,6 +80,8 @@ from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.prompts import VisionInput
 
 _SAMPLING = {"SamplingParams": SamplingParams.__struct_fields__}
+FITTED: ContextVar[bool] = ContextVar("FITTED", default=False)
+"""Whether `max_tokens` is lowered to what the context leaves after the prompt; otherwise the request is refused."""
 
 
 class Texts(Protocol):
@@ -801,11 +804,14 @@ class EngineFront(ABC):
         images: tuple[ImageInput, ...] = ()
         if pictures:
             ids, images = self.look(ids, pictures)
+        filled, room = self._filled(params), self._info.max_model_len - len(ids)
+        if FITTED.get() and 0 < room < (filled.max_tokens or 0):
+            filled = replace(filled, max_tokens=room)
         return GenerationRequest(
             request_id=uuid.uuid4().hex if request_id is None else request_id,
             prompt=text,
             prompt_token_ids=ids,
-            params=self._filled(params),
+            params=filled,
             priority=priority,
             adapters=adapters,
             images=images,

@@ -82,7 +82,8 @@ class AsyncLLM:
         )
         params = self._opened.defaults.filled(sampling_params)
         kind = RequestOutputKind.CUMULATIVE if sampling_params is None else sampling_params.output_kind
-        stream = self.engine.stream(
+        stream = llm.fitted(
+            self.engine.stream,
             prompt,
             params,
             request_id=request_id,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from candle_vllm.core.engine.outputs import EmbeddingOutput as Embedding
 from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
 from candle_vllm.core.engine.step.stream import Bar
-from candle_vllm.core.engine_front import EngineFront
+from candle_vllm.core.engine_front import FITTED, EngineFront
 from candle_vllm.core.errors import ConfigError, InvalidParameterError
 from candle_vllm.core.inference_engine import InferenceEngine
 from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
@@ -177,7 +178,8 @@ class LLM(ExplainedAttributes):
             CandleVllmError: the engine failed on a request, or was closed in the meantime.
         """
         refuse_given("generate", mm_processor_kwargs=mm_processor_kwargs)
-        outputs = self.engine.generate(
+        outputs = fitted(
+            self.engine.generate,
             prompts,
             self._params(sampling_params),
             use_tqdm=use_tqdm,
@@ -222,7 +224,8 @@ class LLM(ExplainedAttributes):
                 f"chat_template_content_format {chat_template_content_format!r:.60}: must be auto, string or openai",
                 "chat_template_content_format",
             )
-        made: Any = self.engine.chat(  # pyrefly: ignore[no-matching-overload]
+        made = fitted(
+            self.engine.chat,
             messages,
             self._params(sampling_params),
             use_tqdm=use_tqdm,
@@ -503,6 +506,13 @@ def _outputs(given: Sequence[GenerationOutput], lora_request: LoraChoice | Seque
         own = lora_request[place] if several else lora_request  # type: ignore[index]
         output.lora_request = own if isinstance(own, LoRARequest) else None
     return outputs
+
+
+def fitted(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call a method of an engine; as in vLLM, sequences end with the context if `max_tokens` exceeds it."""
+    context = copy_context()
+    context.run(FITTED.set, True)
+    return context.run(call, *arguments, **named)
 
 
 def _priority(given: int | Sequence[int] | None) -> int | Sequence[int]:
