@@ -153,7 +153,7 @@ class StepTimes:
         self._curve = self._known[:]
         self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
         self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: plain, after them
-        self._drafted[0] = deque([1 + self.LEAVING] * 2, maxlen=9)  # there are few, so slow ones are not outvoted soon
+        self._drafted[0] = deque([1 + self.LEAVING] * 2, maxlen=9)  # rare steps: a few slow ones must not decide
 
     def plain(self, lives: int) -> float:
         """Return the seconds of a plain step with this number of sequences; 0 before three were measured."""
