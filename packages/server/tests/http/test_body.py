@@ -189,6 +189,25 @@ async def test_bytes_count_until_their_thread_ends_though_nobody_waits() -> None
     assert not held._by_key
 
 
+async def test_bytes_count_in_every_iteration_between_the_parser_and_the_wait_for_a_turn() -> None:
+    held, parser, counts = Held(MB), Parser(), list[dict[str, int]]()
+
+    async def serve() -> None:
+        await parser.parse(held, NOBODY)
+        with held.waiting({}):
+            await asyncio.sleep(0.01)
+
+    serving = asyncio.create_task(serve())
+    await parser.has_begun("", 1)
+    parser.may_end.set()
+    while not serving.done():
+        counts.append(dict(held._by_key))
+        await asyncio.sleep(0)
+    assert len(counts) > 3
+    assert all(each == {"": 100} for each in counts)
+    assert not held._by_key
+
+
 async def test_bytes_of_a_body_that_finds_no_place_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fair_threads._big, "_most_waiting", 2)
     held, parser = Held(MB), Parser()

@@ -152,20 +152,19 @@ class FairThreads:
         Args:
             work: the function.
             who: the asker; None uses the asker of this context.
-            ended: called in the event loop when the work has ended or can no longer start, even if nobody waits for it.
+            ended: called once the work has ended or can no longer start: before this coroutine ends, or later in the event
+                loop if the coroutine was cancelled and the work continues.
 
         Raises:
             EngineOverloadedError: too many jobs wait, this job has waited too long, or the threads are closed.
         """
         step = cast("Callable[[], T]", partial(copy_context().run, work))
         job = _Job(asker.get() if who is None else who, step, Future(), time.monotonic() + MOST_WAITING)
-        if ended is not None:
-            job.result.add_done_callback(partial(_call_back, asyncio.get_running_loop(), ended))
-        with self._lock:
-            self._enter(job)
-        self._start()
         result = asyncio.wrap_future(job.result)
         try:
+            with self._lock:
+                self._enter(job)
+            self._start()
             await asyncio.wait((result,), timeout=MOST_WAITING)
             if job.result.cancel():
                 raise EngineOverloadedError(
@@ -178,6 +177,11 @@ class FairThreads:
                     self._waiting.remove(job.asker, job)
             if not result.cancel() and not result.cancelled():
                 result.exception()  # mark the exception as retrieved if nobody waits for it
+            if ended is not None:
+                if job.result.done():
+                    ended()
+                else:
+                    job.result.add_done_callback(partial(_call_back, asyncio.get_running_loop(), ended))
             del job, result, work, step  # an exception from this frame would keep itself and the request's body alive
 
     async def close(self) -> None:
