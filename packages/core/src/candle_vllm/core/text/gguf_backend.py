@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import compress
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -35,11 +36,8 @@ def build_backend(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     """
     builders = {"gpt2": _byte_level, "gemma4": _raw_bpe, "llama": _spm, "t5": _unigram, "bert": _wordpiece}
     build = builders["gemma4" if vocab.model == "gpt2" and not vocab.pre.byte_level else vocab.model]
-    marked = {
-        index
-        for index, kind in enumerate(vocab.types)
-        if kind in (gguf_vocab.CONTROL, gguf_vocab.UNKNOWN, gguf_vocab.USER_DEFINED)
-    }
+    marks = {gguf_vocab.CONTROL, gguf_vocab.UNKNOWN, gguf_vocab.USER_DEFINED}
+    marked = set(compress(range(len(vocab.types)), map(marks.__contains__, vocab.types)))  # fast: 262,144 types
     hidden = _special_ids(vocab, marked)
     try:
         with refusing_panics(f"the vocabulary ({gguf_vocab.PREFIX}*)"):
@@ -72,7 +70,9 @@ def marked_texts(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
     html = vocab.numbers.get("</s>")
     if html is None or vocab.types[html] != gguf_vocab.NORMAL:
         return vocab.numbers
-    return {text: index for text, index in vocab.numbers.items() if index != html}
+    texts = vocab.numbers.copy()
+    del texts["</s>"]
+    return texts
 
 
 def _special_ids(vocab: gguf_vocab.GgufVocab, marked: set[int]) -> set[int]:

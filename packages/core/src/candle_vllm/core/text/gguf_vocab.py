@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter, methodcaller
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
@@ -246,7 +247,10 @@ def _read_merges(reader: _Reader) -> list[tuple[str, str]]:
     if lines is None:
         raise InvalidFileError(f"{PREFIX}merges is missing; a byte-pair tokenizer cannot work without it")
     _texts("merges", lines)
-    return [line.partition(" ")[::2] if line[:1] != " " else _halves(line) for line in lines]
+    pairs = [(left, right) for left, _, right in map(methodcaller("partition", " "), lines)]  # fast: 520,000 merges
+    if not all(map(itemgetter(0), pairs)):  # the first part of a merge begins with a space
+        pairs = [pair if line[:1] != " " else _halves(line) for pair, line in zip(pairs, lines)]
+    return pairs
 
 
 def _halves(line: str) -> tuple[str, str]:
