@@ -32,8 +32,8 @@ from candle_vllm.core.kernels.plain_linear import reference as plain_reference
 from candle_vllm.core.kernels.scaled_linear import cpu
 from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
-# The generic path runs everywhere; BF16 only where the CPU has it.
-ISAS = [Isa.GENERIC, Isa.BF16] if host_isa() & Isa.BF16 else [Isa.GENERIC]
+# The generic path runs everywhere; BF16 and AMX only where the CPU has them.
+ISAS = [Isa.GENERIC, *[isa for isa in (Isa.BF16, Isa.BF16 | Isa.AMX) if host_isa() & isa == isa]]
 ROWS = (1, 2, 4, 5, 8, 9, 70)
 each_kind = pytest.mark.parametrize("kind", list(ScaledKind), ids=lambda kind: kind.name)
 
@@ -298,7 +298,7 @@ def test_a_tile_has_the_same_bits_in_any_matrix(kind, lone_thread):
 
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_sums_within_a_span_are_those_of_bfloat16_weights(rows, lone_thread):
-    """With scales of 1 and one span the bits are those of `plain_linear`, if AMX does not multiply these."""
+    """With scales of 1 and one span the bits are those of `plain_linear`."""
     found = codes(ScaledKind.E4M3, 37, 256)
     found = dataclasses.replace(found, scales=np.ones_like(found.scales))
     weights = torch.from_numpy(found.dequantise()).bfloat16()
@@ -309,7 +309,7 @@ def test_sums_within_a_span_are_those_of_bfloat16_weights(rows, lone_thread):
         plain, x=address_of(inputs), x_bytes=inputs.strides[0], out=address_of(out), out_stride=37
     )
     numbers = np.full(StepNumber.COUNT, rows, np.int64)
-    run_row(lone_thread, linear_operation(plain, ISAS[-1] & ~Isa.AMX), numbers, arguments)
+    run_row(lone_thread, linear_operation(plain, ISAS[-1]), numbers, arguments)
     assert same_bits(multiply(lone_thread, pack(found), x), out)
 
 

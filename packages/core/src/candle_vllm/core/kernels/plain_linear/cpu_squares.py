@@ -52,7 +52,7 @@ _SUMS, _INPUTS, _WEIGHTS = 0, 4, 6
 
 
 @intrinsic
-def _begin_squares(_: Any, memory: Any) -> Any:
+def begin_squares(_: Any, memory: Any) -> Any:
     """Configure the tile registers; `memory` is 64 bytes for the configuration."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -88,6 +88,7 @@ def _fill_panel(_: Any, panel: Any, addresses: Any, squares: Any) -> Any:
 def _multiply(
     _: Any,
     kind: Any,
+    anew: Any,
     blocks: Any,
     tiles: Any,
     weights: Any,
@@ -99,11 +100,10 @@ def _multiply(
     sums: Any,
     squares: Any,
 ) -> Any:
-    """Multiply adjacent tiles by blocks of rows, and add to float32 [blocks, tiles, 16, 16] at `sums`.
+    """Multiply adjacent tiles by blocks of rows, and add to float32 [blocks, tiles, 16, 16] at `sums` unless `anew`.
 
-    The sums of W8A8 are written as int32 instead.
-
-    Blocks are `block_bytes` apart, their squares `square_bytes`, and the rows of a square `stride`.
+    The sums of W8A8 are int32. Blocks are `block_bytes` apart, their squares `square_bytes`, and the rows of a square
+    `stride`.
     """
     height, width = blocks.literal_value, tiles.literal_value
     integers = PlainKind(kind.literal_value) is PlainKind.W8A8
@@ -112,7 +112,7 @@ def _multiply(
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_weights, apart, at_inputs, between, step, lines, at_sums, count = args[3:]
+        at_weights, apart, at_inputs, between, step, lines, at_sums, count = args[4:]
 
         def body(index: Any, state: list[Any]) -> list[Any]:
             x, w = b.add(at_inputs, b.mul(index, step)), b.add(at_weights, b.mul(index, e.int64(SQUARE_BYTES)))
@@ -125,7 +125,7 @@ def _multiply(
             return state
 
         for at in range(len(places)):
-            if integers:
+            if anew.literal_value:
                 square_call(e, "tilezero", _SUMS + at)
             else:
                 load_square(e, _SUMS + at, b.add(at_sums, e.int64(at * SQUARE_BYTES)), e.int64(VECTOR_BYTES))
@@ -134,11 +134,11 @@ def _multiply(
             store_square(e, _SUMS + at, b.add(at_sums, e.int64(at * SQUARE_BYTES)), VECTOR_BYTES)
         return context.get_dummy_value()
 
-    return types.void(kind, blocks, tiles, *[types.int64] * 8), code
+    return types.void(kind, anew, blocks, tiles, *[types.int64] * 8), code
 
 
 @njit
-def _fill_panels(given: Any, row: int, count: int, addresses: int, panels: int, squares: int) -> None:
+def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int, squares: int) -> None:
     """Copy `count` input rows from `row` on into panels of 16; the last row fills the last panel."""
     at_address = int64_at(addresses)
     for block in range((count + 15) >> 4):
@@ -151,8 +151,9 @@ def _fill_panels(given: Any, row: int, count: int, addresses: int, panels: int, 
 
 
 @njit(inline="always")
-def _multiply_blocks(
+def multiply_blocks(
     KIND: int,
+    ANEW: int,
     left: int,
     width: int,
     weights: int,
@@ -166,13 +167,13 @@ def _multiply_blocks(
 ) -> None:
     """Call `_multiply` for two blocks, or for one if only one is left."""
     if left >= 2 and width == 2:
-        _multiply(KIND, 2, 2, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
+        _multiply(KIND, ANEW, 2, 2, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
     elif left >= 2:
-        _multiply(KIND, 2, 1, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
+        _multiply(KIND, ANEW, 2, 1, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
     elif width == 2:
-        _multiply(KIND, 1, 2, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
+        _multiply(KIND, ANEW, 1, 2, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
     else:
-        _multiply(KIND, 1, 1, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
+        _multiply(KIND, ANEW, 1, 1, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
 
 
 @njit(inline="always")
@@ -205,7 +206,7 @@ def make_linear(KIND: int) -> Any:
         sums = panels + most * panel_bytes
         scratch = sums + most * 2 * SQUARE
         tails, addresses = scratch + 4 * SQUARE, scratch + 4 * SQUARE + most * 128
-        _begin_squares(addresses)
+        begin_squares(addresses)
         values = float32_at(sums)
         row = 0
         while row < rows:
@@ -215,7 +216,7 @@ def make_linear(KIND: int) -> Any:
             if INTEGERS == 1:
                 find_tails(given, row, count, 16 * blocks, tails)
             if count > 1:
-                _fill_panels(given, row, count, addresses, panels, squares)
+                fill_panels(given, row, count, addresses, panels, squares)
             else:
                 source = row
                 if given.picked != 0:
@@ -237,8 +238,9 @@ def make_linear(KIND: int) -> Any:
                             for first_square in range(0, some, EACH):
                                 own, columns_of = part + first_square * SQUARE, inputs + first_square * step
                                 few, segment = min(EACH, some - first_square), (begin + first_square) // EACH
-                                _multiply_blocks(
+                                multiply_blocks(
                                     KIND,
+                                    1,
                                     left,
                                     width,
                                     own,
@@ -252,8 +254,8 @@ def make_linear(KIND: int) -> Any:
                                 )
                                 _add_segments(left, width, scratch, tails + 128 * block, segment, to)
                         else:
-                            _multiply_blocks(
-                                KIND, left, width, part, tile_bytes, inputs, panel_bytes, step, stride, to, some
+                            multiply_blocks(
+                                KIND, 0, left, width, part, tile_bytes, inputs, panel_bytes, step, stride, to, some
                             )
                 for block in range(blocks):
                     some, to = min(16, count - 16 * block), sums + block * width * SQUARE

@@ -8,10 +8,10 @@ row has one float32 scale for each span (`layout.py`). The result is float32:
     out[t, column + n] (+)= sum over spans s of scale[n, s] * (sum over k in s of x[t, k] * weight[n, k]) + bias[n]
 
 Weights are exact: an e2m1 times an e4m3 scale has at most 6 significant bits, so it is a bfloat16. A span's products
-are added as `kernels/plain_linear` adds products of bfloat16 weights, in order of k from zero; spans are added in order
-by fma. The bits of out[t] do not depend on T, on other rows of x, or on the threads. A NaN in row n of the weights
-makes out[:, n] NaN; infinite weights (e5m2) are refused. No other elements of `out` are written, and `out` must not
-overlap the inputs.
+are added from zero as `kernels/plain_linear` adds products of bfloat16 weights, with AMX's order only if spans are
+multiples of 32 columns; spans are added in order by fma. The bits of out[t] do not depend on T, on other rows of x, or
+on the threads. A NaN in row n of the weights makes out[:, n] NaN; infinite weights (e5m2) are refused. No other
+elements of `out` are written, and `out` must not overlap the inputs.
 
 `pack` converts the codes of a checkpoint to a `ScaledMatrix`, `unpack` returns its weights. `reference.py` is the
 contract in plain numpy; only a CPU engine imports `cpu.py`, the compiled operations.

@@ -6,6 +6,10 @@ Terms (tile, span, turn, pair): see `layout.py`; panels and the division among t
 both spans of a pair are multiplied at once: a sum is a sequence of dependent instructions, and the sums of one span are
 too few to keep up with memory. For more rows, as many tiles as fit the second-level cache are converted to bfloat16
 once, and multiplied by the rows in blocks. All variants add a span's products in the same order.
+
+With AMX, two spans of adjacent tiles are converted in the first-level cache and multiplied by all blocks of 16 rows. A
+single row is multiplied in vector registers, in AMX's order. Spans that are not whole squares of 32 columns do not use
+AMX, for any number of rows. Weights are prefetched, because some CPUs load them too late (`level.bytes_ahead`).
 """
 
 from __future__ import annotations
@@ -17,11 +21,18 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
-from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel, write_tiles
+from candle_vllm.core.kernels.plain_linear.cpu_panel import ask_tiles, emit_sums, fill_panel, write_tiles
+from candle_vllm.core.kernels.plain_linear.cpu_squares import (
+    SQUARE_BYTES,
+    begin_squares,
+    fill_panels,
+    multiply_blocks,
+)
 from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind
 
@@ -30,6 +41,9 @@ _CACHED_BYTES = 384 << 10
 
 _MOST_BYTES = 1 << 20
 """If two converted tiles have more bytes, a thread converts one tile at a time, because they are on the stack."""
+
+_PANEL_BYTES = 1 << 20
+"""Bytes of the panels that a thread with AMX reads again for each pair of tiles from its second-level cache."""
 
 _FEW = 8
 """Maximum number of rows for which weights are converted in registers."""
@@ -91,16 +105,20 @@ def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, An
 
 
 @intrinsic(prefer_literal=True)
-def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any) -> Any:
-    """Convert turns, which are `step` bytes apart, to contiguous bfloat16 [16 rows, 2 columns]."""
+def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any, ahead: Any) -> Any:
+    """Convert turns, which are `step` bytes apart, to contiguous bfloat16 [16 rows, 2 columns].
+
+    `ahead` is the prefetch distance in bytes.
+    """
     number = ScaledKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_codes, apart, at_out, count = args[1:]
+        at_codes, apart, at_out, count, distance = args[1:]
 
         def body(index: Any, state: list[Any]) -> list[Any]:
             source = b.add(at_codes, b.mul(index, apart))
+            _ask_turn(e, number, b.add(source, distance))
             target = b.add(at_out, b.mul(index, e.int64(2 * ROWS * number.turn_columns)))
             for step, floats in enumerate(_steps(e, number, source)):
                 e.store(target, _joined(e, *floats), step * PlainKind.BF16.step_bytes)
@@ -109,15 +127,21 @@ def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any) -> An
         e.loop(count, [], body)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 4), code
+    return types.void(kind, *[types.int64] * 5), code
+
+
+def _ask_turn(e: Emitter, kind: ScaledKind, address: Any) -> None:
+    """Prefetch a turn."""
+    for line in range(0, kind.turn_bytes, 64):
+        e.prefetch(address, line)
 
 
 # ---- few rows --------------------------------------------------------------------------------------------------------
 
 
 def _x_bytes(isa: Isa) -> int:
-    """Return the bytes of an activation element for up to 8 rows: 2 if the CPU multiplies bfloat16, else 4."""
-    return 2 if isa.bf16 else 4
+    """Return the bytes of an activation element for few rows: 2 if vector instructions multiply bfloat16, else 4."""
+    return 2 if isa.bf16 and not isa & Isa.AMX else 4
 
 
 @intrinsic
@@ -151,17 +175,21 @@ def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tup
 
 @intrinsic(prefer_literal=True)
 def _multiply_rows(
-    _: Any, kind: Any, block: Any, isa: Any, weights: Any, turns: Any, span_turns: Any, panel: Any, out: Any
+    _: Any, kind: Any, block: Any, isa: Any, weights: Any, turns: Any, span_turns: Any, panel: Any, out: Any, ahead: Any
 ) -> Any:
-    """Multiply a tile by a panel of `block` rows with elements of `_x_bytes` bytes: float32 [block, 16] at `out`."""
+    """Multiply a tile by a panel of `block` rows with elements of `_x_bytes` bytes: float32 [block, 16] at `out`.
+
+    With AMX, products are added in AMX's order: those of even columns of a square, those of odd columns, then both.
+    """
     number, height, features = ScaledKind(kind.literal_value), block.literal_value, Isa(isa.literal_value)
+    squares, of_square = bool(features & Isa.AMX), 32 // number.turn_columns
     step_x = 2 * _x_bytes(features) * height
     turn_x = step_x * number.turn_columns // 2
     paired_sums = height == 1 or (_x_bytes(features) == 2 and height == 4)  # otherwise one span has enough sums
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_weights, count, each, at_x, at_out = args[3:]
+        at_weights, count, each, at_x, at_out, distance = args[3:]
         span_bytes = b.add(b.mul(each, e.int64(number.turn_bytes)), e.int64(HEAD_BYTES))
         span_x = b.mul(each, e.int64(turn_x))
 
@@ -174,15 +202,35 @@ def _multiply_rows(
                 first = b.add(codes, b.mul(index, e.int64(of * number.turn_bytes)))
                 inputs, sums = b.add(x, b.mul(index, e.int64(turn_x))), list(sums)
                 places = [b.add(inputs, b.mul(span_x, e.int64(span))) for span in spans]
-                turns = [_steps(e, number, b.add(first, e.int64(span * number.turn_bytes))) for span in spans]
+                at_turns = [b.add(first, e.int64(span * number.turn_bytes)) for span in spans]
+                for at in at_turns:
+                    _ask_turn(e, number, b.add(at, distance))
+                turns = [_steps(e, number, at) for at in at_turns]
                 for step, abreast in enumerate(zip(*turns)):
                     for chain in range(len(spans) * height):
                         at, row = divmod(chain, height)
                         place = b.add(places[at], e.int64(step * step_x + 4 * row))
-                        sums[chain] = _add_step(e, features, sums[chain], place, height, abreast[at])
+                        if squares:
+                            for column, weights in enumerate(abreast[at]):
+                                value, own = e.splat(e.load(place, F32, 4 * height * column)), 2 * chain + column
+                                sums[own] = e.fma(value, weights, sums[own])
+                        else:
+                            sums[chain] = _add_step(e, features, sums[chain], place, height, abreast[at])
                 return sums
 
-            parts = e.loop(length, [e.zeros(F32)] * (len(spans) * height), body)
+            def square(index: Any, parts: list[Any]) -> list[Any]:
+                first = b.mul(index, e.int64(of_square))
+                left, most = b.sub(length, first), e.int64(of_square)
+                few = b.select(b.icmp_signed("<", left, most), left, most)
+                sums = e.loop(few, zeros * 2, lambda turn, sums: body(b.add(first, turn), sums))
+                return [b.fadd(part, b.fadd(*sums[2 * n : 2 * n + 2])) for n, part in enumerate(parts)]
+
+            zeros = [e.zeros(F32)] * (len(spans) * height)
+            if squares:
+                count_of = b.sdiv(b.add(length, e.int64(of_square - 1)), e.int64(of_square))
+                parts = e.loop(count_of, zeros, square)
+            else:
+                parts = e.loop(length, zeros, body)
             totals = list(totals)
             for chain, part in enumerate(parts):
                 scale = e.load(head, vector(F32), spans[chain // height] * HEAD_BYTES)
@@ -208,7 +256,7 @@ def _multiply_rows(
             e.store(at_out, total, row * 4 * ROWS)
         return context.get_dummy_value()
 
-    return types.void(kind, block, isa, *[types.int64] * 5), code
+    return types.void(kind, block, isa, *[types.int64] * 6), code
 
 
 # ---- more rows -------------------------------------------------------------------------------------------------------
@@ -279,10 +327,131 @@ def _place(span: int, paired: int, span_bytes: int, turn_bytes: int) -> tuple[in
     return (span & -2) * span_bytes + 2 * HEAD_BYTES + (span & 1) * turn_bytes, 2 * turn_bytes
 
 
+# ---- AMX -------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def _add_scaled(_: Any, tiles: Any, sums: Any, head: Any, head_step: Any, rows: Any, totals: Any) -> Any:
+    """Add the sums of a span, float32 [tiles, 16, 16], times the scales of the tiles' rows to `rows` rows of totals.
+
+    The scales of tiles are `head_step` bytes apart.
+    """
+    width = tiles.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_sums, at_head, step, count, at_totals = args[1:]
+        scales = [e.load(b.add(at_head, b.mul(step, e.int64(tile))), vector(F32)) for tile in range(width)]
+
+        def body(row: Any, state: list[Any]) -> list[Any]:
+            offset = b.mul(row, e.int64(4 * LANES))
+            part, total = b.add(at_sums, offset), b.add(at_totals, offset)
+            for tile, scale in enumerate(scales):
+                at = tile * SQUARE_BYTES
+                added = e.fma(e.load(part, vector(F32), at), scale, e.load(total, vector(F32), at))
+                e.store(total, added, at)
+            return state
+
+        e.loop(count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(tiles, *[types.int64] * 5), code
+
+
+def _make_squares(KIND: int, ISA: int) -> Any:
+    """Make the operation for AMX; spans must be whole squares of 32 columns. Terms: `plain_linear/cpu_squares.py`."""
+    CACHED, SQUARE, BF16 = _PANEL_BYTES, SQUARE_BYTES, int(PlainKind.BF16)
+    TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
+    EACH = 32 // COLUMNS  # turns of a square
+
+    def scaled_linear(entry: Any, thread: int, threads: int) -> None:
+        given = read(LinearArguments, entry)
+        rows = step_number(entry, given.rows_from)
+        tile_bytes, columns, turns, span_turns = given.tile_bytes, given.outputs, given.length, given.span
+        tiles = (columns + 15) >> 4
+        first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+        if rows <= 0 or first == last:
+            return
+        spans, paired = (turns + span_turns - 1) // span_turns, turns // (2 * span_turns) * 2
+        span_bytes, wide_bytes = HEAD_BYTES + span_turns * TURN_BYTES, span_turns // EACH * SQUARE
+        if rows == 1:
+            source = int64_at(given.picked)[0] if given.picked != 0 else 0
+            sums = stack_bytes(64 + 2 * given.x_bytes)
+            _spread(given.x + source * given.x_bytes, sums + 64, given.x_bytes >> 5)
+            for tile in range(first, last):
+                at_tile = given.weights + tile * tile_bytes
+                _multiply_rows(KIND, 1, ISA, at_tile, turns, span_turns, sums + 64, sums, given.ahead)
+                write_tiles(sums, 1, 1, tile, 1, columns, given.out, given.row_bytes, given.bias, given.accumulate)
+            return
+        squares, most = (turns + EACH - 1) // EACH, 1
+        panel_bytes = squares * SQUARE
+        if rows > 16:
+            most = max(min(CACHED // panel_bytes, 16) & -2, 1)
+        panels = stack_bytes(most * (panel_bytes + 2 * SQUARE) + 2 * wide_bytes + 4 * SQUARE + 128)
+        sums = panels + most * panel_bytes
+        wide = sums + most * 2 * SQUARE
+        scratch = wide + 2 * wide_bytes
+        addresses = scratch + 4 * SQUARE
+        begin_squares(addresses)
+        totals = float32_at(sums)
+        row = 0
+        while row < rows:
+            count = min(16 * most, rows - row)
+            blocks = (count + 15) >> 4
+            fill_panels(given, row, count, addresses, panels, squares)
+            tile = first
+            while tile < last:
+                width = 2 if last - tile >= 2 else 1
+                for index in range(256 * width * blocks):
+                    totals[index] = 0.0
+                ask_tiles(given.out + row * given.row_bytes, given.row_bytes, count, tile, width)
+                for span in range(spans):
+                    length = min(span_turns, turns - span * span_turns)
+                    some = (length + EACH - 1) // EACH
+                    offset, apart = _place(span, paired, span_bytes, TURN_BYTES)
+                    at_tile = given.weights + tile * tile_bytes
+                    for at in range(width):
+                        target = wide + at * wide_bytes
+                        _widen(KIND, at_tile + at * tile_bytes + offset, apart, target, length, given.ahead)
+                        rest = float32_at(target)
+                        for index in range(length * COLUMNS * 8, some * 256):
+                            rest[index] = 0.0
+                    head = at_tile + _head(span, paired, span_bytes)
+                    for block in range(0, blocks, 2):
+                        left, inputs = (
+                            blocks - block,
+                            panels + block * panel_bytes + span * (span_turns // EACH) * SQUARE,
+                        )
+                        multiply_blocks(
+                            BF16, 1, left, width, wide, wide_bytes, inputs, panel_bytes, SQUARE, 64, scratch, some
+                        )
+                        for index in range(min(left, 2)):
+                            few, own = min(16, count - 16 * (block + index)), index * width * SQUARE
+                            to = sums + block * width * SQUARE + own
+                            if width == 2:
+                                _add_scaled(2, scratch + own, head, tile_bytes, few, to)
+                            else:
+                                _add_scaled(1, scratch + own, head, tile_bytes, few, to)
+                for block in range(blocks):
+                    some = min(16, count - 16 * block)
+                    target = given.out + (row + 16 * block) * given.row_bytes
+                    write_tiles(
+                        sums + block * width * SQUARE, 16, some, tile, width, columns, target,
+                        given.row_bytes, given.bias, given.accumulate,
+                    )  # fmt: skip
+                tile += width
+            row += count
+        end_squares()
+
+    return scaled_linear
+
+
 # ---- the operation ---------------------------------------------------------------------------------------------------
 
 
 def make_linear(KIND: int, ISA: int) -> Any:
+    if Isa(ISA) & Isa.AMX:
+        return _make_either(KIND, ISA)
     TILE_BLOCK, MOST = _CACHED_BYTES, _MOST_BYTES
     TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
     X_BYTES, FEW = _x_bytes(Isa(ISA)), _FEW
@@ -292,7 +461,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
         rows = step_number(entry, given.rows_from)
         weights, tile_bytes, columns, turns = given.weights, given.tile_bytes, given.outputs, given.length
         row_bytes, bias, accumulate = given.row_bytes, given.bias, given.accumulate
-        picked, x_bytes, span_turns = given.picked, given.x_bytes, given.span
+        picked, x_bytes, span_turns, ahead = given.picked, given.x_bytes, given.span, given.ahead
         tiles = (columns + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
@@ -323,11 +492,11 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 for begin in range(0, rows, height):
                     panel, count = panels + begin * wide_row, min(height, rows - begin)
                     if height == 8:
-                        _multiply_rows(KIND, 8, ISA, at_tile, turns, span_turns, panel, sums)
+                        _multiply_rows(KIND, 8, ISA, at_tile, turns, span_turns, panel, sums, ahead)
                     elif height == 4:
-                        _multiply_rows(KIND, 4, ISA, at_tile, turns, span_turns, panel, sums)
+                        _multiply_rows(KIND, 4, ISA, at_tile, turns, span_turns, panel, sums, ahead)
                     else:
-                        _multiply_rows(KIND, 1, ISA, at_tile, turns, span_turns, panel, sums)
+                        _multiply_rows(KIND, 1, ISA, at_tile, turns, span_turns, panel, sums, ahead)
                     target = given.out + begin * row_bytes
                     write_tiles(sums, height, count, tile, 1, columns, target, row_bytes, bias, accumulate)
             return
@@ -345,7 +514,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
                     codes, apart = _place(span, paired, span_bytes, TURN_BYTES)
                     target = scratch + (tile - begin) * wide_tile + span * wide_span
                     length = min(span_turns, turns - span * span_turns)
-                    _widen(KIND, weights + tile * tile_bytes + codes, apart, target, length)
+                    _widen(KIND, weights + tile * tile_bytes + codes, apart, target, length, ahead)
             row = 0
             while row < rows:
                 left = rows - row
@@ -384,5 +553,19 @@ def make_linear(KIND: int, ISA: int) -> Any:
                     write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
                     tile += width
                 row += count
+
+    return scaled_linear
+
+
+def _make_either(KIND: int, ISA: int) -> Any:
+    """Make the operation of a CPU with AMX, which multiplies spans of whole squares."""
+    COLUMNS = ScaledKind(KIND).turn_columns
+    squares, others = njit(_make_squares(KIND, ISA)), njit(make_linear(KIND, int(Isa(ISA) & ~Isa.AMX)))
+
+    def scaled_linear(entry: Any, thread: int, threads: int) -> None:
+        if read(LinearArguments, entry).span * COLUMNS % 32 == 0:
+            squares(entry, thread, threads)
+        else:
+            others(entry, thread, threads)
 
     return scaled_linear
