@@ -16,7 +16,7 @@ from gguf import quants
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels.group_linear import from_codes, reference
 from candle_vllm.core.kernels.torch_numbers import DTYPES, load_tensor, tensor_of
-from candle_vllm.core.loading import views
+from candle_vllm.core.loading import quantised, views
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization import stored as stored_module
@@ -377,12 +377,22 @@ def test_activations_that_are_not_rounded_are_said(
     assert ("asks for quantised activations" in caplog.text) is said
 
 
-def test_a_checkpoint_without_quantisation_is_itself(tmp_path: Path) -> None:
+def test_a_checkpoint_without_quantisation_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_safetensors(write_safetensors(tmp_path / "m.safetensors", {"l.weight": torch.ones(2, 2)}))
-    assert read_quantised(checkpoint, {}, tmp_path / "config.json") is checkpoint
+    with monkeypatch.context() as without_formats:
+        without_formats.setattr(quantised, "collected", None)
+        assert read_quantised(checkpoint, {}, tmp_path / "config.json") is checkpoint
     dense: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
     same = read_quantised(checkpoint, {"quantization_config": dense}, tmp_path / "config.json")
     assert set(same.tensors) == {"odd", "l.weight"}
+
+
+def test_files_beside_the_config_have_names_that_are_looked_for(tmp_path: Path) -> None:
+    files = quantised.collected("FILES")
+    assert {"quantize_config.json", "quant_config.json", "hf_quant_config.json"} <= files.keys()
+    for name in files:
+        (tmp_path / name).touch()
+    assert {path.name for path in tmp_path.glob(quantised.BESIDE)} == files.keys()
 
 
 def test_modelopt_may_quantise_the_cache_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from candle_vllm.core import EngineConfig
+from candle_vllm.core import EngineConfig, quantization
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.placement import choose_placement, memory_of
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
@@ -212,7 +213,7 @@ def fractions(config: Fields, stored: StoredTensors) -> Found:
         yield parts, parts.tensor("FRACTIONS", codes.shape, Fractions(codes, zeros))
 
 
-def test_a_format_without_a_kernel_is_one_module_and_a_row(
+def test_a_format_without_a_kernel_is_one_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is decoded on every path, and planned for with the size of plain elements."""
@@ -222,7 +223,11 @@ def test_a_format_without_a_kernel_is_one_module_and_a_row(
         codes = (256 * weight + zeros).round().clamp(0, 255).byte()
         return Written({".codes": codes, ".zeros": zeros}, (codes - zeros) / 256, {"quant_method": "fractions"})
 
-    monkeypatch.setattr(quantised, "METHODS", {"fractions": fractions})
+    (tmp_path / "fractions.py").write_text(f"from {__name__} import fractions as layers\nMETHODS = ('fractions',)\n")
+    monkeypatch.setattr(quantization, "__path__", [*quantization.__path__, str(tmp_path)])
+    monkeypatch.setattr(quantised, "collected", quantised.collected.__wrapped__)
+    monkeypatch.setitem(sys.modules, f"{quantization.__name__}.fractions", None)  # removed again after the test
+    del sys.modules[f"{quantization.__name__}.fractions"]
     source = write_model(tmp_path / "plain", "llama", num_key_value_heads=4, intermediate_size=128)
     folder, decoded = quantise_model(source, tmp_path, written)
     wanted = eager_logits(decoded, TOKENS, CHUNKS)
@@ -287,7 +292,7 @@ def test_quantised_weights_on_a_gpu_have_no_f32(folders: Folders) -> None:
         (
             {"quant_method": "bitsandbytes"},
             UnsupportedModelError,
-            "'bitsandbytes', which is not implemented; implemented: gptq",
+            "'bitsandbytes', which is not implemented; implemented: auto-round, awq",
         ),
         ({"bits": 4}, UnsupportedModelError, "the method ''"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 32}, UnsupportedModelError, "bits 3 .*implemented: 4, 8"),

@@ -1,56 +1,36 @@
 # SPDX-License-Identifier: MIT
 """Quantised safetensors: read a config's `quantization_config`, and combine the parts of a matrix into one tensor.
 
-`METHODS` names the module of `quantization/` that finds the quantised layers of each method. The stored tensors
-determine which layers are quantised, so a config's lists of exceptions need not be read. A layer may have its own bits
-or groups (GPTQModel's `dynamic`, several `config_groups`): of all schemes in the config, the first that fits its
-tensors is used, and layers are not matched with a config's patterns. Unused scales, zero points and group indices are
-removed and logged; other unused parts stay in the checkpoint, where the loader reports them.
+A module of `quantization/` finds the quantised layers of its methods (`finding.py` there). The stored tensors determine
+which layers are quantised, so a config's lists of exceptions need not be read. A layer may have its own bits or groups
+(GPTQModel's `dynamic`, several `config_groups`): of all schemes in the config, the first that fits its tensors is used,
+and layers are not matched with a config's patterns. Unused scales, zero points and group indices are removed and
+logged; other unused parts stay in the checkpoint, where the loader reports them.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
+from pkgutil import iter_modules
 from typing import Any
 
+from candle_vllm.core import quantization
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import spare
-from candle_vllm.core.quantization import auto_round, awq, compressed_tensors, fp4, fp8, gptq, marlin, modelopt
-from candle_vllm.core.quantization.finding import Found, StoredTensors
+from candle_vllm.core.quantization.finding import is_dense
+from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES
 from candle_vllm.core.quantization.stored import LayerTensors
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
-
-METHODS: Mapping[str, Callable[[Fields, StoredTensors], Found]] = MappingProxyType(
-    {
-        "gptq": gptq.layers,
-        "gptq_marlin": gptq.layers,
-        "marlin": marlin.layers,
-        "awq": awq.layers,
-        "awq_marlin": awq.layers,
-        "auto-round": auto_round.layers,
-        "compressed-tensors": compressed_tensors.layers,
-        "fp8": fp8.layers,
-        "fbgemm_fp8": fp8.layers,
-        "mxfp4": fp4.layers,
-        "modelopt": modelopt.layers,
-        "modelopt_fp4": modelopt.layers,
-    }
-)
-"""The function of each `quant_method`, which yields the parts and the weight of each quantised layer."""
-
-FILES = MappingProxyType(
-    {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
-)
-"""Files in which older writers store the settings beside `config.json`, and the method of each file."""
 
 ACTIVATION_SCALES = re.compile(
     r".*\.(input_scale|input_scale_inv|input_zero_point|input_global_scale|input_scale_ub|output_scale"
@@ -59,7 +39,15 @@ ACTIVATION_SCALES = re.compile(
 """Names of scales that are not used: activations are not quantised with the checkpoint's scales, and
 `assembly/cache_scales.py` has already removed those scales of a float8 KV cache that are used."""
 
-_CODES = (*fp8.NUMBERS, "I8", "U8", "I32")  # a tensor `....weight` of one of these types holds quantised codes
+BESIDE = "*quant*.json"  # files of this pattern may be `FILES` of a format
+_CODES = (*FLOAT_NAMES.values(), "I8", "U8", "I32")  # a tensor `....weight` of one of these types holds quantised codes
+
+
+@cache
+def collected(names: str) -> Mapping[str, Any]:
+    """Return the modules of `quantization` by their `METHODS` or `FILES`; only quantised checkpoints import them."""
+    modules = [import_module(f"{quantization.__name__}.{each.name}") for each in iter_modules(quantization.__path__)]
+    return {name: module for module in modules for name in getattr(module, names, ())}
 
 
 def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -80,7 +68,7 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     method, fields = settings
     taken: set[str] = set()
     logical: dict[str, StoredTensor] = {}
-    for parts, tensor in METHODS[method](fields, checkpoint):
+    for parts, tensor in collected("METHODS")[method].layers(fields, checkpoint):
         if tensor.name in logical or (tensor.name in checkpoint.tensors and tensor.name not in _names(parts)):
             raise InvalidFileError(f"{tensor.path}: tensor {tensor.name} is stored both plain and quantised")
         taken |= _names(parts)
@@ -135,16 +123,15 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method = method.lower().replace("compressed_tensors", "compressed-tensors")
             own = own.section("quantization") if nested else own
-            if method not in METHODS:
+            if method not in collected("METHODS"):
                 raise UnsupportedModelError(
                     f"{path}: {key} asks for the method {method!r:.60}, which is not implemented; implemented: "
-                    f"{', '.join(METHODS)}: take a checkpoint in one of these, or a GGUF file"
+                    f"{', '.join(collected('METHODS'))}: take a checkpoint in one of these, or a GGUF file"
                 )
             return method, own
-    for file, method in FILES.items():
-        beside = path.with_name(file)
-        if beside.is_file():
-            own = Fields(read_json(beside), beside)
+    for beside in sorted(path.parent.glob(BESIDE)):
+        if (reader := collected("FILES").get(beside.name)) is not None:
+            own, method = Fields(read_json(beside), beside), reader.METHODS[0]
             return method, own.section("quantization") if method == "modelopt" else own
     return None
 
@@ -153,4 +140,4 @@ def _is_idle(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor is a quantisation parameter of a layer that is stored unquantised."""
     layer, _, end = name.rpartition(".")
     unused = end in ("weight_scale", "weight_zero_point", "weight_g_idx")
-    return unused and compressed_tensors.is_dense(checkpoint, layer)
+    return unused and is_dense(checkpoint, layer)

@@ -10,6 +10,8 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization import awq, gptq
 from candle_vllm.core.quantization.finding import Found, StoredTensors
 
+METHODS = ("auto-round",)
+
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
     """Read the layers of `quant_method` auto-round."""

@@ -21,6 +21,8 @@ from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+METHODS = ("awq", "awq_marlin")
+FILES = ("quant_config.json",)
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """For each of the 8 codes of an int32, from the lowest bits on, the output that it belongs to."""

@@ -15,11 +15,12 @@ from types import MappingProxyType
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.compressed_ints import packed_ints, plain_ints
-from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
+from candle_vllm.core.quantization.finding import Found, StoredTensors, is_dense, layers_with
 from candle_vllm.core.quantization.fp4 import mxfp4_tensor, nvfp4_tensor
 from candle_vllm.core.quantization.fp8 import block_shape, fp8_tensor
-from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor
+from candle_vllm.core.quantization.stored import LayerTensors, QuantisedTensor
 
+METHODS = ("compressed-tensors",)
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4, DENSE = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense"
 FORMATS = (PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4, DENSE)
@@ -156,9 +157,3 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
     for parts in layers_with(stored, ".weight_packed", ".weight_scale"):
         if not is_dense(stored, parts.layer):
             yield ct_tensor(parts, schemes)
-
-
-def is_dense(stored: StoredTensors, layer: str) -> bool:
-    """Whether a layer with scales is stored unquantised nevertheless."""
-    weight = stored.tensors.get(f"{layer}.weight")
-    return weight is not None and weight.type_name in FLOATS

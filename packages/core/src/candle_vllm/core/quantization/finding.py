@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Find the quantised layers of a checkpoint; each format's module has a function `layers` that reads them."""
+"""Find the quantised layers of a checkpoint; each format's module has a function `layers` that reads them.
+
+`loading/quantised.py` collects these modules by their `METHODS`, the values of `quant_method` that they read, and by
+`FILES`, in which older writers store the settings of the first method beside `config.json`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.quantization.stored import LayerTensors, QuantisedTensor
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 Found: TypeAlias = Iterator[tuple[LayerTensors, QuantisedTensor]]  # the parts of each layer, and its weight
@@ -29,6 +33,12 @@ def layers_with(stored: StoredTensors, *ends: str) -> Iterator[LayerTensors]:
         if end is not None and (layer := name.removesuffix(end)) not in seen:
             seen.add(layer)
             yield LayerTensors(stored.tensors, layer, stored.path)
+
+
+def is_dense(stored: StoredTensors, layer: str) -> bool:
+    """Whether a layer with scales is stored unquantised nevertheless."""
+    weight = stored.tensors.get(f"{layer}.weight")
+    return weight is not None and weight.type_name in FLOATS
 
 
 def group_size(config: Fields, default: int | None = None, key: str = "group_size") -> int:

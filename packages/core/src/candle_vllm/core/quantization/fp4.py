@@ -29,6 +29,7 @@ from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import CodeSource, FloatSource, LayerTensors, QuantisedTensor, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+METHODS = ("mxfp4",)
 MX_GROUP, NV_GROUP = 32, 16
 MIDDLE = 16
 """Code of weight 0 among the 5-bit codes that `_codes` returns."""

@@ -23,6 +23,7 @@ from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import FLOATS, FloatSource, LayerTensors, QuantisedTensor, floats
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+METHODS = ("fp8", "fbgemm_fp8")
 NUMBERS = ("F8_E4M3", "F8_E5M2")
 SCALES = (*FLOATS, "F8_E8M0")
 

@@ -29,6 +29,9 @@ from candle_vllm.core.quantization.group_codes import GroupCodes, fields
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+METHODS = ("gptq", "gptq_marlin")
+FILES = ("quantize_config.json",)
+
 
 @dataclass(frozen=True)
 class GptqScheme:

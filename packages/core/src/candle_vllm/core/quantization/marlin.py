@@ -20,6 +20,7 @@ from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+METHODS = ("marlin",)
 TILE = 16
 """Inputs in a tile."""
 

@@ -8,6 +8,9 @@ from candle_vllm.core.quantization import fp8
 from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
 from candle_vllm.core.quantization.fp4 import nvfp4_tensor
 
+METHODS = ("modelopt", "modelopt_fp4")
+FILES = ("hf_quant_config.json",)
+
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
     """Read the layers of `quant_method` modelopt; the config may quantise only the KV cache."""
