@@ -41,6 +41,9 @@ MAX_SALT = 256  # maximum characters of `cache_salt`
 BIAS = Number(-100, 100)
 """Bounds of a value of `logit_bias`."""
 
+OFFERED = "offered"
+"""Mark of a number that APIs offer with the same name and bounds: a field of `SamplerFields` (`openai/protocol`)."""
+
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """Default sequence breakers of DRY, as in llama.cpp."""
 
@@ -100,6 +103,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         min_p: drop tokens less likely than `min_p` times the likeliest, [0, 1].
         presence_penalty: subtracted once from the logit of every token already generated, [-2, 2].
         frequency_penalty: subtracted per occurrence in the generated text, [-2, 2].
+        seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
         repeat_last_n: the three penalties count this many of the last tokens, prompt and output; -1 for all.
         top_n_sigma: keep logits within this many standard deviations of the largest, up to 100; 0 or less keeps all.
@@ -123,7 +127,6 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
             edits of its logits, in the engine's thread, so that all requests of the batch wait for them. Not over HTTP.
             Instead of a function, the name of one in the entry-point group `candle_vllm.logits_processors` of an
             installed package is accepted; an engine in another process accepts names only.
-        seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
         max_tokens: maximum number of generated tokens; None, the default in `chat`, means up to the context length.
         min_tokens: no end-of-sequence or stop before this many tokens. `structured_outputs` wins: if it allows only the
             end, the text ends there, however short it is.
@@ -159,30 +162,30 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
     """
 
     n: Annotated[int, Integer(1, MAX_SEQUENCES)] = 1
-    temperature: Annotated[float, Number(0, 100)] = _Open(1.0)
-    top_p: Annotated[float, Number(0, 1, open_low=True)] = _Open(1.0)
-    top_k: Annotated[int, Integer(-1, 1 << 24)] = _OpenCount(0)
-    min_p: Annotated[float, Number(0, 1)] = _Open(0.0)
-    presence_penalty: Annotated[float, Number(-2, 2)] = 0.0
-    frequency_penalty: Annotated[float, Number(-2, 2)] = 0.0
+    temperature: Annotated[float, Number(0, 100), OFFERED] = _Open(1.0)
+    top_p: Annotated[float, Number(0, 1, open_low=True), OFFERED] = _Open(1.0)
+    top_k: Annotated[int, Integer(-1, 1 << 24), OFFERED] = _OpenCount(0)
+    min_p: Annotated[float, Number(0, 1), OFFERED] = _Open(0.0)
+    presence_penalty: Annotated[float, Number(-2, 2), OFFERED] = 0.0
+    frequency_penalty: Annotated[float, Number(-2, 2), OFFERED] = 0.0
+    seed: Annotated[int | None, SEED, OFFERED] = None
     repetition_penalty: Annotated[float, Number(0, 100, open_low=True)] = _Open(1.0)
-    repeat_last_n: Annotated[int, Integer(-1, MAX_LOOKBACK)] = -1
-    top_n_sigma: Annotated[float, Number(-1, 100)] = 0.0
-    typical_p: Annotated[float, Number(0, 1, open_low=True)] = _Open(1.0)
-    xtc_probability: Annotated[float, Number(0, 1)] = 0.0
-    xtc_threshold: Annotated[float, Number(0, 1)] = 0.1
-    dynatemp_range: Annotated[float, Number(0, 100)] = 0.0
-    dynatemp_exponent: Annotated[float, Number(0, 100)] = 1.0
-    mirostat: Annotated[int, Integer(0, 2)] = 0
-    mirostat_tau: Annotated[float, Number(0, 100)] = 5.0
-    mirostat_eta: Annotated[float, Number(0, 10)] = 0.1
-    dry_multiplier: Annotated[float, Number(0, 1000)] = 0.0
-    dry_base: Annotated[float, Number(1, 1000)] = 1.75
-    dry_allowed_length: Annotated[int, Integer(1, MAX_LOOKBACK)] = 2
-    dry_penalty_last_n: Annotated[int, Integer(-1, MAX_LOOKBACK)] = -1
+    repeat_last_n: Annotated[int, Integer(-1, MAX_LOOKBACK), OFFERED] = -1
+    top_n_sigma: Annotated[float, Number(-1, 100), OFFERED] = 0.0
+    typical_p: Annotated[float, Number(0, 1, open_low=True), OFFERED] = _Open(1.0)
+    xtc_probability: Annotated[float, Number(0, 1), OFFERED] = 0.0
+    xtc_threshold: Annotated[float, Number(0, 1), OFFERED] = 0.1
+    dynatemp_range: Annotated[float, Number(0, 100), OFFERED] = 0.0
+    dynatemp_exponent: Annotated[float, Number(0, 100), OFFERED] = 1.0
+    mirostat: Annotated[int, Integer(0, 2), OFFERED] = 0
+    mirostat_tau: Annotated[float, Number(0, 100), OFFERED] = 5.0
+    mirostat_eta: Annotated[float, Number(0, 10), OFFERED] = 0.1
+    dry_multiplier: Annotated[float, Number(0, 1000), OFFERED] = 0.0
+    dry_base: Annotated[float, Number(1, 1000), OFFERED] = 1.75
+    dry_allowed_length: Annotated[int, Integer(1, MAX_LOOKBACK), OFFERED] = 2
+    dry_penalty_last_n: Annotated[int, Integer(-1, MAX_LOOKBACK), OFFERED] = -1
     dry_sequence_breakers: Sequence[str] | None = None
     logits_processors: Sequence[Any] | None = None
-    seed: Annotated[int | None, SEED] = None
     max_tokens: Annotated[int | None, Integer(1, MAX_TOKENS)] = _OpenCount(16)
     min_tokens: Annotated[int, Integer(0, MAX_TOKENS)] = 0
     stop: str | Sequence[str] | None = None
@@ -204,7 +207,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
     thinking_token_budget: Annotated[int | None, Integer(-1, MAX_BUDGET)] = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
-    num_speculative_tokens: Annotated[int, Integer(0, MAX_DRAFT_TOKENS)] = MAX_DRAFT_TOKENS
+    num_speculative_tokens: Annotated[int, Integer(0, MAX_DRAFT_TOKENS), OFFERED] = MAX_DRAFT_TOKENS
     prediction: str | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -363,6 +366,7 @@ BOUNDS: Mapping[str, Integer | Number] = MappingProxyType(
     {name: hint.__metadata__[0] for name, hint in _HINTS.items() if get_origin(hint) is Annotated}
 )
 """Bounds of the numbers of `SamplingParams`; the requests of every API and the server's settings use this table."""
+OFFERED_FIELDS = tuple(name for name in BOUNDS if OFFERED in _HINTS[name].__metadata__)
 _OPTIONAL = frozenset(name for name in BOUNDS if get_origin(_HINTS[name].__origin__) is UnionType)
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "continues_prompt",
              "skip_reading_prefix_cache", "prompt_progress")  # fmt: skip

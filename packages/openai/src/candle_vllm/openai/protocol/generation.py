@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model, field_validator, model_validator
 
 from candle_vllm.core.engine.requests import MAX_ADAPTER_SCALE
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.setting_kinds import Integer
 from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.structured import (
     LlamaForms,
@@ -96,31 +97,19 @@ def sampling_values(request: fields.WireModel) -> dict[str, Any]:
     return {name: value for name in sampling_names(type(request)) if (value := getattr(request, name)) is not None}
 
 
-class SamplerFields(fields.WireModel):
-    """How tokens are sampled, by names that OpenAI, vLLM and llama.cpp share. `SamplingParams` documents the fields."""
+_numbers: dict[str, Any] = {
+    name: (Annotated[int if isinstance(caps.BOUNDS[name], Integer) else float, fields.bounded(name)] | None, None)
+    for name in caps.OFFERED_FIELDS
+}
+_Offered: Any = create_model("_Offered", __base__=fields.WireModel, **_numbers)
 
-    temperature: Annotated[float, fields.bounded("temperature")] | None = None
-    top_p: Annotated[float, fields.bounded("top_p")] | None = None
-    top_k: Annotated[int, fields.bounded("top_k")] | None = None
-    min_p: Annotated[float, fields.bounded("min_p")] | None = None
-    presence_penalty: Annotated[float, fields.bounded("presence_penalty")] | None = None
-    frequency_penalty: Annotated[float, fields.bounded("frequency_penalty")] | None = None
-    seed: Annotated[int, fields.bounded("seed")] | None = None
-    repeat_last_n: Annotated[int, fields.bounded("repeat_last_n")] | None = None
-    top_n_sigma: Annotated[float, fields.bounded("top_n_sigma")] | None = None
-    typical_p: Annotated[float, fields.bounded("typical_p")] | None = None
-    xtc_probability: Annotated[float, fields.bounded("xtc_probability")] | None = None
-    xtc_threshold: Annotated[float, fields.bounded("xtc_threshold")] | None = None
-    dynatemp_range: Annotated[float, fields.bounded("dynatemp_range")] | None = None
-    dynatemp_exponent: Annotated[float, fields.bounded("dynatemp_exponent")] | None = None
-    mirostat: Annotated[int, fields.bounded("mirostat")] | None = None
-    mirostat_tau: Annotated[float, fields.bounded("mirostat_tau")] | None = None
-    mirostat_eta: Annotated[float, fields.bounded("mirostat_eta")] | None = None
-    dry_multiplier: Annotated[float, fields.bounded("dry_multiplier")] | None = None
-    dry_base: Annotated[float, fields.bounded("dry_base")] | None = None
-    dry_allowed_length: Annotated[int, fields.bounded("dry_allowed_length")] | None = None
-    dry_penalty_last_n: Annotated[int, fields.bounded("dry_penalty_last_n")] | None = None
-    num_speculative_tokens: Annotated[int, fields.bounded("num_speculative_tokens")] | None = None
+
+class SamplerFields(_Offered):
+    """How tokens are sampled, by names that OpenAI, vLLM and llama.cpp share.
+
+    `SamplingParams` documents the fields, and marks those that are written here as there (`OFFERED`).
+    """
+
     stop: Stop | None = None
     dry_sequence_breakers: (
         Annotated[
