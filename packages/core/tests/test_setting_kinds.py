@@ -126,3 +126,8 @@ def test_paths_know_the_home_folder() -> None:
     assert FilePath().from_text("~/x") == Path.home() / "x"
     with pytest.raises(ValueError, match=r"an unknown user, ~no_such_user: write ~/ or \./"):
         FilePath().from_text("~no_such_user/x")
+
+
+def test_a_list_is_no_choice() -> None:
+    with pytest.raises(ValueError, match="must be one of a, b, not"):
+        Choice(("a", "b"), absent={"c": "it is not there"}).check(["c"])

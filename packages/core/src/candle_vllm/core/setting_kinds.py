@@ -337,7 +337,7 @@ class Choice:
 
     def check(self, value: Any) -> str:
         if value not in self.names:
-            if value in self.absent:
+            if isinstance(value, str) and value in self.absent:
                 raise ValueError(f"must be one of {', '.join(self.names)}: {self.absent[value]}")
             hint = nearest(str(value)[:60], self.names)
             raise ValueError(f"must be one of {', '.join(self.names)}, not {value!r:.60}{hint}")
