@@ -185,13 +185,13 @@ def test_a_model_that_costs_more_than_it_saves_is_not_asked(tokenizer: Tokenizer
     ("given", "said"),
     [
         ({"method": "draft_model"}, "the method draft_model needs a model"),
-        ({"model": ""}, "model must be a text, not ''"),
+        ({"model": ""}, "model must not be empty"),
         ({"model": 5}, "model must be a text, not 5"),
         ({"method": "ngram", "model": "m"}, "model belongs to the method draft_model, not to ngram"),
         ({"draft_p_min": 0.5}, "draft_p_min belongs to the method draft_model, not to suffix"),
-        ({"model": "m", "draft_p_min": 1.5}, "draft_p_min must be a number from 0 to 1, not 1.5"),
+        ({"model": "m", "draft_p_min": 1.5}, "draft_p_min must be at least 0 and at most 1, not 1.5"),
         ({"model": "m", "draft_min": 6, "num_speculative_tokens": 5}, "draft_min 6 is above num_speculative_tokens"),
-        ({"model": "m", "num_speculative_tokens": 32}, "num_speculative_tokens must be a whole number from 1 to 31"),
+        ({"model": "m", "num_speculative_tokens": 32}, "num_speculative_tokens must be between 1 and 31, not 32"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(given: dict[str, Any], said: str) -> None:

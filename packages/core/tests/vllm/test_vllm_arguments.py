@@ -88,7 +88,7 @@ def test_how_vectors_are_made() -> None:
         ({"decode_context_parallel_size": 2}, TypeError, r"\(data_parallel_size\) only"),
         ({"fully_sharded_loras": True}, TypeError, "each GPU has the whole adapter"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
-        ({"spec_method": "eagle"}, ConfigError, "speculative_config: unknown method 'eagle'"),
+        ({"spec_method": "eagle"}, ConfigError, "speculative_config: method must be one of .*EAGLE-3"),
         ({"device_ids": [1]}, TypeError, r"\(data_parallel_size\) only"),
         ({"limit_mm_per_prompt": {"video": 1}}, ConfigError, "limit_mm_per_prompt has 'video': images are"),
         ({"limit_mm_per_prompt": 2}, ConfigError, "limit_mm_per_prompt must be a JSON object of counts"),

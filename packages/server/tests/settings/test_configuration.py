@@ -240,6 +240,7 @@ def test_paths_in_params_are_relative_to_the_models_file(load, tmp_path: Path) -
     (folder / "draft" / "small").mkdir(parents=True)
     assert of(drafts).speculative_config == {"model": str(folder / "draft" / "small")}
     assert of("speculative_config: {method: ngram}").speculative_config == {"method": "ngram"}
+    assert of("speculative_config: {model: 5}").speculative_config == {"model": 5}  # refused by the engine
 
 
 def test_a_stronger_source_replaces_rivals(load) -> None:

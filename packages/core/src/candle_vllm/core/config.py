@@ -27,6 +27,8 @@ from candle_vllm.core.setting_kinds import (
     Integer,
     JsonObject,
     Number,
+    OnOffFolder,
+    PathOrName,
     QuantisedType,
     Text,
     nearest,
@@ -125,6 +127,20 @@ def is_demo(model: str) -> bool:
 
 
 DraftMethod = Literal["none", "ngram", "suffix", "draft_model", "eagle3", "mtp"]
+PAST, WEIGHTS = "past answers", "weights"
+DRAFT_METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "none": (),
+    "ngram": (),
+    "suffix": (PAST,),
+    "draft_model": (PAST, WEIGHTS),
+    "eagle3": (PAST, WEIGHTS),
+    "mtp": (PAST, WEIGHTS),
+})  # fmt: skip
+"""What each method takes draft tokens from, beside the text so far; weights of a model, a head or a layer: CPU only."""
+_NEEDED_MODELS = {
+    "draft_model": "a small one with the same vocabulary",
+    "eagle3": "a head that was trained for the model that is served",
+}
 _ATTENTION = Choice(
     get_args(AttentionBackend),
     {"triton_attn": "triton", "flash-attn": "flash_attn", "torch_sdpa": "torch"},
@@ -135,14 +151,14 @@ _REFUSED_FORMATS: dict[str, str] = dict.fromkeys(
     "weights are read from safetensors and GGUF files only; each rank reads its shard",
 )
 _FORMATS = Choice(get_args(LoadFormat), {"safetensors": "auto", "gguf": "auto"}, absent=_REFUSED_FORMATS)
-_REFUSED_METHODS = {
-    "medusa": "heads of Medusa are not read: use eagle3 or mtp, which also draft from hidden states",
-    "eagle": "heads of EAGLE-1 and EAGLE-2 are not read: use a head of EAGLE-3 (eagle3)",
-}
-DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(("deepseek_mtp", "gemma4_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp"), "mtp")
+_METHODS = Choice(
+    tuple(DRAFT_METHODS),
+    dict.fromkeys(("deepseek_mtp", "gemma4_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp"), "mtp"),
+    {
+        "medusa": "heads of Medusa are not read: use eagle3 or mtp, which also draft from hidden states",
+        "eagle": "heads of EAGLE-1 and EAGLE-2 are not read: use a head of EAGLE-3 (eagle3)",
+    },
 )
-"""vLLM's other names of methods."""
 MAX_DRAFT = 31
 """Maximum number of draft tokens of one sequence in a step."""
 LONGEST_MATCH = 24
@@ -169,38 +185,32 @@ class SpeculativeConfig:
         draft_p_min: `model` continues a draft while its token has at least this probability.
     """
 
-    method: DraftMethod = "suffix"
-    num_speculative_tokens: int = 15
-    prompt_lookup_min: int = 2
-    prompt_lookup_max: int = LONGEST_MATCH
-    suffix_decoding_max_cached_requests: int = 10_000
-    suffix_decoding_max_spec_factor: float | None = None
-    suffix_decoding_min_token_prob: float = 0.08
-    model: str | None = None
-    revision: str | None = None
-    weight_file: str | None = None
-    draft_min: int = 0
-    draft_p_min: float = 0.0
+    method: Annotated[DraftMethod, _METHODS] = "suffix"
+    num_speculative_tokens: Annotated[int, Integer(1, MAX_DRAFT)] = 15
+    prompt_lookup_min: Annotated[int, Integer(2, LONGEST_MATCH)] = 2
+    prompt_lookup_max: Annotated[int, Integer(2, LONGEST_MATCH)] = LONGEST_MATCH
+    suffix_decoding_max_cached_requests: Annotated[int, Integer(0, 1 << 20), PAST] = 10_000
+    suffix_decoding_max_spec_factor: Annotated[float | None, Number(0.1, 64), PAST] = None
+    suffix_decoding_min_token_prob: Annotated[float, Number(0, 1), PAST] = 0.08
+    model: Annotated[str | None, PathOrName(), WEIGHTS] = None
+    revision: Annotated[str | None, Text(), WEIGHTS] = None
+    weight_file: Annotated[str | None, Text(), WEIGHTS] = None
+    draft_min: Annotated[int, Integer(0, MAX_DRAFT), WEIGHTS] = 0
+    draft_p_min: Annotated[float, Number(0, 1), WEIGHTS] = 0.0
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What the method takes draft tokens from (`DRAFT_METHODS`)."""
+        return DRAFT_METHODS[self.method]
 
 
-_DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "num_speculative_tokens": (1, MAX_DRAFT),
-        "prompt_lookup_min": (2, LONGEST_MATCH),
-        "prompt_lookup_max": (2, LONGEST_MATCH),
-        "suffix_decoding_max_cached_requests": (0, 1 << 20),
-        "suffix_decoding_max_spec_factor": (0.1, 64.0),
-        "suffix_decoding_min_token_prob": (0.0, 1.0),
-        "draft_min": (0, MAX_DRAFT),
-        "draft_p_min": (0.0, 1.0),
-    }
-)
+_DRAFT_SETTINGS = {
+    name: hint.__metadata__ for name, hint in get_type_hints(SpeculativeConfig, include_extras=True).items()
+}
+"""The kind of each setting, then what a method must take tokens from to have it; nothing if all methods have it."""
+_DRAFT_KINDS = {name: kind for name, (kind, *_) in _DRAFT_SETTINGS.items()}
 MOST_LAYERS = 1024
 """Maximum number of layers of any model, so `cpu_experts` and `gpu_layers` mean all layers with this value."""
-_FILES = ("model", "revision", "weight_file")
-WITH_WEIGHTS = ("draft_model", "eagle3", "mtp")
-"""Methods whose draft tokens come from weights (a model, a head or an MTP layer); CPU only."""
-_DRAFT_SETTINGS = {each.name: each for each in dataclasses.fields(SpeculativeConfig)}
 
 
 def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
@@ -216,23 +226,13 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         if name not in _DRAFT_SETTINGS:
             near = nearest(name, _DRAFT_SETTINGS)
             raise _draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
-        if name == "method":
-            value = DRAFT_ALIASES.get(value, value) if isinstance(value, str) else value
-            if value not in get_args(DraftMethod):
-                why = f"; {_REFUSED_METHODS[value]}" if isinstance(value, str) and value in _REFUSED_METHODS else ""
-                raise _draft_error(f"unknown method {value!r:.60}: use one of {', '.join(get_args(DraftMethod))}{why}")
-        elif name in _FILES:
-            if not isinstance(value, (str, Path)) or not str(value).strip():
-                raise _draft_error(f"{name} must be a text, not {value!r:.60}")
-            value = str(value)
-        else:
-            least, most = _DRAFT_LIMITS[name]
-            whole = _DRAFT_SETTINGS[name].type == "int"
-            kinds = (int,) if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-                sort = "a whole number" if whole else "a number"
-                raise _draft_error(f"{name} must be {sort} from {least:g} to {most:g}, not {value!r:.60}")
-        values[name] = value
+        kind = _DRAFT_KINDS[name]
+        value = str(value) if isinstance(value, Path) else value
+        try:
+            reads_text = isinstance(kind, Choice) and isinstance(value, str)
+            values[name] = kind.from_text(value) if reads_text else kind.check(value)
+        except ValueError as error:
+            raise _draft_error(f"{name} {error}") from None
     if "model" in values:
         if values["model"] == "[ngram]":
             raise _draft_error("""model '[ngram]' is vLLM's former name: write "method": "ngram" without a model""")
@@ -240,24 +240,15 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
     config = SpeculativeConfig(**values)
     if config.prompt_lookup_min > config.prompt_lookup_max:
         raise _draft_error(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
-    if config.method == "draft_model" and config.model is None:
-        raise _draft_error("the method draft_model needs a model: a small one with the same vocabulary")
-    if config.method == "eagle3" and config.model is None:
-        raise _draft_error("the method eagle3 needs a model: a head that was trained for the model that is served")
+    if config.method in _NEEDED_MODELS and config.model is None:
+        raise _draft_error(f"the method {config.method} needs a model: {_NEEDED_MODELS[config.method]}")
     if config.draft_min > config.num_speculative_tokens:
         raise _draft_error(f"draft_min {config.draft_min} is above num_speculative_tokens")
     for name in values:
-        methods = _methods_of(name)
-        if methods and config.method not in methods:
+        methods = [each for each, sources in DRAFT_METHODS.items() if {*_DRAFT_SETTINGS[name][1:]} <= {*sources}]
+        if config.method not in methods:
             raise _draft_error(f"{name} belongs to the method {methods[0]}, not to {config.method}")
     return None if config.method == "none" else config
-
-
-def _methods_of(name: str) -> tuple[str, ...]:
-    """Return the methods that have a setting; errors name the first one. Empty if all methods have it."""
-    if name in _FILES or name.startswith("draft_"):
-        return WITH_WEIGHTS
-    return ("suffix", *WITH_WEIGHTS) if name.startswith("suffix_") else ()
 
 
 def _draft_error(text: str) -> ConfigError:
@@ -305,8 +296,8 @@ class EngineConfig(ExplainedSettings):
     imatrix: Annotated[Path | None, FilePath(), "importance matrix of llama.cpp, GGUF or .dat, that isq uses to "
                        "quantise",
                        "For the k types, iq4_nl and iq4_xs only, because the other types have no search."] = None
-    packed_cache: Annotated[str, Text(), "folder that keeps packed weights for the next start on the CPU; on: in the "
-                            "cache folder; off: none",
+    packed_cache: Annotated[str, OnOffFolder(), "folder that keeps packed weights for the next start on the CPU; on: "
+                            "in the cache folder; off: none",
                             "At most 20 GB and half of the free disk; the files that were used least recently are "
                             "deleted (docs/performance.md)."] = "on"
     load_format: Annotated[LoadFormat, _FORMATS, "auto reads the weights; dummy fills them with random numbers, to "
@@ -450,7 +441,7 @@ class EngineConfig(ExplainedSettings):
         default=None, repr=False)
     prompt_cache_bytes: Annotated[int, Integer(1 << 20, 1 << 60), "most bytes in prompt_cache_path, and in Redis for "
                                   "each model; the least recently used blocks are deleted"] = 8 << 30
-    speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(),
+    speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(kinds=_DRAFT_KINDS),
                                   "speculative decoding: vLLM's JSON, such as {\"method\": \"suffix\"}; answers do not "
                                   "change",
                                   "See `SpeculativeConfig` and docs/speculation.md. None is the method suffix with the "

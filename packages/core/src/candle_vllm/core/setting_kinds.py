@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -62,6 +63,14 @@ class EngineKind(Kind, Protocol):
     def taken(self, value: Any) -> Any:
         """Convert a typed value to the engine's form; raises ValueError for an invalid value."""
         ...
+
+
+class Located:
+    """Base of the kinds of paths, which in a file may be relative to the file's folder."""
+
+    def beside(self, value: Any, folder: Path) -> Any:
+        """Return the checked value of a file in `folder`, with the folder before a relative path."""
+        return folder / value if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,7 @@ class Secret:
 
 
 @dataclass(frozen=True)
-class FilePath:
+class FilePath(Located):
     """A path of this machine; in texts `~` is the home folder."""
 
     def taken(self, value: Any) -> Path:
@@ -169,7 +178,27 @@ class FilePath:
 
 
 @dataclass(frozen=True)
-class TemplateFile:
+class PathOrName(Text, Located):
+    """A path as a text if it exists, otherwise a name, such as an id on Hugging Face."""
+
+    def beside(self, value: str, folder: Path) -> str:
+        path = folder / os.path.expanduser(value)
+        return str(path) if os.path.exists(path) else value
+
+
+@dataclass(frozen=True)
+class OnOffFolder(Text, Located):
+    """`on`, `off`, or a folder. YAML reads the two as Booleans if they have no quotation marks."""
+
+    def check(self, value: Any) -> str:
+        return super().check(("off", "on")[value] if isinstance(value, bool) else value)
+
+    def beside(self, value: str, folder: Path) -> str:
+        return value if value in ("on", "off") else str(folder / os.path.expanduser(value))
+
+
+@dataclass(frozen=True)
+class TemplateFile(Located):
     """A file with a Jinja template, or the template itself, which has Jinja's braces."""
 
     def from_text(self, text: str) -> Path | str:
@@ -293,10 +322,11 @@ class Boolean:
 
 
 @dataclass(frozen=True)
-class JsonObject:
-    """A JSON object; the code that uses it checks its contents."""
+class JsonObject(Located):
+    """A JSON object; the code that uses it checks its contents. `kinds` has the kinds of values that may be paths."""
 
     most: int = 1 << 16
+    kinds: Mapping[str, Any] = field(default_factory=dict)
 
     def taken(self, value: Any) -> Mapping[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
@@ -315,6 +345,11 @@ class JsonObject:
         if not isinstance(value, Mapping):
             raise ValueError(f"must be a JSON object, not {value!r:.60}")
         return dict(value)
+
+    def beside(self, value: Any, folder: Path) -> Any:
+        kinds = {name: self.kinds.get(name) for name, each in value.items() if isinstance(each, str)}
+        paths = {name: kind.beside(value[name], folder) for name, kind in kinds.items() if isinstance(kind, Located)}
+        return {**value, **paths}
 
 
 @dataclass(frozen=True)

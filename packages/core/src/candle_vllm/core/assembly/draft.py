@@ -27,7 +27,7 @@ from candle_vllm.core.assembly.model import (
 )
 from candle_vllm.core.assembly.opening import Opened, config_file, model_files, naming, open_model
 from candle_vllm.core.assembly.placement import choose_placement, room_for_weights
-from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, draft_settings
+from candle_vllm.core.config import WEIGHTS, EngineConfig, draft_settings
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import (
     ConfigError,
@@ -89,7 +89,7 @@ def find_draft(config: EngineConfig) -> None:
 def describe_draft(config: EngineConfig, target: Described, device: Device) -> Described | DescribedHead | None:
     """Load a draft model or head without its weights; None if there is neither. Errors as `load_draft`."""
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
-    if settings is None or settings.method not in WITH_WEIGHTS:
+    if settings is None or WEIGHTS not in settings.sources:
         return None
     with _as_setting(drafts):
         opened = open_draft(drafts or config, settings.method, device)
@@ -108,7 +108,7 @@ def load_draft(
         ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, or does not fit the target model.
     """
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
-    if settings is None or settings.method not in WITH_WEIGHTS or device.type == "cuda":
+    if settings is None or WEIGHTS not in settings.sources or device.type == "cuda":
         return None
     with _as_setting(drafts):
         opened = open_draft(drafts or config, settings.method, device)

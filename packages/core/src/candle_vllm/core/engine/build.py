@@ -15,7 +15,7 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel, fit_settings
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.assembly.tower import LoadedTower
-from candle_vllm.core.config import CACHE_TYPES, SETTINGS, WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
+from candle_vllm.core.config import CACHE_TYPES, SETTINGS, WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_limits, adapter_loader
@@ -192,7 +192,7 @@ def _build_runner(
     sequences, budget, drafts, rows = _step(config, loaded)
     if loaded.placement.device.type == "cpu":
         return _build_on_cpu(config, loaded, budget, sequences, rows, ranks)
-    if drafts is not None and drafts.method in WITH_WEIGHTS:
+    if drafts is not None and WEIGHTS in drafts.sources:
         raise ConfigError(
             "speculative_config: draft models and draft heads run on the CPU only: on a GPU use the method suffix or "
             "ngram",

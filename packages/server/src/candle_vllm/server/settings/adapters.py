@@ -7,11 +7,12 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from candle_vllm.core.engine.requests import MAX_ADAPTER_NAME, MAX_ADAPTER_SCALE
-from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.core.setting_kinds import Located, Text, nearest
 from candle_vllm.server.settings.options import UsageError
 
 MAX_SPECS = 100_000
@@ -32,6 +33,14 @@ class AdapterSpec(NamedTuple):
     path: str
     scale: float = 0.0
     pinned: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterText(Text, Located):
+    """An adapter in the form of `read_spec`."""
+
+    def beside(self, value: str, folder: Path) -> str:
+        return spec_text(read_spec(value, folder))
 
 
 def read_specs(texts: Sequence[str]) -> Sequence[AdapterSpec]:

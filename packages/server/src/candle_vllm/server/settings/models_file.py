@@ -7,15 +7,14 @@ nothing, and a key without effect causes a remark.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.config import DEMO
-from candle_vllm.core.setting_kinds import FilePath, Text, nearest
-from candle_vllm.server.settings.adapters import make_spec, read_spec, spec_text
+from candle_vllm.core.setting_kinds import FilePath, Located, Text, nearest
+from candle_vllm.server.settings.adapters import make_spec, spec_text
 from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, line_of, mapping
 from candle_vllm.server.settings.original_keys import (
     MODEL_KEYS,
@@ -198,15 +197,8 @@ def _yaml_option(key: Any, title: str) -> Option:
 
 
 def _yaml_value(option: Option, value: Any, spelled: str, folder: Path) -> Any:
-    if option.repeat:
-        texts = tuple(convert(option.kind, item, spelled) for item in (value if isinstance(value, list) else [value]))
-        return tuple(spec_text(read_spec(text, folder)) for text in texts) if option.name == "lora_modules" else texts
-    if option.name == "packed_cache" and isinstance(value, bool):
-        value = "on" if value else "off"  # without quotation marks, YAML's on and off are Booleans
-    converted = convert(option.kind, value, spelled)
-    if option.name == "packed_cache" and converted not in ("on", "off"):
-        return str(folder / os.path.expanduser(converted))
-    if option.name == "speculative_config" and isinstance(draft := converted.get("model"), str):
-        path = folder / os.path.expanduser(draft)
-        return {**converted, "model": str(path)} if path.exists() else converted
-    return folder / converted if isinstance(converted, Path) else converted
+    given = value if option.repeat and isinstance(value, list) else [value]
+    values = tuple(convert(option.kind, each, spelled) for each in given)
+    if isinstance(option.kind, Located):
+        values = tuple(option.kind.beside(each, folder) for each in values)
+    return values if option.repeat else values[0]

@@ -33,6 +33,7 @@ from candle_vllm.core.setting_kinds import (
 from candle_vllm.core.shown import LOG_STYLES
 from candle_vllm.core.targets import is_loopback
 from candle_vllm.responses.store.backend import MAX_DAYS, MAX_MB, MAX_RECORDS, SHORT_URLS
+from candle_vllm.server.settings.adapters import AdapterText
 from candle_vllm.server.settings.options import (
     ADAPTERS,
     BATCHES,
@@ -298,7 +299,7 @@ class AdapterOptions(ModelOptions):
     """Options of a model with its LoRA adapters, and where further adapters are downloaded from."""
 
     lora_modules: Annotated[tuple[str, ...], own(ADAPTERS,
-        Text(), "LoRA adapter to serve (docs/lora.md): name=path, or JSON with name, path, pinned and scale; "
+        AdapterText(), "LoRA adapter to serve (docs/lora.md): name=path, or JSON with name, path, pinned and scale; "
         "repeatable", "NAME=PATH", in_yaml=True)] = ()
     lora_init_without_apply: Annotated[bool, own(ADAPTERS,
         Boolean(), "apply adapters only to requests that name them, whatever their scale",

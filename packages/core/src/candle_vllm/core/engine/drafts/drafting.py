@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
+from candle_vllm.core.config import LONGEST_MATCH, PAST, SpeculativeConfig
 from candle_vllm.core.engine.drafts.draft_model import FADING, FIXED, OWN_WEIGHT, SURE, DraftModel
 from candle_vllm.core.engine.drafts.repeats import SEPARATOR, Past, Text
 from candle_vllm.core.engine.step.live import LiveSequence
@@ -225,7 +225,7 @@ class Drafter:
         self.times: Callable[[int], StepTimes] = self._times
         self.model = model
         self._config, self._rows = config, rows
-        keeps = config.method not in ("ngram", "none") and config.suffix_decoding_max_cached_requests > 0
+        keeps = PAST in config.sources and config.suffix_decoding_max_cached_requests > 0
         self._past = Past(answers=config.suffix_decoding_max_cached_requests) if keeps else None
         self._records: dict[LiveSequence, _Record] = {}
         self._predictions = WeakKeyDictionary[Prediction, Text]()
