@@ -446,6 +446,37 @@ def test_bodies_whose_requests_wait_for_their_turn_are_bounded(start) -> None:
     running.wait_for(lambda: not held._by_key)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/responses", {"input": "Hi"}),
+        ("/v1/responses", {"input": "Hi", "background": True}),
+    ],
+)
+def test_a_request_arrives_when_its_body_has_been_read(start, path: str, body: dict[str, Any]) -> None:
+    """The engine gets this time, however long the request waited for its turn."""
+    engine = PacedEngine(PIECES, pause=0.05, max_model_len=1 << 24)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=1)  # one more waits in the engine
+    running = start(engine)
+    with running.http() as client, ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as streams:
+        for _ in range(2):
+            stream = client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True})
+            assert streams.enter_context(stream).status_code == 200
+        began = time.monotonic()
+        asked = pool.submit(client.post, path, json=body)
+        running.wait_for(lambda: client.get("/v1/queues").json()["data"])
+        (queued,) = client.get("/v1/queues").json()["data"]
+        waits = time.monotonic()
+        streams.close()
+        assert asked.result().status_code == 200
+        running.wait_for(lambda: len(engine.requests) == 3)
+    arrival = engine.requests[2].arrival_time
+    assert began < arrival < waits
+    assert queued["queued_at"] - time.time() == pytest.approx(arrival - time.monotonic(), abs=1)
+
+
 class SlowTokens(PacedEngine):
     """Does not tokenize a long text before it may."""
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -18,9 +19,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from candle_vllm.core.engine.requests import arrived
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request, parse_completion_request, to_error, to_json_bytes
 from candle_vllm.openai.embedding import parse_embedding_request
-from candle_vllm.server.http.routing import Caller, begin_generation
+from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.middleware import ObservingMiddleware
@@ -71,7 +73,8 @@ class Noted:
         adapter = OpenAIAdapter(self.engine, watcher=self.watcher)
 
         async def respond(request: Request, wire: Any, whole: Any, streamed: Any) -> Response:
-            begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
+            arrived.set(time.monotonic())
+            request.state.prompt_only = getattr(wire, "max_tokens", None) == 0
             try:
                 if getattr(wire, "stream", False):
                     return StreamingResponse(_events(await streamed(wire)), media_type="text/event-stream")

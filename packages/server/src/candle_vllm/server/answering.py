@@ -19,6 +19,7 @@ from fastapi import Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
+from candle_vllm.core.engine.requests import arrived
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.embedding import octets
 from candle_vllm.openai.fair_threads import RequestBytes, apart
@@ -26,7 +27,7 @@ from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptio
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError, took_too_long
 from candle_vllm.server.http.failures import error_event
-from candle_vllm.server.http.routing import begin_generation, caller_of
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE, EventStream, data_event
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
@@ -99,7 +100,7 @@ def json_answer(made: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadline: float) -> Response:
     """Answer a request whose body has been read; `deadline` is a `time.monotonic()`."""
-    begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
+    request.state.prompt_only = getattr(wire, "max_tokens", None) == 0
     mailbox_writer: MailboxWriter = request.app.state.mailbox_writer
     streams = bool(wire.stream)
     wire = _with_operators_form(wire, request.app.state.settings)
@@ -180,7 +181,6 @@ async def answer_parsed_with(
     queued: bool = True,
 ) -> Response:
     """As `answer_with`, for a request whose body has been read; `deadline` is a `time.monotonic()`."""
-    begin_generation(request.scope)
 
     async def work() -> Any:
         if queued:
@@ -240,7 +240,9 @@ async def parsed(request: Request, parse: Callable[[bytes], Any]) -> Any:
     """Return the validated body of a request; its route says whether it needs a content type (`Operation.untyped`)."""
     typed = not request.scope["route"].openapi_extra["operation"].untyped
     most = request.app.state.settings.max_body_mb << 20
-    return await parse_request(request.scope, request.receive, most, parse, typed=typed)
+    wire = await parse_request(request.scope, request.receive, most, parse, typed=typed)
+    arrived.set(time.monotonic())
+    return wire
 
 
 def texts_of(wire: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Literal, Protocol
 
 import msgspec
@@ -137,8 +138,18 @@ def _is_mix(given: object) -> bool:
     )  # fmt: skip
 
 
+arrived: ContextVar[float | None] = ContextVar("arrived", default=None)
+"""The `time.monotonic()` at which the server got the current request; None outside a server's requests."""
+
+
+def arrival_time() -> float:
+    """Return the time at which the current request arrived: metrics, logs, queues and the engine use this one."""
+    known = arrived.get()
+    return time.monotonic() if known is None else known
+
+
 class Ranked(Protocol):
-    """A request in a queue. `arrival_time` is in seconds, by the same clock for all requests of the queue."""
+    """A request in a queue. `arrival_time` is its `arrival_time()`, for the server's queues and the engine's."""
 
     @property
     def priority(self) -> int: ...
@@ -166,7 +177,7 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
         params: sampling parameters.
         prompt: the prompt's text, if known; only echoed in the output.
         priority: a lower number runs first; equal priorities run in order of arrival.
-        arrival_time: seconds, `time.monotonic()`.
+        arrival_time: `time.monotonic()` at which it arrived at the server or, without one, here.
         adapters: LoRA adapters; the outputs of several are added.
         images: images whose embeddings replace the image tokens among the ids, in order.
     """
@@ -176,7 +187,7 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
     params: SamplingParams
     prompt: str | None = None
     priority: int = 0
-    arrival_time: float = msgspec.field(default_factory=time.monotonic)
+    arrival_time: float = msgspec.field(default_factory=arrival_time)
     adapters: tuple[AdapterUse, ...] = ()
     images: tuple[ImageInput, ...] = ()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -189,11 +188,6 @@ class RequestContext:
         return str(getattr(self.scope.get("route"), "path", "") or NO_ROUTE)
 
     @property
-    def arrived(self) -> float | None:
-        """The `time.monotonic()` at which the body had been read; None if the route has not set it."""
-        return self.state.get("arrived")
-
-    @property
     def prompt_only(self) -> bool:
         """Whether the token that the engine generates is no part of the answer (`max_tokens` 0 of a completion)."""
         return bool(self.state.get("prompt_only", False))
@@ -232,13 +226,3 @@ def owned_salt(salt: str) -> str:
     context = current_request.get()
     key = "" if context is None else caller_of(context.scope).key
     return hmac.new(key.encode(), salt.encode(), hashlib.sha256).hexdigest() if key else salt
-
-
-def begin_generation(scope: Scope, *, prompt_only: bool = False) -> None:
-    """Record that a request's body has been read: its time to the first token counts from here.
-
-    `prompt_only` means that the request only scores its prompt.
-    """
-    state: dict[str, Any] = scope.setdefault("state", {})
-    state["arrived"] = time.monotonic()
-    state["prompt_only"] = prompt_only

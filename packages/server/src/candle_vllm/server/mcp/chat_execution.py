@@ -9,6 +9,7 @@ every turn, because nobody knows beforehand which turn is the last; a whole answ
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -16,9 +17,9 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
-from starlette.types import Scope
 
 from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason
+from candle_vllm.core.engine.requests import arrived
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.chat_answers import Told, told_of, wire_progress, wire_usage
@@ -55,7 +56,6 @@ from candle_vllm.responses.conversation.options import ConversationOptions, Conv
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
-from candle_vllm.server.http.routing import begin_generation
 from candle_vllm.server.mcp.service import McpService, Offer
 from candle_vllm.server.models.slot import ServedModel
 
@@ -73,9 +73,8 @@ class WatchedTurns:
         eyes: image input of the model (`eyes_of`).
     """
 
-    def __init__(self, model: ChatModel, scope: Scope) -> None:
+    def __init__(self, model: ChatModel) -> None:
         self._model = model
-        self._scope = scope
         self._turns = 0
         self.head: Head | None = None
         self.entered = asyncio.Event()
@@ -88,7 +87,7 @@ class WatchedTurns:
         self._turns += 1
         if self._turns > 1:
             request = replace(request, request_id=None)
-            begin_generation(self._scope)
+            arrived.set(time.monotonic())
         async with self._model.stream(request) as events:
             self.entered.set()
             yield self._read(events)
@@ -198,7 +197,6 @@ class Execution:
         offer: the tools that the model is shown.
         model: answers the turns.
         wire: the validated request.
-        scope: ASGI scope of the HTTP request.
 
     Attributes:
         labels: the client's labels, which the answer repeats.
@@ -206,20 +204,13 @@ class Execution:
         turns: the turns of the model, with the head of the answer.
     """
 
-    def __init__(
-        self,
-        service: McpService,
-        offer: Offer,
-        model: ServedModel,
-        wire: ChatCompletionRequest,
-        scope: Scope,
-    ) -> None:
+    def __init__(self, service: McpService, offer: Offer, model: ServedModel, wire: ChatCompletionRequest) -> None:
         adapter, options = model.adapter, service.options
         self.labels = wire.labels
         limit = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
         reasons = adapter.planner.choice.reasoning is not None
         self.state = ExecutionState(service.registry, reasons=reasons, told=told_of(wire))
-        self.turns = WatchedTurns(TurnModel(InProcessModel(adapter), max_tokens=limit), scope)
+        self.turns = WatchedTurns(TurnModel(InProcessModel(adapter), max_tokens=limit))
         loop = ConversationLoop(
             self.turns,
             service.registry,

@@ -71,7 +71,7 @@ async def _answer(
     if service.options.execute:
         if request.app.state.mailbox is not None:
             refuse_headers(request.scope["headers"], _NOT_TOGETHER)
-        chat = _Executed(offer, service, request)
+        chat = _Executed(offer, service)
         api = replace(api, stored=None)
     api = replace(api, whole=chat.whole(api.whole), streamed=chat.streamed(api.streamed))
     return await answer_parsed(request, api, wire, deadline)
@@ -118,10 +118,6 @@ class _Injected:
 class _Executed(_Injected):
     """A chat request to which tools were added; its calls run here."""
 
-    def __init__(self, offer: Offer, service: McpService, request: Request) -> None:
-        super().__init__(offer, service)
-        self._request = request
-
     def whole(self, plain: _Answer) -> _Answer:
         return self._made(plain, self._whole)
 
@@ -132,13 +128,13 @@ class _Executed(_Injected):
         from candle_vllm.server.mcp.chat_execution import Execution, executed
 
         _check_executable(wire)
-        return await executed(Execution(self._service, self._offer, model, wire, self._request.scope))
+        return await executed(Execution(self._service, self._offer, model, wire))
 
     async def _streamed(self, model: ServedModel, wire: ChatCompletionRequest) -> AsyncIterator[Any]:
         from candle_vllm.server.mcp.chat_execution import ExecutedStream, Execution
 
         _check_executable(wire)
-        execution = Execution(self._service, self._offer, model, wire, self._request.scope)
+        execution = Execution(self._service, self._offer, model, wire)
         await execution.start()
         return ExecutedStream(execution, include_usage=wire.include_usage)
 

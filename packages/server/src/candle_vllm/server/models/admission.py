@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from candle_vllm.core.engine.requests import serving_rank
+from candle_vllm.core.engine.requests import arrival_time, serving_rank
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import NO_KEY, current_request
@@ -49,7 +49,7 @@ class Queued(NamedTuple):
         key: label of its API key; "none" without a key.
         sequences: number of its sequences; 1 if the number does not matter for the queue.
         priority: requests with a lower value run first.
-        arrival_time: Unix time in seconds at which the wait began.
+        arrival_time: `time.monotonic()` at which it arrived.
     """
 
     id: str
@@ -60,10 +60,10 @@ class Queued(NamedTuple):
 
     @classmethod
     def now(cls, sequences: int = 1, priority: int = 0) -> Queued:
-        """Describe the current request, which begins to wait now."""
+        """Describe the current request."""
         context = current_request.get()
         told = ("", NO_KEY) if context is None else (context.http_request_id, context.key_label)
-        return cls(*told, sequences, priority, time.time())
+        return cls(*told, sequences, priority, arrival_time())
 
 
 @dataclass(eq=False)

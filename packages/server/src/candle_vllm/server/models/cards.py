@@ -281,7 +281,7 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: its `x-request-id`.
         model: first name of the model.
-        queued_at: Unix time in seconds.
+        queued_at: Unix time in seconds at which the server got it.
         waits_for: "model" until the model is loaded, "place" until its engine has room for the sequences.
         key: label of its API key; "none" without a key.
         sequences: number of its sequences.
@@ -308,6 +308,7 @@ class Queues(msgspec.Struct, frozen=True, kw_only=True):
 
 def queues(slots: Iterable[ModelSlot]) -> Queues:
     """The waiting requests of all models, for operators."""
+    unix = time.time() - time.monotonic()
     counts: dict[str, int] = {}
     data: list[QueuedRequest] = []
     for slot in slots:
@@ -319,7 +320,7 @@ def queues(slots: Iterable[ModelSlot]) -> Queues:
             QueuedRequest(
                 id=each.id,
                 model=name,
-                queued_at=each.arrival_time,
+                queued_at=unix + each.arrival_time,
                 waits_for=what,
                 key=each.key,
                 sequences=each.sequences,

@@ -19,6 +19,7 @@ import msgspec
 
 from candle_vllm.core import errors
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.requests import arrival_time
 from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
 from candle_vllm.server.http.routing import RequestContext, Spender
@@ -70,7 +71,7 @@ class RequestRecord:
     counts: Counts
     info: RequestInfo
     context: RequestContext | None
-    arrived: float = field(init=False)
+    arrived: float = field(default_factory=arrival_time, init=False)
     first_token: float | None = None
     ended: float = 0.0
     prompt_tokens: int = 0
@@ -89,8 +90,6 @@ class RequestRecord:
 
     def __post_init__(self) -> None:
         context, count = self.context, self.info.count
-        arrived = None if context is None else context.arrived
-        self.arrived = time.monotonic() if arrived is None else arrived
         self.tokens, self._last, self._unfinished = [0] * count, [0.0] * count, count
         self.sequence_times = [None] * count
         self._reasons = [None] * count

@@ -33,7 +33,7 @@ from candle_vllm.responses.tools.tool import ToolDefinition
 from candle_vllm.server import answering, store_access
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.routing import begin_generation, caller_of
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.admission import RetiredError
@@ -143,7 +143,6 @@ async def compact_response(request: Request) -> HttpResponse:
     responders: Responders = request.app.state.responders
     deadline = answering.deadline_of(request)
     wire = await answering.parsed(request, requests.parse_compact_request)
-    begin_generation(request.scope)
     async with answering.in_time(deadline, request):
         turn = await unless_disconnected(take_turn(request.scope, wire.model), request.receive, Turn.release)
         try:

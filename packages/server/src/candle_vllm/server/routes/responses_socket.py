@@ -19,6 +19,7 @@ import msgspec
 from fastapi import APIRouter
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from candle_vllm.core.engine.requests import arrived
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError, UnsupportedParameterError
@@ -35,7 +36,7 @@ from candle_vllm.server.http.body import BIG_BODY, Held
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import log_failure, store_refusal
 from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS, UNDECODED
-from candle_vllm.server.http.routing import RequestContext, begin_generation, caller_of, current_request
+from candle_vllm.server.http.routing import RequestContext, caller_of, current_request
 from candle_vllm.server.http.sse import KEEP_ALIVE_SECONDS
 from candle_vllm.server.models.manager import take_turn
 from candle_vllm.server.routes.responses import Responders, detail_of, owner_of
@@ -211,7 +212,7 @@ class _Connection:
                 raise HttpError(401, message, "invalid_api_key")
             scope["state"]["caller"] = key.caller
         current_request.set(RequestContext(scope))  # in the metrics, each response is a request of its own
-        begin_generation(scope)
+        arrived.set(time.monotonic())
         async with in_time(time.monotonic() + self._state.settings.request_timeout, self._websocket):
             turn = await take_turn(scope, wire.model, priority=wire.priority or 0)
             try:
