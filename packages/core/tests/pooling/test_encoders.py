@@ -40,6 +40,7 @@ from tests.real_models import all_minilm, all_mpnet
 from tests.waiting import PATIENCE, until
 
 ENCODERS = ("BertModel", "RobertaModel", "XLMRobertaModel")
+SAVED_WITH_A_HEAD = ("RobertaForMaskedLM", "XLMRobertaForMaskedLM")  # all-distilroberta-v1, all-roberta-large-v1
 CROSS_ENCODERS = tuple(f"{name.removesuffix('Model')}ForSequenceClassification" for name in ENCODERS)
 WORDS = [
     "hello",
@@ -77,7 +78,7 @@ def scores(engine: InferenceEngine, pairs: list[tuple[str, str]]) -> np.ndarray:
 
 
 @pytest.mark.one_of_each(5)
-@pytest.mark.parametrize("architecture", ENCODERS)
+@pytest.mark.parametrize("architecture", [*ENCODERS, *SAVED_WITH_A_HEAD])
 @pytest.mark.parametrize("change", [{}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu", "layer_norm_eps": 1e-5}])
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "op by op"])
 def test_vectors_equal_transformers(architecture: str, change: dict[str, Any], eager: bool, tmp_path: Path) -> None:
