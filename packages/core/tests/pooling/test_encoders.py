@@ -521,6 +521,31 @@ def test_classes_equal_transformers(architecture: str, kind: str | None, eager: 
                 call()
 
 
+IDENTITY, SIGMOID = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.Sigmoid"
+
+
+@pytest.mark.parametrize(
+    ("change", "beside", "raw"),
+    [
+        ({"problem_type": "regression"}, None, True),  # fineweb-edu-classifier, whose numbers are 0 to 5
+        ({"problem_type": "regression", "sentence_transformers": {"activation_fn": SIGMOID}}, None, False),
+        ({}, IDENTITY, True),  # sentence-transformers 5.4 and later
+        ({"sentence_transformers": {"activation_fn": IDENTITY}}, SIGMOID, False),
+    ],
+)
+def test_a_number_of_one_label_is_what_its_files_say(
+    change: dict[str, Any], beside: str | None, raw: bool, tmp_path: Path
+) -> None:
+    folder = write_toy_encoder(tmp_path, toy_encoder_config(CROSS_ENCODERS[0], **change), pooling=None)
+    if beside is not None:
+        (folder / "config_sentence_transformers.json").write_text(json.dumps({"activation_fn": beside}))
+    with InferenceEngine(str(folder)) as engine:
+        (found,) = engine.classify("hello", use_tqdm=False)[0].probs
+        (logit,) = engine.classify("hello", PoolingParams(use_activation=False), use_tqdm=False)[0].probs
+    assert (found == logit) is raw
+    assert found == pytest.approx(logit if raw else 1 / (1 + np.exp(-logit)), rel=1e-5)
+
+
 @pytest.mark.parametrize("labels", [{}, LABELS])
 def test_a_head_takes_no_other_pooling(labels: dict[str, Any], tmp_path: Path) -> None:
     folder = write_toy_encoder(tmp_path, toy_encoder_config(CROSS_ENCODERS[0], **labels), pooling=None)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
-from candle_vllm.core.fields import Fields
+from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -90,7 +90,7 @@ def _labels(fields: Fields) -> tuple[str, ...]:
 
 
 def _likelihood(fields: Fields, labels: int) -> Likelihood:
-    """The activation of several labels by problem_type, as in transformers; for one label see `_sigmoid`."""
+    """The activation of several labels by problem_type, as in transformers; of one label see `_sigmoid`."""
     if labels > 1:
         kinds: Mapping[str, Likelihood] = {
             "single_label_classification": "softmax",
@@ -102,9 +102,15 @@ def _likelihood(fields: Fields, labels: int) -> Likelihood:
 
 
 def _sigmoid(fields: Fields) -> bool:
-    """Whether one label gets a sigmoid, as in sentence-transformers: yes, unless the config names Identity."""
-    nested = fields.section("sentence_transformers")
-    name = nested.get("activation_fn", str, fields.get("sbert_ce_default_activation_function", str, "Sigmoid"))
+    """Whether one label gets a sigmoid: yes, unless the files name Identity, or the model is a regression.
+
+    sentence-transformers writes the name beside config.json since version 5.4, and wrote it into config.json before.
+    """
+    beside = fields.path.with_name("config_sentence_transformers.json")
+    newest = Fields(read_json(beside) if beside.is_file() else {}, beside)
+    usual = "Identity" if fields.get("problem_type", str, "") == "regression" else "Sigmoid"
+    older = fields.get("sbert_ce_default_activation_function", str, usual)
+    name = newest.get("activation_fn", str, fields.section("sentence_transformers").get("activation_fn", str, older))
     kind = name.rpartition(".")[2]
     if kind not in ("Sigmoid", "Identity"):
         raise UnsupportedModelError(
