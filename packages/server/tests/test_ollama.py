@@ -167,9 +167,10 @@ def test_vectors(start: Callable[..., Any]) -> None:
         assert sum(x * x for x in made.embeddings[0]) == pytest.approx(1)
         assert len(client.embeddings("scripted", "a").embedding) == len(made.embeddings[0])
         with pytest.raises(ollama.ResponseError) as refusal:
-            client.embed("scripted", "too long a text")
+            client.embed("scripted", "too long a text", truncate=False)
         assert refusal.value.status_code == 400
-        assert client.embed("scripted", "too long a text", truncate=True).prompt_eval_count == 8
+        for more in ({}, {"truncate": True}):  # Ollama's default is true
+            assert client.embed("scripted", "too long a text", **more).prompt_eval_count == 8
     with running.http() as plain:
         for nothing in ({}, {"input": None}, {"input": ""}, {"input": []}):  # only loads the model
             answer = plain.post("/api/embed", json={"model": "scripted", **nothing})

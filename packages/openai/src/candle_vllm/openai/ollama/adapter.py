@@ -100,9 +100,7 @@ class OllamaAdapter:
     async def embed(self, request: wires.EmbedRequest) -> answers.Vectors:
         """Return the embeddings of texts, scaled to length 1. Cancelling aborts the texts that are not embedded yet."""
         times = self._begun(request)
-        texts: Sequence[str | list[int]] = request.input
-        if request.truncate:
-            texts = await self._cut(request.input)
+        texts = request.input if request.truncate is False else await self._cut(request.input)
         made = await self._vectors(request.model, texts, "input", normalize=True, dimensions=request.dimensions)
         return answers.Vectors(
             model=made.model,

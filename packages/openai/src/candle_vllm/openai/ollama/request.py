@@ -375,7 +375,7 @@ class EmbedRequest(_Asked):
 
     Attributes:
         input: a text or several texts.
-        truncate: whether texts that are too long are truncated at their end; otherwise they are refused.
+        truncate: whether texts that are too long are truncated at their end; false refuses them, None means true.
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
     """
 
