@@ -369,7 +369,9 @@ def test_an_id_fetches_safetensors_and_what_lies_beside(hub: Hub, tmp_path: Path
 
 def test_parts_of_a_sentence_transformers_model_are_fetched(hub: Hub) -> None:
     parts = ["modules.json", "1_Pooling/config.json"]
-    fake = hub([*SAFETENSORS, *parts, "1_Pooling/notes.txt", "onnx/config.json", "3_x/y/config.json"])
+    parts += ["2_Dense_1024/config.json", "2_Dense_1024/model.safetensors"]  # stella_en_400M_v5
+    others = ["1_Pooling/notes.txt", "onnx/config.json", "3_x/y/config.json", "2_Dense_1024/pytorch_model.bin"]
+    fake = hub([*SAFETENSORS, *parts, *others, "2_Transformer/model.safetensors"])
     resolve("org/name")
     assert fake.downloaded() == sorted([*SAFETENSORS, *parts])
 
