@@ -303,6 +303,10 @@ def test_too_long_pairs_are_named(tmp_path: Path) -> None:
 
 def test_the_tuned_length_holds_until_another_is_set(tmp_path: Path) -> None:
     folder = write_toy_encoder(tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 40}')
+    (folder / "sentence_bert_config.json").write_text('{"transformer_task": "feature-extraction"}')
+    with InferenceEngine(str(folder)) as engine:  # sentence-transformers 5.4 and later
+        assert engine.model_info.max_model_len == 40
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 32}')
     with InferenceEngine(str(folder)) as engine:
         assert engine.model_info.max_model_len == 32

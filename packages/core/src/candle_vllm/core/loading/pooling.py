@@ -70,18 +70,25 @@ def read_pooling(
 
 def _prompts(path: Path) -> dict[str, str]:
     """Read the prompts (prefixes of texts) of a sentence-transformers folder."""
-    found = Fields(read_json(path), path).get("prompts", dict, {}) if path.is_file() else {}
+    stored = Fields(read_json(path), path).get("prompts", dict, {}) if path.is_file() else {}
+    found = {name: "" if text is None else text for name, text in stored.items()}
     fit = all(isinstance(text, str) and len(name) < 256 and len(text) < MAX_PROMPT for name, text in found.items())
     if len(found) > MAX_PROMPTS or not fit:
         said = f"prompts must be up to {MAX_PROMPTS} texts below {MAX_PROMPT} characters, with names below 256"
         raise InvalidFileError(f"{path}: {said}")
-    return dict(found)
+    return found
 
 
 def longest_text(folder: Path) -> int | None:
-    """Return the maximum number of tokens of a text that a sentence-transformers folder sets; None without a limit."""
-    path = folder / "sentence_bert_config.json"
-    return Fields(read_json(path), path).count("max_seq_length", None) if path.is_file() else None
+    """Return the maximum number of tokens of a text that a sentence-transformers folder sets; None without a limit.
+
+    Since version 5.4 its tokenizer has the number, which is very large if there is no limit.
+    """
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        found = Fields(read_json(folder / name), folder / name) if (folder / name).is_file() else None
+        if found is None or (length := found.count(key, None, most=1 << 100)):
+            return None if found is None else length
+    return None
 
 
 def _gguf_pooling(files: ModelFiles, metadata: Mapping[str, Any]) -> PoolingKind | None:
@@ -107,22 +114,23 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     """Read the kind of pooling, and whether vectors are normalised, from the list of modules.
 
-    A Transformer with only Dense layers embeds each token (ColBERT). SPLADE's embedding has the size of the vocabulary.
+    A Transformer with Dense layers and no Pooling embeds each token (ColBERT). SPLADE's embedding has the size of the
+    vocabulary.
     """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]
-    if kinds == ["MLMTransformer", "SpladePooling"]:
+    if kinds in (["Transformer", "SpladePooling"], ["MLMTransformer", "SpladePooling"]):
         fields = Fields(read_json(file := path.parent / parts[1][1] / "config.json"), file)
         fields.choice("pooling_strategy", "max", "max")
         fields.choice("activation_function", "relu", "relu")
         return "sparse", False
-    if kinds[:1] == ["Transformer"] and set(kinds[1:]) == {"Dense"}:
+    if kinds[:1] == ["Transformer"] and {"Dense"} <= set(kinds[1:]) <= {"Dense", "MultiVectorMask", "Normalize"}:
         return "all", True
     rest = kinds[2 : -1 if kinds[-1:] == ["Normalize"] else None]
     if kinds[:2] != ["Transformer", "Pooling"] or not set(rest) <= {"Dense"}:
         raise UnsupportedModelError(
             f"{path}: the model is made of {', '.join(kinds) or 'nothing'}; implemented: a Transformer, a Pooling, and "
-            "perhaps Dense layers and a Normalize; a Transformer and Dense layers (ColBERT); an MLMTransformer and a "
+            "perhaps Dense layers and a Normalize; a Transformer and Dense layers (ColBERT); a Transformer and a "
             "SpladePooling"
         )
     return _pooling_config(path.parent / parts[1][1] / "config.json"), "Normalize" in kinds
