@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
@@ -301,6 +302,33 @@ BYTES = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(
 def test_a_damaged_tiktoken_file_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(InvalidFileError, match=message):
         Tokenizer.from_folder(write_kimi(tmp_path, lines, added_tokens_decoder={}))
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##able", "Able", "able", "caf", "##e", "##é", "中", "!"]
+
+
+@pytest.mark.parametrize("config", [None, {"do_lower_case": False}, {"strip_accents": False}])
+def test_a_list_of_words_is_berts_vocabulary(config: dict[str, Any] | None, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", "utf-8")
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.BertTokenizer.from_pretrained(tmp_path)
+    assert ours.vocab_size == len(WORDS)
+    for text in ("unable Able!", "café 中中 zebra", "a [MASK] b", ""):
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+        assert ours.encode_pair(text, "able") == tuple(
+            theirs(text, "able")[name] for name in ("input_ids", "token_type_ids")
+        )
+    assert ours.decode(ours.encode("unable!")) == "unable!"
+
+
+def test_other_lists_of_words_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\nword\n")
+    with pytest.raises(InvalidFileError, match=r"vocab.txt lacks \[SEP\]"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertJapaneseTokenizer"}))
+    with pytest.raises(UnsupportedModelError, match="'BertJapaneseTokenizer'"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_other_tiktoken_files_are_refused(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 """Load a tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
 The vocabulary and its rules are in tokenizer.json, otherwise in Kimi's tiktoken.model, otherwise in SentencePiece's
-tokenizer.model (sentencepiece.py). tokenizer_config.json, special_tokens_map.json and added_tokens.json define the
-special tokens and the roles of tokens (docs/models.md: which file wins). The chat template is in the first of
-chat_template.jinja with additional_chat_templates/, chat_template.json and tokenizer_config.json.
+tokenizer.model (sentencepiece.py), otherwise in BERT's vocab.txt. tokenizer_config.json, special_tokens_map.json and
+added_tokens.json define the special tokens and the roles of tokens (docs/models.md: which file wins). The chat template
+is in the first of chat_template.jinja with additional_chat_templates/, chat_template.json and tokenizer_config.json.
 generation_config.json belongs to the model, not to the tokenizer: assembly/model.py reads it.
 """
 
@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers.models import BPE
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import build_backend, byte_level, refusing_panics, set_frame
@@ -37,6 +36,7 @@ MAX_RANK = 1 << 22
 MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every split of each token is tried
 _RESERVED = 256  # ids after the ranks of a tiktoken file
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BERT = ("BertTokenizer", "DistilBertTokenizer")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
@@ -93,6 +93,8 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
             return build_backend(vocab), {
                 names[name]: vocab.tokens[i] for name, i in vocab.ids.items() if name in names
             }
+        if (folder / "vocab.txt").is_file():
+            return _from_words(folder / "vocab.txt", config)
         raise UnsupportedModelError(
             f"{folder} has no tokenizer.json; download it from the model's page, or name a folder that has one"
         )
@@ -128,7 +130,9 @@ def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
     )
     configured, first = dict(_configured_tokens(config, set(), folder)), max(ranks.values()) + 1
     with refusing_panics(str(path)):
-        backend = Backend(BPE({spelt[token]: rank for token, rank in ranks.items()}, list(cuts), ignore_merges=True))
+        backend = Backend(
+            models.BPE({spelt[token]: rank for token, rank in ranks.items()}, list(cuts), ignore_merges=True)
+        )
         byte_level(backend, PRE_TOKENIZERS["kimi-k2"])
         for index in range(first, first + _RESERVED):
             token = AddedToken(f"<|reserved_token_{index}|>", special=True, normalized=False)
@@ -136,6 +140,29 @@ def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
             if backend.token_to_id(configured.get(index, token).content) != index:
                 raise InvalidFileError(f"{folder}: tokenizer_config.json gives token {index} the name of another token")
     return backend
+
+
+def _from_words(path: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
+    """Load vocab.txt of older BERTs, as transformers' `BertTokenizer`; also return the names of special tokens."""
+    if (kind := str(config.get("tokenizer_class") or _BERT[0])).removesuffix("Fast") not in _BERT:
+        said = f"{path.parent} has no tokenizer.json, and vocab.txt of {kind!r:.80} is not supported"
+        raise UnsupportedModelError(f"{said}: save the tokenizer with transformers, which writes tokenizer.json")
+    ids = {token: index for index, token in enumerate((_read_text(path) or "").removesuffix("\n").split("\n"))}
+    names = {name: str(_content(config.get(name)) or f"[{name[:-6].upper()}]") for name in _NAMES[2:]}
+    if absent := [text for text in names.values() if text not in ids]:
+        raise InvalidFileError(f"{path} lacks {', '.join(absent)}")
+    first, end, accents = names["cls_token"], names["sep_token"], config.get("strip_accents")
+    with refusing_panics(str(path)):
+        backend = Backend(models.WordPiece(ids, unk_token=names["unk_token"], max_input_chars_per_word=100))
+        backend.normalizer = normalizers.BertNormalizer(
+            handle_chinese_chars=config.get("tokenize_chinese_chars") is not False,
+            strip_accents=accents if isinstance(accents, bool) else None,
+            lowercase=config.get("do_lower_case") is not False,
+        )
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        backend.post_processor = processors.BertProcessing((end, ids[end]), (first, ids[first]))
+        backend.add_special_tokens([*names.values()])
+    return backend, names
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
