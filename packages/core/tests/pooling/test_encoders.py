@@ -244,6 +244,19 @@ def write_out(writer: GGUFWriter) -> None:
     writer.close()
 
 
+def test_a_folder_may_ask_for_lower_case(tmp_path: Path) -> None:
+    """`do_lower_case` of a sentence-transformers folder, beside a tokenizer that keeps capitals."""
+    folder, found = write_toy_encoder(tmp_path), []
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for lowers in (False, True):
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": lowers}))
+        with InferenceEngine(str(folder)) as engine:
+            found.append(engine.tokenize("A b") == engine.tokenize("a b"))
+    assert found == [False, True]
+
+
 # ---- what it does not do ---------------------------------------------------------------------------------------------
 
 

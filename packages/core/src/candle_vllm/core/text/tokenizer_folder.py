@@ -57,6 +57,9 @@ def load_folder(folder: Path) -> FolderParts:
     path = folder / "tokenizer_config.json"
     config = _read_json(path)
     backend, known = _load_backend(folder, config)
+    if _read_json(folder / "sentence_bert_config.json").get("do_lower_case") is True:  # of sentence-transformers
+        own = backend.normalizer
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *(() if own is None else (own,))])
     named, extra = _special_tokens(config, folder)
     _add_tokens(backend, config, [*named.values(), *extra], folder)
     names = known | {name: _content(value) for name, value in named.items()}
