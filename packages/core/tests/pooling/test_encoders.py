@@ -296,6 +296,22 @@ def test_words_are_texts_again(engine: InferenceEngine) -> None:
     assert engine.detokenize(engine.tokenize("hello world")) == "hello world"
 
 
+def test_params_of_another_task_are_refused_or_mean_the_same(engine: InferenceEngine, tmp_path: Path) -> None:
+    """`use_activation` of a vector is vLLM's name of `normalize`; classes have no length and no other pooling."""
+    plain, named = (vectors(engine, "a", params) for params in (
+        PoolingParams(normalize=False), PoolingParams(use_activation=False)
+    ))  # fmt: skip
+    assert np.array_equal(plain, named)
+    assert np.linalg.norm(named) > 1.1
+    made = write_toy_encoder(tmp_path, toy_encoder_config(CROSS_ENCODERS[0], **LABELS), pooling=None)
+    wrong: list[dict[str, Any]] = [{"normalize": True}, {"dimensions": 2}, {"pooling": "mean"}]
+    with InferenceEngine(str(made)) as classifier:
+        for given in wrong:
+            with pytest.raises(InvalidParameterError, match="has no effect on classes: leave it out") as caught:
+                classifier.classify("a", PoolingParams(**given), use_tqdm=False)
+            assert caught.value.param == next(iter(given))
+
+
 def test_texts_are_never_cut(engine: InferenceEngine) -> None:
     assert len(engine.embed("a " * 128, use_tqdm=False)[0].prompt_token_ids) == 130
     with pytest.raises(PromptTooLongError, match="input 2: the text has 131 tokens and the model takes at most 130"):

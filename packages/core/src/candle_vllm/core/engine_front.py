@@ -597,7 +597,7 @@ class EngineFront(ABC):
     def classify(
         self,
         inputs: Prompt | Sequence[Prompt],
-        params: PoolingParams | None = None,
+        params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
         use_tqdm: Bar = True,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
+from msgspec.structs import replace
 
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
@@ -34,6 +35,7 @@ MAX_TEXT = 1 << 22
 """Characters that a text for an encoder may always have, because one unknown token may stand for many characters."""
 
 Pair = tuple[str, str]
+Params = PoolingParams | Sequence[PoolingParams] | None
 
 
 @dataclasses.dataclass
@@ -66,13 +68,7 @@ class PoolingCalls:
 
     # ---- vectors -----------------------------------------------------------------------------------------------------
 
-    def embed(
-        self,
-        inputs: Prompt | Sequence[Prompt],
-        params: PoolingParams | Sequence[PoolingParams] | None,
-        *,
-        use_tqdm: Bar,
-    ) -> list[EmbeddingOutput]:
+    def embed(self, inputs: Prompt | Sequence[Prompt], params: Params, *, use_tqdm: Bar) -> list[EmbeddingOutput]:
         """See `InferenceEngine.embed`."""
         entries = self._texts(inputs, params)
         return _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm))
@@ -85,7 +81,7 @@ class PoolingCalls:
     # ---- classes -----------------------------------------------------------------------------------------------------
 
     def classify(
-        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, *, use_tqdm: Bar
+        self, inputs: Prompt | Sequence[Prompt], params: Params, *, use_tqdm: Bar
     ) -> list[ClassificationOutput]:
         """See `InferenceEngine.classify`."""
         entries = self._texts(inputs, params, "classify")
@@ -132,10 +128,7 @@ class PoolingCalls:
         return math.inf if self.info.pooling == "sparse" else 1.0
 
     def _texts(
-        self,
-        inputs: Prompt | Sequence[Prompt],
-        params: PoolingParams | Sequence[PoolingParams] | None,
-        task: Literal["embed", "classify"] = "embed",
+        self, inputs: Prompt | Sequence[Prompt], params: Params, task: Literal["embed", "classify"] = "embed"
     ) -> list[Entry]:
         """Make a checked request for each text."""
         prompts = as_prompts(inputs)
@@ -143,6 +136,7 @@ class PoolingCalls:
         uses = each_adapter_uses(self.lora_request, len(prompts))
         entries = []
         for number, (prompt, one, own) in enumerate(zip(prompts, each, uses, strict=True)):
+            one = _of_task(one, task)
             with _blaming(number, len(prompts)):
                 text, ids = read_prompt(prompt, sees=True)
                 ids, images = self._encode(text or "", self.add_special_tokens) if ids is None else ids, ()
@@ -210,6 +204,20 @@ def _each_params(params: Any, count: int) -> list[PoolingParams]:
     if len(each) != count:
         raise InvalidParameterError(f"{count} inputs need as many params, not {len(each)}", "params")
     return [one or PoolingParams() for one in each]
+
+
+def _of_task(params: PoolingParams, task: str) -> PoolingParams:
+    """Return the parameters for a task: of a vector, `use_activation` is vLLM's name of `normalize`.
+
+    Raises:
+        InvalidParameterError: a parameter has no effect on classes.
+    """
+    if task == "embed":
+        return params if params.normalize is not None else replace(params, normalize=params.use_activation)
+    for name in ("dimensions", "normalize", "pooling"):
+        if getattr(params, name) is not None:
+            raise InvalidParameterError(f"{name} has no effect on classes: leave it out", name)
+    return params
 
 
 def _check_pairs(pairs: Any) -> None:
