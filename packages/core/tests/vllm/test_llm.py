@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from candle_vllm.core import (
     LLM,
@@ -200,6 +201,23 @@ def test_classes(tmp_path: Path, llm: LLM) -> None:
         assert data.tolist() == outputs[0].outputs.probs
     with pytest.raises(InvalidParameterError, match="no head for scores or classes"):
         llm.classify("a")
+
+
+def test_vectors_of_tokens_are_not_one_vector(tmp_path: Path, llm: LLM) -> None:
+    with pytest.raises(
+        InvalidParameterError, match="tokens have a row each: use encode with pooling_task='token_embed'"
+    ):
+        llm.embed("abc", pooling_params=PoolingParams(pooling="all"), use_tqdm=False)
+    config = toy_encoder_config("BertModel") | {"architectures": ["BertForTokenClassification"]}
+    folder = write_toy_encoder(tmp_path / "m", pooling=None)
+    (folder / "config.json").write_text(json.dumps(config))
+    head = {"classifier.weight": np.ones((2, 32), np.float32), "classifier.bias": np.zeros(2, np.float32)}
+    save_file(load_file(folder / "model.safetensors") | head, folder / "model.safetensors")
+    with (
+        LLM(str(folder), threads=1) as tagger,
+        pytest.raises(InvalidParameterError, match="use encode with pooling_task='token_classify'"),
+    ):
+        tagger.classify("a b", use_tqdm=False)
 
 
 def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> None:

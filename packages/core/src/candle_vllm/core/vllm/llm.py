@@ -285,7 +285,7 @@ class LLM(ExplainedAttributes):
         return [
             EmbeddingRequestOutput(
                 each.request_id,
-                EmbeddingOutput(each.embedding.tolist()),
+                EmbeddingOutput(_single(each, "token_embed")),
                 list(each.prompt_token_ids),
                 each.num_cached_tokens,
             )
@@ -333,7 +333,7 @@ class LLM(ExplainedAttributes):
         refuse_given("classify", tokenization_kwargs=tokenization_kwargs or None)
         return [
             ClassificationRequestOutput(
-                each.request_id, ClassificationOutput(each.probs.tolist()), list(each.prompt_token_ids)
+                each.request_id, ClassificationOutput(_single(each, "token_classify")), list(each.prompt_token_ids)
             )
             for each in self.engine.classify(prompts, pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
         ]
@@ -513,6 +513,13 @@ def fitted(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     context = copy_context()
     context.run(FITTED.set, True)
     return context.run(call, *arguments, **named)
+
+
+def _single(made: Embedding | Classification, task: str) -> list[float]:
+    """Return the numbers of an output; `encode` with this task returns those of each token."""
+    if made.vectors is not None:
+        raise InvalidParameterError(f"tokens have a row each: use encode with pooling_task={task!r}", "pooling_task")
+    return (made.embedding if isinstance(made, Embedding) else made.probs).tolist()
 
 
 def _priority(given: int | Sequence[int] | None) -> int | Sequence[int]:
