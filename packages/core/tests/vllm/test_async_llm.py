@@ -143,8 +143,8 @@ def test_classes(tmp_path: Path, engine: InferenceEngine) -> None:
         (wanted,) = classifier.classify("a b")
         assert output.outputs.data.tolist() == wanted.probs.tolist()
         assert output.prompt_token_ids == list(wanted.prompt_token_ids)
-        with pytest.raises(InvalidParameterError, match="encode takes no pooling_params"):
-            asyncio.run(classes(classifier, PoolingParams()))
+        with pytest.raises(InvalidParameterError, match="normalize has no effect on classes"):
+            asyncio.run(classes(classifier, PoolingParams(normalize=True)))
     with pytest.raises(InvalidParameterError, match="no head for scores or classes"):
         asyncio.run(classes(engine))
     (single,) = asyncio.run(classes(engine, task="token_embed"))

@@ -179,6 +179,24 @@ def test_vectors_and_scores(llm: LLM, engine: InferenceEngine) -> None:
         llm.embed(["a", "b"], pooling_params=params[:1])
 
 
+def test_the_pooler_of_a_model_holds_in_every_call(tmp_path: Path) -> None:
+    """The fields of `pooler_config` that a call leaves out, and its pooling for scores too."""
+    folder = str(write_toy_encoder(tmp_path / "m"))
+    with LLM(folder, threads=1, pooler_config={"pooling_type": "CLS", "normalize": False}) as llm:
+
+        def vector(text: str, params: PoolingParams | None = None) -> np.ndarray:
+            return np.array(llm.embed(text, pooling_params=params, use_tqdm=False)[0].outputs.embedding)
+
+        first, second = (vector(text) for text in ("hello", "bye"))
+        assert np.linalg.norm(first) > 1.1
+        unit = vector("hello", PoolingParams(normalize=True))
+        assert unit == pytest.approx(first / np.linalg.norm(first), rel=1e-5)
+        (each,) = llm.embed(["hello"], pooling_params=[PoolingParams(normalize=True)], use_tqdm=False)
+        assert each.outputs.embedding == unit.tolist()
+        cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+        assert llm.score("hello", "bye", use_tqdm=False)[0].outputs.score == pytest.approx(cosine, abs=1e-5)
+
+
 def test_a_cross_encoder_tells_the_tokens_of_its_pairs(tmp_path: Path) -> None:
     folder = write_toy_encoder(tmp_path / "m", toy_encoder_config("BertForSequenceClassification"), pooling=None)
     with LLM(str(folder), runner="pooling", threads=1) as llm:
@@ -199,6 +217,8 @@ def test_classes(tmp_path: Path, llm: LLM) -> None:
         assert outputs[0].outputs.probs == list(classifier.engine.classify("a b")[0].probs)
         data = classifier.encode("a b", pooling_task="classify")[0].outputs.data
         assert data.tolist() == outputs[0].outputs.probs
+        logits = classifier.encode("a b", PoolingParams(use_activation=False), pooling_task="classify")[0].outputs.data
+        assert np.exp(logits) / np.exp(logits).sum() == pytest.approx(data, rel=1e-5)
     with pytest.raises(InvalidParameterError, match="no head for scores or classes"):
         llm.classify("a")
 

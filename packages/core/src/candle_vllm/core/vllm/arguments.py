@@ -12,10 +12,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from candle_vllm.core.assembly.model import sampling_defaults
-from candle_vllm.core.config import CACHE_ALIASES, SETTINGS, EngineConfig
+from candle_vllm.core.config import CACHE_ALIASES, SETTINGS, EngineConfig, TextPooling
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.pooling import PoolingParams
@@ -63,6 +63,8 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
             raise ConfigError(f"pass an EngineConfig or arguments, not both: {', '.join(rest)}")
         return Translated(model, pooling, quantization, generation, sampling)
     settings: dict[str, Any] = {"seed": 0}
+    if pooling.pooling in get_args(TextPooling):  # scores have no parameters
+        settings["pooling"] = pooling.pooling
     for name, value in rest.items():
         translate = _TRANSLATED.get(name)
         if translate is not None:

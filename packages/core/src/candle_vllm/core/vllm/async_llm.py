@@ -124,10 +124,9 @@ class AsyncLLM:
             "lora_request": lora_request,
         }
         if llm.asks_classes(pooling_task, self.engine.model_info):
-            llm.refuse_given("encode", pooling_params=pooling_params)
-            yield llm.pooled((await self.engine.aclassify([prompt], **call))[0])
+            yield llm.pooled((await self.engine.aclassify([prompt], pooling_params, **call))[0])
             return
-        params = llm.task_params(self._opened.pooling if pooling_params is None else pooling_params, pooling_task)
+        params = llm.task_params(self._opened.pooling_params(pooling_params), pooling_task)
         yield llm.pooled((await self.engine.aembed([prompt], params, **call))[0])
 
     async def abort(self, request_id: str | Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from candle_vllm.core.arguments import ExplainedAttributes, explained, foreign_names
 from candle_vllm.core.config import EngineConfig
@@ -114,6 +114,14 @@ class Opened:
             engine.close()
             raise
         return cls(engine, True, made.pooling, Defaults(engine, made.generation, made.sampling))
+
+    def pooling_params(self, given: Any) -> Any:
+        """Fill the parameters of a call, or each of a list, with the default ones; the engine refuses other values."""
+        if isinstance(given, (list, tuple)):
+            return [self.pooling_params(each) for each in given]
+        if not isinstance(given, PoolingParams):
+            return given or self.pooling
+        return replace(self.pooling, **{name: value for name, value in asdict(given).items() if value is not None})
 
     def close(self) -> None:
         """Close the engine if it was created here."""
@@ -280,7 +288,7 @@ class LLM(ExplainedAttributes):
         """Compute the embedding of every text, also with a model that generates text. Errors are as in `generate`."""
         refuse_given("embed", tokenization_kwargs=tokenization_kwargs or None)
         outputs = self.engine.embed(
-            prompts, self._pooling_params(pooling_params), use_tqdm=use_tqdm, lora_request=lora_request
+            prompts, self._opened.pooling_params(pooling_params), use_tqdm=use_tqdm, lora_request=lora_request
         )
         return [
             EmbeddingRequestOutput(
@@ -314,9 +322,9 @@ class LLM(ExplainedAttributes):
         """
         refuse_given("encode", tokenization_kwargs=tokenization_kwargs or None)
         if asks_classes(pooling_task, self.engine.model_info):
-            refuse_given("encode", pooling_params=pooling_params)
-            return list(map(pooled, self.engine.classify(prompts, use_tqdm=use_tqdm, lora_request=lora_request)))
-        params = task_params(self._pooling_params(pooling_params), pooling_task)
+            made = self.engine.classify(prompts, pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+            return list(map(pooled, made))
+        params = task_params(self._opened.pooling_params(pooling_params), pooling_task)
         return list(map(pooled, self.engine.embed(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)))
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
@@ -324,7 +332,7 @@ class LLM(ExplainedAttributes):
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
-        pooling_params: PoolingParams | None = None,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         use_tqdm: Bar = True,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
@@ -418,11 +426,6 @@ class LLM(ExplainedAttributes):
         if isinstance(given, (list, tuple)):
             return [self._opened.defaults.filled(each) for each in given]
         return self._opened.defaults.filled(given)  # pyrefly: ignore[bad-argument-type]  # which refuses it
-
-    def _pooling_params(
-        self, given: PoolingParams | Sequence[PoolingParams] | None
-    ) -> PoolingParams | Sequence[PoolingParams]:
-        return self._opened.pooling if given is None else given
 
 
 class LlmTokenizer:
