@@ -267,6 +267,10 @@ def test_three_names_say_whether_a_vector_is_normalised(name: str) -> None:
 def test_values_that_ask_for_nothing_may_stand() -> None:
     neutral = {"truncate": False, "embed_dtype": "float32", "endianness": "little", "truncate_prompt_tokens": None}
     assert parse_embedding_request({"input": "a", **neutral}).inputs == ["a"]
+    pair = {"text_1": "a", "text_2": "b", "encoding_format": "float"}  # as in vLLM's documentation
+    assert parse_score_request(pair).pairs == [("a", "b")]
+    with pytest.raises(UnsupportedParameterError, match="scores are numbers"):
+        parse_score_request(pair | {"encoding_format": "base64"})
 
 
 async def test_texts_that_are_too_long_are_cut_where_that_is_asked_for() -> None:

@@ -43,6 +43,7 @@ class ScoringFields(PoolingFields):
         **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name != "truncate_prompt_tokens"},
         "truncation_side": Refusal("texts of pairs lose their ends", ("right",)),
         "truncate": Refusal("use truncate_prompt_tokens", (False, "NONE")),
+        "encoding_format": Refusal("scores are numbers", ("float",)),
     }
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = None
