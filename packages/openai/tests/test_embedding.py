@@ -18,6 +18,7 @@ import pytest
 from openai.types.embedding_create_params import EmbeddingCreateParams
 
 from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.outputs import EmbeddingOutput
 from candle_vllm.core.errors import (
     CandleVllmError,
     EngineDeadError,
@@ -51,7 +52,7 @@ from candle_vllm.openai.embedding import (
 )
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.openai.json_body import parse_body
-from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
+from candle_vllm.openai.protocol.cohere import CohereEmbedRequest, cohere_answer
 from candle_vllm.openai.protocol.embeddings import (
     MAX_DESCRIBED,
     EmbeddingRequest,
@@ -748,6 +749,17 @@ async def test_vectors_in_coheres_words() -> None:
         assert refused.value.param == field
     with pytest.raises(InvalidParameterError, match="each token"):
         await cohere(TokenVectors("embed"))
+
+
+async def test_small_integers_are_of_a_vector_of_length_1() -> None:
+    """The vectors of some models are longer; as they are, their integers would all be -127 or 127."""
+    made = cohere_answer(
+        parse_body(CohereEmbedRequest, {"texts": ["a"], "embedding_types": ["int8", "uint8", "float"]}),
+        "id",
+        [EmbeddingOutput(request_id="a", embedding=array("f", [3.0, -4.0, 0.0]), prompt_token_ids=(1,))],
+        "2",
+    )
+    assert made.embeddings == {"int8": [[76, -102, 0]], "uint8": [[204, 26, 128]], "float": [[3.0, -4.0, 0.0]]}
 
 
 async def test_a_task_is_an_adapters_name() -> None:

@@ -91,10 +91,10 @@ def cohere_answer(
 
 
 def _typed(vector: array[float], kind: EmbeddingType) -> list[float] | list[int] | str:
-    """Convert a normalised vector to one of Cohere's types.
+    """Convert a vector to one of Cohere's types.
 
-    int8 is 127 times each element. binary has one bit for each element, which is set if the element is above 0; the
-    first element is the highest bit of a byte.
+    int8 is 127 times each element of a vector of length 1. binary has one bit for each element, which is set if the
+    element is above 0; the first element is the highest bit of a byte.
     """
     if kind == "float":
         return vector.tolist()
@@ -102,7 +102,7 @@ def _typed(vector: array[float], kind: EmbeddingType) -> list[float] | list[int]
         return base64.b64encode(vector.tobytes()).decode("ascii")
     numbers = np.asarray(vector)
     if kind in ("int8", "uint8"):
-        scaled = np.clip(np.rint(numbers * 127), -127, 127).astype(int)
+        scaled = np.rint(numbers * (127 / max(np.linalg.norm(numbers), 1e-12))).astype(int)
         return (scaled + 128 * (kind == "uint8")).tolist()
     packed = np.packbits(numbers > 0).astype(int)
     return (packed - 128 * (kind == "binary")).tolist()
