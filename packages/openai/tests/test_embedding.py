@@ -654,6 +654,8 @@ async def test_each_token_has_a_vector_of_its_own() -> None:
     plain = TokenVectors("embed", "score", pooling="mean")
     assert await pool(plain, task="token_embed") == [WANTED]
     assert len((await pool(plain, task="embed"))[0]) == SIZE
+    await pool(plain, task="embed", use_activation=False)  # vLLM's name of normalize
+    assert plain.pooling_calls[-1].params == PoolingParams(normalize=False)
     jina = await EmbeddingAdapter(plain).embed(parse_embedding_request({"input": "ab", "return_multivector": True}))
     assert jina.data[0].embedding == WANTED
     assert LlamaEmbedding.of(jina.data[0]).embedding == WANTED
@@ -690,7 +692,7 @@ async def test_classes_of_tokens_are_asked_of_pooling() -> None:
     wanted = [[[0.5, 0.5], [0.5, 0.5]]]
     assert await pool(engine) == await pool(engine, task="token_classify", activation=False) == wanted
     assert engine.pooling_calls[-1].params == PoolingParams(use_activation=False)
-    for of, field in ((engine, "dimensions"), (TokenVectors("embed"), "use_activation")):
+    for of, field in ((engine, "dimensions"), (TokenVectors("embed"), "activation")):
         with pytest.raises(InvalidParameterError, match="has no effect on the task") as caught:
             await pool(of, **{field: 2 if field == "dimensions" else True})
         assert caught.value.param == field

@@ -153,7 +153,7 @@ class EmbeddingAdapter:
             known = [f"token_{each}" if single else each for each in does]
             known += ["token_embed"] if "embed" in known else []
             raise InvalidParameterError(f"{info.name} supports {' and '.join(known)}, not {task}", "task")
-        other = _OF_VECTORS if wanted == "classify" else ("use_activation", "activation")
+        other = _OF_VECTORS if wanted == "classify" else ("activation",)
         if given := next((field for field in other if getattr(request, field) is not None), None):
             raise InvalidParameterError(f"{given} has no effect on the task {task}: leave it out", given)
         if task == "token_embed":
