@@ -650,6 +650,18 @@ async def test_each_token_has_a_vector_of_its_own() -> None:
     body, headers = octets(request, await EmbeddingAdapter(engine).embed(request))
     assert np.frombuffer(body, np.float16).reshape(3, 2).tolist() == WANTED
     assert [(each["end"], each["shape"]) for each in json.loads(headers["metadata"])["data"]] == [(12, [3, 2])]
+    nothing = msgspec.structs.replace(
+        (await engine.aembed(["a"], PoolingParams(pooling="all")))[0], embedding=array("f"), vectors=0
+    )  # bge-m3 of a single token, which has no vector
+
+    async def of_nothing(*_: Any, **__: Any) -> Any:
+        return [nothing]
+
+    engine_of_nothing = TokenVectors("embed", "score")
+    engine_of_nothing.aembed = of_nothing  # type: ignore[method-assign]
+    request = parse_embedding_request({"input": [1], "encoding_format": "bytes"})
+    body, headers = octets(request, await EmbeddingAdapter(engine_of_nothing).embed(request))
+    assert (body, json.loads(headers["metadata"])["data"][0]["shape"]) == (b"", [0, 0])
     assert await pool(engine) == await pool(engine, task="token_embed") == [WANTED]
     plain = TokenVectors("embed", "score", pooling="mean")
     assert await pool(plain, task="token_embed") == [WANTED]

@@ -437,7 +437,8 @@ def octets(
         given = item.embedding if isinstance(item, embeddings.Embedding) else item.data
         rows = [base64.b64decode(str(each)) for each in ([given] if isinstance(given, str) else given)]
         body += b"".join(rows)
-        shape = (len(rows), len(rows[0]) // ELEMENTS[_ELEMENTS[dtype]].itemsize)[isinstance(given, str) :]
+        width = len(rows[0]) // ELEMENTS[_ELEMENTS[dtype]].itemsize if rows else 0
+        shape = (len(rows), width)[isinstance(given, str) :]
         place = {"start": len(body) - sum(map(len, rows)), "end": len(body), "shape": shape}
         data.append({"index": item.index, **told, **place})
     answer = {name: getattr(made, name) for name in ("id", "created", "model", "usage")} | {"data": data}
