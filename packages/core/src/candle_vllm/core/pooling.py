@@ -173,8 +173,8 @@ class ModelPooling:
             raise InvalidParameterError(f"dimensions is {dimensions} and the model's vectors have {size}", "dimensions")
         if not cut:
             raise InvalidParameterError(
-                f"dimensions is {dimensions}, and the model's config.json does not say that its vectors of {size} "
-                'may be cut ("is_matryoshka" or "matryoshka_dimensions"): leave dimensions out',
+                f"dimensions is {dimensions}, and no config.json of the model says that its vectors of {size} may be "
+                'cut ("is_matryoshka" or "matryoshka_dimensions"): leave dimensions out',
                 "dimensions",
             )
         if self.matryoshka_dimensions and dimensions not in self.matryoshka_dimensions:
