@@ -55,6 +55,7 @@ from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.cohere import CohereEmbedRequest, cohere_answer
 from candle_vllm.openai.protocol.embeddings import (
     MAX_DESCRIBED,
+    EmbeddingChatRequest,
     EmbeddingRequest,
     LlamaEmbedding,
     ModerationRequest,
@@ -290,6 +291,14 @@ async def test_texts_that_are_too_long_are_cut_where_that_is_asked_for() -> None
     with pytest.raises(InvalidParameterError, match="smaller truncation size") as caught:
         await embed(engine, input="a", truncate_prompt_tokens=17)
     assert caught.value.param == "truncate_prompt_tokens"
+
+
+def test_a_conversation_that_is_too_long_is_cut_where_that_is_asked_for() -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    for more, cut in (({}, None), ({"truncate": True}, -1), ({"truncate_prompt_tokens": 5}, 5)):
+        asked = parse_embedding_request(body | more)
+        assert isinstance(asked, EmbeddingChatRequest)
+        assert asked.chat_fields()["truncate_prompt_tokens"] == cut
 
 
 def test_a_body_is_one_object() -> None:
