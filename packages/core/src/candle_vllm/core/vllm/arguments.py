@@ -23,7 +23,6 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.setting_kinds import Boolean
 
 _LOAD_FORMATS = {"hf": "auto", "safetensors": "auto", "fastsafetensors": "auto", "gguf": "auto"}
-_POOLINGS = {"MEAN": "mean", "CLS": "cls", "LAST": "last"}
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -300,7 +299,7 @@ def _pooling_params(value: Any) -> PoolingParams:
         if said is None:
             continue
         if name in ("pooling_type", "seq_pooling_type"):
-            made["pooling"] = _POOLINGS.get(str(said).upper(), said)
+            made["pooling"] = str(said).lower()
         elif name in ("normalize", "use_activation"):
             made["normalize"] = said
         elif name == "dimensions":
