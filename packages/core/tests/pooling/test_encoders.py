@@ -131,6 +131,24 @@ def test_scores_equal_transformers(
             engine.embed("hello", use_tqdm=False)
 
 
+def test_camembert_is_a_roberta(tmp_path: Path) -> None:
+    """Against transformers' own classes, vectors and scores."""
+    config = toy_encoder_config("CamembertModel", model_type="camembert")
+    folder = write_toy_encoder(tmp_path / "vectors", config)
+    ids = [Tokenizer.from_folder(folder).encode(word) for word in WORDS]
+    with InferenceEngine(str(folder), dtype="fp32") as engine:
+        assert error(vectors(engine, WORDS), their_vectors(folder, ids, "mean")) < 1e-5
+    config = toy_encoder_config("CamembertForSequenceClassification", model_type="camembert")
+    folder = write_toy_encoder(tmp_path / "scores", config, pooling=None)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__name__ == "CamembertForSequenceClassification"
+    pair = Tokenizer.from_folder(folder).backend.encode(*PAIRS[0])
+    with torch.no_grad():
+        wanted = float(model(torch.tensor([pair.ids])).logits[0, 0].sigmoid())
+    with InferenceEngine(str(folder)) as engine:
+        assert scores(engine, PAIRS[:1])[0] == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_encoder(tmp_path_factory.mktemp("encoder"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""BERT, RoBERTa and XLM-RoBERTa: embedding models, cross-encoders and classifiers.
+"""BERT, RoBERTa, CamemBERT and XLM-RoBERTa: embedding models, cross-encoders and classifiers.
 
 RoBERTa's positions begin after the padding token's id, and it does not distinguish the two texts of a pair. Sources:
 Devlin et al., 2018, arXiv:1810.04805; Liu et al., 2019, arXiv:1907.11692; Conneau et al., 2019, arXiv:1911.02116.
@@ -79,6 +79,9 @@ FAMILY = EncoderFamily(
         "RobertaModel": ("roberta", False),
         "RobertaForMaskedLM": ("roberta", False),
         "RobertaForSequenceClassification": ("roberta", True),
+        "CamembertModel": ("roberta", False),
+        "CamembertForMaskedLM": ("roberta", False),
+        "CamembertForSequenceClassification": ("roberta", True),
         "XLMRobertaModel": ("xlm-roberta", False),
         "XLMRobertaForMaskedLM": ("xlm-roberta", False),
         "XLMRobertaForSequenceClassification": ("xlm-roberta", True),
