@@ -316,6 +316,8 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may only have add_special_tokens"),
         (lambda llm: llm.chat([USER], chat_template_content_format="parts"), "must be auto, string or openai"),
         (lambda llm: llm.encode("a", tokenization_kwargs={"x": 1}), "^encode takes no tokenization_kwargs"),
+        (lambda llm: llm.embed("a", tokenization_kwargs={"truncate_prompt_tokens": -1}), "never truncated"),
+        (lambda llm: llm.score("a", "b", pooling_params=PoolingParams()), "files set the activation of scores"),
         (lambda llm: llm.encode("a", pooling_task="score"), "for pairs of texts use score"),
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
         (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "the model takes text only"),
