@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Perplexity of a text, and how far a model's next-token distributions are from a reference's.
 
-The text is cut into windows. Each begins with the tokens that the model puts before a text (BOS), and every other token
-is scored by the logits of the position before it. docs/quantisation.md describes the figures.
+The text is cut into windows, each of which begins with BOS if the model has one. Each token that has a token before it
+in its window is scored, by the logits of that position. docs/quantisation.md describes the figures.
 """
 
 from __future__ import annotations

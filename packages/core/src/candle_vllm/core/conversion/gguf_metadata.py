@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Convert a model's description to GGUF metadata.
+"""Convert a model's config to GGUF metadata.
 
-The model family reads the written metadata again, and must get the same description: this check finds the settings that
-GGUF has no key for, and the error names them.
+The model family reads the written metadata again, and must get the same config: this check finds the settings that GGUF
+has no key for, and the error names them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def architecture(family: Family, config: ModelConfig, path: Path) -> Architecture:
-    """Return how GGUF files describe a model: by its own family, or by another one with its model_type.
+    """Return the GGUF architecture of a config's model_type, from the model's own family or another one that lists it.
 
     Raises:
         UnsupportedModelError: no family says how models of this type are written.
@@ -41,8 +41,8 @@ def architecture(family: Family, config: ModelConfig, path: Path) -> Architectur
     row = rows.get(config.model_type)
     if row is None:
         raise UnsupportedModelError(
-            f"{path}: GGUF files are not written for {config.model_type} yet, but for {', '.join(rows)}; such a "
-            "model can be quantised while it is loaded, with `isq`"
+            f"{path}: {config.model_type} cannot be converted to GGUF yet (supported: {', '.join(rows)}); `isq` "
+            "quantises the model while it is loaded from its folder"
         )
     return row
 

@@ -50,7 +50,7 @@ class ModelConfig:
         vocab_size: rows of the embedding table (the tokenizer may have fewer tokens).
         intermediate_size: inner size of dense feed-forward layers.
         max_position: maximum context length, scaling included.
-        norm_eps: epsilon of every norm.
+        norm_eps: epsilon of the norms, unless a family's code has a fixed one.
         rope: rotary embedding of every layer; in a family with two kinds, of the layers with full attention.
         tie_embeddings: the output layer shares the embedding table.
         sliding_windows: per layer, number of last tokens that a query attends to, including itself; None for all.
@@ -61,8 +61,9 @@ class ModelConfig:
         interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
         has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
         eos_token_ids: ids in the config; -1 for a vocabulary without such a token.
-        index: sizes of the index of sparse attention, with equal `nope` and `latent`; None without sparse attention.
-        index_top: number of positions that the index chooses for a query.
+        index: sizes of the indexer of sparse attention (DeepSeek V3.2), whose keys are not compressed: `latent` equals
+            `nope`, `value` is 0. None without sparse attention.
+        index_top: number of positions that the indexer chooses for a query.
     """
 
     model_type: str
@@ -107,7 +108,9 @@ class ModelConfig:
                     f"the model's config says its sliding window is {window} tokens; it must be 1 to {MAX_COUNT}"
                 )
         if not 0 <= self.num_experts <= MAX_EXPERTS:
-            raise InvalidFileError(f"the model has {self.num_experts} experts in a layer; at most {MAX_EXPERTS}")
+            raise InvalidFileError(
+                f"the model has {self.num_experts} experts in a layer; at most {MAX_EXPERTS} are supported"
+            )
         assert len(self.sliding_windows) == self.num_layers
 
     @property
@@ -127,7 +130,7 @@ class ModelConfig:
 
     @property
     def shared_choices(self) -> Sequence[int]:
-        """Layers that attend to the positions that the index of an earlier layer has chosen."""
+        """Layers that attend to the positions that the indexer of an earlier layer has chosen."""
         return ()
 
     @property
@@ -147,7 +150,7 @@ def shared_from_hf(
     Args:
         model_type: value of `model_type` in the result.
         eps: key of the norms' epsilon.
-        names: the family's own keys, by the usual keys that they replace ("n_embd" by "hidden_size").
+        names: from usual keys to the family's own keys, such as {"hidden_size": "n_embd"}.
     """
 
     def key(usual: str) -> str:
@@ -221,8 +224,8 @@ def layer_windows(fields: Fields, layers: int, window: int | None) -> tuple[int 
 def gguf_windows(fields: Fields, layers: int, window: int | None, *, period: int) -> tuple[int | None, ...]:
     """Return windows by GGUF's `attention.sliding_window_pattern`.
 
-    The key is a list of the layers with a window, or a period whose last layer has no window; `period` by default.
-    Source: llama.cpp, `load_swa_pattern`.
+    The value is a list, with true for each layer that has a window, or a number n: every n-th layer has no window, and
+    with 0 all layers have one. Without the key, n is `period`. Source: llama.cpp, `load_swa_pattern`.
     """
     key = "attention.sliding_window_pattern"
     stored = fields.values.get(fields.prefix + key)
@@ -236,7 +239,7 @@ def gguf_windows(fields: Fields, layers: int, window: int | None, *, period: int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Configuration, for the engine and the layers, of an encoder, which reads a whole text in both directions.
+    """Configuration of a bidirectional encoder, for the engine and the layers.
 
     Attributes:
         model_type: Hugging Face's name of the model family.
@@ -245,10 +248,11 @@ class EncoderConfig:
         first_position: row of the position table for a text's first token (RoBERTa's is after the padding token's row).
         token_types: rows of the table that distinguishes the texts of a pair; 1 for a model without a distinction.
         activation: activation of the feed-forward layer.
-        labels: names of the outputs of the model's head for a text or pair: one for a cross-encoder, several for a
-            classifier, no names without a head.
+        labels: names of the outputs of the model's classification head for a text or pair: one for a cross-encoder,
+            several for a classifier, no names without a head.
         likelihood: activation that maps these outputs to 0..1: a sigmoid of each, a softmax over all, or no activation.
-        head_pooling: pooling before the head, "all" for a head on each token; None if the model computes the head.
+        head_pooling: pooling before a head that the engine applies, "all" to apply it to each token; None if the model
+            applies its head itself (see `scores`), or has no head.
     """
 
     model_type: str
@@ -272,7 +276,7 @@ class EncoderConfig:
 
     @property
     def scores(self) -> bool:
-        """Whether the model computes a head, and returns its outputs instead of vectors."""
+        """Whether the model applies its head itself, and returns the head's outputs instead of vectors."""
         return bool(self.labels) and self.head_pooling is None
 
     def __post_init__(self) -> None:

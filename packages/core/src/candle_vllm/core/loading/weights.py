@@ -24,7 +24,7 @@ from candle_vllm.core.threads import LOADED_PART, LOADING_THREADS, loading_threa
 
 logger = logging.getLogger(__name__)
 
-_PART = re.compile(r":\d+\.")  # number in the targets of tensors that are one tensor in GGUF files
+_PART = re.compile(r":\d+\.")  # number in a target such as "...:0.weight" (gemma3n.py): GGUF has one tensor for all
 _SHOWN = 64  # maximum number of names of one kind in an error message
 
 
@@ -129,7 +129,7 @@ class Line:
     expert: int | None
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> str | None:
-        """Return the first name that is in `tensors`; a tensor that is in no file has the target as its name."""
+        """Return the first name that is in `tensors`: the target, by which ISQ names tensors, or a stored name."""
         return next((name for name in (self.target, *map(self._spelled, self.names)) if name in tensors), None)
 
     def look(self, stored: StoredTensor, name: str, config: Counted) -> StoredTensor:
@@ -173,8 +173,8 @@ def check_weights(
 ) -> None:
     """Compare the model of a config with the checkpoint, before memory is allocated.
 
-    A config may claim any size. The model is built without memory (shapes only), so the model that is allocated
-    later is never larger than the checkpoint.
+    A config may claim any size. So the model is first built without memory (shapes only), and its shapes are compared:
+    every parameter that is allocated later has a stored tensor of its shape.
 
     Args:
         build: builds the model without memory.

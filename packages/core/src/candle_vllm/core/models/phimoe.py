@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Phi-3.5-MoE: the attention of `llama.py` in a block of LayerNorms, with experts weighted by sparsemixer.
+"""Phi-3.5-MoE: Llama's attention in a block with LayerNorm instead of RMSNorm, and experts routed by SparseMixer.
 
-Published files extend the rotary embedding by long-rope, with the same scale of cos and sin for short and long
-contexts. Sources: Abdin et al., 2024, arXiv:2404.14219; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
+The published checkpoint uses longrope with equal `short_mscale` and `long_mscale`; unequal ones are refused.
+Sources: Abdin et al., 2024, arXiv:2404.14219; Liu et al., 2024, arXiv:2409.12136 (SparseMixer).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def config_from_hf(fields: Fields, model_type: str) -> PhiMoeConfig:
 
 
 def _with_one_scale(fields: Fields) -> Fields:
-    """The config with the scale of cos and sin under the name that other long-rope models use."""
+    """Return the config with the scale of cos and sin under the key that other longrope models use."""
     key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     scaling = dict(fields.section(key).values)
     scales = {scaling.pop(name, None) for name in ("short_mscale", "long_mscale")}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Edits of logits before sampling: processors, masks, bias, penalties, llama.cpp's chain (step 7 of a request's life).
 
-The order: the request's own logits_processors first, so that they cannot undo a mask; then as in vLLM
+The order: the request's own logits_processors first, so that they cannot undo a mask; then, in vLLM's order:
 structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty,
-presence_penalty; then as in llama.cpp DRY and the chain (`kernels/sampling/chain.py`). A feature that no row uses costs
-one test per row.
+presence_penalty; then, in llama.cpp's order: DRY and the sampler chain (`kernels/sampling/chain.py`). A feature that no
+row uses costs one test per row.
 
 Shapes: R rows, V vocabulary.
 """
@@ -62,7 +62,7 @@ _NO_IDS, _NO_COUNTS = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
-    """Apply every mask, bias and penalty in place: on the CPU one compiled call for each row with an edit.
+    """Apply every processor, mask, bias, penalty and chain in place; on the CPU row by row.
 
     Args:
         logits: [R, V] float32, an array or a tensor, each row contiguous; on other devices the whole is contiguous. A

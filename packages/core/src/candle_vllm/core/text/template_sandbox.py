@@ -2,8 +2,8 @@
 """The Jinja environment in which chat templates run (step 3 of a request).
 
 Jinja's immutable sandbox prevents a template from reaching into Python. This sandbox also limits time and memory: the
-parsed template is rewritten so that every loop iteration, macro body, output, `~` and slice calls `Limits`, and
-operators, calls and filters pass through `template_limits`.
+parsed template is rewritten so that every loop iteration, macro body, output, `~`, slice and comparison calls `Limits`.
+The operators + * ** %, calls and filters are checked by `template_limits`.
 """
 
 from __future__ import annotations

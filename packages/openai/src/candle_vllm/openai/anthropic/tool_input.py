@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Streamed arguments of a call -> JSON text of an object that is never invalid (step 10 of a request's life).
 
-Anthropic's clients parse a call's input while it streams, and fail on invalid JSON, which models may generate. So names
-and strings at the top level of the object are sent as they arrive, and every other value when it is complete. If the
-text turns out not to be a JSON object, all of it becomes a member `INVALID_JSON`, a name that no tool's schema has.
+Anthropic's clients parse a call's input while it streams, and fail on invalid JSON, which models may generate. So a
+string at the top level of the object is sent as it arrives, with control characters and wrong escapes repaired; any
+other value is sent when it is complete, and a name with its value. A comma before the closing brace and text after it
+are left out. If the text is otherwise no JSON object, all of it becomes a member `INVALID_JSON`, which no tool's schema
+has.
 """
 
 from __future__ import annotations

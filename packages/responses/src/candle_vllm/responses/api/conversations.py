@@ -28,7 +28,7 @@ class ConversationCreateRequest(WireModel):
 
     Attributes:
         items: the first items, at most 20.
-        metadata: up to 16 labels.
+        metadata: up to 16 key-value pairs.
     """
 
     items: _Items | None = None
@@ -36,10 +36,10 @@ class ConversationCreateRequest(WireModel):
 
 
 class ConversationUpdateRequest(WireModel):
-    """New labels of a conversation: `POST /v1/conversations/{conversation_id}`; null removes all labels.
+    """New metadata of a conversation: `POST /v1/conversations/{conversation_id}`.
 
     Attributes:
-        metadata: labels that replace the earlier ones.
+        metadata: key-value pairs that replace the earlier ones; null removes all.
     """
 
     metadata: Metadata | None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ModelMetrics: all metrics under one model's name (beside steps 4 to 9 of a request's life).
+"""ModelMetrics: all metrics under one model's name, updated during steps 3 to 10 of a request's life.
 
 The counters belong to the name and survive unloading; the gauges exist only while the engine exists.
 """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """RequestRecord: the counts and times of one engine request; and token counts of ended requests by model and key.
 
-Beside steps 4 to 9 of a request's life. Only the task that reads the request's outputs writes here, so that a token
-needs no lock; a scrape of the metrics reads, and adds the running requests to the ended ones.
+It is updated during steps 3 to 10 of a request's life. Outputs are counted in the caller's event loop alone, so a token
+needs no lock (only the first one takes the model's lock); `drop` may be called by a finaliser in any thread. A scrape
+of the metrics reads the records, and adds the running requests to the ended ones.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ class HostExperts:
     Args:
         stream: stream of the steps.
         layers: recording functions of the layers; all layers have the same size.
-        size, experts: E and X.
+        size: E, elements of a hidden state.
+        experts: X, number of experts.
         tokens: maximum number of tokens of a step.
         dtype: type of x.
         threads, ranks: threads and ranks of the CPU's team, see `ThreadTeam`.
@@ -93,7 +94,7 @@ class HostExperts:
         self.layers = [_Layer(self, number) for number in range(len(layers))]
 
     def begin(self, tokens: int) -> None:
-        """Set how many leading rows of the following steps are tokens; the others are padding. Call as stream work."""
+        """Set how many leading rows of the following steps are tokens, before padding. Call as the stream's work."""
         self._tokens = tokens
 
     def close(self) -> None:
@@ -101,7 +102,10 @@ class HostExperts:
         self._team.close()
 
     def step(self, number: int, x: torch.Tensor, logits: torch.Tensor, meanwhile: Meanwhile | None) -> Sums:
-        """Return layer `number`'s sums [T, E] in x's dtype, 0 for padding, and `meanwhile`'s result; in the stream."""
+        """Compute layer `number`: return sums [T, E] in x's dtype, 0 for padding rows, and the result of `meanwhile`.
+
+        Call as the stream's work.
+        """
         rows = len(x)
         copy(self._x.tensor[:rows], x)
         copy(self._logits.tensor[:rows], logits)

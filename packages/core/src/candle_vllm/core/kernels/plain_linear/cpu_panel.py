@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Shared code of linear layers with activations in rows: activation panels, tiles times a panel, results.
+"""Code of linear operations with input in `RowForm` or `ByteForm`: panels of activations, products, results.
 
 A block's rows are copied into a **panel** on the stack with rows interleaved: element 0 of all rows, element 1 of all
 rows, and so on, because each step of the weights reads one element of every row. A CPU without AVX-512 has 16 vector
-registers of half the size, which hold the sums of one tile and 4 rows, or 6 rows of several panels.
+registers of half the size, so it computes one tile at a time: 4 rows of a panel, or 6 of three panels' rows (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 VECTOR_BYTES = 4 * LANES
 
 _AHEAD = 3072
-"""Prefetch distance in bytes of weights, used only for 8 rows, because a single row gains nothing."""
+"""Prefetch distance in bytes of weights, used only for 8 rows with AVX-512: a single row was not faster with it."""
 
 
 # ---- the panel of activations ----------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def fill_panel(_: Any, block: Any, panel: Any, addresses: Any, vectors: Any) -> 
 
 @njit
 def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int) -> None:
-    """Copy `count` input rows from `row` on into panels of 8; the last row fills the last panel.
+    """Copy `count` input rows from `row` on into panels of 8; the last row is repeated until a panel is full.
 
     addresses: address of scratch memory for int64 [8].
     """
@@ -122,7 +122,7 @@ def emit_sums(
     Args:
         e, kind, isa: builder of the code, kind of the weights, instructions that the code may use.
         tiles: addresses of the tiles' weights.
-        height: rows of the panel; more than 8 are several panels of 8.
+        height: rows of the panel; more than 8 are several panels of 8 (a multiple of 24 without AVX-512).
         panel: address of the panel, or of the first one.
         runs: number of runs of `RUN` steps, at least 1.
         write: write(tile, row, sums) stores 16 sums of a row.
@@ -153,7 +153,10 @@ def _block_sums(
     panels: list[Any],
     runs: Any,
 ) -> list[Any]:
-    """Do what `emit_sums` does for rows whose sums [tile, row] fit registers. `block`: rows of a panel, first row."""
+    """Do what `emit_sums` does, for so few rows that their sums [tile, row] fit in registers.
+
+    block: rows of a panel, and the number of the first row.
+    """
     (height, first), rows = block, len(sums) // len(tiles)
     b, element = e.b, I32 if kind in (PlainKind.BF16, PlainKind.W8A8) else F32
 
@@ -180,9 +183,10 @@ def _block_sums(
 
 @intrinsic(prefer_literal=True)
 def add_segment(_: Any, block: Any, tiles: Any, sums: Any, tails: Any, segment: Any, totals: Any) -> Any:
-    """Add a segment of W8A8, int32 [tiles, block, 16] at `sums`, times the rows' scales to floats at `totals`.
+    """Add a segment of W8A8 to the floats at `totals`: its sums times the rows' scales.
 
-    tails: address of int64 [block], the addresses of the rows' numbers of segments, see `ByteForm`.
+    sums: address of int32 [tiles, block, 16]; each row's correction for the weights' offset of 128 is added first.
+    tails: address of int64 [block], the addresses of each row's scales and corrections of segments, see `ByteForm`.
     """
     height, width = block.literal_value, tiles.literal_value
 
@@ -222,7 +226,7 @@ def scale_sums(given: Any, sums: int, block: int, rows: int, tile: int, count: i
 
 @njit
 def find_tails(given: Any, row: int, count: int, rows: int, tails: int) -> None:
-    """Write the addresses of the segments' scales of `count` rows of W8A8 to int64 [rows]; the last row is repeated."""
+    """Write addresses of the segments' scales and corrections of `count` rows to int64 [rows]; repeat the last row."""
     size = (given.length * RUN * 4 + 8 * SEGMENT - 1) // (8 * SEGMENT) * 64
     for index in range(rows):
         source = row + min(index, count - 1)
@@ -233,7 +237,7 @@ def find_tails(given: Any, row: int, count: int, rows: int, tails: int) -> None:
 
 @njit
 def ask_tiles(out: int, row_bytes: int, rows: int, tile: int, count: int) -> None:
-    """Prefetch the cache lines that `write_tiles` will write, because a product of many columns waits for them."""
+    """Prefetch the cache lines that `write_tiles` will write: with many output columns, stores would wait for them."""
     for row in range(rows):
         for index in range(tile, tile + count):
             ask_line(out + row * row_bytes + index * 64)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with BF16 and W8A8 weights on AMX as a compiled CPU operation (step 6 of a request's life).
 
-Terms (tile, step): see `layout.py`. 16 steps of a tile are a square of AMX, as are 64 bytes of 16 rows of activations.
-A thread copies **blocks** of 16 rows to panels of squares; a single row is read where it is. Two tiles are multiplied
-by two blocks at once: four registers have sums, and each square that is loaded is used twice. Panels stay in the
-second-level cache, and one **part** of K of two tiles in the first-level cache; between parts the sums are in memory.
+Terms (tile, step): see `layout.py`. A **square** fills one AMX tile register, 16 rows of 64 bytes: 16 steps of a tile
+of weights, or 64 bytes of each of 16 rows of activations. A thread copies **blocks** of 16 rows to panels of squares; a
+single row is read where it is. Two tiles are multiplied by two blocks at once: four registers have sums, and each
+square that is loaded is used twice. Panels stay in the second-level cache, and one **part** of K of two tiles in the
+first-level cache; between parts the sums are in memory.
 
-AMX adds bfloat16 products of even columns of a square, then those of odd columns, then both to the sum. Other
-instructions add in another order, so a CPU with AMX computes every row with AMX. Sums of W8A8 are exact.
+AMX adds bfloat16 products of even columns of a square, then products of odd columns, then both to the sum. Other
+instructions add in another order, so a CPU with AMX computes every row of a BF16 layer with AMX. Integer sums of W8A8
+are exact, so its steps of at most 8 rows use `cpu.py`.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def _multiply(
 
 @njit
 def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int, squares: int) -> None:
-    """Copy `count` input rows from `row` on into panels of 16; the last row fills the last panel."""
+    """Copy `count` input rows from `row` on into panels of 16; the last row is repeated until a panel is full."""
     at_address = int64_at(addresses)
     for block in range((count + 15) >> 4):
         for index in range(16):

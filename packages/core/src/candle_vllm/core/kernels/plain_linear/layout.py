@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Memory layout of plain weights, which `pack.py` writes, and `cpu.py` and `reference.py` read.
+"""Memory layout of weights without block scales: unquantised ones, and W8A8 with one scale for each row.
+
+`pack.py` writes it; `cpu.py` and `reference.py` read it.
 
 16 rows are a **tile**, which consists of consecutive **steps** along K. A step is the part of a tile that one vector
 instruction multiplies by one 32-bit element of the activations:
@@ -30,11 +32,11 @@ RUN = 4
 """Number of steps in an iteration of a kernel's loop."""
 
 MAX_COLUMNS = 1 << 16
-"""Maximum length of a row, because the operations have 8 rows of activations on their stack."""
+"""Maximum length of a row: 8 float32 rows of activations (2 MiB), or 16 bfloat16 rows with AMX, fit on the stack."""
 
 
 class PlainKind(enum.IntEnum):
-    """Formats of plain weights."""
+    """Formats of weights without block scales."""
 
     BF16 = 0
     F16 = 1
@@ -64,7 +66,7 @@ class PlainKind(enum.IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class PlainMatrix(Matrix):
-    """A plain weight matrix, 16 rows interleaved."""
+    """A weight matrix without block scales, 16 rows interleaved."""
 
     linear, embedding = "plain_linear.cpu:make_linear", "plain_linear.cpu:make_embedding"
 

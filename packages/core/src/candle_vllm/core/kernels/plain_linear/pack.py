@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Convert stored plain weights to the layout of the kernels, once, when a model is loaded.
+"""Convert stored unquantised weights to the layout of the kernels, once, when a model is loaded.
 
 A chunk of rows is converted to another type if necessary, and written with 16 rows interleaved. Chunks are divided
 among threads that do not wait for each other.
@@ -35,14 +35,14 @@ def pack(
     kind: PlainKind | None = None,
     memory: WeightMemory | None = None,
 ) -> PlainMatrix:
-    """Pack a plain matrix.
+    """Pack an unquantised matrix.
 
     Args:
         raw: the weights' bytes, uint8, contiguous; need not be aligned.
         stored: type of the weights in the file, one of `plain.ELEMENTS`.
         rows: N; the order of rows is unchanged.
         columns: K, at most 65,536.
-        kind: the type to which weights are rounded, to nearest; None is `plain_kind(stored)`.
+        kind: BF16, F16 or F32, to which weights are rounded, to nearest; None is `plain_kind(stored)`.
         memory: allocator of the result, shared by a model's matrices; None allocates separately.
 
     Raises:
@@ -73,9 +73,9 @@ def pack(
 
 
 def pack_rows(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | None = None) -> PlainMatrix | None:
-    """Pack blocks of Q8_0, uint8 [N, bytes of a row], as W8A8; return None if a row has several scales.
+    """Pack blocks of Q8_0, uint8 [N, bytes of a row], as W8A8; `memory` is as for `pack`.
 
-    `memory` is as for `pack`.
+    Returns None if a row has several scales, or more than `MAX_COLUMNS` weights.
     """
     blocks = np.ascontiguousarray(raw).reshape(rows, -1, _BLOCK_BYTES)
     halves, kind = np.ascontiguousarray(blocks[:, :, :2]).view(np.uint16)[:, :, 0], PlainKind.W8A8
@@ -109,7 +109,7 @@ _LARGEST = MappingProxyType(
         PlainKind.F32: (0x7F800000, 3.4028235e38),
     }
 )
-"""For each kind, the bits of infinity, and the largest finite number."""
+"""For each floating-point kind, the bits of infinity, and the largest finite number."""
 
 
 def _converted(raw: np.ndarray, stored: str, columns: int, kind: PlainKind) -> np.ndarray:

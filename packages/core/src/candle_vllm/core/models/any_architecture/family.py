@@ -26,12 +26,15 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 def family_of(
     values: Mapping[str, Any], path: Path, tensors: Mapping[str, StoredTensor] | None = None
 ) -> tuple[Family, AnyConfig]:
-    """The family and the config of one model, tied as its stored `tensors` are; errors as in `config_from_hf`."""
+    """Return the family and the config of one model; errors as in `config_from_hf`.
+
+    With `tensors`, these decide whether the head is tied to the embedding table, not config.json.
+    """
     return _family(values, path, named_for, tensors=tensors)
 
 
 def family_of_gguf(name: str, checkpoint: Checkpoint) -> tuple[Family, AnyConfig]:
-    """The family and the config of a GGUF file with the architecture `name`.
+    """Return the family and the config of a GGUF file with the architecture `name`.
 
     InvalidFileError if transformers cannot read its metadata; UnsupportedModelError if it does not read the
     architecture (the message lists those it reads) or the rope scaling. Further errors as in `config_from_hf`.
@@ -64,7 +67,7 @@ def _family(
 
 
 def _is_tied(decoder: AnyDecoder, tensors: Mapping[str, StoredTensor], path: Path) -> bool:
-    """Whether the head is the embedding table by the stored tensors, see `head_as_stored`."""
+    """Whether the stored tensors show that the head is tied to the embedding table, see `head_as_stored`."""
     shapes, pairs = decoder.stored_shapes, decoder.model._tied_weights_keys or {}
     pair = next((pair for pair in pairs.items() if pair[0].endswith(".weight") and shapes.keys() >= {*pair}), None)
     if pair is None:
@@ -95,7 +98,7 @@ def _as_rows(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def _ignored(model: Any, config: Any) -> Sequence[str]:
-    """Patterns of stored names without use: those that transformers ignores, copies of a tied matrix, old buffers."""
+    """Patterns of the names of tensors that are not loaded: what transformers ignores, tied copies, old buffers."""
     del config
     said = [*(model._keys_to_ignore_on_load_unexpected or ()), *map(re.escape, model.all_tied_weights_keys)]
     return [*(f".*(?:{each}).*" for each in said), r".*rotary_emb\.inv_freq", r".*\.attn\.(?:masked_)?bias"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""JSON schemas of arguments, decomposed for formats that do not write JSON.
+"""JSON schemas of tools' arguments, decomposed for tool-call formats whose arguments are not JSON (XML, Pythonic).
 
 A constraint that a format cannot express is refused; the error names the tool and the keyword.
 """
@@ -29,8 +29,8 @@ _OWN = {
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _MOST_STEPS = 64  # nested references and alternatives
 _MOST_BRANCHES = 256
-_MOST_WORK = 2_000  # parts of a small schema that are expanded; larger schemas have more
-_PART = 32  # characters that are expanded in the time of one small part
+_MOST_WORK = 2_000  # maximum number of expanded parts, plus two for each character of the schema
+_PART = 32  # characters of a part that count as one more part
 
 
 class FunctionShape(Protocol):
@@ -99,7 +99,7 @@ class Root:
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 return schema
             if len(_asserted(schema)) > 1:
-                raise self.refused("$ref", "other keywords stand beside it; put them into the definition")
+                raise self.refused("$ref", "other keywords are next to it; put them into the definition")
             schema = self._target(schema["$ref"])
         raise self.refused("$ref", "references refer to references without an end")
 
@@ -181,7 +181,8 @@ class Root:
                 option = {} if option else {"enum": []}
             clash = (_asserted(rest) & _asserted(option)) - {"type"}
             if clash or ("type" in rest and option.get("type", rest["type"]) != rest["type"]):
-                raise self.refused(name, f"{sorted(clash or {'type'})[0]!r} stands beside it and in it too")
+                clashing = sorted(clash or {"type"})[0]
+                raise self.refused(name, f"{clashing!r} is in one of its schemas and next to it; keep one")
             found = list(self._branches({**rest, **option}, depth + 1))
             kinds = {"number" if branch.type == "integer" else branch.type for branch in found}
             if name == "oneOf" and kinds & seen and not all(branch.values is not None for branch in found):
@@ -212,11 +213,11 @@ class Root:
 
 
 class Entries(NamedTuple):
-    """An object, for formats that write its entries one by one.
+    """The properties of an object, for tool-call formats in which the model writes properties one by one.
 
     Attributes:
         known: (key, schema, whether it is required), in the schema's order.
-        others: the schema of additional entries; None if they are not written.
+        others: schema of additional properties; None if the model may not write any.
     """
 
     known: Sequence[tuple[str, Any, bool]]
@@ -224,10 +225,10 @@ class Entries(NamedTuple):
 
 
 def entries(root: Root, schema: Schema) -> Entries:
-    """Return the entries of an object's schema.
+    """Return the properties of an object's schema.
 
-    Additional entries are written if the schema describes them, or has no `properties`. With `properties` but without
-    `additionalProperties`, a schema allows additional entries, but they are not written.
+    The model may write additional properties if the schema describes them, or has no `properties`. A schema with
+    `properties` but without `additionalProperties` allows additional properties too, but the model may not write any.
     """
     schema = root.resolved(schema)
     for keyword in ("patternProperties", "minProperties", "maxProperties", *sorted(_asserted(schema) - _OBJECT)):
