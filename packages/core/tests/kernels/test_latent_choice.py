@@ -165,7 +165,7 @@ def test_sizes_with_a_kernel() -> None:
         assert choice_supported(index) is has_kernel, index
         model: Any = mock.Mock(latent=SIZES["small"], index=index)
         obstacle = recording_obstacle(mock.Mock(tensors={}), model, BLOCK)
-        assert obstacle == (None if has_kernel else f"the sparse index {index} has no kernel")
+        assert obstacle == (None if has_kernel else f"the sparse-attention indexer {index} has no kernel")
 
 
 def test_scores_of_any_bits() -> None:

@@ -56,7 +56,7 @@ def check(path: Path) -> None:
     for name, rows in WANTED.items():
         np.testing.assert_allclose(found.of(name, len(rows[0]), len(rows)), rows, rtol=1e-6)
     assert found.of("output.weight", 4) is None
-    with pytest.raises(WeightsError, match=r"ffn_down.weight has 4 numbers and the tensor takes 3 times 4"):
+    with pytest.raises(WeightsError, match=r"ffn_down.weight has 4 elements and the tensor needs 3 times 4"):
         found.of("blk.0.ffn_down.weight", 4, 3)
 
 

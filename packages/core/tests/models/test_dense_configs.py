@@ -139,7 +139,7 @@ assert isinstance(LONGROPE, dict)
         ("longrope", {"rope_parameters": LONGROPE | {"short_factor": 3}}, "short_factor is 3, not a list"),
         ("longrope", {"rope_parameters": LONGROPE | {"attention_factor": 0}}, "attention_factor is 0"),
         ("longrope", {"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
-        ("longrope", {"original_max_position_embeddings": 1}, "context before stretching is 1"),
+        ("longrope", {"original_max_position_embeddings": 1}, "context before scaling is 1"),
         ("phi3", {"num_key_value_heads": 3}, "2 heads cannot share 3"),
         ("phi3", {"sliding_window": -1}, "sliding window is -1"),
         ("phi", {"layer_norm_eps": None}, "layer_norm_eps is missing"),

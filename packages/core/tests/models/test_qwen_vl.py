@@ -863,7 +863,7 @@ def test_a_text_model_must_have_the_layers_that_a_tower_adds_to(tmp_path: Path) 
     folder, text = write(tmp_path / "model", "qwen3_vl"), tmp_path / "model.gguf"
     other = write(tmp_path / "other", "qwen3_vl", deepstack_visual_indexes=[1])
     write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    with pytest.raises(InvalidFileError, match="n_deepstack_layers is 2; the tower adds to 1 layers"):
+    with pytest.raises(InvalidFileError, match="n_deepstack_layers is 2; the vision tower adds to 1 layers"):
         InferenceEngine(text, mmproj=write_mmproj(other, tmp_path / "mmproj.gguf"), tokenizer=folder)
     stored = load_file(folder / "model.safetensors")
     one = {name: tensor for name, tensor in stored.items() if ".layers.1." not in name and ".layers.2." not in name}

@@ -165,8 +165,8 @@ def test_what_becomes_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert [record.message for record in caplog.records] == [
         "isq q4k: 2 matrices: Q6_K (embedding and head)",
         "isq q4k: 1 matrices: Q4_K",
-        "isq q4k: 1 matrices: Q8_0, as their rows are no multiple of 256",
-        "isq q4k: 1 matrices: plain, as their rows fit no block",
+        "isq q4k: 1 matrices: Q8_0, because their rows are no multiple of 256",
+        "isq q4k: 1 matrices: unquantised, because their rows are no multiple of 32",
     ]
 
 
@@ -221,7 +221,7 @@ def load(folder: Path, **settings: Any) -> Any:
 
 def test_a_gguf_file_is_refused_with_the_alternative(tmp_path: Path) -> None:
     file = write_toy_gguf(tmp_path / "toy.gguf")
-    with pytest.raises(ConfigError, match=r"isq q4k quantises plain .*toy\.gguf is a GGUF file.* quantize .*--isq q4k"):
+    with pytest.raises(ConfigError, match=r"isq q4k needs unquantised .*toy\.gguf is a GGUF file.* quantize .*--isq q4k"):
         load(file, isq="q4_k")
 
 

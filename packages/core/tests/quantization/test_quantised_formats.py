@@ -419,7 +419,7 @@ def test_scales_of_plain_weights_are_left_out(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.INFO):
         found = read_quantised(checkpoint, {"quantization_config": written.config}, tmp_path / "config.json")
     assert set(found.tensors) == {"odd", "l.weight", "d.weight"}
-    assert "2 scales, zero points or group indices of plain weights" in caplog.text
+    assert "2 scales, zero points or group indices of unquantised weights" in caplog.text
 
 
 def test_rows_are_unpacked_in_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def test_numbers_whose_scales_are_missing(written: Written, tmp_path: Path) -> N
 def test_a_matrix_that_is_stored_twice(tmp_path: Path) -> None:
     written = gptq(WEIGHT)
     written.parts[".weight"] = WEIGHT
-    with pytest.raises(InvalidFileError, match=r"l\.weight is stored both plain and quantised"):
+    with pytest.raises(InvalidFileError, match=r"l\.weight is stored both quantised and unquantised"):
         read(written, tmp_path)
 
 

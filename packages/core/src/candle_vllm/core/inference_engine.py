@@ -47,7 +47,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
 
     Args:
         model: a Hugging Face id, a folder, a `.gguf` file, "demo", or an `EngineConfig`.
-        on_progress: called while weights are loaded, with loaded bytes and all bytes; None shows a bar on a terminal.
+        on_progress: called while weights are loaded, with loaded and total bytes; None shows a bar on a terminal.
         settings: fields of `EngineConfig`, unless `model` is an `EngineConfig`.
 
     Raises:

@@ -164,7 +164,7 @@ class _Fit:
         if {"a", "b", "bias of b", "magnitude"} & set(parts):
             pair = self._pair(module, parts, "a", "b")
         if self._stored.config.dora and pair is not None and "magnitude" not in parts:
-            self._refuse(pair[0].name, "use_dora is true and there is no lora_magnitude_vector beside it")
+            self._refuse(pair[0].name, "use_dora is true, but the module has no lora_magnitude_vector")
         if not self._stored.config.dora and "magnitude" in parts:
             self._refuse(parts["magnitude"].name, "use_dora is not true in adapter_config.json")
         total = pair[1].shape[0] if pair is not None else parts["bias"].numel
@@ -381,7 +381,7 @@ class _Fit:
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % count:
             self._refuse(
                 a.name,
-                f"its shape {list(a.shape)} and {list(b.shape)} of {b.name!r:.200} are not those of {count} experts",
+                f"its shape {list(a.shape)} and {list(b.shape)} of {b.name!r:.200} do not fit {count} experts",
             )
         rank, columns = a.shape[0] // count, spots[0].shape[1]
         self._check_rank(name, a, rank)
@@ -429,7 +429,7 @@ class _Fit:
         else:
             count = self._base.config.num_experts
             if len(a.shape) != 3 or len(b.shape) != 3 or not a.shape[0] == b.shape[0] == count:
-                self._refuse(a.name, f"its shape {list(a.shape)} is not that of {count} experts")
+                self._refuse(a.name, f"its shape {list(a.shape)} does not fit {count} experts")
             if a.shape[1] != b.shape[2]:
                 self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
             self._check_rank(name, a, a.shape[1])

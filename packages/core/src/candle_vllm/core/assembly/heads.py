@@ -48,13 +48,13 @@ def pooling_of(
     pooling = dataclasses.replace(pooling, pooling=chosen or pooling.pooling)
     layers = dense_layers(files, checkpoint)
     for layer in layers:
-        _check_shape(checkpoint, "a Dense layer behind the pooling", layer.weight.shape, (len(layer.weight), size))
+        _check_shape(checkpoint, "a Dense layer after the pooling", layer.weight.shape, (len(layer.weight), size))
         size = len(layer.weight)
     return (dataclasses.replace(pooling, size=size), PooledHead(layers)) if layers else (pooling, None)
 
 
 def check_pooling(pooling: ModelPooling | None, chosen: PoolingKind | None) -> None:
-    """Raise ConfigError if the setting names a pooling that the model's head does not take."""
+    """Raise ConfigError if the setting names another pooling than the one before the model's own head."""
     if chosen is not None and (pooling is None or pooling.pooling != chosen):
         raise ConfigError("pooling is for embedding models, and this model has its own head: leave it out", "pooling")
 
@@ -74,7 +74,7 @@ def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokeni
         )
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
         if fields.values.get(key) not in (None, 1):
-            raise UnsupportedModelError(f"{fields.path}: {key} beside classifier_from_token is not implemented")
+            raise UnsupportedModelError(f"{fields.path}: {key} with classifier_from_token is not implemented")
     rows = [table.rows(number, number + 1).load("F32") for number in known]
     head = head_of(Fields({**fields.values, "num_labels": 1}, fields.path), scores=True)
     return PooledHead((Dense(weight=rows[0] if len(rows) == 1 else rows[1] - rows[0]),), **head)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""In-situ quantisation: plain weights become blocks of a GGUF type while they are loaded, one tensor after the other.
+"""In-situ quantisation: unquantised weights become blocks of a GGUF type while they are loaded, tensor by tensor.
 
 Every matrix of a family's table is viewed in the model's layout, then wrapped in a tensor that is quantised when its
-bytes are read. Norms, biases, routers of experts, and matrices whose rows do not fit a block stay plain. The embedding
-table and the head get at least Q6_K, because every token uses both, and they are read row by row.
+bytes are read. Norms, biases, routers of experts, and matrices whose rows do not consist of whole blocks stay plain
+(unquantised). The embedding table and the head get at least Q6_K, because every token uses both.
 """
 
 from __future__ import annotations
@@ -143,15 +143,15 @@ def check_plain(name: str, checkpoint: Checkpoint) -> None:
     """Raise ConfigError for a checkpoint that is not plain; the message has an alternative."""
     quantised = next((tensor for tensor in checkpoint.tensors.values() if tensor.dtype is None), None)
     if checkpoint.format == "gguf":
-        held = "a GGUF file, whose tensors have their types"
+        held = "a GGUF file, whose tensors have fixed types"
     elif quantised is not None:
         held = f"quantised already: {quantised.name} is {quantised.type_name}"
     else:
         return
     raise ConfigError(
-        f"isq {name} quantises plain safetensors weights, but {checkpoint.path} is {held}: leave it out, use a GGUF "
-        "file of the type that you want, or write one from the plain weights: candle-vllm quantize --m MODEL --isq "
-        f"{name} --out FILE.gguf",
+        f"isq {name} needs unquantised safetensors weights, but {checkpoint.path} is {held}: leave it out, use a "
+        "GGUF file of the type that you want, or write one from the unquantised weights: candle-vllm quantize --m "
+        f"MODEL --isq {name} --out FILE.gguf",
         "isq",
     )
 
@@ -198,9 +198,9 @@ def _is_table(target: str) -> bool:
 def _group(wanted: GGMLQuantizationType, chosen: GGMLQuantizationType | None, target: str, stored: StoredTensor) -> str:
     """Return the group of the log line in which a tensor is counted."""
     if chosen is None:
-        return "" if stays_plain(target, stored) else "plain, as their rows fit no block"
+        return "" if stays_plain(target, stored) else "unquantised, because their rows are no multiple of 32"
     if chosen != wanted and chosen in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.IQ4_NL):
-        return f"{chosen.name}, as their rows are no multiple of 256"
+        return f"{chosen.name}, because their rows are no multiple of 256"
     return f"{chosen.name} (embedding and head)" if chosen != wanted else chosen.name
 
 

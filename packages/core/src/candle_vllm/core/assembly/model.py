@@ -83,7 +83,7 @@ class Loaded:
         default_sampling: the model's sampling defaults; the maximum length of an answer is "max_tokens".
         pooling: how hidden states are pooled; None for an encoder that returns scores instead of vectors.
         head: layers after the pooling; None without such layers.
-        quantization: stored tensor types with their counts, after a GGUF file's own type; None if all are plain.
+        quantization: stored tensor types with their counts, after a GGUF file's own type; None if all are unquantised.
         num_parameters: number of stored elements.
         weight_bytes: stored bytes of the weights.
         split: parts of the model that are not in GPU memory; None if everything is in one place.
@@ -202,7 +202,7 @@ def load_model(
     Args:
         config: the engine's settings.
         device: the device to load it to.
-        progress: called with the loaded bytes and all bytes.
+        progress: called with the loaded bytes and the total.
         opened: the model from `open_model`, if that was called already; it is closed.
         ranks: the ranks among which the model is divided; None for a whole model.
 
@@ -285,9 +285,11 @@ def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
     """Raise InvalidFileError if the text model has fewer layers than a tower adds to, or its metadata differs."""
     said = getattr(model, "deep", 0)
     if deep > model.num_layers:
-        raise InvalidFileError(f"{described}: the tower adds to {deep} layers of a text model of {model.num_layers}")
+        raise InvalidFileError(
+            f"{described}: the vision tower adds to {deep} layers, but the text model has {model.num_layers}"
+        )
     if said not in (0, deep):
-        raise InvalidFileError(f"{described}: n_deepstack_layers is {said}; the tower adds to {deep} layers")
+        raise InvalidFileError(f"{described}: n_deepstack_layers is {said}; the vision tower adds to {deep} layers")
 
 
 def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Described:
@@ -420,7 +422,7 @@ def fill(
     progress: Callable[[int, int], object],
     cut: Cut | None = None,
 ) -> None:
-    """Load a model's weights, cut to a shard by `cut`; `progress` is called with the loaded bytes and all bytes."""
+    """Load a model's weights, cut to a shard by `cut`; `progress` is called with the loaded bytes and the total."""
     done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
     def report(count: int) -> None:

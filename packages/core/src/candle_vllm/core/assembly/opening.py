@@ -113,7 +113,7 @@ def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto") -> O
             text_model, tower = split_towers(config, stored)
             if tower is not None and tower_family(config) is None:
                 left, tower = len(tower.tensors), None
-                logger.info("%s: %d tensors of the vision tower are left out: it is not supported", stored.path, left)
+                logger.info("%s: the vision tower (%d tensors) is not supported and not loaded", stored.path, left)
             named, scales = split_cache_scales(prefixed(text_model))
             return Opened(files, read_quantised(named, config, files.config), {}, scales, tower)
         except BaseException:
@@ -132,7 +132,7 @@ def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[st
 
 
 def stored_types(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> str | None:
-    """Return the type that a GGUF file states, then the stored types and their counts; None if all are plain."""
+    """Return the type that a GGUF file states, then the stored types and their counts; None if all are unquantised."""
     kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
     plain = {"F32", "F16", "BF16", "F64", "I64"}  # I64 tensors are buffers
     if set(kinds) <= plain:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _SMALLER = (("q8_0", 8.5), ("q6k", 6.6), ("q5k", 5.5), ("q4k", 4.5), ("q3k", 3.5), ("q2k", 2.7))
 """Types of `--isq`, and the approximate number of bits per element of each."""
 
-_FEWER = "take a model with fewer bits"
+_FEWER = "use a model with fewer bits per weight"
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 """Values of the dtype setting, and their names in `quantization/plain.py`."""
@@ -251,7 +251,7 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
         if not layout.supported(model.latent, block_size):
             return f"latent attention of {model.latent} with blocks of {block_size} tokens (`block_size`) has no kernel"
         has_kernel = model.index is None or layout.choice_supported(model.index)
-        return None if has_kernel else f"the sparse index {model.index} has no kernel"
+        return None if has_kernel else f"the sparse-attention indexer {model.index} has no kernel"
     for dim in {spec.key_dim for spec in paged(model.cache_specs)}:
         if not supported(dim, block_size):
             return f"head size {dim} with blocks of {block_size} tokens (`block_size`) has no kernel"
@@ -293,7 +293,7 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 def room_for_weights(
     name: str, placement: Placement, checkpoint: Checkpoint, elsewhere: Set[str] = frozenset(), host_bytes: int = 0
 ) -> Iterator[None]:
-    """Enclose loading weights: if memory runs out, raise a NoMemoryError with the memory and a setting that would fit.
+    """Context for loading weights: if memory runs out, raise NoMemoryError, which names a setting that would fit.
 
     The tensors with names in `elsewhere` take `host_bytes` of main memory, while the rest goes to a GPU.
     """
@@ -355,7 +355,7 @@ def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
 
 
 def _has_kernel(matrix: StoredTensor) -> bool:
-    """Return whether the compiled kernels can multiply a matrix: plain of any shape, or quantised in whole blocks."""
+    """Return whether the compiled kernels can multiply a matrix: rows are not too long, and consist of whole blocks."""
     columns = matrix.shape[-1]  # the last dimension, because a tensor may have all experts
     if matrix.block_type is None:
         return columns <= MAX_COLUMNS

@@ -141,7 +141,7 @@ def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None)
 def _quantised(family: TowerFamily, model: TowerConfig, stored: Checkpoint, described: Path) -> _Found:
     """Quantise a tower to Q8_0, whatever the type of `isq`, because a tower's errors affect all tokens.
 
-    Position embeddings stay plain.
+    Position embeddings stay unquantised.
     """
     from candle_vllm.core.assembly.isq import quantised_in_situ
 

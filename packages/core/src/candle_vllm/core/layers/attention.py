@@ -103,7 +103,7 @@ class StepInput:
         layer_inputs: [T, P] for each layer, P elements besides x; empty for families without such inputs.
         states: the step's use of layers' states, see `kernels/states`; None without states, and in a recorded step.
         windowed: slots and rows of each page pool of layers with a `WindowedCache`; empty in a recorded step.
-        shared: values that a layer computes for later layers, by name, such as the positions that an index chose.
+        shared: values that a layer computes for later layers, by name, such as the positions that an indexer chose.
     """
 
     positions: Value

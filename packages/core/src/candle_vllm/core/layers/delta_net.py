@@ -57,7 +57,7 @@ class DeltaSizes:
 
     @property
     def channels(self) -> int:
-        """Elements of a token's queries, keys and values together, which pass the convolution."""
+        """Elements of a token's queries, keys and values together: the channels of the convolution."""
         return sum(self.parts)
 
     @property
@@ -80,6 +80,7 @@ class GatedDeltaNet:
         placement: where the weights live.
         apart: checkpoints store q, k and v as three matrices, the parts "q", "k" and "v" of `inputs`, and the kernels
             of their convolutions as the parts "q.taps", "k.taps" and "v.taps"; otherwise "qkv" and "taps".
+        strength: see `DeltaGates`.
     """
 
     def __init__(

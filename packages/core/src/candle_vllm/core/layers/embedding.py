@@ -84,7 +84,7 @@ class Embedding:
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Compute logits [T, V] in fp32, into `out` if it is given.
 
-        With a divided table the next call may overwrite them.
+        With a divided table and without `out`, the next call may overwrite the result.
         """
         if isinstance(hidden, Recorded):
             return self.table(hidden.wanted()).logits(self.bias, self.logit_scale, self.softcap)

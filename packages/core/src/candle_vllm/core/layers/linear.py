@@ -142,7 +142,7 @@ class Linear:
             kept_in.take(self.matrices)
 
     def _one(self, pieces: Sequence[DeviceMatrix]) -> DeviceMatrix:
-        """Fuse all experts to one matrix: in their format if all are stored alike, otherwise decoded."""
+        """Fuse all experts into one matrix: in their format if all have the same one, otherwise decoded."""
         from candle_vllm.core.kernels.matrices import TensorMatrix
 
         kinds = {piece.kind for piece in pieces}

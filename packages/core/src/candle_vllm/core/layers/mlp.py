@@ -17,7 +17,7 @@ class GatedMLP:
         hidden_size, intermediate_size: E and F.
         placement: where the weights live.
         bias: whether all three matrices have biases.
-        down_bias: whether the last matrix has a bias; None if it is as `bias`.
+        down_bias: whether the last matrix has a bias; None for the value of `bias`.
         activation: activation of the gate.
         fused: whether checkpoints have gate and up as one matrix [2F, E], the gate's rows first: `WeightName` target
             `gate_up:weight`; otherwise the targets are `gate_up:gate.weight` and `gate_up:up.weight`.

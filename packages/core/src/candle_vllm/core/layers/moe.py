@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Experts of a family's config. Invalid values raise `InvalidFileError`.
+    """Sizes and routing of a layer's experts, a part of a model's config. Invalid values raise `InvalidFileError`.
 
     Attributes:
         experts: X, up to `MOST_EXPERTS`.
@@ -73,7 +73,7 @@ class Mixture:
             raise InvalidFileError(f"the model has {self.experts} experts; it must have 1 to {moe.MOST_EXPERTS}")
         if self.groups < 1 or self.experts % self.groups or not 0 < self.top_groups <= self.groups:
             raise InvalidFileError(
-                f"the best {self.top_groups} of {self.groups} groups of {self.experts} experts cannot be chosen"
+                f"the router cannot choose {self.top_groups} of {self.groups} groups of {self.experts} experts"
             )
         if self.correction and self.groups > 1 and self.experts == self.groups:
             raise InvalidFileError(f"the router needs groups of two experts or more; {self.groups} have one")
@@ -82,7 +82,7 @@ class Mixture:
                 raise InvalidFileError(f"the model's experts have an inner size of {size}; it must be 1 to {MAX_COUNT}")
         candidates = self.experts // self.groups * self.top_groups
         if not 0 < self.top_k <= candidates:
-            raise InvalidFileError(f"{self.top_k} experts of a token cannot be chosen among {candidates}")
+            raise InvalidFileError(f"the router cannot choose {self.top_k} experts of {candidates} for a token")
 
 
 HostLayer: TypeAlias = Callable[[Value, Value, Callable[[], Value] | None], tuple[Value, Value]]

@@ -36,7 +36,7 @@ class Placement:
         device: device of the tensors.
         dtype: type of matrices and activations if steps are not recorded, by its name in `quantization/plain.py`.
         weight_memory: memory for matrices in the layouts of the compiled CPU kernels; None without these kernels.
-        plain_kind: type of plain matrices in recorded steps; None keeps the stored types.
+        plain_kind: type of unquantised matrices in recorded steps; None keeps the stored types.
         words: stored types ("F16", "F32") whose matrices recorded steps multiply as integers of 14 bits
             (`kernels/word_linear`), unless `plain_kind` is set.
         keeps_quantised: if steps are not recorded, quantised matrices stay quantised, in the layouts of the GPU's
@@ -70,7 +70,7 @@ class Placement:
         return DTYPES[self.dtype]
 
     def empty(self, *shape: int, dtype: str = "F32") -> Value:
-        """Allocate memory for plain parameters such as norms and biases: an array for recorded steps, or a tensor."""
+        """Allocate memory for parameters such as norms and biases: an array for recorded steps, otherwise a tensor."""
         if self.shapes_only:
             return np.broadcast_to(np.zeros((), ELEMENTS[dtype]), shape)
         if self.recorded:
@@ -129,7 +129,7 @@ def write_rows(table: Value, first: int, rows: NDArray[np.float32]) -> None:
 
 
 class TensorParameter:
-    """Plain tensor or array into which a stored tensor is copied."""
+    """Tensor or array into which a stored tensor is copied."""
 
     sections = 1
 

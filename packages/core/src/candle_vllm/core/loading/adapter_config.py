@@ -26,7 +26,7 @@ _CONVERSION = (
 _UNCHANGED_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _MERGE = "merge it into the model with PEFT's merge_and_unload and serve that"
 _REFUSED = {
-    "layer_replication": "layers that stand in a model more than once",
+    "layer_replication": "layers that a model runs more than once",
     "use_qalora": "QA-LoRA's pooled inputs",
     "use_bdlora": "blocks on a diagonal (BD-LoRA)",
     "kasa_config": "KaSA's singular values",
@@ -191,7 +191,7 @@ def invocation_of(keys: Fields, key: str) -> tuple[int, ...]:
     """Return the invocation tokens of activated LoRA, for which prompts are searched; empty for other adapters."""
     tokens = keys.token_ids(key)
     if len(tokens) > _MOST_INVOKING:
-        raise AdapterError(f"{keys.path}: {key} has {len(tokens)} tokens; {_MOST_INVOKING} are allowed")
+        raise AdapterError(f"{keys.path}: {key} has {len(tokens)} tokens; at most {_MOST_INVOKING} are allowed")
     return tokens
 
 
@@ -203,7 +203,7 @@ def _choice(keys: _Keys, key: str, default: str, *allowed: str) -> str:
 
 
 def _check_init(keys: _Keys) -> None:
-    """Refuse initialisations that also change the base model's weights; others have no effect on inference."""
+    """Refuse unknown initialisations, and those that change the base model; others have no effect on inference."""
     value = keys.values.get("init_lora_weights")
     if value is None or isinstance(value, bool) or value in _UNCHANGED_BASE:
         return

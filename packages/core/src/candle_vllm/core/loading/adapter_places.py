@@ -25,7 +25,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 Format: TypeAlias = Literal["safetensors", "gguf"]
 
 _TOWERS = ("model.language_model.", "language_model.model.", "language_model.")
-"""Prefixes of a text model's names, if it was trained as a part of a larger model."""
+"""Prefixes of a text model's names, if it was trained as a part of a multimodal model."""
 _TRUNKS = ("model.", "bert.", "roberta.")
 """Prefixes of names, if the model was trained with a head; a model that was trained without a head lacks them."""
 
@@ -118,7 +118,7 @@ class AdapterPlaces:
     def module(self, name: str) -> tuple[str, Sequence[Spot]]:
         """Return the table's name of a Hugging Face module, and the spots of its matrix or parameter.
 
-        A prefix that differs because the base model had no head, or was a part of a larger model, is corrected.
+        A prefix that differs because the base model had no head, or was a part of a multimodal model, is corrected.
         """
         index = self._hf
         for known in _spellings(name):
@@ -157,7 +157,7 @@ class AdapterPlaces:
             self._orders[key] = self._order(spot, total, self._configs[format])
         order = self._orders[key]
         if order is None:
-            raise WeightsError(f"{spot.path} cannot be made from {total} rows")
+            raise WeightsError(f"a matrix B of {total} rows does not fit the layer {spot.path}")
         return order
 
     def columns(self, spot: Spot, a: StoredTensor, format: Format) -> StoredTensor:

@@ -3,7 +3,7 @@
 
 A file is copied into memory before it is parsed: somebody may write to it while a server runs, reading past the end of
 a truncated mapped file ends the process, and the digest must belong to the packed bytes. Limits are checked before
-weights are read. Of a folder only `adapter_config.json` and `adapter_model.safetensors` are read, never a pickle.
+weights are read. In a folder only `adapter_config.json` and `adapter_model.safetensors` are read, never a pickle.
 Source: PEFT's checkpoint format; `convert_lora_to_gguf.py` and `llama-adapter.cpp` of llama.cpp.
 """
 
@@ -32,7 +32,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 16 << 20
-"""Maximum bytes of names and offsets of the tensors; matrices of 128 single experts in 48 layers take 5 MB."""
+"""Maximum bytes of names and offsets of the tensors; separate matrices of 128 experts in 48 layers take 5 MB."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TYPES = {"peft": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "BF16", "Q8_0")}
 _PREFIX = "base_model.model."
@@ -293,7 +293,7 @@ def _check_size(path: Path, limits: AdapterLimits) -> None:
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if size > limits.max_bytes:
-        raise AdapterError(f"{path} has {size} bytes; {limits.max_bytes} are allowed: raise lora_memory")
+        raise AdapterError(f"{path} has {size} bytes; at most {limits.max_bytes} are allowed: raise lora_memory")
 
 
 def _check_tensors(checkpoint: Checkpoint, path: Path, format: str) -> None:
@@ -307,8 +307,8 @@ def _check_tensors(checkpoint: Checkpoint, path: Path, format: str) -> None:
             )
         if not tensor.numel:
             raise AdapterError(
-                f"{path}: tensor {name!r:.200} has the shape {list(tensor.shape)}, which is empty: it was saved "
-                "without its shards being gathered"
+                f"{path}: tensor {name!r:.200} has the shape {list(tensor.shape)}, which is empty: the training's "
+                "shards were not gathered before the adapter was saved"
             )
 
 

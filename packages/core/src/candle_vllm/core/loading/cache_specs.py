@@ -17,7 +17,7 @@ class PagedSpec:
     Attributes:
         kv_heads, key_dim: K and D, the shape of a token's keys.
         value_dim: size of a head's values. In latent attention, whose values are a part of the keys, it is the size of
-            a token's index key (sparse attention), stored in the values' place; 0 without an index.
+            a token's index key (sparse attention), stored in the values' place; 0 without an indexer.
         window: number of positions that a token attends to, including itself; None for all.
     """
 

@@ -5,7 +5,7 @@ An entry has a tensor's GGUF name and, for each column, the sum of the squares o
 tensor that holds all experts has a row for each expert. Two formats are read:
 
     GGUF   tensors `NAME.in_sum2` F32 [experts, columns] and `NAME.counts` F32 [experts], the number of inputs
-    .dat   int32 entries; for each: int32 length of the name, the name, int32 calls, int32 N, N float32 numbers
+    .dat   int32 entries; for each: int32 length of the name, the name, int32 calls, int32 N, float32 [N]
 
 Only the proportions within a row matter, so counts only show which experts had no inputs, and calls are not used.
 Source: llama.cpp's `tools/imatrix` and `tools/quantize`.
@@ -56,7 +56,7 @@ class Imatrix:
         if found.size != experts * columns:
             wanted = f"{columns:,}" if experts == 1 else f"{experts} times {columns:,}"
             raise WeightsError(
-                f"{self.path}: the entry of {name} has {found.size:,} numbers and the tensor takes {wanted}: the file "
+                f"{self.path}: the entry of {name} has {found.size:,} elements and the tensor needs {wanted}: the file "
                 "was made with another model"
             )
         rows = found.reshape(experts, columns).astype(np.float64)
@@ -99,7 +99,7 @@ def _checked(path: Path, entries: Iterator[tuple[str, np.ndarray]]) -> dict[str,
         if name in found:
             raise InvalidFileError(f"{path}: there are two entries of {name!r:.200}")
         if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
-            raise InvalidFileError(f"{path}: the entry of {name!r:.200} has a number that is no sum of squares")
+            raise InvalidFileError(f"{path}: the entry of {name!r:.200} has an element that is no sum of squares")
         found[name] = numbers
     if not found:
         raise InvalidFileError(f"{path} holds no importance matrix: there is no entry in it")
@@ -144,6 +144,6 @@ def _dat_entries(file: MappedFile) -> Iterator[tuple[str, np.ndarray]]:
             name = take(size, f"name {index}").decode()
         except UnicodeDecodeError as error:
             raise InvalidFileError(f"{file.path}: name {index} is no UTF-8") from error
-        number(f"the calls of entry {index}", (1 << 31) - 1)
-        count = number(f"the numbers of entry {index}", (1 << 31) - 1)
+        number(f"the number of calls of entry {index}", (1 << 31) - 1)
+        count = number(f"the number of elements of entry {index}", (1 << 31) - 1)
         yield name, np.frombuffer(take(4 * count, f"entry {index}"), "<f4")

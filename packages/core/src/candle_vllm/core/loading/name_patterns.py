@@ -3,7 +3,7 @@
 
 PEFT treats a key as a regular expression and matches `(.*\\.)?(KEY)$`. An adapter is an untrusted file, so a pattern
 is compiled to an automaton here: sets of positions, one step for each letter. Features beyond letters, classes, groups,
-alternatives and repetitions, such as lookaround and backreferences, raise an error that points at them.
+alternatives and repetitions, such as lookaround and backreferences, raise an error with their position.
 Source: Glushkov, "The abstract theory of automata", 1961.
 """
 
@@ -92,7 +92,7 @@ class NamePattern:
             if self._at == len(self._text):
                 return
             if not self._take("|"):
-                raise ValueError(f"{self._text[self._at]!r} at character {self._at} cannot be there")
+                raise ValueError(f"{self._text[self._at]!r} at character {self._at} is not allowed there")
 
     def _take(self, sign: str) -> bool:
         if self._text.startswith(sign, self._at):
@@ -166,7 +166,7 @@ class NamePattern:
         least = int(low)
         most = int(high) if high else None if comma else least
         if most is not None and most < least:
-            raise ValueError(f"the count {{{inner}}} has its bounds the wrong way round")
+            raise ValueError(f"the count {{{inner}}} has a lower bound above its upper bound")
         return least, most
 
     def _atom(self, depth: int) -> _Part:
@@ -179,7 +179,9 @@ class NamePattern:
             if depth > 20:
                 raise ValueError("its groups are more than 20 deep")
             if self._take("?") and not self._take(":"):
-                raise ValueError(f"the group at character {self._at - 2} is not read: only (...) and (?:...) are")
+                raise ValueError(
+                    f"the group at character {self._at - 2} is not supported: write it as (...) or (?:...)"
+                )
             part = self._alternatives(depth + 1)
             if not self._take(")"):
                 raise ValueError("a group is not closed")
@@ -189,7 +191,7 @@ class NamePattern:
         if sign == "\\":
             return self._position(self._escape())
         if sign in "*+?{^":
-            raise ValueError(f"{sign!r} at character {self._at - 1} cannot be there")
+            raise ValueError(f"{sign!r} at character {self._at - 1} is not allowed there")
         return self._position(_ALL if sign == "." else frozenset({ord(sign)}))
 
     def _escape(self) -> frozenset[int]:
@@ -198,7 +200,7 @@ class NamePattern:
         if letter in _ESCAPES:
             return _ESCAPES[letter]
         if not letter or letter.isalnum():
-            raise ValueError(f"\\{letter} is not read")
+            raise ValueError(f"\\{letter} is not supported")
         return frozenset({ord(letter)})
 
     def _class(self) -> frozenset[int]:

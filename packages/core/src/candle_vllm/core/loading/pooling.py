@@ -129,7 +129,7 @@ def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     rest = kinds[2 : -1 if kinds[-1:] == ["Normalize"] else None]
     if kinds[:2] != ["Transformer", "Pooling"] or not set(rest) <= {"Dense"}:
         raise UnsupportedModelError(
-            f"{path}: the model is made of {', '.join(kinds) or 'nothing'}; implemented: a Transformer, a Pooling, and "
+            f"{path}: the modules are {', '.join(kinds) or 'missing'}; implemented: a Transformer, a Pooling, and "
             "perhaps Dense layers and a Normalize; a Transformer and Dense layers (ColBERT); a Transformer and a "
             "SpladePooling"
         )

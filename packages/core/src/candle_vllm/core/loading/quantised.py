@@ -70,13 +70,13 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     logical: dict[str, StoredTensor] = {}
     for parts, tensor in collected("METHODS")[method].layers(fields, checkpoint):
         if tensor.name in logical or (tensor.name in checkpoint.tensors and tensor.name not in _names(parts)):
-            raise InvalidFileError(f"{tensor.path}: tensor {tensor.name} is stored both plain and quantised")
+            raise InvalidFileError(f"{tensor.path}: tensor {tensor.name} is stored both quantised and unquantised")
         taken |= _names(parts)
         logical[tensor.name] = tensor
     if _quantises_activations(fields):
-        logger.info("%s asks for quantised activations; they keep at least that precision", path)
+        logger.info("%s asks for quantised activations; activations have at least that precision here", path)
     if not logical:
-        logger.warning("%s names the method %s, and no weight is quantised", path, method)
+        logger.warning("%s names the method %s, but no weight is quantised", path, method)
     rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in taken}
     _check_plain(rest)
     scales = {name for name in rest if ACTIVATION_SCALES.fullmatch(name)}
@@ -84,7 +84,7 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
         logger.info("%s: %d scales of activations or of a quantised cache are not used", path, len(scales))
     idle = {name for name in rest if _is_idle(checkpoint, name)} if method == "compressed-tensors" else set[str]()
     if idle:
-        logger.info("%s: %d scales, zero points or group indices of plain weights are not used", path, len(idle))
+        logger.info("%s: %d scales, zero points or group indices of unquantised weights are unused", path, len(idle))
     kept = {name: tensor for name, tensor in rest.items() if name not in scales | idle}
     # Old AutoGPTQ stored a bias of zeros for every layer of a model without biases: the loader may ignore it.
     biases = {f"{name.removesuffix('.weight')}.bias" for name in logical} & kept.keys()
@@ -99,7 +99,7 @@ def _quantises_activations(fields: Fields) -> bool:
 
 
 def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse codes without a scale, which would be loaded as plain weights of an unusual type."""
+    """Refuse codes without a scale, which would be loaded as unquantised weights of an unusual type."""
     for name, tensor in tensors.items():
         if name.endswith(".weight") and tensor.type_name in _CODES:
             raise InvalidFileError(

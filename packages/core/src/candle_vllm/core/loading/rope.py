@@ -70,7 +70,7 @@ class RopeConfig:
             raise InvalidFileError(f"the rotary factor is {self.factor}; it must be 1 to {MAX_COUNT}")
         if not 1 <= self.original_max_position <= MAX_COUNT:
             raise InvalidFileError(
-                f"the context before stretching is {self.original_max_position} tokens; it must be 1 to {MAX_COUNT}"
+                f"the context before scaling is {self.original_max_position} tokens; it must be 1 to {MAX_COUNT}"
             )
         row.check(self)
         if "attention_factor" in row.keys and self.attention_factor is not None:
@@ -197,7 +197,7 @@ def _longrope(rope: RopeConfig, max_position: int) -> np.ndarray:
 
 def _check_longrope(rope: RopeConfig) -> None:
     """Check the divisors, which may have any type in a file, and the context before scaling."""
-    rope.check("context before stretching", rope.original_max_position, 1, MAX_COUNT)
+    rope.check("context before scaling", rope.original_max_position, 1, MAX_COUNT)
     divisors: dict[str, tuple[Any, ...]] = {"short_factor": rope.short_factor, "long_factor": rope.long_factor}
     for name, values in divisors.items():
         if len(values) != rope.dim // 2:
@@ -261,7 +261,7 @@ def attention_scale(rope: RopeConfig) -> float:
 
 
 def stretched_context(rope: RopeConfig, max_position: int) -> int:
-    """Return the context length after scaling; configs of kinds other than linear, dynamic and yarn contain it."""
+    """Return the context length after scaling, which configs of kinds other than linear, dynamic and yarn contain."""
     return ROPE_KINDS[rope.kind].context(rope, max_position)
 
 
@@ -321,7 +321,7 @@ def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -
     """Compute `RopeConfig.axes`: time rotates the first frequencies, height the next ones, and width the last ones.
 
     If interleaved, height has every third frequency from the second, and width every third from the third, until each
-    has its number of frequencies; time has the others.
+    has its number of frequencies; time has the rest.
     Source: Wang et al., 2024, arXiv:2409.12191 (multimodal rotary position embedding); Bai et al., 2025,
     arXiv:2511.21631 (interleaved).
     """

@@ -201,7 +201,7 @@ def _place_tensor(file: MappedFile, data_start: int, name: str, entry: _Entry) -
         raise InvalidFileError(f"{what} has a name of {len(name)} characters, allowed are 1 to {MAX_NAME_BYTES} bytes")
     dtype = ELEMENTS.get(entry.dtype)
     if dtype is None:
-        raise UnsupportedModelError(f"{what} has the dtype {entry.dtype!r:.60}; read are {', '.join(ELEMENTS)}")
+        raise UnsupportedModelError(f"{what} has the dtype {entry.dtype!r:.60}; supported: {', '.join(ELEMENTS)}")
     too_many = len(entry.shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in entry.shape) > MAX_ELEMENTS
     if too_many or min(entry.shape, default=0) < 0:
         raise InvalidFileError(
@@ -229,7 +229,7 @@ def _check_coverage(file: MappedFile, data_start: int, tensors: Mapping[str, Fil
         if tensor.start != position:
             trouble = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
             raise InvalidFileError(
-                f"{file.path}: tensor {tensor.name!r:.200} begins at byte {tensor.start}, expected was {position}: "
+                f"{file.path}: tensor {tensor.name!r:.200} begins at byte {tensor.start} instead of {position}: "
                 f"it {trouble}"
             )
         position += tensor.nbytes

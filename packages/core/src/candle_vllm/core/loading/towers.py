@@ -168,7 +168,7 @@ def text_fields(
     )
     if tensors is not None and not any(name.startswith("model.") for name in tensors):
         raise WeightsError(
-            f"{path.parent}: no tensor of the text tower (language_model.*) is there: "
+            f"{path.parent}: the checkpoint has no tensor of the text model (language_model.*): "
             f"download the checkpoint of the whole {architecture}"
         )
     values = {key: config[key] for key in _CARRIED if key in config} | dict(DEFAULTS.get(model_type, {}))

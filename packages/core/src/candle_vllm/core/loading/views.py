@@ -48,7 +48,9 @@ def spare(stored: StoredTensor) -> Spare:
 def entry(stored: StoredTensor, index: int) -> StoredTensor:
     """Select an entry of the outermost dimension: an expert's matrix [R, C] of [X, R, C], or its bias [R] of [X, R]."""
     if len(stored.shape) < 2:
-        raise WeightsError(f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; one more is wanted")
+        raise WeightsError(
+            f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; one more dimension is needed"
+        )
     return dataclasses.replace(stored.rows(index, index + 1), shape=stored.shape[1:])
 
 
@@ -167,7 +169,7 @@ class ColumnOrder:
         return computed(stored, stored.shape, lambda values: values[:, np.argsort(order)])
 
     def undone(self, stored: StoredTensor, config: Any) -> StoredTensor:
-        """Undo the view: return a plain matrix with its columns in the stored order."""
+        """Undo the view: return an unquantised matrix with its columns in the stored order."""
         order = self._order(config)
         return computed(stored, stored.shape, lambda values: values[:, order])
 
@@ -177,7 +179,7 @@ class ColumnOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Computed(Viewed):
-    """Plain tensor that a function computes from another tensor."""
+    """Unquantised tensor that a function computes from another tensor."""
 
     compute: Callable[[np.ndarray], np.ndarray]
 
@@ -207,7 +209,7 @@ def computed(
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Made(StoredTensor):
-    """Plain tensor that is in no file; errors name the file `source`."""
+    """Unquantised tensor that is in no file; errors name the file `source`."""
 
     source: Path
 
@@ -274,7 +276,7 @@ def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Transpose a plain matrix [R, C] to [C, R], or each matrix of [X, R, C]."""
+    """Transpose an unquantised matrix [R, C] to [C, R], or each matrix of [X, R, C]."""
     del config
     if len(stored.shape) < 2:
         return stored  # the loader reports a wrong shape
