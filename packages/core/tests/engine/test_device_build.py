@@ -211,7 +211,7 @@ def test_what_does_not_fit_names_a_flag(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_sinks": True}, "has no attention sinks"),
+        ({"attention_sinks": True}, "does not support attention sinks"),
         ({"attention_softcap": 50.0}, "has no soft cap"),
         ({"slopes": (0.5,)}, "ALiBi"),
     ],

@@ -84,7 +84,7 @@ def test_columns(stored: StoredTensor) -> None:
     check(views.entry(stored, 2).columns(0, 32), whole[2, :, :32])
     check(views.entry(stored, 1).select(np.array([7, 0])).columns(32, 64), whole[1, [7, 0], 32:])
     check(stored.columns(32, 64).rows(1, 3), whole[1:3, :, 32:])
-    with pytest.raises(WeightsError, match="columns 32 to 64 are wanted"):
+    with pytest.raises(WeightsError, match="columns 32 to 64 are needed"):
         stored.columns(32, 65)
 
 
@@ -121,7 +121,7 @@ def test_the_parts_of_a_fused_tensor_are_all_of_it(stored: StoredTensor) -> None
         WeightsError, match=r"w has shape \[8, 64\]; the model's config asks for 2 rows of q and 2 each"
     ):
         views.qkv_rows("v")(expert, SimpleNamespace(num_heads=1, num_kv_heads=1, head_dim=2))
-    with pytest.raises(WeightsError, match=r"w has shape \[8, 64\]; 3 equal parts are wanted"):
+    with pytest.raises(WeightsError, match=r"w has shape \[8, 64\]; 3 equal parts are needed"):
         views.row_part(0, 3)(expert, config)
 
 
@@ -162,5 +162,5 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
         stored = checkpoint.tensors["w"]
         with pytest.raises(UnsupportedModelError, match="Q8_0 tensor w cannot be transposed"):
             views.transposed(stored, NOTHING)
-        with pytest.raises(WeightsError, match=r"tensor w has shape \[3, 8, 64\]; rows 3 to 3 are wanted"):
+        with pytest.raises(WeightsError, match=r"tensor w has shape \[3, 8, 64\]; rows 3 to 3 are needed"):
             views.entry(stored, 3)

@@ -128,5 +128,5 @@ def test_everything_wrong_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_a_fused_tensor_of_fewer_experts_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"l\.0\.fused has shape \[2, 4, 4\]; rows 2 to 2 are wanted"):
+    with pytest.raises(WeightsError, match=r"l\.0\.fused has shape \[2, 4, 4\]; rows 2 to 2 are needed"):
         loaded(tmp_path, {f"l.{i}.fused": torch.ones(2, 4, 4) for i in range(2)})

@@ -167,9 +167,9 @@ def test_columns_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
         if few.span is not None:
             assert np.allclose(few.codes().dequantise(), few.load(), rtol=2**-22, atol=0)
     if step > 1:
-        with pytest.raises(WeightsError, match=rf"cannot be cut at columns 1 and 480: {step} are stored together"):
+        with pytest.raises(WeightsError, match=rf"cannot be cut at columns 1 and 480: {step} columns are stored"):
             found.columns(1, 480)
-    with pytest.raises(WeightsError, match="columns 0 to 480 are wanted"):
+    with pytest.raises(WeightsError, match="columns 0 to 480 are needed"):
         found.columns(0, 481)
 
 

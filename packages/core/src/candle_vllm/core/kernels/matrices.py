@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Matrices of layers that are not recorded, and the product of an input with several of them.
 
-Recorded steps have the matrices of `recorded.py`.
+The matrices of recorded steps are subclasses of `cpu_runtime.operation.Matrix`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.linear.triton_products import Operand
 
 Piece: TypeAlias = Any
-"""A matrix of a layer: a `kernels.recorded.Matrix` if steps are recorded, else a `DeviceMatrix`."""
+"""A matrix of a layer: a `cpu_runtime.operation.Matrix` if steps are recorded, else a `DeviceMatrix`."""
 
 Stored: TypeAlias = Literal["plain", "gguf", "floats", "codes"]
 """Storage of a matrix: plain elements, GGUF blocks, small floats in groups, or integer codes in groups."""
@@ -37,7 +37,7 @@ class DeviceMatrix(ABC):
     Attributes:
         data: the matrix in the layout of its kernels.
         kind: name of its format, for logs.
-        form: matrices with the same input and equal forms can be joined to one.
+        form: matrices with the same input and equal forms can be joined into one.
     """
 
     data: Any

@@ -3,7 +3,7 @@
 
 When the layers run on `Recorded` values instead of tensors, each kernel appends an operation to a plan instead of
 computing; later steps replay the plan. Kernels and layers use only this interface; `kernels/cpu_runtime/values.py`
-implements it, and decides which operations are fused. A wanted row is that of a token whose logits are wanted.
+implements it, and decides which operations are fused. A wanted row belongs to a token whose logits are computed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache
 
 LookUp: TypeAlias = Callable[[Any], Any]
-"""Function that returns rows float32 [T, width] for int64 numbers [T]."""
+"""Function that returns rows float32 [T, width] for int64 row numbers [T]."""
 
 RecordedPairs: TypeAlias = Any
 """Result of `Recorded.route`: the pairs of a step's tokens and their experts."""

@@ -140,5 +140,5 @@ def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
     if any(bool(piece.isinf().any()) for piece in values.flatten().split(_LOOKED_AT)):
         raise UnsupportedModelError(
             f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504; set "
-            "dtype='bf16' or dtype='f32', or device='cpu' where the GPU has neither for this model"
+            "dtype='bf16' or dtype='f32', or device='cpu' if the GPU supports neither for this model"
         )

@@ -62,7 +62,7 @@ def row_part(index: int, count: int) -> View:
         size = stored.shape[0] // count if stored.shape else 0
         if stored.shape and stored.shape[0] % count:
             raise WeightsError(
-                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; {count} equal parts are wanted"
+                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; {count} equal parts are needed"
             )
         return stored.rows(index * size, (index + 1) * size)
 

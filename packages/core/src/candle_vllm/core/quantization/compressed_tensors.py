@@ -119,7 +119,7 @@ def ct_tensor(parts: LayerTensors, schemes: list[CtScheme]) -> tuple[LayerTensor
     """
     errors = [
         InvalidFileError(
-            f"{parts.path}: layer {parts.layer} is stored quantised, and quantization_config has no config_groups that "
+            f"{parts.path}: layer {parts.layer} is stored quantised, but quantization_config has no config_groups that "
             "say how"
         )
     ]

@@ -93,7 +93,7 @@ def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> Quantised
     """
     weight, scale = parts.get("", *NUMBERS), parts.get("_scale_inv", *SCALES)
     if len(weight.shape) != 3 or 0 in weight.shape:
-        raise parts.shape_error(weight, "[experts, outputs, inputs]", "its scales have the name of all experts' scales")
+        raise parts.shape_error(weight, "[experts, outputs, inputs]", f"{scale.name} has the scales of all experts")
     experts, rows, columns = weight.shape
     block = block or (rows, columns)
     wanted = (experts, -(-rows // block[0]), -(-columns // block[1]))

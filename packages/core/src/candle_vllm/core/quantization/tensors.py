@@ -174,7 +174,7 @@ class StoredTensor(ABC):
     def _check_cut(self, what: str, first: int, last: int, size: tuple[int, ...]) -> None:
         if not size or not 0 <= first < last <= size[0]:
             raise WeightsError(
-                f"{self.path}: tensor {self.name} has shape {list(self.shape)}; {what} {first} to {last - 1} are wanted"
+                f"{self.path}: tensor {self.name} has shape {list(self.shape)}; {what} {first} to {last - 1} are needed"
             )
 
     def _check_columns(self, first: int, last: int) -> None:
@@ -183,7 +183,7 @@ class StoredTensor(ABC):
         if first % step or (last % step and last != self.shape[-1]):
             raise WeightsError(
                 f"{self.path}: {self.type_name} tensor {self.name} cannot be cut at columns {first} and {last}: "
-                f"{step} are stored together"
+                f"{step} columns are stored together"
             )
 
     def pack_for(self, backend: Backend[Packed]) -> Packed:

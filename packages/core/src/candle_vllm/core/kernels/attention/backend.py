@@ -84,17 +84,17 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
     if needs.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
     if needs.sinks:
-        return "FlashAttention has no attention sinks"
+        return "FlashAttention does not support attention sinks"
     if needs.slopes or needs.chunks:
-        return "FlashAttention is not used with ALiBi, nor within chunks"
+        return "FlashAttention is not used with ALiBi or chunked attention"
     if needs.cache_dtype != "auto":
         return f"FlashAttention does not read a cache of {needs.cache_dtype} with queries of another type"
     if torch.version.hip is not None:
-        return "FlashAttention is used on NVIDIA GPUs alone"
+        return "FlashAttention is used only on NVIDIA GPUs"
     if needs.capability is None or needs.capability < (8, 0):
         return "FlashAttention needs compute capability 8.0"
     if needs.head_dim > 256 or needs.head_dim % 8:
-        return f"FlashAttention needs heads of a multiple of 8 numbers up to 256, not {needs.head_dim}"
+        return f"FlashAttention needs a head size that is a multiple of 8 and at most 256, not {needs.head_dim}"
     if needs.deterministic:
         return "FlashAttention's results depend on the rest of the step, which 'deterministic' forbids"
     return None
@@ -130,14 +130,14 @@ def triton_refusal(needs: AttentionNeeds) -> str | None:
     if needs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernels compute f16, bf16 and f32, not {needs.dtype}"
     if needs.head_dim > 512:
-        return f"the Triton kernels need heads of at most 512 numbers, not {needs.head_dim}"
+        return f"the Triton kernels need a head size of at most 512, not {needs.head_dim}"
     if needs.head_dim > 256 and needs.capability < (8, 0):
-        return "the Triton kernels need compute capability 8.0 for heads of more than 256 numbers"
+        return "the Triton kernels need compute capability 8.0 for head sizes above 256"
     if needs.block_size < 16:
         return f"the Triton kernels need blocks of at least 16 tokens, and block_size is {needs.block_size}"
     major, minor = least = CACHE_TYPES[needs.cache_dtype].capability
     if needs.capability < least:
         others = " and ".join(repr(name) for name, kind in CACHE_TYPES.items() if kind.row_scales)
         given = f"kv_cache_dtype={needs.cache_dtype!r}"
-        return f"{given} needs an NVIDIA GPU of compute capability {major}.{minor}, {others} do not"
+        return f"{given} needs an NVIDIA GPU of compute capability {major}.{minor}; {others} do not"
     return None

@@ -103,7 +103,7 @@ def value_squares(_: Any, probabilities: Any, tiles: Any, count: Any, partials: 
 
 @intrinsic(prefer_literal=True)
 def copy_seen(_: Any, to: Any, tile: Any, keys: Any, dim: Any) -> Any:
-    """Copy a tile of values with only its first `keys` positions; write zeros for the others."""
+    """Copy the first `keys` positions of a tile of values; write zeros for its other positions."""
     signature = types.void(*[types.int64] * 3, dim)
     d = dim.literal_value
 

@@ -44,7 +44,7 @@ def make(needs: AttentionNeeds) -> Backend | str:
         try:
             activate_flash_attention_impl(f"FA{generation}")
         except (ImportError, OSError, RuntimeError) as error:
-            return f"the package of FlashAttention {generation} is installed and cannot be used ({error})"
+            return f"the package of FlashAttention {generation} is installed but cannot be used ({error})"
     attend, note = PagedFlash(PagedCall(varlen_attn, generation)), f"FlashAttention {generation}"
     return Backend("torch_flash", attend, capturable=True, finite_cache=generation > 2, note=note)
 

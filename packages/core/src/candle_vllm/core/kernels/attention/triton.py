@@ -3,9 +3,9 @@
 
 `triton_decode` computes the first `decodes` sequences of a step, which have one token each, `triton_prefill` the later
 sequences. So a token's kernel depends on the caller, not on the batch. No function waits for the GPU. With
-`DeviceRows.decoding` both kernels are launched for the largest step, and read on the device which sequences are theirs.
-In the kernels, a tile is BLOCK_N consecutive positions of one sequence and one KV head, a split is some consecutive
-tiles of a sequence, and an item is one split of one KV head.
+`DeviceRows.decoding` both kernels are launched for the largest step, and each reads on the device which sequences it
+computes. In the kernels, a tile is BLOCK_N consecutive positions of one sequence and one KV head, a split is some
+consecutive tiles of a sequence, and an item is one split of one KV head.
 """
 
 from __future__ import annotations

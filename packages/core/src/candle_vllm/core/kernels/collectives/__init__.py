@@ -53,7 +53,7 @@ class Stages(Protocol):
     size: int
 
     def send(self, x: Value, to: int) -> None:
-        """Send x [...], which must not be written to any more; waits only for a GPU's stream."""
+        """Send x [...], which must not be written to any more; the host does not wait for the receiver."""
         ...
 
     def receive(self, x: Value, source: int) -> Value:
@@ -280,7 +280,7 @@ class _SharedMemory:
             if self._gone.is_set():
                 raise RuntimeError("another rank has ended")
             if time.monotonic() > until:
-                raise RuntimeError(f"the other ranks have not come within {self._patience:.0f} s")
+                raise RuntimeError(f"the other ranks did not arrive within {self._patience:.0f} s")
             time.sleep(nap)
             nap = min(2 * nap, most)
             function(*given)
