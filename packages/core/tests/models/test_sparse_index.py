@@ -302,12 +302,12 @@ def test_gguf_files_that_do_not_name_the_layers(context: int, full: tuple[int, .
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     shared = ["shared", "full", "full"]
-    with pytest.raises(InvalidFileError, match="layer 0 has no index, indexer types"):
+    with pytest.raises(InvalidFileError, match="layer 0 has no indexer, indexer types"):
         sparse_index.from_hf(Fields(INDEX | {"indexer_types": shared}, Path("config.json")), "glm_moe_dsa", 3, 64)
     turned = Fields(INDEX | {"indexer_rope_interleave": True}, Path("config.json"))
     with pytest.raises(UnsupportedModelError, match="indexer_rope_interleave other than False"):
         sparse_index.from_hf(turned, "deepseek_v32", 3, 64)
-    with pytest.raises(UnsupportedModelError, match="an index without q_lora_rank"):
+    with pytest.raises(UnsupportedModelError, match="an indexer without q_lora_rank"):
         load(changed(folder, tmp_path / "m", q_lora_rank=None))
 
 

@@ -221,7 +221,7 @@ def load(folder: Path, **settings: Any) -> Any:
 
 def test_a_gguf_file_is_refused_with_the_alternative(tmp_path: Path) -> None:
     file = write_toy_gguf(tmp_path / "toy.gguf")
-    with pytest.raises(ConfigError, match=r"isq q4k needs unquantised .*toy\.gguf is a GGUF file.* quantize .*--isq q4k"):
+    with pytest.raises(ConfigError, match=r"q4k needs unquantised .*toy\.gguf is a GGUF file.* quantize .*--isq q4k"):
         load(file, isq="q4_k")
 
 

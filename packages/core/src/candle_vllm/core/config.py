@@ -288,11 +288,11 @@ class EngineConfig(ExplainedSettings):
                                      "A string or a list; without it nothing is fetched."] = ()
     allowed_local_media_path: Annotated[Path | None, FilePath(),
                                         "folder whose files requests may name as images (file://)"] = None
-    isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise plain weights while they are loaded "
+    isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise an unquantised model while it is loaded "
                    "(docs/quantisation.md): " + ", ".join(ISQ_NAMES),
                    "q4_k stands for q4k. w8a8 is q8_0 with one scale for each row, for CPUs with matrix units. The "
-                   "embedding and the head get at least q6k; norms, biases and routers stay plain. Not for GGUF files, "
-                   "for weights that are quantised already, or for encoders."] = None
+                   "embedding and the head get at least q6k; norms, biases and routers are not quantised. Not for GGUF "
+                   "files, for weights that are quantised already, or for encoders."] = None
     imatrix: Annotated[Path | None, FilePath(), "importance matrix of llama.cpp, GGUF or .dat, that isq uses to "
                        "quantise",
                        "For the k types, iq4_nl and iq4_xs only, because the other types have no search."] = None

@@ -274,7 +274,7 @@ def test_edits_that_nobody_asks_for_are_left_out(device: torch.device) -> None:
     none = torch.full((2,), -1, dtype=torch.int32, device=device)
     triton_edit.edit(logits, DeviceEdits(mask_rows=none, masks=torch.zeros(1, 2, dtype=torch.int32, device=device)))
     assert torch.equal(logits, before)
-    with pytest.raises(AssertionError, match="come together"):
+    with pytest.raises(AssertionError, match="must be given together"):
         triton_edit.edit(logits, DeviceEdits(mask_rows=none))
 
 

@@ -103,7 +103,7 @@ def quantised_in_situ(
     Args:
         name: one of `ISQ_TYPES`.
         table: the family's table of weight names.
-        checkpoint: plain weights; closing either checkpoint closes both.
+        checkpoint: the unquantised weights; closing either checkpoint closes both.
         config: the model's config.
         has_place: returns whether the model has a target: see `loading.weights.places`.
         imatrix: importance of the columns of matrices.

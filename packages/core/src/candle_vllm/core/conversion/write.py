@@ -236,8 +236,8 @@ def _plan_of_gguf(
     plans = [_requantised(config, name, targets.get(name), stored) for name, stored in checkpoint.tensors.items()]
     if (again := sum(plan.stored.quantised and plan.stored.dtype is not None for plan in plans)) > 0:
         logger.warning(
-            "%s: %d matrices are quantised already and are quantised or rounded again: a file of the plain weights is "
-            "more accurate",
+            "%s: %d matrices are quantised already and are quantised or rounded again: convert the unquantised model "
+            "for better results",
             checkpoint.path,
             again,
         )

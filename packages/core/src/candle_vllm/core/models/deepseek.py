@@ -228,7 +228,7 @@ WEIGHTS = [
 
 
 def ignored(config: DeepseekConfig) -> list[str]:
-    """Names of stored tensors without use: multi-token prediction layers, copies of matrices, unused indexers."""
+    """Names of tensors that are not loaded: multi-token prediction layers, copies of matrices, unused indexers."""
     last = range(config.num_layers, config.num_layers + config.extra_layers)
     extra = [rf"(model\.layers|blk)\.{layer}\..*" for layer in last]
     extra += [rf"(model\.layers|blk)\.{layer}\.(self_attn\.)?indexer\..*" for layer in config.shared_choices]

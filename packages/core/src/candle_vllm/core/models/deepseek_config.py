@@ -31,8 +31,8 @@ class DeepseekConfig(ModelConfig):
         dense_layers: number of first layers without experts.
         mixture: experts of the other layers.
         extra_layers: number of multi-token prediction layers after the last layer, which are not loaded.
-        index_layers: the layers with an index of sparse attention.
-        index_interleaved: rows of the index that rotate are stored in interleaved pairs.
+        index_layers: the layers with an indexer for sparse attention.
+        index_interleaved: rows of the indexer that rotate are stored in interleaved pairs.
     """
 
     q_rank: int
@@ -68,13 +68,13 @@ class DeepseekConfig(ModelConfig):
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """Latent rows, with index keys in layers that have an index."""
+        """Latent rows, with index keys in layers that have an indexer."""
         rows, keys = self.kv_rank + self.rope_dim, 0 if self.index is None else self.index.rope + self.index.latent
         return tuple(PagedSpec(1, rows, keys * (layer in self.index_layers)) for layer in range(self.num_layers))
 
     @property
     def shared_choices(self) -> Sequence[int]:
-        """The layers without an index, which use the positions that the last index before them has chosen."""
+        """The layers without an indexer, which use the positions that the last indexer before them has chosen."""
         return () if self.index is None else sorted(set(range(self.num_layers)) - self.index_layers)
 
     @property

@@ -267,7 +267,7 @@ WEIGHTS = [
     WeightName("own_head:weight", "lm_head.weight", "output.weight"),
 ]
 IGNORED = (r"(model\.)?(d2t|t2d)", r".*rotary_emb\.inv_freq", r"mask_hidden", r"verifier_.*")
-"""Names of tensors without use as weights: vocabularies (see `draft_token_ids`), and tensors for training only."""
+"""Names of tensors that are no weights: vocabularies (see `draft_token_ids`), and tensors for training only."""
 
 
 def draft_token_ids(config: Eagle3Config, checkpoint: Checkpoint, tokens: int) -> NDArray[np.int64] | None:

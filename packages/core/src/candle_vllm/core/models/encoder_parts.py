@@ -180,7 +180,7 @@ UNUSED = (
     r"(\w+\.)?pooler\..*",
     r"(cls|lm_head|vocab_\w+|lm_predictions|mask_predictions|legacy_cls)\..*",
 )
-"""Patterns of names of tensors without use: buffers, poolers, heads of pre-training."""
+"""Patterns of names of tensors that are not loaded: buffers, poolers, heads of pre-training."""
 
 
 def ignored(config: EncoderConfig) -> tuple[str, ...]:

@@ -183,7 +183,7 @@ class Family:
             config, a `ModelConfig` or the family's subclass of it.
         build: makes the model without its weights.
         weights: the table of weight names.
-        ignored: patterns of names of stored tensors without use.
+        ignored: patterns of names of stored tensors that are not loaded.
         prepared: renames the tensors of a checkpoint to the names of the table; None if they already have these.
         completed: adds to the config what only the tensors show; None if `config.json` is complete.
         as_gguf: how its models are written as GGUF files, by their model_type.

@@ -139,7 +139,7 @@ WEIGHTS = [
 
 
 def ignored(config: GemmaConfig) -> list[str]:
-    """Names of stored tensors without use: buffers that old converters saved, and the second copy of a tied head."""
+    """Names of tensors that are not loaded: buffers that old converters saved, and the second copy of a tied head."""
     return [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
 
 

@@ -132,7 +132,7 @@ WEIGHTS = [
 
 
 def ignored(config: Gemma3nConfig) -> list[str]:
-    """Names of stored tensors without use: those of Gemma 4, and an output scale that this model does not apply."""
+    """Names of tensors that are not loaded: those of Gemma 4, and an output scale that this model does not apply."""
     return [*gemma4.ignored(config), *[r".*\.altup\.correct_output_scale"] * (not config.scales_output)]
 
 

@@ -134,7 +134,7 @@ WEIGHTS = [
 
 
 def ignored(config: Gemma4Config) -> list[str]:
-    """Names of stored tensors without use: the copy of a tied head, and keys of layers that share an earlier cache."""
+    """Names of tensors that are not loaded: the copy of a tied head, and keys of layers that share an earlier cache."""
     readers = "|".join(str(layer) for layer, source in enumerate(config.sources) if layer != source)
     hf, gguf = rf"model\.layers\.({readers})\.self_attn\.[kv]_.*", rf"blk\.({readers})\.attn_[kv](_norm)?\..*"
     return [*[r"lm_head\.weight"] * config.tie_embeddings, *([hf, gguf] if readers else [])]

@@ -146,4 +146,4 @@ WEIGHTS = [
     WeightName("after:weight", "post_projection.weight", "nextn.post_projection.weight"),
 ]
 IGNORED = (r"lm_head\.weight", r"masked_embedding\..*", r"masked_embd_.*")
-"""Names of tensors without use: the copy of the embedding, and the clusters of tokens."""
+"""Names of tensors that are not loaded: the copy of the embedding, and the clusters of tokens."""

@@ -196,7 +196,7 @@ WEIGHTS = [
 
 
 def ignored(config: GptOssConfig) -> list[str]:
-    """Names of stored tensors without use: the copy of a tied head."""
+    """Names of stored tensors that are not loaded: the copy of a tied head."""
     return [r"lm_head\.weight"] if config.tie_embeddings else []
 
 

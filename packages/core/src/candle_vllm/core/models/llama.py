@@ -338,7 +338,7 @@ WEIGHTS = [
 
 
 def ignored(config: ModelConfig) -> list[str]:
-    """Names of stored tensors without use: old converters' buffers, a copy of a tied head, layers for draft tokens."""
+    """Names of tensors that are not loaded: old converters' buffers, a copy of a tied head, layers for draft tokens."""
     buffers = [r".*rotary_emb\.inv_freq", r".*\.attn_rot_embd\.weight", r"mtp\..*"]
     return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The index of sparse latent attention in DeepSeek V3.2 and GLM-5: its layer, its config, its weight names.
+"""The indexer of sparse latent attention in DeepSeek V3.2 and GLM-5: its layer, its config, its weight names.
 
 A token attends to the positions whose index keys have the largest sums of products with the heads of its index query
 (`kernels/latent_attention`). The last `rope` elements of heads and keys rotate here, the first ones in checkpoints. In
-GLM-5.2 and later, layers without an index use the positions that an earlier layer chose. The published code also
+GLM-5.2 and later, layers without an indexer use the positions that an earlier layer chose. The published code also
 multiplies queries and keys by a Hadamard matrix, which changes no product. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
 """
 
@@ -67,7 +67,7 @@ class Index:
 
 
 def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str, Any]:
-    """The config's fields of the index and its layers; empty for a model without an index."""
+    """The config's fields of the indexer and its layers; empty for a model without an indexer."""
     if model_type not in ("deepseek_v32", "glm_moe_dsa"):
         return {}
     sizes = [fields.count(key) for key in ("index_n_heads", "index_head_dim", "index_topk")]
@@ -100,18 +100,18 @@ def _checked(fields: Fields, sizes: list[int], rope: int, full: list[bool], laye
     heads, dim, top = sizes
     if len(full) != layers or not full[0] or dim <= rope:
         raise InvalidFileError(
-            f"{fields.path}: layer 0 has no index, indexer types do not cover the {layers} layers, or index keys have "
-            f"{dim} elements (more than {rope} are needed)"
+            f"{fields.path}: layer 0 has no indexer, indexer types do not cover the {layers} layers, or index keys "
+            f"have {dim} elements (more than {rope} are needed)"
         )
     if not fields.count("q_lora_rank" if "q_lora_rank" in fields else "attention.q_lora_rank", 0):
-        raise UnsupportedModelError(f"{fields.path}: an index without q_lora_rank is not implemented")
+        raise UnsupportedModelError(f"{fields.path}: an indexer without q_lora_rank is not implemented")
     index = LatentSizes(heads=heads, nope=dim - rope, rope=rope, latent=dim - rope, value=0)
     indexed = frozenset(layer for layer in range(layers) if full[layer])
     return {"index": index, "index_top": top, "index_layers": indexed, "index_interleaved": pairs}
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """The metadata of the index; llama.cpp reads `types` for GLM alone."""
+    """The metadata of the indexer; llama.cpp reads `types` for GLM alone."""
     at, sizes = "attention.indexer.", config.index
     if sizes is None:
         return {}

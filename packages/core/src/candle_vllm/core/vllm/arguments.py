@@ -76,7 +76,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
 
 
 def check_quantization(said: str | None, stored: str | None) -> None:
-    """Refuse a quantization method for a checkpoint of plain weights.
+    """Refuse a quantization method for an unquantized checkpoint.
 
     For a quantized checkpoint the argument has no effect: its files define the method.
 

@@ -140,7 +140,7 @@ def _isq(value: Any, where: str, remarks: list[str], stored: bool) -> str | None
         return None
     if name.replace("_k", "k") in ISQ_NAMES and not stored:
         return name
-    remarks.append(f"{where} has no effect: the model's files define their quantisation; isq quantises plain weights")
+    remarks.append(f"{where} has no effect: the model's files define its quantisation; isq quantises unquantised files")
     return None
 
 
@@ -248,4 +248,4 @@ def original_variable(name: str, text: str, spelled: str, among: Mapping[str, st
     on = convert(Boolean(), text, spelled)
     if inner == "PROMPT_CACHE_ENABLED":
         return "enable_prefix_caching", on
-    return "thoughts stand beside the answer without it" if on else ("reasoning_parser", "none")
+    return "reasoning is returned separately by default" if on else ("reasoning_parser", "none")

@@ -223,7 +223,7 @@ def _gather_queries(
 
 @njit(inline="always")
 def _fall(scores: int, chunk, positions: int, row: int) -> None:
-    """Subtract the head's ALiBi slope times the distances from the scores of row number `row` of the chunk's rows."""
+    """Subtract the head's ALiBi slope times the keys' distances from the scores of row `row`, without ALiBi nothing."""
     start, _, count, _, slopes, group, first = chunk
     if slopes != 0:
         slope = slopes + 4 * ((first + row) % group)

@@ -28,7 +28,7 @@ class RecordedBackend:
 
     Attributes:
         memory: allocator of the packed matrices.
-        kind: type of plain matrices; None keeps the stored types.
+        kind: type of unquantised matrices; None keeps the stored types.
         groups: whether the layer can reorder its input as a matrix requires.
         floats_kept: whether the layer supports small floats (FP8, FP4) with scales; otherwise they are decoded.
         words: see `Placement`.

@@ -314,8 +314,8 @@ class LinearArguments(NamedTuple):
         accumulate: whether to add to the result instead of overwriting it.
         picked: address of int64 row numbers of the activations; 0 for rows 0, 1, 2, ...
         x: address of the activations, in the input form of the weight format.
-        x_bytes: row stride of plain activations: a multiple of 64, with zeros after K.
-        scales, sums: addresses of scales and sums of quantised activations.
+        x_bytes: row stride of activations that are not in `Groups`: a multiple of 64, with zeros after K.
+        scales, sums: addresses of scales and sums of activations in `Groups`.
         span: for small floats (`scaled_linear`): loop iterations for the columns that share a scale; otherwise 0.
         ahead: prefetch distance of quantised weights, in bytes.
         beside: address of the threads' lists of other memory to prefetch meanwhile (`tiles.py`), `RUNS_BYTES` apart; or

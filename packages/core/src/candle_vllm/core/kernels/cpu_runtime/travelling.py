@@ -38,7 +38,7 @@ from candle_vllm.core.threads import collector_paused
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
-INDEX_KEY = 128  # elements of a key of DeepSeek's index
+INDEX_KEY = 128  # elements of a key of DeepSeek's indexer
 
 
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:

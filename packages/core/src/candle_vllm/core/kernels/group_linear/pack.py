@@ -83,24 +83,24 @@ def _check(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
     if bits not in (4, 8):
         raise ValueError(f"codes of {bits} bits; there are kernels for 4 and 8")
     if codes.dtype != torch.uint8 or codes.dim() != 2 or 0 in codes.shape:
-        raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; uint8 [rows, columns] is read")
+        raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; they must be uint8 [rows, columns]")
     if scales.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"scales are {scales.dtype}; float16 and bfloat16 are read")
+        raise ValueError(f"scales are {scales.dtype}; they must be float16 or bfloat16")
     rows, columns = codes.shape
     if scales.dim() != 2 or len(scales) != rows or scales.shape[1] < 1 or columns % scales.shape[1]:
         raise ValueError(f"scales of shape {tuple(scales.shape)} do not fit a matrix of {rows} x {columns}")
     group = columns // scales.shape[1]
     if group != columns and group % PART:
-        raise ValueError(f"groups of {group} weights; a multiple of {PART}, or whole rows of {columns}, are read")
+        raise ValueError(f"groups of {group} weights have no kernel: a multiple of {PART} or a whole row is needed")
     if bits < 8 and int(codes.max()) >= 1 << bits:
         raise ValueError(f"a code is {int(codes.max())}; {bits} bits hold less")
     if zeros is not None:
         if zeros.shape != scales.shape or zeros.is_floating_point():
             raise ValueError(
-                f"zeros are {zeros.dtype} of shape {tuple(zeros.shape)}; integers of the shape of the scales are read"
+                f"zeros are {zeros.dtype} of shape {tuple(zeros.shape)}; they must be integers in the scales' shape"
             )
         if int(zeros.min()) < 0 or int(zeros.max()) > 0xFFFF:
-            raise ValueError(f"zeros from {int(zeros.min())} to {int(zeros.max())}; 0 to 65535 are read")
+            raise ValueError(f"zeros are {int(zeros.min())} to {int(zeros.max())}; they must be 0 to 65535")
 
 
 def plane_of(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:

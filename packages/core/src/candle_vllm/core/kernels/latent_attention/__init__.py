@@ -16,7 +16,7 @@ The token at position p attends to 0..p.
 Scores and sums are fp32. A token's bits depend on its own sequence alone. On a GPU R and L are at least 16, S is a
 power of two and at least 16, and the conditions of `kernels/attention` for `DeviceRows` apply too.
 
-Sparse attention: an **index** has H queries [D] and H weights for each token, and a key [D] for each position. It
+Sparse attention: an **indexer** has H queries [D] and H weights for each token, and a key [D] for each position. It
 scores the positions j = 0..p in fp32. The token attends to the `top` positions with the largest scores, among equal
 scores the lower positions. In torch, a token's bits then also depend on whether the step has a context longer than
 `top`. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.

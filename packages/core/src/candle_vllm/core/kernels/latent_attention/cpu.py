@@ -4,7 +4,7 @@
 Terms: see `attention/cpu_cache.py`; chunks, units and merging are those of `attention/cpu.py`, so a token's result does
 not depend on the rest of the step. A row tile is up to four groups of 16 heads (`cpu_tiles.py`), which read the same
 latent rows. The result is written in the input layout of `cpu_heads.py`: for each head rows of L elements, bfloat16 or
-float32. If an index chooses the positions that a token attends to, `choose` runs before.
+float32. If an indexer chooses the positions that a token attends to, `choose` runs before.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Record a layer's latent attention, and an index's choice of positions, from the operations of this folder."""
+"""Record a layer's latent attention, and an indexer's choice of positions, from the operations of this folder."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def record_latent(
 def record_choice(
     recorder: Recorder, q: Place, key: Place, weights: Place, parts: LatentParts, cache: np.ndarray, top: int
 ) -> NDArray[np.int32]:
-    """Record for an index: rotation, the write of keys to the index's cache, and the choice of positions.
+    """Record for an indexer: rotation, the write of keys to the indexer's cache, and the choice of positions.
 
     Rows of q and key consist of heads [nope | rope], and `weights` has an element for each head; `parts` has no
     matrices, and `nope` equals `latent`. Return positions [T * top], with `top` at most the longest context; they are

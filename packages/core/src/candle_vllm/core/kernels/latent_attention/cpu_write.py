@@ -66,7 +66,7 @@ def _copy_row(x: int, to: int, count: int, padded: int, form: int) -> None:
 
 
 def make_prepare(form: int) -> Callable[..., None]:
-    """Return the operation; `form` as for `cpu_tiles.copy_numbers`, or 2 for an index, which has no matrices."""
+    """Return the operation; `form` as for `cpu_tiles.copy_numbers`, or 2 for an indexer, which has no matrices."""
 
     def latent_prepare(row, thread, threads):
         given = read(PrepareArguments, row)

@@ -71,7 +71,7 @@ STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
 _SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
 _MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
-FEW_TOKENS = 16  # up to this number of tokens in a step, threads divide each token's index scores; above it, tokens
+FEW_TOKENS = 16  # up to this number of tokens in a step, threads divide each token's indexer scores; above it, tokens
 CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # bytes of a thread in a choice: addresses of tiles, scores of a chunk
 
 
@@ -92,7 +92,7 @@ def choice_scratch(max_context: int, threads: int) -> int:
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:
-    """Return the size of the scratch memory that all layers share; see `attention.cpu_split.scratch_bytes`."""
+    """Return the size of the scratch memory that all layers share; see `attention.cpu_cache.scratch_bytes`."""
     chunks = chunk_of(max_context) + 1
     stream = groups_of(heads) * LANES * chunks * 4 * partial_floats(latent)
     streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))

@@ -10,7 +10,7 @@ import torch
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 _QUERIES = 64  # queries at a time, so that the scores of a long prompt stay small
-_SCORES = 1 << 25  # maximum index scores of all heads that are computed at a time, but at least one query's
+_SCORES = 1 << 25  # maximum indexer scores of all heads that are computed at a time, but at least one query's
 
 
 def latent_attention(
@@ -35,7 +35,7 @@ def latent_attention(
 
 
 def _queries(scores: int) -> int:
-    """Return how many queries an index scores at a time; `scores` is the number of scores of a query."""
+    """Return how many queries an indexer scores at a time; `scores` is the number of scores of a query."""
     return max(1, min(_QUERIES, _SCORES // max(1, scores)))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer with a plain weight; step 6 of a request's life.
+"""Linear layer with an unquantised weight; step 6 of a request's life.
 
 Contract: x [T, I] and weight [O, I] have one float dtype, and bias [O] has the same dtype or is None. The result
 y [T, O] = x weight^T + bias has x's dtype, in new memory or in `out`. `out` [T, O] has x's dtype, contiguous rows and

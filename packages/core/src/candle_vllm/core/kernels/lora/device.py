@@ -215,7 +215,7 @@ class DeviceAdapters(EagerAdapters):
         self._staging.send(0)
 
     def taking_sent(self, *, head: bool) -> None:
-        """Add the adapters of `send` from now on, to the products of layers or of the head. Call as stream work."""
+        """Add the adapters of `send` from now on, to products of layers or of the head. Call it in stream work."""
         from candle_vllm.core.kernels.lora.triton import Blocks
 
         table, rows, scales = (self._staging.device[f"{_OF[head]}_{name}"] for name in ("table", "rows", "scales"))
@@ -250,7 +250,7 @@ class DeviceAdapters(EagerAdapters):
         return launched
 
     def taking_none(self) -> None:
-        """Add no adapters from now on. Call as stream work."""
+        """Add no adapters from now on. Call it in stream work."""
         self._blocks, self.groups = None, ()
 
     def add(self, place: Place | None, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

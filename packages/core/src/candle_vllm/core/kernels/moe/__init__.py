@@ -87,7 +87,7 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
     assert 0 < experts <= MOST_EXPERTS, f"{experts} experts; at most {MOST_EXPERTS} are supported"
     assert experts % groups == 0
     assert 0 < top_groups <= groups
-    assert 0 < top_k <= experts // groups * top_groups, "more experts are asked for than are candidates"
+    assert 0 < top_k <= experts // groups * top_groups, "top_k exceeds the number of candidate experts"
     assert bias is None or bias.shape == (experts,)
     assert bias is None or groups == 1 or experts // groups > 1, "the worth of a group is the sum of two"
     assert routing.scoring in get_args(Scoring)

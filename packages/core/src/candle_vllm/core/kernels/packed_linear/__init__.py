@@ -14,7 +14,7 @@ elements of `out` are written. `out` must not overlap the inputs.
 
 `pack` makes a `PackedMatrix` from a GGUF tensor's bytes, in a `WeightMemory` that a model's matrices share;
 `dequantise` returns its weights; both use numpy. `reference.py` implements the contract in plain numpy. `cpu.py` has
-the compiled operations; only a CPU engine imports it.
+the compiled operations.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer with plain weights, on the CPU; step 6 of a request's life.
+"""Linear layer with BF16, F16, F32 or W8A8 weights, on the CPU; step 6 of a request's life.
 
 Contract. Activations x [T, K] from `kernels/activation_rows`: bfloat16 for BF16 weights, float32 for F16 and F32
 weights, int8 with a scale for each segment of 128 for W8A8; each row is padded with zeros after K. Weights [N, K], 16
@@ -16,8 +16,8 @@ W8A8 has the same bits on every CPU. On one CPU, the bits of a row's result do n
 threads. No other elements of `out` are written. `out` must not overlap the inputs.
 
 `pack` makes a `PlainMatrix` from a stored tensor's bytes, `pack_rows` one of W8A8 from blocks of Q8_0 whose rows have
-one scale each, which is how W8A8 is stored; `unpack` returns its weights. `reference.py` implements the
-contract in plain numpy. `cpu.py` has the compiled operations; only a CPU engine imports it.
+one scale each, which is how W8A8 is stored; `unpack` returns its weights. `reference.py` implements the contract in
+plain numpy. `cpu.py` has the compiled operations.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer and embedding with plain weights as compiled CPU operations (step 6 of a request's life).
+"""Linear layer and embedding with BF16, F16, F32 or W8A8 weights as compiled CPU operations (step 6).
 
 Terms (tile, step): see `layout.py`. A thread has consecutive tiles, and multiplies them by rows of activations (tokens)
 in **blocks** of 8, 4 or 1. A block's rows are first copied to a **panel** (`cpu_panel.py`); a block that is not full

@@ -345,7 +345,7 @@ def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch
     Args:
         counts: [S, V] int32, see `DeviceEdits`.
         count_rows: [R] int32, different for each row; -1 for a row that is not counted.
-        token_ids: [R] int64; ids below 0, V and ids above V are not counted.
+        token_ids: [R] int64; ids below 0, and from V on, are not counted.
     """
     if on_gpu(counts):
         from candle_vllm.core.kernels.sampling import triton_edit

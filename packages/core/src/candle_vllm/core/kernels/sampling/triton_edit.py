@@ -161,5 +161,5 @@ def _check(logits: torch.Tensor, edits: DeviceEdits) -> None:
             assert len(given.shape) == len(shape), name
             assert all(size in (None, has) for size, has in zip(shape, given.shape)), name
     for group in (("bias_ids", "bias"), ("mask_rows", "masks"), ("count_rows", "counts", "penalties")):
-        assert len({getattr(edits, name) is None for name in group}) == 1, f"{group} come together"
+        assert len({getattr(edits, name) is None for name in group}) == 1, f"{group} must be given together"
     assert edits.bias is None or edits.bias_ids is None or edits.bias.shape == edits.bias_ids.shape

@@ -14,7 +14,7 @@ on the threads. A NaN in row n of the weights makes out[:, n] NaN; infinite weig
 elements of `out` are written, and `out` must not overlap the inputs.
 
 `pack` converts the codes of a checkpoint to a `ScaledMatrix`, `unpack` returns its weights. `reference.py` is the
-contract in plain numpy; only a CPU engine imports `cpu.py`, the compiled operations.
+contract in plain numpy; `cpu.py` has the compiled operations.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; OCP Microscaling Formats 1.0, 2023.
 """
 

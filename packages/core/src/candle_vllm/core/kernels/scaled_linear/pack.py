@@ -56,7 +56,7 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
 def check_span(span: int, columns: int) -> None:
     """Raise `UnsupportedModelError` if no kernel supports a scale for `span` of a matrix's columns."""
     if span < columns and span % LEAST_SPAN:
-        raise UnsupportedModelError(f"a scale for {span} columns has no kernel: it must be for a multiple of 8, or all")
+        raise UnsupportedModelError(f"a scale for {span} columns has no kernel: it must cover a multiple of 8, or all")
 
 
 def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:

@@ -251,7 +251,7 @@ def short_conv(
     gate_stride = 0 if gate_in is None else gate_in.stride(0)
     assert x.stride(1) == 1
     assert gates is None or all(gate.stride() == (gate_stride, 1) for gate in gates)
-    assert tokens <= sequences or not rows.single  # padding tokens are runs of their own
+    assert tokens <= sequences or not rows.single  # padding tokens are sequences of their own
     assert weight.is_contiguous()
     assert bias is None or bias.is_contiguous()
     assert states.stride()[1:] == (channels, 1) or not states.numel()

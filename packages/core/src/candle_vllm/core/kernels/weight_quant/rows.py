@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Quantise plain rows to ggml's blocks at load, in chunks and on several threads.
+"""Quantise rows of floats to ggml's blocks at load, in chunks and on several threads.
 
 `quantization/ggml_blocks.py` describes the blocks; `kernels/weight_quant` has the algorithms.
 """
@@ -33,7 +33,7 @@ ISQ_TYPES: Mapping[str, GGMLQuantizationType] = MappingProxyType(
 """Types that weights can be quantised to, by their names in the setting `isq`."""
 
 SOURCES = ("F32", "BF16", "F16", "F64")
-"""Types of plain weights."""
+"""Types of the weights that can be quantised."""
 
 
 def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType | None:
@@ -51,7 +51,7 @@ def quantise(
     """Quantise rows; uses a few MB besides the result.
 
     Args:
-        raw: plain elements, uint8 [R, bytes per row]; need not be aligned.
+        raw: the rows' bytes, uint8 [R, bytes per row]; need not be aligned.
         stored: type of the elements, one of `SOURCES`.
         columns: elements of a row, a multiple of the type's block.
         kind: one of the types of `ISQ_TYPES`.

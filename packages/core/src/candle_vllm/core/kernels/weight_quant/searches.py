@@ -109,7 +109,7 @@ TYPES = (*SIMPLE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", *TABLES)
 class Quantise(Protocol):
     """Quantise x float32 [N, elements per block] to out uint8 [N, bytes per block]; return whether that is possible.
 
-    x is whole rows of C columns; `importance`, float32 [C], is used only by types with a search.
+    x has whole rows of C columns; `importance`, float32 [C], is used only by types with a search.
     """
 
     def __call__(self, x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool: ...
