@@ -140,7 +140,7 @@ def _isq(value: Any, where: str, remarks: list[str], stored: bool) -> str | None
         return None
     if name.replace("_k", "k") in ISQ_NAMES and not stored:
         return name
-    remarks.append(f"{where} has no effect: the model's files define its quantisation; isq quantises unquantised files")
+    remarks.append(f"{where} has no effect: the model's files define its quantisation; isq is for unquantised models")
     return None
 
 
