@@ -83,7 +83,12 @@ def test_auto_is_triton_on_a_gpu_and_the_reference_elsewhere(triton_kernels: Mod
         ("torch_flash", change(capability=(7, 5), dtype=torch.float16), "8.0", "'triton'"),
         ("triton", change(capability=(7, 5), dtype=torch.float16, cache_dtype="fp8"), "8.9", "'torch'"),
         ("auto", change(head_dim=640), "head size of at most 512, not 640", "'torch'"),
-        ("triton", change(capability=(7, 5), dtype=torch.float16, head_dim=512), "8.0 for head sizes above 256", "'torch'"),
+        (
+            "triton",
+            change(capability=(7, 5), dtype=torch.float16, head_dim=512),
+            "8.0 for head sizes above 256",
+            "'torch'",
+        ),
         ("triton", change(block_size=8), "block_size is 8", "block_size=16"),
         ("triton", change(capability=(8, 6), cache_dtype="fp8"), "8.9", "'torch'"),
         ("triton", change(dtype=torch.float64), "float64", "'torch'"),

@@ -152,8 +152,8 @@ class FairThreads:
         Args:
             work: the function.
             who: the asker; None uses the asker of this context.
-            ended: called once the work has ended or can no longer start: before this coroutine ends, or later in the event
-                loop if the coroutine was cancelled and the work continues.
+            ended: called once the work has ended or can no longer start: before this coroutine ends, or later in the
+                event loop if the coroutine was cancelled and the work continues.
 
         Raises:
             EngineOverloadedError: too many jobs wait, this job has waited too long, or the threads are closed.
