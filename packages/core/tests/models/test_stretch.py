@@ -11,7 +11,7 @@ import pytest
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
-from packages.core.tests.models.families import GEMMA3, LLAMA3
+from packages.core.tests.models.families import GEMMA3, LLAMA3, ROWS
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import (
     config_of,
@@ -88,6 +88,14 @@ def test_models_that_are_scaled_already_are_refused(tmp_path: Path) -> None:
 def test_models_with_two_rotary_settings_are_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "gemma3_text", **GEMMA3)
     with pytest.raises(ConfigError, match="rotary positions of two kinds"):
+        load(folder, yarn_scaling_factor=2.0)
+
+
+@pytest.mark.parametrize("name", ["BLOOM", "Falcon-RW", "Jamba", "Nemotron-H", "OLMo Hybrid"])
+def test_models_whose_positions_are_not_rotary_are_refused(name: str, tmp_path: Path) -> None:
+    """ALiBi, or attention without positions: only the context would grow."""
+    folder = write_tiny(tmp_path, ROWS[name].model_type, **ROWS[name].config)
+    with pytest.raises(ConfigError, match=rf"{ROWS[name].model_type} are not rotary, which YaRN cannot stretch"):
         load(folder, yarn_scaling_factor=2.0)
 
 

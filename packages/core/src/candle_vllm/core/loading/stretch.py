@@ -19,8 +19,8 @@ def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint)
     """Multiply the model's context length by `factor` with YaRN; None changes nothing.
 
     Raises:
-        ConfigError: the rotary embedding is absent, scaled already, of two kinds, or that of transformers' own layers,
-            or the context would be too long.
+        ConfigError: the model has no rotary embedding, has one that is scaled already, has two different ones, or runs
+            on transformers' layers; or the context would be too long.
     """
     if factor is None:
         return config
@@ -30,10 +30,12 @@ def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint)
             "from config.json alone: leave the setting out, and write rope_parameters there",
             _SETTING,
         )
-    if getattr(config, "positions", 0):
+    table, unrotated = getattr(config, "positions", 0), len(getattr(config, "unrotated_layers", ()))
+    if table or config.slopes or unrotated == config.num_layers or not getattr(config, "rotates", True):
+        what = f"a table of {config.max_position} rows" if table else "not rotary"
         raise ConfigError(
-            f"yarn_scaling_factor={factor:g}: positions of {config.model_type} are a table of {config.max_position} "
-            "rows, which cannot be stretched: leave the setting out",
+            f"yarn_scaling_factor={factor:g}: positions of {config.model_type} are {what}, which YaRN cannot stretch: "
+            "leave the setting out",
             _SETTING,
         )
     rope = config.rope
