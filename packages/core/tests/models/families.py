@@ -698,6 +698,7 @@ ROWS: Mapping[str, Row] = {
     "Phi-3": Row("phi3", PHI3, "phi3"),
     "Phi-3.5-MoE": Row("phimoe", PHIMOE, "phimoe", undecided=0.1, common=False),
     "Phi-3.5-MoE long": Row("phimoe", PHIMOE | PHIMOE_LONG, undecided=0.1, common=False),
+    "Phi-3.5-MoE tied": Row("phimoe", PHIMOE | {"tie_word_embeddings": True}, undecided=0.1, common=False),
     "Phi-4-mini": Row("phi3", PHI4_MINI, "phi3"),
     "StableLM": Row("stablelm", STABLELM, "stablelm"),
     "StableLM-2": Row("stablelm", STABLELM | {"hidden_size": 128, "use_qkv_bias": True}, "stablelm", common=False),

@@ -112,6 +112,7 @@ class PhiMoe(DecoderStack):
         self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement)
         self.head = None if tied else Embedding(*size, placement, bias=config.head_bias)
+        self.scorer = self.embed if self.head is None else self.head
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ _NORMS = [
 WEIGHTS = [
     *(line for line in llama.WEIGHTS if line.target not in {norm.target for norm in _NORMS}),
     *_NORMS,
-    WeightName("head:bias", "lm_head.bias", "output.bias"),
+    WeightName("scorer:bias", "lm_head.bias", "output.bias"),
     WeightName("layers.{i}.mlp.router:weight", _ROUTERS, GG + "ffn_gate_inp.weight"),
     *expert_names("block_sparse_moe.experts", "w1", "w3", "w2"),
 ]
