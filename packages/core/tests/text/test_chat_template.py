@@ -299,6 +299,17 @@ def test_longer_conversations_and_more_tools_may_take_more(
         template.render([one] * 400)
 
 
+def test_every_operand_of_a_tilde_counts_as_wide_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of 400,000 characters beyond ASCII takes up to 1.6 MB, wherever it stands in `a ~ b ~ c`."""
+    monkeypatch.setattr(template_limits, "MAX_WORK", 1 << 20)
+    monkeypatch.setattr(template_limits, "WORK_EACH", 0)
+    message = {"role": "user", "content": "\u4e16" * 400_000}
+    for source in ("c ~ '' ~ ''", "'' ~ '' ~ c"):
+        template = ChatTemplate("{% set c = messages[0].content %}{% set x = " + source + " %}.", {})
+        with pytest.raises(ChatTemplateError, match="MiB of text"):
+            template.render([message])
+
+
 def test_documents_that_a_template_would_drop_are_refused() -> None:
     messages, documents = [{"role": "user", "content": "hi"}], [{"title": "a", "text": "b"}]
     plain = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})

@@ -62,7 +62,7 @@ class Limits(Extension):
     def concat(self, *values: Any) -> str:
         """Compute `a ~ b`."""
         spent = budget()
-        spent.spend_text(sum(map(spent.measure, values)), ascii_only=all(str(v).isascii() for v in values[:2]))
+        spent.spend_text(sum(map(spent.measure, values)), ascii_only=all(str(v).isascii() for v in values))
         return "".join(map(str, values))
 
     def cut(self, value: Any, start: Any = None, stop: Any = None, step: Any = None) -> Any:
