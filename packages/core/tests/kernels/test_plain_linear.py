@@ -131,11 +131,18 @@ def test_what_has_no_kind_becomes_f32():
 def test_a_number_beyond_f16_is_refused(value):
     tensor = stored(PlainKind.F32, 17, 9)
     tensor[16, 3] = value
-    with pytest.raises(UnsupportedModelError, match="beyond the range of F16, which ends at 65504"):
+    with pytest.raises(UnsupportedModelError, match="beyond the range of F16, which ends at 65504: .* bf16 or f32"):
         pack(raw(tensor), "F32", 17, 9, PlainKind.F16)
     tensor[16, 3] = 65519.0  # rounds to the largest
     tensor[0, 0] = float("inf")  # was infinite before
     assert unpack(pack(raw(tensor), "F32", 17, 9, PlainKind.F16))[16, 3] == 65504
+
+
+def test_a_number_beyond_a_wider_type_is_refused_with_advice_that_helps():
+    with pytest.raises(UnsupportedModelError, match=r"range of BF16, which ends at 3.38953e\+38: .* or set f32"):
+        pack(raw(torch.tensor([[3.4e38]])), "F32", 1, 1, PlainKind.BF16)
+    with pytest.raises(UnsupportedModelError, match=r"range of F32, which ends at 3.40282e\+38: the kernels have no"):
+        pack(raw(torch.tensor([[1e300]], dtype=torch.float64)), "F64", 1, 1)
 
 
 def test_subnormal_halves_are_exact(lone_thread):

@@ -104,12 +104,12 @@ _BLOCK_BYTES = 34
 
 _LARGEST = MappingProxyType(
     {
-        PlainKind.BF16: (0x7F80, 3.3895314e38),
-        PlainKind.F16: (0x7C00, 65504.0),
-        PlainKind.F32: (0x7F800000, 3.4028235e38),
+        PlainKind.BF16: (0x7F80, 3.3895314e38, "leave --dtype out, or set f32"),
+        PlainKind.F16: (0x7C00, 65504.0, "leave --dtype out, or set bf16 or f32"),
+        PlainKind.F32: (0x7F800000, 3.4028235e38, "the kernels have no wider type, so this model cannot be loaded"),
     }
 )
-"""For each floating-point kind, the bits of infinity, and the largest finite number."""
+"""For each floating-point kind, the bits of infinity, the largest finite number, and advice if a weight is larger."""
 
 
 def _converted(raw: np.ndarray, stored: str, columns: int, kind: PlainKind) -> np.ndarray:
@@ -118,14 +118,14 @@ def _converted(raw: np.ndarray, stored: str, columns: int, kind: PlainKind) -> n
     if stored == kind.name:
         return np.ascontiguousarray(raw).view(bits).reshape(shape)
     numbers = read_plain(raw, stored, shape, kind.name).view(bits)
-    infinite, largest = _LARGEST[kind]
+    infinite, largest, advice = _LARGEST[kind]
     overflown = numbers << bits(1) == bits(infinite) << bits(1)  # without the sign
     if overflown.any():
         exact = read_plain(raw, stored, shape, "F64")[overflown]
         if np.isfinite(exact).any():
             raise UnsupportedModelError(
                 f"a weight of {exact[np.isfinite(exact)][0]:g} is beyond the range of {kind.name}, which ends at "
-                f"{largest:g}: leave --dtype out, or set bf16 or f32"
+                f"{largest:g}: {advice}"
             )
     return numbers
 
