@@ -552,6 +552,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("pythonic", {"a": {"type": "array", "prefixItems": [{}]}}, "prefixItems"),
     ("pythonic", {"a": {"type": "object", "minProperties": 1}}, "minProperties"),
     ("gemma4", {"a": {"type": "array", "minItems": 3, "maxItems": 2}}, "minItems"),
+    ("qwen3_coder", {"a": {"enum": [1, 2], "const": 1}}, "it is next to enum; keep one of them"),
+    ("qwen3_coder", {"a": {"enum": [1, 2], "minimum": 0, "maximum": 2, "multipleOf": 1}}, "'maximum'"),
+    ("qwen3_coder", {"a": {"const": 1, "minimum": 0}}, "it is next to enum or const; list only values that fit it"),
 ]
 
 
@@ -565,6 +568,25 @@ def test_what_cannot_be_guaranteed_is_refused_by_name(form: str, properties: dic
     assert "the_tool" in str(caught.value)
     assert keyword in str(caught.value)
     assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize("form", ["qwen3_coder", "pythonic", "gemma4", "minimax_m3"])
+def test_a_required_argument_without_values_is_refused(form: str) -> None:
+    tool = Tool("the_tool", {"type": "object", "properties": {"a": False, "b": {}}, "required": ["b", "a"]})
+    with pytest.raises(UnsupportedParameterError, match="'a' is required, and no property of that name is allowed"):
+        _grammar([tool], form)
+    assert _grammar([tool._replace(parameters=tool.parameters | {"required": ["b"]})], form)
+
+
+def test_an_integer_may_be_listed_as_a_float() -> None:
+    """1.0 is an integer in JSON Schema."""
+    schema = _object({"n": {"type": "integer", "enum": [1.0, 2, 2.5]}, "x": {"type": "integer", "const": 3.0}})
+    grammar = _grammar([Tool("f", schema)], "pythonic")
+    assert grammar is not None
+    vocab = vocabulary(ROWS["pythonic"], THINK, bound=False)
+    begin = vocab.compiler(grammar)
+    for n, expected in (("1", True), ("2", True), ("2.5", False), ("3", False)):
+        assert accepts(begin(), vocab.encode(f"[f(n={n}, x=3)]"))[1] is expected, n
 
 
 def test_a_name_that_no_parser_takes_is_refused() -> None:

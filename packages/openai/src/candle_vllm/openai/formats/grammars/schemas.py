@@ -191,18 +191,21 @@ class Root:
             yield from found
 
     def _values(self, schema: Schema, asserted: set[str]) -> Iterator[Branch]:
-        others = asserted - {"enum", "const", "type"}
-        if others or {"enum", "const"} <= asserted:
-            raise self.refused(next(iter(others or {"const"})), "it stands beside enum or const")
+        if others := asserted - {"enum", "const", "type"}:
+            raise self.refused(min(others), "it is next to enum or const; list only values that fit it")
+        if {"enum", "const"} <= asserted:
+            raise self.refused("const", "it is next to enum; keep one of them")
         values = [schema["const"]] if "const" in asserted else schema["enum"]
         kinds = schema.get("type", TYPES)
         groups: dict[str, list[Any]] = {}
         for value in values:
-            kind = "null" if value is None else _NAMES[type(value)]
+            kind, listed = "null" if value is None else _NAMES[type(value)], value
+            if kind == "number" and "number" not in kinds and value.is_integer():  # 1.0 is an integer too
+                kind, listed = "integer", int(value)
             if kind in kinds or (kind == "integer" and "number" in kinds):
-                groups.setdefault(kind, []).append(value)
-        for kind, listed in groups.items():
-            yield Branch(kind, {}, tuple(listed))
+                groups.setdefault(kind, []).append(listed)
+        for kind, found in groups.items():
+            yield Branch(kind, {}, tuple(found))
 
     def _target(self, pointer: str) -> Any:
         found: Any = self.schema
@@ -239,9 +242,9 @@ def entries(root: Root, schema: Schema) -> Entries:
     required = schema.get("required", [])
     others = schema.get("additionalProperties", None if "properties" in schema else True)
     known = [(key, part, key in required) for key, part in properties.items()]
+    if forbidden := [key for key in required if properties.get(key, others) is False]:
+        raise root.refused("required", f"{forbidden[0]!r} is required, and no property of that name is allowed")
     missing = [key for key in dict.fromkeys(required) if key not in properties]
-    if missing and others is False:
-        raise root.refused("required", f"{missing[0]!r} is required, and no property of that name is allowed")
     known += [(key, True if others is None else others, True) for key in missing]
     return Entries([entry for entry in known if entry[1] is not False], None if others is False else others)
 
