@@ -131,7 +131,7 @@ def test_what_has_no_kind_becomes_f32():
 def test_a_number_beyond_f16_is_refused(value):
     tensor = stored(PlainKind.F32, 17, 9)
     tensor[16, 3] = value
-    with pytest.raises(UnsupportedModelError, match="beyond the range of F16, which ends at 65504: .* bf16 or f32"):
+    with pytest.raises(UnsupportedModelError, match=r"beyond the range of F16, which ends at 65504: .* bf16 or f32"):
         pack(raw(tensor), "F32", 17, 9, PlainKind.F16)
     tensor[16, 3] = 65519.0  # rounds to the largest
     tensor[0, 0] = float("inf")  # was infinite before
