@@ -240,13 +240,14 @@ async def test_vectors_and_scores(noted: Any) -> None:
     assert samples.sum("vllm:generation_tokens_total") == 0
     assert samples.sum("vllm:request_generation_tokens_count") == 0
     assert [each.info.operation for each in setup.requests] == ["embed", "score", "embed", "embed"]
-    with pytest.raises(InvalidParameterError):
-        await setup.aembed([[]])
+    for wrong in ([[]], 5):
+        with pytest.raises(InvalidParameterError):
+            await setup.aembed(wrong)
     failing = noted(PacedEngine(fail_after=0))
     with pytest.raises(CandleVllmError):
         await failing.aembed(["one", "two"])
     assert failing.samples().sum("vllm:request_success_total", finished_reason="error") == 2
-    assert setup.samples().sum("candle_vllm:admission_rejections_total", reason="invalid_request") == 1
+    assert setup.samples().sum("candle_vllm:admission_rejections_total", reason="invalid_request") == 2
 
 
 class _WithStats(PacedEngine):

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
 from candle_vllm.core.engine.requests import LoraChoice, adapter_uses
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts
 
@@ -81,8 +82,10 @@ class RequestInfo:
 
     @property
     def count(self) -> int:
-        """Number of sequences of a generation, or of texts or pairs; raises InvalidParameterError for other inputs."""
-        return len(as_prompts(self.inputs)) if self.params is None else self.params.n
+        """Number of sequences of a generation, or of texts or pairs; 0 for other inputs, which the engine refuses."""
+        with suppress(InvalidParameterError):
+            return len(as_prompts(self.inputs)) if self.params is None else self.params.n
+        return 0
 
     @property
     def adapters(self) -> tuple[str, ...]:
