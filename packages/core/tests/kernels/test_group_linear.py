@@ -108,7 +108,7 @@ def test_what_no_kernel_multiplies_is_refused() -> None:
     refused("a code is 16; 4 bits hold less", codes + 1, scales, zeros, 4)
     refused("zeros are torch.float16", codes, scales, scales, 4)
     refused("zeros are", codes, scales, zeros[:, :1], 4)
-    refused("zeros from -", codes, scales, -zeros - 1, 4)
+    refused("zeros are -16 to -1", codes, scales, -zeros - 1, 4)
     refused("to 65536", codes, scales, zeros * 0 + 65536, 4)
     assert isinstance(pack(codes, scales, zeros, 4, "cpu"), GroupMatrix)
 

@@ -126,7 +126,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora_alpha": 1e300}, "its scale is 1.25e\\+299, and must be 1e-09 to 1e\\+06"),
     ({"lora_alpha": 1e-300}, "its scale is 1.25e-301, and must be 1e-09 to 1e"),
     ({"alpha_pattern": {f"q_pro[{letter}]": 8 for letter in map(chr, range(0x100, 0x141))}}, "more than 64 regular"),
-    ({"alora_invocation_tokens": [1] * 257}, "alora_invocation_tokens has 257 tokens; 256"),
+    ({"alora_invocation_tokens": [1] * 257}, "alora_invocation_tokens has 257 tokens; at most 256"),
     ({"lora_alpha": "16"}, "lora_alpha is '16'"),
     ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern"),
     ({"bias": "some"}, "bias is 'some'.*none, all, lora_only"),
@@ -307,7 +307,7 @@ def test_norms_of_dora_are_those_of_the_weights_that_run(
 
 def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", SMALL)
-    with pytest.raises(AdapterError, match=r"adapter_model.safetensors has \d+ bytes; 1000 are allowed"):
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors has \d+ bytes; at most 1000 are allowed"):
         read_adapter(folder, AdapterLimits(max_bytes=1000))
     with (folder / "adapter_config.json").open("r+b") as stream:
         stream.truncate(1 << 30)  # a hole: no byte of it is on the disk

@@ -209,7 +209,7 @@ def test_parts_that_do_not_go_together(name: str, tmp_path: Path) -> None:
 
 
 def test_packed_codes_without_a_config_group(tmp_path: Path) -> None:
-    with pytest.raises(InvalidFileError, match="layer l is stored quantised, and quantization_config has no"):
+    with pytest.raises(InvalidFileError, match="layer l is stored quantised, but quantization_config has no"):
         read(ct_packed(WEIGHT), tmp_path, config_groups={})
 
 
