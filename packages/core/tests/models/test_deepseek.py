@@ -157,7 +157,7 @@ def test_what_is_not_implemented_is_refused_by_name(
         ({"qk_rope_head_dim": 15}, "15 rotary dimensions"),
         ({"qk_nope_head_dim": 0}, "qk_nope_head_dim is 0"),
         ({"v_head_dim": "24"}, "v_head_dim is '24'"),
-        ({"n_group": 3}, "the best 2 of 3 groups of 8 experts"),
+        ({"n_group": 3}, "cannot choose 2 of 3 groups of 8 experts"),
         ({"num_experts_per_tok": 5}, "cannot choose 5 experts of 4"),
         ({"n_routed_experts": 10**6}, "the model has 1000000 experts"),
         ({"num_nextn_predict_layers": 10**9}, "1000000000 multi-token"),

@@ -869,7 +869,7 @@ def test_a_text_model_must_have_the_layers_that_a_tower_adds_to(tmp_path: Path) 
     one = {name: tensor for name, tensor in stored.items() if ".layers.1." not in name and ".layers.2." not in name}
     made = changed(folder, tmp_path / "one", lambda config: config["text_config"].update(num_hidden_layers=1))
     save_file(one, made / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InvalidFileError, match="adds to 2 layers of a text model of 1"):
+    with pytest.raises(InvalidFileError, match="adds to 2 layers, but the text model has 1"):
         InferenceEngine(made)
 
 
