@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Progress, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Progress, Text, Thought, Usage
 from candle_vllm.openai.logprobs import chat_logprobs, prompt_logprobs
 from candle_vllm.openai.protocol import chat
 from candle_vllm.openai.protocol import usage as wire
@@ -41,16 +41,15 @@ class AnswerWriter(ABC, Generic[Chunk]):
         whole: whether the last chunk always has the counts, for a whole answer.
     """
 
+    _timings: RunningTimings | None = None
+
     def __init__(self, make: Callable[..., Chunk], request: GenerationFields, empty: Any, *, whole: bool) -> None:
         self._make, self._empty = make, empty
         self._no_ids = () if request.return_token_ids else UNSET
         self._usage_last = whole or request.include_usage
         self._usage_beside = request.continuous_usage
-        self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
-        self._head: Head | None = None
-        self._told = Told(drafts=bool(request.return_draft_counts))
-        self._timings: RunningTimings | None = None
-        self._beside: dict[str, Any] = {}  # further fields of the chunks that have a choice
+        self._told = told_of(request)
+        self._fields: dict[str, Any] = {"usage": None} if request.include_usage else {}  # of chunks with a choice
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """Convert events to chunks."""
@@ -66,31 +65,15 @@ class AnswerWriter(ABC, Generic[Chunk]):
             choice = replace(self._empty, index=usage.choice)
             progress = wire_progress(usage)
             return self._make(**usage.head._asdict(), choices=(choice,), prompt_progress=progress, **beside)
-        if usage.final:
-            assert self._head is not None
-            if not self._usage_last and self._timings is None:
-                return None
-            counts = wire_usage(usage, self._told) if self._usage_last else UNSET
-            beside = {} if self._timings is None else {"timings": self._timings.of(usage)}
-            return self._make(**self._head._asdict(), choices=(), usage=counts, **beside)
-        if self._usage_beside:
-            self._usage = wire_usage(usage, self._told)
+        if self._usage_beside or (usage.final and self._usage_last):
+            self._fields["usage"] = wire_usage(usage, self._told)
         if self._timings is not None:
-            self._beside = {"timings": self._timings.of(usage)}
-        return None
+            self._fields["timings"] = self._timings.of(usage)
+        shown = usage.final and (self._usage_last or self._timings is not None)
+        return self._make(**self._fields, choices=()) if shown else None
 
     def _chunk(self, choice: object, **extras: Any) -> Chunk:
-        head = self._head
-        assert head is not None
-        return self._make(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
-            choices=(choice,),
-            usage=self._usage,
-            **{**self._beside, **extras},
-        )
+        return self._make(**{**self._fields, "choices": (choice,), **extras})
 
 
 class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
@@ -120,13 +103,16 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         self._request = request
         # OpenAI's client adds deltas up: a message that has only calls must have null content, not an empty text.
         self._first_content = None if calls else ""
-        self._told = told_of(request)
-        self._timings = RunningTimings() if request.timings_per_token else None
         self._by_id = bool(request.return_tokens_as_token_ids)
         self._custom = request.custom_tools
         self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> index and arguments of its pending custom call
-        self._verbose = {"verbose": wire.ShownPrompt(prompt)} if request.verbose else {}
-        self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
+        self._extras: dict[str, Any] = request.labels  # of the first chunk
+        if request.timings_per_token:
+            self._timings = RunningTimings()
+        if request.verbose:
+            self._extras["verbose"] = wire.ShownPrompt(prompt)
+        if request.return_token_ids:
+            self._extras["prompt_token_ids"] = tuple(prompt_token_ids)
 
     def write(self, events: Sequence[Event]) -> list[chat.ChatCompletionChunk]:
         if not self._custom:
@@ -195,19 +181,18 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         return self._chunk(chat.ChunkChoice(index=event.choice, delta=delta, logprobs=logprobs, token_ids=ids))
 
     def _first(self, event: Begun) -> chat.ChatCompletionChunk:
-        token_ids = UNSET if self._head is not None else self._prompt_token_ids
-        labels = {} if self._head is not None else self._request.labels | self._verbose
-        self._head = event.head
-        shown: chat.PromptLogprobs | UnsetType = UNSET
+        extras, self._extras = self._extras, {}
+        self._fields |= event.head._asdict()
         if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
-            shown = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
+            extras["prompt_logprobs"] = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
         role = chat.ChunkChoice(index=event.choice, delta=chat.ChatDelta(role="assistant", content=self._first_content))
-        return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids, timings=UNSET, **labels)
+        return self._chunk(role, timings=UNSET, **extras)
 
 
-def told_of(request: chat.ChatCompletionRequest) -> Told:
-    """Return the extra counts that a chat request selects."""
-    return Told(predicted=request.prediction is not None, drafts=bool(request.return_draft_counts))
+def told_of(request: GenerationFields) -> Told:
+    """Return the extra counts that a request selects."""
+    predicted = isinstance(request, chat.ChatCompletionRequest) and request.prediction is not None
+    return Told(predicted, bool(request.return_draft_counts))
 
 
 def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  # it is immutable

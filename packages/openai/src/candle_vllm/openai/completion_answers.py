@@ -74,7 +74,7 @@ class CompletionWriter(AnswerWriter[Completion]):
     def _first(self, event: Begun) -> Completion | None:
         """Return the chunk before a choice's generated text; None if the request asks for no part of the prompt."""
         request, source = self._request, self._prompts[event.prompt]
-        self._head = event.head
+        self._fields |= event.head._asdict()
         by_id = bool(request.return_tokens_as_token_ids)
         top = len(request.logprob_token_ids) + 1 if request.logprob_token_ids else request.logprobs
         writer = None if request.logprobs is None or top is None else CompletionLogprobsWriter(top, by_id=by_id)
