@@ -72,14 +72,15 @@ class ChoiceReader:
         reasoning_tokens: number of tokens of the reasoning and of its marks.
     """
 
+    reasoning_tokens = 0
+    _last_call_is_whole = False
+    _parser: OutputParser | None = None
+    _special: SpecialText | None = None
+
     def __init__(self, plan: AnswerPlan, choice: int = 0, *, tell_ids: bool = False) -> None:
-        self.reasoning_tokens = 0
         self._choice = choice
         self._tell_ids = tell_ids
-        self._last_call_is_whole = False
         self._plan = plan
-        self._parser: OutputParser | None = None
-        self._special: SpecialText | None = None
         if plan.bound is not None:
             self._parser = OutputParser(
                 plan.bound.layout,
@@ -161,16 +162,16 @@ class ChoiceReader:
         return events
 
 
+@dataclasses.dataclass
 class TokenCounts:
     """Sums the usage of a request whose prompts are numbered from 0; `completion` counts the generated tokens."""
 
-    def __init__(self) -> None:
-        self._prompts: dict[int, int] = {}
-        self._cached: dict[int, int] = {}
-        self.completion = 0
-        self._prompt_ms: int | None = None
-        self._completion_ms: int | None = None
-        self._drafts = Counter[str]()
+    completion: int = 0
+    _prompts: dict[int, int] = dataclasses.field(default_factory=dict[int, int])
+    _cached: dict[int, int] = dataclasses.field(default_factory=dict[int, int])
+    _prompt_ms: int | None = None
+    _completion_ms: int | None = None
+    _drafts: Counter[str] = dataclasses.field(default_factory=Counter[str])
 
     def add(self, prompt: int, output: TokenOutput, new_tokens: int) -> None:
         """Add the counts of one output."""
@@ -217,13 +218,9 @@ class AnswerReader:
 
     def __init__(self, head: Head, plan: AnswerPlan, task: Task) -> None:
         self.head = head
-        self._paths = task.paths
-        self._sequences = task.choices
-        self._tell_counts = task.tell_counts
-        self._echo = task.echo
+        self._task = task
         # Choices wait for the log-probabilities of their prompt, which arrive with its sequence 0.
         self._awaits_prompt = task.echo_prompts and task.sampling.get("logprobs") is not None
-        self._scored_only = task.scored_only  # the engine must generate a token, which is not part of the answer
         self._may_reason = plan.may_reason
         count = max(len(task.prompts), 1) * task.choices
         self._readers = [ChoiceReader(plan, choice, tell_ids=task.tell_ids) for choice in range(count)]
@@ -241,8 +238,8 @@ class AnswerReader:
             GenerationFailedError, RequestAbortedError: the engine aborted the sequence.
         """
         if output.finish_reason is not None:
-            _check_output(output, self._paths)
-        choice = prompt * self._sequences + output.index
+            _check_output(output, self._task.paths)
+        choice = prompt * self._task.choices + output.index
         if (told := output.progress) is not None:
             counts = Usage(
                 prompt_tokens=told.tokens,
@@ -257,23 +254,24 @@ class AnswerReader:
             elif prompt not in self._known_prompts:
                 self._held.setdefault(prompt, []).append(output)
                 return []
-        reader = self._readers[choice]
-        news = [] if self._scored_only else reader.read(output)
-        new_tokens = 0 if self._scored_only else len(output.token_ids)
-        if output.finish_reason is None and choice in self._begun and not self._tell_counts:
+        reader, task = self._readers[choice], self._task
+        # To score a prompt, the engine must generate a token, which is not part of the answer.
+        news = [] if task.scored_only else reader.read(output)
+        new_tokens = 0 if task.scored_only else len(output.token_ids)
+        if output.finish_reason is None and choice in self._begun and not task.tell_counts:
             self._counts.completion += new_tokens  # the only count that this output changes
             return news
         self._counts.add(prompt, output, new_tokens)
-        events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
+        events: list[Event] = [self._usage(final=False)] if task.tell_counts or not self._begun else []
         if choice not in self._begun:
             self._begun.add(choice)
             events.append(Begun(choice, self.head, prompt, output.prompt_logprobs))
-            if self._echo:
-                events.append(Text(choice, self._echo))
+            if task.echo:
+                events.append(Text(choice, task.echo))
         events += news
         if output.finish_reason is not None:
             self._unfinished -= 1
-            events.append(Ended(choice, FinishReason.LENGTH) if self._scored_only else reader.end(output))
+            events.append(Ended(choice, FinishReason.LENGTH) if task.scored_only else reader.end(output))
         for held in self._held.pop(prompt, ()) if self._held else ():
             events += self.add(prompt, held)
         return events
@@ -310,152 +308,140 @@ class Writer(Protocol[_ChunkT_co]):
     def write(self, events: Sequence[Event]) -> Sequence[_ChunkT_co]: ...
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class AnswerStream(PushStream[Event]):
     """Events of one answer, from the outputs of one or more engine streams.
 
-    Args:
+    Attributes:
         sources: one stream for each prompt.
         reader: converts outputs to events.
-        prompt: tokens of the first prompt, also an attribute.
-
-    Attributes:
-        head: fields of the answer that are known in advance.
+        prompt: tokens of the first prompt.
     """
 
-    def __init__(
-        self, sources: Sequence[PushStream[TokenOutput]], reader: AnswerReader, prompt: Sequence[int] = ()
-    ) -> None:
-        self.head = reader.head
-        self.prompt = prompt
-        self._sources = sources
-        self._reader = reader
+    sources: Sequence[PushStream[TokenOutput]]
+    reader: AnswerReader
+    prompt: Sequence[int] = ()
+
+    @property
+    def head(self) -> Head:
+        """Fields of the answer that are known in advance."""
+        return self.reader.head
 
     def push(self, receiver: Receiver[Event]) -> None:
-        unended = set(range(len(self._sources)))
-        for number, source in enumerate(self._sources):
-            source.push(_Reading(number, self._reader, receiver, unended))
+        unended = set(range(len(self.sources)))
+        for number, source in enumerate(self.sources):
+            source.push(_Reading(number, self.reader, receiver, unended))
 
     def hold(self, held: bool) -> None:
-        for source in self._sources:
+        for source in self.sources:
             source.hold(held)
 
     def close(self) -> None:
-        for source in self._sources:
+        for source in self.sources:
             source.close()
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ChunkStream(PushStream[ChunkT]):
     """An answer in the form of an API.
 
-    Args:
+    Attributes:
         events: events of the answer.
         writer: converts events to chunks.
         worded: returns a context manager that rewords errors for the API.
         first: chunks to send before the first token.
     """
 
-    def __init__(
-        self,
-        events: AnswerStream,
-        writer: Writer[ChunkT],
-        worded: Callable[[], AbstractContextManager[object]] = nullcontext,
-        first: Sequence[ChunkT] = (),
-    ) -> None:
-        self._first = first
-        self._events = events
-        self._writer = writer
-        self._worded = worded
+    events: AnswerStream
+    writer: Writer[ChunkT]
+    worded: Callable[[], AbstractContextManager[object]] = nullcontext
+    first: Sequence[ChunkT] = ()
 
     def push(self, receiver: Receiver[ChunkT]) -> None:
-        if self._first:
-            receiver.put(self._first)
-        self._events.push(_Writing(self._writer, self._worded, receiver))
+        if self.first:
+            receiver.put(self.first)
+        self.events.push(_Writing(self.writer, self.worded, receiver))
 
     def hold(self, held: bool) -> None:
-        self._events.hold(held)
+        self.events.hold(held)
 
     def close(self) -> None:
-        self._events.close()
+        self.events.close()
 
 
+@dataclasses.dataclass(eq=False)
 class _Reading:
     """The stage that converts the outputs of one prompt to events.
 
-    Args:
+    Attributes:
         number: index of the prompt.
         reader: reader for all prompts.
         receiver: receives the events of all prompts.
         unended: indices of the prompts whose engine stream has not ended; shared by all stages.
     """
 
-    def __init__(self, number: int, reader: AnswerReader, receiver: Receiver[Event], unended: set[int]) -> None:
-        self._number = number
-        self._reader = reader
-        self._receiver = receiver
-        self._unended = unended
+    number: int
+    reader: AnswerReader
+    receiver: Receiver[Event]
+    unended: set[int]
 
     def put(self, items: Sequence[TokenOutput]) -> None:
-        if self._number not in self._unended:
+        if self.number not in self.unended:
             return
         for piece in items:
             try:
-                events = self._reader.add(self._number, piece)
+                events = self.reader.add(self.number, piece)
             except Exception as failure:
                 self.end(failure)
                 return
             if events:
-                self._receiver.put(events)
+                self.receiver.put(events)
 
     def end(self, error: Exception | None = None) -> None:
-        if self._number not in self._unended:
+        if self.number not in self.unended:
             return
-        self._unended.discard(self._number)
-        if error is None and self._unended:
+        self.unended.discard(self.number)
+        if error is None and self.unended:
             return
-        self._unended.clear()
+        self.unended.clear()
         try:
             if error is None:
-                self._receiver.put(self._reader.end())
+                self.receiver.put(self.reader.end())
         except Exception as failure:
             error = failure
-        self._receiver.end(error)
+        self.receiver.end(error)
         del error  # its traceback keeps this frame alive
 
 
+@dataclasses.dataclass(eq=False)
 class _Writing(Generic[ChunkT]):
     """The stage that converts events to the chunks of an API."""
 
-    def __init__(
-        self,
-        writer: Writer[ChunkT],
-        worded: Callable[[], AbstractContextManager[object]],
-        receiver: Receiver[ChunkT],
-    ) -> None:
-        self._write = writer.write
-        self._worded = worded
-        self._receiver = receiver
-        self._ended = False
+    writer: Writer[ChunkT]
+    worded: Callable[[], AbstractContextManager[object]]
+    receiver: Receiver[ChunkT]
+    ended: bool = False
 
     def put(self, items: Sequence[Event]) -> None:
-        if self._ended:
+        if self.ended:
             return
         try:
-            chunks = self._write(items)
+            chunks = self.writer.write(items)
         except Exception as failure:
             self.end(failure)
             return
         if chunks:
-            self._receiver.put(chunks)
+            self.receiver.put(chunks)
 
     def end(self, error: Exception | None = None) -> None:
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         try:
-            with self._worded():
+            with self.worded():
                 if error is not None:
                     raise error
         except Exception as told:
             error = told
-        self._receiver.end(error)
+        self.receiver.end(error)
         del error  # its traceback keeps this frame alive

@@ -170,13 +170,13 @@ class ModelSlot:
             waiter.cancel()
 
 
+@dataclass(eq=False)
 class Lease:
     """The use of a loaded model by one request; the first `release` ends it and calls `beside`, if that is set."""
 
-    def __init__(self, slot: ModelSlot, model: ServedModel) -> None:
-        self.model = model
-        self.beside: Callable[[], object] | None = None
-        self._slot: ModelSlot | None = slot
+    _slot: ModelSlot | None
+    model: ServedModel
+    beside: Callable[[], object] | None = None
 
     def release(self) -> None:
         slot, self._slot = self._slot, None

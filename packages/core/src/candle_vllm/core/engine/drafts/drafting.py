@@ -23,6 +23,7 @@ import math
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -53,6 +54,7 @@ _PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0)
           (4.0, 8.0))  # fmt: skip
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class _Match:
     """A possible continuation of a sequence: where its end occurred before, or tokens that a grammar forces.
 
@@ -63,12 +65,12 @@ class _Match:
         end, then: the index at which another match takes over, and that match; None without one.
     """
 
-    __slots__ = ("end", "length", "mark", "place", "then", "tokens")
-
-    def __init__(self, tokens: list[int], place: int, length: int, mark: int | None = None) -> None:
-        self.tokens, self.place, self.length, self.mark = tokens, place, length, mark
-        self.end: int | None = None
-        self.then: _Match | None = None
+    tokens: list[int]
+    place: int
+    length: int
+    mark: int | None = None
+    end: int | None = None
+    then: _Match | None = None
 
     @property
     def rest(self) -> _Match | None:

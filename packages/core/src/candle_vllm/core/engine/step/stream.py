@@ -47,15 +47,15 @@ class Receiver(Protocol[T_contra]):
         ...
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Unread(Generic[T]):
     """The last stage of a chain whose consumer iterates: a queue of items."""
 
-    def __init__(self) -> None:
-        self._items: deque[T] = deque()
-        self._errors: list[Exception] = []
-        self._ended = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrival: asyncio.Future[None] | None = None  # the consumer waits for this future
+    _items: deque[T] = dataclasses.field(default_factory=deque[T])
+    _errors: list[Exception] = dataclasses.field(default_factory=list[Exception])
+    _ended: bool = False
+    _loop: asyncio.AbstractEventLoop | None = None
+    _arrival: asyncio.Future[None] | None = None  # the consumer waits for this future
 
     def put(self, items: Sequence[T]) -> None:
         """Queue items; too many end the stream with a `RequestAbortedError`."""
@@ -139,6 +139,7 @@ class PushStream(ABC, AsyncIterator[T]):
         self.close()
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class RequestSink:
     """The sink of one request in an event loop: pushes the engine's outputs to its receiver.
 
@@ -151,21 +152,14 @@ class RequestSink:
         watch: notified of every output and of the end; None without an observer.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop | None,
-        unfinished: int,
-        abort: Callable[[RequestSink], None],
-        watch: RequestWatch | None = None,
-    ) -> None:
-        self.loop = loop
-        self._unfinished = unfinished
-        self._abort = abort
-        self._watch = watch
-        self._over = False
-        self._held = True
-        self._kept = Unread[TokenOutput]()  # queue of outputs while `_held`
-        self._receiver: Receiver[TokenOutput] = self._kept
+    loop: asyncio.AbstractEventLoop | None
+    _unfinished: int
+    _abort: Callable[[RequestSink], None]
+    _watch: RequestWatch | None = None
+    _over: bool = False
+    _held: bool = True
+    _kept: Unread[TokenOutput] = dataclasses.field(default_factory=Unread[TokenOutput])  # queue while `_held`
+    _receiver: Receiver[TokenOutput] = dataclasses.field(init=False)
 
     def put(self, item: Delivery) -> None:
         """Push one output, or the error that ends the request."""
@@ -210,29 +204,29 @@ class RequestSink:
             self._abort(self)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class TokenStream(PushStream[TokenOutput]):
     """The outputs of a request's sequences in the order of steps; ends when every sequence has ended.
 
-    Args:
+    Attributes:
         request: the request.
         sink: the sink to which the engine delivers the outputs.
     """
 
-    def __init__(self, request: GenerationRequest, sink: RequestSink) -> None:
-        self.request = request
-        self._sink = sink
+    request: GenerationRequest
+    sink: RequestSink
 
     def push(self, receiver: Receiver[TokenOutput]) -> None:
-        self._sink.start(receiver)
+        self.sink.start(receiver)
 
     def hold(self, held: bool) -> None:
-        self._sink.hold(held)
+        self.sink.hold(held)
 
     def close(self) -> None:
-        self._sink.close()
+        self.sink.close()
 
     def __del__(self) -> None:
-        self._sink.close(dropped=True)
+        self.sink.close(dropped=True)
 
 
 class TokenIterator(Iterator[TokenOutput]):
