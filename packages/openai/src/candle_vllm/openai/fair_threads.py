@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -30,6 +31,7 @@ asker: ContextVar[str] = ContextVar("asker", default="")
 """
 
 
+@dataclass(eq=False)
 class RequestBytes:
     """Counts the bytes of a request, and of the stored responses that it continues, until its prompt is tokenized.
 
@@ -37,10 +39,9 @@ class RequestBytes:
         size: all bytes; at first, the bytes of the body.
     """
 
-    def __init__(self, size: int = 0) -> None:
-        self.size = size
-        self._count: Callable[[int], object] | None = None
-        self._counted = 0
+    size: int = 0
+    _count: Callable[[int], object] | None = None
+    _counted: int = 0
 
     def add(self, size: int) -> None:
         """Add the bytes of a stored response that the request continues; raises what `count` of `hold` raises."""
@@ -59,18 +60,18 @@ class RequestBytes:
     def release(self) -> None:
         """Release the bytes, because the request is tokenized or has ended."""
         count, counted, self._count, self._counted = self._count, self._counted, None, 0
-        if count is not None:
+        if count is not None and counted:
             count(-counted)
 
     def moved(self) -> RequestBytes:
         """Move the account to a new object, for work that continues without the request."""
-        other = RequestBytes(self.size)
-        other._count, other._counted, self._count, self._counted = self._count, self._counted, None, 0
+        other = RequestBytes(self.size, self._count, self._counted)
+        self._count, self._counted = None, 0
         return other
 
     def _count_all(self) -> None:
-        if self._count is not None:
-            more = max(0, self.size - BIG) - self._counted
+        more = max(0, self.size - BIG) - self._counted
+        if self._count is not None and more:
             self._count(more)
             self._counted += more
 
