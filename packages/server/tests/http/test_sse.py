@@ -13,8 +13,10 @@ import pytest
 
 from candle_vllm.core.engine.step.stream import PushStream, Receiver
 from candle_vllm.server.http import sse
-from candle_vllm.server.http.sse import DONE, KEEP_ALIVE, WRITE_PART, EventStream, data_event
+from candle_vllm.server.http.sse import DONE, KEEP_ALIVE, WRITE_PART, EventStream, StreamForm, data_event
 from tests.waiting import skip, until
+
+FORM = StreamForm(data_event, lambda failure: data_event(repr(failure).encode()))
 
 
 class Connection:
@@ -36,7 +38,7 @@ class Connection:
 
 
 async def _run(chunks: AsyncIterator[bytes], connection: Connection, keep_alive: float = 15.0) -> None:
-    stream = EventStream(chunks, data_event, lambda failure: data_event(repr(failure).encode()), keep_alive=keep_alive)
+    stream = EventStream(chunks, FORM, keep_alive=keep_alive)
     await stream({"type": "http"}, connection.receive, connection.send)
 
 
@@ -143,7 +145,7 @@ async def test_a_failing_connection_closes_the_chunks() -> None:
         raise OSError("connection lost")
 
     source = Source(one)
-    stream = EventStream(source, lambda chunk: chunk, lambda failure: b"")
+    stream = EventStream(source, StreamForm(lambda chunk: chunk, lambda failure: b""))
     with pytest.raises(OSError, match="connection lost"):
         await stream({"type": "http"}, Connection().receive, broken)
     assert source.closed
@@ -183,7 +185,7 @@ async def test_a_client_that_leaves_with_the_last_bytes_has_not_everything() -> 
             connection.gone.set()
             await asyncio.sleep(0.01)
 
-    await EventStream(source, data_event, lambda _: b"")({"type": "http"}, connection.receive, slow)
+    await EventStream(source, StreamForm(data_event, lambda _: b""))({"type": "http"}, connection.receive, slow)
     assert source.closed
     assert not source.taken
 
@@ -194,7 +196,7 @@ async def test_a_stream_that_ends_too_late_has_not_delivered_everything() -> Non
         yield b"x"
 
     source, connection = Noting(silent), Connection()
-    stream = EventStream(source, data_event, lambda _: b"late", deadline=time.monotonic() + 0.05)
+    stream = EventStream(source, StreamForm(data_event, lambda _: b"late"), deadline=time.monotonic() + 0.05)
     await stream({"type": "http"}, connection.receive, connection.send)
     assert b"".join(connection.sent) == b"late"
     assert source.closed
@@ -238,7 +240,7 @@ async def _pushed(
 ) -> AsyncIterator[tuple[Pushed, asyncio.Task[None]]]:
     """A stream that has begun, and waits for chunks."""
     source = Pushed()
-    stream = EventStream(source, data_event, lambda failure: data_event(repr(failure).encode()), **options)
+    stream = EventStream(source, FORM, **options)
     scope = {"type": "http", "extensions": {} if direct is None else {WRITE_PART: direct.write}}
     running = asyncio.create_task(stream(scope, connection.receive, connection.send))
     await until(lambda: stream._idle is not None)

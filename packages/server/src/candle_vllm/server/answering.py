@@ -28,13 +28,15 @@ from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError, took_too_long
 from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.http.sse import DONE, EventStream, data_event
+from candle_vllm.server.http.sse import EventStream, StreamForm, data_event
+from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.outliving import MailboxWriter, StoredForm
+from candle_vllm.server.outliving import NOT_HERE, MailboxWriter, StoredForm, Wish
 from candle_vllm.server.settings.table import RequestOptions
 
 JSON = "application/json"
+OPENAI_FORM = StreamForm(data_event, error_event)
 _TEXTS = ("input", "content", "documents", "texts")  # fields with the texts of a request for vectors or scores
 
 
@@ -66,25 +68,17 @@ class GenerationApi:
     Attributes:
         parse: converts a body to a validated request.
         whole, streamed: let a model generate the whole answer, or its chunks.
-        event: encodes a chunk of a streamed answer as an event; by default, an event without a name.
-        error_event: encodes the error that ends a failed stream; by default, in OpenAI's form.
-        done: last bytes of a stream that did not fail.
+        form: how a streamed answer is encoded; by default, in OpenAI's form.
         defaults: whether sampling settings that a request omits get the operator's values before `whole` or `streamed`.
         stored: how answers are stored for clients that disconnected; None if they are not stored.
-        stream: response class of streams.
-        silence: makes the event that fills a silence, if the API has such an event.
     """
 
     parse: Callable[[bytes], Any]
     whole: Callable[[ServedModel, Any], Awaitable[Any]]
     streamed: Callable[[ServedModel, Any], Awaitable[AsyncIterator[Any]]]
-    event: Callable[[Any], bytes] = data_event
-    error_event: Callable[[Exception], bytes] = error_event
-    done: bytes = DONE
+    form: StreamForm = OPENAI_FORM
     defaults: bool = True
     stored: StoredForm | None = None
-    stream: type[EventStream] = EventStream
-    silence: Callable[[], bytes] | None = None
 
 
 async def answer(request: Request, api: GenerationApi) -> Response:
@@ -101,11 +95,15 @@ def json_answer(made: Any, status: int = 200, headers: Mapping[str, str] | None 
 async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadline: float) -> Response:
     """Answer a request whose body has been read; `deadline` is a `time.monotonic()`."""
     request.state.prompt_only = getattr(wire, "max_tokens", None) == 0
-    mailbox_writer: MailboxWriter = request.app.state.mailbox_writer
+    writer: MailboxWriter | None = request.app.state.mailbox_writer
+    wish: Wish | None = None
     streams = bool(wire.stream)
     wire = _with_operators_form(wire, request.app.state.settings)
     _permit_mix(request, wire)
-    wish, wire = mailbox_writer.wish(request.scope, wire, possible=api.stored is not None)
+    if writer is None or api.stored is None:
+        refuse_headers(request.scope["headers"], None if writer is None else NOT_HERE)
+    else:
+        wish, wire = writer.wish(request.scope, wire)
     async with in_time(deadline, request):
         taken = take_turn(request.scope, wire.model, sequences=sequences_of(wire), priority=_priority(wire))
         turn = await unless_disconnected(taken, request.receive, Turn.release)
@@ -121,11 +119,11 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
         except BaseException:
             turn.release()
             raise
-        if wish is None or api.stored is None:
-            return _stream(api, chunks, deadline, turn.release)
-        outliving = mailbox_writer.keep(wish, chunks, api.stored, turn, deadline)
+        if wish is None or writer is None or api.stored is None:
+            return EventStream(chunks, api.form, deadline=deadline, released=turn.release)
+        outliving = writer.keep(wish, chunks, api.stored, turn, deadline)
         if streams:
-            return _stream(api, outliving, deadline)
+            return EventStream(outliving, api.form, deadline=deadline)
         return await unless_disconnected(
             outliving.response(to_json_bytes), request.receive, lambda _: outliving.aclose()
         )
@@ -215,20 +213,6 @@ async def _unqueued(request: Request, name: str | None) -> Lease:
     manager: ModelManager = request.app.state.manager
     await manager.reach(name, caller_of(request.scope))
     return await manager.acquire(name)
-
-
-def _stream(
-    api: GenerationApi, chunks: AsyncIterator[Any], deadline: float, released: Callable[[], object] | None = None
-) -> EventStream:
-    return api.stream(
-        chunks,
-        api.event,
-        api.error_event,
-        done=api.done,
-        deadline=deadline,
-        released=released,
-        silence=api.silence,
-    )
 
 
 def deadline_of(request: Request) -> float:

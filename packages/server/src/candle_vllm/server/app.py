@@ -122,7 +122,7 @@ def create_app(
         app.state.metrics.watch_mcp_servers(mcp.states)
     servers = responses.response_servers(mcp, settings, keys=settings.has_api_keys)
     app.state.responders = responses.Responders(app.state.response_store, servers)
-    app.state.mailbox_writer = MailboxWriter(mailbox, app.state.metrics)
+    app.state.mailbox_writer = None if mailbox is None else MailboxWriter(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
     app.state.reloader = None  # reads settings files again; `serve` sets it if the server was started with files
@@ -153,6 +153,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
     mailbox: Mailbox | None = app.state.mailbox
     store: ResponseStore | None = app.state.response_store
     background: Background | None = app.state.background
+    writer: MailboxWriter | None = app.state.mailbox_writer
     mcp: McpService | None = app.state.mcp
     batch_service: Batches | None = app.state.batches
     watch = asyncio.create_task(app.state.keys.watch(), name="key-files")
@@ -162,12 +163,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
                 await _start(app, each)
         if mcp is not None:
             await mcp.start()
-        yield {"busy": lambda: app.state.mailbox_writer.busy or (background is not None and background.busy)}
+        yield {"busy": lambda: any(each is not None and each.busy for each in (writer, background))}
     finally:
         watch.cancel()
         if batch_service is not None:
             await batch_service.close()
-        await app.state.mailbox_writer.close()
+        if writer is not None:
+            await writer.close()
         if background is not None:
             await background.close()
         if store is not None:

@@ -26,7 +26,7 @@ from candle_vllm.openai.protocol.generation import StreamOptions
 from candle_vllm.responses.api.outliving import Chunks, Failure, Work
 from candle_vllm.server.http.body import disconnected
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, refuse_headers
+from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.models.manager import Turn
 from candle_vllm.server.observing.metrics import Metrics, Outcome
 
@@ -62,27 +62,23 @@ class Wish:
 
 
 class MailboxWriter:
-    """Reads answers to their end for the mailbox; without a mailbox, it refuses requests that ask for one."""
+    """Reads answers to their end for the mailbox."""
 
-    def __init__(self, mailbox: Mailbox | None, metrics: Metrics) -> None:
+    def __init__(self, mailbox: Mailbox, metrics: Metrics) -> None:
         self._mailbox = mailbox
         self._metrics = metrics
         self._works: set[Work[Any]] = set()
 
-    def wish(self, scope: Scope, wire: Any, *, possible: bool = True) -> tuple[Wish | None, Any]:
+    def wish(self, scope: Scope, wire: Any) -> tuple[Wish | None, Any]:
         """Return what a request asks of the mailbox, and the request changed accordingly: streamed, with token counts.
 
         Args:
             scope: ASGI scope with the request's headers.
             wire: the request.
-            possible: False for an API whose answers are not stored.
 
         Raises:
             HttpError: 400; the message names the header.
         """
-        if self._mailbox is None or not possible:
-            refuse_headers(scope["headers"], NOT_HERE if self._mailbox is not None else None)
-            return None, wire
         policy = self._mailbox.policy(scope["headers"])
         if policy is None:
             return None, wire
@@ -105,7 +101,6 @@ class MailboxWriter:
             turn: released when the model generates nothing more.
             deadline: `time.monotonic()` at which reading ends.
         """
-        assert self._mailbox is not None
         model = turn.model.entry.names[0]
         answer = OutlivingAnswer(self._mailbox, wish, form, model, deadline)
 

@@ -23,7 +23,7 @@ from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.store import entries
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.http.sse import EventStream, named_event
+from candle_vllm.server.http.sse import EventStream, StreamForm, named_event
 
 # query parameters in the OpenAPI document
 INCLUDE: Mapping[str, Any] = {
@@ -151,7 +151,7 @@ def silent_event(number: int) -> bytes:
 def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:
     """Return the stream of a background response's events for one reader, which may disconnect."""
     written = ResponseEvents()
-    return EventStream(events, written.write, _error_event, silence=written.silence)
+    return EventStream(events, StreamForm(written.write, _error_event, silence=written.silence))
 
 
 def _error_event(failure: Exception) -> bytes:

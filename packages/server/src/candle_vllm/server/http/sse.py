@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -59,6 +60,30 @@ through the layers would take longer than all other work between the engine and 
 """
 
 
+@dataclass(frozen=True)
+class StreamForm:
+    """How one API encodes a stream.
+
+    Attributes:
+        event: encodes a chunk as an event.
+        error: encodes an exception as an event, the last one.
+        done: the last event of a stream that does not fail.
+        silence: makes the event that fills a silence; the default is a comment, which clients ignore.
+        media_type: the content type.
+    """
+
+    event: Callable[[Any], bytes]
+    error: Callable[[Exception], bytes]
+    done: bytes = DONE
+    silence: Callable[[], bytes] = lambda: KEEP_ALIVE
+    media_type: str = "text/event-stream"
+
+
+def lines_form(event: Callable[[Any], bytes], error: Callable[[Exception], bytes]) -> StreamForm:
+    """Return the form of JSON lines. A space fills a silence, which readers of the next line skip."""
+    return StreamForm(event, error, b"", lambda: b" ", "application/x-ndjson")
+
+
 class EventStream(Response):
     """A response that sends each chunk as one event: the last stage of a chain (`Receiver` in core's `step/stream.py`).
 
@@ -68,51 +93,42 @@ class EventStream(Response):
     Args:
         chunks: a `PushStream` or an iterator. Its `aclose` is called at the end of the stream. Its `delivered`, if it
             has one, is called before that, if everything was sent to the client.
-        encode: encodes a chunk as an event.
-        error: encodes an exception of `chunks` as an event, the last one.
-        done: the last event of a stream that does not fail.
+        form: encodes the chunks, or the exception that ends them.
         deadline: `time.monotonic()` at which the stream ends with an error.
         released: called once nothing more is read from `chunks`.
-        silence: makes the event that fills a silence; the default is a comment, which clients ignore.
-        keep_alive: seconds of silence before that event is sent.
+        keep_alive: seconds of silence before `form.silence` is sent.
     """
 
-    media_type = "text/event-stream"
-    filler = KEEP_ALIVE
+    status_code = 200
+    background = None
+    _buffered = 0
+    _held = False  # the sink of the request queues further outputs
+    _idle: asyncio.Future[None] | None = None  # done once `_write` has something to write, or at the end
+    _idle_since = 0.0  # time of the loop's clock
+    _timer: asyncio.TimerHandle | None = None
+    _ended = False
+    _complete = False  # the last message has been sent
+    _write_part: WritePart | None = None
 
     def __init__(
         self,
         chunks: AsyncIterator[Any],
-        encode: Callable[[Any], bytes],
-        error: Callable[[Exception], bytes],
+        form: StreamForm,
         *,
-        done: bytes = DONE,
         deadline: float | None = None,
         released: Callable[[], object] | None = None,
-        silence: Callable[[], bytes] | None = None,
         keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        self.status_code = 200
-        self.background = None
+        self.media_type = form.media_type
         self.init_headers(_HEADERS)
         self._chunks = chunks
-        self._encode = encode
-        self._error = error
-        self._done = done
+        self._form = form
         self._deadline = deadline
         self._released = released
-        self._silence = silence or (lambda: self.filler)
         self._keep_alive = keep_alive
         self._pending: list[bytes] = []
-        self._buffered = 0
-        self._idle: asyncio.Future[None] | None = None  # done once `_write` has something to write, or at the end
-        self._idle_since = 0.0  # time of the loop's clock
-        self._timer: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()  # set when an iterator may be read further
-        self._ended = False
-        self._complete = False  # the last message has been sent
         self._delivered: Callable[[], object] | None = getattr(chunks, "delivered", None)
-        self._write_part: WritePart | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
@@ -138,7 +154,8 @@ class EventStream(Response):
     def put(self, items: Sequence[Any]) -> None:
         """Write chunks, at once if nothing waits before them and the client keeps up."""
         try:
-            data = self._encode(items[0]) if len(items) == 1 else b"".join(map(self._encode, items))
+            event = self._form.event
+            data = event(items[0]) if len(items) == 1 else b"".join(map(event, items))
             if self._idle is not None and data and self._write_part is not None and self._write_part(data):
                 self._idle_since = self._loop.time()
                 return
@@ -146,6 +163,7 @@ class EventStream(Response):
         except Exception as failure:
             self.end(failure)
         if self._buffered > MAX_BUFFERED and isinstance(self._chunks, PushStream):
+            self._held = True
             self._chunks.hold(True)
 
     def end(self, error: Exception | None = None) -> None:
@@ -156,7 +174,7 @@ class EventStream(Response):
         if not self._ended:
             if error is not None:
                 logger.debug("stream ended by %r", error)
-            self._pending.append(self._done if error is None else self._error(error))
+            self._pending.append(self._form.done if error is None else self._form.error(error))
             self._end()
 
     async def _write(self, send: Send, watcher: asyncio.Task[None]) -> None:
@@ -172,7 +190,8 @@ class EventStream(Response):
             self._pending.clear()
             self._buffered = 0
             self._drained.set()
-            if isinstance(self._chunks, PushStream):
+            if self._held and isinstance(self._chunks, PushStream):
+                self._held = False
                 self._chunks.hold(False)
             # `delivered` is called after an empty last message of its own; sending this waits for a slow client.
             last = ended and not (data and self._delivered)
@@ -202,7 +221,7 @@ class EventStream(Response):
             return
         silence = loop.time() - self._idle_since if self._idle is not None else 0.0
         if silence >= self._keep_alive:
-            self._push(self._silence())
+            self._push(self._form.silence())
             silence = 0.0
         self._timer = loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
 
@@ -212,7 +231,7 @@ class EventStream(Response):
         await _stop(tasks)
         if self._complete:
             return
-        data = self._error(RequestAbortedError("The server was stopped before the answer was complete."))
+        data = self._form.error(RequestAbortedError("The server was stopped before the answer was complete."))
         await send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def _iterate(self) -> None:
@@ -253,13 +272,6 @@ class EventStream(Response):
             with contextlib.suppress(RuntimeError):  # a generator that is being closed already
                 await close()
         self._release()
-
-
-class LineStream(EventStream):
-    """An `EventStream` of JSON lines. A space fills a silence, which readers of the next line skip."""
-
-    media_type = "application/x-ndjson"
-    filler = b" "
 
 
 async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -75,7 +75,7 @@ def read_policy(headers: Headers, options: MailboxOptions) -> DeliveryPolicy | N
 
 def refuse_headers(headers: Headers, reason: str | None = None) -> None:
     """Raise a 400 if a request has one of the headers; without a `reason` the error says that the mailbox is off."""
-    for name in _given(headers):
+    for name in filter(None, (_HEADERS.get(raw.lower()) for raw, _ in headers)):
         if reason is not None:
             raise invalid(name, reason)
         raise MailboxError(

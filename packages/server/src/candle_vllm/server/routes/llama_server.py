@@ -8,6 +8,7 @@ selects one.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from importlib.metadata import version
 
 import msgspec
@@ -137,7 +138,7 @@ def _api(kind: type[llama_server.LlamaRequest]) -> answering.GenerationApi:
         streamed=lambda model, wire: llama_server.llama_stream(
             model.adapter, wire, model.entry.settings.default_sampling
         ),
-        done=b"",
+        form=replace(answering.OPENAI_FORM, done=b""),
         defaults=False,  # `whole` and `streamed` pass the operator's sampling values themselves
     )
 

@@ -13,7 +13,7 @@ from candle_vllm.openai import anthropic, to_json_bytes
 from candle_vllm.openai.anthropic.answers import Ping
 from candle_vllm.server.answering import GenerationApi, answer, answer_with
 from candle_vllm.server.http.failures import anthropic_error_event
-from candle_vllm.server.http.sse import named_event
+from candle_vllm.server.http.sse import StreamForm, named_event
 from candle_vllm.server.openapi.operation import COUNTED, QUESTION, QUEUED, Naming, Operation, routing
 
 router = APIRouter()
@@ -56,9 +56,11 @@ MESSAGES = GenerationApi(
     parse=anthropic.parse_messages_request,
     whole=lambda model, wire: model.messages.create(wire),
     streamed=lambda model, wire: model.messages.create_stream(wire),
-    event=lambda event: named_event(event.event_name, to_json_bytes(event)),
-    error_event=anthropic_error_event,
-    done=b"",
+    form=StreamForm(
+        lambda event: named_event(event.event_name, to_json_bytes(event)),
+        anthropic_error_event,
+        done=b"",
+        silence=lambda: named_event("ping", to_json_bytes(Ping())),
+    ),
     defaults=False,  # `MessagesAdapter` fills them in
-    silence=lambda: named_event("ping", to_json_bytes(Ping())),
 )

@@ -20,7 +20,7 @@ from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.http.sse import LineStream
+from candle_vllm.server.http.sse import lines_form
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
 
@@ -150,21 +150,15 @@ CHAT = answering.GenerationApi(
     parse=ollama.ollama_parser(ollama.ChatRequest),
     whole=lambda model, wire: model.ollama.chat(wire),
     streamed=lambda model, wire: model.ollama.chat_stream(wire),
-    event=lambda line: to_json_bytes(line) + b"\n",
-    error_event=ollama_error_line,
-    done=b"",
+    form=lines_form(lambda line: to_json_bytes(line) + b"\n", ollama_error_line),
     defaults=False,  # `OllamaAdapter` fills them in
-    stream=LineStream,
 )
 GENERATE = answering.GenerationApi(
     parse=ollama.ollama_parser(ollama.GenerateRequest),
     whole=lambda model, wire: model.ollama.generate(wire),
     streamed=lambda model, wire: model.ollama.generate_stream(wire),
-    event=CHAT.event,
-    error_event=ollama_error_line,
-    done=b"",
+    form=CHAT.form,
     defaults=CHAT.defaults,
-    stream=LineStream,
 )
 
 

@@ -25,7 +25,7 @@ from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel
 from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import ollama_error_line
-from candle_vllm.server.http.sse import LineStream
+from candle_vllm.server.http.sse import EventStream, lines_form
 from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
@@ -115,7 +115,7 @@ async def ollama_pull(request: Request) -> Response:
     except CandleVllmError as error:
         raise HttpError(404, str(error), failure_code(error), param="model") from None
     if wire.stream:
-        return LineStream(_lines(pull), lambda line: to_json_bytes(line) + b"\n", _failed_line, done=b"")
+        return EventStream(_lines(pull), lines_form(lambda line: to_json_bytes(line) + b"\n", _failed_line))
     try:
         async for _ in pull.follow():
             pass

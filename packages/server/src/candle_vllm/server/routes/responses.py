@@ -34,7 +34,7 @@ from candle_vllm.server import answering, store_access
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.http.sse import DONE
+from candle_vllm.server.http.sse import DONE, StreamForm
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.admission import RetiredError
 from candle_vllm.server.models.manager import Turn, enter, take_turn
@@ -168,10 +168,8 @@ class _Exchange:
             parse=requests.parse_responses_request,
             whole=self._whole,
             streamed=self._streamed,
-            event=self._events.write,
-            error_event=self._error_events,
+            form=StreamForm(self._events.write, self._error_events, silence=self._events.silence),
             defaults=False,  # `Responder` fills them in
-            silence=self._events.silence,
         )
 
     async def _whole(self, model: ServedModel, wire: requests.ResponsesRequest) -> Response:
