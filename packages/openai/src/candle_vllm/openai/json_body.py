@@ -97,7 +97,8 @@ def decode_json(body: bytes | str, name: str = "The body") -> Any:
         raise _too_deep(name) from None
     except ValueError:  # Python's limit for the digits of an integer
         raise InvalidBodyError(f"{name} holds a number with thousands of digits.") from None
-    _check_depth(value, name)
+    if is_deeper(value, MAX_DEPTH):
+        raise _too_deep(name)
     if "\\ud" in text or "\\uD" in text:
         _check_surrogates(value, name)
     return value
@@ -134,11 +135,6 @@ def _constant(name: str) -> NoReturn:
 
 def _too_deep(name: str) -> InvalidBodyError:
     return InvalidBodyError(f"{name} is nested too deeply: at most {MAX_DEPTH} levels are allowed.")
-
-
-def _check_depth(value: Any, name: str) -> None:
-    if is_deeper(value, MAX_DEPTH):
-        raise _too_deep(name)
 
 
 def is_deeper(value: Any, levels: int) -> bool:

@@ -103,17 +103,19 @@ class AnswerPlanner:
         reasoning = reasoning and reasoning.led_by(opening)
         closed = reasoning is not None and tail.rstrip(SPACE).endswith(tuple(reasoning.pairs.values()))
         declined = closed or False in (task.variables.get("enable_thinking"), task.variables.get("thinking"))
-        structured = constrain(
-            task.form,
-            tools,
-            use,
-            reasoning=None if continued or (declined and not is_open) else reasoning,
-            in_reasoning=is_open,
-            special=self._special,
-            own=self._marks,
-            loose=loose,
-            continued=continued,
-        )
+        structured = None
+        if task.form is not None or use.tools:
+            structured = constrain(
+                task.form,
+                tools,
+                use,
+                reasoning=None if continued or (declined and not is_open) else reasoning,
+                in_reasoning=is_open,
+                special=self._special,
+                own=self._marks,
+                loose=loose,
+                continued=continued,
+            )
         with_tools, without = self._bound.get(opening, self._bound[""])
         bound = with_tools if called else without
         thoughts = self._budget(task, reasoning, opening, called)

@@ -122,8 +122,7 @@ class TaskPreparation:
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
-            task = self._without_results_images(task)
-            unseen = self._unseen(task)
+            task, unseen = self._with_images(task) if images_of(task.messages) else (task, None)
             text = self._render(task)
             if bounded and task.cut is None:
                 check_length(self._engine, text)
@@ -183,27 +182,23 @@ class TaskPreparation:
         prompt = self._engine.tokenize(self._engine.render_messages(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
 
-    def _without_results_images(self, task: Task) -> Task:
-        """Replace images in tool results by a notice if the model reads text only: an agent cannot remove them."""
-        info, results = self._engine.model_info, [one for one in task.messages if one.role == "tool"]
-        if "image" in info.modalities or not images_of(results):
-            return task
+    def _with_images(self, task: Task) -> tuple[Task, Unseen | None]:
+        """Begin to fetch the images of a task. If the model reads text only, refuse them, except in tool results: a
+        notice replaces these, because an agent cannot remove them."""
+        images = images_of(task.messages)
+        if "image" in self._engine.model_info.modalities:
+            return task, self._begun(task, images)
+        given = images_of([one for one in task.messages if one.role != "tool"])
+        if given:
+            said = f"{given[0].path}: an image cannot be read: {self._engine.model_info.name} takes text only"
+            raise UnsupportedParameterError(said, given[0].path)
         remark(["images in results of tools are not shown: the model takes text only"])
 
         def shown(one: Message) -> Message:
             parts = (_NOT_SHOWN if isinstance(part, ImagePart) else part for part in one.parts)
             return replace(one, parts=tuple(parts)) if one.role == "tool" else one
 
-        return replace(task, messages=tuple(map(shown, task.messages)))
-
-    def _unseen(self, task: Task) -> Unseen | None:
-        images = images_of(task.messages)
-        if not images:
-            return None
-        if "image" not in self._engine.model_info.modalities:
-            said = f"{images[0].path}: an image cannot be read: {self._engine.model_info.name} takes text only"
-            raise UnsupportedParameterError(said, images[0].path)
-        return self._begun(task, images)
+        return replace(task, messages=tuple(map(shown, task.messages))), None
 
     def _begun(self, task: Task, images: Sequence[ImagePart]) -> Unseen:
         if task.cut is not None:

@@ -153,20 +153,19 @@ def _form_path(request: ChatCompletionRequest | CompletionRequest, otherwise: st
     return otherwise if request.structured() is None else request.structured_field
 
 
-def _message(message: WireMessage, path: str) -> Message:
+def _parts(message: WireMessage, path: str) -> list[Part]:
     content = message.content
-    parts: list[Part] = (
-        []
-        if content is None
-        else [TextPart(content)]
-        if isinstance(content, str)
-        else [
-            part.image(f"{path}.content.{index}") if isinstance(part, WireImage) else TextPart(part.text)
-            for index, part in enumerate(content)
-        ]
-    )
+    if isinstance(content, str):
+        return [TextPart(content)]
+    return [
+        part.image(f"{path}.content.{index}") if isinstance(part, WireImage) else TextPart(part.text)
+        for index, part in enumerate(content or ())
+    ]
+
+
+def _message(message: WireMessage, path: str) -> Message:
+    parts, thoughts = _parts(message, path), None
     calls: tuple[Call, ...] = ()
-    thoughts = None
     if isinstance(message, AssistantMessage):
         thoughts = message.thoughts
         calls = tuple(one.called() for one in message.tool_calls or ())

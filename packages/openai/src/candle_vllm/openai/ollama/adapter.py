@@ -151,7 +151,7 @@ class OllamaAdapter:
         return made
 
     def _chat_task(self, request: wires.ChatRequest) -> Task:
-        use = tool_use(request.tools, None, None)
+        use = tool_use(request.tools or (), None, None)
         messages = read_messages(request.messages or ())
         last = messages[-1]
         return Task(

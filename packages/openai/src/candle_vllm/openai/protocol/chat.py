@@ -129,11 +129,15 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     @property
     def custom_tools(self) -> frozenset[str]:
         """Names of the custom tools, whose input is text."""
-        return custom_names(self.tools)
+        return custom_names(self.tools) if self.tools else frozenset()
 
     def tool_use(self) -> ToolUse:
         """Combine the request's tool fields into one `ToolUse`."""
-        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if self.tools:
+            return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if self.tool_choice not in (None, "none") and not (self.tool_choice == "auto" and self.tools is not None):
+            raise invalid("tool_choice", "needs tools: there is nothing to choose from")
+        return ToolUse()
 
 
 class TopLogprob(msgspec.Struct, frozen=True):

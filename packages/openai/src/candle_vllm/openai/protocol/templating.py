@@ -110,15 +110,15 @@ class TemplateFields(WireModel):
         given = {name: value for name in _BUDGETS if (value := getattr(self, name)) is not None}
         if isinstance(self.thinking, ThinkingSwitch) and self.thinking.budget_tokens is not None:
             given["thinking.budget_tokens"] = self.thinking.budget_tokens
-        names = list(given)
-        for name in names[1:]:
-            if given[name] != given[names[0]]:
-                raise invalid(name, f"contradicts {names[0]}; give one of them")
-        if names:
-            return ThinkingLimit(given[names[0]], self.reasoning_budget_message)
-        if self.reasoning_budget_message is not None:
-            raise invalid("reasoning_budget_message", "needs thinking_token_budget")
-        return None
+        if not given:
+            if self.reasoning_budget_message is not None:
+                raise invalid("reasoning_budget_message", "needs thinking_token_budget")
+            return None
+        (first, tokens), *others = given.items()
+        for name, other in others:
+            if other != tokens:
+                raise invalid(name, f"contradicts {first}; give one of them")
+        return ThinkingLimit(tokens, self.reasoning_budget_message)
 
 
 def check_variables(kwargs: Mapping[str, Any]) -> None:

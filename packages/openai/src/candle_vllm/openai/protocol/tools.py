@@ -236,19 +236,17 @@ def check_chat_tools(tools: Sequence[Tool | CustomTool] | None) -> None:
     check_tools((f"{index}.{tool.type}.name", tool.name, tool.shown()) for index, tool in enumerate(tools or ()))
 
 
-def tool_use(tools: Sequence[Tool | CustomTool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
+def tool_use(tools: Sequence[Tool | CustomTool], choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
     """Combine a request's three tool fields; raises the error that pydantic reports if they contradict each other."""
-    functions = [_function(tool) for tool in tools or ()]
-    if not functions and choice not in (None, "none") and not (choice == "auto" and tools is not None):
-        raise fields.invalid("tool_choice", "needs tools: there is nothing to choose from")
+    functions = [_function(tool) for tool in tools]
     custom = custom_names(tools)
     chosen = read_choice(choice, [one.name for one in functions if one.name not in custom], custom)
-    return chosen.among(functions, [tool.shown() for tool in tools or ()], parallel=parallel)
+    return chosen.among(functions, [tool.shown() for tool in tools], parallel=parallel)
 
 
-def custom_names(tools: Sequence[Tool | CustomTool] | None) -> frozenset[str]:
+def custom_names(tools: Sequence[Tool | CustomTool]) -> frozenset[str]:
     """Return the names of the custom tools."""
-    return frozenset(tool.custom.name for tool in tools or () if isinstance(tool, CustomTool))
+    return frozenset(tool.custom.name for tool in tools if isinstance(tool, CustomTool))
 
 
 def read_choice(choice: ToolChoice | None, known: Collection[str], custom: Collection[str] = ()) -> Choice:
