@@ -30,8 +30,9 @@ class FinishReason(enum.StrEnum):
     The value is the reason in vLLM's classes, in metrics and in the request log.
 
     Attributes:
+        complete: whether the answer ended by itself or by a limit, and not by an abort or an error.
         anthropic, ollama, llama_server: the reason's name in these APIs, except for a stop string in Anthropic and
-            llama-server, and for a full context window in Anthropic.
+            llama-server, and for a full context window in Anthropic; "" for a reason that is an error there.
         responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
         limit: a phrase for the limit that cut the answer; "" for an answer that was not cut.
         openai: the reason in OpenAI's chat and completions; the value unless a row has another name.
@@ -43,6 +44,7 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"  # the caller went away, or the engine shut down; in the APIs an error
     ERROR = "error"  # the engine failed on this request; in the APIs an error
 
+    complete: bool
     anthropic: str
     ollama: str
     llama_server: str
@@ -53,6 +55,7 @@ class FinishReason(enum.StrEnum):
     def __new__(cls, value: str, *spelled: str) -> Self:
         reason = str.__new__(cls, value)
         reason._value_ = value
+        reason.complete = bool(spelled)
         reason.anthropic, reason.ollama, reason.llama_server, reason.responses, reason.limit = (spelled + ("",) * 5)[:5]
         reason.openai = spelled[5] if len(spelled) > 5 else value
         return reason
@@ -61,11 +64,6 @@ class FinishReason(enum.StrEnum):
     def cut(self) -> bool:
         """Whether the answer was truncated: its text or its last call may be incomplete."""
         return bool(self.limit)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answer ended by itself or by a limit, and not by an abort or an error."""
-        return self not in (FinishReason.ABORT, FinishReason.ERROR)
 
     @classmethod
     def read(cls, spelled: str) -> FinishReason | None:

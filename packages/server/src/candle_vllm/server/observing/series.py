@@ -178,6 +178,14 @@ def _histogram(
     )  # fmt: skip
 
 
+def _span(name: str, text: str, begin: str, end: str) -> Series:
+    """A histogram of the seconds between two times of a request, which are fields of `RequestMetrics`."""
+    return _histogram(
+        name, text, _WHOLE,
+        lambda request: [_between(getattr(request.times, begin), getattr(request.times, end))],
+    )  # fmt: skip
+
+
 def _between(start: float | None, end: float | None, parts: int = 1) -> float | None:
     return None if start is None or end is None else (end - start) / parts
 
@@ -266,14 +274,14 @@ HISTOGRAMS: tuple[Series, ...] = (
                "Mean time of a sequence's tokens after the first, seconds.", _BETWEEN_TOKENS, _per_token),
     _histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end, seconds.", _WHOLE,
                lambda request: [request.ended - request.arrived], ALL_OPERATIONS),
-    _histogram("vllm:request_queue_time_seconds", "From a request's arrival to its first step, seconds.", _WHOLE,
-               lambda request: [_between(request.arrived, request.times.first_scheduled_time)]),
-    _histogram("vllm:request_inference_time_seconds", "From a request's first step to its end, seconds.", _WHOLE,
-               lambda request: [_between(request.times.first_scheduled_time, request.times.finished_time)]),
-    _histogram("vllm:request_prefill_time_seconds", "From a request's first step to its first token, seconds.", _WHOLE,
-               lambda request: [_between(request.times.first_scheduled_time, request.times.first_token_time)]),
-    _histogram("vllm:request_decode_time_seconds", "From a request's first token to its end, seconds.", _WHOLE,
-               lambda request: [_between(request.times.first_token_time, request.times.finished_time)]),
+    _span("vllm:request_queue_time_seconds", "From a request's arrival to its first step, seconds.",
+          "arrival_time", "first_scheduled_time"),
+    _span("vllm:request_inference_time_seconds", "From a request's first step to its end, seconds.",
+          "first_scheduled_time", "finished_time"),
+    _span("vllm:request_prefill_time_seconds", "From a request's first step to its first token, seconds.",
+          "first_scheduled_time", "first_token_time"),
+    _span("vllm:request_decode_time_seconds", "From a request's first token to its end, seconds.",
+          "first_token_time", "finished_time"),
     _histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.",
                values=lambda request: [request.prompt_tokens], of=ALL_OPERATIONS),
     _histogram("vllm:request_prefill_kv_computed_tokens", "Prompt tokens of a request that were not cached.",
