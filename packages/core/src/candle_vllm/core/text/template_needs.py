@@ -407,8 +407,10 @@ def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
     Consecutive messages of one role become one, as in Anthropic's and Ollama's APIs: models expect alternating roles.
     Users of different names stay apart, unless the template needs `roles_in_turn`.
     """
-    messages = _in_turn([_as_said(message, needs) for message in _late_as_user(rendered, needs)], needs)
-    if not needs.images_in_results:
+    calls = any(message["role"] == "tool" or message.get("tool_calls") for message in rendered)
+    said = [_as_said(message, needs) for message in rendered] if calls else rendered
+    messages = _in_turn(_late_as_user(said, needs), needs)
+    if calls and not needs.images_in_results:
         messages = _shown_by_users(messages, needs)
     last = messages[-1]["role"] if messages else None
     written = needs.system_alone if last == "system" else needs.system_behind_results if last == "tool" else True
@@ -419,15 +421,9 @@ def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
         if not messages or messages[0]["role"] != "user":
             messages.insert(0, _message("user", ""))
         messages[0]["content"] = _joined(begun.pop()["content"], messages[0].get("content"), "\n\n")
-    rendered[:] = _with_calls([*begun, *messages], needs)
-    for message in rendered:
-        if needs.content_forbidden and message.get("tool_calls") and not message.get("content"):
-            message["content"] = None
-        if needs.short_ids and isinstance(message.get("tool_call_id"), str):
-            message["tool_call_id"] = short_id(message["tool_call_id"])
-        if message.get("tool_calls"):
-            message["tool_calls"] = [_fitting_call(call, needs) for call in message["tool_calls"]]
-        if needs.content_as_parts and isinstance(message.get("content"), str):
+    rendered[:] = _with_calls([*begun, *messages], needs) if calls else [*begun, *messages]
+    for message in rendered if needs.content_as_parts else ():
+        if isinstance(message.get("content"), str):
             message["content"] = [{"type": "text", "text": message["content"]}]
 
 
@@ -520,7 +516,7 @@ def _parts(content: Any) -> Sequence[Any]:
 
 
 def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Split messages with several calls, or with calls and content, if the template does not support them."""
+    """Convert calls and their results to the supported form; split messages with several calls, or with content."""
     made = list[dict[str, Any]]()
     left = list(reversed(messages))
     while left:
@@ -542,6 +538,13 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
                 message = _message("assistant", "")
             if result is not None:
                 made.append(result)
+    for message in made:
+        if needs.content_forbidden and message.get("tool_calls") and not message.get("content"):
+            message["content"] = None
+        if needs.short_ids and isinstance(message.get("tool_call_id"), str):
+            message["tool_call_id"] = short_id(message["tool_call_id"])
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_fitting_call(call, needs) for call in message["tool_calls"]]
     return made
 
 
