@@ -45,7 +45,7 @@ def test_bias_words_and_prompt_outside_the_vocabulary_are_refused_by_name() -> N
     with pytest.raises(InvalidParameterError, match="no token"):
         make(bad=[[]])
     with pytest.raises(InvalidParameterError) as caught:
-        make(prompt=[10])
+        make(prompt=[10], repetition_penalty=1.5)
     assert caught.value.param == "prompt_token_ids"
 
 

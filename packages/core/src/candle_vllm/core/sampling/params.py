@@ -254,12 +254,16 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
                 raise InvalidParameterError(f"{name} must be true or false", name)
 
     def _check_lists(self) -> None:
-        for name, most, length in (
-            ("bad_words", MAX_TOKEN_LIST, MAX_STOP_LENGTH),
-            ("dry_sequence_breakers", MAX_BREAKERS, MAX_BREAKER_LENGTH),
-        ):
+        for name, (most, length) in _TEXT_LISTS.items():
             if (given := getattr(self, name)) is not None:
                 _texts(name, given, most, length)
+        for name, most in _TOKEN_LISTS.items():
+            if (given := getattr(self, name)) is not None:
+                _token_ids(name, given, most)
+        if self.logprob_token_ids and self.logprobs is None:
+            force_setattr(self, "logprobs", 0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidParameterError("allowed_token_ids must not be empty", "allowed_token_ids")
         if self.logits_processors is not None:
             _count("logits_processors", self.logits_processors, MAX_PROCESSORS)
             for each in self.logits_processors:
@@ -270,19 +274,12 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
                         f"installed ones ({installed} installed), not {each!r:.60}",
                         "logits_processors",
                     )
-        if self.stop is not None and (not isinstance(self.stop, Sequence) or isinstance(self.stop, bytes)):
-            raise InvalidParameterError("stop must be a text or a list of texts", "stop")
-        _count("stop", self.stop_strings, MAX_STOP_STRINGS)
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+        if self.stop is not None:
+            if not isinstance(self.stop, Sequence) or isinstance(self.stop, bytes):
+                raise InvalidParameterError("stop must be a text or a list of texts", "stop")
+            _count("stop", self.stop_strings, MAX_STOP_STRINGS)
+            if not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in self.stop_strings):
                 raise InvalidParameterError(f"stop strings must be texts of 1 to {MAX_STOP_LENGTH} characters", "stop")
-        _token_ids("stop_token_ids", self.stop_token_ids, MAX_TOKEN_LIST)
-        _token_ids("logprob_token_ids", self.logprob_token_ids, MAX_NAMED_LOGPROBS)
-        if self.logprob_token_ids and self.logprobs is None:
-            force_setattr(self, "logprobs", 0)
-        _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKENS)
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise InvalidParameterError("allowed_token_ids must not be empty", "allowed_token_ids")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise InvalidParameterError("logit_bias must map token ids to numbers", "logit_bias")
@@ -293,14 +290,9 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
             _token_ids("logit_bias", list(self.logit_bias), MAX_TOKEN_LIST)
             for value in self.logit_bias.values():
                 _number("logit_bias", value, BIAS)
-        if not isinstance(self.output_kind, RequestOutputKind):
-            raise InvalidParameterError("output_kind must be a RequestOutputKind", "output_kind")
-        if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
-            raise InvalidParameterError("structured_outputs must be StructuredOutputsParams", "structured_outputs")
-        if not isinstance(self.thoughts, (ThoughtBudget, type(None))):
-            raise InvalidParameterError("thoughts must be a ThoughtBudget", "thoughts")
-        if not isinstance(self.stop_marks, (StopMarks, type(None))):
-            raise InvalidParameterError("stop_marks must be StopMarks", "stop_marks")
+        for name, (kind, said) in _CLASSES.items():
+            if not isinstance(getattr(self, name), kind):
+                raise InvalidParameterError(f"{name} must be {said}", name)
         salt = self.cache_salt
         if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT):
             raise InvalidParameterError(f"cache_salt must be a text of 1 to {MAX_SALT} characters", "cache_salt")
@@ -370,6 +362,16 @@ OFFERED_FIELDS = tuple(name for name in BOUNDS if OFFERED in _HINTS[name].__meta
 _OPTIONAL = frozenset(name for name in BOUNDS if get_origin(_HINTS[name].__origin__) is UnionType)
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "continues_prompt",
              "skip_reading_prefix_cache", "prompt_progress")  # fmt: skip
+_TOKEN_LISTS = {"stop_token_ids": MAX_TOKEN_LIST, "logprob_token_ids": MAX_NAMED_LOGPROBS,
+                "allowed_token_ids": MAX_ALLOWED_TOKENS}  # fmt: skip
+_TEXT_LISTS = {"bad_words": (MAX_TOKEN_LIST, MAX_STOP_LENGTH),
+               "dry_sequence_breakers": (MAX_BREAKERS, MAX_BREAKER_LENGTH)}  # fmt: skip
+_CLASSES = {
+    "output_kind": (RequestOutputKind, "a RequestOutputKind"),
+    "structured_outputs": (StructuredOutputsParams | None, "StructuredOutputsParams"),
+    "thoughts": (ThoughtBudget | None, "a ThoughtBudget"),
+    "stop_marks": (StopMarks | None, "StopMarks"),
+}
 
 
 def _is_open(value: object) -> bool:
@@ -411,8 +413,6 @@ def _texts(name: str, values: Any, most: int, length: int) -> None:
 
 
 def _token_ids(name: str, values: Any, most: int) -> None:
-    if values is None:
-        return
     if isinstance(values, (str, bytes)):
         raise InvalidParameterError(f"{name} must be a list of token ids", name)
     _count(name, values, most)

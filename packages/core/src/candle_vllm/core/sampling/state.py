@@ -52,6 +52,12 @@ class SamplingState:
         num_ahead: sampled tokens after `tokens` that the host does not know yet; above 0 only if steps overlap.
     """
 
+    num_ahead = 0
+    failure: str | None = None
+    _recent: RecentCounts | None = None
+    _uniforms: tuple[int, Sequence[float]] = (0, ())  # a position, and the random numbers from there on
+    _chances: tuple[int, Sequence[float]] = (0, ())  # a position, and XTC's random numbers from there on
+
     def __init__(
         self,
         params: SamplingParams,
@@ -87,30 +93,23 @@ class SamplingState:
         self.index = index
         seed = seed if params.seed is None else params.seed
         self.seed = fresh_seed() if seed is None else seed
-        self._uniforms: tuple[int, list[float]] = (0, [])  # a position, and the random numbers from there on
         self.tokens = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
-        self.num_ahead = 0
         self.grammar = grammar
         self.thoughts = thoughts
         self.allowed = self._allowed_ids()
         self.bias_ids, self.bias_values = self._bias()
-        stop_ids = _checked("stop_token_ids", params.stop_token_ids or (), vocab_size)
-        eos_ids = [token for token in eos_token_ids if 0 <= token < vocab_size]
-        self._stop_ids = _distinct(np.concatenate((stop_ids, np.array(eos_ids, np.int64))))
+        self._stop_ids = _checked("stop_token_ids", params.stop_token_ids or (), vocab_size)
+        self._eos_token_ids = eos_token_ids
         self.bad_words = BadWords(bad_word_token_ids, vocab_size)
-        prompt_ids = _checked("prompt_token_ids", prompt_token_ids, vocab_size)
-        self._counts = _penalty_counts(params, prompt_ids)
+        self._counts = _penalty_counts(params, prompt_token_ids, vocab_size)
         top_k = params.top_k if 0 < params.top_k < vocab_size else 0
         self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
         self.chain = _chain(params, self.controls)
-        self._recent: RecentCounts | None = None
         self._mus = [2 * params.mirostat_tau]  # mirostat's mu of the tokens so far and of the next one
-        self._chances: tuple[int, list[float]] = (0, [])  # a position, and XTC's random numbers from there on
         if self.chain is not None:  # the chain applies these, and a dynamic temperature
             self.controls = (1.0 if params.dynatemp_range else self.controls[0], 0.0, 0.0, 1.0)
         self.dry = None if breakers is None else DryState(params, breakers, self.tokens)
-        self.failure: str | None = None
         self._always_masks = self.allowed is not None or bool(bad_word_token_ids) or grammar is not None
         self.windowed = self._counts is not None and params.repeat_last_n >= 0
         held = grammar is not None or thoughts is not None
@@ -132,10 +131,10 @@ class SamplingState:
         other._counts = copy.deepcopy(self._counts)
         other.dry = None if self.dry is None else self.dry.sibling(other.tokens)
         other._mus = list(self._mus)
-        other._chances = (0, [])
+        other._chances = (0, ())
         other.grammar = None if self.grammar is None else self.grammar.sibling()
         other.thoughts = None if self.thoughts is None else self.thoughts.sibling()
-        other._uniforms = (0, [])
+        other._uniforms = (0, ())
         return other
 
     def uniform(self) -> float:
@@ -147,7 +146,7 @@ class SamplingState:
         _make_uniforms([self])
         return self._uniforms[1][0]
 
-    def uniforms(self, count: int) -> list[float]:
+    def uniforms(self, count: int) -> Sequence[float]:
         """Return the random numbers of the next `count` tokens, at most 64."""
         first, numbers = self._uniforms
         offset = self.position - first
@@ -305,15 +304,21 @@ class SamplingState:
         )
         if self.position >= self.params.min_tokens or self._must_stop():
             return words
-        return np.concatenate((words, self._stop_ids))
+        return np.concatenate((words, self._ending_ids))
 
     def _must_stop(self) -> bool:
         """Whether the grammar allows only stop tokens here. Waits for the grammar."""
         if self.grammar is None:
             return False
         others = np.unpackbits(self.grammar.bits().view(np.uint8), bitorder="little")
-        others[self._stop_ids] = 0
+        others[self._ending_ids] = 0
         return not others.any()
+
+    @cached_property
+    def _ending_ids(self) -> NDArray[np.int64]:
+        """The tokens that end the sequence, those of the model included, sorted."""
+        eos_ids = [token for token in self._eos_token_ids if 0 <= token < self.vocab_size]
+        return _distinct(np.concatenate((self._stop_ids, np.array(eos_ids, np.int64))))
 
     def _allowed_ids(self) -> NDArray[np.int64] | None:
         if self.params.allowed_token_ids is None:
@@ -455,11 +460,11 @@ def _checked(name: str, token_ids: Iterable[int], vocab_size: int) -> NDArray[np
     return ids
 
 
-def _penalty_counts(params: SamplingParams, prompt_ids: NDArray[np.int64]) -> TokenCounts | None:
+def _penalty_counts(params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> TokenCounts | None:
     if params.repetition_penalty != 1.0:
-        return TokenCounts(prompt_ids)
+        return TokenCounts(_checked("prompt_token_ids", prompt, vocab_size))
     if params.frequency_penalty or params.presence_penalty:
-        return TokenCounts(prompt_ids[:0])  # these two count only the output
+        return TokenCounts(np.zeros(0, np.int64))  # these two count only the output
     return None
 
 

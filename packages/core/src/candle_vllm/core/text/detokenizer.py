@@ -44,6 +44,10 @@ class Detokenizer:
             the caller removes entries. So a special token differs from a text that looks like it.
     """
 
+    _num_tokens = 0
+    _length = 0  # characters decoded
+    _begun = False  # the decoder holds an incomplete character
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -57,11 +61,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._min_tokens = min_tokens
-        self._num_tokens = 0
-        self._length = 0  # characters decoded
         self.special_tokens: list[tuple[int, int]] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._begun = False  # the decoder holds an incomplete character
         if continues_prompt:
             self._decode(b"".join(map(tokenizer.token_bytes, prompt_token_ids[-_MOST_BEGUN:])))
         self._scanner = stops or NO_STOPS

@@ -172,7 +172,7 @@ class DecoderPreparation(Preparation):
             seed=None if request.params.seed is not None else self._seeds.getrandbits(63),
             vocab_size=self._vocab_size,
             eos_token_ids=self._eos_token_ids,
-            bad_word_token_ids=[*self._bad_words(request.params.bad_words or ()), *self._suppressed],
+            bad_word_token_ids=self._bad_words(request.params),
             grammar=self._grammar(request.params),
             thoughts=self._thoughts(request.params, request.prompt_token_ids),
             breakers=self._breakers.of_request(request.params) if request.params.dry_multiplier else None,
@@ -234,15 +234,14 @@ class DecoderPreparation(Preparation):
         return GrammarState(self._grammars, params.structured_outputs, self._vocab_size, held_back)
 
     def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount | None:
-        text, budget, tokens = self._tokenizer, params.thoughts, params.thinking_token_budget
+        text, tokens = self._tokenizer, params.thinking_token_budget
+        if params.thoughts is None and (tokens is None or tokens < 0):
+            return None
 
         def encode(mark: str, special: bool = True) -> Seq[int]:
             return text.encode(mark, add_special_tokens=False, parse_special=special)
 
-        if tokens is not None and tokens >= 0:
-            budget = budget_in_tokens(tokens, encode, prompt, self._ends)
-        if budget is None:
-            return None
+        budget = params.thoughts or budget_in_tokens(tokens or 0, encode, prompt, self._ends)
         return ThoughtCount(ThoughtLimit(budget, encode, text.token_bytes, text.special_token_ids))
 
     def _prediction(self, text: str) -> Prediction:
@@ -254,10 +253,13 @@ class DecoderPreparation(Preparation):
             )
         return Prediction(tokens)
 
-    def _bad_words(self, words: Seq[str]) -> list[list[int]]:
-        """Return the token ids of each word at the start of a text, and after a space."""
-        texts = [text for word in words for text in (word, " " + word.lstrip())]
-        return [ids for ids in self._tokenizer.encode_batch(texts, add_special_tokens=False) if ids]
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Return the token ids of each bad word at the start of a text, and after a space, and suppressed tokens."""
+        if not params.bad_words:
+            return self._suppressed
+        texts = [text for word in params.bad_words for text in (word, " " + word.lstrip())]
+        ids = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [*filter(None, ids), *self._suppressed]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
