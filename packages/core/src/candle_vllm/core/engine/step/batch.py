@@ -198,33 +198,6 @@ def turns(turned: RotaryPositions, positions: Ints, first: int) -> Ints:
     return turns
 
 
-def state_rows(scheduled: Seq[Run], query_start: Ints, memory: StateRows | None) -> StateRows | None:
-    """Return the state slots that a step reads and writes; None if no layer keeps a state."""
-    if scheduled[0].state is None:
-        return None
-    count, total = len(scheduled), int(query_start[-1])
-    if memory is None:
-        memory = StateRows(query_start, *np.empty((3, count), np.int64), *np.empty((2, total), np.int64))
-    rows = StateRows(
-        query_start,
-        *(each[:count] for each in (memory.slots, memory.sources, memory.replays)),
-        *(each[:total] for each in (memory.stores, memory.keeps)),
-    )
-    found = [run.state for run in scheduled if run.state is not None]
-    rows.slots[:], rows.sources[:] = [each.slot for each in found], [each.source for each in found]
-    rows.replays[:] = [each.replays for each in found]
-    rows.stores[:] = rows.keeps[:] = -1
-    drafts = np.array([len(run.drafts) for run in scheduled])
-    rows.stores[query_start[1:] - 1 - drafts] = rows.slots
-    for run, state, first in zip(scheduled, found, query_start.tolist(), strict=False):
-        for row, slot in state.marks:
-            rows.stores[first + row] = slot
-        if run.drafts:
-            end = first + run.count
-            rows.keeps[end - len(run.drafts) : end] = range(len(run.drafts))
-    return rows
-
-
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The arrays of one step, all int64; they are valid until the step has run or the next batch is built.
 
@@ -375,14 +348,37 @@ class BatchBuilder:
             ahead=rows_ahead(scheduled, laid.query_start) if shown else None,
             turned=rotary_positions(scheduled, laid.query_start) if self._images else None,
             ends_alone=ends_alone and len(laid.sampled_rows) < total,
-            states=self._state_rows(scheduled, laid.query_start),
+            states=None if scheduled[0].state is None else self._state_rows(scheduled, laid.query_start),
         )
         self._last = batch if decodes == count and size else None
         self._moving = tokens[1:3]
         return batch
 
-    def _state_rows(self, scheduled: Seq[Run], query_start: Ints) -> StateRows | None:
-        return state_rows(scheduled, query_start, None if self._memory is None else self._memory.states)
+    def _state_rows(self, scheduled: Seq[Run], query_start: Ints) -> StateRows:
+        """Return the state slots that a step reads and writes."""
+        count, total = len(scheduled), int(query_start[-1])
+        if self._memory is None:
+            memory = StateRows(query_start, *np.empty((3, count), np.int64), *np.empty((2, total), np.int64))
+        else:
+            memory = self._memory.states
+        rows = StateRows(
+            query_start,
+            *(each[:count] for each in (memory.slots, memory.sources, memory.replays)),
+            *(each[:total] for each in (memory.stores, memory.keeps)),
+        )
+        found = [run.state for run in scheduled if run.state is not None]
+        rows.slots[:], rows.sources[:] = [each.slot for each in found], [each.source for each in found]
+        rows.replays[:] = [each.replays for each in found]
+        rows.stores[:] = rows.keeps[:] = -1
+        drafts = np.array([len(run.drafts) for run in scheduled])
+        rows.stores[query_start[1:] - 1 - drafts] = rows.slots
+        for run, state, first in zip(scheduled, found, query_start.tolist(), strict=False):
+            for row, slot in state.marks:
+                rows.stores[first + row] = slot
+            if run.drafts:
+                end = first + run.count
+                rows.keeps[end - len(run.drafts) : end] = range(len(run.drafts))
+        return rows
 
     def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
         """Lay out a step with numpy; `whole` is whether a token is sampled for every run."""
@@ -410,30 +406,23 @@ class BatchBuilder:
 
     def _next(self, last: Batch, step: Step, before: Seq[Run]) -> Batch:
         """Build the step that continues `last`; see `_goes_on`."""
-        tokens, contexts, tables, begun = last.tokens, last.context_lens, last.block_tables, ()
+        tokens, tables, begun = last.tokens, last.block_tables, ()
         if self._memory is None or not self._memory.moved_on:
             self._moving += 1
-            contexts += 1
+            last.context_lens[:] += 1
             if before:  # the tokens of the previous step, in the same order
                 tokens[0], tokens[3] = 0, last.sampled_rows
             else:
                 tokens[0], tokens[3] = [item.sequence.tokens[item.start] for item in step], -1
         if step.begins:
             tables, begun = self._begin_blocks(step, last)
-        self._last = batch = Batch(
-            tokens=tokens,
-            query_start=last.query_start,
-            context_lens=contexts,
+        self._last = batch = msgspec.structs.replace(
+            last,
             block_tables=tables,
             tables_version=self._version,
-            num_decodes=last.num_decodes,
             runs=step,
             drawing=step,
-            drafted=False,
-            sampled_rows=last.sampled_rows,
             goes_on=True,
-            adapters=last.adapters,
-            turned=last.turned,
             begun=begun,
             states=None if last.states is None else self._state_rows(step, last.query_start),
         )

@@ -96,7 +96,9 @@ class Engine:
         self._preparation = preparation
         self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
-        self._batches = BatchBuilder(block_size, runner.step_memory, images=images is not None)
+        self._batches = BatchBuilder(
+            block_size, runner.step_memory, images=images is not None, adapters=self.adapters is not None
+        )
         self._sampling: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # sequences of the last step
         self._flights: deque[_Flight] = deque()  # in launch order
         self._live: dict[Sequence, Live] = {}
@@ -455,6 +457,8 @@ class Engine:
             if live.first_scheduled_time is None and run.sequence.index == 0 and live.request.params.prompt_progress:
                 outputs.append(live.progress(run.start))
             live.scheduled(began)
+            if not live.reads_rows:
+                continue
             try:
                 live.read_rows(run, offset, self.runner)
             except self.runner.fatal:

@@ -59,11 +59,11 @@ class Live(ABC):
     @property
     @abstractmethod
     def reads_rows(self) -> bool:
-        """Whether `read_rows` may read rows."""
+        """Whether the request needs prompt logprobs or hidden states."""
 
     @abstractmethod
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
-        """Read prompt logprobs or hidden states from the step that was launched last, if the request needs them.
+        """Read prompt logprobs or hidden states from the step that was launched last; only if `reads_rows`.
 
         Args:
             run: the sequence's run in the step.
@@ -278,8 +278,7 @@ class LiveSequence(Live):
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
         """See `Live`; reads log-probabilities of the prompt."""
         top = self.request.params.prompt_logprobs
-        if top is None or not self.reads_rows:
-            return
+        assert top is not None
         known = len(self.prompt_logprobs) - 1  # after a preemption the first positions are known already
         last = min(run.start + run.count, self.sequence.num_prompt_tokens - 1)
         for first in range(max(run.start, known), last, MAX_SCORED_ROWS):

@@ -139,8 +139,13 @@ class Scheduler:
         self._all_held: int | None = None  # `AdapterStore.changes` when adapters held back all waiting sequences
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
-        self._wait(sequence)
+        """Queue a new or preempted sequence."""
+        _insert(self.waiting, sequence)
+        if self.images is not None:
+            self.images.add(sequence)
+        if self.adapters is not None:
+            self._all_held = None
+            self.adapters.waits(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a finished or aborted sequence and free its blocks."""
@@ -551,15 +556,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         self.num_preemptions += 1
-        self._wait(sequence)
-
-    def _wait(self, sequence: Sequence) -> None:
-        _insert(self.waiting, sequence)
-        if self.images is not None:
-            self.images.add(sequence)
-        if self.adapters is not None:
-            self._all_held = None
-            self.adapters.waits(sequence)
+        self.add(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         """Remove a sequence from `running`, free its blocks, and mark all its tokens as uncomputed."""
