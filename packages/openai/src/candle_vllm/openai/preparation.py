@@ -387,9 +387,8 @@ class TaskPreparation:
         """Check the rules that depend on the model and on the options of `OpenAIAdapter`."""
         if task.priority < 0 and not self._allow_priority:
             raise no_priority()
-        allowed: Sequence[int] | None = task.sampling.get("allowed_token_ids")
-        vocabulary = self._engine.model_info.vocab_size
-        if allowed is not None and len(allowed) > vocabulary:
+        allowed, vocabulary = task.sampling.get("allowed_token_ids") or (), self._engine.model_info.vocab_size
+        if len(allowed) > vocabulary:
             raise InvalidParameterError(
                 f"allowed_token_ids has {len(allowed)} entries, but the model's vocabulary has {vocabulary}",
                 "allowed_token_ids",

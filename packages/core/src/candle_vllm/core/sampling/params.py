@@ -316,11 +316,8 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         if self.mirostat:
             defaults = without_cuts(defaults)
         for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if isinstance(value, _Open):
-                given[name] = defaults.get(name, float(value))
-            elif isinstance(value, _OpenCount):
-                given[name] = defaults.get(name, int(value))
+            if _is_open(value := getattr(self, name)):
+                given[name] = defaults.get(name, +value)  # the sign makes it a plain number
         return replace(self, **given) if given else copy.copy(self)  # `copy` does not validate again
 
     @property

@@ -8,7 +8,7 @@ compute it again, while the state keeps its tokens and counts. Values that no st
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,7 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
 from candle_vllm.core.sampling.thoughts import ThoughtCount
 
+_NO_IDS = np.zeros(0, np.int64)
 _UNIFORMS = 64  # random numbers of a sequence that are computed at a time
 
 
@@ -99,7 +100,7 @@ class SamplingState:
         self.thoughts = thoughts
         self.allowed = self._allowed_ids()
         self.bias_ids, self.bias_values = self._bias()
-        self._stop_ids = _checked("stop_token_ids", params.stop_token_ids or (), vocab_size)
+        self._stop_ids = _checked("stop_token_ids", params.stop_token_ids, vocab_size)
         self._eos_token_ids = eos_token_ids
         self.bad_words = BadWords(bad_word_token_ids, vocab_size)
         self._counts = _penalty_counts(params, prompt_token_ids, vocab_size)
@@ -327,8 +328,7 @@ class SamplingState:
 
     def _bias(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         bias = self.params.logit_bias or {}
-        ids = _checked("logit_bias", list(bias), self.vocab_size)
-        return ids, np.array(list(bias.values()), np.float32)
+        return _checked("logit_bias", bias, self.vocab_size), np.array(list(bias.values()), np.float32)
 
 
 def uniforms_ahead(states: Sequence[SamplingState]) -> NDArray[np.float64]:
@@ -449,9 +449,11 @@ def _distinct(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return ordered[np.diff(ordered, prepend=-1) > 0]
 
 
-def _checked(name: str, token_ids: Iterable[int], vocab_size: int) -> NDArray[np.int64]:
+def _checked(name: str, token_ids: Collection[int] | None, vocab_size: int) -> NDArray[np.int64]:
+    if not token_ids:
+        return _NO_IDS
     ids = np.array(list(token_ids), np.int64)
-    if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+    if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise InvalidParameterError(
             f"{name} holds token id {wrong}, but this model's vocabulary has {vocab_size} ids, 0 to {vocab_size - 1}",
@@ -464,7 +466,7 @@ def _penalty_counts(params: SamplingParams, prompt: Sequence[int], vocab_size: i
     if params.repetition_penalty != 1.0:
         return TokenCounts(_checked("prompt_token_ids", prompt, vocab_size))
     if params.frequency_penalty or params.presence_penalty:
-        return TokenCounts(np.zeros(0, np.int64))  # these two count only the output
+        return TokenCounts(_NO_IDS)  # these two count only the output
     return None
 
 

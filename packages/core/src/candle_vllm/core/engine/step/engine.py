@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -31,7 +31,7 @@ from candle_vllm.core.engine.step.preparation import Preparation
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.step.sequence import Run, Sequence, Step
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
-from candle_vllm.core.sampling.sampler import SampledTokens, Token
+from candle_vllm.core.sampling.sampler import Token
 from candle_vllm.core.sampling.state import SamplingState
 
 if TYPE_CHECKING:
@@ -349,8 +349,11 @@ class Engine:
             outputs = self._read_prompts(flight.batch, flight.began)
         return outputs + self._commit(flight, sampled)
 
-    def _commit(self, flight: _Flight, sampled: Seq[SampledTokens]) -> list[TokenOutput]:
-        """Commit a step: append tokens, find stops, free blocks, publish full blocks."""
+    def _commit(self, flight: _Flight, sampled: Seq[Any]) -> list[TokenOutput]:
+        """Commit a step: append tokens, find stops, free blocks, publish full blocks.
+
+        `sampled` has a token for each sequence, or in a step with drafts a tuple of tokens.
+        """
         self._counts["steps"] += 1
         step, batch = flight.step, flight.batch
         if flight.ahead:
@@ -362,11 +365,11 @@ class Engine:
         elif step.fills or not step.goes_on:
             self.scheduler.commit(step.filling)
         prompts = step[batch.num_decodes :]
-        outputs = self._count_prompts(prompts)
+        outputs = self._count_prompts(prompts) if prompts else []
         if batch.drafted:
-            outputs += self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", sampled))
+            outputs += self._advance_runs(flight, sampled)
         else:
-            for live, token in zip(flight.lives, cast("Seq[Token]", sampled), strict=True):
+            for live, token in zip(flight.lives, sampled, strict=True):
                 if live.is_over:  # the sequence has ended since the launch
                     continue
                 output = self._accept(live, token)

@@ -233,8 +233,7 @@ class LiveSequence(Live):
         self.state.append(token)
         first = self.num_output_tokens == 1
         self.first_token_time = self.first_token_time or time.monotonic()
-        named = bool(self.request.params.logprob_token_ids)
-        logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs, named=named),)
+        logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs, sampled=True),)
         reason, stop_reason, text = self._ending(token, self.request.params.include_stop_str_in_output)
         self._is_plain, self._only_appends = self.detokenizer.is_plain, not self.state.notes_tokens
         self._num_cached_tokens = self.sequence.num_cached_tokens or 0
@@ -287,8 +286,12 @@ class LiveSequence(Live):
             scored = Sampler.prompt_logprobs(runner.score(rows), self.sequence.tokens[first + 1 : end + 1], top)
             self.prompt_logprobs += [self.describe(row) for row in scored]
 
-    def describe(self, row: LogprobRow, *, named: bool = False) -> PositionLogprobs:
-        """Convert a row of log-probabilities, with its tokens' texts; if `named`, only the row's token has a rank."""
+    def describe(self, row: LogprobRow, *, sampled: bool = False) -> PositionLogprobs:
+        """Convert a row of log-probabilities, of the prompt or of a `sampled` token, with its tokens' texts.
+
+        If the request names the tokens of `sampled` rows, only the row's token has a rank.
+        """
+        named = sampled and self.request.params.logprob_token_ids
         top = tuple(
             self._logprob(token, value, rank if not named else row.rank if token == row.token_id else 0)
             for rank, (token, value) in enumerate(zip(row.top_ids, row.top_logprobs, strict=True), 1)

@@ -181,9 +181,8 @@ class DecoderPreparation(Preparation):
         predicted = None if request.params.prediction is None else self._prediction(request.params.prediction)
         made: list[LiveSequence] = []
         for index, own in enumerate(states):
-            sequence = Sequence(request, index, order=-1)
-            sequence.entries = entries
-            sequence.images = tuple(msgspec.structs.replace(each) for each in placed)
+            images = tuple(msgspec.structs.replace(each) for each in placed)
+            sequence = Sequence(request, index, order=-1, entries=entries, images=images)
             made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
         return made
 
