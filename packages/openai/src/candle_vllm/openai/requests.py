@@ -21,6 +21,13 @@ from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import Call, Message, Part, Paths, Task, TextPart, text_of
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+_SAME = {  # fields of a task, and the attributes of a request with the same values
+    "choices": "sequences",
+    "beam_penalty": "beam_penalty",
+    "model": "model",
+    "adapter": "lora_path",
+    "request_id": "request_id",
+}
 
 
 def parse_chat_request(body: bytes | Mapping[str, Any]) -> ChatCompletionRequest:
@@ -35,7 +42,6 @@ def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionReque
 
 def read_chat(request: ChatCompletionRequest) -> Task:
     """Convert a validated chat request to a task."""
-    _warn_of_idle_options(request)
     messages = tuple(_message(message, f"messages.{index}") for index, message in enumerate(request.messages))
     use = request.tool_use()
     fields = {
@@ -50,11 +56,6 @@ def read_chat(request: ChatCompletionRequest) -> Task:
         messages=messages,
         paths=Paths(fields, [f"tools.{number}.{tool.schema_path}" for number, tool in enumerate(request.tools or ())]),
         tools=use,
-        form=request.structured(),
-        sampling=_given(request),
-        choices=request.sequences,
-        beam_penalty=request.beam_penalty,
-        model=request.model,
         continued=bool(request.continue_final_message),
         opens_answer=request.add_generation_prompt,
         variables=request.template_kwargs(),
@@ -64,44 +65,37 @@ def read_chat(request: ChatCompletionRequest) -> Task:
         thinking=request.thinking_limit(),
         show_thoughts=request.include_reasoning is not False,
         echo=text_of(messages[-1]) if request.echo else "",
-        tell_ids=bool(request.return_token_ids),
         tell_counts=request.continuous_usage or bool(request.timings_per_token),
-        cut=request.cut("left"),
-        lora=lora_scales(request.lora),
-        adapter=request.lora_path,
-        priority=request.priority or 0,
-        request_id=request.request_id,
+        **_shared(request),
     )
 
 
-def _warn_of_idle_options(request: ChatCompletionRequest | CompletionRequest) -> None:
+def _shared(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
+    """Return the fields of a task that do not depend on the kind of request."""
     options = request.stream_options
     if options is not None and options.continuous_usage_stats and not options.include_usage:
         remark(["stream_options.continuous_usage_stats has no effect without include_usage: true"])
+    return {name: getattr(request, given) for name, given in _SAME.items()} | {
+        "form": request.structured(),
+        "sampling": _given(request),
+        "tell_ids": bool(request.return_token_ids),
+        "cut": request.cut("left"),
+        "lora": lora_scales(request.lora),
+        "priority": request.priority or 0,
+    }
 
 
 def read_completion(request: CompletionRequest) -> Task:
     """Convert a validated completion request to a task."""
-    _warn_of_idle_options(request)
     return Task(
         prompts=tuple(request.prompts),
         suffix=request.suffix or "",
         paths=Paths({"structured_outputs": _form_path(request, "tools")}),
-        form=request.structured(),
-        sampling=_given(request),
-        choices=request.sequences,
-        beam_penalty=request.beam_penalty,
-        model=request.model,
         add_special_tokens=request.add_special_tokens is not False,
         echo_prompts=bool(request.echo),
         scored_only=request.max_tokens == 0,
-        tell_ids=bool(request.return_token_ids),
         tell_counts=request.continuous_usage,
-        cut=request.cut("left"),
-        lora=lora_scales(request.lora),
-        adapter=request.lora_path,
-        priority=request.priority or 0,
-        request_id=request.request_id,
+        **_shared(request),
     )
 
 

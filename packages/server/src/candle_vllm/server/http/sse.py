@@ -154,8 +154,7 @@ class EventStream(Response):
     def put(self, items: Sequence[Any]) -> None:
         """Write chunks, at once if nothing waits before them and the client keeps up."""
         try:
-            event = self._form.event
-            data = event(items[0]) if len(items) == 1 else b"".join(map(event, items))
+            data = self._form.event(items[0]) if len(items) == 1 else b"".join(map(self._form.event, items))
             if self._idle is not None and data and self._write_part is not None and self._write_part(data):
                 self._idle_since = self._loop.time()
                 return
