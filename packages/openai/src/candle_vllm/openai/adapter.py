@@ -301,14 +301,13 @@ class OpenAIAdapter(ExplainedAttributes):
         return ChunkStream(self._submitted(ready), writer)
 
     async def _ready(self, read: Callable[[], Task], *, bounded: bool = False) -> _Ready:
-        ready = await self._work.prepare(self._prepared, read, bounded)
-        ready = ready._replace(prepared=await self._preparation.see(ready.task, ready.prepared, self._work))
-        task, prepared = ready.task, ready.prepared
+        task, model, prepared = await self._work.prepare(self._prepared, read, bounded)
+        prepared = await self._preparation.see(task, prepared, self._work)
         grammars = any(tool.grammar is not None for tool in task.tools.tools)
         if prepared.params.structured_outputs is not None or task.form is not None or grammars:
-            ready = ready._replace(prepared=await self._work.compile(self._preparation.hold, task, prepared))
-            remark(ready.prepared.remarks)
-        return ready
+            prepared = await self._work.compile(self._preparation.hold, task, prepared)
+            remark(prepared.remarks)
+        return _Ready(task, model, prepared)
 
     def _prepared(self, read: Callable[[], Task], bounded: bool) -> _Ready:
         task = read()
@@ -365,20 +364,17 @@ class OpenAIAdapter(ExplainedAttributes):
             raise InvalidParameterError(f"{field} gives an empty prompt; it needs at least one token", field)
         if params.cache_salt is not None and self._salted is not None:
             params = replace(params, cache_salt=self._salted(params.cache_salt))
-        more = self._names.options(task.model, task.lora, task.adapter)
-
-        def submit(tokens: Sequence[int], params: SamplingParams, request_id: str, **more: Any) -> TokenStream:
-            seen = {"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}
-            given = seen if images else tokens
-            return self._engine.stream(given, params, request_id=request_id, priority=task.priority, **more)
-
+        more = self._names.options(task.model, task.lora, task.adapter) | {"priority": task.priority}
         if task.beam_penalty is None:
-            return submit(prompt, params, request_id, watcher=self._watcher, **more)
+            given = _with_images(prompt, images)
+            return self._engine.stream(given, params, request_id=request_id, watcher=self._watcher, **more)
         from candle_vllm.openai.beams import beam_stream  # imported here because few requests use it
+
+        def step(tokens: Sequence[int], params: SamplingParams, request_id: str) -> TokenStream:
+            return self._engine.stream(_with_images(tokens, images), params, request_id=request_id, **more)
 
         info = RequestInfo(request_id, "generate", prompt, params, self._engine.detokenize, more.get("lora_request"))
         with watched_submit(self._watcher, info) as watch:
-            step = partial(submit, **more)
             request = GenerationRequest(request_id=request_id, prompt_token_ids=prompt, params=params)
             return beam_stream(self._engine, request, task.beam_penalty, step, self._work, watch)
 
@@ -401,6 +397,10 @@ _STREAMED = "stream is true, but {0} returns the whole answer: call {0}_stream, 
 async def _joined(join: Callable[[list[T]], U], chunks: list[T]) -> U:
     """Join chunks to the whole answer; many are joined in a thread, to keep the event loop free."""
     return await apart(join, chunks) if len(chunks) > _MANY_CHUNKS else join(chunks)
+
+
+def _with_images(tokens: Sequence[int], images: Sequence[ImageInput]) -> Any:
+    return {"prompt_token_ids": tokens, "multi_modal_data": {"image": images}} if images else tokens
 
 
 def _checked_chat(given: ChatCompletionRequest | Fields) -> ChatCompletionRequest:

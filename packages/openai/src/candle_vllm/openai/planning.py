@@ -102,9 +102,9 @@ class AnswerPlanner:
         is_open = bool(opening)
         reasoning = reasoning and reasoning.led_by(opening)
         closed = reasoning is not None and tail.rstrip(SPACE).endswith(tuple(reasoning.pairs.values()))
-        declined = closed or False in (task.variables.get("enable_thinking"), task.variables.get("thinking"))
         structured = None
         if task.form is not None or use.tools:
+            declined = closed or False in (task.variables.get("enable_thinking"), task.variables.get("thinking"))
             structured = constrain(
                 task.form,
                 tools,

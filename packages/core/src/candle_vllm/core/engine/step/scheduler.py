@@ -209,11 +209,9 @@ class Scheduler:
         if stalls and len(self.running) > 1:
             self._preempt(self.running[-1])  # prompts occupy all pages, and none can continue
             return self._schedule()
-        decodes = [item for item in scheduled if item.decodes]
-        if len(decodes) < len(scheduled):  # drafted runs first: `by_rows` makes each of their rows a sequence
-            others = [item for item in scheduled if not item.decodes]
-            decodes += sorted(others, key=lambda item: not item.drafts)
-        return Step(self._with_states(decodes))
+        # Drafted runs follow the decoding ones: `by_rows` makes each of their rows a sequence.
+        scheduled.sort(key=lambda item: (not item.decodes, not item.drafts))
+        return Step(self._with_states(scheduled))
 
     @property
     def _is_under_way(self) -> bool:
