@@ -129,8 +129,7 @@ class Served:
             stats = model.engine.stats()
             if stats.num_running or stats.num_waiting or stats.num_free_blocks != stats.num_blocks:
                 return False
-        keeping = self.app.state.mailbox_writer.busy or self.app.state.background.busy
-        return not keeping and not any(slot.in_flight for slot in self.manager.slots.values())
+        return not self.app.state.background.busy and not any(slot.in_flight for slot in self.manager.slots.values())
 
 
 def open_files() -> Counter[str]:
