@@ -159,7 +159,7 @@ class PacedEngine(ScriptedEngine):
         """As `InferenceEngine.stream`."""
         params = sampling_params or SamplingParams()
         request_id = request_id or uuid.uuid4().hex
-        text, ids = read_prompt(prompt)
+        text, ids, _ = read_prompt(prompt)
         info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, lora_request)
         with watched_submit(watcher, info) as watch:
             request = GenerationRequest(

@@ -69,7 +69,6 @@ from candle_vllm.core.text.prompts import (
     as_prompts,
     one_conversation,
     pictures_of,
-    prompt_pictures,
     prompt_texts,
     read_prompt,
     with_files,
@@ -797,8 +796,7 @@ class EngineFront(ABC):
     ) -> GenerationRequest:
         adapters = adapter_uses(lora_request)
         self._check_generates()
-        text, ids = read_prompt(prompt, sees=self._sees)
-        pictures = prompt_pictures(prompt)
+        text, ids, pictures = read_prompt(prompt, sees=self._sees)
         if ids is None:
             ids = self.tokenize(text or "", add_special_tokens)
         images: tuple[ImageInput, ...] = ()

@@ -34,7 +34,7 @@ from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, made_up
 from candle_vllm.core.testing.scripted_vectors import SIZE, ScriptedVectors
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.infill import InfillPrompt, infill_marks, infill_prompt
-from candle_vllm.core.text.prompts import prompt_pictures, read_prompt
+from candle_vllm.core.text.prompts import read_prompt
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import Picture, picture_of
 
@@ -245,8 +245,7 @@ class ScriptedEngine(ScriptedVectors):
         """Check the request and return its stream; raises the real engine's errors, or `submit_error`."""
         params = (sampling_params or SamplingParams()).filled(self._default_sampling)
         request_id = request_id or uuid.uuid4().hex
-        text, ids = read_prompt(prompt, sees="image" in self._info.modalities)
-        images = prompt_pictures(prompt)
+        text, ids, images = read_prompt(prompt, sees="image" in self._info.modalities)
         info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, lora_request)
         with watched_submit(watcher, info) as watch:
             self._check_generates()

@@ -56,21 +56,21 @@ _PROMPT_KEYS = {
 }
 
 
-def read_prompt(prompt: Any, *, sees: bool = False) -> tuple[str | None, list[int] | None]:
-    """Return a prompt's text and its token ids, one of which may be missing.
+def read_prompt(prompt: Any, *, sees: bool = False) -> tuple[str | None, list[int] | None, list[Any]]:
+    """Return a prompt's text and its token ids, one of which may be missing, and its images.
 
     Args:
         prompt: a text, a list of token ids (a numpy array as well), or vLLM's objects with `prompt`, with
             `prompt_token_ids`, or with both, in which case the ids are used.
-        sees: the model accepts images: objects may have `multi_modal_data`, see `prompt_pictures`.
+        sees: the model accepts images: objects may have `multi_modal_data` with `image`, one image or a list.
 
     Raises:
-        InvalidParameterError: the prompt has another type.
+        InvalidParameterError: the prompt or its `multi_modal_data` has another key or type.
     """
     if isinstance(prompt, str):
-        return prompt, None
+        return prompt, None, []
     if not isinstance(prompt, Mapping):
-        return None, as_token_ids(prompt)
+        return None, as_token_ids(prompt), []
     if "role" in prompt:
         raise InvalidParameterError("this is a message of a conversation: use chat", "prompt")
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
@@ -81,16 +81,10 @@ def read_prompt(prompt: Any, *, sees: bool = False) -> tuple[str | None, list[in
             raise InvalidParameterError(f"a prompt has no {name!r:.60}: {said}", "prompt")
     if not isinstance(text, (str, type(None))) or (text is None and ids is None):
         raise InvalidParameterError("a prompt that is an object has a text as prompt, or prompt_token_ids", "prompt")
-    return text, None if ids is None else as_token_ids(ids)
+    return text, None if ids is None else as_token_ids(ids), _pictures(prompt.get("multi_modal_data"))
 
 
-def prompt_pictures(prompt: Any) -> list[Any]:
-    """Return the images of a prompt: `image` of its `multi_modal_data`, one image or a list.
-
-    Raises:
-        InvalidParameterError: `multi_modal_data` has another key or type.
-    """
-    data = prompt.get("multi_modal_data") if isinstance(prompt, Mapping) else None
+def _pictures(data: Any) -> list[Any]:
     if data is None:
         return []
     if not isinstance(data, Mapping):

@@ -21,7 +21,7 @@ from candle_vllm.core.engine.step.stream import Bar, shown_bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import MAX_BEAMS, MAX_TOKENS, SamplingParams
-from candle_vllm.core.text.prompts import Prompt, as_prompts, prompt_pictures, read_prompt
+from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 from candle_vllm.core.vllm.outputs import Logprob, by_token
 
 
@@ -214,8 +214,8 @@ def beam_step(beam_width: int, logprobs: int = 0, cache_salt: str | None = None)
 
 def _read(engine: EngineFront, prompt: Prompt) -> dict[str, Any]:
     """Return a prompt as token ids, with its preprocessed images."""
-    text, ids = read_prompt(prompt, sees="image" in engine.model_info.modalities)
-    ids, images = engine.tokenize(text or "") if ids is None else ids, prompt_pictures(prompt)
+    text, ids, images = read_prompt(prompt, sees="image" in engine.model_info.modalities)
+    ids = engine.tokenize(text or "") if ids is None else ids
     if not images:
         return {"prompt_token_ids": ids}
     ids, seen = engine.look(ids, images)

@@ -27,7 +27,7 @@ from candle_vllm.core.engine.step.stream import Bar, Entry, Window
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.pooling import PoolingParams
-from candle_vllm.core.text.prompts import Prompt, as_prompts, prompt_pictures, read_prompt
+from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
 
@@ -138,9 +138,9 @@ class PoolingCalls:
         for number, (prompt, one, own) in enumerate(zip(prompts, each, uses, strict=True)):
             one = _of_task(one, task)
             with _blaming(number, len(prompts)):
-                text, ids = read_prompt(prompt, sees=True)
+                text, ids, pictures = read_prompt(prompt, sees=True)
                 ids, images = self._encode(text or "", self.add_special_tokens) if ids is None else ids, ()
-                if pictures := prompt_pictures(prompt):
+                if pictures:
                     ids, images = self.look(ids, pictures)
                 name = _numbered(self._name, number, len(prompts))
                 more: dict[str, Any] = {"prompt": text, "pooling": one, "task": task, "images": images}
