@@ -27,7 +27,6 @@ from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.moe import Routing, combine, expert_linear, route
 from candle_vllm.core.kernels.packed_linear import PackedMatrix
 from candle_vllm.core.kernels.plain_linear import PlainMatrix
-from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
@@ -69,7 +68,7 @@ class Weights:
 
     def packed(self, rows: int, columns: int) -> PackedMatrix:
         """Of the kind."""
-        size, width = ggml.block_layout(self._kind)
+        size, width = self._kind.block
         raw = self._random.integers(0, 256, (rows * columns // size, width), dtype=np.uint8)
         raw[:, :4] = np.full(2, 0.001, np.float16).view(np.uint8)
         return packed_linear.pack(raw.reshape(-1), self._kind, rows, columns, self._memory)

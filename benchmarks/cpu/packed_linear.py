@@ -29,7 +29,6 @@ from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, hos
 from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, most_panels, record_bytes
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS
 from candle_vllm.core.kernels.packed_linear.reference import quantise
-from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
@@ -95,7 +94,7 @@ def _measure(team: ThreadTeam, address: int, kind: PackedKind, rows: int, option
             start = time.perf_counter()
             team.run(table, copies)
             times[ahead].append((time.perf_counter() - start) / copies)
-    block, stored = ggml.block_layout(kind.type)
+    block, stored = kind.type.block
     firsts, reports = times[options.ahead[0]], []
     for ahead, found in times.items():
         best = min(found[1:])
@@ -141,7 +140,7 @@ def _random_matrix(kind: PackedKind, n: int, k: int, memory: WeightMemory) -> Pa
 def _pack_time(kind: PackedKind) -> float:
     """Seconds to pack 4096 x 4096 weights, best of three."""
     ggml_type = kind.type
-    size, width = ggml.block_layout(ggml_type)
+    size, width = ggml_type.block
     raw = np.zeros(4096 * 4096 // size * width, np.uint8)
     times = []
     for _ in range(3):

@@ -24,7 +24,6 @@ import numpy as np
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels.weight_quant import quantiser
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
-from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
@@ -40,7 +39,7 @@ def main() -> None:
     weights = np.random.default_rng(0).standard_normal((options.millions * 1000, 1024)).astype(np.float32) * 0.02
     for name in options.types:
         kind = ISQ_TYPES[name]
-        size, width = ggml.block_layout(kind)
+        size, width = kind.block
         blocks, out = weights.reshape(-1, size), np.empty((weights.size // size, width), np.uint8)
         report = {"kernel": "weight_quant", "type": name, "threads": 1}
         report |= _measure(partial(quantiser(kind), blocks, out), options.rounds, weights, out, kind)

@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.packed_linear import (
     reference,
 )
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS
+from candle_vllm.core.quantization.ggml_types import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 
 pytest.importorskip("numba")
@@ -71,7 +71,7 @@ def others(kind: PackedKind) -> list[Level]:
 def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """Blocks with random codes and scales of either sign, uint8 [rows * bytes]."""
     random = np.random.default_rng(seed)
-    size, width = ggml.block_layout(kind.type)
+    size, width = kind.type.block
     raw = random.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
     if kind.type is GgmlType.IQ1_M:  # the float is in the highest bits of four words; 1 to 2, of either sign
         words = raw[:, :, 48:].view(np.uint16)
@@ -214,7 +214,7 @@ def test_chunks_are_packed_alike(monkeypatch):
 def test_every_quantised_type_keeps_its_size():
     """But for Q8_1, which stands in no file."""
     for ggml_type in set(GgmlType) - ggml.PLAIN_TYPES - {GgmlType.Q8_1}:
-        size, width = ggml.block_layout(ggml_type)
+        size, width = ggml_type.block
         matrix = pack(np.zeros(16 * 512 // size * width, np.uint8), ggml_type, 16, 512, kind=packed_kind(ggml_type))
         assert matrix.kind.type is ggml_type
         assert matrix.nbytes <= 1.04 * (16 * 512 // size * width)
@@ -288,9 +288,7 @@ def test_shapes_and_types_that_cannot_be_packed():
 def test_every_scale_of_eight_bits(name, lone_thread):
     """Those below float32's normal numbers, the largest, and what is no number."""
     kind, contents = PackedKind[name], CONTENTS[GgmlType[name]]
-    raw = np.random.default_rng(3).integers(
-        0, 256, (64, 4 * 64 // ggml.block_layout(kind.type)[0], contents.nbytes), np.uint8
-    )
+    raw = np.random.default_rng(3).integers(0, 256, (64, 4 * 64 // kind.type.block[0], kind.type.block[1]), np.uint8)
     scales = raw[:, :, slice(*contents.scale)]
     scales[:] = np.arange(scales.size).reshape(scales.shape)
     matrix = pack(raw.reshape(-1), kind.type, 64, 256)

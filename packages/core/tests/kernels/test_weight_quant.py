@@ -17,7 +17,7 @@ from gguf import quants
 from candle_vllm.core.kernels.weight_quant import quantiser, reference
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TABLES, TYPES
 from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 KINDS = [GGMLQuantizationType[name] for name in TYPES]
 
@@ -31,7 +31,7 @@ def long_tailed(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def run(x: np.ndarray, kind: GGMLQuantizationType) -> tuple[np.ndarray, bool]:
-    size, width = GGML_QUANT_SIZES[kind]
+    size, width = kind.block
     out = np.full((x.size // size, width), 0xA5, np.uint8)
     return out, quantiser(kind)(x.reshape(-1, size), out)
 
@@ -65,7 +65,7 @@ def awkward() -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_the_compiled_functions_make_the_bytes_of_the_reference(kind: GGMLQuantizationType) -> None:
     for x in (weights((33, 256)), long_tailed((8, 256)), awkward(), weights((1, 256), 3)):
-        size = GGML_QUANT_SIZES[kind][0]
+        size = kind.block[0]
         found, good = run(x, kind)
         assert good
         with np.errstate(all="ignore"):
@@ -127,7 +127,7 @@ def test_with_an_importance_the_weighted_error_is_lower(name: str) -> None:
     """Of columns whose importance is spread as that of real ones; the blocks are those of the reference."""
     kind, x = GGMLQuantizationType[name], long_tailed((32, 1024), 5)
     importance = np.exp(np.random.default_rng(6).standard_normal(1024) * 1.5).astype(np.float32)
-    size, width = GGML_QUANT_SIZES[kind]
+    size, width = kind.block
     errors = []
     for given in (None, importance):
         found = np.empty((x.size // size, width), np.uint8)
@@ -143,7 +143,7 @@ def test_with_an_importance_the_weighted_error_is_lower(name: str) -> None:
 def test_an_importance_of_ones_and_none_at_all(name: str) -> None:
     """Columns that matter alike; and those of no importance, whose numbers may become anything finite."""
     kind, x = GGMLQuantizationType[name], weights((8, 256), 9)
-    ones, scaled = (np.empty((8, GGML_QUANT_SIZES[kind][1]), np.uint8) for _ in range(2))
+    ones, scaled = (np.empty((8, kind.block[1]), np.uint8) for _ in range(2))
     assert quantiser(kind)(x, ones, np.ones(256, np.float32))
     assert quantiser(kind)(x, scaled, np.full(256, 4, np.float32))  # a power of two, which rounds nothing
     assert np.array_equal(ones, scaled)
@@ -187,7 +187,7 @@ def test_numbers_that_no_scale_holds_are_reported(kind: GGMLQuantizationType, ba
         x.reshape(-1)[place] = bad
         assert not run(x, kind)[1]
         with np.errstate(all="ignore"):
-            assert not reference.quantiser(kind)(x.reshape(-1, GGML_QUANT_SIZES[kind][0]), np.empty(0, np.uint8))
+            assert not reference.quantiser(kind)(x.reshape(-1, kind.block[0]), np.empty(0, np.uint8))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -16,7 +16,7 @@ from candle_vllm.core.assembly.opening import stored_types
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.torch_numbers import DTYPES, tensor_of
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_types import FILE_TYPES, GGML_QUANT_SIZES, GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_types import FILE_TYPES, GGMLQuantizationType
 
 T = GGMLQuantizationType
 NOT_IN_LIBRARY = {T.Q8_1, T.Q8_K, *(t for t in T if t.name == "Q1_0")}
@@ -25,7 +25,7 @@ DIRECT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K"
 
 
 def random_bytes(ggml_type: T, blocks: int, seed: int = 0) -> np.ndarray:
-    width = ggml.block_layout(ggml_type)[1]
+    width = ggml_type.block[1]
     return np.random.default_rng(seed).integers(0, 256, (blocks, width), dtype=np.uint8)
 
 
@@ -45,7 +45,7 @@ def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
 @pytest.mark.parametrize("rows", [1, 7])
 def test_random_blocks_decode_as_the_library_decodes_them(ggml_type: T, rows: int) -> None:
     raw = random_bytes(ggml_type, rows * 3)
-    shape = (rows, 3 * ggml.block_layout(ggml_type)[0])
+    shape = (rows, 3 * ggml_type.block[0])
     ours = ggml.dequantize(raw, ggml_type, shape)
     assert ours.shape == shape
     assert ours.flags["C_CONTIGUOUS"]
@@ -71,7 +71,7 @@ def test_many_chunks_join_without_a_seam(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ggml, "CHUNK", 1024)
     ggml_type = T[name]
     raw = random_bytes(ggml_type, 123, seed=3)
-    ours = ggml.dequantize(raw, ggml_type, (123, ggml.block_layout(ggml_type)[0]))
+    ours = ggml.dequantize(raw, ggml_type, (123, ggml_type.block[0]))
     assert_same_bits(ours, library(raw, ggml_type))
 
 
@@ -94,7 +94,7 @@ def test_the_library_path_is_chunked_too(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 def test_plain_floats(name: str) -> None:
     raw = np.random.default_rng(1).integers(0, 256, (5, 64), dtype=np.uint8)
-    ours = ggml.dequantize(raw, T[name], (5, 64 // ggml.block_layout(T[name])[1]))
+    ours = ggml.dequantize(raw, T[name], (5, 64 // T[name].block[1]))
     assert_same_bits(ours, library(raw, T[name]))
 
 
@@ -119,7 +119,7 @@ def test_float64() -> None:
 def test_narrow_results_are_rounded_from_float32(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml, "CHUNK", 512)
     raw = random_bytes(T[name], 64 * 9, seed=2)
-    shape = (9, 64 * ggml.block_layout(T[name])[0])
+    shape = (9, 64 * T[name].block[0])
     narrow = ggml.dequantize(raw, T[name], shape, dtype)
     expected = torch.from_numpy(ggml.dequantize(raw, T[name], shape)).to(DTYPES[dtype])
     assert torch.equal(tensor_of(narrow, dtype).nan_to_num(7), expected.nan_to_num(7))
@@ -142,7 +142,7 @@ def test_the_result_has_its_own_memory() -> None:
 
 @pytest.mark.parametrize("ggml_type", [T.Q8_1], ids=lambda t: t.name)
 def test_a_type_that_nothing_decodes_is_refused_by_name(ggml_type: T) -> None:
-    size, width = ggml.block_layout(ggml_type)
+    size, width = ggml_type.block
     with pytest.raises(UnsupportedModelError, match=ggml_type.name):
         ggml.dequantize(np.zeros(width, np.uint8), ggml_type, (size,))
     with pytest.raises(UnsupportedModelError, match=ggml_type.name):
@@ -156,7 +156,7 @@ def test_decodable_types_pass_the_check() -> None:
 
 def test_the_types_are_those_of_the_gguf_package() -> None:
     theirs = {kind.name: (int(kind), gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
-    ours = {kind.name: (int(kind), GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
+    ours = {kind.name: (int(kind), kind.block) for kind in GGMLQuantizationType}
     assert ours.items() >= theirs.items(), "a newer release knows types that belong into ggml_types.py"
     files = {int(kind): kind.name.removeprefix("MOSTLY_") for kind in gguf.LlamaFileType}
     assert dict(FILE_TYPES) == {number: name for number, name in files.items() if name not in _NOT_QUANTISED}

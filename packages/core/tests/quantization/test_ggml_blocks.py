@@ -7,36 +7,40 @@ import numpy as np
 import pytest
 import torch
 
+from candle_vllm.core.kernels.gguf_linear.layout import PLANES
 from candle_vllm.core.kernels.packed_linear import PackedKind
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, put_together, take_apart
-from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_blocks import put_together, take_apart
+from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
 
 WITH_FIELDS = [kind for kind, contents in CONTENTS.items() if contents.codes]  # TQ1_0 has digits
 each_type = pytest.mark.parametrize("kind", WITH_FIELDS, ids=lambda kind: kind.name)
 
 
 def random_blocks(kind: GGMLQuantizationType) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (3, 5, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (3, 5, kind.block[1]), dtype=np.uint8)
 
 
-def test_every_type_that_kernels_multiply_has_a_row() -> None:
-    assert {kind.type for kind in PackedKind if kind.type.name not in FORMATS} <= set(CONTENTS)
+def test_every_type_that_is_described_has_a_packed_layout() -> None:
+    assert {kind.type for kind in PackedKind} == {*CONTENTS, *(GGMLQuantizationType[name] for name in FORMATS)}
+    assert {kind.name for kind in PackedKind if kind.name != kind.type.name} == {f"{name}_CODES" for name in FORMATS}
+    assert sum(kind.is_precompiled for kind in PackedKind) == 10
+    without = {kind.name for kind in PackedKind if kind not in PLANES and kind.name == kind.type.name}
+    assert without == {"MXFP4", "NVFP4", "Q8_K", "TQ1_0", "TQ2_0", "Q1_0"}  # decoded to 8 bits on a GPU
 
 
 @each_type
 def test_a_row_tells_every_bit_of_a_block_once(kind: GGMLQuantizationType) -> None:
-    size, width = GGML_QUANT_SIZES[kind]
+    size, width = kind.block
     contents, told = CONTENTS[kind], np.zeros((width, 8), int)
     for fields in contents.fields:
         for place in fields.places:
             told[fields.start : fields.stop, place : place + fields.bits] += 1
     for start, stop in contents.floats:
         told[start:stop] += 1
-    if kind is GGMLQuantizationType.Q8_K:
-        assert not told[-32:].any()  # sums of 16 codes each
-        told = told[:-32]
-    assert (told == 1).all()
+    described = width - contents.unused
+    assert (told[:described] == 1).all()
+    assert not told[described:].any()
     assert {fields.numbers for fields in contents.codes} == {size}
 
 
@@ -57,5 +61,5 @@ def test_tensors_are_taken_apart_as_arrays_are(kind: GGMLQuantizationType) -> No
 def test_put_together_is_the_way_back(kind: GGMLQuantizationType) -> None:
     blocks, contents = random_blocks(kind), CONTENTS[kind]
     again = put_together(take_apart(blocks, contents, np), contents)
-    assert np.array_equal(again, blocks[..., : contents.nbytes])
-    assert blocks.shape[-1] - contents.nbytes == (32 if kind is GGMLQuantizationType.Q8_K else 0)
+    described = kind.block[1] - contents.unused
+    assert np.array_equal(again[..., :described], blocks[..., :described])

@@ -92,7 +92,7 @@ def test_every_type_loads_and_its_kernels_agree_with_the_decoded_weights(name: s
 def test_a_part_is_quantised_as_the_whole_is(name: str, weighed: bool, tmp_path: Path) -> None:
     """Rows in any order, and columns at the borders of blocks, have the bytes of the whole; nothing else is read."""
     kind, numbers = ISQ_TYPES[name], np.random.default_rng(7)
-    size, width = ggml.block_layout(kind)
+    size, width = kind.block
     weights = torch.from_numpy(numbers.standard_normal((6, 4 * 256), np.float32)).to(torch.bfloat16)
     importance = numbers.random((1, 4 * 256), np.float32) + 0.1 if weighed and kind.name not in SIMPLE else None
     bad = weights.clone()

@@ -19,8 +19,7 @@ from candle_vllm.core.kernels.matrices import TensorMatrix
 from candle_vllm.core.kernels.moe import Activation, Pairs, Routing, reference, triton, triton_route, triton_sort
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.torch_numbers import DTYPES
-from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS
+from candle_vllm.core.quantization.ggml_types import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, Floats, ScaledCodes
 from packages.core.tests.kernels.moe_layer import Biases, Experts, matrix_of, moe
@@ -244,7 +243,7 @@ def test_few_pairs_may_be_computed_as_many_are(device: torch.device) -> None:
 def random_bytes(kind: PackedKind, rows: int, columns: int) -> np.ndarray:
     """Blocks with random codes and small scales."""
     random_ = np.random.default_rng(rows)
-    size, width = ggml.block_layout(GgmlType[kind.name])
+    size, width = GgmlType[kind.name].block
     raw = random_.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
     floats = CONTENTS[kind.type].floats if kind.type in CONTENTS else [(0, 2)]
     for start, stop in floats:

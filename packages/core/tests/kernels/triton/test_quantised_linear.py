@@ -19,7 +19,7 @@ from candle_vllm.core.kernels.linear import triton as launches
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS
+from candle_vllm.core.quantization.ggml_types import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 from packages.core.tests.kernels.triton.forms.gguf_linear.triton import OWN_FORMS
 from tests.common_run import few
@@ -36,7 +36,7 @@ each_form = pytest.mark.parametrize(
 def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0, octaves: int = 0) -> np.ndarray:
     """Blocks with random codes and small scales of either sign, uint8 [rows * bytes], over some octaves more."""
     random = np.random.default_rng(seed)
-    size, width = ggml.block_layout(GgmlType[kind.name])
+    size, width = GgmlType[kind.name].block
     raw = random.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
     if kind is PackedKind.IQ1_M:  # the float is in the highest bits of four words; 2^-8 to 2^-7, of either sign
         words = raw[:, :, 48:].view(np.uint16)
@@ -113,7 +113,7 @@ def test_chunks_of_rows_meet(device: torch.device, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_type_without_a_layout_is_rounded_to_8_bits(device: torch.device) -> None:
-    size, width = ggml.block_layout(GgmlType.TQ2_0)
+    size, width = GgmlType.TQ2_0.block
     raw = np.random.default_rng(0).integers(0, 256, (3, 256 // size, width), dtype=np.uint8)
     raw[:, :, 64:] = np.float16(0.7).reshape(1).view(np.uint8)
     assert gguf_kind(GgmlType.TQ2_0) == PackedKind.Q8_0

@@ -22,7 +22,6 @@ from candle_vllm.core.kernels.weight_quant.searches import SIMPLE
 from candle_vllm.core.loading.imatrix import Imatrix
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import Counted, Line, WeightName, beside_gguf
-from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
@@ -179,7 +178,7 @@ def in_situ(
     stored: StoredTensor, kind: GGMLQuantizationType, importance: np.ndarray | None = None, *, by_row: bool = False
 ) -> InSitu:
     """Wrap a plain tensor as a quantised one."""
-    size, width = ggml.block_layout(kind)
+    size, width = kind.block
     nbytes = math.prod(stored.shape) // size * width
     return InSitu(stored.name, stored.shape, kind.name, nbytes, stored, kind, importance, by_row)
 

@@ -16,7 +16,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, PackedKind, host_kind, packed_kind
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, host_kind, packed_kind
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
@@ -26,6 +26,7 @@ from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.memory import room_for
 from candle_vllm.core.models.gemma_parts import TABLES
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 from candle_vllm.core.threads import default_threads
@@ -328,7 +329,7 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
             return tensor.numel * layout.block_bytes // (ROWS * GROUP * layout.groups)
         from candle_vllm.core.kernels.gguf_linear.layout import PLANES, gguf_kind
 
-        kind = PackedKind.Q5_0 if tensor.type_name == "MXFP4" else gguf_kind(tensor.block_type)
+        kind = gguf_kind(GGMLQuantizationType.Q5_0 if tensor.type_name == "MXFP4" else tensor.block_type)
         return int(tensor.numel * PLANES[kind].bits_each / 8)
     if placement.keeps_quantised:
         return tensor.numel * ELEMENTS[placement.dtype].itemsize

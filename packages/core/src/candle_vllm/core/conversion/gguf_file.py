@@ -47,7 +47,7 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in the file."""
-        size, width = ggml.block_layout(self.kind)
+        size, width = self.kind.block
         return self.stored.numel // size * width
 
 
@@ -79,7 +79,7 @@ def write_file(
             if key != "general.architecture":  # the writer has already added it
                 _copy(writer, key, value, *types[key]) if key in types else _add(writer, key, value)
         for plan in plans:
-            size, width = ggml.block_layout(plan.kind)
+            size, width = plan.kind.block
             shape = (*plan.stored.shape[:-1], plan.stored.shape[-1] // size * width)
             kind = gguf.GGMLQuantizationType(plan.kind)
             writer.add_tensor_info(plan.name, shape, np.dtype(np.uint8), plan.nbytes, raw_dtype=kind)

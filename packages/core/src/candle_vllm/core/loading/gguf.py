@@ -23,7 +23,6 @@ import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
-from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 MAGIC = b"GGUF"
@@ -340,7 +339,7 @@ def _read_tensor_entry(header: _Header, index: int) -> tuple[str, tuple[int, ...
 def _place_tensor(
     header: _Header, name: str, shape: tuple[int, ...], ggml_type: GGMLQuantizationType, data_start: int, offset: int
 ) -> FileTensor:
-    size, width = ggml.block_layout(ggml_type)
+    size, width = ggml_type.block
     if shape[-1] % size:
         raise header.error(
             f"tensor {name!r} has rows of {shape[-1]} elements, {ggml_type.name} needs a multiple of {size}"

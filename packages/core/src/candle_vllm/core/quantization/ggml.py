@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""ggml's tensor types: their block sizes, and their conversion to floats.
+"""Conversion of ggml's tensor types to floats.
 
-Used before step 1 of a request's life: the loader dequantises what no kernel reads directly. `ggml_blocks.py` decodes
-the common types, faster than the `gguf` package; other types are decoded by `gguf.quants`. The tests compare both bit
-for bit. The work is done by numpy in threads that never wait for each other: each of torch's operations waits for all
-its threads, which is slow on a busy machine.
+Used before step 1 of a request's life: the loader dequantises what no kernel reads directly. Types whose contents
+`ggml_types.py` describes are decoded here, faster than by the `gguf` package; other types are decoded by `gguf.quants`.
+The tests compare both bit for bit. The work is done by numpy in threads that never wait for each other: each of torch's
+operations waits for all its threads, which is slow on a busy machine.
 
 Shapes: N blocks. A block's elements are computed in float32 in ggml's order of operations, without fused multiply-adds.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.quantization import ggml_blocks
-from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_types import CONTENTS, BlockContents, GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS, convert, read_plain
 from candle_vllm.core.threads import loading_threads
 
@@ -35,11 +35,6 @@ PLAIN_TYPES = frozenset(kind for kind in GGMLQuantizationType if kind.name in EL
 
 Decoder = Callable[[np.ndarray, np.ndarray], None]
 """(blocks uint8 [N, bytes per block], out float32 [N, elements per block]) -> fills out."""
-
-
-def block_layout(ggml_type: GGMLQuantizationType) -> tuple[int, int]:
-    """Return the elements and the bytes per block."""
-    return GGML_QUANT_SIZES[ggml_type]
 
 
 def dequantize(
@@ -64,7 +59,7 @@ def dequantize(
     def rounded(floats: np.ndarray, part: np.ndarray) -> None:
         convert(floats.reshape(-1), "F32", part.reshape(-1), wanted)
 
-    _decode_all(raw, ggml_type, out.reshape(-1, block_layout(ggml_type)[0]), None if wanted == "F32" else rounded)
+    _decode_all(raw, ggml_type, out.reshape(-1, ggml_type.block[0]), None if wanted == "F32" else rounded)
     return out
 
 
@@ -81,8 +76,8 @@ def round_to_q8_0(raw: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarra
     Raises:
         UnsupportedModelError: no decoder exists for this type, or a weight is not finite or too large.
     """
-    size, width = block_layout(ggml_type)
-    eight, bytes_of_eight = block_layout(GGMLQuantizationType.Q8_0)
+    size, width = ggml_type.block
+    eight, bytes_of_eight = GGMLQuantizationType.Q8_0.block
     out = np.empty((raw.size // width, size // eight * bytes_of_eight), np.uint8)
 
     def rounded(floats: np.ndarray, part: np.ndarray) -> None:
@@ -104,7 +99,7 @@ def _q8_0(groups: np.ndarray) -> np.ndarray:
     inverse = np.divide(1, exact, out=np.zeros_like(exact), where=exact > 0)
     codes = np.rint(groups * inverse[:, None]).astype(np.int8)
     parts = ggml_blocks.BlockParts(codes.view(np.uint8), scale[:, None].view(np.uint8))
-    return ggml_blocks.put_together(parts, ggml_blocks.CONTENTS[GGMLQuantizationType.Q8_0])
+    return ggml_blocks.put_together(parts, CONTENTS[GGMLQuantizationType.Q8_0])
 
 
 Finish = Callable[[np.ndarray, np.ndarray], None]
@@ -118,7 +113,7 @@ def _decode_all(raw: np.ndarray, ggml_type: GGMLQuantizationType, out: np.ndarra
         finish: converts the floats; None if `out` stores the floats themselves.
     """
     decode = _decoder(ggml_type)
-    size, width = block_layout(ggml_type)
+    size, width = ggml_type.block
     blocks = raw.reshape(-1, width)
     assert len(blocks) == len(out), (blocks.shape, out.shape)
     workers = len(blocks) * size // THREAD_ELEMENTS
@@ -154,7 +149,7 @@ def check_decodable(ggml_type: GGMLQuantizationType) -> None:
 
 
 def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
-    contents = ggml_blocks.CONTENTS.get(ggml_type)
+    contents = CONTENTS.get(ggml_type)
     if contents is not None:
         return partial(_decode, contents)
 
@@ -166,7 +161,7 @@ def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
         # All blocks are one row, because the library loops in Python over groups of 16 rows.
         out[:] = gguf.quants.dequantize(blocks.reshape(1, -1), kind).reshape(out.shape)
 
-    size, width = block_layout(ggml_type)
+    size, width = ggml_type.block
     try:
         with np.errstate(all="ignore"):
             decode(np.zeros((1, width), np.uint8), np.empty((1, size), np.float32))
@@ -178,8 +173,8 @@ def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
     return decode
 
 
-def _decode(contents: ggml_blocks.BlockContents, blocks: np.ndarray, out: np.ndarray) -> None:
-    """Decode types whose block contents are described in `ggml_blocks.py`; see `Decoder`."""
+def _decode(contents: BlockContents, blocks: np.ndarray, out: np.ndarray) -> None:
+    """Decode types whose block contents are described in `ggml_types.py`; see `Decoder`."""
     parts = ggml_blocks.take_apart(blocks, contents, np)
     scale = ggml_blocks.scale_numbers(parts.scale, contents.float)
     codes = parts.codes.view(np.int8)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
-from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, put_together
+from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
 
 BLOCK = 32
 """Weights in a block of Q4_0, Q5_0 and Q8_0."""

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
-from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, put_together
+from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
 from candle_vllm.core.quantization.scaled_codes import E2M1
-
-BLOCK = 17
-"""Bytes of a block."""
 
 _SMALLEST, _LARGEST = 104, 143  # exponents whose scale is a float16, 2^-24 to 2^15
 
@@ -26,7 +23,7 @@ def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
     Args:
         raw: blocks of MXFP4, uint8, contiguous.
     """
-    blocks = raw.reshape(-1, BLOCK)
+    blocks = raw.reshape(-1, GGMLQuantizationType.MXFP4.block[1])
     exponents, codes = blocks[:, 0].astype(np.int32), blocks[:, 1:]
     empty = ~np.any(codes & 0x77, axis=1)  # blocks of zeros may have any scale
     if not np.all(empty | (exponents >= _SMALLEST) & (exponents <= _LARGEST)):

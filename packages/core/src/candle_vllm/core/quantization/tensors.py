@@ -17,7 +17,7 @@ import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
@@ -143,7 +143,7 @@ class StoredTensor(ABC):
         """Return the number of elements that are stored together, and their bytes."""
         if self.dtype is not None:
             return 1, ELEMENTS[self.dtype].itemsize
-        return GGML_QUANT_SIZES[GGMLQuantizationType[self.type_name]]
+        return GGMLQuantizationType[self.type_name].block
 
     def select(self, order: np.ndarray) -> StoredTensor:
         """Select entries of the outermost dimension by index, int64 [R']."""

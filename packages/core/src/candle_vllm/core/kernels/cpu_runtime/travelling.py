@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, choose_level, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import named_function
 from candle_vllm.core.kernels.lora.layout import NumberForm
-from candle_vllm.core.kernels.packed_linear.layout import RARE, PackedKind
+from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind
 from candle_vllm.core.kernels.weight_quant.searches import TYPES
@@ -117,7 +117,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         for rope, latent in LATENT:
             yield "latent_attention.cpu:make_attend", (rope, latent, form, isa.bf16)
             yield "latent_attention.cpu:make_merge", (latent, form)
-    common = [kind for kind in PackedKind if kind not in RARE]
+    common = [kind for kind in PackedKind if kind.is_precompiled]
     for name, kinds in (("packed", common), ("plain", PlainKind), ("scaled", ScaledKind)):
         for kind in kinds:
             yield f"{name}_linear.cpu:make_linear", (kind, isa)

@@ -113,16 +113,23 @@ class Planes:
         }
 
 
-def _planes(layout: AnyLayout) -> Planes:
+_LOW: Mapping[int, int] = MappingProxyType({2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8})
+"""Bits of a code in the plane `low`, by the code's bits."""
+
+
+def _planes(layout: AnyLayout) -> Planes | None:
+    """Return the planes of a layout; None if planes cannot store its codes or scales."""
     if isinstance(layout, GridLayout):
         coded = TileLayout(4, layout.width, False, True, layout.groups, layout.zero, values(layout.name))
         return Planes(4, 0, coded, layout.unit)
-    low = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}[layout.bits]
+    low = _LOW.get(layout.bits)
+    if low is None or layout.float != "f16" or layout.nested != (layout.groups > 1):
+        return None
     return Planes(low, layout.bits - low, layout)
 
 
 PLANES: Mapping[PackedKind, Planes] = MappingProxyType(
-    {kind: _planes(layout) for kind, layout in LAYOUTS.items() if kind < PackedKind.MXFP4}
+    {kind: planes for kind, layout in LAYOUTS.items() if (planes := _planes(layout)) is not None}
 )
 
 
@@ -133,7 +140,7 @@ def gguf_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
         UnsupportedModelError: the type is not quantised, or cannot be decoded.
     """
     kind = packed_kind(ggml_type)
-    return kind if kind in PLANES else PackedKind.Q8_0
+    return kind if kind in PLANES else PackedKind(GGMLQuantizationType.Q8_0)
 
 
 @dataclass(frozen=True, eq=False)

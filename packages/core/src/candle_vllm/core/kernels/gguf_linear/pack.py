@@ -17,8 +17,8 @@ from candle_vllm.core.kernels.packed_linear import grids
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, take_apart
-from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, take_apart
+from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
 from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def pack(
         ValueError: the length of `raw` does not match the shape.
     """
     kind, device = gguf_kind(ggml_type), torch.device(device)
-    size, width = ggml.block_layout(ggml_type)
+    size, width = ggml_type.block
     if rows < 1 or columns < 1 or columns % max(size, 32):
         raise UnsupportedModelError(
             f"a {ggml_type.name} matrix of {rows} x {columns} cannot be read: its rows must be a multiple of "

@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 ROWS, GROUPS = 16, 8
@@ -338,7 +337,7 @@ def dequantise(data: np.ndarray, layout: GridLayout) -> np.ndarray:
     blocks = data.reshape(len(data), -1, layout.block_bytes)
     groups = blocks[..., layout.head_bytes :].reshape(*blocks.shape[:2], GROUPS, layout.code_bytes)
     parts = {}
-    for at, like in split(np.zeros((1, 1, ggml.block_layout(GGMLQuantizationType[layout.name])[1]), np.uint8), layout):
+    for at, like in split(np.zeros((1, 1, GGMLQuantizationType[layout.name].block[1]), np.uint8), layout):
         source, start = (blocks, at) if like.ndim == 2 else (groups, at - layout.head_bytes)
         part = np.ascontiguousarray(source[..., start : start + ROWS * like.itemsize]).view(like.dtype)
         parts[at] = np.moveaxis(part, -1, 1)  # [tiles, rows, blocks], and maybe groups

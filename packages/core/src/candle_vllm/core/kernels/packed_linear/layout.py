@@ -62,8 +62,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, Float
-from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_types import CONTENTS, Float, GGMLQuantizationType
 
 ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""
@@ -80,45 +79,30 @@ _FLOAT_BYTES: Mapping[Float, int] = MappingProxyType({"f16": 2, "f32": 4, "e8m0"
 
 
 class PackedKind(enum.IntEnum):
-    """Packed layouts, named by the ggml type whose weights they represent exactly."""
+    """Packed layouts, with the name and number of the ggml type whose weights they represent exactly.
 
-    Q4_0 = 0
-    Q4_1 = 1
-    Q5_0 = 2
-    Q5_1 = 3
-    Q8_0 = 4
-    Q2_K = 5
-    Q3_K = 6
-    Q4_K = 7
-    Q5_K = 8
-    Q6_K = 9
-    IQ4_NL = 10
-    IQ4_XS = 11
-    IQ1_S = 12
-    IQ1_M = 13
-    IQ2_XXS = 14
-    IQ2_XS = 15
-    IQ2_S = 16
-    IQ3_XXS = 17
-    IQ3_S = 18
-    MXFP4 = 19
-    NVFP4 = 20
-    Q8_K = 21
-    TQ1_0 = 22
-    TQ2_0 = 23
-    Q1_0 = 24
-    IQ1_S_CODES = 25
-    IQ1_M_CODES = 26
-    IQ2_XXS_CODES = 27
-    IQ2_XS_CODES = 28
-    IQ2_S_CODES = 29
-    IQ3_XXS_CODES = 30
-    IQ3_S_CODES = 31
+    Types with a grid have a second layout, `*_CODES`, whose number is 256 more.
+    """
+
+    _ignore_ = "each"
+    for each in GGMLQuantizationType:
+        if each in CONTENTS or each.name in FORMATS:
+            vars()[each.name] = int(each)
+        if each.name in FORMATS:
+            vars()[f"{each.name}_CODES"] = 256 + each
 
     @property
     def type(self) -> GGMLQuantizationType:
         """The ggml type."""
-        return GGMLQuantizationType[self.name.removesuffix("_CODES")]
+        return GGMLQuantizationType(self % 256)
+
+    @property
+    def is_precompiled(self) -> bool:
+        """Whether the kernels are in the wheels, instead of being compiled when a file has this kind."""
+        return self.name in _PRECOMPILED
+
+
+_PRECOMPILED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
@@ -132,7 +116,7 @@ def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
     if ggml_type.name in PackedKind.__members__:
         return PackedKind[ggml_type.name]
     ggml.check_decodable(ggml_type)
-    return PackedKind.Q8_0
+    return PackedKind(GGMLQuantizationType.Q8_0)
 
 
 def host_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
@@ -142,8 +126,8 @@ def host_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
         UnsupportedModelError: see `packed_kind`.
     """
     kind = packed_kind(ggml_type)
-    if kind in RARE and not has_compiler():  # the 8-bit kernel is precompiled
-        return PackedKind.Q8_0
+    if not kind.is_precompiled and not has_compiler():  # the 8-bit kernel is precompiled
+        return PackedKind(GGMLQuantizationType.Q8_0)
     if kind.name in FORMATS and not host_isa() & Isa.VBMI:
         return PackedKind[f"{kind.name}_CODES"]
     return kind
@@ -237,16 +221,12 @@ def _layout(kind: PackedKind) -> AnyLayout:
         bits = (len(found) - 1).bit_length()
         return TileLayout(bits, grid.width, False, True, grid.groups, grid.zero, found, "f32")
     found, nested = CONTENTS[kind.type], bool(CONTENTS[kind.type].small)
-    minimum, groups = found.minimum is not None, ggml.block_layout(kind.type)[0] // GROUP
+    minimum, groups = found.minimum is not None, kind.type.block[0] // GROUP
     zero = 0 if minimum else 128 if found.values or found.bits == 8 else found.zero
     return TileLayout(found.bits, found.width, minimum, nested, groups, zero, found.values, found.float)
 
 
 LAYOUTS: Mapping[PackedKind, AnyLayout] = MappingProxyType({kind: _layout(kind) for kind in PackedKind})
-
-
-RARE = frozenset(kind for kind in PackedKind if kind > PackedKind.Q6_K)
-"""Kinds without precompiled kernels; their kernels are compiled when a file has such a kind."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,7 @@ def pack(
         ValueError: the length of `raw` does not match the shape.
     """
     kind = kind or host_kind(ggml_type)
-    size, width = ggml.block_layout(ggml_type)
+    size, width = ggml_type.block
     if rows < 1 or columns < 1 or columns % max(size, GROUP) or columns > MAX_COLUMNS:
         raise UnsupportedModelError(
             f"a {ggml_type.name} matrix of {rows} x {columns} has no packed kernel: its rows must be a multiple of "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Split blocks of ggml's types into the parts of the packed layout, in numpy; used at load by `pack.py`.
 
-`quantization/ggml_blocks.py` describes the contents of a block; `layout.py` defines group, quad and vector. Shapes: B
+`quantization/ggml_types.py` describes the contents of a block; `layout.py` defines group, quad and vector. Shapes: B
 blocks of a row, R rows, G groups of a block. Data that must be converted is copied to **planes**, uint32 [words, B, R],
 word n of all blocks and rows in contiguous memory, which is fast. Data that already has the layout's form is a view.
 """
@@ -15,14 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, TRITS, PackedKind, TileLayout
-from candle_vllm.core.quantization.ggml_blocks import (
-    CONTENTS,
-    BlockContents,
-    Fields,
-    e4m3_codes,
-    small_scales,
-    take_apart,
-)
+from candle_vllm.core.quantization.ggml_blocks import e4m3_codes, small_scales, take_apart
+from candle_vllm.core.quantization.ggml_types import CONTENTS, BlockContents, Fields
 
 
 class ChunkCodes(NamedTuple):

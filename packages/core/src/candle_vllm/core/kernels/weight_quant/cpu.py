@@ -15,7 +15,7 @@ from numba import njit
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int32_at, int64_at, uint8_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.weight_quant import cpu_search, searches
-from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _LARGEST_BITS = np.int32(0x477FE000)  # bits of float32 65504
@@ -423,7 +423,7 @@ def make_quantise(KIND: int) -> Callable[..., None]:
     the columns' importance, or 0; and the number of blocks in a row.
     """
     kind = GGMLQuantizationType(KIND)
-    blocks = inner(_function(kind.name, GGML_QUANT_SIZES[kind][1]))
+    blocks = inner(_function(kind.name, kind.block[1]))
 
     def quantise_blocks(x, out, count, answer, importance, period):
         int64_at(answer)[0] = blocks(x, out, count, importance, period)

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.weight_quant import searches
-from candle_vllm.core.quantization.ggml_blocks import IQ4_VALUES
+from candle_vllm.core.quantization.ggml_types import IQ4_VALUES
 
 
 @intrinsic

@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 
 from candle_vllm.core.kernels.weight_quant import searches
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, IQ4_VALUES, BlockParts, put_together
-from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, put_together
+from candle_vllm.core.quantization.ggml_types import CONTENTS, IQ4_VALUES, GGMLQuantizationType
 
 F = np.float32
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Quantise rows of floats to ggml's blocks at load, in chunks and on several threads.
 
-`quantization/ggml_blocks.py` describes the blocks; `kernels/weight_quant` has the algorithms.
+`quantization/ggml_types.py` describes the blocks; `kernels/weight_quant` has the algorithms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels import weight_quant
 from candle_vllm.core.kernels.weight_quant.searches import LARGEST
-from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.threads import loading_threads
@@ -40,7 +39,7 @@ def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationTy
     """Return `kind` if its blocks divide rows of `columns` elements, otherwise a type with blocks of 32, or None."""
     similar = GGMLQuantizationType.IQ4_NL if kind == GGMLQuantizationType.IQ4_XS else GGMLQuantizationType.Q8_0
     for choice in (kind, similar):
-        if columns and columns % ggml.block_layout(choice)[0] == 0:
+        if columns and columns % choice.block[0] == 0:
             return choice
     return None
 
@@ -63,7 +62,7 @@ def quantise(
     Raises:
         ValueError: an element is not finite, or beyond 65,504.
     """
-    size, width = ggml.block_layout(kind)
+    size, width = kind.block
     assert columns % size == 0, (columns, kind)
     rows, run = len(raw), weight_quant.quantiser(kind)
     out = np.empty((rows, columns // size * width), np.uint8)

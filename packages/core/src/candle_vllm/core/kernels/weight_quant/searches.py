@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from candle_vllm.core.quantization.ggml_blocks import IQ4_VALUES
+from candle_vllm.core.quantization.ggml_types import IQ4_VALUES
 
 LARGEST = 65504.0
 """Larger elements, and elements that are not finite, cannot be quantised, because scales are float16."""

@@ -10,11 +10,11 @@ from candle_vllm.core.kernels.gguf_linear.triton import ROUNDED_TILES, _tile, em
 from candle_vllm.core.kernels.gguf_linear.triton_codes import codec
 from candle_vllm.core.kernels.linear.triton import tile_for
 from candle_vllm.core.kernels.linear.triton_products import Operand, exact, rounded
-from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind, TileLayout
 from packages.core.tests.kernels.triton.building import WITH_TENSOR_CORES, Build
 from packages.core.tests.kernels.triton.forms.linear.triton import build
 
-OWN_FORMS = tuple(kind for kind in PLANES if kind <= PackedKind.IQ4_XS or kind is PackedKind.IQ2_S)
+OWN_FORMS = tuple(kind for kind in PLANES if isinstance(LAYOUTS[kind], TileLayout) or kind is PackedKind.IQ2_S)
 """Kinds whose kernels differ by more than a table; the other IQ types have the kernels of IQ4_XS or of IQ2_S."""
 
 
