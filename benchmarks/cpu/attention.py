@@ -24,7 +24,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from candle_vllm.core.config import CACHE_ALIASES, CACHE_TYPES
 from candle_vllm.core.kernels.attention.cpu_cache import (
+    BF16,
     CacheKind,
     key_cache_shape,
     number_bytes,
@@ -77,7 +79,7 @@ class Bench:
         team: ThreadTeam,
         block: int = 64,
         scatter: bool = False,
-        kind: CacheKind = CacheKind.BF16,
+        kind: CacheKind = BF16,
     ) -> None:
         self.kinds = kind, kind
         self.heads, self.kv_heads, self.dim, layers = SHAPES[shape]
@@ -92,7 +94,7 @@ class Bench:
                 small_bf16(random, math.prod(shape)).reshape(shape).swapaxes(0, 1)
                 for shape in (key_cache_shape(*at), value_cache_shape(*at))
             )
-            if kind is CacheKind.BF16
+            if kind == BF16
             else (
                 quantised(shape).swapaxes(0, 1) for shape in (key_cache_shape(*at, kind), value_cache_shape(*at, kind))
             )
@@ -239,19 +241,20 @@ def main() -> None:
     parser.add_argument("--scatter", action="store_true", help="blocks in random order instead of one after the other")
     options = parser.parse_args()
     team = ThreadTeam(options.threads)
-    kinds = [CacheKind[name.upper()] for name in options.cache.split(",")]
+    rows = {name: CACHE_TYPES[CACHE_ALIASES.get(name, name)] for name in options.cache.split(",")}
+    names = {CacheKind.of(row.bits, row.minima): name for name, row in rows.items()}
     common = {"shape": options.shape, "threads": options.threads, "block": options.block, "scatter": options.scatter}
     report(**common, kind="numpy read", gb_per_s=round(read_speed(), 1))
     for streams in map(int, options.streams.split(",")):
         for depth in map(int, options.depths.split(",")):
             more = options.block, options.scatter
-            benches = {kind: Bench(options.shape, streams, depth, 1, team, *more, kind) for kind in kinds}
+            benches = {kind: Bench(options.shape, streams, depth, 1, team, *more, kind) for kind in names}
             for kind, (seconds, ratio) in in_turns(benches, options.rounds).items():
                 bench = benches[kind]
                 report(
                     **common,
                     kind="decode",
-                    cache=kind.name.lower(),
+                    cache=names[kind],
                     streams=streams,
                     depth=depth,
                     us_per_layer=round(seconds * 1e6, 2),
@@ -261,14 +264,14 @@ def main() -> None:
                 )
     benches = {
         kind: Bench(options.shape, 1, options.prefill, options.prefill, team, options.block, options.scatter, kind)
-        for kind in kinds
+        for kind in names
     }
     for kind, (seconds, ratio) in in_turns(benches, options.rounds).items():
         flop = 2 * options.prefill * (options.prefill + 1) * benches[kind].heads * benches[kind].dim
         report(
             **common,
             kind="prefill",
-            cache=kind.name.lower(),
+            cache=names[kind],
             tokens=options.prefill,
             us_per_layer=round(seconds * 1e6, 1),
             times_as_fast=round(ratio, 2),

@@ -21,8 +21,11 @@ pytest.importorskip("numba")
 from numba import njit, types
 from numba.extending import intrinsic
 
+from candle_vllm.core.config import CACHE_TYPES
 from candle_vllm.core.kernels.attention import reference as attention_reference
 from candle_vllm.core.kernels.attention.cpu_cache import (
+    BF16,
+    PLAIN,
     CacheKind,
     code_bytes,
     key_bytes,
@@ -135,7 +138,7 @@ class Model:
     rotary: int = -1
     isa: Isa = dataclasses.field(default_factory=host_isa)
     threads: int = 1
-    kinds: tuple[CacheKind, CacheKind] = (CacheKind.BF16, CacheKind.BF16)
+    kinds: tuple[CacheKind, CacheKind] = PLAIN
     offset: np.ndarray | None = None
     poison: bool = True
 
@@ -157,24 +160,24 @@ class Model:
     def plain_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The caches as [B, S, K, D]; what is rotated in them is rotated back."""
         keys, values = self.keys[:, 0].copy(), self.values[:, 0].copy()
-        if self.kinds[0] is CacheKind.BF16:
+        if self.kinds[0] == BF16:
             plain_keys = torch.from_numpy(keys).view(torch.bfloat16).permute(0, 2, 3, 5, 1, 4, 6)
         else:
             plain_keys = decoded_keys(keys, self.dim, self.kinds[0]).permute(0, 2, 3, 4, 1, 5)
-        if self.kinds[1] is CacheKind.BF16:
+        if self.kinds[1] == BF16:
             plain_values = torch.from_numpy(values).view(torch.bfloat16).permute(0, 2, 3, 5, 1, 4)
         else:
             plain_values = decoded_values(values, self.dim, self.kinds[1]).permute(0, 2, 3, 4, 1, 5)
         shape = (-1, self.block, self.kv_heads, self.dim)
         plain = [x.reshape(shape)[: self.blocks] for x in (plain_keys, plain_values)]
-        plain_keys, plain_values = (x if kind is CacheKind.BF16 else turned(x) for x, kind in zip(plain, self.kinds))
+        plain_keys, plain_values = (x if kind == BF16 else turned(x) for x, kind in zip(plain, self.kinds))
         if self.offset is not None:
             plain_keys = plain_keys + torch.from_numpy(self.offset).view(self.kv_heads, self.dim)
         return plain_keys, plain_values
 
     def plain_queries(self, q: np.ndarray) -> torch.Tensor:
         """Queries [T, H, D] as numbers."""
-        if self.kinds[0] is CacheKind.BF16:
+        if self.kinds[0] == BF16:
             return torch.from_numpy(q).view(torch.bfloat16)
         rows, d = q.view(np.uint8), self.dim
         scales = rows[..., d : d + d // 8].copy().view(np.float32).repeat(32, -1)
@@ -425,7 +428,7 @@ def looking_ahead(count: int, spans: list[tuple[int, int]]) -> np.ndarray:
 @pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("window", [0, 5, 60, -48])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("kinds", [(CacheKind.BF16, CacheKind.BF16), (CacheKind.Q8_0, CacheKind.Q8_0)])
+@pytest.mark.parametrize("kinds", [PLAIN, (CacheKind.of(8), CacheKind.of(8))])
 def test_tokens_of_a_picture_see_each_other(
     teams: dict[int, ThreadTeam], window: int, threads: int, kinds: tuple[CacheKind, CacheKind]
 ) -> None:
@@ -584,9 +587,10 @@ def test_supported() -> None:
 
 # ---- quantised keys and values ---------------------------------------------------------------------------------------
 
-QUANTISED = [(kind, kind) for kind in CacheKind if kind.is_quantised]
-MIXED = [(keys, values) for keys in CacheKind for values in CacheKind if keys is not values]
-USUAL = [(CacheKind.Q8_0, CacheKind.BF16), (CacheKind.Q8_0, CacheKind.Q5_1)]
+KINDS = {name: CacheKind.of(row.bits, row.minima) for name, row in CACHE_TYPES.items() if row.device != "cuda"}
+QUANTISED = [(kind, kind) for kind in KINDS.values() if kind.is_quantised]
+MIXED = [(keys, values) for keys in KINDS.values() for values in KINDS.values() if keys != values]
+USUAL = [(KINDS["q8_0"], BF16), (KINDS["q8_0"], KINDS["q5_1"])]
 READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
 
 
@@ -621,7 +625,7 @@ def test_no_bit_of_a_quantised_cache_depends_on_how_it_is_read(
     whole, _ = Step([table], [0], [qkv]).run(model, teams[1])
     kept = model.keys.copy(), model.values.copy()
     beside = random_qkv(model, 300, 6)
-    model.isa = host_isa() if CacheKind.BF16 in kinds else isa  # bfloat16 is summed otherwise by other instructions
+    model.isa = host_isa() if BF16 in kinds else isa  # bfloat16 is summed otherwise by other instructions
     for cut, threads in ((1, 2), (37, 3), (300, 1)):
         last, _ = Step([other, table], [0, 700 - cut], [beside, qkv[-cut:]]).run(model, teams[threads])
         assert torch.equal(last[300:], whole[-cut:])
@@ -670,7 +674,7 @@ def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kin
     for got, wanted, steps in ((q, queries, 127), (kept[0], rotated[:, 5:], 0), (kept[1], wide[:, 10:], 0)):
         got, wanted = turned(got), turned(wanted)
         top = wanted.unflatten(-1, (3, 32)).abs().amax(-1, keepdim=True)
-        reach = steps or {CacheKind.Q8_0: 127, CacheKind.Q4_0: 8, CacheKind.Q5_1: 15.5}[kind]
+        reach = steps or ((2**kind.bits - 1) / 2 if kind.has_minima else kind.bias - (not kind.has_halves))
         off = (got - wanted).unflatten(-1, (3, 32)).abs() / (top + 1e-30)
         # A number as far from 0 as the farthest, on the other side, has no code of its own in q4_0.
         lacks = kind.has_halves and not kind.has_minima and not steps

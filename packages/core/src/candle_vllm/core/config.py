@@ -43,7 +43,6 @@ All2AllBackend = Literal["auto", "allgather_reducescatter", "all_to_all"]
 LoadFormat = Literal["auto", "dummy"]
 ModelImpl = Literal["auto", "native", "transformers"]
 TextPooling = Literal["mean", "cls", "last"]
-KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q5_1", "q4_0"]
 LoraDType = Literal[
     "auto", "f32", "bf16", "f16", "int8", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
@@ -55,37 +54,48 @@ AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch
 
 
 class CacheType(NamedTuple):
-    """A type of the KV cache; `CacheKind` (`kernels/attention/cpu_cache.py`) defines how the CPU stores it.
+    """A type of the KV cache; 32 elements of a type of the CPU are a block with a scale.
 
     Attributes:
-        device: the device that has kernels for this type, "cpu" or "cuda"; "" (the type of activations) if both have.
-        element: name of the torch dtype of an element on a GPU; empty for the other types.
+        bits: bits of an element's code on the CPU; fewer than 16 make a type of the CPU.
+        minima: whether such an element is scale * code + minimum, instead of scale times a signed code.
+        element: name of the torch dtype of an element on a GPU, which makes a type of GPUs.
         row_scales: whether each token and head has a scale on a GPU; otherwise each layer has one for keys and one for
             values, which a checkpoint may contain.
         capability: minimum compute capability of a GPU.
         names: other names of this type, from vLLM and the Rust candle-vllm.
     """
 
-    device: str = ""
+    bits: int = 16
+    minima: bool = False
     element: str = ""
     row_scales: bool = False
     capability: tuple[int, int] = (0, 0)
     names: tuple[str, ...] = ()
 
+    @property
+    def device(self) -> str:
+        """The device that has kernels for this type, "cpu" or "cuda"; "" (the type of activations) if both have."""
+        return "cuda" if self.element else "cpu" if self.bits < 16 else ""
 
+
+KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q5_1", "q4_0"]
 CACHE_TYPES: Mapping[str, CacheType] = MappingProxyType({
     "auto": CacheType(names=("bf16", "bfloat16")),
-    "fp8": CacheType("cuda", "float8_e4m3fn", capability=(8, 9), names=("fp8_e4m3", "e4m3")),
-    "fp8_per_token_head": CacheType("cuda", "float8_e4m3fn", row_scales=True),
-    "int8_per_token_head": CacheType("cuda", "int8", row_scales=True, names=("int8",)),
-    "q8_0": CacheType("cpu", names=("turbo8", "k8v4")),
-    "q5_1": CacheType("cpu"),
-    "q4_0": CacheType("cpu", names=("turbo4", "4bit")),
+    "fp8": CacheType(element="float8_e4m3fn", capability=(8, 9), names=("fp8_e4m3", "e4m3")),
+    "fp8_per_token_head": CacheType(element="float8_e4m3fn", row_scales=True),
+    "int8_per_token_head": CacheType(element="int8", row_scales=True, names=("int8",)),
+    "q8_0": CacheType(8, names=("turbo8", "k8v4")),
+    "q5_1": CacheType(5, minima=True),
+    "q4_0": CacheType(4, names=("turbo4", "4bit")),
 })  # fmt: skip
 """Values of `kv_cache_dtype`. Other modules read from this table what a type needs and allows."""
 CACHE_ALIASES = {"k3v4": "turbo3"} | {other: name for name, kind in CACHE_TYPES.items() for other in kind.names}
+_OF_CPU = [(name, kind) for name, kind in CACHE_TYPES.items() if kind.device == "cpu"]
+_CPU_NAMES = " or ".join(", ".join(name for name, _ in _OF_CPU).rsplit(", ", 1))
+_CPU_BITS = ", ".join(f"{kind.bits + (1 + kind.minima) / 2:g} ({name})" for name, kind in _OF_CPU)
 _CACHE = Choice(tuple(CACHE_TYPES), absent={
-    "turbo3": "the cache has 16 bits per element, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
+    "turbo3": f"the cache has 16 bits per element, or 8 on a GPU (int8 or fp8), or with scales on the CPU {_CPU_BITS}",
     "fp8_e5m2": "8-bit floats are e4m3 here, which has one more bit of precision",
 })  # fmt: skip
 _MIN_KEY_LENGTH = 16  # characters of a cluster's key
@@ -369,10 +379,10 @@ class EngineConfig(ExplainedSettings):
                                  '"torch_flash" is the FlashAttention inside torch, "flash_attn" the package of that '
                                  'name, "torch" the reference.'] = "auto"
     kv_cache_dtype: Annotated[KvCacheDType, _CACHE, "type of keys and values: auto (that of activations); on the CPU "
-                              "q8_0, q5_1 or q4_0; on a GPU int8_per_token_head or fp8_per_token_head, with a scale "
+                              f"{_CPU_NAMES}; on a GPU int8_per_token_head or fp8_per_token_head, with a scale "
                               "for each token and head, or fp8, scaled as the checkpoint says, else by 1",
-                              '"auto" is bf16 on the CPU, where 32 elements of a head take 34 bytes in q8_0, 24 in '
-                              'q5_1 and 18 in q4_0; "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 on; '
+                              '"auto" is bf16 on the CPU, whose other types have these bits per element, scales '
+                              f'included: {_CPU_BITS}. "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 on; '
                               "in the per_token_head types D elements of a head take D + 4 bytes, on any GPU. To save "
                               "memory on the CPU, use q8_0 for keys and q5_1 or q4_0 for values: SmolLM2-135M's "
                               "perplexity is 1.000 or 1.007 times that of bf16, but 1.015 or 1.061 times with q5_1 or "

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("numba")
 
 from candle_vllm.core.kernels.attention import cpu_tiles
-from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
+from candle_vllm.core.kernels.attention.cpu_cache import BF16
 from candle_vllm.core.kernels.cpu_runtime.compiler import assembly
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS
 
@@ -40,7 +40,7 @@ def test_products_of_eight_rows_take_few_instructions(counting: Any, kind: str, 
 
 
 def scores(isa: int) -> Any:
-    tiles, rows, dim, kind = cpu_tiles.score_tiles, 4, 64, int(CacheKind.BF16)
+    tiles, rows, dim, kind = cpu_tiles.score_tiles, 4, 64, int(BF16)
 
     def kernel(q: int, at: int, coming: int, stride: int, out: int) -> None:
         tiles(q, at, coming, stride, out, rows, dim, kind, isa)
@@ -49,7 +49,7 @@ def scores(isa: int) -> Any:
 
 
 def values(isa: int) -> Any:
-    tiles, rows, dim, kind = cpu_tiles.value_tiles, 4, 64, int(CacheKind.BF16)
+    tiles, rows, dim, kind = cpu_tiles.value_tiles, 4, 64, int(BF16)
 
     def kernel(weights: int, probabilities: int, at: int, coming: int, keys: int, out: int) -> None:
         tiles(weights, probabilities, at, coming, keys, out, rows, dim, kind, isa)

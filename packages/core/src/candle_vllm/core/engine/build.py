@@ -465,9 +465,10 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
         given = getattr(config, name)
         name, dtype = (name, given) if given is not None else ("kv_cache_dtype", config.kv_cache_dtype)
         asked = f"{name}={dtype!r}"
-        if CACHE_TYPES[dtype].device == "cuda":
+        row = CACHE_TYPES[dtype]
+        if row.device == "cuda":
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
-        kind = CacheKind["BF16" if dtype == "auto" else dtype.upper()]
+        kind = CacheKind.of(row.bits, row.minima)
         if dtype != "auto" and not model.placement.recorded:
             others = "op_by_op, or key and value types" if config.op_by_op else "it"
             raise ConfigError(

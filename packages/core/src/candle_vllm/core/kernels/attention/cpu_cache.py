@@ -20,7 +20,6 @@ contiguous instead, so that a rank's heads are contiguous pages on its NUMA node
 
 from __future__ import annotations
 
-import enum
 from typing import Self
 
 import numpy as np
@@ -34,26 +33,26 @@ BLOCK = 32
 """Elements of a quantised block."""
 
 
-class CacheKind(enum.IntEnum):
-    """How keys or values are stored. Names are those of GGUF and of `CACHE_TYPES` in `config.py`.
+class CacheKind(int):
+    """How keys or values are stored: the bits of an element's code, and 32 more if blocks have minima.
 
-    Attributes:
-        bits: bits of an element's code: 16, 8, 5 or 4. Fifth bits are stored apart from the lowest four.
-        has_minima: whether an element is scale * code + minimum, instead of scale * (code - bias).
+    Compiled kernels have this number in their names, and do not depend on the table of types, `CACHE_TYPES`.
     """
 
-    BF16 = 0, 16
-    Q8_0 = 1, 8
-    Q4_0 = 2, 4
-    Q5_1 = 3, 5, True
+    @classmethod
+    def of(cls, bits: int, minima: bool = False) -> Self:
+        """Return the kind of a row of that table."""
+        return cls(bits + 32 * minima)
 
-    bits: int
-    has_minima: bool
+    @property
+    def bits(self) -> int:
+        """Bits of an element's code: 16, 8, 5 or 4. Fifth bits are stored apart from the lowest four."""
+        return self % 32
 
-    def __new__(cls, value: int, bits: int, has_minima: bool = False) -> Self:
-        kind = int.__new__(cls, value)
-        kind._value_, kind.bits, kind.has_minima = value, bits, has_minima
-        return kind
+    @property
+    def has_minima(self) -> bool:
+        """Whether an element is scale * code + minimum, instead of scale * (code - bias)."""
+        return self > 32
 
     @property
     def is_quantised(self) -> bool:
@@ -85,10 +84,9 @@ class CacheKind(enum.IntEnum):
         return not self.is_quantised or head_dim % BLOCK == 0
 
 
-PLAIN = (CacheKind.BF16, CacheKind.BF16)
+BF16 = CacheKind.of(16)
+PLAIN = (BF16, BF16)
 """Keys and values that are not quantised."""
-PRECOMPILED = [(k, v) for k in CacheKind for v in CacheKind if k is v or (k.bits == 8 and v.bits < 8)]
-"""Kinds of (keys, values) whose compiled kernels are in the wheels: equal kinds, or 8-bit keys with smaller values."""
 
 
 def code_bytes(kind: CacheKind, head_dim: int) -> int:
@@ -121,7 +119,7 @@ def number_bytes(head_dim: int, kinds: tuple[CacheKind, CacheKind]) -> float:
 
 
 def key_cache_shape(
-    num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int, kind: CacheKind = CacheKind.BF16
+    num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int, kind: CacheKind = BF16
 ) -> tuple[int, ...]:
     """Return the shape of the key cache: [stretches, layers, heads, blocks, strips, D / 2, W, 2] 16-bit elements, or
     [stretches, layers, heads, blocks, strips, bytes of a strip] if it is quantised.
@@ -136,7 +134,7 @@ def key_cache_shape(
 
 
 def value_cache_shape(
-    num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int, kind: CacheKind = CacheKind.BF16
+    num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int, kind: CacheKind = BF16
 ) -> tuple[int, ...]:
     """Return the shape of the value cache: [stretches, layers, heads, blocks, S / 2, D, 2] 16-bit elements, or
     [stretches, layers, heads, blocks, S / 16, bytes of a tile]. See `key_cache_shape`."""
@@ -146,14 +144,12 @@ def value_cache_shape(
     return (*places, block_size // 2, head_dim, 2)
 
 
-def stretch_step(key_layer_strides: tuple[int, ...], head_dim: int, kind: CacheKind = CacheKind.BF16) -> int:
+def stretch_step(key_layer_strides: tuple[int, ...], head_dim: int, kind: CacheKind = BF16) -> int:
     """Return the number of slots from one stretch to the next, from the byte strides of a layer's keys."""
     return key_layer_strides[0] // key_bytes(kind, head_dim)
 
 
-def head_gap(
-    key_layer_strides: tuple[int, ...], block_size: int, head_dim: int, kind: CacheKind = CacheKind.BF16
-) -> int:
+def head_gap(key_layer_strides: tuple[int, ...], block_size: int, head_dim: int, kind: CacheKind = BF16) -> int:
     """Return the slots from the end of a head's part of a stretch to the next head's part; 0 if they are adjacent."""
     return key_layer_strides[1] // key_bytes(kind, head_dim) - max(STRETCH, block_size)
 

@@ -220,9 +220,7 @@ class AttendArguments(NamedTuple):
     slopes: int = 0
 
 
-def attend_operation(
-    head_dim: int, isa: Isa, keys: CacheKind = CacheKind.BF16, values: CacheKind = CacheKind.BF16
-) -> int:
+def attend_operation(head_dim: int, isa: Isa, keys: CacheKind, values: CacheKind) -> int:
     """Return the address of the compiled `attend`."""
     return operation("attention.cpu:make_attend", head_dim, attend_isa(isa, keys, values), keys, values)
 
@@ -237,6 +235,6 @@ def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
     return used | isa.bf16 & ~Isa.AMX if not (keys.is_quantised and values.is_quantised) else used
 
 
-def merge_operation(head_dim: int, values: CacheKind = CacheKind.BF16) -> int:
+def merge_operation(head_dim: int, values: CacheKind) -> int:
     """Return the address of the compiled `merge`."""
     return operation("attention.cpu:make_merge", head_dim, values.is_quantised)

@@ -21,9 +21,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from candle_vllm.core.config import CACHE_TYPES
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import ByteForm, RowForm, WordForm
-from candle_vllm.core.kernels.attention.cpu_cache import PRECOMPILED
+from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
 from candle_vllm.core.kernels.attention.cpu_record import attend_isa
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, choose_level, host_level
@@ -39,6 +40,9 @@ from candle_vllm.core.threads import collector_paused
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
 INDEX_KEY = 128  # elements of a key of DeepSeek's indexer
+_KINDS = [CacheKind.of(row.bits, row.minima) for row in CACHE_TYPES.values() if row.device != "cuda"]
+CACHES = [(k, v) for k in _KINDS for v in _KINDS if k == v or (k.bits == 8 and v.bits < 8)]
+"""Kinds of (keys, values): equal kinds, or 8-bit keys with smaller values."""
 
 
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -94,7 +98,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
         yield "latent_attention.cpu:make_choose", (INDEX_KEY, isa.bf16, flag)
-    for keys, values in PRECOMPILED:
+    for keys, values in CACHES:
         yield "kv_write.cpu:make_rotate_and_write", (keys, values)
         for head_dim in filter(keys.fits, HEAD_DIMS):
             yield "attention.cpu:make_attend", (head_dim, attend_isa(isa, keys, values), keys, values)

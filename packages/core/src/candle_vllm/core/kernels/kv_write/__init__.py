@@ -97,6 +97,6 @@ class WriteArguments(NamedTuple):
     rows_from: int = StepNumber.TOKENS
 
 
-def rotate_and_write_operation(keys: int = 0, values: int = 0) -> int:
+def rotate_and_write_operation(keys: int, values: int) -> int:
     """Return the address of the compiled operation, for a `CacheKind` of keys and of values."""
     return operation("kv_write.cpu:make_rotate_and_write", keys, values)
