@@ -14,7 +14,7 @@ from unittest import mock
 
 import httpx
 import pytest
-from huggingface_hub import scan_cache_dir
+from huggingface_hub import scan_cache_dir, snapshot_download
 
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.config import demo_model
@@ -365,6 +365,13 @@ def test_every_command_takes_the_names_of_pull(
     draft = engine_config(dataclasses.replace(settings, model=name, speculative_config={"model": name}))
     assert draft.speculative_config == {"model": draft.model}
     assert find_downloaded(settings, name).weight_file == "model-Q4_K_M.gguf"
+
+
+def test_what_another_program_has_fetched_is_used_offline(hub: FakeHub, settings: Settings) -> None:
+    """As `hf download --include`, after which the hub's library knows that the snapshot lacks config.json."""
+    snapshot_download(REPO, cache_dir=settings.download_dir, allow_patterns=["*Q4_K_M*"])
+    files = model_files(engine_config(dataclasses.replace(settings, model=REPO), offline=True))
+    assert [path.name for path in files.weights] == ["model-Q4_K_M.gguf"]
 
 
 def test_the_hub_is_asked_for_the_model_alone(hub: FakeHub, tmp_path: Path) -> None:

@@ -498,9 +498,9 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, allow: str
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # Only one file is required, because the cache holds the files that were requested, not the whole repository.
+        # No file is required: the cache has the files that were downloaded, perhaps by another program.
         folder = huggingface_hub.snapshot_download(
-            model, revision=revision, cache_dir=cache_dir, allow_patterns=["config.json"], local_files_only=True
+            model, revision=revision, cache_dir=cache_dir, allow_patterns=[], local_files_only=True
         )
     except (LocalEntryNotFoundError, OSError) as error:
         raise (HubUnreachableError if allow is None else ModelNotFoundError)(
