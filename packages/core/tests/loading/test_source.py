@@ -356,10 +356,11 @@ Hub = Callable[[list[str]], FakeHub]
 
 
 def test_an_id_fetches_safetensors_and_what_lies_beside(hub: Hub, tmp_path: Path) -> None:
-    fake = hub([*SAFETENSORS, "chat_template.jinja", "README.md", "modeling.py", "pytorch_model.bin", "onnx/m.onnx",
+    templates = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    fake = hub([*SAFETENSORS, *templates, "README.md", "modeling.py", "pytorch_model.bin", "onnx/m.onnx",
                 "original/model.safetensors", "onnx/config.json", "consolidated.safetensors"])  # fmt: skip
     files = resolve("org/name", revision="v1", token="secret", cache_dir=tmp_path / "cache")
-    assert fake.downloaded() == sorted([*SAFETENSORS, "chat_template.jinja"])
+    assert fake.downloaded() == sorted([*SAFETENSORS, *templates])
     assert (files.name, files.format, files.folder) == ("org/name", "safetensors", fake.folder)
     assert files.tokenizer_folder == fake.folder
     for _, call in fake.calls:

@@ -40,6 +40,7 @@ _ID_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_ID_PART}/{_ID_PART}", re.ASCII)
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
 """Files of a repository's top folder that are downloaded with the weights."""
+TEMPLATES = "additional_chat_templates/*.jinja"
 _OTHER_WEIGHTS = ("consolidated", "adapter_model")  # safetensors in Mistral's own format, and of an adapter
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -457,9 +458,10 @@ def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
 
 
 def _companions(names: Sequence[str]) -> list[str]:
-    """Return the files to download besides the weights, also those of a sentence-transformers model's parts."""
+    """Return the files to download besides the weights, also named templates and sentence-transformers' parts."""
     top = [name for name in names if "/" not in name]
     parts = [name for name in names if _PART.fullmatch(name)] if "modules.json" in top else []
+    parts += [name for name in names if fnmatch.fnmatchcase(name, TEMPLATES)]
     return [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)] + parts
 
 
