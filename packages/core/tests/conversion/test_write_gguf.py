@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, Keys
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import ConfigError, EngineConfig, ModelNotFoundError, UnsupportedModelError, WeightsError
@@ -19,6 +20,7 @@ from candle_vllm.core.conversion import WrittenFile, write_gguf
 from candle_vllm.core.conversion.gguf_metadata import architecture
 from candle_vllm.core.models import llama, registry
 from candle_vllm.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
+from candle_vllm.core.quantization.ggml import dequantize
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.models.families import ROWS, first_rows
 from packages.core.tests.models.tiny import eager_logits, error, load, recorded_logits, some_tokens, write_tiny
@@ -233,6 +235,53 @@ def test_a_quantised_gguf_file_is_copied_or_quantised_again(
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def nvfp4_files(folder: Path) -> tuple[Path, Path]:
+    """A file with NVFP4 matrices and scales of their own, as llama.cpp converts modelopt's, and its weights in F32."""
+    source = write_toy_gguf(folder / "source.gguf", toy_config(intermediate_size=128), quantization="F32")
+    random, reader = np.random.default_rng(0), GGUFReader(source)
+    both = folder / "scaled.gguf", folder / "plain.gguf"
+    writers = [GGUFWriter(path, "llama") for path in both]
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            kinds = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            for writer in writers:
+                writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=kinds[1])
+    for tensor in reader.tensors:
+        scaled, plain, data = *writers, np.array(tensor.data)
+        if "ffn_down" not in tensor.name:
+            scaled.add_tensor(tensor.name, data)
+        else:
+            blocks = random.integers(0, 256, (*data.shape[:-1], data.shape[-1] // 64, 36), np.uint8)
+            blocks[..., :4] = random.integers(0x30, 0x40, blocks[..., :4].shape)
+            numbers = dequantize(blocks, GGMLQuantizationType.NVFP4, data.shape)
+            scale = np.array([1 / np.abs(numbers).max()], np.float32)
+            scaled.add_tensor(tensor.name, blocks.reshape(len(data), -1), raw_dtype=GGMLQuantizationType.NVFP4)
+            for end, value in ((".scale", scale), (".input_scale", np.ones(1, np.float32))):
+                scaled.add_tensor(tensor.name.replace(".weight", end), value)
+            data = numbers * scale
+        plain.add_tensor(tensor.name, data)
+    for writer in writers:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return both
+
+
+def test_nvfp4_of_a_gguf_file_has_scales_beside_it(tmp_path: Path) -> None:
+    scaled, plain = nvfp4_files(tmp_path)
+    assert error(logits(scaled), logits(plain)) < 1e-6
+    copied = write_gguf(EngineConfig(model=str(scaled)), tmp_path / "copied.gguf").path
+    assert {tensor.name for tensor in GGUFReader(copied).tensors if tensor.name.endswith("down.scale")}
+    assert torch.equal(logits(copied), logits(scaled))
+    q8_0 = [
+        write_gguf(EngineConfig(model=str(path), isq="q8_0"), tmp_path / f"q8_0-{path.name}").path
+        for path in (scaled, plain)
+    ]
+    assert error(logits(q8_0[0]), logits(q8_0[1])) < 1e-6
+    assert error(recorded_logits(scaled, TOKENS, [len(TOKENS)]), logits(plain)) < 0.05
 
 
 def test_a_file_is_not_replaced_unless_asked(tmp_path: Path, words: Path) -> None:

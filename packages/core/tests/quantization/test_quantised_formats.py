@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import quants
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels.group_linear import from_codes, reference
 from candle_vllm.core.kernels.torch_numbers import DTYPES, load_tensor, tensor_of
 from candle_vllm.core.loading import quantised, views
+from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization import stored as stored_module
+from candle_vllm.core.quantization.fp4 import with_scales
 from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
 from packages.core.tests.quantization.format_writers import (
@@ -196,6 +198,50 @@ def test_experts_of_mxfp4(tmp_path: Path) -> None:
     assert blocks is not None
     assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), written.weight[2, ::2].numpy())
     assert gate.nbytes == found.nbytes // 6
+
+
+def test_experts_of_nvfp4_in_a_gguf_file_have_a_scale_each(tmp_path: Path) -> None:
+    """Gemma 4's `ffn_down_exps.scale` is of its router; what has no scale, and another type's, is left as it is."""
+    random = np.random.default_rng(0)
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    scales = np.array([0.5, 3.0, 1e-3], np.float32)
+    for name in ("0.ffn_up_exps", "0.ffn_down_exps", "1.ffn_down_exps", "1.ffn_gate_exps"):
+        blocks = random.integers(0, 0x7F, (3, 5, 2 * 36), np.uint8)
+        writer.add_tensor(f"blk.{name}.weight", blocks, raw_dtype=GGMLQuantizationType.NVFP4)
+        if "gate" not in name:
+            writer.add_tensor(f"blk.{name}.scale", scales)
+            writer.add_tensor(f"blk.{name}.input_scale", scales)
+    writer.add_tensor("blk.0.ffn_gate_inp.scale", scales)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_gguf(tmp_path / "m.gguf") as checkpoint:
+        found, before = with_scales(checkpoint), checkpoint.tensors
+        assert before.keys() - found.keys() == {
+            *(f"blk.{name}.input_scale" for name in ("0.ffn_up_exps", "0.ffn_down_exps", "1.ffn_down_exps")),
+            *(f"blk.{name}.scale" for name in ("0.ffn_up_exps", "1.ffn_down_exps")),
+        }
+        for name, tensor in found.items():
+            combined = isinstance(tensor, QuantisedTensor)
+            assert combined == (name in ("blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"))
+            expected = before[name].load() * scales[:, None, None] if combined else before[name].load()
+            np.testing.assert_allclose(tensor.load(), expected, rtol=1e-6)
+            if combined:
+                expert = views.entry(tensor, 1)
+                np.testing.assert_array_equal(expert.load(), tensor.load()[1])
+    writer = GGUFWriter(tmp_path / "wrong.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((4, 36), np.uint8), raw_dtype=GGMLQuantizationType.NVFP4)
+    writer.add_tensor("blk.0.ffn_up.scale", scales)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with (
+        open_gguf(tmp_path / "wrong.gguf") as checkpoint,
+        pytest.raises(InvalidFileError, match=r"scale has shape \[3"),
+    ):
+        with_scales(checkpoint)
 
 
 def test_mxfp4_beyond_float16(tmp_path: Path) -> None:

@@ -90,6 +90,10 @@ def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto") -> O
             gguf = open_gguf(files.weights[0])
             try:
                 check_kind(gguf.metadata, gguf.path)
+                if any(tensor.type_name == "NVFP4" for tensor in gguf.tensors.values()):
+                    from candle_vllm.core.quantization.fp4 import with_scales
+
+                    gguf = gguf.with_tensors(with_scales(gguf))
             except BaseException:
                 gguf.close()
                 raise

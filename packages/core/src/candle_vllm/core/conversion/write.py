@@ -50,6 +50,7 @@ from candle_vllm.core.loading.weights import check_weights, expand, places
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf, family_from_gguf, family_from_hf
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,8 @@ def _plan_of_gguf(
         name = line.find(checkpoint.tensors) if line.names else None
         if name is not None:
             targets.setdefault(name, line.target)
-    plans = [_requantised(config, name, targets.get(name), stored) for name, stored in checkpoint.tensors.items()]
+    made = (_requantised(config, name, targets.get(name), stored) for name, stored in checkpoint.tensors.items())
+    plans = [part for plan in made for part in _parts(plan)]
     if (again := sum(plan.stored.quantised and plan.stored.dtype is not None for plan in plans)) > 0:
         logger.warning(
             "%s: %d matrices are quantised already and are quantised or rounded again: convert the unquantised model "
@@ -269,6 +271,13 @@ def _requantised(config: EngineConfig, name: str, target: str | None, stored: St
         kind = GGMLQuantizationType[PLAIN_KINDS.get(config.dtype, own.name)]
     same = kind == own and (config.isq != BY_ROW or name.startswith(_TABLES))
     return PlannedTensor(name, stored if same else plain, kind)
+
+
+def _parts(plan: PlannedTensor) -> list[PlannedTensor]:
+    """Return the tensors that are written for a plan: a copied NVFP4 tensor is followed by its scale."""
+    if not isinstance(plan.stored, QuantisedTensor):
+        return [plan]
+    return [PlannedTensor(each.name, each, GGMLQuantizationType[each.type_name]) for each in plan.stored.source.parts]
 
 
 def _by_importance(plans: Sequence[PlannedTensor], imatrix: Imatrix) -> list[PlannedTensor]:

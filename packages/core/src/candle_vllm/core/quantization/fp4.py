@@ -8,7 +8,8 @@ An element is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 or their negatives; a byte has t
             compressed-tensors' `weight_global_scale`, in fp32, before it is multiplied by the element
 
 GGUF's type MXFP4 has the same elements: a block is the byte of the scale and 16 bytes, whose low nibbles are the codes
-of the first 16 weights and whose high nibbles are the codes of the last 16.
+of the first 16 weights and whose high nibbles are the codes of the last 16. Beside a tensor `NAME.weight` of GGUF's
+type NVFP4, `NAME.scale` may hold the scale of the tensor, or one for each expert.
 Source: OCP Microscaling Formats 1.0, 2023; NVIDIA's modelopt; gpt-oss's `convert_moe_packed_tensors`.
 """
 
@@ -22,7 +23,7 @@ from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
 from candle_vllm.core.quantization.fp8 import scale_numbers
-from candle_vllm.core.quantization.ggml_blocks import BlockParts, put_together
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, e4m3_codes, put_together, take_apart
 from candle_vllm.core.quantization.ggml_types import CONTENTS, E2M1_VALUES, GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes, nibbles
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
@@ -112,6 +113,21 @@ class Nvfp4Source(FloatSource):
         return values
 
 
+class GgufNvfp4Source(FloatSource):
+    """Source of the rows of a GGUF tensor [..., N, K] in NVFP4 with one scale, or one for each outermost entry."""
+
+    def __init__(self, blocks: StoredTensor, whole: StoredTensor) -> None:
+        self._blocks, self._whole, self.span = blocks, whole, blocks.shape[-1]
+
+    def read(self, first: int, last: int) -> ScaledCodes:
+        rows, contents = self._blocks.raw(), CONTENTS[GGMLQuantizationType.NVFP4]
+        parts = take_apart(rows[first:last].reshape(last - first, -1, contents.nbytes), contents, np)
+        codes, groups = (part.reshape(last - first, -1) for part in (parts.codes, e4m3_codes(parts.scale)))
+        whole = scale_numbers(self._whole).reshape(-1)
+        scales = whole[np.arange(first, last) // (len(rows) // len(whole)), None]
+        return ScaledCodes("e2m1", codes[:, ::2] | codes[:, 1::2] << 4, scales, codes.shape[1], groups)
+
+
 def mxfp4_experts(parts: LayerTensors) -> QuantisedTensor:
     """Combine gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] into [X, R, K]; rows are outputs.
 
@@ -161,6 +177,25 @@ def nvfp4_tensor(parts: LayerTensors, *, divided: bool) -> QuantisedTensor:
     if math.prod(whole.shape) != 1:
         raise parts.shape_error(whole, [1], "one number for the tensor")
     return parts.tensor("NVFP4", (rows, columns), Nvfp4Source(packed, scales, whole, divided))
+
+
+def with_scales(stored: StoredTensors) -> dict[str, StoredTensor]:
+    """Return a GGUF file's tensors, with each NVFP4 tensor and its scale as one; scales of activations are left out.
+
+    Gemma 4's scale of each expert is in `ffn_down_exps.scale`, and belongs to its router, as `ffn_gate_inp.scale` does.
+    """
+    found = dict(stored.tensors)
+    for parts in layers_with(stored, ".scale"):
+        weight, router = found.get(f"{parts.layer}.weight"), parts.layer.replace("ffn_down_exps", "ffn_gate_inp")
+        if weight is None or weight.type_name != "NVFP4" or (router != parts.layer and f"{router}.scale" in found):
+            continue
+        blocks, whole = parts.get(".weight", "NVFP4"), parts.get(".scale", "F32")
+        if whole.numel not in (1, math.prod(blocks.shape[:-2])):
+            raise parts.shape_error(whole, [1], f"{blocks.name} has shape {list(blocks.shape)}")
+        found[blocks.name] = parts.tensor("NVFP4", blocks.shape, GgufNvfp4Source(blocks, whole))
+        del found[whole.name]
+    ends = {f"{name.removesuffix('.weight')}.input_scale" for name, each in found.items() if each.type_name == "NVFP4"}
+    return {name: tensor for name, tensor in found.items() if name not in ends}
 
 
 def _matrix(parts: LayerTensors, packed: StoredTensor, scales: StoredTensor, group: int) -> tuple[int, int]:
