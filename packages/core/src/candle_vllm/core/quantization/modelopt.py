@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints of NVIDIA's modelopt, in FP8 or NVFP4."""
+"""Checkpoints of NVIDIA's modelopt, in FP8, in NVFP4, or with layers in both."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
     """Read the layers of `quant_method` modelopt; the config may quantise only the KV cache."""
     if "quant_algo" not in config and "kv_cache_quant_algo" in config:
         return
-    algorithm = config.choice("quant_algo", "", "NVFP4", "FP8")
-    if algorithm == "FP8":
-        yield from fp8.layers(Fields({}, config.path), stored)
-        return
+    config.choice("quant_algo", "", "NVFP4", "FP8", "W4A16_NVFP4", "MIXED_PRECISION")
     for parts in layers_with(stored, ".weight_scale_2"):
         yield parts, nvfp4_tensor(parts, divided=False)
+    yield from fp8.layers(Fields({}, config.path), stored)
