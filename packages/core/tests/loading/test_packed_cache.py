@@ -125,6 +125,24 @@ def test_a_second_start_packs_nothing(model: Path, folder: Path, packings: list[
     assert kept(folder) == [file]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no modes of files")
+def test_a_folder_that_a_group_may_write_to(
+    model: Path, folder: Path, packings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A volume of Kubernetes, and what mkdir makes with Ubuntu's umask; the folder in it is this user's alone."""
+    folder.mkdir()
+    folder.chmod(0o2777)
+    load(model, folder)
+    assert "packed at every start" not in caplog.text
+    assert (folder / "weights").stat().st_mode & 0o077 == 0
+    packings.clear()
+    load(model, folder)
+    assert not packings
+    (folder / "weights").chmod(0o777)
+    load(model, folder)
+    assert f"other users can write to {folder / 'weights'}" in caplog.text
+
+
 def test_it_may_be_off(model: Path, tmp_path: Path, packings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     right = load(model, "off")

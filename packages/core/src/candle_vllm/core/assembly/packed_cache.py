@@ -59,8 +59,11 @@ def _folder(setting: str) -> Path | None:
     if setting in ("off", ""):
         return None
     try:
-        root = cache_root() if setting == "on" else Path(setting).expanduser().resolve()
-        return own_folder(root, root / "weights")[0]
+        if setting == "on":
+            return own_folder(cache_root(), cache_root() / "weights")[0]
+        root = Path(setting).expanduser().resolve()
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # a volume that exists may be open to a group
+        return own_folder(root / "weights", root / "weights")[0]
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links form a loop
         logger.warning("weights are packed at every start: %s; set packed_cache to another folder, or to off", error)
         return None

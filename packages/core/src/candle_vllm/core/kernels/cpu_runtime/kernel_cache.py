@@ -465,14 +465,14 @@ def fingerprint(level: Level) -> str:
 def own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
     """Create `folder` for this user only, if it does not exist; return it, and whether it is new.
 
-    The files in the folder are executed, so other users must not be able to write to it.
+    The files in the folder are executed or computed with, so other users must not be able to write to it.
 
     Raises:
         OSError: the folder cannot be created or written, or another user can write to it or its parents up to `root`.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     new = not folder.exists()
-    for path in (root, folder.parent, folder):
+    for path in [each for each in (*reversed(folder.parents), folder) if each.is_relative_to(root)]:
         path.mkdir(mode=0o700, exist_ok=True)
         _check_owner(path)
     if not os.access(folder, os.W_OK | os.X_OK):
