@@ -23,7 +23,7 @@ from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
 from candle_vllm.core.quantization.fp8 import scale_numbers
-from candle_vllm.core.quantization.ggml_blocks import BlockParts, e4m3_codes, put_together, take_apart
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, e4m3_codes, put_together
 from candle_vllm.core.quantization.ggml_types import CONTENTS, E2M1_VALUES, GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes, nibbles
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
@@ -120,10 +120,11 @@ class GgufNvfp4Source(FloatSource):
         self._blocks, self._whole, self.span = blocks, whole, blocks.shape[-1]
 
     def read(self, first: int, last: int) -> ScaledCodes:
-        rows, contents = self._blocks.raw(), CONTENTS[GGMLQuantizationType.NVFP4]
-        parts = take_apart(rows[first:last].reshape(last - first, -1, contents.nbytes), contents, np)
-        codes, groups = (part.reshape(last - first, -1) for part in (parts.codes, e4m3_codes(parts.scale)))
-        whole = scale_numbers(self._whole).reshape(-1)
+        rows, whole = self._blocks.raw(), scale_numbers(self._whole).reshape(-1)
+        blocks = rows[first:last].reshape(last - first, -1, 36)
+        packed = blocks[..., 4:].reshape(last - first, -1, 8)  # the first 8 codes of a group are in the lower halves
+        codes = np.concatenate([packed & 15, packed >> 4], -1).reshape(last - first, -1)
+        groups = e4m3_codes(blocks[..., :4]).reshape(last - first, -1)
         scales = whole[np.arange(first, last) // (len(rows) // len(whole)), None]
         return ScaledCodes("e2m1", codes[:, ::2] | codes[:, 1::2] << 4, scales, codes.shape[1], groups)
 
