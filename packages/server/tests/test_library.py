@@ -37,9 +37,10 @@ from candle_vllm.server.models.library import describe, file_bytes
 from candle_vllm.server.models.pulls import Pull, PullState, discard, fetch
 from candle_vllm.server.serve import with_fetched
 from candle_vllm.server.settings import Settings, model_names
+from candle_vllm.server.settings.catalogue import source_name
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import load_configuration
-from candle_vllm.server.settings.derived import engine_config
+from candle_vllm.server.settings.derived import engine_config, refuse_missing
 from candle_vllm.server.settings.model_names import KNOWN, PullError, read_name
 from packages.server.tests.fake_hub import FakeHub
 from packages.server.tests.server_fakes import PacedEngine
@@ -295,6 +296,7 @@ def test_the_commands(command: Any) -> None:
     status, shown, _ = command("show", REPO)
     assert status == 0
     assert "on this machine  no" in shown
+    assert command("show", f"{REPO}:model-Q4_K_M.gguf")[1].splitlines()[:3] == shown.splitlines()[:3]
     assert "fits: needs at least" in shown
     status, said, _ = command("pull", f"{REPO}:Q4_K_M")
     assert status == 0
@@ -352,12 +354,17 @@ def test_a_downloaded_model_has_no_settings_of_an_entry_of_models_yaml(
         assert (each.weight_file, each.top_p, each.min_p) == ("model-Q4_K_M.gguf", 0.5, 0.25)
 
 
-@pytest.mark.parametrize("name", [REPO, f"{REPO}:q4_k_m", f"hf.co/{REPO}:Q4_K_M", "toy:1b", "toy"])
+@pytest.mark.parametrize(
+    "name",
+    [REPO, f"{REPO}:q4_k_m", f"hf.co/{REPO}:Q4_K_M", f"hf.co/{REPO}:model-Q4_K_M.gguf", "toy:1b", "toy"],
+)
 def test_every_command_takes_the_names_of_pull(
     hub: FakeHub, settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `run` and `show` know a model by is a name to `serve` and `generate` too, and of a draft model."""
     monkeypatch.setitem(cast(dict[str, Any], KNOWN), "toy:1b", model_names.Known(REPO, "Q4_K_M", 10))
+    refuse_missing(dataclasses.replace(settings, model=name))
+    assert source_name(dataclasses.replace(settings, model=name), None) == name
     first = model_files(engine_config(dataclasses.replace(settings, model=name)))  # fetches it
     again = model_files(engine_config(dataclasses.replace(settings, model=name), offline=True))
     assert [path.name for path in first.weights] == ["model-Q4_K_M.gguf"]

@@ -298,6 +298,15 @@ def test_what_is_neither_there_nor_an_id_never_reaches_the_network(model: str) -
         resolve(model)
 
 
+def test_a_path_that_vllm_takes_for_a_file_of_a_repository_is_told_its_name_here() -> None:
+    with pytest.raises(
+        ModelNotFoundError, match=r"you are in; a file of the repository org/m-GGUF .* is org/m-GGUF:m\.gguf"
+    ):
+        resolve("org/m-GGUF/m.gguf")
+    with pytest.raises(ModelNotFoundError, match=r"you are in$"):
+        resolve("a/b/c/m.gguf")
+
+
 def test_long_lists_are_cut_with_their_count() -> None:
     with pytest.raises(ModelNotFoundError, match="and 30 more"):
         choose_weights([f"m{i:02}.gguf" for i in range(50)], None, "here")
@@ -392,6 +401,11 @@ def test_shards_of_any_name_are_fetched_with_their_index(shards: list[str], hub:
     with pytest.raises(Exception, match="index"):  # the fake's files are empty of sense
         resolve("org/name")
     assert fake.downloaded() == sorted(["config.json", "model.safetensors.index.json", *shards])
+
+
+def test_a_file_of_a_repository_by_its_name(hub: Hub) -> None:
+    fake = hub(["m-Q4_0.gguf", "m-Q8_0.gguf"])
+    assert resolve("org/name:m-Q8_0.gguf").weights == (fake.folder / "m-Q8_0.gguf",)
 
 
 def test_one_gguf_of_a_repository(hub: Hub) -> None:

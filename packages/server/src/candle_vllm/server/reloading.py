@@ -189,7 +189,7 @@ def warn_of_missing(catalogue: Catalogue) -> threading.Thread | None:
     there: list[ModelEntry] = []
     for entry in catalogue.entries:
         model = entry.settings.model or ""
-        is_path = (model.endswith(".gguf") and "://" not in model) or Path(model).is_absolute()
+        is_path = (model.endswith(".gguf") and ":" not in model) or Path(model).is_absolute()
         if is_path and not os.path.exists(os.path.expanduser(model)):
             logger.warning("the model %s cannot be loaded: there is no %s", entry.name, model)
         elif is_path and entry is not catalogue.default:

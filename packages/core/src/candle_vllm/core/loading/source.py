@@ -94,7 +94,8 @@ def resolve(
 
     Args:
         model: "demo", the demo model; a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF
-            model; otherwise a Hugging Face id, `organisation/name`, or `organisation/name:Q4_K_M` for a GGUF file.
+            model; otherwise a Hugging Face id, `organisation/name`, or for a GGUF file `organisation/name:Q4_K_M` or
+            `organisation/name:FILE.gguf`.
         weight_file: GGUF file in a folder or repository: a path, a pattern such as `*Q4_K_M*`, or a quantisation type.
         revision: branch, tag or commit of the repository.
         token: access token for the hub; by default the one that `hf auth login` stored.
@@ -137,9 +138,11 @@ def resolve(
             )
     if path is not None:
         return _from_path(path, weight_file, dummy=dummy)
-    if model.startswith(("/", "./", "../", "~")) or "\\" in model or model.endswith(".gguf"):
+    if model.startswith(("/", "./", "../", "~")) or "\\" in model or (model.endswith(".gguf") and ":" not in model):
+        repo, _, file = model.rpartition("/")
+        hub = f"; a file of the repository {repo} on Hugging Face is {repo}:{file}" if HUB_ID.fullmatch(repo) else ""
         raise ModelNotFoundError(
-            f"there is no file or folder {model!r}{_beside(model)}; check the path, and the folder you are in"
+            f"there is no file or folder {model!r}{_beside(model)}; check the path, and the folder you are in{hub}"
         )
     repo, _, tag = model.partition(":")
     if not HUB_ID.fullmatch(repo) or (tag and not TAG.fullmatch(tag)):

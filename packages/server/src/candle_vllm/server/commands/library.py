@@ -37,7 +37,8 @@ def pull(settings: ModelOptions, name: str) -> int:
 
 def _file(settings: AdapterOptions, name: str) -> AdapterOptions | None:
     """Return the settings of a model that is not on the hub (the demo model, a file, a folder, a URL), else None."""
-    path = name.endswith(".gguf") or name.startswith(("/", "./", "../", "~")) or os.path.exists(name)
+    path = (name.endswith(".gguf") and ":" not in name) or name.startswith(("/", "./", "../", "~"))
+    path = path or os.path.exists(name)
     if not (path or is_demo(name) or "://" in named_model(name)):
         return None
     chosen = dataclasses.replace(settings, model=name)

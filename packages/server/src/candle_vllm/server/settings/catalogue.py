@@ -101,6 +101,6 @@ def source_name(settings: SourceOptions, demo: Path | None) -> str:
 
         return without_secrets(source, alone=True) if (archive := Archive.of(source)) is None else archive.name
     path = Path(os.path.expanduser(source))
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and ":" not in source:
         return path.stem
     return path.resolve().name if path.exists() else without_secrets(source, alone=True)

@@ -100,7 +100,7 @@ def cache_folder(settings: table.HubOptions) -> Path:
 def refuse_missing(settings: table.SourceOptions) -> None:
     """Raise ModelNotFoundError, with a similar name, for a model path that does not exist, before slow imports."""
     model = settings.model or ""
-    is_path = (model.endswith(".gguf") and "://" not in model) or model.startswith(("/", "./", "../", "~"))
+    is_path = (model.endswith(".gguf") and ":" not in model) or model.startswith(("/", "./", "../", "~"))
     if settings.weight_path is None and is_path and not os.path.exists(os.path.expanduser(model)):
         from candle_vllm.core.loading.source import resolve
 
