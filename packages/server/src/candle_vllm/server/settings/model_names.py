@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from candle_vllm.core.loading.source import HUB_ID, TAG
 from candle_vllm.core.setting_kinds import nearest
 
 _HOSTS = ("https://", "http://", "hf.co/", "huggingface.co/")
+_PAGE = re.compile(r"([^/]+/[^/]+)/blob/main/(?:.+/)?([^/]+\.gguf)")  # of a file
 
 
 class PullError(ModelNotFoundError):
@@ -64,7 +66,7 @@ class Named(NamedTuple):
 
 
 def read_name(name: str) -> Named:
-    """Parse a name: `org/repo`, `org/repo:Q4_K_M`, either after `hf.co/`, or a name in `KNOWN`.
+    """Parse a name: `org/repo`, `org/repo:Q4_K_M`, either after `hf.co/`, the URL of a page, or a name in `KNOWN`.
 
     Raises:
         PullError: the name has another form, or is unknown.
@@ -72,6 +74,7 @@ def read_name(name: str) -> Named:
     given = name.strip()
     for host in _HOSTS:
         given = given.removeprefix(host)
+    given = _PAGE.sub(r"\1:\2", given.removesuffix("/").removesuffix("/tree/main"))
     repo, colon, tag = given.partition(":")
     if "/" not in repo:
         family = [known for known in KNOWN if known.partition(":")[0] == repo]
