@@ -193,6 +193,14 @@ def test_files_that_cannot_be_are_refused(files: dict[str, Any], tmp_path: Path)
         Tokenizer.from_folder(write(tmp_path, **files))
 
 
+def test_a_folder_without_tokenizer_json_is_told_how_to_write_it(tmp_path: Path) -> None:
+    """Older GPT-2 repositories have vocab.json and merges.txt alone, so that there is no other file to download."""
+    for name, content in (("vocab.json", '{"a": 0}'), ("merges.txt", "#version: 0.2")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UnsupportedModelError, match=r"no tokenizer\.json: .*\.save_pretrained\(FOLDER\)"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_keys_that_name_no_token_are_left_alone(tmp_path: Path) -> None:
     config = {
         "hf_token": 3,

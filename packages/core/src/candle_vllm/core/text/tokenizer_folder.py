@@ -99,7 +99,8 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
         if (folder / "vocab.txt").is_file():
             return _from_words(folder / "vocab.txt", config)
         raise UnsupportedModelError(
-            f"{folder} has no tokenizer.json; download it from the model's page, or name a folder that has one"
+            f"{folder} has no tokenizer.json: name a folder that has one, or let transformers write it: "
+            "AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
         )
     _check_size(path, MAX_TOKENIZER_FILE)
     with refusing_panics(str(path)):
