@@ -270,6 +270,7 @@ def test_damage_is_named_with_the_file(put: Callable[..., Path], name: str) -> N
         (build(version=4), "version 4"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
         (build([], [tensor("blk.0.w", (32,), 4)], b"\0" * 32), "'blk.0.w' has the unknown ggml type 4"),
+        (build([], [tensor("w", (64,), 42)], b"\0" * 32), "type 42, of another program or another version of llama"),
     ],
 )
 def test_what_is_not_supported_is_named(put: Callable[..., Path], data: bytes, message: str) -> None:

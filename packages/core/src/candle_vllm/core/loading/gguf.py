@@ -330,8 +330,8 @@ def _read_tensor_entry(header: _Header, index: int) -> tuple[str, tuple[int, ...
         ggml_type = GGMLQuantizationType(code)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"{header.file.path}: tensor {name!r} has the unknown ggml type {code}; convert the model with a current "
-            "tool, to one of the usual types"
+            f"{header.file.path}: tensor {name!r} has the unknown ggml type {code}, of another program or another "
+            "version of llama.cpp: take a file of one of the usual types, such as Q4_K_M or Q8_0"
         ) from error
     return name, dimensions[::-1], ggml_type, header.u64(f"the offset of {name!r}")
 
