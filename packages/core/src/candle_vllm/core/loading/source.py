@@ -399,8 +399,8 @@ def _download(
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
         raise hub_refusal(model, revision, error) or HubUnreachableError(
-            f"the download of {model} did not finish: {error}; run it again to resume it, and check the network and "
-            "the free space of the cache (cache_dir)"
+            f"the download of {model} did not finish: {error}; run it again to resume it, and check the network, and "
+            "that the cache (cache_dir) has space and can be written; offline uses what is in it"
         ) from error
     return Path(folder)
 
