@@ -669,12 +669,13 @@ def test_config_says_what_does_not_fit_a_gpu(
     assert (shown["gpu_layers"]["value"], shown["cpu_offload_gb"]["from"][:16]) == (2, "the command line")
 
 
-def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = _config(capsys, "--m", "nobody/nothing", "--device", "cpu")
+@pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing:Q4_K_M", "nobody/nothing:FILE.gguf"])
+def test_config_of_a_model_that_is_not_here_yet(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _config(capsys, "--m", name, "--device", "cpu")
     assert shown["max_model_len"] == {
         "value": "unknown",
-        "from": "derived: the model is not on this machine yet; candle-vllm show nobody/nothing compares its size with "
-        "the memory, candle-vllm pull fetches it",
+        "from": f"derived: the model is not on this machine yet; candle-vllm show {name} compares its size with the "
+        "memory, candle-vllm pull fetches it",
     }
     assert shown["max_num_seqs"]["value"] == 64
 

@@ -184,7 +184,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
     try:
         files = model_files(dataclasses.replace(config, offline=True))
     except ModelNotFoundError:
-        comes = HUB_ID.fullmatch(config.model) or "://" in config.model
+        comes = HUB_ID.fullmatch(config.model.partition(":")[0]) or "://" in config.model
         if settings.offline or not comes or Path(config.model).exists():
             raise
         here = f"candle-vllm show {config.model} compares its size with the memory, candle-vllm pull fetches it"
