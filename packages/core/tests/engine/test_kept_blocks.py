@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -299,6 +300,34 @@ def test_a_failing_disk_is_told_once_and_answers_go_on(
         assert answer(engine, [8, *PROMPT], "other")
         assert answer(engine, PROMPT, "again") == right
     assert [each.levelname for each in caplog.records if "No space left" in each.getMessage()] == ["WARNING"]
+
+
+@pytest.mark.parametrize("way", ["copy_out", "copy_in"])
+def test_a_copy_that_fails_costs_a_computation(
+    model: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU without memory for it; a block that was not copied back is not found in the cache either."""
+    folder, other = tmp_path / "kept", [8, *PROMPT]
+    with running(model, folder) as engine:
+        right = answer(engine, PROMPT)
+    with running(model, None) as engine:
+        right_other = answer(engine, other)
+    with running(model, folder) as engine:
+        copy, calls = getattr(engine.runner, way), itertools.count(1)
+
+        def third_fails(*given: Any, **named: Any) -> Any:
+            if next(calls) == 3:
+                raise RuntimeError("out of memory")
+            return copy(*given, **named)
+
+        monkeypatch.setattr(engine.runner, way, third_fails)
+        assert answer(engine, PROMPT) == right
+        assert cached(engine) == (2 if way == "copy_in" else 5) * SIZE
+        assert answer(engine, other, "other") == right_other
+        assert answer(engine, PROMPT, "again") == right
+        stats = engine.stats()
+        assert (stats.kept_blocks_read, stats.kept_block_failures) == (2 if way == "copy_in" else 5, 1)
+    assert [each.levelname for each in caplog.records if "out of memory" in each.getMessage()] == ["WARNING"]
 
 
 def test_what_answers_depend_on_tells_blocks_apart(model: Path, tmp_path: Path) -> None:

@@ -120,6 +120,10 @@ class BlockManager:
         self.release(taken)  # if published, it becomes the most recently used free block
         return taken[0]
 
+    def forget(self, digest: bytes) -> None:
+        """Unpublish the block of a hash."""
+        self._forget(self._published[digest])
+
     def publish(self, block: int, digest: bytes) -> None:
         """Publish a block under its hash; do nothing if the hash already has a block, or if prefix caching is off."""
         if self.enable_prefix_caching and self._hash_of[block] is None and digest not in self._published:

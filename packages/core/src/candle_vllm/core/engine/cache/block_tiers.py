@@ -4,8 +4,9 @@
 Threads write published blocks to the store while steps run, except blocks for which the store is too slow. So a prefix
 can be found after its blocks were evicted from the cache, and after a restart if the store is persistent. If the next
 blocks of a waiting sequence may be in the store, threads read them, and the engine copies them to free blocks and
-publishes these; the sequence then finds them in the prefix cache. A block that is too short, damaged or late is
-computed again, and no request fails.
+publishes these; the sequence then finds them in the prefix cache. A block that is too short, damaged or late, or that
+cannot be copied, is computed again, and no request fails. Only a rank after the first that cannot copy its part of a
+block to its cache ends the engine, because the block is published by then.
 """
 
 from __future__ import annotations
@@ -89,6 +90,10 @@ class Places(Protocol):
 
     def take_in(self, digest: bytes) -> int | None:
         """Publish a free block or slot, which the caller then writes; return None if all are in use."""
+        ...
+
+    def forget(self, digest: bytes) -> None:
+        """Unpublish a block or slot."""
         ...
 
 
@@ -203,7 +208,11 @@ class BlockParts:
         if self._to_write and (len(self._to_write) + 1) * self._size > _WAITING_BYTES:
             self.counts["kept_blocks_skipped"] += 1  # the store is slower than the model
             return
-        copied = _Copied(self._memory.copy_out(block, state=self._state))
+        try:
+            copied = _Copied(self._memory.copy_out(block, state=self._state))
+        except Exception as error:  # such as a GPU without memory; a broken one ends the next step
+            self._pause(error)
+            return
         with self._wake:
             self._to_write[digest] = copied
             self._wake.notify_all()
@@ -220,7 +229,11 @@ class BlockParts:
                 self._wake.notify_all()
 
     def bring(self, number: int, block: int) -> None:
-        """Copy the next block of a reading to the cache; with `block` -1 drop it, because the cache already has it."""
+        """Copy the next block of a reading to the cache; with `block` -1 drop it.
+
+        Raises:
+            Exception: the block cannot be copied; it is dropped.
+        """
         with self._wake:
             reading = self._readings[number]
             data = reading.read.popleft()
@@ -229,8 +242,15 @@ class BlockParts:
             if reading.brought == reading.end:
                 del self._readings[number]
             self._wake.notify_all()
-        if block >= 0:
+        if block < 0:
+            return
+        try:
             self._memory.copy_in(block, data, state=self._state)
+        except Exception as error:
+            with self._wake:
+                self.counts["kept_block_failures"] += 1
+            self._tell("a block of the KV cache cannot be copied back to it: %s", error)
+            raise
 
     def end(self, number: int, brought: int) -> None:
         """End a reading of which `brought` blocks in total are copied to the cache; drop the others."""
@@ -336,6 +356,13 @@ class BlockParts:
             self._told_until = time.monotonic() + _SILENCE
             logger.warning(what, error)
 
+    def _pause(self, error: Exception) -> None:
+        """Count a block that could not be copied or written, and write no blocks for a while."""
+        with self._wake:
+            self.counts["kept_block_failures"] += 1
+        self._quiet_until = time.monotonic() + _SILENCE
+        logger.warning("KV blocks cannot be offloaded, and none will be written for %.0f s: %s", _SILENCE, error)
+
     def _writes(self) -> None:
         while True:
             with self._wake:
@@ -352,12 +379,7 @@ class BlockParts:
                 self._store.write(digest, copied.bytes())
                 self.counts["kept_blocks_written"] += 1
             except Exception as error:  # a store may raise any exception
-                with self._wake:
-                    self.counts["kept_block_failures"] += 1
-                self._quiet_until = time.monotonic() + _SILENCE
-                logger.warning(
-                    "KV blocks cannot be offloaded, and none will be written for %.0f s: %s", _SILENCE, error
-                )
+                self._pause(error)
             self._writing = None
             with self._wake:
                 forgotten = self._to_write.get(digest) is not copied
@@ -508,7 +530,7 @@ class OffloadedBlocks:
                 self._end(reading)
 
     def _bring(self, reading: _Reading, count: int) -> bool:
-        """Copy the next blocks of a reading to the cache; return whether enough blocks were free."""
+        """Copy the next blocks of a reading to the cache; return whether all of them were copied."""
         places: list[int] = []
         for digest in reading.digests[reading.brought : reading.brought + count]:
             place = -1
@@ -517,8 +539,14 @@ class OffloadedBlocks:
                 if taken is None:
                     break
                 place = taken
-                self._counts["kept_blocks_read"] += 1
-            self._own.bring(reading.number, place)
+            try:
+                self._own.bring(reading.number, place)
+            except Exception:  # it is logged, and a broken device ends the next step
+                self._blocks.forget(digest)
+                places.append(-1)
+                count = 0  # the reading ends with this block
+                break
+            self._counts["kept_blocks_read"] += place >= 0
             places.append(place)
         if places:
             for each in self._readings.values():
