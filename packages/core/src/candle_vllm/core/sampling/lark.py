@@ -14,7 +14,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llguidance.gbnf_to_lark import gbnf_to_lark
+from llguidance.gbnf_to_lark import (
+    AlternativeNode,
+    ASTNode,
+    GrammarParser,
+    RegexNode,
+    RepetitionNode,
+    RuleNode,
+    RuleRefNode,
+    resolve,
+)
 
 from candle_vllm.core.sampling.json_schema import Budget, compilable_schema
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
@@ -148,7 +157,9 @@ _TOKENS = re.compile(  # the relevant tokens of llguidance; no pattern backtrack
     r"""|(?P<mark>[(\[{}\])|&])|(?P<name>\w[\w-]*+)""",
     re.MULTILINE,
 )
-_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:)", re.MULTILINE)  # llguidance's test is quadratic
+# llguidance's own test is quadratic, and takes GBNF's `start ::=` for Lark.
+_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:(?!:))", re.MULTILINE)
+_CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
 Grammar = dict[str, Any]
 """An element of llguidance's list of grammars: `name`, and `lark_grammar` or `json_schema`."""
@@ -242,11 +253,48 @@ def _from_gbnf(text: str) -> str:
     if brackets > MAX_GBNF:
         raise refused(f"the GBNF grammar has {brackets} rules and brackets; at most {MAX_GBNF} are allowed")
     try:
-        return gbnf_to_lark(text)
+        return _converted(GrammarParser().parse(_CODES.sub(_character, text)))
     except RecursionError:
         raise refused("the grammar is nested too deeply") from None
     except Exception as error:  # the converter raises any exception; an incomplete text is an IndexError
         raise refused(f"the grammar is neither Lark (no rule 'start:') nor GBNF: {error}") from None
+
+
+def _character(code: re.Match[str]) -> str:
+    """Return the character of a code, in which the converter would drop leading zeros."""
+    digits = code[1] or code[2]
+    if not digits:  # an escaped backslash
+        return code[0]
+    character = chr(int(digits, 16))
+    character.encode()  # refuses half a surrogate pair
+    return character if character > "\x7f" else f"\\x{ord(character):02x}"
+
+
+def _converted(rules: Mapping[str, RuleNode]) -> str:
+    """Return the rules of a GBNF grammar in Lark, with names that stay unique when the converter changes their case.
+
+    Rules without recursion become terminals, and so may the whole text, because of the rule that is added here:
+    llguidance ends a terminal only where it cannot be longer, so several terminals may match less than GBNF matches.
+    """
+    if "root" not in rules:
+        raise ValueError("there is no rule 'root'")
+    top = RuleNode("root", AlternativeNode([RuleRefNode("root")]), "")
+    names = {name: f"{name}-{number}" for number, name in enumerate(rules)}
+    nodes: list[ASTNode] = [top, *rules.values()]
+    for node in nodes:
+        nodes += node.children()
+        if isinstance(node, RuleRefNode):
+            node.name = names.get(node.name, node.name)
+        elif isinstance(node, RegexNode) and node.rx == ".":
+            node.rx = "(?s:.)"  # with line breaks
+    for name, rule in rules.items():
+        rule.name = names[name]
+    named = {rule.name: rule for rule in (top, *rules.values())}
+    resolve(named)
+    for node in nodes:
+        if isinstance(node, RepetitionNode) and isinstance(node.node, RepetitionNode):
+            node.node = AlternativeNode([node.node])  # which is written in brackets
+    return "\n".join(["%llguidance {}", *map(str, named.values())])
 
 
 def _checked_lark(text: str, spec: StructuredOutputsParams, budget: Budget) -> str:
