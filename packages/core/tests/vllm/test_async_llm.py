@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,10 @@ from candle_vllm.core import (
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    StructuredOutputsParams,
 )
+from candle_vllm.core.sampling.grammar import Grammar
+from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 from tests.waiting import until
 
@@ -91,6 +95,24 @@ def test_a_sequence_ends_with_the_context_as_in_vllm(engine: InferenceEngine) ->
     most = engine.model_info.max_model_len
     (*_, last) = asyncio.run(outputs(engine, "abc", SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)))
     assert len(last.prompt_token_ids) + len(last.outputs[0].token_ids) == most
+
+
+def test_a_grammar_is_compiled_outside_the_event_loop(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would stop all other streams of the loop."""
+    threads: list[threading.Thread] = []
+    compile_grammar = LlguidanceBackend.compile
+
+    def noted(backend: LlguidanceBackend, spec: StructuredOutputsParams) -> Grammar:
+        threads.append(threading.current_thread())
+        return compile_grammar(backend, spec)
+
+    monkeypatch.setattr(LlguidanceBackend, "compile", noted)
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), max_tokens=8)
+    user = {"role": "user", "content": "abc"}
+    for call in (outputs(engine, "abc", params), engine.agenerate("abc", params), engine.achat([user], params)):
+        threads.clear()
+        assert asyncio.run(call)
+        assert threads[0] is not threading.main_thread()
 
 
 def test_an_abort_ends_the_iteration_and_leaving_it_aborts(engine: InferenceEngine) -> None:

@@ -366,6 +366,13 @@ class EngineFront(ABC):
             InvalidParameterError: the schema or grammar is wrong or not supported; the message names the part.
         """
 
+    async def compile_form(self, params: SamplingParams | None) -> None:  # noqa: B027  # other processes have threads
+        """Compile the grammar of a request's structured outputs outside the event loop, if this process compiles it.
+
+        Raises:
+            InvalidParameterError: see `check_structured_outputs`.
+        """
+
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
     @explained()
@@ -515,6 +522,7 @@ class EngineFront(ABC):
         **call: Unpack[TextOptions],
     ) -> GenerationOutput:
         """`generate` for one prompt, in an event loop. Cancelling it aborts the request."""
+        await self.compile_form(sampling_params)
         return await whole(self.stream(prompt, sampling_params, **call))
 
     async def achat(
@@ -529,6 +537,7 @@ class EngineFront(ABC):
     ) -> GenerationOutput:
         """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
         text = self._rendered("achat", messages, options)[0]
+        await self.compile_form(sampling_params)
         prompt = self._seen_prompt(text, await self._with_images(messages) if self._sees else messages)
         params = self._chat_params(sampling_params)
         return await whole(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import threading
@@ -120,6 +121,10 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
         self._check_generates()
         self._working()
         self._require()[0].check_structured_outputs(params)
+
+    async def compile_form(self, params: SamplingParams | None) -> None:
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            await asyncio.to_thread(self.check_structured_outputs, params.structured_outputs)
 
     # ---- a loop of your own ------------------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class AsyncLLM:
             data_parallel_rank=data_parallel_rank or None,
         )
         params = self._opened.defaults.filled(sampling_params)
+        await self.engine.compile_form(params)
         kind = RequestOutputKind.CUMULATIVE if sampling_params is None else sampling_params.output_kind
         stream = llm.fitted(
             self.engine.stream,
