@@ -81,7 +81,8 @@ class Defaults:
         if not isinstance(params, SamplingParams):
             said = f"sampling_params must be SamplingParams, not {type(params).__name__}"
             raise InvalidParameterError(said, "sampling_params")
-        return replace(params.filled({}), output_kind=RequestOutputKind.CUMULATIVE)
+        seed = None if params.seed == -1 else params.seed  # as in vLLM
+        return replace(params.filled({}), output_kind=RequestOutputKind.CUMULATIVE, seed=seed)
 
 
 @dataclasses.dataclass(frozen=True)
