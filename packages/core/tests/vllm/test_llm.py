@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from candle_vllm.core import (
     LLM,
+    BeamSearchParams,
     ConfigError,
     EngineConfig,
     InferenceEngine,
@@ -57,6 +58,8 @@ def test_sequences_end_with_the_context_as_in_vllm(llm: LLM, engine: InferenceEn
         engine.generate("abc", greedy)
     with pytest.raises(PromptTooLongError, match="shorten the prompt"):
         llm.generate([[1] * (room + 3)], greedy)
+    with pytest.raises(InvalidParameterError, match=f"the context of {room + 3} leaves {room} after the prompt"):
+        llm.generate("abc", SamplingParams(min_tokens=room + 1, max_tokens=room + 5))
 
 
 def test_prompts_of_every_kind_in_their_order(llm: LLM, engine: InferenceEngine) -> None:
@@ -134,6 +137,12 @@ def test_what_is_left_open_is_vllms_and_not_ours(llm: LLM, engine: InferenceEngi
     params.max_tokens = 3
     params.ignore_eos = True
     assert len(llm.generate("abc", params)[0].outputs[0].token_ids) == 3
+
+
+def test_a_seed_of_minus_one_is_no_seed_as_in_vllm(llm: LLM) -> None:
+    params = SamplingParams(seed=-1, max_tokens=60, ignore_eos=True)
+    first, second = (llm.generate("abc", params)[0].outputs[0].token_ids for _ in range(2))
+    assert first != second
 
 
 def test_the_models_own_defaults_count_without_parameters_alone(toy_model: Path, tmp_path: Path) -> None:
@@ -321,6 +330,11 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         (lambda llm: llm.encode("a", pooling_task="score"), "for pairs of texts use score"),
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
         (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "the model takes text only"),
+        (lambda llm: llm.generate(["a", "b"], priority=1.5), "priority must be a whole number"),
+        (
+            lambda llm: llm.beam_search("a", BeamSearchParams(beam_width=1, max_tokens=1), priority=1.5),
+            "priority must be a whole number",
+        ),
     ],
 )
 def test_what_there_is_not_is_refused_by_name(llm: LLM, call: Any, said: str) -> None:

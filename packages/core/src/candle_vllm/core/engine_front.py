@@ -812,7 +812,7 @@ class EngineFront(ABC):
         if pictures:
             ids, images = self.look(ids, pictures)
         filled, room = self._filled(params), self._info.max_model_len - len(ids)
-        if FITTED.get() and 0 < room < (filled.max_tokens or 0):
+        if FITTED.get() and max(1, filled.min_tokens) <= room < (filled.max_tokens or 0):
             filled = replace(filled, max_tokens=room)
         return GenerationRequest(
             request_id=uuid.uuid4().hex if request_id is None else request_id,
@@ -846,7 +846,7 @@ class EngineFront(ABC):
             each = _each_params(params)
         if len(each) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
-        orders = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+        orders = list(priority) if isinstance(priority, Iterable) else [priority] * len(prompts)
         if len(orders) != len(prompts):
             raise InvalidParameterError(
                 f"{len(prompts)} prompts need as many priorities, not {len(orders)}", "priority"

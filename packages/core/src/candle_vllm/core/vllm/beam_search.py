@@ -10,7 +10,7 @@ the length penalty of transformers instead of the paper's).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from candle_vllm.core.arguments import ExplainedStruct
@@ -175,7 +175,7 @@ def beam_search(
     if not isinstance(params, BeamSearchParams):
         raise InvalidParameterError(f"params must be BeamSearchParams, not {type(params).__name__}", "params")
     given = as_prompts(prompts)
-    orders = [priority] * len(given) if isinstance(priority, int) else list(priority)
+    orders = list(priority) if isinstance(priority, Iterable) else [priority] * len(given)
     if len(orders) != len(given):
         raise InvalidParameterError(f"{len(given)} prompts need as many priorities, not {len(orders)}", "priority")
     choices = each_lora_choice(lora_request, len(given))
