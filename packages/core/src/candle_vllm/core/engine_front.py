@@ -367,11 +367,7 @@ class EngineFront(ABC):
         """
 
     async def compile_form(self, params: SamplingParams | None) -> None:  # noqa: B027  # other processes have threads
-        """Compile the grammar of a request's structured outputs outside the event loop, if this process compiles it.
-
-        Raises:
-            InvalidParameterError: see `check_structured_outputs`.
-        """
+        """Run `check_structured_outputs` for a request in a worker thread, if this process compiles its grammar."""
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 

@@ -14,16 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llguidance.gbnf_to_lark import (
-    AlternativeNode,
-    ASTNode,
-    GrammarParser,
-    RegexNode,
-    RepetitionNode,
-    RuleNode,
-    RuleRefNode,
-    resolve,
-)
+from llguidance import gbnf_to_lark as gbnf
 
 from candle_vllm.core.sampling.json_schema import Budget, compilable_schema
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
@@ -253,7 +244,7 @@ def _from_gbnf(text: str) -> str:
     if brackets > MAX_GBNF:
         raise refused(f"the GBNF grammar has {brackets} rules and brackets; at most {MAX_GBNF} are allowed")
     try:
-        return _converted(GrammarParser().parse(_CODES.sub(_character, text)))
+        return _converted(gbnf.GrammarParser().parse(_CODES.sub(_character, text)))
     except RecursionError:
         raise refused("the grammar is nested too deeply") from None
     except Exception as error:  # the converter raises any exception; an incomplete text is an IndexError
@@ -262,15 +253,14 @@ def _from_gbnf(text: str) -> str:
 
 def _character(code: re.Match[str]) -> str:
     """Return the character of a code, in which the converter would drop leading zeros."""
-    digits = code[1] or code[2]
-    if not digits:  # an escaped backslash
-        return code[0]
+    if not (digits := code[1] or code[2]):
+        return code[0]  # an escaped backslash
     character = chr(int(digits, 16))
     character.encode()  # refuses half a surrogate pair
     return character if character > "\x7f" else f"\\x{ord(character):02x}"
 
 
-def _converted(rules: Mapping[str, RuleNode]) -> str:
+def _converted(rules: Mapping[str, gbnf.RuleNode]) -> str:
     """Return the rules of a GBNF grammar in Lark, with names that stay unique when the converter changes their case.
 
     Rules without recursion become terminals, and so may the whole text, because of the rule that is added here:
@@ -278,22 +268,20 @@ def _converted(rules: Mapping[str, RuleNode]) -> str:
     """
     if "root" not in rules:
         raise ValueError("there is no rule 'root'")
-    top = RuleNode("root", AlternativeNode([RuleRefNode("root")]), "")
-    names = {name: f"{name}-{number}" for number, name in enumerate(rules)}
-    nodes: list[ASTNode] = [top, *rules.values()]
+    top = gbnf.RuleNode("root", gbnf.AlternativeNode([gbnf.RuleRefNode("root")]), "")
+    nodes: list[gbnf.ASTNode] = [top, *rules.values()]
+    for number, rule in enumerate(rules.values()):
+        rule.name += f"-{number}"
     for node in nodes:
         nodes += node.children()
-        if isinstance(node, RuleRefNode):
-            node.name = names.get(node.name, node.name)
-        elif isinstance(node, RegexNode) and node.rx == ".":
+        if isinstance(node, gbnf.RuleRefNode) and node.name in rules:
+            node.name = rules[node.name].name
+        elif isinstance(node, gbnf.RegexNode) and node.rx == ".":
             node.rx = "(?s:.)"  # with line breaks
-    for name, rule in rules.items():
-        rule.name = names[name]
-    named = {rule.name: rule for rule in (top, *rules.values())}
-    resolve(named)
+    gbnf.resolve(named := {rule.name: rule for rule in (top, *rules.values())})
     for node in nodes:
-        if isinstance(node, RepetitionNode) and isinstance(node.node, RepetitionNode):
-            node.node = AlternativeNode([node.node])  # which is written in brackets
+        if isinstance(node, gbnf.RepetitionNode) and isinstance(node.node, gbnf.RepetitionNode):
+            node.node = gbnf.AlternativeNode([node.node])  # which is written in brackets
     return "\n".join(["%llguidance {}", *map(str, named.values())])
 
 

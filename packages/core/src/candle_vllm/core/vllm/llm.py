@@ -192,7 +192,7 @@ class LLM(ExplainedAttributes):
             prompts,
             self._params(sampling_params),
             use_tqdm=use_tqdm,
-            priority=_priority(priority),
+            priority=priority or 0,
             add_special_tokens=adds_special(tokenization_kwargs),
             lora_request=lora_request,
         )
@@ -238,7 +238,7 @@ class LLM(ExplainedAttributes):
             messages,
             self._params(sampling_params),
             use_tqdm=use_tqdm,
-            priority=_priority(priority),
+            priority=priority or 0,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
@@ -270,7 +270,7 @@ class LLM(ExplainedAttributes):
             params,
             use_tqdm=use_tqdm,
             concurrency_limit=concurrency_limit,
-            priority=_priority(priority),
+            priority=priority or 0,
             lora_request=lora_request,
         )
 
@@ -524,10 +524,6 @@ def _single(made: Embedding | Classification, task: str) -> list[float]:
     if made.vectors is not None:
         raise InvalidParameterError(f"tokens have a row each: use encode with pooling_task={task!r}", "pooling_task")
     return (made.embedding if isinstance(made, Embedding) else made.probs).tolist()
-
-
-def _priority(given: int | Sequence[int] | None) -> int | Sequence[int]:
-    return 0 if given is None else given
 
 
 def adds_special(given: Mapping[str, Any] | None) -> bool:

@@ -92,9 +92,7 @@ class Places(Protocol):
         """Publish a free block or slot, which the caller then writes; return None if all are in use."""
         ...
 
-    def forget(self, digest: bytes) -> None:
-        """Unpublish a block or slot."""
-        ...
+    def forget(self, digest: bytes) -> None: ...
 
 
 class OtherParts(Protocol):
@@ -211,7 +209,7 @@ class BlockParts:
         try:
             copied = _Copied(self._memory.copy_out(block, state=self._state))
         except Exception as error:  # such as a GPU without memory; a broken one ends the next step
-            self._pause(error)
+            self.pause(error)
             return
         with self._wake:
             self._to_write[digest] = copied
@@ -229,11 +227,7 @@ class BlockParts:
                 self._wake.notify_all()
 
     def bring(self, number: int, block: int) -> None:
-        """Copy the next block of a reading to the cache; with `block` -1 drop it.
-
-        Raises:
-            Exception: the block cannot be copied; it is dropped.
-        """
+        """Copy the next block of a reading to the cache; with `block` -1 drop it, because the cache already has it."""
         with self._wake:
             reading = self._readings[number]
             data = reading.read.popleft()
@@ -242,15 +236,8 @@ class BlockParts:
             if reading.brought == reading.end:
                 del self._readings[number]
             self._wake.notify_all()
-        if block < 0:
-            return
-        try:
+        if block >= 0:
             self._memory.copy_in(block, data, state=self._state)
-        except Exception as error:
-            with self._wake:
-                self.counts["kept_block_failures"] += 1
-            self._tell("a block of the KV cache cannot be copied back to it: %s", error)
-            raise
 
     def end(self, number: int, brought: int) -> None:
         """End a reading of which `brought` blocks in total are copied to the cache; drop the others."""
@@ -356,8 +343,8 @@ class BlockParts:
             self._told_until = time.monotonic() + _SILENCE
             logger.warning(what, error)
 
-    def _pause(self, error: Exception) -> None:
-        """Count a block that could not be copied or written, and write no blocks for a while."""
+    def pause(self, error: Exception) -> None:
+        """Count a block that could not be copied or written, and write none for a while."""
         with self._wake:
             self.counts["kept_block_failures"] += 1
         self._quiet_until = time.monotonic() + _SILENCE
@@ -379,7 +366,7 @@ class BlockParts:
                 self._store.write(digest, copied.bytes())
                 self.counts["kept_blocks_written"] += 1
             except Exception as error:  # a store may raise any exception
-                self._pause(error)
+                self.pause(error)
             self._writing = None
             with self._wake:
                 forgotten = self._to_write.get(digest) is not copied
@@ -541,7 +528,8 @@ class OffloadedBlocks:
                 place = taken
             try:
                 self._own.bring(reading.number, place)
-            except Exception:  # it is logged, and a broken device ends the next step
+            except Exception as error:
+                self._own.pause(error)
                 self._blocks.forget(digest)
                 places.append(-1)
                 count = 0  # the reading ends with this block

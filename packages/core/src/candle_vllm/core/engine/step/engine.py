@@ -367,7 +367,8 @@ class Engine:
         prompts = step[batch.num_decodes :]
         outputs = self._count_prompts(prompts) if prompts else []
         if batch.drafted:
-            outputs += self._advance_runs(flight, sampled)
+            runs = zip(batch.drawing, flight.lives, sampled, strict=True)
+            outputs += [self._advance_run(run, live, tokens) for run, live, tokens in runs if not live.is_over]
         else:
             for live, token in zip(flight.lives, sampled, strict=True):
                 if live.is_over:  # the sequence has ended since the launch
@@ -379,11 +380,6 @@ class Engine:
             if item.sequence.is_pooled and item.sequence in self._live:
                 outputs += self._end_pooled(item)
         return outputs
-
-    def _advance_runs(self, flight: _Flight, sampled: Seq[tuple[Token, ...]]) -> list[TokenOutput]:
-        """Append to each sequence its accepted draft tokens, and the token sampled after them."""
-        lives = zip(flight.batch.drawing, flight.lives, sampled, strict=True)
-        return [self._advance_run(run, live, tokens) for run, live, tokens in lives if not live.is_over]
 
     def _count_prompts(self, prompts: Seq[Run]) -> list[TokenOutput]:
         """Count the tokens of prompts that a step has completed, and return the reports of progress.
