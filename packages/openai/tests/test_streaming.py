@@ -27,6 +27,7 @@ from candle_vllm.openai import (
     to_json_bytes,
 )
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader, TokenCounts
+from candle_vllm.openai.chat_answers import wire_timings, wire_usage
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
 from candle_vllm.openai.events import Head
 from candle_vllm.openai.task import Paths, Task
@@ -273,6 +274,18 @@ def test_times_are_of_the_slowest_prompt() -> None:
     usage = counts.usage(final=True)
     assert (usage.prompt_ms, usage.completion_ms) == (500, 2000)
     assert (usage.prompt_tokens, usage.completion_tokens) == (6, 4)
+
+
+def test_a_time_below_a_millisecond_is_not_zero() -> None:
+    """Clients divide by it, as Ollama's documentation does for tokens per second."""
+    counts = TokenCounts()
+    times = RequestMetrics(0.0, 1.0, 1.0074, 1.00752)
+    counts.add(0, TokenOutput(request_id="r", num_prompt_tokens=3, metrics=times), 1)
+    usage = counts.usage(final=True)
+    timings, costs = wire_timings(usage), wire_usage(usage)
+    assert (timings.prompt_ms, timings.predicted_ms) == (7.4, 0.12)
+    assert (costs.prompt_time_costs, costs.completion_time_costs) == (7, 0)
+    assert timings.prompt_per_second == pytest.approx(3000 / 7.4)
 
 
 def test_sequences_that_come_before_the_prompts_logprobs_wait_for_them() -> None:

@@ -169,8 +169,8 @@ class TokenCounts:
     completion: int = 0
     _prompts: dict[int, int] = dataclasses.field(default_factory=dict[int, int])
     _cached: dict[int, int] = dataclasses.field(default_factory=dict[int, int])
-    _prompt_ms: int | None = None
-    _completion_ms: int | None = None
+    _prompt_ms: float | None = None
+    _completion_ms: float | None = None
     _drafts: Counter[str] = dataclasses.field(default_factory=Counter[str])
 
     def add(self, prompt: int, output: TokenOutput, new_tokens: int) -> None:
@@ -199,10 +199,10 @@ class TokenCounts:
         )
 
 
-def _longer(known: int | None, start: float | None, end: float | None) -> int | None:
+def _longer(known: float | None, start: float | None, end: float | None) -> float | None:
     if start is None or end is None:
         return known
-    return max(round((end - start) * 1000), known or 0)
+    return max(round((end - start) * 1000, 3), known or 0)
 
 
 class AnswerReader:
@@ -245,7 +245,7 @@ class AnswerReader:
                 prompt_tokens=told.tokens,
                 completion_tokens=0,
                 cached_tokens=output.num_cached_tokens,
-                prompt_ms=round(told.seconds * 1000),
+                prompt_ms=told.seconds * 1000,
             )
             return [Progress(choice, self.head, output.num_prompt_tokens, counts)]
         if self._awaits_prompt:

@@ -212,12 +212,12 @@ def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=wire.PromptTokensDetails(usage.cached_tokens),
         completion_tokens_details=details,
-        prompt_time_costs=UNSET if usage.prompt_ms is None else usage.prompt_ms,
-        completion_time_costs=UNSET if usage.completion_ms is None else usage.completion_ms,
+        prompt_time_costs=UNSET if usage.prompt_ms is None else round(usage.prompt_ms),
+        completion_time_costs=UNSET if usage.completion_ms is None else round(usage.completion_ms),
     )
 
 
-def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int | None = None) -> wire.Timings:
+def wire_timings(usage: Usage, prompt_ms: float | None = None, predicted_ms: float | None = None) -> wire.Timings:
     """Convert counts and times to llama.cpp's form; a time that is None is that of `usage`."""
     prompt, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
     prompt_ms = usage.prompt_ms or 0 if prompt_ms is None else prompt_ms
@@ -244,7 +244,7 @@ def wire_progress(event: Progress) -> wire.PromptProgress:
         total=event.total,
         cache=counts.cached_tokens,
         processed=counts.prompt_tokens,
-        time_ms=counts.prompt_ms or 0,
+        time_ms=round(counts.prompt_ms or 0),
     )
 
 

@@ -114,8 +114,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     cached_tokens: int = 0
     reasoning_tokens: int | None = None
-    prompt_ms: int | None = None
-    completion_ms: int | None = None
+    prompt_ms: float | None = None
+    completion_ms: float | None = None
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
     predicted_tokens: int = 0

@@ -218,9 +218,9 @@ class LineWriter:
             done_reason=self._ended.reason.ollama,
             **self._times.told(),
             prompt_eval_count=usage.prompt_tokens,
-            prompt_eval_duration=(usage.prompt_ms or 0) * _MS,
+            prompt_eval_duration=round((usage.prompt_ms or 0) * _MS),
             eval_count=usage.completion_tokens,
-            eval_duration=(usage.completion_ms or 0) * _MS,
+            eval_duration=round((usage.completion_ms or 0) * _MS),
             **more,
         )
 

@@ -73,11 +73,11 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
 
     cache_n: int
     prompt_n: int
-    prompt_ms: int
+    prompt_ms: float
     prompt_per_token_ms: float
     prompt_per_second: float
     predicted_n: int
-    predicted_ms: int
+    predicted_ms: float
     predicted_per_token_ms: float
     predicted_per_second: float
     draft_n: int | UnsetType = UNSET
