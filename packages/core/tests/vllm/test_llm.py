@@ -331,6 +331,7 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
         (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "the model takes text only"),
         (lambda llm: llm.generate(["a", "b"], priority=1.5), "priority must be a whole number"),
+        (lambda llm: llm.generate(["a", "b"], priority=np.array([1, 0])), "priority must be a whole number"),
         (
             lambda llm: llm.beam_search("a", BeamSearchParams(beam_width=1, max_tokens=1), priority=1.5),
             "priority must be a whole number",

@@ -192,7 +192,7 @@ class LLM(ExplainedAttributes):
             prompts,
             self._params(sampling_params),
             use_tqdm=use_tqdm,
-            priority=priority or 0,
+            priority=0 if priority is None else priority,
             add_special_tokens=adds_special(tokenization_kwargs),
             lora_request=lora_request,
         )
@@ -238,7 +238,7 @@ class LLM(ExplainedAttributes):
             messages,
             self._params(sampling_params),
             use_tqdm=use_tqdm,
-            priority=priority or 0,
+            priority=0 if priority is None else priority,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
@@ -270,7 +270,7 @@ class LLM(ExplainedAttributes):
             params,
             use_tqdm=use_tqdm,
             concurrency_limit=concurrency_limit,
-            priority=priority or 0,
+            priority=0 if priority is None else priority,
             lora_request=lora_request,
         )
 
