@@ -154,6 +154,7 @@ OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     "gbnf in a chain": lambda: {
         "grammar": "root ::= a0\n" + "\n".join(f'a{i} ::= a{i + 1} "x"' for i in range(900)) + '\na900 ::= "y"'
     },
+    "gbnf with an open string": lambda: {"grammar": 'root ::= "' + r"\"" * 32_000},
     "gbnf with brackets": lambda: {"grammar": "root ::= " + "(" * 1_500 + '"a"' + ")" * 1_500},
     "a schema in a grammar": lambda: {"grammar": f"start: %json {json.dumps(chain(5_000, lambda ref: ref))}"},
     "many tags": lambda: {

@@ -93,6 +93,11 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
         ({"grammar": 'root ::= [a-z]+ "ing"'}, ["inking", "inning"], ["in", "ing"]),
         ({"grammar": 'root ::= "<" .* ">"'}, ["<>", "<a\n>", "<a>b>"], ["<a", "<a>b"]),
         ({"grammar": 'root ::= "a" ([0-9]{2})? ("b"?)+'}, ["a12b", "a", "abb"], ["a1", "a123"]),
+        (
+            {"grammar": 'root ::= "#" # "x"\n  | "y" [#"]\r\n  b\n# then\n  | c # d ::= "z"\n\nb ::=\n "b"\nc ::= "c"'},
+            ["#", "y#b", 'y"b', "c"],
+            ["y", "x", "b", "z"],
+        ),
         ({"grammar": 'root ::= start "x"\nstart ::= "a"'}, ["ax"], ["a", "x"]),
         ({"grammar": 'root ::= ws WS Ws\nws ::= "a"\nWS ::= "b"\nWs ::= "c" Ws?'}, ["abc", "abcc"], ["ab", "cba"]),
         (

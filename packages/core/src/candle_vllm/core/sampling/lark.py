@@ -148,8 +148,9 @@ _TOKENS = re.compile(  # the relevant tokens of llguidance; no pattern backtrack
     r"""|(?P<mark>[(\[{}\])|&])|(?P<name>\w[\w-]*+)""",
     re.MULTILINE,
 )
-# llguidance's own test is quadratic, and takes GBNF's `start ::=` for Lark.
-_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:(?!:))", re.MULTILINE)
+_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:(?!:))", re.MULTILINE)  # llguidance's is quadratic
+_GBNF_RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
+_GBNF_BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
 _CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
 Grammar = dict[str, Any]
@@ -244,7 +245,9 @@ def _from_gbnf(text: str) -> str:
     if brackets > MAX_GBNF:
         raise refused(f"the GBNF grammar has {brackets} rules and brackets; at most {MAX_GBNF} are allowed")
     try:
-        return _converted(gbnf.GrammarParser().parse(_CODES.sub(_character, text)))
+        # As in vLLM, a rule ends where the next one begins, not with its line.
+        rules = (_GBNF_BREAK.sub(lambda found: found[1] or " ", rule) for rule in _GBNF_RULE.split(text))
+        return _converted(gbnf.GrammarParser().parse(_CODES.sub(_character, "\n".join(rules))))
     except RecursionError:
         raise refused("the grammar is nested too deeply") from None
     except Exception as error:  # the converter raises any exception; an incomplete text is an IndexError

@@ -225,21 +225,18 @@ class _Telling:
         count = self._request.params.n
         self._asked = self._request.params.logprobs is not None
         self._so_far = [
-            outputs.CompletionOutput(index, "", [], logprobs=self._new_logprobs()) for index in range(count)
+            outputs.CompletionOutput(index, "", [], logprobs=[] if self._asked else None) for index in range(count)
         ]
         self._sums = [0.0] * count
         self._unfinished = count
         self._of_prompt = outputs.prompt_logprobs(None)
-
-    def _new_logprobs(self) -> list[Any] | None:
-        return [] if self._asked else None
 
     def take(self, piece: TokenOutput) -> outputs.RequestOutput | None:
         """Return the output for a `TokenOutput`; None if `kind` is FINAL_ONLY and a sequence has not ended."""
         whole = self._so_far[piece.index]
         if self._kind is RequestOutputKind.DELTA:
             whole = self._so_far[piece.index] = outputs.CompletionOutput(
-                piece.index, "", [], logprobs=self._new_logprobs()
+                piece.index, "", [], logprobs=[] if self._asked else None
             )
         whole.text += piece.text
         whole.token_ids += piece.token_ids
