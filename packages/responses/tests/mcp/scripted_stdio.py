@@ -32,6 +32,8 @@ class Server:
             self.tools = [tool("echo", outputSchema={"type": "object", "properties": {"n": {"type": "integer"}}})]
         if MODE == "bad-parts":
             self.tools = [tool("echo"), tool("bad", inputSchema={"type": "string"}), {"name": "bare"}]
+        if MODE == "forgets" and NOTES.read_text().count("process ") > 1:
+            self.tools = []
         if MODE == "twice":
             self.tools = [tool("echo"), tool("echo"), tool("other")]
 
@@ -117,7 +119,7 @@ class Server:
         print("out of cheese", file=sys.stderr, flush=True)
         os._exit(7)
 
-    call_children_exit = call_exit_in_call
+    call_children_exit = call_forgets = call_exit_in_call
 
     def call_hang(self, request: Any, message: dict[str, Any]) -> None:
         """No answer, but it reads on; with the text "fine" it answers."""

@@ -107,6 +107,16 @@ async def test_changes_reach_the_registry(scripted: Scripted) -> None:
         assert fleet.registry.revision > revision
 
 
+async def test_a_server_that_returns_without_tools_has_none(scripted: Scripted) -> None:
+    async with McpFleet([scripted("forgets", name="one")]) as fleet:
+        tool = fleet.registry.find("one__echo")
+        assert tool is not None
+        with pytest.raises(ToolUnavailableError):
+            await tool.run({}, lambda progress: None)
+        await until(lambda: fleet.status()[0].reconnects == 1 and fleet.status()[0].state == "ready")
+        assert names(fleet.registry) == []
+
+
 async def test_a_failure_that_stays_is_logged_once(scripted: Scripted, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with McpFleet([scripted("plain", name="bad", command="no-such-command")]) as fleet:

@@ -140,9 +140,8 @@ class McpFleet:
 
         The tools are part of the prompt, whose prefix is cached, so their order must not depend on timing.
         """
-        if self._starting or not (link.tools or link.state == "ready"):
-            return
-        self.registry.replace(link.name, [LinkTool(link, tool) for tool in link.tools.values()])
+        if not self._starting:
+            self.registry.replace(link.name, [LinkTool(link, tool) for tool in link.tools.values()])
 
     def _status(self, link: McpLink) -> LinkStatus:
         info = link.server_info
