@@ -57,6 +57,9 @@ class Server:
     def on_server_discover(self, message: dict[str, Any]) -> None:
         with NOTES.open("a") as notes:
             notes.write("asked in the newer era's way\n")
+        if MODE == "ends-at-discover":  # as servers of the Rust SDK do
+            print("Error: expect initialized request", file=sys.stderr, flush=True)
+            sys.exit(1)
         self.on_other(message)
 
     def on_other(self, message: dict[str, Any]) -> None:

@@ -421,6 +421,15 @@ async def test_the_era_of_a_server_is_remembered(scripted: Scripted, notes: Any)
         assert notes.count("asked") == 1
 
 
+async def test_a_server_that_ends_at_a_request_of_the_newer_era(scripted: Scripted, notes: Any) -> None:
+    async with McpLink(scripted("ends-at-discover")) as link:
+        assert (link.protocol_version, link.reconnects, link.error) == ("2025-11-25", 0, None)
+        assert said(await link.call("echo", {"text": "x"})) == "x"
+        os.kill(notes.processes[-1], signal.SIGTERM)
+        await until(lambda: link.state == "ready" and link.reconnects == 1)
+        assert notes.count("asked") == 1
+
+
 async def test_the_log_is_bounded(scripted: Scripted) -> None:
     async with McpLink(scripted("words", env={"TOKEN": "top-secret"})) as link:
         await until(lambda: any(line.startswith("2999 ") for line in link.log_lines()))

@@ -71,6 +71,11 @@ class McpConnection:
         return self._down.is_set()
 
     @property
+    def was_refused(self) -> bool:
+        """Whether the server closed the connection before a protocol version was negotiated."""
+        return self._client is None and self.why.startswith(CLOSED)
+
+    @property
     def why(self) -> str:
         """Why the connection could not be opened or has ended."""
         return self._why or "the connection was closed"

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Supervisor: opens the connection to an MCP server, follows changes of the tools, and reconnects when it is lost.
 
-The delay before an attempt grows from 0.5 to 30 seconds with each failure; a call of a tool starts an attempt at once.
-After `MAX_ATTEMPTS` failures in a row, only such a call starts one, unless no tools of the server are known.
+A program that ends at the first request of the newer protocol, as servers of the Rust SDK do, is started once more for
+the older one. The delay before an attempt grows from 0.5 to 30 seconds with each failure; a call of a tool starts an
+attempt at once. After `MAX_ATTEMPTS` failures in a row, only such a call starts one, unless no tools of the server are
+known.
 """
 
 from __future__ import annotations
@@ -128,7 +130,8 @@ class Supervisor:
         """Make one attempt: try the transports in order, until one of them connects and lists its tools."""
         self.state = "connecting"
         first_error: str | None = None
-        for kind in self.transports:
+        kinds = [*self.transports]
+        for kind in kinds:
             connection = self.connection = McpConnection(self._peer, kind, mode=self._mode, wake=self._wake.set)
             why = await self._open(connection)
             if why is None:
@@ -148,6 +151,10 @@ class Supervisor:
             line = f"could not connect over {kind}: {why}"
             (self._peer.log if self._logged.get(kind, line) == line else self._peer.note)(line)
             self._logged[kind] = line
+            if kind == "stdio" and self._mode == "auto" and connection.was_refused and not self._closing:
+                self._mode = "legacy"
+                kinds.append(kind)
+                continue
             first_error = first_error or why
             if status not in NO_SUCH_TRANSPORT or self._closing:
                 break
