@@ -160,6 +160,11 @@ async def test_a_program_that_ends_at_once(scripted: Scripted) -> None:
     [
         (r"Error: Cannot find module 'x'\n    at Object.error\n\nNode.js v22.1.0\n", "Error: Cannot find module 'x'"),
         (r"Traceback:\n  raise OSError\nOSError: \x1b[1mno\x1b[0m\a \u202emodel\n", "OSError: [1mno[0m model"),
+        (
+            r"  + Exception Group Traceback:\n  | ExceptionGroup: unhandled errors (1 sub-exception)\n  +-+--- 1 ---\n"
+            r"    | Traceback:\n    |   raise ValueError(1)\n    | \n    | ValueError: no key\n    +-----------\n",
+            "ValueError: no key",
+        ),
         (r"Error: " + "w" * 400, "Error: " + "w" * 292 + "…"),
         (r"starting\nno model\n", "no model"),
         (r"Error: http://me:hunter22@proxy:1/ refused, hunter22", "Error: http://***@proxy:1/ refused, ***"),

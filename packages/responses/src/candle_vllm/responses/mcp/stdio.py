@@ -39,6 +39,7 @@ _FLUSH = 0.5  # seconds to flush accepted messages to the pipe at the end
 _LAST_LINES = 20  # lines of standard error that are searched for its error
 _WORDS = 300  # characters of the line that reports the error
 _ERROR = re.compile(r"error|exception|fatal|panic|cannot|could not|failed", re.IGNORECASE)
+_GROUP = re.compile(r"\A\s+[|+] ?")  # before each line of a Python exception group's traceback
 _NUMBER_OR_TEXT = rb'(-?\d{1,18}|"[^"\\]{1,100}")'
 _ID_AT_START = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,")
 _ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*\}\s*$")
@@ -68,7 +69,7 @@ class StdioServer:
         The result is the last unindented line that reports an error, because Node ends with its version and a traceback
         has indented frames; without such a line, it is the last line.
         """
-        lines = list(self._last_lines)
+        lines = [text for line in self._last_lines if (text := _GROUP.sub("", line))]
         telling = [line for line in lines if not line[0].isspace() and _ERROR.search(line)] or lines
         if not telling:
             return ""
