@@ -288,6 +288,25 @@ async def test_a_limit_of_tokens_is_one_of_all_turns() -> None:
     assert exact["incomplete_details"] == {"reason": "max_output_tokens"}, spent
 
 
+async def test_results_of_tools_leave_a_later_turn_the_rest_of_the_context() -> None:
+    def answering(**options: Any) -> tuple[ScriptedEngine, Responder]:
+        scripted = engine(lambda prompt: "Noon." if "tool\n" in prompt else call("s__time"), **options)
+        return scripted, responder(scripted, servers=Servers(Clock()))
+
+    request = {"input": "Hi", "tools": [SERVER]}
+    scripted, plain = answering()
+    await plain.create(request)
+    first, second = (len(each.prompt_token_ids) for each in scripted.requests)
+    scripted, narrow = answering(max_model_len=second + 20)
+    _, made = await streamed(narrow, {**request, "max_output_tokens": second + 20 - first})
+    assert (made["status"], made["output"][-1]["content"][0]["text"]) == ("completed", "Noon.")
+    assert scripted.requests[-1].params.max_tokens is None
+    _, full = answering(max_model_len=second)
+    _, made = await streamed(full, request)
+    assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert [(item["type"], item["status"]) for item in made["output"]][1:] == [("mcp_call", "completed")]
+
+
 async def test_a_forced_call_is_forced_once() -> None:
     scripted = engine(lambda prompt: "Noon." if "tool\n" in prompt else call("s__time"))
     answering = responder(scripted, servers=Servers(Clock()))

@@ -238,7 +238,9 @@ class Responder:
                     if isinstance(event, ToolStarted):
                         stream.begun()
                     await stream.put(writer.add(event))
-        except TokensSpentError:
+        except (TokensSpentError, PromptTooLongError):
+            if not model.turns:
+                raise
             await stream.put(writer.cut(FinishReason.LENGTH.responses))
         stream.begun()
         if keep is not None and self._store is not None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """TurnModel: the model of one response, with the limits that all of its turns share.
 
-`max_output_tokens` limits the whole response: each turn gets the tokens that earlier turns have left. With `truncation:
-auto`, the oldest turns are left out of the prompt until the rest fits.
+`max_output_tokens` limits the whole response: each turn gets the tokens that earlier turns have left, or as many as fit
+into the context after the results of tools. With `truncation: auto`, the oldest turns are left out of the prompt until
+the rest fits.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class TurnModel:
 
     Attributes:
         entered: called when the engine has accepted a turn.
+        turns: number of accepted turns.
         eyes: image input of the model.
     """
 
@@ -45,6 +47,7 @@ class TurnModel:
         self._left = max_tokens
         self._truncate = truncate
         self.entered = lambda: None
+        self.turns = 0
         self.eyes = eyes_of(model)
 
     @asynccontextmanager
@@ -57,6 +60,7 @@ class TurnModel:
             request = replace(request, sampling={**request.sampling, "max_tokens": self._left})
         async with AsyncExitStack() as stack:
             events = await self._enter(stack, request)
+            self.turns += 1
             self.entered()
             yield self._counted(events)
 
@@ -70,9 +74,12 @@ class TurnModel:
             try:
                 return await stack.enter_async_context(self._model.stream(kept))
             except PromptTooLongError:
-                if dropped >= len(units):
+                if dropped < len(units):
+                    dropped = min(dropped + step, len(units))
+                elif self.turns and task.sampling.get("max_tokens") is not None:  # now the context is the limit
+                    task = replace(task, sampling={**task.sampling, "max_tokens": None})
+                else:
                     raise
-                dropped = min(dropped + step, len(units))
 
     async def _counted(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
         counted = 0
