@@ -16,10 +16,11 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.mcp.fleet import McpFleet
 from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.approval import decide
+from candle_vllm.responses.tools.execution import call_directly
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolUnavailableError
 from packages.responses.tests.mcp.http_apps import Seen, scripted_app
-from tests.waiting import until
+from tests.waiting import skip, until
 
 Scripted = Callable[..., Any]
 
@@ -115,6 +116,20 @@ async def test_a_server_that_returns_without_tools_has_none(scripted: Scripted) 
             await tool.run({}, lambda progress: None)
         await until(lambda: fleet.status()[0].reconnects == 1 and fleet.status()[0].state == "ready")
         assert names(fleet.registry) == []
+
+
+async def test_a_caller_may_give_a_tool_more_time_than_its_configuration(scripted: Scripted, notes: Any) -> None:
+    async with McpFleet([scripted("hang", name="one", timeout=30)]) as fleet:
+        call = asyncio.create_task(call_directly(fleet.registry, "one", "echo", {}, timeout=90))
+        await until(lambda: notes.count("called") == 1)
+        await skip(80)
+        for _ in range(2):
+            assert (await fleet.links["one"].call("echo", {"text": "fine"})).content[0].text == "fine"
+        assert not call.done()
+        await skip(10)
+        result = await call
+        assert result.status == "timed_out"
+        assert "within 90 seconds" in result.text
 
 
 async def test_a_failure_that_stays_is_logged_once(scripted: Scripted, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,7 @@ from candle_vllm.responses.tools.tool import (
     ToolProgress,
     ToolTimedOutError,
     ToolUnavailableError,
+    allowed_seconds,
 )
 
 if TYPE_CHECKING:
@@ -255,8 +256,9 @@ class LinkTool:
         """Seconds for one call, from the server's configuration."""
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Call the tool once; see `McpLink.call`."""
-        return await self._link.call(self.definition.original_name, arguments, report=report)
+        """Call the tool once; see `McpLink.call`. A timeout that the caller set replaces the configuration's."""
+        name, seconds = self.definition.original_name, allowed_seconds.get()
+        return await self._link.call(name, arguments, timeout=seconds, report=report)
 
 
 def definition_of(server: str, tool: Tool) -> ToolDefinition:

@@ -34,6 +34,7 @@ from candle_vllm.responses.tools.tool import (
     ToolProgress,
     ToolResult,
     ToolStatus,
+    allowed_seconds,
     cut,
     output_size,
     output_text,
@@ -98,7 +99,7 @@ async def run(
     own: float | None = getattr(checked.tool, "timeout", None)
     seconds = timeout if timeout is not None else own if own is not None else DEFAULT_TIMEOUT
     started = time.monotonic()
-    status, output = await _run_within(checked, seconds, report)
+    status, output = await _run_within(checked, seconds, report, timeout)
     return ToolResult(
         call=checked.call,
         server=checked.definition.server,
@@ -109,7 +110,9 @@ async def run(
     )
 
 
-async def _run_within(checked: Checked, seconds: float, report: Report | None) -> tuple[ToolStatus, ToolOutput]:
+async def _run_within(
+    checked: Checked, seconds: float, report: Report | None, given: float | None
+) -> tuple[ToolStatus, ToolOutput]:
     """Run the tool in a task of its own, so that its cancellation cannot be mistaken for its caller's."""
     running = True
 
@@ -117,7 +120,7 @@ async def _run_within(checked: Checked, seconds: float, report: Report | None) -
         if running and report is not None:
             report(progress)
 
-    task = asyncio.create_task(_outcome(checked, passed_on), name=f"tool {checked.definition.name}")
+    task = asyncio.create_task(_outcome(checked, passed_on, given), name=f"tool {checked.definition.name}")
     try:
         await asyncio.wait({task}, timeout=seconds)
     finally:
@@ -130,8 +133,9 @@ async def _run_within(checked: Checked, seconds: float, report: Report | None) -
     return ("failed", _failure("The tool failed: it cancelled itself.")) if task.cancelled() else task.result()
 
 
-async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOutput]:
+async def _outcome(checked: Checked, report: Report, given: float | None) -> tuple[ToolStatus, ToolOutput]:
     """Return the tool's output or failure. Only Ctrl+C and a cancellation are raised."""
+    allowed_seconds.set(given)
     name = checked.definition.name
     try:
         output = await checked.tool.run(checked.arguments, report)

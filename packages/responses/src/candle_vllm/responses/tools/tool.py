@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
@@ -122,6 +123,8 @@ class ToolResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Report = Callable[[ToolProgress], None]
+allowed_seconds: ContextVar[float | None] = ContextVar("allowed_seconds", default=None)
+"""Timeout that the caller set for the running call; None means the tool's own."""
 
 
 class Tool(Protocol):
