@@ -438,6 +438,10 @@ async def test_conversations_and_references(kept: ResponseStore) -> None:
     await answering.create({"input": "two", "conversation": {"id": name}})
     assert [message["content"] for message in scripted.template_calls[-1].messages] == ["one", "ok", "two"]
     assert len(await kept.conversation_items("", name)) == 4
+    third = await answering.create({"input": "three", "conversation": name, "store": False})
+    assert len(await kept.conversation_items("", name)) == 6
+    with pytest.raises(NotStoredError):
+        await kept.get("", third.id)
     reference = {"type": "item_reference", "id": msgspec.to_builtins(first.output[0])["id"]}
     items = [{"role": "user", "content": "x"}, reference, {"role": "user", "content": "y"}]
     await answering.create({"input": items, "store": False})

@@ -149,7 +149,8 @@ class Responder:
             if parsed.model is not None and (parsed.model in names or not names):
                 model = parsed.model
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
-            given = await apart(_given, items) if stored or self._memory is not None else ()
+            kept = stored or parsed.conversation_id is not None
+            given = await apart(_given, items) if kept or self._memory is not None else ()
             room = MAX_SHOWN
             if self._store is not None and stored and has_servers(parsed):
                 room = await apart(_room, self._store.options, given)
@@ -164,7 +165,7 @@ class Responder:
                 if at_once:
                     stream.begun()
                 ready = prepared or (await self._ready(parsed, owner, stream.opened, check=False))[0]
-                await self._answer(stream, writer, parsed, ready, owner if stored and keep else None)
+                await self._answer(stream, writer, parsed, ready, owner if kept and keep else None)
 
             return ResponseStream(writer, work, given, opened=stack.pop_all())
 
@@ -244,7 +245,8 @@ class Responder:
             await stream.put(writer.cut(FinishReason.LENGTH.responses))
         stream.begun()
         if keep is not None and self._store is not None:
-            await self._store.keep(await apart(entry_of, keep, writer.response, stream.input_items))
+            entry = await apart(entry_of, keep, writer.response, stream.input_items)
+            await (self._store.keep(entry) if writer.response.store else self._store.add_to_conversation(entry))
         await stream.put(writer.conclude())
 
     def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:
