@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -111,12 +112,15 @@ def moved(app: Callable[..., Awaitable[None]], old: str, new: str) -> Callable[.
 
 def scripted_app(mode: str, seen: Seen) -> Starlette:
     """Answers requests of the older era as the mode says."""
+    session = uuid.uuid4().hex
 
     async def answer(request: Request) -> Response:
         seen.methods.append(request.method)
         seen.headers.append(dict(request.headers))
         if request.method != "POST":
             return Response(status_code=405)
+        if mode == "forgets" and request.headers.get("mcp-session-id", session) != session:
+            return PlainTextResponse("Bad Request: No valid session ID provided", 400)
         if mode.isdigit():
             return PlainTextResponse("go away", int(mode))
         if mode == "html":
@@ -144,7 +148,8 @@ def scripted_app(mode: str, seen: Seen) -> Starlette:
             case _:
                 error = {"code": -32601, "message": "Method not found"}
                 return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "error": error})
-        return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "result": result})
+        headers = {"mcp-session-id": session} if mode == "forgets" else None
+        return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "result": result}, headers=headers)
 
     async def call(message: dict[str, Any]) -> Response:
         seen.calls += 1

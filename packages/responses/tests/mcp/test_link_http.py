@@ -7,7 +7,6 @@ Without a link, the SDK cancels the caller where a server of the newer era dies,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -172,10 +171,21 @@ async def test_a_server_that_was_restarted_while_idle(good: Any, config: Config,
     async with McpLink(config(url=good.url)) as link:
         await asyncio.to_thread(good.stop)
         good.start()
-        with contextlib.suppress(ToolError):  # the call that learns of it
-            await link.call("echo", {"text": "x"})
         assert said(await link.call("echo", {"text": "again"})) == "again"
+        assert seen.calls == 1
         assert not_cancelled()
+
+
+async def test_a_server_that_answers_400_to_a_session_it_does_not_know(
+    serve: Serve, config: Config, seen: Seen
+) -> None:
+    server = serve(lambda: scripted_app("forgets", seen))
+    async with McpLink(config(url=server.url)) as link:
+        await link.call("echo", {})
+        await asyncio.to_thread(server.stop)
+        server.start()
+        await asyncio.gather(*(link.call("echo", {}) for _ in range(3)))
+        assert (seen.calls, link.reconnects) == (4, 1)
 
 
 async def test_time_and_cancellation_reach_the_server(good: Any, config: Config, seen: Seen) -> None:

@@ -24,6 +24,8 @@ _END_SECONDS = 1.0  # wait for the owner task to set `why`
 _CANCEL_SECONDS = 1.0  # maximum wait of a cancelled caller until the server is notified
 _REQUEST_SECONDS = 6.0  # wait for requests after the connection ended; the SDK takes up to 5 s to notify the server
 _CLOSE_SECONDS = 10.0  # wait for the end of a connection, before its owner task is cancelled
+_POLL = 0.02
+SESSION_LOST = "the server no longer accepts the session"
 _T = TypeVar("_T")
 
 
@@ -193,12 +195,15 @@ class McpConnection:
         self._stop.set()
         self._wake()
 
-    def _doubted(self, certain: bool) -> None:
-        if certain:
-            self.end("the server no longer knows the session")
-        else:
-            self.in_doubt = True
-            self._wake()
+    def _doubted(self) -> None:
+        self.in_doubt = True
+        self._wake()
+
+    async def has_lost_session(self) -> bool:
+        """Whether the server no longer knows the session; waits for the ping that finds out."""
+        while self.in_doubt and not self.is_down:
+            await asyncio.sleep(_POLL)
+        return self._why == SESSION_LOST
 
     async def _on_message(self, message: Any) -> None:
         if isinstance(message, types.ToolListChangedNotification):

@@ -118,11 +118,10 @@ class HttpNotes:
     """Records the status of a connection's responses, and limits their sizes and times.
 
     `status` is the status of the last response, or None. `session_doubted` is called when the server refuses a request
-    of a session: with True if it says that the session does not exist (404), with False if the request itself may be
-    the reason (400).
+    of a session with 404, or with 400, as servers of the TypeScript SDK do: the session may no longer exist.
     """
 
-    def __init__(self, session_doubted: Callable[[bool], None]) -> None:
+    def __init__(self, session_doubted: Callable[[], None]) -> None:
         self.status: int | None = None
         self._session_doubted = session_doubted
 
@@ -137,7 +136,7 @@ class HttpNotes:
         """Record the status, and limit the body."""
         self.status = response.status_code
         if response.status_code in (400, 404) and "mcp-session-id" in response.request.headers:
-            self._session_doubted(response.status_code == 404)
+            self._session_doubted()
         stream = response.stream
         if isinstance(stream, httpx2.AsyncByteStream):
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """McpLink: a connection to an MCP server that is restored when it is lost; LinkTool: one of the server's tools.
 
-A supervisor maintains the connection; calls use the current one. A call is never repeated automatically, because a call
-that was running when the connection was lost may have had its effects.
+A supervisor maintains the connection; calls use the current one. A call that was running when the connection was lost
+is not repeated, because it may have had its effects. A call that an HTTP server refuses because it no longer knows the
+session has not run; it is repeated once, in a new session.
 """
 
 from __future__ import annotations
@@ -180,31 +181,36 @@ class McpLink:
         """
         seconds = self.config.timeout if timeout is None else timeout
         deadline = asyncio.get_running_loop().time() + seconds
-        connection = await self._connected(min(CALL_WAIT, seconds))
-        tool = self.tools.get(name)
-        if tool is None:
-            raise ToolError(f"the MCP server {self.name!r} has no tool {name[:100]!r}")
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._calls.acquire()
-        except TimeoutError:
-            raise ToolUnavailableError(f"{MAX_CALLS} calls of the MCP server {self.name!r} run already") from None
-        try:
-            left = max(0.001, deadline - asyncio.get_running_loop().time())
-            result = await connection.run(
-                connection.client.call_tool(name, dict(arguments), progress_callback=_progress(report)), left
-            )
-        except TimeoutError:
-            raise ToolTimedOutError(f"the tool did not answer within {seconds:g} seconds") from None
-        except ConnectionLostError as error:
-            raise ToolUnavailableError(
-                f"the connection to the MCP server {self.name!r} was lost during the call ({error}); whether the tool "
-                "did its work is not known"
-            ) from None
-        except (MCPError, ValidationError, RuntimeError, ExceptionGroup) as error:
-            raise ToolError(self._refusal(error)) from None
-        finally:
-            self._calls.release()
+        repeated = False
+        while True:
+            connection = await self._connected(min(CALL_WAIT, seconds))
+            tool = self.tools.get(name)
+            if tool is None:
+                raise ToolError(f"the MCP server {self.name!r} has no tool {name[:100]!r}")
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._calls.acquire()
+            except TimeoutError:
+                raise ToolUnavailableError(f"{MAX_CALLS} calls of the MCP server {self.name!r} run already") from None
+            try:
+                left = max(0.001, deadline - asyncio.get_running_loop().time())
+                result = await connection.run(
+                    connection.client.call_tool(name, dict(arguments), progress_callback=_progress(report)), left
+                )
+                break
+            except TimeoutError:
+                raise ToolTimedOutError(f"the tool did not answer within {seconds:g} seconds") from None
+            except ConnectionLostError as error:
+                raise ToolUnavailableError(
+                    f"the connection to the MCP server {self.name!r} was lost during the call ({error}); whether the "
+                    "tool did its work is not known"
+                ) from None
+            except (MCPError, ValidationError, RuntimeError, ExceptionGroup) as error:
+                if repeated or not (isinstance(error, MCPError) and await connection.has_lost_session()):
+                    raise ToolError(self._refusal(error)) from None
+                repeated = True
+            finally:
+                self._calls.release()
         return tool_output(result, fault=await self._checks.fault(tool, result))
 
     def _refusal(self, error: Exception) -> str:

@@ -15,7 +15,7 @@ from mcp.client.subscriptions import SubscriptionLost
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import ValidationError
 
-from candle_vllm.responses.mcp.connection import ConnectionLostError, McpConnection
+from candle_vllm.responses.mcp.connection import SESSION_LOST, ConnectionLostError, McpConnection
 from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 
@@ -158,20 +158,20 @@ class ToolWatch:
                 await asyncio.gather(listener, return_exceptions=True)
 
     async def _sleep(self, connection: McpConnection, seconds: float) -> None:
-        """Sleep, at most until the connection ends; `wake` is set afterwards, so no change is missed."""
+        """Sleep, at most until the connection ends or is in doubt; `wake` is set afterwards, so no change is missed."""
         deadline = asyncio.get_running_loop().time() + seconds
         with anyio.move_on_at(deadline):
-            while not connection.is_down:
+            while not (connection.is_down or connection.in_doubt):
                 await self._wake.wait()
                 self._wake.clear()
         self._wake.set()
 
     async def _ping(self, connection: McpConnection) -> None:
-        connection.in_doubt = False
         try:
             await connection.run(connection.client.session.send_ping(), _PING_SECONDS)
         except (MCPError, ValidationError, RuntimeError, TimeoutError, ConnectionLostError):
-            connection.end("the server no longer accepts the session")
+            connection.end(SESSION_LOST)
+        connection.in_doubt = False
 
 
 async def listen_for_changes(connection: McpConnection, note: Callable[[str], None]) -> None:

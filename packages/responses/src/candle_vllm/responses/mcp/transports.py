@@ -44,7 +44,7 @@ class Opening:
     """
 
     def __init__(
-        self, peer: Peer, kind: Kind, *, ended: Callable[[str], None], session_doubted: Callable[[bool], None]
+        self, peer: Peer, kind: Kind, *, ended: Callable[[str], None], session_doubted: Callable[[], None]
     ) -> None:
         self._peer = peer
         self._kind: Kind = kind
