@@ -170,6 +170,17 @@ async def test_a_cut_call_is_never_run() -> None:
     assert (await Bench("ok", tools=[note]).run([user("go"), *bench.added, user("again")])).completed
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_results_of_tools_leave_a_later_turn_the_rest_of_the_context(name: str) -> None:
+    bench = Bench(call_text("clock"), "Noon.", tools=[clock])
+    await bench.run()
+    most = bench.engine.model_info.max_model_len - len(bench.engine.requests[0].prompt_token_ids)
+    bench = Bench(call_text("clock"), "Noon.", tools=[clock], request={name: most})
+    result = await bench.run()
+    assert (result.final_message, result.stop_reason) == ("Noon.", "stop")
+    assert [request.params.max_tokens for request in bench.engine.requests] == [most, None]
+
+
 async def test_max_turns() -> None:
     bench = Bench(call_text("add", a=1, b=1), call_text("add", a=2, b=2), "never", tools=[add], max_turns=2)
     result = await bench.run()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Protocol
 
 from candle_vllm.core.engine.outputs import FinishReason
-from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.core.errors import PromptTooLongError, RequestAbortedError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.conversation.channel import EventChannel, end_task
 from candle_vllm.responses.conversation.chat_form import ChatTranscript, chat_message, client_names
@@ -32,6 +33,7 @@ from candle_vllm.responses.tools.execution import parsed_arguments
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolDefinition, ToolResult
 
+_LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
 CUT = "The answer was cut at {} within this call. It did not run."
 WHOLE = "The answer was cut at {} behind this call, so it did not run."
 
@@ -244,7 +246,15 @@ class _Conversation:
         request = self._ask([*self._calls.definitions().values()], first=not self._turns)
         measures = isinstance(request, Task) and request.tell_counts
         reader = TurnReader(self._turns + 1, self._transcript.call_ids, measures=measures)
-        async with self._model.stream(request) as answer:
+        async with AsyncExitStack() as stack:
+            try:
+                answer = await stack.enter_async_context(self._model.stream(request))
+            except PromptTooLongError:
+                if not self._turns or isinstance(request, Task) or not _LIMITS & request.keys():
+                    raise
+                # The results of tools left fewer tokens: now the end of the context is the limit.
+                request = {name: value for name, value in request.items() if name not in _LIMITS}
+                answer = await stack.enter_async_context(self._model.stream(request))
             async for one in answer:
                 for event in reader.read(one):
                     await self._channel.send(event)
