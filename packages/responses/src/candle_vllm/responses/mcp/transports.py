@@ -115,12 +115,12 @@ def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
         result: result of any request; lists of tools and results of calls are checked.
         note: called with a sentence for each dropped tool, up to a limit.
     """
+    content, structured = result.get("content"), result.get("structuredContent")
     for name, kind in _FIELDS.items():
         if name in result and (not isinstance(result[name], kind) or result[name] == ""):
             del result[name]
-    content, structured = result.get("content"), result.get("structuredContent")
-    if content is None and structured is not None:
-        content = json.dumps(structured)
+    if not content and structured is not None:
+        content = json.dumps(structured, ensure_ascii=False)
     if isinstance(content, str):
         content = {"type": "text", "text": content}
     if isinstance(content, dict):
