@@ -351,6 +351,17 @@ async def test_a_request_that_is_never_started_leaves_nothing() -> None:
     assert servers.open_now == 0
 
 
+async def test_a_server_that_could_not_be_listed_is_listed_later(kept: ResponseStore) -> None:
+    servers = Servers(Clock(), error="nobody answers")
+    servers.tools = ()
+    answering = responder(engine(), servers=servers, store=kept)
+    first = await answering.create({"input": "Hi", "tools": [SERVER]})
+    servers.tools, servers.error = (Clock(),), None
+    for listed in (["mcp_list_tools", "message"], ["message"]):
+        first = await answering.create({"input": "Hi", "tools": [SERVER], "previous_response_id": first.id})
+        assert [msgspec.to_builtins(item)["type"] for item in first.output] == listed
+
+
 @pytest.mark.parametrize(
     ("options", "request_", "error", "param"),
     [

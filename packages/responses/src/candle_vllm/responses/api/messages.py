@@ -103,7 +103,8 @@ class _Body:
             if item.id not in self._results.run_by_approval:
                 self._call(path, item.id, self._names.mcp_name(item.server_label, item.name), item.arguments)
         elif isinstance(item, wire_items.McpListToolsItem):
-            self.listed.add(item.server_label)
+            if not item.error:
+                self.listed.add(item.server_label)
         elif isinstance(item, wire_items.CallOutputItem):
             self._close()
         else:
