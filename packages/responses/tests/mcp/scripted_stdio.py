@@ -34,6 +34,8 @@ class Server:
             self.tools = [tool("echo"), tool("bad", inputSchema={"type": "string"}), {"name": "bare"}]
         if MODE == "forgets" and NOTES.read_text().count("process ") > 1:
             self.tools = []
+        if MODE == "tasks":
+            self.tools = [tool("slow", execution={"taskSupport": "required"}), tool("echo")]
         if MODE == "twice":
             self.tools = [tool("echo"), tool("echo"), tool("other")]
 

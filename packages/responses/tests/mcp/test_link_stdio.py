@@ -513,6 +513,7 @@ async def test_refusals_and_nonsense(scripted: Scripted) -> None:
         ("many", 1000, "more than 1000 tools"),
         ("big-list", 3, "more than 4194304 bytes of definitions; the tools after the first 3 are left out"),
         ("twice", 2, "lists the tool 'echo' twice"),
+        ("tasks", 1, "the tool 'slow' is left out: it runs only as a task, which is not supported"),
     ],
 )
 async def test_lists_of_tools_have_limits(scripted: Scripted, mode: str, count: int, note: str) -> None:

@@ -58,6 +58,9 @@ async def list_tools(connection: McpConnection, config: McpServerConfig) -> Tool
     async for tool in _all_tools(connection, config.connect_timeout, notes):
         if not config.allows(tool.name):
             continue
+        if tool.execution is not None and tool.execution.task_support == "required":
+            notes.append(f"the tool {tool.name[:100]!r} is left out: it runs only as a task, which is not supported")
+            continue
         if tool.name in tools:
             notes.append(f"it lists the tool {tool.name[:100]!r} twice; the second is left out")
             continue
