@@ -33,7 +33,7 @@ from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.store.backend import StoreOptions
 from candle_vllm.responses.store.entries import Entry, NotStoredError
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput
+from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolError, ToolOutput, ToolUnavailableError
 from tests.response_judges import judge_events, judge_response
 from tests.waiting import skip, until
 
@@ -349,6 +349,20 @@ async def test_a_request_that_is_never_started_leaves_nothing() -> None:
     assert [event.event_name for event in stream.opening()] == ["response.created", "response.in_progress"]
     await stream.aclose()
     assert servers.open_now == 0
+
+
+@pytest.mark.parametrize("error", [ToolError("no clock"), ToolUnavailableError("no server")])
+async def test_a_failed_call_is_the_same_text_in_the_next_response(kept: ResponseStore, error: ToolError) -> None:
+    class Broken(Clock):
+        async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
+            raise error
+
+    scripted = engine(lambda prompt: "Sorry." if "tool\n" in prompt else call("s__time"))
+    answering = responder(scripted, servers=Servers(Broken()), store=kept)
+    first = await answering.create({"input": "Hi", "tools": [SERVER]})
+    await answering.create({"input": "And?", "tools": [SERVER], "previous_response_id": first.id})
+    for made in scripted.template_calls[-2:]:
+        assert [one["content"] for one in made.messages if one["role"] == "tool"] == [str(error)]
 
 
 async def test_a_server_that_could_not_be_listed_is_listed_later(kept: ResponseStore) -> None:

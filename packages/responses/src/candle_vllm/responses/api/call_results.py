@@ -145,9 +145,12 @@ def _shown(items: Sequence[Placed], room: int) -> set[str]:
 def _outcome(item: McpCallItem) -> str:
     if item.output is not None:
         return item.output
-    if item.error is None:
-        return NOT_RUN
-    return item.error if isinstance(item.error, str) else json.dumps(item.error, ensure_ascii=False)
+    match item.error:
+        case None:
+            return NOT_RUN
+        case str(text) | {"content": [{"text": str(text)}]} | {"message": str(text)}:  # as the model saw it first
+            return text
+    return json.dumps(item.error, ensure_ascii=False)
 
 
 def _refuse(path: str, text: str) -> None:
