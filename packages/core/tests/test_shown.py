@@ -162,8 +162,10 @@ def test_a_log_has_no_secrets_of_addresses(monkeypatch: pytest.MonkeyPatch) -> N
     assert lines[:3] == ["GET https://h/x of ['https://h/y", "no arguments", "wss://h/"]
     assert lines[-1] == "OSError: cannot connect to http://h/z"
     assert "SECRET" not in written.getvalue()
-    for name in ("httpcore", "httpcore2", "urllib3"):  # which write targets and the heads of answers
+    # which write targets and the heads of answers, session ids, arguments and outputs of tools
+    for name in ("httpcore", "httpcore2", "urllib3", "mcp.client"):
         assert not logging.getLogger(name + ".connection").isEnabledFor(logging.INFO)
+    assert not logging.getLogger("mcp.client.sse").isEnabledFor(logging.ERROR)  # a traceback where a server ends
 
 
 def test_outputs_are_short() -> None:

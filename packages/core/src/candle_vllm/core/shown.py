@@ -77,8 +77,8 @@ def start_logging(
 ) -> None:
     """Set up the log of this process; records never contain secrets of URLs.
 
-    Secrets are removed when records are created, because libraries have their own handlers. The loggers of HTTP
-    connections write targets and whole headers at level debug, so they are limited to warnings.
+    Secrets are removed when records are created, because libraries have their own handlers. Some loggers are limited to
+    warnings: HTTP connections write targets and headers, and the MCP SDK session ids, arguments and outputs of tools.
 
     Args:
         level: level of the root logger.
@@ -91,8 +91,9 @@ def start_logging(
         handler.setFormatter(LogFormatter(style, process))
     logging.basicConfig(level=level, force=True, handlers=handlers)
     logging.setLogRecordFactory(_record)
-    for name in ("httpcore", "httpcore2", "urllib3"):
+    for name in ("httpcore", "httpcore2", "urllib3", "mcp"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mcp.client.sse").setLevel(logging.CRITICAL)  # `McpLink` reports the end of a stream in one line
 
 
 def log_style() -> tuple[int, str]:
