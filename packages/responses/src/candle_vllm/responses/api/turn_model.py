@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """TurnModel: the model of one response, with the limits that all of its turns share.
 
-`max_output_tokens` limits the whole response: each turn gets the tokens that earlier turns have left, or as many as fit
-into the context after the results of tools. With `truncation: auto`, the oldest turns are left out of the prompt until
-the rest fits.
+`max_output_tokens` limits the whole response: each turn gets the tokens that earlier turns and the context have left.
+With `truncation: auto`, the oldest turns are left out of the prompt until the rest fits.
 """
 
 from __future__ import annotations
