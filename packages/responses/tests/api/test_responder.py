@@ -307,6 +307,21 @@ async def test_results_of_tools_leave_a_later_turn_the_rest_of_the_context() -> 
     assert [(item["type"], item["status"]) for item in made["output"]][1:] == [("mcp_call", "completed")]
 
 
+async def test_the_result_of_an_approved_call_leaves_the_first_turn_the_rest_of_the_context() -> None:
+    asked = {"type": "mcp_approval_request", "id": "mcpr_1", "server_label": "s", "name": "time", "arguments": "{}"}
+    approved = {"type": "mcp_approval_response", "approval_request_id": "mcpr_1", "approve": True}
+    request = {"input": [{"role": "user", "content": "Hi"}, asked, approved], "tools": [SERVER]}
+    scripted = engine("Noon.")
+    await responder(scripted, servers=Servers(Clock())).create(request)
+    most = len(scripted.requests[0].prompt_token_ids) + 20
+    narrow = responder(engine("Noon.", max_model_len=most), servers=Servers(Clock()))
+    _, made = await streamed(narrow, {**request, "max_output_tokens": 30})
+    assert (made["status"], made["output"][-1]["content"][0]["text"]) == ("completed", "Noon.")
+    full = responder(engine("Noon.", max_model_len=most - 20), servers=Servers(Clock()))
+    _, made = await streamed(full, request)
+    assert (made["status"], made["output"][-1]["type"]) == ("incomplete", "mcp_call")
+
+
 async def test_a_forced_call_is_forced_once() -> None:
     scripted = engine(lambda prompt: "Noon." if "tool\n" in prompt else call("s__time"))
     answering = responder(scripted, servers=Servers(Clock()))

@@ -233,14 +233,14 @@ class Responder:
                 await stream.put(writer.list_server(server.label, plan.offered[server.label], server.error))
         try:
             loop = ConversationLoop(model, plan.registry, self._loop_options(request, plan))
-            conversation = _conversation(loop, prepared, await apart(prepared.task))
+            conversation = _conversation(loop, model, prepared, await apart(prepared.task))
             async with aclosing(conversation) as events:
                 async for event in events:
                     if isinstance(event, ToolStarted):
                         stream.begun()
                     await stream.put(writer.add(event))
         except (TokensSpentError, PromptTooLongError):
-            if not model.turns:
+            if not model.grew:
                 raise
             await stream.put(writer.cut(FinishReason.LENGTH.responses))
         stream.begun()
@@ -261,13 +261,14 @@ class Responder:
         )
 
 
-def _conversation(loop: ConversationLoop, prepared: Prepared, task: Task) -> AsyncGenerator[Event]:
+def _conversation(loop: ConversationLoop, model: TurnModel, prepared: Prepared, task: Task) -> AsyncGenerator[Event]:
     plan, made = prepared.plan, prepared.made
     ids = {call.id for message in task.messages for call in message.calls}
     transcript = Transcript(_open_calls(task, made), ids, len(images_of(task.messages)))
     later = plan.use(plan.choice.freed(), parallel=prepared.request.parallel_tool_calls)
 
     def ask(_: Sequence[ToolDefinition], *, first: bool) -> Task:
+        model.grew = transcript.grew
         return replace(task, messages=(*task.messages, *transcript.added), tools=task.tools if first else later)
 
     theirs = {name for name, tool in plan.by_name.items() if tool.kind != "mcp"}

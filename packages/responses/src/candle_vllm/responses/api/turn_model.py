@@ -37,7 +37,7 @@ class TurnModel:
 
     Attributes:
         entered: called when the engine has accepted a turn.
-        turns: number of accepted turns.
+        grew: whether the prompt may have grown since the request, by turns or by results of tools.
         eyes: image input of the model.
     """
 
@@ -46,7 +46,7 @@ class TurnModel:
         self._left = max_tokens
         self._truncate = truncate
         self.entered = lambda: None
-        self.turns = 0
+        self.grew = False
         self.eyes = eyes_of(model)
 
     @asynccontextmanager
@@ -59,7 +59,7 @@ class TurnModel:
             request = replace(request, sampling={**request.sampling, "max_tokens": self._left})
         async with AsyncExitStack() as stack:
             events = await self._enter(stack, request)
-            self.turns += 1
+            self.grew = True
             self.entered()
             yield self._counted(events)
 
@@ -75,7 +75,7 @@ class TurnModel:
             except PromptTooLongError:
                 if dropped < len(units):
                     dropped = min(dropped + step, len(units))
-                elif self.turns and task.sampling.get("max_tokens") is not None:  # now the context is the limit
+                elif self.grew and task.sampling.get("max_tokens") is not None:  # now the context is the limit
                     task = replace(task, sampling={**task.sampling, "max_tokens": None})
                 else:
                     raise
