@@ -245,6 +245,7 @@ def test_wrong_arguments_of_a_call_that_needs_agreement() -> None:
     )
     assert kinds(response)[0] == ("mcp_call", "failed")
     assert response["output"][0]["error"]["type"] == "mcp_protocol_error"
+    assert response["output"][0]["approval_request_id"] is None  # nobody was asked
 
 
 def test_a_tool_that_the_model_made_up_is_between_it_and_the_loop() -> None:

@@ -124,13 +124,13 @@ class TurnItems:
         item = McpApprovalRequestOut(id=new_id("mcpr"), server_label=label, name=name, arguments=call.arguments)
         self._log.add(item, item)
 
-    def run(self, call: ToolCall) -> None:
-        """Record that a call runs; an approved call gets its item now."""
+    def run(self, call: ToolCall, *, approved: bool = True) -> None:
+        """Record that a call runs; an `approved` call gets its item now."""
         tool = self._plan.by_name.get(call.name)
         if call.id in self._told or tool is None or tool.kind != "mcp":
             return
         self._told.add(call.id)
-        approval = call.id if self._plan.needs_approval(call.name) else None
+        approval = call.id if approved and self._plan.needs_approval(call.name) else None
         writer = McpCallWriter(self._log.emit, self._log.next_place, tool.server or "", tool.name, approval)
         self._calls[call.id] = self._begin(writer)
         writer.add(call.arguments)
@@ -138,7 +138,7 @@ class TurnItems:
 
     def ran(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
         """End a call with its result; its item has the images that the model sees, within the limits."""
-        self.run(result.call)  # adds the item of a call that did not run, such as one with invalid arguments
+        self.run(result.call, approved=False)  # adds the item of a call that did not run, as with invalid arguments
         writer = self._calls.get(result.call.id)
         if isinstance(writer, McpCallWriter):
             size = sum(len(part.source) for part in shown if isinstance(part, ImagePart))
