@@ -13,7 +13,7 @@ from candle_vllm.core.loading.source import HUB_ID, TAG
 from candle_vllm.core.setting_kinds import nearest
 
 _HOSTS = ("https://", "http://", "hf.co/", "huggingface.co/")
-_PAGE = re.compile(r"([^/]+/[^/]+)/blob/main/(?:.+/)?([^/]+\.gguf)")  # of a file
+_PAGE = re.compile(r"([^/]++/[^/]++)/blob/main/(?:[^/]++/)*+([^/]+\.gguf)")  # of a file
 
 
 class PullError(ModelNotFoundError):
@@ -74,7 +74,9 @@ def read_name(name: str) -> Named:
     given = name.strip()
     for host in _HOSTS:
         given = given.removeprefix(host)
-    given = _PAGE.sub(r"\1:\2", given.removesuffix("/").removesuffix("/tree/main"))
+    given = given.removesuffix("/").removesuffix("/tree/main")
+    if (page := _PAGE.fullmatch(given)) is not None:
+        given = ":".join(page.groups())
     repo, colon, tag = given.partition(":")
     if "/" not in repo:
         family = [known for known in KNOWN if known.partition(":")[0] == repo]
