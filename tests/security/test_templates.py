@@ -175,6 +175,25 @@ def test_template_bombs_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert time.thread_time() - began < 3
 
 
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("{{ '%(a(b))99999999s' % {'a(b)': ''} }}", "asks for a width of 99999999"),
+        ("{{ '%%(x%99999999s' % 'y' }}", "asks for a width of 99999999"),
+        ("{{ '%(a)*d' % {'a': 1} }}", "takes its width from a value"),
+        ("{% set s = 'a' * 9000000 %}{{ ''.join({'a': s, 'b': s}.values()) }}", "a text of 18000004 characters"),
+        ("{% set s = 'a' * 9000000 %}{{ ''.join([s, s] | map('string')) }}", "str.join takes no iterator"),
+        ("{% set i = 2 ** 2047 * 2 ** 2047 %}{{ ([i] * 30000) | string }}", "a text of more than 16777216"),
+        ("{{ ['\\x00' * 5000000] | string }}", "a text of more than 16777216"),
+        ("{{ '%a' % ('\\u0430' * 3000000) }}", "a text of 36000026 characters"),
+        ("{{ '{!r}'.format('\\x00' * 3000000) }}", "a text of [0-9]{8} characters"),
+    ],
+)
+def test_a_large_value_is_refused_before_it_is_made(source: str, error: str) -> None:
+    with pytest.raises((ChatTemplateError, UnsupportedModelError), match=error):
+        ChatTemplate(source, {}).render(HELLO)
+
+
 # ---- in a model file -------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from candle_vllm.core.conversion import WrittenFile, write_gguf
 from candle_vllm.core.conversion.gguf_metadata import architecture
 from candle_vllm.core.models import llama, registry
 from candle_vllm.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
+from candle_vllm.core.quantization import ggml_types
 from candle_vllm.core.quantization.ggml import dequantize
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.models.families import ROWS, first_rows
@@ -255,7 +256,7 @@ def nvfp4_files(folder: Path) -> tuple[Path, Path]:
         else:
             blocks = random.integers(0, 256, (*data.shape[:-1], data.shape[-1] // 64, 36), np.uint8)
             blocks[..., :4] = random.integers(0x30, 0x40, blocks[..., :4].shape)
-            numbers = dequantize(blocks, GGMLQuantizationType.NVFP4, data.shape)
+            numbers = dequantize(blocks, ggml_types.GGMLQuantizationType.NVFP4, data.shape)
             scale = np.array([1 / np.abs(numbers).max()], np.float32)
             scaled.add_tensor(tensor.name, blocks.reshape(len(data), -1), raw_dtype=GGMLQuantizationType.NVFP4)
             for end, value in ((".scale", scale), (".input_scale", np.ones(1, np.float32))):

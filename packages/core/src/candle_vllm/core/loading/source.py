@@ -51,7 +51,9 @@ TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 USUAL = "Q4_K_M"
 """The type that is chosen in a repository with several GGUF models, if the name has no tag."""
 _PART = re.compile(r"[0-9]{1,3}_(?:\w{1,40}/config\.json|Dense\w{0,40}/model\.safetensors)", re.ASCII)
-_QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|NVFP4|BF16|F16|F32))$", re.I)
+_QUANT = re.compile(
+    r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|NVFP4|BF16|F16|F32))$", re.I
+)
 _LONGEST_QUANT = 64  # number of last characters of a name that are searched for a quantisation type
 _LOOKED_AT = 10_000  # maximum number of names of a folder that are read
 LISTED = 20

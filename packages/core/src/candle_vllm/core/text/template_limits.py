@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What a chat template may use and do: time, text, operators, formats and methods (step 3 of a request).
 
-Templates are programs in model files. Every loop iteration, macro, operator, filter and call of a sandboxed template
-reports to the `Budget` of its rendering first, so that a rendering that would take too much time or memory ends with a
-reason. Every operation that can create a large value from small ones is measured before it runs, because Python cannot
-interrupt an operation. Features that templates do not need, or that cannot be measured, are refused by name.
+Templates are programs in model files. Every loop iteration, macro, filter, call and output of a sandboxed template, and
+every operator that can create a large value (+ * ** % ~), reports to the `Budget` of its rendering first, so that a
+rendering that would take too much time or memory ends with a reason. Operations that can create a large value from
+small ones are measured before they run, because Python cannot interrupt an operation. Of built-in types only the
+methods listed here are allowed; the error names any other.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 import string
 import time
-from collections.abc import ItemsView, KeysView, Mapping, Sequence, Set, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,16 +22,19 @@ from jinja2.exceptions import SecurityError, TemplateRuntimeError
 MAX_SECONDS = 1.0  # of this thread's processor time, so that a busy machine does not fail a good template
 MAX_TEXT = 16 << 20  # characters of a single text
 MAX_WORK = 512 << 20  # bytes of all texts and lists that a rendering creates
-SECONDS_EACH, WORK_EACH = 0.02, 1 << 20  # more for each message and tool, since templates compare messages with others
-MOST_EACH = 512  # messages and tools for which there is more
+SECONDS_EACH, WORK_EACH = 0.02, 1 << 20  # added for each message and tool: templates compare messages
+MOST_EACH = 512  # maximum number of messages and tools that add to the limits
 MAX_INTEGER_BITS = 4096
 _SHORTEN = "shorten the conversation, or begin a new one"
 _WIDE = 4  # maximum bytes of a character outside ASCII
-_OPAQUE = 64  # characters that are counted for an object that is no text or container
+_OPAQUE = 64  # characters that are counted for an object that is no text, container or large integer
+_ESCAPED = 12  # maximum characters of `repr` or `ascii` of one character
+_REPR_PART = 1 << 16  # characters of a text in a container whose escapes are counted at a time
 CONTAINERS = (Mapping, KeysView, ValuesView, ItemsView, list, tuple, set, frozenset)
 MAX_WIDTH = 10_000  # maximum width to which text may be padded
 MAX_NEEDLE = 1024  # characters of a set to strip, or of a text searched from the right
-_PERCENT = re.compile(r"%(?:\([^)]*+(?:\)|\Z))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
+_PERCENT = re.compile(r"[-+ #0]*+(\*|\d*+)(?:\.(\*|\d*+))?[hlL]?(.?)", re.DOTALL)  # after `%` and a key in brackets
+_BRACKETS = re.compile(r"[()]")
 
 
 class BudgetExceededError(TemplateRuntimeError):
@@ -75,9 +79,12 @@ class Budget:
         else:
             self.check_time()
 
-    def measure(self, value: object) -> int:
-        """Estimate the length of `value` as text, at least half the true length; raise an error above `MAX_TEXT`."""
-        return _measure(value, MAX_TEXT, self)
+    def measure(self, value: object, *, written: bool = True) -> int:
+        """Estimate the length of `value` as text, at least half the true length; raise an error above `MAX_TEXT`.
+
+        If it is not `written`, escapes of characters that cannot be printed are not counted, which is faster.
+        """
+        return _measure(value, MAX_TEXT, self, escapes=written)
 
 
 # The current rendering of this thread or task; only `ChatTemplate` sets it.
@@ -89,9 +96,13 @@ def budget() -> Budget:
     return current_budget.get() or Budget()
 
 
-def _measure(value: object, room: int, spent: Budget) -> int:
+def _measure(value: object, room: int, spent: Budget, *, escapes: bool, inside: bool = False) -> int:
     if isinstance(value, str):
-        return len(value) + 2
+        if not (escapes and inside) or value.isprintable():
+            return len(value) + 2
+        return sum(len(repr(value[at : at + _REPR_PART])) for at in range(0, len(value), _REPR_PART))
+    if isinstance(value, int):
+        return max(_OPAQUE, value.bit_length() // 3)
     if isinstance(value, Mapping):
         parts: Sequence[object] | Set[object] = [part for pair in value.items() for part in pair]
     elif isinstance(value, (KeysView, ValuesView, ItemsView)):
@@ -103,7 +114,7 @@ def _measure(value: object, room: int, spent: Budget) -> int:
     total = 2
     spent.check_time()
     for part in parts:
-        total += _measure(part, room - total, spent) + 2
+        total += _measure(part, room - total, spent, escapes=escapes, inside=True) + 2
         if total > room:
             raise BudgetExceededError(f"it would build a text of more than {MAX_TEXT} characters")
     return total
@@ -123,7 +134,7 @@ def check_operator(operator: str, left: Any, right: Any) -> None:
     elif _is_number(left) and _is_number(right):
         bits = _bits(left) + _bits(right)
         if bits > MAX_INTEGER_BITS:
-            raise BudgetExceededError(f"it computes with an integer of {bits} bits; at most {MAX_INTEGER_BITS}")
+            raise BudgetExceededError(f"its operands are integers of {bits} bits together; at most {MAX_INTEGER_BITS}")
     elif operator == "*":
         for value, times in ((left, right), (right, left)):
             if isinstance(value, (str, list, tuple)) and isinstance(times, int):
@@ -158,27 +169,39 @@ def _check_power(base: Any, exponent: Any) -> None:
 
 
 def _width(digits: str | None) -> int:
-    if digits == "*" or (digits and (len(digits) > 5 or int(digits) > MAX_WIDTH)):
+    if digits == "*":
+        raise BudgetExceededError("a format takes its width from a value, which is not allowed")
+    if digits and (len(digits) > 5 or int(digits) > MAX_WIDTH):
         raise BudgetExceededError(f"a format asks for a width of {digits}; at most {MAX_WIDTH} is allowed")
     return int(digits or 0)
 
 
 def check_percent(pattern: str, values: Any) -> None:
-    fields = [max(_width(match[1]), _width(match[2])) for match in _PERCENT.finditer(pattern)]
-    longest = budget().measure(values)
-    budget().spend_text(len(pattern) + sum(fields) + len(fields) * longest * 2)
+    """Measure `pattern % values`, whose fields are found as Python finds them."""
+    longest, total, at = budget().measure(values), len(pattern), pattern.find("%")
+    while at >= 0:
+        at, depth = at + 1, int(pattern.startswith("(", at + 1))
+        while depth and (bracket := _BRACKETS.search(pattern, at + 1)):
+            at, depth = bracket.end() - 1, depth + (1 if bracket[0] == "(" else -1)
+        match = _PERCENT.match(pattern, at + (pattern[at : at + 1] == ")"))
+        assert match is not None
+        escaped = _ESCAPED if match[3] in ("r", "a") else 2
+        total += max(_width(match[1]), _width(match[2])) + longest * escaped
+        at = pattern.find("%", match.end())
+    budget().spend_text(total)
 
 
 def check_format(pattern: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Measure `pattern.format(*args, **kwargs)`."""
-    longest = budget().measure([*args, *kwargs.values()])
+    longest = max(map(budget().measure, (*args, *kwargs.values())), default=0)
     total = len(pattern)
-    for _, name, spec, _ in string.Formatter().parse(pattern):
+    for _, name, spec, conversion in string.Formatter().parse(pattern):
         if name is None:
             continue
         if "{" in (spec or ""):
             raise BudgetExceededError("a format takes its width from a value, which is not allowed")
-        total += 2 * longest + sum(_width(digits) for digits in re.findall(r"\d+", spec or ""))
+        escaped = _ESCAPED if conversion in ("r", "a") else 2
+        total += escaped * longest + sum(_width(digits) for digits in re.findall(r"\d+", spec or ""))
     budget().spend_text(total)
 
 
@@ -214,7 +237,7 @@ def check_compared(*values: Any) -> None:
     """
     for value in values:
         if isinstance(value, CONTAINERS):
-            budget().measure(value)
+            budget().measure(value, written=False)
 
 
 def check_method(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -256,7 +279,7 @@ def _check_text_method(owner: str, name: str, args: tuple[Any, ...], kwargs: Map
 
 def check_width(width: object) -> None:
     if isinstance(width, int) and abs(width) > MAX_WIDTH:
-        raise BudgetExceededError(f"a text is to be filled up to {width} columns; at most {MAX_WIDTH} are allowed")
+        raise BudgetExceededError(f"a text would be padded to {width} characters; at most {MAX_WIDTH} are allowed")
 
 
 def check_needle(needle: object) -> None:
@@ -273,5 +296,7 @@ def check_replace(text: object, old: object, new: object) -> None:
 def check_join(parts: object, separator: object) -> None:
     if isinstance(parts, str):
         budget().spend_text(len(parts) * (1 + len(str(separator))))
-    elif isinstance(parts, (list, tuple, dict)):
+    elif isinstance(parts, Iterator):
+        raise SecurityError("str.join takes no iterator in chat templates: use the filter join, or list before it")
+    elif isinstance(parts, CONTAINERS):
         budget().spend_text(sum(map(budget().measure, parts)) + len(parts) * len(str(separator)))
