@@ -75,7 +75,7 @@ def test_apple_s_gpu_is_refused_by_name_with_what_works(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0,1", "cuda:", "gpu", "cuda:-1", "", "cpu:0"])
 def test_one_device_only(text: str) -> None:
-    with pytest.raises(ValueError, match="must be one device"):
+    with pytest.raises(ValueError, match="must be auto, cpu, cuda or cuda:N"):
         Device().from_text(text)
 
 

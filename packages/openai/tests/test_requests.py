@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.text.chat_template import MAX_TEMPLATE
+from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.openai import (
     ADVISORY_FIELDS,
     REFUSED_FIELDS,

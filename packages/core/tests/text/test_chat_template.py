@@ -14,8 +14,9 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, UnsupportedModelError
+from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.core.text import template_limits
-from candle_vllm.core.text.chat_template import MAX_TEMPLATE, ChatTemplate
+from candle_vllm.core.text.chat_template import ChatTemplate
 from tests.common_run import few
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}

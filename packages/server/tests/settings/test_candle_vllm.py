@@ -57,7 +57,7 @@ def test_a_model_is_divided_among_several_devices(load: Load, tmp_path: Path) ->
 
 @pytest.mark.parametrize("devices", ["0,", "cpu,0", "0,cpu", ",", "0,1000"])
 def test_lists_of_devices_that_are_none(load: Load, devices: str) -> None:
-    with pytest.raises(UsageError, match="must be one device"):
+    with pytest.raises(UsageError, match="must be auto, cpu, cuda or cuda:N"):
         load(f"--d {devices}")
 
 

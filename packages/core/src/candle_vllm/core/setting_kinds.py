@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Types of settings: one class for each type of value, for the engine's settings and a server's.
 
-`EngineConfig` reads typed values of programs by `taken`. Texts of command lines, environment variables and files are
-read by `from_text`, typed values of files by `check`. An invalid value raises a `ValueError`. Messages have
-its text after the setting's name; for `taken`, after the name and the value.
+`EngineConfig` reads Python values by `taken`. Strings and YAML's numbers are read by `from_text`, other YAML values by
+`check`. An invalid value raises a `ValueError`, whose text is a predicate: the caller writes the setting's name before
+it, and for `taken` also the value.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "
 _BLANKS = re.compile("[\xa0\u1680\u2000-\u200a\u200c\u200d\u202f\u205f\u3000]")
 """Unicode's spaces and joiners, which occur in names of files, and which `str.isprintable` refuses."""
 _MAX_TEXT = 4096
-MAX_TEMPLATE = 1 << 20  # characters of a chat template
+MAX_TEMPLATE = 128 << 10  # characters of a chat template; the largest known one has 17 thousand
 _MAX_FREE_TEXT = 1 << 20
 
 
@@ -69,7 +69,7 @@ class Located:
     """Base of the kinds of paths, which in a file may be relative to the file's folder."""
 
     def beside(self, value: Any, folder: Path) -> Any:
-        """Return the checked value of a file in `folder`, with the folder before a relative path."""
+        """Resolve a checked value of a settings file: a relative path is relative to `folder`, the file's folder."""
         return folder / value if isinstance(value, Path) else value
 
 
@@ -81,7 +81,7 @@ class Text:
 
     def taken(self, value: Any) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"is not a text but a {type(value).__name__}")
+            raise ValueError(f"is not a string (got {type(value).__name__})")
         return value
 
     def from_text(self, text: str) -> str:
@@ -106,7 +106,7 @@ class Hosts:
     def taken(self, value: Any) -> tuple[str, ...]:
         given = [value] if isinstance(value, str) else value
         if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) for each in given):
-            raise ValueError("is neither a text nor a list of texts")
+            raise ValueError("is neither a string nor a list of strings")
         return tuple(host.strip() for each in given for host in self.check(each).split(","))
 
     def from_text(self, text: str) -> str:
@@ -137,7 +137,7 @@ class FreeText:
             raise ValueError(f"must have {self.least} to {self.most} characters, not {len(value)}")
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # Python's stand-in for a byte of the command line that is not UTF-8
+        except UnicodeEncodeError as error:  # a lone surrogate: a non-UTF-8 byte of the command line, or \ud800
             raise ValueError(f"must be UTF-8: character {error.start + 1} is not") from None
         return value
 
@@ -162,7 +162,7 @@ class FilePath(Located):
 
     def taken(self, value: Any) -> Path:
         if not isinstance(value, (str, Path)) or value == "":
-            raise ValueError("is not a folder")
+            raise ValueError("is not a path")
         return Path(value)
 
     def from_text(self, text: str) -> Path:
@@ -220,7 +220,7 @@ def _is_template(text: str) -> bool:
 class Integer:
     """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024).
 
-    With `auto`, "auto" and "-1" mean None: not set. With `whole` (a number of parts of a whole), "all" means `high`.
+    With `auto`, "auto" and "-1" mean None: not set. With `whole` (a number of layers), "all" means `high`.
     """
 
     low: int
@@ -330,7 +330,7 @@ class JsonObject(Located):
 
     def taken(self, value: Any) -> Mapping[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-            raise ValueError("is not a dict with names")
+            raise ValueError("is not a dict with string keys")
         return dict(value)
 
     def from_text(self, text: str) -> Mapping[str, Any]:
@@ -381,7 +381,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class QuantisedType(Choice):
-    """Name of a quantisation type, in any spelling; llama.cpp's mixtures (q4_k_m) are not types."""
+    """Name of a quantisation type: q4_k, q4k or Q4K. llama.cpp's mixtures (q4_k_m) are not types."""
 
     def taken(self, value: Any) -> str:
         name = Text().taken(value).strip().lower()
@@ -394,7 +394,7 @@ class QuantisedType(Choice):
 
 @dataclass(frozen=True)
 class Device:
-    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device; with `several` also a list of GPUs."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` (in texts also N alone); with `several` also a list of GPUs."""
 
     several: bool = False
 
@@ -415,5 +415,6 @@ class Device:
         if isinstance(value, str) and value.lower() in _APPLE:
             raise ValueError(_NO_METAL)
         if not isinstance(value, str) or _DEVICE.fullmatch(value) is None:
-            raise ValueError(f"must be one device, auto, cpu, cuda or cuda:N, not {value!r:.60}")
+            several = ", or several GPUs as cuda:N,cuda:M" if self.several else ""
+            raise ValueError(f"must be auto, cpu, cuda or cuda:N{several}, not {value!r:.60}")
         return value

@@ -16,10 +16,10 @@ from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import TemplateError
 
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, UnsupportedModelError
+from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.core.text.template_limits import MAX_TEXT, Budget, BudgetExceededError, current_budget
 from candle_vllm.core.text.template_sandbox import Sandbox
 
-MAX_TEMPLATE = 128 << 10  # characters; the largest known template has 17 thousand
 MAX_DEPTH = 64  # levels of lists and objects in messages, tools and documents
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _HALF = re.compile("[\ud800-\udfff]")

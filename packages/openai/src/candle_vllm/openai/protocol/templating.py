@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
-from candle_vllm.core.text.chat_template import MAX_TEMPLATE
+from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.openai.protocol.fields import MAX_DOCUMENTS, MAX_TEMPLATE_KWARGS, WireModel, bounded, invalid
 from candle_vllm.openai.task import ThinkingLimit
 
