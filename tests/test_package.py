@@ -42,8 +42,8 @@ GREEDY = ("--temperature", "0")
 OP_BY_OP = (
     "op_by_op is set, so layers run op by op in torch, which is not installed: "
     "leave it out, or install torch: "
-    "in the clone `uv run --extra torch candle-vllm` or `uv tool install '.[torch]'`, "
-    "with its wheels uv pip install 'candle-vllm[torch]'"
+    "in a clone of the repository run `uv run --extra torch candle-vllm` or `uv tool install '.[torch]'`; "
+    "with the wheels of a release run `uv pip install 'candle-vllm[torch]'`"
 )
 PATIENCE = 240
 
@@ -481,9 +481,9 @@ def test_without_code_and_compiler_it_says_so(
         (
             ["--device", "cuda"],
             "device 'cuda' cannot be used: torch is not installed: "
-            "in the clone `uv run --extra cuda candle-vllm` or `uv tool install '.[cuda]'`, "
-            "with its wheels "
-            "uv pip install 'candle-vllm[cuda]'. "
+            "in a clone of the repository run `uv run --extra cuda candle-vllm` or `uv tool install '.[cuda]'`; "
+            "with the wheels of a release run "
+            "`uv pip install 'candle-vllm[cuda]'`. "
             "To compute on the CPU, set --device cpu",
         ),
         (["--op-by-op", "-tp", "2", "--device", "cpu"], OP_BY_OP),
@@ -519,6 +519,6 @@ def test_a_gpu_that_lies_idle_is_told(light: Installed) -> None:
     )
     assert light.python(code) == (
         "WARNING a GPU was found but cannot be used, so the CPU is used: torch is not installed: "
-        "in the clone `uv run --extra cuda candle-vllm` or `uv tool install '.[cuda]'`, "
-        "with its wheels uv pip install 'candle-vllm[cuda]'\n"
+        "in a clone of the repository run `uv run --extra cuda candle-vllm` or `uv tool install '.[cuda]'`; "
+        "with the wheels of a release run `uv pip install 'candle-vllm[cuda]'`\n"
     )

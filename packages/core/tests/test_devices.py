@@ -211,7 +211,8 @@ def test_a_torch_without_cuda(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_gpu_without_torch(gpus: Gpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     command = (
-        r"torch is not installed: in the clone `uv run --extra cuda candle-vllm` or .*pip install 'candle-vllm\[cuda\]'"
+        r"torch is not installed: in a clone of the repository run `uv run --extra cuda candle-vllm` or .*"
+        r"pip install 'candle-vllm\[cuda\]'`"
     )
     with pytest.raises(ConfigError, match=rf"^device 'cuda' cannot be used: {command}\. .*set device='cpu'$"):
         choose_device("cuda")
@@ -243,8 +244,8 @@ def test_op_by_op_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == (
         "op_by_op is set, so layers run op by op in torch, which is not installed: "
         "leave it out, or install torch: "
-        "in the clone `uv run --extra torch candle-vllm` or `uv tool install '.[torch]'`, "
-        "with its wheels uv pip install 'candle-vllm[torch]'"
+        "in a clone of the repository run `uv run --extra torch candle-vllm` or `uv tool install '.[torch]'`; "
+        "with the wheels of a release run `uv pip install 'candle-vllm[torch]'`"
     )
 
 

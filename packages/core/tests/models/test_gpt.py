@@ -63,7 +63,7 @@ def test_a_table_of_positions_ends_the_context(name: str, tmp_path: Path) -> Non
     assert error(short, theirs[:8]) < 1e-4, "a shorter context has the same table"
     with pytest.raises(ConfigError, match="24"):
         load(source, max_model_len=25)
-    with pytest.raises(ConfigError, match=r"a table of 24 rows, which YaRN cannot stretch"):
+    with pytest.raises(ConfigError, match=r"has a table of 24 positions, and YaRN stretches only rotary ones"):
         load(source, yarn_scaling_factor=2.0)
 
 

@@ -95,7 +95,7 @@ def test_models_with_two_rotary_settings_are_refused(tmp_path: Path) -> None:
 def test_models_whose_positions_are_not_rotary_are_refused(name: str, tmp_path: Path) -> None:
     """ALiBi, or attention without positions: only the context would grow."""
     folder = write_tiny(tmp_path, ROWS[name].model_type, **ROWS[name].config)
-    with pytest.raises(ConfigError, match=rf"{ROWS[name].model_type} are not rotary, which YaRN cannot stretch"):
+    with pytest.raises(ConfigError, match=rf"{ROWS[name].model_type} has no rotary positions, and YaRN"):
         load(folder, yarn_scaling_factor=2.0)
 
 

@@ -4,7 +4,7 @@
     CandleVllmError
     ├── ConfigError              an impossible setting: names the setting and a value that works
     │   ├── NoMemoryError        the model, its cache or its steps do not fit into the available memory
-    │   └── NotReadyError        an address is in use, or a program that a setting names is not reached: try again later
+    │   └── NotReadyError        an address is in use, or a server cannot be reached: try again later
     ├── ModelNotFoundError       no such Hugging Face id, folder or file
     │   └── HubUnreachableError  the hub did not answer, and the cache has no such model
     ├── ModelLoadError           the files exist but cannot be used
@@ -18,20 +18,20 @@
     │   ├── PromptTooLongError   the prompt, or prompt + max_tokens, exceeds the context or the cache
     │   └── ChatTemplateError    the model's template refused, failed or ran out of time
     ├── RequestAbortedError      the request was aborted before it finished
-    ├── EngineOverloadedError    the queue is full: try again later
+    ├── EngineOverloadedError    the engine has no capacity for the request now: try again later
     ├── EngineSleepingError      the engine has freed its memory and sleeps until it is woken
     └── EngineDeadError          the engine has stopped and accepts no more requests
 
-A message has the given value, the allowed values, and what to do. `assert` is for internal invariants.
+A message should have the given value, the allowed values, and what to do. `assert` is for internal invariants.
 """
 
 from __future__ import annotations
 
 
 def with_extra(name: str) -> str:
-    """Return the command that installs an extra, as the end of a sentence that says what is missing."""
-    clone = f"in the clone `uv run --extra {name} candle-vllm` or `uv tool install '.[{name}]'`"
-    return f"{clone}, with its wheels uv pip install 'candle-vllm[{name}]'"
+    """Return how to install an extra, as the end of a sentence that says what is missing."""
+    clone = f"in a clone of the repository run `uv run --extra {name} candle-vllm` or `uv tool install '.[{name}]'`"
+    return f"{clone}; with the wheels of a release run `uv pip install 'candle-vllm[{name}]'`"
 
 
 class CandleVllmError(Exception):
@@ -42,7 +42,7 @@ class ConfigError(CandleVllmError):
     """A setting that cannot work.
 
     Attributes:
-        setting: name of the `EngineConfig` field, or None if several settings contradict each other.
+        setting: name of the setting that is to blame, or None if no single one is.
     """
 
     def __init__(self, message: str, setting: str | None = None) -> None:
@@ -55,7 +55,7 @@ class NoMemoryError(ConfigError):
 
 
 class NotReadyError(ConfigError):
-    """An address is in use or not there yet, or a program that a setting names is not reached: try again later."""
+    """An address is in use or not there yet, or a server that a setting names cannot be reached: try again later."""
 
 
 class ModelNotFoundError(CandleVllmError):
@@ -71,7 +71,7 @@ class ModelLoadError(CandleVllmError):
 
 
 class InvalidFileError(ModelLoadError):
-    """A model file is damaged, truncated or hostile; the message names the file and the position."""
+    """A model file is damaged, or has impossible values; the message names the file if it is known."""
 
 
 class UnsupportedModelError(ModelLoadError):
@@ -79,7 +79,7 @@ class UnsupportedModelError(ModelLoadError):
 
 
 class WeightsError(ModelLoadError):
-    """Tensors are missing, unexpected, an incomplete part of a merged set, or of the wrong shape."""
+    """Tensors are missing (such as one of q, k and v, which are merged), unexpected, or of the wrong shape."""
 
 
 class AdapterError(ModelLoadError):
@@ -103,7 +103,7 @@ class InvalidParameterError(RequestError):
 
 
 class UnsupportedParameterError(InvalidParameterError):
-    """The request asks for something that other servers have and that is not implemented here, or not allowed."""
+    """The request asks for a feature that this server does not implement, or that its operator does not allow."""
 
 
 class PromptTooLongError(RequestError):
@@ -118,11 +118,11 @@ class ChatTemplateError(RequestError):
 
 
 class RequestAbortedError(CandleVllmError):
-    """The request was aborted by its caller or by shutdown."""
+    """The request was aborted by its caller, by shutdown, or because its outputs were not read."""
 
 
 class EngineOverloadedError(CandleVllmError):
-    """The waiting queue is full."""
+    """The engine has no capacity for the request now: try again later."""
 
 
 class EngineSleepingError(CandleVllmError):

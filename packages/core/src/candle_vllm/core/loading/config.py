@@ -46,7 +46,7 @@ class ModelConfig:
     """Configuration of a decoder, for the engine and the layers.
 
     Attributes:
-        model_type: Hugging Face's name of the model family.
+        model_type: `model_type` of config.json, or `general.architecture` of a GGUF file.
         vocab_size: rows of the embedding table (the tokenizer may have fewer tokens).
         intermediate_size: inner size of dense feed-forward layers.
         max_position: maximum context length, scaling included.
@@ -60,9 +60,9 @@ class ModelConfig:
         num_experts: number of experts of a layer; 0 for a model without experts.
         interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
         has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
-        eos_token_ids: ids in the config; -1 for a vocabulary without such a token.
-        index: sizes of the indexer of sparse attention (DeepSeek V3.2), whose keys are not compressed: `latent` equals
-            `nope`, `value` is 0. None without sparse attention.
+        eos_token_ids: EOS token ids from the config; -1 if the vocabulary has no EOS token.
+        index: sizes of the indexer of sparse attention (DeepSeek V3.2); None without sparse attention. It stores keys
+            uncompressed and no values: `latent` is the key's size without RoPE, which is `nope`, and `value` is 0.
         index_top: number of positions that the indexer chooses for a query.
     """
 
@@ -91,17 +91,20 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise InvalidFileError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
+            raise InvalidFileError(f"{self.num_heads} heads are not a multiple of {self.num_kv_heads} key-value heads")
         if not 0 < self.head_dim <= 1024 or self.rope.dim > self.head_dim:
-            raise InvalidFileError(f"head size {self.head_dim} with {self.rope.dim} rotary dimensions is not possible")
+            raise InvalidFileError(
+                f"head size {self.head_dim} with {self.rope.dim} rotary dimensions is not possible: it must be at most "
+                "1024, and at least the rotary dimensions"
+            )
         if not 0 < self.max_position <= MAX_COUNT:
             raise InvalidFileError(
                 f"the model's config says its context is {self.max_position} tokens; at most {MAX_COUNT} are possible"
             )
         if not 0 < self.vocab_size <= MAX_COUNT:
-            raise InvalidFileError(f"the model has {self.vocab_size} tokens; it must have 1 to {MAX_COUNT}")
+            raise InvalidFileError(f"the vocabulary has {self.vocab_size} tokens; it must have 1 to {MAX_COUNT}")
         if not 0 < self.norm_eps < 1:
-            raise InvalidFileError(f"the model's config says the epsilon of its norms is {self.norm_eps}")
+            raise InvalidFileError(f"the epsilon of the model's norms is {self.norm_eps}; it must be between 0 and 1")
         for window in self.sliding_windows:
             if window is not None and not 0 < window <= MAX_COUNT:
                 raise InvalidFileError(
@@ -135,7 +138,7 @@ class ModelConfig:
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """Cache spec of each layer, then those of second caches, if layers have two; families may override this."""
+        """Cache spec of each layer; a family whose layers have two caches appends the specs of the second ones."""
         if self.latent is not None:
             return (PagedSpec(1, self.latent.rope + self.latent.latent, 0),) * self.num_layers
         heads, dim = self.num_kv_heads, self.head_dim
@@ -281,8 +284,8 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise InvalidFileError(f"hidden states of {self.hidden_size} cannot be cut into {self.num_heads} heads")
+            raise InvalidFileError(f"hidden size {self.hidden_size} is not a multiple of the {self.num_heads} heads")
         if not 0 < self.max_position <= MAX_COUNT:
             raise InvalidFileError(f"the context length must be 1 to {MAX_COUNT} tokens, not {self.max_position}")
         if not 0 < self.norm_eps < 1:
-            raise InvalidFileError(f"the model's config says the epsilon of its norms is {self.norm_eps}")
+            raise InvalidFileError(f"the epsilon of the model's norms is {self.norm_eps}; it must be between 0 and 1")

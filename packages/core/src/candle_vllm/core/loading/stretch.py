@@ -32,9 +32,9 @@ def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint)
         )
     table, unrotated = getattr(config, "positions", 0), len(getattr(config, "unrotated_layers", ()))
     if table or config.slopes or unrotated == config.num_layers or not getattr(config, "rotates", True):
-        what = f"a table of {config.max_position} rows" if table else "not rotary"
+        what = f"a table of {config.max_position} positions" if table else "no rotary positions"
         raise ConfigError(
-            f"yarn_scaling_factor={factor:g}: positions of {config.model_type} are {what}, which YaRN cannot stretch: "
+            f"yarn_scaling_factor={factor:g}: {config.model_type} has {what}, and YaRN stretches only rotary ones: "
             "leave the setting out",
             _SETTING,
         )

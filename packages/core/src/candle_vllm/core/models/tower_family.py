@@ -67,7 +67,7 @@ class TowerConfig:
         if self.hidden_size % self.num_heads:
             raise InvalidFileError(f"vision_config: {self.num_heads} heads cannot share hidden_size {self.hidden_size}")
         if not 0 < self.norm_eps < 1:
-            raise InvalidFileError(f"vision_config says the epsilon of its norms is {self.norm_eps}")
+            raise InvalidFileError(f"vision_config: the epsilon of its norms is {self.norm_eps}, not between 0 and 1")
 
     @property
     def patches(self) -> int:
@@ -182,7 +182,7 @@ class Placed(NamedTuple):
     """Positions of patches, as the encoder needs them.
 
     Attributes:
-        numbers: [n] int64, index of each patch's position.
+        numbers: [n] int64, row of each patch in the encoder's tables of positions or of RoPE.
         start: [n, E] float32, added to the embedded patches; None if there is no such addition.
     """
 
@@ -229,9 +229,10 @@ class Tower(Protocol):
     def mergers(self) -> Sequence[Callable[[Value], Value]]: ...
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """Convert rows and columns [n, 2] of patches, from index `first` on; the result is valid until the next tile.
+        """Return the positions of patches, given their rows and columns [n, 2]; the first patch has index `first`.
 
-        `grid` is the tile's number of rows and of columns of patches.
+        `grid` is the tile's number of rows and of columns of patches. The call may write rows of the encoder's tables
+        from `first` on, which the next tile overwrites.
         """
         ...
 
@@ -255,7 +256,7 @@ class TowerFamily:
     The rule in the `TowerConfig` sets how pixels are prepared, and how many tiles and embeddings an image has.
 
     Attributes:
-        name: name of the file.
+        name: name of the family's module, such as "siglip".
         hf: `architectures` in config.json of the multimodal models, with their model_type.
         seen: supported values of model_type in `vision_config`; empty if the architecture is enough.
         gguf: `clip.projector_type` of GGUF files.
@@ -263,7 +264,7 @@ class TowerFamily:
         config_from_hf: reads a config from config.json, preprocessor_config.json, the text model's hidden size, and the
             operator's values.
         config_from_gguf: the same from a GGUF file's metadata, the text model's hidden size, and the operator's values.
-        prepared: the tensors of a GGUF file under the names of the table.
+        prepared: renames and reshapes the tensors of a GGUF file to the GGUF names and shapes in `weights`.
         build, weights: as for `Family`.
         mark: the token that is repeated for each of an image's embeddings.
         asks: the token that a chat template writes for an image; empty if it is `mark`.

@@ -46,8 +46,8 @@ class CtScheme:
     Attributes:
         bits: bits of a code, 4 or 8.
         kind: "int" or "float".
-        group: inputs in a group; -1 for whole rows or the whole tensor.
-        block: rows and columns that share a scale, if the strategy is "block".
+        group: inputs in a group, for strategy "group" except in NVFP4 and MXFP4; otherwise -1.
+        block: rows and columns that share a scale, for strategy "block", and for floats in groups; otherwise None.
     """
 
     format: str
@@ -71,7 +71,7 @@ def read_schemes(config: Fields) -> list[CtScheme]:
     transforms = config.section("transform_config")
     if "config_groups" in transforms and transforms.section("config_groups").values:
         raise UnsupportedModelError(
-            f"{config.path}: transform_config asks for transforms of activations, which are not implemented: take a "
+            f"{config.path}: transform_config asks for transforms (rotations), which are not implemented: take a "
             "checkpoint without them"
         )
     found = []
@@ -111,7 +111,7 @@ def ct_tensor(parts: LayerTensors, schemes: list[CtScheme]) -> tuple[LayerTensor
     """Return the weight of a layer that is stored quantised, by the first scheme that its parts fit.
 
     Args:
-        parts: the layer's parts.
+        parts: stored tensors of the layer.
         schemes: schemes of the config.
 
     Raises:
@@ -120,7 +120,7 @@ def ct_tensor(parts: LayerTensors, schemes: list[CtScheme]) -> tuple[LayerTensor
     errors = [
         InvalidFileError(
             f"{parts.path}: layer {parts.layer} is stored quantised, but quantization_config has no config_groups that "
-            "say how"
+            "say how: take another checkpoint"
         )
     ]
     for scheme in schemes:

@@ -134,7 +134,7 @@ def check_operator(operator: str, left: Any, right: Any) -> None:
     elif _is_number(left) and _is_number(right):
         bits = _bits(left) + _bits(right)
         if bits > MAX_INTEGER_BITS:
-            raise BudgetExceededError(f"its operands are integers of {bits} bits together; at most {MAX_INTEGER_BITS}")
+            raise BudgetExceededError(f"operands of {operator} have {bits} bits together; at most {MAX_INTEGER_BITS}")
     elif operator == "*":
         for value, times in ((left, right), (right, left)):
             if isinstance(value, (str, list, tuple)) and isinstance(times, int):
