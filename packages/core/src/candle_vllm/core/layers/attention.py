@@ -83,11 +83,12 @@ class GivenRows(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StepInput:
-    """Tensors of one step for all layers; in a recorded step only caches and positions.
+    """Tensors of one step for all layers. While a step is recorded, `slots`, `rows`, `states` and `windowed` are unset:
+    the plan reads them when it runs.
 
     Attributes:
         positions: [T] int64, each token's position in its sequence, or, for a model with M-RoPE, its row of the rotary
-            tables; on a GPU int32. In a recorded step `RecordedTokens`, by which a table of positions is read.
+            tables; on a GPU int32. In a recorded step a `RecordedTokens`: the row of the tables that each token reads.
         slots: [T] int64, the cache slot of each token's key and value; on a GPU int32, -1 for no slot.
         rows: the sequences to which the tokens belong, with their lengths and block tables.
         caches: the cache of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
@@ -96,9 +97,9 @@ class StepInput:
         taps: stores hidden states before some layers; None if they are not needed.
         given: rows of image embeddings; None without images.
         may_divide: ranks may divide the tokens among themselves; see `TokenShares.begin`.
-        narrows: number of the layer after whose cache write a recorded step computes only the rows whose next token is
-            sampled; None if all layers compute all rows.
-        narrowed: number of the layer before which rows whose next token is not sampled are dropped, because it and all
+        narrows: index of the last layer that writes the cache: after its write, a recorded step computes only rows
+            whose next token is sampled; None if all layers compute all rows.
+        narrowed: index of the layer before which rows whose next token is not sampled are dropped, because it and all
             later layers only read the caches of earlier layers; None if no rows are dropped.
         layer_inputs: [T, P] for each layer, P elements besides x; empty for families without such inputs.
         states: the step's use of layers' states, see `kernels/states`; None without states, and in a recorded step.
@@ -124,7 +125,7 @@ class StepInput:
 
 
 class PagedAttention:
-    """Norms of heads, rotary, cache write and attention: q [T, H, D], k and v [T, K, D] -> [T, H, D].
+    """QK norm, RoPE, KV-cache write and attention: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
     A layer that reads the cache of another layer (`SharedKVSpec`) is called without k and v, and writes nothing.
 
@@ -132,7 +133,7 @@ class PagedAttention:
         layer: index of the layer's cache.
         head_dim: D.
         rotary: rotary embedding; None for a layer without it.
-        q_norm, k_norm: norms of heads, if the model has them.
+        q_norm, k_norm: QK norm of each head, if the model has it; a layer without keys has no k_norm.
         window: positions that a token attends to, itself included; -n for a chunk of n tokens; None for all.
         scale: factor of the scores; None for D^-0.5.
         softcap: softcap of the scores; None for no cap.
@@ -140,7 +141,7 @@ class PagedAttention:
         slopes: [H] fp32 on the model's device, ALiBi slopes of the heads.
         key_bias: [K * D], bias of the key projection.
         causal: attention is causal in this layer also within images.
-        norms_behind: the norms of heads follow the rotation.
+        norms_behind: QK norm follows RoPE; not for a layer without keys.
 
     Attributes:
         cache_scales: scales of keys and of values in a float8 cache, [1] fp32 each; None for the step's scales.
@@ -180,6 +181,7 @@ class PagedAttention:
         k[0], v[0] = keys, values
 
     def __call__(self, q: Value, k: Value | None, v: Value | None, step: StepInput) -> Value:
+        assert k is not None or (self.k_norm is None and not self.norms_behind)
         cache = step.caches[self.layer]
         scores = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
         scores |= {} if self.slopes is None else {"slopes": self.slopes}
@@ -215,9 +217,10 @@ class PagedAttention:
         return step.attend(q, *cache, rows, cache_scales=scales, **scores)
 
     def _common_key(self) -> Value | None:
-        """Return the common offset [K * D] of all keys in a recorded step, which changes all scores of a query equally.
+        """Return a vector [K * D] that a recorded step subtracts from all keys before the cache quantises them.
 
-        It is the mean over positions of the rotated key bias: about 0 for dimensions that rotate fast.
+        This changes all scores of a query by the same number, so that softmax does not change. It is the mean over
+        positions of the rotated key bias: about 0 for dimensions that rotate fast.
         """
         if self.key_bias is None or self.softcap is not None or self.sinks is not None:
             return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Split blocks of ggml's types into their parts byte by byte, in numpy or torch, and put them together again.
+"""Split blocks of ggml's types into their parts as bytes (numpy or torch), and assemble blocks from parts (only numpy).
 
 The rows of `ggml_types.py` describe what a block contains, and define codes, floats, and small scales and minima.
 """
@@ -23,7 +23,7 @@ class BlockParts(Generic[Array]):
     """Parts of blocks: arrays of bytes, in the array library and on the device of the blocks.
 
     Attributes:
-        codes: uint8 [..., weights of a block], bits of int8; may be a view of the blocks. `values` is not applied yet.
+        codes: uint8 [..., weights of a block], bits of int8, maybe a view of the blocks; `contents.values` not applied.
         scale, minimum: uint8 [..., bytes of a float, or of several floats]; a view of the blocks.
         scales: small scales of K-quants, uint8 [..., groups], bits of int8.
         minima: small minima in the same form; never negative.
@@ -42,7 +42,7 @@ def take_apart(blocks: Array, contents: BlockContents, library: ModuleType) -> B
     Args:
         blocks: the blocks, uint8 [..., bytes of a block].
         contents: contents of their type.
-        library: numpy or torch, the library of `blocks`. Both have the functions of the array API.
+        library: numpy or torch, the library of `blocks`: both have the array API. TQ1_0 needs numpy.
     """
     data: Any = blocks
     codes = _numbers(data, contents.codes, contents.zero, library) if contents.codes else _trits(data, contents)
@@ -66,6 +66,7 @@ def small_scales(blocks: Any, contents: BlockContents, library: ModuleType) -> A
 
 def _numbers(blocks: Any, fields: tuple[Fields, ...], zero: int, library: ModuleType) -> Any:
     """Return codes that consist of several fields, uint8 [..., count]."""
+    assert fields[0].bits < 8 or not zero  # whole bytes are a view of the blocks
     found = _bits(blocks, fields[0], library)
     for more in fields[1:]:
         found |= _bits(blocks, more, library)
@@ -117,7 +118,11 @@ def e4m3_codes(data: np.ndarray) -> np.ndarray:
 
 
 def put_together(parts: BlockParts[np.ndarray], contents: BlockContents) -> np.ndarray:
-    """Assemble blocks from their parts, the inverse of `take_apart`: uint8 [..., bytes of a block]."""
+    """Assemble blocks from their parts, the inverse of `take_apart`: uint8 [..., bytes of a block].
+
+    It cannot assemble TQ1_0, and leaves bytes unset that the contents do not describe (Q8_K's sums).
+    """
+    assert contents.codes
     out = np.empty((*parts.codes.shape[:-1], contents.block[1]), np.uint8)
     out[..., slice(*contents.scale)] = parts.scale
     if contents.minimum is not None and parts.minimum is not None:
@@ -142,12 +147,12 @@ def _put(blocks: np.ndarray, numbers: np.ndarray, several: tuple[Fields, ...], z
     for fields in several:
         data = blocks[..., fields.start : fields.stop]
         bits = stored >> fields.shift if fields.shift else stored
-        if fields is not several[-1]:  # no field is above the last one
+        if fields is not several[-1]:  # the last field has the highest bits, and needs no mask
             bits = bits & (1 << fields.bits) - 1
         if fields.width == fields.bits == 1:
             data[:] = np.packbits(bits, axis=-1, bitorder="little")
             continue
         runs = bits.reshape(*bits.shape[:-1], -1, len(fields.places), fields.width)
         placed = [runs[..., index, :] * np.uint8(1 << place) for index, place in enumerate(fields.places) if place]
-        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # data has the lower bits
+        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # lower bits are written
         data[:] = reduce(np.bitwise_or, placed, lowest).reshape(data.shape)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Arguments of a mixture of experts: routing, pairs of tokens and experts, and operations' arguments."""
+"""Arguments of a mixture of experts: routing, pairs of tokens and experts, and operations' arguments.
+
+The place of a pair is its index after the pairs are sorted by expert (`sorted_token_ids` in vLLM).
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Routing:
         scoring, renormalise, scale: how logits are converted to weights.
         bias: [X] fp32 or None, an array in recorded steps; only used to choose experts (DeepSeek-V3's
             e_score_correction_bias).
-        expert_scale: [X] fp32 or None, an array in recorded steps; factor of each expert's weights.
+        expert_scale: [X] fp32 or None, an array in recorded steps; factor of each expert's routing weight.
         groups, top_groups: number of groups of experts, and number of groups whose experts are candidates.
         jitter: parameter of sparsemixer.
     """
@@ -102,11 +105,11 @@ class Pairs:
 
 
 ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
-"""Number of elements for a matrix in the table of `experts`: a plan row of a linear operation."""
+"""Elements for a matrix in `ExpertsArguments.table`, laid out as a row of a plan (`cpu_runtime/operation.py`)."""
 
 
 class RouteArguments(NamedTuple):
-    """Arguments of the operation `route`, which also sets the step's number `PAIRS`.
+    """Arguments of the operation `route`, which also sets `StepNumber.PAIRS`, the number of pairs.
 
     Attributes:
         logits, stride: address of float32 [T, X], and row stride in floats.
@@ -148,7 +151,7 @@ class ExpertsArguments(NamedTuple):
         starts: address of `starts` of `RouteArguments`.
         table: address of int64 [X, matrices, ENTRY]: plan rows of linear operations, which write a row for each place.
         num_experts: X.
-        matrices: number of matrices of each expert; all tiles of an expert cost the same.
+        matrices: matrices of each expert. To divide the work, all tiles of an expert are assumed to cost the same.
         picked: address of int64 [T * k]: the row of the activations for each place.
         ranks: table of CPU ranks, see `rank_of`.
     """

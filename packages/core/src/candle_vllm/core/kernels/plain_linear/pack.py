@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Convert stored unquantised weights to the layout of the kernels, once, when a model is loaded.
+"""Pack unquantised weights, and Q8_0 with one scale for each row (W8A8), into the layout of the kernels.
 
-A chunk of rows is converted to another type if necessary, and written with 16 rows interleaved. Chunks are divided
-among threads that do not wait for each other.
+Weights are packed once, when a model is loaded. A chunk of rows is converted to another type if necessary, and written
+with 16 rows interleaved. Chunks are divided among threads that do not wait for each other.
 """
 
 from __future__ import annotations
@@ -131,12 +131,12 @@ def _converted(raw: np.ndarray, stored: str, columns: int, kind: PlainKind) -> n
 
 
 def _store(numbers: np.ndarray, kind: PlainKind, tiles: np.ndarray) -> None:
-    """Write rows of bits to their tiles, uint8 [tiles, bytes]."""
+    """Write rows of weights, as bit patterns, to their tiles, uint8 [tiles, bytes]."""
     rows, columns = len(tiles) * ROWS, tiles.shape[1] // (ROWS * kind.itemsize)
     if numbers.shape != (rows, columns):
         whole = np.zeros((rows, columns), numbers.dtype)
         whole[: numbers.shape[0], : numbers.shape[1]] = numbers
         numbers = whole
-    elements = np.uint16 if kind is PlainKind.F16 else np.uint32  # type of a row's part of a step
+    elements = np.uint16 if kind is PlainKind.F16 else np.uint32  # per row and step: an F16, an F32 or two BF16
     target = tiles.view(elements).reshape(len(tiles), -1, ROWS)
     target[:] = numbers.view(elements).reshape(len(tiles), ROWS, -1).transpose(0, 2, 1)
