@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EngineLike: the engine's methods that the adapter needs. `InferenceEngine` and `ScriptedEngine` have them."""
+"""EngineLike: the engine's methods that `OpenAIAdapter` needs. `InferenceEngine` and `ScriptedEngine` have them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Phi-2's layers (Phi-1, Phi-1.5, Phi-2): LayerNorm, biases everywhere, and a block whose two layers share one norm.
+"""Phi-2's layers (Phi-1, Phi-1.5, Phi-2): LayerNorm, biases everywhere, and attention and MLP that share a norm.
 
 Each block is x + attention(norm(x)) + mlp(norm(x)); a part of each head rotates.
 Source: Gunasekar et al., 2023, arXiv:2306.11644.
@@ -69,7 +69,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
+    """One decoder layer. Its input [T, E] is x + residual, added in its norm; residual is None in layer 0."""
 
     def __init__(self, config: ModelConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Content blocks of Anthropic's requests (step 2 of a request's life).
 
-Text, images, reasoning, tool calls and their results are accepted; the error for any other type names it.
+Text, images, documents of text, reasoning, and tool calls, results and references are accepted; the error for any other
+type names it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CacheControl = dict[str, Any]
 
 
 class TextBlock(WireModel):
-    """Text. `cache_control` has no effect, because every full KV block is cached; nor has `parsed_output`, which
+    """Text. `cache_control` has no effect, because prefix caching needs no marks; nor has `parsed_output`, which
     Anthropic's client adds to an answer's text blocks.
     """
 
@@ -243,7 +244,7 @@ def _checked(allowed: Collection[str], place: str) -> Callable[[Any], Any]:
         if kind in allowed:
             return value
         if kind in _MEDIA:
-            raise unsupported("type", f"{kind!r} blocks are not supported: the server takes text and images")
+            raise unsupported("type", f"{kind!r} blocks are not supported: use text, images or text documents")
         if kind in _HOSTED:
             raise unsupported(
                 "type", f"{kind!r} blocks belong to tools of Anthropic's own service, which this server does not run"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/mailbox`: stored answers of clients that disconnected; their owner fetches, deletes or pushes them.
+"""`/v1/mailbox`: answers whose request asked to store them; their owner fetches, deletes or pushes them.
 
 Not a step of a request's life: nothing is generated here. A caller sees only its own answers; other ids get a 404.
 """
@@ -69,7 +69,7 @@ async def list_records(request: Request) -> Response:
     if after is None or is_id(after):
         found = await mailbox.store.page(owner, limit + 1, after)
     if found is None:
-        raise invalid("after", f"must be the request_id of a record of yours, not {after!r:.80}")
+        raise invalid("after", f"must be the request_id of one of your records, not {after!r:.80}")
     page = RecordList(data=found[:limit], has_more=len(found) > limit)
     return json_answer(page)
 
@@ -77,7 +77,7 @@ async def list_records(request: Request) -> Response:
 @route(
     "GET /v1/mailbox/{request_id}",
     answer=Record,
-    query={"auto_delete": {"enum": ["true", "false"], "default": "false", "description": "Delete it as well."}},
+    query={"auto_delete": {"enum": ["true", "false"], "default": "false", "description": "Delete it if complete."}},
 )
 async def get_record(request: Request, request_id: str) -> Response:
     """One stored answer.

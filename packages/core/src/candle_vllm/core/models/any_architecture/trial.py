@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Build a model of transformers without memory and try it: record its attention calls, or find what prevents them."""
+"""Build a transformers model on the meta device and run it once: record its attention calls, or what prevents them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def class_of(described: Any) -> Any:
 
 
 def calls_of(model: Any) -> tuple[AttentionCall, ...]:
-    """Record the attention calls of a short pass; raises NotPagedError if anything else mixes tokens or keeps state."""
+    """Record the attention calls of a short pass; raises NotPagedError if a known sign shows state or another mixer.
+
+    The signs are `_is_stateful`, and a layer without an attention call, with a Conv1d or with state-space parameters.
+    """
     if not model._supports_attention_backend:
         lines = inspect.getsource(inspect.getmodule(type(model))).splitlines()  # type: ignore[arg-type]
         asks = any("config.is_decoder" in line and ">>>" not in line for line in lines)
@@ -62,23 +65,23 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
         with under_way(tried), torch.inference_mode(), _Zeros(), nonzero:
             base(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise NotPagedError(f"{type(model).__name__} cannot be tried without memory: {error!s:.200}") from error
+        raise NotPagedError(f"{type(model).__name__} cannot run on torch's meta device: {error!s:.200}") from error
     _check_layers(model, {call.module for call in tried.calls}, called)
     return tuple(tried.calls)
 
 
 class _Zeros(TorchFunctionMode):
-    """Makes every number that Python code reads from a meta tensor 0, such as the number of an expert."""
+    """Makes `item`, `int` and an index read from a meta tensor 0, for code that loops over indices of experts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch; one that reads a number from a meta tensor returns 0."""
+        """Call a function of torch; those that convert a meta tensor to a whole number return 0."""
         del types
         asks = func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__)
         return 0 if asks and args[0].is_meta else func(*args, **(kwargs or {}))
 
 
 def _check_layers(model: Any, callers: set[str], called: set[str]) -> None:
-    """Raise NotPagedError if a layer mixes tokens by anything but attention, which the modules `callers` call."""
+    """Raise NotPagedError if a layer contains no module of `callers`, which call attention, or has a sign of state."""
     layers = {caller.split(f".{part}.")[0] for caller in callers for part in caller.split(".") if part.isdigit()}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and name in layers:
