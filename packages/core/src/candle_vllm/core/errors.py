@@ -118,7 +118,7 @@ class ChatTemplateError(RequestError):
 
 
 class RequestAbortedError(CandleVllmError):
-    """The request was aborted by its caller, by shutdown, or because its outputs were not read."""
+    """The request was aborted: by its caller, by shutdown, or because it took too long or its outputs were not read."""
 
 
 class EngineOverloadedError(CandleVllmError):
