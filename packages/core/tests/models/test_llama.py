@@ -206,7 +206,7 @@ def test_what_is_not_implemented_is_refused_by_name(change: dict[str, Any], mess
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"vocab_size": 10**30}, "vocab_size is 1000"),
-        ({"rms_norm_eps": -1}, "epsilon of the model's norms is -1; it must be between 0 and 1"),
+        ({"rms_norm_eps": -1}, "epsilon of the model's norms is -1.0; it must be between 0 and 1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a finite number"),
         ({"head_dim": 15}, "15 rotary dimensions"),
         ({"architectures": ["A", "B"]}, "architectures must name one"),
