@@ -103,7 +103,8 @@ def test_known_names_can_be_read() -> None:
     ("file", "tag"),
     [
         ("m-Q4_K_M-00001-of-00003.gguf", "Q4_K_M"), ("sub/m.Q8_0.gguf", "Q8_0"), ("m-UD-Q4_K_XL.gguf", "UD-Q4_K_XL"),
-        ("qwen2.5-0.5b-instruct-q4_k_m.gguf", "q4_k_m"), ("m-IQ2_XXS.gguf", "IQ2_XXS"), ("m.gguf", "m"), ("m-NVFP4.gguf", "NVFP4"),
+        ("qwen2.5-0.5b-instruct-q4_k_m.gguf", "q4_k_m"), ("m-IQ2_XXS.gguf", "IQ2_XXS"), ("m.gguf", "m"),
+        ("m-NVFP4.gguf", "NVFP4"),
     ],
 )  # fmt: skip
 def test_tags_of_files(file: str, tag: str) -> None:
