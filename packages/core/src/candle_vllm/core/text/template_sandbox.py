@@ -62,7 +62,8 @@ class Limits(Extension):
     def concat(self, *values: Any) -> str:
         """Compute `a ~ b`."""
         spent = budget()
-        spent.spend_text(sum(map(spent.measure, values)), ascii_only=all(str(v).isascii() for v in values))
+        narrow = all(v.isascii() if isinstance(v, str) else isinstance(v, (int, float)) for v in values)
+        spent.spend_text(sum(map(spent.measure, values)), ascii_only=narrow)
         return "".join(map(str, values))
 
     def cut(self, value: Any, start: Any = None, stop: Any = None, step: Any = None) -> Any:

@@ -43,7 +43,7 @@ from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
 SQUARE_BYTES = ROWS * VECTOR_BYTES
 
-_CACHED_BYTES = 1 << 20
+CACHED_BYTES = 1 << 20
 """Bytes of the panels that a thread reads again for each pair of tiles from its second-level cache."""
 
 _PART = 12
@@ -190,7 +190,7 @@ def _add_segments(left: int, width: int, sums: int, tails: int, segment: int, to
 
 
 def make_linear(KIND: int) -> Any:
-    CACHED, SQUARE, WIDE, INTEGERS = _CACHED_BYTES, SQUARE_BYTES, ROWS // RUN, int(KIND == PlainKind.W8A8)
+    CACHED, SQUARE, WIDE, INTEGERS = CACHED_BYTES, SQUARE_BYTES, ROWS // RUN, int(KIND == PlainKind.W8A8)
     PART, EACH = _PART, SEGMENT // 64 if INTEGERS else _PART  # squares of a segment
 
     def plain_linear(entry: Any, thread: int, threads: int) -> None:

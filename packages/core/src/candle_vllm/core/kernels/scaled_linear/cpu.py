@@ -28,6 +28,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.plain_linear.cpu_panel import ask_tiles, emit_sums, fill_panel, write_tiles
 from candle_vllm.core.kernels.plain_linear.cpu_squares import (
+    CACHED_BYTES,
     SQUARE_BYTES,
     begin_squares,
     fill_panels,
@@ -41,9 +42,6 @@ _CACHED_BYTES = 384 << 10
 
 _MOST_BYTES = 1 << 20
 """If two converted tiles have more bytes, a thread converts one tile at a time, because they are on the stack."""
-
-_PANEL_BYTES = 1 << 20
-"""Bytes of the panels that a thread with AMX reads again for each pair of tiles from its second-level cache."""
 
 _FEW = 8
 """Maximum number of rows for which weights are converted in registers."""
@@ -202,10 +200,10 @@ def _multiply_rows(
                 first = b.add(codes, b.mul(index, e.int64(of * number.turn_bytes)))
                 inputs, sums = b.add(x, b.mul(index, e.int64(turn_x))), list(sums)
                 places = [b.add(inputs, b.mul(span_x, e.int64(span))) for span in spans]
-                at_turns = [b.add(first, e.int64(span * number.turn_bytes)) for span in spans]
-                for at in at_turns:
-                    _ask_turn(e, number, b.add(at, distance))
-                turns = [_steps(e, number, at) for at in at_turns]
+                addresses = [b.add(first, e.int64(span * number.turn_bytes)) for span in spans]
+                for address in addresses:
+                    _ask_turn(e, number, b.add(address, distance))
+                turns = [_steps(e, number, address) for address in addresses]
                 for step, abreast in enumerate(zip(*turns)):
                     for chain in range(len(spans) * height):
                         at, row = divmod(chain, height)
@@ -360,7 +358,7 @@ def _add_scaled(_: Any, tiles: Any, sums: Any, head: Any, head_step: Any, rows: 
 
 def _make_squares(KIND: int, ISA: int) -> Any:
     """Make the operation for AMX; spans must be whole squares of 32 columns. Terms: `plain_linear/cpu_squares.py`."""
-    CACHED, SQUARE, BF16 = _PANEL_BYTES, SQUARE_BYTES, int(PlainKind.BF16)
+    CACHED, SQUARE, BF16 = CACHED_BYTES, SQUARE_BYTES, int(PlainKind.BF16)
     TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
     EACH = 32 // COLUMNS  # turns of a square
 
@@ -418,10 +416,8 @@ def _make_squares(KIND: int, ISA: int) -> Any:
                             rest[index] = 0.0
                     head = at_tile + _head(span, paired, span_bytes)
                     for block in range(0, blocks, 2):
-                        left, inputs = (
-                            blocks - block,
-                            panels + block * panel_bytes + span * (span_turns // EACH) * SQUARE,
-                        )
+                        left = blocks - block
+                        inputs = panels + block * panel_bytes + span * (span_turns // EACH) * SQUARE
                         multiply_blocks(
                             BF16, 1, left, width, wide, wide_bytes, inputs, panel_bytes, SQUARE, 64, scratch, some
                         )
