@@ -22,6 +22,7 @@ from candle_vllm.core.text.template_needs import TemplateNeeds, fit
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.formats.json_text import mended
 from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.protocol.truncation import Cut
 
 
 class TextPart(NamedTuple):
@@ -166,38 +167,6 @@ class ThinkingLimit(NamedTuple):
     tokens: int
     message: str | None = None
     required: bool = True
-
-
-class Cut(NamedTuple):
-    """How prompts that are too long are truncated.
-
-    Attributes:
-        tokens: maximum number of tokens that remain; -1 for the maximum that leaves room for one output token.
-        side: side from which tokens are removed.
-    """
-
-    tokens: int
-    side: Literal["left", "right"] = "left"
-
-    def of(self, prompt: Sequence[int], context: int, around: Sequence[int] = ()) -> Sequence[int]:
-        """Return the truncated prompt; InvalidParameterError if `tokens` exceeds `context`, the longest prompt.
-
-        `around` are the special tokens that the tokenizer puts around a text, which remain: those of an empty text.
-        """
-        if self.tokens > context:
-            raise InvalidParameterError(
-                "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
-                "truncate_prompt_tokens",
-            )
-        most = context if self.tokens < 0 else self.tokens
-        if len(prompt) <= most:
-            return prompt
-        count = len(around) if len(around) <= most else 0
-        fronts = (n for n in range(count + 1) if [*prompt[:n], *prompt[len(prompt) - count + n :]] == [*around])
-        if (front := next(fronts, None)) is None:
-            front = count = 0
-        first = len(prompt) - most + front if self.side == "left" else front
-        return [*prompt[:front], *prompt[first : first + most - count], *prompt[len(prompt) - count + front :]]
 
 
 class Paths(NamedTuple):

@@ -159,11 +159,22 @@ class Ranked(Protocol):
 
 
 def serving_rank(request: Ranked) -> int:
-    """Return the rank of a request: the lowest is served first, and may preempt running requests of a higher rank.
+    """Return the rank of a request in the scheduler's queues: the lowest is served first, of equal ranks the oldest.
 
-    The server's admission queue, the scheduler's queues and preemption compare nothing else of a request. Of equal
-    ranks, the admission queue serves the API key with the fewest running sequences first, and the scheduler the oldest
-    request. A rank never changes, and a later request of the same priority has no lower rank.
+    A rank never changes.
+    """
+    return request.priority
+
+
+def may_preempt(waiting: Ranked, running: Ranked) -> bool:
+    """Return whether a waiting request that is first in its queue may take the place of the last running one."""
+    return waiting.priority < running.priority
+
+
+def admission_rank(request: Ranked) -> int:
+    """Return the rank of a request in the server's queue before the engine: the lowest enters first.
+
+    API keys share the engine fairly among requests of equal rank: the key with the fewest running sequences is next.
     """
     return request.priority
 

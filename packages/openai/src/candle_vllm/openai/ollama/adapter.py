@@ -24,8 +24,9 @@ from candle_vllm.openai.ollama import request as wires
 from candle_vllm.openai.protocol.generation import sampling_names
 from candle_vllm.openai.protocol.templating import set_effort
 from candle_vllm.openai.protocol.tools import tool_use
+from candle_vllm.openai.protocol.truncation import Cut
 from candle_vllm.openai.remarks import remark
-from candle_vllm.openai.task import Call, Cut, Part, Paths, Task, TextPart
+from candle_vllm.openai.task import Call, Part, Paths, Task, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
 _Generating = wires.ChatRequest | wires.GenerateRequest

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, LiteralString, NamedTuple
+from typing import Annotated, Any, ClassVar, LiteralString, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,7 +15,6 @@ from candle_vllm.core.engine.requests import MAX_PRIORITY
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.setting_kinds import Number
 from candle_vllm.openai.remarks import remark, unknown_fields_pass
-from candle_vllm.openai.task import Cut
 
 MAX_NAME = 256  # characters of a model name, participant name or call id
 _MOST = 1 << 31  # limit for numbers in fields that have no effect
@@ -314,23 +313,6 @@ FunctionName = Annotated[str, AfterValidator(check_name)]
 
 _MODEL_NAME = {"type": "string", "maxLength": MAX_NAME}
 _MODEL_NAMES = {"type": "array", "items": {"anyOf": [_MODEL_NAME, {"type": "null"}]}}
-
-
-class CutFields(WireModel):
-    """vLLM's fields that truncate prompts that are too long; without them such prompts are refused.
-
-    Attributes:
-        truncate_prompt_tokens: maximum number of prompt tokens; -1 for the model's maximum.
-        truncation_side: the side from which tokens are removed.
-    """
-
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = None
-    truncation_side: Literal["left", "right"] | None = None
-
-    def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
-        """Return how prompts are truncated, by default from the side `otherwise`; None without truncation."""
-        given = self.truncate_prompt_tokens
-        return None if given is None else Cut(given, self.truncation_side or otherwise)
 
 
 class ModelFields(WireModel):

@@ -137,7 +137,7 @@ def chat_request(task: Task) -> dict[str, Any]:
         "request_id": task.request_id,
     }
     if task.cut is not None:
-        fields |= {"truncate_prompt_tokens": task.cut.tokens, "truncation_side": task.cut.side}
+        fields |= task.cut.written()
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from candle_vllm.core.engine.requests import arrival_time, serving_rank
+from candle_vllm.core.engine.requests import admission_rank, arrival_time
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import NO_KEY, current_request
@@ -201,7 +201,7 @@ class Admission:
         """Fill free places. No smaller request overtakes the first request in line, even if it would fit."""
         while self._queues:
             heads = (queue[0] for queue in self._queues.values())
-            waiting = min(heads, key=lambda each: (serving_rank(each.queued), self._running[each.key]))
+            waiting = min(heads, key=lambda each: (admission_rank(each.queued), self._running[each.key]))
             if not waiting.entered.cancelled():
                 if not self._fits(waiting.sequences):
                     return

@@ -12,7 +12,7 @@ more row for each draft token: the step then appends the accepted draft tokens a
 - The `n` sequences of one request occupy at most half of `max_num_seqs` while another request waits.
 - When a decoding sequence needs a block and no block is free, the last running sequence (highest rank, youngest) is
   preempted: its blocks are freed, and its prompt and generated tokens are recomputed later.
-- When a waiting sequence lacks blocks or the batch is full, running sequences of a higher rank are preempted, the
+- When a waiting sequence lacks blocks or the batch is full, running sequences that it `may_preempt` are preempted, the
   last one in the order first.
 
 If steps overlap, a step is scheduled while the previous one still runs: `launched` counts its tokens in advance, and
@@ -61,6 +61,7 @@ from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
+from candle_vllm.core.engine.requests import may_preempt
 from candle_vllm.core.engine.step.sequence import Run, Sequence, Step, Tokens
 
 
@@ -394,7 +395,7 @@ class Scheduler:
 
         Args:
             before: admit only sequences whose rank is lower.
-            preempts: preempt running sequences of a higher rank for blocks, or if the batch is full.
+            preempts: preempt running sequences for blocks, or if the batch is full, where `may_preempt` allows it.
         """
         deferred, held = 0, 0
         full: object = None  # a request that has its share of the batch
@@ -441,7 +442,7 @@ class Scheduler:
             fresh = needed - len(shared)
             while not self._fits(sequence, shared, fresh):
                 last = self.running[-1] if preempts and self.running else sequence
-                if last.rank <= sequence.rank:
+                if not may_preempt(sequence.request, last.request):
                     return
                 self._preempt(last)
             self.waiting.pop(deferred)
@@ -461,10 +462,10 @@ class Scheduler:
 
     @property
     def _is_outranked(self) -> bool:
-        """Whether the first waiting sequence has a lower rank than the last running one, and may preempt it."""
+        """Whether the first waiting sequence may preempt the last running one."""
         if self.reproducible or not self.waiting or not self.running:
             return False
-        return self.waiting[0].rank < self.running[-1].rank
+        return may_preempt(self.waiting[0].request, self.running[-1].request)
 
     def _has_its_share(self, sequence: Sequence) -> bool:
         """Return whether a sequence's request has half of the batch while another request waits."""
