@@ -14,7 +14,7 @@ from candle_vllm.core.text.prompts import one_conversation
 from candle_vllm.core.text.prompts import template_messages as of_core
 from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, fit_tools, template_needs
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
-from candle_vllm.openai.protocol.truncation import Cut
+from candle_vllm.openai.protocol.fields import Cut
 from candle_vllm.openai.requests import read_chat
 from candle_vllm.openai.task import template_messages
 

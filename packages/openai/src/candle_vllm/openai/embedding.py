@@ -43,9 +43,9 @@ from candle_vllm.openai.errors import GenerationFailedError, no_priority
 from candle_vllm.openai.json_body import decode_json, parse_body
 from candle_vllm.openai.protocol import embeddings
 from candle_vllm.openai.protocol.cohere import INPUT_TYPES, CohereEmbeddings, CohereEmbedRequest, cohere_answer
+from candle_vllm.openai.protocol.fields import Cut
 from candle_vllm.openai.protocol.pooling import MAX_NUMBERS, MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
-from candle_vllm.openai.protocol.truncation import Cut
 from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads, check_length
 
 

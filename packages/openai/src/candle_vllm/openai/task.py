@@ -22,7 +22,7 @@ from candle_vllm.core.text.template_needs import TemplateNeeds, fit
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.formats.json_text import mended
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.protocol.truncation import Cut
+from candle_vllm.openai.protocol.fields import Cut
 
 
 class TextPart(NamedTuple):

@@ -21,10 +21,10 @@ from candle_vllm.openai.answers import AnswerStream, ChunkStream
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.ollama import answers
 from candle_vllm.openai.ollama import request as wires
+from candle_vllm.openai.protocol.fields import Cut
 from candle_vllm.openai.protocol.generation import sampling_names
 from candle_vllm.openai.protocol.templating import set_effort
 from candle_vllm.openai.protocol.tools import tool_use
-from candle_vllm.openai.protocol.truncation import Cut
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import Call, Part, Paths, Task, TextPart
 from candle_vllm.openai.task import Message as TaskMessage

@@ -11,12 +11,11 @@ import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingKind, PoolingParams
-from candle_vllm.openai.protocol.fields import Refusal, TokenIds, WireModel, invalid, prompt_form
+from candle_vllm.openai.protocol.fields import Cut, CutFields, Refusal, TokenIds, WireModel, invalid, prompt_form
 from candle_vllm.openai.protocol.messages import Messages
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
 from candle_vllm.openai.protocol.score import Texts
 from candle_vllm.openai.protocol.templating import TemplateFields
-from candle_vllm.openai.protocol.truncation import Cut, CutFields
 
 # Maximum inputs with encoding_format bytes: the header `metadata` has 120 bytes for each; clients read up to 64 KiB.
 MAX_DESCRIBED = 256

@@ -24,7 +24,6 @@ from candle_vllm.openai.protocol.structured import (
     blamed_field,
     structured_params,
 )
-from candle_vllm.openai.protocol.truncation import CutFields
 
 Text = Annotated[str, Field(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, fields.bounded("max_tokens")]
@@ -202,7 +201,7 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
     return scales
 
 
-class GenerationFields(LlamaForms, SamplerFields, CutFields, fields.ModelFields):
+class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.ModelFields):
     """How to generate; null always means absent: then the model's default applies or, without one, the server's.
 
     Attributes:
