@@ -84,8 +84,8 @@ def pair(target: str, hf: Either, gguf: Either = (), view: View | None = None) -
         view: view of the Hugging Face tensor.
     """
 
-    def names(stems: Either, kind: str) -> tuple[str, ...]:
-        return tuple(f"{stem}.{kind}" for stem in ((stems,) if isinstance(stems, str) else stems))
+    def names(stems: Either, kind: str) -> Either:
+        return f"{stems}.{kind}" if isinstance(stems, str) else tuple(f"{stem}.{kind}" for stem in stems)
 
     return [WeightName(target + kind, names(hf, kind), names(gguf, kind), view) for kind in ("weight", "bias")]
 

@@ -106,18 +106,10 @@ class Olmo2(DecoderStack):
         self.config, size = config, (config.vocab_size, config.hidden_size)
         self.embed = Embedding(*size, placement)
         factors = "rope_freqs.weight" in checkpoint.tensors
-        self.rotary = self.local_rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
-        if config.local_rope is not None:
-            self.local_rotary = Rotary(config.local_rope, config.max_position, placement)
-        rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
+        rotaries = self.make_rotaries(config, placement, factors=factors)
         self.layers = [Block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement)
-
-    def prepare(self, positions: int) -> None:
-        """See `Decoder.prepare`."""
-        super().prepare(positions)
-        self.local_rotary.prepare(positions)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
