@@ -52,10 +52,10 @@ def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
     if "model_max_length" in fields:  # Command R and R+: the other key has the length of training
         length = {f"{fields.prefix}max_position_embeddings": fields.count("model_max_length")}
         fields = Fields({**fields.values, **length}, fields.path, fields.prefix)
-    shared, local = shared_from_hf(fields, model_type, eps="layer_norm_eps"), model_type == "cohere2"
+    local = model_type == "cohere2"
+    shared = shared_from_hf(fields.with_absent(rope_theta=1e4 if local else 5e5), model_type, eps="layer_norm_eps")
     if local:
-        usual = fields.with_defaults(**{f"{fields.prefix}sliding_window": 4096})
-        shared["sliding_windows"] = windows_from_hf(usual, shared["num_layers"])
+        shared["sliding_windows"] = windows_from_hf(fields, shared["num_layers"])
     shared["qkv_bias"] = shared["output_bias"] = fields.get("attention_bias", bool, False)
     shared["tie_embeddings"] = fields.get("tie_word_embeddings", bool, True)
     scale, head_norms = fields.get("logit_scale", float, 0.0625), fields.get("use_qk_norm", bool, False)

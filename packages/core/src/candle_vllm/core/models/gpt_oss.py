@@ -55,7 +55,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
         if fields.get(key, float, value) != value:
             raise UnsupportedModelError(f"{fields.path}: {key} is {fields.get(key, float)}; implemented: {value}")
     shared = shared_from_hf(fields, model_type)
-    layers, window = shared["num_layers"], fields.get("sliding_window", int, None)
+    layers, window = shared["num_layers"], fields.with_absent(sliding_window=128).get("sliding_window", int, None)
     experts = expert_count(fields, "num_local_experts", "num_experts")
     mixture = _mixture(experts, fields.count("num_experts_per_tok"), shared)
     windows = layer_windows(fields, layers, window) or _alternating(layers, window)

@@ -145,7 +145,9 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer, None without; Qwen sets it by flag and first layer, Mistral for all layers."""
-    window, qwen = fields.get("sliding_window", int, None), "qwen" in model_type
+    qwen = "qwen" in model_type
+    usual = {"sliding_window": 4096} if qwen or model_type in ("mistral", "ministral") else {}
+    window = fields.with_absent(**usual).get("sliding_window", int, None)
     if model_type in ("llama", "seed_oss", "internlm3") or window is None:
         return (None,) * layers
     if qwen and not fields.get("use_sliding_window", bool, False):
@@ -154,7 +156,7 @@ def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int |
         return named
     if not qwen:
         return (window,) * layers
-    first = fields.get("max_window_layers", int, layers)
+    first = fields.get("max_window_layers", int, 28)
     return tuple(window if layer >= first else None for layer in range(layers))
 
 

@@ -23,7 +23,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of mixtral."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(fields, model_type)
+    shared = shared_from_hf(fields.with_absent(rope_theta=1e6), model_type)
     layers, window = shared["num_layers"], fields.get("sliding_window", int, None)
     mixture = Mixture(
         experts=expert_count(fields, "num_local_experts", "num_experts"),

@@ -54,7 +54,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 def windows_from_hf(fields: Fields, layers: int) -> tuple[int | None, ...]:
     """Windows by `layer_types`; otherwise all but the last of every four (or `sliding_window_pattern`) layers."""
-    window = fields.get("sliding_window", int, None)
+    window = fields.with_absent(sliding_window=4096).get("sliding_window", int, None)
     if window is None:
         return (None,) * layers
     period = 4 if "layer_types" in fields else fields.count("sliding_window_pattern", 4)

@@ -36,7 +36,7 @@ def config_from_hf(fields: Fields, model_type: str) -> ModelConfig:
         raise UnsupportedModelError(
             f"{fields.path}: qk_layernorm is true, which is not implemented; no published Phi has norms of q and k"
         )
-    fields = Fields({"partial_rotary_factor": 0.5, **fields.values}, fields.path)
+    fields = fields.with_absent(partial_rotary_factor=0.5)
     return ModelConfig(**shared_from_hf(fields, model_type, eps="layer_norm_eps"))
 
 

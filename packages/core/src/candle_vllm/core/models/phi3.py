@@ -24,7 +24,6 @@ from candle_vllm.core.models.attention_names import GG, HF, window_keys
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
-_ORIGINAL = "original_max_position_embeddings"
 _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -33,7 +32,7 @@ _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of phi3, whose default original context is 4096 tokens."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(Fields({_ORIGINAL: 4096, **fields.values}, fields.path), model_type)
+    shared = shared_from_hf(fields.with_absent(original_max_position_embeddings=4096), model_type)
     kind = shared["rope"].kind
     if kind not in ("default", "longrope"):
         raise UnsupportedModelError(f"{fields.path}: rope_type is {kind!r}; Phi-3 has default, longrope or su")

@@ -44,7 +44,7 @@ class PhiMoeConfig(LlamaConfig):
 def config_from_hf(fields: Fields, model_type: str) -> PhiMoeConfig:
     """Read `config.json` of phimoe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(_with_one_scale(fields), model_type)
+    shared = shared_from_hf(_with_one_scale(fields.with_absent(rope_theta=1e6)), model_type)
     shared["sliding_windows"] = (fields.get("sliding_window", int, None),) * shared["num_layers"]
     bias = fields.get("attention_bias", bool, False)
     experts, top = expert_count(fields, "num_local_experts", "num_experts"), fields.count("num_experts_per_tok", 2)

@@ -55,7 +55,7 @@ class StableLmConfig(ModelConfig):
 def config_from_hf(fields: Fields, model_type: str) -> StableLmConfig:
     """Read `config.json` of stablelm, where by default a quarter of each head rotates."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    fields = Fields({"partial_rotary_factor": 0.25, **fields.values}, fields.path)
+    fields = fields.with_absent(partial_rotary_factor=0.25)
     normed = fields.get("qk_layernorm", bool, False)
     if normed and (heads := fields.count("num_attention_heads")) > _MAX_NORMED_HEADS:
         raise UnsupportedModelError(
