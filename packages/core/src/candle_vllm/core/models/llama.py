@@ -145,16 +145,15 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer, None without; Qwen sets it by flag and first layer, Mistral for all layers."""
-    qwen = "qwen" in model_type
-    usual = {"sliding_window": 4096} if qwen or model_type in ("mistral", "ministral") else {}
+    qwen, usual = "qwen" in model_type, {} if model_type == "ministral3" else {"sliding_window": 4096}
     window = fields.with_absent(**usual).get("sliding_window", int, None)
-    if model_type in ("llama", "seed_oss", "internlm3") or window is None:
+    if not (qwen or model_type in ("mistral", "ministral", "ministral3")) or window is None:
         return (None,) * layers
     if qwen and not fields.get("use_sliding_window", bool, False):
         return (None,) * layers
     if (named := layer_windows(fields, layers, window)) is not None:
         return named
-    if not qwen:
+    if not qwen or model_type == "qwen3_moe":
         return (window,) * layers
     first = fields.get("max_window_layers", int, 28)
     return tuple(window if layer >= first else None for layer in range(layers))

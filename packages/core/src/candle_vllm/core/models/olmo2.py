@@ -35,11 +35,13 @@ from candle_vllm.core.models.stack import DecoderStack
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of olmo2, olmo3 and exaone4."""
     fields.choice("hidden_act", "silu", "silu", "swish")
+    fields = fields.with_absent(sliding_window=4096)
     shared, position = shared_from_hf(fields, model_type), fields.count("max_position_embeddings")
     windows = shared["sliding_windows"] if model_type == "olmo2" else windows_from_hf(fields, shared["num_layers"])
     own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": model_type != "exaone4"}
     if model_type == "exaone4":
-        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows))
+        local = fields.get("sliding_window", int, None) is not None
+        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows, local))
     bias = fields.get("attention_bias", bool, False)
     own |= {"qkv_bias": bias, "output_bias": bias}
     if model_type == "olmo3":  # published files: `rope_scaling` applies to layers without a window
@@ -54,7 +56,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 def windows_from_hf(fields: Fields, layers: int) -> tuple[int | None, ...]:
     """Windows by `layer_types`; otherwise all but the last of every four (or `sliding_window_pattern`) layers."""
-    window = fields.with_absent(sliding_window=4096).get("sliding_window", int, None)
+    window = fields.get("sliding_window", int, None)
     if window is None:
         return (None,) * layers
     period = 4 if "layer_types" in fields else fields.count("sliding_window_pattern", 4)
@@ -62,9 +64,9 @@ def windows_from_hf(fields: Fields, layers: int) -> tuple[int | None, ...]:
     return layer_windows(fields, layers, window) or usual
 
 
-def full_layers(windows: tuple[int | None, ...]) -> frozenset[int]:
-    """The layers without a window, in a model in which other layers have one."""
-    return frozenset(layer for layer, window in enumerate(windows) if any(windows) and window is None)
+def full_layers(windows: tuple[int | None, ...], local: bool) -> frozenset[int]:
+    """The layers without a window if only layers with a window rotate (`local`); otherwise no layers."""
+    return frozenset(layer for layer, window in enumerate(windows) if local and window is None)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
@@ -74,7 +76,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     windows = gguf_windows(fields, shared["num_layers"], window, period=4)
     own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": olmo}
     if not olmo:
-        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows))
+        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows, window is not None))
     if window is not None:
         theta = fields.get("rope.freq_base_swa", float, shared["rope"].theta)
         local = RopeConfig(theta=theta, dim=shared["rope"].dim, original_max_position=position)
