@@ -20,7 +20,7 @@ class Embedding:
 
     Args:
         vocab_size, size: V and E.
-        placement: where the table lives.
+        placement: device and types of the table.
         scale: factor of the rows, not of the logits; None for 1.
         bias: whether logits have a bias.
         logit_scale: factor of the logits, the bias included.

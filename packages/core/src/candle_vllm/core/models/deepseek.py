@@ -74,7 +74,7 @@ class Attention:
         return self.output(self.attend(q, kv, step, step.shared.get("positions")))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """No parameters besides those of its parts."""
+        """Return no parameters: the parts have them all."""
         return {}
 
 

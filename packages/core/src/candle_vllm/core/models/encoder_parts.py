@@ -59,7 +59,7 @@ def types_from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_only(fields: Fields, model_type: str, only: Mapping[str, object]) -> None:
-    """Refuse a config with values that are not implemented; missing keys and null count as implemented.
+    """Refuse a config with values other than `only`; a missing key or null is never refused.
 
     Raises:
         UnsupportedModelError: some values are not implemented; the message names all their keys.

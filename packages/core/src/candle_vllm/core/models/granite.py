@@ -114,7 +114,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """The GGUF metadata with the four factors, of which that of the logits is a divisor."""
+    """The GGUF metadata with the four factors; `logit_scale` is a divisor there."""
     keys: dict[str, Any] = {
         "embedding_scale": float(config.embedding_scale),
         "residual_scale": float(config.residual_scale),

@@ -144,7 +144,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None without; Qwen sets it by flag and first layer, Mistral for all layers."""
+    """Each layer's sliding window or None: Qwen sets it by flag and first layer, Mistral for all layers."""
     qwen, usual = "qwen" in model_type, {} if model_type == "ministral3" else {"sliding_window": 4096}
     window = fields.with_absent(**usual).get("sliding_window", int, None)
     if not (qwen or model_type in ("mistral", "ministral", "ministral3")) or window is None:
@@ -187,7 +187,7 @@ class Attention:
     """Grouped-query attention with rotary positions: x [T, E] -> [T, E].
 
     Args:
-        config, rotary, placement: those of the model.
+        config, rotary, placement: of the model.
         layer: index of the layer.
         inputs: columns of x, if they are not E.
     """
@@ -234,7 +234,7 @@ class Attention:
         return self.output(y)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """No parameters besides those of its parts."""
+        """Return no parameters: the parts have them all."""
         return {}
 
 
