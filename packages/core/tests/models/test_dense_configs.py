@@ -103,6 +103,15 @@ def test_a_null_window_is_no_window() -> None:
     assert family_from_hf(values, Path("config.json"))[1].sliding_windows == (None, None)
 
 
+def test_mistral_4_with_rotary_settings_of_before_transformers_5() -> None:
+    row = ROWS["Mistral Small 4"]
+    new = tiny_config(row.model_type, **row.config).to_dict() | {"architectures": ["Mistral4ForCausalLM"]}
+    scaling = dict(new["rope_parameters"])
+    old = new | {"rope_parameters": None, "rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    ours, theirs = (family_from_hf(values, Path("config.json"))[1] for values in (old, new))
+    assert ours == theirs
+
+
 # ---- configs as they are published -----------------------------------------------------------------------------------
 
 SIZES = {"vocab_size": 1000, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}

@@ -102,8 +102,9 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
     position = fields.count("max_position_embeddings")
     turning = fields
     if model_type == "mistral4":  # its partial_rotary_factor repeats qk_rope_head_dim
-        nested = dict(fields.section("rope_parameters").values) | {"partial_rotary_factor": 1.0}
-        turning = Fields({"rope_parameters": nested}, fields.path)
+        key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
+        nested = dict(fields.section(key).values) | {"partial_rotary_factor": 1.0}
+        turning = Fields({**fields.values, fields.prefix + key: nested}, fields.path, fields.prefix)
     rope = rope_from_hf(turning, rope_dim, position)
     q_rank, bias = fields.count("q_lora_rank", 0), fields.get("attention_bias", bool, False)
     if bias and not q_rank:
