@@ -236,6 +236,8 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         if name not in _DRAFT_SETTINGS:
             near = nearest(name, _DRAFT_SETTINGS)
             raise _draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
+        if value is None and getattr(SpeculativeConfig, name) is None:
+            continue
         kind = _DRAFT_KINDS[name]
         value = str(value) if isinstance(value, Path) else value
         try:
