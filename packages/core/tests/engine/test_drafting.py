@@ -289,6 +289,7 @@ def test_settings_that_cannot_be_are_refused_by_name(given: dict[str, Any], said
 def test_settings() -> None:
     assert draft_settings(None) is draft_settings({"method": "none"}) is None
     assert draft_settings({}) == draft_settings({"method": "suffix"})
+    assert draft_settings({"method": "ngram", "model": None, "revision": None}) == SpeculativeConfig(method="ngram")
 
 
 def test_a_step_without_rows_for_guesses_is_refused(folder: Path) -> None:

@@ -182,6 +182,7 @@ LLAMA4 = {
     "num_local_experts": 6,
     "interleave_moe_layer_step": 2,
 }
+LLAMA4_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 LLAMA4_CHUNKS = {"attention_chunk_size": 16, "floor_scale": 24, "attn_scale": 0.3, "interleave_moe_layer_step": 1}
 LLAMA4_CHUNKS |= {"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3, "use_qk_norm": False, "attention_bias": True}
 
@@ -626,6 +627,7 @@ ROWS: Mapping[str, Row] = {
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3", common=False),
     "Llama-4": Row("llama4_text", LLAMA4, "llama4", undecided=0.1),
     "Llama-4 chunks": Row("llama4_text", LLAMA4 | LLAMA4_CHUNKS, undecided=0.1),
+    "Llama-4 yarn": Row("llama4_text", LLAMA4 | {"rope_parameters": LLAMA4_YARN}, undecided=0.1, common=False),
     "Gemma-3n": Row("gemma3n_text", GEMMA3N, "gemma3n"),
     "Gemma-3n own keys": Row("gemma3n_text", GEMMA3N | GEMMA3N_OWN, common=False),
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
@@ -676,6 +678,12 @@ ROWS: Mapping[str, Row] = {
     "Qwen2-MoE": Row("qwen2_moe", {"hidden_size": 128} | QWEN_MOE, "qwen2moe", undecided=0.1),
     "Qwen2-MoE sparse steps": Row("qwen2_moe", {"hidden_size": 128} | QWEN_MOE | SPARSE_STEPS, undecided=0.1),
     "Qwen3-MoE": Row("qwen3_moe", {"head_dim": 32} | QWEN_MOE | {"norm_topk_prob": True}, "qwen3moe", undecided=0.1),
+    "Qwen3-MoE window": Row(
+        "qwen3_moe",
+        {"head_dim": 32, "use_sliding_window": True, "sliding_window": 16} | QWEN_MOE,
+        undecided=0.1,
+        common=False,
+    ),
     "Qwen3-VL-MoE": Row(
         "qwen3_moe",
         {"head_dim": 32, "rope_parameters": QWEN3_VL_ROPE} | QWEN_MOE | {"norm_topk_prob": True},
@@ -712,6 +720,7 @@ ROWS: Mapping[str, Row] = {
     "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
     "Granite": Row("granite", GRANITE, "granite", common=False),
     "Granite biases": Row("granite", GRANITE | GRANITE_BIASES, "granite", common=False),
+    "Granite without a window": Row("granite", GRANITE | {"sliding_window": 16}, common=False),
     "Granite-MoE": Row("granitemoe", GRANITE_MOE, "granitemoe", undecided=0.1, common=False),
     "Granite-MoE shared": Row(
         "granitemoeshared", GRANITE_MOE | {"shared_intermediate_size": 64}, "granitemoe", undecided=0.1, common=False
@@ -758,6 +767,7 @@ ROWS: Mapping[str, Row] = {
     "OLMo 3": Row("olmo3", OLMO | WINDOWS | {"rope_parameters": OLMO3_ROPE}, "olmo2"),
     "OLMoE": Row("olmoe", OLMOE, "olmoe", undecided=0.1, common=False),
     "EXAONE 4": Row("exaone4", OLMO | EXAONE4, "exaone4", common=False),
+    "EXAONE 4 full layers": Row("exaone4", OLMO | {"layer_types": ["full_attention"] * 2}, common=False),
     "EXAONE 4 windows": Row("exaone4", OLMO | WINDOWS, "exaone4", common=False),
     "Apertus": Row("apertus", {"rope_parameters": LLAMA3}, "apertus", common=False),
     "Apertus biases": Row("apertus", {"attention_bias": True}, "apertus", common=False),
@@ -780,6 +790,7 @@ ROWS: Mapping[str, Row] = {
     "Command R": Row("cohere", COHERE, "command-r", common=False),
     "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", common=False),
     "Command R7B": Row("cohere2", COHERE | WINDOWS, "cohere2"),
+    "Command R7B full layers": Row("cohere2", COHERE | {"layer_types": ["full_attention"] * 2}, common=False),
     "Seed-OSS": Row("seed_oss", {"head_dim": 32}, "seed_oss", common=False),
     "Seed-OSS biases": Row("seed_oss", {"head_dim": 32, "attention_out_bias": True, "mlp_bias": True}, common=False),
     "ERNIE 4.5": Row("ernie4_5", {"head_dim": 32}, "ernie4_5", common=False),

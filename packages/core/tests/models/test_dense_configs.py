@@ -12,16 +12,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from transformers import CONFIG_MAPPING
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.rope import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import granite
-from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
+from candle_vllm.core.models.registry import HF_FAMILIES, family_from_gguf, family_from_hf
 from packages.core.tests.models.dense_models import edited, folders, gguf_config
 from packages.core.tests.models.families import PHI4_MINI, ROWS
-from packages.core.tests.models.tiny import load, write_tiny
+from packages.core.tests.models.tiny import load, tiny_config, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,63 @@ def test_longropes_scale_where_a_file_has_none(tmp_path: Path) -> None:
     numbers = {"context_length": 131072, "rope.scaling.original_context_length": 4096}
     config = gguf_config(tmp_path / "m.gguf", "phi3", factors, **numbers)
     assert attention_scale(config.rope) == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
+ABSENT = [
+    ("Mistral", "sliding_window"),
+    ("Ministral", "sliding_window"),
+    ("OLMo 3", "sliding_window"),
+    ("EXAONE 4 windows", "sliding_window"),
+    ("Command R7B", "sliding_window"),
+    ("Laguna", "sliding_window"),
+    ("gpt-oss", "sliding_window"),
+    ("QwQ", "max_window_layers"),
+    ("Gemma-2", "attn_logit_softcapping"),
+    ("Gemma-2", "final_logit_softcapping"),
+    ("MiMo V2", "attention_value_scale"),
+    ("DeepSeek-V3", "routed_scaling_factor"),
+    ("DeepSeek-V3", "first_k_dense_replace"),
+    ("DeepSeek-V3.2", "routed_scaling_factor"),
+    ("GLM-5", "routed_scaling_factor"),
+    ("GLM-4.7-Flash", "routed_scaling_factor"),
+    ("Kimi Linear", "routed_scaling_factor"),
+    ("Hy3", "router_scaling_factor"),
+    ("Llama-4", "rope_parameters"),
+    ("Mixtral", "rope_parameters"),
+    ("Phi-3.5-MoE", "rope_parameters"),
+    ("MiniMax-M2", "rope_parameters"),
+    ("Command R", "rope_parameters"),
+]
+
+
+@pytest.mark.parametrize(("name", "key"), ABSENT)
+def test_an_absent_key_has_the_default_of_transformers(name: str, key: str) -> None:
+    row, more, absent = ROWS[name], dict[str, Any](), {key}
+    if key == "max_window_layers":
+        more, absent = {"use_sliding_window": True, "num_hidden_layers": 30}, {key, "layer_types"}
+    whole = tiny_config(row.model_type, **{**row.config, **more}).to_dict()
+    stored = {k: v for k, v in whole.items() if k not in absent}
+    completed = CONFIG_MAPPING[row.model_type].from_dict(stored).to_dict()
+    classes = [each for each in HF_FAMILIES if HF_FAMILIES[each].hf[each] == row.model_type]
+    ours, theirs = (
+        family_from_hf(values | {"architectures": classes[:1]}, Path("config.json"), impl="native")[1]
+        for values in (stored, completed)
+    )
+    assert ours == theirs
+
+
+def test_a_null_window_is_no_window() -> None:
+    values = tiny_config("mistral", sliding_window=None).to_dict() | {"architectures": ["MistralForCausalLM"]}
+    assert family_from_hf(values, Path("config.json"))[1].sliding_windows == (None, None)
+
+
+def test_mistral_4_with_rotary_settings_of_before_transformers_5() -> None:
+    row = ROWS["Mistral Small 4"]
+    new = tiny_config(row.model_type, **row.config).to_dict() | {"architectures": ["Mistral4ForCausalLM"]}
+    scaling = dict(new["rope_parameters"])
+    old = new | {"rope_parameters": None, "rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    ours, theirs = (family_from_hf(values, Path("config.json"))[1] for values in (old, new))
+    assert ours == theirs
 
 
 # ---- configs as they are published -----------------------------------------------------------------------------------

@@ -104,14 +104,19 @@ def write_tiny(folder: Path, model_type: str, *, seed: int = 0, **overrides: Any
         overrides: of `SMALL`, or more keys of the family's config; None takes a key of `SMALL` out, others are null.
     """
     transformers_logging.set_verbosity_error()
-    values = {key: value for key, value in (dict(SMALL) | overrides).items() if value is not None or key not in SMALL}
-    config = AutoConfig.for_model(model_type, **values)
+    config = tiny_config(model_type, **overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     randomise(model)
     model.save_pretrained(folder)
     write_toy_tokenizer(folder)
     return folder
+
+
+def tiny_config(model_type: str, **overrides: Any) -> Any:
+    """transformers' config of a tiny model; arguments as for `write_tiny`."""
+    values = {key: value for key, value in (dict(SMALL) | overrides).items() if value is not None or key not in SMALL}
+    return AutoConfig.for_model(model_type, **values)
 
 
 def randomise(model: torch.nn.Module) -> None:

@@ -30,24 +30,24 @@ R = TypeVar("R")
 
 @functools.cache
 def foreign_names(owner: str) -> Mapping[str, str]:
-    """Return an answer for each name that `owner` (a class with a table, or any method) lacks and other libraries have.
+    """Return the answer for each name of other libraries that `owner`, a class with a table or any method, lacks.
 
     An answer begins with the equivalent name of this library, if there is one.
     """
     return {name: row[2] for row in _rows(owner) for name in row[0].split()}
 
 
-def says_what_is_so(owner: str, name: str, value: object) -> bool:
-    """Whether an unknown argument of `owner` has a value that changes nothing; where any is accepted, it is logged."""
-    agreeing = _agreeing(owner).get(name, ())
-    if "*" in agreeing:
+def has_no_effect(owner: str, name: str, value: object) -> bool:
+    """Whether an unknown argument asks for what `owner` does anyway; if its table row allows any value, log that."""
+    harmless = _harmless(owner).get(name, ())
+    if "*" in harmless:
         logger.warning("%s has no effect here: %s", name, foreign_names(owner)[name])
         return True
-    return any(type(value) is type(each) and value == each for each in agreeing)
+    return any(type(value) is type(each) and value == each for each in harmless)
 
 
 @functools.cache
-def _agreeing(owner: str) -> Mapping[str, Sequence[object]]:
+def _harmless(owner: str) -> Mapping[str, Sequence[object]]:
     return {name: json.loads(f"[{row[1]}]") for row in _rows(owner) for name in row[0].split()}
 
 
@@ -107,9 +107,7 @@ class _Explaining(type):
             try:
                 return super().__call__(*arguments, **named)
             except TypeError:
-                wanted = {
-                    name: value for name, value in named.items() if not says_what_is_so(cls.__name__, name, value)
-                }
+                wanted = {name: value for name, value in named.items() if not has_no_effect(cls.__name__, name, value)}
                 if len(wanted) < len(named):
                     return cls(*arguments, **wanted)
                 fields = getattr(cls, "__struct_fields__", None)
@@ -131,7 +129,7 @@ class _ExplainingAttributes(ABCMeta):
 
 
 class ExplainedAttributes(metaclass=_ExplainingAttributes):
-    """Base of classes that have attributes by other names, too, or say in the error for one what stands for it here."""
+    """Base of classes that know the attributes of other libraries: as aliases, or as hints in the error."""
 
     if not TYPE_CHECKING:
 
@@ -140,7 +138,7 @@ class ExplainedAttributes(metaclass=_ExplainingAttributes):
 
 
 def _attribute(owner: str, name: str, asked: object) -> Any:
-    """Return the attribute that the table names for `name`; AttributeError with the table's sentence, if it has one."""
+    """Return the attribute for which `name` is an alias; raise AttributeError with the table's hint, if it has one."""
     answer = foreign_names(f"{owner} attributes").get(name)
     if answer is not None and answer.isidentifier():
         return getattr(asked, answer)
@@ -218,11 +216,11 @@ def refuse_lost(
     variables: Iterable[str],
     within: Mapping[str, Iterable[str]],
 ) -> None:
-    """Refuse variables that a template does not read, because they would have no effect.
+    """Refuse chat template variables that the template does not read: they would have no effect.
 
     Args:
         owner: the method that accepts them.
-        given: names of the variables.
+        given: names of the variables in a call.
         known: arguments of the method.
         variables: variables that the template reads.
         within: as for `unknown_name`.

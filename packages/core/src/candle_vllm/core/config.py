@@ -111,7 +111,7 @@ DEMO_NAME = DEMO_FILE.removesuffix(".gguf")
 """Name of the demo model; if it is served under this name, requests may also use "demo"."""
 
 ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k", "iq4_nl", "iq4_xs", "w8a8")
-"""Types to which plain (not quantised) weights can be quantised while they are loaded."""
+"""Types to which plain weights can be quantised while they are loaded."""
 
 
 def demo_model() -> Path | None:
@@ -146,7 +146,7 @@ DRAFT_METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "eagle3": (PAST, WEIGHTS),
     "mtp": (PAST, WEIGHTS),
 })  # fmt: skip
-"""What each method takes draft tokens from, beside the text so far; weights of a model, a head or a layer: CPU only."""
+"""Sources of each method's draft tokens besides the text so far; methods with weights are for the CPU only."""
 _NEEDED_MODELS = {
     "draft_model": "a small one with the same vocabulary",
     "eagle3": "a head that was trained for the model that is served",
@@ -210,17 +210,17 @@ class SpeculativeConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What the method takes draft tokens from (`DRAFT_METHODS`)."""
+        """The method's sources of draft tokens, see `DRAFT_METHODS`."""
         return DRAFT_METHODS[self.method]
 
 
 _DRAFT_SETTINGS = {
     name: hint.__metadata__ for name, hint in get_type_hints(SpeculativeConfig, include_extras=True).items()
 }
-"""The kind of each setting, then what a method must take tokens from to have it; nothing if all methods have it."""
+"""For each setting its kind, then the source that a method must have to use it; no source if all methods use it."""
 _DRAFT_KINDS = {name: kind for name, (kind, *_) in _DRAFT_SETTINGS.items()}
 MOST_LAYERS = 1024
-"""Maximum number of layers of any model, so `cpu_experts` and `gpu_layers` mean all layers with this value."""
+"""Maximum of `cpu_experts` and `gpu_layers`, which stands for all layers."""
 
 
 def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
@@ -236,6 +236,8 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         if name not in _DRAFT_SETTINGS:
             near = nearest(name, _DRAFT_SETTINGS)
             raise _draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
+        if value is None and getattr(SpeculativeConfig, name) is None:
+            continue
         kind = _DRAFT_KINDS[name]
         value = str(value) if isinstance(value, Path) else value
         try:
@@ -762,7 +764,7 @@ class EngineSettings(TypedDict, total=False):
 
 
 def require_one(config: EngineConfig) -> None:
-    """Refuse a config with several replicas for a single engine.
+    """Refuse a config of several replicas: the caller makes a single engine.
 
     Raises:
         ConfigError: `data_parallel_size` is above 1.

@@ -96,9 +96,14 @@ class Fields:
         return Fields(self.get(key, dict, {}), self.path)
 
     def with_defaults(self, **values: Any) -> Fields:
-        """Return these fields with values for the keys that are absent or null."""
+        """Return these fields with values for the keys, prefix included, that are absent or null."""
         given = {key: value for key, value in self.values.items() if value is not None}
         return Fields(values | given, self.path, self.prefix)
+
+    def with_absent(self, **values: Any) -> Fields:
+        """Return these fields with values for the keys, without the prefix, that are absent; null stays null."""
+        usual = {self.prefix + key: value for key, value in values.items()}
+        return Fields({**usual, **self.values}, self.path, self.prefix)
 
     def token_ids(self, key: str, *, lowest: int = 0) -> tuple[int, ...]:
         """Return one token id, from `lowest` to 2^24, or a list of token ids, as a tuple."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 DenseActivation = Literal["none", "tanh", "relu", "gelu", "gelu_tanh", "silu"]
 Likelihood = Literal["none", "sigmoid", "softmax"]
-"""Activation that maps logits to 0..1: no activation, a sigmoid of each, or a softmax over all."""
+"""Activation of logits: none, or one that maps them to 0..1: a sigmoid of each, or a softmax over all."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,7 +70,7 @@ class PooledHead:
     Attributes:
         layers: the layers in order; empty if the model has computed all of them.
         labels: names of the outputs of the last layer, for a head for scores and classes.
-        likelihood: activation that maps these outputs to 0..1.
+        likelihood: activation of these outputs.
     """
 
     layers: tuple[Dense, ...] = ()
@@ -84,7 +84,7 @@ class PooledHead:
     def by_token(
         self, rows: NDArray[np.float64], token_ids: Sequence[int], *, activate: bool, sparse: bool
     ) -> NDArray[np.float64]:
-        """See `pooling.Behind`; this head is the same for each token."""
+        """See `pooling.Behind`; each position passes the same layers."""
         del token_ids
         assert not sparse
         return self(rows, activate=activate)

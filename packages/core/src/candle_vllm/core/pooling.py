@@ -47,7 +47,7 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
     Attributes:
         dimensions: length of the vector, if the model was trained for truncated vectors (Matryoshka, arXiv:2205.13147):
             the first elements are kept and normalised again.
-        normalize: scale the vector to length 1; of a vector, `use_activation` is vLLM's name of this parameter.
+        normalize: scale the vector to length 1; for embeddings, vLLM calls this parameter `use_activation`.
         pooling: pooling method, see `PoolingKind`.
         use_activation: whether a head for scores or classes applies the model's activation to its logits; None
             means true, and false returns logits, such as the rewards of a reward model.

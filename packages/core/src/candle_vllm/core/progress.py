@@ -72,7 +72,7 @@ def heard_by(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def progress_bar() -> Iterator[None]:
-    """Show progress within the context as a bar, on a terminal, after one second; without a total, as a count."""
+    """On a terminal, show progress within the context after one second: as a bar, or without a total as a count."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield
         return

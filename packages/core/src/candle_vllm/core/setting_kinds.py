@@ -122,7 +122,7 @@ class Hosts:
 
 @dataclass(frozen=True)
 class FreeText:
-    """Free text for the model, of `least` to `most` characters, line breaks and spaces included."""
+    """Text of `least` to `most` characters for the model; it may have line breaks."""
 
     most: int = _MAX_FREE_TEXT
     least: int = 1
@@ -268,7 +268,7 @@ SEED = Integer(-(1 << 63), (1 << 64) - 1)
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a range; `open_low` and `open_high` exclude the ends, `said` describes the range in errors."""
+    """A number in a range; `open_low` and `open_high` exclude its ends, `said` describes it in the error of `taken`."""
 
     low: float
     high: float

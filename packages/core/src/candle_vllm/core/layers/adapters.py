@@ -55,7 +55,7 @@ def number_places(model: object, adapters: EagerAdapters | None = None) -> Mappi
 
 
 def linears_in(layers: object) -> Iterator[Linear]:
-    """Return every `Linear` of the layers, except those of routers and output layers."""
+    """Yield every `Linear` of the layers, except those of routers, embeddings and output layers."""
     for _, layer in _layers(layers, ""):
         if isinstance(layer, Linear):
             yield layer

@@ -77,7 +77,7 @@ class GatedDeltaNet:
         size: E.
         sizes: shapes of the delta net.
         eps: epsilon of the result's norm.
-        placement: where the weights live.
+        placement: device and types of the weights.
         apart: checkpoints store q, k and v as three matrices, the parts "q", "k" and "v" of `inputs`, and the kernels
             of their convolutions as the parts "q.taps", "k.taps" and "v.taps"; otherwise "qkv" and "taps".
         strength: see `DeltaGates`.

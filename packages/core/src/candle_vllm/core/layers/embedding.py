@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from candle_vllm.core.kernels.collectives import VocabularyShare
 from candle_vllm.core.kernels.lora import Place
@@ -21,7 +20,7 @@ class Embedding:
 
     Args:
         vocab_size, size: V and E.
-        placement: where the table lives.
+        placement: device and types of the table.
         scale: factor of the rows, not of the logits; None for 1.
         bias: whether logits have a bias.
         logit_scale: factor of the logits, the bias included.
@@ -61,24 +60,17 @@ class Embedding:
         (matrix,) = self.table.matrices
         if isinstance(token_ids, RecordedTokens):
             return token_ids.embedding(matrix, scale, self.place)
-        if self.share is not None:
-            return self._divided(matrix, token_ids, scale, self.share)
+        share, others = self.share, None
+        if share is not None:
+            token_ids = token_ids - share.first
+            others = (token_ids < 0) | (token_ids >= matrix.rows)  # tokens whose rows other ranks have
+            token_ids = token_ids.masked_fill(others, 0)
         rows = matrix.take(token_ids, self._placement.torch_dtype)
         if self.table.adapters is not None:
             rows = self.table.adapters.look_up(self.place, token_ids, rows)
         rows = rows.float() if self._wide else rows
-        return rows if scale is None else scale_cap_(rows, scale)
-
-    def _divided(self, matrix: Any, token_ids: Value, scale: float | None, share: VocabularyShare) -> Value:
-        """Look up rows of a table that is divided among ranks."""
-        places = token_ids - share.first
-        others = (places < 0) | (places >= matrix.rows)
-        places = places.masked_fill(others, 0)
-        rows = matrix.take(places, self._placement.torch_dtype)
-        if self.table.adapters is not None:
-            rows = self.table.adapters.look_up(self.place, places, rows)
-        rows = rows.float() if self._wide else rows
-        rows = share.collective.sum(rows.masked_fill(others.unsqueeze(-1), 0))
+        if share is not None and others is not None:
+            rows = share.collective.sum(rows.masked_fill(others.unsqueeze(-1), 0))
         return rows if scale is None else scale_cap_(rows, scale)
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:

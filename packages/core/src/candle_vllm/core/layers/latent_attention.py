@@ -57,7 +57,7 @@ class LatentAttention:
         sizes: shapes of latent attention.
         rotary: rotary embedding.
         norm_eps: epsilon of the latent row's norm.
-        placement: where the weights live.
+        placement: device and types of the weights.
         scale: factor of the scores.
     """
 

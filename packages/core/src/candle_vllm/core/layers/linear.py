@@ -35,10 +35,11 @@ class Linear:
         in_features: I.
         out_features: O, or the sizes of the named matrices that are stacked into O, in order.
         bias: whether there is a bias; experts' biases are fp32.
-        placement: where the weights live.
+        placement: device and types of the weights.
         kept: whether small floats, and integer codes with reordered columns, may stay in their stored format.
         experts: X, whose parameters are "{name}.{e}.weight"; 0 for a layer without experts.
         first: index of this rank's first expert.
+        sections: see `Parameter.sections`.
 
     Attributes:
         pieces: the loaded matrices, by the prefix of their parameters' names.
@@ -107,8 +108,8 @@ class Linear:
             y = multiply(x.to(self._torch_dtype), self.matrices, self.bias, invariant=invariant)
             y = y if self.adapters is None else self.adapters.add(self.place, x, y, self.bias)
             return y if self.collective is None else self.collective.sum(y)
-        joins = {"place": self.place, "adapters": self.adapters}
-        return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant, **joins)
+        lora = {"place": self.place, "adapters": self.adapters}
+        return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant, **lora)
 
     def number_place(self, number: int, *, lookup: bool = False) -> Place:
         """Return the layer's adapter site, with index `number` in its model."""

@@ -182,7 +182,7 @@ class SparseMLP:
         return moe.combine(self.experts(x, pairs), pairs, None)
 
     def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
-        """As `__call__`, but the shared expert runs while the CPU computes the experts."""
+        """Do what `__call__` does, with the shared expert on the GPU while the CPU computes the other experts."""
         if self.shared is None:
             return elsewhere(x, logits, None)[0]
         mlp, gate = self.shared, self.shared_gate

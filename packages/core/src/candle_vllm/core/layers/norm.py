@@ -24,7 +24,7 @@ class RMSNorm:
     `next_norm.add(norm(x), residual)`; in a recorded step each of these is one operation.
 
     Args:
-        size, eps, placement: elements of the last dimension, epsilon, and where the weight lives.
+        size, eps, placement: elements of the last dimension, epsilon, device and types of the weight.
         weighted: whether the norm has a weight; otherwise the weight is 1.
 
     Attributes:

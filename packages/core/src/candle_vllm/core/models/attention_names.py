@@ -39,7 +39,7 @@ def projections(views: Mapping[str, View] = MappingProxyType({})) -> list[Weight
 
 
 def gguf_projection(part: str, kind: str, view: View | None = None) -> tuple[Seen, Seen]:
-    """The two GGUF names of q, k or v: a tensor of its own, or rows of the fused one.
+    """The two GGUF names of q, k or v: of a separate tensor, and of the fused one, of which it is some rows.
 
     Args:
         part: "q", "k" or "v".
@@ -56,7 +56,7 @@ def gguf_has_bias(checkpoint: Checkpoint) -> bool:
 
 
 def kv_heads_by_layer(fields: Fields) -> tuple[Fields, list[int]]:
-    """GGUF metadata with one count of key-value heads, and the counts of all layers, each of which is this one or 0.
+    """GGUF metadata with one number of key-value heads, and the numbers of all layers: this number, or 0.
 
     Raises:
         InvalidFileError: the number of counts is not the number of layers.
@@ -84,8 +84,8 @@ def pair(target: str, hf: Either, gguf: Either = (), view: View | None = None) -
         view: view of the Hugging Face tensor.
     """
 
-    def names(stems: Either, kind: str) -> tuple[str, ...]:
-        return tuple(f"{stem}.{kind}" for stem in ((stems,) if isinstance(stems, str) else stems))
+    def names(stems: Either, kind: str) -> Either:
+        return f"{stems}.{kind}" if isinstance(stems, str) else tuple(f"{stem}.{kind}" for stem in stems)
 
     return [WeightName(target + kind, names(hf, kind), names(gguf, kind), view) for kind in ("weight", "bias")]
 

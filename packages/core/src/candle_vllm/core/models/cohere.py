@@ -52,14 +52,14 @@ def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
     if "model_max_length" in fields:  # Command R and R+: the other key has the length of training
         length = {f"{fields.prefix}max_position_embeddings": fields.count("model_max_length")}
         fields = Fields({**fields.values, **length}, fields.path, fields.prefix)
-    shared, local = shared_from_hf(fields, model_type, eps="layer_norm_eps"), model_type == "cohere2"
+    local = model_type == "cohere2"
+    shared = shared_from_hf(fields.with_absent(rope_theta=1e4 if local else 5e5), model_type, eps="layer_norm_eps")
     if local:
-        usual = fields.with_defaults(**{f"{fields.prefix}sliding_window": 4096})
-        shared["sliding_windows"] = windows_from_hf(usual, shared["num_layers"])
+        shared["sliding_windows"] = windows_from_hf(fields.with_absent(sliding_window=4096), shared["num_layers"])
     shared["qkv_bias"] = shared["output_bias"] = fields.get("attention_bias", bool, False)
     shared["tie_embeddings"] = fields.get("tie_word_embeddings", bool, True)
     scale, head_norms = fields.get("logit_scale", float, 0.0625), fields.get("use_qk_norm", bool, False)
-    return _config(shared, scale, head_norms and not local)
+    return _config(shared, local, scale, head_norms and not local)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> CohereConfig:
@@ -72,11 +72,11 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> CohereConfig:
     shared["qkv_bias"] = gguf_has_bias(checkpoint)
     shared["output_bias"] = "blk.0.attn_output.bias" in checkpoint.tensors
     scale = fields.get("logit_scale", float, *([] if local else [1.0]))
-    return _config(shared, scale, "blk.0.attn_q_norm.weight" in checkpoint.tensors)
+    return _config(shared, local, scale, "blk.0.attn_q_norm.weight" in checkpoint.tensors)
 
 
-def _config(shared: dict[str, Any], scale: float, head_norms: bool) -> CohereConfig:
-    shared["unrotated_layers"] = full_layers(shared["sliding_windows"])
+def _config(shared: dict[str, Any], local: bool, scale: float, head_norms: bool) -> CohereConfig:
+    shared["unrotated_layers"] = full_layers(shared["sliding_windows"], local)
     return CohereConfig(**shared, logit_scale=scale, head_norms=head_norms, interleaved_rotary=True)
 
 

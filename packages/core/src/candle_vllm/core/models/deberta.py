@@ -18,11 +18,11 @@ from candle_vllm.core.kernels.whole_attention import disentangled_attention
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.encoder_parts import (
     ACTIVATIONS,
     Table,
     block_names,
-    both,
     check_only,
     head_of,
     ignored,
@@ -130,7 +130,7 @@ def weights(config: DebertaConfig, stored: Iterable[str]) -> list[WeightName]:
     return [
         *table_names(at, ("pooler.dense", "classifier")),
         WeightName("relative:weight", f"{at}encoder.rel_embeddings.weight", None),
-        *both("relative_norm:", f"{at}encoder.LayerNorm"),
+        *pair("relative_norm:", f"{at}encoder.LayerNorm"),
         *block_names(f"{at}encoder.layer.{{i}}.", own),
     ]
 

@@ -27,6 +27,7 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import sparse_index
+from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.models.deepseek_config import (
     DeepseekConfig,
     config_from_gguf,
@@ -73,7 +74,7 @@ class Attention:
         return self.output(self.attend(q, kv, step, step.shared.get("positions")))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """No parameters besides those of its parts."""
+        """Return no parameters: the parts have them all."""
         return {}
 
 
@@ -171,8 +172,7 @@ def _value_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTenso
     return computed(stored, (sizes.heads, sizes.value, sizes.latent), values)
 
 
-_HF, _GG = "model.layers.{i}.", "blk.{i}."
-_AT, _TO = _HF + "self_attn.", "layers.{i}.attention."
+_AT, _TO = HF + "self_attn.", "layers.{i}.attention."
 
 
 def _down(part: str, hf: tuple[str, ...], gguf: tuple[str, ...], view: Any) -> list[WeightName]:
@@ -181,7 +181,7 @@ def _down(part: str, hf: tuple[str, ...], gguf: tuple[str, ...], view: Any) -> l
         WeightName(
             f"{_TO}down:{part}.{kind}",
             tuple(f"{_AT}{name}.{kind}" for name in hf),
-            tuple(f"{_GG}{name}.{kind}" for name in gguf),
+            tuple(f"{GG}{name}.{kind}" for name in gguf),
             view,
             view,
         )
@@ -191,34 +191,34 @@ def _down(part: str, hf: tuple[str, ...], gguf: tuple[str, ...], view: Any) -> l
 
 WEIGHTS = [
     WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
-    WeightName("layers.{i}.attention_norm:weight", _HF + "input_layernorm.weight", _GG + "attn_norm.weight"),
+    WeightName("layers.{i}.attention_norm:weight", HF + "input_layernorm.weight", GG + "attn_norm.weight"),
     *_down("q", ("q_a_proj", "q_proj"), ("attn_q_a", "attn_q"), _first_query_rows),
     *_down("kv", ("kv_a_proj_with_mqa",), ("attn_kv_a_mqa",), _key_rows),
-    WeightName(_TO + "q_norm:weight", _AT + "q_a_layernorm.weight", _GG + "attn_q_a_norm.weight"),
-    WeightName(_TO + "q_up:weight", _AT + "q_b_proj.weight", _GG + "attn_q_b.weight", _query_rows, _query_rows),
-    WeightName(_TO + "attend.norm:weight", _AT + "kv_a_layernorm.weight", _GG + "attn_kv_a_norm.weight"),
+    WeightName(_TO + "q_norm:weight", _AT + "q_a_layernorm.weight", GG + "attn_q_a_norm.weight"),
+    WeightName(_TO + "q_up:weight", _AT + "q_b_proj.weight", GG + "attn_q_b.weight", _query_rows, _query_rows),
+    WeightName(_TO + "attend.norm:weight", _AT + "kv_a_layernorm.weight", GG + "attn_kv_a_norm.weight"),
     WeightName(
         _TO + "attend.keys:weight",
         _AT + "kv_b_proj.weight",
-        (_GG + "attn_k_b.weight", _GG + "attn_kv_b.weight"),
+        (GG + "attn_k_b.weight", GG + "attn_kv_b.weight"),
         _key_matrices,
         _key_matrices,
     ),
     WeightName(
         _TO + "attend.values:weight",
         _AT + "kv_b_proj.weight",
-        (_GG + "attn_v_b.weight", _GG + "attn_kv_b.weight"),
+        (GG + "attn_v_b.weight", GG + "attn_kv_b.weight"),
         _value_matrices,
         _value_matrices,
     ),
-    WeightName(_TO + "output:weight", _AT + "o_proj.weight", _GG + "attn_output.weight"),
-    WeightName(_TO + "output:bias", _AT + "o_proj.bias", _GG + "attn_output.bias"),
-    WeightName("layers.{i}.mlp_norm:weight", _HF + "post_attention_layernorm.weight", _GG + "ffn_norm.weight"),
-    WeightName("layers.{i}.mlp.gate_up:gate.weight", _HF + "mlp.gate_proj.weight", _GG + "ffn_gate.weight"),
-    WeightName("layers.{i}.mlp.gate_up:up.weight", _HF + "mlp.up_proj.weight", _GG + "ffn_up.weight"),
-    WeightName("layers.{i}.mlp.down:weight", _HF + "mlp.down_proj.weight", _GG + "ffn_down.weight"),
-    WeightName("layers.{i}.mlp.router:weight", _HF + "mlp.gate.weight", _GG + "ffn_gate_inp.weight"),
-    WeightName("layers.{i}.mlp.router:correction", _HF + "mlp.gate.e_score_correction_bias", _GG + "exp_probs_b.bias"),
+    WeightName(_TO + "output:weight", _AT + "o_proj.weight", GG + "attn_output.weight"),
+    WeightName(_TO + "output:bias", _AT + "o_proj.bias", GG + "attn_output.bias"),
+    WeightName("layers.{i}.mlp_norm:weight", HF + "post_attention_layernorm.weight", GG + "ffn_norm.weight"),
+    WeightName("layers.{i}.mlp.gate_up:gate.weight", HF + "mlp.gate_proj.weight", GG + "ffn_gate.weight"),
+    WeightName("layers.{i}.mlp.gate_up:up.weight", HF + "mlp.up_proj.weight", GG + "ffn_up.weight"),
+    WeightName("layers.{i}.mlp.down:weight", HF + "mlp.down_proj.weight", GG + "ffn_down.weight"),
+    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
+    WeightName("layers.{i}.mlp.router:correction", HF + "mlp.gate.e_score_correction_bias", GG + "exp_probs_b.bias"),
     *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
     *shared_names("mlp.shared_experts"),
     *sparse_index.WEIGHTS,

@@ -86,19 +86,25 @@ class DeepseekConfig(ModelConfig):
         return scale * yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
 
 
-_DENSE = {"glm4_moe_lite": 1, "deepseek_v32": 3, "glm_moe_dsa": 3}  # first layers without experts, if not in the config
+_USUAL: dict[str, dict[str, Any]] = {  # transformers' defaults that configs may leave out
+    "glm4_moe_lite": {"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
+    "glm_moe_dsa": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
+}
+_USUAL["deepseek_v3"] = _USUAL["deepseek_v32"] = _USUAL["glm_moe_dsa"] | {"n_group": 8, "topk_group": 4}
 
 
 def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
     """Read `config.json` of the family's model types; youtu has no experts."""
     fields.choice("hidden_act", "silu", "silu", "swish")
+    fields = fields.with_absent(**_USUAL.get(model_type, {}))
     shared = shared_from_hf(fields, model_type)
     rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
     position = fields.count("max_position_embeddings")
     turning = fields
     if model_type == "mistral4":  # its partial_rotary_factor repeats qk_rope_head_dim
-        nested = dict(fields.section("rope_parameters").values) | {"partial_rotary_factor": 1.0}
-        turning = Fields({"rope_parameters": nested}, fields.path)
+        key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
+        nested = dict(fields.section(key).values) | {"partial_rotary_factor": 1.0}
+        turning = Fields({**fields.values, fields.prefix + key: nested}, fields.path, fields.prefix)
     rope = rope_from_hf(turning, rope_dim, position)
     q_rank, bias = fields.count("q_lora_rank", 0), fields.get("attention_bias", bool, False)
     if bias and not q_rank:
@@ -131,7 +137,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
 
 def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int, Mixture | None]:
     """The number of dense layers, and the experts of the other layers."""
-    dense = dense_layers(fields, layers, _DENSE.get(model_type, 0))
+    dense = dense_layers(fields, layers, 0)
     if "n_routed_experts" not in fields or dense >= layers:
         return layers, None
     if fields.get("moe_layer_freq", int, 1) != 1:

@@ -46,7 +46,7 @@ _MOST_TAPS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eagle3Config(LlamaConfig):
-    """Config of a head. `vocab_size` is that of the embedding.
+    """Config of a head. `vocab_size` is the number of the embedding's rows.
 
     Attributes:
         taps: layers of the model whose inputs the head reads.
@@ -227,7 +227,7 @@ _EMBED_HF, _EMBED_GG = ("embed_tokens.weight", "model.embed_tokens.weight"), "to
 
 
 def has_embedding(checkpoint: Checkpoint) -> bool:
-    """Whether a head has an embedding of its own."""
+    """Whether the head's checkpoint has an embedding."""
     return any(name in checkpoint.tensors for name in (*_EMBED_HF, _EMBED_GG))
 
 

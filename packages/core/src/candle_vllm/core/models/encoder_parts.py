@@ -17,6 +17,7 @@ from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Parameter, Seen, WeightName
+from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.pooled_head import Dense, Likelihood
 
 MAX_LABELS = 1 << 16
@@ -58,7 +59,7 @@ def types_from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_only(fields: Fields, model_type: str, only: Mapping[str, object]) -> None:
-    """Refuse a config with values that are not implemented; missing keys and null count as implemented.
+    """Refuse a config with values other than `only`; a missing key or null is never refused.
 
     Raises:
         UnsupportedModelError: some values are not implemented; the message names all their keys.
@@ -119,15 +120,6 @@ def _sigmoid(fields: Fields) -> bool:
     return kind == "Sigmoid"
 
 
-def both(target: str, hf: str | tuple[str, ...], gguf: str | None = None) -> list[WeightName]:
-    """The table rows of a weight and of its optional bias; names end before ".weight"."""
-    stems = (hf,) if isinstance(hf, str) else hf
-    return [
-        WeightName(f"{target}{kind}", tuple(f"{stem}.{kind}" for stem in stems), gguf and f"{gguf}.{kind}")
-        for kind in ("weight", "bias")
-    ]
-
-
 _TABLES = {
     "embed:weight": ("word_embeddings.weight", "token_embd.weight"),
     "positions:weight": ("position_embeddings.weight", "position_embd.weight"),
@@ -155,9 +147,9 @@ def table_names(at: str, head: tuple[str, str], *norms: str) -> list[WeightName]
     """
     return [
         *(WeightName(target, f"{at}embeddings.{hf}", gguf) for target, (hf, gguf) in _TABLES.items()),
-        *both("embed_norm:", (f"{at}embeddings.LayerNorm", *norms), "token_embd_norm"),
-        *both("head:", head[0]),
-        *both("score:", head[1]),
+        *pair("embed_norm:", (f"{at}embeddings.LayerNorm", *norms), "token_embd_norm"),
+        *pair("head:", head[0]),
+        *pair("score:", head[1]),
     ]
 
 
@@ -171,7 +163,7 @@ def block_names(layer: str, own: Mapping[str, tuple[str, ...]] = MappingProxyTyp
     lines = []
     for target, (usual, gguf) in _BLOCK.items():
         stems = tuple(layer + stem for stem in own.get(target, (usual,)))
-        lines += both(f"layers.{{i}}.{target}", stems, f"blk.{{i}}.{gguf}") if stems else []
+        lines += pair(f"layers.{{i}}.{target}", stems, f"blk.{{i}}.{gguf}") if stems else []
     return lines
 
 

@@ -192,7 +192,7 @@ class PlainEncoder(EncoderStack):
     """The encoder for a `StackConfig`.
 
     Args:
-        config, placement: its config, and where its weights live.
+        config, placement: its config, and the device and types of its weights.
         near: a bias by distance; None without one.
     """
 

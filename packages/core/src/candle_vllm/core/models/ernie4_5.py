@@ -28,7 +28,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of ernie4_5 and ernie4_5_moe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(Fields({"rope_theta": 5e5, **fields.values}, fields.path), model_type)
+    shared = shared_from_hf(fields.with_absent(rope_theta=5e5), model_type)
     bias = fields.get("use_bias", bool, False)
     own: dict[str, Any] = {
         "tie_embeddings": fields.get("tie_word_embeddings", bool, True),

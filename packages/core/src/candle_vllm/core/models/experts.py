@@ -53,6 +53,11 @@ def expert_count(fields: Fields, *keys: str) -> int:
     return fields.count(next((key for key in keys if key in fields), keys[0]))
 
 
+def in_all_layers(mixture: Mixture, layers: int) -> dict[str, Any]:
+    """The fields of a `LlamaConfig` for experts in all layers."""
+    return {"mixture": mixture, "num_experts": mixture.experts, "sparse_layers": frozenset(range(layers))}
+
+
 def dense_layers(fields: Fields, layers: int, usual: int) -> int:
     """The number of first layers without experts: by either key, or `usual`."""
     kinds = fields.get("mlp_layer_types", list, [])

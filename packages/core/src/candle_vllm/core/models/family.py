@@ -112,7 +112,7 @@ class Architecture:
     Attributes:
         name: value of `general.architecture`.
         more: additional keys, without the architecture's prefix; they take precedence over common keys.
-        otherwise: config fields that differ in the file, such as the layout of stored tensors.
+        otherwise: config fields that have another value in a GGUF file, such as the layout of stored tensors.
         eps: key of the norms' epsilon.
         interleaved: q and k rows are stored in pairs of adjacent rows, as in safetensors.
         reordered: q and k rows are stored in such pairs, and in safetensors in halves.
@@ -121,7 +121,7 @@ class Architecture:
         log_multiplier: value of `rope.scaling.yarn_log_multiplier` divided by `mscale_all_dim`; None without this key.
         unread: ends of the names of tensors that llama.cpp does not know; it refuses files with such tensors.
         square: llama.cpp requires that all heads together are as wide as the hidden state.
-        every: llama.cpp requires experts in all layers.
+        every: llama.cpp requires that all layers have experts.
         norm: whether llama.cpp normalises the weights of chosen experts; None if the file has a key for it.
     """
 

@@ -23,7 +23,7 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import plus_one
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.attention_names import projections
+from candle_vllm.core.models.attention_names import GG, HF, pair, projections
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.gemma_config import GemmaConfig, config_from_gguf, config_from_hf, gemma2_keys, gemma3_keys
 from candle_vllm.core.models.stack import DecoderStack
@@ -89,49 +89,35 @@ class Gemma(DecoderStack):
         self.config: Any = config
         size, cap = (config.vocab_size, config.hidden_size), config.final_softcap
         self.embed = Embedding(*size, placement, scale=config.embedding_scale, softcap=cap)
-        self.rotary = self.local_rotary = Rotary(config.rope, config.max_position, placement)
-        if config.local_rope is not None:
-            self.local_rotary = Rotary(config.local_rope, config.max_position, placement)
-        rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
+        rotaries = self.make_rotaries(config, placement)
         self.layers = [Block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement, softcap=cap)
 
-    def prepare(self, positions: int) -> None:
-        """See `Decoder.prepare`."""
-        super().prepare(positions)
-        self.local_rotary.prepare(positions)
-
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_HF, _GG = "model.layers.{i}.", "blk.{i}."
+_TO = "layers.{i}."
 
 
 def _norm(target: str, hf: str | tuple[str, str], gguf: str) -> WeightName:
     names = (hf,) if isinstance(hf, str) else hf
-    stored = tuple(f"{_HF}{name}.weight" for name in names)
-    return WeightName(f"layers.{{i}}.{target}:weight", stored, f"{_GG}{gguf}.weight", plus_one)
-
-
-def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """The table rows of a matrix and of its optional bias."""
-    kinds = ("weight", "bias")
-    return [WeightName(f"layers.{{i}}.{target}{kind}", f"{_HF}{hf}.{kind}", f"{_GG}{gguf}.{kind}") for kind in kinds]
+    stored = tuple(f"{HF}{name}.weight" for name in names)
+    return WeightName(f"layers.{{i}}.{target}:weight", stored, f"{GG}{gguf}.weight", plus_one)
 
 
 WEIGHTS = [
     WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
     _norm("attention_norm", "input_layernorm", "attn_norm"),
     *projections(),
-    *_pair("attention.output:", "self_attn.o_proj", "attn_output"),
+    *pair(_TO + "attention.output:", HF + "self_attn.o_proj", GG + "attn_output"),
     _norm("attention.q_norm", "self_attn.q_norm", "attn_q_norm"),
     _norm("attention.k_norm", "self_attn.k_norm", "attn_k_norm"),
     _norm("attention_post_norm", "post_attention_layernorm", "post_attention_norm"),
     _norm("mlp_norm", ("pre_feedforward_layernorm", "post_attention_layernorm"), "ffn_norm"),  # second: Gemma 1
-    *_pair("mlp.gate_up:gate.", "mlp.gate_proj", "ffn_gate"),
-    *_pair("mlp.gate_up:up.", "mlp.up_proj", "ffn_up"),
-    *_pair("mlp.down:", "mlp.down_proj", "ffn_down"),
+    *pair(_TO + "mlp.gate_up:gate.", HF + "mlp.gate_proj", GG + "ffn_gate"),
+    *pair(_TO + "mlp.gate_up:up.", HF + "mlp.up_proj", GG + "ffn_up"),
+    *pair(_TO + "mlp.down:", HF + "mlp.down_proj", GG + "ffn_down"),
     _norm("mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
     WeightName("norm:weight", "model.norm.weight", "output_norm.weight", plus_one),
     WeightName("head:weight", "lm_head.weight", "output.weight"),

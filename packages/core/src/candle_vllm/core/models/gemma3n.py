@@ -79,12 +79,9 @@ class Gemma3n(gemma.Gemma):
         self.enter, self.leave = (Projections(others, config.hidden_size, placement) for _ in range(2))
         self._apart = placement.constant(np.eye(config.streams, dtype=np.float32)[None])
         self._mean = placement.constant(np.full((1, 1, config.streams), 1 / config.streams, np.float32))
-        self.rotary, self.local_rotary = (
-            Rotary(rope, config.max_position, placement) for rope in (config.rope, config.local_rope)
-        )
         shape, eps = (config.input_rows, config.hidden_size, config.num_layers, config.input_size), config.norm_eps
         self.inputs = LayerInputs(*shape, eps=eps, scale=config.input_scale, placement=placement)
-        rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
+        rotaries = self.make_rotaries(config, placement)
         self.layers = [Block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement, softcap=cap)

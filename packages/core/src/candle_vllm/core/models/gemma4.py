@@ -96,10 +96,7 @@ class Gemma4(gemma.Gemma):
         self.config, self.narrows = config, config.mixture is None  # experts compute all rows
         size, cap = (config.vocab_size, config.hidden_size), config.final_softcap
         self.embed = Embedding(*size, placement, scale=config.embedding_scale, softcap=cap)
-        position, factors = config.max_position, "rope_freqs.weight" in checkpoint.tensors
-        self.rotary = Rotary(config.rope, position, placement, factors=factors)
-        self.local_rotary = Rotary(config.local_rope, position, placement)
-        rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
+        rotaries = self.make_rotaries(config, placement, factors="rope_freqs.weight" in checkpoint.tensors)
         self.inputs: LayerInputs | None = None
         if config.input_size:
             shape, eps = (*size, config.num_layers, config.input_size), config.norm_eps

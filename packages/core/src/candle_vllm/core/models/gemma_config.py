@@ -55,6 +55,8 @@ class GemmaConfig(ModelConfig):
 
 def config_from_hf(fields: Fields, model_type: str) -> GemmaConfig:
     """Read `config.json` of gemma, gemma2 and gemma3_text."""
+    if model_type == "gemma2":
+        fields = fields.with_absent(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
     shared = _shared_from_hf(fields, model_type)
     if model_type == "gemma":
         return GemmaConfig(**shared, sandwich=False)

@@ -72,7 +72,7 @@ class LayerInputs:
         vocab_size, hidden_size, num_layers, size: V, E, L and P.
         eps: epsilon of the norm.
         scale: factor of the table's rows.
-        placement: where the weights live.
+        placement: device and types of the weights.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, share
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.attention_names import projections
+from candle_vllm.core.models.attention_names import GG, HF, projections
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -130,11 +130,9 @@ class Glm(DecoderStack):
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_HF, _GG = "model.layers.{i}.", "blk.{i}."
-
 
 def _plain(target: str, hf: str, gguf: str) -> WeightName:
-    return WeightName(f"layers.{{i}}.{target}:weight", f"{_HF}{hf}.weight", f"{_GG}{gguf}.weight")
+    return WeightName(f"layers.{{i}}.{target}:weight", f"{HF}{hf}.weight", f"{GG}{gguf}.weight")
 
 
 WEIGHTS = [

@@ -25,7 +25,7 @@ from candle_vllm.core.loading.config import ModelConfig, layer_windows, shared_f
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import chain, every_other, transposed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, projections, window_keys
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, pair, projections, window_keys
 from candle_vllm.core.models.experts import expert_count, size_keys
 from candle_vllm.core.models.family import DIVISORS, Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
@@ -55,7 +55,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
         if fields.get(key, float, value) != value:
             raise UnsupportedModelError(f"{fields.path}: {key} is {fields.get(key, float)}; implemented: {value}")
     shared = shared_from_hf(fields, model_type)
-    layers, window = shared["num_layers"], fields.get("sliding_window", int, None)
+    layers, window = shared["num_layers"], fields.with_absent(sliding_window=128).get("sliding_window", int, None)
     experts = expert_count(fields, "num_local_experts", "num_experts")
     mixture = _mixture(experts, fields.count("num_experts_per_tok"), shared)
     windows = layer_windows(fields, layers, window) or _alternating(layers, window)
@@ -161,14 +161,6 @@ def _outputs_first(stored: StoredTensor, config: GptOssConfig) -> StoredTensor:
     return stored if stored.dtype is None else transposed(stored, config)
 
 
-def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """The table rows of a matrix and of its bias."""
-    return [
-        WeightName(f"layers.{{i}}.{target}{kind}", f"{HF}{hf}.{kind}", f"{GG}{gguf}.{kind}")
-        for kind in ("weight", "bias")
-    ]
-
-
 def _experts(part: str, hf: str, first: int | None) -> list[WeightName]:
     """The table rows of every expert's matrix and bias; with `first`, every other stored row from `first` on."""
     target, stored, gguf = f"layers.{{i}}.mlp.experts:{part}.{{e}}.", f"{HF}mlp.experts.{hf}", f"{GG}ffn_{part}_exps."
@@ -183,10 +175,10 @@ WEIGHTS = [
     WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
     WeightName("layers.{i}.attention_norm:weight", HF + "input_layernorm.weight", GG + "attn_norm.weight"),
     *projections(),
-    *_pair("attention.output:", "self_attn.o_proj", "attn_output"),
+    *pair("layers.{i}.attention.output:", HF + "self_attn.o_proj", GG + "attn_output"),
     WeightName("layers.{i}.attention.attend:sinks", HF + "self_attn.sinks", GG + "attn_sinks.weight"),
     WeightName("layers.{i}.mlp_norm:weight", HF + "post_attention_layernorm.weight", GG + "post_attention_norm.weight"),
-    *_pair("mlp.router:", "mlp.router", "ffn_gate_inp"),
+    *pair("layers.{i}.mlp.router:", HF + "mlp.router", GG + "ffn_gate_inp"),
     *_experts("gate", "gate_up_proj", 0),
     *_experts("up", "gate_up_proj", 1),
     *_experts("down", "down_proj", None),

@@ -31,7 +31,7 @@ from candle_vllm.core.models.local_layers import local_layers
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of granite, granitemoe, granite_swa, and of granitemoehybrid for `granite_hybrid.py`."""
     swa = model_type == "granite_swa"
-    dense = llama.config_from_hf(Fields({"tie_word_embeddings": swa, **fields.values}, fields.path), model_type)
+    dense = llama.config_from_hf(fields.with_absent(tie_word_embeddings=swa), model_type)
     layers, hybrid = dense.num_layers, "layer_types" in fields and not swa
     experts = fields.get("num_local_experts", int, 0) if model_type != "granite" else 0
     shared_size = fields.get("shared_intermediate_size", int, 0)
@@ -114,7 +114,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """The GGUF metadata with the four factors, of which that of the logits is a divisor."""
+    """The GGUF metadata with the four factors; `logit_scale` is a divisor there."""
     keys: dict[str, Any] = {
         "embedding_scale": float(config.embedding_scale),
         "residual_scale": float(config.residual_scale),

@@ -18,7 +18,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.experts import expert_names, shared_names, size_keys
+from candle_vllm.core.models.experts import expert_names, in_all_layers, shared_names, size_keys
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
@@ -42,7 +42,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         inner_size=_same(fields, "moe_intermediate_size", inner),
         shared_size=inner * _same(fields, "num_shared_expert", 1),
     )
-    return LlamaConfig(**shared | own, **_sparse(mixture, shared["num_layers"]))
+    return LlamaConfig(**shared | own, **in_all_layers(mixture, shared["num_layers"]))
 
 
 def _stretched(fields: Fields) -> Fields:
@@ -87,11 +87,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         inner_size=inner,
         shared_size=fields.count("expert_shared_feed_forward_length", inner),
     )
-    return LlamaConfig(**shared | own, **_sparse(mixture, shared["num_layers"]))
-
-
-def _sparse(mixture: Mixture, layers: int) -> dict[str, Any]:
-    return {"mixture": mixture, "num_experts": mixture.experts, "sparse_layers": frozenset(range(layers))}
+    return LlamaConfig(**shared | own, **in_all_layers(mixture, shared["num_layers"]))
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -40,14 +40,14 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     for key in ("qk_norm", "route_norm", "moe_router_use_sigmoid", "moe_router_enable_expert_bias"):
         if not fields.get(key, bool, True):
             raise UnsupportedModelError(f"{fields.path}: {key} is false, which is not implemented for this model")
-    shared = shared_from_hf(Fields({"rope_theta": 11158840.0, **fields.values}, fields.path), model_type)
+    shared = shared_from_hf(fields.with_absent(rope_theta=11158840.0), model_type)
     inner, layers = fields.count("moe_intermediate_size"), shared["num_layers"]
     mixture = Mixture(
         experts=expert_count(fields, "num_experts", "num_local_experts"),
         top_k=fields.count("num_experts_per_tok"),
         inner_size=inner,
         scoring="sigmoid",
-        scale=fields.get("router_scaling_factor", float, 1.0),
+        scale=fields.get("router_scaling_factor", float, 2.826),
         correction=True,
         shared_size=inner * fields.get("num_shared_experts", int, 1),
     )

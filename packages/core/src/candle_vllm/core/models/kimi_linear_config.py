@@ -52,7 +52,8 @@ def config_from_hf(fields: Fields, model_type: str) -> KimiLinearConfig:
     if not fields.get("mla_use_nope", bool, True):
         raise UnsupportedModelError(f"{fields.path}: mla_use_nope is false, which is not implemented")
     own = {usual: fields.values[name] for usual, name in _NAMES.items() if name in fields}
-    given = {"first_k_dense_replace": 1} | dict(fields.values) | own
+    usual = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446}
+    given = usual | dict(fields.values) | own
     config = deepseek_config.config_from_hf(Fields(given, fields.path), "deepseek_v3")
     nested = fields.section("linear_attn_config")
     layers, full = config.num_layers, nested.get("full_attn_layers", list, [])

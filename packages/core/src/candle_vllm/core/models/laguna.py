@@ -40,7 +40,8 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
             raise UnsupportedModelError(f"{fields.path}: {key} is {fields.values[key]!r:.20}, which is not implemented")
     shared = shared_from_hf(Fields(dict(fields.values) | {"rope_parameters": {}}, fields.path), model_type)
     layers, bias = shared["num_layers"], fields.get("attention_bias", bool, False)
-    windows = layer_windows(fields, layers, fields.get("sliding_window", int, None)) or (None,) * layers
+    window = fields.with_absent(sliding_window=512).get("sliding_window", int, None)
+    windows = layer_windows(fields, layers, window) or (None,) * layers
     shared_size = fields.count("shared_expert_intermediate_size")
     mixture = sigmoids_from_hf(fields, shared_size=shared_size, scale="moe_routed_scaling_factor")
     own = {

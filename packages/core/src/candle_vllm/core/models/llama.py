@@ -33,7 +33,7 @@ from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import Parameter, WeightName
-from candle_vllm.core.models.attention_names import axes_keys, gguf_has_bias, projections, window_keys
+from candle_vllm.core.models.attention_names import GG, HF, axes_keys, gguf_has_bias, pair, projections, window_keys
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -144,17 +144,18 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None without; Qwen sets it by flag and first layer, Mistral for all layers."""
-    window, qwen = fields.get("sliding_window", int, None), "qwen" in model_type
-    if model_type in ("llama", "seed_oss", "internlm3") or window is None:
+    """Each layer's sliding window or None: Qwen sets it by flag and first layer, Mistral for all layers."""
+    qwen, usual = "qwen" in model_type, {} if model_type == "ministral3" else {"sliding_window": 4096}
+    window = fields.with_absent(**usual).get("sliding_window", int, None)
+    if not (qwen or model_type in ("mistral", "ministral", "ministral3")) or window is None:
         return (None,) * layers
     if qwen and not fields.get("use_sliding_window", bool, False):
         return (None,) * layers
     if (named := layer_windows(fields, layers, window)) is not None:
         return named
-    if not qwen:
+    if not qwen or model_type == "qwen3_moe":
         return (window,) * layers
-    first = fields.get("max_window_layers", int, layers)
+    first = fields.get("max_window_layers", int, 28)
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
@@ -186,7 +187,7 @@ class Attention:
     """Grouped-query attention with rotary positions: x [T, E] -> [T, E].
 
     Args:
-        config, rotary, placement: those of the model.
+        config, rotary, placement: of the model.
         layer: index of the layer.
         inputs: columns of x, if they are not E.
     """
@@ -233,7 +234,7 @@ class Attention:
         return self.output(y)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """No parameters besides those of its parts."""
+        """Return no parameters: the parts have them all."""
         return {}
 
 
@@ -285,53 +286,36 @@ class Llama(DecoderStack):
         scale = scale if config.residual_scale == 1 else (scale or 1.0) / config.residual_scale
         self.embed = Embedding(*size, placement, scale=scale, logit_scale=config.logit_scale)
         factors = "rope_freqs.weight" in checkpoint.tensors
-        self.rotary = self.local_rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
-        if config.local_rope is not None:
-            self.local_rotary = Rotary(config.local_rope, config.max_position, placement)
-        rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
+        rotaries = self.make_rotaries(config, placement, factors=factors)
         self.layers = layers = [self.block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
         self.norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement, logit_scale=config.logit_scale)
         last = layers[-1]
         self.narrows = not isinstance(last.mlp, SparseMLP) and isinstance(last.attention, Attention)
 
-    def prepare(self, positions: int) -> None:
-        """See `Decoder.prepare`."""
-        super().prepare(positions)
-        self.local_rotary.prepare(positions)
-
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_HF, _GG = "model.layers.{i}.", "blk.{i}."
-
-
-def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """The table rows of a matrix and of its optional bias."""
-    return [
-        WeightName(f"layers.{{i}}.{target}{kind}", f"{_HF}{hf}.{kind}", f"{_GG}{gguf}.{kind}")
-        for kind in ("weight", "bias")
-    ]
-
+_TO = "layers.{i}."
 
 WEIGHTS = [
     WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
     WeightName("rotary:factors", None, "rope_freqs.weight"),
-    WeightName("layers.{i}.attention_norm:weight", _HF + "input_layernorm.weight", _GG + "attn_norm.weight"),
+    WeightName("layers.{i}.attention_norm:weight", HF + "input_layernorm.weight", GG + "attn_norm.weight"),
     *projections({"q": half_split("num_heads"), "k": half_split("num_kv_heads")}),
-    WeightName("layers.{i}.attention.q_norm:weight", _HF + "self_attn.q_norm.weight", _GG + "attn_q_norm.weight"),
-    WeightName("layers.{i}.attention.k_norm:weight", _HF + "self_attn.k_norm.weight", _GG + "attn_k_norm.weight"),
-    *_pair("attention.output:", "self_attn.o_proj", "attn_output"),
-    WeightName("layers.{i}.attention.attend:sinks", _HF + "self_attn.sinks", _GG + "attn_sinks.weight"),
-    WeightName("layers.{i}.attention.gate:weight", _HF + "self_attn.g_proj.weight", _GG + "attn_gate.weight"),
+    WeightName("layers.{i}.attention.q_norm:weight", HF + "self_attn.q_norm.weight", GG + "attn_q_norm.weight"),
+    WeightName("layers.{i}.attention.k_norm:weight", HF + "self_attn.k_norm.weight", GG + "attn_k_norm.weight"),
+    *pair(_TO + "attention.output:", HF + "self_attn.o_proj", GG + "attn_output"),
+    WeightName("layers.{i}.attention.attend:sinks", HF + "self_attn.sinks", GG + "attn_sinks.weight"),
+    WeightName("layers.{i}.attention.gate:weight", HF + "self_attn.g_proj.weight", GG + "attn_gate.weight"),
     WeightName(
         "layers.{i}.mlp_norm:weight",
-        _HF + "post_attention_layernorm.weight",
-        (_GG + "ffn_norm.weight", _GG + "post_attention_norm.weight"),  # the second name in files of Seed-OSS
+        HF + "post_attention_layernorm.weight",
+        (GG + "ffn_norm.weight", GG + "post_attention_norm.weight"),  # the second name in files of Seed-OSS
     ),
-    *_pair("mlp.gate_up:gate.", "mlp.gate_proj", "ffn_gate"),
-    *_pair("mlp.gate_up:up.", "mlp.up_proj", "ffn_up"),
-    *_pair("mlp.down:", "mlp.down_proj", "ffn_down"),
+    *pair(_TO + "mlp.gate_up:gate.", HF + "mlp.gate_proj", GG + "ffn_gate"),
+    *pair(_TO + "mlp.gate_up:up.", HF + "mlp.up_proj", GG + "ffn_up"),
+    *pair(_TO + "mlp.down:", HF + "mlp.down_proj", GG + "ffn_down"),
     WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]

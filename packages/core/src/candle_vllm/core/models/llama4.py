@@ -19,6 +19,7 @@ from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.rope import attention_scale
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import transposed
 from candle_vllm.core.loading.weights import WeightName
@@ -62,7 +63,7 @@ class Attention(llama.Attention):
         if config.same_length and layer not in config.unrotated_layers:
             norms = (RMSNorm(config.head_dim, config.norm_eps, placement, weighted=False) for _ in range(2))
             attend.q_norm, attend.k_norm = norms
-            attend.key_bias = None
+            attend.key_bias, attend.norms_behind = None, attention_scale(config.rope) != 1  # norms undo the scale
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)

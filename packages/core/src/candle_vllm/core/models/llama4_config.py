@@ -36,7 +36,7 @@ class Llama4Config(LlamaConfig):
 def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
     """Read `config.json` of llama4_text."""
     fields.choice("hidden_act", "silu", "silu")
-    shared = shared_from_hf(fields, model_type)
+    shared = shared_from_hf(fields.with_absent(rope_theta=5e5), model_type)
     layers, inner = shared["num_layers"], shared["intermediate_size"]
     turned = fields.get("no_rope_layers", list, []) or [(n + 1) % 4 for n in range(layers)]
     kinds = fields.get("layer_types", list, ["chunked_attention" if each else "full_attention" for each in turned])

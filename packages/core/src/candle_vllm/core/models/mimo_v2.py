@@ -57,7 +57,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         "sliding_windows": windows,
         "qkv_bias": fields.get("attention_bias", bool, False),
         "value_dim": fields.count("v_head_dim"),
-        "value_scale": fields.get("attention_value_scale", float, 1.0),
+        "value_scale": fields.with_absent(attention_value_scale=0.707).get("attention_value_scale", float, 1.0),
         "sparse_layers": frozenset(n for n, kind in enumerate(kinds) if kind not in ("dense", 0)),
     }
     share = fields.get("partial_rotary_factor", float, 0.334)

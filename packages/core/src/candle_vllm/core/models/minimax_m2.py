@@ -40,8 +40,8 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         part = fields.count("rotary_dim") / fields.count("head_dim")
         if part > 1:
             raise InvalidFileError(f"{fields.path}: rotary_dim is larger than head_dim")
-        fields = Fields({"partial_rotary_factor": part, **fields.values}, fields.path)
-    shared = shared_from_hf(fields, model_type)
+        fields = fields.with_absent(partial_rotary_factor=part)
+    shared = shared_from_hf(fields.with_absent(rope_theta=5e6), model_type)
     mixture = Mixture(
         experts=expert_count(fields, "num_local_experts", "num_experts"),
         top_k=fields.count("num_experts_per_tok"),

@@ -6,8 +6,6 @@ GGUF files of Mixtral have the architecture llama; the number of experts disting
 
 from __future__ import annotations
 
-from typing import Any
-
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import layer_windows, shared_from_gguf, shared_from_hf
@@ -15,7 +13,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, window_keys
-from candle_vllm.core.models.experts import count_keys, expert_count, expert_names
+from candle_vllm.core.models.experts import count_keys, expert_count, expert_names, in_all_layers
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
@@ -25,7 +23,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of mixtral."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(fields, model_type)
+    shared = shared_from_hf(fields.with_absent(rope_theta=1e6), model_type)
     layers, window = shared["num_layers"], fields.get("sliding_window", int, None)
     mixture = Mixture(
         experts=expert_count(fields, "num_local_experts", "num_experts"),
@@ -33,7 +31,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         inner_size=shared["intermediate_size"],
     )
     windows = layer_windows(fields, layers, window) or (window,) * layers
-    return LlamaConfig(**shared | {"sliding_windows": windows, **_sparse(mixture, layers)})
+    return LlamaConfig(**shared | {"sliding_windows": windows, **in_all_layers(mixture, layers)})
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
@@ -44,11 +42,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         top_k=fields.count("expert_used_count"),
         inner_size=shared["intermediate_size"],
     )
-    return LlamaConfig(**shared, **_sparse(mixture, shared["num_layers"]), interleaved_rotary=True)
-
-
-def _sparse(mixture: Mixture, layers: int) -> dict[str, Any]:
-    return {"mixture": mixture, "num_experts": mixture.experts, "sparse_layers": frozenset(range(layers))}
+    return LlamaConfig(**shared, **in_all_layers(mixture, shared["num_layers"]), interleaved_rotary=True)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.encoder_parts import (
     ACTIVATIONS,
-    both,
     classifier,
     head_of,
     prefix_of,
@@ -99,18 +99,18 @@ def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
     wi, up = f"{layer}mlp.Wi", f"{block}ffn_up"
     return [
         WeightName("embed:weight", f"{at}embeddings.tok_embeddings.weight", "token_embd.weight"),
-        *both("embed_norm:", f"{at}embeddings.norm", "token_embd_norm"),
-        *both("layers.{i}.attention_norm:", f"{layer}attn_norm", f"{block}attn_norm"),
+        *pair("embed_norm:", f"{at}embeddings.norm", "token_embd_norm"),
+        *pair("layers.{i}.attention_norm:", f"{layer}attn_norm", f"{block}attn_norm"),
         *thirds(dict.fromkeys("qkv", ()), (f"{layer}attn.Wqkv",), f"{block}attn_qkv"),
-        *both("layers.{i}.attention.output:", f"{layer}attn.Wo", f"{block}attn_output"),
-        *both("layers.{i}.mlp_norm:", f"{layer}mlp_norm", f"{block}ffn_norm"),
+        *pair("layers.{i}.attention.output:", f"{layer}attn.Wo", f"{block}attn_output"),
+        *pair("layers.{i}.mlp_norm:", f"{layer}mlp_norm", f"{block}ffn_norm"),
         *(
             WeightName(f"layers.{{i}}.mlp.gate_up:{part}.{kind}", f"{wi}.{kind}", f"{up}.{kind}", half, half)
             for part, half in (("gate", row_part(0, 2)), ("up", row_part(1, 2)))
             for kind in ("weight", "bias")
         ),
-        *both("layers.{i}.mlp.down:", f"{layer}mlp.Wo", f"{block}ffn_down"),
-        *both("norm:", f"{at}final_norm", "output_norm"),
+        *pair("layers.{i}.mlp.down:", f"{layer}mlp.Wo", f"{block}ffn_down"),
+        *pair("norm:", f"{at}final_norm", "output_norm"),
     ]
 
 

@@ -76,7 +76,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> MuseGlimmerConfi
     if norm is None or (factors := norm.load()).max() != factors.min():
         raise UnsupportedModelError(f"{fields.path}: norms of queries with several weights are not implemented")
     own: dict[str, Any] = {"model_type": "muse_glimmer_text", "sliding_windows": windows, "interleaved_rotary": True}
-    own |= {"unrotated_layers": full_layers(windows), "logit_scale": fields.get("logit_scale", float)}
+    own |= {"unrotated_layers": full_layers(windows, local=True), "logit_scale": fields.get("logit_scale", float)}
     return _muse(shared | own, float(factors[0]), fields.get("final_logit_softcapping", float, 20.0))
 
 

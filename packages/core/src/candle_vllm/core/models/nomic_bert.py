@@ -28,7 +28,7 @@ def _of_expert(number: int) -> View:
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of weight names, with transformers' names and those of the published repositories."""
+    """The table of weight names: transformers' names, and the names in published repositories."""
     at = prefix_of((name.replace(WEIGHT, ".weight") for name in stored), "embeddings.word_embeddings.weight")
     new, old, gte, block = f"{at}layers.{{i}}.", f"{at}encoder.layers.{{i}}.", f"{at}encoder.layer.{{i}}.", "blk.{i}."
     alone = {part: (f"{new}self_attn.{part}_proj",) for part in "qkv"}

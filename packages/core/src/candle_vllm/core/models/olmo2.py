@@ -35,11 +35,13 @@ from candle_vllm.core.models.stack import DecoderStack
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of olmo2, olmo3 and exaone4."""
     fields.choice("hidden_act", "silu", "silu", "swish")
+    fields = fields.with_absent(sliding_window=4096)
     shared, position = shared_from_hf(fields, model_type), fields.count("max_position_embeddings")
     windows = shared["sliding_windows"] if model_type == "olmo2" else windows_from_hf(fields, shared["num_layers"])
     own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": model_type != "exaone4"}
     if model_type == "exaone4":
-        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows))
+        local = fields.get("sliding_window", int, None) is not None
+        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows, local))
     bias = fields.get("attention_bias", bool, False)
     own |= {"qkv_bias": bias, "output_bias": bias}
     if model_type == "olmo3":  # published files: `rope_scaling` applies to layers without a window
@@ -62,9 +64,9 @@ def windows_from_hf(fields: Fields, layers: int) -> tuple[int | None, ...]:
     return layer_windows(fields, layers, window) or usual
 
 
-def full_layers(windows: tuple[int | None, ...]) -> frozenset[int]:
-    """The layers without a window, in a model in which other layers have one."""
-    return frozenset(layer for layer, window in enumerate(windows) if any(windows) and window is None)
+def full_layers(windows: tuple[int | None, ...], local: bool) -> frozenset[int]:
+    """The layers without a window if only layers with a window rotate (`local`); otherwise no layers."""
+    return frozenset(layer for layer, window in enumerate(windows) if local and window is None)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
@@ -74,7 +76,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     windows = gguf_windows(fields, shared["num_layers"], window, period=4)
     own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": olmo}
     if not olmo:
-        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows))
+        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows, window is not None))
     if window is not None:
         theta = fields.get("rope.freq_base_swa", float, shared["rope"].theta)
         local = RopeConfig(theta=theta, dim=shared["rope"].dim, original_max_position=position)
@@ -106,18 +108,10 @@ class Olmo2(DecoderStack):
         self.config, size = config, (config.vocab_size, config.hidden_size)
         self.embed = Embedding(*size, placement)
         factors = "rope_freqs.weight" in checkpoint.tensors
-        self.rotary = self.local_rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
-        if config.local_rope is not None:
-            self.local_rotary = Rotary(config.local_rope, config.max_position, placement)
-        rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
+        rotaries = self.make_rotaries(config, placement, factors=factors)
         self.layers = [Block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement)
-
-    def prepare(self, positions: int) -> None:
-        """See `Decoder.prepare`."""
-        super().prepare(positions)
-        self.local_rotary.prepare(positions)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Attention:
         return self.output(self.attend(q, k, v, step).flatten(1))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """No parameters besides those of its parts."""
+        """Return no parameters: the parts have them all."""
         return {}
 
 

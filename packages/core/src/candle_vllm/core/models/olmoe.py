@@ -16,7 +16,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.experts import count_keys, expert_count, expert_names
+from candle_vllm.core.models.experts import count_keys, expert_count, expert_names, in_all_layers
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
@@ -43,8 +43,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 def with_experts(mixture: Mixture, layers: int) -> dict[str, Any]:
     """The config fields of experts in all layers, and of norms over all heads at once."""
-    experts = {"mixture": mixture, "num_experts": mixture.experts, "sparse_layers": frozenset(range(layers))}
-    return experts | {"qk_norm": True, "whole_norms": True}
+    return in_all_layers(mixture, layers) | {"qk_norm": True, "whole_norms": True}
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:

@@ -22,7 +22,7 @@ from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, share
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import projections
+from candle_vllm.core.models.attention_names import GG, HF, pair, projections
 from candle_vllm.core.models.family import DIVISORS, LAYER_NORM_EPS, Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -36,7 +36,7 @@ def config_from_hf(fields: Fields, model_type: str) -> ModelConfig:
         raise UnsupportedModelError(
             f"{fields.path}: qk_layernorm is true, which is not implemented; no published Phi has norms of q and k"
         )
-    fields = Fields({"partial_rotary_factor": 0.5, **fields.values}, fields.path)
+    fields = fields.with_absent(partial_rotary_factor=0.5)
     return ModelConfig(**shared_from_hf(fields, model_type, eps="layer_norm_eps"))
 
 
@@ -102,22 +102,14 @@ class Phi(DecoderStack):
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_HF, _GG = "model.layers.{i}.", "blk.{i}."
-
-
-def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """The table rows of a weight and of its bias."""
-    return [WeightName(f"{target}{kind}", f"{hf}.{kind}", f"{gguf}.{kind}") for kind in ("weight", "bias")]
-
-
 WEIGHTS = [
     WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
-    *_pair("layers.{i}.norm:", _HF + "input_layernorm", _GG + "attn_norm"),
+    *pair("layers.{i}.norm:", HF + "input_layernorm", GG + "attn_norm"),
     *projections(),
-    *_pair("layers.{i}.attention.output:", _HF + "self_attn.dense", _GG + "attn_output"),
-    *_pair("layers.{i}.mlp.up:", _HF + "mlp.fc1", _GG + "ffn_up"),
-    *_pair("layers.{i}.mlp.down:", _HF + "mlp.fc2", _GG + "ffn_down"),
-    *_pair("norm:", "model.final_layernorm", "output_norm"),
+    *pair("layers.{i}.attention.output:", HF + "self_attn.dense", GG + "attn_output"),
+    *pair("layers.{i}.mlp.up:", HF + "mlp.fc1", GG + "ffn_up"),
+    *pair("layers.{i}.mlp.down:", HF + "mlp.fc2", GG + "ffn_down"),
+    *pair("norm:", "model.final_layernorm", "output_norm"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
     WeightName("scorer:bias", "lm_head.bias", "output.bias"),
 ]

@@ -20,11 +20,10 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import qkv_rows, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import window_keys
+from candle_vllm.core.models.attention_names import GG, HF, window_keys
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
-_ORIGINAL = "original_max_position_embeddings"
 _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -33,7 +32,7 @@ _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of phi3, whose default original context is 4096 tokens."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(Fields({_ORIGINAL: 4096, **fields.values}, fields.path), model_type)
+    shared = shared_from_hf(fields.with_absent(original_max_position_embeddings=4096), model_type)
     kind = shared["rope"].kind
     if kind not in ("default", "longrope"):
         raise UnsupportedModelError(f"{fields.path}: rope_type is {kind!r}; Phi-3 has default, longrope or su")
@@ -79,33 +78,31 @@ def _divisors(checkpoint: Checkpoint, name: str, dim: int) -> tuple[float, ...]:
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_HF, _GG = "model.layers.{i}.", "blk.{i}."
-
 WEIGHTS = [
     WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
-    WeightName("layers.{i}.attention_norm:weight", _HF + "input_layernorm.weight", _GG + "attn_norm.weight"),
+    WeightName("layers.{i}.attention_norm:weight", HF + "input_layernorm.weight", GG + "attn_norm.weight"),
     *[
         WeightName(
             f"layers.{{i}}.attention.qkv:{part}.weight",
-            _HF + "self_attn.qkv_proj.weight",
-            (f"{_GG}attn_{part}.weight", Seen(_GG + "attn_qkv.weight", qkv_rows(part))),
+            HF + "self_attn.qkv_proj.weight",
+            (f"{GG}attn_{part}.weight", Seen(GG + "attn_qkv.weight", qkv_rows(part))),
             qkv_rows(part),
         )
         for part in "qkv"
     ],
-    WeightName("layers.{i}.attention.output:weight", _HF + "self_attn.o_proj.weight", _GG + "attn_output.weight"),
-    WeightName("layers.{i}.mlp_norm:weight", _HF + "post_attention_layernorm.weight", _GG + "ffn_norm.weight"),
+    WeightName("layers.{i}.attention.output:weight", HF + "self_attn.o_proj.weight", GG + "attn_output.weight"),
+    WeightName("layers.{i}.mlp_norm:weight", HF + "post_attention_layernorm.weight", GG + "ffn_norm.weight"),
     *[
         WeightName(
             f"layers.{{i}}.mlp.gate_up:{part}.weight",
-            _HF + "mlp.gate_up_proj.weight",
-            _GG + "ffn_up.weight",
+            HF + "mlp.gate_up_proj.weight",
+            GG + "ffn_up.weight",
             row_part(index, 2),
             row_part(index, 2),
         )
         for index, part in enumerate(("gate", "up"))
     ],
-    WeightName("layers.{i}.mlp.down:weight", _HF + "mlp.down_proj.weight", _GG + "ffn_down.weight"),
+    WeightName("layers.{i}.mlp.down:weight", HF + "mlp.down_proj.weight", GG + "ffn_down.weight"),
     WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]

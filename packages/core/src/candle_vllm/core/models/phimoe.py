@@ -24,7 +24,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama, phi3
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, pair
-from candle_vllm.core.models.experts import count_keys, expert_count, expert_names
+from candle_vllm.core.models.experts import count_keys, expert_count, expert_names, in_all_layers
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Attention, LlamaConfig
 from candle_vllm.core.models.stack import DecoderStack
@@ -44,7 +44,7 @@ class PhiMoeConfig(LlamaConfig):
 def config_from_hf(fields: Fields, model_type: str) -> PhiMoeConfig:
     """Read `config.json` of phimoe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(_with_one_scale(fields), model_type)
+    shared = shared_from_hf(_with_one_scale(fields.with_absent(rope_theta=1e6)), model_type)
     shared["sliding_windows"] = (fields.get("sliding_window", int, None),) * shared["num_layers"]
     bias = fields.get("attention_bias", bool, False)
     experts, top = expert_count(fields, "num_local_experts", "num_experts"), fields.count("num_experts_per_tok", 2)
@@ -68,7 +68,7 @@ def _mixture(shared: dict[str, Any], experts: int, top_k: int, jitter: float = _
     """The config fields of experts in all layers."""
     how: dict[str, Any] = {"scoring": "sparsemixer", "jitter": jitter, "renormalise": False}
     mixture = Mixture(experts=experts, top_k=top_k, inner_size=shared["intermediate_size"], **how)
-    return {"mixture": mixture, "num_experts": experts, "sparse_layers": frozenset(range(shared["num_layers"]))}
+    return in_all_layers(mixture, shared["num_layers"])
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> PhiMoeConfig:

@@ -64,7 +64,7 @@ class Attention:
         return self.output(gated(self.attend(q, k, v, step).flatten(1), gate, "sigmoid"))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """No parameters besides those of its parts."""
+        """Return no parameters: the parts have them all."""
         return {}
 
 

@@ -19,7 +19,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of smollm3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(Fields({"rope_theta": 2e6, **fields.values}, fields.path), model_type)
+    shared = shared_from_hf(fields.with_absent(rope_theta=2e6), model_type)
     layers, bias = shared["num_layers"], fields.get("attention_bias", bool, False)
     unrotated = _unrotated(fields, layers)
     window = fields.get("sliding_window", int, None) if fields.get("use_sliding_window", bool, False) else None

@@ -26,7 +26,7 @@ from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, share
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, parallel_keys, projections
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, pair, parallel_keys, projections
 from candle_vllm.core.models.family import LAYER_NORM_EPS, Architecture, Family
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -55,7 +55,7 @@ class StableLmConfig(ModelConfig):
 def config_from_hf(fields: Fields, model_type: str) -> StableLmConfig:
     """Read `config.json` of stablelm, where by default a quarter of each head rotates."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    fields = Fields({"partial_rotary_factor": 0.25, **fields.values}, fields.path)
+    fields = fields.with_absent(partial_rotary_factor=0.25)
     normed = fields.get("qk_layernorm", bool, False)
     if normed and (heads := fields.count("num_attention_heads")) > _MAX_NORMED_HEADS:
         raise UnsupportedModelError(
@@ -146,11 +146,6 @@ class StableLm(DecoderStack):
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """The table rows of a weight and of its optional bias."""
-    return [WeightName(f"{target}{kind}", f"{hf}.{kind}", f"{gguf}.{kind}") for kind in ("weight", "bias")]
-
-
 def _head_norms(part: str) -> list[WeightName]:
     """The table rows of QK norms: one tensor of all heads in GGUF files, one per head in Hugging Face's files."""
     target, hf = f"layers.{{i}}.attention.{part}_norm:", f"{HF}self_attn.{part}_layernorm.norms."
@@ -160,16 +155,16 @@ def _head_norms(part: str) -> list[WeightName]:
 
 WEIGHTS = [
     WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
-    *_pair("layers.{i}.attention_norm:", HF + "input_layernorm", GG + "attn_norm"),
+    *pair("layers.{i}.attention_norm:", HF + "input_layernorm", GG + "attn_norm"),
     *projections(),
     *_head_norms("q"),
     *_head_norms("k"),
-    *_pair("layers.{i}.attention.output:", HF + "self_attn.o_proj", GG + "attn_output"),
-    *_pair("layers.{i}.mlp_norm:", HF + "post_attention_layernorm", GG + "ffn_norm"),
-    *_pair("layers.{i}.mlp.gate_up:gate.", HF + "mlp.gate_proj", GG + "ffn_gate"),
-    *_pair("layers.{i}.mlp.gate_up:up.", HF + "mlp.up_proj", GG + "ffn_up"),
-    *_pair("layers.{i}.mlp.down:", HF + "mlp.down_proj", GG + "ffn_down"),
-    *_pair("norm:", "model.norm", "output_norm"),
+    *pair("layers.{i}.attention.output:", HF + "self_attn.o_proj", GG + "attn_output"),
+    *pair("layers.{i}.mlp_norm:", HF + "post_attention_layernorm", GG + "ffn_norm"),
+    *pair("layers.{i}.mlp.gate_up:gate.", HF + "mlp.gate_proj", GG + "ffn_gate"),
+    *pair("layers.{i}.mlp.gate_up:up.", HF + "mlp.up_proj", GG + "ffn_up"),
+    *pair("layers.{i}.mlp.down:", HF + "mlp.down_proj", GG + "ffn_down"),
+    *pair("norm:", "model.norm", "output_norm"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The parts and the forward pass of every decoder: embedding, a stack of layers, the last norm, the head."""
+"""Parts and forward pass of all decoders: embedding, a stack of layers, the last norm, the head."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class DecoderStack:
 
     Attributes:
         embed: embedding table, which is also the head if `head` is None.
-        rotary: rotary embedding of the layers.
+        rotary, local_rotary: rotary embedding of the layers; another one for layers with a window, or None.
         layers: each maps (x, residual or None) to (x, residual) or (sum, None), all [T, E]; None for a layer of another
             stage.
         norm: norm after the last layer; None without a last norm.
@@ -93,6 +94,7 @@ class DecoderStack:
 
     embed: Embedding
     rotary: Rotary
+    local_rotary: Rotary | None = None
     layers: Sequence[Callable[[Value, Value | None, StepInput], tuple[Value, Value | None]] | None]
     norm: RMSNorm | LayerNorm | None
     head: Embedding | None
@@ -103,6 +105,15 @@ class DecoderStack:
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`."""
         self.rotary.prepare(positions)
+        if self.local_rotary is not None:
+            self.local_rotary.prepare(positions)
+
+    def make_rotaries(self, config: Any, placement: Placement, *, factors: bool = False) -> list[Rotary]:
+        """Set `rotary` and `local_rotary` by `rope` and `local_rope` of a config; return each layer's embedding."""
+        self.rotary = local = Rotary(config.rope, config.max_position, placement, factors=factors)
+        if config.local_rope is not None:
+            self.local_rotary = local = Rotary(config.local_rope, config.max_position, placement)
+        return [self.rotary if window is None else local for window in config.sliding_windows]
 
     def start(self, token_ids: Value, step: StepInput) -> Value:
         """Return the input x [T, E] of the first layer: the embedding; a family with further inputs overrides it."""
@@ -110,7 +121,7 @@ class DecoderStack:
         return self.embed(token_ids)
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
-        """Hidden states [T, E] after the last norm, in a model with all layers."""
+        """Compute hidden states [T, E] after the last norm, in a model with all layers."""
         assert self.stage is None, "call `part` on a model with a stage"
         return self._normed(*self._through(token_ids, step, None))
 
@@ -138,13 +149,13 @@ class DecoderStack:
         return both
 
     def _normed(self, x: Value, residual: Value | None) -> Value:
-        """The hidden states [T, E] after the last norm, if the model has one."""
+        """Apply the last norm, if the model has one: hidden states [T, E]."""
         if self.norm is None:
             return x if residual is None else residual + x
         return self.norm.add(x, residual)[0]
 
     def _through(self, token_ids: Value, step: StepInput, arrived: Value | None) -> tuple[Value, Value | None]:
-        """x and residual after the layers of this stage."""
+        """Compute x and the residual after the layers of this stage."""
         taps, given, residual, shares = step.taps, step.given, None, self.shares
         if shares is not None:
             shares.begin(len(token_ids), may_divide=step.may_divide)

@@ -92,7 +92,7 @@ class TowerConfig:
 
     @property
     def vectors(self) -> int:
-        """Number of embeddings of a cell, which are side by side: that of the last layer, and those of `deep`."""
+        """Number of embeddings of a cell, which are side by side: one of the last layer, and one for each of `deep`."""
         return 1 + len(self.deep)
 
     @property

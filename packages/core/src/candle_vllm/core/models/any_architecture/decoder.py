@@ -29,7 +29,7 @@ class AnyDecoder:
 
     Args:
         config: the model's config.
-        placement: where the weights live; layers run op by op.
+        placement: device and types of the weights; layers run op by op.
 
     Attributes:
         named: the layers with weights, by transformers' names.

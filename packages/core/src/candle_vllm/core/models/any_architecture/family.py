@@ -67,7 +67,7 @@ def _family(
 
 
 def _is_tied(decoder: AnyDecoder, tensors: Mapping[str, StoredTensor], path: Path) -> bool:
-    """Whether the stored tensors show that the head is tied to the embedding table, see `head_as_stored`."""
+    """Whether the head is tied to the embedding table by the stored tensors, see `head_as_stored`."""
     shapes, pairs = decoder.stored_shapes, decoder.model._tied_weights_keys or {}
     pair = next((pair for pair in pairs.items() if pair[0].endswith(".weight") and shapes.keys() >= {*pair}), None)
     if pair is None:
