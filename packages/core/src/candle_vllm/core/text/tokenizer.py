@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
-from candle_vllm.core.text.gguf_backend import build_backend, marked_texts, refusing_panics
+from candle_vllm.core.text.gguf_backend import build_backend, ids_by_text, refusing_panics
 from candle_vllm.core.text.gguf_vocab import GgufVocab, read_gguf_vocab
 from candle_vllm.core.text.infill import InfillMarks, infill_marks
 from candle_vllm.core.text.special_tokens import end_of_file_ids, end_of_turn_ids
@@ -233,7 +233,7 @@ class Tokenizer:
         return b"" if text is None else self._convert(text)  # None: an id that the vocabulary skips
 
     def _literal_backend(self) -> Backend:
-        """Copy of the backend that reads names of special tokens as plain text; made at the first use."""
+        """Return a copy of the backend that reads names of special tokens as plain text; made at the first use."""
         with self._literal_lock:
             if self._literal is None:
                 twin = Backend.from_str(self.backend.to_str())
@@ -256,7 +256,7 @@ def _check_text(text: str) -> None:
 
 
 def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
-    texts = marked_texts(vocab)
+    texts = ids_by_text(vocab)
     named = [vocab.ids[name] for name in ("eos", "eot", "eom") if name in vocab.ids]
     return [*named, *sorted(end_of_turn_ids(texts) | end_of_file_ids(texts, vocab.ids))]
 
