@@ -17,6 +17,7 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.text.infill import GGUF_NAMES as INFILL_NAMES
 from candle_vllm.core.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
+from candle_vllm.core.text.special_tokens import TEMPLATE_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ MAX_TOKENS = 1 << 22
 MAX_MERGES = 1 << 23
 MAX_TOKEN_LENGTH = 1 << 16  # characters
 MAX_CHARSMAP = 1 << 26  # bytes
+MAX_NAMED_TEMPLATES = 64
 
 # Values of `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -81,6 +83,11 @@ class GgufVocab:
     strip_accents: bool = True
     charsmap: bytes = b""
     general_name: str = ""
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Texts of special tokens by their names in templates, such as `bos_token`."""
+        return {TEMPLATE_NAMES[name]: self.tokens[i] for name, i in self.ids.items() if name in TEMPLATE_NAMES}
 
 
 def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:

@@ -34,6 +34,9 @@ END_OF_TURN = (
     "[e~[",
 )
 
+# Names in templates of the special tokens that GGUF files name.
+TEMPLATE_NAMES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+
 # Fill-in-the-middle tokens after which another file begins.
 END_OF_FILE = (
     ("fim_pad", ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]")),
