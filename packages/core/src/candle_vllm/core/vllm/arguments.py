@@ -209,18 +209,6 @@ def _images(value: Any) -> dict[str, Any]:
     return {} if count is None else {"max_images": count}
 
 
-def _length(value: Any) -> dict[str, Any]:
-    return {} if value in (None, -1, "auto") else {"max_model_len": value}
-
-
-def _token(value: Any) -> dict[str, Any]:
-    return {} if value is None or value is True else {"hf_token": value}
-
-
-def _tokenizer(value: Any) -> dict[str, Any]:
-    return {} if value is None else {"tokenizer": str(value)}
-
-
 def _template(value: Any) -> dict[str, Any]:
     """Read a template from a file, or return the template itself."""
     if value is None:
@@ -240,9 +228,9 @@ _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "attention_backend": lambda value: {} if value is None else {"attention_backend": str(value).lower()},
     "load_format": _by("load_format", _LOAD_FORMATS),
     "enforce_eager": _eager,
-    "max_model_len": _length,
-    "hf_token": _token,
-    "tokenizer": _tokenizer,
+    "max_model_len": lambda value: {} if value in (None, -1, "auto") else {"max_model_len": value},
+    "hf_token": lambda value: {} if value is None or value is True else {"hf_token": value},
+    "tokenizer": lambda value: {} if value is None else {"tokenizer": str(value)},
     "chat_template": _template,
     "allowed_local_media_path": lambda value: {} if value in (None, "") else {"allowed_local_media_path": value},
     "kv_cache_memory_bytes": lambda value: {} if value is None else {"kv_cache_memory": value},

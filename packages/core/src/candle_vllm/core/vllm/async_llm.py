@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
@@ -270,7 +271,4 @@ class _Telling:
 def _copied(given: outputs.CompletionOutput) -> outputs.CompletionOutput:
     """Copy an output, so that later deltas do not change it."""
     logprobs = None if given.logprobs is None else list(given.logprobs)
-    return outputs.CompletionOutput(
-        given.index, given.text, list(given.token_ids), given.cumulative_logprob, logprobs, given.finish_reason,
-        given.stop_reason,
-    )  # fmt: skip
+    return dataclasses.replace(given, token_ids=list(given.token_ids), logprobs=logprobs)
