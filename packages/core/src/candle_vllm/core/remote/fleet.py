@@ -123,10 +123,6 @@ class Replica(RemoteEngine):
         """Return the last statistics that the replica sent, even if it has died since."""
         return self._link.stats()
 
-    def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """See `AdapterStore.call`."""
-        return self._adapters(call)
-
 
 class Fleet:
     """Replicas of one model, all loaded when the constructor returns.
@@ -334,14 +330,14 @@ class Fleet:
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """See `AdapterStore.call`; all replicas run it. If one fails to add a new adapter, all remove it."""
         if call.what == "list":
-            return _merged(self._each(lambda replica: replica.call(call)))
+            return _merged(self._each(lambda replica: replica._adapters(call)))
         assert call.adapter is not None
         name = call.adapter.name
         with self._changing:
             done: list[Replica] = []
 
             def carry_out(replica: Replica) -> tuple[AdapterInfo, ...]:
-                infos = replica.call(call)
+                infos = replica._adapters(call)
                 done.append(replica)
                 return infos
 
@@ -486,9 +482,9 @@ class Fleet:
         with self._changing:  # adds the adapters of the other replicas, and sets their sleep level
             for name, use in self._added.items():
                 try:
-                    replica.call(AdapterCall("add", use))
+                    replica._adapters(AdapterCall("add", use))
                     if name in self._pinned:
-                        replica.call(AdapterCall("pin", AdapterUse(name=name)))
+                        replica._adapters(AdapterCall("pin", AdapterUse(name=name)))
                 except CandleVllmError as error:
                     logger.warning("replica %d has no adapter %r any more: %s", number, name, error)
             if self._level:
