@@ -252,6 +252,8 @@ def test_vectors_of_tokens_are_not_one_vector(tmp_path: Path, llm: LLM) -> None:
 def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> None:
     tokenizer = llm.get_tokenizer()
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    assert tokenizer.decode(np.int64(97)) == tokenizer.decode(np.array([97])) == "a"
+    assert tokenizer.convert_ids_to_tokens(np.int64(97)) == tokenizer.convert_ids_to_tokens(97)
     assert tokenizer("abc")["input_ids"] == tokenizer.encode("abc")
     assert tokenizer.eos_token_id == engine.model_info.eos_token_ids[0]
     text = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)

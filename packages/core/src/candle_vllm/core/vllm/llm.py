@@ -466,7 +466,7 @@ class LlmTokenizer:
 
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         """Decode token ids."""
-        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        ids = [token_ids] if isinstance(token_ids, (int, np.integer)) else list(token_ids)
         return self._engine.detokenize(ids, skip_special_tokens)
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
@@ -483,7 +483,8 @@ class LlmTokenizer:
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
         """Return a token's entry in the vocabulary, or a list of them."""
-        return self._engine.token_names([ids])[0] if isinstance(ids, int) else self._engine.token_names(ids)
+        names = self._engine.token_names
+        return names([ids])[0] if isinstance(ids, (int, np.integer)) else names(ids)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Return the id of an entry in the vocabulary, or a list of them; an unknown one has that of `unk_token`."""
