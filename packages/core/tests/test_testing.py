@@ -86,6 +86,9 @@ async def test_ends_by_end_token_length_and_stop_token() -> None:
     assert stopped[-1].stop_reason == ord("b")
     repeated = await pieces_of(engine, ignore_eos=True, max_tokens=7)
     assert "".join(piece.text for piece in repeated) == "abcabc"  # the end token between them is special
+    for stop, text in ((["b"], "abc"), (["c"], "ab")):  # as in the engine, "b" ends before the third token
+        longer = await pieces_of(engine, stop=stop, min_tokens=2)
+        assert "".join(piece.text for piece in longer) == text
 
 
 async def test_sequences_interleave_and_may_differ() -> None:
