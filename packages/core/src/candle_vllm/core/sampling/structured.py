@@ -189,7 +189,12 @@ def _text(name: str, value: Any, most: int) -> None:
         raise refused(f"{name} must be a text, not {type(value).__name__}")
     if not 0 < len(value) <= most:
         raise refused(f"{name} must have 1 to {most} characters, not {len(value)}")
+    check_whole(name, value)
+
+
+def check_whole(name: str, text: str) -> None:
+    """Refuse a text that has half a surrogate pair."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise refused(f"{name} has half a surrogate pair, which UTF-8 cannot encode: send whole characters") from None
