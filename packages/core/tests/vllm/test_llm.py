@@ -290,6 +290,13 @@ def test_a_form_and_functions_of_a_request(llm: LLM) -> None:
     assert output.outputs[0].text == "aaaa"
 
 
+def test_waking_up_says_whether_everything_is_awake(llm: LLM) -> None:
+    llm.sleep()
+    assert llm.wake_up(["weights"]) is False
+    assert llm.wake_up() is True
+    assert llm.generate("abc", GREEDY, use_tqdm=False)
+
+
 def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
     made: list[tuple[dict[str, Any], list[int]]] = []
 

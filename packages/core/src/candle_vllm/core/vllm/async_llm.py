@@ -145,9 +145,10 @@ class AsyncLLM:
         """Release memory; as `InferenceEngine.sleep`."""
         await asyncio.to_thread(self.engine.sleep, level, mode)
 
-    async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Load released memory again; as `InferenceEngine.wake_up`."""
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        """As in `LLM`."""
         await asyncio.to_thread(self.engine.wake_up, tags)
+        return not self.engine.is_sleeping
 
     async def is_sleeping(self) -> bool:
         """Whether the engine sleeps."""

@@ -400,9 +400,10 @@ class LLM(ExplainedAttributes):
         """Release memory; as `InferenceEngine.sleep`."""
         self.engine.sleep(level, mode)
 
-    def wake_up(self, tags: list[str] | None = None) -> None:
-        """Load released memory again; as `InferenceEngine.wake_up`."""
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Load released memory again, as `InferenceEngine.wake_up`; return whether the whole engine is awake."""
         self.engine.wake_up(tags)
+        return not self.engine.is_sleeping
 
     def get_tokenizer(self) -> LlmTokenizer:
         """Return the model's tokenizer and template."""
