@@ -232,6 +232,17 @@ def test_classes(tmp_path: Path, llm: LLM) -> None:
         llm.classify("a")
 
 
+def test_the_activation_of_a_pooler_holds_for_classes(tmp_path: Path) -> None:
+    config = toy_encoder_config("BertForSequenceClassification", id2label={"0": "sad", "1": "glad", "2": "mad"})
+    folder = str(write_toy_encoder(tmp_path / "m", config, pooling=None))
+    with LLM(folder, threads=1, pooler_config={"use_activation": False}) as classifier:
+        active = PoolingParams(use_activation=True)
+        logits = np.array(classifier.classify("a b", use_tqdm=False)[0].outputs.probs)
+        probs = np.array(classifier.classify("a b", pooling_params=active, use_tqdm=False)[0].outputs.probs)
+        assert np.exp(logits) / np.exp(logits).sum() == pytest.approx(probs, rel=1e-5)
+        assert classifier.encode("a b", pooling_task="classify")[0].outputs.data.tolist() == logits.tolist()
+
+
 def test_vectors_of_tokens_are_not_one_vector(tmp_path: Path, llm: LLM) -> None:
     with pytest.raises(
         InvalidParameterError, match="tokens have a row each: use encode with pooling_task='token_embed'"

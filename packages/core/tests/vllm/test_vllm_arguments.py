@@ -77,7 +77,7 @@ def test_a_template_may_be_a_file(tmp_path: Path) -> None:
 
 def test_how_vectors_are_made() -> None:
     pooling = translated("m", {"pooler_config": {"seq_pooling_type": "MEAN", "use_activation": False}}).pooling
-    assert (pooling.pooling, pooling.normalize) == ("mean", False)
+    assert (pooling.pooling, pooling.use_activation) == ("mean", False)
     assert translated("m", {"pooler_config": {"pooling_type": "ALL"}}).pooling.pooling == "all"
     with pytest.raises(ConfigError, match="step_tag_id"):
         translated("m", {"pooler_config": {"step_tag_id": 5}})

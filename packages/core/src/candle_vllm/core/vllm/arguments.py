@@ -288,8 +288,8 @@ def _pooling_params(value: Any) -> PoolingParams:
             continue
         if name in ("pooling_type", "seq_pooling_type"):
             made["pooling"] = str(said).lower()
-        elif name in ("normalize", "use_activation"):
-            made["normalize"] = said
+        elif name in ("normalize", "use_activation"):  # vLLM's older name, and its newer one
+            made["use_activation"] = said
         elif name == "dimensions":
             made["dimensions"] = said
         else:

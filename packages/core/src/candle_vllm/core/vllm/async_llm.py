@@ -126,7 +126,8 @@ class AsyncLLM:
             "lora_request": lora_request,
         }
         if llm.asks_classes(pooling_task, self.engine.model_info):
-            yield llm.pooled((await self.engine.aclassify([prompt], pooling_params, **call))[0])
+            classes = self._opened.pooling_params(pooling_params, classes=True)
+            yield llm.pooled((await self.engine.aclassify([prompt], classes, **call))[0])
             return
         params = llm.task_params(self._opened.pooling_params(pooling_params), pooling_task)
         yield llm.pooled((await self.engine.aembed([prompt], params, **call))[0])

@@ -116,13 +116,17 @@ class Opened:
             raise
         return cls(engine, True, made.pooling, Defaults(engine, made.generation, made.sampling))
 
-    def pooling_params(self, given: Any) -> Any:
-        """Fill the parameters of a call, or each of a list, with the default ones; the engine refuses other values."""
+    def pooling_params(self, given: Any, *, classes: bool = False) -> Any:
+        """Fill the parameters of a call, or each of a list, with the default ones; the engine refuses other values.
+
+        Classes have only the default activation.
+        """
         if isinstance(given, (list, tuple)):
-            return [self.pooling_params(each) for each in given]
+            return [self.pooling_params(each, classes=classes) for each in given]
+        own = PoolingParams(use_activation=self.pooling.use_activation) if classes else self.pooling
         if not isinstance(given, PoolingParams):
-            return given or self.pooling
-        return replace(self.pooling, **{name: value for name, value in asdict(given).items() if value is not None})
+            return given or own
+        return replace(own, **{name: value for name, value in asdict(given).items() if value is not None})
 
     def close(self) -> None:
         """Close the engine if it was created here."""
@@ -323,7 +327,8 @@ class LLM(ExplainedAttributes):
         """
         refuse_given("encode", tokenization_kwargs=tokenization_kwargs or None)
         if asks_classes(pooling_task, self.engine.model_info):
-            made = self.engine.classify(prompts, pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+            params = self._opened.pooling_params(pooling_params, classes=True)
+            made = self.engine.classify(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)
             return list(map(pooled, made))
         params = task_params(self._opened.pooling_params(pooling_params), pooling_task)
         return list(map(pooled, self.engine.embed(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)))
@@ -340,11 +345,12 @@ class LLM(ExplainedAttributes):
     ) -> list[ClassificationRequestOutput]:
         """Compute the class probabilities of every text with a classifier. Errors are as in `generate`."""
         refuse_given("classify", tokenization_kwargs=tokenization_kwargs or None)
+        params = self._opened.pooling_params(pooling_params, classes=True)
         return [
             ClassificationRequestOutput(
                 each.request_id, ClassificationOutput(_single(each, "token_classify")), list(each.prompt_token_ids)
             )
-            for each in self.engine.classify(prompts, pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+            for each in self.engine.classify(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)
         ]
 
     @explained()
