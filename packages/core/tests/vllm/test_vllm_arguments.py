@@ -89,6 +89,8 @@ def test_how_vectors_are_made() -> None:
         ({"decode_context_parallel_size": 2}, TypeError, r"\(data_parallel_size\) only"),
         ({"fully_sharded_loras": True}, TypeError, "each GPU has the whole adapter"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
+        ({"speculative_config": 5, "spec_tokens": 3}, ConfigError, "speculative_config 5 is not a dict"),
+        ({"pooler_config": '{"pooling_type": "CLS"}'}, ConfigError, "pooler_config must be values by name"),
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: method must be one of .*EAGLE-3"),
         ({"device_ids": [1]}, TypeError, r"\(data_parallel_size\) only"),
         ({"limit_mm_per_prompt": {"video": 1}}, ConfigError, "limit_mm_per_prompt has 'video': images are"),

@@ -244,7 +244,8 @@ def _with_drafts(given: Mapping[str, Any]) -> dict[str, Any]:
     names = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
     parts = {ours: given[name] for name, ours in names.items() if given.get(name) is not None}
     rest = {name: value for name, value in given.items() if name not in names}
-    return rest | {"speculative_config": {**(given.get("speculative_config") or {}), **parts}} if parts else rest
+    own = given.get("speculative_config") or {}  # `EngineConfig` refuses another type
+    return rest | {"speculative_config": {**own, **parts}} if parts and isinstance(own, Mapping) else rest
 
 
 def _generation(value: Any) -> Mapping[str, Any] | None:
@@ -281,7 +282,9 @@ def _pooling_params(value: Any) -> PoolingParams:
     """Translate vLLM's `PoolerConfig`, a dict or an object."""
     if value is None:
         return PoolingParams()
-    given = dict(value) if isinstance(value, Mapping) else dict(vars(value))
+    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
+    if given is None:
+        raise ConfigError("pooler_config must be values by name, or an object with them", "pooler_config")
     made: dict[str, Any] = {}
     for name, said in given.items():
         if said is None:
