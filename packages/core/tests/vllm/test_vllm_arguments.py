@@ -81,6 +81,17 @@ def test_how_vectors_are_made() -> None:
     assert translated("m", {"pooler_config": {"pooling_type": "ALL"}}).pooling.pooling == "all"
     with pytest.raises(ConfigError, match="step_tag_id"):
         translated("m", {"pooler_config": {"step_tag_id": 5}})
+    off = {"pooling_type": "CLS", "enable_chunked_processing": False}
+    assert translated("m", {"pooler_config": off}).pooling.pooling == "cls"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("enable_chunked_prefill", "max_num_batched_tokens"), ("max_num_batched_tokens", "enable_chunked_prefill")],
+)
+def test_prompts_in_one_piece_whatever_the_order(names: tuple[str, str]) -> None:
+    given = {"enable_chunked_prefill": False, "max_num_batched_tokens": 100}
+    assert translated("m", {name: given[name] for name in names}).config.max_num_batched_tokens == 0
 
 
 @pytest.mark.parametrize(

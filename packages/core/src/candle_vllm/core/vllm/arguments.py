@@ -64,7 +64,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
     settings: dict[str, Any] = {"seed": 0}
     if pooling.pooling in get_args(TextPooling):  # scores have no parameters
         settings["pooling"] = pooling.pooling
-    for name, value in rest.items():
+    for name, value in sorted(rest.items(), key=lambda item: item[0] in _TRANSLATED):  # which win over settings
         translate = _TRANSLATED.get(name)
         if translate is not None:
             settings |= translate(value)
@@ -295,6 +295,6 @@ def _pooling_params(value: Any) -> PoolingParams:
             made["use_activation"] = said
         elif name == "dimensions":
             made["dimensions"] = said
-        else:
+        elif said is not False:  # an option that is off
             raise ConfigError(f"pooler_config has {name!r:.60}, which is not supported", "pooler_config")
     return PoolingParams(**made)
