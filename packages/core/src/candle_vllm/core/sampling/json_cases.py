@@ -29,6 +29,7 @@ CASES = "x-cases"
 SINGLE = ("items", "additionalProperties")
 MAPS = ("properties", "patternProperties")
 _LEFT_OUT = frozenset({"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "$defs", "definitions"})
+_LEFT_OUT |= {"then", "else", "minContains", "maxContains"}  # the functions of `if` and `contains` read these
 _APPLIED = frozenset({"const", "enum", "allOf", "anyOf", "oneOf", "$ref"})
 _SIMPLE = re.compile(r"#/(?:\$defs|definitions)/[\w.-]{1,64}", re.ASCII)
 
