@@ -41,7 +41,7 @@ def made_up_logprobs(
 
 
 class ScriptedSequence:
-    """Produces `steps`, each a list of token ids, then the end token.
+    """Produces `steps`, each a list of token ids, then the end token; with `ignore_eos` it begins again.
 
     Text is held back while it ends inside a character, or might be the beginning of a stop string.
     """

@@ -91,7 +91,7 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         longest: pixels of the longer side.
         tile: pixels of a tile's side.
-        splits: make a grid; otherwise every image is one tile.
+        splits: whether to make a grid; otherwise every image is one tile.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
     """
@@ -229,7 +229,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         least, most: bounds of the image's pixels; a very long image may have more.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
-        fills: Gemma 4's rule: scale every image, small ones too, to `most` pixels, with its sides rounded down.
+        fills: Gemma 4's rule: every image, small ones too, is scaled to `most` pixels, and its sides are rounded down.
     """
 
     cell: int
@@ -294,7 +294,7 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         tile: pixels of a tile's side.
         most: maximum number of tiles of a canvas.
-        grows: use the canvas with the largest scale, and enlarge the image to it.
+        grows: whether the canvas with the largest scale is used, and the image is enlarged to it.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
     """
@@ -355,7 +355,7 @@ Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule
 
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-"""`mm_processor_kwargs` that leave the settings of the model's files unchanged."""
+"""`mm_processor_kwargs` that change no setting of the model's files."""
 
 
 def over(fields: Fields, said: Mapping[str, Any]) -> Fields:

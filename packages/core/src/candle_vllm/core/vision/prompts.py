@@ -62,8 +62,8 @@ class VisionInput:
 
     Attributes:
         parts: description of the model's vision encoder.
-        words: returns the tokens that replace the placeholder of an image, given its grid of tiles.
-        breaks: tokens that consist of line breaks, with their number of line breaks; empty if no token is one break.
+        words: returns the tokens that replace an image's placeholder, given its grid of tiles.
+        breaks: number of line breaks by token, for tokens of line breaks only; empty if no token is a single one.
         limits: limits of a prompt's images.
         one_at_a_time: lock that is held while an image is decoded.
     """

@@ -96,7 +96,7 @@ def check_quantization(said: str | None, stored: str | None) -> None:
 
 
 class EngineArgs:
-    """Stored arguments of `LLM` and `AsyncLLM`; `vars` returns the given arguments.
+    """Arguments of `LLM` and `AsyncLLM`, checked and stored; `vars` returns the model and the given arguments.
 
     Args:
         model: as in `InferenceEngine`.
@@ -133,7 +133,7 @@ class EngineArgs:
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Self:
-        """Make `EngineArgs` from the result of a parser with `add_cli_args`; other flags are ignored."""
+        """Make `EngineArgs` from what a parser with `add_cli_args` returned; values of other flags are ignored."""
         known = argparse.ArgumentParser()
         cls.add_cli_args(known)
         names = {action.dest for action in known._actions} - {"help"}

@@ -235,7 +235,7 @@ class _Telling:
         self._of_prompt = outputs.prompt_logprobs(None)
 
     def take(self, piece: TokenOutput) -> outputs.RequestOutput | None:
-        """Return the output for a `TokenOutput`; None if `kind` is FINAL_ONLY and a sequence has not ended."""
+        """Return the output for a `TokenOutput`; None for FINAL_ONLY while a sequence has not ended."""
         whole = self._so_far[piece.index]
         if self._kind is RequestOutputKind.DELTA:
             whole = self._so_far[piece.index] = outputs.CompletionOutput(

@@ -224,8 +224,8 @@ class LLM(ExplainedAttributes):
         Args:
             messages: messages of one conversation, or a list of conversations.
             chat_template: Jinja source that replaces the model's template.
-            chat_template_content_format: "auto", "string" or "openai": a content always has the form that the template
-                reads, and one without images is a text.
+            chat_template_content_format: "auto", "string" or "openai", without effect: a content always has the form
+                that the template reads.
             tokenization_kwargs: refused: a template writes the special tokens itself.
 
         The other arguments and errors are as in `generate` and `InferenceEngine.chat`.
