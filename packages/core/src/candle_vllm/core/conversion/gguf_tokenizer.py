@@ -65,7 +65,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
     tokens = _texts(model["vocab"], added, rows)
     spm = bool(model.get("byte_fallback"))
     found: dict[str, Any] = {"model": "llama" if spm else "gpt2"}
-    found["pre"] = "default" if spm else cut_name(tokenizer.backend, bool(model.get("ignore_merges")))
+    found["pre"] = "default" if spm else pre_tokenizer_name(tokenizer.backend, bool(model.get("ignore_merges")))
     types = [_type(index, text, model, added, spm) for index, text in enumerate(tokens)]
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     if spm:
@@ -213,7 +213,7 @@ def phi3_name(metadata: Mapping[str, Any]) -> str:
 # ---- the pre-tokenizer -----------------------------------------------------------------------------------------------
 
 
-def cut_name(backend: Backend, ignore_merges: bool) -> str:
+def pre_tokenizer_name(backend: Backend, ignore_merges: bool) -> str:
     """Return the name in `PRE_TOKENIZERS` of a tokenizer's pre-tokenizer.
 
     Raises:

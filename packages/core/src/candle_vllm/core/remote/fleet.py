@@ -42,7 +42,7 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS: Final = 5
-"""Maximum number of attempts to restart a replica within `DEATH_WINDOW` seconds."""
+"""Maximum number of deaths and failed starts within `DEATH_WINDOW` seconds after which a replica is restarted."""
 DEATH_WINDOW: Final = 300.0
 _PAUSE: Final = 1.0  # seconds before the next attempt to start a replica; doubled after each attempt
 _CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
@@ -454,7 +454,7 @@ class Fleet:
                 now = time.monotonic()
                 deaths[:] = [*(then for then in deaths if now - then < DEATH_WINDOW), now]
                 if len(deaths) > MAX_DEATHS:
-                    logger.error("replica %d has died %d times and is not started again", number, len(deaths))
+                    logger.error("replica %d died or failed to start %d times: it stays down", number, len(deaths))
                     return
                 logger.warning("replica %d has died and is restarted; the other replicas continue", number)
                 try:

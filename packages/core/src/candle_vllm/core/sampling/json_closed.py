@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Close JSON schema objects that have properties and no rule for other keys, as xgrammar and llama.cpp do.
 
-A weak model that may write other keys invents keys until its token limit.
+If other keys are allowed, a weak model may invent keys until its token limit.
 """
 
 from __future__ import annotations
