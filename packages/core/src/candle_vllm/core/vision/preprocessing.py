@@ -271,7 +271,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
                 rows, columns = (rows and longer) or 1, (columns and longer) or 1
             return rows * self.cell, columns * self.cell
         if max(height, width) > _MOST_RATIO * min(height, width):
-            said = f"image: {width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
+            said = f"{width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
             raise InvalidParameterError(said, "image")
         cell, sides = self.cell, (height, width)
         near = [round(side / cell) * cell for side in sides]
@@ -349,7 +349,7 @@ Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule
 """Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
 - `normalisation`: normalisation of the pixels,
-- `cut(height, width)`: the `Cut` of an image of this size,
+- `cut(height, width)`: the `Cut` of an image of this size, or an `InvalidParameterError`,
 - `tiles(picture)`: the tiles of that `Cut`, uint8 [N, h, w, 3].
 """
 

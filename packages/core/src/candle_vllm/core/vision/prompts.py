@@ -112,7 +112,10 @@ class VisionInput:
             begin = end + 1
             with self.one_at_a_time:
                 picture = picture_of(image, self.limits, name)
-                cut = self.parts.rule.cut(picture.height, picture.width)
+                try:
+                    cut = self.parts.rule.cut(picture.height, picture.width)
+                except InvalidParameterError as error:  # which does not know the image's name
+                    raise InvalidParameterError(f"{name}: {error}", name) from None
                 least = len(expanded) + cut.tiles * self.parts.embeddings(cut)
                 if most_tokens is None or least < most_tokens:  # otherwise the prompt is refused below
                     self._join(expanded, self.words(cut))
