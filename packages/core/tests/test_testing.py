@@ -43,6 +43,13 @@ def test_byte_tokenizer_gives_text_back(text: str, special: bool) -> None:
     assert tokenizer.decode(tokenizer.encode(text, special), skip_special_tokens=special) == text
 
 
+@pytest.mark.parametrize("token", [-1, 260, 99_999])
+def test_byte_tokenizer_refuses_ids_outside_its_vocabulary(token: int) -> None:
+    for skip in (True, False):
+        with pytest.raises(InvalidParameterError, match=f"there is no token {token}; ids run from 0 to 259"):
+            ScriptedEngine().detokenize([97, token], skip)
+
+
 def test_byte_tokenizer_knows_its_special_tokens() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("<|im_start|>a<|eos|>") == [256, 258, 97, 257]
