@@ -230,12 +230,13 @@ def _special_tokens(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any
     for part, of in ((values, path), (weaker, shadowed)):
         for key in ("extra_special_tokens", "additional_special_tokens"):
             more = part.get(key) or []
-            part = {**more, **part} if isinstance(more, dict) else part
+            part = {**part, **more, **part} if isinstance(more, dict) else part  # the keys of `part` first
             extra += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
         for name in (name for name in part if name.endswith("_token")):
             text = _text(part[name], name, of)
             if text is not None and (found := _text(named.setdefault(name, part[name]), name, path)) != text:
                 logger.warning("%s: %s is %r; %s says %r, which is ignored", path, name, found, of.name, text)
+    named = {name: named[name] for name in (*_NAMES, *named) if name in named}  # in the order of new ids
     return named, [value for value in extra if _text(value, "", path) is not None]
 
 
