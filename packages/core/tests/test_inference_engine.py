@@ -717,6 +717,8 @@ def test_processors_of_the_users_own(engine: InferenceEngine) -> None:
         (lambda tokens, row: row[:5], "float32 array of"),
         (lambda tokens, row: row.astype(np.float64), "float32 array of"),
         (lambda tokens, row: None, "float32 array of"),
+        (lambda tokens, row: row * np.float32("nan"), "without NaN and infinity"),
+        (lambda tokens, row: row + np.float32("inf"), "without NaN and infinity"),
     ],
 )
 def test_a_processor_that_fails_fails_its_own_request(engine: InferenceEngine, process: Any, says: str) -> None:

@@ -43,6 +43,13 @@ def test_byte_tokenizer_gives_text_back(text: str, special: bool) -> None:
     assert tokenizer.decode(tokenizer.encode(text, special), skip_special_tokens=special) == text
 
 
+@pytest.mark.parametrize("token", [-1, 260, 99_999])
+def test_byte_tokenizer_refuses_ids_outside_its_vocabulary(token: int) -> None:
+    for skip in (True, False):
+        with pytest.raises(InvalidParameterError, match=f"there is no token {token}; ids run from 0 to 259"):
+            ScriptedEngine().detokenize([97, token], skip)
+
+
 def test_byte_tokenizer_knows_its_special_tokens() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("<|im_start|>a<|eos|>") == [256, 258, 97, 257]
@@ -86,6 +93,9 @@ async def test_ends_by_end_token_length_and_stop_token() -> None:
     assert stopped[-1].stop_reason == ord("b")
     repeated = await pieces_of(engine, ignore_eos=True, max_tokens=7)
     assert "".join(piece.text for piece in repeated) == "abcabc"  # the end token between them is special
+    for stop, text in ((["b"], "abc"), (["c"], "ab")):  # as in the engine, "b" ends before the third token
+        longer = await pieces_of(engine, stop=stop, min_tokens=2)
+        assert "".join(piece.text for piece in longer) == text
 
 
 async def test_sequences_interleave_and_may_differ() -> None:

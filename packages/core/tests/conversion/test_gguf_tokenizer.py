@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from candle_vllm.core.conversion.gguf_file import write_file
 from candle_vllm.core.conversion.gguf_pieces import unigram
-from candle_vllm.core.conversion.gguf_tokenizer import _around, cut_name, tokenizer_metadata
+from candle_vllm.core.conversion.gguf_tokenizer import _around, pre_tokenizer_name, tokenizer_metadata
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.text import tokenizer as ours
@@ -50,7 +50,7 @@ def test_a_named_cut_is_found(name: str) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    found = PRE_TOKENIZERS[cut_name(backend, entry.ignore_merges)]
+    found = PRE_TOKENIZERS[pre_tokenizer_name(backend, entry.ignore_merges)]
     assert found.ignore_merges == entry.ignore_merges
     usual = {"llama3", "dbrx", "glm4", "qwen2"}
     assert found.patterns == entry.patterns or any(found is PRE_TOKENIZERS[each] for each in usual)
@@ -59,7 +59,7 @@ def test_a_named_cut_is_found(name: str) -> None:
 def test_gpt2s_own_cut_is_found() -> None:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert cut_name(backend, False) == "gpt-2"
+    assert pre_tokenizer_name(backend, False) == "gpt-2"
 
 
 def test_digits_that_are_cut_by_another_step() -> None:
@@ -69,14 +69,14 @@ def test_digits_that_are_cut_by_another_step() -> None:
     digits = pre_tokenizers.Digits(individual_digits=True)
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, digits, spelling])
-    assert cut_name(backend, False) == "deepseek-llm"
+    assert pre_tokenizer_name(backend, False) == "deepseek-llm"
 
 
 def test_an_unknown_cut_is_refused() -> None:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Split("e", "isolated")
     with pytest.raises(UnsupportedModelError, match=r"like none of the pre-tokenizers that GGUF has names for.*`isq`"):
-        cut_name(backend, False)
+        pre_tokenizer_name(backend, False)
 
 
 def test_special_tokens_in_the_middle_of_a_text_are_refused() -> None:

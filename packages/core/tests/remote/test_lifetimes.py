@@ -152,8 +152,8 @@ def test_a_child_that_has_failed_lives_until_it_is_told_to_end(
         monkeypatch.setattr("candle_vllm.core.remote.serving.ChildEngine", Dying)
         monkeypatch.setattr(child, "describe", lambda _: Loading(what="it", done=1, total=1, unit=""))
     config = EngineConfig(model=str(tmp_path / "nowhere"), offline=True).plain()
-    told, status = child.Told(), list[int]()
-    told.ended = asked = Asked()
+    end, status = child.EndRequest(), list[int]()
+    end.ended = asked = Asked()
     with zmq.Context() as context, contextlib.ExitStack() as stack:
 
         def pair(name: str) -> tuple[Any, Any]:
@@ -163,7 +163,7 @@ def test_a_child_that_has_failed_lives_until_it_is_told_to_end(
             return here, there
 
         (control, its_control), (steps, its_steps) = pair("control"), pair("steps")
-        thread = threading.Thread(target=lambda: status.append(child.serve(config, its_control, its_steps, told)))
+        thread = threading.Thread(target=lambda: status.append(child.serve(config, its_control, its_steps, end)))
         thread.start()
         try:
             wait_for(lambda: asked.asked.is_set() or not thread.is_alive())
@@ -171,9 +171,9 @@ def test_a_child_that_has_failed_lives_until_it_is_told_to_end(
             heard = map(Reader(FromChild if loaded else Greeting).read, iter((steps if loaded else control).recv, None))
             last = next(message for message in heard if not isinstance(message, Loading))
         finally:
-            told.note()
+            end.note()
             thread.join()
-            told.bell.close()
+            end.bell.close()
     assert isinstance(last, Ended if loaded else Failed)
     assert status == [0 if loaded else 1]
 

@@ -321,6 +321,7 @@ def test_wrong_structural_tags(takes: Taker, tag: Any, message: str) -> None:
         ({"json": {"type": "any"}}, "JSON type 'any' is unknown .at #.; it is one of null, boolean"),
         ({"json": False}, "must be an object or true"),
         ({"json": "{"}, "json is not JSON"),
+        ({"json": r'{"enum": ["\ud800"]}'}, "the JSON schema has half a surrogate pair, which UTF-8 cannot encode"),
         ({"grammar": "start: foo"}, 'unknown name: "foo"'),
         ({"grammar": "root ::= ("}, "neither Lark .* nor GBNF"),
         ({"grammar": 'main ::= "a"'}, "neither Lark .* nor GBNF: there is no rule 'root'"),

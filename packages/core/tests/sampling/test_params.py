@@ -238,6 +238,9 @@ def test_what_an_engine_fills_is_a_copy() -> None:
     filled = params.filled({})
     params.max_tokens = 5
     assert filled.max_tokens == 4
+    copied = params.clone()
+    params.max_tokens = 6
+    assert copied.max_tokens == 5
 
 
 def test_what_is_open_stays_open_in_json_and_in_copies() -> None:

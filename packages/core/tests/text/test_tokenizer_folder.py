@@ -164,6 +164,20 @@ def test_tokens_that_older_files_add(tmp_path: Path) -> None:
     assert [tokenizer.is_special(index) for index in (262, 263, E)] == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"},
+        {"extra_special_tokens": {"a_token": "<a>", "b": "<b>"}, "mask_token": "<mask>", "bos_token": "<bos>"},
+        {"extra_special_tokens": ["<a>"], "image_token": "<image>", "unk_token": "<unk>"},
+    ],
+)
+def test_tokens_that_tokenizer_json_lacks_get_the_ids_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(write(tmp_path, tokenizer_config=config))
+    ours = Tokenizer.from_folder(tmp_path).special_token_ids
+    assert {text: theirs.convert_tokens_to_ids(text) for text in ours} == ours
+
+
 def test_an_id_that_two_files_give_differently_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     decoder = {"5": {"content": "</s>", "special": True}, "300": {"content": "<new>"}, "258": {"content": "<other>"}}
     tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder}))

@@ -32,6 +32,7 @@ from candle_vllm.core.vision.preprocessing import (
     stretch_rule,
     tile_rule,
 )
+from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 
 SIZES = [(40, 70), (70, 40), (1, 1), (3, 300), (300, 3), (64, 64), (33, 32), (32, 32), (500, 501), (5, 7)]
 CONFIGS: list[dict[str, Any]] = [
@@ -211,6 +212,15 @@ def test_published_areas_have_published_counts() -> None:
     assert [rows * columns for rows, columns in grids] == [391, 2691, 214, 55 * 73]
     with pytest.raises(InvalidParameterError, match="201 x 1 pixels; the longer side may be 200 times the other"):
         rule.cut(1, 201)
+
+
+def test_an_image_that_the_rule_refuses_is_named() -> None:
+    rule = area_rule(Fields({}, Path("p.json")), 28, most=1 << 22)
+    parts = VisionDescription(family="toy", rule=rule, mark=1, asks=1, cell=28)
+    images = [np.zeros((size, 1, 3), np.uint8) for size in (9, 201)]
+    with pytest.raises(InvalidParameterError, match=r"^messages\[1\]: 1 x 201 pixels; the longer side") as caught:
+        VisionInput(parts, lambda _: [1]).look([1, 1], images, ["messages[0]", "messages[1]"])
+    assert caught.value.param == "messages[1]"
 
 
 def test_published_sizes_have_published_counts() -> None:

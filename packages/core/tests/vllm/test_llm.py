@@ -232,6 +232,17 @@ def test_classes(tmp_path: Path, llm: LLM) -> None:
         llm.classify("a")
 
 
+def test_the_activation_of_a_pooler_holds_for_classes(tmp_path: Path) -> None:
+    config = toy_encoder_config("BertForSequenceClassification", id2label={"0": "sad", "1": "glad", "2": "mad"})
+    folder = str(write_toy_encoder(tmp_path / "m", config, pooling=None))
+    with LLM(folder, threads=1, pooler_config={"use_activation": False}) as classifier:
+        active = PoolingParams(use_activation=True)
+        logits = np.array(classifier.classify("a b", use_tqdm=False)[0].outputs.probs)
+        probs = np.array(classifier.classify("a b", pooling_params=active, use_tqdm=False)[0].outputs.probs)
+        assert np.exp(logits) / np.exp(logits).sum() == pytest.approx(probs, rel=1e-5)
+        assert classifier.encode("a b", pooling_task="classify")[0].outputs.data.tolist() == logits.tolist()
+
+
 def test_vectors_of_tokens_are_not_one_vector(tmp_path: Path, llm: LLM) -> None:
     with pytest.raises(
         InvalidParameterError, match="tokens have a row each: use encode with pooling_task='token_embed'"
@@ -252,6 +263,8 @@ def test_vectors_of_tokens_are_not_one_vector(tmp_path: Path, llm: LLM) -> None:
 def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> None:
     tokenizer = llm.get_tokenizer()
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    assert tokenizer.decode(np.int64(97)) == tokenizer.decode(np.array([97])) == "a"
+    assert tokenizer.convert_ids_to_tokens(np.int64(97)) == tokenizer.convert_ids_to_tokens(97)
     assert tokenizer("abc")["input_ids"] == tokenizer.encode("abc")
     assert tokenizer.eos_token_id == engine.model_info.eos_token_ids[0]
     text = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
@@ -286,6 +299,13 @@ def test_a_form_and_functions_of_a_request(llm: LLM) -> None:
 
     output = llm.generate("abc", SamplingParams(logits_processors=[only_a], max_tokens=4, ignore_eos=True))[0]
     assert output.outputs[0].text == "aaaa"
+
+
+def test_waking_up_says_whether_everything_is_awake(llm: LLM) -> None:
+    llm.sleep()
+    assert llm.wake_up(["weights"]) is False
+    assert llm.wake_up() is True
+    assert llm.generate("abc", GREEDY, use_tqdm=False)
 
 
 def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:

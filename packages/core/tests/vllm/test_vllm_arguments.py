@@ -77,10 +77,21 @@ def test_a_template_may_be_a_file(tmp_path: Path) -> None:
 
 def test_how_vectors_are_made() -> None:
     pooling = translated("m", {"pooler_config": {"seq_pooling_type": "MEAN", "use_activation": False}}).pooling
-    assert (pooling.pooling, pooling.normalize) == ("mean", False)
+    assert (pooling.pooling, pooling.use_activation) == ("mean", False)
     assert translated("m", {"pooler_config": {"pooling_type": "ALL"}}).pooling.pooling == "all"
     with pytest.raises(ConfigError, match="step_tag_id"):
         translated("m", {"pooler_config": {"step_tag_id": 5}})
+    off = {"pooling_type": "CLS", "enable_chunked_processing": False}
+    assert translated("m", {"pooler_config": off}).pooling.pooling == "cls"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("enable_chunked_prefill", "max_num_batched_tokens"), ("max_num_batched_tokens", "enable_chunked_prefill")],
+)
+def test_prompts_in_one_piece_whatever_the_order(names: tuple[str, str]) -> None:
+    given = {"enable_chunked_prefill": False, "max_num_batched_tokens": 100}
+    assert translated("m", {name: given[name] for name in names}).config.max_num_batched_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -89,6 +100,8 @@ def test_how_vectors_are_made() -> None:
         ({"decode_context_parallel_size": 2}, TypeError, r"\(data_parallel_size\) only"),
         ({"fully_sharded_loras": True}, TypeError, "each GPU has the whole adapter"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
+        ({"speculative_config": 5, "spec_tokens": 3}, ConfigError, "speculative_config 5 is not a dict"),
+        ({"pooler_config": '{"pooling_type": "CLS"}'}, ConfigError, "pooler_config must be values by name"),
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: method must be one of .*EAGLE-3"),
         ({"device_ids": [1]}, TypeError, r"\(data_parallel_size\) only"),
         ({"limit_mm_per_prompt": {"video": 1}}, ConfigError, "limit_mm_per_prompt has 'video': images are"),

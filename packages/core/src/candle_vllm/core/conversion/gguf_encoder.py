@@ -4,13 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from candle_vllm.core.conversion.gguf_metadata import pooling_keys
+from candle_vllm.core.conversion.gguf_metadata import alike, pooling_keys
 from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.layers.parameters import SHAPES
@@ -82,13 +79,7 @@ def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
     """
     again = encoder_from_gguf(written.metadata, written)
     assert again is not None
-    ours, theirs = (_values(config) for config in (_stored(model), again[1]))
-    different = [name for name, value in ours.items() if theirs[name] != value]
+    ours, names = _stored(model), [field.name for field in dataclasses.fields(model)]
+    different = [name for name in names if not alike(getattr(ours, name), getattr(again[1], name), 1e-6)]
     if different:
         raise UnsupportedModelError(f"GGUF's {_NAME} cannot express this model's {', '.join(different)}")
-
-
-def _values(config: EncoderConfig) -> Mapping[str, Any]:
-    """Return the settings with numbers rounded to float32."""
-    values = dataclasses.asdict(config)
-    return {name: float(np.float32(v)) if isinstance(v, float) else v for name, v in values.items()}

@@ -97,7 +97,7 @@ def write_file(
 
 
 def _copy(writer: GGUFWriter, key: str, value: Any, code: int, element: int) -> None:
-    """Add a value of another file with its types in that file; strings may have bytes that are not UTF-8."""
+    """Add a value of another file with its types there; strings in an array may have bytes that are not UTF-8."""
     kind, items = GGUFValueType(code), value.tolist() if isinstance(value, np.ndarray) else value
     if kind != GGUFValueType.ARRAY:
         writer.add_key_value(key, items, kind)

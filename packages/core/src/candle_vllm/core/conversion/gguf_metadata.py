@@ -163,9 +163,9 @@ def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: np.ndarr
     if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
         read = _frequencies(theirs, found)
         read = read / divisors[: len(read)] if divisors is not None and name == "rope" else read
-        alike = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(_scales(config, ours), _scales(found, theirs)))
-        return alike and np.allclose(_frequencies(ours, config), read, rtol=1e-5)
-    return _alike(ours, theirs, 1e-2 if name in _ROUGH else 1e-6)
+        scales = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(_scales(config, ours), _scales(found, theirs)))
+        return scales and np.allclose(_frequencies(ours, config), read, rtol=1e-5)
+    return alike(ours, theirs, 1e-2 if name in _ROUGH else 1e-6)
 
 
 def _scales(config: ModelConfig, rope: RopeConfig) -> tuple[float, ...]:
@@ -174,11 +174,11 @@ def _scales(config: ModelConfig, rope: RopeConfig) -> tuple[float, ...]:
     return attention_scale(rope), getattr(config, "score_scale", 1.0), *growth
 
 
-def _alike(ours: Any, theirs: Any, tolerance: float) -> bool:
+def alike(ours: Any, theirs: Any, tolerance: float) -> bool:
     """Whether two values are equal; floats may differ by the relative `tolerance`."""
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         names = [field.name for field in dataclasses.fields(ours)]
-        return all(_alike(getattr(ours, name), getattr(theirs, name), tolerance) for name in names)
+        return all(alike(getattr(ours, name), getattr(theirs, name), tolerance) for name in names)
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=tolerance)
     return ours == theirs

@@ -96,7 +96,7 @@ def gguf_tensors(
 
 
 def preferring(line: Line, parts: Sequence[str]) -> Line:
-    """Return the line with the name to be written in the first position."""
+    """Return the line with the names that contain one of `parts` first; the first name is written."""
     wanted = [pair for pair in line.names if any(part in pair[0] for part in parts)]
     return dataclasses.replace(line, names=(*wanted, *(pair for pair in line.names if pair not in wanted)))
 

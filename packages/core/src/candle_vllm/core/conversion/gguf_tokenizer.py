@@ -22,12 +22,12 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import SPACE
 from candle_vllm.core.text.gguf_vocab import BYTE, CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from candle_vllm.core.text.special_tokens import TEMPLATE_NAMES
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _UNREACHED = -1e6  # score of a token that no merge makes
-_PARTS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 _PIECES = {"WordPiece": wordpiece, "Unigram": unigram}
 
 PROBE = (
@@ -65,7 +65,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
     tokens = _texts(model["vocab"], added, rows)
     spm = bool(model.get("byte_fallback"))
     found: dict[str, Any] = {"model": "llama" if spm else "gpt2"}
-    found["pre"] = "default" if spm else cut_name(tokenizer.backend, bool(model.get("ignore_merges")))
+    found["pre"] = "default" if spm else pre_tokenizer_name(tokenizer.backend, bool(model.get("ignore_merges")))
     types = [_type(index, text, model, added, spm) for index, text in enumerate(tokens)]
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     if spm:
@@ -151,7 +151,7 @@ def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -
     """Return the ids of special tokens, and which of them are added around a text."""
     ids = {text: index for index, text in enumerate(tokens)}
     found: dict[str, Any] = {}
-    for name, key in _PARTS.items():
+    for key, name in TEMPLATE_NAMES.items():
         text = tokenizer.special_tokens.get(name)
         if text is not None and text in ids:
             found[f"{key}_token_id"] = ids[text]
@@ -213,7 +213,7 @@ def phi3_name(metadata: Mapping[str, Any]) -> str:
 # ---- the pre-tokenizer -----------------------------------------------------------------------------------------------
 
 
-def cut_name(backend: Backend, ignore_merges: bool) -> str:
+def pre_tokenizer_name(backend: Backend, ignore_merges: bool) -> str:
     """Return the name in `PRE_TOKENIZERS` of a tokenizer's pre-tokenizer.
 
     Raises:

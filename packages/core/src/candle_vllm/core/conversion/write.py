@@ -65,7 +65,7 @@ _SLACK = 64 << 20  # bytes beyond the tensors: metadata, and overhead of the fil
 
 @dataclasses.dataclass(frozen=True)
 class WrittenFile:
-    """Result of `write_gguf`.
+    """A GGUF file that was written.
 
     Attributes:
         path: path of the file.

@@ -47,9 +47,9 @@ def main() -> int:
     if start.alive is not None:
         os.set_inheritable(start.alive, False)
     start_logging(*start.log, process="engine process")
-    told = Told()
+    end = EndRequest()
     watch = threading.Thread(
-        target=watch_parent, args=(parent, start.folder, told.note), name="candle-vllm-parent", daemon=True
+        target=watch_parent, args=(parent, start.folder, end.note), name="candle-vllm-parent", daemon=True
     )
     watch.start()
     with (
@@ -57,10 +57,10 @@ def main() -> int:
         connected(context, CONTROL, start) as control,
         connected(context, STEPS, start) as steps,
     ):
-        return serve(start.config, control, steps, told)
+        return serve(start.config, control, steps, end)
 
 
-def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[bytes], told: Told) -> int:
+def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[bytes], end: EndRequest) -> int:
     """Load the model and answer requests; return the exit status.
 
     A process that fails sends its error and waits until the parent ends it: otherwise the parent might notice the end
@@ -74,13 +74,13 @@ def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[
             engine = ChildEngine(EngineConfig(**config), outbox)
     except CandleVllmError as error:
         control.send(wire.encode(wire.Failed(error=wire.describe_error(error))))
-        told.ended.wait()
+        end.ended.wait()
         return 1
     with engine:
         control.send(wire.encode(describe(engine)))
-        desk = RequestDesk(engine, outbox, control, told.bell)
+        desk = RequestDesk(engine, outbox, control, end.bell)
         try:
-            while not told.ended.is_set():
+            while not end.ended.is_set():
                 desk.turn()
         except wire.MalformedMessageError as error:
             logger.error("the parent sent a malformed message: %s", error)
@@ -123,7 +123,7 @@ def connected(context: zmq.Context[zmq.Socket[bytes]], kind: bytes, start: Start
     return end
 
 
-class Told:
+class EndRequest:
     """The parent's request that this process ends.
 
     Attributes:

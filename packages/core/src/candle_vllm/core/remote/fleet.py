@@ -42,7 +42,7 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS: Final = 5
-"""Maximum number of attempts to restart a replica within `DEATH_WINDOW` seconds."""
+"""Maximum number of deaths and failed starts within `DEATH_WINDOW` seconds after which a replica is restarted."""
 DEATH_WINDOW: Final = 300.0
 _PAUSE: Final = 1.0  # seconds before the next attempt to start a replica; doubled after each attempt
 _CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
@@ -122,10 +122,6 @@ class Replica(RemoteEngine):
     def last_stats(self) -> EngineStats:
         """Return the last statistics that the replica sent, even if it has died since."""
         return self._link.stats()
-
-    def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """See `AdapterStore.call`."""
-        return self._adapters(call)
 
 
 class Fleet:
@@ -334,14 +330,14 @@ class Fleet:
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """See `AdapterStore.call`; all replicas run it. If one fails to add a new adapter, all remove it."""
         if call.what == "list":
-            return _merged(self._each(lambda replica: replica.call(call)))
+            return _merged(self._each(lambda replica: replica._adapters(call)))
         assert call.adapter is not None
         name = call.adapter.name
         with self._changing:
             done: list[Replica] = []
 
             def carry_out(replica: Replica) -> tuple[AdapterInfo, ...]:
-                infos = replica.call(call)
+                infos = replica._adapters(call)
                 done.append(replica)
                 return infos
 
@@ -458,7 +454,7 @@ class Fleet:
                 now = time.monotonic()
                 deaths[:] = [*(then for then in deaths if now - then < DEATH_WINDOW), now]
                 if len(deaths) > MAX_DEATHS:
-                    logger.error("replica %d has died %d times and is not started again", number, len(deaths))
+                    logger.error("replica %d died or failed to start %d times: it stays down", number, len(deaths))
                     return
                 logger.warning("replica %d has died and is restarted; the other replicas continue", number)
                 try:
@@ -486,9 +482,9 @@ class Fleet:
         with self._changing:  # adds the adapters of the other replicas, and sets their sleep level
             for name, use in self._added.items():
                 try:
-                    replica.call(AdapterCall("add", use))
+                    replica._adapters(AdapterCall("add", use))
                     if name in self._pinned:
-                        replica.call(AdapterCall("pin", AdapterUse(name=name)))
+                        replica._adapters(AdapterCall("pin", AdapterUse(name=name)))
                 except CandleVllmError as error:
                     logger.warning("replica %d has no adapter %r any more: %s", number, name, error)
             if self._level:

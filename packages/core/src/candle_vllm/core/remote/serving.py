@@ -12,7 +12,8 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import zmq
 
@@ -146,6 +147,7 @@ class ChildEngine(InferenceEngine):
 
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _WORKERS: Final = 4  # number of threads that prepare requests with grammars
 _CALLERS: Final = 16  # number of threads for calls that wait, such as adapter loads
@@ -217,25 +219,20 @@ class RequestDesk:
             self._preparing.add(message.request.request_id)
             self._workers.submit(self._prepare, message.request)
         else:
-            self._submit(message.request, self._prepared(message.request))
+            self._submit(message.request, *self._prepared(message.request))
 
-    def _prepared(self, request: GenerationRequest) -> Sequence[Any] | CandleVllmError:
+    def _prepared(self, request: GenerationRequest) -> tuple[Sequence[Any] | None, wire.WireError | None]:
         """Prepare a request; return its sequences, or the error."""
-        try:
-            return self._engine.prepare(request)
-        except CandleVllmError as error:
-            return error
-        except Exception as error:
-            logger.exception("a request could not be prepared")
-            return CandleVllmError(f"the engine failed on this request: {type(error).__name__}: {error}")
+        return _tried(lambda: self._engine.prepare(request), "the engine failed on this request")
 
-    def _submit(self, request: GenerationRequest, prepared: Sequence[Any] | CandleVllmError) -> None:
-        try:
-            if isinstance(prepared, CandleVllmError):
-                raise prepared
-            self._engine.thread.submit(prepared, self._outbox)
-        except CandleVllmError as error:
-            self._socket.send(wire.encode(wire.Refused(request.request_id, wire.describe_error(error))))
+    def _submit(
+        self, request: GenerationRequest, prepared: Sequence[Any] | None, error: wire.WireError | None = None
+    ) -> None:
+        if prepared is not None:
+            submit = partial(self._engine.thread.submit, prepared, self._outbox)
+            _, error = _tried(submit, "the engine failed on this request")
+        if error is not None:
+            self._socket.send(wire.encode(wire.Refused(request.request_id, error)))
 
     # ---- in a worker thread ------------------------------------------------------------------------------------------
 
@@ -245,52 +242,45 @@ class RequestDesk:
         def hand_over() -> None:
             if request.request_id in self._preparing:  # else it was aborted meanwhile
                 self._preparing.remove(request.request_id)
-                self._submit(request, prepared)
+                self._submit(request, *prepared)
 
         self._hand_over(hand_over)
 
     def _sleep(self, message: wire.Sleep) -> None:
-        described = None
-        try:
+        def work() -> None:
             if message.level:
                 self._engine.sleep(message.level)
             else:
                 self._engine.wake_up(message.tags)
-        except CandleVllmError as error:
-            described = wire.describe_error(error)
-        except Exception as error:
-            logger.exception("the engine could not sleep or wake up")
-            described = wire.describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
-        answer = wire.encode(wire.Checked(message.number, described))
-        self._hand_over(lambda: self._socket.send(answer))
+
+        _, error = _tried(work, "the engine could not sleep or wake up")
+        self._answer(wire.Checked(message.number, error))
 
     def _check(self, number: int, params: StructuredOutputsParams) -> None:
-        described = None
-        try:
-            self._engine.check_structured_outputs(params)
-        except CandleVllmError as error:
-            described = wire.describe_error(error)
-        except Exception as error:
-            logger.exception("a grammar could not be checked")
-            described = wire.describe_error(CandleVllmError(f"a grammar could not be checked: {type(error).__name__}"))
-        answer = wire.encode(wire.Checked(number, described))
-        self._hand_over(lambda: self._socket.send(answer))
+        _, error = _tried(lambda: self._engine.check_structured_outputs(params), "a grammar could not be checked")
+        self._answer(wire.Checked(number, error))
 
     def _call(self, number: int, call: AdapterCall) -> None:
-        infos: tuple[AdapterInfo, ...] = ()
-        described = None
-        try:
-            infos = self._engine.call_adapters(call)
-        except CandleVllmError as error:
-            described = wire.describe_error(error)
-        except Exception as error:
-            logger.exception("a call about adapters failed")
-            described = wire.describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
+        infos, error = _tried(lambda: self._engine.call_adapters(call), "a call about adapters failed")
         self._engine.thread.wake()  # sends the new statistics
-        answer = wire.encode(wire.Told(number, infos, described))
-        self._hand_over(lambda: self._socket.send(answer))
+        self._answer(wire.Told(number, infos or (), error))
+
+    def _answer(self, message: wire.Checked | wire.Told) -> None:
+        data = wire.encode(message)
+        self._hand_over(lambda: self._socket.send(data))
 
     def _hand_over(self, work: Callable[[], object]) -> None:
         """Run work in the main thread, the only one that may use the socket."""
         self._done.put(work)
         self._bell.ring()
+
+
+def _tried(work: Callable[[], T], what: str) -> tuple[T | None, wire.WireError | None]:
+    """Return the result of `work`, or its error; an unexpected error is logged as `what`."""
+    try:
+        return work(), None
+    except CandleVllmError as error:
+        return None, wire.describe_error(error)
+    except Exception as error:
+        logger.exception(what)
+        return None, wire.describe_error(CandleVllmError(f"{what}: {type(error).__name__}: {error}"))

@@ -55,8 +55,8 @@ class DeviceSampler:
         # Tokens and largest logits are adjacent, so that one copy transfers both to the host.
         self._result = torch.zeros(rows * 12, dtype=torch.uint8, device=stream.device)
         self.ids, self._largest = _split(self._result)
-        self._landings = [stream.staged(rows * 12) for _ in range(_PIECES)]
-        self._landed_there = [tuple(part.numpy() for part in _split(landing)) for landing in self._landings]
+        self._staged = [stream.staged(rows * 12) for _ in range(_PIECES)]
+        self._staged_arrays = [tuple(part.numpy() for part in _split(staged)) for staged in self._staged]
         self._turn = 0
         self._occurrences = OccurrenceTable(stream, vocabulary)
 
@@ -87,7 +87,7 @@ class DeviceSampler:
         surprises = Surprises.of(self._stream, states) if edited else None
         if surprises is not None:
             self._stream.run(lambda: surprises.take(self._logits, self.ids))
-        return self._landed(states, logprobs, surprises)
+        return self._sampled_rows(states, logprobs, surprises)
 
     def forget_counts(self, states: Sequence[SamplingState]) -> None:
         """Recount the tokens of these sequences before their next edit: some were not sampled by this sampler."""
@@ -185,13 +185,13 @@ class DeviceSampler:
         self._stream.run(work)
         return standing
 
-    def _landed(
+    def _sampled_rows(
         self, states: Sequence[SamplingState], logprobs: StandingRows | None, surprises: Surprises | None
     ) -> SampledRows:
         self._turn = (self._turn + 1) % _PIECES
-        landing, result = self._landings[self._turn], self._result
-        self._stream.run(lambda: copy(landing, result))
-        return SampledRows(self._stream.mark(), self._landed_there[self._turn], states, logprobs, surprises)
+        staged, result = self._staged[self._turn], self._result
+        self._stream.run(lambda: copy(staged, result))
+        return SampledRows(self._stream.mark(), self._staged_arrays[self._turn], states, logprobs, surprises)
 
 
 class StandingRows:
@@ -275,13 +275,13 @@ class SampledRows:
     def __init__(
         self,
         mark: Mark,
-        landing: Sequence[NDArray[Any]],
+        staged: Sequence[NDArray[Any]],
         states: Sequence[SamplingState],
         logprobs: StandingRows | None,
         surprises: Surprises | None,
     ) -> None:
         self._mark = mark
-        self._collecting = landing
+        self._collecting = staged
         self._rows = len(states)
         self._processed = [(row, state) for row, state in enumerate(states) if state.params.logits_processors]
         self._logprobs = logprobs

@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from candle_vllm.core.sampling.json_dialect import Remarks, check_shape, modernise, taker
-from candle_vllm.core.sampling.json_facts import Facts
+from candle_vllm.core.sampling.json_facts import LISTS, Facts
 from candle_vllm.core.sampling.json_keywords import MAX_CASES, WRITERS, At, Case
 from candle_vllm.core.sampling.json_opposites import ASSERTING, OppositeUnknown, opposite
 from candle_vllm.core.sampling.json_references import MAX_NESTING, References, Target
@@ -26,10 +26,10 @@ Schema = dict[str, Any]
 MAX_WRITTEN = 12_000  # maximum number of written schemas, in all cases together
 CASES = "x-cases"
 """Key next to an `allOf` that replaces a keyword; its value is the keyword. The compiler ignores it."""
-_SINGLE = ("items", "additionalProperties")
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_MAPS = ("properties", "patternProperties")
+SINGLE = ("items", "additionalProperties")
+MAPS = ("properties", "patternProperties")
 _LEFT_OUT = frozenset({"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "$defs", "definitions"})
+_LEFT_OUT |= {"then", "else", "minContains", "maxContains"}  # the functions of `if` and `contains` read these
 _APPLIED = frozenset({"const", "enum", "allOf", "anyOf", "oneOf", "$ref"})
 _SIMPLE = re.compile(r"#/(?:\$defs|definitions)/[\w.-]{1,64}", re.ASCII)
 
@@ -127,11 +127,11 @@ class _Cases:
         for name, value in schema.items():
             if name == "$ref":
                 found[name] = self.reference(value, at)
-            elif name in _SINGLE:
+            elif name in SINGLE:
                 found[name] = self.schema(value, at.inside(name))
-            elif name in _LISTS:
+            elif name in LISTS:
                 found[name] = [self.schema(one, at.inside(f"{name}/{place}")) for place, one in enumerate(value)]
-            elif name in _MAPS:
+            elif name in MAPS:
                 found[name] = {key: self.schema(one, at.inside(f"{name}/{key}")) for key, one in value.items()}
             elif name not in _LEFT_OUT:
                 found[name] = value

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Close JSON schema objects that have properties and no rule for other keys, as xgrammar and llama.cpp do.
 
-A weak model that may write other keys invents keys until its token limit.
+If other keys are allowed, a weak model may invent keys until its token limit.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from candle_vllm.core.sampling.json_cases import CASES
+from candle_vllm.core.sampling.json_cases import CASES, MAPS, SINGLE
+from candle_vllm.core.sampling.json_facts import LISTS
 
-_IN_PLACE = ("allOf", "anyOf", "oneOf", "prefixItems")
 _OF_OBJECTS = frozenset({"properties", "patternProperties", "additionalProperties", "required"})
 _KEEPS_OPEN = frozenset({"additionalProperties", "patternProperties", "enum", "const"})
 
@@ -40,9 +40,9 @@ def close_objects(root: dict[str, Any]) -> dict[str, Any]:
         elif known or not shared:
             continue
         together[id(schema)] = shared
-        parts = [part for name in _IN_PLACE for part in schema.get(name, ())]
-        parts += [part for name in ("properties", "patternProperties") for part in schema.get(name, {}).values()]
-        parts += [schema[name] for name in ("items", "additionalProperties") if name in schema]
+        parts = [part for name in LISTS for part in schema.get(name, ())]
+        parts += [part for name in MAPS for part in schema.get(name, {}).values()]
+        parts += [schema[name] for name in SINGLE if name in schema]
         if "$ref" in schema:
             parts.append(_target(root, schema["$ref"]))
         waiting += [(part, shared) for part in parts]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from candle_vllm.core.sampling.json_facts import types_of
+from candle_vllm.core.sampling.json_facts import BOUNDS, LISTS, types_of
 from candle_vllm.core.sampling.structured import refused
 
 MAX_COUNT = (1 << 31) - 1  # maximum value of minLength and similar keywords
@@ -29,14 +29,12 @@ MAX_REMARK = 400  # maximum characters of a remark
 _DRAFTS = ("draft-04", "draft-06", "draft-07", "draft/2019-09", "draft/2020-12")
 _REFUSED = ("$dynamicRef", "$recursiveRef", "x-guidance")
 _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "dependentSchemas", "dependentRequired", "dependencies")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _COUNTS += ("minContains", "maxContains")
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _OTHERS = ("type", "enum", "const", "$ref", "required", "pattern", "format", "multipleOf", "uniqueItems")
 _UNEVALUATED = ("unevaluatedItems", "unevaluatedProperties")
-KNOWN = frozenset({*_SCHEMAS, *_LISTS, *_MAPS, *_COUNTS, *_BOUNDS, *_OTHERS, *_UNEVALUATED, *_REFUSED})
+KNOWN = frozenset({*_SCHEMAS, *LISTS, *_MAPS, *_COUNTS, *BOUNDS, *_OTHERS, *_UNEVALUATED, *_REFUSED})
 _ANNOTATIONS = frozenset(
     {"$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "$comment", "$defs"}
     | {"definitions", "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly"}
@@ -150,7 +148,7 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
             value = schema[name] = int(value)
         if name in schema and not (type(value) is int and 0 <= value <= MAX_COUNT):
             raise refused(f"{name} must be a whole number of 0 to {MAX_COUNT} (at {place})")
-    for name in _BOUNDS:
+    for name in BOUNDS:
         value = schema.get(name)
         wrong = not isinstance(value, (int, float)) or (isinstance(value, bool) and name in ("minimum", "maximum"))
         if name in schema and wrong:
@@ -160,7 +158,7 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
         raise refused(f"multipleOf must be a number above 0 (at {place})")
     if not isinstance(schema.get("enum", []), list):
         raise refused(f"enum must be a list (at {place})")
-    for name in _LISTS:
+    for name in LISTS:
         if not isinstance(schema.get(name, []), list):
             raise refused(f"{name} must be a list of schemas (at {place})")
     for name in _MAPS:

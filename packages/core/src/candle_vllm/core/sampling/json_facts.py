@@ -14,6 +14,8 @@ from candle_vllm.core.sampling.structured import refused
 FRACTION = "fraction"
 TYPES = frozenset({"null", "boolean", "integer", FRACTION, "string", "array", "object"})
 """Types of values; a number of JSON Schema is an integer or a fraction here."""
+LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")  # keywords with a list of schemas
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 NAMES = ("null", "boolean", "integer", "number", "string", "array", "object")
 MAX_LOOKS = 100_000  # maximum number of comparisons of schemas; later answers are uncertain
 MAX_VALUES = 16  # maximum number of values of a domain that counts as finite

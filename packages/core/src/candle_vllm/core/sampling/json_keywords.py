@@ -304,10 +304,6 @@ def _only(kind: str, own: Schema, cases: list[Any]) -> Schema:
     return {"anyOf": [*([{"type": rest}] if rest else []), *({"type": kind, **one} for one in cases)]}
 
 
-def _nothing(_: Cases, __: Schema, ___: At) -> None:
-    """Do nothing: the function of another keyword reads this keyword."""
-
-
 WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType(
     {
         "unevaluatedProperties": _unevaluated("unevaluatedProperties", "additionalProperties"),
@@ -316,14 +312,10 @@ WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType(
         "oneOf": _one_of,
         "not": lambda cases, own, at: cases.opposed(own["not"], "not", json_facts.types_of(own), at),
         "if": _if,
-        "then": _nothing,
-        "else": _nothing,
         "dependentRequired": _dependent("dependentRequired"),
         "dependentSchemas": _dependent("dependentSchemas"),
         "dependencies": _dependent("dependencies"),
         "contains": _contains,
-        "minContains": _nothing,
-        "maxContains": _nothing,
         "uniqueItems": _unique,
     }
 )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from candle_vllm.core.sampling.json_facts import TYPES, span_of, type_names, type_of, types_of
+from candle_vllm.core.sampling.json_facts import BOUNDS, TYPES, span_of, type_names, type_of, types_of
 
 MAX_PATTERN = 1 << 16  # maximum characters of a pattern that excludes texts
 MAX_ELEMENTS = 64  # maximum length of an array value whose opposite is written element by element
@@ -264,7 +264,7 @@ _BREAKS: Mapping[str, Callable[[Any, Schema], list[Any]]] = MappingProxyType(
         "dependentRequired": _not_dependent,
         "dependentSchemas": _not_dependent,
         "dependencies": _not_dependent,
-        **{name: _not_bounds(name) for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")},
+        **{name: _not_bounds(name) for name in BOUNDS},
         "allOf": lambda value, _: [{"not": one} for one in value],
         "anyOf": lambda value, _: [{"allOf": [{"not": one} for one in value]}],
         "oneOf": _not_one,
@@ -279,14 +279,13 @@ _UNKNOWN = frozenset(
 )
 _OF_STRINGS = ("minLength", "maxLength", "pattern")
 _OF_ARRAYS = ("minItems", "maxItems", "items", "prefixItems", "contains")
-_OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _OF_OBJECTS = ("minProperties", "maxProperties", "properties", "additionalProperties", "required")
 _OF_OBJECTS += ("dependentRequired", "dependentSchemas", "dependencies")
 _KINDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         **{name: frozenset({"string"}) for name in _OF_STRINGS},
         **{name: frozenset({"array"}) for name in _OF_ARRAYS},
-        **{name: frozenset({"integer", "fraction"}) for name in _OF_NUMBERS},
+        **{name: frozenset({"integer", "fraction"}) for name in BOUNDS},
         **{name: frozenset({"object"}) for name in _OF_OBJECTS},
     }
 )

@@ -15,10 +15,10 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from candle_vllm.core.sampling.json_cases import in_known_keywords
+from candle_vllm.core.sampling.json_cases import MAPS, SINGLE, in_known_keywords
 from candle_vllm.core.sampling.json_closed import close_objects
 from candle_vllm.core.sampling.json_dialect import Remarks
-from candle_vllm.core.sampling.json_facts import FRACTION, types_of
+from candle_vllm.core.sampling.json_facts import BOUNDS, FRACTION, LISTS, types_of
 from candle_vllm.core.sampling.json_references import MAX_NESTING
 from candle_vllm.core.sampling.json_rules import check_finite, check_meeting
 from candle_vllm.core.sampling.structured import Schema, parsed_json, refused
@@ -38,17 +38,11 @@ NEXT_TO_ZERO = 1e-17  # the number next to an open bound at zero; smaller ones h
 EXACT = 1 << 53  # above it, not every integer is a float
 MAX_INTEGER = (1 << 63) - 1
 
-_ONE = ("items", "additionalProperties")
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_MAPS = ("properties", "patternProperties")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 SUPPORTED = frozenset(
-    {*_ONE, *_LISTS, *_MAPS, *_COUNTS, *_BOUNDS, "type", "enum", "const", "$ref", "required", "pattern", "format"}
+    {*SINGLE, *LISTS, *MAPS, *_COUNTS, *BOUNDS, "type", "enum", "const", "$ref", "required", "pattern", "format"}
     | {"multipleOf"}
 )
-
-
 _ESCAPED = "\b\t\n\f\r"
 
 
@@ -191,7 +185,7 @@ class _Check:
             raise refused(f"the JSON schemas have more than {2 * most} {what} together")
 
     def numbers(self, schema: dict[str, Any], place: str) -> None:
-        for name in _BOUNDS:
+        for name in BOUNDS:
             value = schema.get(name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) > EXACT:
                 self.large_bound(schema, name, f"{place}/{name}")
@@ -314,12 +308,12 @@ class _Check:
 
 def _parts(schema: dict[str, Any], place: str) -> Iterator[tuple[Any, str]]:
     """Yield the subschemas of a schema, each with its position."""
-    for name in _ONE:
+    for name in SINGLE:
         if name in schema:
             yield schema[name], f"{place}/{name}"
-    for name in _LISTS:
+    for name in LISTS:
         yield from ((part, f"{place}/{name}/{index}") for index, part in enumerate(schema.get(name, ())))
-    for name in _MAPS:
+    for name in MAPS:
         yield from ((part, f"{place}/{name}/{key}") for key, part in schema.get(name, {}).items())
 
 

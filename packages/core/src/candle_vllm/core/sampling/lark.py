@@ -84,7 +84,8 @@ class LarkShape:
                     f"the grammar's rules lead {reached} deep from one to the next, brackets included; at most "
                     f"{MAX_DEPTH} are allowed"
                 )
-            inside = beyond if _is_terminal(names[0]) else set()  # terminals of a rule are not intersected
+            is_terminal = names[0].lstrip("_")[:1].isupper()
+            inside = beyond if is_terminal else set()  # terminals of a rule are not intersected
             together = sum(self._meeting[name] for name in names) + sum(meeting[other] for other in inside)
             meeting |= dict.fromkeys(names, together)
             if together > MAX_MEETING:
@@ -130,10 +131,6 @@ class LarkShape:
                         del waiting[places[name] :]
                         done.update(circle)
                         yield circle
-
-
-def _is_terminal(name: str) -> bool:
-    return name.lstrip("_")[:1].isupper()
 
 
 DEFAULT_WHITESPACE = r"[ ]{1,2}|\n(?:[ ]{0,40}|\t{0,10})"

@@ -11,16 +11,16 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.sampling.grammar import Grammar
-from candle_vllm.core.sampling.structured import StructuredOutputsParams, refused
+from candle_vllm.core.sampling.structured import StructuredOutputsParams, plain_json, refused
 from candle_vllm.core.sampling.token_trie import TokenTrie, Vocabulary
 
 if TYPE_CHECKING:
@@ -167,14 +167,6 @@ def _awaited(other: Future[Compiled]) -> Compiled:
 def _described(spec: StructuredOutputsParams) -> bytes:
     """Return the cache key of a form; the order of keys matters, because it is the order in the text."""
     try:
-        return msgspec.json.encode(msgspec.structs.asdict(spec), enc_hook=_plain)
+        return msgspec.json.encode(msgspec.structs.asdict(spec), enc_hook=plain_json)
     except (TypeError, ValueError, RecursionError) as error:
         raise refused(f"the {spec.kind} is not JSON, or nested too deeply: {error}") from None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Sequence):
-        return list(value)
-    raise TypeError(f"{type(value).__name__} is not a JSON value")

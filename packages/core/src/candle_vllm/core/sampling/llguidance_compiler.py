@@ -22,7 +22,7 @@ from candle_vllm.core.sampling.json_schema import Budget
 from candle_vllm.core.sampling.llguidance_grammar import Form, LlguidanceGrammar, cannot_go_on, shortened
 from candle_vllm.core.sampling.llguidance_limits import check_time, limits
 from candle_vllm.core.sampling.structural_tag import structural_tag_grammars
-from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
+from candle_vllm.core.sampling.structured import StructuredOutputsParams, check_whole, parsed_json, refused
 from candle_vllm.core.sampling.token_trie import TokenTrie
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Compiler:
         budget = Budget(may_compare, self._open_objects)
         grammars = self._grammars(spec, budget)
         text = json.dumps({"grammars": grammars}, ensure_ascii=False)
+        check_whole(f"the {name}", text)
         check_time(name, text)
         form = Form(partial(LLMatcher, self._trie.ll, text, log_level=0, limits=limits()))
         matcher = form.start()

@@ -320,6 +320,10 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
                 given[name] = defaults.get(name, +value)  # the sign makes it a plain number
         return replace(self, **given) if given else copy.copy(self)  # `copy` does not validate again
 
+    def clone(self) -> SamplingParams:
+        """Return a deep copy, as in vLLM."""
+        return copy.deepcopy(self)
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""

@@ -159,7 +159,7 @@ def parsed_json(name: str, value: Schema) -> Any:
         InvalidParameterError: invalid JSON, or longer than `MAX_SCHEMA`.
     """
     try:
-        text = value if isinstance(value, str) else _json.dumps(value, default=_plain, allow_nan=False)
+        text = value if isinstance(value, str) else _json.dumps(value, default=plain_json, allow_nan=False)
         if len(text) > MAX_SCHEMA:
             raise refused(f"{name} has {len(text)} characters as JSON; at most {MAX_SCHEMA} are allowed")
         return _json.loads(text, parse_constant=_no_number)
@@ -169,7 +169,8 @@ def parsed_json(name: str, value: Schema) -> Any:
         raise refused(f"{name} is not JSON: {error}") from None
 
 
-def _plain(value: object) -> object:
+def plain_json(value: object) -> object:
+    """Convert any mapping or sequence to a type that JSON encoders accept."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Sequence):
@@ -188,7 +189,12 @@ def _text(name: str, value: Any, most: int) -> None:
         raise refused(f"{name} must be a text, not {type(value).__name__}")
     if not 0 < len(value) <= most:
         raise refused(f"{name} must have 1 to {most} characters, not {len(value)}")
+    check_whole(name, value)
+
+
+def check_whole(name: str, text: str) -> None:
+    """Refuse a text that has half a surrogate pair."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise refused(f"{name} has half a surrogate pair, which UTF-8 cannot encode: send whole characters") from None

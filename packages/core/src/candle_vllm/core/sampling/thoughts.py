@@ -24,7 +24,7 @@ THOUGHT_TOKENS = (
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
-"""Marks that are single tokens in some vocabularies; they are used if a caller gives no marks."""
+"""Marks that are single tokens in some vocabularies, for `thinking_token_budget`, which has no marks of its own."""
 _QUOTES = (b"`", b'"', b"'")
 _SPECIAL = b"\xff"  # begins a special token among bytes of text: UTF-8 has no such byte
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from candle_vllm.core.sampling.json_facts import FRACTION, TYPES, Facts, Place, type_of, types_of, values_of
+from candle_vllm.core.sampling.json_facts import BOUNDS, FRACTION, TYPES, Facts, Place, type_of, types_of, values_of
 from candle_vllm.core.sampling.json_references import References
 
 _PLAIN = frozenset({"string", "integer", FRACTION, "boolean", "null"})
-_NARROWING = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"})
+_NARROWING = frozenset({*BOUNDS, "multipleOf", "enum", "const"})
 _MAX_DEPTH = 8
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.text.tokenizer import utf8_decoder
 
 
@@ -42,13 +43,15 @@ class ByteTokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
         """As in `core.text.tokenizer.Tokenizer`."""
-        kept = [token for token in token_ids if token < 256 or not skip_special_tokens]
+        kept = [token for token in token_ids if not (skip_special_tokens and self.is_special(token))]
         return utf8_decoder("replace").decode(b"".join(map(self.token_bytes, kept)), whole)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token, also of a special one."""
+        """Return the bytes of one token, also of a special one; raises InvalidParameterError for an unknown id."""
+        if not 0 <= token_id < self.vocab_size:
+            raise InvalidParameterError(f"there is no token {token_id}; ids run from 0 to {self.vocab_size - 1}")
         return bytes([token_id]) if token_id < 256 else self._names[token_id - 256].encode()
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is special."""
-        return token_id >= 256
+        return 256 <= token_id < self.vocab_size

@@ -62,7 +62,7 @@ class ScriptedEngine(ScriptedVectors):
         name, max_model_len, default_sampling, has_chat_template: shown in `model_info`.
         submit_error: raised for every request, like the error of a full queue or a dead engine.
         fail_after: number of a request's `TokenOutput`s before `failure`.
-        failure: an exception is raised by the stream; a text ends every sequence with `FinishReason.ERROR`.
+        failure: an exception that the stream raises, or a text, with which sequences end as `FinishReason.ERROR`.
         failure_kind: kind of the error for a text.
         num_cached_tokens: reported by every answer.
         chat_template: shown in `chat_conventions`; the engine always renders ChatML.
@@ -158,7 +158,7 @@ class ScriptedEngine(ScriptedVectors):
 
     @property
     def is_alive(self) -> bool:
-        """Always True: a scripted engine cannot fail."""
+        """Always True: a scripted engine does not die, also after a scripted failure."""
         return True
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:

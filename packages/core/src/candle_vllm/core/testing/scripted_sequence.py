@@ -41,7 +41,7 @@ def made_up_logprobs(
 
 
 class ScriptedSequence:
-    """Produces `steps`, each a list of token ids, then the end token.
+    """Produces `steps`, each a list of token ids, then the end token; with `ignore_eos` it begins again.
 
     Text is held back while it ends inside a character, or might be the beginning of a stop string.
     """
@@ -116,7 +116,7 @@ class ScriptedSequence:
     def _take(self, token: int) -> None:
         params = self._request.params
         self._num_tokens += 1
-        may_stop = self._num_tokens >= params.min_tokens
+        may_stop = self._num_tokens > params.min_tokens
         ends = token == self._eos and not params.ignore_eos
         stops = token in (params.stop_token_ids or ())
         if may_stop and (ends or stops):

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from candle_vllm.core.quantization.plain import read_plain
+from candle_vllm.core.text.token_bytes import BYTE_ALPHABET
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOY_VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few unused rows, as in real models
@@ -134,10 +135,7 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray
 
 def byte_names() -> list[str]:
     """Return the character of each byte in GPT-2's byte alphabet."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    names = {value: chr(value) for value in printable} | {value: chr(256 + i) for i, value in enumerate(others)}
-    return [names[value] for value in range(256)]
+    return sorted(BYTE_ALPHABET, key=BYTE_ALPHABET.__getitem__)
 
 
 def _tokenizer() -> Tokenizer:

@@ -16,8 +16,8 @@ class ChatConventions(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         chat_template: the template in use, a dict of templates by name, or None.
-        special_tokens: name -> id of the tokens that structure a text and are not part of it.
-        mark_ids: name -> id of the tokens in brackets, such as `<tool_call>`, that are part of the text.
+        special_tokens: ids by name of the tokens that structure a text and are not part of it.
+        mark_ids: ids by name of the tokens in brackets, such as `<tool_call>`, that are part of the text.
         token_names: texts of `bos_token`, `eos_token` and so on, for templates.
         response_template: key of tokenizer_config.json (transformers 5.13): how the model formats an answer; or None.
     """

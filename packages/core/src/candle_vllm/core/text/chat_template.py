@@ -21,7 +21,7 @@ from candle_vllm.core.text.template_limits import MAX_TEXT, Budget, BudgetExceed
 from candle_vllm.core.text.template_sandbox import Sandbox
 
 MAX_DEPTH = 64  # levels of lists and objects in messages, tools and documents
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
 _HALF = re.compile("[\ud800-\udfff]")
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -213,7 +213,7 @@ def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
     conversation = []
     for message in _objects("messages", messages):
         kept = {key: value for key, value in message.items() if value is not None or key == "content"}
-        reasoning = next((kept[key] for key in _REASONING if key in kept), None)
+        reasoning = next((kept[key] for key in REASONING if key in kept), None)
         if reasoning is not None:
             kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
         conversation.append(kept)

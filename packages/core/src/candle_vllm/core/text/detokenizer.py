@@ -5,9 +5,9 @@ Every token stands for bytes (`Tokenizer.token_bytes`), and the text is their de
 bytes gives the same characters as decoding all at once, so that no token is decoded twice, and the deltas add up to
 `Tokenizer.decode` of the whole output, in which an incomplete character at the end is U+FFFD.
 
-The stop string that is complete first wins; if several end at the same character, the longest wins. So the result does
-not depend on how the text is split into chunks, and only text that may begin a stop string is held back. Stop strings
-are ignored in reasoning and tool calls and the marks around them, if the caller passes `StopMarks`.
+The stop string that is complete first ends the text; of several that end at the same character, the longest counts. So
+the result does not depend on how the text is split into chunks, and only text that may begin a stop string is held
+back. With `StopMarks`, stop strings are ignored in reasoning and tool calls and in the marks around them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Detokenizer:
 
     Tokenizers like SentencePiece write a space before every word and omit it at the very start of a text. Whether an
     output is at the start depends on the prompt: after a prompt with visible text the space is kept (prompt and output
-    then join as in one text); after an empty prompt, or one of special tokens only, it is omitted, and the deltas add
-    up to `tokenizer.decode(output)`.
+    then join as in one text); after an empty prompt, or one of hidden special tokens only, it is omitted, and the
+    deltas add up to `tokenizer.decode(output)`.
 
     Attributes:
         is_plain: a next token in `Tokenizer.plain_texts` yields exactly its own text: no stop string may begin in it,
@@ -219,7 +219,7 @@ class StopScanner:
         special_tokens: names of special tokens, which marks may contain.
 
     Attributes:
-        idle: there are no stop strings.
+        idle: whether there are no stop strings; then `feed` returns each text unchanged.
         found: the stop string that was found, or None.
     """
 
@@ -256,7 +256,7 @@ class StopScanner:
         Args:
             text: the text; it may be the text of a special token.
             armed: whether a stop string that ends in this text counts.
-            special: name of the special token that was sampled, which may have no text.
+            special: name of the special token that was sampled; its text may be hidden, and `text` is then empty.
         """
         if self.found is not None or self.idle:
             return text if self.idle else ""
@@ -355,4 +355,4 @@ class StopScanner:
 
 
 NO_STOPS = StopScanner(())
-"""The scanner of all texts without stop strings; it keeps nothing of a text."""
+"""The scanner of every request without stop strings; it has no state, so they share it."""

@@ -65,8 +65,8 @@ def refusing_panics(what: str) -> Iterator[None]:
         raise InvalidFileError(f"{what} cannot be used as a tokenizer: {error}") from error
 
 
-def marked_texts(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
-    """Return text -> id of all tokens, without a `</s>` that is the HTML tag, as in Qwen's vocabulary."""
+def ids_by_text(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
+    """Return the id of each token by its text, without a `</s>` that is the HTML tag, as in Qwen's vocabulary."""
     html = vocab.numbers.get("</s>")
     if html is None or vocab.types[html] != gguf_vocab.NORMAL:
         return vocab.numbers
@@ -76,9 +76,9 @@ def marked_texts(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
 
 
 def _special_ids(vocab: gguf_vocab.GgufVocab, marked: set[int]) -> set[int]:
-    """Return the ids hidden from the text: control, unknown and end-of-turn tokens, without `VISIBLE_FRAME`."""
+    """Return the ids hidden from the text: control, unknown and end-of-turn tokens, except `VISIBLE_FRAME`."""
     hidden = {index for index in marked if vocab.types[index] != gguf_vocab.USER_DEFINED}
-    texts = marked_texts(vocab)
+    texts = ids_by_text(vocab)
     ends = end_of_turn_ids(texts)
     shown = {texts[text] for text in (*VISIBLE_FRAME, *END_OF_TURN) if text in texts} - ends
     return (hidden | ends) - shown

@@ -17,6 +17,7 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.text.infill import GGUF_NAMES as INFILL_NAMES
 from candle_vllm.core.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
+from candle_vllm.core.text.special_tokens import TEMPLATE_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ MAX_TOKENS = 1 << 22
 MAX_MERGES = 1 << 23
 MAX_TOKEN_LENGTH = 1 << 16  # characters
 MAX_CHARSMAP = 1 << 26  # bytes
+MAX_NAMED_TEMPLATES = 64
 
 # Values of `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -56,13 +58,13 @@ class GgufVocab:
         numbers: the id of each text.
         types: the token type of each id.
         scores: log-probability per id; empty for a file without scores.
-        merges: pairs of texts in order of priority, not checked (`check_merges`).
+        merges: pairs of texts in order of priority; `check_merges` checks them, if the backend refuses them.
         ids: special token ids by name ("bos", "eos", "unknown", ...).
         pre: pre-tokenizer, for byte-pair models.
         add_bos, add_eos: add BOS before a prompt, EOS after it.
         add_space_prefix: add a space before a text.
         charsmap: precompiled normalisation of SentencePiece, or empty.
-        general_name: `general.name`, lower case; some rules depend on it.
+        general_name: `general.name` in lower case, by which `gguf_backend` recognises Phi-3.
     """
 
     model: str
@@ -81,6 +83,11 @@ class GgufVocab:
     strip_accents: bool = True
     charsmap: bytes = b""
     general_name: str = ""
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Texts of special tokens by their names in templates, such as `bos_token`."""
+        return {TEMPLATE_NAMES[name]: self.tokens[i] for name, i in self.ids.items() if name in TEMPLATE_NAMES}
 
 
 def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:
@@ -155,7 +162,7 @@ class _Reader:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
             raise _wrong(key, "an integer", value)
-        # Writers store "no such token" as -1 in an unsigned field.
+        # Some writers store -1 for a missing token, in an unsigned field.
         if value in (-1, (1 << 32) - 1):
             return None
         if not 0 <= value < size:
@@ -260,7 +267,7 @@ def _halves(line: str) -> tuple[str, str]:
 
 
 def check_merges(vocab: GgufVocab) -> None:
-    """Raise the error for the first invalid merge; slow, so called only if the tokenizers library refused them.
+    """Raise the error for the first invalid merge. Slow; call it only if the tokenizers library refused them.
 
     Raises:
         InvalidFileError: a merge is not two tokens whose concatenation is a token.

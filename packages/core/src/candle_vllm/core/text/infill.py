@@ -2,7 +2,7 @@
 """Fill-in-the-middle: find a vocabulary's infill marks, and make prompts with them.
 
 A model trained for it reads the prefix and the suffix of a gap, each after its mark, and continues with the text of the
-gap. There is no standard: marks and order differ, and are found by names of tokens, or by ids in a GGUF file.
+gap. Marks and their order differ between models. They are found by the names of tokens, or by ids in a GGUF file.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]
         token_id: returns a token's id by its text, or None.
         named: ids in a GGUF file, by `GGUF_NAMES` and other names.
     """
-    found = next(filter(None, (_by_names(one, token_id) for one in _KNOWN)), None) or _told(named)
+    found = next(filter(None, (_by_names(one, token_id) for one in _KNOWN)), None) or _by_ids(named)
     if found is None:
         return None
     ends = [token_id(name) for name in _ENDS] + [named.get(name) for name in ("eot", "fim_pad", "fim_rep", "fim_sep")]
@@ -80,7 +80,7 @@ def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]
     return found._replace(ends=tuple(all_ends))
 
 
-def _told(named: Mapping[str, int]) -> InfillMarks | None:
+def _by_ids(named: Mapping[str, int]) -> InfillMarks | None:
     for prefix, suffix, middle in (GGUF_NAMES[:3], GGUF_NAMES[3:]):
         if prefix in named and suffix in named:
             return InfillMarks(named[prefix], named[suffix], named.get(middle), middle not in named, ())

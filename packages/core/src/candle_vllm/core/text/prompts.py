@@ -270,12 +270,12 @@ def with_files(conversation: Sequence[Message], files: Iterable[bytes]) -> list[
     """Return a conversation in which `files`, in the order of `addresses_of`, replace the images with a URL."""
     left = iter(files)
 
-    def had(part: Any) -> Any:
+    def loaded(part: Any) -> Any:
         found = _is_picture(part) and part_address(part) is not None
         return {"type": "image", "image": next(left)} if found else part
 
     return [
-        {**message, "content": [had(part) for part in message["content"]]}
+        {**message, "content": [loaded(part) for part in message["content"]]}
         if isinstance(message.get("content"), (list, tuple))
         else message
         for message in conversation

@@ -35,7 +35,7 @@ def read_sentencepiece(path: Path) -> GgufVocab:
         vocab = read_gguf_vocab(metadata)
     except InvalidFileError as error:
         raise InvalidFileError(f"{path} is not a SentencePiece model: {error}") from None
-    # In a GGUF file a missing BOS id means Llama's BOS; here -1 means a vocabulary without BOS.
+    # `read_gguf_vocab` takes Llama's id for a missing one; here -1 means that the vocabulary has no such token.
     ids = {name: index for name, index in vocab.ids.items() if metadata.get(f"{PREFIX}{name}_token_id") != -1}
     return replace(vocab, ids=ids, add_bos="bos" in ids)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Find the tokens that end a turn and the tokens that are never shown (steps 3 and 9 of a request).
+"""Find the tokens that end a turn or a file, and list control tokens that stay in the text (steps 3 and 9).
 
 Files name one end-of-sequence token; chat models also stop at others. The lists and exceptions follow llama.cpp.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Texts that end a turn in every vocabulary that has them as a token.
+# Tokens that end a turn in every vocabulary that has them; `end_of_turn_ids` has the exceptions.
 END_OF_TURN = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -33,6 +33,9 @@ END_OF_TURN = (
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "[e~[",
 )
+
+# Names in templates of the special tokens that GGUF files name.
+TEMPLATE_NAMES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
 
 # Fill-in-the-middle tokens after which another file begins.
 END_OF_FILE = (

@@ -71,7 +71,7 @@ class Budget:
         self.spend(length if ascii_only else length * _WIDE)
 
     def spend_value(self, value: object) -> None:
-        """Count a value that was just created."""
+        """Count a value after its creation."""
         if isinstance(value, str):
             self.spend_text(len(value), ascii_only=value.isascii())
         elif isinstance(value, (list, tuple)):

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from candle_vllm.core.errors import ChatTemplateError
-from candle_vllm.core.text.chat_template import MAX_DEPTH, ChatTemplate
+from candle_vllm.core.text.chat_template import MAX_DEPTH, REASONING, ChatTemplate
 
 INVALID = "INVALID_JSON"
 """The only key of an object that replaces truncated arguments, so that no tool mistakes them for complete ones."""
@@ -54,7 +54,6 @@ _ODD_SCHEMA: Mapping[str, Any] = {
 }
 _ASK: Mapping[str, Any] = {"role": "user", "content": "Hello."}
 _MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _WORD = string.ascii_letters + string.digits + "_.+-"
 _MOST_LAST = 64  # characters of the text that opens an answer
@@ -496,9 +495,9 @@ def _shown_by_users(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) ->
 def _one_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two messages of one role."""
     made = {**second, **first, "content": _joined(first.get("content"), second.get("content"))}
-    thoughts = [one[name] for one in (first, second) for name in _REASONING if one.get(name)]
+    thoughts = [one[name] for one in (first, second) for name in REASONING if one.get(name)]
     if thoughts:
-        made = {name: value for name, value in made.items() if name not in _REASONING}
+        made = {name: value for name, value in made.items() if name not in REASONING}
         made["reasoning_content"] = "\n".join(dict.fromkeys(thoughts))
     calls = [call for one in (first, second) for call in one.get("tool_calls") or ()]
     return {**made, "tool_calls": calls} if calls else made

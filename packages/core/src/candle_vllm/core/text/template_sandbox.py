@@ -170,30 +170,21 @@ class _Rewriter(NodeTransformer):
             node.test = nodes.And(_call("tick", [], node.lineno), node.test).set_lineno(node.lineno)
         return node
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+    def visit_Macro(self, node: nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
         node.body.insert(0, _statement(node.lineno))
         return node
 
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, _statement(node.lineno))
-        return node
+    visit_CallBlock = visit_Macro
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node | list[nodes.Node]:
         self.generic_visit(node)
         size = sum(len(part.data) for part in node.nodes if isinstance(part, nodes.TemplateData))
-        for index, part in enumerate(node.nodes):
-            if not isinstance(part, nodes.TemplateData):
-                node.nodes[index] = _call("emit", [part, nodes.Const(size)], node.lineno)
-                return self._emit_rest(node, index + 1)
-        return [_statement(node.lineno, size), node]
-
-    def _emit_rest(self, node: nodes.Output, start: int) -> nodes.Node:
-        for index in range(start, len(node.nodes)):
-            if not isinstance(node.nodes[index], nodes.TemplateData):
-                node.nodes[index] = _call("emit", [node.nodes[index], nodes.Const(0)], node.lineno)
-        return node
+        values = [index for index, part in enumerate(node.nodes) if not isinstance(part, nodes.TemplateData)]
+        for index in values:
+            node.nodes[index] = _call("emit", [node.nodes[index], nodes.Const(size)], node.lineno)
+            size = 0  # the first value has counted the fixed text
+        return node if values else [_statement(node.lineno, size), node]
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)

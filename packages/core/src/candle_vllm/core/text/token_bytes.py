@@ -40,8 +40,8 @@ class ByteRule:
 
     Attributes:
         convert: converts the text of an ordinary token to its bytes.
-        spells_added: added tokens that are not special are converted like ordinary ones.
         strips_leading_space: a whole text begins without the space of its first token.
+        spells_added: added tokens that are not special are converted too; otherwise their bytes are their text.
     """
 
     convert: Callable[[str], bytes]

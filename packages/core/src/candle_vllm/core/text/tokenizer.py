@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
-from candle_vllm.core.text.gguf_backend import build_backend, marked_texts, refusing_panics
-from candle_vllm.core.text.gguf_vocab import GgufVocab, read_gguf_vocab
+from candle_vllm.core.text.gguf_backend import build_backend, ids_by_text, refusing_panics
+from candle_vllm.core.text.gguf_vocab import MAX_NAMED_TEMPLATES, GgufVocab, read_gguf_vocab
 from candle_vllm.core.text.infill import InfillMarks, infill_marks
 from candle_vllm.core.text.special_tokens import end_of_file_ids, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import byte_rule
@@ -23,7 +23,6 @@ utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 ChatTemplateSource = str | dict[str, str]
 _CHAT_TEMPLATE = "tokenizer.chat_template"
-_MAX_NAMED_TEMPLATES = 64
 _MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
 
 
@@ -109,12 +108,11 @@ class Tokenizer:
             UnsupportedModelError: this kind of tokenizer is not implemented.
         """
         vocab = read_gguf_vocab(metadata)
-        names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
         return cls(
             build_backend(vocab),
             bos_token_id=vocab.ids.get("bos"),
             eos_token_ids=_gguf_eos_ids(vocab),
-            special_tokens={names[name]: vocab.tokens[index] for name, index in vocab.ids.items() if name in names},
+            special_tokens=vocab.named_tokens,
             chat_template=_gguf_chat_template(metadata, vocab.tokens[vocab.ids["bos"]] if vocab.add_bos else None),
             named_ids=vocab.ids,
             tokens=vocab.numbers,
@@ -233,7 +231,7 @@ class Tokenizer:
         return b"" if text is None else self._convert(text)  # None: an id that the vocabulary skips
 
     def _literal_backend(self) -> Backend:
-        """Copy of the backend that reads names of special tokens as plain text; made at the first use."""
+        """Return a copy of the backend that reads names of special tokens as plain text; made at the first use."""
         with self._literal_lock:
             if self._literal is None:
                 twin = Backend.from_str(self.backend.to_str())
@@ -256,7 +254,7 @@ def _check_text(text: str) -> None:
 
 
 def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
-    texts = marked_texts(vocab)
+    texts = ids_by_text(vocab)
     named = [vocab.ids[name] for name in ("eos", "eot", "eom") if name in vocab.ids]
     return [*named, *sorted(end_of_turn_ids(texts) | end_of_file_ids(texts, vocab.ids))]
 
@@ -271,8 +269,8 @@ def _gguf_chat_template(metadata: Mapping[str, object], bos: str | None) -> Chat
             if value and bos is not None and "bos_token" not in value and bos not in value:
                 value = "{{ bos_token }}" + value
             templates[key.removeprefix(_CHAT_TEMPLATE).removeprefix(".") or "default"] = value
-    if len(templates) > _MAX_NAMED_TEMPLATES:
-        raise InvalidFileError(f"the file has {len(templates)} chat templates; at most {_MAX_NAMED_TEMPLATES} allowed")
+    if len(templates) > MAX_NAMED_TEMPLATES:
+        raise InvalidFileError(f"the file has {len(templates)} chat templates; at most {MAX_NAMED_TEMPLATES} allowed")
     if not templates:
         return None
     return templates["default"] if list(templates) == ["default"] else templates

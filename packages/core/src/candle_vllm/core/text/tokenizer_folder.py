@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import build_backend, byte_level, refusing_panics, set_frame
+from candle_vllm.core.text.gguf_vocab import MAX_NAMED_TEMPLATES
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.sentencepiece import read_sentencepiece
 from candle_vllm.core.text.special_tokens import end_of_turn_ids
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 MAX_TOKENIZER_FILE = 256 << 20  # bytes
 MAX_SMALL_FILE = 32 << 20
-MAX_NAMED_TEMPLATES = 64
 MAX_RANK = 1 << 22
 MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every split of each token is tried
 _RESERVED = 256  # ids after the ranks of a tiktoken file
@@ -92,10 +92,7 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
             sides = [side for side in ("add_bos", "add_eos") if f"{side}_token" in config]
             frame: dict[str, Any] = {side: config[f"{side}_token"] is True and side[4:] in vocab.ids for side in sides}
             vocab = replace(vocab, **frame)
-            names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
-            return build_backend(vocab), {
-                names[name]: vocab.tokens[i] for name, i in vocab.ids.items() if name in names
-            }
+            return build_backend(vocab), vocab.named_tokens
         if (folder / "vocab.txt").is_file():
             return _from_words(folder / "vocab.txt", config)
         raise UnsupportedModelError(
@@ -233,12 +230,13 @@ def _special_tokens(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any
     for part, of in ((values, path), (weaker, shadowed)):
         for key in ("extra_special_tokens", "additional_special_tokens"):
             more = part.get(key) or []
-            part = {**more, **part} if isinstance(more, dict) else part
+            part = {**part, **more, **part} if isinstance(more, dict) else part  # the keys of `part` first
             extra += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
         for name in (name for name in part if name.endswith("_token")):
             text = _text(part[name], name, of)
             if text is not None and (found := _text(named.setdefault(name, part[name]), name, path)) != text:
                 logger.warning("%s: %s is %r; %s says %r, which is ignored", path, name, found, of.name, text)
+    named = {name: named[name] for name in (*_NAMES, *named) if name in named}  # in the order of new ids
     return named, [value for value in extra if _text(value, "", path) is not None]
 
 

@@ -389,7 +389,7 @@ class _Room:
             self._size += size
 
     def hold(self, size: int) -> None:
-        """Count files that are part of the request's body, whose size limit bounds them."""
+        """Count files in the request's body, which has a size limit of its own."""
         self._sources.count(size, self.who)
         self._given = size
 
@@ -400,20 +400,20 @@ class _Room:
 
 
 def _waited(work: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
-    """Run a coroutine in an event loop of another thread, since this thread may run one already.
+    """Run a coroutine in an event loop of another thread, because this thread may run one already.
 
     KeyboardInterrupt cancels the coroutine.
     """
     loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
-    async def told() -> list[bytes]:
+    async def noted() -> list[bytes]:
         task = asyncio.current_task()
         assert task is not None
         loops.append((asyncio.get_running_loop(), task))
         return await work
 
     with ThreadPoolExecutor(1, "candle-vllm-fetch") as thread:
-        done = thread.submit(asyncio.run, told())
+        done = thread.submit(asyncio.run, noted())
         try:
             return done.result()
         except KeyboardInterrupt:

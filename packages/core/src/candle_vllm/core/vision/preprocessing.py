@@ -91,7 +91,7 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         longest: pixels of the longer side.
         tile: pixels of a tile's side.
-        splits: make a grid; otherwise every image is one tile.
+        splits: whether to make a grid; otherwise every image is one tile.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
     """
@@ -113,21 +113,11 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
-        import PIL.Image
-
         cut, tile = self.cut(picture.height, picture.width), self.tile
-        resample = PIL.Image.Resampling(self.resample)
-        height, width = self._first(picture.height, picture.width)
-        whole = PIL.Image.fromarray(picture.pixels).resize((width, height), resample)
-        whole = whole.resize((tile * max(cut.columns, 1), tile * max(cut.rows, 1)), resample)
-        if not cut.rows:
-            return np.asarray(whole)[None]
-        made = np.empty((cut.rows * cut.columns + 1, tile, tile, 3), np.uint8)
-        made[-1] = np.asarray(whole.resize((tile, tile), resample))
-        for number, part in enumerate(made[:-1]):
-            row, column = tile * (number // cut.columns), tile * (number % cut.columns)
-            part[...] = np.asarray(whole.crop((column, row, column + tile, row + tile)))
-        return made
+        rows, columns = max(cut.rows, 1), max(cut.columns, 1)
+        first = _resized(picture.pixels, *self._first(picture.height, picture.width), self.resample)
+        whole = _resized(first, tile * rows, tile * columns, self.resample)
+        return _tiled(whole, whole, cut, self.resample)
 
     def _first(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width for a longer side of `longest`; the other side is even. `_MOST_SIDE` limits both."""
@@ -184,10 +174,8 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
-        import PIL.Image
-
-        cut, resample = self.cut(picture.height, picture.width), PIL.Image.Resampling(self.resample)
-        return np.asarray(PIL.Image.fromarray(picture.pixels).resize((cut.width, cut.height), resample))[None]
+        cut = self.cut(picture.height, picture.width)
+        return _resized(picture.pixels, cut.height, cut.width, self.resample)[None]
 
 
 class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -225,16 +213,12 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
-        import PIL.Image
-
-        cut, resample = self.cut(picture.height, picture.width), PIL.Image.Resampling(self.resample)
-        parts = [picture.pixels]
+        cut, parts = self.cut(picture.height, picture.width), [picture.pixels]
         if cut.rows:
             height, width = math.ceil(picture.height / cut.rows), math.ceil(picture.width / cut.columns)
             places = [(height * row, width * column) for row in range(cut.rows) for column in range(cut.columns)]
             parts += [np.ascontiguousarray(picture.pixels[y : y + height, x : x + width]) for y, x in places]
-        size = self.tile, self.tile
-        return np.stack([np.asarray(PIL.Image.fromarray(part).resize(size, resample)) for part in parts])
+        return np.stack([_resized(part, self.tile, self.tile, self.resample) for part in parts])
 
 
 class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -245,7 +229,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         least, most: bounds of the image's pixels; a very long image may have more.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
-        fills: Gemma 4's rule: scale every image, small ones too, to `most` pixels, with its sides rounded down.
+        fills: Gemma 4's rule: every image, small ones too, is scaled to `most` pixels, and its sides are rounded down.
     """
 
     cell: int
@@ -275,11 +259,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
-        import PIL.Image
-
-        height, width = self._size(picture.height, picture.width)
-        resample = PIL.Image.Resampling(self.resample)
-        return np.asarray(PIL.Image.fromarray(picture.pixels).resize((width, height), resample))[None]
+        return _resized(picture.pixels, *self._size(picture.height, picture.width), self.resample)[None]
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Return both sides in whole cells, halves rounded to even; outside the bounds the image is scaled."""
@@ -291,7 +271,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
                 rows, columns = (rows and longer) or 1, (columns and longer) or 1
             return rows * self.cell, columns * self.cell
         if max(height, width) > _MOST_RATIO * min(height, width):
-            said = f"image: {width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
+            said = f"{width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
             raise InvalidParameterError(said, "image")
         cell, sides = self.cell, (height, width)
         near = [round(side / cell) * cell for side in sides]
@@ -314,7 +294,7 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         tile: pixels of a tile's side.
         most: maximum number of tiles of a canvas.
-        grows: use the canvas with the largest scale, and enlarge the image to it.
+        grows: whether the canvas with the largest scale is used, and the image is enlarged to it.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
     """
@@ -336,10 +316,7 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
-        import PIL.Image
-
         cut, tile = self.cut(picture.height, picture.width), self.tile
-        whole, resample = PIL.Image.fromarray(picture.pixels), PIL.Image.Resampling(self.resample)
         rows, columns = max(cut.rows, 1), max(cut.columns, 1)
         canvas = np.zeros((tile * rows, tile * columns, 3), np.uint8)
         high, wide, _ = canvas.shape
@@ -349,22 +326,36 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
             high = max(min(math.floor(picture.height * (wide / picture.width)), high), 1)
         else:
             wide = max(min(math.floor(picture.width * (high / picture.height)), wide), 1)
-        canvas[:high, :wide] = np.asarray(whole.resize((wide, high), resample))
-        made = canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
-        return made if not cut.rows else np.concatenate([made, np.asarray(whole.resize((tile, tile), resample))[None]])
+        canvas[:high, :wide] = _resized(picture.pixels, high, wide, self.resample)
+        return _tiled(canvas, picture.pixels, cut, self.resample)
+
+
+def _resized(pixels: NDArray[np.uint8], height: int, width: int, resample: int) -> NDArray[np.uint8]:
+    """Resize an image [H, W, 3] with Pillow; `resample` is its code of a filter."""
+    import PIL.Image
+
+    return np.asarray(PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling(resample)))
+
+
+def _tiled(canvas: NDArray[np.uint8], whole: NDArray[np.uint8], cut: Cut, resample: int) -> NDArray[np.uint8]:
+    """Cut a canvas into square tiles, row by row, followed by `whole` as one tile unless the canvas is one tile."""
+    tile = cut.height
+    grid = canvas.reshape(max(cut.rows, 1), tile, max(cut.columns, 1), tile, 3).swapaxes(1, 2)
+    made = grid.reshape(-1, tile, tile, 3)
+    return np.concatenate([made, _resized(whole, tile, tile, resample)[None]]) if cut.rows else made
 
 
 Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule
 """Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
 - `normalisation`: normalisation of the pixels,
-- `cut(height, width)`: the `Cut` of an image of this size,
+- `cut(height, width)`: the `Cut` of an image of this size, or an `InvalidParameterError`,
 - `tiles(picture)`: the tiles of that `Cut`, uint8 [N, h, w, 3].
 """
 
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-"""`mm_processor_kwargs` that leave the settings of the model's files unchanged."""
+"""`mm_processor_kwargs` that change no setting of the model's files."""
 
 
 def over(fields: Fields, said: Mapping[str, Any]) -> Fields:

@@ -62,8 +62,8 @@ class VisionInput:
 
     Attributes:
         parts: description of the model's vision encoder.
-        words: returns the tokens that replace the placeholder of an image, given its grid of tiles.
-        breaks: tokens that consist of line breaks, with their number of line breaks; empty if no token is one break.
+        words: returns the tokens that replace an image's placeholder, given its grid of tiles.
+        breaks: number of line breaks by token, for tokens of line breaks only; empty if no token is a single one.
         limits: limits of a prompt's images.
         one_at_a_time: lock that is held while an image is decoded.
     """
@@ -112,7 +112,10 @@ class VisionInput:
             begin = end + 1
             with self.one_at_a_time:
                 picture = picture_of(image, self.limits, name)
-                cut = self.parts.rule.cut(picture.height, picture.width)
+                try:
+                    cut = self.parts.rule.cut(picture.height, picture.width)
+                except InvalidParameterError as error:  # which does not know the image's name
+                    raise InvalidParameterError(f"{name}: {error}", name) from None
                 least = len(expanded) + cut.tiles * self.parts.embeddings(cut)
                 if most_tokens is None or least < most_tokens:  # otherwise the prompt is refused below
                     self._join(expanded, self.words(cut))

@@ -64,7 +64,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
     settings: dict[str, Any] = {"seed": 0}
     if pooling.pooling in get_args(TextPooling):  # scores have no parameters
         settings["pooling"] = pooling.pooling
-    for name, value in rest.items():
+    for name, value in sorted(rest.items(), key=lambda item: item[0] in _TRANSLATED):  # which win over settings
         translate = _TRANSLATED.get(name)
         if translate is not None:
             settings |= translate(value)
@@ -96,7 +96,7 @@ def check_quantization(said: str | None, stored: str | None) -> None:
 
 
 class EngineArgs:
-    """Stored arguments of `LLM` and `AsyncLLM`; `vars` returns the given arguments.
+    """Arguments of `LLM` and `AsyncLLM`, checked and stored; `vars` returns the model and the given arguments.
 
     Args:
         model: as in `InferenceEngine`.
@@ -133,7 +133,7 @@ class EngineArgs:
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Self:
-        """Make `EngineArgs` from the result of a parser with `add_cli_args`; other flags are ignored."""
+        """Make `EngineArgs` from what a parser with `add_cli_args` returned; values of other flags are ignored."""
         known = argparse.ArgumentParser()
         cls.add_cli_args(known)
         names = {action.dest for action in known._actions} - {"help"}
@@ -209,18 +209,6 @@ def _images(value: Any) -> dict[str, Any]:
     return {} if count is None else {"max_images": count}
 
 
-def _length(value: Any) -> dict[str, Any]:
-    return {} if value in (None, -1, "auto") else {"max_model_len": value}
-
-
-def _token(value: Any) -> dict[str, Any]:
-    return {} if value is None or value is True else {"hf_token": value}
-
-
-def _tokenizer(value: Any) -> dict[str, Any]:
-    return {} if value is None else {"tokenizer": str(value)}
-
-
 def _template(value: Any) -> dict[str, Any]:
     """Read a template from a file, or return the template itself."""
     if value is None:
@@ -240,9 +228,9 @@ _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "attention_backend": lambda value: {} if value is None else {"attention_backend": str(value).lower()},
     "load_format": _by("load_format", _LOAD_FORMATS),
     "enforce_eager": _eager,
-    "max_model_len": _length,
-    "hf_token": _token,
-    "tokenizer": _tokenizer,
+    "max_model_len": lambda value: {} if value in (None, -1, "auto") else {"max_model_len": value},
+    "hf_token": lambda value: {} if value is None or value is True else {"hf_token": value},
+    "tokenizer": lambda value: {} if value is None else {"tokenizer": str(value)},
     "chat_template": _template,
     "allowed_local_media_path": lambda value: {} if value in (None, "") else {"allowed_local_media_path": value},
     "kv_cache_memory_bytes": lambda value: {} if value is None else {"kv_cache_memory": value},
@@ -256,7 +244,8 @@ def _with_drafts(given: Mapping[str, Any]) -> dict[str, Any]:
     names = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
     parts = {ours: given[name] for name, ours in names.items() if given.get(name) is not None}
     rest = {name: value for name, value in given.items() if name not in names}
-    return rest | {"speculative_config": {**(given.get("speculative_config") or {}), **parts}} if parts else rest
+    own = given.get("speculative_config") or {}  # `EngineConfig` refuses another type
+    return rest | {"speculative_config": {**own, **parts}} if parts and isinstance(own, Mapping) else rest
 
 
 def _generation(value: Any) -> Mapping[str, Any] | None:
@@ -293,17 +282,19 @@ def _pooling_params(value: Any) -> PoolingParams:
     """Translate vLLM's `PoolerConfig`, a dict or an object."""
     if value is None:
         return PoolingParams()
-    given = dict(value) if isinstance(value, Mapping) else dict(vars(value))
+    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
+    if given is None:
+        raise ConfigError("pooler_config must be values by name, or an object with them", "pooler_config")
     made: dict[str, Any] = {}
     for name, said in given.items():
         if said is None:
             continue
         if name in ("pooling_type", "seq_pooling_type"):
             made["pooling"] = str(said).lower()
-        elif name in ("normalize", "use_activation"):
-            made["normalize"] = said
+        elif name in ("normalize", "use_activation"):  # vLLM's older name, and its newer one
+            made["use_activation"] = said
         elif name == "dimensions":
             made["dimensions"] = said
-        else:
+        elif said is not False:  # an option that is off
             raise ConfigError(f"pooler_config has {name!r:.60}, which is not supported", "pooler_config")
     return PoolingParams(**made)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
@@ -125,7 +126,8 @@ class AsyncLLM:
             "lora_request": lora_request,
         }
         if llm.asks_classes(pooling_task, self.engine.model_info):
-            yield llm.pooled((await self.engine.aclassify([prompt], pooling_params, **call))[0])
+            classes = self._opened.pooling_params(pooling_params, classes=True)
+            yield llm.pooled((await self.engine.aclassify([prompt], classes, **call))[0])
             return
         params = llm.task_params(self._opened.pooling_params(pooling_params), pooling_task)
         yield llm.pooled((await self.engine.aembed([prompt], params, **call))[0])
@@ -144,9 +146,10 @@ class AsyncLLM:
         """Release memory; as `InferenceEngine.sleep`."""
         await asyncio.to_thread(self.engine.sleep, level, mode)
 
-    async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Load released memory again; as `InferenceEngine.wake_up`."""
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        """As in `LLM`."""
         await asyncio.to_thread(self.engine.wake_up, tags)
+        return not self.engine.is_sleeping
 
     async def is_sleeping(self) -> bool:
         """Whether the engine sleeps."""
@@ -232,7 +235,7 @@ class _Telling:
         self._of_prompt = outputs.prompt_logprobs(None)
 
     def take(self, piece: TokenOutput) -> outputs.RequestOutput | None:
-        """Return the output for a `TokenOutput`; None if `kind` is FINAL_ONLY and a sequence has not ended."""
+        """Return the output for a `TokenOutput`; None for FINAL_ONLY while a sequence has not ended."""
         whole = self._so_far[piece.index]
         if self._kind is RequestOutputKind.DELTA:
             whole = self._so_far[piece.index] = outputs.CompletionOutput(
@@ -270,7 +273,4 @@ class _Telling:
 def _copied(given: outputs.CompletionOutput) -> outputs.CompletionOutput:
     """Copy an output, so that later deltas do not change it."""
     logprobs = None if given.logprobs is None else list(given.logprobs)
-    return outputs.CompletionOutput(
-        given.index, given.text, list(given.token_ids), given.cumulative_logprob, logprobs, given.finish_reason,
-        given.stop_reason,
-    )  # fmt: skip
+    return dataclasses.replace(given, token_ids=list(given.token_ids), logprobs=logprobs)

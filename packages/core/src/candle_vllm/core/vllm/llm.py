@@ -116,13 +116,17 @@ class Opened:
             raise
         return cls(engine, True, made.pooling, Defaults(engine, made.generation, made.sampling))
 
-    def pooling_params(self, given: Any) -> Any:
-        """Fill the parameters of a call, or each of a list, with the default ones; the engine refuses other values."""
+    def pooling_params(self, given: Any, *, classes: bool = False) -> Any:
+        """Fill the parameters of a call, or each of a list, with the default ones; the engine refuses other values.
+
+        Classes have only the default activation.
+        """
         if isinstance(given, (list, tuple)):
-            return [self.pooling_params(each) for each in given]
+            return [self.pooling_params(each, classes=classes) for each in given]
+        own = PoolingParams(use_activation=self.pooling.use_activation) if classes else self.pooling
         if not isinstance(given, PoolingParams):
-            return given or self.pooling
-        return replace(self.pooling, **{name: value for name, value in asdict(given).items() if value is not None})
+            return given or own
+        return replace(own, **{name: value for name, value in asdict(given).items() if value is not None})
 
     def close(self) -> None:
         """Close the engine if it was created here."""
@@ -220,8 +224,8 @@ class LLM(ExplainedAttributes):
         Args:
             messages: messages of one conversation, or a list of conversations.
             chat_template: Jinja source that replaces the model's template.
-            chat_template_content_format: "auto", "string" or "openai": a content always has the form that the template
-                reads, and one without images is a text.
+            chat_template_content_format: "auto", "string" or "openai", without effect: a content always has the form
+                that the template reads.
             tokenization_kwargs: refused: a template writes the special tokens itself.
 
         The other arguments and errors are as in `generate` and `InferenceEngine.chat`.
@@ -323,7 +327,8 @@ class LLM(ExplainedAttributes):
         """
         refuse_given("encode", tokenization_kwargs=tokenization_kwargs or None)
         if asks_classes(pooling_task, self.engine.model_info):
-            made = self.engine.classify(prompts, pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+            params = self._opened.pooling_params(pooling_params, classes=True)
+            made = self.engine.classify(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)
             return list(map(pooled, made))
         params = task_params(self._opened.pooling_params(pooling_params), pooling_task)
         return list(map(pooled, self.engine.embed(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)))
@@ -340,11 +345,12 @@ class LLM(ExplainedAttributes):
     ) -> list[ClassificationRequestOutput]:
         """Compute the class probabilities of every text with a classifier. Errors are as in `generate`."""
         refuse_given("classify", tokenization_kwargs=tokenization_kwargs or None)
+        params = self._opened.pooling_params(pooling_params, classes=True)
         return [
             ClassificationRequestOutput(
                 each.request_id, ClassificationOutput(_single(each, "token_classify")), list(each.prompt_token_ids)
             )
-            for each in self.engine.classify(prompts, pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+            for each in self.engine.classify(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)
         ]
 
     @explained()
@@ -400,9 +406,10 @@ class LLM(ExplainedAttributes):
         """Release memory; as `InferenceEngine.sleep`."""
         self.engine.sleep(level, mode)
 
-    def wake_up(self, tags: list[str] | None = None) -> None:
-        """Load released memory again; as `InferenceEngine.wake_up`."""
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Load released memory again, as `InferenceEngine.wake_up`; return whether the whole engine is awake."""
         self.engine.wake_up(tags)
+        return not self.engine.is_sleeping
 
     def get_tokenizer(self) -> LlmTokenizer:
         """Return the model's tokenizer and template."""
@@ -466,7 +473,7 @@ class LlmTokenizer:
 
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         """Decode token ids."""
-        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        ids = [token_ids] if isinstance(token_ids, (int, np.integer)) else list(token_ids)
         return self._engine.detokenize(ids, skip_special_tokens)
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
@@ -483,7 +490,8 @@ class LlmTokenizer:
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
         """Return a token's entry in the vocabulary, or a list of them."""
-        return self._engine.token_names([ids])[0] if isinstance(ids, int) else self._engine.token_names(ids)
+        names = self._engine.token_names
+        return names([ids])[0] if isinstance(ids, (int, np.integer)) else names(ids)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Return the id of an entry in the vocabulary, or a list of them; an unknown one has that of `unk_token`."""

@@ -37,7 +37,7 @@ class Logprob:
 
 @dataclasses.dataclass
 class CompletionOutput:
-    """One sequence of a request: all of it, everything so far, or a delta.
+    """One sequence of a request: the whole, everything so far, or a delta.
 
     Attributes:
         index: index among the request's `n` sequences.
