@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EngineFront: the public methods of every engine, wherever it runs (steps 3 and 10 of a request's life).
+"""EngineFront: the public methods of every engine (steps 3 and 10 of a request's life).
 
 `InferenceEngine` runs its engine in a thread, `RemoteEngine` in a process of its own. Their common part turns texts
 into token ids, prompts into requests, and step outputs into results. It does not import torch.
@@ -366,7 +366,7 @@ class EngineFront(ABC):
             InvalidParameterError: the schema or grammar is wrong or not supported; the message names the part.
         """
 
-    async def compile_form(self, params: SamplingParams | None) -> None:  # noqa: B027  # other processes have threads
+    async def compile_form(self, params: SamplingParams | None) -> None:  # noqa: B027  # a `RemoteEngine` does nothing
         """Run `check_structured_outputs` for a request in a worker thread, if this process compiles its grammar."""
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
@@ -648,7 +648,7 @@ class EngineFront(ABC):
         """Submit a prompt and return a stream of its outputs, to iterate over; call it inside an event loop.
 
         The request is checked and queued before this returns. Closing the iterator, cancelling its consumer or dropping
-        it aborts the request. `watcher` is notified of the request, and of each output that the consumer gets.
+        it aborts the request. `watcher` is notified of the request and of each output, also while nobody iterates.
 
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was refused.
@@ -761,7 +761,7 @@ class EngineFront(ABC):
 
     @abstractmethod
     def _running_thread(self) -> RequestRunner:
-        """Return the thread that drives the engine; it is started on first use."""
+        """Return the thread that drives the engine; start it on first use."""
 
     def _pooling(self, **options: Any) -> PoolingCalls:
         texts = self._require()[1]
@@ -773,7 +773,7 @@ class EngineFront(ABC):
             check_encoder_task(self._info.name, "generate", self._info.tasks)
 
     def _chat_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
-        """Return `_seen_prompt` after fetching images from URLs."""
+        """Fetch a conversation's images from URLs, then return `_seen_prompt`."""
         wanted = addresses_of(conversation, place) if self._sees else []
         if wanted:
             conversation = with_files(conversation, self.image_sources.files_now(wanted))

@@ -97,9 +97,9 @@ class StatePool:
     def want(self, sequence: Sequence, count: int) -> None:
         """Request a checkpoint after `count` blocks of a sequence; the last of them must not be scheduled yet."""
         state = sequence.state
-        if state is not None and self.num_checkpoint_slots and count not in state.told:
+        if state is not None and self.num_checkpoint_slots and count not in state.announced:
             bisect.insort(state.wanted, count)
-            digest = state.told[count] = sequence.hashes(self._size)[count - 1]
+            digest = state.announced[count] = sequence.hashes(self._size)[count - 1]
             self._coming[digest] += 1
 
     def end(self, sequence: Sequence) -> None:
@@ -107,7 +107,7 @@ class StatePool:
         state, sequence.state = sequence.state, None
         if state is None:
             return
-        for count in list(state.told):
+        for count in list(state.announced):
             self._came(state, count)
         for slot in state.pending.values():
             self._discard(slot)
@@ -223,7 +223,7 @@ class StatePool:
 
     def _came(self, state: SequenceState, count: int) -> None:
         """Note that a requested checkpoint was written or will not be written: no sequence must wait for it."""
-        digest = state.told.pop(count, None)
+        digest = state.announced.pop(count, None)
         if digest is not None:
             self._coming[digest] -= 1
             if not self._coming[digest]:
