@@ -36,11 +36,11 @@ from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_thread
 
 MIB = 1 << 20
 SPARE, SPARE_ADDRESSES = 256 * MIB, 768 * MIB
-"""Bytes that a raised limit should leave to a step's rows, requests, threads; the second includes reserved memory."""
+"""Bytes that a raised limit should leave free for steps, requests and threads: of used, and of reserved memory."""
 _FOR_STEPS = 64 * MIB
 _FOR_A_SERVER = 128 * MIB
-"""Bytes of a control group that cache and weights leave free, since exceeding the limit ends the process: with the
-smallest models a start takes 70 MiB after the cache was planned, and six concurrent requests take 30 MiB more."""
+"""Bytes of a control group's limit that are left free, because the system kills a process that exceeds it: after the
+cache is planned, a start takes 70 MiB with the smallest models, and six concurrent requests take 30 MiB more."""
 _SHORT = 96 * MIB  # bytes that loading a library may need
 
 
@@ -148,7 +148,7 @@ def plan_cache(
         config: the engine's settings.
         model: the model, its context already reduced to `config.max_model_len` if that is set.
         element_bytes: bytes of an element in the cache.
-        sequences: maximum number of sequences in a step; the cache never holds more than this number of full length.
+        sequences: maximum number of sequences in a step; the cache is no larger than for this number of full length.
         room: the available memory.
         beside: bytes of one token in a draft model's cache, which has the same number of blocks.
         layers: the numbers of this rank's layers; None for all.
@@ -234,7 +234,7 @@ def plan_cache(
 
 
 def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | None) -> CachePlan:
-    """Return the plan that fits all ranks; `make` computes a plan for a number of page pools, None for all pools."""
+    """Return the plan that fits all ranks; `make` plans for at most a number of page pools, None for all pools."""
     plan = make(None)
     while ranks is not None:
         fewest = ranks.least(len(plan.windows))
@@ -389,7 +389,7 @@ class Limit(NamedTuple):
         left: bytes that may still be taken.
         name: name for messages.
         allowed: the limit in bytes; 0 for the machine's memory, which is no setting.
-        unit: bytes of the unit of the command `name` that sets the limit; 0 for a limit without a command.
+        unit: bytes of one unit in the command `name`, which sets the limit; 0 for a limit without a command.
         spare: bytes that a raised limit should leave.
     """
 

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
-_MOST_FOR_IMAGES = 256 * MIB  # size of image embeddings above which unused ones are evicted and no more are prepared
+_MOST_FOR_IMAGES = 256 * MIB  # see `ImageStore`
 
 logger = logging.getLogger(__name__)
 
@@ -630,9 +630,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
     vectors = pooling_tasks(labels, pooling) if isinstance(loaded, LoadedEncoder) or labels else ("embed", "score")
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
-    sampling.pop(
-        "max_tokens", None
-    )  # a chat without max_tokens continues to the end of the turn, whatever generation_config.json contains
+    sampling.pop("max_tokens", None)  # a chat without max_tokens ends with its turn, see `EngineFront.chat`
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,
