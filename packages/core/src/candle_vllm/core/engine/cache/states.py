@@ -42,7 +42,7 @@ class StatePool:
         self._published: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
         self._pins: Counter[int] = Counter()  # checkpoints that the next runs will read, or the last runs have read
         self._gone: set[int] = set()  # pinned slots that are not published; free after their last pin
-        self._coming: Counter[bytes] = Counter()  # hashes of checkpoints that running sequences will write
+        self._coming: Counter[bytes] = Counter()  # hashes of announced checkpoints
 
     def stats(self) -> dict[str, int]:
         """Return the statistics of checkpoints, by field of `EngineStats`."""
@@ -70,7 +70,7 @@ class StatePool:
 
     @property
     def num_free(self) -> int:
-        """Number of checkpoint slots without those both published and pinned; slots that runs write count too."""
+        """Upper bound of the slots that `take_in` can allocate: slots that runs write count as free."""
         return self.num_checkpoint_slots - sum(1 for slot in self._published.values() if self._pins[slot])
 
     def is_coming(self, hashes: Seq[bytes]) -> bool:
@@ -95,7 +95,7 @@ class StatePool:
             self.want(sequence, count)
 
     def want(self, sequence: Sequence, count: int) -> None:
-        """Request a checkpoint after `count` blocks of a sequence; the last of them must not be scheduled yet."""
+        """Request a checkpoint after `count` blocks of a sequence; the last block must not be scheduled yet."""
         state = sequence.state
         if state is not None and self.num_checkpoint_slots and count not in state.announced:
             bisect.insort(state.wanted, count)
