@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import functools
 import math
 import os
 import sys
@@ -173,7 +174,8 @@ def plan_cache(
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
     if config.gpu_memory_utilization is not None and of_whole:
         budget = max(0, available - int(room.total * (1 - config.gpu_memory_utilization)))
-    room_of_states, state_bytes, of_states = _plan_states(config, here, sequences, drafts, budget, model.max_position)
+    given, plan_states = budget, functools.partial(_plan_states, config, here, sequences, drafts, model.max_position)
+    room_of_states, state_bytes, of_states = plan_states(budget)
     if room_of_states is not NO_STATES:
         sequences, budget = room_of_states.running, max(0, budget - state_bytes)
     per_sequence = -(-model.max_position // config.block_size)
@@ -196,9 +198,13 @@ def plan_cache(
     token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
     affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # 0-byte blocks
-    context = model.max_position
+    context, whole_bytes = model.max_position, per_sequence * block_bytes + window_bytes
     if affordable < per_sequence:
-        context = _shrunk_context(config, context, affordable, block_bytes, room, budget, window_bytes)
+        pages_bytes, more = whole_bytes, whole_bytes + state_bytes
+        while state_bytes and more > whole_bytes:  # a larger cache has more checkpoints; suggestions are whole MiB
+            whole_bytes = -(-more // MIB) * MIB
+            more = pages_bytes + plan_states(whole_bytes)[1]
+        context = _shrunk_context(config, context, affordable, whole_bytes, room, given)
     num_blocks = min(affordable, per_sequence * sequences)
     source = "set by kv_cache_memory" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
     if of_whole:
@@ -219,15 +225,13 @@ def plan_cache(
     )
     cut = ""
     if context < model.max_position:
-        whole_bytes = per_sequence * block_bytes + window_bytes + state_bytes
         if config.kv_cache_memory or of_whole:
-            given = _size(budget + state_bytes)
-            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) instead of {given}"
+            takes = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) instead of {_size(given)}"
         else:
             missing = -(-int(whole_bytes / share - available) // MIB)
-            more = f"all of it takes {missing:,} MiB more than the {_size(available)} that are free{room.kept}"
+            takes = f"all of it takes {missing:,} MiB more than the {_size(available)} that are free{room.kept}"
         cut = (
-            f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; if "
+            f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {takes}; if "
             f"that is intended, set max_model_len to {context} (--max-model-len {context})"
         )
     return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, windows, window_bytes)
@@ -277,7 +281,7 @@ def _plan_windows(
 
 
 def _plan_states(
-    config: EngineConfig, specs: Iterable[CacheSpec], sequences: int, drafts: int, budget: int, longest: int
+    config: EngineConfig, specs: Iterable[CacheSpec], sequences: int, drafts: int, longest: int, budget: int
 ) -> tuple[StateRoom, int, str]:
     """Return the size of the state pool within `budget` bytes, its bytes, and a description of it.
 
@@ -344,15 +348,12 @@ def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
     return " + ".join(terms)
 
 
-def _shrunk_context(
-    config: EngineConfig, context: int, affordable: int, block_bytes: int, room: Room, budget: int, beside: int = 0
-) -> int:
+def _shrunk_context(config: EngineConfig, context: int, affordable: int, needed: int, room: Room, budget: int) -> int:
     """Return the context that fits, if the user set none; otherwise raise a ConfigError with values that work.
 
-    `beside` are bytes that do not depend on the context.
+    `needed` are the bytes of a cache for the whole context, `affordable` the blocks that `budget` bytes have room for.
     """
     fits = affordable * config.block_size
-    needed = -(-context // config.block_size) * block_bytes + beside
     if config.max_model_len is None and fits >= config.block_size:
         return fits
     ways = [f"max_model_len={fits}"] if fits > 0 else []
