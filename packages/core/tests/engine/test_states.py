@@ -197,6 +197,12 @@ def test_a_prompt_that_waits_asks_the_running_one_for_a_checkpoint() -> None:
     assert second.num_cached_tokens == 12
 
 
+def test_no_prompt_waits_for_another_one_where_there_are_no_checkpoints() -> None:
+    model = Pretended(checkpoints=0)
+    prompts = [model.add(list(range(12)), order) for order in range(2)]
+    assert [(run.sequence, run.count) for run in model.step()] == [(prompts[0], 12), (prompts[1], 4)]
+
+
 def test_sequences_of_one_request_share_their_prompt() -> None:
     model = Pretended()
     all_of_it = [model.add([0, 1, 2, 0] * 3 + [1, 1], 0, index=index) for index in range(3)]

@@ -493,6 +493,8 @@ class Scheduler:
         params = sequence.request.params
         if not self.blocks.enable_prefix_caching or params.skip_reading_prefix_cache:
             return []
+        if self.states is not None and not self.states.num_checkpoint_slots:
+            return []  # no prefix can be reused, so waiting for its blocks would be useless
         if params.prompt_logprobs is not None and sequence.index == 0:
             return []  # prompt logprobs need every position of the prompt
         size = self.blocks.block_size
