@@ -248,6 +248,20 @@ def test_another_path_under_a_name_is_refused() -> None:
         store.find(use("aa", path=""))
 
 
+def test_a_name_whose_files_could_not_be_loaded_may_get_others() -> None:
+    store = AdapterStore(Loads())
+    wrong = store.find(use("a", path="/adapters/bad"))
+    store.want([wrong])
+    wait_for(lambda: wrong.state == "failed")
+    right = store.find(use("a", path="/adapters/good"))
+    store.want([right])
+    wait_for(lambda: right.state == "ready")
+    assert store.find(use("a", path="")) is right
+    with pytest.raises(InvalidParameterError, match="'a' was loaded from other files"):
+        store.find(use("a", path="/adapters/bad"))
+    store.close()
+
+
 def test_a_removed_name_is_forgotten_and_its_memory_with_the_last_lease() -> None:
     store = AdapterStore(Loads())
     entry = store.find(use("a"))

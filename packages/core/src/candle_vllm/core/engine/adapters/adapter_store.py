@@ -172,6 +172,8 @@ class AdapterStore:
         """
         with self._change:
             entry = self._entries.get(use.name)
+            if entry is not None and entry.state == "failed" and not entry.info.digest and use.path != entry.path:
+                entry = None if use.path else entry  # files that were never loaded do not occupy a name
             if use.name in self._loose:
                 self._loose[use.name] = self._loose.pop(use.name)
             if use.path and (entry is None or use.load_inplace):
