@@ -107,7 +107,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
     @property
     def is_alive(self) -> bool:
         alive = self._engine is not None and (self._thread is None or self._thread.is_alive)
-        return alive and not self._is_elsewhere
+        return alive and not self._is_elsewhere and not (self._ranks is not None and self._ranks.is_dead)
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, from another thread, when one of several ranks dies; at once if one is already dead.
