@@ -76,9 +76,8 @@ class BlockMemory(Protocol):
 class Places(Protocol):
     """Allocation of blocks or of checkpoint slots: `BlockManager` or `StatePool`."""
 
-    @property
-    def num_free(self) -> int:
-        """Number of free blocks or slots."""
+    def num_free_after_sharing(self, places: Sequence[int]) -> int:
+        """Return the number of free blocks or slots once a sequence holds these published ones, too."""
         ...
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
@@ -480,13 +479,9 @@ class OffloadedBlocks:
                 with self._wake:
                     self._counts["kept_block_failures"] += 1
             return reading.is_over
-        first = len(self._blocks.lookup(hashes))
-        missing: list[bytes] = []
-        for digest in hashes[first:]:
-            if not self._own.may_have(digest):
-                break
-            missing.append(digest)
-        if not missing or self._blocks.num_free < num_blocks:
+        found = self._blocks.lookup(hashes)
+        missing = list(itertools.takewhile(self._own.may_have, hashes[len(found) :]))
+        if not missing or self._blocks.num_free_after_sharing(found) < num_blocks - len(found):
             return True
         self._blocks.touch(hashes)  # else the blocks that are read would evict them
         reading = self._readings[sequence] = _Reading(next(self._numbers), missing, self._ranks)

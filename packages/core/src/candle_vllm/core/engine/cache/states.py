@@ -68,9 +68,9 @@ class StatePool:
             self._published[digest] = slot
         return slot
 
-    @property
-    def num_free(self) -> int:
-        """Upper bound of the slots that `take_in` can allocate: slots that runs write count as free."""
+    def num_free_after_sharing(self, slots: Seq[int]) -> int:
+        """See `Places`; an upper bound, because slots that runs write count as free."""
+        del slots
         return self.num_checkpoint_slots - sum(1 for slot in self._published.values() if self._pins[slot])
 
     def is_coming(self, hashes: Seq[bytes]) -> bool:
