@@ -686,11 +686,10 @@ def test_gemmas_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_pa
         "pan_and_scan_min_ratio_to_activate": 1.2,
     }
     wrong(InvalidFileError, "less than pan_and_scan_max_num_crops, 4", processor={"do_pan_and_scan": True} | crops)
-    with pytest.raises(
-        ConfigError,
-        match="needs the 16 tokens of an image in one step, beside 20 tokens of other sequences: set max_num_b",
-    ):
-        InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=35, max_num_seqs=4)
+    told = "needs the 16 tokens of an image in one step, beside 20 tokens of other .*: set max_num_batched_tokens=36"
+    for tokens in (4, 10, 35):
+        with pytest.raises(ConfigError, match=told):
+            InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=tokens, max_num_seqs=4)
     with InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=35, max_num_seqs=4, max_images=0) as engine:
         assert engine.model_info.modalities == ("text",)
 

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.layers.parameters import Placement
 
 _COMPILER_BYTES = 256 * MIB
+_DRAFT_ROWS = 16  # draft tokens of a step for all sequences, unless a draft of one sequence may be longer
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
 _MOST_FOR_IMAGES = 256 * MIB  # see `ImageStore`
 
@@ -100,7 +101,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         return _build_encoder(config, loaded, sleeper)
     placement = loaded.placement
     sequences, budget, drafts, rows = _step(config, loaded)
-    _require_room_for_images(loaded, sequences + rows, budget)
+    _require_room_for_images(config, loaded, sequences, budget)
     runner, draft, plan = _build_runner(config, loaded, collective)
     sequences, own = plan.states.running or sequences, runner
     if placement.device.type == "cuda":
@@ -204,12 +205,13 @@ def _build_runner(
     return runner, None, plan
 
 
-def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> None:
-    """Raise ConfigError if a step cannot hold the rows of an undivided image tile in addition to `others` rows."""
+def _require_room_for_images(config: EngineConfig, loaded: LoadedModel, sequences: int, budget: int) -> None:
+    """Raise ConfigError if a step cannot hold an undivided image tile beside other sequences and their drafts."""
     if loaded.tower is None or not loaded.tower.vision.parts.whole:
         return
-    config = loaded.tower.tower.config
-    needed = others + config.patches // config.cell**2
+    tower, drafts = loaded.tower.tower.config, _drafts(config, loaded.placement.recorded)
+    others = sequences + (0 if drafts is None else max(_DRAFT_ROWS, drafts.num_speculative_tokens))
+    needed = others + tower.patches // tower.cell**2
     if budget < needed:
         raise ConfigError(
             f"max_num_batched_tokens {budget} is too small: {loaded.name} needs the {needed - others} tokens of an "
@@ -244,7 +246,7 @@ def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
             f"{sequences}: set max_num_batched_tokens={sequences + drafts.num_speculative_tokens}",
             "speculative_config",
         )
-    return min(max(16, drafts.num_speculative_tokens), budget - sequences)
+    return min(max(_DRAFT_ROWS, drafts.num_speculative_tokens), budget - sequences)
 
 
 def _draft_model(
