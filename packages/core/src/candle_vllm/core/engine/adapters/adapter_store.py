@@ -583,8 +583,5 @@ class AdapterStore:
 
 
 def _info(entry: Entry) -> AdapterInfo:
-    return AdapterInfo(
-        name=entry.name, path=entry.path, digest=entry.info.digest, rank=entry.info.rank, modules=entry.info.modules,
-        delta_norm=entry.info.delta_norm, nbytes=entry.nbytes, state=entry.state,  # type: ignore[arg-type]
-        pinned=entry.pinned, base=entry.info.base, notes=entry.info.notes, error=entry.error,
-    )  # fmt: skip
+    now = {"nbytes": entry.nbytes, "state": entry.state, "pinned": entry.pinned, "error": entry.error}
+    return msgspec.structs.replace(entry.info, **now)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -212,9 +212,6 @@ def _lower_median(seen: Sequence[float] | deque[float]) -> float:
 class Drafter:
     """Proposes draft tokens for an engine's sequences, and writes the tokens to try to `Sequence.drafts`.
 
-    Attributes:
-        times: returns the measured step times for a number of sequences.
-
     Args:
         config: speculative decoding settings.
         rows: maximum number of draft tokens of a step.
@@ -224,7 +221,6 @@ class Drafter:
     def __init__(self, config: SpeculativeConfig, rows: int, model: DraftModel | None = None) -> None:
         self._counts = Counter(drafts=0, draft_tokens=0, accepted_draft_tokens=0)
         self._accepted_per_position = [0] * config.num_speculative_tokens
-        self.times: Callable[[int], StepTimes] = self._times
         self.model = model
         self._config, self._rows = config, rows
         keeps = PAST in config.sources and config.suffix_decoding_max_cached_requests > 0
@@ -242,7 +238,8 @@ class Drafter:
         self._hits = [hits for hits, _ in _PRIOR]
         self._tries = [tries for _, tries in _PRIOR]
 
-    def _times(self, lives: int) -> StepTimes:
+    def times(self, lives: int) -> StepTimes:
+        """Return the measured step times for a number of sequences."""
         digits = lives.bit_length()
         if digits not in self._seen:
             self._seen[digits] = StepTimes(lives, self._rows)
