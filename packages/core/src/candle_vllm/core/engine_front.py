@@ -33,7 +33,7 @@ from candle_vllm.core.engine.requests import (
 )
 from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Pair, PoolingCalls
+from candle_vllm.core.engine.step.pooling_calls import Pair, PoolingCalls, check_text_length
 from candle_vllm.core.engine.step.preparation import check_encoder_task
 from candle_vllm.core.engine.step.request_watchers import (
     Operation,
@@ -51,7 +51,6 @@ from candle_vllm.core.errors import (
     ChatTemplateError,
     EngineDeadError,
     InvalidParameterError,
-    PromptTooLongError,
     RequestError,
     UnsupportedModelError,
 )
@@ -165,18 +164,8 @@ class EngineFront(ABC):
         if not isinstance(text, str):
             raise InvalidParameterError(f"the text to tokenize must be a text, not {type(text).__name__}", "prompt")
         tokenizer = self._require()[1].tokenizer
-        self._check_text_length(text, "prompt")
+        check_text_length(self._info, tokenizer, len(text))
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    def _check_text_length(self, text: str, name: str) -> None:
-        most = self._info.max_model_len * self._require()[1].tokenizer.longest_token
-        most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
-        if len(text) > most:
-            raise PromptTooLongError(
-                f"the text has {len(text)} characters; this model's maximum context length is "
-                f"{self._info.max_model_len} tokens, which hold at most {most} of them",
-                name,
-            )
 
     @explained()
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt:
@@ -189,7 +178,7 @@ class EngineFront(ABC):
         tokenizer = self._require()[1].tokenizer
         for text, name in ((prefix, "prompt"), (suffix, "suffix")):
             if isinstance(text, str) and tokenizer.infill is not None:
-                self._check_text_length(text, name)
+                check_text_length(self._info, tokenizer, len(text), name)
         return infill_prompt(tokenizer, tokenizer.infill, prefix, suffix)
 
     @explained()

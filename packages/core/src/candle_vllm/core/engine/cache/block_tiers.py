@@ -76,7 +76,7 @@ class BlockMemory(Protocol):
 class Places(Protocol):
     """Allocation of blocks or of checkpoint slots: `BlockManager` or `StatePool`."""
 
-    def num_free_after_sharing(self, places: Sequence[int]) -> int:
+    def num_free_after_sharing(self, places: Sequence[int], /) -> int:
         """Return the number of free blocks or slots once a sequence holds these published ones, too."""
         ...
 

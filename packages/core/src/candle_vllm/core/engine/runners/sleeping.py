@@ -20,7 +20,7 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import give_back
-from candle_vllm.core.engine.runners.model_runner import HeadRunner, ModelRunner
+from candle_vllm.core.engine.runners.model_runner import CacheRunner
 from candle_vllm.core.errors import CandleVllmError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import can_drop_pages
@@ -81,7 +81,7 @@ class Sleeper:
     ) -> None:
         self.asleep: frozenset[str] = frozenset()
         self.level = 0
-        self.runners: Sequence[ModelRunner | HeadRunner] = ()
+        self.runners: Sequence[CacheRunner] = ()
         self.tell: Callable[[int | frozenset[str]], object] = lambda _: None
         self._config, self._loaded, self._ranks = _as_split(config, loaded), loaded, ranks
         self._mark = ""

@@ -159,9 +159,7 @@ class Scheduler:
             self.offloaded.left(sequence)
         if self.adapters is not None:
             self._all_held = None
-            self.adapters.ended(sequence)
-            if not self.waiting:  # there may be no later step that calls it
-                self.adapters.look(())
+            self.adapters.ended(sequence, self.waiting)
 
     def schedule(self) -> Step:
         """Return the runs of the next step; empty if there is nothing to do."""
@@ -652,9 +650,7 @@ class WholeTexts:
         elif self.adapters is not None:
             self.adapters.stopped(sequence)
         if self.adapters is not None:
-            self.adapters.ended(sequence)
-            if not self.waiting:  # there may be no later step that calls it
-                self.adapters.look(())
+            self.adapters.ended(sequence, self.waiting)
 
     def schedule(self) -> Step:
         """Return runs of the first texts in serving order that the budget allows, sorted by length."""
