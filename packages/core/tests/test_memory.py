@@ -323,6 +323,17 @@ def test_a_share_of_the_whole_gpu_counts_what_others_have_taken() -> None:
         plan_cache(dataclasses.replace(config, max_model_len=80_000), _toy(80_000), two, 1, room)
 
 
+def test_a_cache_larger_than_the_free_memory_is_not_suggested() -> None:
+    """80,000 tokens take 5,120,000 bytes."""
+    config, model = EngineConfig(model="m", max_model_len=80_000), _toy(80_000)
+    with pytest.raises(NoMemoryError, match=r"try max_model_len=\d+ or to free 3976 KiB of memory$"):
+        plan_cache(config, model, two, 1, Room(MIB, 0.9))
+    with pytest.raises(NoMemoryError) as error:
+        plan_cache(config, model, two, 1, Room(5_200_000, 0.4))
+    (found,) = re.findall(r"kv_cache_memory=(\d+)", str(error.value))
+    plan_cache(dataclasses.replace(config, kv_cache_memory=int(found)), model, two, 1, Room(5_200_000, 0.4))
+
+
 def test_bytes_count_before_a_share_and_main_memory_has_its_own() -> None:
     config = EngineConfig(model="m", gpu_memory_utilization=0.75, kv_cache_memory=MIB)
     plan = plan_cache(config, _toy(1 << 20), two, 1, Room(6 * MIB, 0.9, total=8 * MIB))

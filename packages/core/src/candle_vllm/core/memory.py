@@ -174,7 +174,8 @@ def plan_cache(
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
     if config.gpu_memory_utilization is not None and of_whole:
         budget = max(0, available - int(room.total * (1 - config.gpu_memory_utilization)))
-    given, plan_states = budget, functools.partial(_plan_states, config, here, sequences, drafts, model.max_position)
+    longest = model.max_position
+    given, plan_states = budget, functools.partial(_plan_states, config, here, sequences, drafts, longest, available)
     room_of_states, state_bytes, of_states = plan_states(budget)
     if room_of_states is not NO_STATES:
         sequences, budget = room_of_states.running, max(0, budget - state_bytes)
@@ -281,9 +282,15 @@ def _plan_windows(
 
 
 def _plan_states(
-    config: EngineConfig, specs: Iterable[CacheSpec], sequences: int, drafts: int, longest: int, budget: int
+    config: EngineConfig,
+    specs: Iterable[CacheSpec],
+    sequences: int,
+    drafts: int,
+    longest: int,
+    available: int,
+    budget: int,
 ) -> tuple[StateRoom, int, str]:
-    """Return the size of the state pool within `budget` bytes, its bytes, and a description of it.
+    """Return the size of the state pool within `budget` of `available` bytes, its bytes, and a description of it.
 
     `longest` is the maximum number of tokens of a sequence.
     """
@@ -292,13 +299,14 @@ def _plan_states(
         return NO_STATES, 0, ""
     state = 4 * sum(math.prod(part.shape) for part in parts)
     whole = state + 4 * drafts * sum(part.inputs for part in parts)
-    running = min(sequences, budget // 2 // whole)
-    if running < (config.max_num_seqs or 1):
-        fits = f"max_num_seqs={running} or " if running else ""
+    running, least = min(sequences, budget // 2 // whole), config.max_num_seqs or 1
+    if running < least:
+        needed = -(-2 * whole * least // MIB) * MIB
+        ways = [f"set max_num_seqs={running}"] if running else []
+        ways += [f"set kv_cache_memory={needed} (bytes)"] if needed <= available else []
         raise NoMemoryError(
-            f"the recurrent states of {config.max_num_seqs or 1} sequences take {_size(whole)} each, and may use half "
-            f"of the cache's {_size(budget)}: set "
-            f"{fits}kv_cache_memory={-(-2 * whole * (config.max_num_seqs or 1) // MIB) * MIB} (bytes)",
+            f"the recurrent states of {least} sequence{'s' * (least > 1)} take {_size(whole)} each, and may use half "
+            f"of the cache's {_size(budget)}: {' or '.join(ways) or 'use a smaller model'}",
             "max_num_seqs" if running else "kv_cache_memory",
         )
     kept = budget // 4 if config.state_cache_gb is None else int(config.state_cache_gb * (1 << 30))
@@ -356,16 +364,16 @@ def _shrunk_context(config: EngineConfig, context: int, affordable: int, needed:
     fits = affordable * config.block_size
     if config.max_model_len is None and fits >= config.block_size:
         return fits
-    ways = [f"max_model_len={fits}"] if fits > 0 else []
-    if needed <= room.available or room.limit is None:
-        ways.append(f"kv_cache_memory={-(-needed // MIB) * MIB} (bytes)")
+    ways, missing = [f"max_model_len={fits}"] if fits > 0 else [], needed - room.available
+    if missing <= 0:
+        ways.append(f"kv_cache_memory={min(-(-needed // MIB) * MIB, room.available)} (bytes)")
     if config.gpu_memory_utilization is not None and room.total:
         least = 1 - (room.available - needed) / room.total
         ways += [f"gpu_memory_utilization={least + 0.005:.2f}"] if least <= 0.99 else []
     elif config.kv_cache_memory is None and needed < room.available * 0.95:
         ways.append(f"kv_fraction={min(0.99, needed / room.available + 0.01):.2f}")
-    if needed > room.available and room.limit is not None:
-        ways.append(f"to {room.limit.raised_by(needed - room.available)}")
+    if missing > 0:
+        ways.append(f"to {f'free {_size(missing)} of memory' if room.limit is None else room.limit.raised_by(missing)}")
     raise NoMemoryError(
         f"a context of {context} tokens needs {_size(needed)} of KV cache and there are {_size(budget)}{room.kept}: "
         f"try {' or '.join(ways)}",
