@@ -112,7 +112,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         most_adapters = config.max_loras or sequences
     if ranks is not None:
         runner = RankedRunner(runner, ranks)
-        sleeper.tell = runner.sleep
+        sleeper.broadcast = runner.sleep
     size, caching = config.block_size, config.enable_prefix_caching
     blocks = BlockManager(plan.num_blocks, size, enable_prefix_caching=caching)
     if plan.windows:
