@@ -398,6 +398,18 @@ def test_pages_and_blocks_stay_within_the_memory(mib: int, sequences: int, is_se
     assert plan.max_model_len == 32768 or not is_set
 
 
+@pytest.mark.parametrize("mib", [60, 100, 150])
+def test_the_memory_for_all_of_a_context_counts_larger_pools(mib: int) -> None:
+    """Without `max_model_len` the pools of a larger cache are larger, too; 832 MiB hold pages for all tokens."""
+    config, room = EngineConfig(model="m", kv_cache_memory=mib * MIB), Room(1 << 34, 0.5)
+    plan = plan_cache(config, _gemma(26, 1, 512), two, 64, room, rows=512)
+    (needed,) = re.findall(r"all of it takes (\d+) MiB of KV cache", plan.warning)
+    whole = plan_cache(
+        dataclasses.replace(config, kv_cache_memory=int(needed) * MIB), _gemma(26, 1, 512), two, 64, room, rows=512
+    )
+    assert not whole.warning
+
+
 def test_layers_without_a_window_have_a_page_for_each_block() -> None:
     config = EngineConfig(model="m")
     for specs in ((PagedSpec(2, 4, 4),) * 2, (PagedSpec(1, 8, 0, 8), PagedSpec(1, 8, 0))):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
-import functools
 import math
 import os
 import sys
@@ -131,6 +130,22 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
     return Room(limit.left - aside, share, kept, limit if limit.allowed else None, as_it_fills=True)
 
 
+class _Division(NamedTuple):
+    """A division of memory; the first fields are the result of `_plan_states`, `specs` those of layers with blocks."""
+
+    states: StateRoom
+    state_bytes: int
+    of_states: str
+    windows: tuple[WindowRoom, ...]
+    window_bytes: int
+    specs: Sequence[PagedSpec]
+    token_bytes: int
+
+    def bytes_with(self, tokens: int) -> int:
+        """Return the bytes of states, page pools, and blocks for `tokens` tokens."""
+        return self.state_bytes + self.window_bytes + tokens * self.token_bytes
+
+
 def plan_cache(
     config: EngineConfig,
     model: ModelConfig,
@@ -169,42 +184,44 @@ def plan_cache(
             "kv_cache_memory",
         )
     here = [each for n, each in enumerate(model.cache_specs) if layers is None or n % model.num_layers in layers]
-    specs = paged(here)
     budget = config.kv_cache_memory or int(available * share)
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
     if config.gpu_memory_utilization is not None and of_whole:
         budget = max(0, available - int(room.total * (1 - config.gpu_memory_utilization)))
-    longest = model.max_position
-    given, plan_states = budget, functools.partial(_plan_states, config, here, sequences, drafts, longest, available)
-    room_of_states, state_bytes, of_states = plan_states(budget)
-    if room_of_states is not NO_STATES:
-        sequences, budget = room_of_states.running, max(0, budget - state_bytes)
-    per_sequence = -(-model.max_position // config.block_size)
-    windows, window_bytes = (), 0
-    wanted = windows_of(model.cache_specs)[:pools] if rows else ()  # for all pipeline stages, which have the same pools
-    while wanted and not windows:
-        rooms = [WindowRoom(window, min(rows, model.max_position) + drafts) for window in wanted]
-        sizes = [0] * len(rooms)
-        block = beside * config.block_size
-        for spec in specs:
-            size, pool = cache_bytes([spec], config.block_size, element_bytes), pool_of(spec, rooms)
-            if pool is None:
-                block += size
-            else:
-                sizes[pool] += size
-        windows = _plan_windows(config, rooms, (sizes, block), sequences, budget, per_sequence)
-        window_bytes = sum(room.pages * size for room, size in zip(windows, sizes))
-        wanted = wanted[:-1]  # for the largest window, one page per block may take less memory
-    specs = [spec for spec in specs if pool_of(spec, windows) is None]
-    token_bytes = cache_bytes(specs, 1, element_bytes) + beside
+    per_sequence, most_sequences = -(-model.max_position // config.block_size), sequences
+
+    def divide(total: int) -> _Division:
+        of_states = _plan_states(config, here, most_sequences, drafts, model.max_position, available, total)
+        running, left = of_states[0].running or most_sequences, max(0, total - of_states[1])
+        windows, window_bytes = (), 0
+        wanted = windows_of(model.cache_specs)[:pools] if rows else ()  # all pipeline stages have the same pools
+        while wanted and not windows:
+            rooms = [WindowRoom(window, min(rows, model.max_position) + drafts) for window in wanted]
+            sizes = [0] * len(rooms)
+            block = beside * config.block_size
+            for spec in paged(here):
+                size, pool = cache_bytes([spec], config.block_size, element_bytes), pool_of(spec, rooms)
+                if pool is None:
+                    block += size
+                else:
+                    sizes[pool] += size
+            windows = _plan_windows(config, rooms, (sizes, block), running, left, per_sequence)
+            window_bytes = sum(room.pages * size for room, size in zip(windows, sizes))
+            wanted = wanted[:-1]  # for the largest window, one page per block may take less memory
+        specs = [spec for spec in paged(here) if pool_of(spec, windows) is None]
+        token_bytes = cache_bytes(specs, 1, element_bytes) + beside
+        return _Division(*of_states, windows, window_bytes, specs, token_bytes)
+
+    given, parts = budget, divide(budget)
+    windows, window_bytes, specs, token_bytes = parts.windows, parts.window_bytes, parts.specs, parts.token_bytes
+    sequences, budget = parts.states.running or sequences, max(0, budget - parts.state_bytes)
     block_bytes = token_bytes * config.block_size
     affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # 0-byte blocks
-    context, whole_bytes = model.max_position, per_sequence * block_bytes + window_bytes
+    context, whole_bytes, more = model.max_position, 0, parts.bytes_with(per_sequence * config.block_size)
     if affordable < per_sequence:
-        pages_bytes, more = whole_bytes, whole_bytes + state_bytes
-        while state_bytes and more > whole_bytes:  # a larger cache has more checkpoints; suggestions are whole MiB
-            whole_bytes = -(-more // MIB) * MIB
-            more = pages_bytes + plan_states(whole_bytes)[1]
+        while more > whole_bytes:  # a larger cache has more checkpoints and window pages; suggestions are whole MiB
+            whole_bytes = -(-more // MIB) * MIB if parts.state_bytes or windows else more
+            more = divide(whole_bytes).bytes_with(per_sequence * config.block_size)
         context = _shrunk_context(config, context, affordable, whole_bytes, room, given)
     num_blocks = min(affordable, per_sequence * sequences)
     source = "set by kv_cache_memory" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
@@ -222,7 +239,7 @@ def plan_cache(
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}{of_token}{of_windows}; context "
-        f"{context:,}{of_states}"
+        f"{context:,}{parts.of_states}"
     )
     cut = ""
     if context < model.max_position:
@@ -235,7 +252,8 @@ def plan_cache(
             f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {takes}; if "
             f"that is intended, set max_model_len to {context} (--max-model-len {context})"
         )
-    return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, windows, window_bytes)
+    pools_of = parts.states, parts.state_bytes, windows, window_bytes
+    return CachePlan(num_blocks, block_bytes, context, message, cut, *pools_of)
 
 
 def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | None) -> CachePlan:
