@@ -53,6 +53,7 @@ from packages.core.tests.models.sight import (
     answers_op_by_op,
     answers_without_torch,
     finished,
+    nbytes,
     prompt_error,
     require_same,
 )
@@ -286,7 +287,7 @@ def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: C
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
         if isinstance(runner, RecordedTower):  # what is put aside is enough
             most = 32 if name == "Llama 4" else 16  # its tiles are the smallest
-            assert runner.nbytes < tower.config.step_bytes(2) < most * runner.nbytes
+            assert nbytes(runner) < tower.config.step_bytes(2) < most * nbytes(runner)
     finally:
         team.close()
 

@@ -432,12 +432,9 @@ class AdapterStore:
 
     def _drop_forgotten(self) -> None:
         """Evict adapters whose name was removed and that no sequence or caller leases or waits for."""
-        for entry in [each for each in self._in_memory if not each.leases and not self._is_known(each)]:
-            if entry not in (*self._asked, *self._wanted, *self._expected):
+        for entry in [each for each in self._in_memory if self._entries.get(each.name) is not each]:
+            if not entry.leases and entry not in (*self._asked, *self._wanted, *self._expected):
                 self._let_go(entry)
-
-    def _is_known(self, entry: Entry) -> bool:
-        return self._entries.get(entry.name) is entry
 
     def _let_go(self, entry: Entry) -> None:
         del self._in_memory[entry]

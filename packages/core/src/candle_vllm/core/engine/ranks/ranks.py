@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
+from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from candle_vllm.core.config import EngineConfig
@@ -31,7 +32,7 @@ from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.ranks.nodes import RANK, RankListener, rank_device
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
-from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, RotaryPositions, StepMemory
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
 from candle_vllm.core.kernels.recorded import Value
@@ -671,14 +672,14 @@ class RankedRunner:
         sent, place = self._sent, self._place
         self._sent, self._place = batch, batch.runs[0].start
         behind = sent is not None and batch.tokens is sent.tokens and self._place == place + 1
-        if behind and batch.goes_on and not self.overlaps:  # an overlapped step's tokens are not known
+        if behind and batch.goes_on:
             self._tables_version = batch.tables_version
             return rank_line.Next(rank_line.as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
             batch = by_rows(batch)  # the first rank's runner does the same
-        known = batch.tables_version is self._tables_version
+        known, seen = batch.tables_version is self._tables_version, batch.embedded
         self._tables_version = batch.tables_version
         return rank_line.Forward(
             rank_line.as_bytes(batch.tokens),
@@ -689,21 +690,11 @@ class RankedRunner:
             None if known else rank_line.as_bytes(batch.block_tables),
             None if batch.ahead is None else rank_line.as_bytes(batch.ahead),
             self._numbered(batch.adapters),
-            None if batch.embedded is None else _seen(batch.embedded),
-            None if batch.turned is None else _turned(batch.turned),
+            None if seen is None else rank_line.Seen(rank_line.as_bytes(seen.rows), seen.vectors.shape[1]),
+            None if batch.turned is None else rank_line.RotaryMessage(*map(rank_line.as_bytes, astuple(batch.turned))),
             _states(batch),
         )
 
 
 def _states(batch: Batch) -> tuple[bytes, ...] | None:
     return None if batch.states is None else tuple(map(rank_line.as_bytes, batch.states.tables.values()))
-
-
-def _seen(given: EmbeddedRows) -> rank_line.Seen:
-    return rank_line.Seen(rank_line.as_bytes(given.rows), given.vectors.shape[1])
-
-
-def _turned(turned: RotaryPositions) -> rank_line.RotaryMessage:
-    return rank_line.RotaryMessage(
-        rank_line.as_bytes(turned.shifts), rank_line.as_bytes(turned.rows), rank_line.as_bytes(turned.places)
-    )
