@@ -131,7 +131,7 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
 
 
 class _Division(NamedTuple):
-    """A division of memory; the first fields are the result of `_plan_states`, `specs` those of layers with blocks."""
+    """Memory divided into states, page pools and blocks; `specs` are the caches with a page for each block."""
 
     states: StateRoom
     state_bytes: int
