@@ -323,6 +323,17 @@ def test_a_share_of_the_whole_gpu_counts_what_others_have_taken() -> None:
         plan_cache(dataclasses.replace(config, max_model_len=80_000), _toy(80_000), two, 1, room)
 
 
+def test_a_cache_larger_than_the_free_memory_is_not_suggested() -> None:
+    """80,000 tokens take 5,120,000 bytes."""
+    config, model = EngineConfig(model="m", max_model_len=80_000), _toy(80_000)
+    with pytest.raises(NoMemoryError, match=r"try max_model_len=\d+ or to free 3976 KiB of memory$"):
+        plan_cache(config, model, two, 1, Room(MIB, 0.9))
+    with pytest.raises(NoMemoryError) as error:
+        plan_cache(config, model, two, 1, Room(5_200_000, 0.4))
+    (found,) = re.findall(r"kv_cache_memory=(\d+)", str(error.value))
+    plan_cache(dataclasses.replace(config, kv_cache_memory=int(found)), model, two, 1, Room(5_200_000, 0.4))
+
+
 def test_bytes_count_before_a_share_and_main_memory_has_its_own() -> None:
     config = EngineConfig(model="m", gpu_memory_utilization=0.75, kv_cache_memory=MIB)
     plan = plan_cache(config, _toy(1 << 20), two, 1, Room(6 * MIB, 0.9, total=8 * MIB))
@@ -385,6 +396,18 @@ def test_pages_and_blocks_stay_within_the_memory(mib: int, sequences: int, is_se
     pages = plan.windows[0].pages if plan.windows else plan.num_blocks + 1
     assert pages - 1 >= min(plan.num_blocks, -(-(511 + 512 + 63) // 64)), "one sequence can always go on"
     assert plan.max_model_len == 32768 or not is_set
+
+
+@pytest.mark.parametrize("mib", [60, 100, 150])
+def test_the_memory_for_all_of_a_context_counts_larger_pools(mib: int) -> None:
+    """Without `max_model_len` the pools of a larger cache are larger, too; 832 MiB hold pages for all tokens."""
+    config, room = EngineConfig(model="m", kv_cache_memory=mib * MIB), Room(1 << 34, 0.5)
+    plan = plan_cache(config, _gemma(26, 1, 512), two, 64, room, rows=512)
+    (needed,) = re.findall(r"all of it takes (\d+) MiB of KV cache", plan.warning)
+    whole = plan_cache(
+        dataclasses.replace(config, kv_cache_memory=int(needed) * MIB), _gemma(26, 1, 512), two, 64, room, rows=512
+    )
+    assert not whole.warning
 
 
 def test_layers_without_a_window_have_a_page_for_each_block() -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from candle_vllm.core.engine.adapters import adapter_store as module
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall, AdapterStore, Entries, Entry
-from candle_vllm.core.engine.requests import AdapterUse
+from candle_vllm.core.engine.requests import AdapterUse, LoRARequest
 from candle_vllm.core.errors import AdapterError, EngineDeadError, EngineOverloadedError, InvalidParameterError
 from tests.waiting import PATIENCE, wait_for
 
@@ -246,6 +248,27 @@ def test_another_path_under_a_name_is_refused() -> None:
     assert "/" not in str(told.value)
     with pytest.raises(InvalidParameterError, match=r"no adapter 'aa' \(did you mean a\?\); there are a"):
         store.find(use("aa", path=""))
+
+
+def test_a_name_whose_files_could_not_be_loaded_may_get_others() -> None:
+    store = AdapterStore(Loads())
+    wrong = store.find(use("a", path="/adapters/bad"))
+    store.want([wrong])
+    wait_for(lambda: wrong.state == "failed")
+    right = store.find(use("a", path="/adapters/good"))
+    store.want([right])
+    wait_for(lambda: right.state == "ready")
+    assert store.find(use("a", path="")) is right
+    with pytest.raises(InvalidParameterError, match="'a' was loaded from other files"):
+        store.find(use("a", path="/adapters/bad"))
+    store.close()
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a"])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="adapter 'a': the path must be a text of at most 4096 characters"):
+        LoRARequest("a", 1, path)
+    assert LoRARequest("a", 1, Path("folder")).use(0.5) == AdapterUse(name="a", path="folder", scale=0.5)  # type: ignore[arg-type]
 
 
 def test_a_removed_name_is_forgotten_and_its_memory_with_the_last_lease() -> None:

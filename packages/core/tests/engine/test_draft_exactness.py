@@ -201,7 +201,8 @@ def headed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         drafter = engine._engine and engine._engine._drafter
         assert drafter is not None
         assert isinstance(drafter.model, DraftingHead)
-        drafter.times, drafter.model.times = same_times, FreeTimes()
+        drafter.times = same_times  # type: ignore[method-assign]
+        drafter.model.times = FreeTimes()
         drafter._past = None  # what the same prompts were answered before
         yield engine
 

@@ -77,7 +77,8 @@ def engine(source: Path, method: str, **settings: Any) -> InferenceEngine:
     drafter = made._engine and made._engine._drafter
     if drafter is not None:
         assert isinstance(drafter.model, DraftingHead)
-        drafter.times, drafter.model.times = same_times, FreeTimes()
+        drafter.times = same_times  # type: ignore[method-assign]
+        drafter.model.times = FreeTimes()
         drafter._past = None
     return made
 

@@ -437,6 +437,25 @@ def test_whatever_ranks_lack_and_however_late_they_are(seed: int) -> None:
         assert not each._num_held
 
 
+def test_blocks_are_read_beside_a_running_sequence_that_holds_the_blocks_before_them() -> None:
+    own, blocks, hashes = Cache(), BlockManager(10, 1), [bytes([n]) * 32 for n in range(8)]
+    kept = OffloadedBlocks(HostBlocks(33 * 40, 33), own, blocks)
+    running = blocks.allocate(5) or []
+    for place, digest in zip(running, hashes, strict=False):
+        blocks.publish(place, digest)
+    for place, digest in enumerate(hashes):
+        own.blocks[place] = part(0, digest)
+        kept.offer(place, digest)
+    wait_for(lambda: kept.stats().get("kept_blocks_written") == len(hashes))
+    sequence = object()
+    assert not kept.is_ready(sequence, hashes, 9), "4 of the 9 blocks are missing, and 5 are free"
+    while not kept.is_ready(sequence, hashes, 9):
+        kept.take()
+    assert len(blocks.lookup(hashes)) == 8
+    kept.left(sequence)
+    kept.close()
+
+
 def _require(is_there: bytes, wanted: bytes) -> None:
     assert is_there == wanted
 

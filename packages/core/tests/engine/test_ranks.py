@@ -222,6 +222,12 @@ def test_tokens_are_sent_to_their_experts(size: int, stages: int, tmp_path: Path
         until_gone(found)
 
 
+def test_a_rank_that_dies_before_the_first_request_ends_the_engine(model: Path) -> None:
+    with engine_of(model, 2) as engine:
+        os.kill(pids(engine)[0], signal.SIGKILL)
+        wait_for(lambda: not engine.is_alive)
+
+
 def test_ranks_end_with_the_first_one(model: Path) -> None:
     script = (
         "import os, sys, time\n"

@@ -106,7 +106,8 @@ def test_a_draft_model_reads_again_what_its_cache_has_lost(model: Path) -> None:
         drafter = engine._engine._drafter
         assert drafter is not None
         assert drafter.model is not None
-        drafter.times, drafter.model.times = same_times, FreeTimes()
+        drafter.times = same_times  # type: ignore[method-assign]
+        drafter.model.times = FreeTimes()
         for _ in range(2):
             before = engine.stats()
             answer(engine)

@@ -175,7 +175,7 @@ def test_a_short_prompt_holds_one_block_and_one_slot() -> None:
     sequence = model.add([1, 2, 1], 0)
     model.step()
     assert (len(sequence.block_table), model.scheduler.blocks.num_free) == (1, 63)
-    assert model.states.num_free == 8, "it ends with no block, and so has no checkpoint"
+    assert model.states.num_free_after_sharing([]) == 8, "it ends with no block, and so has no checkpoint"
 
 
 def test_prompts_that_part_leave_a_checkpoint_where_they_do() -> None:
@@ -195,6 +195,12 @@ def test_a_prompt_that_waits_asks_the_running_one_for_a_checkpoint() -> None:
     second = model.add([*shared, 0, 0, 0, 0, 0], 1)
     model.finish()
     assert second.num_cached_tokens == 12
+
+
+def test_no_prompt_waits_for_another_one_where_there_are_no_checkpoints() -> None:
+    model = Pretended(checkpoints=0)
+    prompts = [model.add(list(range(12)), order) for order in range(2)]
+    assert [(run.sequence, run.count) for run in model.step()] == [(prompts[0], 12), (prompts[1], 4)]
 
 
 def test_sequences_of_one_request_share_their_prompt() -> None:

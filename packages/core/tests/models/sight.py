@@ -30,6 +30,7 @@ from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner, EagerTower, StageRunner
 from candle_vllm.core.engine.runners.images import ImageStore, TowerRunner
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream
@@ -42,6 +43,11 @@ from packages.core.tests.thread_ranks import Meetings, MeetingStages, ThreadRank
 Answers: TypeAlias = list[tuple[tuple[int, ...], list[float]]]
 """Tokens, and log-probabilities of a prompt."""
 BLOCK, CONTEXT = 16, 256
+
+
+def nbytes(tower: RecordedTower) -> int:
+    """The bytes that encoding the largest tile takes."""
+    return sum(each.nbytes for recorder in (tower._tile, tower._cells) for each in recorder.allocated)
 
 
 def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -188,6 +189,22 @@ def test_a_cut_context_counts_states(tmp_path: Path) -> None:
             cut += [plan.warning] if plan.warning else []
     assert cut
     assert all(re.search(r"all of it takes [1-9]\d* MiB more than the", each) for each in cut), cut
+
+
+@pytest.mark.parametrize("state_cache_gb", [None, 0.0, 0.001, 1.0])
+@pytest.mark.parametrize("mib", [1, 2, 4])
+def test_the_memory_for_a_context_counts_states(state_cache_gb: float | None, mib: int, tmp_path: Path) -> None:
+    """The size of the cache that the error suggests is enough, however the memory for checkpoints is set."""
+    folder = write_tiny(tmp_path, ROWS["Nemotron-H"].model_type, **ROWS["Nemotron-H"].config)
+    model = dataclasses.replace(load(folder).config, max_position=1 << 16)
+    settings: dict[str, Any] = {"max_model_len": 1 << 16, "state_cache_gb": state_cache_gb}
+    with pytest.raises(NoMemoryError) as refused:
+        plan_cache(
+            EngineConfig(model="m", kv_cache_memory=mib << 20, **settings), model, lambda _: 2, 4, Room(1 << 30, 0.5)
+        )
+    (asked,) = re.findall(r"kv_cache_memory=(\d+) \(bytes\)", str(refused.value))
+    config = EngineConfig(model="m", kv_cache_memory=int(asked), **settings)
+    assert plan_cache(config, model, lambda _: 2, 4, Room(1 << 30, 0.5)).max_model_len == 1 << 16
 
 
 def test_what_does_not_rotate_has_no_tables(tmp_path: Path) -> None:

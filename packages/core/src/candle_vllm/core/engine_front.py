@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EngineFront: the public methods of every engine, wherever it runs (steps 3 and 10 of a request's life).
+"""EngineFront: the public methods of every engine (steps 3 and 10 of a request's life).
 
 `InferenceEngine` runs its engine in a thread, `RemoteEngine` in a process of its own. Their common part turns texts
 into token ids, prompts into requests, and step outputs into results. It does not import torch.
@@ -33,7 +33,7 @@ from candle_vllm.core.engine.requests import (
 )
 from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Pair, PoolingCalls
+from candle_vllm.core.engine.step.pooling_calls import Pair, PoolingCalls, check_text_length
 from candle_vllm.core.engine.step.preparation import check_encoder_task
 from candle_vllm.core.engine.step.request_watchers import (
     Operation,
@@ -51,7 +51,6 @@ from candle_vllm.core.errors import (
     ChatTemplateError,
     EngineDeadError,
     InvalidParameterError,
-    PromptTooLongError,
     RequestError,
     UnsupportedModelError,
 )
@@ -165,18 +164,8 @@ class EngineFront(ABC):
         if not isinstance(text, str):
             raise InvalidParameterError(f"the text to tokenize must be a text, not {type(text).__name__}", "prompt")
         tokenizer = self._require()[1].tokenizer
-        self._check_text_length(text, "prompt")
+        check_text_length(self._info, tokenizer, len(text))
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    def _check_text_length(self, text: str, name: str) -> None:
-        most = self._info.max_model_len * self._require()[1].tokenizer.longest_token
-        most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
-        if len(text) > most:
-            raise PromptTooLongError(
-                f"the text has {len(text)} characters; this model's maximum context length is "
-                f"{self._info.max_model_len} tokens, which hold at most {most} of them",
-                name,
-            )
 
     @explained()
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt:
@@ -189,7 +178,7 @@ class EngineFront(ABC):
         tokenizer = self._require()[1].tokenizer
         for text, name in ((prefix, "prompt"), (suffix, "suffix")):
             if isinstance(text, str) and tokenizer.infill is not None:
-                self._check_text_length(text, name)
+                check_text_length(self._info, tokenizer, len(text), name)
         return infill_prompt(tokenizer, tokenizer.infill, prefix, suffix)
 
     @explained()
@@ -366,7 +355,7 @@ class EngineFront(ABC):
             InvalidParameterError: the schema or grammar is wrong or not supported; the message names the part.
         """
 
-    async def compile_form(self, params: SamplingParams | None) -> None:  # noqa: B027  # other processes have threads
+    async def compile_form(self, params: SamplingParams | None) -> None:  # noqa: B027  # a `RemoteEngine` does nothing
         """Run `check_structured_outputs` for a request in a worker thread, if this process compiles its grammar."""
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
@@ -648,7 +637,7 @@ class EngineFront(ABC):
         """Submit a prompt and return a stream of its outputs, to iterate over; call it inside an event loop.
 
         The request is checked and queued before this returns. Closing the iterator, cancelling its consumer or dropping
-        it aborts the request. `watcher` is notified of the request, and of each output that the consumer gets.
+        it aborts the request. `watcher` is notified of the request and of each output, also while nobody iterates.
 
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was refused.
@@ -761,7 +750,7 @@ class EngineFront(ABC):
 
     @abstractmethod
     def _running_thread(self) -> RequestRunner:
-        """Return the thread that drives the engine; it is started on first use."""
+        """Return the thread that drives the engine; start it on first use."""
 
     def _pooling(self, **options: Any) -> PoolingCalls:
         texts = self._require()[1]
@@ -773,7 +762,7 @@ class EngineFront(ABC):
             check_encoder_task(self._info.name, "generate", self._info.tasks)
 
     def _chat_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
-        """Return `_seen_prompt` after fetching images from URLs."""
+        """Fetch a conversation's images from URLs, then return `_seen_prompt`."""
         wanted = addresses_of(conversation, place) if self._sees else []
         if wanted:
             conversation = with_files(conversation, self.image_sources.files_now(wanted))

@@ -48,7 +48,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
 
     Args:
         model: a Hugging Face id, a folder, a `.gguf` file, "demo", or an `EngineConfig`.
-        on_progress: called while weights are loaded, with loaded and total bytes; None shows a bar on a terminal.
+        on_progress: called with loaded and total bytes while weights are loaded; None shows a bar on a terminal.
         settings: fields of `EngineConfig`, unless `model` is an `EngineConfig`.
 
     Raises:
@@ -107,12 +107,12 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
     @property
     def is_alive(self) -> bool:
         alive = self._engine is not None and (self._thread is None or self._thread.is_alive)
-        return alive and not self._is_elsewhere
+        return alive and not self._is_elsewhere and not (self._ranks is not None and self._ranks.is_dead)
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, from another thread, when one of several ranks dies; at once if one is already dead.
 
-        An engine of one rank in this process does not die by itself.
+        If the thread of an engine with one rank fails, only `is_alive` shows it.
         """
         if self._ranks is not None:
             self._ranks.add_death_callback(callback)
@@ -158,8 +158,8 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
     def read_logits(self, token_ids: Sequence[int], read: Reader | None, first: int = 0) -> None:
         """Run a text as `step` does, and call `read` with the logits after each token from the token `first` on.
 
-        Raises CandleVllmError if the engine sleeps or fails on the text, or `read` raises. Outputs of other requests
-        are returned by the next `step`.
+        The next `step` returns the outputs of other requests. Raises CandleVllmError if the engine sleeps or fails on
+        the text, or if `read` raises.
         """
         self._check_generates()
         engine, text = self._own_loop(), ScoredText(token_ids, read, first)

@@ -36,11 +36,11 @@ from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_thread
 
 MIB = 1 << 20
 SPARE, SPARE_ADDRESSES = 256 * MIB, 768 * MIB
-"""Bytes that a raised limit should leave to a step's rows, requests, threads; the second includes reserved memory."""
+"""Bytes that a raised limit should leave free for steps, requests and threads: of used, and of reserved memory."""
 _FOR_STEPS = 64 * MIB
 _FOR_A_SERVER = 128 * MIB
-"""Bytes of a control group that cache and weights leave free, since exceeding the limit ends the process: with the
-smallest models a start takes 70 MiB after the cache was planned, and six concurrent requests take 30 MiB more."""
+"""Bytes of a control group's limit that are left free, because the system kills a process that exceeds it: after the
+cache is planned, a start takes 70 MiB with the smallest models, and six concurrent requests take 30 MiB more."""
 _SHORT = 96 * MIB  # bytes that loading a library may need
 
 
@@ -130,6 +130,22 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
     return Room(limit.left - aside, share, kept, limit if limit.allowed else None, as_it_fills=True)
 
 
+class _Division(NamedTuple):
+    """Memory divided into states, page pools and blocks; `specs` are the caches with a page for each block."""
+
+    states: StateRoom
+    state_bytes: int
+    of_states: str
+    windows: tuple[WindowRoom, ...]
+    window_bytes: int
+    specs: Sequence[PagedSpec]
+    token_bytes: int
+
+    def bytes_with(self, tokens: int) -> int:
+        """Return the bytes of states, page pools, and blocks for `tokens` tokens."""
+        return self.state_bytes + self.window_bytes + tokens * self.token_bytes
+
+
 def plan_cache(
     config: EngineConfig,
     model: ModelConfig,
@@ -148,7 +164,7 @@ def plan_cache(
         config: the engine's settings.
         model: the model, its context already reduced to `config.max_model_len` if that is set.
         element_bytes: bytes of an element in the cache.
-        sequences: maximum number of sequences in a step; the cache never holds more than this number of full length.
+        sequences: maximum number of sequences in a step; the cache is no larger than for this number of full length.
         room: the available memory.
         beside: bytes of one token in a draft model's cache, which has the same number of blocks.
         layers: the numbers of this rank's layers; None for all.
@@ -168,37 +184,45 @@ def plan_cache(
             "kv_cache_memory",
         )
     here = [each for n, each in enumerate(model.cache_specs) if layers is None or n % model.num_layers in layers]
-    specs = paged(here)
     budget = config.kv_cache_memory or int(available * share)
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
     if config.gpu_memory_utilization is not None and of_whole:
         budget = max(0, available - int(room.total * (1 - config.gpu_memory_utilization)))
-    room_of_states, state_bytes, of_states = _plan_states(config, here, sequences, drafts, budget, model.max_position)
-    if room_of_states is not NO_STATES:
-        sequences, budget = room_of_states.running, max(0, budget - state_bytes)
-    per_sequence = -(-model.max_position // config.block_size)
-    windows, window_bytes = (), 0
-    wanted = windows_of(model.cache_specs)[:pools] if rows else ()  # for all pipeline stages, which have the same pools
-    while wanted and not windows:
-        rooms = [WindowRoom(window, min(rows, model.max_position) + drafts) for window in wanted]
-        sizes = [0] * len(rooms)
-        block = beside * config.block_size
-        for spec in specs:
-            size, pool = cache_bytes([spec], config.block_size, element_bytes), pool_of(spec, rooms)
-            if pool is None:
-                block += size
-            else:
-                sizes[pool] += size
-        windows = _plan_windows(config, rooms, (sizes, block), sequences, budget, per_sequence)
-        window_bytes = sum(room.pages * size for room, size in zip(windows, sizes))
-        wanted = wanted[:-1]  # for the largest window, one page per block may take less memory
-    specs = [spec for spec in specs if pool_of(spec, windows) is None]
-    token_bytes = cache_bytes(specs, 1, element_bytes) + beside
+    per_sequence, most_sequences = -(-model.max_position // config.block_size), sequences
+
+    def divide(total: int) -> _Division:
+        of_states = _plan_states(config, here, most_sequences, drafts, model.max_position, available, total)
+        running, left = of_states[0].running or most_sequences, max(0, total - of_states[1])
+        windows, window_bytes = (), 0
+        wanted = windows_of(model.cache_specs)[:pools] if rows else ()  # all pipeline stages have the same pools
+        while wanted and not windows:
+            rooms = [WindowRoom(window, min(rows, model.max_position) + drafts) for window in wanted]
+            sizes = [0] * len(rooms)
+            block = beside * config.block_size
+            for spec in paged(here):
+                size, pool = cache_bytes([spec], config.block_size, element_bytes), pool_of(spec, rooms)
+                if pool is None:
+                    block += size
+                else:
+                    sizes[pool] += size
+            windows = _plan_windows(config, rooms, (sizes, block), running, left, per_sequence)
+            window_bytes = sum(room.pages * size for room, size in zip(windows, sizes))
+            wanted = wanted[:-1]  # for the largest window, one page per block may take less memory
+        specs = [spec for spec in paged(here) if pool_of(spec, windows) is None]
+        token_bytes = cache_bytes(specs, 1, element_bytes) + beside
+        return _Division(*of_states, windows, window_bytes, specs, token_bytes)
+
+    given, parts = budget, divide(budget)
+    windows, window_bytes, specs, token_bytes = parts.windows, parts.window_bytes, parts.specs, parts.token_bytes
+    sequences, budget = parts.states.running or sequences, max(0, budget - parts.state_bytes)
     block_bytes = token_bytes * config.block_size
     affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # 0-byte blocks
-    context = model.max_position
+    context, whole_bytes, more = model.max_position, 0, parts.bytes_with(per_sequence * config.block_size)
     if affordable < per_sequence:
-        context = _shrunk_context(config, context, affordable, block_bytes, room, budget, window_bytes)
+        while more > whole_bytes:  # a larger cache has more checkpoints and window pages; suggestions are whole MiB
+            whole_bytes = -(-more // MIB) * MIB if parts.state_bytes or windows else more
+            more = divide(whole_bytes).bytes_with(per_sequence * config.block_size)
+        context = _shrunk_context(config, context, affordable, whole_bytes, room, given)
     num_blocks = min(affordable, per_sequence * sequences)
     source = "set by kv_cache_memory" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
     if of_whole:
@@ -215,26 +239,25 @@ def plan_cache(
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}{of_token}{of_windows}; context "
-        f"{context:,}{of_states}"
+        f"{context:,}{parts.of_states}"
     )
     cut = ""
     if context < model.max_position:
-        whole_bytes = per_sequence * block_bytes + window_bytes + state_bytes
         if config.kv_cache_memory or of_whole:
-            given = _size(budget + state_bytes)
-            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) instead of {given}"
+            takes = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) instead of {_size(given)}"
         else:
             missing = -(-int(whole_bytes / share - available) // MIB)
-            more = f"all of it takes {missing:,} MiB more than the {_size(available)} that are free{room.kept}"
+            takes = f"all of it takes {missing:,} MiB more than the {_size(available)} that are free{room.kept}"
         cut = (
-            f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; if "
+            f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {takes}; if "
             f"that is intended, set max_model_len to {context} (--max-model-len {context})"
         )
-    return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, windows, window_bytes)
+    pools_of = parts.states, parts.state_bytes, windows, window_bytes
+    return CachePlan(num_blocks, block_bytes, context, message, cut, *pools_of)
 
 
 def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | None) -> CachePlan:
-    """Return the plan that fits all ranks; `make` computes a plan for a number of page pools, None for all pools."""
+    """Return the plan that fits all ranks; `make` plans for at most a number of page pools, None for all pools."""
     plan = make(None)
     while ranks is not None:
         fewest = ranks.least(len(plan.windows))
@@ -277,9 +300,15 @@ def _plan_windows(
 
 
 def _plan_states(
-    config: EngineConfig, specs: Iterable[CacheSpec], sequences: int, drafts: int, budget: int, longest: int
+    config: EngineConfig,
+    specs: Iterable[CacheSpec],
+    sequences: int,
+    drafts: int,
+    longest: int,
+    available: int,
+    budget: int,
 ) -> tuple[StateRoom, int, str]:
-    """Return the size of the state pool within `budget` bytes, its bytes, and a description of it.
+    """Return the size of the state pool within `budget` of `available` bytes, its bytes, and a description of it.
 
     `longest` is the maximum number of tokens of a sequence.
     """
@@ -288,13 +317,14 @@ def _plan_states(
         return NO_STATES, 0, ""
     state = 4 * sum(math.prod(part.shape) for part in parts)
     whole = state + 4 * drafts * sum(part.inputs for part in parts)
-    running = min(sequences, budget // 2 // whole)
-    if running < (config.max_num_seqs or 1):
-        fits = f"max_num_seqs={running} or " if running else ""
+    running, least = min(sequences, budget // 2 // whole), config.max_num_seqs or 1
+    if running < least:
+        needed = -(-2 * whole * least // MIB) * MIB
+        ways = [f"set max_num_seqs={running}"] if running else []
+        ways += [f"set kv_cache_memory={needed} (bytes)"] if needed <= available else []
         raise NoMemoryError(
-            f"the recurrent states of {config.max_num_seqs or 1} sequences take {_size(whole)} each, and may use half "
-            f"of the cache's {_size(budget)}: set "
-            f"{fits}kv_cache_memory={-(-2 * whole * (config.max_num_seqs or 1) // MIB) * MIB} (bytes)",
+            f"the recurrent states of {least} sequence{'s' * (least > 1)} take {_size(whole)} each, and may use half "
+            f"of the cache's {_size(budget)}: {' or '.join(ways) or 'use a smaller model'}",
             "max_num_seqs" if running else "kv_cache_memory",
         )
     kept = budget // 4 if config.state_cache_gb is None else int(config.state_cache_gb * (1 << 30))
@@ -344,27 +374,24 @@ def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
     return " + ".join(terms)
 
 
-def _shrunk_context(
-    config: EngineConfig, context: int, affordable: int, block_bytes: int, room: Room, budget: int, beside: int = 0
-) -> int:
+def _shrunk_context(config: EngineConfig, context: int, affordable: int, needed: int, room: Room, budget: int) -> int:
     """Return the context that fits, if the user set none; otherwise raise a ConfigError with values that work.
 
-    `beside` are bytes that do not depend on the context.
+    `needed` are the bytes of a cache for the whole context, `affordable` the blocks that `budget` bytes have room for.
     """
     fits = affordable * config.block_size
-    needed = -(-context // config.block_size) * block_bytes + beside
     if config.max_model_len is None and fits >= config.block_size:
         return fits
-    ways = [f"max_model_len={fits}"] if fits > 0 else []
-    if needed <= room.available or room.limit is None:
-        ways.append(f"kv_cache_memory={-(-needed // MIB) * MIB} (bytes)")
+    ways, missing = [f"max_model_len={fits}"] if fits > 0 else [], needed - room.available
+    if missing <= 0:
+        ways.append(f"kv_cache_memory={min(-(-needed // MIB) * MIB, room.available)} (bytes)")
     if config.gpu_memory_utilization is not None and room.total:
         least = 1 - (room.available - needed) / room.total
         ways += [f"gpu_memory_utilization={least + 0.005:.2f}"] if least <= 0.99 else []
     elif config.kv_cache_memory is None and needed < room.available * 0.95:
         ways.append(f"kv_fraction={min(0.99, needed / room.available + 0.01):.2f}")
-    if needed > room.available and room.limit is not None:
-        ways.append(f"to {room.limit.raised_by(needed - room.available)}")
+    if missing > 0:
+        ways.append(f"to {f'free {_size(missing)} of memory' if room.limit is None else room.limit.raised_by(missing)}")
     raise NoMemoryError(
         f"a context of {context} tokens needs {_size(needed)} of KV cache and there are {_size(budget)}{room.kept}: "
         f"try {' or '.join(ways)}",
@@ -389,7 +416,7 @@ class Limit(NamedTuple):
         left: bytes that may still be taken.
         name: name for messages.
         allowed: the limit in bytes; 0 for the machine's memory, which is no setting.
-        unit: bytes of the unit of the command `name` that sets the limit; 0 for a limit without a command.
+        unit: bytes of one unit in the command `name`, which sets the limit; 0 for a limit without a command.
         spare: bytes that a raised limit should leave.
     """
 

@@ -62,8 +62,9 @@ if TYPE_CHECKING:
     from candle_vllm.core.layers.parameters import Placement
 
 _COMPILER_BYTES = 256 * MIB
+_DRAFT_ROWS = 16  # draft tokens of a step for all sequences, unless a draft of one sequence may be longer
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
-_MOST_FOR_IMAGES = 256 * MIB  # size of image embeddings above which unused ones are evicted and no more are prepared
+_MOST_FOR_IMAGES = 256 * MIB  # see `ImageStore`
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         return _build_encoder(config, loaded, sleeper)
     placement = loaded.placement
     sequences, budget, drafts, rows = _step(config, loaded)
-    _require_room_for_images(loaded, sequences + rows, budget)
+    _require_room_for_images(config, loaded, sequences, budget)
     runner, draft, plan = _build_runner(config, loaded, collective)
     sequences, own = plan.states.running or sequences, runner
     if placement.device.type == "cuda":
@@ -111,7 +112,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         most_adapters = config.max_loras or sequences
     if ranks is not None:
         runner = RankedRunner(runner, ranks)
-        sleeper.tell = runner.sleep
+        sleeper.broadcast = runner.sleep
     size, caching = config.block_size, config.enable_prefix_caching
     blocks = BlockManager(plan.num_blocks, size, enable_prefix_caching=caching)
     if plan.windows:
@@ -204,12 +205,13 @@ def _build_runner(
     return runner, None, plan
 
 
-def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> None:
-    """Raise ConfigError if a step cannot hold the rows of an undivided image tile in addition to `others` rows."""
+def _require_room_for_images(config: EngineConfig, loaded: LoadedModel, sequences: int, budget: int) -> None:
+    """Raise ConfigError if a step cannot hold an undivided image tile beside other sequences and their drafts."""
     if loaded.tower is None or not loaded.tower.vision.parts.whole:
         return
-    config = loaded.tower.tower.config
-    needed = others + config.patches // config.cell**2
+    tower, drafts = loaded.tower.tower.config, _drafts(config, loaded.placement.recorded)
+    others = sequences + (0 if drafts is None else max(_DRAFT_ROWS, drafts.num_speculative_tokens))
+    needed = others + tower.patches // tower.cell**2
     if budget < needed:
         raise ConfigError(
             f"max_num_batched_tokens {budget} is too small: {loaded.name} needs the {needed - others} tokens of an "
@@ -244,7 +246,7 @@ def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
             f"{sequences}: set max_num_batched_tokens={sequences + drafts.num_speculative_tokens}",
             "speculative_config",
         )
-    return min(max(16, drafts.num_speculative_tokens), budget - sequences)
+    return min(max(_DRAFT_ROWS, drafts.num_speculative_tokens), budget - sequences)
 
 
 def _draft_model(
@@ -630,9 +632,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
     vectors = pooling_tasks(labels, pooling) if isinstance(loaded, LoadedEncoder) or labels else ("embed", "score")
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
-    sampling.pop(
-        "max_tokens", None
-    )  # a chat without max_tokens continues to the end of the turn, whatever generation_config.json contains
+    sampling.pop("max_tokens", None)  # a chat without max_tokens ends with its turn, see `EngineFront.chat`
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Outputs of the engine: small frozen structs that can be sent from an engine's process.
 
-After each step, the engine returns one `TokenOutput` for each sequence that got tokens or ended. `OutputCollector`
-joins them to a `GenerationOutput`. A `PoolingRequest` has one output, with a vector in place of tokens.
+A step returns a `TokenOutput` for each sequence that got tokens, ended or reports progress. `OutputCollector` joins
+these to a `GenerationOutput`. A `PoolingRequest` has one output, with a vector in place of tokens.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar
+from os import PathLike
 from typing import Literal, Protocol
 
 import msgspec
@@ -45,7 +46,7 @@ class LoRARequest(ShownStruct, frozen=True):
     def __post_init__(self) -> None:
         if not isinstance(self.lora_int_id, int) or isinstance(self.lora_int_id, bool) or self.lora_int_id < 0:
             raise InvalidParameterError("lora_int_id must be a whole number of 0 or more", "lora_request")
-        AdapterUse(name=self.lora_name, path=str(self.lora_path), load_inplace=self.load_inplace)
+        self.use()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoRARequest) and self.lora_name == other.lora_name
@@ -55,9 +56,8 @@ class LoRARequest(ShownStruct, frozen=True):
 
     def use(self, scale: float = 1.0) -> AdapterUse:
         """Return this adapter as an `AdapterUse` with a scale."""
-        return AdapterUse(
-            name=self.lora_name, path=str(self.lora_path), scale=scale, load_inplace=bool(self.load_inplace)
-        )
+        path = str(self.lora_path) if isinstance(self.lora_path, PathLike) else self.lora_path
+        return AdapterUse(name=self.lora_name, path=path, scale=scale, load_inplace=self.load_inplace)
 
 
 class AdapterUse(ShownStruct, frozen=True, kw_only=True):

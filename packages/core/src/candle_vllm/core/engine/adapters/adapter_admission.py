@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from typing import Any, Final
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entry
@@ -98,11 +99,13 @@ class AdapterAdmission:
             if not self._running[entry]:
                 del self._running[entry]
 
-    def ended(self, sequence: Sequence) -> None:
-        """Note that a sequence has ended, and end its lease."""
+    def ended(self, sequence: Sequence, waiting: Seq[Sequence]) -> None:
+        """Note that a sequence has ended, and end its lease; `waiting` are the sequences that still wait."""
         self._stale = self._stale or bool(sequence.entries)
         if sequence.adapters:
             self.store.release(sequence.entries)
+        if not waiting:  # there may be no later step
+            self.look(())
 
     def stats(self, waiting: Iterable[Sequence]) -> dict[str, Any]:
         """Return the statistics of the adapters, by field of `EngineStats`; may be called in any thread."""

@@ -172,6 +172,8 @@ class AdapterStore:
         """
         with self._change:
             entry = self._entries.get(use.name)
+            if entry is not None and entry.state == "failed" and not entry.info.digest and use.path != entry.path:
+                entry = None if use.path else entry  # files that were never loaded do not occupy a name
             if use.name in self._loose:
                 self._loose[use.name] = self._loose.pop(use.name)
             if use.path and (entry is None or use.load_inplace):
@@ -430,12 +432,9 @@ class AdapterStore:
 
     def _drop_forgotten(self) -> None:
         """Evict adapters whose name was removed and that no sequence or caller leases or waits for."""
-        for entry in [each for each in self._in_memory if not each.leases and not self._is_known(each)]:
-            if entry not in (*self._asked, *self._wanted, *self._expected):
+        for entry in [each for each in self._in_memory if self._entries.get(each.name) is not each]:
+            if not entry.leases and entry not in (*self._asked, *self._wanted, *self._expected):
                 self._let_go(entry)
-
-    def _is_known(self, entry: Entry) -> bool:
-        return self._entries.get(entry.name) is entry
 
     def _let_go(self, entry: Entry) -> None:
         del self._in_memory[entry]
@@ -581,8 +580,5 @@ class AdapterStore:
 
 
 def _info(entry: Entry) -> AdapterInfo:
-    return AdapterInfo(
-        name=entry.name, path=entry.path, digest=entry.info.digest, rank=entry.info.rank, modules=entry.info.modules,
-        delta_norm=entry.info.delta_norm, nbytes=entry.nbytes, state=entry.state,  # type: ignore[arg-type]
-        pinned=entry.pinned, base=entry.info.base, notes=entry.info.notes, error=entry.error,
-    )  # fmt: skip
+    now = {"nbytes": entry.nbytes, "state": entry.state, "pinned": entry.pinned, "error": entry.error}
+    return msgspec.structs.replace(entry.info, **now)

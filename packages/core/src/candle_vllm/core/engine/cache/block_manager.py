@@ -73,7 +73,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
-        """Return the published blocks for `hashes`, up to the first hash without a block. Allocates nothing."""
+        """Return the published blocks for `hashes`, up to the first hash without a block; allocate nothing."""
         found: list[int] = []
         if self.enable_prefix_caching:
             for digest in hashes:

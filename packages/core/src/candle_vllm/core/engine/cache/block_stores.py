@@ -35,11 +35,11 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 
 _MAGIC = b"CVKV0001"
 HEADER = len(_MAGIC) + hashlib.sha256().digest_size
-_LOOKS = 16  # the folder is listed again each time that a store has written 1/16 of the limit
+_LOOKS = 16  # a store lists the folder again after writing 1/16 of the limit
 _SILENCE = 60.0  # seconds until a store's failure is logged again
 _UNFINISHED = 60.0  # seconds after which an unfinished file is deleted
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{2}/[0-9a-f]{64}")
-_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of reading a file that may be undamaged
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # temporary errors, after which the file stays
 _READING = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -198,7 +198,7 @@ class BlockFolder:
         self._shrink()
 
     def _look(self) -> None:
-        """List the folder and the times of use again, because other engines and ranks may share it."""
+        """List the folder and the times of use again, because other engines and ranks may use it, too."""
         with self._lock:
             order = {name: number for number, name in enumerate(self._sizes)}
         found = _found(self._root, order)
@@ -323,7 +323,7 @@ class Tiers:
     """Several stores as a `BlockStore`, fastest first: blocks are written to all, and copied to faster ones if read."""
 
     def __init__(self, stores: Sequence[BlockStore]) -> None:
-        self._stores, self._told_until = stores, 0.0
+        self._stores, self._warned_until = stores, 0.0
         self.look = getattr(stores[-1], "look", None)  # a method of `RedisBlocks` only, which is the last store
 
     @property
@@ -367,8 +367,8 @@ class Tiers:
                 taken = True
             except OSError as error:
                 failure = error
-                if time.monotonic() >= self._told_until:
-                    self._told_until = time.monotonic() + _SILENCE
+                if time.monotonic() >= self._warned_until:
+                    self._warned_until = time.monotonic() + _SILENCE
                     logger.warning("KV blocks cannot be offloaded to one of several tiers: %s", error)
         if not taken:
             raise failure

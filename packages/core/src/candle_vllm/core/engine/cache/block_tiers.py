@@ -37,9 +37,10 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 _WAITING_BYTES = 64 << 20
-"""Limit of the bytes that wait to be written, and of read bytes that wait for the cache; one block may always wait."""
+"""Limit of the bytes that wait for the store, and of those that wait for the cache; one block may always wait."""
 _Look = Callable[[Sequence[bytes]], None]
-_PATIENCE = 1.0  # seconds without a new block, after which a sequence no longer waits
+_Report = Callable[[int, bool, bool], object]
+_PATIENCE = 1.0  # seconds without a new block after which a sequence no longer waits, and a store counts as hanging
 _SILENCE = 60.0  # seconds after a failure during which nothing is written and no other failure is logged
 _PAUSE = 0.05  # seconds between two checks of the writing thread while closing
 _MOST_READERS = 4
@@ -75,9 +76,8 @@ class BlockMemory(Protocol):
 class Places(Protocol):
     """Allocation of blocks or of checkpoint slots: `BlockManager` or `StatePool`."""
 
-    @property
-    def num_free(self) -> int:
-        """Number of free blocks or slots."""
+    def num_free_after_sharing(self, places: Sequence[int], /) -> int:
+        """Return the number of free blocks or slots once a sequence holds these published ones, too."""
         ...
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
@@ -98,7 +98,7 @@ class Places(Protocol):
 class OtherParts(Protocol):
     """The `BlockParts` of the other ranks, which are called through messages; each rank has its own store.
 
-    They report progress to `OffloadedBlocks.heard`. A rank's death raises no error here, because it ends the engine.
+    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here: it ends the engine.
     """
 
     @property
@@ -107,7 +107,7 @@ class OtherParts(Protocol):
         ...
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
-        """Set `heard`: it is called in any thread with a rank's number and the arguments of `BlockParts`' `told`."""
+        """Set `heard`: it is called in any thread with a rank's number and the arguments of `BlockParts.report`."""
         ...
 
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None: ...
@@ -130,7 +130,7 @@ class OtherParts(Protocol):
 
 
 class _Copied:
-    """A block that is being copied out of the cache. Thread-safe."""
+    """A block that is copied out of the cache. Thread-safe."""
 
     def __init__(self, take: Callable[[], Bytes]) -> None:
         self._take, self._lock = take, threading.Lock()
@@ -145,12 +145,12 @@ class _Copied:
 
 
 class _PartsRead:
-    """One rank's progress with a reading: a request to read consecutive blocks of a prefix."""
+    """One rank's progress with a reading, which is a request to read consecutive blocks of a prefix."""
 
     def __init__(self, digests: Sequence[bytes]) -> None:
         self.left, self.read = deque(digests), deque[Bytes]()  # blocks to read, and blocks to copy to the cache
         self.done: dict[int, tuple[Bytes | None, bool]] = {}  # results by index that wait for an earlier block
-        self.begun = self.told = self.brought = 0
+        self.begun = self.reported = self.brought = 0
         self.is_over = False  # no further block is reported
         self.end: int | None = None  # total number of blocks that are copied to the cache; None while unknown
 
@@ -166,14 +166,12 @@ class BlockParts:
     Args:
         memory: the rank's cache.
         state: whether the store holds states instead of blocks.
-        told: called for each block of a reading, in order and in any thread, with the reading's number, whether the
+        report: called for each block of a reading, in order and in any thread, with the reading's number, whether the
             block was read, and whether reading failed. The first block that was not read is the last one reported.
     """
 
-    def __init__(
-        self, store: BlockStore, memory: BlockMemory, told: Callable[[int, bool, bool], object], *, state: bool = False
-    ) -> None:
-        self._store, self._memory, self._told, self._state = store, memory, told, state
+    def __init__(self, store: BlockStore, memory: BlockMemory, report: _Report, *, state: bool = False) -> None:
+        self._store, self._memory, self._report, self._state = store, memory, report, state
         self._size = memory.state_bytes if state else memory.block_bytes
         self._readings: dict[int, _PartsRead] = {}
         self._to_read: deque[int] = deque()
@@ -182,7 +180,7 @@ class BlockParts:
         self._wake = threading.Condition()  # guards what several threads use
         self._asked: dict[int, float] = {}  # start of the running read, by thread
         self._writing: float | None = None  # start of the running write
-        self._closing, self._quiet_until, self._told_until = False, 0.0, 0.0
+        self._closing, self._quiet_until, self._warned_until = False, 0.0, 0.0
         self.counts = Counter(kept_blocks_written=0, kept_blocks_skipped=0, kept_block_failures=0)
         readers = min(_MOST_READERS, max(2, default_threads() // 2))
         self._readers = [threading.Thread(target=self._reads, name="candle-vllm-blocks-read") for _ in range(readers)]
@@ -221,7 +219,7 @@ class BlockParts:
             reading = self._readings[number] = _PartsRead(digests)
             if time.monotonic() - min(self._asked.values(), default=math.inf) > _PATIENCE:  # the store hangs
                 self._finish(reading)
-                self._told(number, False, False)
+                self._report(number, False, False)
             else:
                 self._to_read.append(number)
                 self._wake.notify_all()
@@ -304,27 +302,27 @@ class BlockParts:
                     data = self._store.read(digest)
             except Exception as error:  # a store may raise any exception
                 failed = True
-                self._tell("a block of the KV cache cannot be read: %s", error)
+                self._warn("a block of the KV cache cannot be read: %s", error)
             with self._wake:
                 del self._asked[mine]
                 if reading.is_over:  # no sequence waits for this reading any more
                     self._num_held -= 1
                 else:
                     reading.done[place] = data, failed
-                    self._tell_in_order(number, reading)
+                    self._report_in_order(number, reading)
                 self._wake.notify_all()
 
-    def _tell_in_order(self, number: int, reading: _PartsRead) -> None:
-        while not reading.is_over and reading.told in reading.done:
-            data, failed = reading.done[reading.told]
+    def _report_in_order(self, number: int, reading: _PartsRead) -> None:
+        while not reading.is_over and reading.reported in reading.done:
+            data, failed = reading.done[reading.reported]
             if data is None:  # a prefix ends at its first missing block
                 self.counts["kept_block_failures"] += failed
                 self._finish(reading)
             else:
-                del reading.done[reading.told]
-                reading.told += 1
+                del reading.done[reading.reported]
+                reading.reported += 1
                 reading.read.append(data)
-            self._told(number, data is not None, failed)
+            self._report(number, data is not None, failed)
 
     def _finish(self, reading: _PartsRead) -> None:
         reading.is_over = True
@@ -337,10 +335,10 @@ class BlockParts:
         """Whether the blocks that wait to be copied to the cache have reached their limit."""
         return self._num_held > 0 and (self._num_held + 1) * self._size > _WAITING_BYTES
 
-    def _tell(self, what: str, error: Exception) -> None:
+    def _warn(self, what: str, error: Exception) -> None:
         """Log a warning, unless one was logged within the last `_SILENCE` seconds."""
-        if time.monotonic() >= self._told_until:
-            self._told_until = time.monotonic() + _SILENCE
+        if time.monotonic() >= self._warned_until:
+            self._warned_until = time.monotonic() + _SILENCE
             logger.warning(what, error)
 
     def pause(self, error: Exception) -> None:
@@ -377,7 +375,7 @@ class BlockParts:
 
 
 class _Reading:
-    """Blocks that a sequence waits for; by rank, the number `found` of read blocks, and whether reading has `ended`."""
+    """Blocks that a sequence waits for; by rank, how many blocks were `found`, and whether the rank has `ended`."""
 
     def __init__(self, number: int, digests: Sequence[bytes], ranks: int) -> None:
         self.number, self.digests = number, digests
@@ -481,13 +479,9 @@ class OffloadedBlocks:
                 with self._wake:
                     self._counts["kept_block_failures"] += 1
             return reading.is_over
-        first = len(self._blocks.lookup(hashes))
-        missing: list[bytes] = []
-        for digest in hashes[first:]:
-            if not self._own.may_have(digest):
-                break
-            missing.append(digest)
-        if not missing or self._blocks.num_free < num_blocks:
+        found = self._blocks.lookup(hashes)
+        missing = list(itertools.takewhile(self._own.may_have, hashes[len(found) :]))
+        if not missing or self._blocks.num_free_after_sharing(found) < num_blocks - len(found):
             return True
         self._blocks.touch(hashes)  # else the blocks that are read would evict them
         reading = self._readings[sequence] = _Reading(next(self._numbers), missing, self._ranks)
@@ -506,7 +500,7 @@ class OffloadedBlocks:
 
     def take(self) -> None:
         """Copy read blocks to the cache, before a step; the limit of waiting bytes also limits the time for this."""
-        self._tell_of_offers()
+        self._send_offers()
         for reading in list(self._readings.values()):
             if reading.is_over:
                 continue
@@ -556,7 +550,7 @@ class OffloadedBlocks:
         """End all readings, because the cache is about to be freed."""
         for reading in self._readings.values():
             self._end(reading)
-        self._tell_of_offers()
+        self._send_offers()
 
     def reset(self) -> None:
         """Drop all blocks, also in the store."""
@@ -567,7 +561,7 @@ class OffloadedBlocks:
 
     def close(self) -> None:
         """Write the remaining blocks, within a time limit, and end the threads."""
-        self._tell_of_offers()
+        self._send_offers()
         if self._others is not None:
             self._others.close()
         until = time.monotonic() + _CLOSING
@@ -575,7 +569,7 @@ class OffloadedBlocks:
         while self._others is not None and not self._others.closed() and time.monotonic() < until:
             time.sleep(_LOOK)
 
-    def _tell_of_offers(self) -> None:
+    def _send_offers(self) -> None:
         """Send the offered blocks to the other ranks in one message: many messages might fill a line during a step."""
         if self._offered and self._others is not None:
             self._others.offer(self._offered)
@@ -692,12 +686,12 @@ def keep_blocks(
 
 
 def keep_parts(
-    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, rank: int, told: Callable[[int, bool, bool], object]
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, rank: int, report: _Report
 ) -> BlockParts | None:
     """Return the `BlockParts` of a rank after the first, for the first rank's `OffloadedBlocks`; None without tiers."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, False, rank)
-    return None if store is None else BlockParts(store, memory, told)
+    return None if store is None else BlockParts(store, memory, report)
 
 
 def _store(

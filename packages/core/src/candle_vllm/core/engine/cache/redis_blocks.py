@@ -27,7 +27,7 @@ _SLOWEST: Final = 8 << 20  # bytes per second: an answer may take TIMEOUT plus t
 _SPARE: Final = 1 << 16  # maximum bytes of an answer beyond a block; 500 hashes take 20,000
 QUIET: Final = 10.0  # seconds after a failure in which Redis is not used
 UNUSED: Final = 7 * 24 * 3600  # seconds after which an unused block is deleted
-_KNOWN: Final = 1 << 16  # maximum number of blocks that this process knows to be in Redis
+_KNOWN: Final = 1 << 16  # maximum number of blocks in `_known`
 _AT_ONCE: Final = 500  # maximum number of blocks that one command deletes or looks up
 _OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 

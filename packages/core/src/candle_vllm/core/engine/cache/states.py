@@ -42,7 +42,7 @@ class StatePool:
         self._published: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
         self._pins: Counter[int] = Counter()  # checkpoints that the next runs will read, or the last runs have read
         self._gone: set[int] = set()  # pinned slots that are not published; free after their last pin
-        self._coming: Counter[bytes] = Counter()  # hashes of checkpoints that running sequences will write
+        self._coming: Counter[bytes] = Counter()  # hashes of announced checkpoints
 
     def stats(self) -> dict[str, int]:
         """Return the statistics of checkpoints, by field of `EngineStats`."""
@@ -68,9 +68,9 @@ class StatePool:
             self._published[digest] = slot
         return slot
 
-    @property
-    def num_free(self) -> int:
-        """Number of checkpoint slots without those both published and pinned; slots that runs write count too."""
+    def num_free_after_sharing(self, slots: Seq[int]) -> int:
+        """See `Places`; an upper bound, because slots that runs write count as free."""
+        del slots
         return self.num_checkpoint_slots - sum(1 for slot in self._published.values() if self._pins[slot])
 
     def is_coming(self, hashes: Seq[bytes]) -> bool:
@@ -95,11 +95,11 @@ class StatePool:
             self.want(sequence, count)
 
     def want(self, sequence: Sequence, count: int) -> None:
-        """Request a checkpoint after `count` blocks of a sequence; the last of them must not be scheduled yet."""
+        """Request a checkpoint after `count` blocks of a sequence; the last block must not be scheduled yet."""
         state = sequence.state
-        if state is not None and self.num_checkpoint_slots and count not in state.told:
+        if state is not None and self.num_checkpoint_slots and count not in state.announced:
             bisect.insort(state.wanted, count)
-            digest = state.told[count] = sequence.hashes(self._size)[count - 1]
+            digest = state.announced[count] = sequence.hashes(self._size)[count - 1]
             self._coming[digest] += 1
 
     def end(self, sequence: Sequence) -> None:
@@ -107,7 +107,7 @@ class StatePool:
         state, sequence.state = sequence.state, None
         if state is None:
             return
-        for count in list(state.told):
+        for count in list(state.announced):
             self._came(state, count)
         for slot in state.pending.values():
             self._discard(slot)
@@ -223,7 +223,7 @@ class StatePool:
 
     def _came(self, state: SequenceState, count: int) -> None:
         """Note that a requested checkpoint was written or will not be written: no sequence must wait for it."""
-        digest = state.told.pop(count, None)
+        digest = state.announced.pop(count, None)
         if digest is not None:
             self._coming[digest] -= 1
             if not self._coming[digest]:

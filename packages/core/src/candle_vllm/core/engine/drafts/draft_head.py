@@ -16,7 +16,6 @@ of a step, and all of its draft tokens have the position of the sequence's last 
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Sequence
 from typing import Any, cast
@@ -190,9 +189,7 @@ class DraftingHead(DraftModel):
         self._states = self._target.hidden_rows(np.concatenate(rows))
         if ready:
             return runs, ready
-        began = time.perf_counter()
         self._logits(self._batches.build(runs), [])
-        self.seconds += time.perf_counter() - began
         return [], []
 
     def _next(self, each: Asked) -> Run:

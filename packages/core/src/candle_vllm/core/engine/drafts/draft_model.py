@@ -129,7 +129,6 @@ class DraftModel:
 
     Attributes:
         times: measured times of the draft model's steps.
-        seconds, steps: total time and number of its steps since the start.
         hopeless: whether no draft token saves time in target steps like the last; the drafter sets it.
         reads_states: whether `ran` must be called after every step of the target.
 
@@ -155,8 +154,7 @@ class DraftModel:
         most_rows: int,
         cost: float,
     ) -> None:
-        self.times = OwnTimes()
-        self.seconds, self.steps, self.hopeless = 0.0, 0, False
+        self.times, self.hopeless = OwnTimes(), False
         self._runner, self._config, self._scheduler = runner, config, scheduler
         self._target_words, self._words = words
         self._vocab_size = words[1]
@@ -452,10 +450,7 @@ class DraftModel:
                     for row, (token, offset) in enumerate(zip(ids, offsets))
                 ]
                 ids = self._meant(tokens)
-        seconds = time.perf_counter() - began
-        self.times.note(batch.tokens.shape[1], seconds)
-        self.seconds += seconds
-        self.steps += 1
+        self.times.note(batch.tokens.shape[1], time.perf_counter() - began)
         return ids, sure
 
     def _logits(self, batch: Batch, ready: list[Asked]) -> Value:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -92,14 +92,14 @@ class _Match:
 class _Record:
     """Drafting state of one sequence."""
 
-    __slots__ = ("behind", "fared", "hits", "known", "match", "prediction", "seconds", "spent", "text", "tries")
+    __slots__ = ("behind", "by_mark", "hits", "known", "match", "prediction", "seconds", "spent", "text", "tries")
 
     def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens, prompt)
         self.known = len(live.sequence.tokens)  # length of the sequence when `match` was judged
         self.match: _Match | None = None
         self.behind: dict[int, int] = {}  # with a grammar: index after each token's last position in the answer
-        self.fared: dict[int, tuple[float, float]] = {}  # short matches by their `mark`: (accepted, tries)
+        self.by_mark: dict[int, tuple[float, float]] = {}  # short matches by their `mark`: (accepted, tries)
         self.prediction = prediction
         if prediction is not None:
             self.known, self.match = live.sequence.num_prompt_tokens, _Match(prediction.tokens, 0, _OPENING)
@@ -212,9 +212,6 @@ def _lower_median(seen: Sequence[float] | deque[float]) -> float:
 class Drafter:
     """Proposes draft tokens for an engine's sequences, and writes the tokens to try to `Sequence.drafts`.
 
-    Attributes:
-        times: returns the measured step times for a number of sequences.
-
     Args:
         config: speculative decoding settings.
         rows: maximum number of draft tokens of a step.
@@ -224,7 +221,6 @@ class Drafter:
     def __init__(self, config: SpeculativeConfig, rows: int, model: DraftModel | None = None) -> None:
         self._counts = Counter(drafts=0, draft_tokens=0, accepted_draft_tokens=0)
         self._accepted_per_position = [0] * config.num_speculative_tokens
-        self.times: Callable[[int], StepTimes] = self._times
         self.model = model
         self._config, self._rows = config, rows
         keeps = PAST in config.sources and config.suffix_decoding_max_cached_requests > 0
@@ -242,7 +238,8 @@ class Drafter:
         self._hits = [hits for hits, _ in _PRIOR]
         self._tries = [tries for _, tries in _PRIOR]
 
-    def _times(self, lives: int) -> StepTimes:
+    def times(self, lives: int) -> StepTimes:
+        """Return the measured step times for a number of sequences."""
         digits = lives.bit_length()
         if digits not in self._seen:
             self._seen[digits] = StepTimes(lives, self._rows)
@@ -465,8 +462,8 @@ class Drafter:
         """Return whether a match is more likely than the tokenizer's tokens of the forced text.
 
         A model that has once written the same text in different tokens mostly does so again."""
-        likelier = self._luck(record, match.length, match.mark) > self._luck(record, 0)
-        return likelier and bool(grammar.legal(match.upcoming(1)))
+        is_likelier = self._probability(record, match.length, match.mark) > self._probability(record, 0)
+        return is_likelier and bool(grammar.legal(match.upcoming(1)))
 
     def _behind(self, record: _Record, token: int) -> _Match | None:
         """Return the match after the token's last occurrence in the answer; for `SEPARATOR`, after forced tokens."""
@@ -494,8 +491,8 @@ class Drafter:
     def _judge(self, record: _Record, match: _Match, right: bool) -> None:
         bucket = _BUCKETS[match.length]
         if match.mark is not None:
-            hits, tries = record.fared.get(match.mark, (0.0, 0.0))
-            record.fared[match.mark], match.mark = (hits + right, tries + 1), None
+            hits, tries = record.by_mark.get(match.mark, (0.0, 0.0))
+            record.by_mark[match.mark], match.mark = (hits + right, tries + 1), None
         if self._tries[bucket] >= FADING:
             self._tries[bucket] *= 0.5
             self._hits[bucket] *= 0.5
@@ -556,21 +553,21 @@ class Drafter:
                 return drafts, chances
             match.then = match = then
 
-    def _luck(self, record: _Record, length: int, mark: int | None = None) -> float:
+    def _probability(self, record: _Record, length: int, mark: int | None = None) -> float:
         """Return the probability that the next token of a match is accepted."""
-        luck = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
+        probability = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
         if length:
-            luck = (record.hits + OWN_WEIGHT * luck) / (record.tries + OWN_WEIGHT)
+            probability = (record.hits + OWN_WEIGHT * probability) / (record.tries + OWN_WEIGHT)
         if mark is not None:
-            hits, tries = record.fared.get(mark, (0.0, 0.0))
-            luck = (hits + _MARK_WEIGHT * luck) / (tries + _MARK_WEIGHT)
-        return min(luck, SURE)
+            hits, tries = record.by_mark.get(mark, (0.0, 0.0))
+            probability = (hits + _MARK_WEIGHT * probability) / (tries + _MARK_WEIGHT)
+        return min(probability, SURE)
 
     def _chances(self, record: _Record, match: _Match, chance: float, least: float, most: int) -> list[float]:
         """Return, for each next token, the probability that it and all before it are accepted; stop below `least`."""
         chances, length, mark = list[float](), match.length, match.mark
         for _ in range(most):
-            chance *= self._luck(record, length, mark)
+            chance *= self._probability(record, length, mark)
             mark = None
             if chance < least:
                 break

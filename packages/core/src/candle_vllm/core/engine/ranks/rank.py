@@ -141,8 +141,8 @@ def _loaded(
     if config.enable_lora:
         # This only limits the file's size: the first rank decides which adapters stay in memory.
         load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())
-    tell = lambda reading, found, failed: side.tell(rank_line.BlockRead(reading, found, failed))  # noqa: E731
-    parts = keep_parts(config, loaded, runner, rank, tell)
+    report = lambda reading, found, failed: side.tell(rank_line.BlockRead(reading, found, failed))  # noqa: E731
+    parts = keep_parts(config, loaded, runner, rank, report)
     if parts is not None:
         side.read_by(functools.partial(_read_blocks, parts))
     return runner, sleeper, load, parts

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Messages between the first rank and the others: frames of a few types, prefixed with their length.
 
-Each other rank has two connections. Over its line it gets steps and other work, in order. The side line is outside of
-this order: both ends send heartbeats, ranks use the rendezvous store, and offloaded blocks are read.
+Each other rank has two connections. Over its line it gets steps and other work, in order. Messages on its side line are
+outside of this order: heartbeats of both ends, requests to the rendezvous store, and reading of offloaded blocks.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pages(msgspec.Struct, tag=True, frozen=True):
-    """Page table entries that change before the next step: indices into `page_of` and new pages, bytes of int64."""
+    """Changed page table entries, for the next step: indices into `page_of` and new pages, bytes of int64."""
 
     places: bytes
     pages: bytes
@@ -278,7 +278,7 @@ class Line:
 
     Args:
         keys: keys that sign sent frames and received frames; None within one machine. Signatures include the frame's
-            number, so no frame can be dropped, repeated or changed; frames are not encrypted.
+            number, so a dropped, repeated or changed frame is detected; frames are not encrypted.
     """
 
     def __init__(self, end: socket.socket, keys: tuple[bytes, bytes] | None = None) -> None:
@@ -388,9 +388,9 @@ class RendezvousStore:
         """Set a key."""
         with self._changed:
             self._found[key] = value
-            told = self._waiting.pop(key, ())
+            callbacks = self._waiting.pop(key, ())
             self._changed.notify_all()
-        for each in told:
+        for each in callbacks:
             each(value)
 
     def get(self, key: str) -> bytes:
@@ -448,15 +448,15 @@ def _reply(side: Line, found: Found) -> None:
 class Side:
     """A rank's end of its side line: heartbeats, and access to the `RendezvousStore`.
 
-    It ends this process when the first rank has gone.
+    When the first rank has gone, it ends this process.
 
     Args:
-        told: the rank's line for steps, which is closed together with the side line.
+        steps: the line over which the rank gets steps; it is closed together with the side line.
         silence: ticks without a heartbeat after which the first rank counts as gone; None for no limit.
     """
 
-    def __init__(self, line: Line, told: Line, silence: int | None) -> None:
-        self._line, self._told, self._silence = line, told, silence
+    def __init__(self, line: Line, steps: Line, silence: int | None) -> None:
+        self._line, self._steps, self._silence = line, steps, silence
         self._quiet = 0
         self._numbers = itertools.count()
         self._asked: dict[int, queue.SimpleQueue[bytes | None]] = {}
@@ -499,7 +499,7 @@ class Side:
 
     def _end(self) -> None:
         self._line.end()
-        self._told.end()
+        self._steps.end()
         time.sleep(_GRACE)
         os._exit(0)  # a thread that waits within a step would wait for ever
 
@@ -555,36 +555,36 @@ class Batches:
         self._width = 0  # used columns of the tables
         self._last: Batch | None = None
 
-    def batch(self, told: Forward | Next) -> Batch:
+    def batch(self, message: Forward | Next) -> Batch:
         """Return the batch of a step.
 
         Raises:
             ValueError: a `Next` does not fit the previous step.
         """
-        self._last = batch = self._next(told) if isinstance(told, Next) else self._forward(told)
+        self._last = batch = self._next(message) if isinstance(message, Next) else self._forward(message)
         return batch
 
-    def run(self, runner: ModelRunner, told: ToRank) -> bool:
+    def run(self, runner: ModelRunner, message: ToRank) -> bool:
         """Run a rank's part of a message that belongs to a step; return False for any other message."""
-        if isinstance(told, Forward | Next):
-            runner.forward(self.batch(told), ())
-        elif isinstance(told, Pages):
-            _find_pages(runner, told)
-        elif isinstance(told, Collect):
+        if isinstance(message, Forward | Next):
+            runner.forward(self.batch(message), ())
+        elif isinstance(message, Pages):
+            _find_pages(runner, message)
+        elif isinstance(message, Collect):
             runner.collect()
-        elif isinstance(told, Score):
-            runner.score(as_ints(told.rows))
+        elif isinstance(message, Score):
+            runner.score(as_ints(message.rows))
         else:
             return False
         return True
 
-    def _next(self, told: Next) -> Batch:
-        last, ids = self._last, as_ints(told.token_ids)
+    def _next(self, message: Next) -> Batch:
+        last, ids = self._last, as_ints(message.token_ids)
         if last is None or not len(ids) == len(last.context_lens) == last.tokens.shape[1]:
             raise ValueError(f"`Next` for {len(ids)} sequences does not follow a decoding step of {len(ids)} sequences")
         tokens = last.tokens + _ONE_ON
         tokens[0], tokens[3] = ids, -1
-        for row, column, block in told.begun:
+        for row, column, block in message.begun:
             if not (0 <= row < len(ids) and 0 < column <= self._width):
                 raise ValueError(f"block {column} of sequence {row} begins, of {len(ids)} with up to {self._width}")
             if column == self._tables.shape[1]:
@@ -603,57 +603,57 @@ class Batches:
             tables_version=self._version,
             embedded=None,  # such a step only decodes
             ahead=None,
-            states=_states(told),
+            states=_states(message),
         )
 
-    def _forward(self, told: Forward) -> Batch:
-        contexts = as_ints(told.context_lens)
-        if told.tables is not None:
-            self._tables, self._version = as_ints(told.tables).reshape(len(contexts), -1), object()
+    def _forward(self, message: Forward) -> Batch:
+        contexts = as_ints(message.context_lens)
+        if message.tables is not None:
+            self._tables, self._version = as_ints(message.tables).reshape(len(contexts), -1), object()
             self._width = self._tables.shape[1]
         return Batch(
-            tokens=as_ints(told.tokens).reshape(4, -1),
-            query_start=as_ints(told.query_start),
+            tokens=as_ints(message.tokens).reshape(4, -1),
+            query_start=as_ints(message.query_start),
             context_lens=contexts,
             block_tables=self._tables[:, : self._width],
             tables_version=self._version,
-            num_decodes=told.num_decodes,
+            num_decodes=message.num_decodes,
             runs=(),
             drawing=(),
             drafted=False,
-            sampled_rows=as_ints(told.sampled_rows),
-            ahead=None if told.ahead is None else as_ints(told.ahead),
-            adapters=None if told.adapters is None else self._rows(told.adapters),
-            embedded=None if told.seen is None else _seen(told.seen),
-            turned=None if told.turned is None else _turned(told.turned),
-            states=_states(told),
+            sampled_rows=as_ints(message.sampled_rows),
+            ahead=None if message.ahead is None else as_ints(message.ahead),
+            adapters=None if message.adapters is None else self._rows(message.adapters),
+            embedded=None if message.seen is None else _seen(message.seen),
+            turned=None if message.turned is None else _turned(message.turned),
+            states=_states(message),
         )
 
-    def _rows(self, told: Adapters) -> AdapterRows:
-        scales = np.frombuffer(told.scales, np.float32).copy()
-        adapters = [self.adapters[number] for number in told.numbers]
-        return AdapterRows(as_ints(told.rows), scales, as_ints(told.starts), adapters, as_ints(told.sources))
+    def _rows(self, message: Adapters) -> AdapterRows:
+        scales = np.frombuffer(message.scales, np.float32).copy()
+        adapters = [self.adapters[number] for number in message.numbers]
+        return AdapterRows(as_ints(message.rows), scales, as_ints(message.starts), adapters, as_ints(message.sources))
 
 
-def _find_pages(runner: Any, told: Pages) -> None:
+def _find_pages(runner: Any, message: Pages) -> None:
     """Set page table entries; raises ValueError if the rank has no such blocks."""
-    places, page_of = as_ints(told.places), runner.page_of.reshape(-1)
+    places, page_of = as_ints(message.places), runner.page_of.reshape(-1)
     if len(places) and not 0 <= places.min() <= places.max() < len(page_of):
         raise ValueError(f"page table indices are outside the {len(page_of)} blocks of all pools")
-    page_of[places] = as_ints(told.pages)
+    page_of[places] = as_ints(message.pages)
 
 
-def _states(told: Forward | Next) -> StateRows | None:
-    return None if told.states is None else StateRows(*map(as_ints, told.states))
+def _states(message: Forward | Next) -> StateRows | None:
+    return None if message.states is None else StateRows(*map(as_ints, message.states))
 
 
-def _seen(told: Seen) -> EmbeddedRows:
-    rows = as_ints(told.rows)
-    return EmbeddedRows(rows, np.zeros((len(rows), told.width), np.float32))
+def _seen(message: Seen) -> EmbeddedRows:
+    rows = as_ints(message.rows)
+    return EmbeddedRows(rows, np.zeros((len(rows), message.width), np.float32))
 
 
-def _turned(told: RotaryMessage) -> RotaryPositions:
-    return RotaryPositions(as_ints(told.shifts), as_ints(told.rows), as_ints(told.places).reshape(-1, 3))
+def _turned(message: RotaryMessage) -> RotaryPositions:
+    return RotaryPositions(as_ints(message.shifts), as_ints(message.rows), as_ints(message.places).reshape(-1, 3))
 
 
 def as_bytes(array: Ints) -> bytes:

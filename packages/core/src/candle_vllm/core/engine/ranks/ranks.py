@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
+from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from candle_vllm.core.config import EngineConfig
@@ -31,7 +32,7 @@ from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.ranks.nodes import RANK, RankListener, rank_device
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
-from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, RotaryPositions, StepMemory
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
 from candle_vllm.core.kernels.recorded import Value
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 PATIENCE = 60.0  # seconds that a rank waits for the others within a step
-_FATE_SECONDS = 3.0
+_FATE_SECONDS = 3.0  # seconds until it counts as unknown which rank has ended
 _LAST_WORDS = 0.5  # seconds that the last messages of an ended rank may take to arrive
 _ENDING = 5.0  # seconds that a rank may take to end
 _LOADING = 30  # ticks without a heartbeat while a rank loads, because one operation may hold the GIL for long
@@ -67,7 +68,7 @@ class _Other:
         side: the connection over which it sends heartbeats.
         process: its process; None on another machine.
         where: the address of its machine; "" for this one.
-        quiet: ticks since its last heartbeat, or since it was seen to compute while it loaded.
+        quiet: ticks since its last heartbeat, or since the last tick in which it computed while it loaded.
         gone: how it ended; None while it lives.
     """
 
@@ -89,9 +90,7 @@ class _Other:
         if seen is None:
             return _LOADING
         state, computed = seen
-        if (
-            computed - self._computed >= _COMPUTES * rank_line.TICK
-        ):  # less CPU time may just be threads that wait for the GIL
+        if computed - self._computed >= _COMPUTES * rank_line.TICK:  # less may just be threads that wait for the GIL
             self.quiet = 0
         self._computed = computed
         return rank_line.SILENCE if state in _STOPPED else _LOADING
@@ -109,7 +108,7 @@ class Ranks:
     Attributes:
         config: this rank's configuration.
         fail: ends the engine; called when a rank has died.
-        on_blocks: called with a rank's number and its message about offloaded blocks; in any thread.
+        on_blocks: called in any thread with a rank's number and its message about offloaded blocks.
 
     Raises:
         ConfigError: this system cannot run several ranks.
@@ -299,7 +298,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Return a context for building an engine: on failure, end the other ranks, and raise a rank's error if any."""
+        """Return a context for building an engine. On failure it ends the other ranks, and raises a rank's error."""
         try:
             yield
             self._loading = False
@@ -355,8 +354,8 @@ class Ranks:
     def _gone(self) -> str | None:
         """Return which rank has ended, and how; None if no rank is known to have ended after `_FATE_SECONDS`.
 
-        Collective operations fail at once when a rank has ended, but the report of its end may arrive later: over a
-        network, or from a busy machine.
+        Collective operations fail at once when a rank has ended, but its end may be known later: over a network, or on
+        a busy machine.
         """
         until = time.monotonic() + _FATE_SECONDS
         while time.monotonic() < until:
@@ -467,7 +466,7 @@ class RankedParts:
     """
 
     def __init__(self, ranks: Ranks, broadcast_pages: Callable[[], None]) -> None:
-        self._ranks, self.count, self._tell_pages = ranks, ranks.size - 1, broadcast_pages
+        self._ranks, self.count, self._broadcast_pages = ranks, ranks.size - 1, broadcast_pages
         self._closed: set[int] = set()
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
@@ -491,7 +490,7 @@ class RankedParts:
     def bring(self, number: int, blocks: Sequence[int]) -> None:
         """See `OtherParts`; sent in order with the steps."""
         with contextlib.suppress(EngineDeadError):
-            self._tell_pages()
+            self._broadcast_pages()
         self._broadcast(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
 
     def end(self, number: int, brought: int) -> None:
@@ -544,7 +543,7 @@ class RankedRunner:
         self._page_of: Ints = getattr(pages, "page_of", np.zeros((0, 0), np.int64)).reshape(-1)
         self._broadcast_page_of = self._page_of.copy()
         self._tables_version: object = None
-        self._told: Batch | None = None  # the step that was sent last
+        self._sent: Batch | None = None  # the step that was sent last
         self._place = 0  # position of its first row
 
     @property
@@ -670,17 +669,17 @@ class RankedRunner:
     def _message(self, batch: Batch) -> rank_line.Forward | rank_line.Next:
         if self._forgotten:
             self._report_forgotten()
-        told, place = self._told, self._place
-        self._told, self._place = batch, batch.runs[0].start
-        behind = told is not None and batch.tokens is told.tokens and self._place == place + 1
-        if behind and batch.goes_on and not self.overlaps:  # an overlapped step's tokens are not known
+        sent, place = self._sent, self._place
+        self._sent, self._place = batch, batch.runs[0].start
+        behind = sent is not None and batch.tokens is sent.tokens and self._place == place + 1
+        if behind and batch.goes_on:
             self._tables_version = batch.tables_version
             return rank_line.Next(rank_line.as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
             batch = by_rows(batch)  # the first rank's runner does the same
-        known = batch.tables_version is self._tables_version
+        known, seen = batch.tables_version is self._tables_version, batch.embedded
         self._tables_version = batch.tables_version
         return rank_line.Forward(
             rank_line.as_bytes(batch.tokens),
@@ -691,21 +690,11 @@ class RankedRunner:
             None if known else rank_line.as_bytes(batch.block_tables),
             None if batch.ahead is None else rank_line.as_bytes(batch.ahead),
             self._numbered(batch.adapters),
-            None if batch.embedded is None else _seen(batch.embedded),
-            None if batch.turned is None else _turned(batch.turned),
+            None if seen is None else rank_line.Seen(rank_line.as_bytes(seen.rows), seen.vectors.shape[1]),
+            None if batch.turned is None else rank_line.RotaryMessage(*map(rank_line.as_bytes, astuple(batch.turned))),
             _states(batch),
         )
 
 
 def _states(batch: Batch) -> tuple[bytes, ...] | None:
     return None if batch.states is None else tuple(map(rank_line.as_bytes, batch.states.tables.values()))
-
-
-def _seen(given: EmbeddedRows) -> rank_line.Seen:
-    return rank_line.Seen(rank_line.as_bytes(given.rows), given.vectors.shape[1])
-
-
-def _turned(turned: RotaryPositions) -> rank_line.RotaryMessage:
-    return rank_line.RotaryMessage(
-        rank_line.as_bytes(turned.shifts), rank_line.as_bytes(turned.rows), rank_line.as_bytes(turned.places)
-    )

@@ -28,7 +28,7 @@ _SETTING = "distributed_executor_backend"
 
 
 class RankActor:
-    """The Ray actor of a rank: it holds the rank's device, and starts a process that joins the first rank."""
+    """The Ray actor of a rank: it reserves the rank's device, and starts a process that joins the first rank."""
 
     def device(self) -> str | None:
         """Return the number of its GPU on its machine; None without a GPU."""

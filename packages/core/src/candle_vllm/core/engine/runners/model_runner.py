@@ -29,7 +29,32 @@ class Launched(Protocol):
         ...
 
 
-class ModelRunner(Protocol):
+class CacheRunner(Protocol):
+    """The memory of a runner: arrays of steps, and the cache."""
+
+    @property
+    def step_memory(self) -> StepMemory | None:
+        """Memory that batches must use for their arrays; None if batches may allocate them."""
+        ...
+
+    def drop_cache(self) -> None:
+        """Free the memory of the cache; no step may run before `wake_up`."""
+        ...
+
+    def restore_cache(self) -> None:
+        """Allocate the memory of the cache again; its contents are undefined."""
+        ...
+
+    def wake_up(self) -> None:
+        """Prepare for steps after weights and cache were allocated and filled again, maybe at different addresses."""
+        ...
+
+    def close(self) -> None:
+        """End the runner's threads."""
+        ...
+
+
+class ModelRunner(CacheRunner, Protocol):
     """Runs a model and samples tokens, one step at a time: a decoder with its paged cache, or an encoder."""
 
     overlaps: bool
@@ -41,11 +66,6 @@ class ModelRunner(Protocol):
 
     fatal: tuple[type[Exception], ...]
     """Errors after which the contents of the device's memory cannot be trusted."""
-
-    @property
-    def step_memory(self) -> StepMemory | None:
-        """Memory that batches must use for their arrays; None if batches may allocate them."""
-        ...
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """Start the model's part of a step, which writes keys and values to the cache.
@@ -77,22 +97,6 @@ class ModelRunner(Protocol):
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """Return sums [..., E] of fp32 hidden states of rows [..., n] of the last step, at most `MAX_HIDDEN_ROWS`."""
-        ...
-
-    def drop_cache(self) -> None:
-        """Free the memory of the cache; no step may run before `wake_up`."""
-        ...
-
-    def restore_cache(self) -> None:
-        """Allocate the memory of the cache again; its contents are undefined."""
-        ...
-
-    def wake_up(self) -> None:
-        """Prepare for steps after weights and cache were allocated and filled again, maybe at different addresses."""
-        ...
-
-    def close(self) -> None:
-        """End the runner's threads."""
         ...
 
 
@@ -177,11 +181,8 @@ class StepwiseRunner(ABC):
         """See `ModelRunner`."""
 
 
-class HeadRunner(Protocol):
+class HeadRunner(CacheRunner, Protocol):
     """Runs a draft head: like a `StepwiseRunner` (see `ModelRunner`), but with hidden states as input and output."""
-
-    @property
-    def step_memory(self) -> StepMemory | None: ...
 
     def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> Value:
         """Run a step on token ids and hidden states [T, ...].
@@ -199,14 +200,6 @@ class HeadRunner(Protocol):
         ...
 
     def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]: ...
-
-    def drop_cache(self) -> None: ...
-
-    def restore_cache(self) -> None: ...
-
-    def wake_up(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class EncoderRunner(StepwiseRunner):

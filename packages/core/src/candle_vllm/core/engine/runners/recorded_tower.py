@@ -39,9 +39,6 @@ class RecordedTower:
     Args:
         tower: the model, its matrices in the layouts of the compiled kernels.
         team: the threads of the model's runner, which closes them.
-
-    Attributes:
-        nbytes: bytes that encoding the largest tile takes.
     """
 
     fatal: tuple[type[Exception], ...] = ()
@@ -64,7 +61,6 @@ class RecordedTower:
         self._tile, self._cells = Recorder(tiles, level), Recorder(cells, level)
         self._layers = self._record(tower, self._tile)
         self._joins = self._join(tower, self._cells)
-        self.nbytes = sum(each.nbytes for recorder in (self._tile, self._cells) for each in recorder.allocated)
         self._touched = 0  # patches whose memory the system has allocated
         self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # (rows, seconds) by operation number; -1: all
 

@@ -20,7 +20,7 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import give_back
-from candle_vllm.core.engine.runners.model_runner import HeadRunner, ModelRunner
+from candle_vllm.core.engine.runners.model_runner import CacheRunner
 from candle_vllm.core.errors import CandleVllmError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import can_drop_pages
@@ -70,7 +70,7 @@ class Sleeper:
         ranks: the ranks among which the model is divided; None for a whole model.
 
     Attributes:
-        tell: sends a sleep level, or the tags to wake up, to the other ranks before this rank sleeps or wakes up.
+        broadcast: sends a sleep level, or the tags to wake up, to the other ranks before this rank sleeps or wakes up.
         asleep: tags of freed memory.
         level: the sleep level; 0 while awake.
         runners: the runners of the model and of its draft model, which have the caches.
@@ -81,8 +81,8 @@ class Sleeper:
     ) -> None:
         self.asleep: frozenset[str] = frozenset()
         self.level = 0
-        self.runners: Sequence[ModelRunner | HeadRunner] = ()
-        self.tell: Callable[[int | frozenset[str]], object] = lambda _: None
+        self.runners: Sequence[CacheRunner] = ()
+        self.broadcast: Callable[[int | frozenset[str]], object] = lambda _: None
         self._config, self._loaded, self._ranks = _as_split(config, loaded), loaded, ranks
         self._mark = ""
         self._tensors: OffloadedWeights | None = None
@@ -127,7 +127,7 @@ class Sleeper:
 
     def _free(self, level: int) -> None:
         """Free all memory of a level, on all ranks, whatever is freed already."""
-        self.tell(level)
+        self.broadcast(level)
         self.asleep, self.level = TAGS, level
         for runner in self.runners:
             runner.drop_cache()
@@ -145,7 +145,7 @@ class Sleeper:
         began, asked = time.perf_counter(), self.asleep.intersection(tags)
         if not asked:
             return
-        self.tell(asked)
+        self.broadcast(asked)
         try:
             self._restore(asked)
         except Exception as error:

@@ -90,7 +90,7 @@ class Engine:
         self.images = images
         self.offloaded = offloaded
         self.sleeper = sleeper
-        self.cache_bytes = 0  # size of the KV cache; 0 if unknown
+        self.cache_bytes = 0  # size of the KV cache, states included; 0 for an encoder
         self.state_bytes = 0  # part of `cache_bytes` for states of layers
         self.index_bytes = 0  # see `CachePlan`
         self._preparation = preparation

@@ -95,7 +95,7 @@ class Live(ABC):
             num_prompt_tokens=self.sequence.num_prompt_tokens,
             num_cached_tokens=self.sequence.num_cached_tokens or 0,
             metrics=self._metrics(),
-            **_told(failure),
+            **_error_fields(failure),
         )
 
     def _metrics(self) -> RequestMetrics:
@@ -107,7 +107,7 @@ class Live(ABC):
         )
 
 
-def _told(failure: RequestError | str | None) -> dict[str, Any]:
+def _error_fields(failure: RequestError | str | None) -> dict[str, Any]:
     """Return the error fields of a `TokenOutput`."""
     if isinstance(failure, RequestError):
         return {"error": str(failure), "error_kind": "request", "error_param": failure.param}
@@ -252,21 +252,21 @@ class LiveSequence(Live):
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
         """See `Live`; the output includes the text that was held back."""
         piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
-        return msgspec.structs.replace(piece, **_told(failure))
+        return msgspec.structs.replace(piece, **_error_fields(failure))
 
     def _metrics(self) -> RequestMetrics:
         times = super()._metrics()
         if not self.draft_tokens and self.prediction is None:
             return times
-        told, found = 0, 0
+        predicted, found = 0, 0
         if self.prediction is not None:
-            told = len(self.prediction.tokens)
+            predicted = len(self.prediction.tokens)
             found = self.prediction.found_in(self._tokens[self._num_prompt_tokens :])
         return msgspec.structs.replace(
             times,
             draft_tokens=self.draft_tokens,
             accepted_draft_tokens=self.accepted_draft_tokens,
-            predicted_tokens=told,
+            predicted_tokens=predicted,
             accepted_predicted_tokens=found,
         )
 

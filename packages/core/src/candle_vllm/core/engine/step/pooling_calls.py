@@ -169,7 +169,7 @@ class PoolingCalls:
         entries = []
         for number, pair in enumerate(pairs):
             with _blaming(number, len(pairs)):
-                self._check_size(sum(map(len, pair)))
+                check_text_length(self.info, self.tokenizer, sum(map(len, pair)))
                 ids, types = self.tokenizer.encode_pair(*pair)
                 name, kinds = _numbered(self._name, number, len(pairs)), types if any(types) else None
                 entries.append(self._entry(name, ids, uses, token_type_ids=kinds, task="score"))
@@ -182,19 +182,20 @@ class PoolingCalls:
         return Entry(request, self.engine.prepare(request))
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        self._check_size(len(text) if isinstance(text, str) else 0)
+        check_text_length(self.info, self.tokenizer, len(text) if isinstance(text, str) else 0)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _check_size(self, characters: int) -> None:
-        """Refuse a text that is too long for the context by its number of characters, before it is tokenized."""
-        most = self.info.max_model_len * self.tokenizer.longest_token
-        most = most if "generate" in self.info.tasks else max(most, MAX_TEXT)
-        if characters > most:
-            raise PromptTooLongError(
-                f"the text has {characters} characters; the model takes at most {self.info.max_model_len} tokens, "
-                f"and texts of more than {most} characters are refused",
-                "prompt",
-            )
+
+def check_text_length(info: ModelInfo, tokenizer: Tokenizer, characters: int, name: str = "prompt") -> None:
+    """Refuse a text that is too long for the context by its number of characters, before it is tokenized."""
+    most = info.max_model_len * tokenizer.longest_token
+    most = most if "generate" in info.tasks else max(most, MAX_TEXT)
+    if characters > most:
+        raise PromptTooLongError(
+            f"the text has {characters} characters; this model's maximum context length is {info.max_model_len} "
+            f"tokens, which hold at most {most} of them",
+            name,
+        )
 
 
 def _each_params(params: Any, count: int) -> list[PoolingParams]:

@@ -137,7 +137,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._computing: Counter[bytes] = Counter()  # by hash, number of running sequences that will publish the block
         self._going: _Going | None = None  # the last step, if it decoded all running sequences
-        self._all_held: int | None = None  # `AdapterStore.changes` when adapters held back all waiting sequences
+        self._all_held: int | None = None  # `AdapterStore.changes` when all waiting sequences waited for adapters
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new or preempted sequence."""
@@ -160,9 +160,7 @@ class Scheduler:
             self.offloaded.left(sequence)
         if self.adapters is not None:
             self._all_held = None
-            self.adapters.ended(sequence)
-            if not self.waiting:  # there may be no later step that calls it
-                self.adapters.look(())
+            self.adapters.ended(sequence, self.waiting)
 
     def schedule(self) -> Step:
         """Return the runs of the next step; empty if there is nothing to do."""
@@ -201,7 +199,7 @@ class Scheduler:
         scheduled, prompts, drafts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled) - drafts
         for sequence in self._prompts_in_order(prompts) if budget else ():
-            if count := self._piece(sequence, budget):
+            if count := self._chunk(sequence, budget):
                 scheduled.append(Run.next(sequence, count))
                 budget -= count
             if not budget:
@@ -220,13 +218,13 @@ class Scheduler:
         size = self.blocks.block_size
         return any(each.num_ahead or each.num_computed_tokens // size > each.num_full_blocks for each in self.running)
 
-    def _piece(self, sequence: Sequence, budget: int) -> int:
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Return the number of tokens of a sequence that the step runs, at most `budget`."""
         if self.windows is not None:
             start = sequence.num_computed_tokens
             end = start + min(sequence.num_uncomputed_tokens, budget)
             budget = self.windows.advance(sequence, start, end, len(self.running) - 1) - start
-        count = sequence.piece(budget)
+        count = sequence.chunk(budget)
         if self.states is None or count == sequence.num_uncomputed_tokens:
             return count
         whole = count - (sequence.num_computed_tokens + count) % self.blocks.block_size
@@ -494,6 +492,8 @@ class Scheduler:
         params = sequence.request.params
         if not self.blocks.enable_prefix_caching or params.skip_reading_prefix_cache:
             return []
+        if self.states is not None and not self.states.num_checkpoint_slots:
+            return []  # no prefix can be reused, so waiting for its blocks would be useless
         if params.prompt_logprobs is not None and sequence.index == 0:
             return []  # prompt logprobs need every position of the prompt
         size = self.blocks.block_size
@@ -591,7 +591,7 @@ class _Going:
 
     Attributes:
         step: its last step.
-        left: number of steps until a sequence reaches its maximum length.
+        left: number of further steps until a sequence reaches its maximum length.
     """
 
     __slots__ = ("_begins", "_count", "_size", "left", "step")
@@ -651,9 +651,7 @@ class WholeTexts:
         elif self.adapters is not None:
             self.adapters.stopped(sequence)
         if self.adapters is not None:
-            self.adapters.ended(sequence)
-            if not self.waiting:  # there may be no later step that calls it
-                self.adapters.look(())
+            self.adapters.ended(sequence, self.waiting)
 
     def schedule(self) -> Step:
         """Return runs of the first texts in serving order that the budget allows, sorted by length."""

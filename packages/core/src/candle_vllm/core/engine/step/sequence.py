@@ -29,7 +29,7 @@ class PlacedImage(msgspec.Struct, eq=False):
         positions: prompt positions of its embeddings, in ascending order.
         spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
         rows: its embeddings, float32 [count, V * E] (`EmbeddedRows`); None until they are encoded.
-        grid: its rows and columns of embeddings, if M-RoPE rotates them; its positions are consecutive then.
+        grid: its rows and columns of embeddings with M-RoPE, whose image positions are consecutive; else None.
         first: the rotary position of its first embedding, in time, height and width.
         blank: the token id that replaces its image tokens in the text model's input; None to leave these unchanged.
     """
@@ -80,7 +80,7 @@ class SequenceState(msgspec.Struct, eq=False):
         going: the `RunState` of its next run, without checkpoints.
         reading: the slot of a checkpoint that its last run read; -1 if it read its own slot.
         wanted: requested checkpoints that are not scheduled yet, in ascending order.
-        told: requested checkpoints, which waiting sequences may wait for, with the hash of the last block before each.
+        announced: checkpoints that waiting sequences may wait for, each with the hash of the last block before it.
         pending: checkpoints that launched runs write, with their slots.
         generated: the hash of the last checkpoint after its prompt.
     """
@@ -89,12 +89,12 @@ class SequenceState(msgspec.Struct, eq=False):
     going: RunState
     reading: int = -1
     wanted: list[int] = msgspec.field(default_factory=list[int])
-    told: dict[int, bytes] = msgspec.field(default_factory=dict[int, bytes])
+    announced: dict[int, bytes] = msgspec.field(default_factory=dict[int, bytes])
     pending: dict[int, int] = msgspec.field(default_factory=dict[int, int])
     generated: bytes = b""
 
 
-@dataclass(eq=False, repr=False, slots=True)  # slots, so that its attributes are close to each other in memory
+@dataclass(eq=False, repr=False, slots=True)  # slots keep the attributes close to each other in memory
 class Sequence:
     """One of the `n` sequences of a request.
 
@@ -110,7 +110,7 @@ class Sequence:
         num_uncomputed_tokens: tokens that steps must still run, including tokens that launched steps will sample; 1
             while decoding, also between its steps. The keys and values of all tokens before them are in the cache, or
             will be when the launched steps have run.
-        num_full_blocks: number of blocks that are certainly full, because the steps that filled them are committed.
+        num_full_blocks: number of blocks that committed steps have filled.
         max_length: total length at which the sequence ends in any case.
         num_admissions: number of its admissions; distinguishes its current blocks from blocks before a preemption.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
@@ -180,8 +180,8 @@ class Sequence:
         if self.num_ahead:
             self.num_ahead -= 1
 
-    def piece(self, budget: int) -> int:
-        """Return how many uncomputed tokens a step may run, at most `budget`, without splitting an image's tile."""
+    def chunk(self, budget: int) -> int:
+        """Return how many uncomputed tokens the next run may have, at most `budget`, without splitting a tile."""
         start = self.num_computed_tokens
         end = start + min(self.num_uncomputed_tokens, budget)
         for image in self.images if start < self.num_prompt_tokens else ():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Deliver outputs to callers: push, iterate, or collect them until the end (step 8 of a request's life).
+"""Deliver outputs to callers: push, iterate, or collect them until the end (after step 9 of a request's life).
 
 In an event loop, every output goes from the engine thread through a `RequestSink` and a chain of `Receiver`s; the last
 receiver is an `Unread` if the consumer iterates.
@@ -25,7 +25,7 @@ from candle_vllm.core.engine.step.thread import Delivery, RequestRunner, Sink
 from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError, RequestAbortedError, RequestError
 
 MAX_UNREAD = 1 << 16
-"""Maximum number of items that wait for an iterating consumer; more items abort the request."""
+"""Maximum number of queued items; more end the stream with an error, and reading the error aborts the request."""
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)

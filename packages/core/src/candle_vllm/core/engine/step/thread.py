@@ -58,8 +58,8 @@ class OutputQueue:
     """Output queue of one event loop: calls its sinks in batches. Items of one sink keep their order.
 
     A step of a thousand sequences wakes a thousand readers. If all are woken at once, the loop does not poll its
-    sockets until the last one has run; if they are woken in batches, a request that arrives is read between two
-    batches. First outputs are delivered before all others, because they determine the time to the first token.
+    sockets until the last one has run. Between two batches it polls them, and reads requests that have arrived. First
+    outputs are delivered before all others, because they determine the time to the first token.
 
     Args:
         loop: the event loop in which the sinks must be called.
@@ -170,11 +170,11 @@ class StepEngine(PreparingEngine, Protocol):
 
 
 class EngineThread:
-    """Runs steps while there is work and waits otherwise; a new request wakes it at once.
+    """The thread that runs an engine's steps. Without work it waits, until a request arrives.
 
     Args:
         engine: the engine, which only this thread touches from now on.
-        max_sequences: maximum number of live sequences; a request beyond it is refused, unless no other is live.
+        max_sequences: maximum number of live sequences; a request beyond it is refused, except a single one.
         after_step: called in the thread after each step, when its outputs have been delivered.
     """
 
@@ -185,12 +185,12 @@ class EngineThread:
         self._clients: dict[str, _Client] = {}
         self._live_sequences = 0
         self._commands: list[Callable[[], None]] = []
-        self._couriers: dict[asyncio.AbstractEventLoop, OutputQueue] = {}  # used by this thread only
+        self._queues: dict[asyncio.AbstractEventLoop, OutputQueue] = {}  # used by this thread only
         self._lock = threading.RLock()  # guards the attributes that callers and the engine's thread use
         self._wake = threading.Condition(self._lock)
-        self._asleep: frozenset[str] = frozenset()  # tags of freed memory; requests are refused unless it is empty
+        self._asleep: frozenset[str] = frozenset()  # tags of freed memory; unless it is empty, requests are refused
         self._answers: set[Future[None]] = set()
-        self._nights = threading.Lock()  # serialises `sleep` and `wake_up`
+        self._sleep_lock = threading.Lock()  # serialises `sleep` and `wake_up`
         self._closing = False
         self._dead: EngineDeadError | None = None
         self._owner = os.getpid()
@@ -254,7 +254,7 @@ class EngineThread:
         return bool(self._asleep)
 
     def sleep(self, level: int, mode: str) -> None:
-        """Refuse new requests, abort earlier ones or wait until they end, then free memory.
+        """Refuse new requests, abort all others or wait until they end, then free memory.
 
         Args:
             level, mode: see `InferenceEngine.sleep`.
@@ -263,7 +263,7 @@ class EngineThread:
             CandleVllmError: the engine cannot sleep at this level.
             EngineDeadError: the engine has stopped.
         """
-        with self._nights:
+        with self._sleep_lock:
             with self._wake:
                 before, self._asleep = self._asleep, TAGS
             try:
@@ -279,7 +279,7 @@ class EngineThread:
 
     def wake_up(self, tags: frozenset[str]) -> None:
         """Restore the memory of these tags; requests are accepted when all tags are restored. Raises as `sleep`."""
-        with self._nights:
+        with self._sleep_lock:
             try:
                 self._engine_wake_up(tags)
             except BaseException:
@@ -327,7 +327,7 @@ class EngineThread:
             self._wake.notify()
 
     def wake(self) -> None:
-        """Make the engine run a step even if it waits, so that `after_step` is called; from any thread."""
+        """Run a step even if the engine waits; from any thread."""
         self._command(lambda: None)
 
     def fail(self, error: EngineDeadError) -> None:
@@ -403,7 +403,7 @@ class EngineThread:
                 (others if client.begun else first).append((client.sink, piece))
                 client.begun = True
         for loop, (first, others) in by_loop.items():
-            (self._couriers.get(loop) or self._output_queue(loop)).send(first, others)
+            (self._queues.get(loop) or self._output_queue(loop)).send(first, others)
 
     def _put(self, sink: Sink, item: Delivery) -> None:
         if sink.loop is None:
@@ -412,10 +412,10 @@ class EngineThread:
             self._output_queue(sink.loop).send((), [(sink, item)])
 
     def _output_queue(self, loop: asyncio.AbstractEventLoop) -> OutputQueue:
-        if loop not in self._couriers:
-            self._couriers = {known: at for known, at in self._couriers.items() if not known.is_closed()}
-            self._couriers[loop] = OutputQueue(loop)
-        return self._couriers[loop]
+        if loop not in self._queues:
+            self._queues = {known: at for known, at in self._queues.items() if not known.is_closed()}
+            self._queues[loop] = OutputQueue(loop)
+        return self._queues[loop]
 
     def _end(self, error: EngineDeadError) -> None:
         """Refuse further requests, and send the error to every caller that still waits."""
