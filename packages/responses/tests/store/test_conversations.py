@@ -298,10 +298,10 @@ async def test_only_one_of_many_gets_the_turn(opener, shared_url: str) -> None:
     assert sum(taken) == 1
 
 
-async def test_a_conversation_that_is_being_answered_makes_no_room(opener, shared_url: str) -> None:
-    store = await opener(shared_url, max_records=2)
+async def test_a_conversation_that_is_being_answered_makes_no_room(opener, store_url: str) -> None:
+    store = await opener(store_url, max_records=2)
     await begin(store, "conv_1", message("msg_1"))
-    assert await take(await store.backend(), Held("a", "conv_1", "h"))
-    for name in ("conv_2", "conv_3", "conv_4"):
-        await begin(store, name)
-    assert await ids(store) == ["msg_1"]
+    async with store.turn("a", "conv_1"):
+        for name in ("conv_2", "conv_3", "conv_4"):
+            await begin(store, name)
+        assert await ids(store) == ["msg_1"]
