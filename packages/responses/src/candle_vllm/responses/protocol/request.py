@@ -246,16 +246,6 @@ class CompactRequest(fields.WireModel):
         return self
 
 
-def parse_compact_request(body: bytes | Mapping[str, Any]) -> CompactRequest:
-    """Parse and check a request, given as a body or an object; raises `RequestError`."""
-    return parse_body(CompactRequest, body)
-
-
 def parse_responses_request(body: bytes | Mapping[str, Any]) -> ResponsesRequest:
     """Parse and check a request, given as a body or an object; raises `RequestError`."""
     return parse_body(ResponsesRequest, body)
-
-
-def parse_input_tokens_request(body: bytes | Mapping[str, Any]) -> InputTokensRequest:
-    """Parse and check a request, given as a body or an object; raises `RequestError`."""
-    return parse_body(InputTokensRequest, body)
