@@ -89,11 +89,10 @@ async def test_items_are_added_behind_an_answer_that_is_being_made(kept: Respons
     assert len((await adding).data) == 1
 
 
-async def test_a_response_whose_conversation_is_gone_is_kept(
+async def test_a_conversation_that_is_gone_gets_no_items(
     kept: ResponseStore, answered: Callable[..., Response], caplog: pytest.LogCaptureFixture
 ) -> None:
-    await kept.keep(entry_of("a", answered(conversation="conv_gone"), []))
-    assert b"Hello!" in (await kept.get("a", "resp_1")).body
+    await kept.add_to_conversation(entry_of("a", answered(conversation="conv_gone"), []))
     assert "could not be added to its conversation" in caplog.text
     caplog.clear()
 

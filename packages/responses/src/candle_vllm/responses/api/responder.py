@@ -20,7 +20,7 @@ from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
-from candle_vllm.responses.api.mcp_source import McpSource, NoServers
+from candle_vllm.responses.api.mcp_source import McpSource
 from candle_vllm.responses.api.messages import Translated, encode_thoughts
 from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import entry_of, stored_item, stored_items
@@ -100,7 +100,7 @@ class Responder:
         self._store = store
         self._memory = memory
         self._options = options or ResponderOptions()
-        self._task_maker = TaskMaker(servers or NoServers(), self._options.sampling_defaults, eyes_of(model))
+        self._task_maker = TaskMaker(servers, self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
         """Return the whole response, as in the last event of `create_stream`. A cancelled call ends the response.
@@ -245,7 +245,9 @@ class Responder:
         stream.begun()
         if keep is not None and self._store is not None:
             entry = await apart(entry_of, keep, writer.response, stream.input_items)
-            await (self._store.keep(entry) if writer.response.store else self._store.add_to_conversation(entry))
+            if writer.response.store:
+                await self._store.put(entry)
+            await self._store.add_to_conversation(entry)
         await stream.put(writer.conclude())
 
     def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:

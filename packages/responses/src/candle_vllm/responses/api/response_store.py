@@ -86,19 +86,8 @@ class ResponseStore:
         names = await apart(_names, entry.body, entry.given, size=entry.size)
         note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))
 
-    async def keep(self, entry: stored.Entry) -> None:
-        """Store a response that is complete, and add its items to its conversation, if it has one.
-
-        A background response that was cancelled or deleted in the meantime is not changed.
-        """
-        if not entry.about["background"]:
-            await self.put(entry)
-        elif not await self.change(entry.owner, entry.id, entry.status, entry.body):
-            return
-        await self.add_to_conversation(entry)
-
     async def get(self, owner: str, response_id: str) -> stored.Entry:
-        """Return a response; here and in all methods below, NotStoredError if this owner has no such response."""
+        """Return a response; NotStoredError if the owner has none of this id, also in the next two and in `cancel`."""
         store, found = await self.backend(), None
         if stored.is_id(response_id):
             found = await store.get(stored.RESPONSE, owner, response_id)
