@@ -116,6 +116,11 @@ def test_refused(change: dict[str, Any], error: type[RequestError], param: str) 
     assert refusal.value.param == param
 
 
+def test_fields_of_newer_clients_have_no_effect() -> None:
+    given = {"completion_window": "soonest"}
+    assert parse_responses_request({**HI, "background_options": given}).background_options == given
+
+
 def test_counting_takes_no_sampling_fields() -> None:
     with pytest.raises(UnsupportedParameterError, match="counting generates nothing"):
         parse_body(InputTokensRequest, {**HI, "temperature": 1.0})

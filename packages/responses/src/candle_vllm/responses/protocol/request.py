@@ -192,6 +192,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     client_metadata: dict[str, Any] | None = None
     access_programs: dict[str, Any] | None = None
+    background_options: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
