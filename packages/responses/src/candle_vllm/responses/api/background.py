@@ -50,7 +50,7 @@ class _Run:
         self.work: Work[StreamEvent] | None = None  # None until the entry is stored
 
     async def cancel(self) -> None:
-        """End the work; returns when it has ended."""
+        """End the work, if it has begun; returns when it has ended."""
         if self.work is not None:
             await self.work.cancel()
 
@@ -81,7 +81,7 @@ class Background:
             seconds: time limit, after which the response fails.
 
         Raises:
-            EngineOverloadedError: too many responses are running.
+            EngineOverloadedError: too many responses are running, or the server is stopping.
             StoreLimitError, StoreUnavailableError: the response cannot be stored.
         """
         run = _Run(entry)

@@ -85,7 +85,7 @@ class McpCallWriter(CallWriter):
     def __init__(self, emit: Emit, index: int, server: str, name: str, approval: str | None = None) -> None:
         super().__init__(emit, index, "mcp")
         self._server, self._name, self._approval = server, name, approval
-        self._told = False
+        self._arguments_ended = False
         self._result: ToolResult | None = None
         self._shown: Sequence[Part] = ()
 
@@ -99,8 +99,8 @@ class McpCallWriter(CallWriter):
 
     def end_arguments(self) -> None:
         """Send the event that the arguments are complete; repeated calls have no effect."""
-        if not self._told:
-            self._told = True
+        if not self._arguments_ended:
+            self._arguments_ended = True
             self._emit(wire.McpArgumentsDone, arguments=self.arguments)
 
     def finish(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:

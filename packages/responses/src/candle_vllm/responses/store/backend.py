@@ -5,8 +5,8 @@ A store holds entries, such as responses and conversations; some have parts. Eac
 an API key, and has an id that is unique for this owner. Users of a store (`ResponseStore`, the server's mailbox and its
 `BatchStore`) define the kinds of entries; a backend does not read their contents. Times are milliseconds since 1970.
 
-A **lease** reserves an entry for a holder until a time. Until then, nobody else can claim it or move the lease's end,
-but others may still change or delete the entry. Kinds of leases (`server/batches/store.py` has two more):
+A **lease** reserves an entry for a holder until a time. Until then, nobody else can claim or renew it, but others may
+still change, end or delete the entry. Kinds of leases (`server/batches/store.py` has two more):
 
     a response in the background    held and renewed by the server that answers it. An expired lease means that this
                                     server died: the server that finds it ends the response as failed.
