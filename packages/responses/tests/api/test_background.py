@@ -141,7 +141,7 @@ async def test_a_cancelled_one_stops(kept: ResponseStore, background: Background
 async def test_only_background_responses_are_cancelled_or_streamed(
     kept: ResponseStore, background: Background, answered: Make
 ) -> None:
-    await kept.keep(entry(answered()))
+    await kept.put(entry(answered()))
     with pytest.raises(InvalidParameterError, match="background: true can be cancelled"):
         await background.cancel("a", "resp_1")
     with pytest.raises(InvalidParameterError, match="background: true") as error:
@@ -360,7 +360,7 @@ async def test_the_end_is_added_to_its_conversation(
         if event.name == "response.completed":
             ids = [item["id"] for item in await kept.conversation_items("a", name)]
             assert ids == ["msg_in_resp_1", "msg_out_resp_1"]
-    await kept.keep(entry(answered(background=True, conversation=name)))  # whoever answers may keep it as well
+    await kept.add_to_conversation(entry(answered(background=True, conversation=name)))  # its items are there already
     assert len(await kept.conversation_items("a", name)) == 2
 
 
@@ -418,22 +418,6 @@ async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(
     await begin(background, answer)  # its task has not run yet
     await asyncio.gather(background.cancel("a", "resp_1"), background.stop("a", "resp_1"))
     assert (background.busy, await status(kept)) == (False, "cancelled")
-
-
-async def test_a_responder_that_keeps_the_response_itself_is_not_taken_for_another_server(
-    kept: ResponseStore, background: Background, answered: Make
-) -> None:
-    answer = Answer(answered, open_gate=True)
-
-    async def events() -> AsyncIterator[wire.StreamEvent]:
-        async for event in answer.events():
-            if isinstance(event, wire.ResponseCompleted):
-                await kept.keep(entry(event.response))
-            yield event
-
-    seen = await _all(await background.begin(entry(answer.queued), events(), 10))
-    assert seen[-1].name == "response.completed"
-    assert await status(kept) == "completed"
 
 
 async def test_events_are_kept_for_a_bounded_number_of_responses(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import ConfigError, RequestError
-from candle_vllm.responses.api.mcp_source import McpServers, NoServers
+from candle_vllm.responses.api.mcp_source import McpServers
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolDefinition
@@ -40,8 +40,6 @@ async def test_servers_of_the_operator() -> None:
     with pytest.raises(RequestError) as refusal:
         servers.check(McpTool(type="mcp", server_label="other"), "tools.1")
     assert refusal.value.param == "tools.1.server_label"
-    with pytest.raises(RequestError):
-        NoServers().check(tool(), "tools.0")
 
 
 @pytest.mark.parametrize(

@@ -493,7 +493,7 @@ async def test_conversations_and_references(kept: ResponseStore) -> None:
 
 async def test_what_cannot_be_kept_is_told() -> None:
     class Full(ResponseStore):
-        async def keep(self, entry: Entry) -> None:
+        async def put(self, entry: Entry) -> None:
             raise CandleVllmError("no room")
 
     answering = responder(engine(), store=Full(StoreOptions()))
@@ -618,7 +618,7 @@ async def test_a_stream_that_is_ended_while_it_is_kept_has_failed() -> None:
     keeping = asyncio.Event()
 
     class Slow(ResponseStore):
-        async def keep(self, entry: Entry) -> None:
+        async def put(self, entry: Entry) -> None:
             keeping.set()
             await asyncio.sleep(60)
 

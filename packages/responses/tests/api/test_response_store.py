@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api import response_store
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations, ItemsCreateRequest
-from candle_vllm.responses.api.response_store import ConversationTurns, ResponseStore
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.api.stored_items import PageRequest, entry_of, page_of, stored_items
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.protocol.response import Response
@@ -22,6 +22,7 @@ from candle_vllm.responses.store.backend import Held, StoreOptions
 from candle_vllm.responses.store.entries import (
     CONVERSATION,
     ConversationBusyError,
+    Entry,
     NotStoredError,
     StoreLimitError,
     StoreUnavailableError,
@@ -31,26 +32,33 @@ from tests.waiting import until
 USER = {"role": "user", "content": "Hi"}
 
 
-async def test_whoever_answers_in_a_conversation_is_alone() -> None:
-    turns, log = ConversationTurns(), list[str]()
+async def begin(kept: ResponseStore, *names: tuple[str, str]) -> None:
+    for owner, name in names:
+        await (await kept.backend()).put(Entry(kind=CONVERSATION, owner=owner, id=name, created=0, body=b"{}"))
+
+
+async def test_whoever_answers_in_a_conversation_is_alone(kept: ResponseStore) -> None:
+    await begin(kept, ("a", "1"), ("a", "2"), ("b", "1"))
+    log = list[str]()
 
     async def answer(owner: str, name: str) -> None:
-        async with turns.turn(owner, name):
+        async with kept.turn(owner, name):
             log.append(f"+{owner}{name}")
             await until(lambda: "+a2" in log and "+b1" in log)  # another conversation need not wait
             log.append(f"-{owner}{name}")
 
     await asyncio.gather(*(answer("a", "1") for _ in range(3)), answer("a", "2"), answer("b", "1"))
     assert [each for each in log if each.endswith("a1")] == ["+a1", "-a1"] * 3
-    assert not turns._queues
+    assert not kept._queues
 
 
-async def test_too_many_in_one_conversation_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_in_one_conversation_are_refused(kept: ResponseStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(response_store, "MAX_WAITING", 2)
-    turns, leave = ConversationTurns(), asyncio.Event()
+    await begin(kept, ("a", "1"))
+    leave = asyncio.Event()
 
     async def answer() -> None:
-        async with turns.turn("a", "1"):
+        async with kept.turn("a", "1"):
             await leave.wait()
 
     tasks = [asyncio.create_task(answer()) for _ in range(4)]
@@ -58,13 +66,13 @@ async def test_too_many_in_one_conversation_are_refused(monkeypatch: pytest.Monk
         await tasks[3]
     assert error.value.param == "conversation"
     with pytest.raises(ConversationBusyError) as error:
-        await turns.turn("a", "1", "conversation_id").__aenter__()
+        await kept.turn("a", "1", "conversation_id").__aenter__()
     assert error.value.param == "conversation_id"
     tasks[1].cancel()  # who gives up makes room
     await asyncio.sleep(0)
     leave.set()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert not turns._queues
+    assert not kept._queues
     await answer()
 
 
@@ -81,11 +89,10 @@ async def test_items_are_added_behind_an_answer_that_is_being_made(kept: Respons
     assert len((await adding).data) == 1
 
 
-async def test_a_response_whose_conversation_is_gone_is_kept(
+async def test_a_conversation_that_is_gone_gets_no_items(
     kept: ResponseStore, answered: Callable[..., Response], caplog: pytest.LogCaptureFixture
 ) -> None:
-    await kept.keep(entry_of("a", answered(conversation="conv_gone"), []))
-    assert b"Hello!" in (await kept.get("a", "resp_1")).body
+    await kept.add_to_conversation(entry_of("a", answered(conversation="conv_gone"), []))
     assert "could not be added to its conversation" in caplog.text
     caplog.clear()
 

@@ -13,7 +13,6 @@ from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, Pr
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 from candle_vllm.responses.api.call_results import Placed
-from candle_vllm.responses.api.mcp_source import NoServers
 from candle_vllm.responses.api.task_making import TaskMaker
 from candle_vllm.responses.protocol.request import parse_responses_request
 
@@ -35,7 +34,7 @@ async def task(defaults: Mapping[str, Any] | None = None, **fields: Any) -> Task
     wire = parse_responses_request({"input": [{"role": "user", "content": "x"}], **fields})
     assert isinstance(wire.input, list)
     placed = [Placed(item, f"input.{number}") for number, item in enumerate(wire.input)]
-    task_maker = TaskMaker(NoServers(), defaults or {})
+    task_maker = TaskMaker(None, defaults or {})
     async with AsyncExitStack() as stack:
         return (await task_maker.prepare(wire, placed, stack, check=True)).task()
 

@@ -28,6 +28,7 @@ class Seen:
         self.cancelled = 0
         self.headers: list[dict[str, str]] = []
         self.methods: list[str] = []
+        self.refused = False  # whether a message was refused
         self.streams = 0  # for notices, as the older era has them
 
 
@@ -104,6 +105,28 @@ def moved(app: Callable[..., Awaitable[None]], old: str, new: str) -> Callable[.
     async def door(scope: Any, receive: Any, send: Any) -> None:
         if scope.get("path") == old:
             await Response(status_code=307, headers={"location": new})(scope, receive, send)
+            return
+        await app(scope, receive, send)
+
+    return door
+
+
+def refusing(app: Callable[..., Awaitable[None]], method: str, seen: Seen) -> Callable[..., Awaitable[None]]:
+    """The application, which refuses the first message of a method."""
+
+    async def door(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and method and not seen.refused:
+            message = await receive()
+            if f'"{method}"'.encode() in message["body"]:
+                seen.refused = True
+                await PlainTextResponse("full", 507)(scope, receive, send)
+                return
+            given = [message]
+
+            async def receive_again() -> Any:
+                return given.pop() if given else await receive()
+
+            await app(scope, receive_again, send)
             return
         await app(scope, receive, send)
 

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import httpx2
 import pytest
 from mcp.server.transport_security import TransportSecuritySettings
 
@@ -18,7 +19,7 @@ from candle_vllm.responses.mcp import http, supervisor
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.tool import ToolError, ToolOutput, ToolTimedOutError, ToolUnavailableError
-from packages.responses.tests.mcp.http_apps import Seen, good_server, legacy_only, moved, scripted_app
+from packages.responses.tests.mcp.http_apps import Seen, good_server, legacy_only, moved, refusing, scripted_app
 from tests.waiting import PATIENCE, skip, until
 
 ERAS = ["2026-07-28", "2025-11-25"]
@@ -305,6 +306,35 @@ async def test_sse_where_streamable_http_is_refused(serve: Serve, config: Config
         await McpLink(config(url=server.url, transport="http")).start()
     async with McpLink(config(url=server.url, transport="sse")) as link:
         assert link.transport == "sse"
+    gc.collect()
+
+
+@pytest.mark.parametrize("sent", [True, False])
+@pytest.mark.parametrize(("refused", "error"), [("tools/list", McpServerError), ("tools/call", ToolUnavailableError)])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's server, which is stopped
+async def test_a_message_that_an_sse_server_refuses(
+    serve: Serve, config: Config, seen: Seen, monkeypatch: pytest.MonkeyPatch, refused: str,
+    error: type[Exception], sent: bool,
+) -> None:  # fmt: skip
+    """The SDK sends nothing more over such a connection: each later call would only run into its time limit."""
+    server = serve(lambda: refusing(good_server(seen).sse_app(), refused if sent else "", seen), "/sse")
+    send = httpx2.AsyncHTTPTransport.handle_async_request
+
+    async def failing(self: httpx2.AsyncHTTPTransport, request: httpx2.Request) -> httpx2.Response:
+        if not sent and not seen.refused and f'"{refused}"'.encode() in request.content:
+            seen.refused = True
+            raise httpx2.ReadError("it broke off", request=request)
+        return await send(self, request)
+
+    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", failing)
+    link = McpLink(config(url=server.url, transport="sse"))
+    if refused == "tools/call":
+        await link.start()
+    with pytest.raises(error, match=r"answered with HTTP status 507|it broke off"):
+        await (link.call("echo", {"text": "lost"}) if refused == "tools/call" else link.start())
+    await link.start()
+    assert said(await link.call("echo", {"text": "again"})) == "again"
+    await link.aclose()
     gc.collect()
 
 

@@ -165,7 +165,7 @@ def test_oauth_clients(load: Load) -> None:
     assert "hush" not in repr(server.auth)
     with pytest.raises(ConfigError, match="needs CLIENT_ID and CLIENT_SECRET: signing in with a browser"):
         load(one({"url": "https://h/a", "auth": {"CLIENT_ID": "me"}}))
-    with pytest.raises(ConfigError, match=r"unknown key 'CLIENT_SECRETS'; did you mean CLIENT_SECRET\?"):
+    with pytest.raises(ConfigError, match=r"unknown key 'CLIENT_SECRETS' \(did you mean CLIENT_SECRET\?\)"):
         load(one({"url": "https://h/a", "auth": {"CLIENT_SECRETS": "me"}}))
 
 
@@ -250,8 +250,8 @@ def test_disabled_servers_need_nothing(load: Load) -> None:
 def test_unknown_keys_are_told(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load({"mcpServers": {"s": {"command": "x", "arg": ["y"]}}, "input": []})
-    assert "MCP server 's': the key 'arg' is not known and has no effect; did you mean args?" in caplog.text
-    assert "the key 'input' is not known and has no effect; did you mean inputs?" in caplog.text
+    assert "MCP server 's': the key 'arg' is not known and has no effect (did you mean args?)" in caplog.text
+    assert "the key 'input' is not known and has no effect (did you mean inputs?)" in caplog.text
 
 
 WRONG: list[tuple[Any, str]] = [

@@ -16,6 +16,7 @@ from candle_vllm.core.sampling.params import BOUNDS
 from candle_vllm.openai.anthropic.request import MessagesRequest
 from candle_vllm.openai.errors import UnknownParameterError, UnsupportedParameterError
 from candle_vllm.openai.fim import FimRequest
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.llama_server import LlamaCompletionRequest
 from candle_vllm.openai.ollama import Options
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
@@ -24,7 +25,6 @@ from candle_vllm.responses.protocol.fields import ADVISORY_RESPONSES_FIELDS
 from candle_vllm.responses.protocol.request import (
     InputTokensRequest,
     ResponsesRequest,
-    parse_input_tokens_request,
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.tools import HostedTool, McpTool
@@ -116,9 +116,14 @@ def test_refused(change: dict[str, Any], error: type[RequestError], param: str) 
     assert refusal.value.param == param
 
 
+def test_fields_of_newer_clients_have_no_effect() -> None:
+    given = {"completion_window": "soonest"}
+    assert parse_responses_request({**HI, "background_options": given}).background_options == given
+
+
 def test_counting_takes_no_sampling_fields() -> None:
     with pytest.raises(UnsupportedParameterError, match="counting generates nothing"):
-        parse_input_tokens_request({**HI, "temperature": 1.0})
+        parse_body(InputTokensRequest, {**HI, "temperature": 1.0})
 
 
 def test_secrets_do_not_show() -> None:

@@ -4,17 +4,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any, get_args
 
 import msgspec
 import pytest
+from sqlalchemy import Connection, func, select, text
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api.conversations import Conversations, ConversationUpdateRequest
 from candle_vllm.responses.api.response_store import TURN_MS, ResponseStore
 from candle_vllm.responses.api.stored_items import PageRequest
-from candle_vllm.responses.store.backend import Backend, Held, Order
+from candle_vllm.responses.store.backend import Backend, Held, Order, Place
+from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import CONVERSATION, Entry, NotStoredError, StoreLimitError, parts_of
+from candle_vllm.responses.store.tables import tables_of
+from tests.postgres_server import new_database
+from tests.waiting import until
 
 
 def message(name: str | None, text: str = "Hi") -> dict[str, Any]:
@@ -196,6 +202,62 @@ async def test_writers_add_in_whole_pieces(opener, shared_url: str) -> None:
         assert len({name.rsplit("_", 1)[0] for name in names[start : start + 3]}) == 1
 
 
+TABLES = tables_of("responses")
+Step = Callable[[Conversations], Coroutine[Any, Any, object]]
+
+
+def hold_room(connection: Connection) -> None:
+    connection.execute(select(func.pg_advisory_xact_lock(TABLES.lock + 1)))
+
+
+def hold_item(connection: Connection) -> None:
+    connection.execute(select(TABLES.parts.c.number).with_for_update())
+
+
+def grow_metadata(conversations: Conversations) -> Coroutine[Any, Any, object]:
+    return conversations.update("a", "conv_1", ConversationUpdateRequest(metadata={"k": "x" * 500}))
+
+
+def delete_whole(conversations: Conversations) -> Coroutine[Any, Any, object]:
+    return conversations.delete("a", "conv_1")
+
+
+def add_item(conversations: Conversations) -> Coroutine[Any, Any, object]:
+    return conversations._store.append("a", "conv_1", [message("msg_2")])
+
+
+def delete_item(conversations: Conversations) -> Coroutine[Any, Any, object]:
+    return conversations.delete_item("a", "conv_1", "msg_1")
+
+
+@pytest.mark.parametrize(
+    ("hold", "first", "second", "gone"),
+    [(hold_room, grow_metadata, add_item, False), (hold_item, delete_whole, delete_item, True)],
+)
+async def test_two_servers_lock_one_conversation_in_the_same_order(
+    opener, postgres: str, hold: Callable[[Connection], None], first: Step, second: Step, gone: bool
+) -> None:
+    """While a lock that both need is held, the second call must wait for the first, and not hold what it needs."""
+    url = new_database(postgres)
+    servers = [Conversations(await opener(url)) for _ in range(2)]
+    await begin(servers[0]._store, "conv_1", message("msg_1"))
+    engine = connect_to(Place(url, "responses", "store", "setting"))
+    calls: list[asyncio.Task[object]] = []
+    try:
+        with engine.connect() as watching:
+            waits = text("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted")
+            hold(watching)
+            for step, server in zip((first, second), servers, strict=True):
+                calls.append(asyncio.create_task(step(server)))
+                await until(lambda: watching.execute(waits).scalar() == len(calls))
+            watching.rollback()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    finally:
+        engine.dispose()
+    assert not isinstance(outcomes[0], BaseException)
+    assert isinstance(outcomes[1], NotStoredError if gone else list)
+
+
 async def test_conversations_do_not_expire(opener, store_url: str, clock) -> None:
     store = await opener(store_url, retention_days=1)
     await begin(store)
@@ -236,10 +298,10 @@ async def test_only_one_of_many_gets_the_turn(opener, shared_url: str) -> None:
     assert sum(taken) == 1
 
 
-async def test_a_conversation_that_is_being_answered_makes_no_room(opener, shared_url: str) -> None:
-    store = await opener(shared_url, max_records=2)
+async def test_a_conversation_that_is_being_answered_makes_no_room(opener, store_url: str) -> None:
+    store = await opener(store_url, max_records=2)
     await begin(store, "conv_1", message("msg_1"))
-    assert await take(await store.backend(), Held("a", "conv_1", "h"))
-    for name in ("conv_2", "conv_3", "conv_4"):
-        await begin(store, name)
-    assert await ids(store) == ["msg_1"]
+    async with store.turn("a", "conv_1"):
+        for name in ("conv_2", "conv_3", "conv_4"):
+            await begin(store, name)
+        assert await ids(store) == ["msg_1"]

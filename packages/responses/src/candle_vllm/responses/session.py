@@ -12,7 +12,7 @@ from candle_vllm.core.arguments import ExplainedAttributes
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.responses.conversation.chat_form import ChatMessage, ChatTranscript, check_is_list
-from candle_vllm.responses.conversation.chat_model import ModelSource, http_model, local_model
+from candle_vllm.responses.conversation.chat_model import ModelSource, local_model
 from candle_vllm.responses.conversation.events import ConversationFinished, Event
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
@@ -60,7 +60,11 @@ class ResponsesSession(ExplainedAttributes):
     ) -> None:
         if not isinstance(model, str) and (api_key is not None or model_name is not None):
             raise ConfigError("api_key and model_name are for a base URL; an engine needs neither", "api_key")
-        self._http: HttpModel | None = http_model(model, api_key, model_name) if isinstance(model, str) else None
+        self._http: HttpModel | None = None
+        if isinstance(model, str):
+            from candle_vllm.responses.conversation.http_model import HttpModel
+
+            self._http = HttpModel(model, api_key=api_key, model=model_name)
         self._model = self._http or local_model(model)
         self._tools = ToolRegistry(tools)
         self._servers = server_configs(mcp_servers)

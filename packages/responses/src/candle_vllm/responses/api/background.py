@@ -50,7 +50,7 @@ class _Run:
         self.work: Work[StreamEvent] | None = None  # None until the entry is stored
 
     async def cancel(self) -> None:
-        """End the work; returns when it has ended."""
+        """End the work, if it has begun; returns when it has ended."""
         if self.work is not None:
             await self.work.cancel()
 
@@ -81,7 +81,7 @@ class Background:
             seconds: time limit, after which the response fails.
 
         Raises:
-            EngineOverloadedError: too many responses are running.
+            EngineOverloadedError: too many responses are running, or the server is stopping.
             StoreLimitError, StoreUnavailableError: the response cannot be stored.
         """
         run = _Run(entry)
@@ -194,7 +194,7 @@ class Background:
                 if finished and response.status != "failed":  # a partial answer would spoil the conversation
                     made = {"status": response.status, "body": body}
                     await self._store.add_to_conversation(msgspec.structs.replace(run.entry, **made))
-            elif not await self._is_stored(run.name, response.status):  # cancelled or deleted, maybe by another server
+            else:  # cancelled or deleted, maybe by another server
                 run.ended_elsewhere = True
                 raise asyncio.CancelledError
         except stored.StoreUnavailableError as error:
@@ -248,10 +248,3 @@ class Background:
         if runs:
             ended = await self._store.renew(list(runs))
             await asyncio.gather(*(self.stop(*name) for name in ended if not runs[name].ending))
-
-    async def _is_stored(self, name: Name, status: str) -> bool:
-        """Whether the store has this status already, because the task of the response has written it."""
-        try:
-            return (await self._store.get(*name)).status == status
-        except stored.NotStoredError:
-            return False

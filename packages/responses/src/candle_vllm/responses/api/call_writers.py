@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from msgspec import UNSET
 
@@ -36,48 +37,40 @@ class CallWriter(ItemWriter):
         self._arguments.append(delta)
 
 
-class FunctionWriter(CallWriter):
-    """A call of a function that the client runs."""
+class _ClientCallWriter(CallWriter):
+    """A call that the client runs; its item's id begins with `prefix`."""
+
+    prefix: ClassVar[str]
 
     def __init__(self, emit: Emit, index: int, call_id: str, name: str, namespace: str | None) -> None:
-        super().__init__(emit, index, "fc")
-        self._call_id, self._name, self._namespace = call_id, name, namespace
+        super().__init__(emit, index, self.prefix)
+        self._given: dict[str, Any] = {"call_id": call_id, "name": name, "namespace": namespace or UNSET}
+
+
+class FunctionWriter(_ClientCallWriter):
+    """A call of a function."""
+
+    prefix = "fc"
 
     def add(self, delta: str) -> None:
         super().add(delta)
         self._emit(wire.FunctionArgumentsDelta, delta=delta)
 
     def item(self, status: str) -> response.FunctionCallOut:
-        return response.FunctionCallOut(
-            id=self.id,
-            status=status,
-            call_id=self._call_id,
-            name=self._name,
-            arguments=self.arguments,
-            namespace=self._namespace or UNSET,
-        )
+        return response.FunctionCallOut(id=self.id, status=status, arguments=self.arguments, **self._given)
 
     def _end_content(self) -> None:
-        self._emit(wire.FunctionArgumentsDone, name=self._name, arguments=self.arguments)
+        self._emit(wire.FunctionArgumentsDone, name=self._given["name"], arguments=self.arguments)
 
 
-class CustomWriter(CallWriter):
+class CustomWriter(_ClientCallWriter):
     """A call of a custom tool; its input is sent when the JSON that contains it is complete."""
 
-    def __init__(self, emit: Emit, index: int, call_id: str, name: str, namespace: str | None) -> None:
-        super().__init__(emit, index, "ctc")
-        self._call_id, self._name, self._namespace = call_id, name, namespace
-        self._input = ""
+    prefix = "ctc"
+    _input = ""
 
     def item(self, status: str) -> response.CustomToolCallOut:
-        return response.CustomToolCallOut(
-            id=self.id,
-            status=status,
-            call_id=self._call_id,
-            name=self._name,
-            input=self._input,
-            namespace=self._namespace or UNSET,
-        )
+        return response.CustomToolCallOut(id=self.id, status=status, input=self._input, **self._given)
 
     def _end_content(self) -> None:
         self._input = custom_input(self.arguments)
@@ -92,7 +85,7 @@ class McpCallWriter(CallWriter):
     def __init__(self, emit: Emit, index: int, server: str, name: str, approval: str | None = None) -> None:
         super().__init__(emit, index, "mcp")
         self._server, self._name, self._approval = server, name, approval
-        self._told = False
+        self._arguments_ended = False
         self._result: ToolResult | None = None
         self._shown: Sequence[Part] = ()
 
@@ -106,8 +99,8 @@ class McpCallWriter(CallWriter):
 
     def end_arguments(self) -> None:
         """Send the event that the arguments are complete; repeated calls have no effect."""
-        if not self._told:
-            self._told = True
+        if not self._arguments_ended:
+            self._arguments_ended = True
             self._emit(wire.McpArgumentsDone, arguments=self.arguments)
 
     def finish(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:

@@ -146,20 +146,6 @@ class McpSource(Protocol):
         ...
 
 
-class NoServers:
-    """A source without MCP servers."""
-
-    def check(self, tool: McpTool, path: str) -> None:  # noqa: ARG002
-        """Refuse every tool."""
-        field = f"{path}.server_label"
-        raise UnsupportedParameterError(f"{field} is not supported: this server has no MCP servers", field)
-
-    @asynccontextmanager
-    async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
-        """Never called, because `check` refuses every tool."""
-        yield OpenServer(tool.server_label, error="there are no MCP servers")
-
-
 class McpServers:
     """The MCP servers of a registry, by their labels, and URLs that match a pattern.
 

@@ -14,12 +14,13 @@ from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import apart
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.task import Task, images_of
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
-from candle_vllm.responses.api.mcp_source import McpSource, NoServers
+from candle_vllm.responses.api.mcp_source import McpSource
 from candle_vllm.responses.api.messages import Translated, encode_thoughts
 from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import entry_of, stored_item, stored_items
@@ -37,8 +38,6 @@ from candle_vllm.responses.protocol.request import (
     CompactRequest,
     InputTokensRequest,
     ResponsesRequest,
-    parse_compact_request,
-    parse_input_tokens_request,
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, MessageOut, OutputText, Response
@@ -101,7 +100,7 @@ class Responder:
         self._store = store
         self._memory = memory
         self._options = options or ResponderOptions()
-        self._task_maker = TaskMaker(servers or NoServers(), self._options.sampling_defaults, eyes_of(model))
+        self._task_maker = TaskMaker(servers, self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
         """Return the whole response, as in the last event of `create_stream`. A cancelled call ends the response.
@@ -171,7 +170,7 @@ class Responder:
 
     async def compact(self, request: CompactRequest | Fields, *, owner: str = "") -> CompactedResponse:
         """Return a conversation in a shorter form: the users' messages, and the model's summary of everything."""
-        parsed = request if isinstance(request, CompactRequest) else parse_compact_request(request)
+        parsed = request if isinstance(request, CompactRequest) else parse_body(CompactRequest, request)
         asked = summary_request(parsed)
         items = await gather_items(asked, self._store, owner, self._memory)
         limited = asked.model_copy(update={"max_output_tokens": summary_limit(items[:-1])})
@@ -185,7 +184,7 @@ class Responder:
 
     async def count_input_tokens(self, request: InputTokensRequest | Fields, *, owner: str = "") -> InputTokens:
         """Count the tokens of the prompt that `create` would make; nothing is generated."""
-        parsed = request if isinstance(request, InputTokensRequest) else parse_input_tokens_request(request)
+        parsed = request if isinstance(request, InputTokensRequest) else parse_body(InputTokensRequest, request)
         if self._count is None:
             raise UnsupportedParameterError("this model's tokens cannot be counted", None)
         self._task_maker.check_servers(parsed)
@@ -246,7 +245,9 @@ class Responder:
         stream.begun()
         if keep is not None and self._store is not None:
             entry = await apart(entry_of, keep, writer.response, stream.input_items)
-            await (self._store.keep(entry) if writer.response.store else self._store.add_to_conversation(entry))
+            if writer.response.store:
+                await self._store.put(entry)
+            await self._store.add_to_conversation(entry)
         await stream.put(writer.conclude())
 
     def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ResponseStore: stored responses and conversations; ConversationTurns: one response at a time in a conversation.
+"""ResponseStore: stored responses and conversations, in each of which one response at a time is generated.
 
 Entries are found by the hash of an API key and their id; for any other key they do not exist. Every failure of the
 store is a `StoreUnavailableError`.
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -38,14 +38,11 @@ class ResponseStore:
 
     A store in memory is opened on first use, because importing SQLAlchemy takes time. `clock` returns seconds since
     1970.
-
-    Attributes:
-        turn: context manager that reserves a conversation for one answer (`ConversationTurns.turn`).
     """
 
     def __init__(self, options: StoreOptions, clock: Callable[[], float] = time.time) -> None:
         self.options = options
-        self.turn = ConversationTurns(None if options.url == MEMORY else self.backend).turn
+        self._queues: dict[tuple[str, str], _Queue] = {}  # of the conversations in which responses run or wait
         self._clock = clock
         self._opening = asyncio.Lock()
         self._store: Backend | None = None
@@ -89,19 +86,8 @@ class ResponseStore:
         names = await apart(_names, entry.body, entry.given, size=entry.size)
         note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))
 
-    async def keep(self, entry: stored.Entry) -> None:
-        """Store a response that is complete, and add its items to its conversation, if it has one.
-
-        A background response that was cancelled or deleted in the meantime is not changed.
-        """
-        if not entry.about["background"]:
-            await self.put(entry)
-        elif not await self.change(entry.owner, entry.id, entry.status, entry.body):
-            return
-        await self.add_to_conversation(entry)
-
     async def get(self, owner: str, response_id: str) -> stored.Entry:
-        """Return a response; here and in all methods below, NotStoredError if this owner has no such response."""
+        """Return a response; NotStoredError if the owner has none of this id, also in the next two and in `cancel`."""
         store, found = await self.backend(), None
         if stored.is_id(response_id):
             found = await store.get(stored.RESPONSE, owner, response_id)
@@ -188,6 +174,29 @@ class ResponseStore:
         return await apart(_found, set(known), parts, entries)
 
     # ---- conversations of responses ----------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
+        """Wait until no other response is in progress in the conversation, and hold it until the context exits.
+
+        Raises NotStoredError, or ConversationBusyError if too many responses wait for it; both name `param`.
+        """
+        name = owner, conversation_id
+        queue = self._queues.setdefault(name, _Queue())
+        if queue.waiting > MAX_WAITING:
+            raise ConversationBusyError(
+                f"{queue.waiting} responses are running or waiting in the conversation {conversation_id!r:.80}: try "
+                "again when they have ended.",
+                param,
+            )
+        queue.waiting += 1
+        try:
+            async with queue.lock, _turn_in_store(await self.backend(), owner, conversation_id, param):
+                yield
+        finally:
+            queue.waiting -= 1
+            if not queue.waiting:
+                self._queues.pop(name, None)
 
     async def conversation_items(self, owner: str, conversation_id: str) -> list[stored.Item]:
         """Return the items of a conversation, the oldest first.
@@ -280,50 +289,6 @@ class _Queue:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.waiting = 0
-
-
-class ConversationTurns:
-    """Grants one response at a time the right to add items to a conversation.
-
-    `store` opens the store of the conversations; None means that no other process can use it.
-    """
-
-    def __init__(self, store: Callable[[], Awaitable[Backend]] | None = None) -> None:
-        self._store = store
-        self._queues: dict[tuple[str, str], _Queue] = {}
-
-    @contextlib.asynccontextmanager
-    async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
-        """Wait until no other response is in progress in the conversation, and hold it until the context exits.
-
-        Args:
-            conversation_id: id of the conversation; only a shared store requires that it exists.
-            param: parameter that errors name.
-
-        Raises:
-            ConversationBusyError: too many responses wait for this conversation.
-            NotStoredError: a shared store has no such conversation.
-        """
-        name = owner, conversation_id
-        queue = self._queues.setdefault(name, _Queue())
-        if queue.waiting > MAX_WAITING:
-            raise ConversationBusyError(
-                f"{queue.waiting} responses are running or waiting in the conversation {conversation_id!r:.80}: try "
-                "again when they have ended.",
-                param,
-            )
-        queue.waiting += 1
-        try:
-            async with queue.lock:
-                if self._store is None:
-                    yield
-                else:
-                    async with _turn_in_store(await self._store(), owner, conversation_id, param):
-                        yield
-        finally:
-            queue.waiting -= 1
-            if not queue.waiting:
-                self._queues.pop(name, None)
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -13,6 +13,7 @@ from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.responses.protocol.items import ItemReference, MessageItem
 from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.store.backend import Order
 from candle_vllm.responses.store.entries import RESPONSE, Entry, Item, new_item_id
 
 _WITHOUT_STATUS = frozenset(
@@ -61,8 +62,6 @@ def _parts(content: str | list[Item], role: str) -> list[Item]:
 
 MAX_LIMIT = 100
 DEFAULT_LIMIT = 20
-
-Order = Literal["asc", "desc"]
 
 
 class PageRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -101,14 +101,14 @@ class TaskMaker:
     """Prepares requests.
 
     Args:
-        servers: source of MCP servers.
+        servers: source of MCP servers; None refuses every server.
         sampling_defaults: values for fields that a request does not set.
         eyes: image input of the model, for images in results of MCP tools; None shows no images.
     """
 
     def __init__(
         self,
-        servers: McpSource,
+        servers: McpSource | None,
         sampling_defaults: Mapping[str, Any],
         eyes: Eyes | None = None,
     ) -> None:
@@ -131,6 +131,9 @@ class TaskMaker:
             if urls > MAX_URLS:
                 field = f"tools.{place}.server_url"
                 raise InvalidParameterError(f"{field}: a request may name at most {MAX_URLS} servers by URL", field)
+            if self._servers is None:
+                field = f"tools.{place}.server_label"
+                raise UnsupportedParameterError(f"{field} is not supported: this server has no MCP servers", field)
             self._servers.check(tool, f"tools.{place}")
 
     async def prepare(
@@ -173,6 +176,7 @@ class TaskMaker:
         opening = {
             place: asyncio.ensure_future(stack.enter_async_context(self._servers.open(tool)))
             for place, tool in _servers_of(request).items()
+            if self._servers is not None
         }
         try:
             return dict(zip(opening, await asyncio.gather(*opening.values()), strict=True))

@@ -41,10 +41,10 @@ class TurnItems:
         self._room = room
         self._open: MessageWriter | ReasoningWriter | None = None
         self._calls: dict[str, CallWriter] = {}  # unfinished calls by their ids
-        self._told: set[str] = set()  # ids of calls that have an item
+        self._with_item: set[str] = set()  # ids of calls that have an item
         self._current: CallWriter | None = None  # the call whose arguments are being generated
         self._space: list[tuple[str, tuple[ChatTokenLogprob, ...]]] = []  # white space that may begin a message
-        self._said_this_turn = False
+        self._has_items_this_turn = False
         self._called_this_turn = False
         self._may_call = bool(plan.by_name) and plan.choice.mode != "none"
 
@@ -52,7 +52,7 @@ class TurnItems:
 
     def begin_turn(self) -> None:
         """Record that a new turn begins."""
-        self._said_this_turn = self._called_this_turn = False
+        self._has_items_this_turn = self._called_this_turn = False
 
     def text(self, text: str, logprobs: tuple[Any, ...]) -> None:
         """Add a delta of a message."""
@@ -70,7 +70,7 @@ class TurnItems:
         writer = self._open
         if not isinstance(writer, ReasoningWriter):
             self._name_phase("commentary")
-            self._end_saying()
+            self._end_output()
             self._space = []
             writer = self._begin(ReasoningWriter(self._log.emit, self._log.next_place, encoded=self._encoded))
             self._open = writer
@@ -79,10 +79,10 @@ class TurnItems:
     def begin_call(self, call_id: str, name: str) -> None:
         """Begin a call."""
         self._name_phase("commentary")
-        self._end_saying()
+        self._end_output()
         self._space = []
         tool = self._plan.by_name.get(name)
-        self._said_this_turn = self._called_this_turn = True
+        self._has_items_this_turn = self._called_this_turn = True
         if tool is None or self._plan.needs_approval(name):
             return  # the tool does not exist, or the item is written when the approval is requested
         emit, place = self._log.emit, self._log.next_place
@@ -91,12 +91,12 @@ class TurnItems:
         else:
             kind = FunctionWriter if tool.kind == "function" else CustomWriter
             writer = kind(emit, place, call_id, tool.name, tool.namespace)
-        self._told.add(call_id)
+        self._with_item.add(call_id)
         self._calls[call_id] = self._current = self._begin(writer)
 
     def arguments(self, call_id: str, delta: str) -> None:
         """Add a delta of a call's arguments."""
-        if call_id not in self._told:
+        if call_id not in self._with_item:
             return  # an approval request has the arguments, too; other calls have no item
         writer = self._calls.get(call_id)
         if writer is None or writer is not self._current:
@@ -105,13 +105,13 @@ class TurnItems:
 
     def end_turn(self, *, cut: bool) -> None:
         """End the turn, perhaps because of a limit (`cut`)."""
-        if not self._said_this_turn and not cut and self._open is None:
+        if not self._has_items_this_turn and not cut and self._open is None:
             self._begin_message()  # an answer of white space, or an empty one
         if not cut and not self._called_this_turn:
             self._name_phase("final_answer")
         elif self._called_this_turn:
             self._name_phase("commentary")
-        self._end_saying("incomplete" if cut else "completed")
+        self._end_output("incomplete" if cut else "completed")
         self._space = []
 
     # ---- approvals and results of calls ------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class TurnItems:
     def ask(self, call: ToolCall) -> None:
         """Write the approval request of a call."""
         tool = self._plan.by_name.get(call.name)
-        self._told.add(call.id)
+        self._with_item.add(call.id)
         label, name = (tool.server or "", tool.name) if tool else ("", call.name)
         item = McpApprovalRequestOut(id=new_id("mcpr"), server_label=label, name=name, arguments=call.arguments)
         self._log.add(item, item)
@@ -127,9 +127,9 @@ class TurnItems:
     def run(self, call: ToolCall, *, approved: bool = True) -> None:
         """Record that a call runs; an `approved` call gets its item now."""
         tool = self._plan.by_name.get(call.name)
-        if call.id in self._told or tool is None or tool.kind != "mcp":
+        if call.id in self._with_item or tool is None or tool.kind != "mcp":
             return
-        self._told.add(call.id)
+        self._with_item.add(call.id)
         approval = call.id if approved and self._plan.needs_approval(call.name) else None
         writer = McpCallWriter(self._log.emit, self._log.next_place, tool.server or "", tool.name, approval)
         self._calls[call.id] = self._begin(writer)
@@ -157,11 +157,11 @@ class TurnItems:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _begin(self, writer: _Writer) -> _Writer:
-        self._said_this_turn = True
+        self._has_items_this_turn = True
         return self._log.begin(writer)
 
     def _begin_message(self) -> None:
-        self._end_saying()
+        self._end_output()
         phase = UNSET if self._may_call else "final_answer"  # only the end of the message shows whether a call follows
         writer = self._begin(MessageWriter(self._log.emit, self._log.next_place, phase))
         self._open, self._space, held = writer, [], self._space
@@ -173,7 +173,7 @@ class TurnItems:
         if isinstance(self._open, MessageWriter) and self._open.phase is UNSET:
             self._open.phase = phase
 
-    def _end_saying(self, status: str = "completed") -> None:
+    def _end_output(self, status: str = "completed") -> None:
         """End the open message or reasoning, and a call's arguments."""
         self._end_open(status)
         writer, self._current = self._current, None

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai import EngineLike, OpenAIAdapter
 from candle_vllm.openai.events import Event
 from candle_vllm.openai.task import Task
-
-if TYPE_CHECKING:
-    from candle_vllm.responses.conversation.http_model import HttpModel
 
 
 class ChatModel(Protocol):
@@ -70,13 +67,6 @@ class InProcessModel:
 
 ModelSource = EngineLike | OpenAIAdapter | ChatModel | str
 """An engine, an `OpenAIAdapter`, any `ChatModel`, or the base URL of a server with OpenAI's chat API."""
-
-
-def http_model(base_url: str, api_key: str | None, model: str | None) -> HttpModel:
-    """Return the model of a base URL; see `HttpModel`."""
-    from candle_vllm.responses.conversation.http_model import HttpModel
-
-    return HttpModel(base_url, api_key=api_key, model=model)
 
 
 def local_model(source: Any) -> ChatModel:

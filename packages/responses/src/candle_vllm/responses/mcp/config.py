@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.responses.mcp.server_config import McpServerConfig
-from candle_vllm.responses.mcp.server_keys import EXPANDED, FIELD_OF, NAMES, nearest, read_small_file
+from candle_vllm.responses.mcp.server_keys import EXPANDED, FIELD_OF, NAMES, read_small_file
 from candle_vllm.responses.mcp.variables import Inputs, McpInput, Variables
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def _sections(content: Any) -> tuple[dict[str, McpInput], list[tuple[str, Any]]]
             servers = content[wrappers[0]]
             inputs = _inputs(content.get("inputs", []))
             for key in [key for key in content if key not in _TOP_KEYS][:_MAX_WARNINGS]:
-                hint = nearest(key, _TOP_KEYS)
+                hint = nearest(key[:100], _TOP_KEYS)
                 logger.warning("mcp.json: the key %.60r is not known and has no effect%s", key, hint)
         else:
             servers = {key: value for key, value in content.items() if key != "$schema"}

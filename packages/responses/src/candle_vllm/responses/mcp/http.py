@@ -7,7 +7,7 @@ import asyncio
 import warnings
 from collections.abc import AsyncIterator, Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx2
@@ -23,7 +23,7 @@ from candle_vllm.responses.mcp.server_values import OAuthClient
 if TYPE_CHECKING:
     from mcp.shared.auth import OAuthClientInformationFull, OAuthToken
 
-MAX_BODY = 10 * 1024 * 1024  # maximum bytes of a response that is no event stream, or of one event in a stream
+MAX_BODY = 10 * 1024 * 1024  # bytes of a response that is no event stream, or of an event; over SSE, the SDK's 1 MB
 _WRITE_SECONDS = 30.0
 _NOTICE_SECONDS = 10.0  # for the answer to a notification; while the SDK awaits it, no other message is sent
 _LEAVE_SECONDS = 3.0  # for the answer to the request that ends a session
@@ -33,12 +33,33 @@ _PORTS = {"http": 80, "https": 443}
 _tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities blocks the event loop for 33 ms
 
 
-def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:
+class _Client(httpx2.AsyncClient):
+    """Calls `failed` with a sentence when the server refuses a message, or a request cannot be sent."""
+
+    def __init__(self, peer: Peer, failed: Callable[[str], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._peer = peer
+        self._failed = failed
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        try:
+            response = await super().send(request, **options)
+        except httpx2.HTTPError as error:
+            self._failed(self._peer.sentence(error))
+            raise
+        if response.status_code >= 400 and request.method == "POST":
+            self._failed(self._peer.status_sentence(response.status_code))
+        return response
+
+
+def http_client(peer: Peer, notes: HttpNotes, failed: Callable[[str], None] = lambda _: None) -> httpx2.AsyncClient:
     """Return a client for one connection; `notes` sets the timeouts of reads that no caller limits."""
     headers = {"accept-encoding": "identity", **peer.config.headers}
     if isinstance(peer.config.auth, str):
         headers["Authorization"] = f"Bearer {peer.config.auth}"
-    return httpx2.AsyncClient(
+    return _Client(
+        peer,
+        failed,
         headers=headers,
         auth=peer.auth,
         timeout=httpx2.Timeout(peer.config.connect_timeout, read=None, write=_WRITE_SECONDS),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import logging
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.responses.mcp.server_values import MAX_CONNECT_TIMEOUT, MAX_ITEMS, MAX_TIMEOUT, Checks, OAuthClient
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
         field = FIELD_OF.get(key)
         if field is None:
             if key not in NAMES:
-                hint = nearest(key, FIELD_OF)
+                hint = nearest(key[:100], FIELD_OF)
                 logger.warning("MCP server %.100r: the key %.60r is not known and has no effect%s", server, key, hint)
         elif value is not None:  # many programs write null for a setting that is not set
             if field in spelled:
@@ -100,12 +100,6 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
         path = folder / fields.pop("env_file")
         fields["env"] = {**_read_env_file(checks, spelled["env_file"], path), **fields.get("env", {})}
     return fields
-
-
-def nearest(name: str, known: Any) -> str:
-    """Return a hint with the most similar known name, or ""."""
-    near = difflib.get_close_matches(name[:100], list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _transport(checks: Checks, key: str, value: Any) -> str:
@@ -165,7 +159,7 @@ def _auth(checks: Checks, key: str, value: Any) -> str | OAuthClient:
     fields: dict[str, Any] = {}
     for spelling, given in value.items():
         if spelling not in known:
-            checks.fail(key, f"has the unknown key {spelling!r:.60}{nearest(str(spelling), known)}")
+            checks.fail(key, f"has the unknown key {spelling!r:.60}{nearest(str(spelling)[:100], known)}")
         fields[known[spelling]] = given
     for needed in ("client_id", "client_secret"):
         if not fields.get(needed):

@@ -90,7 +90,7 @@ class Opening:
         assert self._peer.config.url is not None
 
         def client(*_: Any, **__: Any) -> httpx2.AsyncClient:
-            return http_client(self._peer, self._notes)
+            return http_client(self._peer, self._notes, self._ended)  # the SDK sends nothing more after a failure
 
         return sse_client(bare_address(self._peer.config.url), httpx_client_factory=client)
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -201,32 +199,9 @@ class ErrorOccurred(StreamEvent, frozen=True, kw_only=True, tag="error"):
     param: str | None
 
 
-ResponseEvent = Union[  # noqa: UP007 - read by `typing.get_args`
-    ResponseCreated,
-    ResponseQueued,
-    ResponseInProgress,
-    ResponseCompleted,
-    ResponseIncomplete,
-    ResponseFailed,
-    OutputItemAdded,
-    OutputItemDone,
-    ContentPartAdded,
-    ContentPartDone,
-    OutputTextDelta,
-    OutputTextDone,
-    ReasoningTextDelta,
-    ReasoningTextDone,
-    FunctionArgumentsDelta,
-    FunctionArgumentsDone,
-    CustomInputDelta,
-    CustomInputDone,
-    McpListToolsInProgress,
-    McpListToolsCompleted,
-    McpListToolsFailed,
-    McpCallInProgress,
-    McpArgumentsDelta,
-    McpArgumentsDone,
-    McpCallCompleted,
-    McpCallFailed,
-    ErrorOccurred,
-]
+EVENTS = tuple(
+    kind
+    for kind in list(vars().values())
+    if isinstance(kind, type) and issubclass(kind, StreamEvent) and not kind.__subclasses__()
+)
+"""Every kind of event, in the order above."""

@@ -192,6 +192,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     client_metadata: dict[str, Any] | None = None
     access_programs: dict[str, Any] | None = None
+    background_options: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -246,16 +247,6 @@ class CompactRequest(fields.WireModel):
         return self
 
 
-def parse_compact_request(body: bytes | Mapping[str, Any]) -> CompactRequest:
-    """Parse and check a request, given as a body or an object; raises `RequestError`."""
-    return parse_body(CompactRequest, body)
-
-
 def parse_responses_request(body: bytes | Mapping[str, Any]) -> ResponsesRequest:
     """Parse and check a request, given as a body or an object; raises `RequestError`."""
     return parse_body(ResponsesRequest, body)
-
-
-def parse_input_tokens_request(body: bytes | Mapping[str, Any]) -> InputTokensRequest:
-    """Parse and check a request, given as a body or an object; raises `RequestError`."""
-    return parse_body(InputTokensRequest, body)

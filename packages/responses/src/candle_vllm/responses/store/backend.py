@@ -5,8 +5,8 @@ A store holds entries, such as responses and conversations; some have parts. Eac
 an API key, and has an id that is unique for this owner. Users of a store (`ResponseStore`, the server's mailbox and its
 `BatchStore`) define the kinds of entries; a backend does not read their contents. Times are milliseconds since 1970.
 
-A **lease** reserves an entry for a holder until a time. Until then, only the holder may change the entry or renew the
-lease; afterwards, anyone may claim it. Kinds of leases (`server/batches/store.py` has two more):
+A **lease** reserves an entry for a holder until a time. Until then, nobody else can claim or renew it, but others may
+still change, end or delete the entry. Kinds of leases (`server/batches/store.py` has two more):
 
     a response in the background    held and renewed by the server that answers it. An expired lease means that this
                                     server died: the server that finds it ends the response as failed.
@@ -155,7 +155,7 @@ class StoreOptions:
 class Backend(Protocol):
     """A store; opened, used and closed in one event loop. Every method is atomic for all servers that share the store.
 
-    All methods except `close` and `owner` raise StoreUnavailableError if the store is too slow or has too many calls.
+    All methods except `open`, `close` and `owner` raise StoreUnavailableError if the store cannot be used now.
     """
 
     @property
@@ -164,7 +164,7 @@ class Backend(Protocol):
         ...
 
     async def open(self) -> None:
-        """Connect, and create missing tables; ConfigError if that fails."""
+        """Connect, and create or migrate the tables; ConfigError if that fails."""
         ...
 
     async def close(self) -> None:

@@ -20,7 +20,7 @@ class NotStoredError(RequestError):
 
 
 class StoreLimitError(RequestError):
-    """The data exceeds a limit of the store."""
+    """The data exceeds a limit of the store, or a response cannot be continued because it still runs."""
 
 
 class StoreFullError(StoreLimitError):
@@ -39,7 +39,7 @@ class ConversationBusyError(RequestError):
 
 
 class StoreUnavailableError(CandleVllmError):
-    """A store does not answer in time, or too many calls wait for it; the cause has the details.
+    """A store is closed, fails or is too slow, or too many calls wait for it; the cause, if any, has the details.
 
     `setting` is the name of the setting with the location of the store.
     """

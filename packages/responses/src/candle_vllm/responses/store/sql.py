@@ -46,6 +46,8 @@ def _transaction(
 class SqlBackend:
     """Implements `Backend` with tables of an SQL database.
 
+    Every method locks in one order, so that servers cannot deadlock: an entry's row, then `Room.make`, then its parts.
+
     Args:
         place: location of the store.
         bounds: limits of the store.
@@ -88,8 +90,8 @@ class SqlBackend:
         self._check_size(entry.kind, entry.size)
         entries, room = self._entries, self._room(connection)
         same = and_(entries.c.owner == entry.owner, entries.c.id == entry.id)
-        old = connection.execute(select(entries.c.number, entries.c.size, self._active.label("active")).where(same))
-        there = old.first()
+        old = select(entries.c.number, entries.c.size, self._active.label("active")).where(same)
+        there = connection.execute(old.with_for_update()).first()
         values = {
             "kind": entry.kind, "status": entry.status, "expires": entry.expires, "lease": entry.lease,
             "holder": entry.holder, "follows": entry.follows, "size": entry.size,
@@ -172,7 +174,8 @@ class SqlBackend:
         if lease_was is not None:
             where = and_(where, entries.c.lease == lease_was)
         columns = entries.c.number, entries.c.size, func.length(entries.c.body).label("body")
-        row = connection.execute(select(*columns, func.length(entries.c.given).label("given")).where(where)).first()
+        query = select(*columns, func.length(entries.c.given).label("given")).where(where)
+        row = connection.execute(query.with_for_update()).first()
         if row is None:
             return False
         grown = len(body) - row.body
@@ -206,7 +209,7 @@ class SqlBackend:
             where = and_(where, self._entries.c.status == status)
         if holder is not None:
             where = and_(where, self._entries.c.holder == holder)
-        numbers = list(connection.execute(select(self._entries.c.number).where(where)).scalars())
+        numbers = list(connection.execute(select(self._entries.c.number).where(where).with_for_update()).scalars())
         self._room(connection).drop(numbers)
         return bool(numbers)
 

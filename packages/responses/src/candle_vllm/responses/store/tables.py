@@ -2,7 +2,7 @@
 """The tables of a store in a database, and the migration from version 1.
 
 Version 1 had separate tables for the mailbox, for responses, and for turns. When a store of version 1 is opened, it is
-copied to the tables below in one transaction; servers of version 1 refuse it from then on.
+moved to the tables below in one transaction; servers of version 1 refuse it from then on.
 """
 
 from __future__ import annotations

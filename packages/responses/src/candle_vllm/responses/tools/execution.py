@@ -25,6 +25,7 @@ from candle_vllm.openai.json_body import decode_json
 from candle_vllm.responses.conversation.channel import end_task
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import (
+    MAX_TIMEOUT,
     Report,
     Tool,
     ToolCall,
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 60.0  # seconds of a call if neither the caller nor the tool sets a timeout
 DEFAULT_MAX_CHARS = 50_000  # maximum characters of an output that the model sees
-MAX_TIMEOUT = 86_400.0  # maximum timeout of a call in seconds
 MAX_ARGUMENTS = 1 << 20  # characters of JSON
 MAX_OUTPUT = 16 << 20  # characters of text and base64 that a tool may return
 _MAX_MESSAGE = 2000  # characters of a tool's own error

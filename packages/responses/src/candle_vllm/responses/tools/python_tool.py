@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.names import is_tool_name
-from candle_vllm.responses.tools.tool import ToolArgumentsError
+from candle_vllm.responses.tools.tool import MAX_TIMEOUT, ToolArgumentsError
 
 _SECTION = re.compile(r"[A-Z][A-Za-z ]{0,30}:\s*$")
 _DOCUMENTED = re.compile(r"\*{0,2}(\w+)\s*+(?:\([^)]*\)\s*+)?:\s*+(.*)$")
@@ -154,7 +154,6 @@ def _documented(lines: list[str]) -> dict[str, str]:
 
 
 MAX_THREADS = 64  # threads of one tool, including calls that timed out; the maximum of `parallel_tools`, too
-MAX_TIMEOUT = 86_400.0  # seconds
 
 
 def function_tool(
@@ -310,8 +309,6 @@ def _output(value: Any) -> tool.ToolOutput:
         return tool.ToolOutput()
     if isinstance(value, str):
         return tool.ToolOutput.of_text(str(value))
-    from pydantic_core import PydanticSerializationError, to_jsonable_python
-
     try:
         structured = to_jsonable_python(value, inf_nan_mode="null")
         text = json.dumps(structured, ensure_ascii=False)

@@ -17,6 +17,7 @@ from candle_vllm.core.errors import CandleVllmError
 
 _PICTURE = re.compile(r"image/[a-z0-9.+-]{1,40}")
 NOTHING = "(the tool returned nothing)"
+MAX_TIMEOUT = 86_400.0  # maximum timeout of a call in seconds
 
 ToolStatus = Literal[
     "completed", "failed", "denied", "timed_out", "unknown", "invalid_arguments", "unavailable", "not_run"

@@ -82,7 +82,7 @@ class Offer(NamedTuple):
     """The tools that are added to a chat request without tools.
 
     Attributes:
-        tools: the tools in OpenAI's form, within the limits of a request.
+        tools, names: the tools in OpenAI's form, within the limits of a request, and their names.
     """
 
     tools: tuple[dict[str, Any], ...] = ()
@@ -97,7 +97,7 @@ class McpService:
 
     Attributes:
         registry: the tools of all servers, by the names that models call.
-        called: called when a call of a tool has ended, with the server and the status.
+        called: called when a call of a tool has ended, with the server's name and the status of the call.
         calls: number of running calls that clients made directly.
         warned: models for which a warning was logged that they get no tools.
 

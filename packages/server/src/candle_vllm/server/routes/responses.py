@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.requests import HTTPConnection
@@ -19,12 +19,13 @@ from starlette.responses import Response as HttpResponse
 from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.mcp_source import McpServers, McpSource, OpenServer
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.api.stored_items import ItemList, entry_of
 from candle_vllm.responses.protocol import request as requests
-from candle_vllm.responses.protocol.events import ErrorDetail, ResponseEvent, StreamEvent
+from candle_vllm.responses.protocol.events import EVENTS, ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
 from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response, ResponseDeleted
 from candle_vllm.responses.protocol.tools import McpTool
@@ -101,7 +102,7 @@ class Responders:
     body=requests.ResponsesRequest,
     example={"input": "What is the capital of France?", "max_output_tokens": 64},
     answer=Response,
-    events=get_args(ResponseEvent),
+    events=EVENTS,
     errors=(*QUEUED, 409),
 )
 async def create_response(request: Request) -> HttpResponse:
@@ -124,11 +125,12 @@ async def create_response(request: Request) -> HttpResponse:
 async def count_response_tokens(request: Request) -> HttpResponse:
     """Count the tokens of a response's prompt."""
     responders: Responders = request.app.state.responders
+    parse = functools.partial(parse_body, requests.InputTokensRequest)
 
     async def count(model: ServedModel, wire: Any) -> InputTokens:
         return await responders.of(model, wire.model).count_input_tokens(wire, owner=await owner_of(request, wire))
 
-    return await answering.answer_with(request, requests.parse_input_tokens_request, count, queued=False)
+    return await answering.answer_with(request, parse, count, queued=False)
 
 
 @route(
@@ -142,7 +144,7 @@ async def compact_response(request: Request) -> HttpResponse:
     """Return a conversation in a shorter form, with a summary."""
     responders: Responders = request.app.state.responders
     deadline = answering.deadline_of(request)
-    wire = await answering.parsed(request, requests.parse_compact_request)
+    wire = await answering.parsed(request, functools.partial(parse_body, requests.CompactRequest))
     async with answering.in_time(deadline, request):
         turn = await unless_disconnected(take_turn(request.scope, wire.model), request.receive, Turn.release)
         try:
@@ -319,7 +321,7 @@ class ConfiguredServers:
 @stored_route(
     "GET /v1/responses/{response_id}",
     answer=Response,
-    events=get_args(ResponseEvent),
+    events=EVENTS,
     query={
         **store_access.INCLUDE,
         "stream": {"enum": ["true", "false"], "default": "false", "description": "Send the events."},
