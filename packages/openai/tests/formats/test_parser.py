@@ -38,6 +38,19 @@ def test_a_sample_says_what_it_says(sample: Sample) -> None:
         assert tuple(call[0] for call in parsed.calls) == sample.ids
 
 
+@pytest.mark.parametrize("name", ["3d_render", "-x", "9"])
+@by_text
+def test_an_offered_tool_may_have_any_name_that_openai_allows(sample: Sample, name: str) -> None:
+    def renamed(known: str) -> str:
+        return known.replace("get_weather", name)
+
+    tools = {renamed(known): schema for known, schema in TOOLS.items()}
+    read_by = parser(sample.tools, tools, sample.reasoning, in_reasoning=sample.prefilled)
+    parsed = parse(read_by, [renamed(sample.text)])
+    assert parsed.values == [(renamed(known), arguments) for known, arguments in sample.calls]
+    assert parsed.content == renamed(sample.content)
+
+
 @pytest.mark.one_of_each(23)
 @by_text
 def test_no_cut_changes_a_sample(sample: Sample) -> None:

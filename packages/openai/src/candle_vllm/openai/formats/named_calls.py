@@ -12,7 +12,7 @@ from typing import Any
 from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.json_text import read_text_of_string
 from candle_vllm.openai.formats.json_value import read_value
-from candle_vllm.openai.formats.output import NAME, CallSink
+from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, markers, nowhere
 from candle_vllm.openai.formats.values import argument_kinds, escaped
 
@@ -71,7 +71,7 @@ class NamedJson:
             match = _COUNTED.fullmatch(name)
             given_id = prefix + name if match else ""
             name = match[1] if match else name
-        if NAME.fullmatch(name) is None:
+        if not calls.is_name(name):
             return False
         return (yield from self._arguments(reader, calls, name, given_id))
 
@@ -174,7 +174,7 @@ def read_arguments(reader: Reader, calls: CallSink, name: str, stops: Markers) -
     """Parse a call's arguments up to one of the marks, which is not consumed."""
     yield from reader.skip_space()
     start = yield from reader.peek()
-    if NAME.fullmatch(name) is not None and (start or reader.whole):
+    if calls.is_name(name) and (start or reader.whole):
         calls.begin(name)
         if start == "{":
             calls.end((yield from read_value(reader, calls.arguments, stops)))

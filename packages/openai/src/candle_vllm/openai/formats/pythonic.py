@@ -13,8 +13,7 @@ from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, SPACES, Need, Reader
 from candle_vllm.openai.formats.values import python_value
 
-_NAME = re.compile(r"[A-Za-z_][\w.\-]{0,255}")
-_NAMES = re.compile(r"[\w.\-]*")
+_NAMES = re.compile(r"[\w.\-:/]*")
 _KEY = re.compile(r"[A-Za-z_]\w{0,255}")
 _PLAIN = re.compile(r"[^\"'()\[\]{},=\ud800-\udfff]*")
 _STRING = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
@@ -61,14 +60,11 @@ class Pythonic:
 
     def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
         yield from reader.skip_space()
-        first = yield from reader.peek()
-        if not first or not (first.isalpha() or first == "_"):
-            return False
         read: list[str] = []
         yield from reader.match(_NAMES, read.append)
         mark = yield from reader.take("(")
         name = "".join(read).removesuffix(_METHOD)
-        if not mark or _NAME.fullmatch(name) is None or (self.known_only and name not in calls.tools):
+        if not mark or not calls.is_name(name) or (self.known_only and name not in calls.tools):
             return False
         calls.begin(name)
         calls.end((yield from _Arguments(reader, calls, name).read()))

@@ -18,7 +18,7 @@ _QUOTES = "`\"'"
 # Beginnings of calls that a grammar writes without a mark (`grammars/bodies.py`, `grammars/literals.py`).
 _HELD = re.compile(
     r"""[ \n]{0,4}(?:\[[ \n]{0,4})?\{[ \n]{0,4}(?:"type":[ ]?"function",[ ]?)?"name":[ \n]{0,4}"[^"]*","""
-    r"""[ \n]{0,4}"(?:arguments|parameters)":\s*|[ \n]{0,4}\[[\w.\-]+\("""
+    r"""[ \n]{0,4}"(?:arguments|parameters)":\s*|[ \n]{0,4}\[[\w.\-:/]+\("""
 )
 _MOST_AGAIN = 1 << 16  # characters of a message that are parsed again because they were not calls
 
