@@ -89,15 +89,15 @@ class _Asked(LlamaFields, LlamaForms):
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = _REFUSED
 
     model: fields.ModelName | None = None
-    stream: bool = False
+    stream: bool | None = None
     n_predict: Annotated[int, fields.bounded("max_tokens", ge=-2)] | None = None
     ignore_eos: bool | None = None
     lora: LoraScales | None = None
     n_probs: Logprobs | None = None
     logit_bias: Annotated[Any, BeforeValidator(_biases)] = None
-    return_tokens: bool = False
-    timings_per_token: bool = False
-    return_progress: bool = False
+    return_tokens: bool | None = None
+    timings_per_token: bool | None = None
+    return_progress: bool | None = None
 
     cache_prompt: bool | None = None
     id_slot: _Limit | None = None
@@ -217,13 +217,13 @@ class InfillRequest(_Asked):
 
     input_prefix: str
     input_suffix: str
-    prompt: str = ""
+    prompt: str | None = None
     input_extra: Annotated[list[Extra], Field(max_length=MAX_EXTRA, fail_fast=True)] | None = None
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
         """Convert the request to one task; without a suffix, the task continues the text."""
         before = "".join(_SNIPPET + each.text for each in self.input_extra or ())
-        prefix = (f"{before}\n\n{self.input_prefix}" if before else self.input_prefix) + self.prompt
+        prefix = (f"{before}\n\n{self.input_prefix}" if before else self.input_prefix) + (self.prompt or "")
         return [Task(prompts=(prefix,), suffix=self.input_suffix, **shared)]
 
 
@@ -311,10 +311,10 @@ async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mappin
         "paths": Paths(spelled),
         "form": request.form(),
         "sampling": {**(defaults or {}), **request.sampling(), **({"logit_bias": bias} if bias else {}),
-                     "prompt_progress": request.return_progress and request.stream},
+                     "prompt_progress": bool(request.return_progress and request.stream)},
         "scored_only": request.n_predict == 0,
-        "tell_ids": request.stream or request.return_tokens or request.timings_per_token,
-        "tell_counts": request.timings_per_token,
+        "tell_ids": bool(request.stream or request.return_tokens or request.timings_per_token),
+        "tell_counts": bool(request.timings_per_token),
         "lora": lora_scales(request.lora),
     })  # fmt: skip
     return [replace(task, add_special_tokens=not _begins(task.prompts[0], adapter.beginning)) for task in tasks]
@@ -343,7 +343,7 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
         "logit_bias": [{"token": token, "bias": bias} for token, bias in biases.items()],
         "n_probs": request.n_probs or 0,
         "grammar": request.grammar or "",
-        "timings_per_token": request.timings_per_token,
+        "timings_per_token": bool(request.timings_per_token),
     }
 
 

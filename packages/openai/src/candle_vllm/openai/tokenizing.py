@@ -85,7 +85,7 @@ class TokenizingAdapter:
         return self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
 
     def _content(self, request: tokenizing.TokenizeContentRequest) -> tokenizing.TokenizedContent:
-        ids = self._engine.tokenize(request.content, add_special_tokens=request.add_special)
+        ids = self._engine.tokenize(request.content, add_special_tokens=bool(request.add_special))
         if not request.with_pieces:
             return tokenizing.TokenizedContent(tokens=tuple(ids))
         pairs = zip(ids, self._engine.token_bytes(ids), strict=True)

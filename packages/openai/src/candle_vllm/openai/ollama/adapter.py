@@ -218,7 +218,7 @@ def read_messages(messages: Sequence[wires.Message]) -> tuple[TaskMessage, ...]:
         silent = not message.content and (message.role == "assistant" or bool(images))
         for call in message.tool_calls or ():
             count += 1
-            text = json.dumps(call.function.arguments, ensure_ascii=False)
+            text = json.dumps(call.function.arguments or {}, ensure_ascii=False)
             calls.append(Call(call.id or f"call{count:05d}", call.function.name, text))
         if message.role == "assistant":
             pending = deque(calls)

@@ -270,7 +270,7 @@ class CalledFunction(fields.WireModel):
     """The function of a call in an earlier answer; `index` and `description` have no effect."""
 
     name: fields.Name
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, Any] | None = None
     index: Annotated[int, Field(ge=0)] | None = None
     description: str | None = None
 

@@ -77,8 +77,8 @@ class TokenizeContentRequest(WireModel):
 
     model: ModelName | None = None
     content: str
-    add_special: bool = False
-    with_pieces: bool = False
+    add_special: bool | None = None
+    with_pieces: bool | None = None
 
 
 TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest | TokenizeContentRequest
