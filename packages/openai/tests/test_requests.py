@@ -211,6 +211,12 @@ def test_null_means_absent(kind: type[WireModel], body: dict[str, Any]) -> None:
         parse_body(kind, {**body, name: None})
 
 
+def test_another_name_of_a_field_that_is_null() -> None:
+    assert chat(seed=None, random_seed=7).seed == 7
+    given = parse_body(LlamaCompletionRequest, {"prompt": "a", "n_predict": None, "max_tokens": 3})
+    assert given.n_predict == 3
+
+
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"a"', b"3"])
 def test_body_must_be_an_object(body: bytes) -> None:
     with pytest.raises(RequestError, match="one JSON object"):

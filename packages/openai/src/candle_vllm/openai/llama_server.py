@@ -24,7 +24,14 @@ from candle_vllm.openai.chat_answers import RunningTimings, wire_progress, wire_
 from candle_vllm.openai.events import Begun, Ended, Event, Progress, Text, Usage
 from candle_vllm.openai.logprobs import LOWEST
 from candle_vllm.openai.protocol import fields
-from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs, LoraScales, lora_scales, sampling_names
+from candle_vllm.openai.protocol.generation import (
+    OTHER_NAMES,
+    LlamaFields,
+    Logprobs,
+    LoraScales,
+    lora_scales,
+    sampling_names,
+)
 from candle_vllm.openai.protocol.structured import LlamaForms
 from candle_vllm.openai.protocol.usage import PromptProgress, Timings
 from candle_vllm.openai.requests import sampling_params
@@ -43,7 +50,6 @@ _REFUSED: Mapping[str, fields.Refusal] = {
     "t_max_prompt_ms": fields.Refusal("a prompt is always read whole", idle=True),
     "t_max_predict_ms": fields.Refusal("n_predict bounds an answer", idle=True),
     "n_indent": fields.Refusal("stop ends an answer", idle=True),
-    "max_tokens": fields.Refusal("here it is called n_predict"),
     **{name: fields.REFUSED_FIELDS[name] for name in ("n_cache_reuse", "backend_sampling", "samplers")},
 }
 
@@ -87,6 +93,7 @@ class _Asked(LlamaFields, LlamaForms):
     """
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = _REFUSED
+    other_names: ClassVar[Mapping[str, str]] = {**OTHER_NAMES, "max_tokens": "n_predict"}
 
     model: fields.ModelName | None = None
     stream: bool | None = None

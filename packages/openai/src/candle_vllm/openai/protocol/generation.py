@@ -104,11 +104,23 @@ _numbers: dict[str, Any] = {
 _Offered: Any = create_model("_Offered", __base__=fields.WireModel, **_numbers)
 
 
+OTHER_NAMES: Mapping[str, str] = {
+    "repeat_penalty": "repetition_penalty",
+    "mirostat_mode": "mirostat",
+    "speculative.n_max": "num_speculative_tokens",
+    "random_seed": "seed",
+    "sampling_seed": "seed",
+}
+"""Names of fields in llama.cpp, Ollama, text-generation-webui, Mistral's API and SGLang -> their names here."""
+
+
 class SamplerFields(_Offered):
     """How tokens are sampled, by names that OpenAI, vLLM and llama.cpp share.
 
     `SamplingParams` documents the fields, and marks those that are written here as there (`OFFERED`).
     """
+
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
 
     stop: Stop | None = None
     dry_sequence_breakers: (
@@ -122,14 +134,16 @@ class SamplerFields(_Offered):
     @model_validator(mode="before")
     @classmethod
     def _own_names(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not any(name in data for name in OTHER_NAMES):
+        if not isinstance(data, dict) or not any(name in data for name in cls.other_names):
             return data
-        others = {other: name for other, name in OTHER_NAMES.items() if other not in cls.wire_names()}
+        others = {other: name for other, name in cls.other_names.items() if other not in cls.wire_names()}
         renamed = {name: value for name, value in data.items() if name not in others}
         for other, name in others.items():
             if data.get(other) is None:
                 continue
-            if renamed.setdefault(name, data[other]) != data[other]:
+            if renamed.get(name) is None:
+                renamed[name] = data[other]
+            elif renamed[name] != data[other]:
                 raise fields.invalid(other, f"and {name} are the same field; give one of them")
         return renamed
 
@@ -166,14 +180,6 @@ class LlamaFields(SamplerFields):
         return {name: value for name, value in given.items() if value is not None and (name, value) != ("seed", -1)}
 
 
-OTHER_NAMES: Mapping[str, str] = {
-    "repeat_penalty": "repetition_penalty",
-    "mirostat_mode": "mirostat",
-    "speculative.n_max": "num_speculative_tokens",
-    "random_seed": "seed",
-    "sampling_seed": "seed",
-}
-"""Names of fields in llama.cpp, Ollama, text-generation-webui, Mistral's API and SGLang -> their names here."""
 GUIDED = {
     f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
 }
