@@ -254,7 +254,7 @@ def _raw_task(request: wires.GenerateRequest, defaults: Mapping[str, Any]) -> Ta
         said = "images: the model has no chat template, which would define their place in the prompt"
         raise UnsupportedParameterError(said, "images")
     prompt = request.prompt or ""
-    text = prompt if request.raw or not request.system else f"{request.system}\n{prompt}"
+    text = f"{request.system}\n{prompt}" if request.system else prompt
     return Task(
         model=request.model,
         prompts=(text,),

@@ -352,11 +352,11 @@ class GenerateRequest(_Generating):
             )
         return value
 
-    @field_validator("suffix")
+    @field_validator("suffix", "raw")
     @classmethod
-    def _alone(cls, value: str | None, info: Any) -> str | None:
+    def _alone(cls, value: str | bool | None, info: Any) -> str | bool | None:
         if value and info.data.get("system"):
-            raise fields.invalid("", "cannot be combined with system: a gap is filled without messages")
+            raise fields.invalid("", "cannot be combined with system, which only a chat template can place")
         return value
 
     @field_validator("context")
