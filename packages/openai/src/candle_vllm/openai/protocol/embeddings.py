@@ -99,9 +99,11 @@ class EmbeddingRequest(CutFields, PoolingFields):
     def _one_pooling(self) -> Self:
         if self.return_multivector is not None and (self.pooling or self.embedding_type):
             raise invalid("return_multivector", "and pooling set the same option: send one of them")
-        for name in ("normalized", "use_activation"):
-            if getattr(self, name) is not None and self.normalize not in (None, getattr(self, name)):
-                raise invalid(name, "and normalize are two names of one field and must be equal")
+        given = self._scaling()
+        first = next(iter(given), "")
+        for name, value in given.items():
+            if value != given[first]:
+                raise invalid(name, f"and {first} are two names of one field and must be equal")
         if self.truncate and self.truncate_prompt_tokens is not None:
             raise invalid("truncate", "and truncate_prompt_tokens set the same option: send one of them")
         if self.embedding_type is not None and self.pooling not in (None, self.embedding_type):
@@ -128,12 +130,16 @@ class EmbeddingRequest(CutFields, PoolingFields):
             return Cut(-1, self.truncation_side or otherwise)
         return super().cut(otherwise)
 
+    def _scaling(self) -> dict[str, bool]:
+        """Return the given ones of the three names of `normalize`."""
+        names = ("normalize", "normalized", "use_activation")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def pooling_params(self) -> PoolingParams:
         """Return the pooling parameters of the request."""
-        named = (self.normalize, self.normalized, self.use_activation)
         return PoolingParams(
             dimensions=self.dimensions,
-            normalize=next((value for value in named if value is not None), self.scaled),
+            normalize=next(iter(self._scaling().values()), self.scaled),
             pooling="all" if self.return_multivector else self.pooling or self.embedding_type,
         )
 
