@@ -51,8 +51,9 @@ class CompletionRequest(GenerationFields):
     def _completion_rules(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise fields.invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
-        if self.suffix and self.echo:
-            raise fields.invalid("echo", "cannot be combined with suffix: leave one of them out")
+        for name in ("echo", "truncate_prompt_tokens") if self.suffix else ():
+            if getattr(self, name) not in (None, False):
+                raise fields.invalid(name, "cannot be combined with suffix: leave one of them out")
         if len(self.prompts) * self.sequences > fields.MAX_CHOICES:
             raise fields.invalid("n", f"times the number of prompts must be at most {fields.MAX_CHOICES}")
         return self
