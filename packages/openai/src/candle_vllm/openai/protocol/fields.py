@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, LiteralString, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -283,6 +283,21 @@ def _plain_id(value: str) -> str:
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 RequestId = Annotated[str, AfterValidator(_plain_id)]
+
+
+def type_of(value: Any) -> Any:
+    """Return the `type` of a validated object or of a plain dict."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def by_type(*kinds: str, otherwise: str) -> Callable[[Any], str]:
+    """Return a function of pydantic's union tag: an object's `type` if it is one of `kinds`, else `otherwise`."""
+    return lambda value: f"<{kind if (kind := type_of(value)) in kinds else otherwise}>"
+
+
+def list_form(value: Any) -> str:
+    """Return pydantic's union tag for a list or, for anything else, for a text."""
+    return "<list>" if isinstance(value, list) else "<string>"
 
 
 def prompt_form(value: Any) -> str:

@@ -50,14 +50,10 @@ _Bias = Annotated[
 ]
 
 
-def _stop_form(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else "<string>"
-
-
 Stop = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[Text], Field(max_length=caps.MAX_STOP_STRINGS, fail_fast=True), Tag("<list>")],
-    Discriminator(_stop_form),
+    Discriminator(fields.list_form),
 ]
 
 
