@@ -140,12 +140,13 @@ class MediaPrompt(fields.WireModel):
 
 
 def _form(value: Any) -> str:
-    """Return pydantic's union tag of a prompt, or of a list of prompts."""
-    if isinstance(value, dict):
-        return "<object>"
-    form = fields.prompt_form(value)
-    several = isinstance(value, list) and value and isinstance(value[0], (str, list, dict))
-    return "<list>" if several else form
+    """Return pydantic's union tag of a prompt."""
+    return "<object>" if isinstance(value, dict) else "<tokens>" if isinstance(value, list) else "<string>"
+
+
+def _several(value: Any) -> bool:
+    """Whether a value is a list of prompts, not of token ids."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], (str, list, dict, MediaPrompt))
 
 
 _Prompt = Annotated[
@@ -160,11 +161,9 @@ class LlamaCompletionRequest(_Asked):
     """A prompt: a text, its token ids, or a text with images; or a list of prompts, each of which gets an answer."""
 
     prompt: Annotated[
-        Annotated[str, Tag("<string>")]
-        | Annotated[fields.TokenIds, Tag("<tokens>")]
-        | Annotated[MediaPrompt, Tag("<object>")]
-        | Annotated[list[_Prompt], Field(min_length=1, max_length=fields.MAX_PROMPTS, fail_fast=True), Tag("<list>")],
-        Discriminator(_form),
+        Annotated[_Prompt, Tag("<one>")]
+        | Annotated[list[_Prompt], Field(max_length=fields.MAX_PROMPTS, fail_fast=True), Tag("<list>")],
+        Discriminator(lambda value: "<list>" if _several(value) else "<one>"),
     ]
 
     @model_validator(mode="after")
@@ -176,8 +175,7 @@ class LlamaCompletionRequest(_Asked):
     @property
     def prompts(self) -> list[str | list[int] | MediaPrompt]:
         """The prompts as a list."""
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return cast(Any, self.prompt) if several else [cast(Any, self.prompt)]
+        return cast(Any, self.prompt) if _several(self.prompt) else [cast(Any, self.prompt)]
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
         """Convert the request to tasks, one for each prompt."""

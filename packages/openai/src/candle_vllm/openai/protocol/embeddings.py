@@ -11,7 +11,7 @@ import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingKind, PoolingParams
-from candle_vllm.openai.protocol.fields import CutFields, Refusal, TokenIds, WireModel, invalid, prompt_form
+from candle_vllm.openai.protocol.fields import CutFields, Refusal, TokenIds, WireModel, entries, invalid, prompt_form
 from candle_vllm.openai.protocol.messages import Messages
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
 from candle_vllm.openai.protocol.score import Texts
@@ -122,7 +122,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     @property
     def inputs(self) -> list[str | list[int]]:
         """The inputs as a list with one entry for each text."""
-        return _entries(getattr(self, self.texts))
+        return entries(getattr(self, self.texts))
 
     def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
         """Return how inputs that are too long are truncated; see `CutFields.cut`."""
@@ -217,15 +217,7 @@ class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
     @property
     def inputs(self) -> list[str | list[int]]:
         """The inputs as a list with one entry for each text."""
-        return _entries(self.input)
-
-
-def _entries(given: Input) -> list[str | list[int]]:
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given[0], int):
-        return [given]
-    return cast("list[str | list[int]]", given)
+        return entries(self.input)
 
 
 Item = TypeVar("Item")

@@ -310,6 +310,11 @@ def prompt_form(value: Any) -> str:
     return "<strings>" if isinstance(first, str) else "<tokens>"
 
 
+def entries(prompts: Any) -> list[Any]:
+    """Return a list of prompts, each a text or token ids, from a validated value of one or several."""
+    return prompts if prompt_form(prompts) in ("<strings>", "<token lists>") else [prompts]
+
+
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 
 
