@@ -116,7 +116,7 @@ class _Asked(LlamaFields, LlamaForms):
         """Return the options of the request under their names in `SamplingParams`."""
         limit = self.n_predict
         limits = {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
-        return self.drawing() | limits | ({"logprobs": self.n_probs} if self.n_probs else {})
+        return self.given_values() | limits | ({"logprobs": self.n_probs} if self.n_probs else {})
 
     @model_validator(mode="after")
     def _form_is_right(self) -> Self:

@@ -165,7 +165,7 @@ class Options(LlamaFields):
 
     def sampling(self) -> dict[str, Any]:
         """Return the options of the request under their names in `SamplingParams`."""
-        found = self.drawing()
+        found = self.given_values()
         if found.get("stop") == []:  # an empty list means the same as no list
             del found["stop"]
         if self.num_predict is not None:

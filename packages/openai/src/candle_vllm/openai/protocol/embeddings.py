@@ -48,8 +48,8 @@ class EmbeddingRequest(CutFields, PoolingFields):
 
     Attributes:
         encoding_format: "float" for vectors of numbers, "base64" for their bytes as text. With "bytes" the body of the
-            response is the bytes of all vectors, and the header `metadata` has their places, their shapes and the usage
-            as JSON; "bytes_only" leaves this header out. Batches refuse both; called as a library, both give base64.
+            response is the bytes of all vectors, and the header `metadata` has their offsets, their shapes and the
+            usage as JSON; "bytes_only" leaves this header out. Batches refuse both; the library returns base64.
         embed_dtype: type of the elements in base64 and bytes.
         endianness: byte order of these elements; "native" is "little".
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
@@ -64,7 +64,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
-    own_tasks: ClassVar[bool] = False  # true if `task` does not name an adapter
+    own_tasks: ClassVar[bool] = False  # whether `task` is not the name of an adapter
     texts: ClassVar[str] = "input"  # field of the texts
     scaled: ClassVar[bool | None] = None  # `normalize` if a request sets none of its three names
 
@@ -131,7 +131,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
         return super().cut(otherwise)
 
     def _scaling(self) -> dict[str, bool]:
-        """Return the given ones of the three names of `normalize`."""
+        """Return the values of `normalize` and of its other names, if the request sets them."""
         names = ("normalize", "normalized", "use_activation")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 

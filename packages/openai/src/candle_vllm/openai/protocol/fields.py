@@ -39,7 +39,7 @@ Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 
 def bounded(name: str, *, ge: float | None = None, le: float | None = None) -> Any:
-    """Return the bounds of a field of `SamplingParams`; an API's own bounds `ge` and `le` replace them."""
+    """Return the bounds of a field of `SamplingParams`; `ge` replaces a closed lower bound, `le` the upper one."""
     kind = caps.BOUNDS[name]
     above = kind.low if isinstance(kind, Number) and kind.open_low else None
     least = None if above is not None else kind.low if ge is None else ge

@@ -58,7 +58,7 @@ Stop = Annotated[
 
 
 class StreamOptions(fields.WireModel):
-    """What a stream contains besides the text.
+    """Token counts in a stream.
 
     Attributes:
         include_usage: whether the last chunk has the token counts and no choices; earlier ones then have `usage: null`.
@@ -113,7 +113,7 @@ OTHER_NAMES: Mapping[str, str] = {
 class SamplerFields(_Offered):
     """How tokens are sampled, by names that OpenAI, vLLM and llama.cpp share.
 
-    `SamplingParams` documents the fields, and marks those that are written here as there (`OFFERED`).
+    `SamplingParams` documents the fields; `OFFERED_FIELDS` have the same form in requests.
     """
 
     other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
@@ -156,7 +156,7 @@ class SamplerFields(_Offered):
 
 
 def llama_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sampling values, which are by their names in `SamplingParams`, by the names of llama.cpp and of Ollama."""
+    """Rename sampling values from their names in `SamplingParams` to those of llama.cpp and Ollama."""
     return {"repeat_penalty" if name == "repetition_penalty" else name: value for name, value in values.items()}
 
 
@@ -170,7 +170,7 @@ class LlamaFields(SamplerFields):
 
     repeat_penalty: Annotated[float, fields.bounded("repetition_penalty")] | None = None
 
-    def drawing(self) -> dict[str, Any]:
+    def given_values(self) -> dict[str, Any]:
         """Return the fields that are set, by their names in `SamplingParams`."""
         given = sampling_values(self) | {"repetition_penalty": self.repeat_penalty}
         return {name: value for name, value in given.items() if value is not None and (name, value) != ("seed", -1)}
@@ -204,7 +204,7 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
 
 
 class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.ModelFields):
-    """How to generate; null always means absent: then the model's default applies or, without one, the server's.
+    """How to generate; null means absent: then the model's default applies or, without one, the server's.
 
     Attributes:
         use_beam_search: find the `n` best answers, at most 10, by beam search, which ranks them by the model's own

@@ -244,9 +244,9 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=fields.MAX_ME
 
 
 def check_history(messages: Sequence[Message]) -> None:
-    """Check that each tool call has exactly one result right after it, and that each result has a call.
+    """Check that each tool call has exactly one result before the next other message, and that each result has a call.
 
-    Later turns may repeat ids. Raises the error that pydantic reports.
+    Later turns may repeat ids. Raises an error that pydantic reports.
     """
     pending: dict[str, None] = {}
     for index, message in enumerate(messages):
