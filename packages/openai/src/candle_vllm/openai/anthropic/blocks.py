@@ -65,9 +65,7 @@ def one_of(allowed: Collection[str]) -> Callable[[Any], Any]:
 
 
 class TextBlock(WireModel):
-    """Text. `cache_control` has no effect, because prefix caching needs no marks; nor has `parsed_output`, which
-    Anthropic's client adds to an answer's text blocks.
-    """
+    """Text. `cache_control` and `parsed_output`, which Anthropic's client adds to an answer's text, have no effect."""
 
     type: Literal["text"]
     text: str

@@ -93,15 +93,15 @@ class NamedJson:
         fence = self.fenced and bool((yield from reader.take(*_FENCES)))
         if fence:
             yield from reader.skip_space()
-        told = fence or self.name_end not in _COMMON  # arguments must follow, whatever they look like
+        certain = fence or self.name_end not in _COMMON  # arguments must follow, whatever they look like
         mark = yield from reader.peek()
         if mark == '"':
             calls.begin(name, given_id)
             calls.end((yield from read_text_of_string(reader, calls.arguments)))
-        elif mark == "{" or (mark == "[" and told):
+        elif mark == "{" or (mark == "[" and certain):
             calls.begin(name, given_id)
             calls.end((yield from read_value(reader, calls.arguments, markers(*self.closers))))
-        elif (yield from self._nothing(reader, told, fence)):
+        elif (yield from self._nothing(reader, certain, fence)):
             calls.begin(name, given_id)
             calls.arguments("{}")
             calls.end()
@@ -112,9 +112,9 @@ class NamedJson:
             yield from skip_closers(reader, ("```",))
         return True
 
-    def _nothing(self, reader: Reader, told: bool, fence: bool) -> Need[bool]:
+    def _nothing(self, reader: Reader, certain: bool, fence: bool) -> Need[bool]:
         """Whether there are no arguments, or null in their place, which is consumed."""
-        word = (yield from reader.take("null")) if told else ""
+        word = (yield from reader.take("null")) if certain else ""
         yield from reader.skip_space()
         ends = (*self.closers, *(("```",) if fence else ()))
         end = (yield from reader.take(*ends)) if ends else ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Messages that are text with marks: where reasoning and calls begin and end (step 10 of a request's life).
 
-A mark in quotes or in code is text. Text that was wrongly taken for a call is parsed again as text, up to a limit.
+A mark in quotes or in code is text. Text that was wrongly taken for a call is searched for marks again, up to a limit.
 """
 
 from __future__ import annotations

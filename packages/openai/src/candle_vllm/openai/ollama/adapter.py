@@ -74,7 +74,7 @@ class OllamaAdapter:
             answer = await self._raw(request)
         else:
             answer = await self._bounded(self._prompt_task, request)
-        # With images there is no `context`, because the next request would have only their placeholders.
+        # With images there is no `context`: the next request could not give their placeholders the images again.
         context = None if request.raw or request.suffix or request.images else answer.prompt
         ends = self._adapter.model_info.eos_token_ids
         return LineStream(answer, answers.LineWriter(times, chat=False, ends=ends, context=context))
@@ -105,7 +105,7 @@ class OllamaAdapter:
         return answers.Vectors(
             model=made.model,
             embeddings=tuple(cast("list[float]", each.embedding) for each in made.data),
-            **times.told(),
+            **times.durations(),
             prompt_eval_count=made.usage.prompt_tokens,
         )
 
