@@ -22,7 +22,7 @@ _ONE = re.compile(_STRING, re.DOTALL)
 _IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
 _OPEN, _CLOSE = "([{", ")]}"
 _BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow a keyword argument's string, and a string in a list or an object
-_KEYS = re.compile(r"\w*")
+_KEYS = re.compile(r"[^\s\"'()\[\]{},=\ud800-\udfff]*")
 _WORDS = {"true": "true", "false": "false", "null": "null"}
 _METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
 
@@ -86,7 +86,7 @@ class _Arguments:
         while True:
             text, end = yield from self._piece()
             key = ""
-            if end == "=" and _KEY.fullmatch(text):
+            if end == "=" and (_KEY.fullmatch(text) or text in self._order):
                 key = text
                 text, end = yield from self._piece(inside=True)
             if not end and not self._reader.whole:
