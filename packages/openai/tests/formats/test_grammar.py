@@ -395,7 +395,7 @@ NOT_WRITTEN = (
     ("hermes", '{"arguments": {}, "name"', "arguments before the name"),
     ("hermes", "\\u00e9", "an escape that is not needed"),
     ("hermes", '"arguments": "{', "arguments as a string"),
-    ("hermes", '<tool_call>{"name": "3d-now", "arguments": {}}', "no closing tag"),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {}}', "no closing tag"),
     ("hermes", "{'name'", "single quotes"),
     ("hermes", "```json", "a fenced block in place of the tag"),
     ("qwen3_coder", "x = '</parameter>'", "the closing tag in a value"),
