@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from candle_vllm.core.errors import PromptTooLongError, RequestError
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.answers import AnswerStream, ChunkStream
 from candle_vllm.openai.errors import UnsupportedParameterError
@@ -151,8 +151,10 @@ class OllamaAdapter:
         return made
 
     def _chat_task(self, request: wires.ChatRequest) -> Task:
+        if not request.messages:
+            raise InvalidParameterError("messages must not be empty", "messages")
         use = tool_use(request.tools or (), None, None)
-        messages = read_messages(request.messages or ())
+        messages = read_messages(request.messages)
         last = messages[-1]
         return Task(
             messages=messages,
