@@ -90,6 +90,7 @@ def test_many_wrong_entries_are_not_all_listed(fields: dict[str, Any]) -> None:
         ({"temperature": -0.1}, "temperature", "must be at least 0"),
         ({"temperature": 100.5}, "temperature", "must be at most 100"),
         ({"top_p": 0}, "top_p", "must be above 0"),
+        ({"reasoning": {"effort": "low"}}, "reasoning", "here it is called 'reasoning_effort'"),
         ({"n": 1.0}, "n", "must be an integer, not 1.0"),
         ({"n": True}, "n", "must be an integer, not true"),
         ({"n": 129}, "n", "must be at most 128, not 129"),

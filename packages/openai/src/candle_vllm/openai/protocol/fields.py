@@ -265,8 +265,8 @@ class WireModel(BaseModel):
         return f"is not a known field; did you mean {near[0]!r}?" if near else "is not a known field"
 
 
-_NAMES_HERE = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens",
-               "temp": "temperature"}  # fmt: skip
+_NAMES_HERE = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens", "max_output_tokens": "max_tokens",
+               "temp": "temperature", "reasoning": "reasoning_effort"}  # fmt: skip
 _OF_THE_OPERATOR = {
     "options": "put its values into the request itself, num_predict as max_tokens",
     "num_ctx": "the operator sets the context with --max-model-len",
