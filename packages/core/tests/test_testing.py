@@ -58,6 +58,12 @@ def test_byte_tokenizer_knows_its_special_tokens() -> None:
     assert tokenizer.decode([0xE2, 0x82]) == "\ufffd"
 
 
+async def test_a_special_token_stands_where_its_characters_begin() -> None:
+    pieces = await pieces_of(ScriptedEngine(["é<｜end｜>a"], special_tokens=["<｜end｜>"]), skip_special_tokens=False)
+    (place, _), *_ = [each for piece in pieces for each in piece.special_tokens]
+    assert "".join(piece.text for piece in pieces)[place:].startswith("<｜end｜>a")
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.text(alphabet="abc é€😀", max_size=20),

@@ -245,6 +245,7 @@ def test_wrong_inputs_name_their_place(given: Any, param: str, message: str) -> 
         ({"truncate": "START"}, "truncate", InvalidParameterError),
         ({"return_multivector": True, "pooling": "mean"}, "return_multivector", InvalidParameterError),
         ({"normalized": True, "normalize": False}, "normalized", InvalidParameterError),
+        ({"normalized": True, "use_activation": False}, "use_activation", InvalidParameterError),
         ({"use_activation": True, "normalize": False}, "use_activation", InvalidParameterError),
         ({"truncate": True, "truncate_prompt_tokens": 1}, "truncate", InvalidParameterError),
         ({"embed_dtype": "float16"}, "embed_dtype", InvalidParameterError),

@@ -26,14 +26,24 @@ from candle_vllm.openai import (
     to_error,
     to_sampling_params,
 )
-from candle_vllm.openai.llama_server import LlamaCompletionRequest
+from candle_vllm.openai.anthropic import MessagesRequest
+from candle_vllm.openai.fim import FimRequest
+from candle_vllm.openai.json_body import parse_body
+from candle_vllm.openai.llama_server import InfillRequest, LlamaCompletionRequest
+from candle_vllm.openai.ollama import ChatRequest, EmbedRequest, GenerateRequest
+from candle_vllm.openai.ollama.request import CalledFunction
+from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
+from candle_vllm.openai.protocol.embeddings import EmbeddingRequest
 from candle_vllm.openai.protocol.fields import (
     COMPLETION_REFUSED_FIELDS,
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
     MAX_PROMPTS,
+    WireModel,
 )
+from candle_vllm.openai.protocol.score import RerankRequest
+from candle_vllm.openai.protocol.tokenizing import TokenizeChatRequest, TokenizeContentRequest, TokenizeTextRequest
 from candle_vllm.openai.remarks import collect_remarks
 
 HI = [{"role": "user", "content": "hi"}]
@@ -80,6 +90,7 @@ def test_many_wrong_entries_are_not_all_listed(fields: dict[str, Any]) -> None:
         ({"temperature": -0.1}, "temperature", "must be at least 0"),
         ({"temperature": 100.5}, "temperature", "must be at most 100"),
         ({"top_p": 0}, "top_p", "must be above 0"),
+        ({"reasoning": {"effort": "low"}}, "reasoning", "here it is called 'reasoning_effort'"),
         ({"n": 1.0}, "n", "must be an integer, not 1.0"),
         ({"n": True}, "n", "must be an integer, not true"),
         ({"n": 129}, "n", "must be at most 128, not 129"),
@@ -173,6 +184,38 @@ def test_completion_refusals_name_the_field(fields: dict[str, Any], param: str, 
     blamed, text = refusal(completion, **fields)
     assert blamed == param
     assert message in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatCompletionRequest, {"messages": HI}),
+        (CompletionRequest, {"prompt": "a"}),
+        (LlamaCompletionRequest, {"prompt": "a"}),
+        (InfillRequest, {"input_prefix": "a", "input_suffix": "b"}),
+        (FimRequest, {"prompt": "a"}),
+        (TokenizeTextRequest, {"prompt": "a"}),
+        (TokenizeChatRequest, {"messages": HI}),
+        (TokenizeContentRequest, {"content": "a"}),
+        (EmbeddingRequest, {"input": "a"}),
+        (CohereEmbedRequest, {"texts": ["a"]}),
+        (RerankRequest, {"query": "a", "documents": ["b"]}),
+        (ChatRequest, {"model": "m"}),
+        (GenerateRequest, {"model": "m"}),
+        (EmbedRequest, {"model": "m"}),
+        (CalledFunction, {"name": "f"}),
+        (MessagesRequest, {"model": "m", "max_tokens": 1, "messages": HI}),
+    ],
+)
+def test_null_means_absent(kind: type[WireModel], body: dict[str, Any]) -> None:
+    for name in kind.wire_names() - body.keys():
+        parse_body(kind, {**body, name: None})
+
+
+def test_another_name_of_a_field_that_is_null() -> None:
+    assert chat(seed=None, random_seed=7).seed == 7
+    given = parse_body(LlamaCompletionRequest, {"prompt": "a", "n_predict": None, "max_tokens": 3})
+    assert given.n_predict == 3
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"a"', b"3"])

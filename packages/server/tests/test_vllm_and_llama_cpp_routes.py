@@ -384,7 +384,7 @@ def test_a_completion_in_llama_cpps_words(start: Callable[..., Any]) -> None:
         assert (params.max_tokens, params.repetition_penalty, params.seed) == (50, 1.1, None)
         assert params.temperature == 0.25
         idle = {"n_cache_reuse": 0, "backend_sampling": True, "samplers": ["top_k"]}
-        cut = client.post("/completion", json={"prompt": [1, 2], "n_predict": 1, **idle}).json()
+        cut = client.post("/completion", json={"prompt": [1, 2], "max_tokens": 1, **idle}).json()
         assert (cut["stop_type"], cut["tokens_predicted"], cut["truncated"]) == ("limit", 1, False)
         endless = client.post("/completion", json={"prompt": "a", "n_predict": -1, "temperature": 0.5}).json()
         assert endless["content"] == "one two three"

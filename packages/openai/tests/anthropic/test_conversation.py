@@ -11,7 +11,13 @@ import pytest
 from candle_vllm.core.errors import ChatTemplateError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter
-from candle_vllm.openai.anthropic import ADVISORY_MESSAGES_FIELDS, MessagesAdapter, to_anthropic_error
+from candle_vllm.openai.anthropic import (
+    ADVISORY_MESSAGES_FIELDS,
+    MessagesAdapter,
+    MessagesRequest,
+    to_anthropic_error,
+)
+from candle_vllm.openai.anthropic.turns import read_turns
 
 USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": "é"}}
 TOOL = {"input_schema": {"type": "object", "properties": {}}, "name": "f", "description": "d"}
@@ -123,6 +129,21 @@ async def test_calls_results_and_thoughts() -> None:
 async def test_results(block: dict[str, Any], shown: str) -> None:
     messages = await rendered(user("x"), assistant([USE]), user([block]))
     assert messages[-1]["content"] == shown
+
+
+def test_texts_and_images_of_a_result_keep_their_order() -> None:
+    image = {"type": "image", "source": {"type": "url", "url": "https://x/a.png"}}
+
+    def shown(*parts: dict[str, Any], **fields: Any) -> list[str]:
+        turns, _ = read_turns(None, MessagesRequest.model_validate({
+            "model": "m", "max_tokens": 1,
+            "messages": [user("x"), assistant([USE]), user([result(list(parts), **fields)])],
+        }).messages)  # fmt: skip
+        return [getattr(part, "text", "image") for part in turns[-1].message.parts]
+
+    assert shown(text("a"), image, text("b"), image) == ["a", "image", "b", "image"]
+    assert shown(image, is_error=True) == ["Error", "image"]
+    assert shown(text("no"), image, is_error=True) == ["Error: no", "image"]
 
 
 async def test_results_of_two_messages_stand_before_what_was_said() -> None:

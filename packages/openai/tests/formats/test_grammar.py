@@ -111,7 +111,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         },
         ["short", "code"],
     ),
-    "now": _object({}),
+    "3d-now": _object({}),  # OpenAI's rule for names allows a digit in front
     "descend": _object(
         {"first": {"$ref": "#/$defs/node"}},
         defs={
@@ -255,7 +255,7 @@ def test_a_line_may_end_behind_the_last_call() -> None:
     vocab = vocabulary(ROWS["hermes"], THINK, bound=False)
     lark = _grammar(TOOLSET)
     assert lark is not None
-    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    call = '<tool_call>\n{"name": "3d-now", "arguments": {}}\n</tool_call>'
     for text in (call, f"{call}\n", f"{call}\n{call}\n"):
         ids = vocab.encode(text)
         assert accepts(vocab.compiler(lark)(), ids) == (len(ids), True)
@@ -587,13 +587,6 @@ def test_an_integer_may_be_listed_as_a_float() -> None:
     begin = vocab.compiler(grammar)
     for n, expected in (("1", True), ("2", True), ("2.5", False), ("3", False)):
         assert accepts(begin(), vocab.encode(f"[f(n={n}, x=3)]"))[1] is expected, n
-
-
-def test_a_name_that_no_parser_takes_is_refused() -> None:
-    tool = TOOLSET[0]._replace(name="1st")
-    assert _grammar([tool]) is not None
-    with pytest.raises(UnsupportedParameterError, match="1st"):
-        _grammar([tool], "qwen3_coder")
 
 
 _TWICE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {  # each definition has the next one twice

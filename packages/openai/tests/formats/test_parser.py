@@ -38,6 +38,34 @@ def test_a_sample_says_what_it_says(sample: Sample) -> None:
         assert tuple(call[0] for call in parsed.calls) == sample.ids
 
 
+@pytest.mark.parametrize("name", ["3d_render", "-x", "9"])
+@by_text
+def test_an_offered_tool_may_have_any_name_that_openai_allows(sample: Sample, name: str) -> None:
+    def renamed(known: str) -> str:
+        return known.replace("get_weather", name)
+
+    tools = {renamed(known): schema for known, schema in TOOLS.items()}
+    read_by = parser(sample.tools, tools, sample.reasoning, in_reasoning=sample.prefilled)
+    parsed = parse(read_by, [renamed(sample.text)])
+    assert parsed.values == [(renamed(known), arguments) for known, arguments in sample.calls]
+    assert parsed.content == renamed(sample.content)
+
+
+@pytest.mark.parametrize("form", ["pythonic", "lfm2", "olmo3", "hermes", "qwen3_coder", "glm45", "kimi_k3", "gemma4"])
+@pytest.mark.parametrize("key", ["max-results", "a.b", "$top", "@type", "1st", "class"])
+def test_an_argument_may_have_any_name(form: str, key: str) -> None:
+    tools = {name: json.loads(json.dumps(schema).replace("city", key)) for name, schema in TOOLS.items()}
+    for sample in (one for one in SAMPLES if one.tools == form and one.calls):
+        text = sample.text.replace("city", key)
+        parsed = parse(parser(form, tools, sample.reasoning, in_reasoning=sample.prefilled), [text])
+        calls = [(name, json.loads(json.dumps(given).replace("city", key))) for name, given in sample.calls]
+        assert parsed.values == calls, text
+    if form == "lfm2":
+        text = f"<|tool_call_start|>[f2(on=true, {key}='x'), get_weather(tags=['a'], {key}='it's, on', days=2)]"
+        values = [("f2", {"on": True, key: "x"}), ("get_weather", {"tags": ["a"], key: "it's, on", "days": 2})]
+        assert parse(parser(form, tools), text).values == values
+
+
 @pytest.mark.one_of_each(23)
 @by_text
 def test_no_cut_changes_a_sample(sample: Sample) -> None:

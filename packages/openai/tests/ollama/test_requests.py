@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import RequestError
-from candle_vllm.openai.ollama import ADVISORY_OPTIONS, ChatRequest, Options, ollama_parser
+from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.openai import OpenAIAdapter
+from candle_vllm.openai.ollama import (
+    ADVISORY_OPTIONS,
+    ChatRequest,
+    GenerateRequest,
+    OllamaAdapter,
+    Options,
+    ollama_parser,
+)
 from candle_vllm.openai.ollama.adapter import read_messages
 from candle_vllm.openai.ollama.request import seconds_of
 from candle_vllm.openai.protocol.generation import SamplerFields
@@ -87,6 +96,21 @@ def test_wrong_fields_are_named(change: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as refusal:
         parse({**ASK, **change})
     assert refusal.value.param == param
+
+
+@pytest.mark.parametrize(("name", "value"), [("raw", True), ("suffix", "x")])
+def test_a_prompt_without_a_template_has_no_system_message(name: str, value: Any) -> None:
+    ask = {"model": "m", "prompt": "a", "system": "b"}
+    with pytest.raises(RequestError, match=f"{name} cannot be combined with system"):
+        ollama_parser(GenerateRequest)({**ask, name: value})
+    assert ollama_parser(GenerateRequest)({**ask, "raw": False, "suffix": ""}).system == "b"
+
+
+async def test_a_conversation_without_messages_is_refused() -> None:
+    adapter = OllamaAdapter(OpenAIAdapter(ScriptedEngine()))
+    for fields in ({}, {"messages": []}):
+        with pytest.raises(RequestError, match="messages must not be empty"):
+            await adapter.chat(parse({"model": "m", **fields}))
 
 
 def test_every_option_has_an_effect_or_a_reason() -> None:

@@ -198,6 +198,10 @@ class EngineFront(ABC):
         name = self._require()[1].tokenizer.token_name
         return [name(token) for token in token_ids]
 
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes that each token adds to a text, of a special token its name."""
+        return list(map(self._require()[1].tokenizer.token_bytes, token_ids))
+
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:

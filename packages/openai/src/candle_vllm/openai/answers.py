@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Outputs of the engine -> events of a request's answers, parsed by a plan -> chunks (step 10 of a request's life).
 
-`AnswerReader` makes events of outputs. `AnswerStream` and `ChunkStream` are the stages that run when an output arrives.
+`AnswerReader` converts outputs to events. `AnswerStream` and `ChunkStream` run as each output arrives.
 """
 
 from __future__ import annotations
@@ -240,12 +240,12 @@ class AnswerReader:
         if output.finish_reason is not None:
             _check_output(output, self._task.paths)
         choice = prompt * self._task.choices + output.index
-        if (told := output.progress) is not None:
+        if (progress := output.progress) is not None:
             counts = Usage(
-                prompt_tokens=told.tokens,
+                prompt_tokens=progress.tokens,
                 completion_tokens=0,
                 cached_tokens=output.num_cached_tokens,
-                prompt_ms=told.seconds * 1000,
+                prompt_ms=progress.seconds * 1000,
             )
             return [Progress(choice, self.head, output.num_prompt_tokens, counts)]
         if self._awaits_prompt:
@@ -441,7 +441,7 @@ class _Writing(Generic[ChunkT]):
             with self.worded():
                 if error is not None:
                     raise error
-        except Exception as told:
-            error = told
+        except Exception as reworded:
+            error = reworded
         self.receiver.end(error)
         del error  # its traceback keeps this frame alive

@@ -432,7 +432,7 @@ def octets(
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body and the headers of an answer with `encoding_format` bytes or bytes_only."""
     body, data, dtype = bytearray(), list[dict[str, Any]](), request.embed_dtype or "float32"
-    told = {"embed_dtype": dtype, "endianness": request.endianness or "native"}
+    form = {"embed_dtype": dtype, "endianness": request.endianness or "native"}
     for item in made.data:
         given = item.embedding if isinstance(item, embeddings.Embedding) else item.data
         rows = [base64.b64decode(str(each)) for each in ([given] if isinstance(given, str) else given)]
@@ -440,7 +440,7 @@ def octets(
         width = len(rows[0]) // ELEMENTS[_ELEMENTS[dtype]].itemsize if rows else 0
         shape = (len(rows), width)[isinstance(given, str) :]
         place = {"start": len(body) - sum(map(len, rows)), "end": len(body), "shape": shape}
-        data.append({"index": item.index, **told, **place})
+        data.append({"index": item.index, **form, **place})
     answer = {name: getattr(made, name) for name in ("id", "created", "model", "usage")} | {"data": data}
     described = json.dumps(msgspec.to_builtins(answer), separators=(",", ":"))  # ASCII, as headers must be
     return bytes(body), {"metadata": described} if request.encoding_format == "bytes" else {}

@@ -48,6 +48,8 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         """Return the tokens' entries in the vocabulary."""
         ...
 
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]: ...
+
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:

@@ -27,8 +27,7 @@ BIG = 64 << 10  # bytes; the steps of larger requests run one at a time
 MAX_STEPS = 4096  # maximum number of waiting jobs of each kind, see `apart`
 
 asker: ContextVar[str] = ContextVar("asker", default="")
-"""The caller of the current request, as the label of an API key; empty on a server that does not distinguish callers.
-"""
+"""Label of the current request's API key; empty on a server that does not distinguish callers."""
 
 
 @dataclass(eq=False)
@@ -80,6 +79,7 @@ request_bytes: ContextVar[RequestBytes] = ContextVar("request_bytes")
 
 
 def this_request() -> RequestBytes:
+    """Return the account of the current request, which is created on first use."""
     mine = request_bytes.get(None)
     if mine is None:
         request_bytes.set(mine := RequestBytes())

@@ -44,7 +44,7 @@ class FimRequest(WireModel):
     top_p: Annotated[float, bounded("top_p")] | None = None
     max_tokens: MaxTokens | None = None
     min_tokens: Annotated[int, bounded("min_tokens")] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stop: Stop | None = None
     random_seed: Annotated[int, bounded("seed", ge=0)] | None = None
     metadata: dict[str, Any] | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Bytes -> JSON value, strictly by RFC 8259 -> validated request of its class (step 2), and answers -> bytes.
+"""Bytes -> JSON value, strictly by RFC 8259 -> validated request (step 2 of a request's life), and answers -> bytes.
 
 In JSON, besides invalid syntax, these are refused: duplicate names, NaN and Infinity, lone surrogates, nesting beyond
 `MAX_DEPTH`, and more values, arrays, objects and names than the limits below, which cost much time and memory.

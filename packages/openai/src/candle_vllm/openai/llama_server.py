@@ -24,7 +24,14 @@ from candle_vllm.openai.chat_answers import RunningTimings, wire_progress, wire_
 from candle_vllm.openai.events import Begun, Ended, Event, Progress, Text, Usage
 from candle_vllm.openai.logprobs import LOWEST
 from candle_vllm.openai.protocol import fields
-from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs, LoraScales, lora_scales, sampling_names
+from candle_vllm.openai.protocol.generation import (
+    OTHER_NAMES,
+    LlamaFields,
+    Logprobs,
+    LoraScales,
+    lora_scales,
+    sampling_names,
+)
 from candle_vllm.openai.protocol.structured import LlamaForms
 from candle_vllm.openai.protocol.usage import PromptProgress, Timings
 from candle_vllm.openai.requests import sampling_params
@@ -43,7 +50,6 @@ _REFUSED: Mapping[str, fields.Refusal] = {
     "t_max_prompt_ms": fields.Refusal("a prompt is always read whole", idle=True),
     "t_max_predict_ms": fields.Refusal("n_predict bounds an answer", idle=True),
     "n_indent": fields.Refusal("stop ends an answer", idle=True),
-    "max_tokens": fields.Refusal("here it is called n_predict"),
     **{name: fields.REFUSED_FIELDS[name] for name in ("n_cache_reuse", "backend_sampling", "samplers")},
 }
 
@@ -87,17 +93,18 @@ class _Asked(LlamaFields, LlamaForms):
     """
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = _REFUSED
+    other_names: ClassVar[Mapping[str, str]] = {**OTHER_NAMES, "max_tokens": "n_predict"}
 
     model: fields.ModelName | None = None
-    stream: bool = False
+    stream: bool | None = None
     n_predict: Annotated[int, fields.bounded("max_tokens", ge=-2)] | None = None
     ignore_eos: bool | None = None
     lora: LoraScales | None = None
     n_probs: Logprobs | None = None
     logit_bias: Annotated[Any, BeforeValidator(_biases)] = None
-    return_tokens: bool = False
-    timings_per_token: bool = False
-    return_progress: bool = False
+    return_tokens: bool | None = None
+    timings_per_token: bool | None = None
+    return_progress: bool | None = None
 
     cache_prompt: bool | None = None
     id_slot: _Limit | None = None
@@ -109,7 +116,7 @@ class _Asked(LlamaFields, LlamaForms):
         """Return the options of the request under their names in `SamplingParams`."""
         limit = self.n_predict
         limits = {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
-        return self.drawing() | limits | ({"logprobs": self.n_probs} if self.n_probs else {})
+        return self.given_values() | limits | ({"logprobs": self.n_probs} if self.n_probs else {})
 
     @model_validator(mode="after")
     def _form_is_right(self) -> Self:
@@ -133,12 +140,13 @@ class MediaPrompt(fields.WireModel):
 
 
 def _form(value: Any) -> str:
-    """Return pydantic's union tag of a prompt, or of a list of prompts."""
-    if isinstance(value, dict):
-        return "<object>"
-    form = fields.prompt_form(value)
-    several = isinstance(value, list) and value and isinstance(value[0], (str, list, dict))
-    return "<list>" if several else form
+    """Return pydantic's union tag of a prompt."""
+    return "<object>" if isinstance(value, dict) else "<tokens>" if isinstance(value, list) else "<string>"
+
+
+def _several(value: Any) -> bool:
+    """Whether a value is a list of prompts, not of token ids."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], (str, list, dict, MediaPrompt))
 
 
 _Prompt = Annotated[
@@ -153,11 +161,9 @@ class LlamaCompletionRequest(_Asked):
     """A prompt: a text, its token ids, or a text with images; or a list of prompts, each of which gets an answer."""
 
     prompt: Annotated[
-        Annotated[str, Tag("<string>")]
-        | Annotated[fields.TokenIds, Tag("<tokens>")]
-        | Annotated[MediaPrompt, Tag("<object>")]
-        | Annotated[list[_Prompt], Field(min_length=1, max_length=fields.MAX_PROMPTS, fail_fast=True), Tag("<list>")],
-        Discriminator(_form),
+        Annotated[_Prompt, Tag("<one>")]
+        | Annotated[list[_Prompt], Field(max_length=fields.MAX_PROMPTS, fail_fast=True), Tag("<list>")],
+        Discriminator(lambda value: "<list>" if _several(value) else "<one>"),
     ]
 
     @model_validator(mode="after")
@@ -169,8 +175,7 @@ class LlamaCompletionRequest(_Asked):
     @property
     def prompts(self) -> list[str | list[int] | MediaPrompt]:
         """The prompts as a list."""
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return cast(Any, self.prompt) if several else [cast(Any, self.prompt)]
+        return cast(Any, self.prompt) if _several(self.prompt) else [cast(Any, self.prompt)]
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
         """Convert the request to tasks, one for each prompt."""
@@ -217,13 +222,13 @@ class InfillRequest(_Asked):
 
     input_prefix: str
     input_suffix: str
-    prompt: str = ""
+    prompt: str | None = None
     input_extra: Annotated[list[Extra], Field(max_length=MAX_EXTRA, fail_fast=True)] | None = None
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
         """Convert the request to one task; without a suffix, the task continues the text."""
         before = "".join(_SNIPPET + each.text for each in self.input_extra or ())
-        prefix = (f"{before}\n\n{self.input_prefix}" if before else self.input_prefix) + self.prompt
+        prefix = (f"{before}\n\n{self.input_prefix}" if before else self.input_prefix) + (self.prompt or "")
         return [Task(prompts=(prefix,), suffix=self.input_suffix, **shared)]
 
 
@@ -311,10 +316,10 @@ async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mappin
         "paths": Paths(spelled),
         "form": request.form(),
         "sampling": {**(defaults or {}), **request.sampling(), **({"logit_bias": bias} if bias else {}),
-                     "prompt_progress": request.return_progress and request.stream},
+                     "prompt_progress": bool(request.return_progress and request.stream)},
         "scored_only": request.n_predict == 0,
-        "tell_ids": request.stream or request.return_tokens or request.timings_per_token,
-        "tell_counts": request.timings_per_token,
+        "tell_ids": bool(request.stream or request.return_tokens or request.timings_per_token),
+        "tell_counts": bool(request.timings_per_token),
         "lora": lora_scales(request.lora),
     })  # fmt: skip
     return [replace(task, add_special_tokens=not _begins(task.prompts[0], adapter.beginning)) for task in tasks]
@@ -343,7 +348,7 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
         "logit_bias": [{"token": token, "bias": bias} for token, bias in biases.items()],
         "n_probs": request.n_probs or 0,
         "grammar": request.grammar or "",
-        "timings_per_token": request.timings_per_token,
+        "timings_per_token": bool(request.timings_per_token),
     }
 
 

@@ -178,8 +178,8 @@ def stop_marks(
         reasoning: the model's reasoning format, if it has one.
         form: the model's tool-call format, whose marks begin and end calls.
         tools: names of the tools that may be called; without tools, text in the form of a call is text.
-        special: names of the special tokens in marks. An answer may mention other opening marks of reasoning, so these
-            count only at the beginning of a part.
+        special: names of the special tokens in marks. Text may contain an opening mark of reasoning that is no special
+            token, so such a mark counts only at the beginning of a part.
     """
     flow = (form.flow if form else None) or (reasoning.flow if reasoning else None)
     if flow is not None:
@@ -244,7 +244,7 @@ def constrain(
     """Return the constraint on an answer's whole text; None if any text is allowed.
 
     If calls are required, structured output does not apply, because it is about content, which such an answer does not
-    have. If the model chooses, the answer is either calls or what `structured` requires.
+    have. If the model chooses, the answer is either calls or content that follows `structured`.
 
     Args:
         structured: constraint on the content, if there is one.

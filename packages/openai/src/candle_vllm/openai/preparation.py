@@ -38,7 +38,7 @@ from candle_vllm.openai.serving import WorkerThreads, check_length
 from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart, images_of, template_messages
 
 MAX_PIXELS = 1 << 28  # pixels of all images of a request: a few bytes can encode an image of the maximum size
-_GROUP, _MOST_SPLIT = 16, 4  # tools whose schemas are tried together, and refused groups that are tried one by one
+_GROUP, _MOST_SPLIT = 16, 4  # tools whose schemas are tried together; refused groups whose tools are tried one by one
 
 
 _NOT_SHOWN = TextPart("[an image, which this model cannot see]")
@@ -183,8 +183,8 @@ class TaskPreparation:
         self._engine.look(prompt, [data], ["the image"])
 
     def _with_images(self, task: Task) -> tuple[Task, Unseen | None]:
-        """Begin to fetch the images of a task. If the model reads text only, refuse them, except in tool results: a
-        notice replaces these, because an agent cannot remove them."""
+        """Begin to fetch the images of a task, or refuse them; if the model reads text only, a notice replaces those in
+        tool results, because an agent cannot remove them."""
         images = images_of(task.messages)
         if "image" in self._engine.model_info.modalities:
             return task, self._begun(task, images)
@@ -226,8 +226,7 @@ class TaskPreparation:
     def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
         """Compile the constraint on the answer, which may take seconds; raises `RequestError`.
 
-        A schema of a tool that is not strict is enforced if possible; otherwise the request runs without its
-        enforcement.
+        The schema of a tool that is not strict is not enforced if it cannot be.
         """
         with task.paths.blamed():
             asked, form = task.form, prepared.params.structured_outputs
@@ -287,8 +286,8 @@ class TaskPreparation:
     def _loose(self, task: Task, text: str) -> dict[str, str]:
         """Map the non-strict tools whose schema cannot be enforced to the reasons.
 
-        Groups of tools are tried first. The tools of a refused group are tried one by one, in `_MOST_SPLIT` groups, and
-        otherwise found as a whole; if the rest is refused together, all tools are found.
+        Groups of tools are tried first, and then each tool of the first `_MOST_SPLIT` refused groups; further refused
+        groups are returned whole. If the remaining tools are refused together, all non-strict tools are returned.
 
         Raises InvalidParameterError if the schema of a strict tool cannot be enforced.
         """

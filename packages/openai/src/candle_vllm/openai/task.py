@@ -65,7 +65,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     """A message of a conversation.
 
     Attributes:
-        parts: content; consecutive texts are joined by line breaks.
+        parts: content; without images, its texts are joined by line breaks.
         thoughts, calls: reasoning and tool calls of an assistant message.
         call_id: id of the call that a tool message answers.
         name: name of the participant, or of the function that was called.
@@ -275,8 +275,8 @@ _Mend = Callable[[str], str | None]
 def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
     """Return one dictionary per message; call arguments become objects.
 
-    The content is one string, or a list of parts if there are images. A tool message gets the name of its function:
-    templates may need it, and clients omit it. `fit` adapts the messages to what the template `needs`.
+    The content is one string, or a list of parts if there are images. A tool message gets the name of its function,
+    because templates may need it and clients omit it. `fit` adapts the messages to what the template `needs`.
     """
     left = 0 if needs is None or needs.arguments_as_text else _MOST_MENDED
 
@@ -297,7 +297,7 @@ def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None =
 
 
 def text_of(message: Message) -> str:
-    """Return the text of a message; its parts are joined by line breaks."""
+    """Return the texts of a message, joined by line breaks."""
     return "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 

@@ -20,8 +20,6 @@ from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.task import Task
 
-_PLAIN = "a"  # detokenized before a token, whose leading space some tokenizers would drop
-
 
 def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.TokenizeRequest:
     """Parse and validate a tokenize request from a body or an object; raises `RequestError`."""
@@ -87,13 +85,11 @@ class TokenizingAdapter:
         return self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
 
     def _content(self, request: tokenizing.TokenizeContentRequest) -> tokenizing.TokenizedContent:
-        ids = self._engine.tokenize(request.content, add_special_tokens=request.add_special)
+        ids = self._engine.tokenize(request.content, add_special_tokens=bool(request.add_special))
         if not request.with_pieces:
             return tokenizing.TokenizedContent(tokens=tuple(ids))
-        pairs = zip(ids, self._texts(ids), strict=True)
-        return tokenizing.TokenizedContent(
-            tokens=tuple(tokenizing.TokenPiece(id=token, piece=text) for token, text in pairs)
-        )
+        pairs = zip(ids, self._engine.token_bytes(ids), strict=True)
+        return tokenizing.TokenizedContent(tokens=tuple(tokenizing.TokenPiece.of(*pair) for pair in pairs))
 
     def _tokenized(
         self, request: tokenizing.TokenizeTextRequest | tokenizing.TokenizeChatRequest, ids: Sequence[int]
@@ -104,13 +100,6 @@ class TokenizingAdapter:
             tokens=tuple(ids),
             token_strs=tuple(self._engine.token_names(ids)) if request.return_token_strs else None,
         )
-
-    def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """Return the text of each token, detokenized after `_PLAIN`, because some tokenizers drop a leading space."""
-        first = self._engine.tokenize(_PLAIN, add_special_tokens=False)
-        start = len(self._engine.detokenize(first, skip_special_tokens=False))
-        texts = {token: self._engine.detokenize([*first, token], skip_special_tokens=False)[start:] for token in {*ids}}
-        return tuple(texts[token] for token in ids)
 
     def _detokenized(self, ids: Sequence[int]) -> tokenizing.Detokenized:
         vocabulary = self._engine.model_info.vocab_size

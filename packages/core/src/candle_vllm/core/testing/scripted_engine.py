@@ -179,7 +179,11 @@ class ScriptedEngine(ScriptedVectors):
 
     def token_names(self, token_ids: Sequence[int]) -> list[str]:
         """Return each token's bytes in hexadecimal, so that its name differs from its text."""
-        return [self.tokenizer.token_bytes(token).hex() for token in token_ids]
+        return [data.hex() for data in self.token_bytes(token_ids)]
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Return each token's bytes."""
+        return list(map(self.tokenizer.token_bytes, token_ids))
 
     def reset_prefix_cache(self) -> None:
         """Count the call in `prefix_cache_resets`; there is no cache."""

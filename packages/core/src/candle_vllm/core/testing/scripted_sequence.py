@@ -132,7 +132,7 @@ class ScriptedSequence:
             self._text += self._stops.feed(text, armed=may_stop, special=name)
             self._length += len(text)
             if token >= 256:
-                self._special.append((self._length - len(self._token_bytes(token)), token))
+                self._special.append((self._length - len(name), token))
         if self._finish is None and self._stops.found is not None:
             self._finish, self._stop_reason = FinishReason.STOP, self._stops.found
             self._decoder.reset()

@@ -13,7 +13,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
-from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.fields import (
+    MAX_PARTS,
+    Name,
+    Refusal,
+    WireModel,
+    by_type,
+    invalid,
+    list_form,
+    unsupported,
+)
 from candle_vllm.openai.task import ImagePart
 
 _USER = ("text", "image", "document", "tool_result")
@@ -31,10 +40,32 @@ _HOSTED = frozenset({
 CacheControl = dict[str, Any]
 
 
+def type_of(value: Any) -> str:
+    """Return the `type` of an object; raises an error that pydantic reports if the object has no `type`."""
+    if isinstance(value, WireModel):
+        return str(getattr(value, "type", ""))
+    if not isinstance(value, dict):
+        raise invalid("", "must be an object with a type")
+    if "type" not in value:
+        raise invalid("type", "is required")
+    if not isinstance(value["type"], str):
+        raise invalid("type", "must be a string")
+    return value["type"]
+
+
+def one_of(allowed: Collection[str]) -> Callable[[Any], Any]:
+    """Return a validator that requires the type of an object to be one of `allowed`; null passes."""
+
+    def check(value: Any) -> Any:
+        if value is not None and (kind := type_of(value)) not in allowed:
+            raise invalid("type", f"must be one of {', '.join(allowed)}, not {kind!r:.60}")
+        return value
+
+    return check
+
+
 class TextBlock(WireModel):
-    """Text. `cache_control` has no effect, because prefix caching needs no marks; nor has `parsed_output`, which
-    Anthropic's client adds to an answer's text blocks.
-    """
+    """Text. `cache_control` and `parsed_output`, which Anthropic's client adds to an answer's text, have no effect."""
 
     type: Literal["text"]
     text: str
@@ -125,8 +156,8 @@ class ImageBlock(WireModel):
         Annotated[Base64Source, Tag("<base64>")]
         | Annotated[UrlSource, Tag("<url>")]
         | Annotated[FileSource, Tag("<file>")],
-        Discriminator(lambda value: _kind(value)),
-        BeforeValidator(lambda value: one_of(("base64", "url", "file"))(value)),
+        Discriminator(by_type("base64", "url", otherwise="file")),
+        BeforeValidator(one_of(("base64", "url", "file"))),
     ]
     cache_control: CacheControl | None = None
 
@@ -161,8 +192,8 @@ class ContentSource(WireModel):
     type: Literal["content"]
     content: Annotated[
         Annotated[str, Field(min_length=1), Tag("<string>")]
-        | Annotated[list[TextBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
-        Discriminator(lambda value: _form(value)),
+        | Annotated[list[TextBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+        Discriminator(list_form),
     ]
 
     @property
@@ -182,7 +213,7 @@ class DocumentBlock(WireModel):
     type: Literal["document"]
     source: Annotated[
         Annotated[PlainTextSource, Tag("<text>")] | Annotated[ContentSource, Tag("<content>")],
-        Discriminator(lambda value: _kind(value)),
+        Discriminator(by_type("text", otherwise="content")),
         BeforeValidator(_readable),
     ]
     title: Annotated[str, Field(max_length=500)] | None = None
@@ -212,30 +243,6 @@ class ToolReferenceBlock(WireModel):
         return f"Tool: {self.tool_name}"
 
 
-def type_of(value: Any) -> str:
-    """Return the `type` of an object; raises an error that pydantic reports if the object has no `type`."""
-    if isinstance(value, WireModel):
-        return str(getattr(value, "type", ""))
-    if not isinstance(value, dict):
-        raise invalid("", "must be an object with a type")
-    if "type" not in value:
-        raise invalid("type", "is required")
-    if not isinstance(value["type"], str):
-        raise invalid("type", "must be a string")
-    return value["type"]
-
-
-def one_of(allowed: Collection[str]) -> Callable[[Any], Any]:
-    """Return a validator that requires the type of an object to be one of `allowed`; null passes."""
-
-    def check(value: Any) -> Any:
-        if value is not None and (kind := type_of(value)) not in allowed:
-            raise invalid("type", f"must be one of {', '.join(allowed)}, not {kind!r:.60}")
-        return value
-
-    return check
-
-
 def _checked(allowed: Collection[str], place: str) -> Callable[[Any], Any]:
     """Return a validator that requires a block's type to be one of `allowed`; `place` is for messages."""
 
@@ -256,28 +263,19 @@ def _checked(allowed: Collection[str], place: str) -> Callable[[Any], Any]:
     return check
 
 
-def _kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>"
-
-
-def _form(value: Any) -> str:
-    return "<blocks>" if isinstance(value, list) else "<string>"
-
-
 # Paths in error messages omit tags in angle brackets.
 _ResultBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
     | Annotated[ImageBlock, Tag("<image>")]
     | Annotated[DocumentBlock, Tag("<document>")]
     | Annotated[ToolReferenceBlock, Tag("<tool_reference>")],
-    Discriminator(_kind),
+    Discriminator(by_type(*_RESULT, otherwise="text")),
     BeforeValidator(_checked(_RESULT, "a tool_result")),
 ]
 _ResultContent = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[list[_ResultBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
-    Discriminator(_form),
+    | Annotated[list[_ResultBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(list_form),
 ]
 
 
@@ -299,7 +297,7 @@ _UserBlock = Annotated[
     | Annotated[ImageBlock, Tag("<image>")]
     | Annotated[DocumentBlock, Tag("<document>")]
     | Annotated[ToolResultBlock, Tag("<tool_result>")],
-    Discriminator(_kind),
+    Discriminator(by_type(*_USER, otherwise="text")),
     BeforeValidator(_checked(_USER, "a user message")),
 ]
 _AssistantBlock = Annotated[
@@ -307,21 +305,21 @@ _AssistantBlock = Annotated[
     | Annotated[ThinkingBlock, Tag("<thinking>")]
     | Annotated[RedactedThinkingBlock, Tag("<redacted_thinking>")]
     | Annotated[ToolUseBlock, Tag("<tool_use>")],
-    Discriminator(_kind),
+    Discriminator(by_type(*_ASSISTANT, otherwise="text")),
     BeforeValidator(_checked(_ASSISTANT, "an assistant message")),
 ]
 _String = Annotated[str, Tag("<string>")]
 _Words = Annotated[str, Field(min_length=1), Tag("<string>")]
 
 SystemContent = Annotated[
-    _String | Annotated[list[_SystemBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
-    Discriminator(_form),
+    _String | Annotated[list[_SystemBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(list_form),
 ]
 UserContent = Annotated[
-    _Words | Annotated[list[_UserBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
-    Discriminator(_form),
+    _Words | Annotated[list[_UserBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(list_form),
 ]
 AssistantContent = Annotated[
-    _String | Annotated[list[_AssistantBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
-    Discriminator(_form),
+    _String | Annotated[list[_AssistantBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(list_form),
 ]

@@ -9,11 +9,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.core.sampling import params as caps
-from candle_vllm.openai.anthropic.blocks import CacheControl, SystemContent, one_of, type_of
+from candle_vllm.openai.anthropic.blocks import CacheControl, SystemContent, one_of
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, check_history
 from candle_vllm.openai.anthropic.tools import AnyTool, Tool, ToolChoice
 from candle_vllm.openai.json_body import parse_body
-from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, WireModel, bounded, invalid
+from candle_vllm.openai.protocol.fields import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    Name,
+    Refusal,
+    WireModel,
+    bounded,
+    by_type,
+    invalid,
+)
 from candle_vllm.openai.protocol.generation import MaxTokens, Text
 from candle_vllm.openai.protocol.tools import Schema, check_tools
 
@@ -102,14 +111,10 @@ class ThinkingOff(WireModel):
     type: Literal["disabled"]
 
 
-def _thinking(value: Any) -> str:
-    return "<off>" if type_of(value) == "disabled" else "<on>"
-
-
 # Tags in angle brackets are omitted from the paths in error messages.
 Thinking = Annotated[
-    Annotated[ThinkingOn, Tag("<on>")] | Annotated[ThinkingOff, Tag("<off>")],
-    Discriminator(_thinking),
+    Annotated[ThinkingOn, Tag("<on>")] | Annotated[ThinkingOff, Tag("<disabled>")],
+    Discriminator(by_type("disabled", otherwise="on")),
     BeforeValidator(one_of(("enabled", "adaptive", "disabled"))),
 ]
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
 
-from candle_vllm.openai.anthropic.blocks import CacheControl, one_of, type_of
-from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.anthropic.blocks import CacheControl, one_of
+from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, by_type, invalid, unsupported
 from candle_vllm.openai.protocol.tools import ArgumentsSchema
 
 MAX_TOOL_NAME = 128  # characters of a tool's name; Anthropic's limit
@@ -117,15 +117,10 @@ class NoneChoice(WireModel):
     type: Literal["none"]
 
 
-def _choice(value: Any) -> str:
-    kind = type_of(value)
-    return f"<{kind}>" if kind in ("tool", "none") else "<auto>"
-
-
 ToolChoice = Annotated[
     Annotated[AutoChoice, Tag("<auto>")]
     | Annotated[ToolNameChoice, Tag("<tool>")]
     | Annotated[NoneChoice, Tag("<none>")],
-    Discriminator(_choice),
+    Discriminator(by_type("tool", "none", otherwise="auto")),
     BeforeValidator(one_of(("auto", "any", "tool", "none"))),
 ]

@@ -11,7 +11,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.anthropic import blocks
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, UserMessage
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOL_CALLS
-from candle_vllm.openai.task import Call, ImagePart, Part, TextPart
+from candle_vllm.openai.task import Call, Part, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
 _BILLING = "x-anthropic-billing-header"  # beginning of a line that Claude Code changes with every request
@@ -93,7 +93,7 @@ class _Turns:
             if isinstance(block, blocks.ImageBlock):
                 self._add("user", block.image(path), source)
             elif isinstance(block, blocks.ToolResultBlock):
-                parts = (TextPart(_result_text(block)), *_result_images(block, path))
+                parts = tuple(_result_parts(block, path))
                 result = TaskMessage(role="tool", parts=parts, call_id=block.tool_use_id)
                 self._results.append(Turn(result, source))
             else:
@@ -179,19 +179,14 @@ def _without_billing(text: str) -> str:
     return text.partition("\n")[2] if text.startswith(_BILLING) else text
 
 
-def _result_images(block: blocks.ToolResultBlock, path: str) -> list[ImagePart]:
-    content = [] if block.content is None or isinstance(block.content, str) else block.content
-    return [
-        one.image(f"{path}.content.{index}") for index, one in enumerate(content) if isinstance(one, blocks.ImageBlock)
-    ]
-
-
-def _result_text(block: blocks.ToolResultBlock) -> str:
-    """Return the text of a result; a task cannot mark errors, so unmarked errors get the prefix "Error"."""
-    content = block.content or ""
-    if not isinstance(content, str):
-        content = "\n".join(part.text for part in content if not isinstance(part, blocks.ImageBlock))
-    text = content
-    if not block.is_error or text.lstrip().lower().startswith(_ERROR_WORDS):
-        return text
-    return f"Error: {text}" if text else "Error"
+def _result_parts(block: blocks.ToolResultBlock, path: str) -> list[Part]:
+    """Return the parts of a result, in order; a task cannot mark errors, so unmarked errors get the prefix "Error"."""
+    parts: list[Part] = [TextPart(block.content)] if isinstance(block.content, str) else []
+    for index, one in enumerate(() if isinstance(block.content, str) else block.content or ()):
+        is_image = isinstance(one, blocks.ImageBlock)
+        parts.append(one.image(f"{path}.content.{index}") if is_image else TextPart(one.text))
+    first = [part.text for part in parts[:1] if isinstance(part, TextPart)]
+    text = "".join(first)
+    if block.is_error and not text.lstrip().lower().startswith(_ERROR_WORDS):
+        parts[: len(first)] = [TextPart(f"Error: {text}" if text else "Error")]
+    return parts

@@ -12,7 +12,7 @@ from candle_vllm.openai.formats.layout import CALL, THOUGHTS, Body
 from candle_vllm.openai.formats.output import Output
 from candle_vllm.openai.formats.reader import Need, Reader, markers
 
-_NAME = re.compile(r"[A-Za-z0-9_.\-:/]*")
+_NAME = re.compile(r"[\w.\-:/]*")
 _ENDS = ("<|end_message|>", "<|content_model_end_sampling|>")
 _CALL = JsonCalls(arguments_key="args", closers=_ENDS)
 

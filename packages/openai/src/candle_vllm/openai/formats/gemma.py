@@ -9,7 +9,7 @@ import re
 
 from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.json_value import read_value
-from candle_vllm.openai.formats.output import NAME, CallSink
+from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
 from candle_vllm.openai.formats.values import ANYTHING, Kinds, argument_kinds, escaped, to_json
 
@@ -43,7 +43,7 @@ class Gemma:
                 break
             text, mark = yield from reader.name(markers("{"))
             name = text.strip(SPACE)
-            if not mark or NAME.fullmatch(name) is None or (self.known_only and name not in calls.tools):
+            if not mark or not calls.is_name(name) or (self.known_only and name not in calls.tools):
                 if calls.count > before and not reader.cut:
                     reader.put_back(prefix + text + mark)
                 break

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from candle_vllm.openai.formats.json_text import read_text_of_string
 from candle_vllm.openai.formats.json_value import read_string, read_value
-from candle_vllm.openai.formats.output import NAME, CallSink, call_id
+from candle_vllm.openai.formats.output import CallSink, call_id
 from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, markers, nowhere
 
 NAME_KEYS = ("name", "tool_name", "function", "function_name")
@@ -208,13 +208,13 @@ class _ObjectReader:
 
     def _may_call(self) -> bool:
         """Whether the object may be a call by its name; a call of a `silent` name is parsed without events."""
-        shape, tools = self._shape, self._calls.tools
-        if self._name in tools:
+        shape, calls = self._shape, self._calls
+        if self._name in calls.tools:
             return True
         if self._name in shape.silent:
-            self._calls = CallSink(nowhere, tools, call_id)
+            self._calls = CallSink(nowhere, calls.tools, call_id)
             return True
-        return not (shape.known_only or shape.offered_only) and NAME.fullmatch(self._name) is not None
+        return not (shape.known_only or shape.offered_only) and calls.is_name(self._name)
 
     def _arguments(self) -> Need[bool]:
         if self._name:

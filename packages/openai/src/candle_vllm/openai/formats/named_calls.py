@@ -12,7 +12,7 @@ from typing import Any
 from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.json_text import read_text_of_string
 from candle_vllm.openai.formats.json_value import read_value
-from candle_vllm.openai.formats.output import NAME, CallSink
+from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, markers, nowhere
 from candle_vllm.openai.formats.values import argument_kinds, escaped
 
@@ -71,7 +71,7 @@ class NamedJson:
             match = _COUNTED.fullmatch(name)
             given_id = prefix + name if match else ""
             name = match[1] if match else name
-        if NAME.fullmatch(name) is None:
+        if not calls.is_name(name):
             return False
         return (yield from self._arguments(reader, calls, name, given_id))
 
@@ -93,15 +93,15 @@ class NamedJson:
         fence = self.fenced and bool((yield from reader.take(*_FENCES)))
         if fence:
             yield from reader.skip_space()
-        told = fence or self.name_end not in _COMMON  # arguments must follow, whatever they look like
+        certain = fence or self.name_end not in _COMMON  # arguments must follow, whatever they look like
         mark = yield from reader.peek()
         if mark == '"':
             calls.begin(name, given_id)
             calls.end((yield from read_text_of_string(reader, calls.arguments)))
-        elif mark == "{" or (mark == "[" and told):
+        elif mark == "{" or (mark == "[" and certain):
             calls.begin(name, given_id)
             calls.end((yield from read_value(reader, calls.arguments, markers(*self.closers))))
-        elif (yield from self._nothing(reader, told, fence)):
+        elif (yield from self._nothing(reader, certain, fence)):
             calls.begin(name, given_id)
             calls.arguments("{}")
             calls.end()
@@ -112,9 +112,9 @@ class NamedJson:
             yield from skip_closers(reader, ("```",))
         return True
 
-    def _nothing(self, reader: Reader, told: bool, fence: bool) -> Need[bool]:
+    def _nothing(self, reader: Reader, certain: bool, fence: bool) -> Need[bool]:
         """Whether there are no arguments, or null in their place, which is consumed."""
-        word = (yield from reader.take("null")) if told else ""
+        word = (yield from reader.take("null")) if certain else ""
         yield from reader.skip_space()
         ends = (*self.closers, *(("```",) if fence else ()))
         end = (yield from reader.take(*ends)) if ends else ""
@@ -174,7 +174,7 @@ def read_arguments(reader: Reader, calls: CallSink, name: str, stops: Markers) -
     """Parse a call's arguments up to one of the marks, which is not consumed."""
     yield from reader.skip_space()
     start = yield from reader.peek()
-    if NAME.fullmatch(name) is not None and (start or reader.whole):
+    if calls.is_name(name) and (start or reader.whole):
         calls.begin(name)
         if start == "{":
             calls.end((yield from read_value(reader, calls.arguments, stops)))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from candle_vllm.openai.formats.json_calls import skip_closers
-from candle_vllm.openai.formats.output import NAME, CallSink
+from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers
 from candle_vllm.openai.formats.values import Kinds, escaped, schema_kinds, sub_schema, to_json
 
@@ -41,7 +41,7 @@ class Nested:
             if not (yield from reader.take(f'{self.tag}<{self.call} name="')):
                 break
             name, mark = yield from reader.name(markers('">'))
-            if not mark or NAME.fullmatch(name) is None:
+            if not mark or not calls.is_name(name):
                 if calls.count > before and not reader.cut:
                     reader.put_back(f'{self.tag}<{self.call} name="{name}{mark}')
                 break

@@ -17,7 +17,7 @@ from candle_vllm.openai.formats.values import escaped
 Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
 MakeId = Callable[[int], str]
 
-NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # function names that are possible in every model's format
+_NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # of a function that the request does not offer
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 _SPECIAL = re.compile("[\ud800-\udfff]")
 
@@ -69,6 +69,10 @@ class CallSink:
         self.count = 0
         self.between: Callable[[str], object] = nowhere
         self.may_begin: Callable[[], bool] | None = None
+
+    def is_name(self, name: str) -> bool:
+        """Whether a text can be the name of a function: of an offered tool, or of one that the model invented."""
+        return name in self.tools or _NAME.fullmatch(name) is not None
 
     def begin(self, name: str, given_id: str = "") -> None:
         """Begin a call of `name`; `given_id` is the id that the model wrote."""

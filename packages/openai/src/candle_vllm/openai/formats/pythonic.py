@@ -13,8 +13,7 @@ from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, SPACES, Need, Reader
 from candle_vllm.openai.formats.values import python_value
 
-_NAME = re.compile(r"[A-Za-z_][\w.\-]{0,255}")
-_NAMES = re.compile(r"[\w.\-]*")
+_NAMES = re.compile(r"[\w.\-:/]*")
 _KEY = re.compile(r"[A-Za-z_]\w{0,255}")
 _PLAIN = re.compile(r"[^\"'()\[\]{},=\ud800-\udfff]*")
 _STRING = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
@@ -23,7 +22,7 @@ _ONE = re.compile(_STRING, re.DOTALL)
 _IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
 _OPEN, _CLOSE = "([{", ")]}"
 _BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow a keyword argument's string, and a string in a list or an object
-_KEYS = re.compile(r"\w*")
+_KEYS = re.compile(r"[^\s\"'()\[\]{},=\ud800-\udfff]*")
 _WORDS = {"true": "true", "false": "false", "null": "null"}
 _METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
 
@@ -61,14 +60,11 @@ class Pythonic:
 
     def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
         yield from reader.skip_space()
-        first = yield from reader.peek()
-        if not first or not (first.isalpha() or first == "_"):
-            return False
         read: list[str] = []
         yield from reader.match(_NAMES, read.append)
         mark = yield from reader.take("(")
         name = "".join(read).removesuffix(_METHOD)
-        if not mark or _NAME.fullmatch(name) is None or (self.known_only and name not in calls.tools):
+        if not mark or not calls.is_name(name) or (self.known_only and name not in calls.tools):
             return False
         calls.begin(name)
         calls.end((yield from _Arguments(reader, calls, name).read()))
@@ -90,7 +86,7 @@ class _Arguments:
         while True:
             text, end = yield from self._piece()
             key = ""
-            if end == "=" and _KEY.fullmatch(text):
+            if end == "=" and (_KEY.fullmatch(text) or text in self._order):
                 key = text
                 text, end = yield from self._piece(inside=True)
             if not end and not self._reader.whole:

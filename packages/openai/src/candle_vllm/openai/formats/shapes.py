@@ -102,11 +102,6 @@ def dsml(section: str, space: str = "") -> Tagged:
     )
 
 
-DSML_NAMED = dataclasses.replace(dsml("function_calls"), known_only=True)
-DSML_NAMED_V4 = dataclasses.replace(dsml("tool_calls"), known_only=True)
-DSML_NAMED_V41 = dataclasses.replace(dsml("calls", " "), known_only=True)
-
-
 def invokes(section: str, tag: str = "") -> Tagged:
     return Tagged(
         name_open=f'<{tag}invoke name="',

@@ -25,6 +25,20 @@ from candle_vllm.openai.formats.tagged import Tagged
 
 _Row = TypeVar("_Row", ToolFormat, ReasoningFormat)
 
+
+def _dsml(name: str, body: Tagged, *types: str) -> ToolFormat:
+    """Return a row of DeepSeek's markup language; `name` is also a model type."""
+    return ToolFormat(
+        name,
+        opens=(body.closers[0].replace("</", "<"),),
+        names=(body.name_open,),
+        bodies=(body,),
+        named=dataclasses.replace(body, known_only=True),
+        ends_thoughts=True,
+        model_types=(name, *types),
+    )
+
+
 GEMMA = Gemma(quote='<|"|>', closers=("<tool_call|>",))
 TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
@@ -70,18 +84,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         "seed_oss",
         opens=("<seed:tool_call>",),
-        bodies=(
-            Tagged(
-                name_open="<function=",
-                name_end=">",
-                key_open="<parameter=",
-                key_end=">",
-                value_end="</parameter>",
-                call_end="</function>",
-                closers=("</seed:tool_call>",),
-                newlines=True,
-            ),
-        ),
+        bodies=(dataclasses.replace(shapes.QWEN, closers=("</seed:tool_call>",)),),
         model_types=("seed_oss",),
     ),
     ToolFormat(
@@ -184,33 +187,9 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ends_thoughts=True,
         strays=shapes.DEEPSEEK_STRAYS,
     ),
-    ToolFormat(
-        "deepseek_v32",
-        opens=("<｜DSML｜function_calls>",),
-        names=(shapes.DSML_NAMED.name_open,),
-        bodies=(shapes.dsml("function_calls"),),
-        named=shapes.DSML_NAMED,
-        ends_thoughts=True,
-        model_types=("deepseek_v32",),
-    ),
-    ToolFormat(
-        "deepseek_v4",
-        opens=("<｜DSML｜tool_calls>",),
-        names=(shapes.DSML_NAMED_V4.name_open,),
-        bodies=(shapes.dsml("tool_calls"),),
-        named=shapes.DSML_NAMED_V4,
-        ends_thoughts=True,
-        model_types=("deepseek_v4",),
-    ),
-    ToolFormat(
-        "deepseek_v41",
-        opens=("<｜DSML｜ calls>",),
-        names=(shapes.DSML_NAMED_V41.name_open,),
-        bodies=(shapes.dsml("calls", " "),),
-        named=shapes.DSML_NAMED_V41,
-        ends_thoughts=True,
-        model_types=shapes.words("deepseek_v41 deepseek_v41_text"),
-    ),
+    _dsml("deepseek_v32", shapes.dsml("function_calls")),
+    _dsml("deepseek_v4", shapes.dsml("tool_calls")),
+    _dsml("deepseek_v41", shapes.dsml("calls", " "), "deepseek_v41_text"),
     ToolFormat(
         "phi4_mini_json",
         opens=("functools",),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, skip_closers
 from candle_vllm.openai.formats.json_value import read_value
-from candle_vllm.openai.formats.output import NAME, CallSink
+from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers, nowhere
 from candle_vllm.openai.formats.values import JSON_TYPES, Kinds, argument_kinds, escaped, kinds_of, to_json
 
@@ -94,7 +94,7 @@ class Tagged:
         name = name.strip(SPACE)
         if self.name_head and (match := re.fullmatch(self.name_head, name)):
             name = match["name"]
-        if NAME.fullmatch(name) is None or not (mark or (reader.whole and not self.name_open)):
+        if not calls.is_name(name) or not (mark or (reader.whole and not self.name_open)):
             return False
         if mark in (first, self.call_end, "{"):
             reader.put_back(mark)

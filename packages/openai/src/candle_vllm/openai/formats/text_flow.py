@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Messages that are text with marks: where reasoning and calls begin and end (step 10 of a request's life).
 
-A mark in quotes or in code is text. Text that was wrongly taken for a call is parsed again as text, up to a limit.
+A mark in quotes or in code is text. Text that was wrongly taken for a call is searched for marks again, up to a limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _QUOTES = "`\"'"
 # Beginnings of calls that a grammar writes without a mark (`grammars/bodies.py`, `grammars/literals.py`).
 _HELD = re.compile(
     r"""[ \n]{0,4}(?:\[[ \n]{0,4})?\{[ \n]{0,4}(?:"type":[ ]?"function",[ ]?)?"name":[ \n]{0,4}"[^"]*","""
-    r"""[ \n]{0,4}"(?:arguments|parameters)":\s*|[ \n]{0,4}\[[\w.\-]+\("""
+    r"""[ \n]{0,4}"(?:arguments|parameters)":\s*|[ \n]{0,4}\[[\w.\-:/]+\("""
 )
 _MOST_AGAIN = 1 << 16  # characters of a message that are parsed again because they were not calls
 

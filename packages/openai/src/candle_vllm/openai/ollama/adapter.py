@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from candle_vllm.core.errors import PromptTooLongError, RequestError
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.answers import AnswerStream, ChunkStream
 from candle_vllm.openai.errors import UnsupportedParameterError
@@ -75,7 +75,7 @@ class OllamaAdapter:
             answer = await self._raw(request)
         else:
             answer = await self._bounded(self._prompt_task, request)
-        # With images there is no `context`, because the next request would have only their placeholders.
+        # With images there is no `context`: the next request could not give their placeholders the images again.
         context = None if request.raw or request.suffix or request.images else answer.prompt
         ends = self._adapter.model_info.eos_token_ids
         return LineStream(answer, answers.LineWriter(times, chat=False, ends=ends, context=context))
@@ -106,7 +106,7 @@ class OllamaAdapter:
         return answers.Vectors(
             model=made.model,
             embeddings=tuple(cast("list[float]", each.embedding) for each in made.data),
-            **times.told(),
+            **times.durations(),
             prompt_eval_count=made.usage.prompt_tokens,
         )
 
@@ -152,8 +152,10 @@ class OllamaAdapter:
         return made
 
     def _chat_task(self, request: wires.ChatRequest) -> Task:
+        if not request.messages:
+            raise InvalidParameterError("messages must not be empty", "messages")
         use = tool_use(request.tools or (), None, None)
-        messages = read_messages(request.messages or ())
+        messages = read_messages(request.messages)
         last = messages[-1]
         return Task(
             messages=messages,
@@ -219,7 +221,7 @@ def read_messages(messages: Sequence[wires.Message]) -> tuple[TaskMessage, ...]:
         silent = not message.content and (message.role == "assistant" or bool(images))
         for call in message.tool_calls or ():
             count += 1
-            text = json.dumps(call.function.arguments, ensure_ascii=False)
+            text = json.dumps(call.function.arguments or {}, ensure_ascii=False)
             calls.append(Call(call.id or f"call{count:05d}", call.function.name, text))
         if message.role == "assistant":
             pending = deque(calls)
@@ -255,7 +257,7 @@ def _raw_task(request: wires.GenerateRequest, defaults: Mapping[str, Any]) -> Ta
         said = "images: the model has no chat template, which would define their place in the prompt"
         raise UnsupportedParameterError(said, "images")
     prompt = request.prompt or ""
-    text = prompt if request.raw or not request.system else f"{request.system}\n{prompt}"
+    text = f"{request.system}\n{prompt}" if request.system else prompt
     return Task(
         model=request.model,
         prompts=(text,),

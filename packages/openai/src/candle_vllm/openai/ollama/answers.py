@@ -118,7 +118,7 @@ class Times(NamedTuple):
     received: int
     loaded: int
 
-    def told(self) -> dict[str, Any]:
+    def durations(self) -> dict[str, Any]:
         """Return the durations until now."""
         return {
             "total_duration": time.perf_counter_ns() - self.received,
@@ -133,16 +133,16 @@ def rfc3339(seconds: float) -> str:
 
 def loaded_line(model: str, times: Times, reason: str, *, chat: bool) -> ChatLine | GenerateLine:
     """Return the answer to a request that only loads or unloads a model."""
-    told: dict[str, Any] = {"model": model, "created_at": rfc3339(time.time()), "done": True, "done_reason": reason}
-    told |= times.told()
-    return ChatLine(message=Said(), **told) if chat else GenerateLine(response="", **told)
+    known: dict[str, Any] = {"model": model, "created_at": rfc3339(time.time()), "done": True, "done_reason": reason}
+    known |= times.durations()
+    return ChatLine(message=Said(), **known) if chat else GenerateLine(response="", **known)
 
 
 class LineWriter:
     """Writes the lines of one answer, as `chat` lines or generate lines.
 
-    `ends` are the end-of-sequence tokens, which have no log-probabilities in Ollama's API; `context` are the prompt's
-    tokens; with them, the last line has a `context`: the tokens of prompt and answer.
+    `ends` are the end-of-sequence tokens, which have no log-probabilities in Ollama's API. With `context`, the prompt's
+    tokens, the last line has a `context`: the tokens of prompt and answer.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class LineWriter:
         return self._line(
             done=True,
             done_reason=self._ended.reason.ollama,
-            **self._times.told(),
+            **self._times.durations(),
             prompt_eval_count=usage.prompt_tokens,
             prompt_eval_duration=round((usage.prompt_ms or 0) * _MS),
             eval_count=usage.completion_tokens,

@@ -165,7 +165,7 @@ class Options(LlamaFields):
 
     def sampling(self) -> dict[str, Any]:
         """Return the options of the request under their names in `SamplingParams`."""
-        found = self.drawing()
+        found = self.given_values()
         if found.get("stop") == []:  # an empty list means the same as no list
             del found["stop"]
         if self.num_predict is not None:
@@ -270,7 +270,7 @@ class CalledFunction(fields.WireModel):
     """The function of a call in an earlier answer; `index` and `description` have no effect."""
 
     name: fields.Name
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, Any] | None = None
     index: Annotated[int, Field(ge=0)] | None = None
     description: str | None = None
 
@@ -352,11 +352,11 @@ class GenerateRequest(_Generating):
             )
         return value
 
-    @field_validator("suffix")
+    @field_validator("suffix", "raw")
     @classmethod
-    def _alone(cls, value: str | None, info: Any) -> str | None:
+    def _alone(cls, value: str | bool | None, info: Any) -> str | bool | None:
         if value and info.data.get("system"):
-            raise fields.invalid("", "cannot be combined with system: a gap is filled without messages")
+            raise fields.invalid("", "cannot be combined with system, which only a chat template can place")
         return value
 
     @field_validator("context")

@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag, field_validator, model_validator
 from pydantic_core import CoreSchema
 
-from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOLS, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOLS, WireModel, invalid, list_form, unsupported
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs, MaxTokens
 from candle_vllm.openai.protocol.messages import AssistantMessage, Messages, check_history
 from candle_vllm.openai.protocol.templating import TemplateFields
@@ -61,8 +61,8 @@ class Prediction(WireModel):
     type: Literal["content"]
     content: Annotated[
         Annotated[str, Tag("<string>")]
-        | Annotated[list[PredictionPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-        Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
+        | Annotated[list[PredictionPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+        Discriminator(list_form),
     ]
 
     @property

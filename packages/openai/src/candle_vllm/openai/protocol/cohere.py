@@ -93,8 +93,8 @@ def cohere_answer(
 def _typed(vector: array[float], kind: EmbeddingType) -> list[float] | list[int] | str:
     """Convert a vector to one of Cohere's types.
 
-    int8 is 127 times each element of a vector of length 1. binary has one bit for each element, which is set if the
-    element is above 0; the first element is the highest bit of a byte.
+    int8 is 127 times each element of the vector scaled to length 1, and uint8 is 128 more. ubinary has one bit for each
+    element, 1 if it is above 0, the first in the highest bit of a byte; binary is 128 less.
     """
     if kind == "float":
         return vector.tolist()

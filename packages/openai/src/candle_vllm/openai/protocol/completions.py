@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -51,8 +51,9 @@ class CompletionRequest(GenerationFields):
     def _completion_rules(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise fields.invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
-        if self.suffix and self.echo:
-            raise fields.invalid("echo", "cannot be combined with suffix: leave one of them out")
+        for name in ("echo", "truncate_prompt_tokens") if self.suffix else ():
+            if getattr(self, name) not in (None, False):
+                raise fields.invalid(name, "cannot be combined with suffix: leave one of them out")
         if len(self.prompts) * self.sequences > fields.MAX_CHOICES:
             raise fields.invalid("n", f"times the number of prompts must be at most {fields.MAX_CHOICES}")
         return self
@@ -60,11 +61,7 @@ class CompletionRequest(GenerationFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return cast("list[str | list[int]]", self.prompt)
+        return fields.entries(self.prompt)
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag
 
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.protocol.fields import NOT_DEFERRED, FunctionName, Name, Refusal, WireModel, invalid
+from candle_vllm.openai.protocol.fields import NOT_DEFERRED, FunctionName, Name, Refusal, WireModel, by_type, invalid
 from candle_vllm.openai.task import Call
 
 CUSTOM_INPUT = "input"  # name of the function's only argument
@@ -64,14 +64,10 @@ def custom_input(arguments: str) -> str:
     return arguments if text is None or name != CUSTOM_INPUT else json.dumps(text, ensure_ascii=False)
 
 
-def type_of(value: Any) -> Any:
-    """Return the `type` of a validated object or of a plain dict."""
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
-def kind_form(value: Any) -> str:
-    """Return pydantic's union tag of a tool, a call or a reference: function or custom tool."""
-    return "<custom>" if type_of(value) == "custom" else "<function>"
+kind_form = by_type("custom", otherwise="function")
+"""Returns pydantic's union tag of a tool, a call or a reference."""
+format_form = by_type("grammar", otherwise="text")
+"""Returns pydantic's union tag for the format of a custom tool's input."""
 
 
 class AnyText(WireModel):
@@ -98,11 +94,6 @@ class GrammarFormat(WireModel):
         """Refuse, with a hint, a grammar in the form of other routes."""
         if "grammar" not in data and "definition" in data:
             raise invalid("grammar", "is required: put syntax and definition into it")
-
-
-def format_form(value: Any) -> str:
-    """Return pydantic's union tag for the format of a custom tool's input."""
-    return "<grammar>" if type_of(value) == "grammar" else "<text>"
 
 
 class CustomDefinition(WireModel):

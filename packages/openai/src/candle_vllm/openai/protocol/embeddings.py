@@ -11,7 +11,16 @@ import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingKind, PoolingParams
-from candle_vllm.openai.protocol.fields import Cut, CutFields, Refusal, TokenIds, WireModel, invalid, prompt_form
+from candle_vllm.openai.protocol.fields import (
+    Cut,
+    CutFields,
+    Refusal,
+    TokenIds,
+    WireModel,
+    entries,
+    invalid,
+    prompt_form,
+)
 from candle_vllm.openai.protocol.messages import Messages
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
 from candle_vllm.openai.protocol.score import Texts
@@ -47,8 +56,8 @@ class EmbeddingRequest(CutFields, PoolingFields):
 
     Attributes:
         encoding_format: "float" for vectors of numbers, "base64" for their bytes as text. With "bytes" the body of the
-            response is the bytes of all vectors, and the header `metadata` has their places, their shapes and the usage
-            as JSON; "bytes_only" leaves this header out. Batches refuse both; called as a library, both give base64.
+            response is the bytes of all vectors, and the header `metadata` has their offsets, their shapes and the
+            usage as JSON; "bytes_only" leaves this header out. Batches refuse both; the library returns base64.
         embed_dtype: type of the elements in base64 and bytes.
         endianness: byte order of these elements; "native" is "little".
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
@@ -63,7 +72,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
-    own_tasks: ClassVar[bool] = False  # true if `task` does not name an adapter
+    own_tasks: ClassVar[bool] = False  # whether `task` is not the name of an adapter
     texts: ClassVar[str] = "input"  # field of the texts
     scaled: ClassVar[bool | None] = None  # `normalize` if a request sets none of its three names
 
@@ -98,9 +107,11 @@ class EmbeddingRequest(CutFields, PoolingFields):
     def _one_pooling(self) -> Self:
         if self.return_multivector is not None and (self.pooling or self.embedding_type):
             raise invalid("return_multivector", "and pooling set the same option: send one of them")
-        for name in ("normalized", "use_activation"):
-            if getattr(self, name) is not None and self.normalize not in (None, getattr(self, name)):
-                raise invalid(name, "and normalize are two names of one field and must be equal")
+        given = self._scaling()
+        first = next(iter(given), "")
+        for name, value in given.items():
+            if value != given[first]:
+                raise invalid(name, f"and {first} are two names of one field and must be equal")
         if self.truncate and self.truncate_prompt_tokens is not None:
             raise invalid("truncate", "and truncate_prompt_tokens set the same option: send one of them")
         if self.embedding_type is not None and self.pooling not in (None, self.embedding_type):
@@ -119,7 +130,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     @property
     def inputs(self) -> list[str | list[int]]:
         """The inputs as a list with one entry for each text."""
-        return _entries(getattr(self, self.texts))
+        return entries(getattr(self, self.texts))
 
     def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
         """Return how inputs that are too long are truncated; see `CutFields.cut`."""
@@ -127,12 +138,16 @@ class EmbeddingRequest(CutFields, PoolingFields):
             return Cut(-1, self.truncation_side or otherwise)
         return super().cut(otherwise)
 
+    def _scaling(self) -> dict[str, bool]:
+        """Return the values of `normalize` and of its other names, if the request sets them."""
+        names = ("normalize", "normalized", "use_activation")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def pooling_params(self) -> PoolingParams:
         """Return the pooling parameters of the request."""
-        named = (self.normalize, self.normalized, self.use_activation)
         return PoolingParams(
             dimensions=self.dimensions,
-            normalize=next((value for value in named if value is not None), self.scaled),
+            normalize=next(iter(self._scaling().values()), self.scaled),
             pooling="all" if self.return_multivector else self.pooling or self.embedding_type,
         )
 
@@ -210,15 +225,7 @@ class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
     @property
     def inputs(self) -> list[str | list[int]]:
         """The inputs as a list with one entry for each text."""
-        return _entries(self.input)
-
-
-def _entries(given: Input) -> list[str | list[int]]:
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given[0], int):
-        return [given]
-    return cast("list[str | list[int]]", given)
+        return entries(self.input)
 
 
 Item = TypeVar("Item")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, LiteralString, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -39,7 +39,7 @@ Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 
 def bounded(name: str, *, ge: float | None = None, le: float | None = None) -> Any:
-    """Return the bounds of a field of `SamplingParams`; an API's own bounds `ge` and `le` replace them."""
+    """Return the bounds of a field of `SamplingParams`; `ge` replaces a closed lower bound, `le` the upper one."""
     kind = caps.BOUNDS[name]
     above = kind.low if isinstance(kind, Number) and kind.open_low else None
     least = None if above is not None else kind.low if ge is None else ge
@@ -265,8 +265,8 @@ class WireModel(BaseModel):
         return f"is not a known field; did you mean {near[0]!r}?" if near else "is not a known field"
 
 
-_NAMES_HERE = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens",
-               "temp": "temperature"}  # fmt: skip
+_NAMES_HERE = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens", "max_output_tokens": "max_tokens",
+               "temp": "temperature", "reasoning": "reasoning_effort"}  # fmt: skip
 _OF_THE_OPERATOR = {
     "options": "put its values into the request itself, num_predict as max_tokens",
     "num_ctx": "the operator sets the context with --max-model-len",
@@ -285,6 +285,21 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 RequestId = Annotated[str, AfterValidator(_plain_id)]
 
 
+def type_of(value: Any) -> Any:
+    """Return the `type` of a validated object or of a plain dict."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def by_type(*kinds: str, otherwise: str) -> Callable[[Any], str]:
+    """Return a function of pydantic's union tag: an object's `type` if it is one of `kinds`, else `otherwise`."""
+    return lambda value: f"<{kind if (kind := type_of(value)) in kinds else otherwise}>"
+
+
+def list_form(value: Any) -> str:
+    """Return pydantic's union tag for a list or, for anything else, for a text."""
+    return "<list>" if isinstance(value, list) else "<string>"
+
+
 def prompt_form(value: Any) -> str:
     """Return pydantic's union tag for a prompt: a text, token ids, or a list of either."""
     if not isinstance(value, list):
@@ -293,6 +308,11 @@ def prompt_form(value: Any) -> str:
     if isinstance(first, list):
         return "<token lists>"
     return "<strings>" if isinstance(first, str) else "<tokens>"
+
+
+def entries(prompts: Any) -> list[Any]:
+    """Return a list of prompts, each a text or token ids, from a validated value of one or several."""
+    return prompts if prompt_form(prompts) in ("<strings>", "<token lists>") else [prompts]
 
 
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")

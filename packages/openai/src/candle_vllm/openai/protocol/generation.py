@@ -50,19 +50,15 @@ _Bias = Annotated[
 ]
 
 
-def _stop_form(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else "<string>"
-
-
 Stop = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[Text], Field(max_length=caps.MAX_STOP_STRINGS, fail_fast=True), Tag("<list>")],
-    Discriminator(_stop_form),
+    Discriminator(fields.list_form),
 ]
 
 
 class StreamOptions(fields.WireModel):
-    """What a stream contains besides the text.
+    """Token counts in a stream.
 
     Attributes:
         include_usage: whether the last chunk has the token counts and no choices; earlier ones then have `usage: null`.
@@ -104,11 +100,23 @@ _numbers: dict[str, Any] = {
 _Offered: Any = create_model("_Offered", __base__=fields.WireModel, **_numbers)
 
 
+OTHER_NAMES: Mapping[str, str] = {
+    "repeat_penalty": "repetition_penalty",
+    "mirostat_mode": "mirostat",
+    "speculative.n_max": "num_speculative_tokens",
+    "random_seed": "seed",
+    "sampling_seed": "seed",
+}
+"""Names of fields in llama.cpp, Ollama, text-generation-webui, Mistral's API and SGLang -> their names here."""
+
+
 class SamplerFields(_Offered):
     """How tokens are sampled, by names that OpenAI, vLLM and llama.cpp share.
 
-    `SamplingParams` documents the fields, and marks those that are written here as there (`OFFERED`).
+    `SamplingParams` documents the fields; `OFFERED_FIELDS` have the same form in requests.
     """
+
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
 
     stop: Stop | None = None
     dry_sequence_breakers: (
@@ -122,14 +130,16 @@ class SamplerFields(_Offered):
     @model_validator(mode="before")
     @classmethod
     def _own_names(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not any(name in data for name in OTHER_NAMES):
+        if not isinstance(data, dict) or not any(name in data for name in cls.other_names):
             return data
-        others = {other: name for other, name in OTHER_NAMES.items() if other not in cls.wire_names()}
+        others = {other: name for other, name in cls.other_names.items() if other not in cls.wire_names()}
         renamed = {name: value for name, value in data.items() if name not in others}
         for other, name in others.items():
             if data.get(other) is None:
                 continue
-            if renamed.setdefault(name, data[other]) != data[other]:
+            if renamed.get(name) is None:
+                renamed[name] = data[other]
+            elif renamed[name] != data[other]:
                 raise fields.invalid(other, f"and {name} are the same field; give one of them")
         return renamed
 
@@ -146,7 +156,7 @@ class SamplerFields(_Offered):
 
 
 def llama_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sampling values, which are by their names in `SamplingParams`, by the names of llama.cpp and of Ollama."""
+    """Rename sampling values from their names in `SamplingParams` to those of llama.cpp and Ollama."""
     return {"repeat_penalty" if name == "repetition_penalty" else name: value for name, value in values.items()}
 
 
@@ -160,20 +170,12 @@ class LlamaFields(SamplerFields):
 
     repeat_penalty: Annotated[float, fields.bounded("repetition_penalty")] | None = None
 
-    def drawing(self) -> dict[str, Any]:
+    def given_values(self) -> dict[str, Any]:
         """Return the fields that are set, by their names in `SamplingParams`."""
         given = sampling_values(self) | {"repetition_penalty": self.repeat_penalty}
         return {name: value for name, value in given.items() if value is not None and (name, value) != ("seed", -1)}
 
 
-OTHER_NAMES: Mapping[str, str] = {
-    "repeat_penalty": "repetition_penalty",
-    "mirostat_mode": "mirostat",
-    "speculative.n_max": "num_speculative_tokens",
-    "random_seed": "seed",
-    "sampling_seed": "seed",
-}
-"""Names of fields in llama.cpp, Ollama, text-generation-webui, Mistral's API and SGLang -> their names here."""
 GUIDED = {
     f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
 }
@@ -202,7 +204,7 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
 
 
 class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.ModelFields):
-    """How to generate; null always means absent: then the model's default applies or, without one, the server's.
+    """How to generate; null means absent: then the model's default applies or, without one, the server's.
 
     Attributes:
         use_beam_search: find the `n` best answers, at most 10, by beam search, which ranks them by the model's own

@@ -91,43 +91,31 @@ class RefusalPart(WireModel):
         return self.refusal
 
 
-def _content_form(value: Any) -> str:
-    return "<parts>" if isinstance(value, list) else "<string>"
-
-
-def _part_form(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "<refusal>" if kind == "refusal" else "<text>"
-
-
-def _seen_form(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "<image>" if kind in ("image_url", "input_image") else "<text>"
-
-
 # Tags in angle brackets are omitted from the paths in error messages.
 _String = Annotated[str, Tag("<string>")]
 Content = Annotated[
-    _String | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_form),
+    _String | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(fields.list_form),
 ]
 _SpokenPart = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], Discriminator(_part_form)
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(fields.by_type("refusal", otherwise="text")),
 ]
 _SeenPart = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")], Discriminator(_seen_form)
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")],
+    Discriminator(lambda value: "<image>" if fields.type_of(value) in ("image_url", "input_image") else "<text>"),
 ]
 SeenContent = Annotated[
-    _String | Annotated[list[_SeenPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_form),
+    _String | Annotated[list[_SeenPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(fields.list_form),
 ]
 SpokenContent = Annotated[
-    _String | Annotated[list[_SpokenPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_form),
+    _String | Annotated[list[_SpokenPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(fields.list_form),
 ]
 ResultContent = Annotated[
-    _String | Annotated[list[_SeenPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_form),
+    _String | Annotated[list[_SeenPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(fields.list_form),
 ]
 
 
@@ -256,9 +244,9 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=fields.MAX_ME
 
 
 def check_history(messages: Sequence[Message]) -> None:
-    """Check that each tool call has exactly one result right after it, and that each result has a call.
+    """Check that each tool call has exactly one result before the next other message, and that each result has a call.
 
-    Later turns may repeat ids. Raises the error that pydantic reports.
+    Later turns may repeat ids. Raises an error that pydantic reports.
     """
     pending: dict[str, None] = {}
     for index, message in enumerate(messages):

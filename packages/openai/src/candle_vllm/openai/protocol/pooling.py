@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
 from pydantic import Field
@@ -49,11 +49,6 @@ class PoolingFields(ModelFields):
     priority: Priority | None = None
     request_id: RequestId | None = None
     user: str | None = None
-
-
-def text_form(value: Any) -> str:
-    """Return pydantic's union tag for a text or a list of texts."""
-    return "<strings>" if isinstance(value, list) else "<string>"
 
 
 class PoolingUsage(msgspec.Struct, frozen=True, kw_only=True):

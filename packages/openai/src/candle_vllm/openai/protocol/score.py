@@ -10,20 +10,19 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from candle_vllm.openai.protocol.fields import Refusal, WireModel, invalid
+from candle_vllm.openai.protocol.fields import Refusal, WireModel, invalid, list_form
 from candle_vllm.openai.protocol.pooling import (
     MAX_PAIRS,
     POOLING_REFUSED_FIELDS,
     PoolingFields,
     PoolingUsage,
     Words,
-    text_form,
 )
 
 Texts = Annotated[
     Annotated[Words, Tag("<string>")]
-    | Annotated[list[Words], Field(min_length=1, max_length=MAX_PAIRS, fail_fast=True), Tag("<strings>")],
-    Discriminator(text_form),
+    | Annotated[list[Words], Field(min_length=1, max_length=MAX_PAIRS, fail_fast=True), Tag("<list>")],
+    Discriminator(list_form),
 ]
 
 # vLLM's names for the two sides of the pairs.

@@ -17,7 +17,15 @@ from candle_vllm.core.sampling import structured as core
 from candle_vllm.core.sampling.structured import KINDS, StructuredOutputsParams
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, FunctionName, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.fields import (
+    MAX_TOOL_NAME,
+    FunctionName,
+    Refusal,
+    WireModel,
+    by_type,
+    invalid,
+    unsupported,
+)
 from candle_vllm.openai.protocol.tools import Schema, check_depth, plain_schema
 
 _Choice = Annotated[str, Field(min_length=1)]
@@ -116,11 +124,6 @@ class StructuralTagFormat(WireModel):
         return {"structural_tag": {"structures": structures, "triggers": self.triggers}}
 
 
-def _format(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>" if isinstance(kind, str) and kind in _FORMATS else "<text>"
-
-
 def format_of(given: Any) -> Any:
     """Convert a class to the `response_format` of its schema; return anything else unchanged."""
     if not isinstance(given, type):
@@ -135,7 +138,7 @@ ResponseFormat = Annotated[
     | Annotated[JsonObjectFormat, Tag("<json_object>")]
     | Annotated[JsonSchemaFormat, Tag("<json_schema>")]
     | Annotated[StructuralTagFormat, Tag("<structural_tag>")],
-    Discriminator(_format),
+    Discriminator(by_type(*_FORMATS, otherwise="text")),
     BeforeValidator(format_of),
 ]
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
 from pydantic import Field
@@ -77,8 +77,8 @@ class TokenizeContentRequest(WireModel):
 
     model: ModelName | None = None
     content: str
-    add_special: bool = False
-    with_pieces: bool = False
+    add_special: bool | None = None
+    with_pieces: bool | None = None
 
 
 TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest | TokenizeContentRequest
@@ -108,10 +108,18 @@ class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenPiece(msgspec.Struct, frozen=True, kw_only=True):
-    """Id and text of a token; U+FFFD for bytes that are not a complete character."""
+    """Id and text of a token; or its bytes, if they are not whole characters."""
 
     id: int
-    piece: str
+    piece: str | tuple[int, ...]
+
+    @classmethod
+    def of(cls, token_id: int, data: bytes) -> Self:
+        """Convert the bytes of a token."""
+        try:
+            return cls(id=token_id, piece=data.decode())
+        except UnicodeDecodeError:
+            return cls(id=token_id, piece=tuple(data))
 
 
 class TokenizedContent(msgspec.Struct, frozen=True, kw_only=True):

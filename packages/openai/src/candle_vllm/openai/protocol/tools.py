@@ -30,7 +30,6 @@ from candle_vllm.openai.protocol.custom_tools import (
     CustomToolReference,
     FunctionReference,
     kind_form,
-    type_of,
 )
 from candle_vllm.openai.task import Choice, ToolFunction, ToolUse
 
@@ -142,7 +141,7 @@ class Tool(fields.WireModel):
 
 
 def _served_tool(value: Any) -> Any:
-    kind = type_of(value)
+    kind = fields.type_of(value)
     if isinstance(kind, str) and kind not in ("function", "custom"):
         raise fields.unsupported("type", f"{kind!r:.60} tools are not supported, only 'function' and 'custom'")
     return value
@@ -194,7 +193,7 @@ class AllowedToolsChoice(fields.WireModel):
 def _choice_form(value: Any) -> str:
     if not isinstance(value, (dict, fields.WireModel)):
         return "<string>"
-    return "<allowed>" if type_of(value) == "allowed_tools" else kind_form(value)
+    return "<allowed>" if fields.type_of(value) == "allowed_tools" else kind_form(value)
 
 
 # Tags in angle brackets are omitted from the paths in error messages.

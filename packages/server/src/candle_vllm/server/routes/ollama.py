@@ -124,7 +124,9 @@ async def ollama_embed(request: Request) -> Response:
             request, wire, lambda model, asked: model.ollama.embed(asked), deadline
         )
     times = await _loaded(request, wire, deadline)
-    return answering.json_answer(ollama.Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
+    return answering.json_answer(
+        ollama.Vectors(model=wire.model, embeddings=(), **times.durations(), prompt_eval_count=0)
+    )
 
 
 @route(

@@ -23,7 +23,6 @@ _INDEX = "/[1-9][0-9]{0,2}/"
 
 def tagged(body: Tagged, context: Context) -> Block:
     """Return the grammar of calls in which each argument is a text between tags."""
-    context.check_names()
     writer = context.writer
     call = writer.rule(" | ".join(_TaggedCall(body, context, tool).expression() for tool in context.tools))
     end = sequence(SPACE, writer.mark(body.closers[0])) if body.closers else ""
@@ -178,7 +177,6 @@ _FREE_KEYS = "/[A-Za-z_][A-Za-z0-9_]{0,63}/"
 
 def nested(body: Nested, context: Context) -> Block:
     """Return the grammar of names with nested tags."""
-    context.check_names()
     writer = context.writer
     lead = f'{body.tag}<{body.call} name="'
     call = writer.rule(" | ".join(_NestedCall(body, context, tool).expression() for tool in context.tools))
@@ -338,7 +336,6 @@ def begun_objects(body: JsonCalls, context: Context) -> tuple[str, str]:
 
 def named_json(body: NamedJson, context: Context) -> Block:
     """Return the grammar of names, each followed by its arguments as JSON."""
-    context.check_names()
     writer, mark = context.writer, context.writer.mark
     lead = body.before_name[0] if body.before_name else ""
     given_id = _FREE_ID if context.form.make_id is not mistral_id else _MISTRAL_ID

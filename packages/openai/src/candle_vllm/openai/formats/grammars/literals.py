@@ -162,7 +162,6 @@ class Values:
 
 def pythonic(body: Pythonic, context: Context) -> Block:
     """Return the grammar of calls in a list, or on separate lines."""
-    context.check_names()
     writer = context.writer
     call = writer.rule(" | ".join(_call(context, tool) for tool in context.tools))
     separator = f'"," {SPACE}' if body.listed else '"\\n"'
@@ -249,7 +248,6 @@ def _single(value: str) -> str:
 
 def gemma(body: Gemma, context: Context) -> Block:
     """Return the grammar of a call: a name and an object."""
-    context.check_names()
     writer = context.writer
     notation = _gemma_notation(writer, body.quote)
 

@@ -122,7 +122,6 @@ def headed_answer(flow: Headed, context: Context) -> str:
 
 
 def _headed_calls(flow: Headed, context: Context) -> str:
-    context.check_names()
     named = [f'{quoted(tool.name)} "\\n" {context.json(tool)}' for tool in context.tools]
     call = context.writer.rule(" | ".join(named))
     again = f"({SPACE} {context.writer.mark(flow.mark)} {call})*" if context.many else ""

@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core.sampling.lark import ANY_TEXT, Literals, is_token
 from candle_vllm.core.sampling.lark import quoted as lark_string
-from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.grammars.custom import json_rules, text_terminals
 from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, Root
 from candle_vllm.openai.formats.layout import ToolFormat
-from candle_vllm.openai.formats.output import NAME
 
 SPACE = "WS?"
 _SPACE = r"/\n{1,3}[ ]{0,4}|[ ]{1,4}/"
@@ -208,12 +206,3 @@ class Context:
     def _grammar(self, tool: FunctionShape) -> str | None:
         """Return the user's grammar of the tool's input, unless the tool is loose."""
         return None if tool.name in self.loose else tool.grammar
-
-    def check_names(self) -> None:
-        """Refuse tool names that the parser of this format would not recognise."""
-        for tool in self.tools:
-            if NAME.fullmatch(tool.name) is None:
-                raise UnsupportedParameterError(
-                    f"tools: {tool.name!r} must begin with a letter or '_' in this model's tool format; rename it",
-                    "tools",
-                )
