@@ -56,8 +56,10 @@ def load_chain(context: ssl.SSLContext, settings: ListenerOptions) -> None:
     certificate, key = settings.ssl_certfile, settings.ssl_keyfile
     assert certificate is not None
     try:
-        # A key with a password is refused; without this function, OpenSSL would ask for it at the terminal.
-        context.load_cert_chain(certificate, key, password=lambda: "")
+        # First into another context: OpenSSL drops the previous key before it refuses a key of another certificate.
+        for each in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+            # A key with a password is refused; without this function, OpenSSL would ask for it at the terminal.
+            each.load_cert_chain(certificate, key, password=lambda: "")
     except OSError as error:
         for path in (certificate, key):
             if path is not None and not os.access(path, os.R_OK):
