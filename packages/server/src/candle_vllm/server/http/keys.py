@@ -135,8 +135,7 @@ class Keyring:
         return True
 
     def _stamp(self) -> tuple[Any, ...]:
-        """Modification time, size and inode of each file, which change with the file."""
-        return tuple(_stat(path) for path in self._paths)
+        return tuple(file_state(path) for path in self._paths)
 
     def _read(self) -> tuple[Key, ...]:
         settings = self._settings
@@ -316,7 +315,8 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _stat(path: Path) -> tuple[int, ...] | None:
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """Return modification time, size and inode, which change with the file; None for a file that cannot be examined."""
     try:
         found = path.stat()
     except OSError:
