@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The path, the method and the caller of a request, before the router sees it; its context for observers (step 1).
 
-The code that observes the engine needs the HTTP request to which a generation belongs. Step 1 stores it in a context
-variable, and step 4 reads it there, so that the layers between, which know no HTTP, need not pass it on.
+The metrics of a generation need its HTTP request. Step 1 stores the request in a context variable, and step 4 reads it
+there, so that the layers between, which know no HTTP, need not pass it on.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class RequestContext:
         return self.state.get("meter")
 
     def first_of_request(self) -> bool:
-        """Return True on the first call only: the engine gets one request for each prompt of a client's request."""
+        """Return True on the first call only, because the engine gets a request for each prompt of the HTTP request."""
         first = not self.state.get("observed", False)
         self.state["observed"] = True
         return first
