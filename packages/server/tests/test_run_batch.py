@@ -369,6 +369,11 @@ def test_errors_of_any_form_are_told(body: bytes) -> None:
     assert problem_of(body) == Problem(code="error", message="m" if b'"m"' in body else "The request failed.")
 
 
+def test_a_file_may_begin_with_a_byte_order_mark() -> None:  # as editors of Windows write it
+    line = json.dumps(request("a")).encode()
+    assert read_line(b"\xef\xbb\xbf" + line) == read_line(line)
+
+
 def test_a_line_that_is_not_utf8_is_named() -> None:
     with pytest.raises(LineError, match="The line is not valid UTF-8"):
         read_line(b'{"custom_id": "\xff"}')

@@ -435,7 +435,7 @@ def test_an_application_in_another_one_keeps_its_keys() -> None:
 
 def test_keys_from_a_file(start, tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("# people\nfirst-key\n\n  second-key  \n")
+    path.write_text("first-key\n\n# people\n  second-key  \n", "utf-8-sig")  # as from Windows
     running = start(api_key_file=path)
     with running.http() as client:
         assert client.get("/v1/models").status_code == 401

@@ -8,6 +8,7 @@ line has the same fields, limits and errors as a client's request.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import secrets
 from collections import deque
@@ -99,7 +100,7 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     `endpoint` is the only URL that the batch allows; None allows all of `URLS`.
     """
     try:
-        value = decode_json(data, "The line")
+        value = decode_json(data.removeprefix(codecs.BOM_UTF8), "The line")
     except InvalidBodyError as error:
         raise LineError(str(error), "invalid_json_line") from None
     if not isinstance(value, dict):

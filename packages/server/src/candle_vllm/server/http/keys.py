@@ -170,7 +170,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
         UsageError: the file cannot be read, has no key, or has a line that cannot be a key.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read the API keys in {path}: {reason}") from None
