@@ -148,15 +148,17 @@ def ps(settings: ListenerOptions) -> int:
     try:
         with httpx.Client(base_url=base, transport=transport, timeout=_PATIENCE, trust_env=False) as client:
             answer = client.get("/api/ps", headers=headers)
-            told: Any = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
+    except httpx.HTTPError as error:
         raise UsageError(f"no server answers at {address.url} ({error}): name it with --host and --port") from None
-    if not isinstance(told, dict) or ("models" if answer.status_code == 200 else "error") not in told:
-        raise UsageError(f"the server at {address.url} is no candle-vllm: name another one with --host and --port")
-    if answer.status_code != 200:
-        raise UsageError(f"the server at {address.url} refused the request: {told.get('error')}")
-    rows = [(each["name"], size(each["size"]), "GPU" if each["size_vram"] else "CPU", f"{each['context_length']:,}",
-             _until(each["expires_at"])) for each in told["models"]]  # fmt: skip
+    try:
+        told: Any = answer.json()
+        if answer.status_code != 200:
+            raise UsageError(f"the server at {address.url} refused the request: {told['error']}")
+        rows = [(each["name"], size(each["size"]), "GPU" if each["size_vram"] else "CPU",
+                 f"{each['context_length']:,}", _until(each["expires_at"])) for each in told["models"]]  # fmt: skip
+    except (ValueError, KeyError, TypeError):
+        text = f"the server at {address.url} is no candle-vllm: name another one with --host and --port"
+        raise UsageError(text) from None
     _table(("NAME", "SIZE", "DEVICE", "CONTEXT", "UNTIL"), rows)
     return 0
 
