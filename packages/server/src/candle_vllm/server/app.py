@@ -76,6 +76,9 @@ _MODULES = (
 ROUTERS = tuple(module.router for module in _MODULES)
 OPERATIONS = operations_of(ROUTERS)
 
+# Headers of answers that the page of another origin may read: OpenAI's and Anthropic's clients use the first four.
+_EXPOSED = ("x-request-id", "request-id", "retry-after", "x-should-retry", "x-warning", "x-error-code")
+
 
 def create_app(
     served: ServedEngine | ModelManager,
@@ -232,7 +235,7 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
             allow_origin_regex=origins(settings.cors_origin).pattern,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", *RATE_LIMIT_HEADERS],
+            expose_headers=[*_EXPOSED, *RATE_LIMIT_HEADERS],
         )
     app.add_middleware(
         ObservingMiddleware,
