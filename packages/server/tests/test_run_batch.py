@@ -135,6 +135,7 @@ def test_a_line_that_is_too_long_is_let_go(
         (["-i", "in"], "-o FILE is missing"),
         (["-i", "in", "-o", "./in"], "write the answers to another file"),
         (["-i", "s3://bucket/in", "-o", "out"], "s3://bucket/in is neither a file nor an address of http:// or https"),
+        (["-i", "in", "-o", "-"], "- is not a file here: name one, such as /dev/stdin or /dev/stdout"),
         (["-i", "https:///in", "-o", "out"], "is neither a file nor an address"),
         (["-i", "nowhere", "-o", "out"], "No such file or directory: nowhere"),
     ],

@@ -88,6 +88,8 @@ def run_batch(
 
 def _place(text: str) -> Path | httpx.URL:
     """Parse a path or an HTTP URL."""
+    if text == "-":
+        raise UsageError("- is not a file here: name one, such as /dev/stdin or /dev/stdout")
     scheme, colon, _ = text.partition("://")
     if not colon or "/" in scheme:
         return Path(os.path.expanduser(text))
