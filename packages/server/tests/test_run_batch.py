@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -363,6 +366,23 @@ async def test_no_more_lines_are_held_than_asked_for() -> None:
     assert given == [str(number) for number in range(100)]
     assert most < 5
     assert ended != sorted(ended, key=int)  # some were done before those in front of them
+
+
+def test_the_first_ctrl_c_stops_it(engine: PacedEngine, tmp_path: Path) -> None:
+    engine.pause = 1.0
+
+    def press() -> None:
+        while not engine.pausing:
+            time.sleep(0.01)
+        time.sleep(0.1)  # now the command waits for the answer
+        os.kill(os.getpid(), signal.SIGINT)
+
+    (tmp_path / "in").write_text(json.dumps(request("a")))
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    assert main(["run-batch", "--m", "scripted", "-i", "in", "-o", "out"]) == 130
+    pressing.join()
+    assert "shutting_down" not in (tmp_path / "out").read_text()
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"error": 1}', b'{"error": {"message": "m"}}'])

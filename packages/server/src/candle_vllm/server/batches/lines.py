@@ -191,15 +191,18 @@ async def answered_in_order(
     Closing the generator cancels the lines in progress.
     """
     working: deque[asyncio.Future[Result]] = deque()
+
+    async def first() -> Result:
+        await asyncio.wait([working[0]])  # awaiting the line itself would cancel it, and it would end with an error
+        return working.popleft().result()
+
     try:
         async for line in lines:
             working.append(asyncio.ensure_future(answer(line)))
             while len(working) >= width or (working and working[0].done()):
-                yield await working[0]
-                working.popleft()
+                yield await first()
         while working:
-            yield await working[0]
-            working.popleft()
+            yield await first()
     finally:
         for each in working:
             each.cancel()
