@@ -152,7 +152,7 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the server's state: a drain waits while `busy()` tells that work for disconnected clients runs."""
+    """Yield the server's state: `busy()` returns whether a drain must wait for work for disconnected clients."""
     mailbox: Mailbox | None = app.state.mailbox
     store: ResponseStore | None = app.state.response_store
     background: Background | None = app.state.background

@@ -138,7 +138,7 @@ class Derived(NamedTuple):
     source: str
 
 
-_ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
+_ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")  # settings about weights that are not on the GPU
 
 
 def derived(configuration: Configuration) -> dict[str, Derived]:

@@ -27,7 +27,7 @@ logger = logging.getLogger("candle_vllm.server.generations")
 class RequestLog:
     """An observer that logs one record per request.
 
-    `log_prompts` also logs the first `max_prompt` characters of the prompt.
+    With `log_prompts`, the record has the first `max_prompt` characters of the prompt.
     """
 
     def __init__(self, *, log_prompts: bool = False, max_prompt: int = MAX_PROMPT) -> None:
