@@ -134,7 +134,8 @@ def create_app(
     # The web UI's routes come first, because its page replaces the server's own response to GET /.
     for router in (*((web_ui_router(),) if settings.ui_server else ()), *ROUTERS):
         app.include_router(router)
-    _describe(app, settings)
+    app.state.document = ApiDocument(ROUTERS, keys=settings.has_api_keys, management_keys=bool(settings.management_key))
+    app.openapi = lambda: app.state.document.value  # instead of FastAPI's document; this one has the wire types
     for kind in (Exception, HttpError, HTTPException, CandleVllmError, ClientGone):
         app.add_exception_handler(kind, answer_failure)
     _add_layers(app, settings)
@@ -205,13 +206,6 @@ async def _start(app: FastAPI, store: Mailbox | ResponseStore | Batches) -> None
     except Exception as failure:
         app.state.failure = failure
         raise
-
-
-def _describe(app: FastAPI, settings: Settings) -> None:
-    """Replace FastAPI's OpenAPI document by one that is made from the wire types."""
-    document = ApiDocument(ROUTERS, keys=settings.has_api_keys, management_keys=bool(settings.management_key))
-    app.state.document = document
-    app.openapi = lambda: document.value
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:

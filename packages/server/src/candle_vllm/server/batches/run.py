@@ -137,10 +137,13 @@ class BatchRun:
     # ---- the input ---------------------------------------------------------------------------------------------------
 
     async def _lines(self) -> AsyncGenerator[list[tuple[int, bytes]]]:
-        """Yield lists of the input's lines with their numbers, from 1, without empty lines."""
-        number, rest = 0, b""
-        parts = self._store.contents(self.held.owner, await self._input())
-        async for part in parts:
+        """Yield lists of the input's lines with their numbers, from 1, without empty lines.
+
+        Raises NotStoredError if the input file does not exist any more.
+        """
+        owner, number, rest = self.held.owner, 0, b""
+        file = await self._store.file(owner, self.record.batch.input_file_id)
+        async for part in self._store.contents(owner, file.id):
             # In a thread that API keys share in turns: a part of nothing but newlines takes long to split.
             size = len(rest) + len(part.body)
             *lines, rest = await apart((rest + part.body).split, b"\n", size=size)
@@ -152,11 +155,6 @@ class BatchRun:
             number += len(lines)
         if rest.strip():
             yield [(number + 1, rest)]
-
-    async def _input(self) -> str:
-        """Return the id of the input file; NotStoredError if it does not exist any more."""
-        batch = self.record.batch
-        return (await self._store.file(self.held.owner, batch.input_file_id)).id
 
     async def _validate(self) -> bool:
         """Return whether the input is valid; a batch with invalid input fails."""
