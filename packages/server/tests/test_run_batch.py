@@ -368,6 +368,22 @@ async def test_no_more_lines_are_held_than_asked_for() -> None:
     assert ended != sorted(ended, key=int)  # some were done before those in front of them
 
 
+def test_each_answer_is_written_at_once(engine: PacedEngine, tmp_path: Path) -> None:
+    """A process that a signal ends, as that of a container that is stopped, leaves whole lines."""
+    engine.pause, seen, over = 0.1, list[int](), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            seen.append((tmp_path / "out.jsonl").read_bytes().count(b"\n") if (tmp_path / "out.jsonl").exists() else 0)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    run(tmp_path, request("a", max_tokens=1), request("b", max_tokens=3))
+    over.set()
+    watching.join()
+    assert 1 in seen
+
+
 def test_the_first_ctrl_c_stops_it(engine: PacedEngine, tmp_path: Path) -> None:
     engine.pause = 1.0
 

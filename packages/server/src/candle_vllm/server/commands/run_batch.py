@@ -191,11 +191,11 @@ async def _answer_all(application: Application, given: IO[bytes], made: IO[bytes
     async with contextlib.aclosing(answered_in_order(_lines(given, longest), answer, width)) as results:
         async for result in results:
             made.write(result.line)
+            made.flush()  # whole lines, even if a signal ends the process
             done += 1
             wrong += result.error is not None
             if time.monotonic() - told >= TELLING_SECONDS:
                 told = time.monotonic()
-                made.flush()
                 sys.stderr.write(f"run-batch: {done} lines answered, {wrong} of them with an error\n")
     sys.stderr.write(f"run-batch: done, {done} lines answered, {wrong} of them with an error\n")
 
