@@ -341,7 +341,7 @@ def test_who_is_asked_sees_what_would_change_and_agrees_for_all_calls(folder: Pa
     writes = [call_text("numbers__write_file", path=path, content=text) for text in ("first\nnew\n", "last\n")]
     terminal = Terminal(folder, AGENT, *writes, "It is **done**.", columns=250)
     terminal.wait_for("[n]o: ")
-    assert "beside the file here" in terminal.screen
+    assert "compared with the file here" in terminal.screen
     assert "  -second\n  +new" in terminal.screen
     assert "\x1b[31m  -second" in terminal.shown
     terminal.type("a\n")
@@ -363,7 +363,7 @@ class TestChanges:
         assert self.of({"file_path": "p", "old_string": "a\nb", "new_string": "a"})[-2:] == [" a", "-b"]
 
     def test_a_new_file_and_one_that_stays(self, folder: Path) -> None:
-        assert self.of({"path": "new", "content": "x"}) == ["new (no such text here):", "@@ -0,0 +1 @@", "+x"]
+        assert self.of({"path": "new", "content": "x"}) == ["new (no text file here):", "@@ -0,0 +1 @@", "+x"]
         (folder / "same").write_text("x")
         assert self.of({"path": "same", "content": "x"})[-1] == "(nothing changes)"
         assert self.of({"path": "same", "content": "x\r\n"})[-1] == "(line ends change, and nothing else)"

@@ -260,11 +260,15 @@ def test_a_line_without_end_is_refused(start: Callable[..., Any]) -> None:
     assert [error.code for error in batch.errors.data] == ["line_too_long"]
 
 
-async def test_a_file_of_ends_of_lines_gives_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_of_ends_of_lines_gives_others_their_turns() -> None:
     """Its parts have nothing to wait for: all of them would be one turn of the event loop."""
     parts, turns, over = 16, 0, False
 
     class Parts:
+        async def file(self, owner: str, file_id: str) -> Any:
+            del owner
+            return SimpleNamespace(id=file_id)
+
         async def contents(self, owner: str, file_id: str) -> AsyncGenerator[Any]:
             del owner, file_id
             for number in range(parts):
@@ -276,12 +280,9 @@ async def test_a_file_of_ends_of_lines_gives_others_their_turns(monkeypatch: pyt
             turns += 1
             await asyncio.sleep(0)
 
-    async def found() -> str:
-        return "file"
-
     held: Any = SimpleNamespace(owner="", id="batch")
     reader = run.BatchRun(cast("store.BatchStore", Parts()), held, 1 << 20, 1.0)
-    monkeypatch.setattr(reader, "_input", found)
+    reader._record = cast("Any", SimpleNamespace(batch=SimpleNamespace(input_file_id="file")))
     beside = asyncio.create_task(others())
     lines_found = [line async for lines in reader._lines() for line in lines]
     over = True

@@ -119,6 +119,12 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "HIDDEN" not in error
 
 
+def test_a_base_url_that_is_one_of_a_client(start: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", "--base-url", start(PacedEngine("abc")).url + "/v1"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "/v1/v1/models names no model (Client error '404 Not Found'" in error
+
+
 RAMP = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "2", "--ramp-up-end-rps", "8"]
 
 
@@ -169,8 +175,8 @@ async def _all(engine: PacedEngine, prompts: Sequence[Any], params: Any) -> list
 def test_throughput(monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = _engine(monkeypatch)
     line = ["bench", "throughput", "--num-prompts", "5", "--random-input-len", "12", "--output-len", "4"]
-    assert main([*line, "--random-range-ratio", "0", "--output-json", "t.json"]) == 0
-    result = json.loads((folder / "t.json").read_text())
+    assert main([*line, "--random-range-ratio", "0", "--output-json", "new/t.json"]) == 0
+    result = json.loads((folder / "new/t.json").read_text())
     made = sum(len(request.prompt_token_ids) for request in engine.requests) + 5 * 4
     assert (result["num_requests"], result["total_num_tokens"]) == (5, made)
     assert result["tokens_per_second"] == pytest.approx(made / result["elapsed_time"])
@@ -445,7 +451,7 @@ def test_files(folder: Path) -> None:
         Sample("a", 1, None),
         Sample("bc", 2, 5),
     ]
-    path.write_text('{"prompt": "a\u2028b"}\r\n', "utf-8", newline="")
+    path.write_text('\ufeff{"prompt": "a\u2028b"}\r\n', "utf-8", newline="")  # as an editor of Windows writes it
     assert [each.prompt for each in make("custom", path, count=1)] == ["a\u2028b"]
     path.write_text('{"question_id": 1, "turns": ["ab", "c"]}\n{"turns": ["ab"]}\n')
     assert make("mt_bench", path, count=2) == make("spec_bench", path, count=2) == [Sample("ab", 2, 256)] * 2

@@ -386,11 +386,13 @@ class TestOnAPipe:
     def test_answers_alone_are_on_standard_output(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A\n/nothing\n/load nowhere\nB\n")))
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf/clear\nA\n/nothing\n/load nowhere\nB\n"))
+        )
         assert main(["chat", "--m", "first"]) == 1
         captured = capsys.readouterr()
         assert captured.out == "Hello!\nHello!\n"
-        assert [line.split(" ")[0] for line in captured.err.splitlines()] == ["scripted:", "error:", "error:"]
+        assert [line.split(" ")[0] for line in captured.err.splitlines()] == ["scripted:", "(new", "error:", "error:"]
 
     @pytest.mark.parametrize(
         ("data", "why"), [(b"A\nx\xff\n", "message on standard input is not UTF-8: byte 1"), (b'"""A', "ended before")]

@@ -447,10 +447,16 @@ def test_ps_asks_a_server(command: Any, start: Any) -> None:
     assert "no server answers" in command("ps", "--port", "9")[2]
 
 
-@pytest.mark.parametrize(("status", "told"), [(200, {"object": "list"}), (200, []), (404, "no"), (404, [])])
+OLLAMA = {"models": [{"name": "a", "size": 5, "size_vram": 5, "expires_at": "2025-01-01T00:00:00Z"}]}  # before 0.7
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [(200, {"object": "list"}), (200, []), (200, OLLAMA), (404, "no"), (404, [])]
+)
 def test_ps_asks_another_kind_of_server(command: Any, status: int, told: Any) -> None:
-    with mock.patch("httpx.Client.get", return_value=httpx.Response(status, json=told)):
-        assert "is no candle-vllm: name another one" in command("ps", "--port", "9")[2]
+    for answer in (httpx.Response(status, json=told), httpx.Response(status, text="<html>")):
+        with mock.patch("httpx.Client.get", return_value=answer):
+            assert "is no candle-vllm: name another one" in command("ps", "--port", "9")[2]
 
 
 def test_a_server_has_what_was_fetched_where_that_is_allowed(hub: FakeHub, settings: Settings, tmp_path: Path) -> None:

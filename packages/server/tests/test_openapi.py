@@ -21,13 +21,13 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 from candle_vllm.openai import ChatCompletion, ChatCompletionRequest
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.app import OPERATIONS
-from candle_vllm.server.openapi.document import make_document
+from candle_vllm.server.app import OPERATIONS, ROUTERS
+from candle_vllm.server.openapi.document import ApiDocument
 from candle_vllm.server.openapi.operation import Access, Naming, Operation, operations_of, routing
 from packages.server.tests.server_fakes import PacedEngine
 
 FOR_PEOPLE = {"/openapi.json", "/docs", "/docs/{name}"}  # the document itself, and the pages that show it
-DOCUMENT = make_document(OPERATIONS, keys=True, management_keys=False)
+DOCUMENT = ApiDocument(ROUTERS, keys=True, management_keys=False).value
 SCHEMAS = DOCUMENT["components"]["schemas"]
 USAGE = {"include_usage": True}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}

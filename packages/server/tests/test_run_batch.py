@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -135,6 +138,7 @@ def test_a_line_that_is_too_long_is_let_go(
         (["-i", "in"], "-o FILE is missing"),
         (["-i", "in", "-o", "./in"], "write the answers to another file"),
         (["-i", "s3://bucket/in", "-o", "out"], "s3://bucket/in is neither a file nor an address of http:// or https"),
+        (["-i", "in", "-o", "-"], "- is not a file here: name one, such as /dev/stdin or /dev/stdout"),
         (["-i", "https:///in", "-o", "out"], "is neither a file nor an address"),
         (["-i", "nowhere", "-o", "out"], "No such file or directory: nowhere"),
     ],
@@ -364,9 +368,47 @@ async def test_no_more_lines_are_held_than_asked_for() -> None:
     assert ended != sorted(ended, key=int)  # some were done before those in front of them
 
 
+def test_each_answer_is_written_at_once(engine: PacedEngine, tmp_path: Path) -> None:
+    """A process that a signal ends, as that of a container that is stopped, leaves whole lines."""
+    engine.pause, seen, over = 0.1, list[int](), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            seen.append((tmp_path / "out.jsonl").read_bytes().count(b"\n") if (tmp_path / "out.jsonl").exists() else 0)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    run(tmp_path, request("a", max_tokens=1), request("b", max_tokens=3))
+    over.set()
+    watching.join()
+    assert 1 in seen
+
+
+def test_the_first_ctrl_c_stops_it(engine: PacedEngine, tmp_path: Path) -> None:
+    engine.pause = 1.0
+
+    def press() -> None:
+        while not engine.pausing:
+            time.sleep(0.01)
+        time.sleep(0.1)  # now the command waits for the answer
+        os.kill(os.getpid(), signal.SIGINT)
+
+    (tmp_path / "in").write_text(json.dumps(request("a")))
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    assert main(["run-batch", "--m", "scripted", "-i", "in", "-o", "out"]) == 130
+    pressing.join()
+    assert "shutting_down" not in (tmp_path / "out").read_text()
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"error": 1}', b'{"error": {"message": "m"}}'])
 def test_errors_of_any_form_are_told(body: bytes) -> None:
     assert problem_of(body) == Problem(code="error", message="m" if b'"m"' in body else "The request failed.")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark() -> None:  # as editors of Windows write it
+    line = json.dumps(request("a")).encode()
+    assert read_line(b"\xef\xbb\xbf" + line) == read_line(line)
 
 
 def test_a_line_that_is_not_utf8_is_named() -> None:

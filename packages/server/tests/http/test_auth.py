@@ -165,6 +165,8 @@ def test_cors_for_the_configured_origin_only(start) -> None:
         refused = client.get("/v1/models", headers={"origin": "https://app.example"})
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://app.example"
+        exposed = set(refused.headers["access-control-expose-headers"].split(", "))
+        assert {"x-request-id", "request-id", "x-should-retry", "retry-after", "x-warning", "x-error-code"} <= exposed
         assert client.options("/v1/models").status_code == 401
         elsewhere = client.get("/v1/models", headers={"origin": "https://evil.example"})
         assert elsewhere.status_code == 403
@@ -435,7 +437,7 @@ def test_an_application_in_another_one_keeps_its_keys() -> None:
 
 def test_keys_from_a_file(start, tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("# people\nfirst-key\n\n  second-key  \n")
+    path.write_text("first-key\n\n# people\n  second-key  \n", "utf-8-sig")  # as from Windows
     running = start(api_key_file=path)
     with running.http() as client:
         assert client.get("/v1/models").status_code == 401

@@ -237,6 +237,9 @@ def test_a_certificate_that_was_replaced_is_read_again(
         asyncio.run(replaced("client.pem", "client.key", "was read again"))
         second = shown()
         asyncio.run(replaced("text.pem", "client.key", "stays in use"))
+        (tmp_path / "server.pem").write_bytes((files / "server.pem").read_bytes())  # its key follows later
+        with pytest.raises(UsageError, match="the key belongs to another certificate"):
+            tls.load_chain(context, settings)
     assert first != second
     assert shown() == second
 

@@ -18,7 +18,7 @@ from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.responses.store.entries import Entry
 from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
+from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, read_policy
 from candle_vllm.server.mailbox.record import Status
 from candle_vllm.server.mailbox.webhook import wait_ms
 from tests.waiting import PATIENCE, until
@@ -125,7 +125,7 @@ async def test_a_push_arrives_and_its_record_goes_unless_it_is_listed(open_mailb
 
 async def test_the_operators_webhook(open_mailbox, receiver) -> None:
     mailbox = await open_mailbox({"url": receiver.url, "signing_secret": "s"}, webhook_allowed_hosts=())
-    policy = mailbox.policy([(b"x-mailbox-mode", b"always")])
+    policy = read_policy([(b"x-mailbox-mode", b"always")], mailbox.options)
     await _keep(mailbox, policy, 1, disconnected=False)
     await _keep(mailbox, policy, 2, disconnected=True)
     await until(lambda: receiver.received)

@@ -197,6 +197,17 @@ def test_a_torn_line_of_a_log_file_is_ended(tmp_path: Path, capsys: pytest.Captu
         assert str(path) in json.loads(line)["message"]
 
 
+def test_a_log_file_that_was_moved_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    handler = LogFile(path, encoding="utf-8")
+    for message in ("one", "two"):
+        handler.emit(logging.LogRecord("n", logging.INFO, "p", 1, message, (), None))
+        path.rename(tmp_path / message)
+    handler.close()
+    assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["one\n", "two\n"]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
 def _no_space(handler: logging.Handler) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -41,7 +41,7 @@ _TEXTS = ("input", "content", "documents", "texts")  # fields with the texts of 
 
 
 def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
-    """Return the request with the operator's values for sampling settings that it omits, unless it samples nothing."""
+    """Return the request with the operator's values for sampling settings that it omits; a beam search uses none."""
     if getattr(wire, "use_beam_search", None):
         return wire
     absent = {name: value for name, value in values.items() if getattr(wire, name) is None}

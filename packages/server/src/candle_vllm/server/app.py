@@ -76,6 +76,9 @@ _MODULES = (
 ROUTERS = tuple(module.router for module in _MODULES)
 OPERATIONS = operations_of(ROUTERS)
 
+# Headers of answers that the page of another origin may read: OpenAI's and Anthropic's clients use the first four.
+_EXPOSED = ("x-request-id", "request-id", "retry-after", "x-should-retry", "x-warning", "x-error-code")
+
 
 def create_app(
     served: ServedEngine | ModelManager,
@@ -131,7 +134,8 @@ def create_app(
     # The web UI's routes come first, because its page replaces the server's own response to GET /.
     for router in (*((web_ui_router(),) if settings.ui_server else ()), *ROUTERS):
         app.include_router(router)
-    _describe(app, settings)
+    app.state.document = ApiDocument(ROUTERS, keys=settings.has_api_keys, management_keys=bool(settings.management_key))
+    app.openapi = lambda: app.state.document.value  # instead of FastAPI's document; this one has the wire types
     for kind in (Exception, HttpError, HTTPException, CandleVllmError, ClientGone):
         app.add_exception_handler(kind, answer_failure)
     _add_layers(app, settings)
@@ -149,7 +153,7 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the server's state: a drain waits while `busy()` tells that work for disconnected clients runs."""
+    """Yield the server's state: `busy()` returns whether a drain must wait for work for disconnected clients."""
     mailbox: Mailbox | None = app.state.mailbox
     store: ResponseStore | None = app.state.response_store
     background: Background | None = app.state.background
@@ -204,13 +208,6 @@ async def _start(app: FastAPI, store: Mailbox | ResponseStore | Batches) -> None
         raise
 
 
-def _describe(app: FastAPI, settings: Settings) -> None:
-    """Replace FastAPI's OpenAPI document by one that is made from the wire types."""
-    document = ApiDocument(ROUTERS, keys=settings.has_api_keys, management_keys=bool(settings.management_key))
-    app.state.document = document
-    app.openapi = lambda: document.value
-
-
 def _add_layers(app: FastAPI, settings: Settings) -> None:
     """Add the middleware, the innermost layer (rate limits) first, the outermost (path prefix) last."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
@@ -232,7 +229,7 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
             allow_origin_regex=origins(settings.cors_origin).pattern,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", *RATE_LIMIT_HEADERS],
+            expose_headers=[*_EXPOSED, *RATE_LIMIT_HEADERS],
         )
     app.add_middleware(
         ObservingMiddleware,

@@ -148,7 +148,6 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
 
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
-        os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # it may hold prompts: only its owner may read it
         handlers.append(LogFile(file, encoding="utf-8"))
     start_logging(level.upper(), style, handlers=handlers)
     logging.getLogger("PIL").setLevel(logging.WARNING)  # else PIL logs a line for each chunk of an image file

@@ -14,7 +14,7 @@ from candle_vllm.core.progress import Progress, heard_by
 
 logger = logging.getLogger(__name__)
 
-_STOPPING = 30.0  # maximum seconds that the caller waits for stopped work to end
+_STOPPING = 30.0  # maximum seconds of the wait for stopped work to end
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from candle_vllm.openai.protocol.generation import StreamOptions
 from candle_vllm.responses.api.outliving import Chunks, Failure, Work
 from candle_vllm.server.http.body import disconnected
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
+from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, read_policy
 from candle_vllm.server.models.manager import Turn
 from candle_vllm.server.observing.metrics import Metrics, Outcome
 
@@ -79,7 +79,7 @@ class MailboxWriter:
         Raises:
             HttpError: 400; the message names the header.
         """
-        policy = self._mailbox.policy(scope["headers"])
+        policy = read_policy(scope["headers"], self._mailbox.options)
         if policy is None:
             return None, wire
         hidden = wire.stream_options is None or not wire.stream_options.include_usage

@@ -183,8 +183,8 @@ def _has_terminal() -> bool:
 def warn_of_missing(catalogue: Catalogue) -> threading.Thread | None:
     """Warn of missing or unreadable model files, before a client asks for the model.
 
-    Return the thread that reads the headers of the files that exist, except the default model's, whose load will read
-    them; None if there are no such files.
+    Return the thread that reads the headers of existing files, or None without such files. The default model's file is
+    not among them, because the server loads it at the start.
     """
     there: list[ModelEntry] = []
     for entry in catalogue.entries:

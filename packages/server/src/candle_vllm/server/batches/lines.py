@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """One line of a batch, in OpenAI's format: parse it, send it to the application, and write the result as a line.
 
-A line is a request at step 1 of its life, as if it came over HTTP: the ASGI application is called in this process. So a
+Each line enters step 1 of a request's life: the ASGI application of this process is called, without a network. So a
 line has the same fields, limits and errors as a client's request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import secrets
 from collections import deque
@@ -37,7 +38,7 @@ _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
 class Line(NamedTuple):
-    """A request of a batch: the sender's name for it, one of `URLS`, and its body as JSON."""
+    """A request of a batch: its `custom_id`, one of `URLS`, and its body as JSON."""
 
     custom_id: str
     url: str
@@ -45,7 +46,7 @@ class Line(NamedTuple):
 
 
 class LineError(Exception):
-    """A line that is no valid request; `code` is an error code for programs."""
+    """A line that is not a valid request; `code` is the error code of its result."""
 
     def __init__(self, message: str, code: str, custom_id: str | None = None) -> None:
         super().__init__(message)
@@ -73,7 +74,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         custom_id: `custom_id` of the request; None for a request without one.
-        response: the application's response; None if the line was not sent to it.
+        response: the application's response; None if the line is invalid, or the batch ended first.
         error: why there is no successful response; None if there is one.
     """
 
@@ -89,17 +90,17 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def failed(custom_id: str | None, code: str, message: str) -> Result:
-    """Return the result of a line that was not sent to the application."""
+    """Return the result of a line without a response."""
     return Result(id=_new_id(), custom_id=custom_id, response=None, error=Problem(code=code, message=message))
 
 
 def read_line(data: bytes, endpoint: str | None = None) -> Line:
-    """Convert a line, without its newline, to a request; LineError if it is no valid one.
+    """Parse a line without its newline, and lower its priority; LineError if it is not a valid request.
 
     `endpoint` is the only URL that the batch allows; None allows all of `URLS`.
     """
     try:
-        value = decode_json(data, "The line")
+        value = decode_json(data.removeprefix(codecs.BOM_UTF8), "The line")
     except InvalidBodyError as error:
         raise LineError(str(error), "invalid_json_line") from None
     if not isinstance(value, dict):
@@ -128,13 +129,13 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     if body.get("encoding_format") in ("bytes", "bytes_only"):
         raise LineError("encoding_format must be float or base64: a result is JSON.", "invalid_request", name)
     own = body.get("priority")
-    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route refuses other values
+    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route checks other values
         body["priority"] = (own or 0) + PRIORITY
     return Line(name, url, json.dumps(body).encode())
 
 
 class Application:
-    """The ASGI application of this server, for the lines of batches; `client` is its HTTP client (`asked_here`)."""
+    """Sends the lines of batches to the ASGI application of this process, with the HTTP client of `asked_here`."""
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
@@ -173,7 +174,7 @@ class Application:
 
 @asynccontextmanager
 async def asked_here(app: ASGIApp) -> AsyncGenerator[Application]:
-    """Make an ASGI application of this process and event loop available to the lines of batches."""
+    """Context manager that yields the `Application` for an ASGI application of this event loop."""
     import httpx  # a server that never has a batch does not load it
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -190,15 +191,18 @@ async def answered_in_order(
     Closing the generator cancels the lines in progress.
     """
     working: deque[asyncio.Future[Result]] = deque()
+
+    async def first() -> Result:
+        await asyncio.wait([working[0]])  # awaiting the line itself would cancel it, and it would end with an error
+        return working.popleft().result()
+
     try:
         async for line in lines:
             working.append(asyncio.ensure_future(answer(line)))
             while len(working) >= width or (working and working[0].done()):
-                yield await working[0]
-                working.popleft()
+                yield await first()
         while working:
-            yield await working[0]
-            working.popleft()
+            yield await first()
     finally:
         for each in working:
             each.cancel()

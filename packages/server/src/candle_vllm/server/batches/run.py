@@ -22,8 +22,8 @@ from candle_vllm.server.batches.store import MAX_LINES, BatchStore
 from candle_vllm.server.http.routing import Caller
 
 LEASE_MS = 30_000  # milliseconds
-FLUSH_SECONDS = 1.0  # pause between two writes of results
-FULL_PAUSES = (1, 2, 4, 8, 16, 32, 64)  # seconds after which a full or unavailable store is tried again
+FLUSH_SECONDS = 1.0  # minimum seconds between two writes of results
+FULL_PAUSES = (1, 2, 4, 8, 16, 32, 64)  # seconds before each further attempt at a full or unavailable store
 MAX_ERRORS = 20  # maximum number of errors of an input file that are reported
 CANCELLED = ("batch_cancelled", "This request was not answered: the batch was cancelled.")
 EXPIRED = ("batch_expired", "This request was not answered before the batch expired.")
@@ -116,7 +116,7 @@ class BatchRun:
             logger.warning("the batch %s could not be released: %s", self.held.id, error)
 
     async def fail_for_good(self) -> None:
-        """Mark the batch as failed, because it would fail again."""
+        """End the batch as failed after an unexpected exception, because another attempt would raise it again."""
         with contextlib.suppress(CandleVllmError, AssertionError):
             await self._fail([BatchError(code="server_error", message="The server failed; its log has the reason.")])
 
@@ -137,10 +137,13 @@ class BatchRun:
     # ---- the input ---------------------------------------------------------------------------------------------------
 
     async def _lines(self) -> AsyncGenerator[list[tuple[int, bytes]]]:
-        """Yield lists of the input's lines with their numbers, from 1, without empty lines."""
-        number, rest = 0, b""
-        parts = self._store.contents(self.held.owner, await self._input())
-        async for part in parts:
+        """Yield lists of the input's lines with their numbers, from 1, without empty lines.
+
+        Raises NotStoredError if the input file does not exist any more.
+        """
+        owner, number, rest = self.held.owner, 0, b""
+        file = await self._store.file(owner, self.record.batch.input_file_id)
+        async for part in self._store.contents(owner, file.id):
             # In a thread that API keys share in turns: a part of nothing but newlines takes long to split.
             size = len(rest) + len(part.body)
             *lines, rest = await apart((rest + part.body).split, b"\n", size=size)
@@ -152,11 +155,6 @@ class BatchRun:
             number += len(lines)
         if rest.strip():
             yield [(number + 1, rest)]
-
-    async def _input(self) -> str:
-        """Return the id of the input file; NotStoredError if it does not exist any more."""
-        batch = self.record.batch
-        return (await self._store.file(self.held.owner, batch.input_file_id)).id
 
     async def _validate(self) -> bool:
         """Return whether the input is valid; a batch with invalid input fails."""
@@ -223,7 +221,7 @@ class BatchRun:
                         continue
                     stopped = stopped or await self._stopped()
                     if stopped is not None:
-                        await self._drop(working)
+                        await self._collect(working)
                         line = await application.read(data)
                         self._unwritten.append((number, failed(line.custom_id, *stopped)))
                         continue
@@ -259,8 +257,8 @@ class BatchRun:
             answer.cancel()
             await asyncio.gather(wish, answer, return_exceptions=True)
 
-    async def _drop(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Collect the results of running lines: after a cancellation they fail at once, after expiry they finish."""
+    async def _collect(self, working: dict[asyncio.Task[Result], int]) -> None:
+        """Wait for the running lines: after a cancellation they fail at once, after expiry they are answered."""
         if working:
             await asyncio.wait(working)
         self._unwritten += [(number, task.result()) for task, number in working.items()]
@@ -287,7 +285,7 @@ class BatchRun:
         del self._unwritten[: len(results)]
 
     async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Repeat `work` while the store is full (entries may expire) or unavailable; in the end, raise its error."""
+        """Repeat `work` while the store is full (entries may expire) or unavailable, at most after `FULL_PAUSES`."""
         for pause in FULL_PAUSES:
             with contextlib.suppress(StoreFullError, StoreUnavailableError):
                 return await work()

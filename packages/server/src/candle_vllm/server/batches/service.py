@@ -45,7 +45,7 @@ class Batches:
         options: options of the store.
         callers: returns the callers of all valid API keys; only `NOBODY` if clients need no key.
         longest: maximum bytes of a line.
-        places: returns how many sequences a model runs at a time, half of which may answer lines of batches.
+        places: returns a model's maximum number of running sequences; lines of batches may use half of it.
         app: answers the lines.
 
     Attributes:

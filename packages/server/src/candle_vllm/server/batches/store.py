@@ -32,7 +32,7 @@ MANY = 1000  # files that are read at once to find the files of one purpose
 UPLOAD_MS = 15 * 60_000  # time limit of an upload
 MAX_LINES = 50_000
 _CANCEL = "cancel"  # id of the part that cancels a batch
-_LATER = 2048  # maximum bytes of a batch as JSON without its metadata, in any state
+_BATCH_BYTES = 2048  # maximum bytes of a batch as JSON without its metadata, in any state
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def too_large(most: int) -> entries.StoreLimitError:
 
 def _body(record: BatchRecord) -> bytes:
     """Return a record as JSON, padded to its largest size, so that a batch can end although the store is full."""
-    return msgspec.json.encode(record).ljust(_LATER + len(msgspec.json.encode(record.batch.metadata)))
+    return msgspec.json.encode(record).ljust(_BATCH_BYTES + len(msgspec.json.encode(record.batch.metadata)))
 
 
 def _file(entry: entries.Entry) -> FileObject:

@@ -29,6 +29,9 @@ class AnswerClient(asyncio.Protocol):
         sent: `time.monotonic()` when the request was sent.
         done: future of the seconds from `sent` to the end of the response; NaN if the request failed.
         failure: reason of the failure, or None.
+        text: generated text, including reasoning and arguments of calls.
+        times: seconds from `sent` to each event with content.
+        usage: usage of the response, if the server reports it.
     """
 
     def __init__(self, request: bytes) -> None:
@@ -39,6 +42,9 @@ class AnswerClient(asyncio.Protocol):
         self._status = b""
         self.sent = 0.0
         self.failure: str | None = None
+        self.text: list[str] = []
+        self.times: list[float] = []
+        self.usage: Mapping[str, Any] = {}
         self.transport: asyncio.Transport | None = None
         self.done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
@@ -155,21 +161,12 @@ class AnswerClient(asyncio.Protocol):
 
 
 class EventClient(AnswerClient):
-    """A streamed response of OpenAI's chat or text completions, with the times of its events.
-
-    Attributes:
-        text: generated text, including reasoning and arguments of calls.
-        times: seconds from `sent` to each event with content.
-        usage: usage of the response, if the server reports it.
-    """
+    """A streamed response of OpenAI's chat or text completions."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(request)
         self._rest = b""
         self._ended = False
-        self.text: list[str] = []
-        self.times: list[float] = []
-        self.usage: Mapping[str, Any] = {}
 
     def received(self, data: bytes, now: float) -> None:
         data = (self._rest + data).replace(b"\r\n", b"\n")
@@ -209,14 +206,11 @@ class EventClient(AnswerClient):
 
 
 class WholeClient(AnswerClient):
-    """A response that is not streamed, such as embeddings or scores, and its usage."""
+    """A response that is not streamed, such as embeddings or scores."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(request)
         self._body: list[bytes] = []
-        self.text: list[str] = []
-        self.times: list[float] = []
-        self.usage: Mapping[str, Any] = {}
 
     def received(self, data: bytes, now: float) -> None:  # noqa: ARG002
         self._body.append(data)

@@ -204,7 +204,7 @@ def _text(path: Path) -> str:
     if path.stat().st_size > _MAX_FILE:
         raise UsageError(f"{path} is larger than {_MAX_FILE >> 30} GB")
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
 
@@ -263,7 +263,8 @@ class ServerWords:
             answer.raise_for_status()
             return answer.json()[field]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            why = str(error).partition("\n")[0]
             raise CandleVllmError(
-                f"tokens cannot be counted by the server ({path}: {error}): name a tokenizer of this machine with "
+                f"tokens cannot be counted by the server ({path}: {why}): name a tokenizer of this machine with "
                 "--tokenizer FOLDER|FILE.gguf"
             ) from None

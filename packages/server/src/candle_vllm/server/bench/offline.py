@@ -266,4 +266,5 @@ def _check(outputs: Sequence[GenerationOutput], output_len: int) -> None:
 
 def _save(path: Path | None, result: Mapping[str, Any]) -> None:
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=4) + "\n", "utf-8")

@@ -307,7 +307,8 @@ def _first_model(http: httpx.Client) -> str:
         return str(http.get("/v1/models").raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
         where = without_secrets(str(http.base_url)).rstrip("/")
-        text = f"{where}/v1/models names no model ({error}): name one with --model"
+        why = str(error).partition("\n")[0]  # httpx adds a line with an address to errors about a status
+        text = f"{where}/v1/models names no model ({why}): name one with --model"
         if isinstance(error, httpx.TransportError):
             text = f"{where} was not reached ({error}): start the server, or name it with --base-url"
         raise CandleVllmError(text) from None

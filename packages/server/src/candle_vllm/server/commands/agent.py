@@ -196,7 +196,7 @@ class TerminalApproval:
 
 
 async def read_terminal_line(question: str) -> str | None:
-    """Read a line that is typed after the question, None at the end of input; Ctrl+C ends the wait."""
+    """Return the line that is typed after the question, or None at the end of input."""
     if sys.platform == "win32":
         return await _read_console_line(question)
     import termios
@@ -386,9 +386,9 @@ def _file(path: str) -> tuple[str, str]:
             data = file.read(_MAX_FILE + 1)
         if len(data) > _MAX_FILE:
             return "", "too large to compare"
-        return data.decode("utf-8"), "beside the file here"
+        return data.decode("utf-8"), "compared with the file here"
     except (OSError, ValueError):
-        return "", "no such text here"
+        return "", "no text file here"
 
 
 def _text(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

@@ -111,14 +111,7 @@ async def _measure(
 
 def _prompt(engine: InferenceEngine, numbers: random.Random, length: int) -> list[int]:
     info = engine.model_info
-    ends = set(info.eos_token_ids)
-    return [_other(numbers.randrange(info.vocab_size), ends, info.vocab_size) for _ in range(length)]
-
-
-def _other(token: int, avoided: set[int], vocab_size: int) -> int:
-    while token in avoided:
-        token = (token + 1) % vocab_size
-    return token
+    return numbers.choices(sorted({*range(info.vocab_size)}.difference(info.eos_token_ids)), k=length)
 
 
 async def _request(engine: InferenceEngine, prompt: list[int], output_tokens: int, began: float) -> _Times:

@@ -84,7 +84,7 @@ class _Saved(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Chat:
-    """A conversation, and the model that answers in it; `failed` tells whether a line of the input failed.
+    """A conversation, and the model that answers in it. `failed` is True after a line of the input has failed.
 
     Args:
         settings: settings of the model and of sampling.

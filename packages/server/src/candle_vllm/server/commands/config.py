@@ -38,6 +38,8 @@ from candle_vllm.server.http.tls import tls_context
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mcp.options import mcp_options
 from candle_vllm.server.reloading import warn_of_missing
+from candle_vllm.server.routes.ollama_library import refuse_open_changes
+from candle_vllm.server.serve import open_manager
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, refuse_wrong_settings, store_options
 from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, plain, shown
@@ -125,6 +127,8 @@ def check(configuration: Configuration) -> None:
     mcp_options(settings)
     tls_context(settings)
     Keyring(settings)
+    refuse_open_changes(settings)
+    open_manager(configuration.catalogue, settings)[1].close()  # sources of adapters and images, and of traces
 
 
 class Derived(NamedTuple):
@@ -134,7 +138,7 @@ class Derived(NamedTuple):
     source: str
 
 
-_ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
+_ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")  # settings about weights that are not on the GPU
 
 
 def derived(configuration: Configuration) -> dict[str, Derived]:

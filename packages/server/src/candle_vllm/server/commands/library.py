@@ -35,8 +35,8 @@ def pull(settings: ModelOptions, name: str) -> int:
     return 0
 
 
-def _file(settings: AdapterOptions, name: str) -> AdapterOptions | None:
-    """Return the settings of a model that is not on the hub (the demo model, a file, a folder, a URL), else None."""
+def _not_of_hub(settings: AdapterOptions, name: str) -> AdapterOptions | None:
+    """Return the settings for the demo model, a file, a folder or a URL; None for a model of the hub."""
     path = (name.endswith(".gguf") and ":" not in name) or name.startswith(("/", "./", "../", "~"))
     path = path or os.path.exists(name)
     if not (path or is_demo(name) or "://" in named_model(name)):
@@ -81,7 +81,7 @@ def rm(settings: HubOptions, name: str) -> int:
 def show(settings: AdapterOptions, name: str) -> int:
     """Print the properties of a model: from its files if it is downloaded, else from the hub."""
     rows: list[tuple[str, str]] = []
-    if (chosen := _file(settings, name)) is not None:
+    if (chosen := _not_of_hub(settings, name)) is not None:
         rows += [("name", source_name(chosen, demo_model()))]
         if amount := file_bytes(chosen):
             rows += [("on this machine", size(amount)), ("memory", str(room_of(settings, amount)))]
@@ -121,7 +121,7 @@ def run(
     max_tokens: int | None = None,
 ) -> int:
     """Download a model if necessary, and run a conversation with it, or answer `prompt`."""
-    chosen = _file(settings, name)
+    chosen = _not_of_hub(settings, name)
     if chosen is None:
         try:
             local = find_downloaded(settings, name)
@@ -148,15 +148,17 @@ def ps(settings: ListenerOptions) -> int:
     try:
         with httpx.Client(base_url=base, transport=transport, timeout=_PATIENCE, trust_env=False) as client:
             answer = client.get("/api/ps", headers=headers)
-            told: Any = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
+    except httpx.HTTPError as error:
         raise UsageError(f"no server answers at {address.url} ({error}): name it with --host and --port") from None
-    if not isinstance(told, dict) or ("models" if answer.status_code == 200 else "error") not in told:
-        raise UsageError(f"the server at {address.url} is no candle-vllm: name another one with --host and --port")
-    if answer.status_code != 200:
-        raise UsageError(f"the server at {address.url} refused the request: {told.get('error')}")
-    rows = [(each["name"], size(each["size"]), "GPU" if each["size_vram"] else "CPU", f"{each['context_length']:,}",
-             _until(each["expires_at"])) for each in told["models"]]  # fmt: skip
+    try:
+        told: Any = answer.json()
+        if answer.status_code != 200:
+            raise UsageError(f"the server at {address.url} refused the request: {told['error']}")
+        rows = [(each["name"], size(each["size"]), "GPU" if each["size_vram"] else "CPU",
+                 f"{each['context_length']:,}", _until(each["expires_at"])) for each in told["models"]]  # fmt: skip
+    except (ValueError, KeyError, TypeError):
+        text = f"the server at {address.url} is no candle-vllm: name another one with --host and --port"
+        raise UsageError(text) from None
     _table(("NAME", "SIZE", "DEVICE", "CONTEXT", "UNTIL"), rows)
     return 0
 

@@ -21,8 +21,10 @@ from candle_vllm.server.settings.derived import engine_config, in_flags, load_en
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import OPTIONS, ModelOptions
 
-_STRANGE = ("weight_path", "weight_file", "revision", "isq", "imatrix", "kv_cache_dtype", "key_cache_dtype",
-            "value_cache_dtype", "op_by_op")  # fmt: skip
+_NOT_OF_REFERENCE = (
+    "weight_path", "weight_file", "revision", "isq", "imatrix", "kv_cache_dtype", "key_cache_dtype",
+    "value_cache_dtype", "op_by_op",
+)  # fmt: skip
 """Settings that do not apply to the reference, which is another model and runs with the precision of its files."""
 
 
@@ -33,7 +35,7 @@ def perplexity(
     text = _text(file)
     with tempfile.TemporaryFile() as known:
         if reference is not None:
-            plain = {option.name: option.default for option in OPTIONS if option.name in _STRANGE}
+            plain = {option.name: option.default for option in OPTIONS if option.name in _NOT_OF_REFERENCE}
             _measured(dataclasses.replace(settings, **plain, model=reference), text, save=known, **cut)
             known.seek(0)
         found = _measured(settings, text, reference=None if reference is None else known, **cut)

@@ -88,6 +88,8 @@ def run_batch(
 
 def _place(text: str) -> Path | httpx.URL:
     """Parse a path or an HTTP URL."""
+    if text == "-":
+        raise UsageError("- is not a file here: name one, such as /dev/stdin or /dev/stdout")
     scheme, colon, _ = text.partition("://")
     if not colon or "/" in scheme:
         return Path(os.path.expanduser(text))
@@ -189,11 +191,11 @@ async def _answer_all(application: Application, given: IO[bytes], made: IO[bytes
     async with contextlib.aclosing(answered_in_order(_lines(given, longest), answer, width)) as results:
         async for result in results:
             made.write(result.line)
+            made.flush()  # whole lines, even if a signal ends the process
             done += 1
             wrong += result.error is not None
             if time.monotonic() - told >= TELLING_SECONDS:
                 told = time.monotonic()
-                made.flush()
                 sys.stderr.write(f"run-batch: {done} lines answered, {wrong} of them with an error\n")
     sys.stderr.write(f"run-batch: done, {done} lines answered, {wrong} of them with an error\n")
 

@@ -170,7 +170,7 @@ def _decoded(data: bytes, name: str) -> str:
     if len(data) > MAX_TEXT:
         raise UsageError(f"the {name} on standard input is larger than {MAX_TEXT >> 20} MB")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # without the byte order mark that programs of Windows write
     except UnicodeDecodeError as error:
         raise UsageError(f"the {name} on standard input is not UTF-8: byte {error.start}") from None
 

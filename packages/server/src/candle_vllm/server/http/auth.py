@@ -45,8 +45,8 @@ class ApiKeyMiddleware:
     """Passes on a request with a valid key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
     Inner layers find the request's caller with `caller_of`; `/ready`, which needs no key, finds with `is_stranger`
-    whether a valid key was missing. If there are several keys, requests of one key that have not ended (slow uploads,
-    streams, WebSockets) may use half of the connections.
+    whether a valid key was missing. If there are several keys, one key may have as many open requests and WebSockets
+    as half of the connections that the server allows.
 
     Args:
         keys: keys of clients and of operators.
@@ -106,12 +106,6 @@ class ApiKeyMiddleware:
             self._open[label] -= 1
 
 
-def _called(key: Key) -> str:
-    """Return how a message names a key: by its name; the number of a key without a name is not revealed."""
-    named = key.caller.label and not key.caller.label.removeprefix("m").isdecimal()
-    return f"The API key {key.caller.label!r}" if named else "This API key"
-
-
 def _refused(key: Key | None, manages: bool) -> str:
     """Return why a request is refused, for its sender."""
     if key is not None and not key.is_valid:
@@ -119,14 +113,16 @@ def _refused(key: Key | None, manages: bool) -> str:
     if key is not None and not manages:
         return "This route needs a client's API key (--api-key): a management key is for operators' routes only."
     if key is not None:
-        return f"{_called(key)} is not a management key of this server: it is for clients' routes only."
+        named = not key.caller.label.removeprefix("m").isdecimal()  # the number of a key without a name is not shown
+        called = f"The API key {key.caller.label!r}" if named else "This API key"
+        return f"{called} is not a management key of this server: it is for clients' routes only."
     which = "management key" if manages else "key"
     header = "send the header `Authorization: Bearer <key>`"
     return f"Missing or wrong API key: {header} with a {which} of this server."
 
 
 def _is_page(method: str, path: str) -> bool:
-    """Whether a browser asks for one of the documentation pages or one of their files."""
+    """Whether a request is for one of the documentation pages or one of their files."""
     return method == "GET" and (path in PAGES or path.startswith("/docs/"))
 
 
@@ -137,7 +133,7 @@ def _given(scope: Scope, page: bool) -> bytes | None:
     given = _authorized(bearers[0], page) if len(bearers) == 1 else None
     if given is not None or len(bearers) > 1:
         return given
-    return own[0].strip() if len(own) == 1 else None  # also beside what a proxy asks for, such as `Basic`
+    return own[0].strip() if len(own) == 1 else None  # also beside a proxy's own Authorization, such as `Basic`
 
 
 def _authorized(header: bytes, page: bool) -> bytes | None:
@@ -235,7 +231,7 @@ class HostMiddleware:
     Args:
         own: the name or address at which the server listens.
         allowed: the origins of --cors-origin, whose hosts are names of this server as well.
-        public: the paths where every name is accepted.
+        public: paths that need no key, where every name is accepted.
     """
 
     def __init__(self, app: ASGIApp, own: str, allowed: Sequence[str], public: AbstractSet[str]) -> None:
@@ -283,7 +279,7 @@ def _values(scope: Scope, name: bytes) -> list[str]:
 
 
 def _is_own(scope: Scope, origin: str) -> bool:
-    """Whether a page is this server's own, by evidence that no other page can forge, even if its name resolves here.
+    """Whether `origin` is this server's own, by evidence that no other page has, even if its name resolves to here.
 
     The evidence is one of: the address at which the connection arrived; an IP address in the Host header (behind a
     container's port), which no DNS server can redirect; `Sec-Fetch-Site` (behind a proxy), which a browser sends only

@@ -32,7 +32,7 @@ class Held:
 
     The first 64 KB of each body or message do not count: other clients' requests cannot block one of usual size.
     One key may use half of `most`, the maximum number of bytes. Large bodies are parsed one at a time (`apart`); keys
-    take turns. `pieces` are the connections that wait to read the next part of a large body or message.
+    take turns. `pieces` has the connections that wait to read the next part of a large body or message.
     """
 
     def __init__(self, most: int) -> None:
@@ -68,8 +68,8 @@ class Held:
     async def parse(self, caller: Caller, body: bytes, parse: Callable[[bytes], T]) -> T:
         """Parse a body, in a thread if it is large; its bytes, counted before, stay counted until the parser has ended.
 
-        The thread continues even if nobody waits for it any more. An expected error (CandleVllmError) does not refer to
-        the body. Later code in the caller's task finds the size of the body in `this_request`.
+        The thread continues even if nobody waits for it any more. A CandleVllmError is raised without its traceback and
+        context, which would keep the body in memory. `this_request` then has the size of the body.
         """
         size = len(body)
         request_bytes.set(RequestBytes(size))

@@ -29,7 +29,7 @@ CLIENT_CLOSED_REQUEST = 499  # status for the log; the client has disconnected
 ANTHROPIC = "/v1/messages"
 OLLAMA = "/api/"
 JSON = "application/json"
-RETRY_SECONDS = "30"  # Retry-After if the store is full; some of its entries may have ended by then
+RETRY_SECONDS = "30"  # Retry-After of a full store, some of whose entries may have ended by then
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class FailureMiddleware:
     A request that the end of the drain cancels gets a 503; a begun stream reports the shutdown itself (`EventStream`).
 
     If the response has begun, the server closes the connection, so that the client sees that the answer is incomplete.
-    An expected error (CandleVllmError) is then logged in one line; every other exception is raised to the server.
+    If a CandleVllmError caused this, it is logged in one line; every other exception is raised to the server.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -31,7 +31,7 @@ _ENTRY = ("name", "key", "sha256", "expires", *RATES, "manages", "models", "note
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 _TAKEN = re.compile(r"m?[0-9]+|none|other")  # labels of unnamed keys, of requests without a key, of the rest in metrics
 _MAX_PATTERNS, _MAX_PATTERN = 1000, 512
-_SHOWN = 10  # names in a line of the log
+_SHOWN = 10  # maximum number of names in a line of the log
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Keyring:
         return next((key for key in self._keys if key.uses and key.is_valid and key.caller.key == caller.key), None)
 
     def callers(self) -> Iterable[Caller]:
-        """The callers of all valid client keys; only `NOBODY` if clients need no key."""
+        """Return the callers of all valid client keys; only `NOBODY` if clients need no key."""
         if not self._settings.has_api_keys:
             return (NOBODY,)
         return (key.caller for key in self._keys if key.uses and key.is_valid)
@@ -100,12 +100,12 @@ class Keyring:
         return are_several(self.callers())
 
     async def watch(self) -> None:
-        """Read the files again whenever they have changed, until this is cancelled; return at once without files."""
+        """Read the files again after each change, until this is cancelled; return at once if there are no files."""
         seen = self._read_at
         while self._paths:
             await asyncio.sleep(LOOK_SECONDS)
             now = await asyncio.to_thread(self._stamp)
-            if now == seen != self._read_at:  # a file has changed, and nobody writes to it any more
+            if now == seen != self._read_at:  # a file has changed, but not since the last check
                 try:
                     await self.reload()
                 except Exception as error:  # its message may have a key; the next change must still be read
@@ -114,9 +114,9 @@ class Keyring:
             seen = now
 
     async def reload(self, settings: AccessOptions | None = None) -> bool:
-        """Read the files again, and take the keys of `settings`, if given; return True.
+        """Read the files again, and take the keys of `settings`, if given; return whether the keys are in use.
 
-        If a file is invalid, or a first key is added or the last one removed, log it, keep the old keys, return False.
+        An invalid file, a first key and the removal of the last key are logged as errors; the old keys stay in use.
         """
         if settings is None and not self._paths:
             return True
@@ -135,8 +135,7 @@ class Keyring:
         return True
 
     def _stamp(self) -> tuple[Any, ...]:
-        """Modification time, size and inode of each file, which change with the file."""
-        return tuple(_stat(path) for path in self._paths)
+        return tuple(file_state(path) for path in self._paths)
 
     def _read(self) -> tuple[Key, ...]:
         settings = self._settings
@@ -171,7 +170,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
         UsageError: the file cannot be read, has no key, or has a line that cannot be a key.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read the API keys in {path}: {reason}") from None
@@ -316,7 +315,8 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _stat(path: Path) -> tuple[int, ...] | None:
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """Return modification time, size and inode, which change with the file; None for a file that cannot be examined."""
     try:
         found = path.stat()
     except OSError:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Rate limits of each API key, such as requests and tokens per minute, as token buckets.
 
-Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket for the amount of
-its window, which fills at a constant rate. A request may begin if each bucket has at least 1. Tokens are taken out as
-they are counted for `usage`, so nothing is estimated and no answer is truncated. If an answer takes more than a bucket
-has, the level becomes negative, and the key must wait.
+Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket that holds at
+most the limit and fills at the limit's rate. A request may begin if the level of each bucket is at least 1. Tokens are
+taken out as they are counted for `usage`, so nothing is estimated and no answer is truncated. If an answer takes more
+than a bucket has, the level becomes negative, and the key must wait.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from candle_vllm.server.http.routing import NOBODY, Caller, Limits, caller_of
 from candle_vllm.server.settings.options import Rate
 from candle_vllm.server.settings.table import RATES
 
-ROUNDING = 1e-6  # seconds that a client which waited for Retry-After may be early because of rounding
-_SWEEP = 1024  # number of meters at which unused ones are deleted for the first time
+ROUNDING = 1e-6  # seconds by which rounding may make a client early that waited for Retry-After
+_SWEEP = 1024  # number of meters at which meters with full buckets are deleted for the first time
 
 
 class Bucket:
@@ -80,7 +80,7 @@ class Meter:
 
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
         """Return the response headers about the limits, with OpenAI's names."""
-        told: list[tuple[bytes, bytes]] = []
+        headers: list[tuple[bytes, bytes]] = []
         for bucket in self.buckets:
             values = {
                 "limit": str(bucket.limit),
@@ -88,12 +88,12 @@ class Meter:
                 "reset": duration(bucket.until(bucket.limit, now)),
             }
             label = bucket.rate.label
-            told += [(f"x-ratelimit-{what}-{label}".encode(), text.encode()) for what, text in values.items()]
-        return told
+            headers += [(f"x-ratelimit-{what}-{label}".encode(), text.encode()) for what, text in values.items()]
+        return headers
 
 
 class RateLimits:
-    """The meters of one application: one for the label of each key that has limits and was used.
+    """The meters of one application: one for the label of each key that has limits and sent a request.
 
     Args:
         default: limits of all callers without a key together.
@@ -174,8 +174,7 @@ class RateLimitMiddleware:
 
         def send_with_limits(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
-                told = meter.headers(self._limits.clock())
-                message["headers"] = [*message.get("headers", ()), *told]
+                message["headers"] = [*message.get("headers", ()), *meter.headers(self._limits.clock())]
             return send(message)
 
         await self._app(scope, receive, send_with_limits)

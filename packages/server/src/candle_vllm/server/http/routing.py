@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The path, the method and the caller of a request, before the router sees it; its context for observers (step 1).
 
-The code that observes the engine needs the HTTP request to which a generation belongs. Step 1 stores it in a context
-variable, and step 4 reads it there, so that the layers between, which know no HTTP, need not pass it on.
+The metrics of a generation need its HTTP request. Step 1 stores the request in a context variable, and step 4 reads it
+there, so that the layers between, which know no HTTP, need not pass it on.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from candle_vllm.server.http.limits import Meter
 
 
 def routed_path(scope: Scope) -> str:
@@ -153,14 +156,6 @@ _MAX_TRACE_HEADER = 512  # characters, as the W3C recommends for tracestate
 current_request: ContextVar[RequestContext | None] = ContextVar("current_request", default=None)
 
 
-class Spender(Protocol):
-    """Counts what the requests of a key use (`Meter`)."""
-
-    def spend(self, unit: str, count: int) -> None:
-        """Count an amount of a unit."""
-        ...
-
-
 @dataclass(frozen=True)
 class RequestContext:
     """One HTTP request, seen through its ASGI scope on each access, because key and route are found late."""
@@ -193,12 +188,12 @@ class RequestContext:
         return bool(self.state.get("prompt_only", False))
 
     @property
-    def meter(self) -> Spender | None:
+    def meter(self) -> Meter | None:
         """The rate-limit meter that counts what the request uses; None if its key has no limits."""
         return self.state.get("meter")
 
     def first_of_request(self) -> bool:
-        """Return True on the first call only: the engine gets one request for each prompt of a client's request."""
+        """Return True on the first call only, because the engine gets a request for each prompt of the HTTP request."""
         first = not self.state.get("observed", False)
         self.state["observed"] = True
         return first

@@ -88,7 +88,7 @@ class EventStream(Response):
     """A response that sends each chunk as one event: the last stage of a chain (`Receiver` in core's `step/stream.py`).
 
     Chunks of a `PushStream` are written in the loop iteration in which they arrive. If the client does not keep up,
-    they wait; beyond `MAX_BUFFERED` bytes, the sink of the request queues further outputs, up to core's `MAX_UNREAD`.
+    they wait; beyond `MAX_BUFFERED` bytes, the request's sink in core queues the outputs, up to `MAX_UNREAD`.
 
     Args:
         chunks: a `PushStream` or an iterator. Its `aclose` is called at the end of the stream. Its `delivered`, if it

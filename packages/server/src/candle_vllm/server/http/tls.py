@@ -10,8 +10,8 @@ import asyncio
 import logging
 import os
 import ssl
-from pathlib import Path
 
+from candle_vllm.server.http.keys import file_state
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import ListenerOptions
 
@@ -56,8 +56,10 @@ def load_chain(context: ssl.SSLContext, settings: ListenerOptions) -> None:
     certificate, key = settings.ssl_certfile, settings.ssl_keyfile
     assert certificate is not None
     try:
-        # A key with a password is refused; without this function, OpenSSL would ask for it at the terminal.
-        context.load_cert_chain(certificate, key, password=lambda: "")
+        # First into another context: OpenSSL drops the previous key before it refuses a key of another certificate.
+        for each in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+            # A key with a password is refused; without this function, OpenSSL would ask for it at the terminal.
+            each.load_cert_chain(certificate, key, password=lambda: "")
     except OSError as error:
         for path in (certificate, key):
             if path is not None and not os.access(path, os.R_OK):
@@ -78,10 +80,10 @@ def _reason(error: OSError) -> str:
 async def refresh(context: ssl.SSLContext, settings: ListenerOptions) -> None:
     """Load certificate and key again when one of the files was replaced; later connections use them."""
     paths = [path for path in (settings.ssl_certfile, settings.ssl_keyfile) if path is not None]
-    known = _states(paths)
+    known = [file_state(path) for path in paths]
     while True:
         await asyncio.sleep(LOOK_SECONDS)
-        if (found := _states(paths)) == known:
+        if (found := [file_state(path) for path in paths]) == known:
             continue
         try:
             load_chain(context, settings)
@@ -90,15 +92,3 @@ async def refresh(context: ssl.SSLContext, settings: ListenerOptions) -> None:
         else:
             logger.info("the certificate was read again")
         known = found
-
-
-def _states(paths: list[Path]) -> list[tuple[int, int] | None]:
-    states: list[tuple[int, int] | None] = []
-    for path in paths:
-        try:
-            found = path.stat()
-        except OSError:
-            states.append(None)
-        else:
-            states.append((found.st_mtime_ns, found.st_ino))
-    return states

@@ -61,7 +61,9 @@ def read_policy(headers: Headers, options: MailboxOptions) -> DeliveryPolicy | N
         client_target(WEBHOOK_URL, url, options)
     bearer = given.get(WEBHOOK_BEARER)
     if bearer is not None:
-        _check_bearer(bearer, url)
+        check_bearer(WEBHOOK_BEARER, bearer)
+        if url is None:
+            raise invalid(WEBHOOK_BEARER, f"is for {WEBHOOK_URL}, which is missing")
     if url is None and webhook not in (None, Mode.NEVER) and options.webhook.url is None:
         raise invalid(WEBHOOK_MODE, f"needs {WEBHOOK_URL}: this server has no webhook of its own")
     asked = url is not None or {mailbox, webhook} - {None, Mode.NEVER}
@@ -97,12 +99,6 @@ def check_bearer(param: str, bearer: str) -> None:
     """Raise a 400 that names `param` unless `bearer` can be sent in a header; the message does not repeat it."""
     if len(bearer) > MAX_BEARER or not HEADER_VALUE.fullmatch(bearer) or " " in bearer:
         raise invalid(param, f"must be 1 to {MAX_BEARER} printable ASCII characters without blanks")
-
-
-def _check_bearer(bearer: str, url: str | None) -> None:
-    check_bearer(WEBHOOK_BEARER, bearer)
-    if url is None:
-        raise invalid(WEBHOOK_BEARER, f"is for {WEBHOOK_URL}, which is missing")
 
 
 def _given(headers: Headers) -> dict[str, str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Mailbox: the interface of the mailbox to the server's routes.
 
-At step 1 of a request's life, `policy` reads what the request asks for; at step 10, `keep` stores its answer, even if
-its client has disconnected. In between, `begin` shows clients that the answer is being generated.
+At step 10 of a request's life, `keep` stores its answer, even if its client has disconnected. Before that, `begin`
+shows clients that the answer is being generated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from candle_vllm.core.targets import Target, parse_target
 from candle_vllm.responses.store.backend import Upkeep
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
-from candle_vllm.server.mailbox.policy import DeliveryPolicy, Headers, Mode, check_bearer, client_target, read_policy
+from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, check_bearer, client_target
 from candle_vllm.server.mailbox.record import MailboxError, Status, invalid, not_found, settled
 from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
 from candle_vllm.server.mailbox.webhook import Deliverer, Message, Outcome, Sender
@@ -60,13 +60,6 @@ class Mailbox:
         await self._deliverer.close()
         await self._sender.close()
         await self.store.close()
-
-    def policy(self, headers: Headers) -> DeliveryPolicy | None:
-        """Return the policy in a request's headers; None for a plain request, which is aborted when its client leaves.
-
-        Raises HttpError 400, whose message names the invalid header.
-        """
-        return read_policy(headers, self.options)
 
     def owner(self, key: str) -> str:
         """Return the owner that an API key stands for; "" without keys: all requests then have the same owner."""

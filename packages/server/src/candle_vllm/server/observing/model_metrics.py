@@ -123,7 +123,7 @@ class ModelMetrics:
         buckets = token_buckets(max_model_len)
         self._histograms = {each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS}
         self._engine: EngineWatcher | None = None
-        self._past: list[EngineStats] = []  # the sum over past engines, if there are any
+        self._past: list[EngineStats] = []  # the sum over past engines as one entry, empty before there are any
         self.gap_bounds = self._histograms[INTER_TOKEN_LATENCY.name].bounds
 
     # ---- the engine --------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class ModelMetrics:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _sum(self, engine: EngineReading | None) -> EngineStats:
-        """Return the sums over past engines and this one; only their counters are used."""
+        """Return the sums over past engines and this one; callers use only the counters."""
         return combined(self._past if engine is None or engine.stats is None else [*self._past, engine.stats])
 
     def _add(self, record: RequestRecord) -> None:

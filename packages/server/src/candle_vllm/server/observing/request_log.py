@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
+from logging.handlers import WatchedFileHandler
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.shown import FIELDS, key_values
@@ -25,7 +27,7 @@ logger = logging.getLogger("candle_vllm.server.generations")
 class RequestLog:
     """An observer that logs one record per request.
 
-    `log_prompts` also logs the first `max_prompt` characters of the prompt.
+    With `log_prompts`, the record has the first `max_prompt` characters of the prompt.
     """
 
     def __init__(self, *, log_prompts: bool = False, max_prompt: int = MAX_PROMPT) -> None:
@@ -67,10 +69,17 @@ def request_fields(request: RequestRecord) -> dict[str, Any]:
     }
 
 
-class LogFile(logging.FileHandler):
-    """The file of `--log-file`. A line on standard error reports the first write that fails, and the next success."""
+class LogFile(WatchedFileHandler):
+    """The file of `--log-file`, which may be renamed: the next record creates it anew, readable by its owner only.
+
+    A line on standard error reports the first write that fails, and the next success.
+    """
 
     _missing = 0
+
+    def _open(self) -> Any:
+        os.close(os.open(self.baseFilename, os.O_CREAT | os.O_WRONLY, 0o600))  # it may hold prompts
+        return super()._open()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, if that is possible."""

@@ -105,9 +105,9 @@ def _gauge(name: str, text: str, value: Callable[[EngineReading], float]) -> Ser
 
 
 def _engine(name: str, text: str, when: str, row: Callable[[EngineStats, EngineReading], Row], *labels: str) -> Series:
-    """A gauge of a loaded model's engine, while the statistic that `when` names is not 0.
+    """A gauge of a loaded model's engine, if the statistic that `when` names is not 0.
 
-    An encoder has no blocks (`num_blocks`); an engine has LoRA slots (`max_adapters`) if adapters are enabled.
+    `num_blocks` is 0 for an encoder, `max_adapters` if adapters are not enabled.
     """
 
     def read(model: ModelReading) -> Iterable[Row]:

@@ -47,8 +47,8 @@ class Tracing:
         except ImportError as error:
             raise missing_telemetry() from error
         release = version("candle-vllm-server")
-        told = OTELResourceDetector().detect().attributes  # of the environment, such as OTEL_SERVICE_NAME
-        resource = Resource.create({"service.name": "candle-vllm", "service.version": release, **told})
+        given = OTELResourceDetector().detect().attributes  # from the environment, such as OTEL_SERVICE_NAME
+        resource = Resource.create({"service.name": "candle-vllm", "service.version": release, **given})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         processor = BatchSpanProcessor(
             exporter, max_queue_size=MAX_QUEUED_SPANS, export_timeout_millis=EXPORT_SECONDS * 1000

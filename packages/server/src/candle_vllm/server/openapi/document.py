@@ -13,7 +13,7 @@ import msgspec
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from candle_vllm.server.openapi.operation import Key, Operation, Schema, as_list, operations_of
+from candle_vllm.server.openapi.operation import Operation, Schema, as_list, operations_of
 from candle_vllm.server.settings.table import RATES
 
 _MEANINGS: Mapping[int, str] = {
@@ -25,9 +25,9 @@ _MEANINGS: Mapping[int, str] = {
     403: "The API key, the Origin, the Host or a setting of the server does not allow it",
     404: "Not found",
     408: "The body did not arrive in time",
-    409: "The model is in use, or too many requests wait for the conversation",
+    409: "The state of the model, the batch or the conversation does not allow it",
     413: "The body is too large",
-    415: "The body is not JSON",
+    415: "The content type or the encoding of the body is not supported",
     429: "Too many requests of this key wait, or it reached its limit per minute",
     500: "The server failed on this request",
     502: "The webhook or the Hugging Face hub failed",
@@ -57,7 +57,7 @@ _LIMITS: Mapping[str, Any] = {name: {"$ref": "#/components/headers/RateLimit"} f
 
 
 class ApiDocument:
-    """The document of an application, generated at its first use.
+    """The OpenAPI 3.1 document of an application, generated at its first use.
 
     Args:
         routers: the routers that the application includes.
@@ -73,7 +73,18 @@ class ApiDocument:
     @cached_property
     def value(self) -> dict[str, Any]:
         """The document as an object."""
-        return make_document(operations_of(self._routers), keys=self._keys, management_keys=self._management_keys)
+        operations = operations_of(self._routers)
+        paths: dict[str, Any] = {}
+        for (method, path), operation in operations.items():
+            entry = _operation(path, operation, _security(operation, self._keys, self._management_keys))
+            paths.setdefault(re.sub(r":\w+}", "}", path), {})[method.lower()] = entry
+        return {
+            "openapi": "3.1.0",
+            "info": {"title": "candle-vllm", "version": version("candle-vllm-server"), "description": _DESCRIPTION},
+            "tags": [{"name": tag} for tag in dict.fromkeys(each.tag for each in operations.values())],
+            "paths": paths,
+            "components": _components(list(operations.values()), self._keys or self._management_keys),
+        }
 
     @cached_property
     def encoded(self) -> bytes:
@@ -85,21 +96,6 @@ class ApiDocument:
         routes = [route for router in self._routers for route in router.routes if isinstance(route, APIRoute)]
         first = next((route.path for route in routes if route.path_regex.match(path)), None)
         return sorted({method for route in routes if route.path == first for method in route.methods or ()})
-
-
-def make_document(operations: Mapping[Key, Operation], *, keys: bool, management_keys: bool) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document for the routes of an application; see `ApiDocument`."""
-    paths: dict[str, Any] = {}
-    for (method, path), operation in operations.items():
-        entry = _operation(path, operation, _security(operation, keys, management_keys))
-        paths.setdefault(re.sub(r":\w+}", "}", path), {})[method.lower()] = entry
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "candle-vllm", "version": version("candle-vllm-server"), "description": _DESCRIPTION},
-        "tags": [{"name": tag} for tag in dict.fromkeys(each.tag for each in operations.values())],
-        "paths": paths,
-        "components": _components(list(operations.values()), keys or management_keys),
-    }
 
 
 def _components(operations: Sequence[Operation], guarded: bool) -> dict[str, Any]:

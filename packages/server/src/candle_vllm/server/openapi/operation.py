@@ -296,9 +296,9 @@ class Access:
     def manages(self, method: str | None, path: str) -> bool:
         """Whether only operators may send a request; a WebSocket has no method.
 
-        A path that a managed route matches is for operators with every method but those of clients' routes: of routes
-        at the same path or, if the managed route has path parameters, of all routes that match. If both kinds match
-        with the method, the path is for operators.
+        A path of a route for operators is theirs with every method, except methods of clients' routes at the same path
+        or, if the operators' route has path parameters, of any clients' route that matches. If both kinds of route
+        match path and method, only operators may send the request.
 
         Args:
             path: the path as the router matches it (`routed_path`).
