@@ -33,7 +33,7 @@ _STEP = 16 << 20  # bytes that are reserved at a time if the size is unknown
 
 
 class Key(NamedTuple):
-    """Identity of a fetched adapter: the kind of its source, its name, and its pinned revision."""
+    """Identity of a fetched adapter: `FetchedSource.keeps` of its source, its name, and its pinned revision."""
 
     kind: str
     name: str
@@ -167,7 +167,7 @@ class DiskCache:
         return let_go
 
     def clear_left(self) -> None:
-        """Remove unfinished downloads of servers that were terminated."""
+        """Remove unfinished downloads to which no server has written for an hour."""
         with self._lock:
             self._elsewhere()
 
@@ -204,7 +204,7 @@ class DiskCache:
         room.size = least
 
     def _elsewhere(self) -> int:
-        """Bytes of unfinished downloads of other servers; removes those of servers that were terminated."""
+        """Return the bytes of other servers' unfinished downloads, after the abandoned ones are removed."""
         total = 0
         for staged in self._folder.glob(_STAGED + "*"):
             if staged.name in self._rooms:

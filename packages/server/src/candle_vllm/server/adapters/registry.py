@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Registry of a server's LoRA adapters: the operator's, and adapters that a request names and a source provides.
 
-Step 1 of a request's life, after the name in `model` is read. Requests for the same new adapter share one lookup. A
-name that no source has is remembered for a while; the base model never answers in its place.
+Step 1 of a request's life, after `model` is read. The base model never answers in place of a missing adapter.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Adapter:
         kind: kind of its source, as in `Source`; "given" for files that the operator named.
         asked: its name in the source, if the operator loaded it at run time from a source; otherwise None.
         plain: whether its name is valid without the prefix `base:`; False if requests used it only with the prefix.
-        mark: stands for the revision in the engine, where the name may still have other files; see `Adapters.in_place`.
+        mark: part of its name in the engine, if earlier files of this name may still be in use there; "" otherwise.
         created: Unix time in seconds.
     """
 

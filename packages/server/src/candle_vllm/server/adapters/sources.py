@@ -2,7 +2,7 @@
 """Sources of LoRA adapters: the grammar of adapter names, the interface of a source, and the local folder.
 
 Runs in threads before step 1 of a request's life. A source gets only names that match this grammar: no "..", no
-absolute path, no empty component. A source that cannot verify an adapter reports it as missing.
+absolute path, no empty component.
 """
 
 from __future__ import annotations
