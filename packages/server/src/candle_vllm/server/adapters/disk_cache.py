@@ -22,14 +22,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from candle_vllm.server.adapters.sources import Refused, Unavailable
+from candle_vllm.server.adapters.sources import Refused, Room, Unavailable
 
 _ENTRY = "entry.json"
 _FILES = "adapter"
 _STAGED = ".staged-"
 _LEFT_SECONDS = 3600.0  # age after which an unfinished download counts as abandoned
 _MAX_ENTRY = 64 << 10
-_STEP = 16 << 20  # bytes that are reserved at a time if the size is unknown
 
 
 class Key(NamedTuple):
@@ -57,29 +56,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     asked: str
     size: int
     base: str | None = None
-
-
-class Room:
-    """Bytes of the cache that are reserved (`size`) for one adapter while it is fetched.
-
-    `reserve` gets this object, the minimum and the preferred number of bytes, and sets `size`.
-    """
-
-    def __init__(self, reserve: Callable[[Room, int, int], None]) -> None:
-        self.size = 0
-        self._reserve = reserve
-        self._taken = 0
-
-    def expect(self, size: int) -> None:
-        """Reserve space for `size` further bytes; raises as `DiskCache.put`."""
-        if self._taken + size > self.size:
-            self._reserve(self, self._taken + size, self._taken + size)
-
-    def take(self, size: int) -> None:
-        """Count `size` written bytes, or deleted bytes if negative; raises as `DiskCache.put`."""
-        self._taken += size
-        if self._taken > self.size:
-            self._reserve(self, self._taken, self._taken + _STEP)
 
 
 class DiskCache:
