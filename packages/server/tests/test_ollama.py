@@ -298,6 +298,21 @@ def test_a_model_stays_as_long_as_a_request_wants(start: Callable[..., Any]) -> 
     assert loader.loads == ["scripted"] * 2
 
 
+def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
+    manager = ModelManager(Catalogue([ModelEntry(name, Settings()) for name in ("one", "org/two")]), FakeLoader())
+    with client_of(start(manager, allow_model_changes=True)) as client:
+        for name in ("one", "org/two"):
+            answer = client.chat(f"{name}:latest", HI)
+            assert (answer.model, answer.message.content) == (name, "Hello!")
+            assert client.generate(f"{name}:latest", "Hi").response == "Hello!"
+            assert f"FROM {name}" in (client.show(f"{name}:latest").modelfile or "")
+        client.copy("org/two:latest", "mine")
+        client.delete("mine:latest")
+        assert [model.model for model in client.list().models] == ["one", "org/two"]
+        with pytest.raises(ollama.ResponseError, match="'three:latest' is not served here; served models are: one"):
+            client.chat("three:latest", HI)
+
+
 def test_who_cannot_unload_is_told(start: Callable[..., Any]) -> None:
     manager = ModelManager(Catalogue([ModelEntry("scripted", Settings())]), FakeLoader())
     asked = {**ASK, "stream": False, "keep_alive": 0}

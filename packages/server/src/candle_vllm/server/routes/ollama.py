@@ -13,7 +13,6 @@ from pydantic import model_validator
 from starlette.responses import Response
 
 from candle_vllm.openai import ollama, to_json_bytes
-from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server import answering
@@ -64,17 +63,21 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
         ModelNotServedError: nothing has that name, and `exact` is set or several models are served.
     """
     manager, caller = _manager(request), caller_of(request.scope)
-    for given in dict.fromkeys((name, name.removesuffix(_LATEST))):
-        try:
-            manager.find(given, exact=True)
-        except ModelNotServedError:
-            await manager.reach(given, caller)
-            if manager.adapters.find(given) is None:
-                continue
-        manager.permit(given, caller)
-        return given
+    own = own_name(manager, name)
+    if manager.catalogue.has(own):
+        manager.permit(own, caller)
+        return own
+    for given in dict.fromkeys((name, name.removesuffix(_LATEST))) if manager.adapters.bases() else ():
+        await manager.reach(given, caller)  # raises if the API key may not use the name
+        if manager.adapters.find(given) is not None:
+            return given
     manager.permit(name, caller)
     return manager.find(name, caller=caller, exact=exact).entry.names[0]
+
+
+def own_name(manager: ModelManager, name: str) -> str:
+    """Return the name that a model of the catalogue has: `name`, or `name` without `:latest`; else `name`."""
+    return next(filter(manager.catalogue.has, (name, name.removesuffix(_LATEST))), name)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
-from candle_vllm.server.routes.ollama import OfModel
+from candle_vllm.server.routes.ollama import OfModel, own_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.model_names import PullError
@@ -144,7 +144,7 @@ async def ollama_copy(request: Request) -> Response:
     """
     wire: CopyRequest = await _allowed(request, CopyRequest)
     manager: ModelManager = request.app.state.manager
-    entry = manager.find(wire.source, exact=True).entry
+    entry = manager.find(own_name(manager, wire.source), exact=True).entry
     try:
         _change(manager, entry, dataclasses.replace(entry, aliases=(*entry.names, wire.destination)))
     except UsageError as error:
@@ -160,7 +160,7 @@ async def ollama_delete(request: Request) -> Response:
     """
     wire: DeleteRequest = await _allowed(request, DeleteRequest)
     manager: ModelManager = request.app.state.manager
-    settings, name = request.app.state.settings, wire.named
+    settings, name = request.app.state.settings, own_name(manager, wire.named)
     entry = manager.find(name, exact=True).entry
     pulled = await in_thread(lambda: _names_file(settings, name, entry), "find-model")
     entry = manager.find(name, exact=True).entry  # another request may have removed it
