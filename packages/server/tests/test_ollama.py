@@ -308,6 +308,8 @@ def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
             assert f"FROM {name}" in (client.show(f"{name}:latest").modelfile or "")
         client.copy("org/two:latest", "mine")
         client.delete("mine:latest")
+        with pytest.raises(ollama.ResponseError, match="cannot be called 'default'"):
+            client.copy("org/two", "default")
         assert [model.model for model in client.list().models] == ["one", "org/two"]
         with pytest.raises(ollama.ResponseError, match="'three:latest' is not served here; served models are: one"):
             client.chat("three:latest", HI)
