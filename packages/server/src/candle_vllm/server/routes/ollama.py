@@ -170,7 +170,7 @@ async def _generated(request: Request, kind: type[WireModel], api: answering.Gen
     wire = await ollama_body(request, api.parse)
     chats = kind is ollama.ChatRequest
     if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
-        await _manager(request).unload(wire.model)
+        await _manager(request).unload(_manager(request).find(wire.model).entry.name)  # it may name an adapter
         now = time.perf_counter_ns()
         return answering.json_answer(
             ollama.loaded_line(wire.model, ollama.Times(wire.received, now), "unload", chat=chats)
