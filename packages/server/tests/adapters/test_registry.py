@@ -245,7 +245,7 @@ async def test_a_name_may_say_its_base_and_its_revision(source: FakeSource) -> N
     assert found.request.lora_name == "acme/tone@v7"
     assert known.find("org/second:Q4:acme/tone@v7") is found
     assert known.find("acme/tone@v7") is None  # who asked with a base says nothing of the plain name
-    assert found.called("second") == "second:acme/tone@v7"
+    assert known.called(found) == "org/second:Q4:acme/tone@v7"
     assert known.find("first:acme/tone@v7") is None
     plain = await known.reach("acme/tone")
     assert plain is not None

@@ -327,6 +327,13 @@ def test_each_base_may_have_an_adapter_of_one_name(start: Start, tmp_path: Path)
         for base, status in (("first", 200), ("second", 200), ("first", 400), (None, 400)):
             body = {"lora_name": "tone", "lora_path": str(tmp_path), "base_model_name": base}
             assert http.post("/v1/load_lora_adapter", json=body).status_code == status, base
+        names = ["first", "second", "tone", "second:tone"]
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == names
+        assert {each["name"] for each in http.get("/api/tags").json()["models"]} == {*names}
+        assert http.get("/v1/models/second:tone").json()["parent"] == "second"
+        answer = http.post("/api/generate", json={"model": "second:tone", "keep_alive": 0})
+        assert (answer.status_code, answer.json()["done_reason"]) == (200, "unload")
+        assert [each["name"] for each in http.get("/api/ps").json()["models"]] == ["first"]
 
 
 def test_an_adapter_that_cannot_be_loaded_is_named_and_not_served(given: Running, tmp_path: Path) -> None:

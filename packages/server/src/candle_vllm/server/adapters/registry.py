@@ -72,10 +72,6 @@ class Adapter:
         """Names that an API key may be restricted to: with the revision and without."""
         return self.name, self.name.partition("@")[0]
 
-    def called(self, base: str) -> str:
-        """Return the name of the adapter for clients, with the prefix `base:` if it needs one."""
-        return self.name if self.plain else f"{base}:{self.name}"
-
     @property
     def stays(self) -> bool:
         """Whether the operator named or loaded it, so that only the operator unloads it."""
@@ -185,10 +181,16 @@ class Adapters:
             return "This server has no adapters (--lora-modules); --lora-resolver finds those that requests name."
         first, text = name[:1].lower(), name.lower()
         likely = (each for each in known if each.name[:1].lower() == first or text in each.name.lower())
-        shown = ", ".join(each.called(each.base) for each in known[:_LISTED]) + (
-            ", ..." if len(known) > _LISTED else ""
-        )
-        return f"Known adapters: {shown}{nearest(name, [each.called(each.base) for each in islice(likely, _NEAR)])}."
+        shown = ", ".join(map(self.called, known[:_LISTED])) + (", ..." if len(known) > _LISTED else "")
+        return f"Known adapters: {shown}{nearest(name, map(self.called, islice(likely, _NEAR)))}."
+
+    def called(self, adapter: Adapter) -> str:
+        """Return an adapter's name for clients, after `base:` if the name alone is not valid, or means another one."""
+        other = self.find(adapter.name)
+        if adapter.plain and (other is None or other.base == adapter.base):
+            return adapter.name
+        base = next((entry.names[0] for entry in self.bases() if entry.name == adapter.base), adapter.base)
+        return f"{base}:{adapter.name}"
 
     def _split(self, text: str) -> tuple[ModelEntry | None, str]:
         """Split `base:name` if a model with adapters is called `base`; otherwise the base is None."""

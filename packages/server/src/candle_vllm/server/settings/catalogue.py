@@ -65,9 +65,7 @@ class Catalogue:
         self._by_name: Mapping[str, ModelEntry] = by_name
         self.default = self.entries[0] if default is None else by_name[default]
         if by_name.get(ANY_MODEL, self.default) is not self.default:
-            raise UsageError(
-                f"{by_name[ANY_MODEL].name!r} cannot be called 'default', which means the default model"
-            )
+            raise UsageError(f"{by_name[ANY_MODEL].name!r} cannot be called 'default', which means the default model")
 
     def has(self, name: str) -> bool:
         return name in self._by_name or name == ANY_MODEL or (name == DEMO and DEMO_NAME in self._by_name)
