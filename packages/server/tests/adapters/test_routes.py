@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +320,21 @@ def test_requests_use_the_earlier_files_until_others_have_replaced_them(given: R
     assert name.startswith("poems@")
     there = given.engine.adapters
     assert (there[name].path, there[name].pinned, "poems" in there) == (str(tmp_path), True, False)
+
+
+def test_of_requests_at_once_that_load_one_name_one_succeeds(given: Running, tmp_path: Path) -> None:
+    together, load = threading.Barrier(3), given.engine.add_lora
+
+    def at_once(request: LoRARequest) -> AdapterInfo:
+        together.wait(30)
+        return load(request)
+
+    given.engine.add_lora = at_once
+    body = {"lora_name": "new", "lora_path": str(tmp_path)}
+    with given.http() as http, ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda _: http.post("/v1/load_lora_adapter", json=body), range(3)))
+    assert sorted(answer.status_code for answer in done) == [200, 400, 400]
+    assert "new" in given.engine.adapters
 
 
 def test_each_base_may_have_an_adapter_of_one_name(start: Start, tmp_path: Path) -> None:

@@ -105,10 +105,7 @@ async def load_lora_adapter(request: Request) -> Response:
         message = f"{name!r:.200} begins with the name of a model: set 'base_model_name' instead."
         raise HttpError(400, message, _INVALID, param="lora_name")
     slot = _base(manager, wanted.base_model_name)
-    if manager.adapters.find(f"{slot.entry.names[0]}:{name}") is not None and not wanted.load_inplace:
-        message = f"The lora adapter '{name}' has already been loaded."
-        more = " If you want to load the adapter in place, set 'load_inplace' to True."
-        raise HttpError(400, message + more, _INVALID, param="lora_name")
+    _refuse_second(manager, slot, wanted)
     adapter = manager.adapters.in_place(await _files(manager, wanted, slot.entry.name))
     held = manager.adapters.use(adapter)
     try:
@@ -119,6 +116,7 @@ async def load_lora_adapter(request: Request) -> Response:
             info = await asyncio.to_thread(engine.add_lora, asked)
             if adapter.pinned:
                 await asyncio.to_thread(engine.pin_lora, asked.lora_name)
+            _refuse_second(manager, slot, wanted)  # another request may have loaded it meanwhile
             replaced = manager.adapters.add(adapter)
             if replaced is not None and replaced.request.lora_name != asked.lora_name:
                 await asyncio.to_thread(engine.remove_lora, replaced.request.lora_name)
@@ -130,6 +128,13 @@ async def load_lora_adapter(request: Request) -> Response:
         held()
     remark(_said(info))
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+def _refuse_second(manager: ModelManager, slot: ModelSlot, wanted: LoadAdapterRequest) -> None:
+    if manager.adapters.find(f"{slot.entry.names[0]}:{wanted.lora_name}") is not None and not wanted.load_inplace:
+        message = f"The lora adapter '{wanted.lora_name}' has already been loaded."
+        more = " If you want to load the adapter in place, set 'load_inplace' to True."
+        raise HttpError(400, message + more, _INVALID, param="lora_name")
 
 
 def _said(info: AdapterInfo) -> list[str]:
