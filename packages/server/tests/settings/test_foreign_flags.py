@@ -171,14 +171,15 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
     path.write_text(
         "model: org/name\nport: 8000\nmax_model_len: 8K\ntensor-parallel-size: 1\nserved-model-name: [a, b]\n"
         "enable-prefix-caching: false\nenforce-eager: true\nkv-fraction: 0.5\nswap-space: 4\n"
-        "override-generation-config: {temperature: 0.5}\n"
+        "override-generation-config: {temperature: 0.5}\nlora-modules:\n- {name: t, path: /t}\n- s=/s\n"
     )
     source, own = parse("serve", ["--config", str(path), "--port", "1", "--mem", "64", "other/name"])
     assert own == {}
     assert dict(source.values) == {
         "model": "other/name", "tensor_parallel_size": 1,
         "port": 1, "mem": 64, "max_model_len": 8192, "served_model_name": ("a", "b"),
-        "enable_prefix_caching": False, "cuda_graphs": False, "temperature": 0.5}  # fmt: skip
+        "enable_prefix_caching": False, "cuda_graphs": False, "temperature": 0.5,
+        "lora_modules": ('{"name": "t", "path": "/t"}', "s=/s")}  # fmt: skip
     assert source.given_as["port"] == "--p"
     assert source.given_as["max_model_len"] == f"--max-model-len in {path}"
     assert [remark.split()[0] for remark in source.remarks] == ["--swap-space"]
@@ -188,7 +189,8 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("- a", "serve.yaml must be a mapping"),
-        ("port: [", "serve.yaml is not YAML"),
+        ("port: [", "serve.yaml, line 1: not valid YAML"),
+        ("port: 1\nport: 2", "serve.yaml, line 2: not valid YAML: the key 'port' appears twice"),
         ("port:", "serve.yaml: port has no value"),
         ("prot: 1", "serve.yaml: unknown flag --prot"),
         ("port: x", "serve.yaml: --p/--port must be a whole number"),

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from candle_vllm.core.config import MAX_DRAFT
 from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.server.settings.options import UsageError, mapping
-from candle_vllm.server.settings.sources import read_small
+from candle_vllm.server.settings.sources import read_yaml
 
 Becomes = str | Callable[[str], list[str]]
 ANY = "*"
@@ -290,14 +290,8 @@ def lines_of(path: Path, known: Known) -> list[str]:
     Raises:
         UsageError: the file is unreadable, or not a mapping of names to values.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(read_small(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
     line: list[str] = []
-    for key, value in mapping(content, str(path)).items():
+    for key, value in mapping(read_yaml(path), str(path)).items():
         flag = "--" + str(key).replace("_", "-")
         if flag in ("--config", "--help", "--version"):
             raise UsageError(f"{path}: {str(key)[:60]} can only be set on the command line")
@@ -314,5 +308,5 @@ def _argument(flag: str, value: Any, known: Known, where: str) -> list[str]:
             raise UsageError(f"{where}: leave it out, because {off} does not exist")
         return [flag if value else off]
     if isinstance(value, list):
-        return [flag, *(str(each) for each in value)] if value else []
+        return [flag, *(json.dumps(each) if isinstance(each, dict) else str(each) for each in value)] if value else []
     return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]
