@@ -119,6 +119,8 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     """--pooler-config '{"pooling_type": "MEAN"}'""": {"pooling": "mean"},
     "--reasoning-effort low": {"default_chat_template_kwargs": {"reasoning_effort": "low"}},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
+    "-dev CUDA0,CUDA1 --models-max 2": {"device": "cuda:0,cuda:1", "max_loaded_models": 2},
+    "-dev none --models-max 0": {"device": "cpu"},
 }  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def _cors(text: str) -> list[str]:
     return [argument for origins in given for origin in origins for argument in ("--cors-origin", origin)]
 
 
+_CUDA = re.compile(r"\bcuda(\d+)\b", re.ASCII | re.IGNORECASE)
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -90,10 +91,8 @@ def _socket(path: str) -> list[str]:
 
 
 def _device(text: str) -> list[str]:
-    """Translate llama.cpp's device names: CUDA0, none."""
-    name = text.lower()
-    return ["--device", f"cuda:{name[4:]}" if name.startswith("cuda") and name[4:].isdecimal() else
-            {"none": "cpu"}.get(name, text)]  # fmt: skip
+    """Translate llama.cpp's device names: CUDA0, none, or several as CUDA0,CUDA1."""
+    return ["--device", _CUDA.sub(r"cuda:\1", {"none": "cpu"}.get(text.lower(), text))]
 
 
 def _drafts(text: str) -> list[str]:
