@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import huggingface_hub
 import ollama
 import pytest
 from msgspec.structs import replace
@@ -403,6 +404,11 @@ def test_a_pull_that_fails_says_why(changing: Callable[..., Any], fake_hub: Any)
         with pytest.raises(ollama.ResponseError, match="does not match the hub's checksum"):
             list(client.pull(REPO, stream=True))
         assert len(client.list().models) == 1
+        fake_hub.stop()
+        huggingface_hub.close_session()
+        with pytest.raises(ollama.ResponseError, match="the hub, which cannot be reached") as refusal:
+            client.pull(REPO)
+        assert refusal.value.status_code == 502, "a 404 says that there is no such model"
 
 
 def test_a_pull_is_followed_stopped_and_gone_on_with(

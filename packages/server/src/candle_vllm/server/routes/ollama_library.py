@@ -113,7 +113,8 @@ async def ollama_pull(request: Request) -> Response:
     try:
         pull = await pulls.begin(wire.named)
     except CandleVllmError as error:
-        raise HttpError(404, str(error), failure_code(error), param="model") from None
+        code = failure_code(error)
+        raise HttpError(502 if code == "hub_unreachable" else 404, str(error), code, param="model") from None
     if wire.stream:
         return EventStream(_lines(pull), lines_form(lambda line: to_json_bytes(line) + b"\n", _failed_line))
     try:
