@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings import foreign_flags as foreign_module
 from candle_vllm.server.settings.command_line import flag_commands, parse, split_command
 from candle_vllm.server.settings.commands import COMMANDS
 from candle_vllm.server.settings.derived import engine_config
@@ -37,7 +37,7 @@ def test_what_exists_here_is_not_in_the_table() -> None:
 
 
 def test_no_flag_stands_in_two_rows() -> None:
-    told = [flag for flag, _ in foreign_module.told()]
+    told = [flag for flags, *_ in foreign_tables()["Flags"] for flag in flags.split()]
     assert len(told) == len(set(told))
 
 

@@ -21,12 +21,11 @@ from starlette.responses import PlainTextResponse, Response
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.requests import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, LoRARequest
 from candle_vllm.core.errors import AdapterError, ModelNotFoundError, RequestError
-from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.fields import Name, WireModel
 from candle_vllm.openai.protocol.generation import LoraScale, LoraScales, lora_scales
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server.adapters.registry import Adapter
-from candle_vllm.server.answering import json_answer, parsed
+from candle_vllm.server.answering import body_of, json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.models.manager import ModelManager
@@ -94,7 +93,7 @@ class Succeeded(msgspec.Struct, frozen=True):
 )
 async def load_lora_adapter(request: Request) -> Response:
     """Load an adapter and serve it by a name; answers when it is in memory."""
-    wanted: LoadAdapterRequest = await parsed(request, lambda body: parse_body(LoadAdapterRequest, body))
+    wanted: LoadAdapterRequest = await body_of(request, LoadAdapterRequest)
     manager = _changeable(request)
     name = wanted.lora_name
     if not name or not wanted.lora_path:
@@ -162,7 +161,7 @@ async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -
 )
 async def unload_lora_adapter(request: Request) -> Response:
     """Stop serving an adapter; running answers finish with it."""
-    wanted: UnloadAdapterRequest = await parsed(request, lambda body: parse_body(UnloadAdapterRequest, body))
+    wanted: UnloadAdapterRequest = await body_of(request, UnloadAdapterRequest)
     manager, name = _changeable(request), wanted.lora_name
     if not name:
         raise HttpError(400, "'lora_name' needs to be provided to unload a LoRA adapter.", _INVALID)

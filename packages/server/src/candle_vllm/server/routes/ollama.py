@@ -96,7 +96,7 @@ def own_name(manager: ModelManager, name: str) -> str:
 )
 async def ollama_chat(request: Request) -> Response:
     """Continue a conversation, in Ollama's form."""
-    return await _generated(request, ollama.ChatRequest, CHAT)
+    return await _generated(request, CHAT)
 
 
 @route(
@@ -108,7 +108,7 @@ async def ollama_chat(request: Request) -> Response:
 )
 async def ollama_generate(request: Request) -> Response:
     """Answer a prompt, in Ollama's form."""
-    return await _generated(request, ollama.GenerateRequest, GENERATE)
+    return await _generated(request, GENERATE)
 
 
 @route(
@@ -165,10 +165,10 @@ GENERATE = answering.GenerationApi(
 )
 
 
-async def _generated(request: Request, kind: type[WireModel], api: answering.GenerationApi) -> Response:
+async def _generated(request: Request, api: answering.GenerationApi) -> Response:
     deadline = answering.deadline_of(request)
     wire = await ollama_body(request, api.parse)
-    chats = kind is ollama.ChatRequest
+    chats = api is CHAT
     if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
         await _manager(request).unload(_manager(request).find(wire.model).entry.name)  # it may name an adapter
         now = time.perf_counter_ns()

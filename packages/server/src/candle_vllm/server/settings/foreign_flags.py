@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,15 +149,11 @@ COMMANDS = {row[0]: row[1] for row in foreign_tables()["Commands"]}
 @cache
 def foreign_flags() -> Mapping[str, Row]:
     """Return the row of each flag; its answer begins with this program's flag if there is an equivalent one."""
-    return dict(told())
-
-
-def told() -> Iterator[tuple[str, Row]]:
-    """Yield every flag of the table with its row."""
-    for flags, becomes, here, answer in foreign_tables()["Flags"]:
-        row = Row(answer, _becomes(becomes), here == "no effect", here.endswith("or no effect"))
-        for flag in flags.split():
-            yield flag, row
+    return {
+        flag: Row(answer, _becomes(becomes), here == "no effect", here.endswith("or no effect"))
+        for flags, becomes, here, answer in foreign_tables()["Flags"]
+        for flag in flags.split()
+    }
 
 
 def _becomes(text: str) -> Mapping[str, Becomes]:
