@@ -124,6 +124,7 @@ class ModelManager:
         An unknown adapter is looked up (`--lora-resolver`); the lookup counts as one more request in the rate limits.
 
         Raises:
+            ModelNotServedError: no model has this name, and no model supports adapters.
             HttpError: 403 if the API key may not use the name; and as `Adapters.reach` and `RateLimits.admit` raise it.
         """
         if name is None or not self.adapters.bases() or self.catalogue.has(name):
