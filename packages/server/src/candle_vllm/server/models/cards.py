@@ -285,7 +285,8 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
         queued_at: Unix time in seconds at which the server got it.
         waits_for: "model" until the model is loaded, "place" until its engine has room for the sequences.
         key: label of its API key; "none" without a key.
-        sequences, priority: as in `Queued`; 1 and 0 while it waits for the model.
+        sequences: number of its sequences; 1 while it waits for the model.
+        priority: requests with a lower value run first.
     """
 
     id: str

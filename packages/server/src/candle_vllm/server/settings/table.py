@@ -412,7 +412,7 @@ class AccessOptions(_Checked):
         "KEY", unset="the API keys are accepted")] = ()
     max_queued_per_key: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 20), "most unfinished sequences of one API key; further requests are "
-        "refused with 429", "N", unset="half of max_queued_requests")] = None
+        "refused with 429", "N", unset="half of max_queued_requests if there are several keys")] = None
     requests_per_minute: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 30), "most requests of one API key in a minute; further requests are refused with 429; without "
         "keys, of all clients together", "N", rate=Rate("requests", "minute", 60.0), unset="no limit")] = None
