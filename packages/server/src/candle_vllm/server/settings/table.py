@@ -479,7 +479,7 @@ class RequestOptions(_Checked):
 
     unknown_fields: Annotated[str, own(HTTP,
         Choice(("refuse", "warn")), "unknown fields of a request: refuse it, or warn (leave them out and name them in "
-        "the header x-warning)")] = "refuse"
+        "the header x-warning)", "HOW")] = "refuse"
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
     max_held_mb: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "most request bodies and messages in memory that are unparsed or whose requests wait, in "
