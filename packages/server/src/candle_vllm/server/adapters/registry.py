@@ -185,9 +185,9 @@ class Adapters:
         return f"Known adapters: {shown}{nearest(name, map(self.called, islice(likely, _NEAR)))}."
 
     def called(self, adapter: Adapter) -> str:
-        """Return an adapter's name for clients, after `base:` if the name alone is not valid, or means another one."""
+        """Return an adapter's name for clients, after `base:` if the name alone is invalid or means something else."""
         other = self.find(adapter.name)
-        if adapter.plain and (other is None or other.base == adapter.base):
+        if adapter.plain and not self.is_model(adapter.name) and (other is None or other.base == adapter.base):
             return adapter.name
         base = next((entry.names[0] for entry in self.bases() if entry.name == adapter.base), adapter.base)
         return f"{base}:{adapter.name}"
