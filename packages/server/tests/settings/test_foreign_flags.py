@@ -121,6 +121,7 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
     "-dev CUDA0,CUDA1 --models-max 2": {"device": "cuda:0,cuda:1", "max_loaded_models": 2},
     "-dev none --models-max 0": {"device": "cpu"},
+    "--uds /tmp/a.sock --host 0.0.0.0": {"host": "unix:///tmp/a.sock"},
 }  # fmt: skip
 
 

@@ -186,6 +186,7 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
     """
     end = argv.index("--") if "--" in argv else len(argv)
     left, line, remarks = list(argv[:end]), list[str](), list[str]()
+    last: list[str] = []  # a socket counts, wherever it stands beside --host
     parts: dict[str, dict[str, Any]] = {}  # members of object values, by flag
     while left:
         text = left.pop(0)
@@ -210,11 +211,11 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
         foreign = [each for each in ours if each.startswith("--") and command not in known[_base(each)]]
         if foreign and not row.elsewhere:
             raise UsageError(hint(flag, known, command))
-        line += [] if foreign else ours
+        (last if flag == "--uds" else line).extend([] if foreign else ours)
         if row.idle or foreign:
             remarks.append(f"{flag} has no effect here: {row.answer}")
     line += [f"{flag}={json.dumps(given)}" for flag, given in parts.items()]
-    return [*line, *argv[end:]], remarks
+    return [*line, *last, *argv[end:]], remarks
 
 
 def _base(flag: str) -> str:
