@@ -325,6 +325,17 @@ def test_who_cannot_unload_is_told(start: Callable[..., Any]) -> None:
             assert len(client.get("/api/ps").json()["models"]) == 1
 
 
+def test_a_key_that_opens_no_routes_of_operators_unloads_nothing(start: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("keys: [{name: a, key: client}, {name: b, key: operator, manages: true}]")
+    running = start(
+        ModelManager(Catalogue([ModelEntry("scripted", Settings())]), FakeLoader()), api_keys_file=tmp_path / "keys"
+    )
+    for key, said, loaded in (("client", "load", 1), ("operator", "unload", 0)):
+        with client_of(running, headers={"authorization": f"Bearer {key}"}) as client:
+            assert client.generate("scripted", "", keep_alive=0).done_reason == said
+            assert len(client.ps().models) == loaded
+
+
 # ---- changing which models there are ---------------------------------------------------------------------------------
 
 REPO = "org/model-GGUF"

@@ -204,7 +204,9 @@ def _keep(request: Request, wire: Any) -> None:
 
 
 def _may_keep(request: Request) -> bool:
-    return not request.app.state.settings.management_key
+    """Whether the API key opens operators' routes; without API keys, whether there are no management keys either."""
+    without_key = not request.app.state.settings.management_key
+    return request.scope.get("state", {}).get("manages", without_key)
 
 
 def _manager(request: Request) -> ModelManager:
