@@ -78,7 +78,7 @@ class DeleteRequest(OfModel):
 
 
 class CopyRequest(WireModel):
-    """A further name for a model, until the server ends."""
+    """A further name for a model, until the server ends or reads models.yaml again."""
 
     source: Name
     destination: Name
@@ -141,7 +141,7 @@ async def ollama_stop_pull(request: Request) -> Response:
 async def ollama_copy(request: Request) -> Response:
     """Give a model another name, where the operator allows that.
 
-    It has the name until the server ends.
+    It has the name until the server ends or reads models.yaml again.
     """
     wire: CopyRequest = await _allowed(request, CopyRequest)
     manager: ModelManager = request.app.state.manager
