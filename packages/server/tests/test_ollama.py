@@ -307,8 +307,12 @@ def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
             assert (answer.model, answer.message.content) == (name, "Hello!")
             assert client.generate(f"{name}:latest", "Hi").response == "Hello!"
             assert f"FROM {name}" in (client.show(f"{name}:latest").modelfile or "")
-        client.copy("org/two:latest", "mine")
+        client.copy("org/two:latest", "mine:latest")
+        assert client.chat("mine", HI).model == "mine"
         client.delete("mine:latest")
+        for wrong in (" ", "a\nb", " a", ":latest"):
+            with pytest.raises(ollama.ResponseError, match="is not a valid name"):
+                client.copy("one", wrong)
         with pytest.raises(ollama.ResponseError, match="cannot be called 'default'"):
             client.copy("org/two", "default")
         assert [model.model for model in client.list().models] == ["one", "org/two"]

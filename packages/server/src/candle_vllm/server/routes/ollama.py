@@ -27,7 +27,7 @@ router = APIRouter()
 route = routing(router, functools.partial(
     Operation, tag="ollama", error=ollama.Failure, naming=OLLAMA, errors=QUEUED, untyped=True))  # fmt: skip
 
-_LATEST = ":latest"
+LATEST = ":latest"
 
 
 class OfModel(WireModel):
@@ -67,7 +67,7 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
     if manager.catalogue.has(own):
         manager.permit(own, caller)
         return own
-    for given in dict.fromkeys((name, name.removesuffix(_LATEST))) if manager.adapters.bases() else ():
+    for given in dict.fromkeys((name, name.removesuffix(LATEST))) if manager.adapters.bases() else ():
         await manager.reach(given, caller)  # raises if the API key may not use the name
         if manager.adapters.find(given) is not None:
             return given
@@ -77,7 +77,7 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
 
 def own_name(manager: ModelManager, name: str) -> str:
     """Return the name that a model of the catalogue has: `name`, or `name` without `:latest`; else `name`."""
-    return next(filter(manager.catalogue.has, (name, name.removesuffix(_LATEST))), name)
+    return next(filter(manager.catalogue.has, (name, name.removesuffix(LATEST))), name)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
-from candle_vllm.server.routes.ollama import OfModel, own_name
+from candle_vllm.server.routes.ollama import LATEST, OfModel, own_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.model_names import PullError
@@ -145,9 +145,11 @@ async def ollama_copy(request: Request) -> Response:
     """
     wire: CopyRequest = await _allowed(request, CopyRequest)
     manager: ModelManager = request.app.state.manager
-    entry = manager.find(own_name(manager, wire.source), exact=True).entry
+    entry, name = manager.find(own_name(manager, wire.source), exact=True).entry, wire.destination.removesuffix(LATEST)
+    if not name.isprintable() or name.strip() != name or not name:
+        raise HttpError(400, f"{wire.destination!r:.200} is not a valid name.", "invalid_value", param="destination")
     try:
-        _change(manager, entry, dataclasses.replace(entry, aliases=(*entry.names, wire.destination)))
+        _change(manager, entry, dataclasses.replace(entry, aliases=(*entry.names, name)))
     except UsageError as error:
         raise HttpError(409, str(error), "name_taken", param="destination") from None
     return Response()
