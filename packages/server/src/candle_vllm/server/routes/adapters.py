@@ -18,7 +18,6 @@ from fastapi import APIRouter, Request
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import PlainTextResponse, Response
 
-from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.requests import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, LoRARequest
 from candle_vllm.core.errors import AdapterError, ModelNotFoundError, RequestError
 from candle_vllm.openai.protocol.fields import Name, WireModel
@@ -125,7 +124,7 @@ async def load_lora_adapter(request: Request) -> Response:
         raise HttpError(400, f"The adapter cannot be used: {error}", "adapter_refused", param="lora_path") from None
     finally:
         held()
-    remark(_said(info))
+    remark([f"rank {info.rank}, {info.modules} matrices, norm {info.delta_norm:.4g}", *info.notes])
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -134,11 +133,6 @@ def _refuse_second(manager: ModelManager, slot: ModelSlot, wanted: LoadAdapterRe
         message = f"The lora adapter '{wanted.lora_name}' has already been loaded."
         more = " If you want to load the adapter in place, set 'load_inplace' to True."
         raise HttpError(400, message + more, _INVALID, param="lora_name")
-
-
-def _said(info: AdapterInfo) -> list[str]:
-    """Return a summary of a loaded adapter."""
-    return [f"rank {info.rank}, {info.modules} matrices, norm {info.delta_norm:.4g}", *info.notes]
 
 
 async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -> Adapter:

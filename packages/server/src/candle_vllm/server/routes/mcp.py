@@ -144,7 +144,7 @@ async def list_mcp_servers(request: Request) -> Response:
         )
         for one in _service(request).status()
     ]
-    return _list(found)
+    return json_answer({"object": "list", "data": found})
 
 
 @route("GET /v1/mcp/tools", answer=McpToolInfo, errors=(404,), listed=True)
@@ -161,7 +161,7 @@ async def list_mcp_tools(request: Request) -> Response:
         )
         for one in service.registry.definitions()
     ]
-    return _list(found)
+    return json_answer({"object": "list", "data": found})
 
 
 @route(
@@ -245,7 +245,3 @@ def _has_page_key(request: Request) -> bool:
 def _no_tool(service: McpService, name: str) -> HttpError:
     near = nearest(name, service.registry.names())
     return HttpError(404, f"There is no tool {name!r}{near}.", "tool_not_found", param="name")
-
-
-def _list(found: list[McpServerInfo] | list[McpToolInfo]) -> Response:
-    return json_answer({"object": "list", "data": found})
