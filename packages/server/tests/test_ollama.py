@@ -300,7 +300,9 @@ def test_a_model_stays_as_long_as_a_request_wants(start: Callable[..., Any]) -> 
 
 
 def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
-    manager = ModelManager(Catalogue([ModelEntry(name, Settings()) for name in ("one", "org/two")]), FakeLoader())
+    names = ("org/two", "second")
+    entries = [ModelEntry("one", Settings()), ModelEntry("org/two", Settings(served_model_name=names), names)]
+    manager = ModelManager(Catalogue(entries), FakeLoader())
     with client_of(start(manager, allow_model_changes=True)) as client:
         for name in ("one", "org/two"):
             answer = client.chat(f"{name}:latest", HI)
@@ -315,7 +317,9 @@ def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
                 client.copy("one", wrong)
         with pytest.raises(ollama.ResponseError, match="cannot be called 'default'"):
             client.copy("org/two", "default")
-        assert [model.model for model in client.list().models] == ["one", "org/two"]
+        with pytest.raises(ollama.ResponseError, match="was not downloaded by this server"):
+            client.delete("second")  # a name that the operator gave
+        assert [model.model for model in client.list().models] == ["one", *names]
         with pytest.raises(ollama.ResponseError, match="'three:latest' is not served here; served models are: one"):
             client.chat("three:latest", HI)
 
