@@ -96,6 +96,9 @@ def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureF
     assert ("--dtype" in text) == (command == "quantize" or DEVICE in takes.uses)
     if command == "serve":
         assert all(flag in text for option in OPTIONS for flag in option.flags)
+    assert all(option.metavar for option in (*takes.settings, *takes.options) if option.flags), (
+        "a value looks like none"
+    )
     own = {flag for option in (*takes.settings, *takes.options) for flag in option.flags}
     assert all(option.flags[0] in own or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
     assert ("cuda:N" in text) == (DEVICE in takes.uses or "device" in takes.plus)
@@ -833,3 +836,9 @@ def test_words_of_other_programs_for_help_version_and_the_prompt(capsys: pytest.
     assert said[::2] == said[1::2]
     for flag in ("-p", "--prompt"):
         assert parse("generate", [flag, "hi", "--temperature", "0"])[1] == {"prompt": "hi"}
+    source, own = parse("generate", ["-no-cnv", "-p", "hi"])
+    assert (own, source.remarks[0].split()[0]) == ({"prompt": "hi"}, "-no-cnv")
+    words = ["qwen3:4b", "why", "is", "--temperature", "0", "the", "sky", "blue"]
+    assert parse("run", words)[1] == {"name": "qwen3:4b", "prompt": "why is the sky blue"}
+    with pytest.raises(UsageError, match="unknown flag --tmp"):
+        parse("run", ["qwen3:4b", "why", "--tmp"])

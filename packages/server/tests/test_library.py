@@ -228,6 +228,15 @@ def test_what_is_told_late_does_not_bring_a_pull_back(hub: FakeHub, settings: Se
         assert (pull.state, pull.progress) == (state, Progress("downloading", 1, 2))
 
 
+async def test_who_leaves_after_the_first_progress_is_told_no_more(hub: FakeHub, settings: Settings) -> None:
+    pull = Pull(plan_pull(settings, REPO), REPO, room_of(settings, 0))
+    pull.tell(Progress("downloading", 1, 2))
+    following = pull.follow()
+    assert await anext(following) == Progress("downloading", 1, 2)
+    await following.aclose()
+    assert not pull._followers
+
+
 def test_a_file_that_is_not_what_the_hub_has_is_removed(hub: FakeHub, settings: Settings) -> None:
     hub.sums[REPO, "model-Q4_K_M.gguf"] = "0" * 64
     plan = plan_pull(settings, REPO)

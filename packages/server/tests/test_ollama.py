@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import huggingface_hub
 import ollama
 import pytest
 from msgspec.structs import replace
@@ -298,6 +299,31 @@ def test_a_model_stays_as_long_as_a_request_wants(start: Callable[..., Any]) -> 
     assert loader.loads == ["scripted"] * 2
 
 
+def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
+    names = ("org/two", "second")
+    entries = [ModelEntry("one", Settings()), ModelEntry("org/two", Settings(served_model_name=names), names)]
+    manager = ModelManager(Catalogue(entries), FakeLoader())
+    with client_of(start(manager, allow_model_changes=True)) as client:
+        for name in ("one", "org/two"):
+            answer = client.chat(f"{name}:latest", HI)
+            assert (answer.model, answer.message.content) == (name, "Hello!")
+            assert client.generate(f"{name}:latest", "Hi").response == "Hello!"
+            assert f"FROM {name}" in (client.show(f"{name}:latest").modelfile or "")
+        client.copy("org/two:latest", "mine:latest")
+        assert client.chat("mine", HI).model == "mine"
+        client.delete("mine:latest")
+        for wrong in (" ", "a\nb", " a", ":latest"):
+            with pytest.raises(ollama.ResponseError, match="is not a valid name"):
+                client.copy("one", wrong)
+        with pytest.raises(ollama.ResponseError, match="cannot be called 'default'"):
+            client.copy("org/two", "default")
+        with pytest.raises(ollama.ResponseError, match="was not downloaded by this server"):
+            client.delete("second")  # a name that the operator gave
+        assert [model.model for model in client.list().models] == ["one", *names]
+        with pytest.raises(ollama.ResponseError, match="'three:latest' is not served here; served models are: one"):
+            client.chat("three:latest", HI)
+
+
 def test_who_cannot_unload_is_told(start: Callable[..., Any]) -> None:
     manager = ModelManager(Catalogue([ModelEntry("scripted", Settings())]), FakeLoader())
     asked = {**ASK, "stream": False, "keep_alive": 0}
@@ -305,6 +331,17 @@ def test_who_cannot_unload_is_told(start: Callable[..., Any]) -> None:
         with running.http() as client:
             assert "keep_alive has no effect" in client.post("/api/chat", json=asked).headers["x-warning"]
             assert len(client.get("/api/ps").json()["models"]) == 1
+
+
+def test_a_key_that_opens_no_routes_of_operators_unloads_nothing(start: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("keys: [{name: a, key: client}, {name: b, key: operator, manages: true}]")
+    running = start(
+        ModelManager(Catalogue([ModelEntry("scripted", Settings())]), FakeLoader()), api_keys_file=tmp_path / "keys"
+    )
+    for key, said, loaded in (("client", "load", 1), ("operator", "unload", 0)):
+        with client_of(running, headers={"authorization": f"Bearer {key}"}) as client:
+            assert client.generate("scripted", "", keep_alive=0).done_reason == said
+            assert len(client.ps().models) == loaded
 
 
 # ---- changing which models there are ---------------------------------------------------------------------------------
@@ -386,6 +423,11 @@ def test_a_pull_that_fails_says_why(changing: Callable[..., Any], fake_hub: Any)
         with pytest.raises(ollama.ResponseError, match="does not match the hub's checksum"):
             list(client.pull(REPO, stream=True))
         assert len(client.list().models) == 1
+        fake_hub.stop()
+        huggingface_hub.close_session()
+        with pytest.raises(ollama.ResponseError, match="the hub, which cannot be reached") as refusal:
+            client.pull(REPO)
+        assert refusal.value.status_code == 502, "a 404 says that there is no such model"
 
 
 def test_a_pull_is_followed_stopped_and_gone_on_with(

@@ -74,6 +74,16 @@ def source(tmp_path: Path) -> FakeSource:
     return FakeSource(tmp_path / "fetched", "acme/tone", "acme/other")
 
 
+def test_an_adapter_whose_name_became_a_models_is_called_with_its_base(tmp_path: Path) -> None:
+    known = adapters()
+    tone = Adapter(name="tone", base="base", path=tmp_path, root="tone")
+    known.add(tone)
+    assert known.called(tone) == "tone"
+    known.adopt(Catalogue([ModelEntry("base", entry().settings, ("base", "tone"))]))
+    assert known.called(tone) == "base:tone"
+    assert known.find("base:tone") is not None
+
+
 async def test_many_who_ask_wait_for_one_look(source: FakeSource) -> None:
     known = adapters(source)
     source.gate.clear()
@@ -245,7 +255,7 @@ async def test_a_name_may_say_its_base_and_its_revision(source: FakeSource) -> N
     assert found.request.lora_name == "acme/tone@v7"
     assert known.find("org/second:Q4:acme/tone@v7") is found
     assert known.find("acme/tone@v7") is None  # who asked with a base says nothing of the plain name
-    assert found.called("second") == "second:acme/tone@v7"
+    assert known.called(found) == "org/second:Q4:acme/tone@v7"
     assert known.find("first:acme/tone@v7") is None
     plain = await known.reach("acme/tone")
     assert plain is not None

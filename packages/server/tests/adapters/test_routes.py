@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +322,21 @@ def test_requests_use_the_earlier_files_until_others_have_replaced_them(given: R
     assert (there[name].path, there[name].pinned, "poems" in there) == (str(tmp_path), True, False)
 
 
+def test_of_requests_at_once_that_load_one_name_one_succeeds(given: Running, tmp_path: Path) -> None:
+    together, load = threading.Barrier(3), given.engine.add_lora
+
+    def at_once(request: LoRARequest) -> AdapterInfo:
+        together.wait(30)
+        return load(request)
+
+    given.engine.add_lora = at_once
+    body = {"lora_name": "new", "lora_path": str(tmp_path)}
+    with given.http() as http, ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda _: http.post("/v1/load_lora_adapter", json=body), range(3)))
+    assert sorted(answer.status_code for answer in done) == [200, 400, 400]
+    assert "new" in given.engine.adapters
+
+
 def test_each_base_may_have_an_adapter_of_one_name(start: Start, tmp_path: Path) -> None:
     entries = [ModelEntry(name, Settings(enable_lora=True), (name,)) for name in ("first", "second")]
     running = start(ModelManager(Catalogue(entries), FakeLoader()), allow_runtime_lora=True)
@@ -327,6 +344,13 @@ def test_each_base_may_have_an_adapter_of_one_name(start: Start, tmp_path: Path)
         for base, status in (("first", 200), ("second", 200), ("first", 400), (None, 400)):
             body = {"lora_name": "tone", "lora_path": str(tmp_path), "base_model_name": base}
             assert http.post("/v1/load_lora_adapter", json=body).status_code == status, base
+        names = ["first", "second", "tone", "second:tone"]
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == names
+        assert {each["name"] for each in http.get("/api/tags").json()["models"]} == {*names}
+        assert http.get("/v1/models/second:tone").json()["parent"] == "second"
+        answer = http.post("/api/generate", json={"model": "second:tone", "keep_alive": 0})
+        assert (answer.status_code, answer.json()["done_reason"]) == (200, "unload")
+        assert [each["name"] for each in http.get("/api/ps").json()["models"]] == ["first"]
 
 
 def test_an_adapter_that_cannot_be_loaded_is_named_and_not_served(given: Running, tmp_path: Path) -> None:

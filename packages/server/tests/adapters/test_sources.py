@@ -23,7 +23,7 @@ from huggingface_hub import constants
 
 from candle_vllm.server.adapters import fetching
 from candle_vllm.server.adapters.archives import MAX_MEMBERS, TarSource, unpack
-from candle_vllm.server.adapters.disk_cache import DiskCache, Key, Room
+from candle_vllm.server.adapters.disk_cache import DiskCache, Key
 from candle_vllm.server.adapters.hub import HubSource
 from candle_vllm.server.adapters.resolvers import BucketSource, read_source
 from candle_vllm.server.adapters.sources import (
@@ -33,6 +33,7 @@ from candle_vllm.server.adapters.sources import (
     Limits,
     LocalSource,
     Refused,
+    Room,
     Source,
     Unavailable,
     read_name,

@@ -99,6 +99,13 @@ def test_two_models_cannot_share_a_name() -> None:
         Catalogue([ModelEntry("a", Settings()), ModelEntry("b", Settings(), ("a",))])
 
 
+def test_default_is_a_name_of_the_default_model_alone() -> None:
+    entries = [ModelEntry("a", Settings(), ("default",)), ModelEntry("b", Settings())]
+    assert Catalogue(entries).find("default").name == "a"
+    with pytest.raises(UsageError, match="'a' cannot be called 'default'"):
+        Catalogue(entries, "b")
+
+
 def test_the_demo_model_is_called_demo_too() -> None:
     other = ModelEntry("a", Settings())
     demo = ModelEntry(DEMO_NAME, Settings(), ("small",))

@@ -244,6 +244,11 @@ def test_the_mailbox_of_a_parking_lot(load: Load) -> None:
         ("prompt_cache_path: a, prompt_cache: {cache_path: b}", "cache_path and prompt_cache_path are the same"),
         ("kvcache_compression: 3", "kvcache_compression must be a mapping"),
         ("parking_lot: {limit: {}}", "unknown key 'limit' (did you mean limits?)"),
+        (
+            "parking_lot: {limits: {timeout_secs: 1h}}",
+            "limits, line 4: timeout_secs must be a whole number",
+        ),
+        ("parking_lot: {pool: {max_queue_depth: 0}}", "parking_lot.pool, line 4: max_queue_depth must be between 1"),
         ("mem: 1}\n    capabilities: {vision_mode: maybe", "vision_mode must be one of disabled, proxy, native"),
         ("mem: 1}\n    capabilities: {vision: true", "unknown key 'vision'"),
     ],

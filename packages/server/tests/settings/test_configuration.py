@@ -398,6 +398,11 @@ def test_prompts_cannot_be_logged_without_the_log() -> None:
         ("models:\n- name: a\n", "line 2: give exactly one of hf_id and local_path"),
         ("models:\n- name: a\n  local_path: demo", "line 3: the demo model is no path: write hf_id: demo"),
         ("models:\n- {name: a, hf_id: x/y}\n- {name: a, hf_id: x/y}", "line 3: two models are called 'a'"),
+        ("models: [{name: a, hf_id: x/y, params: []}]", "params must be a mapping"),
+        (
+            "models: [{name: a, hf_id: x/y, adapters: [{name: t, path: p}], params: {lora_modules: [s=q]}}]",
+            "adapters and lora_modules are the same setting: give one",
+        ),
         ("default_model: b\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model 'b'"),
         ("default_model: [a]\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model ['a']"),
         ("models:\n- name: a\n  notes: 2026-02-30", "line 3: not valid YAML: day is out of range"),

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings import foreign_flags as foreign_module
 from candle_vllm.server.settings.command_line import flag_commands, parse, split_command
 from candle_vllm.server.settings.commands import COMMANDS
 from candle_vllm.server.settings.derived import engine_config
@@ -37,7 +37,7 @@ def test_what_exists_here_is_not_in_the_table() -> None:
 
 
 def test_no_flag_stands_in_two_rows() -> None:
-    told = [flag for flag, _ in foreign_module.told()]
+    told = [flag for flags, *_ in foreign_tables()["Flags"] for flag in flags.split()]
     assert len(told) == len(set(told))
 
 
@@ -119,6 +119,9 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     """--pooler-config '{"pooling_type": "MEAN"}'""": {"pooling": "mean"},
     "--reasoning-effort low": {"default_chat_template_kwargs": {"reasoning_effort": "low"}},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
+    "-dev CUDA0,CUDA1 --models-max 2": {"device": "cuda:0,cuda:1", "max_loaded_models": 2},
+    "-dev none --models-max 0": {"device": "cpu"},
+    "--uds /tmp/a.sock --host 0.0.0.0": {"host": "unix:///tmp/a.sock"},
 }  # fmt: skip
 
 
@@ -171,14 +174,15 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
     path.write_text(
         "model: org/name\nport: 8000\nmax_model_len: 8K\ntensor-parallel-size: 1\nserved-model-name: [a, b]\n"
         "enable-prefix-caching: false\nenforce-eager: true\nkv-fraction: 0.5\nswap-space: 4\n"
-        "override-generation-config: {temperature: 0.5}\n"
+        "override-generation-config: {temperature: 0.5}\nlora-modules:\n- {name: t, path: /t}\n- s=/s\n"
     )
     source, own = parse("serve", ["--config", str(path), "--port", "1", "--mem", "64", "other/name"])
     assert own == {}
     assert dict(source.values) == {
         "model": "other/name", "tensor_parallel_size": 1,
         "port": 1, "mem": 64, "max_model_len": 8192, "served_model_name": ("a", "b"),
-        "enable_prefix_caching": False, "cuda_graphs": False, "temperature": 0.5}  # fmt: skip
+        "enable_prefix_caching": False, "cuda_graphs": False, "temperature": 0.5,
+        "lora_modules": ('{"name": "t", "path": "/t"}', "s=/s")}  # fmt: skip
     assert source.given_as["port"] == "--p"
     assert source.given_as["max_model_len"] == f"--max-model-len in {path}"
     assert [remark.split()[0] for remark in source.remarks] == ["--swap-space"]
@@ -188,7 +192,8 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("- a", "serve.yaml must be a mapping"),
-        ("port: [", "serve.yaml is not YAML"),
+        ("port: [", "serve.yaml, line 1: not valid YAML"),
+        ("port: 1\nport: 2", "serve.yaml, line 2: not valid YAML: the key 'port' appears twice"),
         ("port:", "serve.yaml: port has no value"),
         ("prot: 1", "serve.yaml: unknown flag --prot"),
         ("port: x", "serve.yaml: --p/--port must be a whole number"),

@@ -83,6 +83,8 @@ def test_of_two_names_for_one_setting(load: Load) -> None:
     assert made.settings.api_key == ("b",)
     assert made.remarks == ("API_KEY in the environment is not used: VLLM_API_KEY sets the key",)
     assert load(API_KEY="a", VLLM_API_KEY="a").remarks == ()
+    llama = load(LLAMA_API_KEY="a,b", LLAMA_ARG_HOST="0.0.0.0")
+    assert (llama.settings.api_key, llama.settings.host, llama.remarks) == (("a", "b"), "0.0.0.0", ())
 
 
 @pytest.mark.parametrize("line", ["--m other", "--w folder", "--f file.gguf"])
@@ -124,7 +126,7 @@ def test_an_empty_key_is_none_and_said_to_be(load: Load) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["APIKEY", "API_TOKEN", "API_KEYS", "api_key", "VLLM_APIKEY", "LLAMA_API_KEY", "AUTH_TOKEN", "SERVER_KEY", "TOKEN",
+    ["APIKEY", "API_TOKEN", "API_KEYS", "api_key", "VLLM_APIKEY", "LLAMA_APIKEY", "AUTH_TOKEN", "SERVER_KEY", "TOKEN",
      "CANDLE_API_KEY", "OLLAMA_API_KEY", "ACCESS_TOKEN"],
 )  # fmt: skip
 def test_what_looks_like_a_key_and_is_none_is_warned_of(load: Load, name: str) -> None:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { readChunk, readInventory, readModel, readResult, readServer, readShown, readTool, underBases } from "../src/api/readers.ts";
+import { isSameModel, readChunk, readInventory, readModel, readResult, readServer, readShown, readTool, underBases } from "../src/api/readers.ts";
 import { StepWriter } from "../src/chat/accumulate.ts";
 import { emptyStep } from "../src/chat/types.ts";
 
@@ -75,6 +75,13 @@ test("how much of the prompt is read is shown until the first token", () => {
   assert.deepEqual([step.read, step.firstTokenMs], [0.5, undefined]);
   writer.add(readChunk({ choices: [{ index: 0, delta: { role: "assistant", content: "" } }] })!, 3);
   assert.equal("read" in step, false);
+});
+
+test("two models of the same files are not names of one", () => {
+  const of = (id: string, more: object) => readModel({ id, root: "r", default: false, status: "ready", created: 5, default_sampling: { top_k: 1 }, ...more })[0]!;
+  const [one, alias] = [of("a", {}), of("b", {})];
+  assert.ok(isSameModel(one, alias));
+  for (const other of [{ default_sampling: { top_k: 2 } }, { created: 6 }, { parent: "a" }, { status: "unloaded", root: "a" }]) assert.ok(!isSameModel(one, of("b", other)));
 });
 
 test("adapters stand behind their models, and have what is known of these", () => {

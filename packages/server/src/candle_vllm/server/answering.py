@@ -8,6 +8,7 @@ adapter answers, and its output is sent; the turn ends when nothing more is gene
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from candle_vllm.core.engine.requests import arrived
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.embedding import octets
 from candle_vllm.openai.fair_threads import RequestBytes, apart
+from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptions
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError, took_too_long
@@ -227,6 +229,11 @@ async def parsed(request: Request, parse: Callable[[bytes], Any]) -> Any:
     wire = await parse_request(request.scope, request.receive, most, parse, typed=typed)
     arrived.set(time.monotonic())
     return wire
+
+
+async def body_of(request: Request, kind: type[Any]) -> Any:
+    """Return the validated body of a request, which has the fields of a wire type."""
+    return await parsed(request, functools.partial(parse_body, kind))
 
 
 def texts_of(wire: Any) -> int:

@@ -14,27 +14,27 @@ export interface Sample {
   firstTokenSeconds: number;
 }
 
-/** Sums of each series over all its labels. */
-export function sums(text: string): Map<string, number> {
-  const found = new Map<string, number>();
+/** The values of each metric, one for every combination of its labels. */
+export function valuesOf(text: string): Map<string, number[]> {
+  const found = new Map<string, number[]>();
   for (const line of text.split("\n")) {
     if (!line || line.startsWith("#")) continue;
     const match = /^([A-Za-z_:][\w:]*)(?:\{.*\})?\s+(\S+)/.exec(line);
     if (!match) continue;
     const value = Number(match[2]);
-    if (Number.isFinite(value)) found.set(match[1]!, (found.get(match[1]!) ?? 0) + value);
+    if (Number.isFinite(value)) found.set(match[1]!, [...(found.get(match[1]!) ?? []), value]);
   }
   return found;
 }
 
 export function sampleOf(text: string, at: number): Sample {
-  const all = sums(text);
-  const value = (name: string) => all.get(name) ?? 0;
+  const all = valuesOf(text);
+  const value = (name: string) => (all.get(name) ?? []).reduce((sum, one) => sum + one, 0);
   return {
     at,
     running: value("vllm:num_requests_running"),
     waiting: value("vllm:num_requests_waiting"),
-    kvUsage: Math.min(1, value("vllm:kv_cache_usage_perc")),
+    kvUsage: Math.min(1, Math.max(0, ...(all.get("vllm:kv_cache_usage_perc") ?? []))), // of the engine with the fullest cache
     prefixQueries: value("vllm:prefix_cache_queries_total"),
     prefixHits: value("vllm:prefix_cache_hits_total"),
     promptTokens: value("vllm:prompt_tokens_total"),

@@ -87,10 +87,11 @@ export function readModel(data: unknown): ModelCard[] {
   const id = text(given.id);
   if (id === undefined) return [];
   const card: ModelCard = { id, status: text(given.status) ?? "", default: given.default === true };
-  const [root, parent, most] = [text(given.root), text(given.parent), number(given.max_model_len)];
+  const [root, parent, most, created] = [text(given.root), text(given.parent), number(given.max_model_len), number(given.created)];
   if (root !== undefined) card.root = root;
   if (parent !== undefined) card.parent = parent;
   if (most !== undefined) card.max_model_len = most;
+  if (created !== undefined) card.created = created;
   for (const name of ["tool_parser", "reasoning_parser"] as const) {
     const value = given[name];
     if (value === null || typeof value === "string") card[name] = value;
@@ -109,6 +110,11 @@ export function readModel(data: unknown): ModelCard[] {
   const defaults = Object.entries(fields(given.default_sampling)).filter((one): one is [string, number] => number(one[1]) !== undefined);
   if (defaults.length) card.default_sampling = Object.fromEntries(defaults);
   return [card];
+}
+
+/** Whether two cards are names of one model. Two models may have the same files, but not all the rest. */
+export function isSameModel({ id: _, ...one }: ModelCard, { id: __, ...other }: ModelCard): boolean {
+  return one.parent === undefined && one.root !== undefined && JSON.stringify(one) === JSON.stringify(other);
 }
 
 /** Every model with its adapters behind it; what is known of a model holds for them, too. */

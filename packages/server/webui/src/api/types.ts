@@ -3,6 +3,7 @@
 
 export interface ModelCard {
   id: string;
+  created?: number;
   status: string;
   default: boolean;
   loading?: LoadProgress;

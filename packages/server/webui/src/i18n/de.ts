@@ -188,7 +188,7 @@ export const de: Texts = {
   refusals: {
     model_not_ready: "Das Modell war nicht rechtzeitig bereit. Versuche es später noch einmal.", model_not_found: "Dieses Modell hat der Server nicht mehr. Wähle ein anderes.",
     model_stays: "Das Modell dieses Servers bleibt geladen.", overloaded: "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
-    rate_limit_exceeded: "Für dich läuft schon zu viel auf einmal. Warte, bis etwas davon fertig ist.",
+    rate_limit_exceeded: "Du hast eine Grenze dieses Servers erreicht. Versuche es später wieder, oder wenn deine anderen Anfragen fertig sind.",
     context_length_exceeded: "Die Unterhaltung ist länger, als das Modell lesen kann. Kürze sie, oder beginne einen neuen Chat.",
     request_too_large: "Das ist mehr, als der Server auf einmal annimmt. Beginne einen neuen Chat, oder sende weniger.", timeout: "Die Antwort hat länger gedauert, als dieser Server erlaubt.",
     request_timeout: "Die Nachricht kam nicht rechtzeitig beim Server an.", engine_dead: "Das Modell hat aufgehört zu arbeiten. Versuche es noch einmal; hilft das nicht, muss es neu starten, wer diesen Server betreibt.",

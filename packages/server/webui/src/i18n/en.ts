@@ -192,7 +192,7 @@ export const en = {
   refusals: {
     model_not_ready: "The model was not ready in time. Try again in a while.", model_not_found: "This server does not have that model any more. Choose another one.",
     model_stays: "The model of this server stays loaded.", overloaded: "The server is busy. Try again in a moment.",
-    rate_limit_exceeded: "You have too many requests at once. Wait until some of them are finished.",
+    rate_limit_exceeded: "You have reached a limit of this server. Try again later, or when your other requests are finished.",
     context_length_exceeded: "The conversation is longer than the model's context. Shorten it, or begin a new chat.",
     request_too_large: "This is more than the server takes at once. Begin a new chat, or send less.", timeout: "The answer took longer than this server allows.",
     request_timeout: "The message did not reach the server in time.", engine_dead: "The model has stopped working. Try again; if that does not help, whoever runs this server must restart it.",

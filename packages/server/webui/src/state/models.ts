@@ -4,6 +4,7 @@
 import { computed, signal } from "@preact/signals";
 import { ApiError, errorInfo, type ErrorInfo } from "../api/http.ts";
 import { listFailures, listModels, loadModel, unloadModel } from "../api/server.ts";
+import { isSameModel } from "../api/readers.ts";
 import type { ModelCard } from "../api/types.ts";
 import { t } from "../i18n/index.ts";
 import { announce, notify } from "./notices.ts";
@@ -51,9 +52,7 @@ export function cardFor(name: string | null): ModelCard | undefined {
 }
 
 /** Of the cards of one model, which is called several names, the first; an adapter's is its own. */
-export const firstOf = (card: ModelCard): ModelCard =>
-  (card.root !== undefined && card.parent === undefined
-    && models.value.find((one) => one.root === card.root && one.parent === undefined)) || card;
+export const firstOf = (card: ModelCard): ModelCard => models.value.find((one) => isSameModel(one, card)) ?? card;
 
 export const statusOf = (card: ModelCard): string =>
   connection.value === "unreachable" ? "away" : (working.value[card.id] ?? card.status); // nobody knows while the server is gone
@@ -140,7 +139,7 @@ async function refreshFailures(): Promise<void> {
 
 /** A model that this page has removed: that it is gone is no news. */
 export async function forgetModel(card: ModelCard): Promise<void> {
-  models.value = models.value.filter((one) => one.id !== card.id && (!card.root || one.root !== card.root));
+  models.value = models.value.filter((one) => one.id !== card.id && !isSameModel(one, card));
   await refreshModels();
 }
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""LoRA adapters that requests name in `model`: their sources, their cache, and the clients that may use them."""
+"""LoRA adapters that requests name in `model`: their sources, the cache on disk, and the registry."""

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.adapters import sources
 from candle_vllm.server.adapters.disk_cache import DiskCache
-from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, cut_off
+from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, cut_off, write_all
 
 MAX_MEMBERS = 64
 MAX_RATIO = 200  # maximum ratio of unpacked to fetched bytes; weights hardly compress
@@ -215,9 +215,7 @@ def _config(content: IO[bytes], size: int, folder: Path, budget: sources.Budget)
 def _copy(content: IO[bytes], path: Path, size: int, budget: sources.Budget) -> None:
     budget.check(size)
     with path.open("xb") as out:
-        while piece := content.read(_PIECE):
-            budget.take(len(piece))
-            out.write(piece)
+        write_all(iter(lambda: content.read(_PIECE), b""), out, budget)
 
 
 class BoundedStream:

@@ -22,18 +22,17 @@ from typing import NamedTuple
 
 import msgspec
 
-from candle_vllm.server.adapters.sources import Refused, Unavailable
+from candle_vllm.server.adapters.sources import Refused, Room, Unavailable
 
 _ENTRY = "entry.json"
 _FILES = "adapter"
 _STAGED = ".staged-"
 _LEFT_SECONDS = 3600.0  # age after which an unfinished download counts as abandoned
 _MAX_ENTRY = 64 << 10
-_STEP = 16 << 20  # bytes that are reserved at a time if the size is unknown
 
 
 class Key(NamedTuple):
-    """Identity of a fetched adapter: the kind of its source, its name, and its pinned revision."""
+    """Identity of a fetched adapter: `FetchedSource.keeps` of its source, its name, and its pinned revision."""
 
     kind: str
     name: str
@@ -57,29 +56,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     asked: str
     size: int
     base: str | None = None
-
-
-class Room:
-    """Bytes of the cache that are reserved (`size`) for one adapter while it is fetched.
-
-    `reserve` gets this object, the minimum and the preferred number of bytes, and sets `size`.
-    """
-
-    def __init__(self, reserve: Callable[[Room, int, int], None]) -> None:
-        self.size = 0
-        self._reserve = reserve
-        self._taken = 0
-
-    def expect(self, size: int) -> None:
-        """Reserve space for `size` further bytes; raises as `DiskCache.put`."""
-        if self._taken + size > self.size:
-            self._reserve(self, self._taken + size, self._taken + size)
-
-    def take(self, size: int) -> None:
-        """Count `size` written bytes, or deleted bytes if negative; raises as `DiskCache.put`."""
-        self._taken += size
-        if self._taken > self.size:
-            self._reserve(self, self._taken, self._taken + _STEP)
 
 
 class DiskCache:
@@ -167,7 +143,7 @@ class DiskCache:
         return let_go
 
     def clear_left(self) -> None:
-        """Remove unfinished downloads of servers that were terminated."""
+        """Remove unfinished downloads to which no server has written for an hour."""
         with self._lock:
             self._elsewhere()
 
@@ -204,7 +180,7 @@ class DiskCache:
         room.size = least
 
     def _elsewhere(self) -> int:
-        """Bytes of unfinished downloads of other servers; removes those of servers that were terminated."""
+        """Return the bytes of other servers' unfinished downloads, after the abandoned ones are removed."""
         total = 0
         for staged in self._folder.glob(_STAGED + "*"):
             if staged.name in self._rooms:

@@ -123,20 +123,11 @@ class FetchedSource:
         raise NotImplementedError
 
 
-class Taking:
-    """A file that is written within a budget."""
-
-    def __init__(self, stream: IO[bytes], budget: Budget) -> None:
-        self._stream = stream
-        self._budget = budget
-
-    def write(self, piece: bytes) -> int:
-        """Count the bytes in the budget, and write them."""
-        self._budget.take(len(piece))
-        return self._stream.write(piece)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+def write_all(pieces: Iterable[bytes], stream: IO[bytes], budget: Budget) -> None:
+    """Write an adapter's file, each piece after it is counted in the budget."""
+    for piece in pieces:
+        budget.take(len(piece))
+        stream.write(piece)
 
 
 @contextmanager

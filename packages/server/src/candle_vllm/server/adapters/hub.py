@@ -17,7 +17,7 @@ import msgspec
 from candle_vllm.core.loading.source import HUB_ID, HUB_TIMEOUT_S
 from candle_vllm.server.adapters import sources
 from candle_vllm.server.adapters.disk_cache import DiskCache
-from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, Taking, cut_off, sum_of
+from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, cut_off, sum_of, write_all
 from candle_vllm.server.models.downloads import refused_by_hub
 from candle_vllm.server.settings.table import HubOptions
 
@@ -194,11 +194,9 @@ class HubSource(FetchedSource):
 
         budget.check(file.size or 0)
         with path.open("xb") as stream:
-            taking = Taking(stream, budget)
             try:
                 with self._answer(hf_hub_url(repo, file.rfilename, revision=commit), budget) as answer:
-                    for piece in answer.iter_raw():
-                        taking.write(piece)
+                    write_all(answer.iter_raw(), stream, budget)
             except (HTTPError, OSError) as error:
                 _ = budget.seconds
                 raise sources.Unavailable(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Looks up adapters in the sources: requests for one name share a lookup, and one source never blocks another.
+"""Looks up adapters in the sources, in their order; requests for the same name share a lookup.
 
-Before step 1 of a request's life. A lookup only finds out whether a source has a name. A fetch waits only for other
-fetches of its source, so that local folders and cached adapters never wait for a download. Names that a source does not
-have are remembered for a while.
+Before step 1 of a request's life. A lookup only finds out whether a source has a name. Each source limits its own
+lookups and fetches, so that local folders and cached adapters never wait for a download. A name that a source does not
+have, refuses or cannot deliver is remembered for a while.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from candle_vllm.server.loop_threads import in_thread
 
 logger = logging.getLogger(__name__)
 
-_MAX_MISSING = 4096  # maximum number of remembered missing names
-_MISSING_SECONDS = 60.0
-_FAULT_SECONDS = 5.0  # pause before an unreachable source is asked again
+_MAX_MISSING = 4096  # maximum number of remembered names of each source
+_MISSING_SECONDS = 60.0  # also for a refused adapter
+_FAULT_SECONDS = 5.0  # pause before an unreachable source is asked again for the same name
 _LOOKING = 16  # simultaneous lookups in one source
 _FETCHING = 4  # simultaneous fetches from one source
 _MAX_LOOKING = 256  # lookups of one source, including waiting ones
@@ -34,7 +34,7 @@ class _Crowded(Exception):
 
 
 class _Place:
-    """A source with its running lookups and its remembered missing names."""
+    """A source, its running lookups, and the names that it recently did not have, refused or could not deliver."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -153,7 +153,7 @@ class Lookout:
             self._looked(source.kind, outcome)
 
     def ask_anew(self) -> None:
-        """Forget the remembered missing names."""
+        """Forget the remembered names, so that the sources are asked again."""
         for place in self._places:
             place.missing.clear()
 

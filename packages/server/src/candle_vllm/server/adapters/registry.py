@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Registry of a server's LoRA adapters: the operator's, and adapters that a request names and a source provides.
 
-Step 1 of a request's life, after the name in `model` is read. Requests for the same new adapter share one lookup. A
-name that no source has is remembered for a while; the base model never answers in its place.
+Step 1 of a request's life, after `model` is read. The base model never answers in place of a missing adapter.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Adapter:
         kind: kind of its source, as in `Source`; "given" for files that the operator named.
         asked: its name in the source, if the operator loaded it at run time from a source; otherwise None.
         plain: whether its name is valid without the prefix `base:`; False if requests used it only with the prefix.
-        mark: stands for the revision in the engine, where the name may still have other files; see `Adapters.in_place`.
+        mark: part of its name in the engine, if earlier files of this name may still be in use there; "" otherwise.
         created: Unix time in seconds.
     """
 
@@ -72,10 +71,6 @@ class Adapter:
     def names(self) -> tuple[str, str]:
         """Names that an API key may be restricted to: with the revision and without."""
         return self.name, self.name.partition("@")[0]
-
-    def called(self, base: str) -> str:
-        """Return the name of the adapter for clients, with the prefix `base:` if it needs one."""
-        return self.name if self.plain else f"{base}:{self.name}"
 
     @property
     def stays(self) -> bool:
@@ -186,10 +181,16 @@ class Adapters:
             return "This server has no adapters (--lora-modules); --lora-resolver finds those that requests name."
         first, text = name[:1].lower(), name.lower()
         likely = (each for each in known if each.name[:1].lower() == first or text in each.name.lower())
-        shown = ", ".join(each.called(each.base) for each in known[:_LISTED]) + (
-            ", ..." if len(known) > _LISTED else ""
-        )
-        return f"Known adapters: {shown}{nearest(name, [each.called(each.base) for each in islice(likely, _NEAR)])}."
+        shown = ", ".join(map(self.called, known[:_LISTED])) + (", ..." if len(known) > _LISTED else "")
+        return f"Known adapters: {shown}{nearest(name, map(self.called, islice(likely, _NEAR)))}."
+
+    def called(self, adapter: Adapter) -> str:
+        """Return an adapter's name for clients, after `base:` if the name alone is invalid or means something else."""
+        other = self.find(adapter.name)
+        if adapter.plain and not self.is_model(adapter.name) and (other is None or other.base == adapter.base):
+            return adapter.name
+        base = next((entry.names[0] for entry in self.bases() if entry.name == adapter.base), adapter.base)
+        return f"{base}:{adapter.name}"
 
     def _split(self, text: str) -> tuple[ModelEntry | None, str]:
         """Split `base:name` if a model with adapters is called `base`; otherwise the base is None."""

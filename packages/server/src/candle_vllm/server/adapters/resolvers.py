@@ -19,7 +19,7 @@ from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.adapters import sources
 from candle_vllm.server.adapters.archives import TarSource, is_template
 from candle_vllm.server.adapters.disk_cache import DiskCache
-from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, Taking
+from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, write_all
 from candle_vllm.server.adapters.hub import HubSource
 from candle_vllm.server.adapters.registry import Adapters
 from candle_vllm.server.settings.options import UsageError
@@ -152,9 +152,7 @@ class BucketSource(FetchedSource):
             if size > most:
                 raise sources.Refused(f"its {path.name} has more than {most >> 20} MiB")
             budget.check(size)
-            taking = Taking(stream, budget)
-            for piece in got.stream(min_chunk_size=_PIECE):
-                taking.write(piece)
+            write_all(got.stream(min_chunk_size=_PIECE), stream, budget)
 
 
 def _tag(meta: Any) -> str:

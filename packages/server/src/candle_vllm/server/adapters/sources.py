@@ -2,7 +2,7 @@
 """Sources of LoRA adapters: the grammar of adapter names, the interface of a source, and the local folder.
 
 Runs in threads before step 1 of a request's life. A source gets only names that match this grammar: no "..", no
-absolute path, no empty component. A source that cannot verify an adapter reports it as missing.
+absolute path, no empty component.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MAX_NAME = 256  # characters
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._+-]{0,126}[A-Za-z0-9_+-])?"
 _NAME = re.compile(rf"{_PART}(?:/{_PART}){{0,7}}", re.ASCII)
 _MAX_LISTED = 1000  # names
+_STEP = 16 << 20  # bytes that are reserved on disk at a time if the size is unknown
 
 
 class Refused(Exception):
@@ -74,16 +75,27 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 120.0
 
 
-class Disk(Protocol):
-    """Accounts for the bytes of a fetched adapter on disk; see `Room` in `disk_cache.py`."""
+class Room:
+    """Bytes of the cache that are reserved (`size`) for one adapter while it is fetched.
+
+    `reserve` gets this object, the minimum and the preferred number of bytes, and sets `size`.
+    """
+
+    def __init__(self, reserve: Callable[[Room, int, int], None]) -> None:
+        self.size = 0
+        self._reserve = reserve
+        self._taken = 0
 
     def expect(self, size: int) -> None:
-        """Announce that `size` bytes will be written."""
-        ...
+        """Reserve space for `size` further bytes; raises as `DiskCache.put`."""
+        if self._taken + size > self.size:
+            self._reserve(self, self._taken + size, self._taken + size)
 
     def take(self, size: int) -> None:
-        """Count `size` written bytes; a negative `size` counts deleted bytes."""
-        ...
+        """Count `size` written bytes, or deleted bytes if negative; raises as `DiskCache.put`."""
+        self._taken += size
+        if self._taken > self.size:
+            self._reserve(self, self._taken, self._taken + _STEP)
 
 
 class Budget:
@@ -92,7 +104,7 @@ class Budget:
     Its methods raise `Refused` when no bytes are left, and `Unavailable` when no time is left.
     """
 
-    def __init__(self, limits: Limits, disk: Disk | None = None) -> None:
+    def __init__(self, limits: Limits, disk: Room | None = None) -> None:
         self.limits = limits
         self._disk = disk
         self._left = limits.max_bytes

@@ -47,7 +47,7 @@ class Queued(NamedTuple):
     Attributes:
         id: id of the HTTP request; empty outside an HTTP request.
         key: label of its API key; "none" without a key.
-        sequences: number of its sequences; 1 if the number does not matter for the queue.
+        sequences: number of its sequences; 1 while it waits for the model to be loaded.
         priority: requests with a lower value run first.
         arrival_time: `time.monotonic()` at which it arrived.
     """

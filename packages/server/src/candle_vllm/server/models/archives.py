@@ -31,7 +31,7 @@ from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.progress import tell
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.adapters.archives import UNREADABLE, opened_tar
-from candle_vllm.server.adapters.fetching import steadily
+from candle_vllm.server.adapters.fetching import steadily, sum_of
 from candle_vllm.server.adapters.sources import Refused
 
 logger = logging.getLogger(__name__)
@@ -228,8 +228,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _checked(archive: Archive, file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sum_of(file)
     except OSError as error:
         raise ModelNotFoundError(f"{archive.source} cannot be read: {error.strerror}") from None
     if archive.sha256 not in (None, found):

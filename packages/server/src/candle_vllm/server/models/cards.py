@@ -197,15 +197,16 @@ async def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
     adapters, parents = await manager.adapters.listed(), dict(manager.slots)
 
     def of_adapters() -> list[Card]:
-        return [_adapter_card(each, parents[each.base]) for each in adapters if caller.may_use(*each.names)]
+        mine = (each for each in adapters if caller.may_use(*each.names))
+        return [_adapter_card(each, manager.adapters.called(each), parents[each.base]) for each in mine]
 
     made = of_adapters() if len(adapters) <= _FEW else await in_thread(of_adapters, "models")
     return [*found, *made]
 
 
-def _adapter_card(adapter: Adapter, slot: ModelSlot) -> AdapterCard:
+def _adapter_card(adapter: Adapter, name: str, slot: ModelSlot) -> AdapterCard:
     return AdapterCard(
-        id=adapter.called(slot.entry.names[0]),
+        id=name,
         created=adapter.created,
         root=adapter.root,
         parent=slot.entry.names[0],
@@ -284,7 +285,7 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
         queued_at: Unix time in seconds at which the server got it.
         waits_for: "model" until the model is loaded, "place" until its engine has room for the sequences.
         key: label of its API key; "none" without a key.
-        sequences: number of its sequences.
+        sequences: number of its sequences; 1 while it waits for the model.
         priority: requests with a lower value run first.
     """
 

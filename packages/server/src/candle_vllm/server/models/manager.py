@@ -18,6 +18,7 @@ from starlette.types import Scope
 
 from candle_vllm.core.engine.step.thread import SLEEPS
 from candle_vllm.core.errors import AdapterError, CandleVllmError, EngineDeadError, EngineSleepingError, RequestError
+from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.adapters.registry import Adapter, Adapters
 from candle_vllm.server.http.errors import HttpError
@@ -123,6 +124,7 @@ class ModelManager:
         An unknown adapter is looked up (`--lora-resolver`); the lookup counts as one more request in the rate limits.
 
         Raises:
+            ModelNotServedError: no model has this name, and no model supports adapters.
             HttpError: 403 if the API key may not use the name; and as `Adapters.reach` and `RateLimits.admit` raise it.
         """
         if name is None or not self.adapters.bases() or self.catalogue.has(name):
@@ -300,7 +302,7 @@ class ModelManager:
         for old in gone:
             new = slots.get(old.entry.name)
             if new is None:
-                old.refuse(_not_served(old.entry.name))
+                old.refuse(ModelNotServedError(f"The model {old.entry.name!r} is not served any more.", "model"))
                 continue
             wanted = old.model is not None or old.is_waited_for
             new.waiters, old.waiters = old.waiters, new.waiters
@@ -397,12 +399,6 @@ def _not_allowed(name: str | None) -> HttpError:
     which = "the default model" if name is None else f"the model {name!r:.200}"  # reveals no name but the request's
     message = f"This API key may not use {which}; the server's operator sets which models it may use."
     return HttpError(403, message, "model_not_allowed", param="model")
-
-
-def _not_served(name: str) -> Exception:
-    from candle_vllm.openai.errors import ModelNotServedError  # slow import, needed only here
-
-    return ModelNotServedError(f"The model {name!r} is not served any more.", "model")
 
 
 @dataclass

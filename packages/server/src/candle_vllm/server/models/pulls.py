@@ -230,9 +230,9 @@ class Pull:
         """
         told = asyncio.Queue[Progress | None]()
         self._followers.add(told)
-        if self.progress is not None:
-            yield self.progress
         try:
+            if self.progress is not None:
+                yield self.progress
             if not self.has_ended:
                 while (progress := await told.get()) is not None:
                     yield progress

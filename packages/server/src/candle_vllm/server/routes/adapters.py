@@ -18,15 +18,13 @@ from fastapi import APIRouter, Request
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import PlainTextResponse, Response
 
-from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.requests import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, LoRARequest
 from candle_vllm.core.errors import AdapterError, ModelNotFoundError, RequestError
-from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.fields import Name, WireModel
 from candle_vllm.openai.protocol.generation import LoraScale, LoraScales, lora_scales
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server.adapters.registry import Adapter
-from candle_vllm.server.answering import json_answer, parsed
+from candle_vllm.server.answering import body_of, json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.models.manager import ModelManager
@@ -94,7 +92,7 @@ class Succeeded(msgspec.Struct, frozen=True):
 )
 async def load_lora_adapter(request: Request) -> Response:
     """Load an adapter and serve it by a name; answers when it is in memory."""
-    wanted: LoadAdapterRequest = await parsed(request, lambda body: parse_body(LoadAdapterRequest, body))
+    wanted: LoadAdapterRequest = await body_of(request, LoadAdapterRequest)
     manager = _changeable(request)
     name = wanted.lora_name
     if not name or not wanted.lora_path:
@@ -105,10 +103,7 @@ async def load_lora_adapter(request: Request) -> Response:
         message = f"{name!r:.200} begins with the name of a model: set 'base_model_name' instead."
         raise HttpError(400, message, _INVALID, param="lora_name")
     slot = _base(manager, wanted.base_model_name)
-    if manager.adapters.find(f"{slot.entry.names[0]}:{name}") is not None and not wanted.load_inplace:
-        message = f"The lora adapter '{name}' has already been loaded."
-        more = " If you want to load the adapter in place, set 'load_inplace' to True."
-        raise HttpError(400, message + more, _INVALID, param="lora_name")
+    _refuse_second(manager, slot, wanted)
     adapter = manager.adapters.in_place(await _files(manager, wanted, slot.entry.name))
     held = manager.adapters.use(adapter)
     try:
@@ -119,6 +114,7 @@ async def load_lora_adapter(request: Request) -> Response:
             info = await asyncio.to_thread(engine.add_lora, asked)
             if adapter.pinned:
                 await asyncio.to_thread(engine.pin_lora, asked.lora_name)
+            _refuse_second(manager, slot, wanted)  # another request may have loaded it meanwhile
             replaced = manager.adapters.add(adapter)
             if replaced is not None and replaced.request.lora_name != asked.lora_name:
                 await asyncio.to_thread(engine.remove_lora, replaced.request.lora_name)
@@ -128,13 +124,15 @@ async def load_lora_adapter(request: Request) -> Response:
         raise HttpError(400, f"The adapter cannot be used: {error}", "adapter_refused", param="lora_path") from None
     finally:
         held()
-    remark(_said(info))
+    remark([f"rank {info.rank}, {info.modules} matrices, norm {info.delta_norm:.4g}", *info.notes])
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-def _said(info: AdapterInfo) -> list[str]:
-    """Return a summary of a loaded adapter."""
-    return [f"rank {info.rank}, {info.modules} matrices, norm {info.delta_norm:.4g}", *info.notes]
+def _refuse_second(manager: ModelManager, slot: ModelSlot, wanted: LoadAdapterRequest) -> None:
+    if manager.adapters.find(f"{slot.entry.names[0]}:{wanted.lora_name}") is not None and not wanted.load_inplace:
+        message = f"The lora adapter '{wanted.lora_name}' has already been loaded."
+        more = " If you want to load the adapter in place, set 'load_inplace' to True."
+        raise HttpError(400, message + more, _INVALID, param="lora_name")
 
 
 async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -> Adapter:
@@ -157,7 +155,7 @@ async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -
 )
 async def unload_lora_adapter(request: Request) -> Response:
     """Stop serving an adapter; running answers finish with it."""
-    wanted: UnloadAdapterRequest = await parsed(request, lambda body: parse_body(UnloadAdapterRequest, body))
+    wanted: UnloadAdapterRequest = await body_of(request, UnloadAdapterRequest)
     manager, name = _changeable(request), wanted.lora_name
     if not name:
         raise HttpError(400, "'lora_name' needs to be provided to unload a LoRA adapter.", _INVALID)

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai.json_body import parse_body
 from candle_vllm.responses.api import conversations as api
 from candle_vllm.responses.api.stored_items import AnyItem, ItemList
-from candle_vllm.server.answering import in_time, json_answer, parsed
+from candle_vllm.server.answering import body_of, in_time, json_answer
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
 from candle_vllm.server.store_access import INCLUDE, ITEM_PAGE, page_request, query_of, store_and_owner
@@ -31,7 +29,7 @@ route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES
 async def create_conversation(request: Request) -> Response:
     """Create a conversation."""
     conversations, owner = await _conversations(request)
-    wire = await _body(request, api.ConversationCreateRequest)
+    wire = await body_of(request, api.ConversationCreateRequest)
     return json_answer(await conversations.create(owner, wire))
 
 
@@ -51,7 +49,7 @@ async def get_conversation(request: Request, conversation_id: str) -> Response:
 async def update_conversation(request: Request, conversation_id: str) -> Response:
     """Replace the metadata of a conversation."""
     conversations, owner = await _conversations(request)
-    wire = await _body(request, api.ConversationUpdateRequest)
+    wire = await body_of(request, api.ConversationUpdateRequest)
     return json_answer(await conversations.update(owner, conversation_id, wire))
 
 
@@ -81,7 +79,7 @@ async def list_conversation_items(request: Request, conversation_id: str) -> Res
 async def create_conversation_items(request: Request, conversation_id: str) -> Response:
     """Add items at the end of a conversation."""
     conversations, owner = await _conversations(request, "include")
-    wire = await _body(request, api.ItemsCreateRequest)
+    wire = await body_of(request, api.ItemsCreateRequest)
     adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response in progress
     async with in_time(time.monotonic() + request.app.state.settings.request_timeout, request):
         return json_answer(await unless_disconnected(adding, request.receive))
@@ -105,7 +103,3 @@ async def _conversations(request: Request, *known: str) -> tuple[api.Conversatio
     store, owner = await store_and_owner(request)
     query_of(request, *known)
     return api.Conversations(store), owner
-
-
-async def _body(request: Request, kind: type[Any]) -> Any:
-    return await parsed(request, partial(parse_body, kind))

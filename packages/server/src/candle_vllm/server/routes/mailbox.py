@@ -22,6 +22,7 @@ from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.record import MailboxError, Record, RecordList, Status, invalid, not_found
 from candle_vllm.server.openapi.operation import KEPT, Operation, routing
+from candle_vllm.server.store_access import limit_and_after, query_of, switch_of
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
@@ -60,14 +61,8 @@ class Delivered(msgspec.Struct, frozen=True, kw_only=True):
 async def list_records(request: Request) -> Response:
     """The caller's stored answers, newest first, without their content."""
     mailbox, owner = _mailbox(request)
-    query = _query(request, "limit", "after")
-    text = query.get("limit", str(DEFAULT_LIST))
-    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_LIST):
-        raise invalid("limit", f"must be a whole number between 1 and {MAX_LIST}, not {text!r:.60}")
-    limit, after = int(text), query.get("after")
-    found = None
-    if after is None or is_id(after):
-        found = await mailbox.store.page(owner, limit + 1, after)
+    limit, after = limit_and_after(query_of(request, "limit", "after"), DEFAULT_LIST, MAX_LIST)
+    found = await mailbox.store.page(owner, limit + 1, after)
     if found is None:
         raise invalid("after", f"must be the request_id of one of your records, not {after!r:.80}")
     page = RecordList(data=found[:limit], has_more=len(found) > limit)
@@ -85,13 +80,11 @@ async def get_record(request: Request, request_id: str) -> Response:
     `auto_delete=true` deletes it, unless it is still being generated.
     """
     mailbox, owner = _mailbox(request)
-    text = _query(request, "auto_delete").get("auto_delete", "false")
-    if text not in ("true", "false"):
-        raise invalid("auto_delete", f"must be true or false, not {text!r:.60}")
+    deletes = switch_of(query_of(request, "auto_delete"), "auto_delete")
     found = await mailbox.store.get(owner, request_id) if is_id(request_id) else None
     if found is None:
         raise not_found(request_id)
-    if text == "true" and found.status is not Status.STREAMING:
+    if deletes and found.status is not Status.STREAMING:
         await mailbox.store.remove(owner, request_id)
     return json_answer(found.record)
 
@@ -100,7 +93,7 @@ async def get_record(request: Request, request_id: str) -> Response:
 async def delete_record(request: Request, request_id: str) -> Response:
     """Delete a stored answer."""
     mailbox, owner = _mailbox(request)
-    _query(request)
+    query_of(request)
     if not is_id(request_id) or not await mailbox.store.remove(owner, request_id):
         raise not_found(request_id)
     return Response(status_code=204)
@@ -113,7 +106,7 @@ async def push_record(request: Request, request_id: str) -> Response:
     The answer is sent to the URL in the body, or to the operator's webhook. A 502 reports that it was not delivered.
     """
     mailbox, owner = _mailbox(request)
-    _query(request)
+    query_of(request)
     wire = await parse_request(request.scope, request.receive, MAX_BODY, functools.partial(parse_body, PushRequest))
     if not is_id(request_id):
         raise not_found(request_id)
@@ -128,15 +121,3 @@ def _mailbox(request: Request) -> tuple[Mailbox, str]:
     if mailbox is None:
         raise MailboxError(404, "This server has no mailbox: its operator turns it on with --mailbox.", "mailbox_off")
     return mailbox, mailbox.owner(caller_of(request.scope).key)
-
-
-def _query(request: Request, *known: str) -> dict[str, str]:
-    """Return the query parameters, each of which must be known and given once."""
-    given: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name not in known:
-            raise invalid(name[:64], "is not a known query parameter")
-        if name in given:
-            raise invalid(name, "appears twice in the query")
-        given[name] = value
-    return given

@@ -7,7 +7,6 @@ Not a step of a request's life: no model runs here.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
 import hmac
 import uuid
@@ -19,12 +18,12 @@ from pydantic import Field
 from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, WireModel
 from candle_vllm.responses.tools.execution import check, run
 from candle_vllm.responses.tools.tool import ContentPart, ToolCall, ToolResult
-from candle_vllm.server.answering import deadline_of, in_time, json_answer, parsed
+from candle_vllm.server.answering import body_of, deadline_of, in_time, json_answer
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.openapi.operation import Operation, routing
@@ -145,7 +144,7 @@ async def list_mcp_servers(request: Request) -> Response:
         )
         for one in _service(request).status()
     ]
-    return _list(found)
+    return json_answer({"object": "list", "data": found})
 
 
 @route("GET /v1/mcp/tools", answer=McpToolInfo, errors=(404,), listed=True)
@@ -162,7 +161,7 @@ async def list_mcp_tools(request: Request) -> Response:
         )
         for one in service.registry.definitions()
     ]
-    return _list(found)
+    return json_answer({"object": "list", "data": found})
 
 
 @route(
@@ -177,7 +176,7 @@ async def call_mcp_tool(request: Request) -> Response:
     service = _service(request)
     _check_client(request, has_api_keys=request.app.state.settings.has_api_keys)
     deadline = deadline_of(request)
-    wire: McpCallRequest = await parsed(request, lambda body: parse_body(McpCallRequest, body))
+    wire: McpCallRequest = await body_of(request, McpCallRequest)
     if wire.approved is not True:
         raise InvalidParameterError("approved must be true: a user must approve the call first", "approved")
     if service.registry.find(wire.name) is None:
@@ -244,10 +243,5 @@ def _has_page_key(request: Request) -> bool:
 
 
 def _no_tool(service: McpService, name: str) -> HttpError:
-    near = difflib.get_close_matches(name, list(service.registry.names()), 3, 0.5)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return HttpError(404, f"There is no tool {name!r}.{hint}", "tool_not_found", param="name")
-
-
-def _list(found: list[McpServerInfo] | list[McpToolInfo]) -> Response:
-    return json_answer({"object": "list", "data": found})
+    near = nearest(name, service.registry.names())
+    return HttpError(404, f"There is no tool {name!r}{near}.", "tool_not_found", param="name")

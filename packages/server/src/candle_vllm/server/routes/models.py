@@ -15,8 +15,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai.json_body import parse_body
-from candle_vllm.server.answering import json_answer, parsed
+from candle_vllm.server.answering import body_of, json_answer
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.loop_threads import in_thread
@@ -91,7 +90,7 @@ async def models_inventory(request: Request) -> Response:
 @route("POST /v1/models/load", body=ModelRequest, example={"model": "default"}, answer=SlotStatus, errors=MODEL_ERRORS)
 async def load_model(request: Request) -> Response:
     """Load a model; responds when it is ready."""
-    wanted: ModelRequest = await parsed(request, functools.partial(parse_body, ModelRequest))
+    wanted: ModelRequest = await body_of(request, ModelRequest)
     manager: ModelManager = request.app.state.manager
     return json_answer(slot_status(await manager.load(wanted.name)))
 
@@ -105,7 +104,7 @@ async def load_model(request: Request) -> Response:
 )
 async def unload_model(request: Request) -> Response:
     """Unload a model after its running requests; responds when it is unloaded."""
-    wanted: ModelRequest = await parsed(request, functools.partial(parse_body, ModelRequest))
+    wanted: ModelRequest = await body_of(request, ModelRequest)
     manager: ModelManager = request.app.state.manager
     return json_answer(slot_status(await manager.unload(wanted.name)))
 
@@ -123,7 +122,7 @@ async def select_model(request: Request) -> Response:
 
     The status is 200 if it is ready, and 202 until then.
     """
-    wanted: ModelRequest = await parsed(request, functools.partial(parse_body, ModelRequest))
+    wanted: ModelRequest = await body_of(request, ModelRequest)
     manager: ModelManager = request.app.state.manager
     slot = manager.select(wanted.name)
     ready = slot.model is not None
@@ -148,9 +147,7 @@ async def reload_models(request: Request) -> Response:
 )
 async def add_model(request: Request) -> Response:
     """Serve one more model, where the operator allows that."""
-    wanted: NewModelRequest = await parsed(
-        request, functools.partial(parse_body, NewModelRequest)
-    )  # errors of the request are reported before the refusal
+    wanted: NewModelRequest = await body_of(request, NewModelRequest)  # its errors are reported before the refusal
     reloader = _reloader(request)
     with _told():
         return json_answer(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
@@ -159,7 +156,7 @@ async def add_model(request: Request) -> Response:
 @route("POST /v1/models/remove", body=ModelRequest, example={"model": "small"}, answer=Changes, errors=(404, 409))
 async def remove_model(request: Request) -> Response:
     """Stop serving a model, where the operator allows that."""
-    wanted: ModelRequest = await parsed(request, functools.partial(parse_body, ModelRequest))
+    wanted: ModelRequest = await body_of(request, ModelRequest)
     reloader = _reloader(request)
     with _told():
         return json_answer(await reloader.remove(wanted.name))

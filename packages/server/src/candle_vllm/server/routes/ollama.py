@@ -13,7 +13,6 @@ from pydantic import model_validator
 from starlette.responses import Response
 
 from candle_vllm.openai import ollama, to_json_bytes
-from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server import answering
@@ -28,7 +27,7 @@ router = APIRouter()
 route = routing(router, functools.partial(
     Operation, tag="ollama", error=ollama.Failure, naming=OLLAMA, errors=QUEUED, untyped=True))  # fmt: skip
 
-_LATEST = ":latest"
+LATEST = ":latest"
 
 
 class OfModel(WireModel):
@@ -64,17 +63,21 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
         ModelNotServedError: nothing has that name, and `exact` is set or several models are served.
     """
     manager, caller = _manager(request), caller_of(request.scope)
-    for given in dict.fromkeys((name, name.removesuffix(_LATEST))):
-        try:
-            manager.find(given, exact=True)
-        except ModelNotServedError:
-            await manager.reach(given, caller)
-            if manager.adapters.find(given) is None:
-                continue
-        manager.permit(given, caller)
-        return given
+    own = own_name(manager, name)
+    if manager.catalogue.has(own):
+        manager.permit(own, caller)
+        return own
+    for given in dict.fromkeys((name, name.removesuffix(LATEST))) if manager.adapters.bases() else ():
+        await manager.reach(given, caller)  # raises if the API key may not use the name
+        if manager.adapters.find(given) is not None:
+            return given
     manager.permit(name, caller)
     return manager.find(name, caller=caller, exact=exact).entry.names[0]
+
+
+def own_name(manager: ModelManager, name: str) -> str:
+    """Return the name that a model of the catalogue has: `name`, or `name` without `:latest`; else `name`."""
+    return next(filter(manager.catalogue.has, (name, name.removesuffix(LATEST))), name)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -93,7 +96,7 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
 )
 async def ollama_chat(request: Request) -> Response:
     """Continue a conversation, in Ollama's form."""
-    return await _generated(request, ollama.ChatRequest, CHAT)
+    return await _generated(request, CHAT)
 
 
 @route(
@@ -105,7 +108,7 @@ async def ollama_chat(request: Request) -> Response:
 )
 async def ollama_generate(request: Request) -> Response:
     """Answer a prompt, in Ollama's form."""
-    return await _generated(request, ollama.GenerateRequest, GENERATE)
+    return await _generated(request, GENERATE)
 
 
 @route(
@@ -164,12 +167,12 @@ GENERATE = answering.GenerationApi(
 )
 
 
-async def _generated(request: Request, kind: type[WireModel], api: answering.GenerationApi) -> Response:
+async def _generated(request: Request, api: answering.GenerationApi) -> Response:
     deadline = answering.deadline_of(request)
     wire = await ollama_body(request, api.parse)
-    chats = kind is ollama.ChatRequest
+    chats = api is CHAT
     if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
-        await _manager(request).unload(wire.model)
+        await _manager(request).unload(_manager(request).find(wire.model).entry.name)  # it may name an adapter
         now = time.perf_counter_ns()
         return answering.json_answer(
             ollama.loaded_line(wire.model, ollama.Times(wire.received, now), "unload", chat=chats)
@@ -203,7 +206,9 @@ def _keep(request: Request, wire: Any) -> None:
 
 
 def _may_keep(request: Request) -> bool:
-    return not request.app.state.settings.management_key
+    """Whether the API key opens operators' routes; without API keys, whether there are no management keys either."""
+    without_key = not request.app.state.settings.management_key
+    return request.scope.get("state", {}).get("manages", without_key)
 
 
 def _manager(request: Request) -> ModelManager:

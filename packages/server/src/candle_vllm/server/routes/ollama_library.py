@@ -31,7 +31,7 @@ from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
-from candle_vllm.server.routes.ollama import OfModel
+from candle_vllm.server.routes.ollama import LATEST, OfModel, own_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.model_names import PullError
@@ -78,7 +78,7 @@ class DeleteRequest(OfModel):
 
 
 class CopyRequest(WireModel):
-    """A further name for a model, until the server ends."""
+    """A further name for a model, until the server ends or reads models.yaml again."""
 
     source: Name
     destination: Name
@@ -113,7 +113,8 @@ async def ollama_pull(request: Request) -> Response:
     try:
         pull = await pulls.begin(wire.named)
     except CandleVllmError as error:
-        raise HttpError(404, str(error), failure_code(error), param="model") from None
+        code = failure_code(error)
+        raise HttpError(502 if code == "hub_unreachable" else 404, str(error), code, param="model") from None
     if wire.stream:
         return EventStream(_lines(pull), lines_form(lambda line: to_json_bytes(line) + b"\n", _failed_line))
     try:
@@ -140,13 +141,15 @@ async def ollama_stop_pull(request: Request) -> Response:
 async def ollama_copy(request: Request) -> Response:
     """Give a model another name, where the operator allows that.
 
-    It has the name until the server ends.
+    It has the name until the server ends or reads models.yaml again.
     """
     wire: CopyRequest = await _allowed(request, CopyRequest)
     manager: ModelManager = request.app.state.manager
-    entry = manager.find(wire.source, exact=True).entry
+    entry, name = manager.find(own_name(manager, wire.source), exact=True).entry, wire.destination.removesuffix(LATEST)
+    if not name.isprintable() or name.strip() != name or not name:
+        raise HttpError(400, f"{wire.destination!r:.200} is not a valid name.", "invalid_value", param="destination")
     try:
-        _change(manager, entry, dataclasses.replace(entry, aliases=(*entry.names, wire.destination)))
+        _change(manager, entry, dataclasses.replace(entry, aliases=(*entry.names, name)))
     except UsageError as error:
         raise HttpError(409, str(error), "name_taken", param="destination") from None
     return Response()
@@ -160,11 +163,11 @@ async def ollama_delete(request: Request) -> Response:
     """
     wire: DeleteRequest = await _allowed(request, DeleteRequest)
     manager: ModelManager = request.app.state.manager
-    settings, name = request.app.state.settings, wire.named
+    settings, name = request.app.state.settings, own_name(manager, wire.named)
     entry = manager.find(name, exact=True).entry
     pulled = await in_thread(lambda: _names_file(settings, name, entry), "find-model")
     entry = manager.find(name, exact=True).entry  # another request may have removed it
-    if not pulled and len(entry.names) > 1:
+    if not pulled and len(entry.names) > 1 and name not in entry.settings.served_model_name:  # the operator's stay
         left = tuple(each for each in entry.names if each != name)
         _change(manager, entry, dataclasses.replace(entry, aliases=left))
         return Response()

@@ -158,7 +158,7 @@ def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
     """Return the names of a model, and of its adapters, that the caller may use."""
     own = list(slot.entry.names) if caller.may_use(*slot.entry.names) else []
     adapters = (each for each in manager.adapters.all() if each.base == slot.entry.name)
-    return own + [each.called(slot.entry.names[0]) for each in adapters if caller.may_use(*each.names)]
+    return own + [manager.adapters.called(each) for each in adapters if caller.may_use(*each.names)]
 
 
 @route("GET /api/ps", answer=Residents)

@@ -106,7 +106,7 @@ class Responders:
     errors=(*QUEUED, 409),
 )
 async def create_response(request: Request) -> HttpResponse:
-    """Answer with tools and memory: whole, streamed, in the background, or over a WebSocket."""
+    """Answer with tools and memory: whole, streamed or in the background."""
     deadline = answering.deadline_of(request)
     wire = await answering.parsed(request, requests.parse_responses_request)
     if wire.background:

@@ -48,7 +48,7 @@ class ModelEntry:
 
 
 class Catalogue:
-    """Lookup of models by name; UsageError if two models have the same name.
+    """Lookup of models by name; UsageError for two models of one name, or another than the default called 'default'.
 
     `default` is the name of the model for requests that name no model; None means the first entry.
     """
@@ -64,6 +64,8 @@ class Catalogue:
                 by_name[name] = entry
         self._by_name: Mapping[str, ModelEntry] = by_name
         self.default = self.entries[0] if default is None else by_name[default]
+        if by_name.get(ANY_MODEL, self.default) is not self.default:
+            raise UsageError(f"{by_name[ANY_MODEL].name!r} cannot be called 'default', which means the default model")
 
     def has(self, name: str) -> bool:
         return name in self._by_name or name == ANY_MODEL or (name == DEMO and DEMO_NAME in self._by_name)

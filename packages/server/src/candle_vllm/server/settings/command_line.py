@@ -72,6 +72,8 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
     arguments = vars(given)
     if command in ("serve", "chat") and len(rest) == 1 and "model" not in arguments and _may_be_model(rest[0]):
         arguments["model"] = rest.pop()
+    if command == "run" and "prompt" in arguments and not any(text.startswith("-") for text in rest):
+        arguments["prompt"], rest = " ".join((arguments["prompt"], *rest)), []  # `ollama run MODEL why is the sky blue`
     if rest:
         raise UsageError(_unknown(command, rest[0]))
     settings: dict[str, Any] = {}

@@ -47,7 +47,7 @@ class Command:
         text: placeholder of its text, which is an argument; in brackets if the text may be left out, "" for no text.
         names_model: whether the model is an argument.
         several: whether a flag may be followed by several values, as in vLLM; not beside a text.
-        whole: whether the function gets the whole configuration, not the settings of the first model.
+        whole: whether the function gets the whole configuration, not the settings of the default model.
         elsewhere: whether another server may have the model, so that a missing one is no error.
         hint: what to do instead of giving an argument that it does not take.
         epilog: end of its help.

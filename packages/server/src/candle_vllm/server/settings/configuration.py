@@ -2,8 +2,8 @@
 """The configuration: merges all sources into the settings of the process and the catalogue of models.
 
 Precedence: command line > `CANDLE_VLLM_*` > other environment variables > `.env` > models.yaml > `HF_TOKEN` >
-defaults. Sources above models.yaml apply to every model in it, except for the choice of the model and its served
-names. An invalid file in the working folder stops only the commands that need it.
+defaults. Sources above models.yaml apply to every model in it, except for the choice of the model, and for a served
+name or weight file, which only that model gets. An invalid file in the working folder stops only commands that need it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from candle_vllm.server.mailbox.options import MailboxOptions
 
 _CHOOSING = frozenset({"model", "weight_path", "weight_file", "served_model_name"})
-"""Settings that select the model and its names."""
+"""Settings that select the model, its file and its names."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Configuration:
     """The complete configuration of a process.
 
     Attributes:
-        settings: settings of the process and of its first model.
-        catalogue: every model that the process may serve; its default is the first model.
-        sources: sources of the settings, the highest precedence first, for `candle-vllm config`.
+        settings: settings of the process and of its default model.
+        catalogue: every model that the process may serve; its default is the model that the process starts with.
+        sources: sources of these settings, the highest precedence first, for `candle-vllm config`.
         models_file: the models.yaml that was read, if any.
         mailbox: settings of the mailbox, or None.
         in_file: whether the models are from models.yaml.
@@ -210,7 +210,7 @@ def _choose_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> N
 
 
 def _token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path) -> str | None:
-    """Return the Hugging Face token: the value, or from the variable or the file that the setting names."""
+    """Return the Hugging Face token: the setting's value, or the content of the variable or file that it names."""
     if merged.get("hf_token_path") is not None:
         path = folder / merged["hf_token_path"]
         try:

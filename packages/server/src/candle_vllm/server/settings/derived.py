@@ -24,6 +24,7 @@ from candle_vllm.core.shown import without_secrets
 from candle_vllm.responses.store.backend import BACKENDS, MEMORY, URLS, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import table
+from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping
 
@@ -117,10 +118,8 @@ def refuse_wrong_formats(settings: table.FormatOptions) -> None:
 
 
 def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
-    """Raise ConfigError for parsers and adapters that do not exist, and for adapters without `enable_lora`."""
+    """Raise ConfigError for unknown parsers, missing adapter files, and adapters without `enable_lora`."""
     refuse_wrong_formats(settings)
-    from candle_vllm.server.settings.adapters import read_specs  # slow import, needed only here
-
     if (settings.lora_modules or settings.lora_warmup) and not settings.enable_lora:
         raise UsageError(f"{'--lora-modules' if settings.lora_modules else '--lora-warmup'} needs --enable-lora")
     for spec in read_specs(settings.lora_modules):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from candle_vllm.core.config import MAX_DRAFT
 from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.server.settings.options import UsageError, mapping
-from candle_vllm.server.settings.sources import read_small
+from candle_vllm.server.settings.sources import read_yaml
 
 Becomes = str | Callable[[str], list[str]]
 ANY = "*"
@@ -61,6 +61,7 @@ def _cors(text: str) -> list[str]:
     return [argument for origins in given for origin in origins for argument in ("--cors-origin", origin)]
 
 
+_CUDA = re.compile(r"\bcuda(\d+)\b", re.ASCII | re.IGNORECASE)
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -90,10 +91,8 @@ def _socket(path: str) -> list[str]:
 
 
 def _device(text: str) -> list[str]:
-    """Translate llama.cpp's device names: CUDA0, none."""
-    name = text.lower()
-    return ["--device", f"cuda:{name[4:]}" if name.startswith("cuda") and name[4:].isdecimal() else
-            {"none": "cpu"}.get(name, text)]  # fmt: skip
+    """Translate llama.cpp's device names: CUDA0, none, or several as CUDA0,CUDA1."""
+    return ["--device", _CUDA.sub(r"cuda:\1", {"none": "cpu"}.get(text.lower(), text))]
 
 
 def _drafts(text: str) -> list[str]:
@@ -150,15 +149,11 @@ COMMANDS = {row[0]: row[1] for row in foreign_tables()["Commands"]}
 @cache
 def foreign_flags() -> Mapping[str, Row]:
     """Return the row of each flag; its answer begins with this program's flag if there is an equivalent one."""
-    return dict(told())
-
-
-def told() -> Iterator[tuple[str, Row]]:
-    """Yield every flag of the table with its row."""
-    for flags, becomes, here, answer in foreign_tables()["Flags"]:
-        row = Row(answer, _becomes(becomes), here == "no effect", here.endswith("or no effect"))
-        for flag in flags.split():
-            yield flag, row
+    return {
+        flag: Row(answer, _becomes(becomes), here == "no effect", here.endswith("or no effect"))
+        for flags, becomes, here, answer in foreign_tables()["Flags"]
+        for flag in flags.split()
+    }
 
 
 def _becomes(text: str) -> Mapping[str, Becomes]:
@@ -191,6 +186,7 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
     """
     end = argv.index("--") if "--" in argv else len(argv)
     left, line, remarks = list(argv[:end]), list[str](), list[str]()
+    last: list[str] = []  # a socket counts, wherever it stands beside --host
     parts: dict[str, dict[str, Any]] = {}  # members of object values, by flag
     while left:
         text = left.pop(0)
@@ -215,11 +211,11 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
         foreign = [each for each in ours if each.startswith("--") and command not in known[_base(each)]]
         if foreign and not row.elsewhere:
             raise UsageError(hint(flag, known, command))
-        line += [] if foreign else ours
+        (last if flag == "--uds" else line).extend([] if foreign else ours)
         if row.idle or foreign:
             remarks.append(f"{flag} has no effect here: {row.answer}")
     line += [f"{flag}={json.dumps(given)}" for flag, given in parts.items()]
-    return [*line, *argv[end:]], remarks
+    return [*line, *last, *argv[end:]], remarks
 
 
 def _base(flag: str) -> str:
@@ -290,14 +286,8 @@ def lines_of(path: Path, known: Known) -> list[str]:
     Raises:
         UsageError: the file is unreadable, or not a mapping of names to values.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(read_small(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
     line: list[str] = []
-    for key, value in mapping(content, str(path)).items():
+    for key, value in mapping(read_yaml(path), str(path)).items():
         flag = "--" + str(key).replace("_", "-")
         if flag in ("--config", "--help", "--version"):
             raise UsageError(f"{path}: {str(key)[:60]} can only be set on the command line")
@@ -314,5 +304,5 @@ def _argument(flag: str, value: Any, known: Known, where: str) -> list[str]:
             raise UsageError(f"{where}: leave it out, because {off} does not exist")
         return [flag if value else off]
     if isinstance(value, list):
-        return [flag, *(str(each) for each in value)] if value else []
+        return [flag, *(json.dumps(each) if isinstance(each, dict) else str(each) for each in value)] if value else []
     return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]

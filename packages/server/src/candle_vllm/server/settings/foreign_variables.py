@@ -108,7 +108,9 @@ def _value(name: str, setting: str, text: str, remarks: list[str]) -> Any:
     try:
         gib = "G" if name == "VLLM_CPU_KVCACHE_SPACE" else ""
         value = convert(BY_NAME[setting].kind, text + gib, spelled)
-        return (value,) if setting == "api_key" else value  # a single key, which may contain commas
+        if setting == "api_key":  # a single key, which may contain commas; llama.cpp's variable may have several
+            return tuple(value.split(",")) if name == "LLAMA_API_KEY" else (value,)
+        return value
     except UsageError as error:
         if name not in ("PORT", "HF_HUB_OFFLINE"):
             raise

@@ -159,6 +159,8 @@ def model_entry(
         )
     params, spelled = _values(model_params(entry, title, remarks), title, folder, entry.get("params"))
     if "adapters" in entry:
+        if "lora_modules" in params:
+            raise UsageError(f"{title}: adapters and {spelled['lora_modules']} are the same setting: give one")
         values["lora_modules"] = _adapters(entry, title, folder)
         values["enable_lora"], given_as["lora_modules"], given_as["enable_lora"] = True, "adapters", "adapters"
     return name, SettingsSource(title, {**values, **params}, {**given_as, **spelled})

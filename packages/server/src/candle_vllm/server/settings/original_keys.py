@@ -14,6 +14,7 @@ from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.core.setting_kinds import Boolean, Choice, Integer, Secret
 from candle_vllm.server.settings.options import ENV_PREFIX, Section, UsageError, convert, known_keys, line_of, mapping
+from candle_vllm.server.settings.table import BY_NAME
 
 _LOT = {
     "pool": ("max_queue_depth", "timeout_secs", "worker_threads", "max_blocking_threads", "thread_stack_size"),
@@ -64,7 +65,7 @@ def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> di
     `entry` is the model's mapping in the file, `title` its name in messages; `remarks` gets remarks on keys without
     effect.
     """
-    params = given(entry.get("params") or {}, f"{title}: params")
+    params = given(entry.get("params", {}), f"{title}: params")
     if "capabilities" in entry:
         _see(given(entry["capabilities"], f"{title}: capabilities"), f"{title}: capabilities", remarks)
     lots = [section["parking_lot"] for section in (entry, params) if section.get("parking_lot") is not None]
@@ -172,7 +173,9 @@ def lot_limits(section: Any, where: str, remarks: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for part in ("pool", "limits"):
         told = _part(lot, part, where)
-        values |= {_LIMITS[key]: value for key, value in told.items() if key in _LIMITS}
+        for key in (each for each in told if each in _LIMITS):
+            kind = BY_NAME[_LIMITS[key]].kind
+            values[_LIMITS[key]] = convert(kind, told[key], f"{where}.{part}{line_of(told, key)}: {key}")
         remarks += [f"{where}.{part}: {key} has no effect: {_IDLE[key]}" for key in told if key in _IDLE]
     queue = _part(lot, "queue", where)
     if queue.get("backend", "memory") != "memory" or queue.get("persistence"):

@@ -412,7 +412,7 @@ class AccessOptions(_Checked):
         "KEY", unset="the API keys are accepted")] = ()
     max_queued_per_key: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 20), "most unfinished sequences of one API key; further requests are "
-        "refused with 429", "N", unset="half of max_queued_requests")] = None
+        "refused with 429", "N", unset="half of max_queued_requests if there are several keys")] = None
     requests_per_minute: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 30), "most requests of one API key in a minute; further requests are refused with 429; without "
         "keys, of all clients together", "N", rate=Rate("requests", "minute", 60.0), unset="no limit")] = None
@@ -479,7 +479,7 @@ class RequestOptions(_Checked):
 
     unknown_fields: Annotated[str, own(HTTP,
         Choice(("refuse", "warn")), "unknown fields of a request: refuse it, or warn (leave them out and name them in "
-        "the header x-warning)")] = "refuse"
+        "the header x-warning)", "HOW")] = "refuse"
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
     max_held_mb: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "most request bodies and messages in memory that are unparsed or whose requests wait, in "
