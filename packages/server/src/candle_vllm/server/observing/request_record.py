@@ -11,9 +11,10 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
@@ -22,15 +23,30 @@ from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenO
 from candle_vllm.core.engine.requests import arrival_time
 from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
-from candle_vllm.server.http.routing import RequestContext
-
-if TYPE_CHECKING:
-    from candle_vllm.server.http.limits import Meter
-    from candle_vllm.server.observing.model_metrics import ModelMetrics
+from candle_vllm.server.http.routing import RequestContext, Spender
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
 """Label under which the keys beyond `MAX_KEYS` are counted together."""
+
+
+class Counts(Protocol):
+    """The counts of a model, to which a request is added.
+
+    Attributes:
+        gap_bounds: bounds of the histogram of times between outputs.
+        ended: the records that have ended; appended to without a lock.
+    """
+
+    name: str
+    gap_bounds: tuple[float, ...]
+    ended: deque[RequestRecord]
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def refused(self, reason: str, record: RequestRecord) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -53,7 +69,7 @@ class RequestRecord:
         failure: the error message.
     """
 
-    counts: ModelMetrics
+    counts: Counts
     info: RequestInfo
     context: RequestContext | None
     arrived: float = field(default_factory=arrival_time, init=False)
@@ -70,7 +86,7 @@ class RequestRecord:
     _reasons: list[FinishReason | None] = field(init=False)
     _last: list[float] = field(init=False)
     _unfinished: int = field(init=False)
-    _meter: Meter | None = field(init=False)
+    _meter: Spender | None = field(init=False)
     _counted: int = field(init=False)
 
     def __post_init__(self) -> None:
