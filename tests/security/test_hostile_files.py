@@ -152,6 +152,8 @@ def test_hostile_gguf_metadata(tmp_path: Path, name: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if name == "family by name":  # transformers is asked for unknown architectures, and is large itself
+        pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
     refused(path, CandleVllmError)
 
 
