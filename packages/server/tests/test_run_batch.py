@@ -344,6 +344,26 @@ async def test_a_server_that_is_full_is_asked_again(monkeypatch: pytest.MonkeyPa
     assert (result.response.status_code, bytes(result.response.body)) == (200, b'{"text": "good"}')
 
 
+async def test_a_line_is_not_sent_again_once_its_batch_has_expired() -> None:
+    asked = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal asked
+        asked += 1
+        body = json.dumps({"error": {"message": "asleep", "code": "model_not_ready"}}).encode()
+        await send({"type": "http.response.start", "status": 503, "headers": [(b"retry-after", b"0")]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def stopped() -> tuple[str, str] | None:
+        return ("batch_expired", "too late") if asked == 3 else None
+
+    async with asked_here(app) as application:
+        result = await application.answer(json.dumps(request("a")).encode(), stopped=stopped)
+    assert (result.custom_id, result.response, asked) == ("a", None, 3)
+    assert result.error is not None
+    assert result.error.code == "batch_expired"
+
+
 async def test_no_more_lines_are_held_than_asked_for() -> None:
     read = most = 0
     ended: list[bytes] = []

@@ -157,6 +157,18 @@ async def test_a_server_killed_in_a_call(
         assert seen.calls == 2  # the slow one was not made again
 
 
+async def test_a_call_that_waited_for_its_turn_is_made_on_the_next_connection(good: Any, config: Config) -> None:
+    async with McpLink(config(url=good.url)) as link:
+        link._calls = asyncio.Semaphore(0)
+        waiting = asyncio.create_task(link.call("echo", {"text": "later"}))
+        await asyncio.sleep(0)
+        assert link._supervisor.connection is not None
+        await link._supervisor.connection.close()
+        link._calls.release()
+        assert said(await waiting) == "later"
+        assert link.reconnects == 1
+
+
 async def test_a_server_gone_while_idle(good: Any, config: Config) -> None:
     async with McpLink(config(url=good.url)) as link:
         await asyncio.to_thread(good.stop)

@@ -193,6 +193,8 @@ class McpLink:
             except TimeoutError:
                 raise ToolUnavailableError(f"{MAX_CALLS} calls of the MCP server {self.name!r} run already") from None
             try:
+                if connection.is_down:  # it ended while the call waited for its turn
+                    continue
                 left = max(0.001, deadline - asyncio.get_running_loop().time())
                 result = await connection.run(
                     connection.client.call_tool(name, dict(arguments), progress_callback=_progress(report)), left

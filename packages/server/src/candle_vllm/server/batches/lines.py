@@ -37,6 +37,10 @@ _FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready"})
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
+Stopped = Callable[[], Awaitable[tuple[str, str] | None]]
+"""Returns why a batch answers no further line, as code and message; None if it continues."""
+
+
 class Line(NamedTuple):
     """A request of a batch: its `custom_id`, one of `URLS`, and its body as JSON."""
 
@@ -144,8 +148,13 @@ class Application:
         """Parse a line as `read_line`, in a thread; a large line counts as a large request (see `apart`)."""
         return await apart(read_line, data, endpoint, size=len(data))
 
-    async def answer(self, data: bytes, *, caller: Caller = NOBODY, endpoint: str | None = None) -> Result:
-        """Return the result of a line that `caller` sent; while the server is full, send the line again."""
+    async def answer(
+        self, data: bytes, *, caller: Caller = NOBODY, endpoint: str | None = None, stopped: Stopped | None = None
+    ) -> Result:
+        """Return the result of a line that `caller` sent.
+
+        While the server is full or its model is not ready, send the line again, until `stopped` returns a reason.
+        """
         try:
             line = await self.read(data, endpoint)
         except LineError as error:
@@ -155,6 +164,8 @@ class Application:
             problem = None if answer.is_success else problem_of(answer.content)
             if problem is None or problem.code not in _FULL or answer.status_code not in (429, 503):
                 break
+            if stopped is not None and (reason := await stopped()) is not None:
+                return failed(line.custom_id, *reason)
             await asyncio.sleep(_pause(answer.headers))
         response = Answered(
             status_code=answer.status_code,

@@ -243,7 +243,8 @@ class BatchRun:
 
         async def placed() -> Result:
             async with places():
-                return await application.answer(data, caller=caller, endpoint=self.record.batch.endpoint)
+                endpoint = self.record.batch.endpoint
+                return await application.answer(data, caller=caller, endpoint=endpoint, stopped=self._stopped)
 
         answer = asyncio.ensure_future(placed())
         wish = asyncio.ensure_future(self.cancelled.wait())
@@ -258,7 +259,7 @@ class BatchRun:
             await asyncio.gather(wish, answer, return_exceptions=True)
 
     async def _collect(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Wait for the running lines: after a cancellation they fail at once, after expiry they are answered."""
+        """Wait for the running lines: after a cancellation they fail at once, after expiry once the server is full."""
         if working:
             await asyncio.wait(working)
         self._unwritten += [(number, task.result()) for task, number in working.items()]
