@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import errno
 import gc
-import os
 import signal
 import socket
 import ssl
@@ -348,9 +347,10 @@ def _remove_stale(path: Path) -> None:
 
 
 def _remove_socket(address: Address) -> None:
+    """Remove this server's Unix socket, but not that of a server that was started while this one drained."""
     if address.unix_path is not None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(address.unix_path)
+        with contextlib.suppress(OSError, ConfigError):
+            _remove_stale(address.unix_path)
 
 
 def _bound(address: Address, listener: socket.socket) -> Address:

@@ -149,6 +149,7 @@ class SqlBackend:
             if found[-1].active or len(found) > most or size > most_size:
                 return found
             before = row.follows
+        numbers.sort()  # chains that overlap lock their rows in one order
         for start in range(0, len(numbers), ROWS_AT_ONCE):
             part = self._entries.c.number.in_(numbers[start : start + ROWS_AT_ONCE])
             connection.execute(update(self._entries).where(part).values(used=self.now))
