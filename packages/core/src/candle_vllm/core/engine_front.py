@@ -33,8 +33,8 @@ from candle_vllm.core.engine.requests import (
 )
 from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.pooling_calls import Pair, PoolingCalls, check_text_length
-from candle_vllm.core.engine.step.preparation import check_encoder_task
+from candle_vllm.core.engine.step.pooling_calls import Pair, PoolingCalls
+from candle_vllm.core.engine.step.preparation import check_encoder_task, check_text_length
 from candle_vllm.core.engine.step.request_watchers import (
     Operation,
     PoolingOptions,

@@ -22,17 +22,15 @@ from msgspec.structs import replace
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
 from candle_vllm.core.engine.requests import AdapterUse, LoraChoice, PoolingRequest, each_adapter_uses
+from candle_vllm.core.engine.step.preparation import check_text_length
 from candle_vllm.core.engine.step.request_watchers import Apart
 from candle_vllm.core.engine.step.stream import Bar, Entry, Window
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
-from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
+from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
-
-MAX_TEXT = 1 << 22
-"""Characters that a text for an encoder may always have, because one unknown token may stand for many characters."""
 
 Pair = tuple[str, str]
 Params = PoolingParams | Sequence[PoolingParams] | None
@@ -184,18 +182,6 @@ class PoolingCalls:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         check_text_length(self.info, self.tokenizer, len(text) if isinstance(text, str) else 0)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-
-def check_text_length(info: ModelInfo, tokenizer: Tokenizer, characters: int, name: str = "prompt") -> None:
-    """Refuse a text that is too long for the context by its number of characters, before it is tokenized."""
-    most = info.max_model_len * tokenizer.longest_token
-    most = most if "generate" in info.tasks else max(most, MAX_TEXT)
-    if characters > most:
-        raise PromptTooLongError(
-            f"the text has {characters} characters; this model's maximum context length is {info.max_model_len} "
-            f"tokens, which hold at most {most} of them",
-            name,
-        )
 
 
 def _each_params(params: Any, count: int) -> list[PoolingParams]:

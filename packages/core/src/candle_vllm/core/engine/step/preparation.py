@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries
+from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.step.live import Live, LiveSequence
 from candle_vllm.core.engine.step.pooled import PooledText
@@ -29,6 +30,9 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.prompts import VisionInput, spans_of
+
+MAX_TEXT = 1 << 22
+"""Characters that a text for an encoder may always have, because one unknown token may stand for many characters."""
 
 
 class Preparation(ABC):
@@ -363,4 +367,16 @@ def _check_ids(prompt: Seq[int], vocab_size: int) -> None:
         named = f"token id {wrong:d}" if abs(wrong) < 1 << 63 else "a token id"
         raise InvalidParameterError(
             f"{named} is out of vocabulary: the model's ids are 0 to {vocab_size - 1}", "prompt"
+        )
+
+
+def check_text_length(info: ModelInfo, tokenizer: Tokenizer, characters: int, name: str = "prompt") -> None:
+    """Refuse a text that is too long for the context by its number of characters, before it is tokenized."""
+    most = info.max_model_len * tokenizer.longest_token
+    most = most if "generate" in info.tasks else max(most, MAX_TEXT)
+    if characters > most:
+        raise PromptTooLongError(
+            f"the text has {characters} characters; this model's maximum context length is {info.max_model_len} "
+            f"tokens, which hold at most {most} of them",
+            name,
         )
