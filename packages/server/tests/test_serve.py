@@ -187,6 +187,14 @@ def test_the_banner_says_where_and_what() -> None:
         assert part in text
 
 
+def test_the_banner_of_a_unix_socket_has_no_urls() -> None:
+    settings = Settings(host="unix:///tmp/s.sock", ui_server=True)
+    text = banner(create_app(PacedEngine(), settings), settings.address)
+    assert "unix:///tmp/s.sock" in text
+    assert "/v1" not in text
+    assert "web UI" not in text
+
+
 def test_the_banner_says_what_was_asked_for() -> None:
     settings = Settings(
         ollama_port=11434, enable_lora=True, lora_modules=("a=./a",), requests_per_minute=5, prompt_cache_url=REDIS,

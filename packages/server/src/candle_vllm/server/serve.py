@@ -375,6 +375,7 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
     quantization = f", {info.quantization}" if info.quantization else ""
     url, guarded = address.url, settings.has_api_keys
     page_key: str | None = getattr(app.state, "page_key", None)
+    over_tcp = address.unix_path is None  # no browser or client opens a URL of a Unix socket
     told = {
         "model": f"{names} ({info.architecture}, {info.num_parameters / 1e6:,.0f} M parameters{quantization})",
         "other models": f"{', '.join(others)} (loaded when a request names them)" if others else "",
@@ -385,8 +386,8 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
         f"{info.max_model_len:,}",
         **_asked_for(settings, slot.entry.settings, app),
         "address": url + _for_others(address),
-        "web UI": page_address(url, page_key) if settings.ui_server else "",
-        "OpenAI base URL": f"{url}/v1",
+        "web UI": page_address(url, page_key) if settings.ui_server and over_tcp else "",
+        "OpenAI base URL": f"{url}/v1" if over_tcp else "",
         "API key": "required" if guarded else "none: everybody who reaches the address may use it",
         "MCP servers": mcp_line(app),
     }
