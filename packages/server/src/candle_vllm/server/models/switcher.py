@@ -83,8 +83,7 @@ class ModelSwitcher:
     """Loads and unloads the models of the slots.
 
     Args:
-        slots, load, limits: the models, their loader, and limits.
-        metrics: counts loads.
+        slots, load, metrics: the models, their loader, and the counters of loads.
         settled: called with a slot when its model is ready, or could not be loaded.
         died: called with a slot and its model when the model's engine dies.
     """
