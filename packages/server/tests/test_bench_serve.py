@@ -135,6 +135,7 @@ RAMP = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "2", "--ramp-up-e
         (["--base-url", "http://x", "--port", "3"], "leave --host and --port out"),
         (["--goodput", "speed:3"], "--goodput must be NAME:MILLISECONDS"),
         (["--goodput", "ttft:-3"], "--goodput must be NAME:MILLISECONDS"),
+        (["--backend", "openai-embeddings", "--goodput", "ttft:3"], "--goodput can only limit e2el"),
         (["--percentile-metrics", "ttft,x"], "--percentile-metrics must be of"),
         (["--metric-percentiles", "50,101"], "--metric-percentiles must be numbers from 0 to 100"),
         (["--request-rate", "0"], "--request-rate must be a number above 0"),

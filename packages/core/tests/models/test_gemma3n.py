@@ -98,9 +98,9 @@ def test_a_published_config_is_read() -> None:
         ({"intermediate_size": [16384] * 34 + [8]}, UnsupportedModelError, "intermediate_size differs by layer"),
         ({"activation_sparsity_pattern": [0.95]}, InvalidFileError, "a share below 1 for each of 35 layers"),
         ({"activation_sparsity_pattern": [1.0] * 35}, InvalidFileError, "a share below 1"),
-        ({"altup_active_idx": 4}, InvalidFileError, "stream 4 of 4 is the active one"),
-        ({"altup_num_inputs": 9}, InvalidFileError, "stream 0 of 9"),
-        ({"hidden_size": 2056}, UnsupportedModelError, "hidden_size 2056 is not implemented: it must divide by 16"),
+        ({"altup_active_idx": 4}, InvalidFileError, "stream 4 of 0 to 3 is active"),
+        ({"altup_num_inputs": 9}, InvalidFileError, "9 streams; 2 to 8 are possible"),
+        ({"hidden_size": 2056}, UnsupportedModelError, "hidden_size 2056 is not implemented: it is no multiple of 16"),
         ({"num_kv_shared_layers": 32}, InvalidFileError, "some have no layer to share with"),
     ],
 )

@@ -517,3 +517,11 @@ async def test_a_failed_load_without_a_death_waits_for_a_request() -> None:
     assert (manager.slots["a"].state, loader.loads) == (ModelState.FAILED, [])
     assert manager.is_healthy
     await manager.close()
+
+
+async def test_a_closed_manager_refuses_to_load_and_to_unload() -> None:
+    manager = _manager(FakeLoader())
+    await manager.close()
+    for change in (manager.unload, manager.load):
+        with pytest.raises(HttpError, match="shutting down"):
+            await asyncio.wait_for(change("a"), 5)

@@ -24,7 +24,7 @@ from candle_vllm.core.progress import tell
 def cut(engine: InferenceEngine, text: str, window: int, most: int | None = None) -> tuple[list[int], list[list[int]]]:
     """Return the tokens that precede a text (BOS), and windows of the text's first `most` tokens, without BOS.
 
-    Raises ConfigError if there is no token to score. With BOS, a window has at most `window` tokens.
+    Raises ConfigError if there is no token to score. A window has at most `window` tokens, including BOS.
     """
     tokenizer = engine._require()[1].tokenizer  # `engine.tokenize` refuses very long texts
     before, needed = tokenizer.encode(""), text if most is None else text[: most * tokenizer.longest_token]
@@ -48,7 +48,7 @@ def perplexity(
     """Return a model's figures on the first `tokens` tokens of a text, and their comparison with a reference, if given.
 
     The file `save` gets the log-probabilities, float32 [scored tokens, vocabulary]; `reference` is such a file.
-    Raises ConfigError if there is no token to score, or the reference scores other tokens.
+    Raises ConfigError if there is no token to score or the reference scores other tokens, ValueError if it ends early.
     """
     before, windows = cut(engine, text, window, tokens)
     first, size = max(1, len(before)), engine.model_info.vocab_size

@@ -124,8 +124,8 @@ def switch_of(query: dict[str, str], name: str) -> bool:
 class ResponseEvents:
     """Encodes the events of one response for one reader.
 
-    OpenAI's event `keepalive` fills a silence, because clients' idle timeouts ignore comments. It repeats the number of
-    the event before it, so that the numbers have no gap and a reader can resume after any of them.
+    OpenAI's event `keepalive` fills a silence, because SSE comments do not reset clients' idle timeouts. It repeats the
+    number of the event before it, so that the numbers have no gap and a reader can resume after any of them.
     """
 
     def __init__(self) -> None:

@@ -63,12 +63,12 @@ def write_file(
     Args:
         path: the file's path; an existing file is replaced.
         plans: the tensors, in order.
-        metadata: keys and values: strings, booleans, integers (uint32), other numbers (float32), lists of one of these
-            types, bytes. `general.architecture` must be among them.
+        metadata: keys and values: strings, booleans, integers (uint32; `token_type` int32), other numbers (float32),
+            lists of one of these types, bytes. `general.architecture` must be among them.
         types: types of copied metadata, see `GgufFile.types`.
 
     Raises:
-        UnsupportedModelError: a number of the metadata exceeds its type, or an array holds arrays.
+        UnsupportedModelError: a number of the metadata exceeds its type, or a copied array holds arrays.
         WeightsError: a tensor's elements cannot be stored in its type.
         OSError: the file cannot be written.
     """
@@ -97,7 +97,7 @@ def write_file(
 
 
 def _copy(writer: GGUFWriter, key: str, value: Any, code: int, element: int) -> None:
-    """Add a value of another file with its types there; strings in an array may have bytes that are not UTF-8."""
+    """Add a value with the types that it has in another file; an array's strings may have bytes that are not UTF-8."""
     kind, items = GGUFValueType(code), value.tolist() if isinstance(value, np.ndarray) else value
     if kind != GGUFValueType.ARRAY:
         writer.add_key_value(key, items, kind)

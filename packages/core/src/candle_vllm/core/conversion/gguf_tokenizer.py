@@ -123,7 +123,7 @@ def _type(index: int, text: str, model: Mapping[str, Any], added: Mapping[int, A
         return UNKNOWN
     if token is not None and token["special"]:
         return CONTROL
-    if token is not None and not (spm and SPACE in text and text in model["vocab"]):  # runs of spaces are merged anyway
+    if token is not None and not (spm and SPACE in text and text in model["vocab"]):  # merges form the runs of spaces
         return USER_DEFINED
     if spm and len(text) == 6 and text.startswith("<0x"):
         return BYTE
@@ -204,7 +204,7 @@ def _templates(tokenizer: Tokenizer) -> str:
 
 
 def phi3_name(metadata: Mapping[str, Any]) -> str:
-    """Return the name of a Phi-3: readers infer from it that its role tokens swallow the line break after them."""
+    """Return the name, with "Phi-3" if it has its tokens: readers infer that role tokens swallow a line break."""
     name, tokens = metadata["general.name"], metadata[f"{PREFIX}tokens"]
     roles = {"<unk>", "<s>", "<|endoftext|>", "<|user|>", "<|assistant|>"}
     return name if "phi-3" in name.lower() or not roles <= set(tokens) else f"Phi-3 {name}"

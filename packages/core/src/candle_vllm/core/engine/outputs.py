@@ -35,7 +35,7 @@ class FinishReason(enum.StrEnum):
             llama-server, and for a full context window in Anthropic; "" for a reason that is an error there.
         responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
         limit: a phrase for the limit that cut the answer; "" for an answer that was not cut.
-        openai: the reason in OpenAI's chat and completions; the value unless a row has another name.
+        openai: the reason in OpenAI's chat and completions; by default the value.
     """
 
     STOP = "stop", "end_turn", "stop", "eos"  # end-of-sequence token, stop token or stop string
@@ -143,7 +143,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     Attributes:
         index: the sequence's index among the request's `n` sequences.
         special_tokens: (offset, id) of new special tokens whose names are part of the text, if they are not skipped;
-            offsets count characters of the sequence's whole text; that text may still be shorter.
+            offsets are into the sequence's whole text, and may lie in text that later outputs bring.
         logprobs: one entry per new token, if the request asks for logprobs.
         prompt_logprobs: on the first output of sequence 0, if requested; one per prompt token, None for the first.
         finish_reason: set on the last output of the sequence.

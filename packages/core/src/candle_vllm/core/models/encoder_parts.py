@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Parts that several encoder families share: the labels of a head, activations by name, and weight names in pairs."""
+"""Parts that several encoder families share: the labels of a head, activations by name, and tables of weight names."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def table_names(at: str, head: tuple[str, str], *norms: str) -> list[WeightName]
 
 
 def block_names(layer: str, own: Mapping[str, tuple[str, ...]] = MappingProxyType({})) -> list[WeightName]:
-    """The table rows of blocks that normalise after sums.
+    """The table rows of post-norm blocks, which normalise after each residual sum.
 
     Args:
         layer: prefix of all names in safetensors.
@@ -200,7 +200,7 @@ def thirds(alone: Mapping[str, tuple[str, ...]], fused: tuple[str, ...], gguf: s
 
 
 def prefix_of(stored: Iterable[str], name: str) -> str:
-    """The text before `name`, a tensor of every model of a family: the encoder's prefix in a model with a head."""
+    """Prefix of the encoder's tensors, found by `name`, which every model of the family stores; "" without a prefix."""
     return next((found.removesuffix(name) for found in stored if found.endswith(name)), "")
 
 

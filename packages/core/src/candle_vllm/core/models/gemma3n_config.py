@@ -33,10 +33,9 @@ class Gemma3nConfig(Gemma4Config):
 
     Attributes:
         streams, active: number N of residual streams, and index of the active one.
-        scales_output: the active stream is scaled by [E] before it meets the layer's own embedding.
+        scales_output: whether a vector [hidden_size] scales the active stream that gates the per-layer embedding.
         rank: rank of LAuReL.
-        deviations: for each layer, how many standard deviations above the mean an element of the gate must be; lower
-            elements become 0. None for a layer without this cutoff.
+        deviations: for each layer, gate elements below mean + this many standard deviations become 0; None: no cutoff.
         input_rows: number of tokens with their own per-layer embeddings; other tokens get those of token 0.
     """
 
@@ -49,10 +48,12 @@ class Gemma3nConfig(Gemma4Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 < self.streams <= MOST_STREAMS or not 0 <= self.active < self.streams:
-            raise InvalidFileError(f"the model's config says stream {self.active} of {self.streams} is the active one")
+        if not 1 < self.streams <= MOST_STREAMS:
+            raise InvalidFileError(f"the model's config has {self.streams} streams; 2 to {MOST_STREAMS} are possible")
+        if not 0 <= self.active < self.streams:
+            raise InvalidFileError(f"the model's config says stream {self.active} of 0 to {self.streams - 1} is active")
         if self.hidden_size % 16:
-            raise UnsupportedModelError(f"hidden_size {self.hidden_size} is not implemented: it must divide by 16")
+            raise UnsupportedModelError(f"hidden_size {self.hidden_size} is not implemented: it is no multiple of 16")
         if self.input_size < 1:
             raise InvalidFileError(f"the model's config says per-layer embeddings have {self.input_size} elements")
         assert len(self.deviations) == self.num_layers
@@ -119,14 +120,14 @@ def _every(period: int, layers: int, window: int) -> tuple[int | None, ...]:
 
 
 def _one_width(fields: Fields, key: str, widths: Sequence[int]) -> Fields:
-    """The fields with one number for a width that is listed for each layer."""
+    """The fields with one width in place of a list with a width for each layer."""
     if len(set(widths)) > 1:
         raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} differs by layer, which is not implemented")
     return Fields({**fields.values, fields.prefix + key: widths[0]}, fields.path, fields.prefix)
 
 
 def _deviations(fields: Fields, layers: int) -> tuple[float | None, ...]:
-    """The cutoffs by each layer's share of zeroed elements; the default is 95 % in the first ten of over ten layers."""
+    """The cutoffs by each layer's share of zeroed elements: by default 95 % in the first ten, if there are more."""
     key = "activation_sparsity_pattern"
     count = _SPARSE[0] * (layers > _SPARSE[0])
     shares = fields.get(key, list, [0.95] * count + [0.0] * (layers - count))

@@ -85,7 +85,7 @@ class FloatSource(WeightSource[ScaledCodes]):
 
 
 class DecodedSource(WeightSource[Codes]):
-    """Source of codes that no kernel takes; their zeros may be fractions."""
+    """Source of codes that no kernel takes; their zero points may be fractions."""
 
     decodes = True
 

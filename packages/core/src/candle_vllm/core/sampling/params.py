@@ -42,7 +42,7 @@ BIAS = Number(-100, 100)
 """Bounds of a value of `logit_bias`."""
 
 OFFERED = "offered"
-"""Mark of a number that APIs offer with the same name and bounds: a field of `SamplerFields` (`openai/protocol`)."""
+"""Annotates a number that every API offers with the same name and bounds, by `SamplerFields` (`openai/protocol`)."""
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """Default sequence breakers of DRY, as in llama.cpp."""
@@ -55,7 +55,7 @@ DEFAULT_SAMPLING: Mapping[str, float | int] = MappingProxyType(
 
 
 class _Open(float):
-    """Default of a field that was not given. A copy is the same object, so that encoders omit it as a default."""
+    """Default of a field that was not given. Copies are the same object, because msgspec omits defaults by identity."""
 
     __slots__ = ()
     known: ClassVar[dict[float, _Open]] = {}
@@ -105,7 +105,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         frequency_penalty: subtracted per occurrence in the generated text, [-2, 2].
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
-        repeat_last_n: the three penalties count this many of the last tokens, prompt and output; -1 for all.
+        repeat_last_n: the three penalties count tokens only in the last this many of prompt and output; -1 for all.
         top_n_sigma: keep logits within this many standard deviations of the largest, up to 100; 0 or less keeps all.
         typical_p: keep the tokens whose surprise is nearest to the entropy, up to this total probability, (0, 1].
         xtc_probability: probability with which XTC removes the likeliest tokens, [0, 1].
@@ -124,9 +124,9 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         dry_sequence_breakers: at most 16 texts (of up to 40 characters) that end a repetition; None for `DRY_BREAKERS`.
         logits_processors: functions of the tokens so far, prompt included, and of a row of logits, an array [V] float32
             that they may change; they return the row to use. They are called in order for each token, before all other
-            edits of its logits, in the engine's thread, so that all requests of the batch wait for them. Not over HTTP.
-            Instead of a function, the name of one in the entry-point group `candle_vllm.logits_processors` of an
-            installed package is accepted; an engine in another process accepts names only.
+            edits of its logits, in the engine's thread, so that all requests of the batch wait for them. Instead of a
+            function, the name of one in the entry-point group `candle_vllm.logits_processors` of an installed package
+            is accepted; an engine in another process accepts names only. HTTP requests cannot have either.
         max_tokens: maximum number of generated tokens; None, the default in `chat`, means up to the context length.
         min_tokens: no end-of-sequence or stop before this many tokens. `structured_outputs` wins: if it allows only the
             end, the text ends there, however short it is.
@@ -136,13 +136,13 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         ignore_eos: continue after the model's end-of-sequence tokens.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, in the text.
         skip_special_tokens: leave special tokens out of the text.
-        continues_prompt: if the prompt ends within a UTF-8 character, begin the text with this whole character; for
+        continues_prompt: if the prompt ends within a UTF-8 character, the text begins with the complete character; for
             callers that show prompt and text as one text.
         logprobs: report the log-probability of each sampled token and of this many of the likeliest ones, [0, 20].
         prompt_logprobs: the same report for the tokens of the prompt.
         prompt_progress: also report progress while the prompt is computed, see `TokenOutput.progress`.
-        logprob_token_ids: report these tokens, at most 128, and the sampled one instead of the likeliest; `logprobs` is
-            then 0 if it was not given.
+        logprob_token_ids: instead of the likeliest tokens, report these, at most 128, besides the sampled one;
+            `logprobs` is then 0 if it was not given.
         logit_bias: token id -> value added to its logit, [-100, 100].
         allowed_token_ids: only these tokens may be chosen.
         bad_words: texts that must not be produced.
@@ -307,7 +307,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         return _is_open(getattr(self, name))
 
     def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
-        """Return a copy in which `defaults` replace the fields that were not given; all its values are plain numbers.
+        """Return a copy in which `defaults` replace the fields that were not given; in it, all count as given.
 
         Raises:
             InvalidParameterError: a default cannot be used.
@@ -349,7 +349,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
 
 
 def without_cuts(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sampling defaults for a request with mirostat, which replaces truncation that was not given."""
+    """Return sampling defaults without top_k, top_p, min_p and typical_p, which mirostat replaces if not given."""
     return {name: value for name, value in defaults.items() if name not in _CUTS}
 
 
@@ -390,7 +390,7 @@ def _number(name: str, value: Any, kind: Number) -> None:
     low, high = kind.low, kind.high
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidParameterError(f"{name} must be a number, not {value!r:.60}", name)
-    if not low <= value <= high or (kind.open_low and value == low):  # NaN is not within either
+    if not low <= value <= high or (kind.open_low and value == low):  # true for NaN
         bound = "above" if kind.open_low else "at least"
         raise InvalidParameterError(f"{name} must be {bound} {low} and at most {high}, not {_shown(value)}", name)
 

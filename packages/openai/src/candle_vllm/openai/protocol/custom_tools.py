@@ -50,7 +50,7 @@ def custom_input(arguments: str) -> str:
     """Return the input text from the arguments of a `stand_in` function.
 
     Models that were trained with the tool as a function use their own argument name (Codex's `apply_patch`: `patch`).
-    Arguments in any other form, such as truncated JSON, are returned unchanged.
+    An `input` that is no text becomes JSON; null and any other form, such as truncated JSON, are returned unchanged.
     """
     try:
         value = decode_json(arguments)

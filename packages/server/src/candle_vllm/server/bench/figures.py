@@ -83,7 +83,7 @@ def summary(
         metrics: the names in `METRICS` to report.
         percentiles: the percentiles to report.
         goals: upper limits in milliseconds for a good request, by names of `GOODPUT`; None omits goodput.
-        streamed: whether answers were streamed.
+        streamed: whether answers were streamed; if not, only e2el is reported.
     """
     good = [each for each in seen if not each.error]
     output = sum(each.output_len for each in good)

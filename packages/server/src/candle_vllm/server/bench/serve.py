@@ -139,6 +139,8 @@ def bench_serve(
         raise UsageError("--request-rate sets one rate and --ramp-up-strategy several: leave one of them out")
     metrics = read_metrics(percentile_metrics or ("e2el" if backend == "openai-embeddings" else "ttft,tpot,itl"))
     percentiles, goals = read_percentiles(metric_percentiles), read_goals(goodput)
+    if backend == "openai-embeddings" and goals and set(goals) != {"e2el"}:
+        raise UsageError(f"--goodput can only limit e2el with --backend {backend}, whose answers are not streamed")
     headers = _headers(api_key, header)
     target = Target(base_url, headers, insecure)
     extra = _extra(extra_body, ignore_eos, dataset_name, backend, temperature=temperature, top_p=top_p, top_k=top_k)

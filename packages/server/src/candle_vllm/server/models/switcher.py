@@ -83,8 +83,7 @@ class ModelSwitcher:
     """Loads and unloads the models of the slots.
 
     Args:
-        slots, load, limits: the models, their loader, and limits.
-        metrics: counts loads.
+        slots, load, metrics: the models, their loader, and the counters of loads.
         settled: called with a slot when its model is ready, or could not be loaded.
         died: called with a slot and its model when the model's engine dies.
     """
@@ -128,6 +127,9 @@ class ModelSwitcher:
 
     def want(self, slot: ModelSlot, *, asked: bool = False) -> None:
         """Queue a model for loading because requests wait for it, or, with `asked`, even if no request waits."""
+        if self.closing:
+            slot.refuse(_shutting_down())
+            return
         slot.asked = slot.asked or asked
         if slot not in self._wanted and slot.state is not ModelState.LOADING:
             if slot.state in (ModelState.UNLOADED, ModelState.FAILED):
@@ -136,7 +138,9 @@ class ModelSwitcher:
         self._work()
 
     async def unwant(self, slot: ModelSlot) -> None:
-        """Unload a model, and wait until it is unloaded."""
+        """Unload a model, and wait until it is unloaded; HttpError 503 if the switcher is closing."""
+        if self.closing:
+            raise _shutting_down()
         entry = _Unwanted(slot, asyncio.get_running_loop().create_future(), idle=False)
         self._unwanted.append(entry)
         self._work()
@@ -196,7 +200,7 @@ class ModelSwitcher:
         for entry in self._unwanted:
             _done(entry)
         for slot in self._slots:
-            slot.refuse(HttpError(503, "The server is shutting down.", "shutting_down", {"retry-after": "5"}))
+            slot.refuse(_shutting_down())
         await asyncio.gather(*(self._unload(slot) for slot in self._slots if slot.model is not None))
         await asyncio.gather(*self._leaving)
 
@@ -332,6 +336,10 @@ class ModelSwitcher:
 def _is_there(slot: ModelSlot) -> bool:
     """Whether a slot's model is loaded or being loaded."""
     return slot.model is not None or slot.state is ModelState.LOADING
+
+
+def _shutting_down() -> HttpError:
+    return HttpError(503, "The server is shutting down.", "shutting_down", {"retry-after": "5"})
 
 
 def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:

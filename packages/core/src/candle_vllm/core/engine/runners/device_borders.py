@@ -32,7 +32,7 @@ class Border(NamedTuple):
     Attributes:
         arrived: activations from the previous stage; None on the first stage.
         left: activations for the next stage.
-        width: elements of the vectors of each image row; 0 without image rows.
+        width: elements of each image row's vectors for later layers (DeepStack); 0 without image rows.
         vectors: list of one element, the arriving or leaving vectors, [N, width] float32; empty until work sets it.
     """
 

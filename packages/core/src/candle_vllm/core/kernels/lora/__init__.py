@@ -14,11 +14,11 @@ result:
 
 or, with a matrix `full` that replaces W, t * (x full^T - x W^T + own bias). A and c * B are rounded to the adapter's
 number type, F32 or BF16; so are x and s (x A^T) in torch and on a GPU, but in the compiled CPU operations x and
-s (x A^T) stay fp32. With I8, A and c * B are integers of -127 .. 127 with scales: a scale for each rank and quarter of
-A's columns, and for each row of B (for a table that is looked up, for each column of A). A scale is the largest element
-divided by 127, rounded up to BF16. x and x A^T are then 16-bit integers with fp32 scales: for each row and up to 512
-columns of a quarter of x, and for each row of x A^T. Tables that are looked up, and `full`, are BF16, and are
-multiplied by x in fp32.
+s (x A^T) stay fp32. With I8, A and c * B are integers of -127 .. 127 with scales: for each row of A and quarter of its
+columns, and for each row of B. A scale is the largest element divided by 127, rounded up to BF16. x and x A^T are then
+16-bit integers with fp32 scales: for each row and up to 512 columns of a quarter of x, and for each row of x A^T.
+`full` is then BF16 and multiplied by x in fp32. For an embedding table, rows of B are looked up and multiplied by A: B
+is then BF16, and A has a scale for each column.
 A **group** is the rows of a step that have one adapter; groups are in the order of `PackedAdapter.serial`, and a row's
 adapters are added in this order. A row without an adapter is unchanged bit for bit. The terms added to a row depend
 only on the row, its adapters and their scales.

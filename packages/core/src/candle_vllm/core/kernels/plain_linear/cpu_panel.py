@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Code of linear operations with input in `RowForm` or `ByteForm`: panels of activations, products, results.
 
-A block's rows are copied into a **panel** on the stack with rows interleaved: element 0 of all rows, element 1 of all
-rows, and so on, because each step of the weights reads one element of every row. A CPU without AVX-512 has 16 vector
-registers of half the size, so it computes one tile at a time: 4 rows of a panel, or 6 of three panels' rows (`cpu.py`).
+Up to 8 input rows, a **block**, are interleaved in a **panel** on the stack: element 0 of all rows, then element 1, and
+so on, as steps of the weights read them. A **tile** is the weights of 16 outputs. A CPU without AVX-512 has 16 vector
+registers of half the size, so it multiplies one tile at a time, by 4 rows of a panel or 6 of three panels (`cpu.py`).
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ def _lay_panel(
     """Copy keys and values of up to 8 tokens of a head to panels.
 
     k and v are addresses of the first token; tokens are `row_bytes` apart. `keys` is the address of the panel of keys,
-    `values` that of the tokens in the first panel of values; panels of values are `panel_bytes` apart. `addresses` is
-    scratch memory for int64 [8].
+    `values` that of the first token's row in the first panel of values; panels of values are `panel_bytes` apart.
+    `addresses` is scratch memory for int64 [8].
     """
     filled = (dim + 7) & -8
     if tokens >= PANEL and dim & 15 == 0:  # copy vectors, which is faster
