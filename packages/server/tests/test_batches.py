@@ -647,6 +647,20 @@ async def test_an_input_is_protected_until_its_last_batch_has_ended(
         await stored.store.file(stored.owner, stored.input)
 
 
+async def test_a_batch_that_expires_while_batches_are_listed_is_left_out(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, page = await stored.add(), stored.backend.page
+
+    async def listing(*given: Any) -> Any:
+        found = await page(*given)
+        await stored.backend.delete(store.BATCHES, stored.owner, gone)
+        return found
+
+    monkeypatch.setattr(stored.backend, "page", listing)
+    assert [each.id for each in await stored.store.batches(stored.owner, 10, None)] == [stored.id]
+
+
 # ---- several keys ----------------------------------------------------------------------------------------------------
 
 

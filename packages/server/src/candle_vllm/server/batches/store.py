@@ -16,6 +16,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -237,7 +238,11 @@ class BatchStore:
         page = await (await self.backend()).page(BATCHES, owner, limit, after)
         if page is None:
             raise entries.NotStoredError("Batch", after or "", "after")
-        return [(await self.batch(owner, entry.id)).batch for entry in page]
+        found = []
+        for entry in page:
+            with suppress(entries.NotStoredError):  # it has expired since
+                found.append((await self.batch(owner, entry.id)).batch)
+        return found
 
     async def cancel(self, owner: str, batch_id: str) -> None:
         """Mark a batch as cancelled."""
