@@ -95,6 +95,21 @@ def test_results_have_the_name_of_their_function_unless_they_bring_one() -> None
     ]
 
 
+def test_assistant_messages_in_a_row_are_one_answer_also_between_its_calls_and_their_results() -> None:
+    text = {"role": "assistant", "content": "I look."}
+    replayed = [USER, calls("x"), text, calls("y"), result("y"), result("x"), text]
+    messages = rendered(*replayed)
+    assert [message["role"] for message in messages] == [message["role"] for message in replayed]
+    for wrong, param in (
+        ([USER, calls("x"), text], "messages"),
+        ([USER, calls("x"), text, USER, result("x")], "messages.3.role"),
+        ([USER, calls("x", "y"), result("x"), text, result("y")], "messages.3.role"),
+    ):
+        with pytest.raises(RequestError, match="without a tool message") as caught:
+            rendered(*wrong)
+        assert caught.value.param == param
+
+
 @pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
 def test_results_may_be_empty(content: object) -> None:
     assert rendered(calls("x"), {**result("x"), "content": content})[1]["content"] == ""

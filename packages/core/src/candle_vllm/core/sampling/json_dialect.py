@@ -47,7 +47,7 @@ _DATE = (
     f"|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP_YEAR}-02-29)"
 )
 _CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
-_DECIMALS = r"(?:\.[0-9]+)?"
+_DECIMALS = r"(?:\.[0-9]{1,9})?"  # without a bound, a model may write digits until its answer is cut
 
 
 def _leap_seconds() -> Iterator[str]:

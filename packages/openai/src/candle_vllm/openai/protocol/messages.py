@@ -246,6 +246,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=fields.MAX_ME
 def check_history(messages: Sequence[Message]) -> None:
     """Check that each tool call has exactly one result before the next other message, and that each result has a call.
 
+    Assistant messages in a row are one answer: clients that replay a streamed answer put its text behind its calls.
     Later turns may repeat ids. Raises an error that pydantic reports.
     """
     pending: dict[str, None] = {}
@@ -259,7 +260,8 @@ def check_history(messages: Sequence[Message]) -> None:
                 )
             del pending[message.tool_call_id]
             continue
-        _all_answered(pending, f"{here}.role")
+        if not (index and isinstance(message, AssistantMessage) and isinstance(messages[index - 1], AssistantMessage)):
+            _all_answered(pending, f"{here}.role")
         for number, call in enumerate(getattr(message, "tool_calls", None) or ()):
             if call.id in pending:
                 raise invalid(f"{here}.tool_calls.{number}.id", f"{call.id!r:.80} is already the id of another call")
