@@ -21,6 +21,7 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, thre
 from candle_vllm.core.assembly import packed_cache
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.devices import CPU
+from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels import packed_linear, plain_linear
 from candle_vllm.core.kernels.cpu_runtime import packed_file
 from candle_vllm.core.kernels.cpu_runtime.numa import CpuRank, CpuRanks
@@ -141,6 +142,12 @@ def test_a_folder_that_a_group_may_write_to(
     (folder / "weights").chmod(0o777)
     load(model, folder)
     assert f"other users can write to {folder / 'weights'}" in caplog.text
+
+
+def test_a_file_that_is_missing_beside_the_model_is_named(model: Path, folder: Path) -> None:
+    config = EngineConfig(model=str(model), packed_cache=str(folder), mmproj=folder / "none.gguf", **SETTINGS)
+    with pytest.raises(ModelNotFoundError, match=r"none\.gguf is not a file; check the spelling"):
+        load_any_model(config, CPU, lambda *_: None)
 
 
 def test_it_may_be_off(model: Path, tmp_path: Path, packings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
