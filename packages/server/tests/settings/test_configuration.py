@@ -269,6 +269,7 @@ def test_models_file_search_order(load, tmp_path: Path) -> None:
         ("default_model", "default_modle", "unknown key 'default_modle' (did you mean default_model?)"),
         ("temperature", "temprature", "unknown key 'temprature' in params (did you mean temperature?)"),
         ("temperature: 0.25", "port: 1", "unknown key 'port' in params"),
+        ("temperature: 0.25", "idle_unload_secs: 1", "write it at the top of the file, not in params"),
         ("default_model: small", "idle_unload_secs: 10m", "idle_unload_secs must be a whole number, not '10m'"),
         ("temperature: 0.25", "temperature: hot", "temperature must be a number"),
         ("temperature: 0.25", "temperature: [1]", "temperature must be a number"),
@@ -400,6 +401,7 @@ def test_prompts_cannot_be_logged_without_the_log() -> None:
         ("models:\n- name: a\n", "line 2: give exactly one of hf_id and local_path"),
         (
             "models:\n- name: a\n  hf_id: x/y\n  mmproj: z",
+            "line 4: mmproj is a setting of the model: write it in params",
         ),
         ("models:\n- name: a\n  local_path: demo", "line 3: the demo model is no path: write hf_id: demo"),
         ("models:\n- {name: a, hf_id: x/y}\n- {name: a, hf_id: x/y}", "line 3: two models are called 'a'"),
