@@ -125,6 +125,11 @@ def test_a_base_url_that_is_one_of_a_client(start: Callable[..., Any], capsys: p
     assert "/v1/v1/models names no model (Client error '404 Not Found'" in error
 
 
+def test_a_server_that_needs_a_key(start: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", "--base-url", start(PacedEngine("abc"), api_key=("k",)).url]) == 2
+    assert "give its key with --api-key" in capsys.readouterr().err
+
+
 RAMP = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "2", "--ramp-up-end-rps", "8"]
 
 

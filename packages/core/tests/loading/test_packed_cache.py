@@ -21,6 +21,7 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, thre
 from candle_vllm.core.assembly import packed_cache
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.devices import CPU
+from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels import packed_linear, plain_linear
 from candle_vllm.core.kernels.cpu_runtime import packed_file
 from candle_vllm.core.kernels.cpu_runtime.numa import CpuRank, CpuRanks
@@ -143,6 +144,12 @@ def test_a_folder_that_a_group_may_write_to(
     assert f"other users can write to {folder / 'weights'}" in caplog.text
 
 
+def test_a_file_that_is_missing_beside_the_model_is_named(model: Path, folder: Path) -> None:
+    config = EngineConfig(model=str(model), packed_cache=str(folder), mmproj=folder / "none.gguf", **SETTINGS)
+    with pytest.raises(ModelNotFoundError, match=r"none\.gguf is not a file; check the spelling"):
+        load_any_model(config, CPU, lambda *_: None)
+
+
 def test_it_may_be_off(model: Path, tmp_path: Path, packings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     right = load(model, "off")
@@ -176,6 +183,7 @@ def test_damaged_files_are_written_again(
     assert same(load(model, folder), right)
     assert packings
     assert "written again" in caplog.text
+    assert "unpack requires" not in caplog.text
     assert kept(folder) == [file]
     assert file.read_bytes() == whole
     packings.clear()

@@ -267,7 +267,8 @@ async def test_who_gives_up_holds_nothing() -> None:
     assert not manager.slots["a"].waiters
 
 
-async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back() -> None:
+async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     loader = FakeLoader()
     manager = _manager(loader, idle_seconds=0.05)
     lease = await manager.acquire("a")
@@ -275,6 +276,7 @@ async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back() -> None:
     assert manager.slots["a"].state is ModelState.READY  # in use
     lease.release()
     await until(lambda: loader.engines[0].closed)
+    await until(lambda: "unloaded a (unused for 0 s)" in caplog.text)
     assert manager.slots["a"].state is ModelState.UNLOADED
     (await manager.acquire("a")).release()
     assert loader.loads == ["a", "a"]

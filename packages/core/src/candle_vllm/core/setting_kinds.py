@@ -263,6 +263,16 @@ class Integer:
         return " (4096, 4k = 4000, 4K = 4096)" if self.units else ""
 
 
+@dataclass(frozen=True)
+class Seconds(Integer):
+    """A time in whole seconds, without the suffixes of sizes: 10m would be ten million seconds, not ten minutes."""
+
+    units: bool = False
+
+    def _hint(self) -> str:
+        return " (in seconds: 600 is ten minutes)"
+
+
 SEED = Integer(-(1 << 63), (1 << 64) - 1)
 
 

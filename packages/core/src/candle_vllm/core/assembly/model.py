@@ -32,7 +32,7 @@ from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
 from candle_vllm.core.config import CACHE_TYPES, All2AllBackend, EngineConfig, ModelImpl
 from candle_vllm.core.devices import Device
-from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError
+from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, ModelNotFoundError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
@@ -276,7 +276,10 @@ def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
 
 
 def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
-    """Return the files that determine a model's outputs; () for random weights."""
+    """Return the files that determine a model's outputs; () for random weights. Raises ModelNotFoundError."""
+    for path in (config.mmproj, config.imatrix):
+        if path is not None and not path.is_file():
+            raise ModelNotFoundError(f"{path} is not a file; check the spelling of the path")
     beside = (files.config, config.mmproj, config.imatrix)
     return (*files.weights, *(path for path in beside if path is not None)) if files.weights else ()
 

@@ -311,6 +311,8 @@ def _first_model(http: httpx.Client) -> str:
         where = without_secrets(str(http.base_url)).rstrip("/")
         why = str(error).partition("\n")[0]  # httpx adds a line with an address to errors about a status
         text = f"{where}/v1/models names no model ({why}): name one with --model"
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
+            text = f"{where} refuses the request ({why}): give its key with --api-key"
         if isinstance(error, httpx.TransportError):
             text = f"{where} was not reached ({error}): start the server, or name it with --base-url"
         raise CandleVllmError(text) from None

@@ -214,7 +214,7 @@ class ModelSwitcher:
                 entry = self._unwanted.popleft()
                 try:
                     if entry.slot.model is not None and (not entry.idle or self._rested(entry.slot)):
-                        await self._retire(entry.slot)
+                        await self._retire(entry.slot, _reason(entry))
                 finally:
                     _done(entry)
                 continue
@@ -235,7 +235,7 @@ class ModelSwitcher:
                 check = _heard(slot, lambda: self._load.check(slot.entry, self.loaded))  # may download the model
                 await in_thread(check, f"check-{slot.entry.name}")
             while self._limits.max_loaded is not None and len(self.loaded) >= self._limits.max_loaded:
-                await self._retire(self._least_used())
+                await self._retire(self._least_used(), f"to make room for {slot.entry.name}")
             model = await self._load_beside(slot)
         except Exception as error:
             self._failed(slot, error)
@@ -257,7 +257,7 @@ class ModelSwitcher:
                     raise
                 victim = self._least_used()
                 logger.info("%s: unloading %s to make room", error, victim.entry.name)
-                await self._retire(victim)
+                await self._retire(victim, f"to make room for {slot.entry.name}")
 
     def _failed(self, slot: ModelSlot, error: Exception) -> None:
         ours = not isinstance(error, (CandleVllmError, NoRoomError))  # errors of files or settings need no traceback
@@ -287,7 +287,7 @@ class ModelSwitcher:
         slots = [slot for slot in self._slots if slot.model is not None]
         return min(slots, key=lambda slot: (slot.in_flight > 0, slot.last_used))
 
-    async def _retire(self, slot: ModelSlot) -> None:
+    async def _retire(self, slot: ModelSlot, reason: str) -> None:
         """Let a model finish its requests, then unload it. Requests that arrive meanwhile wait for the next load."""
         slot.state = ModelState.DRAINING
         try:
@@ -299,7 +299,7 @@ class ModelSwitcher:
             logger.warning("%s still had %d requests: they are aborted", slot.entry.name, slot.in_flight)
         await self._unload(slot)
         self._metrics.model_unloaded(slot.entry.names[0])
-        logger.info("unloaded %s", slot.entry.name)
+        logger.info("unloaded %s (%s)", slot.entry.name, reason)
         if slot.waiters:
             self.want(slot)
 
@@ -372,6 +372,13 @@ def _forget_frames(error: BaseException | None) -> None:
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
+
+
+def _reason(entry: _Unwanted) -> str:
+    """Return for the log why a model is unloaded."""
+    if entry.idle:
+        return f"unused for {time.monotonic() - entry.slot.last_used:.0f} s"
+    return "its entry was removed or changed" if entry.slot.going else "on request"
 
 
 def _unload(model: ServedModel) -> None:

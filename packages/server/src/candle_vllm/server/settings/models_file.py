@@ -141,6 +141,9 @@ def model_entry(
             f"{where}{line_of(entry)}: model {number} cannot be called 'default', which always means default_model"
         )
     title = f"model {name!r} of {where}"
+    for key in entry:
+        if key not in _MODEL_KEYS and key in _yaml_options():
+            raise UsageError(f"{title}{line_of(entry, key)}: {key} is a setting of the model: write it in params")
     known_keys(entry, _MODEL_KEYS, title)
     if ("hf_id" in entry) == ("local_path" in entry):
         raise UsageError(f"{title}{line_of(entry)}: give exactly one of hf_id and local_path")
@@ -187,12 +190,20 @@ def _values(params: Mapping[Any, Any], title: str, folder: Path, section: Any) -
     return values, given_as
 
 
-def _yaml_option(key: Any, title: str) -> Option:
+def _yaml_options() -> dict[str, Option]:
+    """Return the settings of `params` by all their names."""
     options: dict[str, Option] = {}
     for option in OPTIONS:
         if option.in_yaml:
             names = [flag.lstrip("-").replace("-", "_") for flag in option.flags if len(flag) > 3]
             options.update(dict.fromkeys([option.name, *names], option))
+    return options
+
+
+def _yaml_option(key: Any, title: str) -> Option:
+    options = _yaml_options()
+    if key in _GLOBAL:
+        raise UsageError(f"{title}: {key} holds for all models: write it at the top of the file, not in params")
     if key not in options:
         raise UsageError(f"{title}: unknown key {str(key)[:60]!r} in params{nearest(str(key), options)}")
     return options[key]

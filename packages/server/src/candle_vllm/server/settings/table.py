@@ -26,6 +26,7 @@ from candle_vllm.core.setting_kinds import (
     Integer,
     JsonObject,
     Number,
+    Seconds,
     Secret,
     TemplateFile,
     Text,
@@ -280,14 +281,14 @@ class ManagerOptions(_Checked):
     max_loaded_models: Annotated[int | None, own(MODELS,
         Integer(1, 1024), "most models in memory; default: as many as fit", "N", unset="as many as fit")] = None
     idle_unload_secs: Annotated[int | None, own(MODELS,
-        Integer(1, 1 << 24), "unload a model after this time without a request; "
+        Seconds(1, 1 << 24), "unload a model after this time without a request; "
         "default: models stay", "SECONDS", unset="never")] = None
     queue_size: Annotated[int, own(MODELS,
         Integer(1, 1 << 16), "most requests that may wait for a model to load, for each model", "N")] = 256
     model_wait_timeout: Annotated[int, own(MODELS,
-        Integer(1, 86400), "how long a request waits for a model to load", "SECONDS")] = 600
+        Seconds(1, 86400), "how long a request waits for a model to load", "SECONDS")] = 600
     model_drain_timeout: Annotated[int, own(MODELS,
-        Integer(0, 86400), "how long a model may finish its requests before it is unloaded to make "
+        Seconds(0, 86400), "how long a model may finish its requests before it is unloaded to make "
         "room for another", "SECONDS")] = 120
     allow_model_changes: Annotated[bool, own(MODELS,
         Boolean(), "serve downloaded models, let clients pull, copy and delete models (/api/pull, /api/copy, "
@@ -317,7 +318,7 @@ class AdapterOptions(ModelOptions):
     lora_max_mb: Annotated[int, own(ADAPTERS,
         Integer(1, 1 << 20), "largest adapter to download, in MB of 2^20 bytes", "MB", needs=SERVES)] = 1024
     lora_fetch_timeout: Annotated[int, own(ADAPTERS,
-        Integer(1, 86400), "how long the download of an adapter may take", "SECONDS", needs=SERVES)] = 120
+        Seconds(1, 86400), "how long the download of an adapter may take", "SECONDS", needs=SERVES)] = 120
     lora_cache_dir: Annotated[Path | None, own(ADAPTERS,
         FilePath(), "folder for downloaded adapters; default: adapters in --download-dir, or "
         "~/.cache/candle-vllm/adapters", "DIR", needs=SERVES)] = None
@@ -337,7 +338,7 @@ class StorageOptions(_Checked):
         Secret(), "store answers for clients that ask for it: sqlite (in ~/.candle-vllm), " + " or ".join(SHORT_URLS),
         "URL", unset="off")] = None
     mailbox_retention_secs: Annotated[int, own(MAILBOX,
-        Integer(1, 30 * 86400), "how long a finished answer is stored", "SECONDS")] = 3600
+        Seconds(1, 30 * 86400), "how long a finished answer is stored", "SECONDS")] = 3600
     webhook_allowed_hosts: Annotated[tuple[str, ...], own(MAILBOX,
         Text(512), "host to which answers may be pushed (webhooks), or *.example.com; repeatable", "HOST")] = ()
     webhook_allow_private: Annotated[bool, own(MAILBOX,
@@ -421,7 +422,7 @@ class AccessOptions(_Checked):
         "refused with 429; without keys, of all clients together", "N",
         rate=Rate("tokens", "minute", 60.0), unset="no limit")] = None
     request_timeout: Annotated[int, own(HTTP,
-        Integer(1, 1 << 20), "seconds after which a request is aborted, its time in the "
+        Seconds(1, 1 << 20), "seconds after which a request is aborted, its time in the "
         "queue included", "SECONDS")] = 3600
     cors_origin: Annotated[tuple[str, ...], own(HTTP,
         Text(512), "web origin whose pages may call this server, or *; * in it is any host; repeatable", "ORIGIN")] = ()
@@ -497,7 +498,7 @@ class RequestOptions(_Checked):
     trust_request_chat_template: Annotated[bool, own(HTTP,
         Boolean(), "let clients send their own chat template (`chat_template`)")] = False
     shutdown_timeout: Annotated[int, own(HTTP,
-        Integer(0, 86400), "seconds for running requests to finish on shutdown", "SECONDS")] = 30
+        Seconds(0, 86400), "seconds for running requests to finish on shutdown", "SECONDS")] = 30
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

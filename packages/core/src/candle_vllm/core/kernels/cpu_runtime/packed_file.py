@@ -103,7 +103,7 @@ class PackedFile:
     def _open(self) -> None:
         try:
             with self._path.open("rb") as file:
-                magic, length, digest = _HEAD.unpack(file.read(_HEAD.size))
+                magic, length, digest = _HEAD.unpack(file.read(_HEAD.size).ljust(_HEAD.size))
                 size = os.fstat(file.fileno()).st_size
                 if magic != _MAGIC or length > size or hashlib.sha256(text := file.read(length)).digest() != digest:
                     raise ValueError("it is damaged, or no file of packed weights")
@@ -117,7 +117,7 @@ class PackedFile:
             os.utime(self._path)  # the time of the file's last use
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("the packed weights in %s are written again: %s", self._path, error)
             return
         if sys.platform == "linux":
