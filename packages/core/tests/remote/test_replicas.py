@@ -342,7 +342,7 @@ class Scripted:
     def __init__(self, *, fails: bool = False, ends: bool = False) -> None:
         self._fails, self._ends, self.removed = fails, ends, list[str]()
 
-    def _adapters(self, call: AdapterCall) -> tuple[()]:
+    def call_adapters(self, call: AdapterCall) -> tuple[()]:
         if self._fails:
             raise AdapterError("no such file")
         return ()

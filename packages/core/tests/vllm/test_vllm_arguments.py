@@ -79,8 +79,9 @@ def test_how_vectors_are_made() -> None:
     pooling = translated("m", {"pooler_config": {"seq_pooling_type": "MEAN", "use_activation": False}}).pooling
     assert (pooling.pooling, pooling.use_activation) == ("mean", False)
     assert translated("m", {"pooler_config": {"pooling_type": "ALL"}}).pooling.pooling == "all"
-    with pytest.raises(ConfigError, match="step_tag_id"):
-        translated("m", {"pooler_config": {"step_tag_id": 5}})
+    for name, value in (("step_tag_id", 5), ("normalise", False)):
+        with pytest.raises(ConfigError, match=name):
+            translated("m", {"pooler_config": {name: value}})
     off = {"pooling_type": "CLS", "enable_chunked_processing": False}
     assert translated("m", {"pooler_config": off}).pooling.pooling == "cls"
 

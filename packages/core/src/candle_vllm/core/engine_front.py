@@ -379,7 +379,7 @@ class EngineFront(ABC):
         if not isinstance(lora_request, LoRARequest):
             said = f"lora_request must be a LoRARequest, not {type(lora_request).__name__}"
             raise InvalidParameterError(said, "lora_request")
-        return self._adapters(AdapterCall("add", lora_request.use()))[0]
+        return self.call_adapters(AdapterCall("add", lora_request.use()))[0]
 
     @explained()
     def remove_lora(self, lora_name: str) -> bool:
@@ -388,19 +388,19 @@ class EngineFront(ABC):
         Raises:
             InvalidParameterError, EngineDeadError: see `add_lora`.
         """
-        return bool(self._adapters(AdapterCall("remove", AdapterUse(name=lora_name))))
+        return bool(self.call_adapters(AdapterCall("remove", AdapterUse(name=lora_name))))
 
     @explained()
     def pin_lora(self, lora_name: str) -> AdapterInfo:
         """Load a known adapter and keep it in memory until it is removed. Raises as `add_lora`."""
-        return self._adapters(AdapterCall("pin", AdapterUse(name=lora_name)))[0]
+        return self.call_adapters(AdapterCall("pin", AdapterUse(name=lora_name)))[0]
 
     def list_loras(self) -> tuple[AdapterInfo, ...]:
         """Return all known adapters; () if LoRA is off. Raises as `remove_lora`."""
-        return self._adapters(AdapterCall("list")) if self.config.enable_lora else ()
+        return self.call_adapters(AdapterCall("list")) if self.config.enable_lora else ()
 
     @abstractmethod
-    def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """Send a call to the engine's adapter store; "remove" returns the removed adapter's name, if it was known."""
 
     # ---- whole answers -----------------------------------------------------------------------------------------------

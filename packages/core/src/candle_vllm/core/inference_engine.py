@@ -216,7 +216,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
         else:
             self._own_loop().wake_up(sorted(tags))
 
-    def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         self._working()
         return self._require()[0].call_adapters(call)
 

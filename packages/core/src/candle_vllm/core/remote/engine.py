@@ -100,7 +100,7 @@ class RemoteEngine(EngineFront):
         self._check_generates()
         self._running_thread().check(params)
 
-    def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         return self._running_thread().call_adapters(call)
 
     def close(self) -> None:

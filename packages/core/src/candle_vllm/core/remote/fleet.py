@@ -330,14 +330,14 @@ class Fleet:
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """See `AdapterStore.call`; all replicas run it. If one fails to add a new adapter, all remove it."""
         if call.what == "list":
-            return _merged(self._each(lambda replica: replica._adapters(call)))
+            return _merged(self._each(lambda replica: replica.call_adapters(call)))
         assert call.adapter is not None
         name = call.adapter.name
         with self._changing:
             done: list[Replica] = []
 
             def carry_out(replica: Replica) -> tuple[AdapterInfo, ...]:
-                infos = replica._adapters(call)
+                infos = replica.call_adapters(call)
                 done.append(replica)
                 return infos
 
@@ -482,9 +482,9 @@ class Fleet:
         with self._changing:  # adds the adapters of the other replicas, and sets their sleep level
             for name, use in self._added.items():
                 try:
-                    replica._adapters(AdapterCall("add", use))
+                    replica.call_adapters(AdapterCall("add", use))
                     if name in self._pinned:
-                        replica._adapters(AdapterCall("pin", AdapterUse(name=name)))
+                        replica.call_adapters(AdapterCall("pin", AdapterUse(name=name)))
                 except CandleVllmError as error:
                     logger.warning("replica %d has no adapter %r any more: %s", number, name, error)
             if self._level:

@@ -19,7 +19,6 @@ import zmq
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
-from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
@@ -138,9 +137,6 @@ class ChildEngine(InferenceEngine):
 
     def prepare(self, request: GenerationRequest) -> Sequence[Any]:
         return self._require()[0].prepare(request)
-
-    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        return self._adapters(call)
 
     def _make_thread(self, engine: Engine) -> EngineThread:
         return ServingThread(engine, self._outbox)

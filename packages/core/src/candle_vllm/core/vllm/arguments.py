@@ -295,6 +295,6 @@ def _pooling_params(value: Any) -> PoolingParams:
             made["use_activation"] = said
         elif name == "dimensions":
             made["dimensions"] = said
-        elif said is not False:  # an option that is off
+        elif name != "enable_chunked_processing" or said is not False:
             raise ConfigError(f"pooler_config has {name!r:.60}, which is not supported", "pooler_config")
     return PoolingParams(**made)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -111,7 +112,8 @@ async def _measure(
 
 def _prompt(engine: InferenceEngine, numbers: random.Random, length: int) -> list[int]:
     info = engine.model_info
-    return numbers.choices(sorted({*range(info.vocab_size)}.difference(info.eos_token_ids)), k=length)
+    drawn = iter(lambda: numbers.randrange(info.vocab_size), None)
+    return list(itertools.islice((token for token in drawn if token not in info.eos_token_ids), length))
 
 
 async def _request(engine: InferenceEngine, prompt: list[int], output_tokens: int, began: float) -> _Times:
