@@ -7,6 +7,7 @@
 Files of a published model's shape come from `shapes.py`. `SIZES` has the columns of each size: `prompt_N` is a prompt
 of N tokens, `decode_N` 64 tokens of one stream behind N, `streams_8` the output of 8 streams of 128 + 64 tokens over
 the whole time, all in tokens a second; `start` is the seconds of a process from its start to its end with one token.
+Before the first pair candle-vllm starts once, so that the file of packed weights exists.
 A pair runs every engine once, each in processes of its own, in an order that turns. A process reads a context once and
 decodes three times from it, and its figure is the median (ik_llama.cpp reads it each time, once). ik_llama.cpp runs
 with and without repacked weights, and the better figure counts. Without a path to its batched bench, an engine has no
@@ -86,6 +87,7 @@ for name in asked:
     elif kind == "decode":
         value = decode(number)
     else:
+        seconds(prompts(streams, 128), 2)
         value = streams * steps / seconds(prompts(streams, 128), steps)
     print(json.dumps({name: round(value, 3)}), flush=True)
 """
@@ -177,6 +179,7 @@ def main() -> None:
         size = SIZES[name]
         columns = [column for column in size.columns if not options.columns or column in options.columns]
         ratios: dict[str, list[float]] = {column: [] for column in columns}
+        ours(model, ["decode_128"])  # the first start of a model packs its weights and writes them to a file
         for pair in range(options.pairs or size.pairs):
             rows: dict[str, Row] = {}
             order = list(engines)
