@@ -96,9 +96,10 @@ def test_main_memory_is_bounded() -> None:
     for digest in DIGESTS[:3]:
         store.write(digest, digest[:1] * 1000)
     assert store.read(DIGESTS[0]) == DIGESTS[0][:1] * 1000  # used now
+    store.write(DIGESTS[1], DIGESTS[1][:1] * 1000)  # computed again
     store.write(DIGESTS[3], bytes(1000))
-    assert [store.has(digest) for digest in DIGESTS[:4]] == [True, False, True, True]
-    assert store.read(DIGESTS[1]) is None
+    assert [store.has(digest) for digest in DIGESTS[:4]] == [True, True, False, True]
+    assert store.read(DIGESTS[2]) is None
     assert store.num_bytes == 3000
     store.clear()
     assert store.num_bytes == 0

@@ -42,7 +42,7 @@ from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.waiting import until
 
 CPU = torch.device("cpu")
-KINDS: tuple[PoolingKind, ...] = ("mean", "cls", "last")
+KINDS: tuple[PoolingKind, ...] = ("mean", "weighted_mean", "cls", "last")
 TEXTS = [[(7 * i + n) % 256 for i in range(length)] for n, length in enumerate((1, 2, 15, 16, 17, 63, 64, 130))]
 LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
@@ -55,7 +55,8 @@ def hidden_states(folder: Path, tokens: list[int]) -> np.ndarray:
 
 
 def pooled(states: np.ndarray, kind: PoolingKind) -> np.ndarray:
-    vector = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[kind]
+    means = {"mean": None, "weighted_mean": np.arange(1, len(states) + 1)}  # the weights of sentence-transformers
+    vector = np.average(states, 0, means[kind]) if kind in means else states[0 if kind == "cls" else -1]
     return vector / np.linalg.norm(vector)
 
 
@@ -85,7 +86,7 @@ def test_a_setting_names_the_pooling_of_requests_that_name_none(
     with InferenceEngine(str(toy_model), op_by_op=True, pooling="mean") as engine:
         assert np.abs(vectors(engine, TEXTS) - expected["mean"]).max() < 1e-5
         assert np.abs(vectors(engine, TEXTS, PoolingParams(pooling="cls")) - expected["cls"]).max() < 1e-5
-    with pytest.raises(ConfigError, match="pooling 'all' is not one of mean, cls, last"):
+    with pytest.raises(ConfigError, match="pooling 'all' is not one of mean, weighted_mean, cls, last"):
         InferenceEngine(str(toy_model), pooling="all")  # type: ignore[arg-type]
 
 
@@ -385,6 +386,7 @@ def write_modules(folder: Path, pooling: dict[str, Any] | None, *, normalize: bo
         ({"pooling_mode_cls_token": True}, "cls"),
         ({"pooling_mode_lasttoken": True, "include_prompt": True}, "last"),
         ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode_weightedmean_tokens": True}, "weighted_mean"),
     ],
 )
 @pytest.mark.parametrize("normalize", [True, False])

@@ -318,7 +318,7 @@ def test_wrong_structural_tags(takes: Taker, tag: Any, message: str) -> None:
         ),
         ({"json": {"patternProperties": {"^a": {}, "b$": {}}}}, "are not disjoint"),
         ({"json": {"required": ["a"], "properties": {"a": False}, "type": "object"}}, "'a' is unsatisfiable"),
-        ({"json": {"type": "any"}}, "JSON type 'any' is unknown .at #.; it is one of null, boolean"),
+        ({"json": {"type": "any"}}, "JSON type 'any' is unknown .at #.; known: null, boolean"),
         ({"json": False}, "must be an object or true"),
         ({"json": "{"}, "json is not JSON"),
         ({"json": r'{"enum": ["\ud800"]}'}, "the JSON schema has half a surrogate pair, which UTF-8 cannot encode"),

@@ -78,6 +78,8 @@ CASES: list[tuple[str, list[str]]] = [
     ("start: /(.|\\n){1,3}/", ["a", "\n", '"\\\n', "abcd"]),
     ("start: /a.b/s", ["a\nb", "axb", "ab"]),
     (r'start: ("+".."/" | "\t".."\n")+', ["+/", "\t\n", "+,-.", "0"]),
+    ('start: "\\u2000".."\\u200a"', ["\u2000", "\u200a", "\u2001", "\u200b", "2", "f"]),
+    (r'start: "\\x41"', [r"\x41", "A", r"\u0041"]),
 ]
 
 
@@ -114,9 +116,11 @@ def test_a_recursive_grammar_is_no_terminal(definition: str) -> None:
         ('start: A & B\nA: "a"\nB: "b"', "'& B"),
         ("start: /(?=a)a/", "begins with"),
         ("start: /[a[b]]/", "a set within a set"),
+        (r"start: /[\\[]/", "a set within a set"),
         ("start: /^a$/", "whole texts"),
         ("start: /a/x", "the flags 'x'"),
         ('start: "ab".."c"', "one character to another"),
+        ('start: "a"..xyz', "one character to another"),
         ("%import python.NAME\nstart: NAME", "only common"),
         ("%import common.CPP_COMMENT\nstart: CPP_COMMENT", "has no 'CPP_COMMENT'"),
         ('start: "(" start ")" | /[^"]+/', "it is recursive"),

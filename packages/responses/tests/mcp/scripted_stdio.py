@@ -145,6 +145,12 @@ class Server:
         params = {"level": "info", "data": "x" * 11 * MEGA}
         self.send(method="notifications/message", params=params)
 
+    def call_huge_question(self, request: Any, message: dict[str, Any]) -> None:
+        self.send(id=request, method="sampling/createMessage", params={"data": "x" * 11 * MEGA})
+
+    def call_huge_no_id(self, request: Any, message: dict[str, Any]) -> None:
+        self.write('{"jsonrpc":"2.0","id":007,"result":"' + "x" * 11 * MEGA + '"}')
+
     def call_endless_line(self, request: Any, message: dict[str, Any]) -> None:
         while True:
             sys.stdout.write("x" * MEGA)

@@ -398,7 +398,11 @@ async def test_a_reply_that_is_too_large_is_refused(scripted: Scripted, mode: st
 
 
 @pytest.mark.parametrize(
-    ("mode", "why"), [("huge-other", "a message of 115.* bytes; at most"), ("endless-line", "a line of more than 104")]
+    ("mode", "why"),
+    [
+        *((mode, "a message of 115.* bytes; at most") for mode in ("huge-other", "huge-question", "huge-no-id")),
+        ("endless-line", "a line of more than 104"),
+    ],
 )
 async def test_a_flood_ends_the_connection(scripted: Scripted, notes: Any, mode: str, why: str) -> None:
     async with McpLink(scripted(mode)) as link:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 
 from candle_vllm.core.arguments import ExplainedSettings
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.pooling import TextPooling
 from candle_vllm.core.setting_kinds import (
     SEED,
     Boolean,
@@ -42,7 +43,6 @@ ExecutorBackend = Literal["mp", "ray"]
 All2AllBackend = Literal["auto", "allgather_reducescatter", "all_to_all"]
 LoadFormat = Literal["auto", "dummy"]
 ModelImpl = Literal["auto", "native", "transformers"]
-TextPooling = Literal["mean", "cls", "last"]
 LoraDType = Literal[
     "auto", "f32", "bf16", "f16", "int8", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
@@ -286,7 +286,8 @@ class EngineConfig(ExplainedSettings):
     tokenizer: Annotated[Path | None, FilePath(), "folder with the tokenizer.json to use instead"] = None
     chat_template: Annotated[str | None, Text(), "Jinja source to use instead of the model's own template"] = None
     pooling: Annotated[TextPooling | None, Choice(get_args(TextPooling)), "how an embedding model pools a text: the "
-                       "mean of its tokens, the first (cls) or the last; without it, as the model's files say",
+                       "mean of its tokens, a mean in which the nth token weighs n, the first token (cls) or the last; "
+                       "without it, as the model's files say",
                        "Requests may name another one."] = None
     mmproj: Annotated[Path | None, FilePath(), "GGUF file of the vision encoder (mmproj) of a GGUF model"] = None
     max_images: Annotated[int, Integer(0, 1024), "most images in one prompt; 0 does not load the vision encoder"] = 64

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 MAX_DIMENSIONS = 1 << 16
 
-PoolingKind = Literal["mean", "cls", "last", "all", "sparse"]
-"""Pooling methods: the mean over all positions, the first position, the last position; a vector of each position
-(ColBERT); or a weight of each token of the vocabulary (SPLADE)."""
+TextPooling = Literal["mean", "weighted_mean", "cls", "last"]
+"""Pooling methods that give a text one vector: the mean over all positions, the mean in which position n weighs n
+(SGPT, arXiv:2202.08904), the first position, the last position."""
+
+PoolingKind = Literal[TextPooling, "all", "sparse"]
+"""All pooling methods: the above; a vector of each position (ColBERT); or a weight of each token of the vocabulary
+(SPLADE)."""
 
 
 class PoolingMethod(NamedTuple):
@@ -25,6 +33,7 @@ class PoolingMethod(NamedTuple):
 
     positions: Literal["every", "first", "last"] = "every"
     divisor: Callable[[int], float] = lambda _: 1.0  # of the hidden states' sum, by the number of positions
+    weights: Callable[[NDArray[np.int64]], NDArray[np.floating]] | None = None  # of positions from 0 on; None: all 1
     gives: Literal["vector", "vectors", "weights"] = "vector"  # one; one of each token; weights of the vocabulary
     mode: str | None = None
     gguf: int | None = None
@@ -33,6 +42,9 @@ class PoolingMethod(NamedTuple):
 POOLING_METHODS: Mapping[PoolingKind, PoolingMethod] = {
     "cls": PoolingMethod("first", mode="cls", gguf=2),
     "mean": PoolingMethod(divisor=float, mode="mean", gguf=1),
+    "weighted_mean": PoolingMethod(
+        divisor=lambda count: count * (count + 1) / 2, weights=lambda positions: positions + 1.0, mode="weightedmean"
+    ),
     "last": PoolingMethod("last", mode="lasttoken", gguf=3),
     "all": PoolingMethod(gives="vectors"),
     "sparse": PoolingMethod(gives="weights"),
@@ -111,6 +123,11 @@ class PoolingPlan:
     def needs_every_position(self) -> bool:
         """Whether hidden states of earlier positions are needed, so that no prefix may come from the prefix cache."""
         return self.method.positions != "last"
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the hidden state of each position is read, and not only their sum."""
+        return self.by_token or self.method.weights is not None
 
     @property
     def by_token(self) -> bool:

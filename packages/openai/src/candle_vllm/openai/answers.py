@@ -289,14 +289,15 @@ class AnswerReader:
 
 def _check_output(output: TokenOutput, paths: Paths) -> None:
     """Raise if the engine aborted the sequence: `RequestError` if the request itself is the cause."""
-    if output.finish_reason is FinishReason.ERROR:
-        if output.error_kind == "request":
-            with paths.blamed():
-                field = "model" if output.error_param == "lora_request" else output.error_param  # requested as model
-                raise RequestError(output.error or "the request was aborted and cannot be continued", field)
-        raise GenerationFailedError(output.error or "the engine gave no reason")
+    if output.finish_reason is None or output.finish_reason.complete:
+        return
     if output.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")
+    if output.error_kind == "request":
+        with paths.blamed():
+            field = "model" if output.error_param == "lora_request" else output.error_param  # requested as model
+            raise RequestError(output.error or "the request was aborted and cannot be continued", field)
+    raise GenerationFailedError(output.error or "the engine gave no reason")
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def arrival_time() -> float:
 
 
 class Ranked(Protocol):
-    """A request in a queue. `arrival_time` is its `arrival_time()`, for the server's queues and the engine's."""
+    """A request in a queue of the server or of the engine; `arrival_time` is what the function of that name gave."""
 
     @property
     def priority(self) -> int: ...
@@ -167,7 +167,7 @@ def serving_rank(request: Ranked) -> int:
 
 
 def may_preempt(waiting: Ranked, running: Ranked) -> bool:
-    """Return whether a waiting request that is first in its queue may take the place of the last running one."""
+    """Return whether a waiting request may take the place of the running one that is served last."""
     return waiting.priority < running.priority
 
 

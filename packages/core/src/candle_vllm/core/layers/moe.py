@@ -79,7 +79,7 @@ class Mixture:
             raise InvalidFileError(f"the router needs groups of two experts or more; {self.groups} have one")
         for size in (self.inner_size, self.shared_size):
             if not 0 <= size <= MAX_COUNT:
-                raise InvalidFileError(f"the model's experts have an inner size of {size}; it must be 1 to {MAX_COUNT}")
+                raise InvalidFileError(f"the model's experts have an inner size of {size}; it must be 0 to {MAX_COUNT}")
         candidates = self.experts // self.groups * self.top_groups
         if not 0 < self.top_k <= candidates:
             raise InvalidFileError(f"the router cannot choose {self.top_k} experts of {candidates} for a token")
@@ -178,11 +178,11 @@ class SparseMLP:
 
     def record_experts(self, x: Recorded, logits: Recorded) -> Recorded:
         """Record the experts' results for x [T, E] with the router's logits."""
-        pairs = moe.route(logits, self._routing())
+        x, pairs = self._routed(x, logits)
         return moe.combine(self.experts(x, pairs), pairs, None)
 
     def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
-        """Do what `__call__` does, with the shared expert on the GPU while the CPU computes the other experts."""
+        """Compute y with the shared expert on the GPU while the CPU computes the other experts."""
         if self.shared is None:
             return elsewhere(x, logits, None)[0]
         mlp, gate = self.shared, self.shared_gate

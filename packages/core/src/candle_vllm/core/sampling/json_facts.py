@@ -39,7 +39,7 @@ def types_of(schema: dict[str, Any], place: str = "#") -> frozenset[str]:
     listed = [named] if isinstance(named, str) else named
     wrong = [one for one in listed if one not in NAMES] if isinstance(listed, (list, tuple)) else [named]
     if wrong:
-        raise refused(f"the JSON type {wrong[0]!r:.80} is unknown (at {place}); it is one of {', '.join(NAMES)}")
+        raise refused(f"the JSON type {wrong[0]!r:.80} is unknown (at {place}); known: {', '.join(NAMES)}")
     return frozenset(kind for one in listed for kind in (("integer", FRACTION) if one == "number" else (one,)))
 
 

@@ -67,7 +67,7 @@ class Cases(Protocol):
         ...
 
     def opposed(self, schema: Any, keyword: str, types: frozenset[str], at: At) -> Schema | bool:
-        """Return a schema of the values that the schema rejects; it may have any keywords."""
+        """Return a schema, with any keywords, of the values that `schema` rejects."""
         ...
 
 
@@ -90,8 +90,8 @@ def _dependent(keyword: str) -> Callable[[Cases, Schema, At], Any]:
             found.append(_only("object", own, [*absent, there]))
         if math.prod(len(one["anyOf"]) for one in found) > MAX_CASES:
             raise refused(
-                f"the JSON schema keyword {keyword!r} names {len(found)} properties (at {at.place}); at most 8 are "
-                "supported, as the cases multiply"
+                f"the JSON schema keyword {keyword!r} names {len(found)} properties (at {at.place}): their cases "
+                f"multiply, and at most {MAX_CASES} are supported"
             )
         return {"allOf": found} if found else None
 
@@ -109,11 +109,12 @@ def _contains(cases: Cases, own: Schema, at: At) -> Any:
     counts = range(least, min(least if most is None else most, places) + 1)
     while sum(math.comb(places, count) for count in counts) > MAX_CASES // 4:
         places -= 1
-    if least > places:
-        raise refused(f"minContains {least} is not supported (at {at.place}): the cases are too many")
+    if least > places or not counts:
+        limit = places if most is None else min(places, most)
+        raise refused(f"minContains {least} is not supported (at {at.place}): at most {limit} elements can match")
     if places < longest:
         cases.remarks.add(
-            f"the JSON schema's 'contains' is enforced in the first {places} elements of an array only (at {at.place})"
+            f"matches of the JSON schema's 'contains' are among an array's first {places} elements (at {at.place})"
         )
     found = list[Schema]()
     for count in counts:
@@ -235,7 +236,7 @@ def _one_pattern(schema: Schema, at: At) -> str:
 def _no_names(at: At) -> Exception:
     return refused(
         f"the JSON schema keyword 'propertyNames' is not supported here (at {at.place}): it can be guaranteed for an "
-        "enum, a pattern or lengths alone, without patternProperties, or properties beside additionalProperties"
+        "enum, a pattern or lengths alone, with neither patternProperties nor properties beside additionalProperties"
     )
 
 
@@ -290,8 +291,11 @@ def _unevaluated(keyword: str, known: str, *beside: str) -> Callable[[Cases, Sch
     def write(_: Cases, own: Schema, at: At) -> Any:
         if own[keyword] is True or own[keyword] == {}:
             return None
-        if own.keys() & {*IN_PLACE, *beside}:
-            raise refused(f"the JSON schema keyword {keyword!r} is not supported (at {at.place}); leave it out")
+        if found := next((name for name in own if name in IN_PLACE or name in beside), None):
+            said = (
+                f"the JSON schema keyword {keyword!r} is not supported beside {found!r} (at {at.place}); leave it out"
+            )
+            raise refused(said)
         own.setdefault(known, own[keyword])
         return None
 

@@ -110,9 +110,7 @@ def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]
             queue.extend(wanting.pop(id(schema), ()))
     endless = next((place for schema, place in nodes if id(schema) not in ends), None)
     if endless is not None:
-        raise refused(
-            f"the JSON schema has no finite instance (at {endless}): each of its alternatives refers back to it"
-        )
+        raise refused(f"the JSON schema has no finite instance (at {endless}): each of its alternatives is endless")
 
 
 def _ends(schema: Schema, known: Callable[[Any], bool], targets: Mapping[str, Any]) -> bool:
@@ -146,7 +144,7 @@ class Fault(NamedTuple):
 
     Attributes:
         path: the path to its position, joined by dots.
-        text: the requirement that the value violates.
+        text: what is wrong there.
     """
 
     path: str
@@ -154,7 +152,7 @@ class Fault(NamedTuple):
 
 
 def arguments_fault(root: Schema) -> Fault | None:
-    """Return the first error in a tool's schema that makes it meaningless: an unknown type, a reference to nothing."""
+    """Return an error in a tool's schema that makes it meaningless: an unknown type, a reference to nothing."""
     try:
         references = References(root)
     except InvalidParameterError as error:
@@ -168,7 +166,7 @@ def arguments_fault(root: Schema) -> Fault | None:
         named = schema.get("type", "object")
         for one in named if isinstance(named, list) else [named]:
             if not isinstance(one, str) or (one not in NAMES and one not in TYPE_ALIASES):
-                text = f"has the unknown JSON type {one!r:.60}; it is one of {', '.join(NAMES)}"
+                text = f"has the unknown JSON type {one!r:.60}; known: {', '.join(NAMES)}"
                 return Fault(f"{path}.type".removeprefix("."), text)
         if "$ref" in schema:
             try:

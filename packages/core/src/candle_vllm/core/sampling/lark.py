@@ -145,7 +145,9 @@ _TOKENS = re.compile(  # the relevant tokens of llguidance; no pattern backtrack
     r"""|(?P<mark>[(\[{}\])|&])|(?P<name>\w[\w-]*+)""",
     re.MULTILINE,
 )
-_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:(?!:))", re.MULTILINE)  # llguidance's is quadratic
+_IS_LARK = re.compile(
+    r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:(?!:))", re.MULTILINE
+)  # llguidance's pattern is quadratic
 _GBNF_RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
 _GBNF_BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
 _CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
@@ -252,7 +254,7 @@ def _from_gbnf(text: str) -> str:
 
 
 def _character(code: re.Match[str]) -> str:
-    """Return the character of a code, in which the converter would drop leading zeros."""
+    """Spell a code as its character, or `\\xNN` if ASCII: the converter drops leading zeros of codes."""
     if not (digits := code[1] or code[2]):
         return code[0]  # an escaped backslash
     character = chr(int(digits, 16))
@@ -263,8 +265,8 @@ def _character(code: re.Match[str]) -> str:
 def _converted(rules: Mapping[str, gbnf.RuleNode]) -> str:
     """Return the rules of a GBNF grammar in Lark, with names that stay unique when the converter changes their case.
 
-    Rules without recursion become terminals, and so may the whole text, because of the rule that is added here:
-    llguidance ends a terminal only where it cannot be longer, so several terminals may match less than GBNF matches.
+    Rules without recursion become terminals. The rule that is added here lets the whole text be one, because llguidance
+    ends a terminal only where it cannot be longer, so several terminals may match less than GBNF matches.
     """
     if "root" not in rules:
         raise ValueError("there is no rule 'root'")

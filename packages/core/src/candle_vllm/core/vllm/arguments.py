@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from candle_vllm.core.assembly.model import sampling_defaults
-from candle_vllm.core.config import CACHE_ALIASES, SETTINGS, EngineConfig, TextPooling
+from candle_vllm.core.config import CACHE_ALIASES, SETTINGS, EngineConfig
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.pooling import PoolingParams
+from candle_vllm.core.pooling import PoolingParams, TextPooling
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.setting_kinds import Boolean
 

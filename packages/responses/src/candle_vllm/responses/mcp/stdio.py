@@ -41,7 +41,9 @@ _WORDS = 300  # characters of the line that reports the error
 _ERROR = re.compile(r"error|exception|fatal|panic|cannot|could not|failed", re.IGNORECASE)
 _GROUP = re.compile(r"\A\s+[|+] ?")  # before each line of a Python exception group's traceback
 _NUMBER_OR_TEXT = rb'(-?\d{1,18}|"[^"\\]{1,100}")'
-_ID_AT_START = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,")
+_ID_AT_START = re.compile(  # of an answer: a request has a method behind its id
+    rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb'\s*,(?!\s*"method")'
+)
 _ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*\}\s*$")
 
 
@@ -132,10 +134,11 @@ class StdioServer:
                     if splitter.pending > _MAX_SKIPPED:
                         self._fault = f"it wrote a line of more than {_MAX_SKIPPED} bytes"
                     if self._fault:
-                        return
-                await processes.exited(process, _EXIT)
-                await asyncio.wait({errors}, timeout=_EXIT)  # the last lines that it wrote
-                self._exit_status = process.returncode
+                        break
+                else:
+                    await processes.exited(process, _EXIT)
+                    await asyncio.wait({errors}, timeout=_EXIT)  # the last lines that it wrote
+                    self._exit_status = process.returncode
         while await process.stdout.read(_CHUNK):
             pass  # a server whose pipe is full could not exit, so its output is discarded
 
@@ -160,13 +163,17 @@ class StdioServer:
     def _refusal(self, line: OversizedLine) -> SessionMessage | None:
         """Convert an oversized response to an error of its request; if its id is not found, the connection ends."""
         found = _ID_AT_START.match(line.head) or _ID_AT_END.search(line.tail)
-        if found is None:
+        try:
+            answered = None if found is None else json.loads(found[1])
+        except ValueError:  # no JSON, such as 007
+            answered = None
+        if answered is None:
             self._fault = f"it sent a message of {line.size} bytes; at most {MAX_MESSAGE} are read"
             return None
         text = f"the reply has {line.size} bytes; at most {MAX_MESSAGE} are read"
         self._log(text)
         error = ErrorData(code=INTERNAL_ERROR, message=text)
-        return SessionMessage(JSONRPCError(jsonrpc="2.0", id=json.loads(found[1]), error=error))
+        return SessionMessage(JSONRPCError(jsonrpc="2.0", id=answered, error=error))
 
     async def _read_errors(self, process: Process) -> None:
         assert process.stderr is not None

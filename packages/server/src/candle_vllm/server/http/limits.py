@@ -21,7 +21,7 @@ from candle_vllm.server.http.routing import NOBODY, Caller, Limits, caller_of
 from candle_vllm.server.settings.options import Rate
 from candle_vllm.server.settings.table import RATES
 
-ROUNDING = 1e-6  # seconds by which rounding may make a client early that waited for Retry-After
+ROUNDING = 1e-6  # seconds by which rounding may shorten the wait of a client that obeys Retry-After
 _SWEEP = 1024  # number of meters at which meters with full buckets are deleted for the first time
 
 

@@ -171,7 +171,7 @@ def _histogram(
     values: Callable[[RequestRecord], Iterable[float | None]] = lambda _: (),
     of: tuple[str, ...] = ("generate",),
 ) -> Series:
-    """A histogram to which requests of the operations `of` are added when they end."""
+    """A histogram to which successful requests of the operations `of` are added."""
     return Series(
         name, "histogram", MODEL, text, buckets, read=lambda model: [((), model.histograms[name])],
         values=lambda request: values(request) if request.info.operation in of else (),

@@ -180,7 +180,7 @@ async def ollama_delete(request: Request) -> Response:
     if entry.name in (manager.catalogue.default.name, manager.active):
         raise HttpError(
             409,
-            f"The model {entry.name!r} is the default model, which cannot be deleted.",
+            f"The model {entry.name!r} is the default or the active model, which cannot be deleted.",
             "model_stays",
             param="model",
         )

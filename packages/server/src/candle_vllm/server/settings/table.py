@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from candle_vllm.core.config import CACHE_ALIASES, ISQ_NAMES, TextPooling
+from candle_vllm.core.config import CACHE_ALIASES, ISQ_NAMES
+from candle_vllm.core.pooling import TextPooling
 from candle_vllm.core.sampling.params import BOUNDS
 from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
 from candle_vllm.core.setting_kinds import (

@@ -203,9 +203,10 @@ class BlockFolder:
             order = {name: number for number, name in enumerate(self._sizes)}
         found = _found(self._root, order)
         with self._lock:
-            for name, size in self._sizes.items():
-                if name not in order:  # written since the listing began
-                    found.setdefault(name, size)
+            for name in order.keys() - self._sizes.keys():  # forgotten since the listing began
+                found.pop(name, None)
+            for name in self._sizes.keys() - order.keys():  # written since then
+                found.setdefault(name, self._sizes[name])
             self._sizes = found
             self.num_bytes, self._written = sum(self._sizes.values()), 0
 
@@ -304,6 +305,7 @@ class HostBlocks:
         """See `BlockStore`; the bytes are not copied, and must not change."""
         with self._lock:
             self._blocks[digest] = data
+            self._blocks.move_to_end(digest)
             while len(self._blocks) > self._most:
                 self._blocks.popitem(last=False)
 

@@ -3,7 +3,8 @@
 
 A sequence with images is admitted when all its images are encoded; until then, other sequences are admitted before it.
 Embeddings are cached by the image's pixels, so requests with the same image share them. A sequence uses them until its
-prompt is computed. Images are encoded in the order of admission, and not ahead of it beyond a limit of bytes.
+prompt is computed. Images are encoded in the order of admission; while the cache is full, only those of the first
+waiting sequence.
 """
 
 from __future__ import annotations

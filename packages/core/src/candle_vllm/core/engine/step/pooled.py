@@ -55,7 +55,7 @@ class PooledText(Live):
         wanted = self.pooler.wanted(run.start, run.start + run.count)
         for first in range(0, len(wanted), MAX_HIDDEN_ROWS):
             rows = np.array(wanted[first : first + MAX_HIDDEN_ROWS], np.int64) + (offset - run.start)
-            self.pooler.add(runner.hidden_sum(rows[:, None] if self.pooler.plan.by_token else rows), len(rows))
+            self.pooler.add(runner.hidden_sum(rows[:, None] if self.pooler.plan.reads_states else rows), len(rows))
 
     def finish(self) -> TokenOutput:
         """Return the only output; called when the text's last token has been run.
@@ -116,10 +116,12 @@ class Pooler:
         return missing
 
     def add(self, total: NDArray[np.float64], positions: int) -> None:
-        """Add the sum [E] of the next positions' hidden states, or, if pooled by token, these states [positions, E]."""
+        """Add the sum [E] of the next positions' hidden states, or these states [positions, E] (`reads_states`)."""
         if self.plan.by_token:
             self._rows.append(total)
         else:
+            if (weights := self.plan.method.weights) is not None:
+                total = weights(np.arange(self._next, self._next + positions)) @ total
             self._sum = total if self._sum is None else self._sum + total
         self._next += positions
 

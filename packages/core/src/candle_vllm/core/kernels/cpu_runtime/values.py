@@ -668,7 +668,7 @@ class _Product(_Pending):
             joins.shrink()
         apart = joins is not None and recorder.adapted is Adapted.APART
         own = joins.own(self.width) if joins is not None and apart else target
-        later = {"bias": bias, "accumulate": accumulate}  # left to `expand` if adapters read the bare products
+        later = {"bias": bias, "accumulate": accumulate}  # left to `expand` if adapters need products without them
         for number, (matrix, inputs) in enumerate(self._factors, 1):
             product = linear_call(
                 recorder,

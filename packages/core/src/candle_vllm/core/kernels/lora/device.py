@@ -123,7 +123,7 @@ class DeviceAdapter(TorchAdapter):
 
 
 def _widened(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Pad the rows of a matrix to the multiples that `triton.py` reads."""
+    """Pad a matrix with columns up to the multiple that `triton.py` reads."""
     multiple = {"a": GPU_COLUMNS, "b": GPU_RANKS}.get(name)
     return tensor if multiple is None else torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % multiple))
 

@@ -57,7 +57,7 @@ def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
         pattern, _, flags = text[1:].rpartition("/")
         spelled = _regex(pattern, flags)
         if not names.single and r"|\\[" in spelled:
-            raise _refused("it is recursive and has expressions that take quotes, backslashes or line breaks")
+            raise _refused("it is recursive and has expressions that take quotes, backslashes, tabs or line breaks")
         return spelled
 
     return _renamed(kinds, names, _string, regex)
@@ -94,7 +94,8 @@ def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex:
     for number, (kind, text) in enumerate(kinds):
         before = kinds[number - 1][1] if number else ""
         if kind == "string" and number + 2 < len(kinds) and kinds[number + 1][1] == "..":
-            out.append(regex(_range(text, kinds[number + 2][1])))
+            last, end = kinds[number + 2]
+            out.append(regex(_range(text, end if last == "string" else "")))
         elif kind == "string":
             out.append("" if before == ".." else string(text))
         elif kind == "regex":
@@ -174,7 +175,7 @@ def _range(first: str, last: str) -> str:
     ends = _decoded(first), _decoded(last)
     if any(len(end) != 1 for end in ends):
         raise _refused("a range goes from one character to another")
-    first, last = (re.escape(end) if end.isprintable() else f"\\x{ord(end):02x}" for end in ends)
+    first, last = (re.escape(end) if end.isprintable() else f"\\U{ord(end):08x}" for end in ends)
     inside = f"{first}-{last}".replace("/", r"\/")
     return f"/[{inside}]/"
 
@@ -182,7 +183,7 @@ def _range(first: str, last: str) -> str:
 def _decoded(string: str) -> str:
     body = string.removesuffix("i")[1:-1]
     try:
-        return json.loads('"' + re.sub(r"\\x([0-9A-Fa-f]{2})", r"\\u00\1", body) + '"')
+        return json.loads('"' + _ESCAPE.sub(lambda found: f"\\u00{found[1]}" if found[1] else found[0], body) + '"')
     except ValueError:
         raise _refused(f"{string[:40]!r} is no string") from None
 
@@ -202,6 +203,7 @@ def _is_plain(text: str) -> bool:
     return re.fullmatch(f"{_PLAIN}+", text) is not None
 
 
+_ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|(?s:.))")
 _ATOM = re.compile(
     r"""(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.))|(?P<set>\[\^?\]?(?:[^\]\\]++|\\(?s:.))*+(?:\]|\\?\Z))"""
     r"""|(?P<group>\((?:\?:)?)|(?P<times>\{[0-9]+(?:,[0-9]*)?\}|[)|*+?])|(?P<any>\.)|(?P<char>[\s\S])"""
@@ -221,16 +223,15 @@ def _regex(pattern: str, flags: str) -> str:
         elif kind == "any":
             out.append(_class(r"[^\n]" if "s" not in flags else r"[\s\S]", flags))
         elif kind == "set":
-            if re.search(r"(?<!\\)\[", text[1:]) or re.search(r"&&|--|~~|\\[pPx]\{|\\[pP]", text):
+            if "[" in _ESCAPE.sub("", text[1:]) or re.search(r"&&|--|~~|\\[pPx]\{|\\[pP]", text):
                 raise _refused(f"a regular expression has a set within a set, or of properties: {text[:40]!r}")
             out.append(_class(text, flags))
         elif kind == "escape" and text[1] in "pPbBAzZG0123456789":
             raise _refused(f"a regular expression has {text!r}")
         else:
-            body = "\\^" if text == "^" and kind == "escape" else text
             if kind == "char" and text in "^$":
                 raise _refused(f"a regular expression has {text!r}: terminals match whole texts anyhow")
-            out.append(_class(f"[{body if kind == 'escape' else re.escape(text)}]", flags))
+            out.append(_class(f"[{text if kind == 'escape' else re.escape(text)}]", flags))
     return f"/{''.join(out)}/".replace("//", "/(?:)/") if out else '""'
 
 
