@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 MAX_DIMENSIONS = 1 << 16
 
@@ -33,7 +29,7 @@ class PoolingMethod(NamedTuple):
 
     positions: Literal["every", "first", "last"] = "every"
     divisor: Callable[[int], float] = lambda _: 1.0  # of the hidden states' sum, by the number of positions
-    weights: Callable[[NDArray[np.int64]], NDArray[np.floating]] | None = None  # of positions from 0 on; None: all 1
+    weights: Callable[[Any], Any] | None = None  # of an array of positions from 0 on, an array; None for weights of 1
     gives: Literal["vector", "vectors", "weights"] = "vector"  # one; one of each token; weights of the vocabulary
     mode: str | None = None
     gguf: int | None = None
