@@ -141,7 +141,7 @@ def test_a_flag_without_effect_is_named() -> None:
     [
         ("--tensor-parallel-size", "--tensor-parallel-size: expected one argument"),
         ("-ngl some", "--gpu-layers/--n-gpu-layers must be a whole number, not 'some'"),
-        ("--pooling none", "--pooling must be one of mean, cls, last, not 'none'"),
+        ("--pooling none", "--pooling must be one of mean, weighted_mean, cls, last, not 'none'"),
         ("""--pooler-config '{"normalize": true}'""", "may have a pooling_type and nothing else"),
         ("--allowed-origins *", "--allowed-origins must be a JSON list, not '*'"),
         (
