@@ -3,8 +3,8 @@
 
     python benchmarks/cpu/experts.py --experts 16 --top-k 4 --hidden 1024 --inner 512 --layers 8 --tokens 1 512
 
-Both stacks are norm, feed-forward layer and residual, of random weights, and run in turns; the fastest round of each
-counts. `share` is the dense time over that of the experts: 1 where experts cost nothing beyond their weights. `gbps`
+Both stacks are feed-forward layers with residuals and norms, of random weights, and run in turns; the fastest round of
+each counts. Each layer's input is an embedding of its own, so that tokens choose experts independently in all layers. `share` is the dense time over that of the experts: 1 where experts cost nothing beyond their weights. `gbps`
 are the active experts' packed bytes per second, which with one token are the bytes that are read.
 """
 
@@ -90,7 +90,8 @@ class Stack:
         x = step_tokens(recorder).embedding(weights.plain(64, hidden))
         self.active_bytes = 0
         for _ in range(options.layers):
-            normed = x.rms_norm(np.ones(hidden, np.float32), 1e-6)
+            own = step_tokens(recorder).embedding(weights.plain(64, hidden))  # tokens choose independently
+            normed = own.rms_norm(np.ones(hidden, np.float32), 1e-6)
             if sparse:
                 shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
                 gate, up, down = ([weights.packed(*shape) for _ in range(options.experts)] for shape in shapes)
@@ -102,7 +103,7 @@ class Stack:
                 gate, up = (weights.packed(inner * top_k, hidden) for _ in range(2))
                 y = normed.linear([gate, up], None).gate_mul("silu")
                 y = y.linear([weights.packed(hidden, inner * top_k)], None)
-            x = x + y
+            x = (x + y).rms_norm(np.ones(hidden, np.float32), 1e-6)
         self._plan = np.array(recorder.plan, np.int64)
 
     def run(self, team: ThreadTeam, tokens: int) -> float:
