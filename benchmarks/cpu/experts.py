@@ -4,8 +4,9 @@
     python benchmarks/cpu/experts.py --experts 16 --top-k 4 --hidden 1024 --inner 512 --layers 8 --tokens 1 512
 
 Both stacks are feed-forward layers with residuals and norms, of random weights, and run in turns; the fastest round of
-each counts. Each layer's input is an embedding of its own, so that tokens choose experts independently in all layers. `share` is the dense time over that of the experts: 1 where experts cost nothing beyond their weights. `gbps`
-are the active experts' packed bytes per second, which with one token are the bytes that are read.
+each counts. Each layer's input is an embedding of its own, so that tokens choose experts independently in all layers.
+`share` is the dense time over that of the experts: 1 where experts cost nothing beyond their weights. `gbps` are the
+active experts' packed bytes per second, which with one token are the bytes that are read.
 """
 
 from __future__ import annotations
