@@ -97,6 +97,7 @@ NOT_BUILT = frozenset(
     {"DeepseekV4ForCausalLM", "deepseek4", "Glm5NextForConditionalGeneration", "glm5-next"}
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
+    | {"RWKV7ForCausalLM", "rwkv7"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
 """Architectures for which docs/models.md lists what is missing."""
