@@ -50,6 +50,30 @@ def test_no_token_stays_in_the_image() -> None:
     assert names - others <= KNOWN
 
 
+@pytest.mark.parametrize(
+    ("extras", "installed"),
+    [
+        ("", {"python3"}),
+        ("postgres,cuda", {"python3", "gcc", "libc6-dev", "python3-dev"}),  # Triton compiles at the first start
+        ("torch", {"python3"}),
+    ],
+)
+def test_an_image_for_a_gpu_has_a_compiler(extras: str, installed: set[str], tmp_path: Path) -> None:
+    """The command of the Dockerfile runs as on a base image without Python, with programs that only record."""
+    text = (DEPLOY / "container" / "Dockerfile").read_text().partition(" AS runtime\n")[2].partition("\nCOPY ")[0]
+    assert "\nARG EXTRAS=" in f"\n{text}"  # else the argument of the first stage is empty here
+    command = text[text.index("RUN ") + 4 :].replace("/usr/local/include/", f"{tmp_path}/include/")
+    for name in ("apt-get", "useradd", "install", "rm"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/log\n')
+        program.chmod(0o755)
+    given = {"PATH": str(tmp_path), "EXTRAS": extras}
+    subprocess.run(["/bin/sh", "-c", command], env=given, check=True)
+    log = (tmp_path / "log").read_text().splitlines()
+    assert {word for line in log if " install " in line for word in line.split()[2:] if word[0] != "-"} == installed
+    assert any(line.startswith("useradd ") for line in log)
+
+
 @pytest.fixture(scope="module")
 def steps() -> ModuleType:
     """`steps.py` as a module."""
