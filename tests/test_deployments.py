@@ -120,6 +120,8 @@ def test_kubernetes(overlay: str, tmp_path: Path) -> None:
     assert server["startupProbe"]["httpGet"]["path"] == "/ready"
     assert ("nvidia.com/gpu" in server["resources"]["limits"]) == (overlay == "gpu")
     assert pod["terminationGracePeriodSeconds"] > BY_NAME["shutdown_timeout"].default
+    assert made["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["kind"] == "Deployment"
+    assert "replicas" not in made["Deployment"]["spec"]  # else each `kubectl apply` would undo what was scaled
 
 
 def test_kubernetes_with_ray(tmp_path: Path) -> None:
