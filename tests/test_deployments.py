@@ -265,6 +265,13 @@ def test_the_unit_of_systemd() -> None:
     assert "\nKillMode=mixed\n" in text  # else systemd would end the MCP servers before the requests that use them
 
 
+def test_the_unit_of_systemd_lets_ranks_find_their_interfaces() -> None:
+    """Where a service may not open such sockets, Gloo and NCCL fail: getifaddrs(3) uses AF_NETLINK."""
+    text = (DEPLOY / "systemd" / "candle-vllm.service").read_text()
+    (families,) = re.findall(r"^RestrictAddressFamilies=(.*)$", text, re.MULTILINE)
+    assert {*families.split()} == {"AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK"}
+
+
 def test_the_build_in_the_cloud_is_in_order() -> None:
     content = yaml.safe_load((DEPLOY / "container" / "cloudbuild.yaml").read_text())
     assert [step["id"] for step in content["steps"]] == ["wheels", "build", "push", "deploy"]
