@@ -389,6 +389,12 @@ def test_a_proxy_hides_each_route_of_operators() -> None:
     assert hidden == ours - {"/v1/models/status", "/v1/models/inventory"}
 
 
+def test_no_proxy_refuses_requests_while_a_model_loads_or_sleeps() -> None:
+    """`/ready` is 503 then, but the server lists models, loads others, wakes up, and lets requests wait."""
+    for path in ("caddy/Caddyfile", "nginx/candle-vllm.conf"):
+        assert not re.findall(r"^\s*(?:health_\w+|health_check).*", (DEPLOY / path).read_text(), re.MULTILINE)
+
+
 def test_a_proxy_passes_answers_and_hides_what_is_operators(proxy: httpx.Client) -> None:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 64, "stream": True}
     with proxy.stream("POST", "/v1/chat/completions", json=body) as answer:
