@@ -23,6 +23,8 @@ from types import ModuleType
 import httpx
 import pytest
 
+from candle_vllm.server.settings.command_line import parse
+from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
 from candle_vllm.server.settings.table import BY_NAME
@@ -240,6 +242,21 @@ def test_the_probe_goes_by_the_status(
         with contextlib.nullcontext() if healthy else pytest.raises(steps.Failed, match="/ready: 503"):
             steps.health()
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"LLAMA_API_KEY": "a,b"}, {"API_KEY": "a,b"}, {"CANDLE_VLLM_API_KEY": "a,b", "API_KEY": "c"}]
+)
+def test_the_prompts_of_serve_have_a_key_of_the_server(
+    steps: ModuleType, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {name for name in DEPLOYMENTS if name.endswith("API_KEY")} < {*steps.KEYS}
+    for name in steps.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = load_configuration(parse("serve", [])[0], given, folder=tmp_path, home=tmp_path, command="serve")
+    assert steps.own_key() in (found.settings.api_key or [""])
 
 
 def test_who_wants_no_prompts_gets_none(steps: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
