@@ -23,6 +23,8 @@ from types import ModuleType
 import httpx
 import pytest
 
+from candle_vllm.server.settings.command_line import parse
+from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
 from candle_vllm.server.settings.table import BY_NAME
@@ -48,6 +50,30 @@ def test_no_token_stays_in_the_image() -> None:
     names = set(re.findall(r"(\w+)=", block))
     others = {"PATH", "HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"}
     assert names - others <= KNOWN
+
+
+@pytest.mark.parametrize(
+    ("extras", "installed"),
+    [
+        ("", {"python3"}),
+        ("postgres,cuda", {"python3", "gcc", "libc6-dev", "python3-dev"}),  # Triton compiles at the first start
+        ("torch", {"python3"}),
+    ],
+)
+def test_an_image_for_a_gpu_has_a_compiler(extras: str, installed: set[str], tmp_path: Path) -> None:
+    """The command of the Dockerfile runs as on a base image without Python, with programs that only record."""
+    text = (DEPLOY / "container" / "Dockerfile").read_text().partition(" AS runtime\n")[2].partition("\nCOPY ")[0]
+    assert "\nARG EXTRAS=" in f"\n{text}"  # else the argument of the first stage is empty here
+    command = text[text.index("RUN ") + 4 :].replace("/usr/local/include/", f"{tmp_path}/include/")
+    for name in ("apt-get", "useradd", "install", "rm"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/log\n')
+        program.chmod(0o755)
+    given = {"PATH": str(tmp_path), "EXTRAS": extras}
+    subprocess.run(["/bin/sh", "-c", command], env=given, check=True)
+    log = (tmp_path / "log").read_text().splitlines()
+    assert {word for line in log if " install " in line for word in line.split()[2:] if word[0] != "-"} == installed
+    assert any(line.startswith("useradd ") for line in log)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +242,21 @@ def test_the_probe_goes_by_the_status(
         with contextlib.nullcontext() if healthy else pytest.raises(steps.Failed, match="/ready: 503"):
             steps.health()
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"LLAMA_API_KEY": "a,b"}, {"API_KEY": "a,b"}, {"CANDLE_VLLM_API_KEY": "a,b", "API_KEY": "c"}]
+)
+def test_the_prompts_of_serve_have_a_key_of_the_server(
+    steps: ModuleType, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {name for name in DEPLOYMENTS if name.endswith("API_KEY")} < {*steps.KEYS}
+    for name in steps.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = load_configuration(parse("serve", [])[0], given, folder=tmp_path, home=tmp_path, command="serve")
+    assert steps.own_key() in (found.settings.api_key or [""])
 
 
 def test_who_wants_no_prompts_gets_none(steps: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,8 @@ def test_kubernetes(overlay: str, tmp_path: Path) -> None:
     assert server["startupProbe"]["httpGet"]["path"] == "/ready"
     assert ("nvidia.com/gpu" in server["resources"]["limits"]) == (overlay == "gpu")
     assert pod["terminationGracePeriodSeconds"] > BY_NAME["shutdown_timeout"].default
+    assert made["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["kind"] == "Deployment"
+    assert "replicas" not in made["Deployment"]["spec"]  # else each `kubectl apply` would undo what was scaled
 
 
 def test_kubernetes_with_ray(tmp_path: Path) -> None:
@@ -263,6 +265,13 @@ def test_the_unit_of_systemd() -> None:
     assert "\nKillMode=mixed\n" in text  # else systemd would end the MCP servers before the requests that use them
 
 
+def test_the_unit_of_systemd_lets_ranks_find_their_interfaces() -> None:
+    """Where a service may not open such sockets, Gloo and NCCL fail: getifaddrs(3) uses AF_NETLINK."""
+    text = (DEPLOY / "systemd" / "candle-vllm.service").read_text()
+    (families,) = re.findall(r"^RestrictAddressFamilies=(.*)$", text, re.MULTILINE)
+    assert {*families.split()} == {"AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK"}
+
+
 def test_the_build_in_the_cloud_is_in_order() -> None:
     content = yaml.safe_load((DEPLOY / "container" / "cloudbuild.yaml").read_text())
     assert [step["id"] for step in content["steps"]] == ["wheels", "build", "push", "deploy"]
@@ -378,6 +387,12 @@ def test_a_proxy_hides_each_route_of_operators() -> None:
     assert {"/" + path.replace(".+", "*") for path in paths.split("|")} | {"/lora-adapters"} == hidden
     ours = {re.sub(r"\{.*?\}", "*", path) for (_, path), operation in OPERATIONS.items() if operation.manages}
     assert hidden == ours - {"/v1/models/status", "/v1/models/inventory"}
+
+
+def test_no_proxy_refuses_requests_while_a_model_loads_or_sleeps() -> None:
+    """`/ready` is 503 then, but the server lists models, loads others, wakes up, and lets requests wait."""
+    for path in ("caddy/Caddyfile", "nginx/candle-vllm.conf"):
+        assert not re.findall(r"^\s*(?:health_\w+|health_check).*", (DEPLOY / path).read_text(), re.MULTILINE)
 
 
 def test_a_proxy_passes_answers_and_hides_what_is_operators(proxy: httpx.Client) -> None:

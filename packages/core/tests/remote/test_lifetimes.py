@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -17,10 +18,11 @@ import pytest
 import zmq
 
 from candle_vllm.core import EngineConfig, EngineDeadError, ModelLoadError, ModelNotFoundError
+from candle_vllm.core.progress import heard_by
 from candle_vllm.core.remote import RemoteEngine, child
 from candle_vllm.core.remote.process import EngineProcess
 from candle_vllm.core.remote.serving import Outbox
-from candle_vllm.core.remote.wire import Ended, Failed, FromChild, Greeting, Loading, Reader
+from candle_vllm.core.remote.wire import Ended, Failed, FromChild, Greeting, Loading, Reader, encode
 from tests.waiting import wait_for
 
 # A child that says what the last argument is once it was started, and then waits to be ended.
@@ -227,3 +229,26 @@ async def test_strangers_are_not_heard_and_the_child_ends_on_nonsense(
         with pytest.raises(EngineDeadError, match="exit status 1"):
             engine.stream([1, 2, 3])
     assert caplog.text.count("the engine did not send it") == 10
+
+
+async def test_a_stopped_process_is_ended_and_so_are_its_requests(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("candle_vllm.core.remote.process._SILENCE", 5.0)
+    with RemoteEngine(str(toy_model), threads=1) as engine:
+        await engine.agenerate([1, 2, 3])
+        os.kill(engine.pid, signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match="has not responded for 5 s"):
+            await asyncio.wait_for(engine.agenerate([1, 2, 3]), 60)
+        wait_for(lambda: gone(engine.pid))
+
+
+def test_a_process_that_is_stopped_while_it_loads_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("candle_vllm.core.remote.process._SILENCE", 5.0)
+    process = fake(f"control.send({encode(Loading(what='weights', done=1, total=2, unit='B'))!r})")
+    try:
+        stopped = heard_by(lambda _: os.kill(process.pid, signal.SIGSTOP))
+        with stopped, pytest.raises(ModelLoadError, match="has not responded for 5 s"):
+            process.greeting()
+    finally:
+        process.close(kill=True)

@@ -34,7 +34,7 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.requests import AdapterUse
-from candle_vllm.core.errors import EngineSleepingError
+from candle_vllm.core.errors import EngineSleepingError, RequestError
 from candle_vllm.core.remote import fleet
 from candle_vllm.core.remote.fleet import Fleet, replica_configs
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -176,6 +176,16 @@ def test_adapters_are_in_all_replicas(made: Path, engine: ReplicatedEngine) -> N
         engine.add_lora(LoRARequest("bad", lora_path=str(made / "none")))
     assert {each.name for each in engine.list_loras()} == {"a0", "loose"}
     assert engine.pin_lora("a0").pinned
+    # One replica has had a request for it, and the other one gets it now.
+    engine.generate(prompt, GREEDY, lora_request=LoRARequest("pinned", lora_path=str(made / "a1")))
+    assert engine.pin_lora("pinned").pinned
+    assert engine.remove_lora("pinned")
+    # Files that were never loaded do not occupy a name.
+    with pytest.raises(RequestError, match="cannot be used"):
+        engine.generate(prompt, GREEDY, lora_request=LoRARequest("late", lora_path=str(made / "none")))
+    late = engine.generate(prompt, GREEDY, lora_request=LoRARequest("late", lora_path=str(made / "a1")))
+    assert late[0].outputs == first
+    assert engine.remove_lora("late")
     assert engine.remove_lora("loose")
     assert not engine.remove_lora("loose")
     with pytest.raises(InvalidParameterError, match="no adapter 'loose'"):
@@ -365,6 +375,7 @@ def test_an_adapter_that_one_replica_refuses_leaves_the_others() -> None:
     with pytest.raises(AdapterError, match="no such file"):
         bare_fleet(replicas, OrderedDict()).call_adapters(AdapterCall("add", AdapterUse(name="a", path="/a")))
     assert replicas[1].removed == ["a"]
+    assert replicas[2].removed == ["a"]  # it may still load the adapter, if it only was too slow
 
 
 def test_a_name_that_another_thread_drops_meanwhile_is_no_error() -> None:

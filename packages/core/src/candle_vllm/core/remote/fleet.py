@@ -334,20 +334,16 @@ class Fleet:
         assert call.adapter is not None
         name = call.adapter.name
         with self._changing:
-            done: list[Replica] = []
-
-            def carry_out(replica: Replica) -> tuple[AdapterInfo, ...]:
-                infos = replica.call_adapters(call)
-                done.append(replica)
-                return infos
-
-            known = name in self._added or name in self._loose
+            known, loose = name in self._added or name in self._loose, self._loose.get(name)
+            if loose and call.what != "remove" and not call.adapter.path:  # only replicas with a request for it know it
+                adding = AdapterCall("add", AdapterUse(name=name, path=loose))
+                self._each(lambda replica: replica.call_adapters(adding))
             try:
-                infos = _merged(self._each(carry_out))
+                infos = _merged(self._each(lambda replica: replica.call_adapters(call)))
             except CandleVllmError:
-                for replica in done if call.what == "add" and not known else ():
-                    with suppress(CandleVllmError):  # it may have ended
-                        replica.remove_lora(name)
+                for replica in self._living() if call.what == "add" and not known else ():
+                    with suppress(CandleVllmError):  # it may have ended, or not know the name
+                        replica.remove_lora(name)  # also where it still loads
                 raise
             if call.what == "remove":
                 self._added.pop(name, None)
@@ -370,7 +366,7 @@ class Fleet:
             )
         added = self._added.get(use.name)
         known = self._loose.get(use.name, "") if added is None else added.path
-        if use.path and known and use.path != known:
+        if use.path and known and use.path != known and (added is not None or not self._has_failed(use.name)):
             raise InvalidParameterError(
                 f"adapter {use.name!r:.80} was loaded from other files than the request names: send the request with "
                 "its name only, or add the request's files with add_lora and load_inplace=True",
@@ -382,6 +378,11 @@ class Fleet:
             while len(self._loose) > MAX_LOOSE_NAMES:
                 self._loose.popitem(last=False)
         return replace(use, path=known) if known and not use.path else use
+
+    def _has_failed(self, name: str) -> bool:
+        """Whether no replica has loaded an adapter; files that were never loaded do not occupy a name."""
+        found = self.call_adapters(AdapterCall("list"))
+        return all(info.state == "failed" and not info.digest for info in found if info.name == name)
 
     # ---- life and death ----------------------------------------------------------------------------------------------
 

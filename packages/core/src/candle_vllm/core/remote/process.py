@@ -38,6 +38,9 @@ CHILD = (sys.executable, "-P", "-m", "candle_vllm.core.remote.child")
 _LONGEST_FOLDER = 80  # bytes; a socket's path may have 107
 _MAX_STRANGERS = 10  # maximum number of warnings about messages of other processes
 _LOOK_UP = 1000  # ms that a poll waits
+_HEARTBEAT = 1.0  # seconds between two heartbeats, which the child's thread of the socket answers, also while it loads
+_SILENCE = 30.0  # seconds without an answer after which the connection to the child ends
+_PROBE = wire.encode(wire.Abort(""))  # the child ignores it; it cannot be sent once the connection has ended
 _LAST_WORDS = 20  # ms to wait for the last messages of an ended child
 
 
@@ -71,6 +74,8 @@ class EngineProcess:
             self.socket = self._context.socket(zmq.ROUTER)
             set_limits(self.socket)
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(_HEARTBEAT * 1000))
+            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(_SILENCE * 1000))
             self.socket.bind(f"ipc://{self._folder}/engine" if self._folder else "tcp://127.0.0.1:*")
             address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
             start = write_start(config, self._token, address, self._folder, given)
@@ -98,7 +103,8 @@ class EngineProcess:
     def greeting(self) -> wire.Ready:
         """Wait until the child has loaded its model, and report progress.
 
-        A child that fails sends its error and waits until it is ended, so no message arrives after its end.
+        A child that fails sends its error and waits until it is ended, so no message arrives after its end. From its
+        first message on, it must answer heartbeats.
 
         Raises:
             ConfigError, ModelNotFoundError, ModelLoadError: the child's error.
@@ -106,6 +112,7 @@ class EngineProcess:
         poller, reader = zmq.Poller(), wire.Reader(wire.Greeting)
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self.alive, zmq.POLLIN | zmq.POLLERR)
+        heard = False
         while True:
             events = dict(poller.poll(_LOOK_UP))
             for data in self.received(1):
@@ -116,14 +123,14 @@ class EngineProcess:
                 if isinstance(message, wire.Failed):
                     raise wire.make_error(message.error)
                 if isinstance(message, wire.Loading):
+                    heard = True
                     tell(message.what, message.done, message.total, message.unit)
                     continue
                 return message
-            if self._popen.poll() is not None or self.alive in events:
+            if self._popen.poll() is not None or self.alive in events or (heard and not events and self._is_lost()):
                 raise ModelLoadError(
-                    f"the process that was loading {self._model} has ended ({self._fate()}); the log has its last "
-                    "output. If memory is short, the system kills it: use a smaller model or less cache "
-                    "(`kv_cache_memory`)"
+                    f"the process that was loading {self._model} {self._fate()}; the log has its last output. If "
+                    "memory is short, the system kills it: use a smaller model or less cache (`kv_cache_memory`)"
                 )
 
     def has_more(self) -> bool:
@@ -157,12 +164,12 @@ class EngineProcess:
                 f"the engine process accepted no message for {wire.PATIENCE:.0f} s and is ended"
             ) from None
         except zmq.ZMQError:
-            raise EngineDeadError(f"the engine process has ended ({self._fate()})") from None
+            raise EngineDeadError(f"the engine process {self._fate()}") from None
 
     def check(self) -> None:
-        """Raise `EngineDeadError` if the child has ended."""
-        if self._popen.poll() is not None or self._closed_its_end():
-            raise EngineDeadError(f"the engine process has ended ({self._fate()})")
+        """Raise `EngineDeadError` if the child has ended, or does not answer heartbeats."""
+        if self._popen.poll() is not None or self._closed_its_end() or self._is_lost():
+            raise EngineDeadError(f"the engine process {self._fate()}")
 
     def kill(self) -> None:
         """Kill the child and wait for its end. Thread-safe."""
@@ -214,11 +221,21 @@ class EngineProcess:
         except OSError:
             return True
 
+    def _is_lost(self) -> bool:
+        """Return whether the connection to the child has ended."""
+        try:
+            self.socket.send_multipart((CONTROL + self._token, _PROBE), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            return error.errno != zmq.EAGAIN
+        return False
+
     def _fate(self) -> str:
-        """Return how the child ended, for messages."""
+        """Return what has happened to the child, for messages."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1.0)
-        return ending(self._popen.returncode)
+        if self._popen.returncode is None and not self._closed_its_end():
+            return f"has not responded for {_SILENCE:.0f} s, and is ended"
+        return f"has ended ({ending(self._popen.returncode)})"
 
     def _hold(self, end: socket.socket) -> None:
         """Hold the child's end of `alive` open until the child has ended (Windows)."""
