@@ -62,6 +62,7 @@ const dense: TokenizerAndRendererExtension = {
 // HTML is text like any other: its tokenizers find nothing, so that what stands in it is read as Markdown.
 const marked = new Marked({
   gfm: true,
+  breaks: true, // models end the lines of a poem or an address as plain text does
   extensions: [blockMath, inlineMath, dense],
   hooks: { emStrongMask: masked },
   tokenizer: {
