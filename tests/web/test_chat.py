@@ -161,6 +161,28 @@ def test_enter_that_confirms_a_composition_sends_nothing(chat: Any) -> None:
     assert chat.locator(".question").count() == 1
 
 
+_GIVE_UP = """(field) => field.dispatchEvent(
+  new KeyboardEvent("keydown", { key: "Escape", isComposing: true, bubbles: true, cancelable: true }))"""
+
+
+def test_escape_that_ends_a_composition_closes_nothing(chat: Any) -> None:
+    ask(chat, "Hello")
+    button(chat, "Edit").click()
+    editor, search = chat.locator(".editor textarea"), chat.locator("#search")
+    editor.fill("日本")
+    editor.evaluate(_GIVE_UP)
+    assert editor.input_value() == "日本"
+    editor.press("Escape")
+    chat.locator(".editor").wait_for(state="detached")
+    chat.locator(".conversation-link").dblclick()
+    chat.locator(".conversation input").evaluate(_GIVE_UP)
+    chat.locator(".conversation input").press("Escape")
+    chat.locator(".conversation input").wait_for(state="detached")
+    search.fill("日本")
+    search.evaluate(_GIVE_UP)
+    assert search.input_value() == "日本"
+
+
 _SLOW_DATABASE = """
 const open = IDBFactory.prototype.open;
 IDBFactory.prototype.open = function (...given) {
