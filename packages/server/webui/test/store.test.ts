@@ -81,6 +81,9 @@ test("settings", () => {
   assert.equal(readNumber("", RANGES.temperature), undefined);
   for (const wrong of ["x", "-1", "101", "NaN", "1e999"]) assert.equal(readNumber(wrong, RANGES.temperature), null, wrong);
   assert.equal(readNumber("1.5", RANGES.topK), null);
+  for (const written of ["16000", "16,000", "16.000", "16 000", "16\u202f000", "16’000", " +16,000 "]) assert.equal(readNumber(written, RANGES.maxTokens), 16_000, written);
+  for (const wrong of ["1,5", "16,000.5"]) assert.equal(readNumber(wrong, RANGES.maxTokens), null, wrong);
+  assert.deepEqual([readNumber("-1,234,567", RANGES.seed), readNumber("1.000", RANGES.temperature)], [-1_234_567, 1]);
   assert.deepEqual(readSettings(null), {});
 });
 
