@@ -194,6 +194,24 @@ def test_the_model_is_chosen_by_its_picker(chat: Any, site: Site) -> None:
     button(chat, "Model: other-name").wait_for()
 
 
+def test_a_conversation_stays_with_the_model_that_it_began_with(chat: Any) -> None:
+    chat.get_by_text("demo-model is running").wait_for()
+    ask(chat, "One")
+    first = chat.url
+    chat.get_by_role("link", name="New chat").click()
+    button(chat, "Model: demo-model").click()
+    chat.get_by_role("button", name="other-name ready").click()
+    ask(chat, "Two")
+    chat.goto(first)
+    said(chat, "You said: One")
+    button(chat, "Model: demo-model").click()
+    chat.get_by_role("button", name="demo-model ready").click()
+    chat.get_by_role("link", name="New chat").click()
+    button(chat, "Model: demo-model").wait_for()  # what was chosen last
+    chat.get_by_role("link", name="Two", exact=True).click()
+    button(chat, "Model: other-name").wait_for()
+
+
 def test_a_model_is_loaded_and_unloaded(chat: Any) -> None:
     state = {"status": "unloaded"}
     card = {"id": "m", "object": "model", "created": 0, "root": "m", "default": True}
