@@ -180,7 +180,8 @@ def test_keyboard_only(site: Site, open_page: Callable[..., Any]) -> None:
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("you")
     page.keyboard.press("Enter")
-    said(page, "You said: Hello\nyou")
+    said(page, "You said: Hello")
+    assert page.locator(".answer .markdown").inner_text() == "You said: Hello\nyou"
     page.locator(".answer[aria-busy=true]").wait_for(state="detached")
     page.keyboard.press("ArrowUp")  # edits the last question
     page.keyboard.press("Control+a")
