@@ -54,6 +54,8 @@ test("broken conversations are left out, hostile ones are made harmless", () => 
   assert.deepEqual(hostile.conversation.settings, { stop: ["a"], thinking: true });
   const message = hostile.messages[0] as AssistantMessage;
   assert.deepEqual([message.state, message.steps[0]!.calls[0]!.state], ["stopped", "denied"]);
+  const failed = wrap({ conversation: { title: "x" }, messages: [{ id: "a", role: "assistant", state: "failed", steps: [{ text: "half" }] }] });
+  assert.equal((failed.archives[0]!.messages[0] as AssistantMessage).state, "stopped"); // else nothing would say that it is no whole answer
 });
 
 test("the store that stands in", async () => {
