@@ -271,6 +271,28 @@ def test_a_key_is_asked_for(open_page: Callable[..., Any]) -> None:
         assert page.evaluate("JSON.stringify(localStorage)").find("sesame") == -1
 
 
+def test_a_key_that_another_tab_remembers_or_forgets_is_so_here(open_page: Callable[..., Any]) -> None:
+    with ui_server(api_key=("sesame",)) as site:
+        page = open_page(site.url)
+        other = page.context.new_page()
+        other.goto(site.url)
+        for one in (page, other):
+            one.get_by_text("This server needs an API key.").wait_for()
+        page.get_by_label("API key", exact=True).fill("sesame")
+        page.get_by_label("Remember on this device").check()
+        button(page, "Use").click()
+        page.get_by_text("demo-model is running").wait_for()
+        look = "document.dispatchEvent(new Event('visibilitychange'))"  # the user turns to the other tab
+        other.evaluate(look)
+        other.get_by_text("demo-model is running").wait_for()
+        page.keyboard.press("Control+,")
+        page.get_by_role("tab", name="Access").click()
+        button(page, "Forget the key").click()
+        page.get_by_role("dialog").get_by_role("button", name="Close").click()
+        other.evaluate(look)
+        other.get_by_text("This server needs an API key.").wait_for()
+
+
 DATABASE_STOPS = """() => {
   const { get } = IDBObjectStore.prototype;
   IDBObjectStore.prototype.get = function (key) { // it has no answer, and its transaction goes on
