@@ -42,6 +42,12 @@ def test_markdown(chat: Any) -> None:
     assert answer.locator("pre.raw").inner_text().strip() == MARKDOWN.strip()
 
 
+def test_lines_of_an_answer_end_where_the_model_ended_them(chat: Any) -> None:
+    ask(chat, "An *old\npond*<br>\nfrog\\\njumps\n- in\n  water\n> a\n> splash")
+    shown = chat.locator(".answer .markdown").inner_text()
+    assert shown.split("\n\n") == ["You said: An old\npond\nfrog\njumps", "in\nwater", "a\nsplash"]
+
+
 def test_copy(site: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(site.url, permissions=["clipboard-read", "clipboard-write"])
     ask(page, "markdown please")

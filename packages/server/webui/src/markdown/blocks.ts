@@ -65,7 +65,6 @@ const BEHIND_ADDRESS = /[\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uf
 // HTML is text like any other: its tokenizers find nothing, so that what stands in it is read as Markdown.
 const marked = new Marked({
   gfm: true,
-  breaks: true, // models end the lines of a poem or an address as plain text does
   extensions: [blockMath, inlineMath, dense],
   hooks: { emStrongMask: masked },
   tokenizer: {
@@ -83,7 +82,7 @@ const marked = new Marked({
     },
     html: () => undefined,
     tag: (source) => {
-      const found = /^<br\s*\/?>/i.exec(source);
+      const found = /^<br\s*\/?>\n?/i.exec(source);
       return found ? ({ type: "br", raw: found[0] } as unknown as Tokens.Tag) : undefined;
     },
   },
