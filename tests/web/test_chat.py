@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from candle_vllm.core.engine.outputs import RequestMetrics
-from tests.web.actions import ask, button, eventually, said, say, wait_idle
+from tests.web.actions import archive, ask, button, conversation, eventually, import_file, said, say, wait_idle
 from tests.web.ui_server import MARKDOWN, Site
 
 
@@ -39,6 +40,12 @@ def test_markdown(chat: Any) -> None:
     assert answer.locator("input[type=checkbox]").count() == 2
     button(chat, "Source").click()
     assert answer.locator("pre.raw").inner_text().strip() == MARKDOWN.strip()
+
+
+def test_lines_of_an_answer_end_where_the_model_ended_them(chat: Any) -> None:
+    ask(chat, "An *old\npond*<br>\nfrog\\\njumps\n- in\n  water\n> a\n> splash")
+    shown = chat.locator(".answer .markdown").inner_text()
+    assert shown.split("\n\n") == ["You said: An old\npond\nfrog\njumps", "in\nwater", "a\nsplash"]
 
 
 def test_copy(site: Site, open_page: Callable[..., Any]) -> None:
@@ -161,6 +168,28 @@ def test_enter_that_confirms_a_composition_sends_nothing(chat: Any) -> None:
     assert chat.locator(".question").count() == 1
 
 
+_GIVE_UP = """(field) => field.dispatchEvent(
+  new KeyboardEvent("keydown", { key: "Escape", isComposing: true, bubbles: true, cancelable: true }))"""
+
+
+def test_escape_that_ends_a_composition_closes_nothing(chat: Any) -> None:
+    ask(chat, "Hello")
+    button(chat, "Edit").click()
+    editor, search = chat.locator(".editor textarea"), chat.locator("#search")
+    editor.fill("日本")
+    editor.evaluate(_GIVE_UP)
+    assert editor.input_value() == "日本"
+    editor.press("Escape")
+    chat.locator(".editor").wait_for(state="detached")
+    chat.locator(".conversation-link").dblclick()
+    chat.locator(".conversation input").evaluate(_GIVE_UP)
+    chat.locator(".conversation input").press("Escape")
+    chat.locator(".conversation input").wait_for(state="detached")
+    search.fill("日本")
+    search.evaluate(_GIVE_UP)
+    assert search.input_value() == "日本"
+
+
 _SLOW_DATABASE = """
 const open = IDBFactory.prototype.open;
 IDBFactory.prototype.open = function (...given) {
@@ -257,6 +286,27 @@ def test_the_way_to_the_end_goes_where_there_is_none(chat: Any) -> None:
     chat.keyboard.type("short")
     chat.keyboard.press("Enter")
     said(chat, "You said: short")
+    button(chat, "Go to the newest message").wait_for(state="detached")
+
+
+def test_another_version_is_shown_where_the_old_one_was(chat: Any, tmp_path: Path) -> None:
+    long = conversation("long", 80)
+    messages = long["messages"]
+    messages.insert(5, {**messages[4], "id": "other", "text": "Another question", "created": 4})
+    import_file(chat, archive(tmp_path / "two.json", [long]))
+    chat.get_by_role("link", name="long").click()
+    said(chat, "Question 78 of long")
+    frame, versions = chat.locator(".messages-frame"), chat.get_by_role("group", name="Versions")
+    for _ in range(3):
+        frame.evaluate("(frame) => frame.scrollTo({ top: 0 })")
+        chat.wait_for_timeout(200)  # for earlier messages
+    for name, there in (("Previous version", "version 1 of 2"), ("Next version", "version 2 of 2")):
+        button(chat, name).click()
+        chat.get_by_label(there).wait_for()
+        chat.wait_for_timeout(200)  # for what would scroll
+        assert 0 < versions.bounding_box()["y"] < 800
+    said(chat, "Question 78 of long")
+    ask(chat, "Last")
     button(chat, "Go to the newest message").wait_for(state="detached")
 
 

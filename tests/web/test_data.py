@@ -194,6 +194,24 @@ def test_the_model_is_chosen_by_its_picker(chat: Any, site: Site) -> None:
     button(chat, "Model: other-name").wait_for()
 
 
+def test_a_conversation_stays_with_the_model_that_it_began_with(chat: Any) -> None:
+    chat.get_by_text("demo-model is running").wait_for()
+    ask(chat, "One")
+    first = chat.url
+    chat.get_by_role("link", name="New chat").click()
+    button(chat, "Model: demo-model").click()
+    chat.get_by_role("button", name="other-name ready").click()
+    ask(chat, "Two")
+    chat.goto(first)
+    said(chat, "You said: One")
+    button(chat, "Model: demo-model").click()
+    chat.get_by_role("button", name="demo-model ready").click()
+    chat.get_by_role("link", name="New chat").click()
+    button(chat, "Model: demo-model").wait_for()  # what was chosen last
+    chat.get_by_role("link", name="Two", exact=True).click()
+    button(chat, "Model: other-name").wait_for()
+
+
 def test_a_model_is_loaded_and_unloaded(chat: Any) -> None:
     state = {"status": "unloaded"}
     card = {"id": "m", "object": "model", "created": 0, "root": "m", "default": True}
@@ -251,6 +269,28 @@ def test_a_key_is_asked_for(open_page: Callable[..., Any]) -> None:
         page.reload()
         page.get_by_text("You said: Hello").first.wait_for()
         assert page.evaluate("JSON.stringify(localStorage)").find("sesame") == -1
+
+
+def test_a_key_that_another_tab_remembers_or_forgets_is_so_here(open_page: Callable[..., Any]) -> None:
+    with ui_server(api_key=("sesame",)) as site:
+        page = open_page(site.url)
+        other = page.context.new_page()
+        other.goto(site.url)
+        for one in (page, other):
+            one.get_by_text("This server needs an API key.").wait_for()
+        page.get_by_label("API key", exact=True).fill("sesame")
+        page.get_by_label("Remember on this device").check()
+        button(page, "Use").click()
+        page.get_by_text("demo-model is running").wait_for()
+        look = "document.dispatchEvent(new Event('visibilitychange'))"  # the user turns to the other tab
+        other.evaluate(look)
+        other.get_by_text("demo-model is running").wait_for()
+        page.keyboard.press("Control+,")
+        page.get_by_role("tab", name="Access").click()
+        button(page, "Forget the key").click()
+        page.get_by_role("dialog").get_by_role("button", name="Close").click()
+        other.evaluate(look)
+        other.get_by_text("This server needs an API key.").wait_for()
 
 
 DATABASE_STOPS = """() => {

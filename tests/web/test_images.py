@@ -162,6 +162,16 @@ def test_large_images_are_made_smaller_and_broken_ones_named(page: Any, seeing: 
     assert [(each.width, each.height) for each in seeing.engine.pictures] == [(2048, 1536)]
 
 
+def test_images_of_rare_kinds_are_drawn_anew_or_named(page: Any, seeing: Any) -> None:
+    give(page, "drop", [file(format="BMP", name="a.bmp"), {"name": "b.heic", "mimeType": "image/heic", "buffer": b"x"}])
+    page.get_by_text("b.heic: these images could not be read.").first.wait_for()
+    eventually(page, lambda: waiting(page).count() == 1)
+    assert waiting(page).locator("img").get_attribute("src").startswith("data:image/jpeg")
+    say(page, "Rare")
+    said(page, "A picture.")
+    assert [(each.width, each.height) for each in seeing.engine.pictures] == [(40, 30)]
+
+
 def test_there_is_an_end_to_them(page: Any) -> None:
     page.locator("#attach-file").set_input_files(
         [file(np.roll(PIXELS, number), name=f"{number}.png") for number in range(9)]

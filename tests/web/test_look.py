@@ -100,6 +100,17 @@ def test_phone(site: Site, open_page: Callable[..., Any]) -> None:
     assert not page.locator(".sidebar").is_visible()
 
 
+def test_a_phone_that_is_turned_over_its_list_goes_on(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url, **PHONE)
+    button(page, "Show conversations").tap()
+    page.locator(".sidebar").wait_for()
+    page.set_viewport_size({"width": 844, "height": 390})
+    page.locator("#composer").tap()
+    page.keyboard.type("Hello")
+    button(page, "Send").tap()
+    said(page, "You said: Hello")
+
+
 def focused(page: Any) -> str:
     """What has the focus, as a screen reader would name it."""
     return str(
@@ -169,7 +180,8 @@ def test_keyboard_only(site: Site, open_page: Callable[..., Any]) -> None:
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("you")
     page.keyboard.press("Enter")
-    said(page, "You said: Hello\nyou")
+    said(page, "You said: Hello")
+    assert page.locator(".answer .markdown").inner_text() == "You said: Hello\nyou"
     page.locator(".answer[aria-busy=true]").wait_for(state="detached")
     page.keyboard.press("ArrowUp")  # edits the last question
     page.keyboard.press("Control+a")

@@ -166,6 +166,29 @@ def test_another_model_becomes_the_default(hub: FakeHub, tmp_path: Path, open_pa
         assert page.get_by_role("menuitem").count() == 1
 
 
+def test_a_model_of_which_nothing_can_be_told_keeps_nothing_from_the_others(chat: Any) -> None:
+    card = {"object": "model", "created": 0, "status": "unloaded"}
+    stocked = {"size": 1 << 20, "needed": 1 << 21, "fits": "now", "removable": False}
+    names = ("broken", "whole")
+
+    def show(route: Any) -> None:
+        if route.request.post_data_json == {"model": "broken"}:
+            route.fulfill(status=500, json={"error": {"message": "x", "code": "internal_error"}})
+        else:
+            route.fulfill(
+                json={"details": {"quantization_level": "Q4_0"}, "model_info": {"general.architecture": "qwen3"}}
+            )
+
+    chat.route(
+        "**/v1/models", lambda route: route.fulfill(json={"data": [{**card, "id": one, "root": one} for one in names]})
+    )
+    inventory = {"changes": False, "models": [{**stocked, "id": one} for one in names], "known": [], "pulls": []}
+    chat.route("**/v1/models/inventory", lambda route: route.fulfill(json=inventory))
+    chat.route("**/api/show", show)
+    chat.get_by_role("link", name="Models").click()
+    row(chat, "whole").get_by_text("qwen3 · Q4_0").wait_for()
+
+
 def test_where_models_stay_the_page_says_who_can_change_that(tmp_path: Path, open_page: Callable[..., Any]) -> None:
     with managed(tmp_path, allow_model_changes=False) as site:
         page = open_page(f"{site.url}#/models")

@@ -12,7 +12,7 @@ import { followPageKey } from "./state/page-key.ts";
 import { applyPreferences } from "./state/preferences.ts";
 import { followAddress } from "./state/route.ts";
 import { App } from "./ui/App.tsx";
-import { keepDroppedFilesOut, listenForShortcuts } from "./ui/shortcuts.ts";
+import { closeListWhereWide, keepDroppedFilesOut, listenForShortcuts } from "./ui/shortcuts.ts";
 
 watchLeaving();
 applyPreferences();
@@ -20,6 +20,7 @@ followPageKey();
 followAddress();
 listenForShortcuts();
 keepDroppedFilesOut();
+closeListWhereWide();
 render(<App />, document.getElementById("app")!);
 void startChats(readLibrary);
 watchServer();

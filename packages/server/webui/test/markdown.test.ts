@@ -96,6 +96,7 @@ test("GFM becomes elements", () => {
   assert.match(outline(drawMarkdown("|a|b|\n|-|-|\n|1|2|")), /<table><thead><tr><th>a<\/th><th>b<\/th><\/tr><\/thead><tbody><tr><td>1<\/td><td>2<\/td>/);
   assert.equal(textOf(drawMarkdown("&lt;b&gt; &amp;amp; &#65; &nosuch; \\*x\\*")), "<b> &amp; A &nosuch; *x*");
   assert.equal(outline(drawMarkdown("a<br>b")), "<p>a<br></br>b</p>");
+  assert.equal(outline(drawMarkdown("a<br>\nb")), "<p>a<br></br>b</p>");
   assert.equal(outline(drawMarkdown("> a\n>\n> b")), "<blockquote><p>a</p><p>b</p></blockquote>");
   const boxes = every(drawMarkdown("- [ ] a\n- [x] b")).filter((node) => node.name === "input");
   assert.deepEqual(boxes.map((box) => box.attributes.checked), [false, true]);
@@ -235,4 +236,15 @@ test("emphasis beside Chinese, Japanese and Korean punctuation", () => {
     ["a**(b)**c", "a**(b)**c"], ["2 * 3 * 4，好", "2 * 3 * 4，好"],
   ];
   for (const [source, wanted] of rows) assert.equal(outline(drawMarkdown(source)), `<p>${wanted}</p>`, source);
+});
+
+test("ranges with a tilde are no struck text, and an address ends at the punctuation of such texts", () => {
+  for (const text of ["需要1~2天，3~4天左右", "5~10분, 3~4번", "~2 GB/~4 GB, a ~x~ b"]) assert.equal(outline(drawMarkdown(text)), `<p>${text}</p>`);
+  const links = (source: string) => every(drawMarkdown(source)).filter((node) => node.name === "a").map((node) => [node.attributes.href, textOf(node.children)]);
+  assert.deepEqual(links("见https://a.example。然后，（https://a.example/b）与“https://a.example/ü?c=d”、 www.a.example！"), [
+    ["https://a.example/", "https://a.example"], ["https://a.example/b", "https://a.example/b"], ["https://a.example/%C3%BC?c=d", "https://a.example/ü?c=d"], ["http://www.a.example/", "www.a.example"],
+  ]);
+  assert.deepEqual(links("https://zh.wikipedia.org/wiki/中文 (https://a.example/(b))."), [
+    ["https://zh.wikipedia.org/wiki/%E4%B8%AD%E6%96%87", "https://zh.wikipedia.org/wiki/中文"], ["https://a.example/(b)", "https://a.example/(b)"],
+  ]);
 });

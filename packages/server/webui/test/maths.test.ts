@@ -32,6 +32,18 @@ test("formulas become MathML", () => {
   assert.equal(read("\\lim_{x\\to 0}"), "munder(mo(lim) mrow(mi(x) mo(→) mn(0)))");
 });
 
+test("what models write often", () => {
+  assert.equal(read("\\mathrm{H_2O}"), "mrow(msub(mi(H) mn(2)) mi(O))");
+  assert.equal(readMaths("\\mathrm{H_2O}")!.children.every((one) => JSON.stringify(one).includes('"mathvariant":"normal"')), true);
+  assert.equal(read("\\operatorname*{arg\\,max}_x"), "msub(mrow(mi(a) mi(r) mi(g) mspace() mi(m) mi(a) mi(x)) mi(x))");
+  assert.equal(read("\\mathrm{kg}"), "mi(kg)");
+  assert.equal(read("a &= b \\\\ c &= d"), "mtable(mtr(mtd(mi(a)) mtd(mrow(mo(=) mi(b)))) mtr(mtd(mi(c)) mtd(mrow(mo(=) mi(d)))))");
+  assert.equal(read("a \\\\ b"), "mtable(mtr(mtd(mi(a))) mtr(mtd(mi(b))))");
+  assert.equal(read("A \\xrightarrow[x]{\\Delta} B"), "mrow(mi(A) munderover(mo(→) mi(x) mi(Δ)) mi(B))");
+  assert.equal(read("\\mathop{E}_x \\lt \\textcolor{red}{y}"), "mrow(msub(mi(E) mi(x)) mo(<) mi(y))");
+  assert.equal(read("\\begin{dcases}a & b\\end{dcases}"), read("\\begin{cases}a & b\\end{cases}"));
+});
+
 test("what is not known is left as it was written", () => {
   for (const source of ["\\href{javascript:alert(1)}{x}", "\\unknown", "{", "}", "a}", "\\left( x", "\\frac{a}", "x^", "\\begin{tikz}\\end{tikz}", "\\begin{matrix}a\\end{cases}", "#", "\\", "\\constructor", "\\__proto__", "\\toString"]) {
     assert.equal(readMaths(source), undefined, source);

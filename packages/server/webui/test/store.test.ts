@@ -54,6 +54,8 @@ test("broken conversations are left out, hostile ones are made harmless", () => 
   assert.deepEqual(hostile.conversation.settings, { stop: ["a"], thinking: true });
   const message = hostile.messages[0] as AssistantMessage;
   assert.deepEqual([message.state, message.steps[0]!.calls[0]!.state], ["stopped", "denied"]);
+  const failed = wrap({ conversation: { title: "x" }, messages: [{ id: "a", role: "assistant", state: "failed", steps: [{ text: "half" }] }] });
+  assert.equal((failed.archives[0]!.messages[0] as AssistantMessage).state, "stopped"); // else nothing would say that it is no whole answer
 });
 
 test("the store that stands in", async () => {
@@ -81,6 +83,9 @@ test("settings", () => {
   assert.equal(readNumber("", RANGES.temperature), undefined);
   for (const wrong of ["x", "-1", "101", "NaN", "1e999"]) assert.equal(readNumber(wrong, RANGES.temperature), null, wrong);
   assert.equal(readNumber("1.5", RANGES.topK), null);
+  for (const written of ["16000", "16,000", "16.000", "16 000", "16\u202f000", "16’000", " +16,000 "]) assert.equal(readNumber(written, RANGES.maxTokens), 16_000, written);
+  for (const wrong of ["1,5", "16,000.5"]) assert.equal(readNumber(wrong, RANGES.maxTokens), null, wrong);
+  assert.deepEqual([readNumber("-1,234,567", RANGES.seed), readNumber("1.000", RANGES.temperature)], [-1_234_567, 1]);
   assert.deepEqual(readSettings(null), {});
 });
 

@@ -7,7 +7,7 @@ import type { ChatChunk, McpResult, McpTool, ToolCallDelta } from "../src/api/ty
 import { StepWriter } from "../src/chat/accumulate.ts";
 import { fingerprint, isAlwaysAllowed } from "../src/chat/approval.ts";
 import { MAX_FILE, readFile, sizeOf } from "../src/chat/files.ts";
-import { chatRequest } from "../src/chat/request.ts";
+import { chatRequest, type RequestParts } from "../src/chat/request.ts";
 import { statisticsOf } from "../src/chat/statistics.ts";
 import { MAX_ROUNDS, recover, Turn, type TurnHost } from "../src/chat/turn.ts";
 import { type AssistantMessage, emptyStep, type Message } from "../src/chat/types.ts";
@@ -328,10 +328,11 @@ test("a branch as a request", () => {
       { reasoning: "r2", text: "It is 42", calls: [] },
     ],
   };
-  const request = chatRequest({
+  const parts: RequestParts = {
     model: "m", path: [{ id: "u", role: "user", parent: null, created: 1, text: "what" }, message],
     settings: { system: "be good", temperature: 0.5, stop: ["x"], schema: '{"type":"object"}', logprobs: true, thinking: false }, tools: [tool("a")], goOn: true,
-  });
+  };
+  const request = chatRequest(parts);
   assert.deepEqual(request.messages, [
     { role: "system", content: "be good" },
     { role: "user", content: "what" },
@@ -343,7 +344,8 @@ test("a branch as a request", () => {
   const { messages: _, ...fields } = request;
   assert.deepEqual(fields, {
     model: "m", stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, return_draft_counts: true, return_progress: true, temperature: 0.5, stop: ["x"], enable_thinking: false, logprobs: true, top_logprobs: 5,
-    response_format: { type: "json_schema", json_schema: { name: "answer", schema: { type: "object" } } },
     continue_final_message: true, add_generation_prompt: false, tools: [{ type: "function", function: { name: "a", description: "d", parameters: {} } }],
   });
+  // The rest of an answer is not a whole one by the schema.
+  assert.deepEqual(chatRequest({ ...parts, goOn: false }).response_format, { type: "json_schema", json_schema: { name: "answer", schema: { type: "object" } } });
 });

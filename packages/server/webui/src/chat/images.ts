@@ -13,14 +13,15 @@ const DATA = /^data:image\/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}$/;
 
 export const MAX_IMAGES = 8; // of a question
 
-export const isImage = (file: File): boolean => TYPES.includes(file.type);
+/** Whether a file is one by its type, also of a kind that this browser may not read. SVG is a text. */
+export const isImage = ({ type }: File): boolean => /^image\/(?!svg)/.test(type);
 
-/** A file as a data URL: drawn anew where it is large, as a person sees it; undefined where it cannot be read. */
+/** A file as a data URL: drawn anew where it is large or of a rare kind; undefined where it cannot be read. */
 export async function readImage(file: File): Promise<string | undefined> {
   try {
     const bitmap = await createImageBitmap(file);
     const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
-    if (scale === 1 && file.size <= MAX_PLAIN) {
+    if (scale === 1 && file.size <= MAX_PLAIN && TYPES.includes(file.type)) {
       bitmap.close();
       return await asUrl(file);
     }

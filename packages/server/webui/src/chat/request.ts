@@ -28,7 +28,7 @@ export function chatRequest({ model, path, settings, tools, goOn }: RequestParts
     return_progress: true,
     // Without the field, the server would offer the model all tools of its MCP servers.
     tools: tools.map(({ type, function: { name, description, parameters } }) => ({ type, function: { name, description, parameters } })),
-    ...wireFields(settings),
+    ...wireFields(goOn ? { ...settings, schema: "" } : settings), // what goes on is not a whole answer by the schema
   };
   if (model) request.model = model;
   if (goOn) Object.assign(request, { continue_final_message: true, add_generation_prompt: false });

@@ -72,9 +72,12 @@ export function served(defaults?: Readonly<Record<string, number>>): ChatSetting
   return { ...NEUTRAL, ...told };
 }
 
+const IN_GROUPS = /^[+-]?\d{1,3}(?:[.,'’\s]\d{3})+$/; // 16,000 as it is written in one country or another
+
 /** Reads a number from a field; undefined where the field is empty, null where it holds no allowed number. */
 export function readNumber(text: string, range: NumberRange): number | undefined | null {
-  const trimmed = text.trim().replace(",", ".");
+  const given = text.trim();
+  const trimmed = range.integer && IN_GROUPS.test(given) ? given.replace(/[^\d-]/g, "") : given.replace(",", ".");
   if (!trimmed) return undefined;
   const value = Number(trimmed);
   if (!Number.isFinite(value) || value < range.min || value > range.max) return null;

@@ -59,6 +59,9 @@ const dense: TokenizerAndRendererExtension = {
   },
 };
 
+// Ends an address in a text without blanks, as in Chinese or Japanese, or in quotation marks.
+const BEHIND_ADDRESS = /[\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65“”‘’„»›…]/;
+
 // HTML is text like any other: its tokenizers find nothing, so that what stands in it is read as Markdown.
 const marked = new Marked({
   gfm: true,
@@ -69,11 +72,17 @@ const marked = new Marked({
       return Tokenizer.prototype.emStrong.call(this, source, mask, opensBeside(source, previous) ? "" : previous);
     },
     del(source, mask, previous = "") {
+      if (!source.startsWith("~~")) return undefined; // 1~2 and 3~4 are ranges
       return Tokenizer.prototype.del.call(this, source, mask, opensBeside(source, previous) ? "" : previous);
+    },
+    url(source) {
+      const found = Tokenizer.prototype.url.call(this, source);
+      const end = found?.raw.search(BEHIND_ADDRESS) ?? -1;
+      return end < 0 ? found : Tokenizer.prototype.url.call(this, source.slice(0, end));
     },
     html: () => undefined,
     tag: (source) => {
-      const found = /^<br\s*\/?>/i.exec(source);
+      const found = /^<br\s*\/?>\n?/i.exec(source);
       return found ? ({ type: "br", raw: found[0] } as unknown as Tokens.Tag) : undefined;
     },
   },

@@ -15,6 +15,12 @@ export const sign = (text: string, attributes?: Record<string, string>) => node(
 export const fixed = (text: string) => sign(text, { stretchy: "false" });
 export const wrapped = (items: MathNode[]): MathNode => (items.length === 1 ? items[0]! : node("mrow", items));
 
+/** Letters that are all upright, or all slanted. */
+export function inVariant(given: MathNode, mathvariant: string): MathNode {
+  const children = given.children.map((child) => (typeof child === "string" ? child : inVariant(child, mathvariant)));
+  return given.tag === "mi" ? { ...given, children, attributes: { ...given.attributes, mathvariant } } : { ...given, children };
+}
+
 /** Letters and digits of another alphabet. */
 export function restyled(given: MathNode, name: string): MathNode {
   const { upper, lower, digit, holes = "" } = ALPHABETS[name]!;

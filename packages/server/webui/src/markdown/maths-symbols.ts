@@ -10,7 +10,7 @@ alpha=α beta=β gamma=γ delta=δ epsilon=ϵ varepsilon=ε zeta=ζ eta=η theta
 nu=ν xi=ξ omicron=ο pi=π varpi=ϖ rho=ρ varrho=ϱ sigma=σ varsigma=ς tau=τ upsilon=υ phi=ϕ varphi=φ chi=χ psi=ψ
 omega=ω Gamma=Γ Delta=Δ Theta=Θ Lambda=Λ Xi=Ξ Pi=Π Sigma=Σ Upsilon=Υ Phi=Φ Psi=Ψ Omega=Ω hbar=ℏ ell=ℓ imath=ı
 jmath=ȷ Re=ℜ Im=ℑ aleph=ℵ beth=ℶ wp=℘ infty=∞ emptyset=∅ varnothing=∅ partial=∂ nabla=∇ top=⊤ bot=⊥ angle=∠
-degree=° triangle=△ square=□ Box=□ blacksquare=■ checkmark=✓ dots=… ldots=… cdots=⋯ vdots=⋮ ddots=⋱ dotsc=… dotsb=⋯
+degree=° triangle=△ square=□ Box=□ blacksquare=■ checkmark=✓ dots=… ldots=… cdots=⋯ vdots=⋮ ddots=⋱ dotsc=… dotsb=⋯ hdots=…
 `);
 
 /** Operators and relations. */
@@ -23,7 +23,7 @@ dashv=⊣ models=⊨ vDash=⊨ to=→ rightarrow=→ gets=← leftarrow=← left
 implies=⟹ impliedby=⟸ iff=⟺ mapsto=↦ longrightarrow=⟶ longleftarrow=⟵ Longrightarrow=⟹ longmapsto=⟼ hookrightarrow=↪
 uparrow=↑ downarrow=↓ updownarrow=↕ Uparrow=⇑ Downarrow=⇓ rightharpoonup=⇀ rightleftharpoons=⇌ nearrow=↗ searrow=↘
 leadsto=⇝ forall=∀ exists=∃ nexists=∄ neg=¬ lnot=¬ therefore=∴ because=∵ colon=: coloneqq=≔ triangleq=≜ bigstar=★ prime=′
-backslash=\\ surd=√ lesssim=≲ gtrsim=≳ trianglelefteq=⊴ ltimes=⋉ rtimes=⋊ bowtie=⋈ And=&
+backslash=\\ surd=√ lesssim=≲ gtrsim=≳ trianglelefteq=⊴ ltimes=⋉ rtimes=⋊ bowtie=⋈ And=& lt=< gt=>
 `);
 
 /** Large operators, whose limits stand above and below where there is room. */
@@ -69,6 +69,7 @@ export const ALPHABETS: Readonly<Record<string, { upper: number; lower?: number;
   mathfrak: { upper: 0x1d504, lower: 0x1d51e, holes: "CℭHℌIℑRℜZℨ" },
   mathbf: { upper: 0x1d400, lower: 0x1d41a, digit: 0x1d7ce },
   boldsymbol: { upper: 0x1d468, lower: 0x1d482, digit: 0x1d7ce },
+  pmb: { upper: 0x1d468, lower: 0x1d482, digit: 0x1d7ce },
   bm: { upper: 0x1d468, lower: 0x1d482, digit: 0x1d7ce },
   mathsf: { upper: 0x1d5a0, lower: 0x1d5ba, digit: 0x1d7e2 },
   mathtt: { upper: 0x1d670, lower: 0x1d68a, digit: 0x1d7f6 },
@@ -78,7 +79,7 @@ export const ALPHABETS: Readonly<Record<string, { upper: number; lower?: number;
 export const ENVIRONMENTS: Readonly<Record<string, readonly [string, string, string]>> = {
   matrix: ["", "", "center"], pmatrix: ["(", ")", "center"], bmatrix: ["[", "]", "center"],
   Bmatrix: ["{", "}", "center"], vmatrix: ["|", "|", "center"], Vmatrix: ["‖", "‖", "center"],
-  smallmatrix: ["", "", "center"], cases: ["{", "", "left"], aligned: ["", "", "sides"], align: ["", "", "sides"],
+  smallmatrix: ["", "", "center"], cases: ["{", "", "left"], dcases: ["{", "", "left"], aligned: ["", "", "sides"], align: ["", "", "sides"],
   "align*": ["", "", "sides"], split: ["", "", "sides"], gathered: ["", "", "center"], gather: ["", "", "center"],
   "gather*": ["", "", "center"], equation: ["", "", "center"], "equation*": ["", "", "center"],
   array: ["", "", "center"], alignedat: ["", "", "sides"],

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The part of TeX's maths that models write -> MathML as a tree. What is not known makes the whole formula plain text.
 
-import { fixed, type MathNode, node, restyled, sign, wrapped } from "./maths-nodes.ts";
+import { fixed, inVariant, type MathNode, node, restyled, sign, wrapped } from "./maths-nodes.ts";
 import { Scanner, Unknown } from "./maths-scanner.ts";
 import {
   ACCENTS, ALPHABETS, BRACKETS, ENVIRONMENTS, FUNCTIONS, IGNORED, INTEGRALS, LARGE, LETTERS, OPERATORS, SPACES, UNDER,
@@ -15,13 +15,17 @@ export function readMaths(source: string): MathNode | undefined {
   if (source.length > MAX_LENGTH) return undefined;
   try {
     const reader = new Reader(source);
-    const row = reader.row(() => false);
-    return reader.isAtEnd ? row : undefined;
+    const lines = reader.rows(() => false);
+    if (!reader.isAtEnd) return undefined;
+    const isSplit = lines.some(({ children }) => children.length > 1);
+    return isSplit || lines.length > 1 ? node("mtable", lines, { class: isSplit ? "align-sides" : "align-center" }) : onlyCell(lines[0]!);
   } catch (error) {
     if (error instanceof Unknown) return undefined;
     throw error;
   }
 }
+
+const onlyCell = (line: MathNode): MathNode => (line.children[0] as MathNode).children[0] as MathNode;
 
 class Reader extends Scanner {
   private depth = 0;
@@ -176,9 +180,25 @@ class Reader extends Scanner {
       case "mathrm":
       case "operatorname":
       case "mathit": {
+        const [start, variant] = [this.at, name === "mathit" ? "italic" : "normal"];
         const word = this.raw();
-        if (/[\\{}^_]/.test(word)) throw new Unknown();
-        return node("mi", [word], name === "mathit" ? { mathvariant: "italic" } : { mathvariant: "normal" });
+        if (!/[\\{}^_]/.test(word)) return node("mi", [word], { mathvariant: variant });
+        this.at = start;
+        return inVariant(this.argument(), variant);
+      }
+      case "mathop":
+      case "mathbin":
+      case "mathrel":
+      case "mathord":
+        return this.argument();
+      case "textcolor":
+        this.raw();
+        return this.argument();
+      case "xrightarrow":
+      case "xleftarrow": {
+        const below = this.optional();
+        const [arrow, above] = [sign(name === "xrightarrow" ? "→" : "←", { stretchy: "true" }), this.argument()];
+        return below ? node("munderover", [arrow, below, above]) : node("mover", [arrow, above]);
       }
       case "left":
         return this.fence();
@@ -268,7 +288,7 @@ class Reader extends Scanner {
     return node("mtable", rows);
   }
 
-  private rows(ends: () => boolean): MathNode[] {
+  rows(ends: () => boolean): MathNode[] {
     const rows: MathNode[] = [];
     let cells: MathNode[] = [];
     const breaks = () => this.source.startsWith("\\\\", this.at) || this.source[this.at] === "&" || ends();

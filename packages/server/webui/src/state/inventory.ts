@@ -77,10 +77,12 @@ async function describeNext(): Promise<void> {
     for (const { id, size } of inventory.value?.models ?? []) {
       if (!size || id in described.value || models.value.some((card) => card.id === id && card.architecture)) continue;
       const shown = await showModel(id).catch((error: unknown) => {
-        if (errorInfo(error).code === UNUSABLE) return null;
+        const { code, status = 0 } = errorInfo(error);
+        if (code === UNUSABLE) return null;
+        if (status >= 500 || status === 404) return undefined; // is asked again; the others are told nevertheless
         throw error;
       });
-      described.value = { ...described.value, [id]: shown };
+      if (shown !== undefined) described.value = { ...described.value, [id]: shown };
     }
   } catch {
     // the rows say what they can without it

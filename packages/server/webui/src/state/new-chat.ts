@@ -28,6 +28,6 @@ export async function sendMessage(text: string, attached: Attached = {}): Promis
     return;
   }
   const start = next.value;
-  next.value = { model: start.model, settings: {} };
+  next.value = { model: null, settings: {} }; // the last choice is a preference
   beginChat(text, start, attached);
 }

@@ -172,7 +172,9 @@ export class OpenChat {
     this.keep(this.store.deleteMessages(removed));
   }
 
-  update(change: Partial<Conversation>): void {
+  update(given: Partial<Conversation>): void {
+    const isOpen = this.info.peek().model === null; // until it is known, and then another chat's choice is for new ones
+    const change = isOpen ? { model: this.model, ...given } : given;
     this.info.value = { ...this.info.value, ...change };
     if (!this.deleted) this.changed(this.info.value.id, change);
   }

@@ -4,7 +4,7 @@
 import { effect, signal } from "@preact/signals";
 import { useKey } from "../api/http.ts";
 import { language } from "../i18n/index.ts";
-import { KEY, type Preferences, readKey, readPreferences, writeKey, writePreferences } from "../store/preferences.ts";
+import { API_KEY, KEY, type Preferences, readKey, readPreferences, writeKey, writePreferences } from "../store/preferences.ts";
 
 export const preferences = signal<Preferences>(readPreferences());
 export const apiKey = signal(readKey());
@@ -21,7 +21,7 @@ export function setKey(key: string, remembered: boolean): void {
   writeKey(apiKey.value.key, remembered);
 }
 
-/** Theme and language follow the preferences, those of other tabs included. */
+/** Theme and language follow the preferences; what another tab has written counts here too, the API key included. */
 export function applyPreferences(): void {
   useKey(() => apiKey.peek().key);
   effect(() => {
@@ -34,5 +34,6 @@ export function applyPreferences(): void {
   });
   addEventListener("storage", (event) => {
     if (event.key === KEY || event.key === null) preferences.value = readPreferences();
+    if (event.key === API_KEY || event.key === null) apiKey.value = readKey(); // remembered or forgotten in another tab
   });
 }

@@ -19,7 +19,7 @@ export interface Preferences {
 }
 
 export const KEY = "candle-vllm.preferences";
-const API_KEY = "candle-vllm.key";
+export const API_KEY = "candle-vllm.key";
 
 export function readPreferences(): Preferences {
   const given = fromJson(read("localStorage", KEY));

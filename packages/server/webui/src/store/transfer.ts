@@ -162,8 +162,8 @@ function readMessage(data: unknown, ids: ReadonlyMap<string, string>): Message |
   return message;
 }
 
-// An answer that is not at its end came from a page that no longer writes it.
-const answerState = (state: unknown): AnswerState => (state === "done" || state === "failed" ? state : "stopped");
+// An answer that is not at its end came from a page that no longer writes it; why one failed is not for here.
+const answerState = (state: unknown): AnswerState => (state === "done" ? state : "stopped");
 
 function readStep(data: unknown): Step {
   const given = fields(data);

@@ -197,7 +197,8 @@ function Rename({ value, onKeep, onDone }: { value: string; onKeep: (name: strin
   return (
     <input ref={field} class="input" dir="auto" defaultValue={value} aria-label={t.value.rename} maxLength={200} onBlur={keep}
       onKeyDown={(event) => {
-        if (event.key === "Enter" && !isComposing(event)) keep();
+        if (isComposing(event)) return;
+        if (event.key === "Enter") keep();
         if (event.key === "Escape") {
           event.stopPropagation();
           onDone();

@@ -60,7 +60,7 @@ export function Editor({ text: before, hint, action, isBusy, onKeep, onDone }: E
             event.preventDefault();
             send();
           }
-          if (event.key === "Escape") {
+          if (event.key === "Escape" && !isComposing(event)) {
             event.preventDefault();
             onDone(false);
           }

@@ -16,7 +16,10 @@ export function MessageList({ chat }: { chat: OpenChat }) {
   const [count, setCount] = useState(PAGE);
   const { isAtEnd, toEnd } = useEnd(scroller, chat);
   const path = chat.path.value;
-  const first = Math.max(0, path.length - count);
+  const begun = useRef<string>(undefined); // the first message that is drawn stays so
+  const [kept, wanted] = [path.indexOf(begun.current ?? ""), Math.max(0, path.length - count)];
+  const first = kept < 0 ? wanted : Math.min(kept, wanted);
+  begun.current = path[first];
   const top = useEarlier(scroller, first > 0, () => setCount(count + PAGE), count);
   return (
     <div class="scroller-frame">
@@ -51,17 +54,21 @@ function MessageView({ chat, id, isLast }: { chat: OpenChat; id: string; isLast:
   );
 }
 
-/** Follows the end as it grows, until the user scrolls away from it. */
+/** Follows the end as it grows, until the user scrolls away from it. Another version is shown where the old one was. */
 function useEnd(scroller: { current: HTMLDivElement | null }, chat: OpenChat) {
   const follows = useRef(true);
   const [isAtEnd, setAtEnd] = useState(true);
   const leaf = chat.path.value.at(-1);
+  const before = useRef<string>(undefined);
   const toEnd = () => {
     follows.current = true;
     scroller.current?.scrollTo({ top: scroller.current.scrollHeight });
   };
   useLayoutEffect(() => {
-    toEnd();
+    const path = chat.path.peek();
+    if (before.current === undefined || path.includes(before.current) || chat.isBusy) toEnd();
+    else follows.current = false;
+    before.current = leaf;
   }, [leaf]);
   useEffect(() => {
     const frame = scroller.current;

@@ -9,6 +9,7 @@ import { prefer, preferences } from "../state/preferences.ts";
 import { hashOf, type Route, route } from "../state/route.ts";
 import { ConversationList, follow } from "./ConversationList.tsx";
 import { Icon, type IconName } from "./Icon.tsx";
+import { isComposing } from "./shortcuts.ts";
 
 export function Sidebar() {
   const shown = preferences.value.sidebar;
@@ -37,7 +38,7 @@ export function Sidebar() {
           <Icon name="search" />
           <input id="search" type="search" placeholder={t.value.search} aria-label={t.value.search} value={query}
             onInput={(event) => setQuery(event.currentTarget.value)}
-            onKeyDown={(event) => event.key === "Escape" && (event.preventDefault(), setQuery(""), event.currentTarget.blur())} />
+            onKeyDown={(event) => event.key === "Escape" && !isComposing(event) && (event.preventDefault(), setQuery(""), event.currentTarget.blur())} />
         </label>
         <ConversationList query={query.trim()} />
         <footer class="sidebar-foot">

@@ -9,7 +9,14 @@ import { go } from "../state/route.ts";
 /** Whether an input method takes the key. In Safari the composition has ended before the key that ends it, whose code is 229. */
 export const isComposing = (event: KeyboardEvent): boolean => event.isComposing || event.keyCode === 229;
 
-export const isNarrow = (): boolean => matchMedia("(max-width: 760px)").matches;
+const NARROW = "(max-width: 760px)";
+
+export const isNarrow = (): boolean => matchMedia(NARROW).matches;
+
+/** Closes the list that lies over the page where it comes to stand beside it: a phone is turned, a window made larger. */
+export function closeListWhereWide(): void {
+  matchMedia(NARROW).addEventListener("change", () => (isSidebarOver.value = false));
+}
 
 /** Shows or hides the list of conversations. */
 export function toggleSidebar(): void {
