@@ -61,7 +61,8 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
 
 
 COMMON = ["Llama", "Phi", "Gemma 2", "gpt-oss", "DeepSeek-V3"]
-REFUSED = ("Gemma-4 shared keys", "Gemma-3n")  # layers read others' keys, and get embeddings of their own
+# Layers read keys, or chosen positions, of other layers, or get embeddings of their own.
+REFUSED = ("Gemma-4 shared keys", "Gemma-3n", "GLM-5")
 WHOLE_NORMS = ("OLMo", "MiniMax")  # of all heads, which are not divided
 CASES = [
     (name, size)
