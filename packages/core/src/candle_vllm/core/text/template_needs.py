@@ -504,14 +504,19 @@ def _one_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def _joined(first: Any, second: Any, between: str = "\n") -> Any:
-    """Join two contents: to a text, or to a list if one of the two is a list of parts."""
-    if isinstance(first, (list, tuple)) or isinstance(second, (list, tuple)):
-        return [*_parts(first), *_parts(second)]
-    return between.join(filter(None, (first, second)))
+    """Join two contents: to a text, or to a list if one of the two is a list of parts; texts that meet become one."""
+    if not isinstance(first, (list, tuple)) and not isinstance(second, (list, tuple)):
+        return between.join(filter(None, (first, second)))
+    head, tail = _parts(first), _parts(second)
+    if head and tail and head[-1].get("type") == tail[0].get("type") == "text":
+        head.append({**tail[0], "text": between.join(filter(None, (head.pop()["text"], tail.pop(0)["text"])))})
+    return [*head, *tail]
 
 
-def _parts(content: Any) -> Sequence[Any]:
-    return content if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}] if content else ()
+def _parts(content: Any) -> list[Any]:
+    """Return a content as parts; the library accepts texts among them."""
+    parts = content if isinstance(content, (list, tuple)) else [content] if content else []
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
 def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
