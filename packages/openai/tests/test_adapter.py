@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import threading
 from functools import partial
@@ -718,3 +719,13 @@ async def test_long_prompts_of_long_tokens_are_answered() -> None:
     made = await adapter.complete({"prompt": " " * 40_000, "max_tokens": 5})
     assert made.usage is not None
     assert made.usage.prompt_tokens == 401
+
+
+async def test_a_template_that_takes_texts_gets_the_placeholder_of_an_image() -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    engine = ScriptedEngine("abc", sees=True, chat_template=template)
+    adapter = OpenAIAdapter(engine)
+    await adapter.chat({"messages": SEEN})
+    assert [one["content"] for one in engine.template_calls[-1].messages] == ["<image>"]
+    await adapter.try_picture(base64.b64decode(GIF.partition(",")[2]))
+    assert engine.template_calls[-1].messages[-1]["content"] == "<image>"

@@ -273,7 +273,7 @@ class EngineFront(ABC):
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
         template, sees = self._template(options.get("chat_template")), self._sees
         conversation = one_conversation(messages, template, sees=sees)
-        return prompt_texts(method, [conversation], template, options, _SAMPLING)
+        return prompt_texts(method, [conversation], template, options, _SAMPLING, self._info.image_text)
 
     def _template(self, source: str | None = None) -> ChatTemplate:
         """Return the template of `source`, or else the model's."""
@@ -492,7 +492,7 @@ class EngineFront(ABC):
         template = self._template(options.get("chat_template"))
         sees = self._sees
         conversations, several = as_conversations(messages, template, sees=sees)
-        texts = prompt_texts("chat", conversations, template, options, _SAMPLING)
+        texts = prompt_texts("chat", conversations, template, options, _SAMPLING, self._info.image_text)
         places = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
         prompts = [self._chat_prompt(*each) for each in zip(texts, conversations, places)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):

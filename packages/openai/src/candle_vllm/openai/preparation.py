@@ -178,7 +178,7 @@ class TaskPreparation:
 
     def try_picture(self, data: bytes) -> None:
         """Raise `RequestError` if the model cannot read this image file in a tool's result."""
-        said = template_messages(_LOOKED, self._planner.choice.needs)
+        said = template_messages(_LOOKED, self._planner.choice.needs, self._engine.model_info.image_text)
         prompt = self._engine.tokenize(self._engine.render_messages(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
 
@@ -408,7 +408,7 @@ class TaskPreparation:
                 if template is None and not self._warned:
                     logger.warning("%s: %s", self._engine.model_info.name, _NO_TOOLS)
                     self._warned = True
-        messages = template_messages(task.messages, needs)
+        messages = template_messages(task.messages, needs, self._engine.model_info.image_text)
         variables = {**self._template_defaults, **task.variables}
         render = self._engine.render_messages if template is None else template.render
         return render(messages, **options, **variables)
