@@ -665,7 +665,7 @@ def test_the_operators_variables_of_the_template_count_where_a_request_sets_none
 
 async def test_texts_wait_for_no_images_that_are_decoded() -> None:
     class Slow(ScriptedEngine):
-        def look(self, token_ids: Any, images: Any, names: Any = ()) -> Any:
+        def look(self, token_ids: Any, images: Any, names: Any = (), **options: Any) -> Any:
             assert free.wait(60)
             return super().look(token_ids, images, names)
 

@@ -203,7 +203,7 @@ class EngineFront(ABC):
         return list(map(self._require()[1].tokenizer.token_bytes, token_ids))
 
     def look(
-        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
+        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = (), *, bounded: bool = True
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """Preprocess the images of a prompt; return the prompt with image tokens, and the images. Thread-safe.
 
@@ -212,6 +212,7 @@ class EngineFront(ABC):
             images: Pillow images, arrays [height, width, 3] of uint8, or the bytes of PNG, JPEG, WebP or GIF files; or
                 images that an earlier call returned with these token ids.
             names: the field of each image, for error messages; "image" by default.
+            bounded: whether a prompt that exceeds the context is refused.
 
         Raises:
             InvalidParameterError: the model is text-only, an image is unusable, or an image token is missing or extra.
@@ -221,7 +222,7 @@ class EngineFront(ABC):
         vision = self._require()[1].vision
         if vision is None:
             raise InvalidParameterError(f"image: {self._info.name} takes text only", "image")
-        return vision.look(token_ids, images, names, self._info.max_model_len)
+        return vision.look(token_ids, images, names, self._info.max_model_len if bounded else None)
 
     async def fetch_images(self, messages: Sequence[Message]) -> list[Message]:
         """Fetch the images of a conversation, before `achat_stream`; `chat`, `chat_stream` and `achat` do this.
