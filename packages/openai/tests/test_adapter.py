@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import threading
 from functools import partial
@@ -664,7 +665,7 @@ def test_the_operators_variables_of_the_template_count_where_a_request_sets_none
 
 async def test_texts_wait_for_no_images_that_are_decoded() -> None:
     class Slow(ScriptedEngine):
-        def look(self, token_ids: Any, images: Any, names: Any = ()) -> Any:
+        def look(self, token_ids: Any, images: Any, names: Any = (), **options: Any) -> Any:
             assert free.wait(60)
             return super().look(token_ids, images, names)
 
@@ -718,3 +719,13 @@ async def test_long_prompts_of_long_tokens_are_answered() -> None:
     made = await adapter.complete({"prompt": " " * 40_000, "max_tokens": 5})
     assert made.usage is not None
     assert made.usage.prompt_tokens == 401
+
+
+async def test_a_template_that_takes_texts_gets_the_placeholder_of_an_image() -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    engine = ScriptedEngine("abc", sees=True, chat_template=template)
+    adapter = OpenAIAdapter(engine)
+    await adapter.chat({"messages": SEEN})
+    assert [one["content"] for one in engine.template_calls[-1].messages] == ["<image>"]
+    await adapter.try_picture(base64.b64decode(GIF.partition(",")[2]))
+    assert engine.template_calls[-1].messages[-1]["content"] == "<image>"

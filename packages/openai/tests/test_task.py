@@ -167,6 +167,35 @@ def test_schemas_that_macros_of_templates_take() -> None:
     assert tools[0]["function"]["parameters"] == {"properties": properties}  # type: ignore[index]
 
 
+def test_texts_of_merged_messages_stay_apart_beside_an_image() -> None:
+    image, text = {"type": "image"}, {"type": "text", "text": "What?"}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello."},
+        {"role": "user", "content": [text, image, text]},
+        {"role": "user", "content": ["And?", image]},
+    ]
+    fit(messages, TemplateNeeds(writes_system=False))
+    first, last = ({"type": "text", "text": said} for said in ("Be kind.\n\nHello.\nWhat?", "What?\nAnd?"))
+    assert messages == [{"role": "user", "content": [first, image, last, image]}]
+
+
+PARTS = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{{ '<i>' if p.type == 'image' else p.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+TEXTS = "{% for m in messages %}{{ m.content + '' }}{% endfor %}"
+TEXTS_WITH_TOOLS = "{% if tools %}{% for m in messages %}{{ m.content }}{% endfor %}{% else %}" + PARTS + "{% endif %}"
+
+
+@pytest.mark.parametrize(("template", "takes"), [(PARTS, True), (TEXTS, False), (TEXTS_WITH_TOOLS, False)])
+def test_images_are_texts_where_a_template_takes_no_parts(template: str, takes: bool) -> None:
+    text, image = {"type": "text", "text": "a"}, {"type": "image"}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [text, image, text]}]
+    fit(messages, template_needs(TemplateProbe(ChatTemplate(template, {}))), "<i>")
+    assert messages[0]["content"] == ([text, image, text] if takes else "a<i>a")
+
+
 def test_a_template_that_gathers_system_messages_does_not_take_them_where_they_stand() -> None:
     """A new one would change the prompt's head, and nothing of the conversation would be found in the cache."""
     each = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ tools or '' }}"

@@ -388,6 +388,20 @@ def test_a_small_model_sees_the_same_through_every_api(tmp_path: Path, start: Ca
     assert len({text for text, _ in answers.values()}) == 1
 
 
+def test_prompts_that_exceed_the_context_are_counted(tmp_path: Path, start: Callable[..., Any]) -> None:
+    with InferenceEngine(write_toy_sight(tmp_path / "sight")) as engine, start(engine).http() as client:
+        many, blocks = ({"model": "m", "messages": messages * 9} for messages in (OPENAI, ANTHROPIC))
+        counted = client.post("/tokenize", json=many).json()
+        assert counted["count"] > counted["max_model_len"]
+        same = (
+            client.post("/v1/chat/completions/input_tokens", json=many).json(),
+            client.post("/v1/messages/count_tokens", json=blocks).json(),
+        )
+        assert [each["input_tokens"] for each in same] == [counted["count"]] * 2
+        assert client.post("/apply-template", json=many).json()["prompt"].count("<__media__>") == 9
+        assert client.post("/v1/chat/completions", json=many).json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_an_answer_to_images_has_no_context_that_would_lack_them(start: Callable[..., Any]) -> None:
     running = start(PacedEngine("A picture.", sees=True))
     with ollama.Client(host=running.url, trust_env=False, timeout=60, verify=trusted()) as client:

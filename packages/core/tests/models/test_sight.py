@@ -193,6 +193,9 @@ def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -
         with make(folder) as engine:
             assert engine.model_info.modalities == ("text", "image")
             found.append(engine.chat([ask], GREEDY))
+            of_texts = "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n<|im_start|>assistant\n' }}"
+            same = engine.chat([ask], GREEDY, chat_template=of_texts)
+            assert same.prompt_token_ids == found[-1].prompt_token_ids
     assert found[0].prompt_token_ids == found[1].prompt_token_ids
     assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
     assert list(found[0].prompt_token_ids).count(260) == 5 * 16

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.vision.pictures import picture_of
+from candle_vllm.core.vision.pictures import PictureLimits, picture_of
 from candle_vllm.core.vision.preprocessing import (
     CanvasRule,
     Normalisation,
@@ -221,6 +222,11 @@ def test_an_image_that_the_rule_refuses_is_named() -> None:
     with pytest.raises(InvalidParameterError, match=r"^messages\[1\]: 1 x 201 pixels; the longer side") as caught:
         VisionInput(parts, lambda _: [1]).look([1, 1], images, ["messages[0]", "messages[1]"])
     assert caught.value.param == "messages[1]"
+    vision = VisionInput(parts, lambda _: [1], limits=PictureLimits(max_images=1))
+    for ids, given, name in (([1, 1], images, "messages[1]"), ([1, 1], images[:1], "messages[0]"), ([1], [], "image")):
+        with pytest.raises(InvalidParameterError, match=f"^{re.escape(name)}: ") as caught:
+            vision.look(ids, given, ["messages[0]", "messages[1]"][: len(given)])
+        assert caught.value.param == name
 
 
 def test_published_sizes_have_published_counts() -> None:

@@ -206,14 +206,14 @@ def test_what_a_template_needs() -> None:
     def needs(template: str) -> TemplateNeeds:
         return template_needs(TemplateProbe(ChatTemplate(template, {})))
 
-    assert needs(HERMES) == TemplateNeeds(writes_tools=True)
+    assert needs(HERMES) == TemplateNeeds(writes_tools=True, image_parts=False)
     said = "{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.arguments if m.tool_calls }}{% endfor %}"
-    as_text = TemplateNeeds(ignores_tools=True, arguments_as_text=True, parallel_calls=False)
+    as_text = TemplateNeeds(ignores_tools=True, arguments_as_text=True, parallel_calls=False, image_parts=False)
     assert needs(said) == as_text  # Python would be written
     joined = needs(said.replace("}}{{", "+").replace("if m.tool_calls", "if m.tool_calls else m.content"))
     assert joined.arguments_as_text
     refusing = needs(said.replace("{{ m.tool", "{{ raise_exception('no calls, please') if m.tool_calls }}{{ m.tool"))
-    assert refusing == TemplateNeeds(ignores_tools=True, writes_calls=False)
+    assert refusing == TemplateNeeds(ignores_tools=True, writes_calls=False, image_parts=False)
     # which says nothing of what it is given
     assert needs("{{ bos_token }}") == TemplateNeeds(ignores_tools=True)
     short = HERMES.replace(

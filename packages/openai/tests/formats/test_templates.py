@@ -272,6 +272,24 @@ def test_each_image_has_a_mark_wherever_results_stand(models: list[Model]) -> No
     assert {"mistralai-Ministral-3-14B-Reasoning-2512", "google-gemma-4-31B-it", "Qwen3.5-4B"} < seeing
 
 
+def test_a_template_of_texts_writes_the_placeholders_of_images(models: list[Model]) -> None:
+    """Such as Qwen 2.5's, which GGUF files of Qwen2.5-VL have as well."""
+    parts = [{"type": "text", "text": "Left"}, {"type": "image"}, {"type": "text", "text": "Right"}]
+    texts = {model.name: model for model in models if model.choice.needs and not model.choice.needs.image_parts}
+    assert {"Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.1-8B-Instruct"} < texts.keys()
+    assert not {"mistralai-Ministral-3-14B-Reasoning-2512", "google-gemma-4-31B-it", "Qwen3.5-4B"} & texts.keys()
+    for model in texts.values():
+        messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+        assert model.choice.needs
+        fit(messages, model.choice.needs, "<|image_pad|>")
+        for tools in (TOOLS, None):
+            try:
+                text = model.template.render(messages, tools=tools)
+            except ChatTemplateError:
+                continue
+            assert "Left<|image_pad|>Right" in text, model.name
+
+
 def test_what_real_templates_write_is_read_back(models: list[Model]) -> None:
     writing = [model for model in models if model.name not in NO_CALLS]
     changed = {(model.name, key): found for model in writing for key in SAID if (found := changes(model, key))}

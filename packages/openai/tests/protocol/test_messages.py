@@ -16,6 +16,9 @@ from candle_vllm.openai.task import ImagePart, Message, TextPart, template_messa
 USER = {"role": "user", "content": "hi"}
 
 
+SEEN = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+
 def call(call_id: str, arguments: str = '{"city": "Ulm"}') -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": "weather", "arguments": arguments}}
 
@@ -147,6 +150,8 @@ def test_an_answer_can_be_sent_back_as_the_official_client_holds_it() -> None:
                                                                             "result"),
         ([calls("")], "messages.0.tool_calls.0.id", "must not be empty"),
         ([{**result("x"), "tool_calls": []}], "messages.0.tool_calls", "not a known field"),
+        ([{"role": "system", "content": [SEEN]}], "messages.0.content.0.type", "only be in messages of users"),
+        ([{"role": "assistant", "content": [SEEN]}], "messages.0.content.0.type", "only be in messages of users"),
         ([{"role": "tool", "content": "x"}], "messages.0.tool_call_id", "is required"),
         ([{"role": "assistant"}], "messages.0.content", "is required"),
         ([{"role": "user"}], "messages.0.content", "is required"),

@@ -203,7 +203,7 @@ class EngineFront(ABC):
         return list(map(self._require()[1].tokenizer.token_bytes, token_ids))
 
     def look(
-        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
+        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = (), *, bounded: bool = True
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """Preprocess the images of a prompt; return the prompt with image tokens, and the images. Thread-safe.
 
@@ -212,6 +212,7 @@ class EngineFront(ABC):
             images: Pillow images, arrays [height, width, 3] of uint8, or the bytes of PNG, JPEG, WebP or GIF files; or
                 images that an earlier call returned with these token ids.
             names: the field of each image, for error messages; "image" by default.
+            bounded: whether a prompt that exceeds the context is refused.
 
         Raises:
             InvalidParameterError: the model is text-only, an image is unusable, or an image token is missing or extra.
@@ -221,7 +222,7 @@ class EngineFront(ABC):
         vision = self._require()[1].vision
         if vision is None:
             raise InvalidParameterError(f"image: {self._info.name} takes text only", "image")
-        return vision.look(token_ids, images, names, self._info.max_model_len)
+        return vision.look(token_ids, images, names, self._info.max_model_len if bounded else None)
 
     async def fetch_images(self, messages: Sequence[Message]) -> list[Message]:
         """Fetch the images of a conversation, before `achat_stream`; `chat`, `chat_stream` and `achat` do this.
@@ -273,7 +274,7 @@ class EngineFront(ABC):
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
         template, sees = self._template(options.get("chat_template")), self._sees
         conversation = one_conversation(messages, template, sees=sees)
-        return prompt_texts(method, [conversation], template, options, _SAMPLING)
+        return prompt_texts(method, [conversation], template, options, _SAMPLING, self._info.image_text)
 
     def _template(self, source: str | None = None) -> ChatTemplate:
         """Return the template of `source`, or else the model's."""
@@ -492,7 +493,7 @@ class EngineFront(ABC):
         template = self._template(options.get("chat_template"))
         sees = self._sees
         conversations, several = as_conversations(messages, template, sees=sees)
-        texts = prompt_texts("chat", conversations, template, options, _SAMPLING)
+        texts = prompt_texts("chat", conversations, template, options, _SAMPLING, self._info.image_text)
         places = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
         prompts = [self._chat_prompt(*each) for each in zip(texts, conversations, places)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):

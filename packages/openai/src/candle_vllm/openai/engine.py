@@ -51,7 +51,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]: ...
 
     def look(
-        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
+        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = (), *, bounded: bool = True
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """Return the prompt with its image placeholders expanded, and the preprocessed images."""
         ...

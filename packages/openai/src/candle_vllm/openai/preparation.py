@@ -139,11 +139,14 @@ class TaskPreparation:
             params = self._bounded(task, params, task.choices, len(prompt))
             return PreparedChat(prompt, params, answers, text, unseen=unseen, loose=loose)
 
-    async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
-        """Read the images of a conversation from their sources, and add them to `prepared`; raises `RequestError`."""
+    async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads, *, bounded: bool) -> PreparedChat:
+        """Read the images of a conversation from their sources, and add them to `prepared`; raises `RequestError`.
+
+        `bounded` is as in `chat`.
+        """
         if prepared.unseen is None:
             return prepared
-        prompt, images = await self._seen(task, prepared.prompt, prepared.unseen, work)
+        prompt, images = await self._seen(task, prepared.prompt, prepared.unseen, work, bounded=bounded)
         return prepared._replace(prompt=prompt, images=images, unseen=None)
 
     async def see_prompt(self, task: Task, prepared: PreparedPrompts, work: WorkerThreads) -> PreparedPrompts:
@@ -155,14 +158,14 @@ class TaskPreparation:
         return prepared._replace(prompts=[prompt._replace(token_ids=tuple(ids))], images=images, unseen=None)
 
     async def _seen(
-        self, task: Task, prompt: Sequence[int], unseen: Unseen, work: WorkerThreads
+        self, task: Task, prompt: Sequence[int], unseen: Unseen, work: WorkerThreads, *, bounded: bool = True
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         with task.paths.blamed():
             async with self._images.had(unseen[0]) as files:
-                return await work.look(self._look, task, prompt, files, unseen[1])
+                return await work.look(self._look, task, prompt, files, unseen[1], bounded)
 
     def _look(
-        self, task: Task, prompt: Sequence[int], files: Sequence[bytes], names: Sequence[str]
+        self, task: Task, prompt: Sequence[int], files: Sequence[bytes], names: Sequence[str], bounded: bool
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         with task.paths.blamed():
             if (total := sum(map(pixels_of, files))) > MAX_PIXELS:
@@ -171,14 +174,14 @@ class TaskPreparation:
                     "allowed"
                 )
                 raise InvalidParameterError(said, names[0])
-            ids, images = self._engine.look(prompt, files, names)
+            ids, images = self._engine.look(prompt, files, names, bounded=bounded)
             self._images.keep(images)  # count their memory before the request waits for a thread
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
             return ids, images
 
     def try_picture(self, data: bytes) -> None:
         """Raise `RequestError` if the model cannot read this image file in a tool's result."""
-        said = template_messages(_LOOKED, self._planner.choice.needs)
+        said = template_messages(_LOOKED, self._planner.choice.needs, self._engine.model_info.image_text)
         prompt = self._engine.tokenize(self._engine.render_messages(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
 
@@ -408,7 +411,7 @@ class TaskPreparation:
                 if template is None and not self._warned:
                     logger.warning("%s: %s", self._engine.model_info.name, _NO_TOOLS)
                     self._warned = True
-        messages = template_messages(task.messages, needs)
+        messages = template_messages(task.messages, needs, self._engine.model_info.image_text)
         variables = {**self._template_defaults, **task.variables}
         render = self._engine.render_messages if template is None else template.render
         return render(messages, **options, **variables)

@@ -272,11 +272,14 @@ _MOST_MENDED = 1 << 16  # characters of call arguments repaired in one conversat
 _Mend = Callable[[str], str | None]
 
 
-def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
+def template_messages(
+    messages: Sequence[Message], needs: TemplateNeeds | None = None, image: str = ""
+) -> list[dict[str, Any]]:
     """Return one dictionary per message; call arguments become objects.
 
     The content is one string, or a list of parts if there are images. A tool message gets the name of its function,
-    because templates may need it and clients omit it. `fit` adapts the messages to what the template `needs`.
+    because templates may need it and clients omit it. `fit` adapts the messages to what the template `needs`; `image`
+    is the model's placeholder of an image.
     """
     left = 0 if needs is None or needs.arguments_as_text else _MOST_MENDED
 
@@ -292,7 +295,7 @@ def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None =
         names |= {call.id: call.name for call in message.calls}  # ids may be repeated in later turns
         rendered.append(_template_message(message, names, mend))
     if needs is not None:
-        fit(rendered, needs)
+        fit(rendered, needs, image)
     return rendered
 
 

@@ -69,7 +69,7 @@ class TokenizingAdapter:
             ids = await self._work.prepare(self._text, request)
         else:
             task, prepared = await self._work.prepare(self._chat, request)
-            ids = (await self._preparation.see(task, prepared, self._work)).prompt
+            ids = (await self._preparation.see(task, prepared, self._work, bounded=False)).prompt
         return await self._work.prepare(self._tokenized, request, ids)
 
     async def detokenize(self, request: tokenizing.DetokenizeRequest) -> tokenizing.Detokenized:

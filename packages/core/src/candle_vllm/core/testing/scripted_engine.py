@@ -205,9 +205,10 @@ class ScriptedEngine(ScriptedVectors):
         self.sleep_level = self.sleep_level if self.asleep else 0
 
     def look(
-        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
+        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = (), *, bounded: bool = True
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """Return the prompt unchanged and record the images."""
+        del bounded
         shown = [picture_of(image, name=name) for image, name in zip(images, names or ["image"] * len(images))]
         self.pictures += shown
         return list(token_ids), tuple(

@@ -185,12 +185,14 @@ def prompt_texts(
     template: ChatTemplate,
     options: Mapping[str, Any],
     within: Mapping[str, Iterable[str]],
+    image: str = "",
 ) -> list[str]:
     """Render the prompts of checked conversations; an image becomes the placeholder that the template writes.
 
     Args:
         method: name of the called method, to which `options` were given.
         within: names of fields by the class that has them, for errors; see `arguments.unknown_name`.
+        image: see `template_needs.fit`.
 
     Raises:
         TypeError: an option is unknown, and is not a variable of the template.
@@ -212,7 +214,7 @@ def prompt_texts(
         raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
     made, needs = [template_messages(each) for each in conversations], needs_of(template)
     for each in made:
-        fit(each, needs)
+        fit(each, needs, image)
     if isinstance(given.get("tools"), (list, tuple)) and all(isinstance(tool, Mapping) for tool in given["tools"]):
         given["tools"] = fit_tools(given["tools"], needs)
     return [template.render(each, **given, **variables) for each in made]

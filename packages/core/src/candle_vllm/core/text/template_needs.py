@@ -53,6 +53,7 @@ _ODD_SCHEMA: Mapping[str, Any] = {
     },
 }
 _ASK: Mapping[str, Any] = {"role": "user", "content": "Hello."}
+_SEEN = [{"type": "text", "text": CONTENT}, {"type": "image"}, {"type": "text", "text": RESULT}]
 _MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _WORD = string.ascii_letters + string.digits + "_.+-"
@@ -134,11 +135,20 @@ class TemplateProbe:
 
     def shows_images(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether an image in the last message, a tool result, is written as in a user's message."""
-        parts = [{"type": "text", "text": CONTENT}, {"type": "image"}, {"type": "text", "text": RESULT}]
         tools = None if self._prompts[True] is None else _TOOLS
-        seen = self._render([{**_ASK, "content": parts}], tools)
+        mark = self._image_mark(tools) or self._image_mark(None)
+        return not mark or self.writes([*messages[:-1], {**messages[-1], "content": _SEEN}], mark, tools=tools)
+
+    def takes_image_parts(self) -> bool:
+        """Whether an image part of a user's message is written, in prompts with and without tools."""
+        kinds = [shown for shown, text in self._prompts.items() if text is not None]
+        return all(self._image_mark(_TOOLS if shown else None) for shown in kinds)
+
+    def _image_mark(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """Return what the template writes for an image part of a user's message; "" if it writes the part as JSON."""
+        seen = self._render([{**_ASK, "content": _SEEN}], tools)
         mark = "" if seen is None else seen.partition(CONTENT)[2].partition(RESULT)[0].strip()
-        return not mark or self.writes([*messages[:-1], {**messages[-1], "content": parts}], mark, tools=tools)
+        return "" if "type" in mark else mark
 
     def wants_parts(self) -> bool:
         """Whether the template writes texts only if they are parts of a content."""
@@ -206,6 +216,7 @@ class TemplateNeeds:
         ignores_tools: the prompt is the same with and without tools.
         writes_calls: the prompt contains earlier tool calls; otherwise a call becomes text of the assistant's message.
         writes_results: the prompt contains tool results; otherwise a result becomes text of the user's turn.
+        image_parts: images may be parts of a content; otherwise the content is a text with the model's placeholders.
         images_in_results: a tool result may have images; otherwise they become parts of a user's message.
         writes_reasoning: the prompt contains the reasoning of a last message that has tool calls.
         arguments_as_text: arguments of a call must be a JSON text; otherwise they must be an object.
@@ -232,6 +243,7 @@ class TemplateNeeds:
     ignores_tools: bool = False
     writes_calls: bool = True
     writes_results: bool = True
+    image_parts: bool = True
     images_in_results: bool = True
     writes_reasoning: bool = False
     arguments_as_text: bool = False
@@ -262,7 +274,8 @@ def template_needs(probe: TemplateProbe) -> TemplateNeeds:
     prompts = [text for text in (probe.prompt, probe.plain_prompt) if text is not None]
     if prompts and not as_parts and not any(str(_ASK["content"]) in text for text in prompts):
         return TemplateNeeds(**_of_tools(probe))
-    return TemplateNeeds(content_as_parts=as_parts, **_of_roles(probe), **_of_tools(probe), **_of_calls(probe))
+    both: dict[str, bool] = {"content_as_parts": as_parts, "image_parts": probe.takes_image_parts()}
+    return TemplateNeeds(**both, **_of_roles(probe), **_of_tools(probe), **_of_calls(probe))
 
 
 def _message(role: str, text: Any) -> dict[str, Any]:
@@ -400,8 +413,10 @@ def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
     return made
 
 
-def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
+def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds, image: str = "") -> None:
     """Rewrite messages, in place, to a form that the template supports; supported ones stay, and nothing is lost.
+
+    `image` is the model's placeholder of an image, for a template that takes no image parts.
 
     Consecutive messages of one role become one, as in Anthropic's and Ollama's APIs: models expect alternating roles.
     Users of different names stay apart, unless the template needs `roles_in_turn`.
@@ -421,6 +436,11 @@ def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
             messages.insert(0, _message("user", ""))
         messages[0]["content"] = _joined(begun.pop()["content"], messages[0].get("content"), "\n\n")
     rendered[:] = _with_calls([*begun, *messages], needs) if calls else [*begun, *messages]
+    for message in rendered if image and not needs.image_parts else ():
+        parts = _parts(message.get("content"))
+        if any(part.get("type") == "image" for part in parts):
+            texts = (image if part.get("type") == "image" else part.get("text", "") for part in parts)
+            message["content"] = "".join(texts)
     for message in rendered if needs.content_as_parts else ():
         if isinstance(message.get("content"), str):
             message["content"] = [{"type": "text", "text": message["content"]}]
@@ -504,14 +524,19 @@ def _one_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def _joined(first: Any, second: Any, between: str = "\n") -> Any:
-    """Join two contents: to a text, or to a list if one of the two is a list of parts."""
-    if isinstance(first, (list, tuple)) or isinstance(second, (list, tuple)):
-        return [*_parts(first), *_parts(second)]
-    return between.join(filter(None, (first, second)))
+    """Join two contents: to a text, or to a list if one of the two is a list of parts; texts that meet become one."""
+    if not isinstance(first, (list, tuple)) and not isinstance(second, (list, tuple)):
+        return between.join(filter(None, (first, second)))
+    head, tail = _parts(first), _parts(second)
+    if head and tail and head[-1].get("type") == tail[0].get("type") == "text":
+        head.append({**tail[0], "text": between.join(filter(None, (head.pop()["text"], tail.pop(0)["text"])))})
+    return [*head, *tail]
 
 
-def _parts(content: Any) -> Sequence[Any]:
-    return content if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}] if content else ()
+def _parts(content: Any) -> list[Any]:
+    """Return a content as parts; the library accepts texts among them."""
+    parts = content if isinstance(content, (list, tuple)) else [content] if content else []
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
 def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:

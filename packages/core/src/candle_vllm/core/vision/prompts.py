@@ -91,22 +91,24 @@ class VisionInput:
             InvalidParameterError: too many images, an unusable image, or another number of placeholders than images.
             PromptTooLongError: the expanded prompt does not fit into the context.
         """
+        names = names or ["image"] * len(images)
         if len(images) > (most := self.limits.max_images):
-            raise InvalidParameterError(
-                f"image: the prompt has {len(images)} images; at most {most} are allowed", "image"
-            )
+            name = names[most]
+            said = f"{name}: the prompt has {len(images)} images; at most {most} are allowed (max_images)"
+            raise InvalidParameterError(said, name)
         marks = (ids := list(ids)).count(self.parts.asks)
         if marks != len(images):
+            name = next(iter(names), "image")
             raise InvalidParameterError(
-                f"image: {len(images)} images, and {marks} placeholders in the prompt; each image needs one "
-                f"{self.parts.written!r}",
-                "image",
+                f"{name}: {len(images)} images, and {marks} placeholders in the prompt; each image needs one "
+                f"{self.parts.written!r}, and no text may contain it",
+                name,
             )
         expanded: list[int] = []
         inputs: list[ImageInput] = []
         made: dict[bytes, ImageInput] = {}
         begin = 0
-        for image, name in zip(images, names or ["image"] * len(images), strict=True):
+        for image, name in zip(images, names, strict=True):
             end = ids.index(self.parts.asks, begin)
             self._join(expanded, ids[begin:end])
             begin = end + 1

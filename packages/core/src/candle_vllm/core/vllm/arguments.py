@@ -188,11 +188,13 @@ def _eager(value: Any) -> dict[str, Any]:
 def image_limit(given: Any) -> int | None:
     """Return the number of images in vLLM's `limit_mm_per_prompt`: by kind of input a count, or a mapping with `count`.
 
+    None is no limit: a mapping may have sizes only, which vLLM uses to reserve memory.
+
     Raises:
         ValueError: it has another form, or allows inputs other than images.
     """
     try:
-        counts = {kind: limit.get("count", 0) if isinstance(limit, dict) else limit for kind, limit in given.items()}
+        counts = {kind: limit.get("count") if isinstance(limit, dict) else limit for kind, limit in given.items()}
     except AttributeError:
         raise ValueError('must be a JSON object of counts, as {"image": 4}') from None
     other = next((kind for kind, count in counts.items() if kind != "image" and count != 0), None)

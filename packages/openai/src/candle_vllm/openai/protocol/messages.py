@@ -17,6 +17,7 @@ from candle_vllm.openai.task import ImagePart as Image
 _OTHER_PARTS = frozenset({
     "image_base64", "input_audio", "audio_url", "video_url", "file", "input_file",
 })  # fmt: skip
+_IMAGES = ("image_url", "input_image")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -32,6 +33,8 @@ class TextPart(WireModel):
     def check_kind(cls, data: dict[str, Any]) -> None:
         """Raise an error that names the part's type, if the server cannot read such parts."""
         kind = data.get("type")
+        if isinstance(kind, str) and kind in _IMAGES:
+            raise unsupported("type", "images can only be in messages of users and tools")
         if isinstance(kind, str) and kind in _OTHER_PARTS:
             raise unsupported("type", f"{kind!r} parts are not supported: the server takes text and images")
 
@@ -103,7 +106,7 @@ _SpokenPart = Annotated[
 ]
 _SeenPart = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")],
-    Discriminator(lambda value: "<image>" if fields.type_of(value) in ("image_url", "input_image") else "<text>"),
+    Discriminator(lambda value: "<image>" if fields.type_of(value) in _IMAGES else "<text>"),
 ]
 SeenContent = Annotated[
     _String | Annotated[list[_SeenPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],

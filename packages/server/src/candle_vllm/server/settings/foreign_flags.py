@@ -260,6 +260,8 @@ def _ours(flag: str, value: str, row: Row, known: Known, command: str) -> list[s
         raise UsageError(f"{flag} {value:.60} is not supported: {row.answer}")
     if isinstance(becomes, str):
         return [each.replace("{}", value) for each in becomes.split()]
+    for name in reversed(flag.split(".")[1:]):  # vLLM's `--flag.name VALUE` is `--flag '{"name": VALUE}'`
+        value = json.dumps({name: _read(value)})
     try:
         return becomes(value)
     except ValueError as error:
