@@ -394,7 +394,7 @@ def device_parts(source: Path, **how: Any) -> Any:
 
 
 DEVICE: list[dict[str, Any]] = [
-    {}, {"graphs": False}, {"captured": 40}, {"rows": 12, "few": True}, {"blocks": 26, "pages": 1},
+    {}, {"graphs": False}, {"captured": 40}, {"rows": 12, "few": True}, {"blocks": 20, "pages": 4},
     {"sliding": True, "few": True},
 ]  # fmt: skip
 
