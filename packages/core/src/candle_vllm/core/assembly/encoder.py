@@ -194,7 +194,7 @@ def _check_isq(config: EngineConfig) -> None:
 
 
 def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:
-    """Return the maximum tokens of a text: the setting, else what the folder limits texts to, else the positions."""
+    """Return the maximum tokens of a text: the setting, else the folder's limit within the model's positions."""
     if config.max_model_len is None:
         tuned = longest_text(files.folder) if files.format != "gguf" else None
         return min(model.max_position, tuned or model.max_position)

@@ -178,7 +178,7 @@ class SparseMLP:
 
     def record_experts(self, x: Recorded, logits: Recorded) -> Recorded:
         """Record the experts' results for x [T, E] with the router's logits."""
-        x, pairs = SparseMLP._routed(self, x, logits)  # what a subclass does to x before is the GPU's part
+        x, pairs = SparseMLP._routed(self, x, logits)  # on the GPU a subclass has projected x already
         return moe.combine(self.experts(x, pairs), pairs, None)
 
     def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
