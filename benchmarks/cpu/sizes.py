@@ -7,12 +7,12 @@
 Files of a published model's shape come from `shapes.py`. `SIZES` has the columns of each size: `prompt_N` is a prompt
 of N tokens, `decode_N` 64 tokens of one stream behind N, `streams_8` the output of 8 streams of 128 + 64 tokens over
 the whole time, all in tokens a second; `start` is the seconds of a process from its start to its end with one token.
-Before the first pair candle-vllm starts once, so that the file of packed weights exists. A pair runs every engine once,
-each in processes of its own, in an order that turns. A process reads a context once and decodes three times from it, and
-its figure is the median (ik_llama.cpp reads it each time, once). Eight streams of two tokens run before the measured
-ones. ik_llama.cpp runs with and without repacked weights, and the better figure counts. Without a path to its batched
-bench, an engine has no figure of streams. Drafts are off. The last line of a size has, by column, the median of the
-ratios to the pair's best other engine.
+Before the first pair candle-vllm starts once, so that the file of packed weights exists. A pair runs every engine
+once, each in processes of its own, in an order that turns. A process reads a context once and decodes three times
+from it, and its figure is the median (ik_llama.cpp reads it each time, once). Eight streams of two tokens run before
+the measured ones. ik_llama.cpp runs with and without repacked weights, and the better figure counts. Without a path
+to its batched bench, an engine has no figure of streams. Drafts are off. The last line of a size has, by column, the
+median of the ratios to the pair's best other engine.
 """
 
 from __future__ import annotations
