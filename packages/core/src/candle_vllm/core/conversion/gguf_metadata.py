@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.pooling import read_pooling
@@ -145,7 +145,11 @@ def check_description(config: ModelConfig, written: Checkpoint) -> None:
     Raises:
         UnsupportedModelError: they describe another model; the message names the settings.
     """
-    _, found = family_from_gguf(written.metadata, written)
+    name = written.metadata["general.architecture"]
+    try:
+        _, found = family_from_gguf(written.metadata, written)
+    except InvalidFileError as error:  # a required key has no value
+        raise UnsupportedModelError(f"GGUF's {name} cannot express this model: {error}") from error
     divisors = computed_tensors(config).get(DIVISORS)
     different = [
         field.name
@@ -153,9 +157,7 @@ def check_description(config: ModelConfig, written: Checkpoint) -> None:
         if field.name not in _ELSEWHERE and not _same(config, found, field.name, divisors)
     ]
     if different:
-        raise UnsupportedModelError(
-            f"GGUF's {written.metadata['general.architecture']} cannot express this model's {', '.join(different)}"
-        )
+        raise UnsupportedModelError(f"GGUF's {name} cannot express this model's {', '.join(different)}")
 
 
 def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: np.ndarray | None) -> bool:
