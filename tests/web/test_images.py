@@ -63,6 +63,23 @@ def waiting(page: Any) -> Any:
     return page.locator(".composer .picture")
 
 
+def test_a_conversation_of_an_image_alone_is_named_too(seeing: Any, open_page: Callable[..., Any]) -> None:
+    page = open_page(seeing.url, titles=True)
+    page.locator("#attach-file").set_input_files([file()])
+    waiting(page).wait_for()
+    button(page, "Send").click()
+    page.get_by_role("link", name="A picture", exact=True).wait_for()
+
+
+def test_a_suggestion_can_be_undone(page: Any) -> None:
+    composer = page.locator("#composer")
+    composer.fill("What I wrote")
+    page.locator(".suggestion").first.click()
+    assert composer.input_value() == page.locator(".suggestion").first.inner_text()
+    composer.press("Control+z")
+    assert composer.input_value() == "What I wrote"
+
+
 def test_an_image_is_sent_shown_and_kept(page: Any, seeing: Any) -> None:
     page.locator("#attach-file").set_input_files([file()])
     waiting(page).wait_for()

@@ -2,7 +2,6 @@
 // All conversations, and the one that is shown.
 
 import { batch, computed, signal, type Signal } from "@preact/signals";
-import { titleOf } from "../chat/title.ts";
 import { type Attached, type Conversation, textOf } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import { newId } from "../store/ids.ts";
@@ -11,6 +10,7 @@ import { OpenChat } from "./open-chat.ts";
 import { go, route } from "./route.ts";
 import { startStorage, storage, unsaved } from "./storage.ts";
 import { listen, tell } from "./tabs.ts";
+import { firstTitle } from "./titles.ts";
 
 const known = signal<ReadonlyMap<string, Signal<Conversation>>>(new Map());
 const opened = new Map<string, OpenChat>();
@@ -154,7 +154,7 @@ function changed(id: string, change: Partial<Conversation>): void {
 export function beginChat(text: string, start: Pick<Conversation, "model" | "settings" | "tools">, attached: Attached = {}): OpenChat {
   const now = Date.now();
   const info = signal<Conversation>({
-    ...start, id: newId(), title: titleOf(text || attached.files?.[0]?.name || t.value.picture), renamed: false, created: now, updated: now, leaf: null, pinned: false, folder: null,
+    ...start, id: newId(), title: firstTitle(text, attached), renamed: false, created: now, updated: now, leaf: null, pinned: false, folder: null,
   });
   storage().add(info.value, []).catch(() => {
     unkept.add(info.peek().id);

@@ -6,7 +6,7 @@ import { streamChat } from "../api/chat.ts";
 import { snapshot } from "../chat/accumulate.ts";
 import { chatRequest } from "../chat/request.ts";
 import { merged } from "../chat/settings.ts";
-import { titleOf, titleRequest } from "../chat/title.ts";
+import { titleRequest } from "../chat/title.ts";
 import { sizeOfAttached } from "../chat/images.ts";
 import { MessageTree } from "../chat/tree.ts";
 import { type Decision, recover, Turn } from "../chat/turn.ts";
@@ -21,7 +21,7 @@ import { cardFor, changeModel, refreshModels, refreshSoon } from "./models.ts";
 import { announce, notify } from "./notices.ts";
 import { callToolFromPage } from "./page-key.ts";
 import { preferences } from "./preferences.ts";
-import { askForTitle, stopTitles } from "./titles.ts";
+import { askForTitle, firstTitle, stopTitles } from "./titles.ts";
 
 const SAVE_MS = 500;
 const MAX_ANNOUNCED = 2000;
@@ -282,7 +282,7 @@ export class OpenChat {
     const path = this.path.peek().map((id) => this.nodes.get(id)!.peek());
     const [question, first] = path;
     const isWanted = preferences.peek().titles && !this.hasAskedForTitle && !renamed && path.length <= MAX_UNTITLED;
-    if (!isWanted || question?.role !== "user" || title !== titleOf(question.text || question.files?.[0]?.name || "") || !first || !textOf(first)) return;
+    if (!isWanted || question?.role !== "user" || title !== firstTitle(question.text, question) || !first || !textOf(first)) return;
     const { system } = merged(preferences.peek().settings, settings);
     const made = await askForTitle(titleRequest(model, path, system, !!cardFor(model)?.reasoning_parser));
     this.hasAskedForTitle = made !== undefined;

@@ -2,7 +2,12 @@
 // Titles by the model: asked for when nothing else is, and dropped as soon as the user wants something.
 
 import { streamChat } from "../api/chat.ts";
-import { hasLine, readTitle } from "../chat/title.ts";
+import { hasLine, readTitle, titleOf } from "../chat/title.ts";
+import type { Attached } from "../chat/types.ts";
+import { t } from "../i18n/index.ts";
+
+/** The title of a new conversation, by its first message: its text, else its file, else that it is a picture. */
+export const firstTitle = (text: string, { files }: Attached): string => titleOf(text || files?.[0]?.name || t.peek().picture);
 
 const running = new Set<AbortController>();
 

@@ -51,7 +51,7 @@ function State({ card }: { card: ModelCard }) {
 function suggest(text: string): void {
   const input = document.getElementById("composer");
   if (!(input instanceof HTMLTextAreaElement)) return;
-  input.value = text;
-  input.dispatchEvent(new Event("input", { bubbles: true }));
   input.focus();
+  input.select();
+  document.execCommand("insertText", false, text); // unlike an assignment, it can be undone
 }
