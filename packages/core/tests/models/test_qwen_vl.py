@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ GPU_STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, marks: Sequence[str] = MARKS, template: str = TEMPLATE) -> None:
     """Bytes, two merges and Qwen2's cut, which GGUF has a form for, and the marks."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e")]
@@ -154,10 +154,10 @@ def write_tokenizer(folder: Path) -> None:
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, spelling])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", *MARKS])
-    assert [tokenizer.token_to_id(mark) for mark in MARKS] == [START, END, PAD, VIDEO]
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", *marks])
+    assert [tokenizer.token_to_id(mark) for mark in marks] == [START, END, PAD, VIDEO]
     tokenizer.save(str(folder / "tokenizer.json"))
-    said = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    said = {"eos_token": "<|im_end|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
 
 

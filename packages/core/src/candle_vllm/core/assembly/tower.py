@@ -154,6 +154,8 @@ def _from_gguf(stored: Checkpoint, text_size: int, said: Mapping[str, Any] | Non
     family = tower_family_from_gguf(stored.metadata, stored.path)
     fields = Fields(stored.metadata, stored.path, "clip.vision.")
     model = _described(family, said, lambda said: family.config_from_gguf(fields, text_size, said))
+    if family.completed is not None:
+        model = family.completed(model, stored.tensors)
     return family, model, stored.with_tensors(family.prepared(stored.tensors, model)), stored.path
 
 

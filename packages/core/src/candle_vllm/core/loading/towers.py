@@ -30,6 +30,10 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Kimi_K25ForConditionalGeneration": _KIMI,  # the spelling of transformers
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
+        "Glm46VForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
+        "Glm4vForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
+        "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
+        "GlmOcrForConditionalGeneration": {"glm_ocr_text": "Glm4ForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "Mistral3ForConditionalGeneration": {
@@ -95,6 +99,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "query_pre_attn_scalar": 256,
         },
         "gemma4_text": _GEMMA4,
+        "glm4v_text": {"partial_rotary_factor": 1.0},
+        "glm4v_moe_text": {"partial_rotary_factor": 1.0},
+        "glm_ocr_text": {"partial_rotary_factor": 1.0, "attention_bias": False},
         "gemma4_unified_text": {**_GEMMA4, "max_position_embeddings": 262144, "sliding_window": 1024},
         "llama": {
             "vocab_size": 32000,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GLM-4's layers: half of each head rotates, in interleaved pairs; gate and up are one matrix.
+"""GLM-4's layers: part of each head rotates, in interleaved pairs; gate and up are one matrix.
 
 GLM-4-0414 also normalises the outputs of attention and of the feed-forward layer; GLM-4-9B-Chat does not.
 Source: Team GLM, 2024, arXiv:2406.12793.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
@@ -24,8 +23,10 @@ from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, share
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.attention_names import GG, HF, projections
+from candle_vllm.core.models.attention_names import GG, HF, axes_keys, gguf_has_bias, projections
+from candle_vllm.core.models.experts import without_next_tokens
 from candle_vllm.core.models.family import Architecture, Family
+from candle_vllm.core.models.glm4_moe import later_layers
 from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -47,10 +48,8 @@ class GlmConfig(ModelConfig):
 def config_from_hf(fields: Fields, model_type: str) -> GlmConfig:
     """Read `config.json` of glm and glm4, where by default half of each head rotates."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    if "partial_rotary_factor" not in fields:
-        fields = Fields({**fields.values, "partial_rotary_factor": 0.5}, fields.path)
     return GlmConfig(
-        **shared_from_hf(fields, model_type),
+        **shared_from_hf(fields.with_absent(partial_rotary_factor=0.5), model_type),
         qkv_bias=fields.get("attention_bias", bool, True),
         sandwich=model_type == "glm4",
         interleaved_rotary=True,
@@ -59,14 +58,15 @@ def config_from_hf(fields: Fields, model_type: str) -> GlmConfig:
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GlmConfig:
     """Read GGUF metadata of glm4 and chatglm."""
-    if any(fields.get("rope.dimension_sections", list, [])):
-        raise UnsupportedModelError(
-            f"{fields.path}: {fields.prefix}rope.dimension_sections: rotary positions of images are not implemented; "
-            "use a GGUF file of the text model"
-        )
     shared = shared_from_gguf(fields, checkpoint)
-    biased = any(f"blk.0.attn_{part}.bias" in checkpoint.tensors for part in ("q", "qkv"))
-    return GlmConfig(**shared, qkv_bias=biased, sandwich=shared["model_type"] == "glm4", interleaved_rotary=True)
+    layers = without_next_tokens(fields, shared["num_layers"])
+    shared |= {"num_layers": layers, "sliding_windows": shared["sliding_windows"][:layers]}
+    return GlmConfig(
+        **shared,
+        qkv_bias=gguf_has_bias(checkpoint),
+        sandwich=shared["model_type"] == "glm4",
+        interleaved_rotary=not shared["rope"].axes,  # the converter splits the pairs of models with M-RoPE
+    )
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -151,8 +151,9 @@ WEIGHTS = [
 
 
 def ignored(config: GlmConfig) -> list[str]:
-    """Names of tensors that are not loaded: buffers that old converters saved, and the copy of a tied head."""
-    return [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
+    """Names of tensors that are not loaded: old converters' buffers, a tied head's copy, multi-token prediction."""
+    own = [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
+    return [*own, *later_layers(config.num_layers)]
 
 
 FAMILY = Family(
@@ -165,6 +166,10 @@ FAMILY = Family(
     ignored=ignored,
     as_gguf={
         "glm": Architecture(name="chatglm", interleaved=True, square=True),
-        "glm4": Architecture(name="glm4", interleaved=True),
+        "glm4": Architecture(
+            name="glm4",
+            more=lambda config: axes_keys(config) if config.rope.axes else {},
+            otherwise=lambda config: {"interleaved_rotary": not config.rope.axes},
+        ),
     },
 )

@@ -15,7 +15,7 @@ from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import gguf_has_bias
+from candle_vllm.core.models.attention_names import axes_keys, gguf_has_bias
 from candle_vllm.core.models.experts import (
     GG,
     HF,
@@ -40,7 +40,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     solar = model_type == "solar_open"
     inner = fields.count("moe_intermediate_size")
     usual: dict[str, Any] = {"intermediate_size": inner, "rope_theta": 1e6} if solar else {"partial_rotary_factor": 0.5}
-    shared = shared_from_hf(Fields(usual | dict(fields.values), fields.path), model_type)
+    shared = shared_from_hf(fields.with_absent(**usual), model_type)
     layers, dense = shared["num_layers"], fields.get("first_k_dense_replace", int, 0 if solar else 1)
     shared_experts = fields.get("n_shared_experts", int, 1)
     mixture = sigmoids_from_hf(fields, shared_size=inner * shared_experts)
@@ -104,7 +104,9 @@ def later_layers(layers: int) -> list[str]:
 
 def gguf_keys(config: Any) -> dict[str, Any]:
     """The GGUF metadata of the experts; the dense layers are the first ones, as for `first_k_dense_replace`."""
-    return routed_keys(config.mixture) | {"leading_dense_block_count": config.num_layers - len(config.sparse_layers)}
+    dense = config.num_layers - len(config.sparse_layers)
+    axes = axes_keys(config) if config.rope.axes else {}
+    return axes | routed_keys(config.mixture) | {"leading_dense_block_count": dense}
 
 
 FAMILY = Family(

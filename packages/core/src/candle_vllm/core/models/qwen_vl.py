@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -33,10 +33,11 @@ from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP, GatedMLP
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host, write_rows
+from candle_vllm.core.layers.parameters import Placement, write_rows
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed, row_part
-from candle_vllm.core.loading.weights import Parameter, Seen, WeightName
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.models.grid_positions import GridPositions, linear
 from candle_vllm.core.models.siglip import ACTIVATIONS
 from candle_vllm.core.models.siglip import prepared as swapped_back
 from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
@@ -46,10 +47,10 @@ from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, Cut, area_r
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_gelu", **ACTIVATIONS})
-_FRAMES = 2  # frames of a patch
+FRAMES = 2  # frames of a patch
 _THETA = 10000.0
 _EPS = 1e-6
-_MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
+MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
 """Maximum number of patches of an image: the default limit, and the maximum of an operator's limit. Published settings
 allow the second, but attention over this number of patches takes minutes on a CPU."""
 
@@ -73,14 +74,7 @@ def config_from_hf(
     vision, named = fields.section("vision_config"), fields.get("architectures", list)[0]
     third = named.startswith("Qwen3")
     patch, cell = vision.count("patch_size", 16 if third else 14), vision.count("spatial_merge_size", 2, most=64)
-    for name, known in (("patch_size", patch), ("merge_size", cell), ("temporal_patch_size", _FRAMES)):
-        if processor.count(name, known) != known:
-            raise InvalidFileError(f"{processor.path}: {name} is {processor.count(name)}; the tower's is {known}")
-    for name, known in (("temporal_patch_size", _FRAMES), ("in_channels", 3), ("in_chans", 3)):
-        if vision.count(name, known) != known:
-            raise UnsupportedModelError(
-                f"{fields.path}: vision_config.{name} is {vision.count(name)}; implemented: {known}"
-            )
+    check_sizes(vision, processor, patch, cell)
     layers = vision.count("depth", 27 if third else 32, most=MAX_LAYERS)
     if third:
         usual = [8, 16, 24] if named.startswith("Qwen3VL") else []
@@ -88,7 +82,7 @@ def config_from_hf(
             "hidden_size": vision.count("hidden_size", 1152),
             "intermediate_size": vision.count("intermediate_size", 4304),
             "activation": _ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *_ACTIVATIONS)],
-            "learned": math.isqrt(vision.count("num_position_embeddings", 2304, most=_MOST_PATCHES)),
+            "learned": math.isqrt(vision.count("num_position_embeddings", 2304, most=MOST_PATCHES)),
             "deep": _deep(vision.get("deepstack_visual_indexes", list, usual), layers, vision),
         }
     elif named == "Qwen2_5_VLForConditionalGeneration":
@@ -115,8 +109,20 @@ def config_from_hf(
         patch=patch,
         cell=cell,
         text_size=text_size,
-        rule=_rule(processor, patch, cell, said),
+        rule=rule_of(processor, patch, cell, said),
     )
+
+
+def check_sizes(vision: Fields, processor: Fields, patch: int, cell: int, **more: int) -> None:
+    """Refuse sizes in `vision_config` that are not implemented, and sizes of the processor that differ from it."""
+    for name, known in {"patch_size": patch, "merge_size": cell, "temporal_patch_size": FRAMES}.items():
+        if processor.count(name, known) != known:
+            raise InvalidFileError(f"{processor.path}: {name} is {processor.count(name)}; the tower's is {known}")
+    for name, known in {"temporal_patch_size": FRAMES, "in_channels": 3, "in_chans": 3, **more}.items():
+        if vision.count(name, known) != known:
+            raise UnsupportedModelError(
+                f"{vision.path}: vision_config.{name} is {vision.count(name)}; implemented: {known}"
+            )
 
 
 def _deep(layers: list[Any], count: int, vision: Fields) -> tuple[int, ...]:
@@ -148,7 +154,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
     inner = fields.get("feed_forward_length", int, 0)
     processor = {
         "min_pixels": fields.count("image_min_pixels", 256**2 if kind == "qwen3vl_merger" else 56**2),
-        "max_pixels": fields.count("image_max_pixels", _MOST_PATCHES * patch**2),
+        "max_pixels": fields.count("image_max_pixels", MOST_PATCHES * patch**2),
         **{f"image_{key}": fields.values[f"{fields.prefix}image_{key}"] for key in ("mean", "std")
            if f"image_{key}" in fields},
     }  # fmt: skip
@@ -186,16 +192,19 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
         patch=patch,
         cell=cell,
         text_size=text_size,
-        rule=_rule(Fields(processor, fields.path), patch, cell, said),
+        rule=rule_of(Fields(processor, fields.path), patch, cell, said),
     )
 
 
-def _rule(processor: Fields, patch: int, cell: int, said: Mapping[str, Any]) -> AreaRule:
-    """How images are resized; an operator's area limits, as pixels or as edges of `size`, override the file's."""
+def rule_of(processor: Fields, patch: int, cell: int, said: Mapping[str, Any], most: int = MOST_PATCHES) -> AreaRule:
+    """How images are resized; an operator's area limits, as pixels or as edges of `size`, override the file's.
+
+    `most` is the maximum number of patches without an operator's limit.
+    """
     size = said.get("size", NOTHING)
     named = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     asked = {name: said.get(name, size.get(edge)) for name, edge in named if name in said or edge in size}
-    fields, most = over(processor, asked), _MOST_PATCHES * patch**2
+    fields, most = over(processor, asked), most * patch**2
     if "max_pixels" in asked:
         most = _MOST_ASKED * patch**2
         fields.count("max_pixels", most=most)
@@ -251,31 +260,6 @@ class Block:
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
-class Positions:
-    """Learned positions of a square grid, interpolated to an image's grid with aligned corners."""
-
-    def __init__(self, side: int, size: int, placement: Placement) -> None:
-        self.side, self.weight = side, placement.empty(side**2, size)
-
-    def __call__(self, places: NDArray[np.int64], grid: tuple[int, int]) -> NDArray[np.float32]:
-        """Bilinearly interpolated vectors [n, E] for the row and column [n, 2] of patches in an image's grid."""
-        table, last = on_host(self.weight), np.float32(self.side - 1)
-        found = np.zeros((len(places), table.shape[1]), np.float32)
-        steps = [places[:, axis] * (last / max(count - 1, 1)) for axis, count in enumerate(grid)]
-        below = [step.astype(np.int64) for step in steps]
-        shares = [(step - low).astype(np.float32)[:, None] for step, low in zip(steps, below)]
-        for down in (0, 1):
-            for right in (0, 1):
-                rows, columns = (np.minimum(low + more, self.side - 1) for low, more in zip(below, (down, right)))
-                weights = [share if more else 1 - share for share, more in zip(shares, (down, right))]
-                found += table[rows * self.side + columns] * (weights[0] * weights[1])
-        return found
-
-    def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
-        return {"weight": TensorParameter(self.weight)}
-
-
 class Merger:
     """Projects a layer's output for the patches of a cell, side by side, to an embedding [text size]."""
 
@@ -296,10 +280,12 @@ class QwenTower:
         size, joined = config.hidden_size, config.cell_size
         self.config = config
         self.patches = Linear(config.patch_size, size, placement, bias=bool(config.learned))
-        self.positions = Positions(config.learned, size, placement) if config.learned else None
+        self.positions = GridPositions(config.learned, size, placement, linear) if config.learned else None
         empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
         self._tables = placement.constant(empty), placement.constant(empty.copy())  # filled by `place`
-        self.layers = [Block(config, layer, self._tables, placement) for layer in range(config.num_layers)]
+        self.layers: Sequence[Callable[[Value, TowerStep], Value]] = [
+            Block(config, layer, self._tables, placement) for layer in range(config.num_layers)
+        ]
         self.norm = (RMSNorm if config.gated else LayerNorm)(size, config.norm_eps, placement)
         self.joined = Linear(joined, joined, placement, bias=True)
         self.projector = Linear(joined, config.text_size, placement, bias=True)
@@ -332,10 +318,10 @@ class QwenTower:
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-def _kernel(stored: StoredTensor, config: Any) -> StoredTensor:
+def kernel(stored: StoredTensor, config: Any) -> StoredTensor:
     """The kernels of a convolution over both frames [E, 3, 2, h, w], or their sum, as a matrix [E, 3 * h * w]."""
     side, shape = config.patch, (stored.shape[0], config.patch_size)
-    if stored.shape[1:] == (3, _FRAMES, side, side):
+    if stored.shape[1:] == (3, FRAMES, side, side):
         return computed(stored, shape, lambda values: values.sum(2, dtype=np.float32).reshape(shape), "F32")
     if stored.shape[1:] == (3, side, side):
         return computed(stored, shape, lambda values: values.reshape(shape), "F32")
@@ -366,7 +352,7 @@ def _of_qkv(number: int, part: str) -> list[WeightName]:
 
 WEIGHTS: Sequence[WeightName] = (
     WeightName(
-        "patches:weight", _AT + "patch_embed.proj.weight", "v.patch_embd.weight", hf_view=_kernel, gguf_view=_kernel
+        "patches:weight", _AT + "patch_embed.proj.weight", "v.patch_embd.weight", hf_view=kernel, gguf_view=kernel
     ),
     WeightName("patches:bias", _AT + "patch_embed.proj.bias", "v.patch_embd.bias"),
     WeightName("positions:weight", _AT + "pos_embed.weight", "v.position_embd.weight"),

@@ -139,7 +139,9 @@ def _installed() -> tuple[Family | EncoderFamily, ...]:
     return tuple(point.load() for point in entry_points(group="candle_vllm.models"))
 
 
-TOWER_FAMILIES = ("siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl", "llama4_tower")
+TOWER_FAMILIES = (
+    "siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl", "llama4_tower", "glm4v_tower"
+)  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 
 

@@ -264,6 +264,7 @@ class TowerFamily:
         config_from_hf: reads a config from config.json, preprocessor_config.json, the text model's hidden size, and the
             operator's values.
         config_from_gguf: the same from a GGUF file's metadata, the text model's hidden size, and the operator's values.
+        completed: adds to the config what only a GGUF file's tensors show; None if the metadata is complete.
         prepared: renames and reshapes the tensors of a GGUF file to the GGUF names and shapes in `weights`.
         build, weights: as for `Family`.
         mark: the token that is repeated for each of an image's embeddings.
@@ -280,6 +281,7 @@ class TowerFamily:
     settings: tuple[str, ...]
     config_from_hf: Callable[[Fields, Fields, int, Mapping[str, Any]], TowerConfig]
     config_from_gguf: Callable[[Fields, int, Mapping[str, Any]], TowerConfig]
+    completed: Callable[[Any, Mapping[str, StoredTensor]], TowerConfig] | None = None
     prepared: Callable[[Mapping[str, StoredTensor], TowerConfig], Mapping[str, StoredTensor]]
     build: Callable[[Any, Placement], Tower]
     weights: Sequence[WeightName]

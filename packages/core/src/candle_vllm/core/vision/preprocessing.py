@@ -230,6 +230,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
         fills: Gemma 4's rule: every image, small ones too, is scaled to `most` pixels, and its sides are rounded down.
+        grows: GLM-4V's rule: an image with a side shorter than a cell is first enlarged until this side is a cell.
     """
 
     cell: int
@@ -238,6 +239,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     resample: int
     normalisation: Normalisation
     fills: bool = False
+    grows: bool = False
 
     @property
     def longest(self) -> int:
@@ -274,6 +276,8 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
             said = f"{width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
             raise InvalidParameterError(said, "image")
         cell, sides = self.cell, (height, width)
+        if self.grows and min(sides) < cell:
+            height, width = sides = tuple(int(side * (cell / min(sides))) for side in sides)
         near = [round(side / cell) * cell for side in sides]
         if math.prod(near) > self.most:
             shrunk = math.sqrt(height * width / self.most)

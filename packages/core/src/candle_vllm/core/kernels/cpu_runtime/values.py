@@ -216,13 +216,11 @@ class _Value(Recorded):
 
     def rms_norm(self, weight: Floats, eps: float) -> Recorded:
         if self.head_dim is None:
-            assert not isinstance(self, _Prepared), "a norm's input must be computed: copy it by `side_by_side` first"
             return _Prepared(self, Prologue.NORM, self.width, weight, eps)
         return self._norm_heads(self.head_dim, weight, eps, layer=False)
 
     def layer_norm(self, weight: Floats, bias: Floats | None, eps: float) -> Recorded:
         if self.head_dim is None:
-            assert not isinstance(self, _Prepared), "a norm's input must be computed: copy it by `side_by_side` first"
             both = np.concatenate([weight, np.zeros_like(weight) if bias is None else bias])
             return _Prepared(self, Prologue.LAYER_NORM, self.width, both, eps)
         assert bias is None
@@ -452,6 +450,7 @@ class _Prepared(_Wrapper):
         weight: Floats | None = None,
         eps: float = 0.0,
     ) -> None:
+        assert not isinstance(source, _Prepared), "a norm's or activation's input must be computed: use `side_by_side`"
         super().__init__(source, columns)
         self._prologue, self._weight, self._eps = prologue, weight, eps
         self._forms: dict[InputForm, Inputs] = {}

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: MIT
+"""GLM-4V and GLM-OCR of random weights: towers, positions and logits against transformers, files, and sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine.runners.eager_runner import EagerTower
+from candle_vllm.core.engine.runners.images import TowerRunner
+from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.models.glm4v_tower import FAMILY
+from candle_vllm.core.models.registry import family_from_hf
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.sight import (
+    answers,
+    answers_of_a_gpu,
+    answers_op_by_op,
+    finished,
+    nbytes,
+    require_same,
+)
+from packages.core.tests.models.test_qwen_vl import GPU_STEPS, PICTURES, TEMPLATE, loaded_from, write_tokenizer
+from packages.core.tests.models.tiny import SMALL, randomise
+from tests.common_run import few
+
+MARKS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
+START, END, PAD, VIDEO = range(260, 264)
+ONE = f"{MARKS[0]}{MARKS[2]}{MARKS[1]}"
+ASK = f"<|im_start|>user\n{ONE}Compare this with {ONE}, please.<|im_end|>\n<|im_start|>assistant\n"
+PROMPTS: list[Any] = [
+    {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}},
+    {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[2], PICTURES[2]]}},
+    {"prompt": f"{ONE}What is this?", "multi_modal_data": {"image": [PICTURES[3]]}},
+    "<|im_start|>user\nCompare nothing.<|im_end|>\n",
+]
+TOWER = {
+    "depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_size": 32,
+    "intermediate_size": 48, "out_hidden_size": 64, "image_size": 28, "hidden_act": "silu",
+}  # fmt: skip
+EXPERTS = {**ROWS["GLM-4-MoE"].config, "head_dim": 16, "num_hidden_layers": 3}
+TEXTS: dict[str, dict[str, Any]] = {
+    "glm4v": {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]},
+    "glm46v": {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+    "glm4v_moe": {"partial_rotary_factor": 0.5, "mrope_section": [1, 2, 1]},
+    "glm_ocr": {"mrope_section": [2, 3, 3]},
+}
+"""Rotary settings of the text models."""
+PROCESSOR = {
+    "image_processor_type": "Glm4vImageProcessor", "size": {"shortest_edge": 512, "longest_edge": 3200},
+    "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+
+
+def write(folder: Path, kind: str, **vision: Any) -> Path:
+    rope = {"rope_type": "default", "rope_theta": 1e4, **TEXTS[kind]}
+    more = EXPERTS if kind == "glm4v_moe" else {}
+    config = AutoConfig.for_model(
+        kind,
+        text_config=dict(SMALL) | more | {"rope_parameters": rope} | ({"head_dim": 16} if kind == "glm_ocr" else {}),
+        vision_config=TOWER | ({"attention_bias": True} if kind == "glm46v" else {}) | vision,
+        image_token_id=PAD, video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    randomise(model)
+    with torch.no_grad():  # embeddings of pictures as long as those of words
+        model.model.visual.merger.down_proj.weight.mul_(6)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    write_tokenizer(folder, MARKS, TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", ONE))
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(TEXTS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def their_pixels(pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
+    processor = Glm4vImageProcessorPil(**{key: value for key, value in PROCESSOR.items() if "type" not in key})
+    found = processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
+    return {key: found[key] for key in ("pixel_values", "image_grid_thw")}
+
+
+@pytest.mark.one_of_each(4)
+@pytest.mark.parametrize("eager", [True, False])
+def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
+    loaded = loaded_from(folder, op_by_op=eager)
+    assert loaded.tower is not None
+    with torch.inference_mode():
+        expected = theirs.model.get_image_features(**their_pixels(PICTURES)).pooler_output
+    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
+    team = ThreadTeam(2)
+    try:
+        runner: TowerRunner = (
+            EagerTower(loaded.tower.tower, choose_device("cpu")) if eager else RecordedTower(loaded.tower.tower, team)
+        )
+        for image, wanted in zip([*images, images[0]], [*expected, expected[0]], strict=True):
+            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            assert found.shape == wanted.shape
+            assert np.abs(found - wanted.numpy()).max() < 1e-4 * np.abs(wanted.numpy()).max()
+        if isinstance(runner, RecordedTower):  # what is put aside is enough
+            assert nbytes(runner) < loaded.tower.tower.config.step_bytes(2) < 16 * nbytes(runner)
+    finally:
+        team.close()
+
+
+@pytest.mark.one_of_each(2)
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("tokens", [512, 23])
+def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
+    settings: dict[str, Any] = {"op_by_op": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
+    with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
+        params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
+        found = engine.generate(PROMPTS[0], params, use_tqdm=False)[0]
+    answer = found.outputs[0]
+    everything = [*found.prompt_token_ids, *answer.token_ids]
+    ids = torch.tensor([everything[:-1]])
+    with torch.inference_mode():
+        given = their_pixels(PICTURES[:2]) | {"mm_token_type_ids": (ids == PAD).int()}
+        expected = theirs(input_ids=ids, **given).logits[0].log_softmax(-1).numpy()
+    assert found.prompt_logprobs is not None
+    assert answer.logprobs is not None
+    ours = [each.chosen.logprob for each in [*found.prompt_logprobs[1:], *answer.logprobs] if each is not None]
+    wanted = [expected[place, token] for place, token in enumerate(everything[1:])]
+    # keys and values are bfloat16 in the compiled steps
+    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.1)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[tuple[int, ...]]:
+    """Answers to prompts of one step each, nothing cached."""
+    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
+        found = [answers(engine, [prompt])[0] for prompt in PROMPTS]
+        assert len(set(found)) == len(found)
+        return found
+
+
+@pytest.mark.one_of_each(2)
+@pytest.mark.parametrize("tokens", [512, 17])
+def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
+    tokens: int, folder: Path, alone: list[tuple[int, ...]]
+) -> None:
+    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
+        assert answers(engine, PROMPTS) == alone
+        again = engine.generate(PROMPTS, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False)
+        assert [tuple(each.outputs[0].token_ids) for each in again] == alone
+        assert all(each.num_cached_tokens for each in again[:2])
+
+
+@pytest.mark.parametrize(
+    ("folder", "how"), few([(kind, how) for kind in TEXTS for how in GPU_STEPS], ("glm_ocr", "captured")),
+    indirect=["folder"],
+)  # fmt: skip
+def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
+    """By the references of its kernels."""
+    loaded = loaded_from(folder, op_by_op=True)
+    asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), (f"{ONE}What is this?", PICTURES[3:])]
+    with exact_sums():
+        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
+        require_same(found, answers_op_by_op(loaded, asked))
+
+
+def test_the_multi_token_prediction_layer_is_not_loaded(tmp_path: Path) -> None:
+    """GLM-OCR's files have one layer more than its config, with names of its own."""
+    folder = write(tmp_path, "glm_ocr")
+    with InferenceEngine(folder) as engine:
+        wanted = answers(engine, PROMPTS)
+    stored = load_file(folder / "model.safetensors")
+    stored["model.language_model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with InferenceEngine(folder) as engine:
+        assert answers(engine, PROMPTS) == wanted
+
+
+@pytest.mark.parametrize(
+    "size", [(640, 480), (1920, 1080), (20, 20), (10, 300), (300, 10), (27, 5000), (28, 28), (4000, 3000), (3, 500)]
+)
+def test_images_have_the_sizes_of_transformers(size: tuple[int, int]) -> None:
+    """With published settings, up to the default limit of patches, beyond which an operator may go."""
+    config = {"architectures": ["Glm4vForConditionalGeneration"], "vision_config": {}}
+    read = FAMILY.config_from_hf
+    path, processor = Path("config.json"), Glm4vImageProcessorPil()
+    tower = read(Fields(config, path), Fields({}, path), 4096, {"size": dict(processor.size)})
+    rows, columns = tower.rule.cut(size[1], size[0]).cells(28)
+    assert 4 * rows * columns == processor.get_number_of_image_patches(size[1], size[0])
+    assert tower.patches >= 4 * rows * columns
+    small = read(Fields(config, path), Fields({}, path), 4096, {})
+    assert 4 * np.prod(small.rule.cut(size[1], size[0]).cells(28)) <= 1 << 14
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], tuple[int, ...], list[int]]] = {
+    "GLM-4.1V-9B": (
+        {
+            "architectures": ["Glm4vForConditionalGeneration"], "model_type": "glm4v", "image_token_id": 151343,
+            "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "glm4v_text", "attention_bias": True, "hidden_act": "silu", "hidden_size": 4096,
+                "intermediate_size": 13696, "max_position_embeddings": 65536, "num_attention_heads": 32,
+                "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "vocab_size": 151552,
+                "eos_token_id": [151329, 151336, 151338, 151348], "partial_rotary_factor": 0.5,
+                "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]}, "rope_theta": 10000.0,
+            },
+            "vision_config": {
+                "depth": 24, "hidden_size": 1536, "intermediate_size": 13696, "num_heads": 12, "attention_bias": False,
+                "hidden_act": "silu", "image_size": 336, "in_channels": 3, "out_hidden_size": 4096, "patch_size": 14,
+                "rms_norm_eps": 1e-05, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            },
+        },
+        (1536, 4096, 13696, 24, 24),
+        [8, 12, 12],
+    ),
+    "GLM-OCR": (
+        {
+            "architectures": ["GlmOcrForConditionalGeneration"], "model_type": "glm_ocr", "image_token_id": 59280,
+            "text_config": {
+                "model_type": "glm_ocr_text", "attention_bias": False, "hidden_act": "silu", "hidden_size": 1536,
+                "head_dim": 128, "intermediate_size": 4608, "max_position_embeddings": 131072,
+                "num_attention_heads": 16, "num_hidden_layers": 16, "num_nextn_predict_layers": 1,
+                "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "vocab_size": 59392, "eos_token_id": [59246, 59253],
+                "rope_parameters": {
+                    "rope_type": "default", "mrope_section": [16, 24, 24], "partial_rotary_factor": 1.0,
+                    "rope_theta": 10000,
+                },
+            },
+            "vision_config": {
+                "model_type": "glm_ocr_vision", "depth": 24, "hidden_size": 1024, "intermediate_size": 4096,
+                "num_heads": 16, "attention_bias": True, "hidden_act": "silu", "image_size": 336, "in_channels": 3,
+                "out_hidden_size": 1536, "patch_size": 14, "rms_norm_eps": 1e-05, "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        (1024, 4096, 4608, 24, 0),
+        [16, 24, 24],
+    ),
+}  # fmt: skip
+"""What published files say; of their towers width, inner width, the projection's width, layers, and side of the grid
+of positions; and the sections of the text model's rotary positions."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name: str) -> None:
+    config, wanted, sections = PUBLISHED[name]
+    path, said = Path("config.json"), config["text_config"]
+    found: Any = FAMILY.config_from_hf(Fields(config, path), Fields({}, path), said["hidden_size"], {})
+    assert (
+        found.hidden_size, found.intermediate_size, found.projected, found.num_layers, found.learned
+    ) == wanted  # fmt: skip
+    text: Any = family_from_hf(config, path)[1]
+    assert [text.rope.axes.count(axis) for axis in range(3)] == sections
+    assert (text.qkv_bias, text.sandwich, text.rope.dim) == (said["attention_bias"], True, 2 * sum(sections))
+
+
+def test_other_towers_are_refused() -> None:
+    config, path = PUBLISHED["GLM-OCR"][0], Path("config.json")
+    for key, value in (("out_hidden_size", 1024), ("temporal_patch_size", 1)):
+        changed = config | {"vision_config": config["vision_config"] | {key: value}}
+        with pytest.raises(UnsupportedModelError, match=key):
+            FAMILY.config_from_hf(Fields(changed, path), Fields({}, path), 1536, {})
+    with pytest.raises(InvalidFileError, match="merge_size is 4"):
+        FAMILY.config_from_hf(Fields(config, path), Fields({"merge_size": 4}, path), 1536, {})
+
+
+NAMES = {
+    "attn.qkv": "attn_qkv", "attn.proj": "attn_out", "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm",
+    "norm1": "ln1", "norm2": "ln2", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "patch_embed.proj": "v.patch_embd", "post_conv_layernorm": "v.norm_embd", "post_layernorm": "v.post_ln",
+    "embeddings.position_embedding": "v.position_embd", "downsample": "mm.patch_merger", "merger.proj": "mm.model.fc",
+    "merger.post_projection_norm": "mm.post_norm", "merger.gate_proj": "mm.gate", "merger.up_proj": "mm.up",
+    "merger.down_proj": "mm.down",
+}  # fmt: skip
+"""llama.cpp's names of a tower's tensors, by Hugging Face's, without those of blocks before them."""
+
+
+def write_mmproj(folder: Path, made: Path) -> Path:
+    """The checkpoint's tower as llama.cpp's converter writes it."""
+    writer = GGUFWriter(made, "clip")
+    writer.add_string("clip.projector_type", "glm4v")
+    for key, value in {
+        "image_size": 28, "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2,
+        "feed_forward_length": 48, "image_min_pixels": 256, "image_max_pixels": 1600,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    writer.add_bool("clip.use_silu", True)
+    for key in ("image_mean", "image_std"):
+        writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        _, tower, plain = name.rpartition("visual.")
+        if not tower:
+            continue
+        (part, _, kind), block, data = plain.rpartition("."), "", tensor.numpy()
+        if (found := re.match(r"blocks\.(\d+)\.", part)) is not None:
+            block, part = f"v.blk.{found[1]}.", part[found.end() :]
+        if part == "patch_embed.proj" and kind == "weight":
+            for frame in range(2):
+                writer.add_tensor("v.patch_embd.weight" + (".1" if frame else ""), data[:, :, frame].copy())
+        else:
+            writer.add_tensor(f"{block}{NAMES[part]}.{kind}", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
+
+
+@pytest.mark.parametrize("folder", few(TEXTS, "glm4v", "glm_ocr"), indirect=True)
+def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
+    folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
+) -> None:
+    """Rows of queries and keys are as llama.cpp's M-RoPE wants them, which the written file is read back by."""
+    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
+    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
+    with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
+        kind = read_json(folder / "config.json")["model_type"]
+        assert engine.model_info.architecture == ("glm4moe" if kind == "glm4v_moe" else "glm4")
+        assert answers(engine, PROMPTS) == alone
+
+
+@pytest.mark.parametrize("folder", few(TEXTS, "glm_ocr"), indirect=True)
+def test_a_tower_may_be_quantised_as_it_is_loaded(folder: Path) -> None:
+    exact = loaded_from(folder, op_by_op=True)
+    found = loaded_from(folder, op_by_op=True, isq="q8_0")
+    assert exact.tower is not None
+    assert found.tower is not None
+    cpu = choose_device("cpu")
+    image = exact.tower.vision.look([PAD], PICTURES[:1])[1][0]
+    tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+    ours, wanted = (finished(EagerTower(each.tower.tower, cpu), tiles)[0] for each in (found, exact) if each.tower)
+    assert 0 < np.abs(ours - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
+def test_limits_of_the_area_may_be_set(tmp_path: Path) -> None:
+    """By `mm_processor_kwargs`; as in the files, both frames count."""
+    loaded = loaded_from(write(tmp_path, "glm_ocr"), mm_processor_kwargs={"size": {"longest_edge": 1024}})
+    assert loaded.tower is not None
+    assert dataclasses.replace(loaded.tower.tower.config).rule.most == 512
