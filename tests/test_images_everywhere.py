@@ -34,7 +34,10 @@ Image.fromarray(PIXELS).save(FILE, "PNG")
 DATA = base64.b64encode(FILE.getvalue()).decode()
 URL = f"data:image/png;base64,{DATA}"
 WORDS = "What is this?"
-FAMILIES = ("SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr")
+FAMILIES = (
+    "SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr",
+    "paddleocr_vl",
+)  # fmt: skip
 TEXT: dict[str, Any] = {"type": "text", "text": WORDS}
 SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, TEXT]}]
 ITEM = [{"type": "input_image", "image_url": URL}, {"type": "input_text", "text": WORDS}]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GLM-4V and GLM-OCR of random weights: towers, positions and logits against transformers, files, and sizes."""
+"""GLM-4V, GLM-OCR and PaddleOCR-VL of random weights: towers and logits against transformers, files, sizes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.conversion import write_gguf
@@ -28,7 +29,7 @@ from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.models.glm4v_tower import FAMILY
+from candle_vllm.core.models import glm4v_tower, paddleocr_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import ROWS
@@ -44,16 +45,9 @@ from packages.core.tests.models.test_qwen_vl import GPU_STEPS, PICTURES, TEMPLAT
 from packages.core.tests.models.tiny import SMALL, randomise
 from tests.common_run import few
 
-MARKS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
 START, END, PAD, VIDEO = range(260, 264)
-ONE = f"{MARKS[0]}{MARKS[2]}{MARKS[1]}"
-ASK = f"<|im_start|>user\n{ONE}Compare this with {ONE}, please.<|im_end|>\n<|im_start|>assistant\n"
-PROMPTS: list[Any] = [
-    {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}},
-    {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[2], PICTURES[2]]}},
-    {"prompt": f"{ONE}What is this?", "multi_modal_data": {"image": [PICTURES[3]]}},
-    "<|im_start|>user\nCompare nothing.<|im_end|>\n",
-]
+GLM = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
+PADDLE = ("<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|video|>")
 TOWER = {
     "depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_size": 32,
     "intermediate_size": 48, "out_hidden_size": 64, "image_size": 28, "hidden_act": "silu",
@@ -64,6 +58,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "glm46v": {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
     "glm4v_moe": {"partial_rotary_factor": 0.5, "mrope_section": [1, 2, 1]},
     "glm_ocr": {"mrope_section": [2, 3, 3]},
+    "paddleocr_vl": {"mrope_section": [3, 2, 3]},
 }
 """Rotary settings of the text models."""
 PROCESSOR = {
@@ -71,25 +66,55 @@ PROCESSOR = {
     "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }  # fmt: skip
+PROCESSORS = (PROCESSOR, PROCESSOR | {"size": {"shortest_edge": 256, "longest_edge": 1600}, "temporal_patch_size": 1})
+NAMED_OTHERWISE = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": "gelu_pytorch_tanh"}
+"""Keys of PaddleOCR-VL's `vision_config`."""
+
+
+def marks(kind: str) -> tuple[str, ...]:
+    return PADDLE if kind.startswith("paddle") else GLM
+
+
+def one(kind: str) -> str:
+    """What a template writes for an image."""
+    start, end, pad, _ = marks(kind)
+    return f"{start}{pad}{end}"
+
+
+def ask(kind: str) -> str:
+    return f"<|im_start|>user\n{one(kind)}Compare this with {one(kind)}, please.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def prompts(folder: Path) -> list[Any]:
+    kind = read_json(folder / "config.json")["model_type"]
+    return [
+        {"prompt": ask(kind), "multi_modal_data": {"image": PICTURES[:2]}},
+        {"prompt": ask(kind), "multi_modal_data": {"image": [PICTURES[2], PICTURES[2]]}},
+        {"prompt": f"{one(kind)}What is this?", "multi_modal_data": {"image": [PICTURES[3]]}},
+        "<|im_start|>user\nCompare nothing.<|im_end|>\n",
+    ]
 
 
 def write(folder: Path, kind: str, **vision: Any) -> Path:
     rope = {"rope_type": "default", "rope_theta": 1e4, **TEXTS[kind]}
-    more = EXPERTS if kind == "glm4v_moe" else {}
+    more = EXPERTS if kind == "glm4v_moe" else {"head_dim": 16} if kind in ("glm_ocr", "paddleocr_vl") else {}
+    own = {"attention_bias": True} if kind == "glm46v" else NAMED_OTHERWISE if kind == "paddleocr_vl" else {}
     config = AutoConfig.for_model(
         kind,
-        text_config=dict(SMALL) | more | {"rope_parameters": rope} | ({"head_dim": 16} if kind == "glm_ocr" else {}),
-        vision_config=TOWER | ({"attention_bias": True} if kind == "glm46v" else {}) | vision,
+        text_config=dict(SMALL) | more | {"rope_parameters": rope},
+        vision_config=TOWER | own | vision,
         image_token_id=PAD, video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
+        tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     randomise(model)
     with torch.no_grad():  # embeddings of pictures as long as those of words
-        model.model.visual.merger.down_proj.weight.mul_(6)
+        inner = model.model
+        (inner.projector.linear_2 if kind == "paddleocr_vl" else inner.visual.merger.down_proj).weight.mul_(6)
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    write_tokenizer(folder, MARKS, TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", ONE))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[kind == "paddleocr_vl"]))
+    write_tokenizer(folder, marks(kind), TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", one(kind)))
     return folder
 
 
@@ -103,8 +128,10 @@ def theirs(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def their_pixels(pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
-    processor = Glm4vImageProcessorPil(**{key: value for key, value in PROCESSOR.items() if "type" not in key})
+def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
+    paddle = read_json(folder / "config.json")["model_type"] == "paddleocr_vl"
+    kind = PaddleOCRVLImageProcessorPil if paddle else Glm4vImageProcessorPil
+    processor = kind(**{key: value for key, value in PROCESSORS[paddle].items() if "type" not in key})
     found = processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
     return {key: found[key] for key in ("pixel_values", "image_grid_thw")}
 
@@ -115,7 +142,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     loaded = loaded_from(folder, op_by_op=eager)
     assert loaded.tower is not None
     with torch.inference_mode():
-        expected = theirs.model.get_image_features(**their_pixels(PICTURES)).pooler_output
+        expected = theirs.model.get_image_features(**their_pixels(folder, PICTURES)).pooler_output
     images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
     team = ThreadTeam(2)
     try:
@@ -139,12 +166,12 @@ def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path
     settings: dict[str, Any] = {"op_by_op": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
     with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
         params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
-        found = engine.generate(PROMPTS[0], params, use_tqdm=False)[0]
+        found = engine.generate(prompts(folder)[0], params, use_tqdm=False)[0]
     answer = found.outputs[0]
     everything = [*found.prompt_token_ids, *answer.token_ids]
     ids = torch.tensor([everything[:-1]])
     with torch.inference_mode():
-        given = their_pixels(PICTURES[:2]) | {"mm_token_type_ids": (ids == PAD).int()}
+        given = their_pixels(folder, PICTURES[:2]) | {"mm_token_type_ids": (ids == PAD).int()}
         expected = theirs(input_ids=ids, **given).logits[0].log_softmax(-1).numpy()
     assert found.prompt_logprobs is not None
     assert answer.logprobs is not None
@@ -158,7 +185,7 @@ def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path
 def alone(folder: Path) -> list[tuple[int, ...]]:
     """Answers to prompts of one step each, nothing cached."""
     with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
-        found = [answers(engine, [prompt])[0] for prompt in PROMPTS]
+        found = [answers(engine, [prompt])[0] for prompt in prompts(folder)]
         assert len(set(found)) == len(found)
         return found
 
@@ -169,8 +196,10 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
     with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        assert answers(engine, PROMPTS) == alone
-        again = engine.generate(PROMPTS, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False)
+        assert answers(engine, prompts(folder)) == alone
+        again = engine.generate(
+            prompts(folder), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False
+        )
         assert [tuple(each.outputs[0].token_ids) for each in again] == alone
         assert all(each.num_cached_tokens for each in again[:2])
 
@@ -182,7 +211,8 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
     """By the references of its kernels."""
     loaded = loaded_from(folder, op_by_op=True)
-    asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), (f"{ONE}What is this?", PICTURES[3:])]
+    kind = read_json(folder / "config.json")["model_type"]
+    asked = [(ask(kind), PICTURES[:2]), ("Nothing to see.", []), (f"{one(kind)}What is this?", PICTURES[3:])]
     with exact_sums():
         found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
         require_same(found, answers_op_by_op(loaded, asked))
@@ -192,12 +222,31 @@ def test_the_multi_token_prediction_layer_is_not_loaded(tmp_path: Path) -> None:
     """GLM-OCR's files have one layer more than its config, with names of its own."""
     folder = write(tmp_path, "glm_ocr")
     with InferenceEngine(folder) as engine:
-        wanted = answers(engine, PROMPTS)
+        wanted = answers(engine, prompts(folder))
     stored = load_file(folder / "model.safetensors")
     stored["model.language_model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with InferenceEngine(folder) as engine:
-        assert answers(engine, PROMPTS) == wanted
+        assert answers(engine, prompts(folder)) == wanted
+
+
+def test_an_original_config_of_paddleocr_is_flat(tmp_path: Path) -> None:
+    """The text model's keys stand beside `vision_config`, and some stored tensors are not used."""
+    folder = write(tmp_path, "paddleocr_vl")
+    with InferenceEngine(folder) as engine:
+        wanted = answers(engine, prompts(folder))
+    config = read_json(folder / "config.json")
+    text = config.pop("text_config") | {"model_type": "paddleocr_vl"}
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "default", **rope}}
+    config["vision_config"] |= {"temporal_patch_size": 2, "tokens_per_second": 2}
+    (folder / "config.json").write_text(json.dumps(text | config))
+    stored = load_file(folder / "model.safetensors")
+    stored["visual.vision_model.embeddings.packing_position_embedding.weight"] = torch.zeros(8, 32)
+    stored["visual.vision_model.head.probe"] = torch.zeros(1, 1, 32)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with InferenceEngine(folder) as engine:
+        assert answers(engine, prompts(folder)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -205,15 +254,18 @@ def test_the_multi_token_prediction_layer_is_not_loaded(tmp_path: Path) -> None:
 )
 def test_images_have_the_sizes_of_transformers(size: tuple[int, int]) -> None:
     """With published settings, up to the default limit of patches, beyond which an operator may go."""
-    config = {"architectures": ["Glm4vForConditionalGeneration"], "vision_config": {}}
-    read = FAMILY.config_from_hf
-    path, processor = Path("config.json"), Glm4vImageProcessorPil()
-    tower = read(Fields(config, path), Fields({}, path), 4096, {"size": dict(processor.size)})
-    rows, columns = tower.rule.cut(size[1], size[0]).cells(28)
-    assert 4 * rows * columns == processor.get_number_of_image_patches(size[1], size[0])
-    assert tower.patches >= 4 * rows * columns
-    small = read(Fields(config, path), Fields({}, path), 4096, {})
-    assert 4 * np.prod(small.rule.cut(size[1], size[0]).cells(28)) <= 1 << 14
+    path = Path("config.json")
+    for name, family, theirs in (
+        ("Glm4vForConditionalGeneration", glm4v_tower.FAMILY, Glm4vImageProcessorPil()),
+        ("PaddleOCRVLForConditionalGeneration", paddleocr_tower.FAMILY, PaddleOCRVLImageProcessorPil()),
+    ):
+        fields = Fields({"architectures": [name], "vision_config": {}}, path)
+        tower = family.config_from_hf(fields, Fields({}, path), 4096, {"size": dict(theirs.size)})
+        rows, columns = tower.rule.cut(size[1], size[0]).cells(28)
+        assert 4 * rows * columns == theirs.get_number_of_image_patches(size[1], size[0])
+        assert tower.patches >= 4 * rows * columns
+        small = family.config_from_hf(fields, Fields({}, path), 4096, {})
+        assert 4 * np.prod(small.rule.cut(size[1], size[0]).cells(28)) <= 1 << 14
 
 
 PUBLISHED: dict[str, tuple[dict[str, Any], tuple[int, ...], list[int]]] = {
@@ -269,7 +321,7 @@ of positions; and the sections of the text model's rotary positions."""
 def test_published_configs_are_read(name: str) -> None:
     config, wanted, sections = PUBLISHED[name]
     path, said = Path("config.json"), config["text_config"]
-    found: Any = FAMILY.config_from_hf(Fields(config, path), Fields({}, path), said["hidden_size"], {})
+    found: Any = glm4v_tower.FAMILY.config_from_hf(Fields(config, path), Fields({}, path), said["hidden_size"], {})
     assert (
         found.hidden_size, found.intermediate_size, found.projected, found.num_layers, found.learned
     ) == wanted  # fmt: skip
@@ -283,9 +335,9 @@ def test_other_towers_are_refused() -> None:
     for key, value in (("out_hidden_size", 1024), ("temporal_patch_size", 1)):
         changed = config | {"vision_config": config["vision_config"] | {key: value}}
         with pytest.raises(UnsupportedModelError, match=key):
-            FAMILY.config_from_hf(Fields(changed, path), Fields({}, path), 1536, {})
+            glm4v_tower.FAMILY.config_from_hf(Fields(changed, path), Fields({}, path), 1536, {})
     with pytest.raises(InvalidFileError, match="merge_size is 4"):
-        FAMILY.config_from_hf(Fields(config, path), Fields({"merge_size": 4}, path), 1536, {})
+        glm4v_tower.FAMILY.config_from_hf(Fields(config, path), Fields({"merge_size": 4}, path), 1536, {})
 
 
 NAMES = {
@@ -295,29 +347,35 @@ NAMES = {
     "embeddings.position_embedding": "v.position_embd", "downsample": "mm.patch_merger", "merger.proj": "mm.model.fc",
     "merger.post_projection_norm": "mm.post_norm", "merger.gate_proj": "mm.gate", "merger.up_proj": "mm.up",
     "merger.down_proj": "mm.down",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2", "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down", "embeddings.patch_embedding": "v.patch_embd", "pre_norm": "mm.input_norm",
+    "linear_1": "mm.1", "linear_2": "mm.2",
 }  # fmt: skip
 """llama.cpp's names of a tower's tensors, by Hugging Face's, without those of blocks before them."""
 
 
 def write_mmproj(folder: Path, made: Path) -> Path:
     """The checkpoint's tower as llama.cpp's converter writes it."""
-    writer = GGUFWriter(made, "clip")
-    writer.add_string("clip.projector_type", "glm4v")
+    writer, paddle = GGUFWriter(made, "clip"), read_json(folder / "config.json")["model_type"] == "paddleocr_vl"
+    writer.add_string("clip.projector_type", "paddleocr" if paddle else "glm4v")
     for key, value in {
-        "image_size": 28, "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2,
+        "image_size": 40 if paddle else 28, "patch_size": 4, "embedding_length": 32, "block_count": 3,
+        "attention.head_count": 2,
         "feed_forward_length": 48, "image_min_pixels": 256, "image_max_pixels": 1600,
     }.items():  # fmt: skip
         writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
-    writer.add_bool("clip.use_silu", True)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6 if paddle else 1e-5)
+    writer.add_bool("clip.use_gelu" if paddle else "clip.use_silu", True)
     for key in ("image_mean", "image_std"):
         writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
     for name, tensor in load_file(folder / "model.safetensors").items():
-        _, tower, plain = name.rpartition("visual.")
-        if not tower:
+        found = re.fullmatch(r"(?:model\.)?(?:visual|mlp_AR)\.(?:vision_model\.)?(.*)", name)
+        if found is None:
             continue
+        plain = found[1]
         (part, _, kind), block, data = plain.rpartition("."), "", tensor.numpy()
-        if (found := re.match(r"blocks\.(\d+)\.", part)) is not None:
+        if (found := re.match(r"(?:blocks|encoder\.layers)\.(\d+)\.", part)) is not None:
             block, part = f"v.blk.{found[1]}.", part[found.end() :]
         if part == "patch_embed.proj" and kind == "weight":
             for frame in range(2):
@@ -340,8 +398,9 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
     with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
         kind = read_json(folder / "config.json")["model_type"]
-        assert engine.model_info.architecture == ("glm4moe" if kind == "glm4v_moe" else "glm4")
-        assert answers(engine, PROMPTS) == alone
+        known = {"glm4v_moe": "glm4moe", "paddleocr_vl": "paddleocr"}
+        assert engine.model_info.architecture == known.get(kind, "glm4")
+        assert answers(engine, prompts(folder)) == alone
 
 
 @pytest.mark.parametrize("folder", few(TEXTS, "glm_ocr"), indirect=True)

@@ -16,7 +16,8 @@ def test_the_table_is_current() -> None:
 
 def test_every_architecture_has_a_row() -> None:
     assert [name for name, rows in rows_by_class().items() if not rows] == []
-    assert {row.gguf for row in ROWS.values()} - {None} | set(RENAMED.values()) == set(GGUF_FAMILIES)
+    elsewhere = {"paddleocr"}  # `test_glm4v.py`: transformers has no text model of it alone
+    assert {row.gguf for row in ROWS.values()} - {None} | set(RENAMED.values()) | elsewhere == set(GGUF_FAMILIES)
 
 
 def test_every_architecture_is_named_in_the_list_of_families() -> None:

@@ -29,7 +29,10 @@ WRITERS: dict[str, tuple[Callable[[Path], Path], str]] = {
         name: (lambda folder, name=name: test_qwen_vl.write(folder, name), test_qwen_vl.ONE)
         for name in test_qwen_vl.KINDS
     },
-    **{name: (lambda folder, name=name: test_glm4v.write(folder, name), test_glm4v.ONE) for name in test_glm4v.TEXTS},
+    **{
+        name: (lambda folder, name=name: test_glm4v.write(folder, name), test_glm4v.one(name))
+        for name in test_glm4v.TEXTS
+    },
 }
 
 

@@ -42,6 +42,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "mistral4": "Mistral4ForCausalLM",
         },
         "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
+        "PaddleOCRVLForConditionalGeneration": {"paddleocr_vl_text": "Ernie4_5ForCausalLM"},
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
@@ -53,7 +54,9 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 """For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
 
-FLAT = frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"})
+FLAT = frozenset({
+    "PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+})  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 
 _QWEN2_VL = MappingProxyType(
@@ -142,8 +145,10 @@ _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply t
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
     "vision_(?:tower|model|embedder|adapter|projection)|audio_tower|embed_(?:vision|audio)"
-    "|(?:multi_modal|mm)_projector|vit_large_projector|connector|visual"
+    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|vit_large_projector|connector|visual"
 )
+_UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
+"""Parts that are not loaded: audio towers, and of PaddleOCR-VL what no image passes through."""
 _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 
 
@@ -203,7 +208,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     for name, tensor in checkpoint.tensors.items():
         other = _OTHER.fullmatch(name)
         if other is not None:
-            if "audio" not in other[1].split(".")[0]:  # audio towers are not supported
+            if not _UNUSED.match(other[1]):
                 others[other[1]] = dataclasses.replace(tensor, name=other[1])
             continue
         found = _TEXT.fullmatch(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ERNIE 4.5, dense and with experts: Llama's layers (`llama.py`) with interleaved rotary pairs.
+"""ERNIE 4.5, dense and with experts: Llama's layers (`llama.py`) with interleaved rotary pairs; PaddleOCR-VL's text.
 
 Experts are scored by a softmax and chosen with a correction bias, and the chosen scores are normalised to sum to 1; a
 shared expert is added. Multi-token prediction layers are not loaded. Source: Baidu, 2025, "ERNIE 4.5 Technical Report".
@@ -17,7 +17,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import entry
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.attention_names import GG, HF, axes_keys, gguf_has_bias
 from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, size_keys, sparse_in_gguf
 from candle_vllm.core.models.family import BIASES, DIVISORS, Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
@@ -26,7 +26,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Read `config.json` of ernie4_5 and ernie4_5_moe."""
+    """Read `config.json` of ernie4_5 and ernie4_5_moe, and of PaddleOCR-VL's text model, which has M-RoPE."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields.with_absent(rope_theta=5e5), model_type)
     bias = fields.get("use_bias", bool, False)
@@ -37,6 +37,8 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         "mlp_bias": bias,
         "interleaved_rotary": True,
     }
+    if shared["rope"].axes:
+        return LlamaConfig(**shared | own | {"model_type": "paddleocr", "interleaved_rotary": False})
     if model_type == "ernie4_5":
         return LlamaConfig(**shared | own)
     if bias:
@@ -57,7 +59,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Read GGUF metadata of ernie4_5 and ernie4_5-moe; the tensors show which layers have experts."""
+    """Read GGUF metadata of ernie4_5, paddleocr and ernie4_5-moe; the tensors show which layers have experts."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     name = shared["model_type"].replace("-", "_")
     own: dict[str, Any] = {
@@ -65,9 +67,9 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         "qkv_bias": gguf_has_bias(checkpoint),
         "output_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "interleaved_rotary": True,
+        "interleaved_rotary": name != "paddleocr",
     }
-    if name == "ernie4_5":
+    if name in ("ernie4_5", "paddleocr"):
         return LlamaConfig(**shared | own)
     inner, sparse = fields.count("expert_feed_forward_length"), sparse_in_gguf(checkpoint, shared["num_layers"])
     mixture = Mixture(
@@ -120,7 +122,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 FAMILY = Family(
     hf={"Ernie4_5ForCausalLM": "ernie4_5", "Ernie4_5_MoeForCausalLM": "ernie4_5_moe"},
-    gguf=("ernie4_5", "ernie4_5-moe"),
+    gguf=("ernie4_5", "ernie4_5-moe", "paddleocr"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=Llama,
@@ -128,6 +130,7 @@ FAMILY = Family(
     ignored=ignored,
     as_gguf={
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
+        "paddleocr": Architecture(name="paddleocr", more=axes_keys, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=gguf_keys, interleaved=True, norm=True),
     },
 )

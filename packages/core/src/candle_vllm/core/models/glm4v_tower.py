@@ -82,7 +82,7 @@ def config_from_hf(
     vision, ocr = fields.section("vision_config"), fields.get("architectures", list)[0].startswith("GlmOcr")
     vision.choice("hidden_act", "silu", "silu", "swish")
     patch, cell = vision.count("patch_size", 14), vision.count("spatial_merge_size", 2, most=64)
-    check_sizes(vision, processor, patch, cell, out_hidden_size=text_size)
+    check_sizes(vision, processor, patch, cell, temporal_patch_size=FRAMES, out_hidden_size=text_size)
     inner = vision.count("intermediate_size", 4096 if ocr else 13696)
     return _config(
         ocr=ocr,
@@ -142,7 +142,7 @@ def _rule(processor: Fields, patch: int, cell: int, said: Mapping[str, Any]) -> 
     """How images are resized: as in `qwen_vl`, but the limits count both frames, and very small images grow first."""
     usual = Fields({"size": _EDGES, **processor.values}, processor.path)
     rule = rule_of(usual, patch, cell, said, FRAMES * MOST_PATCHES)
-    return msgspec.structs.replace(rule, least=-(-rule.least // FRAMES), most=rule.most // FRAMES, grows=True)
+    return msgspec.structs.replace(rule, least=-(-rule.least // FRAMES), most=rule.most // FRAMES, grows="cut")
 
 
 def _config(*, ocr: bool, rule: AreaRule, patch: int, cell: int, **own: Any) -> GlmTowerConfig:

@@ -22,7 +22,7 @@ learned grid, and their weights [n]."""
 
 
 class GridPositions:
-    """A table of positions [side * side, E]; `neighbours` are those of `linear` or `cubic`."""
+    """A table of positions [side * side, E]; `neighbours` are those of `linear`, `centred` or `cubic`."""
 
     def __init__(self, side: int, size: int, placement: Placement, neighbours: Neighbours) -> None:
         self.side, self.weight = side, placement.empty(side**2, size)
@@ -50,6 +50,14 @@ def linear(places: NDArray[np.int64], count: int, side: int) -> tuple[list[NDArr
     below = at.astype(np.int64)
     share = (at - below).astype(np.float32)
     return [below, np.minimum(below + 1, side - 1)], [1 - share, share]
+
+
+def centred(places: NDArray[np.int64], count: int, side: int) -> tuple[list[NDArray[np.int64]], list[Floats]]:
+    """Two neighbours; both grids cover the same area, and beyond it the learned grid's edge is repeated."""
+    at = (places + 0.5) / count * side - 0.5
+    below = np.floor(at)
+    share = (at - below).astype(np.float32)
+    return [np.clip(below + step, 0, side - 1).astype(np.int64) for step in (0, 1)], [1 - share, share]
 
 
 def cubic(places: NDArray[np.int64], count: int, side: int) -> tuple[list[NDArray[np.int64]], list[Floats]]:

@@ -74,7 +74,7 @@ def config_from_hf(
     vision, named = fields.section("vision_config"), fields.get("architectures", list)[0]
     third = named.startswith("Qwen3")
     patch, cell = vision.count("patch_size", 16 if third else 14), vision.count("spatial_merge_size", 2, most=64)
-    check_sizes(vision, processor, patch, cell)
+    check_sizes(vision, processor, patch, cell, temporal_patch_size=FRAMES)
     layers = vision.count("depth", 27 if third else 32, most=MAX_LAYERS)
     if third:
         usual = [8, 16, 24] if named.startswith("Qwen3VL") else []
@@ -113,12 +113,12 @@ def config_from_hf(
     )
 
 
-def check_sizes(vision: Fields, processor: Fields, patch: int, cell: int, **more: int) -> None:
+def check_sizes(vision: Fields, processor: Fields, patch: int, cell: int, *, frames: int = FRAMES, **more: int) -> None:
     """Refuse sizes in `vision_config` that are not implemented, and sizes of the processor that differ from it."""
-    for name, known in {"patch_size": patch, "merge_size": cell, "temporal_patch_size": FRAMES}.items():
+    for name, known in {"patch_size": patch, "merge_size": cell, "temporal_patch_size": frames}.items():
         if processor.count(name, known) != known:
             raise InvalidFileError(f"{processor.path}: {name} is {processor.count(name)}; the tower's is {known}")
-    for name, known in {"temporal_patch_size": FRAMES, "in_channels": 3, "in_chans": 3, **more}.items():
+    for name, known in {"in_channels": 3, "in_chans": 3, **more}.items():
         if vision.count(name, known) != known:
             raise UnsupportedModelError(
                 f"{vision.path}: vision_config.{name} is {vision.count(name)}; implemented: {known}"
@@ -286,7 +286,7 @@ class QwenTower:
         self.layers: Sequence[Callable[[Value, TowerStep], Value]] = [
             Block(config, layer, self._tables, placement) for layer in range(config.num_layers)
         ]
-        self.norm = (RMSNorm if config.gated else LayerNorm)(size, config.norm_eps, placement)
+        self.norm: Callable[[Value], Value] = (RMSNorm if config.gated else LayerNorm)(size, config.norm_eps, placement)
         self.joined = Linear(joined, joined, placement, bias=True)
         self.projector = Linear(joined, config.text_size, placement, bias=True)
         self.mergers = [Merger(config, placement) for _ in config.deep]

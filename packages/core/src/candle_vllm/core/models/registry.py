@@ -140,7 +140,8 @@ def _installed() -> tuple[Family | EncoderFamily, ...]:
 
 
 TOWER_FAMILIES = (
-    "siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl", "llama4_tower", "glm4v_tower"
+    "siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl", "llama4_tower",
+    "glm4v_tower", "paddleocr_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 

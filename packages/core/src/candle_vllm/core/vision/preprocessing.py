@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -230,7 +230,8 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
         fills: Gemma 4's rule: every image, small ones too, is scaled to `most` pixels, and its sides are rounded down.
-        grows: GLM-4V's rule: an image with a side shorter than a cell is first enlarged until this side is a cell.
+        grows: GLM-4V's and PaddleOCR's rule: an image with a side shorter than a cell is first enlarged until this side
+            is a cell; pixels of the other side are "cut" or "rounded" to whole ones.
     """
 
     cell: int
@@ -239,7 +240,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     resample: int
     normalisation: Normalisation
     fills: bool = False
-    grows: bool = False
+    grows: Literal["", "cut", "rounded"] = ""
 
     @property
     def longest(self) -> int:
@@ -277,7 +278,8 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
             raise InvalidParameterError(said, "image")
         cell, sides = self.cell, (height, width)
         if self.grows and min(sides) < cell:
-            height, width = sides = tuple(int(side * (cell / min(sides))) for side in sides)
+            whole = int if self.grows == "cut" else round
+            height, width = sides = tuple(whole(side * (cell / min(sides))) for side in sides)
         near = [round(side / cell) * cell for side in sides]
         if math.prod(near) > self.most:
             shrunk = math.sqrt(height * width / self.most)
