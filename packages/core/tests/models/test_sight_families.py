@@ -454,7 +454,8 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
             several(name), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False
         )
         assert [tuple(each.outputs[0].token_ids) for each in again] == alone(name)
-        assert all(each.num_cached_tokens for each in again[:3])
+        windows = name in ("Gemma 4 12B", "Gemma 4 31B")  # the first prompts' blocks behind a window may be evicted
+        assert all(each.num_cached_tokens for each in again[2 * windows : 3])
 
 
 @pytest.mark.parametrize("name", EVERY)

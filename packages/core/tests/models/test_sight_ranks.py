@@ -59,7 +59,18 @@ def prompts(name: str) -> list[tuple[str, Any]]:
     ]
 
 
-CASES = [(name, size, stages) for name in WRITERS for size, stages in ((2, 1), (1, 2), (2, 2))]
+DIVISIONS = ((2, 1), (1, 2), (2, 2))
+CASES = [
+    (name, size, stages)
+    for name in WRITERS
+    for size, stages in DIVISIONS
+    if stages == 1 or name != "Gemma 4 E2B"  # whose layers read the caches of others
+]
+
+
+def cut(name: str) -> int:
+    """Tokens of a step that cut a prompt; of Gemma 4 at least those of an image, which have 70."""
+    return 94 if name.startswith("Gemma 4") else 40
 
 
 @pytest.mark.one_of_each(2)
@@ -69,11 +80,11 @@ CASES = [(name, size, stages) for name in WRITERS for size, stages in ((2, 1), (
 def test_answers_are_those_of_one_rank(name: str, size: int, stages: int, written: Callable[[str], Path]) -> None:
     """With prompts whole, and cut within a picture where that may be."""
     right = answers_op_by_op(load(written(name), op_by_op=True, max_images=64), prompts(name))
-    for budget in (256, 40):
+    for budget in (256, cut(name)):
         require_same(answers_of_ranks(written(name), prompts(name), size, stages, budget=budget), right)
 
 
-GPU = [(name, size, stages) for name in WRITERS for size, stages in ((2, 1), (1, 2))]
+GPU = [case for case in CASES if case[1:] in DIVISIONS[:2]]
 
 
 @pytest.mark.parametrize(("name", "size", "stages"), few(GPU, ("qwen3_vl", 2, 1)))
@@ -81,4 +92,4 @@ def test_steps_of_gpus_have_the_same_answers(name: str, size: int, stages: int, 
     """What is launched and captured, with prompts cut; the first rank's tower works between the steps."""
     with exact_sums():
         right = answers_op_by_op(load(written(name), op_by_op=True, max_images=64), prompts(name))
-        require_same(answers_of_ranks(written(name), prompts(name), size, stages, budget=40, gpu=True), right)
+        require_same(answers_of_ranks(written(name), prompts(name), size, stages, budget=cut(name), gpu=True), right)
