@@ -310,6 +310,15 @@ def test_what_goes_to_a_closed_stream_goes_nowhere(closed: str, tmp_path: Path) 
     assert (done.stderr == "") == ("2>&-" in closed)
 
 
+def test_one_question_is_answered_to_the_end_of_the_turn(engine: PacedEngine) -> None:
+    for line in (["generate", "Hi"], ["generate", "--chat", "Hi"], ["run", "demo", "Hi"]):
+        assert main(line) == 0
+    room = engine.model_info.max_model_len
+    limits = [request.params.max_tokens for request in engine.requests]
+    assert limits[0] == 256
+    assert all(limit is None or 256 < limit < room for limit in limits[1:])
+
+
 @pytest.mark.parametrize("more", [[], ["--chat"]])
 def test_generate_says_where_the_answer_was_cut(
     more: list[str], engine: PacedEngine, capsys: pytest.CaptureFixture[str]

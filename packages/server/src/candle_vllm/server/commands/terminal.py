@@ -198,7 +198,10 @@ def generate(
     max_tokens: int | None = None,
     stop: tuple[str, ...] = (),
 ) -> int:
-    """Print the continuation of `prompt` ("-": standard input), by default of up to 256 tokens, and a newline."""
+    """Print the continuation of `prompt` ("-": standard input) and a newline.
+
+    Without `max_tokens` a chat answer goes on to the end of the turn, and a continuation has up to 256 tokens.
+    """
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a plain prompt has no system message")
     text = read_stdin("prompt") if prompt == "-" else prompt
@@ -213,7 +216,7 @@ def generate(
             return _continuation(engine, text, settings, most, stop)
 
         try:
-            asyncio.run(_write(pieces(max_tokens or DEFAULT_MAX_TOKENS)))
+            asyncio.run(_write(pieces(max_tokens or (None if chat else DEFAULT_MAX_TOKENS))))
         except PromptTooLongError:
             if max_tokens is not None:
                 raise
