@@ -256,6 +256,30 @@ def test_texts_of_people_are_taken_as_they_are(engine: PacedEngine) -> None:
     assert [message["content"] for message in engine.template_calls[0].messages] == ["a\nb", " a\n"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "variables"),
+    [
+        (["--chat-template-kwargs", '{"enable_thinking": false}'], {"enable_thinking": False}),
+        (["--reasoning", "off"], {"enable_thinking": False}),
+        (["--think=false"], {"enable_thinking": False}),
+        (["--think"], {"enable_thinking": True}),
+        (["--think", "high"], {"reasoning_effort": "high"}),
+    ],
+)
+@pytest.mark.parametrize("command", [["chat"], ["generate", "--chat", "Hi"], ["run", "demo", "Hi"]])
+def test_thinking_is_switched_by_the_flags_of_other_programs(
+    command: list[str],
+    flags: list[str],
+    variables: dict[str, Any],
+    engine: PacedEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    assert main([*command, *flags]) == 0
+    (call,) = engine.template_calls
+    assert variables.items() <= call.options.items()
+
+
 def test_a_terminal_that_knows_ascii_only_shows_question_marks() -> None:
     code = (
         "import sys\nfrom candle_vllm.server import cli\n"
