@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import stat
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -153,6 +154,15 @@ def require_stdin() -> None:
     """Raise UsageError if standard input is closed."""
     if sys.stdin is None:
         raise UsageError("standard input is closed: give it a text, or /dev/null")
+
+
+def is_piped() -> bool:
+    """Whether standard input is a pipe or a file; a socket, such as that of ssh, may never end."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # it is closed, or has no descriptor
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def read_stdin(name: str) -> str:
