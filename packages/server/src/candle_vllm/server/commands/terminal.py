@@ -158,11 +158,10 @@ def require_stdin() -> None:
 
 def is_piped() -> bool:
     """Whether standard input is a pipe or a file; a socket, such as that of ssh, may never end."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or has no descriptor
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # it is closed, or has no descriptor
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    return False
 
 
 def read_stdin(name: str) -> str:
@@ -208,10 +207,7 @@ def generate(
     max_tokens: int | None = None,
     stop: tuple[str, ...] = (),
 ) -> int:
-    """Print the continuation of `prompt` ("-": standard input) and a newline.
-
-    Without `max_tokens` a chat answer goes on to the end of the turn, and a continuation has up to 256 tokens.
-    """
+    """Print the continuation of `prompt` ("-": standard input), by default of 256 tokens, or with `chat` the answer."""
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a plain prompt has no system message")
     text = read_stdin("prompt") if prompt == "-" else prompt

@@ -171,9 +171,6 @@ _CHAT_EPILOG = """\
 On a pipe every line is a message or a command, and what stands between \"\"\" and \"\"\" is one message of several
 lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
 """
-_RUN_EPILOG = """\
-The text of a pipe or a file on standard input goes before the prompt, or is the prompt; < /dev/null leaves it unread.
-"""
 _PS_EPILOG = """\
 --host and --port are the address of the running server, --api-key is one of its API keys, not a management key.
 """
@@ -248,7 +245,8 @@ COMMANDS: Mapping[str, Command] = {
             _own("output_tmp_dir", FilePath(), "where they are gathered before they go to an address", "FOLDER"),
         )),
     "run": Command("chat with a model, which is downloaded first if necessary", "commands.library:run",
-        (*_ANSWERING, REUSES), names_model=True, text="[PROMPT]", options=(_SYSTEM, MAX_TOKENS), epilog=_RUN_EPILOG),
+        (*_ANSWERING, REUSES), names_model=True, text="[PROMPT]", options=(_SYSTEM, MAX_TOKENS),
+        epilog="The text of a pipe or a file on standard input precedes the prompt; < /dev/null leaves it unread.\n"),
     "pull": Command("download a model from Hugging Face, after showing its size and whether it fits",
         "commands.library:pull", plus=(*_FETCHING, "device"), names_model=True),
     "list": Command("show the models that were fetched", "commands.library:list_models",

@@ -130,11 +130,8 @@ def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
 
 def thinking_settings(settings: table.FormatOptions) -> dict[str, Any]:
     """Return the limit on reasoning and the variables of the template, such as its switch, for an API adapter."""
-    return {
-        "reasoning_budget": -1 if settings.reasoning_budget is None else settings.reasoning_budget,
-        "reasoning_budget_message": settings.reasoning_budget_message,
-        "default_chat_template_kwargs": settings.default_chat_template_kwargs,
-    }
+    names = ("reasoning_budget", "reasoning_budget_message", "default_chat_template_kwargs")
+    return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
 def image_sources(
