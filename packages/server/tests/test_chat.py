@@ -623,6 +623,7 @@ class TestCommands:
         out = talk(monkeypatch, capsys, "/help", "/regenrate")
         assert all(name in out for name in ("/set", "/system", "/model", "/save", "/load", "/clear", "/exit"))
         assert "unknown command /regenrate (did you mean /regenerate?): the commands are /help, /set" in out
+        assert "; a message that begins with / is written with //" in out
         assert engine.requests == []
 
 

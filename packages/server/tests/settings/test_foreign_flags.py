@@ -255,6 +255,7 @@ def test_the_answer_has_the_name_here(arguments: list[str], message: str) -> Non
         ("serve demo -p 0", {"model": "demo", "port": 0}),
         ("serve -m model.gguf", {"model": "model.gguf"}),
         ("chat -m demo", {"model": "demo"}),
+        ("config demo -p 0", {"model": "demo", "port": 0}),
     ],
 )
 def test_short_forms_are_understood(line: str, settings: dict[str, object]) -> None:

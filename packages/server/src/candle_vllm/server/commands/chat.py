@@ -174,7 +174,7 @@ class Chat:
             return
         command = self._commands.get(_ALIASES.get(word, word))
         if command is None:
-            known = ", ".join(self._commands)
+            known = f"{', '.join(self._commands)}; a message that begins with / is written with //"
             raise UsageError(f"unknown command {word}{nearest(word, self._commands)}: the commands are {known}")
         if rest.strip() and not command.usage:
             raise UsageError(f"{word} takes no argument, but has {rest.strip()!r:.60}")

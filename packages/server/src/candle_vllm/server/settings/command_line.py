@@ -27,7 +27,9 @@ Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
 """
 
 SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
-"""Short flags of other programs. Some of them use -p for a prompt, so it is the port only for `serve`."""
+"""Short flags of other programs. Some of them use -p for a prompt, so it is the port only for `serve` and `config`."""
+
+_SERVING = [name for name, command in COMMANDS.items() if command.serves_models]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,7 +72,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
     parser = build_parser(command)
     given, rest = parser.parse_known_args(argv)
     arguments = vars(given)
-    if command in ("serve", "chat") and len(rest) == 1 and "model" not in arguments and _may_be_model(rest[0]):
+    if command in (*_SERVING, "chat") and len(rest) == 1 and "model" not in arguments and _may_be_model(rest[0]):
         arguments["model"] = rest.pop()
     if command == "run" and "prompt" in arguments and not any(text.startswith("-") for text in rest):
         arguments["prompt"], rest = " ".join((arguments["prompt"], *rest)), []  # `ollama run MODEL why is the sky blue`
@@ -155,7 +157,7 @@ def _usage(command: str) -> str:
     if command == "serve":
         return f"candle-vllm [{' | '.join(COMMANDS)}] [options]\n       candle-vllm serve [MODEL] [options]"
     takes = COMMANDS[command]
-    named = " MODEL" * takes.names_model + " [MODEL]" * (command == "chat")
+    named = " MODEL" * takes.names_model + " [MODEL]" * (command in ("chat", "config"))
     return f"candle-vllm {command} [options]{named}" + (takes.text and f" {takes.text}")
 
 
@@ -194,14 +196,14 @@ def _value(option: Option, given: Any) -> Any:
 
 
 def _in_full(command: str, argv: Sequence[str]) -> list[str]:
-    """Expand short forms: -m, -p for `serve`, and vLLM's `serve MODEL`."""
+    """Expand short forms: -m, and for `serve` and `config` -p and vLLM's `serve MODEL`."""
     end = argv.index("--") if "--" in argv else len(argv)
-    found = [SHORT.get(text, text) if text != "-p" or command == "serve" else text for text in argv[:end]]
+    found = [SHORT.get(text, text) if text != "-p" or command in _SERVING else text for text in argv[:end]]
     if command == "generate":  # llama-cli has flags for the prompt, which is a positional argument here
         found = [text for text in found if text not in ("-p", "--prompt")]
     found = ["--help" if text.startswith("--help=") else text for text in found]  # vLLM's --help=GROUP
     named = any(text.split("=", 1)[0] in BY_NAME["model"].flags for text in found)
-    if command == "serve" and found and not found[0].startswith("-") and found[0] not in COMMANDS and not named:
+    if command in _SERVING and found and not found[0].startswith("-") and found[0] not in COMMANDS and not named:
         found.insert(0, "--m")
     for place, text in enumerate(found[:-1]):  # a value that argparse would parse as a flag: --mcp-args -m,server
         if text == "--mcp-args" and found[place + 1].startswith("-") and _is_argument(found[place + 1]):
