@@ -294,13 +294,13 @@ def test_a_terminal_that_knows_ascii_only_shows_question_marks() -> None:
 def test_generate_reads_standard_input_and_applies_the_template(
     engine: PacedEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüß\n".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüß\n\r\n".encode())))
     assert main(["generate", "-", "--chat", "--system", "Be brief."]) == 0
     assert capsys.readouterr().out == "Hello!\n"
     messages = engine.template_calls[0].messages
     assert [(message["role"], message["content"]) for message in messages] == [
         ("system", "Be brief."),
-        ("user", "Grüß\n"),
+        ("user", "Grüß\n"),  # without the line end that `echo` adds
     ]
 
 

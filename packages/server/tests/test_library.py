@@ -346,7 +346,7 @@ def test_run_fetches_and_talks(command: Any, monkeypatch: pytest.MonkeyPatch) ->
     [
         (("Summarize",), "a\nb\n", "a\nb\n Summarize"),
         ((), "one\ntwo\n", "one\ntwo\n"),
-        (("-",), "one\ntwo\n", "one\ntwo\n"),
+        (("-",), "one\ntwo\n", "one\ntwo"),
         (("Hi",), "", "Hi"),
     ],
 )

@@ -210,7 +210,7 @@ def generate(
     """Print the continuation of `prompt` ("-": standard input), by default of 256 tokens, or with `chat` the answer."""
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a plain prompt has no system message")
-    text = read_stdin("prompt") if prompt == "-" else prompt
+    text = read_stdin("prompt").removesuffix("\n").removesuffix("\r") if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty")
     with load_engine(settings, max_num_seqs=1) as engine:
