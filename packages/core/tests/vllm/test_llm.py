@@ -274,6 +274,8 @@ def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> No
     assert text == engine.apply_chat_template([USER])
     ids = engine.tokenize(str(text), False)
     assert tokenizer.apply_chat_template([USER], add_generation_prompt=True) == ids
+    several = tokenizer.apply_chat_template([[USER], [USER]], tokenize=False, add_generation_prompt=True)
+    assert several == [text, text]
     two = tokenizer(["abc", "a"])
     assert two["input_ids"] == [tokenizer.encode("abc"), tokenizer.encode("a")]
     assert tokenizer.batch_decode(two["input_ids"]) == [tokenizer.decode(each) for each in two["input_ids"]]

@@ -515,12 +515,14 @@ class LlmTokenizer:
 
     def apply_chat_template(
         self,
-        conversation: Sequence[Message],
+        conversation: Sequence[Any],
         tokenize: bool = True,
         add_generation_prompt: bool = False,
         **options: Any,
-    ) -> str | list[int]:
-        """Render a conversation to the model's prompt: its token ids, or its text."""
+    ) -> Any:
+        """Render a conversation to the model's prompt: its token ids, or its text; of several, a list of each."""
+        if conversation and not isinstance(conversation[0], Mapping):
+            return [self.apply_chat_template(each, tokenize, add_generation_prompt, **options) for each in conversation]
         text = self._engine.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)
         return self._engine.tokenize(text, add_special_tokens=False) if tokenize else text
 
