@@ -52,9 +52,6 @@ _OTHER_MODEL: dict[str, Any] = dict.fromkeys(
 )  # fmt: skip
 
 
-EXIT_FAILED = 1
-
-
 def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | None = None) -> int:
     """Run a conversation until /exit or the end of input; without a terminal, Ctrl+C between answers also ends it.
 
@@ -67,7 +64,7 @@ def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | 
         while (line := read()) is not None and not talk.ends_with(line):
             with keys_unseen():
                 talk.take(line)
-    return EXIT_FAILED if talk.failed and not sys.stdin.isatty() else 0
+    return int(talk.failed and not sys.stdin.isatty())
 
 
 class _Command(NamedTuple):

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 64 << 20  # bytes read from standard input
 
-DEFAULT_MAX_TOKENS = 256
-OWN_LIMITS = "its token limit (--max-tokens, or the model's context)"
-
 Message = dict[str, Any]
 
 
@@ -40,7 +37,7 @@ def conversation(system: str | None, text: str) -> list[Message]:
     return [*start, {"role": "user", "content": text}]
 
 
-def unfinished(reason: FinishReason | None, at: str = OWN_LIMITS) -> str:
+def unfinished(reason: FinishReason | None, at: str = "its token limit (--max-tokens, or the model's context)") -> str:
     """Return a text that names the limit at which an answer was cut; "" for an answer that was not cut."""
     if reason is None or not reason.cut:
         return ""
@@ -222,7 +219,7 @@ def generate(
             return _continuation(engine, text, settings, most, stop)
 
         try:
-            asyncio.run(_write(pieces(max_tokens or (None if chat else DEFAULT_MAX_TOKENS))))
+            asyncio.run(_write(pieces(max_tokens or (None if chat else 256))))
         except PromptTooLongError:
             if max_tokens is not None:
                 raise
