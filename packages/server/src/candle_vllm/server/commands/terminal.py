@@ -60,9 +60,9 @@ async def answer_pieces(
     settings: ModelOptions,
     max_tokens: int | None,
     stop: Sequence[str] = (),
-    lora: LoRARequest | None = None,
+    uses: Sequence[tuple[LoRARequest, float]] = (),
 ) -> AsyncGenerator[Said, None]:
-    """Yield the deltas of the model's answer, with the adapter `lora`; closing the iterator aborts the request."""
+    """Yield the deltas of the model's answer, with adapters by scale; closing the iterator aborts the request."""
     from candle_vllm.openai import OpenAIAdapter  # not needed for a plain prompt
     from candle_vllm.openai.events import Ended, Text, Thought, Usage
 
@@ -71,7 +71,7 @@ async def answer_pieces(
         engine,
         served_model_names=[name],
         reasoning_parser=settings.reasoning_parser,
-        adapters=None if lora is None else _Always(lora),
+        adapters=_Always(uses) if uses else None,
         **thinking_settings(settings),
     )
     wire: dict[str, Any] = {"model": name, "messages": list(messages), "stream": True, **settings.default_sampling}
@@ -94,16 +94,16 @@ async def answer_pieces(
 
 
 class _Always:
-    """Applies one adapter to every request (`candle_vllm.openai.serving.AdapterNames`)."""
+    """Applies the same adapters to every request (`candle_vllm.openai.serving.AdapterNames`)."""
 
-    def __init__(self, lora: LoRARequest) -> None:
-        self._lora = lora
+    def __init__(self, uses: Sequence[tuple[LoRARequest, float]]) -> None:
+        self._uses = uses
 
     def is_known(self, name: str) -> bool:
-        return name == self._lora.lora_name
+        return any(lora.lora_name == name for lora, _ in self._uses)
 
     def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Sequence[tuple[LoRARequest, float]]:  # noqa: ARG002
-        return [(self._lora, 1.0)]
+        return self._uses
 
 
 class Display:
