@@ -156,8 +156,7 @@ def require_stdin() -> None:
 def is_piped() -> bool:
     """Whether standard input is a pipe or a file; a socket, such as that of ssh, may never end."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or has no descriptor
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+        return stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG)
     return False
 
 
