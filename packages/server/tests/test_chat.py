@@ -510,6 +510,17 @@ class TestCommands:
         assert engine.adapters["tone"].path == "/srv/tone"
         assert [len(messages) for messages in asked(engine)] == [2, 4, 6, 8]  # the conversation goes on
 
+    def test_adapters_with_a_scale_apply_from_the_start_and_not_to_another_model(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A\n/model b\nB\n/model scripted\nC\n/model x\nD"))
+        )
+        flags = ["--lora", "/srv/a.gguf", "--lora-scaled", "/srv/b.gguf:0.5", "--lora-modules", "c=/srv/c"]
+        assert main(["chat", "--m", "first", *flags]) == 0
+        scales = [{use.name: use.scale for use in request.adapters} for request in engine.requests]
+        assert scales == [{"a": 1.0, "b": 0.5}, {"b": 1.0}, {"a": 1.0, "b": 0.5}, {}]
+
     def test_a_model_and_its_file(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
@@ -623,6 +634,7 @@ class TestCommands:
         out = talk(monkeypatch, capsys, "/help", "/regenrate")
         assert all(name in out for name in ("/set", "/system", "/model", "/save", "/load", "/clear", "/exit"))
         assert "unknown command /regenrate (did you mean /regenerate?): the commands are /help, /set" in out
+        assert "; a message that begins with / is written with //" in out
         assert engine.requests == []
 
 

@@ -256,6 +256,30 @@ def test_texts_of_people_are_taken_as_they_are(engine: PacedEngine) -> None:
     assert [message["content"] for message in engine.template_calls[0].messages] == ["a\nb", " a\n"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "variables"),
+    [
+        (["--chat-template-kwargs", '{"enable_thinking": false}'], {"enable_thinking": False}),
+        (["--reasoning", "off"], {"enable_thinking": False}),
+        (["--think=false"], {"enable_thinking": False}),
+        (["--think"], {"enable_thinking": True}),
+        (["--think", "high"], {"reasoning_effort": "high"}),
+    ],
+)
+@pytest.mark.parametrize("command", [["chat"], ["generate", "--chat", "Hi"], ["run", "demo", "Hi"]])
+def test_thinking_is_switched_by_the_flags_of_other_programs(
+    command: list[str],
+    flags: list[str],
+    variables: dict[str, Any],
+    engine: PacedEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    assert main([*command, *flags]) == 0
+    (call,) = engine.template_calls
+    assert variables.items() <= call.options.items()
+
+
 def test_a_terminal_that_knows_ascii_only_shows_question_marks() -> None:
     code = (
         "import sys\nfrom candle_vllm.server import cli\n"
@@ -270,13 +294,13 @@ def test_a_terminal_that_knows_ascii_only_shows_question_marks() -> None:
 def test_generate_reads_standard_input_and_applies_the_template(
     engine: PacedEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüß\n".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüß\n\r\n".encode())))
     assert main(["generate", "-", "--chat", "--system", "Be brief."]) == 0
     assert capsys.readouterr().out == "Hello!\n"
     messages = engine.template_calls[0].messages
     assert [(message["role"], message["content"]) for message in messages] == [
         ("system", "Be brief."),
-        ("user", "Grüß\n"),
+        ("user", "Grüß\n"),  # without the line end that `echo` adds
     ]
 
 
@@ -308,6 +332,15 @@ def test_what_goes_to_a_closed_stream_goes_nowhere(closed: str, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert (done.stdout == "") == (">&-" in closed.replace("2>&-", ""))
     assert (done.stderr == "") == ("2>&-" in closed)
+
+
+def test_one_question_is_answered_to_the_end_of_the_turn(engine: PacedEngine) -> None:
+    for line in (["generate", "Hi"], ["generate", "--chat", "Hi"], ["run", "demo", "Hi"]):
+        assert main(line) == 0
+    room = engine.model_info.max_model_len
+    limits = [request.params.max_tokens for request in engine.requests]
+    assert limits[0] == 256
+    assert all(limit is None or 256 < limit < room for limit in limits[1:])
 
 
 @pytest.mark.parametrize("more", [[], ["--chat"]])

@@ -341,6 +341,27 @@ def test_run_fetches_and_talks(command: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert command("run", REPO, "Hi")[1] == "Good day!\n"  # which is here now
 
 
+@pytest.mark.parametrize(
+    ("arguments", "piped", "asked"),
+    [
+        (("Summarize",), "a\nb\n", "a\nb\n Summarize"),
+        ((), "one\ntwo\n", "one\ntwo\n"),
+        (("-",), "one\ntwo\n", "one\ntwo"),
+        (("Hi",), "", "Hi"),
+    ],
+)
+def test_run_reads_a_pipe_as_a_part_of_the_prompt(
+    arguments: tuple[str, ...], piped: str, asked: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = PacedEngine("Good day!")
+    monkeypatch.setattr("candle_vllm.server.commands.terminal.load_engine", lambda *_, **__: engine)
+    (tmp_path / "piped.txt").write_text(piped)
+    with (tmp_path / "piped.txt").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert command("run", "demo", *arguments)[:2] == (0, "Good day!\n")
+    assert [message["content"] for message in engine.template_calls[0].messages] == [asked]
+
+
 def test_a_downloaded_model_has_no_settings_of_an_entry_of_models_yaml(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,19 @@ def test_a_forgotten_engine_ends_with_the_interpreter(toy_model: Path) -> None:
     assert not os.path.exists(folder)
 
 
+def test_forgotten_replicas_end_with_the_interpreter_and_without_a_word(toy_model: Path) -> None:
+    script = textwrap.dedent(
+        f"""
+        from candle_vllm.core.remote import ReplicatedEngine
+        engine = ReplicatedEngine({str(toy_model)!r}, data_parallel_size=2, threads=2)
+        print(*engine.pids, flush=True)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert "Traceback" not in done.stderr
+    wait_for(lambda: all(gone(int(pid)) for pid in done.stdout.split()))
+
+
 def test_an_interrupt_while_it_loads_ends_the_child() -> None:
     process = fake("")
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()

@@ -189,11 +189,15 @@ def test_what_there_is_not_is_refused_by_name(engine: InferenceEngine) -> None:
 
 def test_its_life(toy_model: Path) -> None:
     async def life() -> None:
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(str(toy_model), max_model_len=64, threads=1))
+        arguments = AsyncEngineArgs(str(toy_model), max_model_len=64, threads=1)
+        with pytest.raises(InvalidParameterError, match="from_engine_args takes no stat_loggers"):
+            AsyncLLM.from_engine_args(arguments, stat_loggers=[object()])
+        llm = AsyncLLM.from_engine_args(arguments, start_engine_loop=True, usage_context="API_SERVER")
         await llm.check_health()
         assert llm.is_running
         assert (await llm.get_default_sampling_params()).temperature == 1
         assert llm.get_tokenizer().decode(llm.get_tokenizer().encode("abc")) == "abc"
+        assert (await llm.get_tokenizer()).decode([97]) == "a"  # as in older versions of vLLM
         llm.shutdown()
         assert llm.errored
         with pytest.raises(EngineDeadError):

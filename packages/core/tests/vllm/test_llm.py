@@ -265,12 +265,17 @@ def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> No
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
     assert tokenizer.decode(np.int64(97)) == tokenizer.decode(np.array([97])) == "a"
     assert tokenizer.convert_ids_to_tokens(np.int64(97)) == tokenizer.convert_ids_to_tokens(97)
-    assert tokenizer("abc")["input_ids"] == tokenizer.encode("abc")
+    assert tokenizer("abc")["input_ids"] == tokenizer("abc").input_ids == tokenizer.encode("abc")
+    assert tokenizer("abc").attention_mask == [1] * len(tokenizer.encode("abc"))
+    with pytest.raises(AttributeError, match="token_type_ids"):
+        tokenizer("abc").token_type_ids  # noqa: B018
     assert tokenizer.eos_token_id == engine.model_info.eos_token_ids[0]
     text = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
     assert text == engine.apply_chat_template([USER])
     ids = engine.tokenize(str(text), False)
     assert tokenizer.apply_chat_template([USER], add_generation_prompt=True) == ids
+    several = tokenizer.apply_chat_template([[USER], [USER]], tokenize=False, add_generation_prompt=True)
+    assert several == [text, text]
     two = tokenizer(["abc", "a"])
     assert two["input_ids"] == [tokenizer.encode("abc"), tokenizer.encode("a")]
     assert tokenizer.batch_decode(two["input_ids"]) == [tokenizer.decode(each) for each in two["input_ids"]]

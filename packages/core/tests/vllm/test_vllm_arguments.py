@@ -47,6 +47,7 @@ from candle_vllm.core.vllm.arguments import translated
         ({"swap_space": 4, "compilation_config": 3, "max_seq_len_to_capture": 1024}, {}),
         ({"num_scheduler_steps": 8, "structured_outputs_config": {"backend": "xgrammar"}}, {}),
         ({"served_model_name": "m"}, {}),
+        ({"use_v2_block_manager": True, "worker_use_ray": False, "disable_async_output_proc": True}, {}),
         (
             {"pipeline_parallel_size": 1, "trust_remote_code": True, "runner": "pooling", "disable_log_stats": False},
             {},

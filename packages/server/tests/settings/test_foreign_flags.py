@@ -255,6 +255,7 @@ def test_the_answer_has_the_name_here(arguments: list[str], message: str) -> Non
         ("serve demo -p 0", {"model": "demo", "port": 0}),
         ("serve -m model.gguf", {"model": "model.gguf"}),
         ("chat -m demo", {"model": "demo"}),
+        ("config demo -p 0", {"model": "demo", "port": 0}),
     ],
 )
 def test_short_forms_are_understood(line: str, settings: dict[str, object]) -> None:
@@ -263,7 +264,7 @@ def test_short_forms_are_understood(line: str, settings: dict[str, object]) -> N
 
 
 def test_values_and_texts_are_no_flags() -> None:
-    _, own = parse("generate", ["--", "-ngl"])
+    _, own = parse("generate", ["--no-display-prompt", "--simple-io", "--", "-ngl"])
     assert own["prompt"] == "-ngl"
     _, own = parse("generate", ["-- SQL: user_id of all_users", "--system", "--a_b c"])
     assert own == {"prompt": "-- SQL: user_id of all_users", "system": "--a_b c"}

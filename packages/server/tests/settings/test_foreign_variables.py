@@ -68,6 +68,12 @@ def test_each_of_other_servers(load: Load) -> None:
     assert remark == "VLLM_TORCH_COMPILE_LEVEL in the environment has no effect: torch.compile is not used"
 
 
+def test_variables_of_llama_server_that_are_not_read_are_named(load: Load) -> None:
+    (remark,) = load(LLAMA_ARG_ALIAS="a", LLAMA_ARG_CTX_SIZE="0").remarks
+    assert remark.startswith("LLAMA_ARG_ALIAS in the environment has no effect: llama-server's flags are read")
+    assert load(command="bench", LLAMA_ARG_ALIAS="a").remarks == ()
+
+
 def test_the_order_is_flags_then_our_variables_then_these_then_dotenv(load: Load) -> None:
     dotenv = "CANDLE_VLLM_PORT=4\n"
     assert load("--p 1", dotenv, PORT="3", CANDLE_VLLM_PORT="2").settings.port == 1

@@ -394,8 +394,10 @@ class Fleet:
         for process in starting.values():
             if process is not None:
                 process.kill()  # the starting thread waits for it and cleans up
-        with ThreadPoolExecutor(len(self._replicas)) as workers:
+        with suppress(RuntimeError), ThreadPoolExecutor(len(self._replicas)) as workers:
             list(workers.map(RemoteEngine.close, self._replicas))
+        for replica in self._replicas:  # where no thread could start, because the interpreter ends
+            replica.close()
         for thread in starting:
             if thread is not threading.current_thread():
                 thread.join()

@@ -44,8 +44,10 @@ class AsyncLLM:
         self._adapter_names: dict[int, str] = {}  # names of added adapters by `lora_int_id`
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
-        """Make an `AsyncLLM` from stored arguments."""
+    def from_engine_args(cls, engine_args: EngineArgs, **more: object) -> Self:
+        """Make an `AsyncLLM` from stored arguments; `start_engine_loop` and `usage_context` have no effect."""
+        refused = more.keys() - {"start_engine_loop", "usage_context"}
+        llm.refuse_given("from_engine_args", **{name: more[name] for name in refused})
         return cls(**vars(engine_args))
 
     @explained(SamplingParams=SamplingParams.__struct_fields__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Self
@@ -436,6 +436,15 @@ class LLM(ExplainedAttributes):
         return self._opened.defaults.filled(given)  # pyrefly: ignore[bad-argument-type]  # which refuses it
 
 
+class Encoding(dict[str, list[Any]]):
+    """Values of a call of the tokenizer, by key and as attributes."""
+
+    def __getattr__(self, name: str) -> list[Any]:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class LlmTokenizer:
     """An engine's tokenizer with the common attributes and methods of transformers' tokenizers.
 
@@ -459,13 +468,18 @@ class LlmTokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
-    def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True) -> dict[str, Any]:
+    def __await__(self) -> Generator[None, None, Self]:
+        """Return the tokenizer to programs that await `AsyncLLM.get_tokenizer`, a coroutine in older versions."""
+        yield from ()
+        return self
+
+    def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True) -> Encoding:
         """Tokenize a text to `input_ids`, with an `attention_mask` of ones; of several texts, to a list of each."""
         if isinstance(text, str):
             ids = self.encode(text, add_special_tokens)
-            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+            return Encoding(input_ids=ids, attention_mask=[1] * len(ids))
         each = [self(one, add_special_tokens) for one in text]
-        return {name: [made[name] for made in each] for name in ("input_ids", "attention_mask")}
+        return Encoding({name: [made[name] for made in each] for name in ("input_ids", "attention_mask")})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokenize a text."""
@@ -501,12 +515,14 @@ class LlmTokenizer:
 
     def apply_chat_template(
         self,
-        conversation: Sequence[Message],
+        conversation: Sequence[Any],
         tokenize: bool = True,
         add_generation_prompt: bool = False,
         **options: Any,
-    ) -> str | list[int]:
-        """Render a conversation to the model's prompt: its token ids, or its text."""
+    ) -> Any:
+        """Render a conversation to the model's prompt: its token ids, or its text; of several, a list of each."""
+        if conversation and not isinstance(conversation[0], Mapping):
+            return [self.apply_chat_template(each, tokenize, add_generation_prompt, **options) for each in conversation]
         text = self._engine.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)
         return self._engine.tokenize(text, add_special_tokens=False) if tokenize else text
 

@@ -46,13 +46,10 @@ _MAX_STOPS, _MAX_STOP = 4, 1024  # maximum number of stop strings, and maximum c
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
-_OTHER_MODEL: dict[str, Any] = dict.fromkeys(
+_OTHER_MODEL: dict[str, Any] = {"lora_modules": ()} | dict.fromkeys(
     ("weight_path", "weight_file", "revision", "tokenizer", "chat_template", "mmproj", "imatrix", "tool_parser",
      "reasoning_parser")
 )  # fmt: skip
-
-
-EXIT_FAILED = 1
 
 
 def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | None = None) -> int:
@@ -62,12 +59,12 @@ def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | 
     """
     require_stdin()
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
-        read = line_reader(Path.home(), talk.commands)
+        read = line_reader(Path.home(), list(talk.commands))
         talk.say(f"{talk.name}: /help lists the commands; Ctrl+C stops an answer, Ctrl+D ends the chat")
         while (line := read()) is not None and not talk.ends_with(line):
             with keys_unseen():
                 talk.take(line)
-    return EXIT_FAILED if talk.failed and not sys.stdin.isatty() else 0
+    return int(talk.failed and not sys.stdin.isatty())
 
 
 class _Command(NamedTuple):
@@ -106,7 +103,7 @@ class Chat:
         self._lora: LoRARequest | None = None
         self._set_system(system or None)
         settable = ", ".join([*_SET, "stop"])
-        self._commands = {
+        self.commands = {
             "/help": _Command(self._help, "", "this list"),
             "/set": _Command(
                 self._set, "[NAME VALUE]", f"sets a sampling parameter ({settable}); the value default resets it"
@@ -128,10 +125,6 @@ class Chat:
             raise UsageError(_NO_MODEL)
         model = self._engine.model_info.name
         return model if self._lora is None else f"{model}:{self._lora.lora_name}"
-
-    @property
-    def commands(self) -> list[str]:
-        return list(self._commands)
 
     def close(self) -> None:
         self._runner.close()
@@ -172,10 +165,10 @@ class Chat:
                 if not self._is_image(text):
                     self._ask(text)
             return
-        command = self._commands.get(_ALIASES.get(word, word))
+        command = self.commands.get(_ALIASES.get(word, word))
         if command is None:
-            known = ", ".join(self._commands)
-            raise UsageError(f"unknown command {word}{nearest(word, self._commands)}: the commands are {known}")
+            known = f"{', '.join(self.commands)}; a message that begins with / is written with //"
+            raise UsageError(f"unknown command {word}{nearest(word, self.commands)}: the commands are {known}")
         if rest.strip() and not command.usage:
             raise UsageError(f"{word} takes no argument, but has {rest.strip()!r:.60}")
         command.run(rest.strip())
@@ -257,7 +250,7 @@ class Chat:
         """Print an answer and append its text to `parts`; return why it ended."""
         first: float | None = None
         ended = None
-        answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._lora)
+        answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._uses())
         with contextlib.closing(answer_display()) as display, sign_of_life() as no_more:
             async with contextlib.aclosing(answer) as pieces:
                 async for piece in pieces:
@@ -275,7 +268,7 @@ class Chat:
     # ---- commands ----------------------------------------------------------------------------------------------------
 
     def _help(self, _: str) -> None:
-        lines = [(f"{name} {command.usage}".rstrip(), command.help) for name, command in self._commands.items()]
+        lines = [(f"{name} {command.usage}".rstrip(), command.help) for name, command in self.commands.items()]
         self.say("\n".join(f"{usage:<24}{text}" for usage, text in lines))
         pasted = "paste them, or " if sys.stdin.isatty() else ""
         self.say(f'Several lines: {pasted}put them between """ and """. // begins a message that begins with /.')
@@ -342,8 +335,7 @@ class Chat:
         model, *file = [str(whole)] if whole.exists() else _words(rest, 2, "/model takes MODEL and FILE")
         if not model:
             raise UsageError("/model takes a model: an id, a folder or a .gguf file")
-        if model.startswith("~"):
-            model = str(Path(model).expanduser())
+        model = os.path.expanduser(model)
         other: dict[str, Any] = {**_OTHER_MODEL, "model": model, "weight_file": file[0] if file else None}
         settings = dataclasses.replace(self._settings, **other)
         refuse_missing(settings)
@@ -370,6 +362,13 @@ class Chat:
                 self._lora = wanted
                 return True
         return False
+
+    def _uses(self) -> list[tuple[LoRARequest, float]]:
+        """Return the chosen adapter, or else those with a scale in `lora_modules`."""
+        if self._lora is not None:
+            return [(self._lora, 1.0)]
+        specs = read_specs(self._settings.lora_modules)
+        return [(LoRARequest(spec.name, lora_path=spec.path), spec.scale) for spec in specs if spec.scale]
 
     def _bring(self, settings: AdapterOptions) -> str | None:
         """Replace the current model; return the error if no model is loaded afterwards."""

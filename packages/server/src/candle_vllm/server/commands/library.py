@@ -120,7 +120,11 @@ def run(
     system: str | None = None,
     max_tokens: int | None = None,
 ) -> int:
-    """Download a model if necessary, and run a conversation with it, or answer `prompt`."""
+    """Download a model if necessary, and run a conversation with it, or answer `prompt` after the text of a pipe."""
+    from candle_vllm.server.commands.terminal import generate, is_piped, read_stdin
+
+    if prompt != "-" and is_piped() and (text := read_stdin("prompt")):  # as in Ollama; generate reads "-"
+        prompt = f"{text} {prompt}" if prompt else text
     chosen = _not_of_hub(settings, name)
     if chosen is None:
         try:
@@ -132,8 +136,6 @@ def run(
         from candle_vllm.server.commands.chat import chat
 
         return chat(chosen, system, max_tokens)
-    from candle_vllm.server.commands.terminal import generate
-
     return generate(chosen, prompt, chat=True, system=system, max_tokens=max_tokens)
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import stat
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 64 << 20  # bytes read from standard input
 
-DEFAULT_MAX_TOKENS = 256
-OWN_LIMITS = "its token limit (--max-tokens, or the model's context)"
-
 Message = dict[str, Any]
 
 
@@ -39,7 +37,7 @@ def conversation(system: str | None, text: str) -> list[Message]:
     return [*start, {"role": "user", "content": text}]
 
 
-def unfinished(reason: FinishReason | None, at: str = OWN_LIMITS) -> str:
+def unfinished(reason: FinishReason | None, at: str = "its token limit (--max-tokens, or the model's context)") -> str:
     """Return a text that names the limit at which an answer was cut; "" for an answer that was not cut."""
     if reason is None or not reason.cut:
         return ""
@@ -62,9 +60,9 @@ async def answer_pieces(
     settings: ModelOptions,
     max_tokens: int | None,
     stop: Sequence[str] = (),
-    lora: LoRARequest | None = None,
+    uses: Sequence[tuple[LoRARequest, float]] = (),
 ) -> AsyncGenerator[Said, None]:
-    """Yield the deltas of the model's answer, with the adapter `lora`; closing the iterator aborts the request."""
+    """Yield the deltas of the model's answer, with adapters by scale; closing the iterator aborts the request."""
     from candle_vllm.openai import OpenAIAdapter  # not needed for a plain prompt
     from candle_vllm.openai.events import Ended, Text, Thought, Usage
 
@@ -73,7 +71,7 @@ async def answer_pieces(
         engine,
         served_model_names=[name],
         reasoning_parser=settings.reasoning_parser,
-        adapters=None if lora is None else _Always(lora),
+        adapters=_Always(uses) if uses else None,
         **thinking_settings(settings),
     )
     wire: dict[str, Any] = {"model": name, "messages": list(messages), "stream": True, **settings.default_sampling}
@@ -96,16 +94,16 @@ async def answer_pieces(
 
 
 class _Always:
-    """Applies one adapter to every request (`candle_vllm.openai.serving.AdapterNames`)."""
+    """Applies the same adapters to every request (`candle_vllm.openai.serving.AdapterNames`)."""
 
-    def __init__(self, lora: LoRARequest) -> None:
-        self._lora = lora
+    def __init__(self, uses: Sequence[tuple[LoRARequest, float]]) -> None:
+        self._uses = uses
 
     def is_known(self, name: str) -> bool:
-        return name == self._lora.lora_name
+        return any(lora.lora_name == name for lora, _ in self._uses)
 
     def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Sequence[tuple[LoRARequest, float]]:  # noqa: ARG002
-        return [(self._lora, 1.0)]
+        return self._uses
 
 
 class Display:
@@ -155,6 +153,13 @@ def require_stdin() -> None:
         raise UsageError("standard input is closed: give it a text, or /dev/null")
 
 
+def is_piped() -> bool:
+    """Whether standard input is a pipe or a file; a socket, such as that of ssh, may never end."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or has no descriptor
+        return stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG)
+    return False
+
+
 def read_stdin(name: str) -> str:
     """Read standard input as a text; error messages call it `name`."""
     require_stdin()
@@ -198,10 +203,10 @@ def generate(
     max_tokens: int | None = None,
     stop: tuple[str, ...] = (),
 ) -> int:
-    """Print the continuation of `prompt` ("-": standard input), by default of up to 256 tokens, and a newline."""
+    """Print the continuation of `prompt` ("-": standard input), by default of 256 tokens, or with `chat` the answer."""
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a plain prompt has no system message")
-    text = read_stdin("prompt") if prompt == "-" else prompt
+    text = read_stdin("prompt").removesuffix("\n").removesuffix("\r") if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty")
     with load_engine(settings, max_num_seqs=1) as engine:
@@ -213,7 +218,7 @@ def generate(
             return _continuation(engine, text, settings, most, stop)
 
         try:
-            asyncio.run(_write(pieces(max_tokens or DEFAULT_MAX_TOKENS)))
+            asyncio.run(_write(pieces(max_tokens or (None if chat else 256))))
         except PromptTooLongError:
             if max_tokens is not None:
                 raise

@@ -109,7 +109,6 @@ def serve_engine(
             tool_parser=settings.tool_parser,
             reasoning_parser=settings.reasoning_parser,
             **thinking_settings(settings),
-            default_chat_template_kwargs=settings.default_chat_template_kwargs,
             watcher=watcher,
             salted=owned_salt,
             adapters=BaseAdapters(adapters, entry.name) if adapters is not None and settings.enable_lora else None,

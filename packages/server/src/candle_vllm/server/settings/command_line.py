@@ -27,7 +27,7 @@ Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
 """
 
 SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
-"""Short flags of other programs. Some of them use -p for a prompt, so it is the port only for `serve`."""
+"""Short flags of other programs. Some of them use -p for a prompt, so it is the port only for `serve` and `config`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,7 +70,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
     parser = build_parser(command)
     given, rest = parser.parse_known_args(argv)
     arguments = vars(given)
-    if command in ("serve", "chat") and len(rest) == 1 and "model" not in arguments and _may_be_model(rest[0]):
+    if command in ("serve", "config", "chat") and len(rest) == 1 and "model" not in arguments and _maybe_model(rest[0]):
         arguments["model"] = rest.pop()
     if command == "run" and "prompt" in arguments and not any(text.startswith("-") for text in rest):
         arguments["prompt"], rest = " ".join((arguments["prompt"], *rest)), []  # `ollama run MODEL why is the sky blue`
@@ -111,7 +111,7 @@ def _over_file(command: str, given: SettingsSource, path: Path | None) -> Settin
     )
 
 
-def _may_be_model(text: str) -> bool:
+def _maybe_model(text: str) -> bool:
     """Whether an argument may be the model, at any position as in vLLM; a command's name or a sentence is a mistake."""
     return not text.startswith("-") and text not in COMMANDS and not any(map(str.isspace, text))
 
@@ -155,7 +155,7 @@ def _usage(command: str) -> str:
     if command == "serve":
         return f"candle-vllm [{' | '.join(COMMANDS)}] [options]\n       candle-vllm serve [MODEL] [options]"
     takes = COMMANDS[command]
-    named = " MODEL" * takes.names_model + " [MODEL]" * (command == "chat")
+    named = " MODEL" * takes.names_model + " [MODEL]" * (command in ("chat", "config"))
     return f"candle-vllm {command} [options]{named}" + (takes.text and f" {takes.text}")
 
 
@@ -194,9 +194,9 @@ def _value(option: Option, given: Any) -> Any:
 
 
 def _in_full(command: str, argv: Sequence[str]) -> list[str]:
-    """Expand short forms: -m, -p for `serve`, and vLLM's `serve MODEL`."""
+    """Expand short forms: -m, -p for `serve` and `config`, and vLLM's `serve MODEL`."""
     end = argv.index("--") if "--" in argv else len(argv)
-    found = [SHORT.get(text, text) if text != "-p" or command == "serve" else text for text in argv[:end]]
+    found = [SHORT.get(text, text) if text != "-p" or command in ("serve", "config") else text for text in argv[:end]]
     if command == "generate":  # llama-cli has flags for the prompt, which is a positional argument here
         found = [text for text in found if text not in ("-p", "--prompt")]
     found = ["--help" if text.startswith("--help=") else text for text in found]  # vLLM's --help=GROUP

@@ -129,9 +129,9 @@ def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
 
 
 def thinking_settings(settings: table.FormatOptions) -> dict[str, Any]:
-    """Return the limit on reasoning as arguments of an API adapter."""
-    limit = -1 if settings.reasoning_budget is None else settings.reasoning_budget
-    return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
+    """Return the limit on reasoning and the variables of the template, such as its switch, for an API adapter."""
+    names = ("reasoning_budget", "reasoning_budget_message", "default_chat_template_kwargs")
+    return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
 def image_sources(

@@ -127,8 +127,10 @@ def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
 
 
 def idle_remarks(variables: Mapping[str, str], title: str) -> list[str]:
-    """Return remarks on variables in `IDLE`."""
-    return [f"{name} in {title} has no effect: {why}" for name, why in IDLE.items() if name in variables]
+    """Return remarks on variables in `IDLE`, and on those of llama-server that are not in `DEPLOYMENTS`."""
+    llama = (name for name in variables if name.startswith("LLAMA_ARG_") and name not in DEPLOYMENTS)
+    known = {**IDLE, **dict.fromkeys(llama, "llama-server's flags are read, but few of its variables")}
+    return [f"{name} in {title} has no effect: {why}" for name, why in known.items() if name in variables]
 
 
 def hub_token_source(*places: tuple[str, Mapping[str, str]]) -> SettingsSource:

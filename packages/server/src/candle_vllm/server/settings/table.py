@@ -121,7 +121,7 @@ class FormatOptions(_Checked):
     mm_processor_kwargs: Annotated[Mapping[str, Any] | None, engine(MODEL, "JSON", needs=SAMPLING)] = None
     default_chat_template_kwargs: Annotated[dict[str, Any] | None, own(MODEL,
         JsonObject(), "variables of the chat template, as JSON, where a request does not set them "
-        """(chat_template_kwargs): '{"enable_thinking": false}'""", "JSON", in_yaml=True, needs=SERVES)] = None
+        """(chat_template_kwargs): '{"enable_thinking": false}'""", "JSON", in_yaml=True, needs=SAMPLING)] = None
     tool_parser: Annotated[str | None, own(MODEL,
         Text(128), "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files",
         "NAME", in_yaml=True, flags=("--tool-parser", "--tool-call-parser", "--enforce-parser"), needs=CALLS)] = None
