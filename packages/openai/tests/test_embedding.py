@@ -736,6 +736,9 @@ async def test_input_types_put_the_models_words_before_texts() -> None:
     with pytest.raises(InvalidParameterError, match="this input is token ids"):
         await embed(engine, input=[1, 2], input_type="query")
     assert await embed(ScriptedEngine(), input=["ab"], input_type="query"), "a model without prompts wants no words"
+    engine.more["prompts"] = {"query": "", "document": ""}  # what sentence-transformers writes for a model without any
+    for kind in ("classification", "clustering", "search_query"):
+        assert (await cohere(engine, input_type=kind))["embeddings"] == (await cohere(engine))["embeddings"]
 
 
 async def cohere(engine: ScriptedEngine, version: str = "2", **fields: Any) -> dict[str, Any]:

@@ -306,7 +306,7 @@ class EmbeddingAdapter:
     def _prompt(self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest) -> str:
         """Return the model's prompt for the request's input_type; "" if the model has no prompts."""
         prompts, wanted = self._engine.model_info.prompts, getattr(request, "input_type", None)
-        if wanted is None or not prompts:
+        if wanted is None or not any(prompts.values()):
             return ""
         names = (wanted, *INPUT_TYPES.get(wanted, ()))
         found = next((prompts[name] for name in names if name in prompts), None)
