@@ -798,6 +798,31 @@ async def test_a_task_is_an_adapters_name() -> None:
         await embed(ScriptedEngine(), input="a", task="separation")
 
 
+async def test_a_task_puts_its_prompt_before_texts() -> None:
+    """As Jina's API and the model card of jina-embeddings-v3, whose prompts have the names of the tasks."""
+
+    class Tasks:
+        def is_known(self, name: str) -> bool:
+            return True
+
+        def uses(self, name: str | None, scales: Any) -> Any:
+            return ()
+
+    engine = TokenVectors("embed", "score", pooling="mean")
+    engine.more["prompts"] = {"retrieval.query": "q: ", "separation": ""}
+    adapter = EmbeddingAdapter(engine, adapters=Tasks())
+    for given in ({"input": ["q: ab"]}, {"input": ["ab"], "task": "retrieval.query"}):
+        await adapter.embed(parse_embedding_request(given))
+    for given in ({"input": ["ab"]}, {"input": ["ab"], "task": "separation"}, {"input": ["ab"], "task": "other"}):
+        await adapter.embed(parse_embedding_request(given))
+    prompted, plain = engine.pooling_calls[:2], engine.pooling_calls[2:]
+    assert prompted[0].inputs == prompted[1].inputs
+    assert plain[0].inputs == plain[1].inputs == plain[2].inputs
+    chosen = parse_embedding_request({"input": ["ab"], "task": "retrieval.query", "input_type": "separation"})
+    await adapter.embed(chosen)
+    assert engine.pooling_calls[-1].inputs == plain[0].inputs, "input_type names another prompt"
+
+
 async def test_moderation_by_the_labels_of_a_classifier() -> None:
     async def moderate(engine: ScriptedEngine, **fields: Any) -> Any:
         body = to_json_bytes(await EmbeddingAdapter(engine).moderate(parse_body(ModerationRequest, fields)))

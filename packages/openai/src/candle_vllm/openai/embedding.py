@@ -293,7 +293,8 @@ class EmbeddingAdapter:
         for number, text in enumerate(request.inputs):
             with _blamed(number, len(request.inputs), field=field):
                 if front and not isinstance(text, str):
-                    raise InvalidParameterError("input_type needs texts, but this input is token ids", field)
+                    said = "the model's prompt for input_type or task precedes texts, but this input is token ids"
+                    raise InvalidParameterError(said, field)
                 ids = text if not isinstance(text, str) else self._tokenized(front + text, special, bounded=cut is None)
             if cut is not None:
                 framed = around if isinstance(text, str) else ()
@@ -304,8 +305,10 @@ class EmbeddingAdapter:
         return texts
 
     def _prompt(self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest) -> str:
-        """Return the model's prompt for the request's input_type; "" if the model has no prompts."""
+        """Return the model's prompt for the request's input_type, else for its task; "" if the model has no prompts."""
         prompts, wanted = self._engine.model_info.prompts, getattr(request, "input_type", None)
+        if wanted is None and not getattr(request, "own_tasks", True):
+            return prompts.get(getattr(request, "task", None) or "", "")
         if wanted is None or not any(prompts.values()):
             return ""
         names = (wanted, *INPUT_TYPES.get(wanted, ()))

@@ -66,7 +66,8 @@ class EmbeddingRequest(CutFields, PoolingFields):
             second name is Jina's, the third vLLM's.
         add_special_tokens: whether special tokens are added to texts; None adds them.
         truncate: whether to truncate texts to the model's maximum length, as with `truncate_prompt_tokens` -1 (Jina).
-        task: Jina's name of a task ("retrieval.query"), which selects the LoRA adapter "retrieval_query".
+        task: Jina's name of a task ("retrieval.query"), which selects the LoRA adapter "retrieval_query" and, without
+            `input_type`, the sentence-transformers prompt of this name.
         return_multivector: whether each token gets a vector, as with `pooling` "all" (Jina).
         input_type: "query", "document" or another name of a sentence-transformers prompt, which precedes each text.
     """
