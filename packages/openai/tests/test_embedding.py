@@ -146,6 +146,23 @@ async def test_vectors_are_bytes_of_the_requested_type(dtype: str, order: str) -
     assert {(each["embed_dtype"], each["endianness"]) for each in told["data"]} == {(dtype, order)}
 
 
+async def test_jinas_name_of_the_format_is_taken() -> None:
+    """`embedding_type` of Jina's API is a format, and the same name of the Rust candle-vllm's is a pooling."""
+    engine = ScriptedEngine()
+    for form in ("float", "base64"):
+        wanted = await embed(engine, input="one", encoding_format=form)
+        for given in ({"embedding_type": form}, {"embedding_type": form, "encoding_format": form}):
+            asked = parse_embedding_request({"input": "one", **given})
+            made = json.loads(to_json_bytes(await EmbeddingAdapter(engine).embed(asked)))
+            assert made["data"] == wanted["data"]
+            assert asked.pooling_params() == PoolingParams()
+    with pytest.raises(InvalidParameterError, match="and encoding_format") as caught:
+        parse_embedding_request({"input": "one", "embedding_type": "base64", "encoding_format": "float"})
+    assert caught.value.param == "embedding_type"
+    with pytest.raises(InvalidParameterError, match="must be one of 'mean'"):
+        parse_embedding_request({"input": "one", "embedding_type": ["float"]})
+
+
 def test_what_describes_no_bytes_is_refused() -> None:
     for name, value in (("embed_dtype", "float16"), ("endianness", "big")):
         with pytest.raises(RequestError, match="needs encoding_format base64, bytes or bytes_only") as caught:
