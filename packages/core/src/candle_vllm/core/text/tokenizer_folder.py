@@ -50,6 +50,7 @@ class FolderParts:
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | dict[str, str] | None = None
     response_template: dict[str, Any] | None = None
+    types_pairs: bool = True
 
 
 def load_folder(folder: Path) -> FolderParts:
@@ -64,6 +65,7 @@ def load_folder(folder: Path) -> FolderParts:
     _add_tokens(backend, config, [*named.values(), *extra], folder)
     names = known | {name: _content(value) for name, value in named.items()}
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
+    inputs = config.get("model_input_names")
     _frame(backend, config, names, path)
     return FolderParts(
         backend=backend,
@@ -72,6 +74,7 @@ def load_folder(folder: Path) -> FolderParts:
         special_tokens=names,
         chat_template=_chat_template(folder, config),
         response_template=_response_template(config),
+        types_pairs=not isinstance(inputs, list) or "token_type_ids" in inputs,
     )
 
 
