@@ -35,6 +35,7 @@ from candle_vllm.openai import (
     GenerationFailedError,
     InvalidBodyError,
     ModelNotServedError,
+    OpenAIAdapter,
     UnknownParameterError,
     UnsupportedParameterError,
     embedding,
@@ -317,6 +318,16 @@ def test_a_conversation_that_is_too_long_is_cut_where_that_is_asked_for() -> Non
         asked = parse_embedding_request(body | more)
         assert isinstance(asked, EmbeddingChatRequest)
         assert asked.chat_fields()["truncate_prompt_tokens"] == cut
+
+
+async def test_a_conversation_needs_a_template() -> None:
+    """The same words as for a chat would send the caller to the route that was asked."""
+    adapter = OpenAIAdapter(ScriptedEngine(tasks=("embed", "score"), has_chat_template=False))
+    with pytest.raises(
+        RequestError, match="has no chat template: send input, or start it with --chat-template"
+    ) as caught:
+        await adapter.embed({"messages": [{"role": "user", "content": "Hi"}]})
+    assert caught.value.param == "messages"
 
 
 def test_a_body_is_one_object() -> None:
