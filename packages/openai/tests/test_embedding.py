@@ -235,7 +235,9 @@ INPUT_FAULTS: list[tuple[Any, str, str]] = [
     (5, "input", "must be a string or a list"),
     (None, "input", "must be a string or a list"),
     ({}, "input", "must be a string or a list"),
-    ([None], "input.0", "must be an integer"),
+    ([None], "input.0", "must be a string, not null"),
+    ([None, "a"], "input.0", "must be a string, not null"),
+    ([{"text": "a"}], "input.0", "must be a string, not an object"),
     (["a"] * (MAX_INPUTS + 1), "input", f"must have at most {MAX_INPUTS} entries"),
 ]
 
