@@ -513,6 +513,14 @@ async def test_a_query_that_is_too_long_is_named() -> None:
     with pytest.raises(PromptTooLongError) as caught:
         await score(engine, text_1="b" * 9, text_2=["b", "c"])
     assert caught.value.param == "text_1"
+    engine = ScriptedEngine(max_model_len=8, tasks=("score",))  # which reads a query with each document
+    for more in ({}, {"truncate_prompt_tokens": -1}):
+        with pytest.raises(PromptTooLongError, match="the query has 10 tokens") as caught:
+            await rerank(engine, query="q" * 9, documents=["b", "c"], **more)
+        assert caught.value.param == "query"
+    with pytest.raises(PromptTooLongError, match="input 1: the query has 8 tokens") as caught:
+        await score(engine, text_1=["a", "b" * 7], text_2=["b", "c"])
+    assert caught.value.param == "text_1.1"
 
 
 # ---- what all have in common -----------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from candle_vllm.core.errors import (
     EngineOverloadedError,
     EngineSleepingError,
     InvalidParameterError,
+    PromptTooLongError,
     RequestAbortedError,
     RequestError,
 )
@@ -360,6 +361,7 @@ class EmbeddingAdapter:
 
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:
         """Refuse pairs before they run if they have too many tokens together."""
+        most = self._engine.model_info.max_model_len
         reads_once = "embed" in self._engine.model_info.tasks  # a cross-encoder reads a text again in every pair
         total, lengths = 0, dict[str, int]()
         for number, pair in enumerate(pairs):
@@ -368,6 +370,9 @@ class EmbeddingAdapter:
                 if known is None:
                     with _blamed(number, len(pairs), f"inputs.{number}.{side}"):
                         known = lengths[text] = len(self._tokenized(text))
+                        if not (reads_once or side) and known >= most:
+                            said = f"the query has {known} tokens and the model takes at most {most} with a document"
+                            raise PromptTooLongError(f"{said}: shorten it", "prompt")
                     total += known
                 elif not reads_once:
                     total += known
