@@ -294,8 +294,7 @@ class EmbeddingAdapter:
         for number, text in enumerate(request.inputs):
             with _blamed(number, len(request.inputs), field=field):
                 if front and not isinstance(text, str):
-                    said = "the model's prompt for input_type or task precedes texts, but this input is token ids"
-                    raise InvalidParameterError(said, field)
+                    raise InvalidParameterError("input_type and task need texts, but this input is token ids", field)
                 ids = text if not isinstance(text, str) else self._tokenized(front + text, special, bounded=cut is None)
             if cut is not None:
                 framed = around if isinstance(text, str) else ()

@@ -65,7 +65,6 @@ def load_folder(folder: Path) -> FolderParts:
     _add_tokens(backend, config, [*named.values(), *extra], folder)
     names = known | {name: _content(value) for name, value in named.items()}
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
-    inputs = config.get("model_input_names")
     _frame(backend, config, names, path)
     return FolderParts(
         backend=backend,
@@ -74,7 +73,7 @@ def load_folder(folder: Path) -> FolderParts:
         special_tokens=names,
         chat_template=_chat_template(folder, config),
         response_template=_response_template(config),
-        types_pairs=not isinstance(inputs, list) or "token_type_ids" in inputs,
+        types_pairs="token_type_ids" in str(config.get("model_input_names") or "token_type_ids"),
     )
 
 
