@@ -40,19 +40,27 @@ def parametrized(line: WeightName) -> WeightName:
     return dataclasses.replace(line, hf=(*names, *more))
 
 
+def names_task(path: Path) -> bool:
+    """Whether a path is that of a model's folder with the name of one of its tasks behind it."""
+    described = path.parent / "config.json"
+    return described.is_file() and path.name in _tasks(Fields(read_json(described), described))
+
+
+def _tasks(fields: Fields) -> list[str]:
+    return fields.get("lora_adaptations", list, [])
+
+
 def task_adapter(path: Path, limits: AdapterLimits) -> StoredAdapter | None:
     """The adapter of a task, with tensors named as in PEFT; None if the path does not name a task.
 
     Raises:
         AdapterError: the tensors are missing, have wrong shapes, or exceed the limits.
     """
+    if path.exists() or not names_task(path):
+        return None
     described = path.parent / "config.json"
-    if path.exists() or not described.is_file():
-        return None
     fields = Fields(read_json(described), described)
-    tasks, alpha = fields.get("lora_adaptations", list, []), fields.get("lora_alpha", float, 1.0)
-    if path.name not in tasks:
-        return None
+    tasks, alpha = _tasks(fields), fields.get("lora_alpha", float, 1.0)
     checkpoint = open_safetensors(path.parent)
     try:
         tensors, digest = _tensors(checkpoint, path, tasks), hashlib.sha256(f"{alpha} {path.name}".encode())
