@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
-from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.errors import AdapterError, InvalidFileError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.adapter_config import AdapterConfig
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter
@@ -40,10 +41,20 @@ def parametrized(line: WeightName) -> WeightName:
     return dataclasses.replace(line, hf=(*names, *more))
 
 
-def names_task(path: Path) -> bool:
-    """Whether a path is that of a model's folder with the name of one of its tasks behind it."""
+def adapter_exists(path: Path) -> bool:
+    """Whether a path exists, or is a model's folder with the name of one of its tasks behind it.
+
+    False for a path that cannot be read.
+    """
+    try:
+        return os.path.exists(path) or _names_task(path)
+    except InvalidFileError:
+        return False
+
+
+def _names_task(path: Path) -> bool:
     described = path.parent / "config.json"
-    return described.is_file() and path.name in _tasks(Fields(read_json(described), described))
+    return os.path.isfile(described) and path.name in _tasks(Fields(read_json(described), described))
 
 
 def _tasks(fields: Fields) -> list[str]:
@@ -56,7 +67,7 @@ def task_adapter(path: Path, limits: AdapterLimits) -> StoredAdapter | None:
     Raises:
         AdapterError: the tensors are missing, have wrong shapes, or exceed the limits.
     """
-    if path.exists() or not names_task(path):
+    if path.exists() or not _names_task(path):
         return None
     described = path.parent / "config.json"
     fields = Fields(read_json(described), described)
