@@ -35,6 +35,7 @@ from candle_vllm.openai import (
     GenerationFailedError,
     InvalidBodyError,
     ModelNotServedError,
+    OpenAIAdapter,
     UnknownParameterError,
     UnsupportedParameterError,
     embedding,
@@ -146,6 +147,23 @@ async def test_vectors_are_bytes_of_the_requested_type(dtype: str, order: str) -
     assert {(each["embed_dtype"], each["endianness"]) for each in told["data"]} == {(dtype, order)}
 
 
+async def test_jinas_name_of_the_format_is_taken() -> None:
+    """`embedding_type` of Jina's API is a format, and the same name of the Rust candle-vllm's is a pooling."""
+    engine = ScriptedEngine()
+    for form in ("float", "base64"):
+        wanted = await embed(engine, input="one", encoding_format=form)
+        for given in ({"embedding_type": form}, {"embedding_type": form, "encoding_format": form}):
+            asked = parse_embedding_request({"input": "one", **given})
+            made = json.loads(to_json_bytes(await EmbeddingAdapter(engine).embed(asked)))
+            assert made["data"] == wanted["data"]
+            assert asked.pooling_params() == PoolingParams()
+    with pytest.raises(InvalidParameterError, match="and encoding_format") as caught:
+        parse_embedding_request({"input": "one", "embedding_type": "base64", "encoding_format": "float"})
+    assert caught.value.param == "embedding_type"
+    with pytest.raises(InvalidParameterError, match="must be one of 'mean'"):
+        parse_embedding_request({"input": "one", "embedding_type": ["float"]})
+
+
 def test_what_describes_no_bytes_is_refused() -> None:
     for name, value in (("embed_dtype", "float16"), ("endianness", "big")):
         with pytest.raises(RequestError, match="needs encoding_format base64, bytes or bytes_only") as caught:
@@ -217,7 +235,9 @@ INPUT_FAULTS: list[tuple[Any, str, str]] = [
     (5, "input", "must be a string or a list"),
     (None, "input", "must be a string or a list"),
     ({}, "input", "must be a string or a list"),
-    ([None], "input.0", "must be an integer"),
+    ([None], "input.0", "must be a string, not null"),
+    ([None, "a"], "input.0", "must be a string, not null"),
+    ([{"text": "a"}], "input.0", "must be a string, not an object"),
     (["a"] * (MAX_INPUTS + 1), "input", f"must have at most {MAX_INPUTS} entries"),
 ]
 
@@ -300,6 +320,16 @@ def test_a_conversation_that_is_too_long_is_cut_where_that_is_asked_for() -> Non
         asked = parse_embedding_request(body | more)
         assert isinstance(asked, EmbeddingChatRequest)
         assert asked.chat_fields()["truncate_prompt_tokens"] == cut
+
+
+async def test_a_conversation_needs_a_template() -> None:
+    """The same words as for a chat would send the caller to the route that was asked."""
+    adapter = OpenAIAdapter(ScriptedEngine(tasks=("embed", "score"), has_chat_template=False))
+    with pytest.raises(
+        RequestError, match="has no chat template: send input, or start it with --chat-template"
+    ) as caught:
+        await adapter.embed({"messages": [{"role": "user", "content": "Hi"}]})
+    assert caught.value.param == "messages"
 
 
 def test_a_body_is_one_object() -> None:
@@ -483,6 +513,14 @@ async def test_a_query_that_is_too_long_is_named() -> None:
     with pytest.raises(PromptTooLongError) as caught:
         await score(engine, text_1="b" * 9, text_2=["b", "c"])
     assert caught.value.param == "text_1"
+    engine = ScriptedEngine(max_model_len=8, tasks=("score",))  # which reads a query with each document
+    for more in ({}, {"truncate_prompt_tokens": -1}):
+        with pytest.raises(PromptTooLongError, match="the query has 10 tokens") as caught:
+            await rerank(engine, query="q" * 9, documents=["b", "c"], **more)
+        assert caught.value.param == "query"
+    with pytest.raises(PromptTooLongError, match="input 1: the query has 8 tokens") as caught:
+        await score(engine, text_1=["a", "b" * 7], text_2=["b", "c"])
+    assert caught.value.param == "text_1.1"
 
 
 # ---- what all have in common -----------------------------------------------------------------------------------------
@@ -736,6 +774,9 @@ async def test_input_types_put_the_models_words_before_texts() -> None:
     with pytest.raises(InvalidParameterError, match="this input is token ids"):
         await embed(engine, input=[1, 2], input_type="query")
     assert await embed(ScriptedEngine(), input=["ab"], input_type="query"), "a model without prompts wants no words"
+    engine.more["prompts"] = {"query": "", "document": ""}  # what sentence-transformers writes for a model without any
+    for kind in ("classification", "clustering", "search_query"):
+        assert (await cohere(engine, input_type=kind))["embeddings"] == (await cohere(engine))["embeddings"]
 
 
 async def cohere(engine: ScriptedEngine, version: str = "2", **fields: Any) -> dict[str, Any]:
@@ -793,6 +834,31 @@ async def test_a_task_is_an_adapters_name() -> None:
         parse_embedding_request({"input": "a", "task": "retrieval.query", "lora_path": "other"})
     with pytest.raises(InvalidParameterError, match="served without adapters"):
         await embed(ScriptedEngine(), input="a", task="separation")
+
+
+async def test_a_task_puts_its_prompt_before_texts() -> None:
+    """As Jina's API and the model card of jina-embeddings-v3, whose prompts have the names of the tasks."""
+
+    class Tasks:
+        def is_known(self, name: str) -> bool:
+            return True
+
+        def uses(self, name: str | None, scales: Any) -> Any:
+            return ()
+
+    engine = TokenVectors("embed", "score", pooling="mean")
+    engine.more["prompts"] = {"retrieval.query": "q: ", "separation": ""}
+    adapter = EmbeddingAdapter(engine, adapters=Tasks())
+    for given in ({"input": ["q: ab"]}, {"input": ["ab"], "task": "retrieval.query"}):
+        await adapter.embed(parse_embedding_request(given))
+    for given in ({"input": ["ab"]}, {"input": ["ab"], "task": "separation"}, {"input": ["ab"], "task": "other"}):
+        await adapter.embed(parse_embedding_request(given))
+    prompted, plain = engine.pooling_calls[:2], engine.pooling_calls[2:]
+    assert prompted[0].inputs == prompted[1].inputs
+    assert plain[0].inputs == plain[1].inputs == plain[2].inputs
+    chosen = parse_embedding_request({"input": ["ab"], "task": "retrieval.query", "input_type": "separation"})
+    await adapter.embed(chosen)
+    assert engine.pooling_calls[-1].inputs == plain[0].inputs, "input_type names another prompt"
 
 
 async def test_moderation_by_the_labels_of_a_classifier() -> None:

@@ -753,6 +753,16 @@ def test_config_refuses_what_serving_would(
     assert message in error.splitlines()[-1]
 
 
+def test_an_adapter_may_be_a_task_of_the_models_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_toy_model(tmp_path / "toy")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"lora_adaptations": ["retrieval.query"]}), "utf-8")
+    line = ["config", "--device", "cpu", "--m", str(folder), "--enable-lora", "--lora-modules"]
+    assert main([*line, f"query={folder}/retrieval.query"]) == 0
+    assert main([*line, f"query={folder}/retrieval.quory"]) == 2
+    assert "'query' of --lora-modules cannot be loaded: there is no " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["serve", "--p", "0"], ["generate", "hi"]])
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -306,8 +306,8 @@ def test_cpu_ranks_that_cannot_be_are_refused_as_they_were_asked_for(
     assert refused.value.setting == "tensor_parallel_size"
 
 
-def test_replicas_have_as_many_cpu_ranks_each(no_gpu: None) -> None:
-    config = EngineConfig(model="m", tensor_parallel_size=2, data_parallel_size=2, threads=5)
+def test_replicas_have_as_many_cpu_ranks_each(no_gpu: None, toy_model: Path) -> None:
+    config = EngineConfig(model=str(toy_model), tensor_parallel_size=2, data_parallel_size=2, threads=5)
     each = [(one.device, one.tensor_parallel_size, one.cpu_ranks, one.threads) for one in replica_configs(config)]
     assert each == [("cpu", 1, 2, 3), ("cpu", 1, 2, 2)]
 

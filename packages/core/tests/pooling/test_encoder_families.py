@@ -59,6 +59,7 @@ class Row:
 DISTIL = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers"}
 DISTIL |= {"num_attention_heads": "n_heads"}
 IDS = {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+BIASES = dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)
 GEMMA = {"num_hidden_layers": 6, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
 GEMMA |= {"use_bidirectional_attention": True, "sliding_window": 12, "sliding_window_pattern": 3}
 DEBERTA = {"relative_attention": True, "share_att_key": True, "position_biased_input": False, "type_vocab_size": 0}
@@ -73,7 +74,7 @@ ROWS = [
     Row("DistilBertModel", {"activation": "relu"}, renamed=DISTIL),
     Row("ModernBertModel", {"local_attention": 16, **IDS}, head="ModernBertForSequenceClassification"),
     Row("Gemma3TextModel", GEMMA),
-    Row("ModernBertModel", {"local_attention": 10, "attention_bias": True, "mlp_bias": True, "norm_bias": True, **IDS}),
+    Row("ModernBertModel", {"local_attention": 10, **BIASES, **IDS}, head="ModernBertForSequenceClassification"),
 ]
 ROWS += [
     Row("DebertaV2Model", DEBERTA, head="DebertaV2ForSequenceClassification"),

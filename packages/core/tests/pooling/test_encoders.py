@@ -15,7 +15,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from candle_vllm.core import (
     CandleVllmError,
@@ -129,6 +129,23 @@ def test_scores_equal_transformers(
             InvalidParameterError, match=r"is a cross-encoder and gives no vectors: request scores of pairs"
         ):
             engine.embed("hello", use_tqdm=False)
+
+
+@pytest.mark.parametrize("names", [None, ["input_ids", "token_type_ids"], ["input_ids", "attention_mask"]])
+def test_pairs_have_token_types_where_the_tokenizer_gives_them(names: list[str] | None, tmp_path: Path) -> None:
+    """`model_input_names` of tokenizer_config.json may leave them out: then all of a pair's tokens have type 0."""
+    folder = write_toy_encoder(tmp_path, toy_encoder_config("BertForSequenceClassification"), pooling=None)
+    said = {"tokenizer_class": "BertTokenizer"} | ({} if names is None else {"model_input_names": names})
+    said |= {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    given = [theirs(*pair, return_tensors="pt") for pair in PAIRS]
+    assert {"token_type_ids" in each for each in given} == {names is None or "token_type_ids" in names}
+    with torch.no_grad():
+        wanted = np.array([float(model(**each).logits[0, 0].sigmoid()) for each in given])
+    with InferenceEngine(str(folder)) as engine:
+        assert error(scores(engine, PAIRS), wanted) < 1e-5
 
 
 def test_camembert_is_a_roberta(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from candle_vllm.core.remote import fleet
 from candle_vllm.core.remote.fleet import Fleet, replica_configs
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.toy_adapter import linear_shapes, write_adapter
+from packages.core.tests.toy_encoder import write_toy_encoder
 from tests.waiting import until, wait_for
 
 CONFIG = toy_config(max_position_embeddings=1 << 15)
@@ -309,8 +310,18 @@ def test_a_model_that_cannot_be_loaded_is_said_once(tmp_path: Path) -> None:
         ReplicatedEngine(str(tmp_path / "nowhere"), data_parallel_size=2)
 
 
-def test_each_replica_has_its_share() -> None:
-    cpu = EngineConfig(model="m", device="cpu", data_parallel_size=3, threads=8)
+def test_replicas_of_an_encoder_have_no_cache_to_share(tmp_path: Path) -> None:
+    folder = str(write_toy_encoder(tmp_path))
+    (each, _) = replica_configs(EngineConfig(model=folder, device="cpu", data_parallel_size=2, threads=2))
+    with InferenceEngine(each) as engine:
+        assert engine.embed("a", use_tqdm=False)
+    asked = EngineConfig(model=folder, device="cpu", data_parallel_size=2, kv_fraction=0.5)
+    with pytest.raises(ConfigError, match="so kv_fraction has no effect: leave it out"):
+        InferenceEngine(replica_configs(asked)[0])
+
+
+def test_each_replica_has_its_share(toy_model: Path) -> None:
+    cpu = EngineConfig(model=str(toy_model), device="cpu", data_parallel_size=3, threads=8)
     each = replica_configs(cpu)
     assert [(one.threads, one.device, one.data_parallel_size) for one in each] == [
         (3, "cpu", 1), (3, "cpu", 1), (2, "cpu", 1),

@@ -322,6 +322,20 @@ def test_requests_use_the_earlier_files_until_others_have_replaced_them(given: R
     assert (there[name].path, there[name].pinned, "poems" in there) == (str(tmp_path), True, False)
 
 
+def test_a_task_of_a_models_folder_is_loaded_as_a_folder_is(given: Running, tmp_path: Path) -> None:
+    with given.http() as http:
+        for stored, task, status in (
+            ('{"lora_adaptations": ["text-matching"]}', "text-matching", 200),
+            ('{"lora_adaptations": ["text-matching"]}', "matching", 404),
+            ("{", "text-matching", 404),
+        ):
+            (tmp_path / "config.json").write_text(stored, "utf-8")
+            body = {"lora_name": "matching", "lora_path": str(tmp_path / task), "load_inplace": True}
+            answer = http.post("/v1/load_lora_adapter", json=body)
+            assert answer.status_code == status, (stored, task, answer.text)
+    assert given.engine.adapters["matching"].path == str(tmp_path / "text-matching")
+
+
 def test_of_requests_at_once_that_load_one_name_one_succeeds(given: Running, tmp_path: Path) -> None:
     together, load = threading.Barrier(3), given.engine.add_lora
 

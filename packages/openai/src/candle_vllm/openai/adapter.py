@@ -23,7 +23,7 @@ from candle_vllm.core.arguments import ExplainedAttributes, explained
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.request_watchers import RequestInfo, RequestWatcher, watched_submit
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.vision.fetching import ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
@@ -244,6 +244,9 @@ class OpenAIAdapter(ExplainedAttributes):
         parsed = request if isinstance(request, embeddings.EmbeddingRequest) else parse_embedding_request(request)
         if not isinstance(parsed, embeddings.EmbeddingChatRequest):
             return await self._embedding.embed(parsed)
+        if parsed.chat_template is None and not self.model_info.has_chat_template:
+            said = f"{self.model_info.name} has no chat template: send input, or start it with --chat-template"
+            raise ChatTemplateError(said, "messages")
         ready = await self._ready(lambda: read_chat(parse_chat_request(parsed.chat_fields())), bounded=True)
         prompt, images = ready.prepared.prompt, ready.prepared.images
         return await self._embedding.embed(parsed, {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}})

@@ -34,6 +34,7 @@ from candle_vllm.core.errors import (
     EngineOverloadedError,
     EngineSleepingError,
     InvalidParameterError,
+    PromptTooLongError,
     RequestAbortedError,
     RequestError,
 )
@@ -293,7 +294,7 @@ class EmbeddingAdapter:
         for number, text in enumerate(request.inputs):
             with _blamed(number, len(request.inputs), field=field):
                 if front and not isinstance(text, str):
-                    raise InvalidParameterError("input_type needs texts, but this input is token ids", field)
+                    raise InvalidParameterError("input_type and task need texts, but this input is token ids", field)
                 ids = text if not isinstance(text, str) else self._tokenized(front + text, special, bounded=cut is None)
             if cut is not None:
                 framed = around if isinstance(text, str) else ()
@@ -304,9 +305,11 @@ class EmbeddingAdapter:
         return texts
 
     def _prompt(self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest) -> str:
-        """Return the model's prompt for the request's input_type; "" if the model has no prompts."""
+        """Return the model's prompt for the request's input_type, else for its task; "" if the model has no prompts."""
         prompts, wanted = self._engine.model_info.prompts, getattr(request, "input_type", None)
-        if wanted is None or not prompts:
+        if wanted is None and not getattr(request, "own_tasks", True):
+            return prompts.get(getattr(request, "task", None) or "", "")
+        if wanted is None or not any(prompts.values()):
             return ""
         names = (wanted, *INPUT_TYPES.get(wanted, ()))
         found = next((prompts[name] for name in names if name in prompts), None)
@@ -357,6 +360,7 @@ class EmbeddingAdapter:
 
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:
         """Refuse pairs before they run if they have too many tokens together."""
+        most = self._engine.model_info.max_model_len
         reads_once = "embed" in self._engine.model_info.tasks  # a cross-encoder reads a text again in every pair
         total, lengths = 0, dict[str, int]()
         for number, pair in enumerate(pairs):
@@ -365,6 +369,9 @@ class EmbeddingAdapter:
                 if known is None:
                     with _blamed(number, len(pairs), f"inputs.{number}.{side}"):
                         known = lengths[text] = len(self._tokenized(text))
+                        if not (reads_once or side) and known >= most:
+                            said = f"the query has {known} tokens and the model takes at most {most} with a document"
+                            raise PromptTooLongError(f"{said}: shorten it", "prompt")
                     total += known
                 elif not reads_once:
                     total += known

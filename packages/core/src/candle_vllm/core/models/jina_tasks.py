@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
-from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.errors import AdapterError, InvalidFileError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.adapter_config import AdapterConfig
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter
@@ -40,19 +41,37 @@ def parametrized(line: WeightName) -> WeightName:
     return dataclasses.replace(line, hf=(*names, *more))
 
 
+def adapter_exists(path: Path) -> bool:
+    """Whether a path exists, or is a model's folder with the name of one of its tasks behind it.
+
+    False for a path that cannot be read.
+    """
+    try:
+        return os.path.exists(path) or _names_task(path)
+    except InvalidFileError:
+        return False
+
+
+def _names_task(path: Path) -> bool:
+    described = path.parent / "config.json"
+    return os.path.isfile(described) and path.name in _tasks(Fields(read_json(described), described))
+
+
+def _tasks(fields: Fields) -> list[str]:
+    return fields.get("lora_adaptations", list, [])
+
+
 def task_adapter(path: Path, limits: AdapterLimits) -> StoredAdapter | None:
     """The adapter of a task, with tensors named as in PEFT; None if the path does not name a task.
 
     Raises:
         AdapterError: the tensors are missing, have wrong shapes, or exceed the limits.
     """
+    if path.exists() or not _names_task(path):
+        return None
     described = path.parent / "config.json"
-    if path.exists() or not described.is_file():
-        return None
     fields = Fields(read_json(described), described)
-    tasks, alpha = fields.get("lora_adaptations", list, []), fields.get("lora_alpha", float, 1.0)
-    if path.name not in tasks:
-        return None
+    tasks, alpha = _tasks(fields), fields.get("lora_alpha", float, 1.0)
     checkpoint = open_safetensors(path.parent)
     try:
         tensors, digest = _tensors(checkpoint, path, tasks), hashlib.sha256(f"{alpha} {path.name}".encode())

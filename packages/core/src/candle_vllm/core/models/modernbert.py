@@ -128,6 +128,7 @@ def behind(config: StackConfig, checkpoint: Checkpoint) -> tuple[Dense, ...]:
         bias=read_part(checkpoint, "head.dense.bias", size) if config.head_bias else None,
         activation=config.head_activation,
         norm=read_part(checkpoint, "head.norm.weight", size),
+        norm_bias=read_part(checkpoint, "head.norm.bias", size) if config.norm_bias else None,
         eps=config.norm_eps,
     )
     return dense, *classifier(config, checkpoint)

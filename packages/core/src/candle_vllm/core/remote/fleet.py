@@ -20,6 +20,8 @@ from typing import Any, Final
 
 from msgspec.structs import fields, replace
 
+from candle_vllm.core.assembly.encoder import is_encoder
+from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import means_gpus
@@ -55,12 +57,12 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
     `kv_cache_memory`, and the memory share of a GPU, are per replica; on the CPU `kv_fraction` is for all replicas.
 
     Raises:
-        ConfigError: see `resolve_ranks`.
+        ConfigError, ModelNotFoundError, ModelLoadError: see `resolve_ranks` and `model_files`.
     """
     config = resolve_ranks(config)
     count, gpus = config.data_parallel_size, means_gpus(config.device)
-    devices = config.device.split(",")
-    ranks = config.ranks
+    devices, ranks = config.device.split(","), config.ranks
+    shares = not gpus and config.kv_cache_memory is None and not is_encoder(model_files(config))
     if gpus and len(devices) == 1:
         devices = [f"cuda:{number}" for number in range(count * ranks)]
     threads = default_threads() if config.threads is None else config.threads
@@ -72,7 +74,7 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
         if gpus:
             changes["device"] = ",".join(devices[number * ranks : (number + 1) * ranks])
         changes["threads"] = max(1, threads // count + (number < threads % count))
-        if not gpus and config.kv_cache_memory is None:
+        if shares:
             changes["kv_fraction"] = (config.kv_fraction or _CPU_SHARE) / count
         made.append(dataclasses.replace(config, **changes))
     return made

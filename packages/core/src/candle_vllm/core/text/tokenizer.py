@@ -44,6 +44,7 @@ class Tokenizer:
 
     Args:
         backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: see above.
+        types_pairs: whether the second text of a pair has another token_type_id than the first.
         named_ids: a GGUF file's special token ids by name, such as `fim_pre`; used to find infill marks.
         tokens: every token's text and id, if the caller has them: reading them from `backend` is slow.
     """
@@ -59,10 +60,11 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: ChatTemplateSource | None = None,
         response_template: Mapping[str, Any] | None = None,
+        types_pairs: bool = True,
         named_ids: Mapping[str, int] | None = None,
         tokens: Mapping[str, int] | None = None,
     ) -> None:
-        self.backend = backend
+        self.backend, self._types_pairs = backend, types_pairs
         added, tokens = backend.get_added_tokens_decoder(), backend.get_vocab() if tokens is None else tokens
         self.vocab_size: int = 1 + max(tokens.values(), default=-1)  # not the number of tokens: ids may be skipped
         self.bos_token_id = bos_token_id
@@ -160,7 +162,7 @@ class Tokenizer:
         _check_text(second)
         with refusing_panics("the model's vocabulary"):
             encoding = self.backend.encode(first, second)
-        return encoding.ids, encoding.type_ids
+        return encoding.ids, encoding.type_ids if self._types_pairs else [0] * len(encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
         """Decode token ids; invalid UTF-8 becomes U+FFFD.

@@ -50,6 +50,7 @@ class FolderParts:
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | dict[str, str] | None = None
     response_template: dict[str, Any] | None = None
+    types_pairs: bool = True
 
 
 def load_folder(folder: Path) -> FolderParts:
@@ -72,6 +73,7 @@ def load_folder(folder: Path) -> FolderParts:
         special_tokens=names,
         chat_template=_chat_template(folder, config),
         response_template=_response_template(config),
+        types_pairs="token_type_ids" in str(config.get("model_input_names") or "token_type_ids"),
     )
 
 

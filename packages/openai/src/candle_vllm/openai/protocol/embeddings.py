@@ -61,12 +61,14 @@ class EmbeddingRequest(CutFields, PoolingFields):
         embed_dtype: type of the elements in base64 and bytes.
         endianness: byte order of these elements; "native" is "little".
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
-        pooling, embedding_type: which token positions are pooled; the second name is the Rust candle-vllm's.
+        pooling, embedding_type: which token positions are pooled; the second name is the Rust candle-vllm's. As in
+            Jina's API, the second may be "float" or "base64" instead, and is then another name of `encoding_format`.
         normalize, normalized, use_activation: whether to scale vectors to length 1; null uses the model's setting. The
             second name is Jina's, the third vLLM's.
         add_special_tokens: whether special tokens are added to texts; None adds them.
         truncate: whether to truncate texts to the model's maximum length, as with `truncate_prompt_tokens` -1 (Jina).
-        task: Jina's name of a task ("retrieval.query"), which selects the LoRA adapter "retrieval_query".
+        task: Jina's name of a task ("retrieval.query"), which selects the LoRA adapter "retrieval_query" and, without
+            `input_type`, the sentence-transformers prompt of this name.
         return_multivector: whether each token gets a vector, as with `pooling` "all" (Jina).
         input_type: "query", "document" or another name of a sentence-transformers prompt, which precedes each text.
     """
@@ -102,6 +104,16 @@ class EmbeddingRequest(CutFields, PoolingFields):
         if data.get("lora_path") not in (None, adapter):
             raise invalid("task", "and lora_path name two adapters")
         return data | {"lora_path": adapter}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _jina_format(cls, data: Any) -> Any:
+        form = data.get("embedding_type") if isinstance(data, dict) else None
+        if form not in ("float", "base64"):
+            return data
+        if data.get("encoding_format") not in (None, form):
+            raise invalid("embedding_type", "and encoding_format are two names of one field and must be equal")
+        return data | {"embedding_type": None, "encoding_format": form}
 
     @model_validator(mode="after")
     def _one_pooling(self) -> Self:

@@ -307,7 +307,7 @@ def prompt_form(value: Any) -> str:
     first = value[0] if value else ""
     if isinstance(first, list):
         return "<token lists>"
-    return "<strings>" if isinstance(first, str) else "<tokens>"
+    return "<tokens>" if isinstance(first, (int, float)) else "<strings>"
 
 
 def entries(prompts: Any) -> list[Any]:

@@ -20,6 +20,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from candle_vllm.core.engine.requests import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, LoRARequest
 from candle_vllm.core.errors import AdapterError, ModelNotFoundError, RequestError
+from candle_vllm.core.models.jina_tasks import adapter_exists
 from candle_vllm.openai.protocol.fields import Name, WireModel
 from candle_vllm.openai.protocol.generation import LoraScale, LoraScales, lora_scales
 from candle_vllm.openai.remarks import remark
@@ -138,10 +139,9 @@ def _refuse_second(manager: ModelManager, slot: ModelSlot, wanted: LoadAdapterRe
 async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -> Adapter:
     """Return an adapter whose files are on this machine; a resolver fetches missing files."""
     path, local = wanted.lora_path, Path(os.path.expanduser(wanted.lora_path))
-    if await asyncio.to_thread(os.path.exists, local):  # False for a path that cannot be read
+    if await asyncio.to_thread(adapter_exists, local):
         return Adapter(name=wanted.lora_name, base=base, path=local, root=local.name)
-    found = await manager.adapters.fetch(path, wanted.lora_name, base)
-    if found is None:
+    if (found := await manager.adapters.fetch(path, wanted.lora_name, base)) is None:
         raise HttpError(404, f"There is no adapter at {path!r:.200}.", _NOT_FOUND, param="lora_path")
     return found
 

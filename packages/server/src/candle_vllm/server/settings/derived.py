@@ -123,7 +123,9 @@ def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
     if (settings.lora_modules or settings.lora_warmup) and not settings.enable_lora:
         raise UsageError(f"{'--lora-modules' if settings.lora_modules else '--lora-warmup'} needs --enable-lora")
     for spec in read_specs(settings.lora_modules):
-        if not os.path.exists(spec.path):
+        from candle_vllm.core.models.jina_tasks import adapter_exists
+
+        if not adapter_exists(Path(spec.path)):
             where = without_secrets(spec.path, alone=True)
             raise UsageError(f"the adapter {spec.name!r:.200} of --lora-modules cannot be loaded: there is no {where}")
 
