@@ -80,6 +80,24 @@ def test_the_files_beside_it_count(tmp_path: Path) -> None:
     assert tokenizer.chat_template == "T"
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_the_vocabulary_left_unused_get_their_names(tmp_path: Path, file: str) -> None:
+    """InternLM 2: tokenizer.model has [UNUSED_TOKEN_145] where tokenizer_config.json has <|im_end|>."""
+    (tmp_path / "tokenizer.model").write_bytes(model())
+    unused, last = AT + WORDS.index(SPACE * 2), AT + len(WORDS)
+    names = {unused: "<|im_start|>", 3: "<|im_end|>", 2: "</s>", last: "<new>"}
+    named = {"special": True, "normalized": False}
+    decoder = {index: {"content": text, **named} for index, text in names.items()}
+    tokens = {text: index for index, text in names.items()}
+    written = {"added_tokens_decoder": decoder} if file == "tokenizer_config.json" else tokens
+    (tmp_path / file).write_text(json.dumps(written))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode("<|im_start|>he<|im_end|><new></s>", add_special_tokens=False)
+    assert ids == [unused, AT + WORDS.index(f"{SPACE}he"), 3, last, 2]
+    assert tokenizer.token_name(unused) == "<|im_start|>"
+    assert 3 in tokenizer.eos_token_ids
+
+
 def test_a_model_without_bos(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(model(bos=-1))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "add_eos_token": True}))
