@@ -330,6 +330,15 @@ def test_auto_round_stores_as_others_do(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(found), written.weight)
 
 
+def test_symmetric_awq_has_zeros_too(tmp_path: Path) -> None:
+    """AutoRound's symmetric checkpoints in AWQ's layout say `zero_point: false`, and store the middle as zeros."""
+    written = WRITERS["awq"](numbers(16, 96))
+    assert torch.equal(loaded(open_layer(written, tmp_path, zero_point=False)), written.weight)
+    del written.parts[".qzeros"]
+    with pytest.raises(InvalidFileError, match=r"qzeros is missing"):
+        open_layer(written, tmp_path, zero_point=False)
+
+
 def test_zeros_of_the_first_version_wrap(tmp_path: Path) -> None:
     """A zero of 0 is stored as -1, in 4 bits 15."""
     weight = numbers(8, 32).abs()
