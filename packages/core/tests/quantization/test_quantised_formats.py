@@ -442,6 +442,21 @@ def test_a_checkpoint_without_quantisation_is_itself(tmp_path: Path, monkeypatch
     assert set(same.tensors) == {"odd", "l.weight"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.int8])
+def test_a_merged_model_keeps_the_settings_of_its_training(
+    dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Models that were trained by QLoRA and merged often have bitsandbytes' settings, and weights in bf16."""
+    file = write_safetensors(tmp_path / "m.safetensors", {"l.weight": torch.ones(2, 2).to(dtype)})
+    checkpoint, config = open_safetensors(file), {"quantization_config": {"quant_method": "bitsandbytes"}}
+    if dtype != torch.bfloat16:
+        with pytest.raises(UnsupportedModelError, match="'bitsandbytes', which is not implemented"):
+            read_quantised(checkpoint, config, tmp_path / "config.json")
+        return
+    assert read_quantised(checkpoint, config, tmp_path / "config.json") is checkpoint
+    assert "names the method bitsandbytes, but no weight is quantised" in caplog.text
+
+
 def test_files_beside_the_config_have_names_that_are_looked_for(tmp_path: Path) -> None:
     files = quantised.collected("FILES")
     assert {"quantize_config.json", "quant_config.json", "hf_quant_config.json"} <= files.keys()
