@@ -92,7 +92,11 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
             sides = [side for side in ("add_bos", "add_eos") if f"{side}_token" in config]
             frame: dict[str, Any] = {side: config[f"{side}_token"] is True and side[4:] in vocab.ids for side in sides}
             vocab = _renamed(replace(vocab, **frame), _configured_tokens(config, set(), folder))
-            return build_backend(vocab), vocab.named_tokens
+            backend = build_backend(vocab)
+            if config.get("legacy") is False and vocab.add_space_prefix:  # then no space is put behind special tokens
+                backend.normalizer = None
+                backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+            return backend, vocab.named_tokens
         if (folder / "vocab.txt").is_file():
             return _from_words(folder / "vocab.txt", config)
         raise UnsupportedModelError(
