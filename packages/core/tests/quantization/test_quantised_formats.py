@@ -457,6 +457,15 @@ def test_a_merged_model_keeps_the_settings_of_its_training(
     assert "names the method bitsandbytes, but no weight is quantised" in caplog.text
 
 
+def test_checkpoints_of_mlx_are_named(tmp_path: Path) -> None:
+    """They have the same settings under two keys, and no `quant_method`."""
+    parts = {"l.weight": torch.ones(2, 8).int(), "l.scales": torch.ones(2, 1), "l.biases": torch.ones(2, 1)}
+    checkpoint = open_safetensors(write_safetensors(tmp_path / "m.safetensors", parts))
+    config = {key: {"group_size": 64, "bits": 4} for key in ("quantization", "quantization_config")}
+    with pytest.raises(UnsupportedModelError, match="asks for the method 'mlx', which is not implemented"):
+        read_quantised(checkpoint, config, tmp_path / "config.json")
+
+
 def test_files_beside_the_config_have_names_that_are_looked_for(tmp_path: Path) -> None:
     files = quantised.collected("FILES")
     assert {"quantize_config.json", "quant_config.json", "hf_quant_config.json"} <= files.keys()

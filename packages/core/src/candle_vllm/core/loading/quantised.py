@@ -120,7 +120,7 @@ def _settings(config: Mapping[str, Any], path: Path, plain: bool) -> tuple[str, 
         if fields.get(key, dict, {}):
             own = fields.section(key)
             nested = "quantization" in own  # the whole hf_quant_config.json, not only its section
-            default = "modelopt" if nested or "quant_algo" in own else ""
+            default = "modelopt" if nested or "quant_algo" in own else "mlx" if "quantization" in whole else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method = method.lower().replace("compressed_tensors", "compressed-tensors")
             own = own.section("quantization") if nested else own
