@@ -159,8 +159,8 @@ def test_two_tokens_with_one_text() -> None:
         tokenizer_metadata(before, 261, ())
 
 
-def sentencepiece(cut: Any = None) -> ours.Tokenizer:
-    """A model of Llama's kind."""
+def sentencepiece(cut: Any = None, scheme: str | None = None, **options: Any) -> ours.Tokenizer:
+    """A model of Llama's kind; with `scheme`, Metaspace puts the space before words, not the normaliser."""
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581the12", "th", "the", "12"]
     merges = [("t", "h"), ("th", "e"), ("1", "2")]
     ids = {text: index for index, text in enumerate(texts)}
@@ -168,8 +168,11 @@ def sentencepiece(cut: Any = None) -> ours.Tokenizer:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     if cut is not None:
         backend.pre_tokenizer = cut
+    if scheme is not None:
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return ours.Tokenizer(backend)
+    return ours.Tokenizer(backend, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}, **options)
 
 
 def test_a_cut_before_sentencepieces_merges() -> None:
@@ -179,6 +182,18 @@ def test_a_cut_before_sentencepieces_merges() -> None:
         assert after.encode(text, False) == before.encode(text, False)
     with pytest.raises(UnsupportedModelError, match="GGUF's llama tokenizer splits texts differently"):
         tokenizer_metadata(sentencepiece(pre_tokenizers.Digits(individual_digits=True)), before.vocab_size, ())
+
+
+def test_a_space_before_the_first_word_alone_is_left_out_of_chats(caplog: pytest.LogCaptureFixture) -> None:
+    """Mistral's tokenizers since v0.3: GGUF's prefix would stand behind every special token of a chat too."""
+    before = sentencepiece(scheme="first", chat_template="{{ bos_token }}{{ messages }}")
+    after = ours.Tokenizer.from_gguf(tokenizer_metadata(before, before.vocab_size, ()))
+    for text in ("<s>the 12</s>the", "<s> the</s> 12</s>", " the"):
+        assert after.encode(text, False) == before.encode(text, False), text
+    assert "only chats have the right tokens" in caplog.text
+    for kept in (sentencepiece(scheme="first"), sentencepiece(scheme="always", chat_template="{{ bos_token }}")):
+        after = ours.Tokenizer.from_gguf(tokenizer_metadata(kept, kept.vocab_size, ()))
+        assert after.encode("the 12", False) == kept.encode("the 12", False)
 
 
 @pytest.mark.parametrize(("merges", "name"), [(True, "gpt-4o"), (False, "granite-embed-multi-97m")])

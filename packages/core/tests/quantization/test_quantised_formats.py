@@ -330,6 +330,15 @@ def test_auto_round_stores_as_others_do(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(found), written.weight)
 
 
+def test_symmetric_awq_has_zeros_too(tmp_path: Path) -> None:
+    """AutoRound's symmetric checkpoints in AWQ's layout say `zero_point: false`, and store the middle as zeros."""
+    written = WRITERS["awq"](numbers(16, 96))
+    assert torch.equal(loaded(open_layer(written, tmp_path, zero_point=False)), written.weight)
+    del written.parts[".qzeros"]
+    with pytest.raises(InvalidFileError, match=r"qzeros is missing"):
+        open_layer(written, tmp_path, zero_point=False)
+
+
 def test_zeros_of_the_first_version_wrap(tmp_path: Path) -> None:
     """A zero of 0 is stored as -1, in 4 bits 15."""
     weight = numbers(8, 32).abs()
@@ -431,6 +440,30 @@ def test_a_checkpoint_without_quantisation_is_itself(tmp_path: Path, monkeypatch
     dense: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
     same = read_quantised(checkpoint, {"quantization_config": dense}, tmp_path / "config.json")
     assert set(same.tensors) == {"odd", "l.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.int8])
+def test_a_merged_model_keeps_the_settings_of_its_training(
+    dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Models that were trained by QLoRA and merged often have bitsandbytes' settings, and weights in bf16."""
+    file = write_safetensors(tmp_path / "m.safetensors", {"l.weight": torch.ones(2, 2).to(dtype)})
+    checkpoint, config = open_safetensors(file), {"quantization_config": {"quant_method": "bitsandbytes"}}
+    if dtype != torch.bfloat16:
+        with pytest.raises(UnsupportedModelError, match="'bitsandbytes', which is not implemented"):
+            read_quantised(checkpoint, config, tmp_path / "config.json")
+        return
+    assert read_quantised(checkpoint, config, tmp_path / "config.json") is checkpoint
+    assert "names the method bitsandbytes, but no weight is quantised" in caplog.text
+
+
+def test_checkpoints_of_mlx_are_named(tmp_path: Path) -> None:
+    """They have the same settings under two keys, and no `quant_method`."""
+    parts = {"l.weight": torch.ones(2, 8).int(), "l.scales": torch.ones(2, 1), "l.biases": torch.ones(2, 1)}
+    checkpoint = open_safetensors(write_safetensors(tmp_path / "m.safetensors", parts))
+    config = {key: {"group_size": 64, "bits": 4} for key in ("quantization", "quantization_config")}
+    with pytest.raises(UnsupportedModelError, match="asks for the method 'mlx', which is not implemented"):
+        read_quantised(checkpoint, config, tmp_path / "config.json")
 
 
 def test_files_beside_the_config_have_names_that_are_looked_for(tmp_path: Path) -> None:

@@ -326,7 +326,6 @@ def test_quantised_weights_on_a_gpu_have_no_f32(folders: Folders) -> None:
             "is 'auto_round'",
         ),
         ({"quant_method": "awq", "bits": 3}, UnsupportedModelError, "AWQ with bits 3"),
-        ({"quant_method": "awq", "zero_point": False}, UnsupportedModelError, "zero_point false"),
         (
             {"quant_method": "compressed-tensors", "format": "marlin-24"},
             UnsupportedModelError,

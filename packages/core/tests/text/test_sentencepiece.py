@@ -80,6 +80,38 @@ def test_the_files_beside_it_count(tmp_path: Path) -> None:
     assert tokenizer.chat_template == "T"
 
 
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_the_space_behind_special_tokens(tmp_path: Path, legacy: bool | None) -> None:
+    """`legacy: false` of transformers' LlamaTokenizer: only the first word of a text gets one."""
+    (tmp_path / "tokenizer.model").write_bytes(model())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    first, inner, space = (AT + WORDS.index(text) for text in (f"{SPACE}he", "he", SPACE))
+    apart, spaced = ([inner], [first]) if legacy is False else ([first], [space, first])
+    assert tokenizer.encode("he</s>he", add_special_tokens=False) == [first, 2, *apart]
+    assert tokenizer.encode("he</s> he", add_special_tokens=False) == [first, 2, *spaced]
+    assert tokenizer.encode("hello world", add_special_tokens=False) == REFERENCE["hello world"]
+    assert tokenizer.decode(REFERENCE["hello world"]) == "hello world"
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_the_vocabulary_left_unused_get_their_names(tmp_path: Path, file: str) -> None:
+    """InternLM 2: tokenizer.model has [UNUSED_TOKEN_145] where tokenizer_config.json has <|im_end|>."""
+    (tmp_path / "tokenizer.model").write_bytes(model())
+    unused, last = AT + WORDS.index(SPACE * 2), AT + len(WORDS)
+    names = {unused: "<|im_start|>", 3: "<|im_end|>", 2: "</s>", last: "<new>"}
+    named = {"special": True, "normalized": False}
+    decoder = {index: {"content": text, **named} for index, text in names.items()}
+    tokens = {text: index for index, text in names.items()}
+    written = {"added_tokens_decoder": decoder} if file == "tokenizer_config.json" else tokens
+    (tmp_path / file).write_text(json.dumps(written))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode("<|im_start|>he<|im_end|><new></s>", add_special_tokens=False)
+    assert ids == [unused, AT + WORDS.index(f"{SPACE}he"), 3, last, 2]
+    assert tokenizer.token_name(unused) == "<|im_start|>"
+    assert 3 in tokenizer.eos_token_ids
+
+
 def test_a_model_without_bos(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(model(bos=-1))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "add_eos_token": True}))

@@ -174,12 +174,17 @@ def test_end_of_turn_rules() -> None:
     assert ends(5) == {"<|return|>", "<|call|>", "</s>"}
 
 
-def test_the_html_tag_as_plain_text_ends_nothing() -> None:
+@pytest.mark.parametrize("kind", [1, 4])
+def test_the_html_tag_as_plain_text_ends_nothing(kind: int) -> None:
+    """It is a normal token of Qwen's vocabulary, and a user-defined token of Gemma 2's and 3's."""
     tokens = [*byte_alphabet(), "</s>", "<|im_end|>"]
-    changes = {"tokens": tokens, "token_type": [1] * 257 + [3], "merges": []}
+    changes = {"tokens": tokens, "token_type": [1] * 256 + [kind, 3], "merges": []}
     tokenizer = Tokenizer.from_gguf(gpt2(eos_token_id=257, padding_token_id=None, **changes))
     assert tokenizer.eos_token_ids == (257,)
     assert tokenizer.decode([256, 257]) == "</s>"
+    tokenizer = Tokenizer.from_gguf(gpt2(eos_token_id=256, padding_token_id=None, **changes))
+    assert tokenizer.eos_token_ids == (256, 257)
+    assert tokenizer.decode([256, 257]) == "", "the end-of-sequence token of the file is no tag"
 
 
 HOSTILE: list[tuple[dict[str, Any], str]] = [

@@ -121,7 +121,9 @@ def check_pieces(
         )
 
 
-def check_byte_pair(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ignore_merges: bool) -> dict[str, Any]:
+def check_byte_pair(
+    tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ignore_merges: bool, behind: str = ""
+) -> dict[str, Any]:
     """Check and return a byte-pair tokenizer's metadata, with an older pre-tokenizer name if it gives the same tokens.
 
     A normaliser that composes characters (Qwen's) cannot be stored in GGUF and is left out. If the name implies another
@@ -131,12 +133,13 @@ def check_byte_pair(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, 
         metadata: metadata with the keys of its vocabulary.
         probe: a text with many kinds of words.
         ignore_merges: whether the original uses the token of a whole word without merges.
+        behind: the texts to tokenize stand behind this special token.
 
     Raises:
         UnsupportedModelError: the tokens of a text differ.
     """
     probe = unicodedata.normalize("NFC", probe)
-    texts, pre = [probe, probe.lower(), *probe.split(" ")], metadata[_PRE]
+    texts, pre = [behind + text for text in (probe, probe.lower(), *probe.split(" "))], metadata[_PRE]
     if (older := _OLDER.get(pre)) is not None:
         try:
             check_pieces(tokenizer, metadata | {_PRE: older}, [*texts, *_token_texts(tokenizer)], framed=False)

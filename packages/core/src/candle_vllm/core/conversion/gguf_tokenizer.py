@@ -63,20 +63,25 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
     if not model["merges"]:
         raise UnsupportedModelError("GGUF cannot express a byte-pair tokenizer without merges")
     tokens = _texts(model["vocab"], added, rows)
-    spm = bool(model.get("byte_fallback"))
+    spm, behind = bool(model.get("byte_fallback")), ""
     found: dict[str, Any] = {"model": "llama" if spm else "gpt2"}
     found["pre"] = "default" if spm else pre_tokenizer_name(tokenizer.backend, bool(model.get("ignore_merges")))
     types = [_type(index, text, model, added, spm) for index, text in enumerate(tokens)]
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     if spm:
         tokens = [text.replace(SPACE, " ") if kind == USER_DEFINED else text for text, kind in zip(tokens, types)]
-        found |= {"scores": _scores(tokens, merges), "add_space_prefix": _space_prefix(data)}
+        # GGUF puts a space before a text and behind each special token, or nowhere; "first" puts none into a chat.
+        if (scheme := _space_prefix(data)) == "first" and "bos_token" in _templates(tokenizer):
+            behind = tokenizer.special_tokens.get("bos_token", "")
+        if behind:
+            logger.warning("GGUF cannot put a space before a text's first word alone: only chats have the right tokens")
+        found |= {"scores": _scores(tokens, merges), "add_space_prefix": scheme != "never" and not behind}
     else:
         found["merges"] = [" ".join(merge) for merge in merges]
     found |= {"tokens": tokens, "token_type": types}
     found |= _special(tokenizer, tokens, ends)
     metadata = {PREFIX + key: value for key, value in found.items()}
-    metadata = check_byte_pair(tokenizer, metadata, PROBE, bool(model.get("ignore_merges")))
+    metadata = check_byte_pair(tokenizer, metadata, PROBE, bool(model.get("ignore_merges")), behind)
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         metadata |= {f"tokenizer.chat_template.{name}": text for name, text in template.items() if name != "default"}
@@ -138,13 +143,13 @@ def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[floa
     return [-float(ranks[text]) if text in ranks else _UNREACHED for text in tokens]
 
 
-def _space_prefix(data: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space before its first word, by the normaliser or the pre-tokenizer."""
+def _space_prefix(data: Mapping[str, Any]) -> str:
+    """Return where the normaliser or the pre-tokenizer puts a space: "always", "first" or "never"."""
     for part in (data.get("normalizer"), data.get("pre_tokenizer")):
         for step in [] if part is None else part.get("normalizers") or part.get("pretokenizers") or [part]:
-            if step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never"):
-                return True
-    return False
+            if step["type"] in ("Prepend", "Metaspace"):
+                return step.get("prepend_scheme", "always")
+    return "never"
 
 
 def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -> dict[str, Any]:

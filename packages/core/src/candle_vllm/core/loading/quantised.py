@@ -27,7 +27,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import spare
 from candle_vllm.core.quantization.finding import is_dense
 from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES
-from candle_vllm.core.quantization.stored import LayerTensors
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
         UnsupportedModelError: a method, format or bit count is not implemented; the message lists the implemented ones.
         InvalidFileError: the config is damaged, or a layer's parts do not fit together.
     """
-    settings = _settings(config, path)
+    plain = all(tensor.type_name in FLOATS for name, tensor in checkpoint.tensors.items() if name.endswith("weight"))
+    settings = _settings(config, path, plain)
     if settings is None:
         return checkpoint
     method, fields = settings
@@ -112,17 +113,20 @@ def _names(parts: LayerTensors) -> set[str]:
     return {part.name for part in parts.taken}
 
 
-def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | None:
+def _settings(config: Mapping[str, Any], path: Path, plain: bool) -> tuple[str, Fields] | None:
     """Return the method and its settings, also those of the text model; None for an unquantised checkpoint."""
     whole = Fields(config, path)
     for fields, key in product((whole, whole.section("text_config")), ("quantization_config", "compression_config")):
         if fields.get(key, dict, {}):
             own = fields.section(key)
             nested = "quantization" in own  # the whole hf_quant_config.json, not only its section
-            default = "modelopt" if nested or "quant_algo" in own else ""
+            default = "modelopt" if nested or "quant_algo" in own else "mlx" if "quantization" in whole else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method = method.lower().replace("compressed_tensors", "compressed-tensors")
             own = own.section("quantization") if nested else own
+            if plain and method == "bitsandbytes":  # left from the training of a merged model (QLoRA)
+                logger.warning("%s names the method %s, but no weight is quantised", path, method)
+                return None
             if method not in collected("METHODS"):
                 raise UnsupportedModelError(
                     f"{path}: {key} asks for the method {method!r:.60}, which is not implemented; implemented: "

@@ -7,6 +7,7 @@ For a layer [N, K] with G groups of inputs:
     qzeros   int32 [G, N / 8]   the zeros, packed in the same way
     scales   float [G, N]
 
+With `zero_point` false (AutoRound's symmetric checkpoints), all zeros are 8, and are stored too.
 Source: Lin et al., 2023, arXiv:2306.00978; AutoAWQ's `WQLinear_GEMM`.
 """
 
@@ -90,8 +91,6 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
     if bits != 4:
         raise UnsupportedModelError(f"{config.path}: AWQ with bits {bits} is not implemented; implemented: 4")
     config.choice("version", "gemm", "gemm", "GEMM")
-    if not config.get("zero_point", bool, True):
-        raise UnsupportedModelError(f"{config.path}: AWQ with zero_point false is not implemented; implemented: true")
     group = group_size(config, 128, "q_group_size" if "q_group_size" in config else "group_size")
     for parts in layers_with(stored, ".qweight"):
         yield parts, awq_tensor(parts, group)

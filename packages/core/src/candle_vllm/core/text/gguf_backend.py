@@ -66,9 +66,10 @@ def refusing_panics(what: str) -> Iterator[None]:
 
 
 def ids_by_text(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
-    """Return the id of each token by its text, without a `</s>` that is the HTML tag, as in Qwen's vocabulary."""
+    """Return the id of each token by its text, without a `</s>` that is the HTML tag, as Qwen and Gemma have it."""
     html = vocab.numbers.get("</s>")
-    if html is None or vocab.types[html] != gguf_vocab.NORMAL:
+    plain = (gguf_vocab.NORMAL, gguf_vocab.USER_DEFINED)
+    if html is None or html == vocab.ids.get("eos") or vocab.types[html] not in plain:
         return vocab.numbers
     texts = vocab.numbers.copy()
     del texts["</s>"]

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import build_backend, byte_level, refusing_panics, set_frame
-from candle_vllm.core.text.gguf_vocab import MAX_NAMED_TEMPLATES
+from candle_vllm.core.text.gguf_vocab import MAX_NAMED_TEMPLATES, USER_DEFINED, GgufVocab
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.sentencepiece import read_sentencepiece
 from candle_vllm.core.text.special_tokens import end_of_turn_ids
@@ -93,8 +93,12 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
             vocab = read_sentencepiece(model)
             sides = [side for side in ("add_bos", "add_eos") if f"{side}_token" in config]
             frame: dict[str, Any] = {side: config[f"{side}_token"] is True and side[4:] in vocab.ids for side in sides}
-            vocab = replace(vocab, **frame)
-            return build_backend(vocab), vocab.named_tokens
+            vocab = _renamed(replace(vocab, **frame), _configured_tokens(config, set(), folder))
+            backend = build_backend(vocab)
+            if config.get("legacy") is False and vocab.add_space_prefix:  # then no space is put behind special tokens
+                backend.normalizer = None
+                backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+            return backend, vocab.named_tokens
         if (folder / "vocab.txt").is_file():
             return _from_words(folder / "vocab.txt", config)
         raise UnsupportedModelError(
@@ -108,6 +112,16 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
     backend.no_truncation()
     backend.no_padding()
     return backend, {}
+
+
+def _renamed(vocab: GgufVocab, configured: list[tuple[int, AddedToken]]) -> GgufVocab:
+    """Give tokens the texts that other files have for their ids, as InternLM 2 names its unused tokens."""
+    tokens, types, numbers = [*vocab.tokens], [*vocab.types], dict(vocab.numbers)
+    for index, token in configured:
+        if 0 <= index < len(tokens) and token.content not in numbers:
+            del numbers[tokens[index]]
+            tokens[index], types[index], numbers[token.content] = token.content, USER_DEFINED, index
+    return replace(vocab, tokens=tokens, types=types, numbers=numbers)
 
 
 def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
