@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -419,6 +419,28 @@ def test_the_first_ctrl_c_stops_it(engine: PacedEngine, tmp_path: Path) -> None:
     assert main(["run-batch", "--m", "scripted", "-i", "in", "-o", "out"]) == 130
     pressing.join()
     assert "shutting_down" not in (tmp_path / "out").read_text()
+
+
+def test_batches_of_a_server_stay_that_servers(
+    engine: PacedEngine, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment may name the server's store, and the server may be stopped for this command."""
+    url = f"sqlite:///{tmp_path}/kept.sqlite"
+    served = PacedEngine("served", pause=0.5)
+    first = start(served, responses_store=url, api_key=("key",))
+    client = first.openai("key")
+    lines = "\n".join(json.dumps(request(str(number), max_tokens=9)) for number in range(20))
+    file = client.files.create(file=("in.jsonl", lines.encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    first.wait_for(lambda: served.requests)
+    first.stop()
+    engine.pause = 0.1
+    monkeypatch.setenv("CANDLE_VLLM_RESPONSES_STORE", url)
+    assert len(run(tmp_path, request("own"))) == 1
+    client = start(PacedEngine("served"), responses_store=url, api_key=("key",)).openai("key")
+    first.wait_for(lambda: client.batches.retrieve(batch.id).status not in ("validating", "in_progress", "finalizing"))
+    batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.errors, batch.request_counts.completed) == ("completed", None, 20)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"error": 1}', b'{"error": {"message": "m"}}'])

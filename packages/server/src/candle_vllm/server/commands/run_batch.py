@@ -23,6 +23,7 @@ import httpx
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.shown import without_secrets
+from candle_vllm.responses.store.backend import MEMORY
 from candle_vllm.server.adapters.fetching import steadily
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.lines import Application, Result, answered_in_order, asked_here, failed
@@ -160,10 +161,10 @@ def _send(url: httpx.URL, path: Path) -> None:
 
 
 async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], load: Load | None) -> None:
-    # There are no other clients, so no API keys and no limits are needed.
+    # There are no other clients, so no API keys and no limits are needed. A server's store has batches of that server.
     settings = dataclasses.replace(
         configuration.settings, host="127.0.0.1", api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
-        max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
+        max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE, responses_store=MEMORY,
         **dict[str, Any](dict.fromkeys(RATES)),
     )  # fmt: skip
     manager, observation = open_manager(configuration.catalogue, settings, load)
