@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from candle_vllm.core.errors import EngineDeadError, NoMemoryError
 from candle_vllm.openai import fair_threads
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.store import sql
@@ -35,9 +37,12 @@ from candle_vllm.server.batches import lines, records, run, service, store
 from candle_vllm.server.batches.lines import PRIORITY, read_line
 from candle_vllm.server.http.failures import store_refusal
 from candle_vllm.server.http.routing import NOBODY
+from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.routes.files import safe_name
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from packages.server.tests.running_server import Running
-from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 
 wait_for = Running.wait_for
 URL = "/v1/completions"
@@ -374,6 +379,52 @@ def test_a_batch_of_a_key_that_is_none_any_more_fails(start: Callable[..., Any],
     last = start(PacedEngine("abc"), responses_store=url, api_key=("old",)).openai("old")
     batch = ended(last, batch)
     assert [error.code for error in batch.errors.data] == ["invalid_api_key"]
+
+
+def test_a_batch_waits_while_the_model_sleeps(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "LONGEST_PAUSE", 0.01)
+    running = start(PacedEngine("abc"))
+    client = running.openai()
+    running.engine.sleep()
+    batch = begin(client, *(line(str(n)) for n in range(5)))
+    wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+    time.sleep(0.2)
+    running.engine.wake_up()
+    batch = ended(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.error_file_id) == ("completed", 5, None)
+
+
+@pytest.mark.parametrize("cause", ["death", "load"])
+def test_a_batch_outlives_a_server_without_a_model(
+    cause: str, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine has died, or it stops because its model cannot be loaded: the next one answers the lines."""
+    monkeypatch.setattr(lines, "LONGEST_PAUSE", 0.01)
+    url = f"sqlite:///{tmp_path}/kept.sqlite"
+    engine = PacedEngine("abc", pause=0.1)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=2)
+    running = start(engine, responses_store=url)
+    client = running.openai()
+    batch = begin(client, *(line(str(n)) for n in range(50)))
+    wait_for(lambda: engine.requests)
+    if cause == "death":
+        engine.alive = False
+        engine.submit_error = EngineDeadError("the engine has stopped")
+    else:
+        running.stop()
+        loader = FakeLoader()
+        loader.broken["default"] = NoMemoryError("another process has the memory")
+        running = start(ModelManager(Catalogue([ModelEntry("default", Settings())]), loader), responses_store=url)
+        client = running.openai()
+        loading = asyncio.run_coroutine_threadsafe(running.engine.start(), running.server.servers[0].get_loop())
+        with pytest.raises(NoMemoryError):
+            loading.result()
+    time.sleep(0.3)
+    assert client.batches.retrieve(batch.id).request_counts.failed == 0
+    running.stop()
+    client = start(PacedEngine("abc"), responses_store=url).openai()
+    batch = ended(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.error_file_id) == ("completed", 50, None)
 
 
 def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None:

@@ -322,26 +322,48 @@ def test_requests_of_clients_go_first() -> None:
     assert (priority(), priority(priority=7), priority(priority=-1)) == (PRIORITY, PRIORITY + 7, -1)
 
 
-async def test_a_server_that_is_full_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses = [503, 429, 200]
+REFUSALS = (
+    (503, "overloaded"),
+    (429, "rate_limit_exceeded"),
+    (503, "model_not_ready"),
+    (503, "model_sleeping"),
+    (503, "request_aborted"),
+    (409, "conversation_locked"),
+    (503, "store_unavailable"),
+    (503, "engine_dead"),
+)
+
+
+async def asked_for(answers: list[tuple[int, str]]) -> tuple[Result, list[tuple[str, str]]]:
+    """The result of a line whose requests get these answers, and the path and the caller's key of each request."""
     seen: list[tuple[str, str]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         acting = acting_for.get()
         assert acting is not None
+        status, code = answers[len(seen)]
         seen.append((scope["path"], acting.key))
-        status = statuses[len(seen) - 1]
-        code = {503: "overloaded", 429: "rate_limit_exceeded"}.get(status)
         body = json.dumps({"error": {"message": "full", "code": code}} if code else {"text": "good"}).encode()
         await send({"type": "http.response.start", "status": status, "headers": [(b"retry-after", b"0")]})
         await send({"type": "http.response.body", "body": body})
 
     async with asked_here(app) as application:
         result = await application.answer(json.dumps(request("a")).encode(), caller=Caller("alice", "hers"))
-    assert seen == [("/v1/completions", "hers")] * 3
+    return result, seen
+
+
+async def test_a_server_that_cannot_answer_now_is_asked_again() -> None:
+    result, seen = await asked_for([*REFUSALS, (200, "")])
+    assert seen == [("/v1/completions", "hers")] * (len(REFUSALS) + 1)
     assert result.response is not None
     assert (result.response.status_code, bytes(result.response.body)) == (200, b'{"text": "good"}')
+
+
+@pytest.mark.parametrize(("code", "times"), [("engine_dead", 2), ("model_load_failed", 1)])
+async def test_a_line_that_may_be_the_cause_of_a_failure_is_not_sent_for_ever(code: str, times: int) -> None:
+    result, seen = await asked_for([(503, code)] * 20)
+    assert (len(seen), result.error) == (times, Problem(code=code, message="full"))
 
 
 async def test_a_line_is_not_sent_again_once_its_batch_has_expired() -> None:

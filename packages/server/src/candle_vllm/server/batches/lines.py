@@ -33,7 +33,8 @@ URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", *POOLING)
 MAX_CUSTOM_ID = 512  # characters
 PRIORITY = 1000  # added to a line's own priority, so that requests of clients run first
 LONGEST_PAUSE = 5.0  # maximum seconds before a line is sent again because the server was full
-_FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready"})
+_FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready", "model_sleeping", "request_aborted",
+                   "conversation_locked", "store_unavailable"})  # fmt: skip
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
@@ -153,17 +154,20 @@ class Application:
     ) -> Result:
         """Return the result of a line that `caller` sent.
 
-        While the server is full or its model is not ready, send the line again, until `stopped` returns a reason.
+        While the server is full or its model is not ready, send the line again, until `stopped` returns a reason. A
+        line with which the engine died is sent once more, because the line may be the cause.
         """
         try:
             line = await self.read(data, endpoint)
         except LineError as error:
             return failed(error.custom_id, error.code, str(error))
+        died = False
         while True:
             answer = await self._ask(line, caller)
             problem = None if answer.is_success else problem_of(answer.content)
-            if problem is None or problem.code not in _FULL or answer.status_code not in (429, 503):
+            if problem is None or (problem.code not in _FULL and (died or problem.code != "engine_dead")):
                 break
+            died = died or problem.code == "engine_dead"
             if stopped is not None and (reason := await stopped()) is not None:
                 return failed(line.custom_id, *reason)
             await asyncio.sleep(_pause(answer.headers))

@@ -42,6 +42,7 @@ class BatchRun:
         held: the batch, whose lease this server has.
         longest: maximum bytes of a line.
         pause: seconds between two checks whether this server still has the lease and whether the batch was cancelled.
+        is_able: returns whether the server can answer lines.
 
     Attributes:
         cancelled: set when somebody cancels the batch.
@@ -49,7 +50,9 @@ class BatchRun:
         lost: whether another server has taken over the batch.
     """
 
-    def __init__(self, store: BatchStore, held: Held, longest: int, pause: float) -> None:
+    def __init__(
+        self, store: BatchStore, held: Held, longest: int, pause: float, is_able: Callable[[], bool] = lambda: True
+    ) -> None:
         self.held = held
         self.cancelled = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -57,6 +60,7 @@ class BatchRun:
         self._store = store
         self._longest = longest
         self._pause = pause
+        self._is_able = is_able
         self._unwritten: list[tuple[int, Result]] = []
         self._record: BatchRecord | None = None
 
@@ -266,10 +270,14 @@ class BatchRun:
         working.clear()
 
     async def _stopped(self) -> tuple[str, str] | None:
-        """Return why no further line is answered, as code and message; None if the batch continues."""
-        if self.cancelled.is_set():
-            return CANCELLED
-        return EXPIRED if await self._now() >= self.record.batch.expires_at else None
+        """Return why no further line is answered, as code and message, or None once the server can answer lines."""
+        while not self.cancelled.is_set():
+            if await self._now() >= self.record.batch.expires_at:
+                return EXPIRED
+            if self._is_able():
+                return None
+            await asyncio.sleep(self._pause)
+        return CANCELLED
 
     async def _flush(self) -> None:
         """Write the results that are not written yet, and their counts; after a failure it may be called again."""

@@ -45,7 +45,8 @@ class Batches:
         options: options of the store.
         callers: returns the callers of all valid API keys; only `NOBODY` if clients need no key.
         longest: maximum bytes of a line.
-        places: returns a model's maximum number of running sequences; lines of batches may use half of it.
+        places: returns a model's maximum number of running sequences, half of which lines of batches may use; 0 while
+            no model can answer.
         app: answers the lines.
 
     Attributes:
@@ -156,7 +157,7 @@ class Batches:
 
     async def _look(self) -> None:
         """Start batches that no server works on; with several keys, one owner has at most half of `AT_ONCE`."""
-        if not self.store.is_open:
+        if not self.store.is_open or not self._count_places():
             return
         most = AT_ONCE // 2 if self._several() else AT_ONCE
         backend = await self.store.backend()
@@ -185,7 +186,7 @@ class Batches:
             yield
 
     def _begin(self, held: Held) -> None:
-        run = BatchRun(self.store, held, self._longest, RENEW_SECONDS)
+        run = BatchRun(self.store, held, self._longest, RENEW_SECONDS, lambda: self._count_places() > 0)
         self._running[held.id] = run
         run.task = asyncio.create_task(self._work(run))
 
