@@ -427,6 +427,19 @@ def test_a_batch_outlives_a_server_without_a_model(
     assert (batch.status, batch.request_counts.completed, batch.error_file_id) == ("completed", 50, None)
 
 
+def test_a_batch_that_is_stored_is_not_refused(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise clients would create it again; it begins with the next look."""
+
+    async def failing(*_: Any) -> Any:
+        raise StoreUnavailableError("gone")
+
+    client = start(PacedEngine("abc")).openai()
+    with monkeypatch.context() as failed:
+        failed.setattr(store.BatchStore, "lapsed", failing)
+        batch = begin(client, line("a"))
+    assert ended(client, batch).status == "completed"
+
+
 def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None:
     engine = PacedEngine("abc", pause=0.05)
     engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=2)

@@ -112,7 +112,8 @@ class Batches:
             batch=batch, output_id=new_file_id(), error_id=new_id("file"), result_seconds=seconds
         )
         await self.store.add_batch(owner, record)
-        await self._look()
+        with contextlib.suppress(CandleVllmError):  # a client that got an error would create the batch again
+            await self._look()
         return batch
 
     async def cancel(self, owner: str, batch_id: str) -> records.Batch:
@@ -215,7 +216,8 @@ class Batches:
         finally:
             del self._running[run.held.id]
         if again:
-            await self._look()
+            with contextlib.suppress(CandleVllmError):
+                await self._look()
 
 
 def _too_much(status: int, said: str) -> HttpError:
