@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import EngineDeadError, InvalidFileError
 from candle_vllm.server import serve
 from candle_vllm.server.adapters import fetching
+from candle_vllm.server.batches import lines as batch_lines
 from candle_vllm.server.batches.lines import (
     PRIORITY,
     LineError,
@@ -463,6 +464,28 @@ def test_batches_of_a_server_stay_that_servers(
     first.wait_for(lambda: client.batches.retrieve(batch.id).status not in ("validating", "in_progress", "finalizing"))
     batch = client.batches.retrieve(batch.id)
     assert (batch.status, batch.errors, batch.request_counts.completed) == ("completed", None, 20)
+
+
+def test_a_run_whose_engine_dies_fails(
+    engine: PacedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers so far stay, and the other lines have no answers, rather than errors."""
+    monkeypatch.setattr(batch_lines, "LONGEST_PAUSE", 0.01)
+
+    def answer(prompt: str) -> str:
+        if prompt == "last":
+            engine.alive = False
+            engine.submit_error = EngineDeadError("the engine has stopped")
+        return "abc"
+
+    engine._script = answer
+    lines = [request("a"), request("b"), request("c", prompt="last"), *(request(str(n)) for n in range(50))]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["run-batch", "-i", "in", "-o", "out"]) == 1
+    assert "the engine has stopped" in capsys.readouterr().err
+    made = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [line["custom_id"] for line in made[:2]] == ["a", "b"]
+    assert [line["error"] for line in made if line["error"] is not None] == []
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"error": 1}', b'{"error": {"message": "m"}}'])
