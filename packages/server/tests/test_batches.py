@@ -286,7 +286,7 @@ async def test_a_file_of_ends_of_lines_gives_others_their_turns() -> None:
             await asyncio.sleep(0)
 
     held: Any = SimpleNamespace(owner="", id="batch")
-    reader = run.BatchRun(cast("store.BatchStore", Parts()), held, 1 << 20, 1.0)
+    reader = run.BatchRun(cast("store.BatchStore", Parts()), held, 1 << 20, 1.0, lambda: True)
     reader._record = cast("Any", SimpleNamespace(batch=SimpleNamespace(input_file_id="file")))
     beside = asyncio.create_task(others())
     lines_found = [line async for lines in reader._lines() for line in lines]
@@ -440,6 +440,30 @@ def test_a_batch_that_is_stored_is_not_refused(start: Callable[..., Any], monkey
     assert ended(client, batch).status == "completed"
 
 
+def test_a_batch_fails_when_its_key_is_removed(start: Callable[..., Any], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("old\nnew\n")
+    engine = PacedEngine("abc", pause=0.05)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=4)
+    running = start(engine, api_key_file=keys)
+    state, loop = running.server.config.app.state, running.server.servers[0].get_loop()
+    client = running.openai("old")
+
+    def reload(text: str) -> None:
+        keys.write_text(text)
+        assert asyncio.run_coroutine_threadsafe(state.keys.reload(), loop).result()
+
+    batch = begin(client, *(line(str(n)) for n in range(300)))
+    wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed)
+    reload("new\n")
+    wait_for(lambda: not state.batches._running)
+    reload("new\nold\n")
+    batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.error_file_id, batch.request_counts.failed) == ("failed", None, 0)
+    assert [error.code for error in batch.errors.data] == ["invalid_api_key"]
+    assert 0 < len(results(client, batch.output_file_id)) < 300
+
+
 def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None:
     engine = PacedEngine("abc", pause=0.05)
     engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=2)
@@ -510,7 +534,7 @@ class Stored:
         self.now += 31
         held = Held(self.owner, batch_id or self.id, new_id("server"))
         assert await self.backend.claim(store.BATCHES, held, self.backend.now + run.LEASE_MS)
-        return run.BatchRun(self.store, held, 1 << 20, 3600.0)
+        return run.BatchRun(self.store, held, 1 << 20, 3600.0, lambda: True)
 
     async def work(self, run_: run.BatchRun, asked: Asked) -> None:
         await run_.work(cast("Any", asked), NOBODY, contextlib.nullcontext, 1)

@@ -59,6 +59,10 @@ class LineError(Exception):
         self.custom_id = custom_id
 
 
+class InvalidKeyError(Exception):
+    """The key of a line's caller is not valid any more."""
+
+
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
     """The application's response to a line."""
 
@@ -164,6 +168,8 @@ class Application:
         died = False
         while True:
             answer = await self._ask(line, caller)
+            if answer.status_code == 401:
+                raise InvalidKeyError
             problem = None if answer.is_success else problem_of(answer.content)
             if problem is None or (problem.code not in _FULL and (died or problem.code != "engine_dead")):
                 break
