@@ -464,6 +464,22 @@ def test_a_batch_fails_when_its_key_is_removed(start: Callable[..., Any], tmp_pa
     assert 0 < len(results(client, batch.output_file_id)) < 300
 
 
+def test_a_server_whose_engine_dies_leaves_its_batches_to_another(
+    start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LONGEST_PAUSE", 0.01)
+    url = f"sqlite:///{tmp_path}/kept.sqlite"
+    first = start(PacedEngine("abc", pause=0.1), responses_store=url)
+    client = first.openai()
+    batch = begin(client, *(line(str(n)) for n in range(400)))
+    wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed)
+    other = start(PacedEngine("abc"), responses_store=url)
+    first.engine.alive = False
+    batch = ended(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.error_file_id) == ("completed", 400, None)
+    assert other.engine.requests
+
+
 def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None:
     engine = PacedEngine("abc", pause=0.05)
     engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=2)

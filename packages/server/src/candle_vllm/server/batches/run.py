@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.responses.store.backend import Held
 from candle_vllm.responses.store.entries import NotStoredError, StoreFullError, StoreLimitError, StoreUnavailableError
@@ -268,14 +268,12 @@ class BatchRun:
         working.clear()
 
     async def _stopped(self) -> tuple[str, str] | None:
-        """Return why no further line is answered, as code and message, or None once the server can answer lines."""
-        while not self.cancelled.is_set():
-            if await self._now() >= self.record.batch.expires_at:
-                return EXPIRED
-            if self._able():
-                return None
-            await asyncio.sleep(self._pause)
-        return CANCELLED
+        """Return why no further line is answered, as code and message; EngineDeadError if no model can answer here."""
+        if self.cancelled.is_set():
+            return CANCELLED
+        if not self._able():
+            raise EngineDeadError("no model of this server can answer")
+        return EXPIRED if await self._now() >= self.record.batch.expires_at else None
 
     async def _flush(self) -> None:
         """Write the results that are not written yet, and their counts; after a failure it may be called again."""

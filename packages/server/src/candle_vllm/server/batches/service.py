@@ -210,6 +210,7 @@ class Batches:
             raise
         except CandleVllmError as error:
             logger.warning("the batch %s stopped, and is continued later: %s", run.held.id, error.__cause__ or error)
+            await run.give_back()
         except Exception:
             logger.exception("the batch %s failed", run.held.id)
             await run.fail_for_good()
