@@ -105,6 +105,7 @@ def test_the_official_client_has_a_file_answered(start: Callable[..., Any]) -> N
     batch = ended(client, batch)
     assert batch.status == "completed"
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (21, 20, 1)
+    assert all(name.startswith("file-") for name in (batch.input_file_id, batch.output_file_id, batch.error_file_id))
     assert batch.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at < batch.expires_at
     made = results(client, batch.output_file_id)
     assert set(made) == {str(n) for n in range(20)}

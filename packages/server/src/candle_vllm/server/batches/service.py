@@ -109,7 +109,7 @@ class Batches:
         after, most = wire.output_expires_after, self.store.options.retention_seconds
         seconds = min(after.seconds, most) if after is not None else most
         record = records.BatchRecord(
-            batch=batch, output_id=new_file_id(), error_id=new_id("file"), result_seconds=seconds
+            batch=batch, output_id=new_file_id(), error_id=new_file_id(), result_seconds=seconds
         )
         await self.store.add_batch(owner, record)
         with contextlib.suppress(CandleVllmError):  # a client that got an error would create the batch again
