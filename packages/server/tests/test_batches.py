@@ -805,7 +805,7 @@ def test_one_key_has_half_of_the_store(start: Callable[..., Any]) -> None:
 
     theirs = keep(bob, 900_000)
     assert [keep(alice, 600_000) for _ in range(2)][1:] == [file.id for file in alice.files.list()]  # its own went
-    with pytest.raises(openai.APIStatusError, match="larger than 1 MB") as refused:
+    with pytest.raises(openai.APIStatusError, match=r"1 MB.*--file-max-mb and --files-max-mb") as refused:
         keep(alice, 3 << 19)
     assert refused.value.status_code == 413
     batch = begin(alice, *(line(str(n), prompt="x" * 9000) for n in range(60)))
