@@ -259,6 +259,14 @@ def test_a_file_that_is_wrong_is_not_begun(
     assert running.engine.requests == []
 
 
+def test_a_line_is_as_long_as_it_is_in_the_file(start: Callable[..., Any]) -> None:
+    """Its body is encoded anew, and must not grow beyond the limit of a body by that."""
+    client = start(PacedEngine("abc", max_model_len=1 << 24), max_body_mb=1).openai()
+    text = json.dumps(json.loads(line("a", prompt="中" * 300_000)), ensure_ascii=False)
+    batch = ended(client, begin(client, text))
+    assert (batch.status, batch.error_file_id) == ("completed", None)
+
+
 def test_a_line_without_end_is_refused(start: Callable[..., Any]) -> None:
     running = start(PacedEngine("abc"), max_body_mb=1)
     client = running.openai()

@@ -140,7 +140,7 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     own = body.get("priority")
     if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route checks other values
         body["priority"] = (own or 0) + PRIORITY
-    return Line(name, url, json.dumps(body).encode())
+    return Line(name, url, json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 class Application:
