@@ -158,8 +158,7 @@ class Application:
     ) -> Result:
         """Return the result of a line that `caller` sent.
 
-        While the server is full or its model is not ready, send the line again, until `stopped` returns a reason. A
-        line with which the engine died is sent once more, because the line may be the cause.
+        While the server is full or its model is not ready, send the line again, until `stopped` returns a reason.
         """
         try:
             line = await self.read(data, endpoint)
@@ -173,7 +172,7 @@ class Application:
             problem = None if answer.is_success else problem_of(answer.content)
             if problem is None or (problem.code not in _FULL and (died or problem.code != "engine_dead")):
                 break
-            died = died or problem.code == "engine_dead"
+            died = died or problem.code == "engine_dead"  # the line may be the cause, so it is sent only once more
             if stopped is not None and (reason := await stopped()) is not None:
                 return failed(line.custom_id, *reason)
             await asyncio.sleep(_pause(answer.headers))
