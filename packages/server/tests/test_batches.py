@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from candle_vllm.core.errors import EngineDeadError, NoMemoryError
 from candle_vllm.openai import fair_threads
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.store import sql
@@ -35,9 +37,12 @@ from candle_vllm.server.batches import lines, records, run, service, store
 from candle_vllm.server.batches.lines import PRIORITY, read_line
 from candle_vllm.server.http.failures import store_refusal
 from candle_vllm.server.http.routing import NOBODY
+from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.routes.files import safe_name
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from packages.server.tests.running_server import Running
-from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 
 wait_for = Running.wait_for
 URL = "/v1/completions"
@@ -100,6 +105,7 @@ def test_the_official_client_has_a_file_answered(start: Callable[..., Any]) -> N
     batch = ended(client, batch)
     assert batch.status == "completed"
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (21, 20, 1)
+    assert all(name.startswith("file-") for name in (batch.input_file_id, batch.output_file_id, batch.error_file_id))
     assert batch.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at < batch.expires_at
     made = results(client, batch.output_file_id)
     assert set(made) == {str(n) for n in range(20)}
@@ -253,6 +259,14 @@ def test_a_file_that_is_wrong_is_not_begun(
     assert running.engine.requests == []
 
 
+def test_a_line_is_as_long_as_it_is_in_the_file(start: Callable[..., Any]) -> None:
+    """Its body is encoded anew, and must not grow beyond the limit of a body by that."""
+    client = start(PacedEngine("abc", max_model_len=1 << 24), max_body_mb=1).openai()
+    text = json.dumps(json.loads(line("a", prompt="中" * 300_000)), ensure_ascii=False)
+    batch = ended(client, begin(client, text))
+    assert (batch.status, batch.error_file_id) == ("completed", None)
+
+
 def test_a_line_without_end_is_refused(start: Callable[..., Any]) -> None:
     running = start(PacedEngine("abc"), max_body_mb=1)
     client = running.openai()
@@ -281,7 +295,7 @@ async def test_a_file_of_ends_of_lines_gives_others_their_turns() -> None:
             await asyncio.sleep(0)
 
     held: Any = SimpleNamespace(owner="", id="batch")
-    reader = run.BatchRun(cast("store.BatchStore", Parts()), held, 1 << 20, 1.0)
+    reader = run.BatchRun(cast("store.BatchStore", Parts()), held, 1 << 20, 1.0, lambda: True)
     reader._record = cast("Any", SimpleNamespace(batch=SimpleNamespace(input_file_id="file")))
     beside = asyncio.create_task(others())
     lines_found = [line async for lines in reader._lines() for line in lines]
@@ -376,6 +390,105 @@ def test_a_batch_of_a_key_that_is_none_any_more_fails(start: Callable[..., Any],
     assert [error.code for error in batch.errors.data] == ["invalid_api_key"]
 
 
+def test_a_batch_waits_while_the_model_sleeps(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "LONGEST_PAUSE", 0.01)
+    running = start(PacedEngine("abc"))
+    client = running.openai()
+    running.engine.sleep()
+    batch = begin(client, *(line(str(n)) for n in range(5)))
+    wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+    time.sleep(0.2)
+    running.engine.wake_up()
+    batch = ended(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.error_file_id) == ("completed", 5, None)
+
+
+@pytest.mark.parametrize("cause", ["death", "load"])
+def test_a_batch_outlives_a_server_without_a_model(
+    cause: str, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine has died, or it stops because its model cannot be loaded: the next one answers the lines."""
+    monkeypatch.setattr(lines, "LONGEST_PAUSE", 0.01)
+    url = f"sqlite:///{tmp_path}/kept.sqlite"
+    engine = PacedEngine("abc", pause=0.1)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=2)
+    running = start(engine, responses_store=url)
+    client = running.openai()
+    batch = begin(client, *(line(str(n)) for n in range(50)))
+    wait_for(lambda: engine.requests)
+    if cause == "death":
+        engine.alive = False
+        engine.submit_error = EngineDeadError("the engine has stopped")
+    else:
+        running.stop()
+        loader = FakeLoader()
+        loader.broken["default"] = NoMemoryError("another process has the memory")
+        running = start(ModelManager(Catalogue([ModelEntry("default", Settings())]), loader), responses_store=url)
+        client = running.openai()
+        loading = asyncio.run_coroutine_threadsafe(running.engine.start(), running.server.servers[0].get_loop())
+        with pytest.raises(NoMemoryError):
+            loading.result()
+    time.sleep(0.3)
+    assert client.batches.retrieve(batch.id).request_counts.failed == 0
+    running.stop()
+    client = start(PacedEngine("abc"), responses_store=url).openai()
+    batch = ended(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.error_file_id) == ("completed", 50, None)
+
+
+def test_a_batch_that_is_stored_is_not_refused(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise clients would create it again; it begins with the next look."""
+
+    async def failing(*_: Any) -> Any:
+        raise StoreUnavailableError("gone")
+
+    client = start(PacedEngine("abc")).openai()
+    with monkeypatch.context() as failed:
+        failed.setattr(store.BatchStore, "lapsed", failing)
+        batch = begin(client, line("a"))
+    assert ended(client, batch).status == "completed"
+
+
+def test_a_batch_fails_when_its_key_is_removed(start: Callable[..., Any], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("old\nnew\n")
+    engine = PacedEngine("abc", pause=0.05)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=4)
+    running = start(engine, api_key_file=keys)
+    state, loop = running.server.config.app.state, running.server.servers[0].get_loop()
+    client = running.openai("old")
+
+    def reload(text: str) -> None:
+        keys.write_text(text)
+        assert asyncio.run_coroutine_threadsafe(state.keys.reload(), loop).result()
+
+    batch = begin(client, *(line(str(n)) for n in range(300)))
+    wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed)
+    reload("new\n")
+    wait_for(lambda: not state.batches._running)
+    reload("new\nold\n")
+    batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.error_file_id, batch.request_counts.failed) == ("failed", None, 0)
+    assert [error.code for error in batch.errors.data] == ["invalid_api_key"]
+    assert 0 < len(results(client, batch.output_file_id)) < 300
+
+
+def test_a_server_whose_engine_dies_leaves_its_batches_to_another(
+    start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LONGEST_PAUSE", 0.01)
+    url = f"sqlite:///{tmp_path}/kept.sqlite"
+    first = start(PacedEngine("abc", pause=0.1), responses_store=url)
+    client = first.openai()
+    batch = begin(client, *(line(str(n)) for n in range(400)))
+    wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed)
+    other = start(PacedEngine("abc"), responses_store=url)
+    first.engine.alive = False
+    batch = ended(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.error_file_id) == ("completed", 400, None)
+    assert other.engine.requests
+
+
 def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None:
     engine = PacedEngine("abc", pause=0.05)
     engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=2)
@@ -446,7 +559,7 @@ class Stored:
         self.now += 31
         held = Held(self.owner, batch_id or self.id, new_id("server"))
         assert await self.backend.claim(store.BATCHES, held, self.backend.now + run.LEASE_MS)
-        return run.BatchRun(self.store, held, 1 << 20, 3600.0)
+        return run.BatchRun(self.store, held, 1 << 20, 3600.0, lambda: True)
 
     async def work(self, run_: run.BatchRun, asked: Asked) -> None:
         await run_.work(cast("Any", asked), NOBODY, contextlib.nullcontext, 1)
@@ -700,7 +813,7 @@ def test_one_key_has_half_of_the_store(start: Callable[..., Any]) -> None:
 
     theirs = keep(bob, 900_000)
     assert [keep(alice, 600_000) for _ in range(2)][1:] == [file.id for file in alice.files.list()]  # its own went
-    with pytest.raises(openai.APIStatusError, match="larger than 1 MB") as refused:
+    with pytest.raises(openai.APIStatusError, match=r"1 MB.*--file-max-mb and --files-max-mb") as refused:
         keep(alice, 3 << 19)
     assert refused.value.status_code == 413
     batch = begin(alice, *(line(str(n), prompt="x" * 9000) for n in range(60)))

@@ -251,6 +251,20 @@ def test_ten_megabytes_are_too_large(client: openai.OpenAI, start: Callable[...,
     assert texts(roomy, name) == []
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_an_item_that_its_conversation_cannot_hold_is_refused_before_the_answer(
+    background: bool, start: Callable[..., Running]
+) -> None:
+    running = start(PacedEngine("Hi!", max_model_len=1 << 24), max_body_mb=64)
+    client = running.openai()
+    name = client.conversations.create().id
+    items: Any = [USER, {"role": "user", "content": "x" * (5 << 20)}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="scripted", input=items, conversation=name, background=background)
+    assert refusal(refused.value) == (400, "input.1", "store_limit")
+    assert (texts(client, name), running.engine.requests) == ([], [])
+
+
 def test_a_full_store_says_so(start: Callable[..., Running]) -> None:
     client = start(PacedEngine("Hi!"), responses_max_mb=1).openai()
     name = client.conversations.create().id

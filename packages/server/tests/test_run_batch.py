@@ -9,16 +9,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import EngineDeadError, InvalidFileError
 from candle_vllm.server import serve
 from candle_vllm.server.adapters import fetching
+from candle_vllm.server.batches import lines as batch_lines
 from candle_vllm.server.batches.lines import (
     PRIORITY,
     LineError,
@@ -322,26 +323,48 @@ def test_requests_of_clients_go_first() -> None:
     assert (priority(), priority(priority=7), priority(priority=-1)) == (PRIORITY, PRIORITY + 7, -1)
 
 
-async def test_a_server_that_is_full_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses = [503, 429, 200]
+REFUSALS = (
+    (503, "overloaded"),
+    (429, "rate_limit_exceeded"),
+    (503, "model_not_ready"),
+    (503, "model_sleeping"),
+    (503, "request_aborted"),
+    (409, "conversation_locked"),
+    (503, "store_unavailable"),
+    (503, "engine_dead"),
+)
+
+
+async def asked_for(answers: list[tuple[int, str]]) -> tuple[Result, list[tuple[str, str]]]:
+    """The result of a line whose requests get these answers, and the path and the caller's key of each request."""
     seen: list[tuple[str, str]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         acting = acting_for.get()
         assert acting is not None
+        status, code = answers[len(seen)]
         seen.append((scope["path"], acting.key))
-        status = statuses[len(seen) - 1]
-        code = {503: "overloaded", 429: "rate_limit_exceeded"}.get(status)
         body = json.dumps({"error": {"message": "full", "code": code}} if code else {"text": "good"}).encode()
         await send({"type": "http.response.start", "status": status, "headers": [(b"retry-after", b"0")]})
         await send({"type": "http.response.body", "body": body})
 
     async with asked_here(app) as application:
         result = await application.answer(json.dumps(request("a")).encode(), caller=Caller("alice", "hers"))
-    assert seen == [("/v1/completions", "hers")] * 3
+    return result, seen
+
+
+async def test_a_server_that_cannot_answer_now_is_asked_again() -> None:
+    result, seen = await asked_for([*REFUSALS, (200, "")])
+    assert seen == [("/v1/completions", "hers")] * (len(REFUSALS) + 1)
     assert result.response is not None
     assert (result.response.status_code, bytes(result.response.body)) == (200, b'{"text": "good"}')
+
+
+@pytest.mark.parametrize(("code", "times"), [("engine_dead", 2), ("model_load_failed", 1)])
+async def test_a_line_that_may_be_the_cause_of_a_failure_is_not_sent_for_ever(code: str, times: int) -> None:
+    result, seen = await asked_for([(503, code)] * 20)
+    assert (len(seen), result.error) == (times, Problem(code=code, message="full"))
 
 
 async def test_a_line_is_not_sent_again_once_its_batch_has_expired() -> None:
@@ -419,6 +442,50 @@ def test_the_first_ctrl_c_stops_it(engine: PacedEngine, tmp_path: Path) -> None:
     assert main(["run-batch", "--m", "scripted", "-i", "in", "-o", "out"]) == 130
     pressing.join()
     assert "shutting_down" not in (tmp_path / "out").read_text()
+
+
+def test_batches_of_a_server_stay_that_servers(
+    engine: PacedEngine, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment may name the server's store, and the server may be stopped for this command."""
+    url = f"sqlite:///{tmp_path}/kept.sqlite"
+    served = PacedEngine("served", pause=0.5)
+    first = start(served, responses_store=url, api_key=("key",))
+    client = first.openai("key")
+    lines = "\n".join(json.dumps(request(str(number), max_tokens=9)) for number in range(20))
+    file = client.files.create(file=("in.jsonl", lines.encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    first.wait_for(lambda: served.requests)
+    first.stop()
+    engine.pause = 0.1
+    monkeypatch.setenv("CANDLE_VLLM_RESPONSES_STORE", url)
+    assert len(run(tmp_path, request("own"))) == 1
+    client = start(PacedEngine("served"), responses_store=url, api_key=("key",)).openai("key")
+    first.wait_for(lambda: client.batches.retrieve(batch.id).status not in ("validating", "in_progress", "finalizing"))
+    batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.errors, batch.request_counts.completed) == ("completed", None, 20)
+
+
+def test_a_run_whose_engine_dies_fails(
+    engine: PacedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers so far stay, and the other lines have no answers, rather than errors."""
+    monkeypatch.setattr(batch_lines, "LONGEST_PAUSE", 0.01)
+
+    def answer(prompt: str) -> str:
+        if prompt == "last":
+            engine.alive = False
+            engine.submit_error = EngineDeadError("the engine has stopped")
+        return "abc"
+
+    engine._script = answer
+    lines = [request("a"), request("b"), request("c", prompt="last"), *(request(str(n)) for n in range(50))]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["run-batch", "-i", "in", "-o", "out"]) == 1
+    assert "the engine has stopped" in capsys.readouterr().err
+    made = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [line["custom_id"] for line in made[:2]] == ["a", "b"]
+    assert [line["error"] for line in made if line["error"] is not None] == []
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"error": 1}', b'{"error": {"message": "m"}}'])

@@ -567,6 +567,32 @@ async def test_an_approval_does_not_outlive_an_answer_without_its_call(kept: Res
     assert ([item["type"] for item in after["output"]], clock.runs) == (["message"], 0)
 
 
+@pytest.mark.parametrize("stored", [True, False])
+async def test_an_approved_call_beyond_a_limit_does_not_end_the_conversation(kept: ResponseStore, stored: bool) -> None:
+    """It can still run in the next response; once the user goes on, it counts as not run."""
+    scripted = engine(lambda prompt: "Done." if "tool\n" in prompt else call("s__time") + call("s__date"))
+    answering = responder(scripted, store=kept, servers=Servers(clock := Clock(), date := Clock("date")))
+    tools = {"tools": [{**SERVER, "require_approval": "always"}]}
+    given: list[Any] = [{"role": "user", "content": "Hi"}]
+    last: dict[str, Any] = {}
+
+    async def ask(*items: Any, **fields: Any) -> dict[str, Any]:
+        before = {"previous_response_id": last["id"]} if stored and last else {}
+        given.extend(items)
+        request = {**tools, **before, **fields, "input": list(items) if before else given}
+        last.update(json.loads(to_json_bytes(await answering.create(request))))
+        given.extend(last["output"])
+        return last
+
+    asked = [item["id"] for item in (await ask())["output"] if item["type"] == "mcp_approval_request"]
+    agreed = [{"type": "mcp_approval_response", "approval_request_id": name, "approve": True} for name in asked]
+    assert (await ask(*agreed, max_tool_calls=1))["incomplete_details"] == {"reason": "max_tool_calls"}
+    assert (await ask({"role": "user", "content": "And now?"}))["output"][-1]["content"][0]["text"] == "Done."
+    assert (clock.runs, date.runs) == (1, 0)
+    results = [message["content"] for message in scripted.template_calls[-1].messages if message["role"] == "tool"]
+    assert results == ["noon {}", "This call was not run."]
+
+
 async def test_a_queued_response_waits_for_nothing_that_takes_time(kept: ResponseStore) -> None:
     """Neither for its conversation's turn nor for servers; what is wrong from there on is told in events."""
     opened = asyncio.Event()

@@ -193,7 +193,10 @@ def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
     manager: ModelManager = app.state.manager
 
     def places() -> int:
-        """Maximum number of running sequences: of the loaded models, else the setting."""
+        """Maximum number of running sequences: of the loaded models, else the setting; 0 if no model can answer."""
+        slots = manager.slots.values()
+        if not (manager.is_healthy and any(slot.last_used for slot in slots)) or any(slot.dead for slot in slots):
+            return 0  # no model was loaded yet, or an engine has died
         loaded = [model.engine.model_info.max_num_seqs for model in manager.loaded]
         return max(loaded, default=settings.max_num_seqs or SETTINGS["max_num_seqs"].default or 1)
 

@@ -50,6 +50,7 @@ class CallResults:
         self.call_paths: dict[str, str] = {}
         self.run_by_approval: set[str] = set()
         self._requests: set[str] = set()
+        self._left: list[str] = []  # approved calls that did not run with the last one that ran
         for item, path in items:
             if isinstance(item, McpApprovalRequestItem):
                 self._claim(item.id, f"{path}.id")
@@ -62,8 +63,9 @@ class CallResults:
                 self._ran(item, path)
             elif isinstance(item, McpApprovalResponseItem):
                 self._decided(item, path)
-            elif isinstance(item, ReasoningItem) or (isinstance(item, MessageItem) and item.role == "assistant"):
-                self._answered_past()
+            elif isinstance(item, (ReasoningItem, MessageItem)):
+                asked = isinstance(item, MessageItem) and item.role != "assistant"
+                self._pass(self._left if asked else [*self.approved])
         for request in self._requests:
             if request not in self.approved:
                 self.parts.setdefault(request, (TextPart(NOT_APPROVED),))
@@ -103,6 +105,7 @@ class CallResults:
         if request is not None and request in self._requests:
             self.approved.pop(request, None)
             self.run_by_approval.add(item.id)
+            self._left = [*self.approved]
             self.parts[request] = self._parts(item, path)
             return
         self._claim(item.id, f"{path}.id")
@@ -122,10 +125,10 @@ class CallResults:
         else:
             self.parts[request] = (TextPart(f"{DENIED} {item.reason}" if item.reason else DENIED),)
 
-    def _answered_past(self) -> None:
-        """Close the approved calls that did not run before the model answered, because their server was down."""
-        self.parts |= dict.fromkeys(self.approved, (TextPart(NOT_RUN),))
-        self.approved.clear()
+    def _pass(self, calls: Sequence[str]) -> None:
+        """Close approved calls that did not run before the conversation went on: a server was down, or at a limit."""
+        self.parts |= dict.fromkeys(calls, (TextPart(NOT_RUN),))
+        self.approved = {call: path for call, path in self.approved.items() if call not in calls}
 
 
 def _shown(items: Sequence[Placed], room: int) -> set[str]:

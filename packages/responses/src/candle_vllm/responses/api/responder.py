@@ -41,7 +41,7 @@ from candle_vllm.responses.protocol.request import (
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, MessageOut, OutputText, Response
-from candle_vllm.responses.store.entries import new_id, new_item_id
+from candle_vllm.responses.store.entries import new_id, new_item_id, parts_of
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ class Responder:
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
             kept = stored or parsed.conversation_id is not None
             given = await apart(_given, items) if kept or self._memory is not None else ()
+            if self._store is not None and parsed.conversation_id is not None:  # before an answer that it cannot hold
+                await apart(parts_of, given, self._store.options.max_item_bytes, "input")
             room = MAX_SHOWN
             if self._store is not None and stored and has_servers(parsed):
                 room = await apart(_room, self._store.options, given)

@@ -146,22 +146,22 @@ def checked_id(what: str, text: str, param: str | None = None) -> str:
     return text
 
 
-def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
+def parts_of(items: Iterable[Item], max_size: int, path: str = "items") -> list[EntryItem]:
     """Convert checked items to parts; an item without an id gets one.
 
     Raises InvalidParameterError for an invalid id, and StoreLimitError for an item of more than `max_size` bytes as
-    JSON.
+    JSON; `path` is the path of the items in the request.
     """
     made = []
     for index, item in enumerate(items):
         name = item.get("id") or new_item_id(item.get("type", "message"))
         if not isinstance(name, str) or not is_id(name):
-            raise InvalidParameterError(f"items.{index}.id is not an id of an item", f"items.{index}.id")
+            raise InvalidParameterError(f"{path}.{index}.id is not an id of an item", f"{path}.{index}.id")
         body = msgspec.json.encode({**item, "id": name})
         if len(body) > max_size:
             raise StoreLimitError(
-                f"items.{index} has {len(body)} bytes as JSON; at most {max_size} are stored of one item.",
-                f"items.{index}",
+                f"{path}.{index} has {len(body)} bytes as JSON; at most {max_size} are stored of one item.",
+                f"{path}.{index}",
             )
         made.append(EntryItem(id=name, body=body))
     return made

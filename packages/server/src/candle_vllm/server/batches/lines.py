@@ -33,7 +33,8 @@ URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", *POOLING)
 MAX_CUSTOM_ID = 512  # characters
 PRIORITY = 1000  # added to a line's own priority, so that requests of clients run first
 LONGEST_PAUSE = 5.0  # maximum seconds before a line is sent again because the server was full
-_FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready"})
+_FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready", "model_sleeping", "request_aborted",
+                   "conversation_locked", "store_unavailable"})  # fmt: skip
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
@@ -56,6 +57,10 @@ class LineError(Exception):
         super().__init__(message)
         self.code = code
         self.custom_id = custom_id
+
+
+class InvalidKeyError(Exception):
+    """The key of a line's caller is not valid any more."""
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +140,7 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     own = body.get("priority")
     if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route checks other values
         body["priority"] = (own or 0) + PRIORITY
-    return Line(name, url, json.dumps(body).encode())
+    return Line(name, url, json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 class Application:
@@ -159,11 +164,15 @@ class Application:
             line = await self.read(data, endpoint)
         except LineError as error:
             return failed(error.custom_id, error.code, str(error))
+        died = False
         while True:
             answer = await self._ask(line, caller)
+            if answer.status_code == 401:
+                raise InvalidKeyError
             problem = None if answer.is_success else problem_of(answer.content)
-            if problem is None or problem.code not in _FULL or answer.status_code not in (429, 503):
+            if problem is None or (problem.code not in _FULL and (died or problem.code != "engine_dead")):
                 break
+            died = died or problem.code == "engine_dead"  # the line may be the cause, so it is sent only once more
             if stopped is not None and (reason := await stopped()) is not None:
                 return failed(line.custom_id, *reason)
             await asyncio.sleep(_pause(answer.headers))

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.responses.store.backend import Held
 from candle_vllm.responses.store.entries import NotStoredError, StoreFullError, StoreLimitError, StoreUnavailableError
-from candle_vllm.server.batches.lines import Application, LineError, Result, failed, read_line
+from candle_vllm.server.batches.lines import Application, InvalidKeyError, LineError, Result, failed, read_line
 from candle_vllm.server.batches.records import WORKING, BatchError, BatchErrors, BatchRecord
 from candle_vllm.server.batches.store import MAX_LINES, BatchStore
 from candle_vllm.server.http.routing import Caller
@@ -42,6 +42,7 @@ class BatchRun:
         held: the batch, whose lease this server has.
         longest: maximum bytes of a line.
         pause: seconds between two checks whether this server still has the lease and whether the batch was cancelled.
+        able: returns whether the server can answer lines.
 
     Attributes:
         cancelled: set when somebody cancels the batch.
@@ -49,7 +50,7 @@ class BatchRun:
         lost: whether another server has taken over the batch.
     """
 
-    def __init__(self, store: BatchStore, held: Held, longest: int, pause: float) -> None:
+    def __init__(self, store: BatchStore, held: Held, longest: int, pause: float, able: Callable[[], bool]) -> None:
         self.held = held
         self.cancelled = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -57,6 +58,7 @@ class BatchRun:
         self._store = store
         self._longest = longest
         self._pause = pause
+        self._able = able
         self._unwritten: list[tuple[int, Result]] = []
         self._record: BatchRecord | None = None
 
@@ -85,17 +87,17 @@ class BatchRun:
             if batch.errors is not None or batch.finalizing_at is not None:  # a server was stopped in `_end`
                 await self._end()
                 return
-            if caller is None:
-                await self._fail(
-                    [BatchError(code="invalid_api_key", message="The batch's API key is not valid any more.")]
-                )
-                return
             try:
+                if caller is None:
+                    raise InvalidKeyError
                 await self._store.protect(owner, batch.input_file_id, backend.now + LEASE_MS)
                 if batch.status == "validating" and not await self._validate():
                     return
                 await self._answer(application, caller, places, width)
                 await self._end()
+            except InvalidKeyError:
+                message = "The batch's API key is not valid any more."
+                await self._fail([BatchError(code="invalid_api_key", message=message)])
             except NotStoredError:
                 message = "The input file no longer exists."
                 await self._fail([BatchError(code="input_file_gone", message=message, param="input_file_id")])
@@ -266,9 +268,11 @@ class BatchRun:
         working.clear()
 
     async def _stopped(self) -> tuple[str, str] | None:
-        """Return why no further line is answered, as code and message; None if the batch continues."""
+        """Return why no further line is answered, as code and message; EngineDeadError if no model can answer here."""
         if self.cancelled.is_set():
             return CANCELLED
+        if not self._able():
+            raise EngineDeadError("no model of this server can answer")
         return EXPIRED if await self._now() >= self.record.batch.expires_at else None
 
     async def _flush(self) -> None:

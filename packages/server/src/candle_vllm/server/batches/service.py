@@ -45,7 +45,8 @@ class Batches:
         options: options of the store.
         callers: returns the callers of all valid API keys; only `NOBODY` if clients need no key.
         longest: maximum bytes of a line.
-        places: returns a model's maximum number of running sequences; lines of batches may use half of it.
+        places: returns a model's maximum number of running sequences, half of which lines of batches may use; 0 while
+            no model can answer.
         app: answers the lines.
 
     Attributes:
@@ -108,10 +109,11 @@ class Batches:
         after, most = wire.output_expires_after, self.store.options.retention_seconds
         seconds = min(after.seconds, most) if after is not None else most
         record = records.BatchRecord(
-            batch=batch, output_id=new_file_id(), error_id=new_id("file"), result_seconds=seconds
+            batch=batch, output_id=new_file_id(), error_id=new_file_id(), result_seconds=seconds
         )
         await self.store.add_batch(owner, record)
-        await self._look()
+        with contextlib.suppress(CandleVllmError):  # a client that got an error would create the batch again
+            await self._look()
         return batch
 
     async def cancel(self, owner: str, batch_id: str) -> records.Batch:
@@ -156,7 +158,7 @@ class Batches:
 
     async def _look(self) -> None:
         """Start batches that no server works on; with several keys, one owner has at most half of `AT_ONCE`."""
-        if not self.store.is_open:
+        if not self.store.is_open or not self._count_places():
             return
         most = AT_ONCE // 2 if self._several() else AT_ONCE
         backend = await self.store.backend()
@@ -185,7 +187,7 @@ class Batches:
             yield
 
     def _begin(self, held: Held) -> None:
-        run = BatchRun(self.store, held, self._longest, RENEW_SECONDS)
+        run = BatchRun(self.store, held, self._longest, RENEW_SECONDS, lambda: self._count_places() > 0)
         self._running[held.id] = run
         run.task = asyncio.create_task(self._work(run))
 
@@ -208,13 +210,15 @@ class Batches:
             raise
         except CandleVllmError as error:
             logger.warning("the batch %s stopped, and is continued later: %s", run.held.id, error.__cause__ or error)
+            await run.give_back()
         except Exception:
             logger.exception("the batch %s failed", run.held.id)
             await run.fail_for_good()
         finally:
             del self._running[run.held.id]
         if again:
-            await self._look()
+            with contextlib.suppress(CandleVllmError):
+                await self._look()
 
 
 def _too_much(status: int, said: str) -> HttpError:

@@ -296,7 +296,7 @@ def new_file_id() -> str:
 
 def too_large(most: int) -> entries.StoreLimitError:
     """Return the error for a file that is too large."""
-    return entries.StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb).", "file")
+    return entries.StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb, --files-max-mb).", "file")
 
 
 def _body(record: BatchRecord) -> bytes:

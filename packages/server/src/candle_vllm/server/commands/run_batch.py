@@ -15,14 +15,15 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import httpx
 
-from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError
 from candle_vllm.core.shown import without_secrets
+from candle_vllm.responses.store.backend import MEMORY
 from candle_vllm.server.adapters.fetching import steadily
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.lines import Application, Result, answered_in_order, asked_here, failed
@@ -160,10 +161,10 @@ def _send(url: httpx.URL, path: Path) -> None:
 
 
 async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], load: Load | None) -> None:
-    # There are no other clients, so no API keys and no limits are needed.
+    # There are no other clients, so no API keys and no limits are needed. A server's store has batches of that server.
     settings = dataclasses.replace(
         configuration.settings, host="127.0.0.1", api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
-        max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
+        max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE, responses_store=MEMORY,
         **dict[str, Any](dict.fromkeys(RATES)),
     )  # fmt: skip
     manager, observation = open_manager(configuration.catalogue, settings, load)
@@ -175,11 +176,13 @@ async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], 
         if made.seekable() and made.tell():  # what an earlier run wrote stays until the model is loaded
             made.truncate(0)
         width = MORE_THAN_RUN * slot.model.engine.model_info.max_num_seqs
-        await _answer_all(application, given, made, width)
+        await _answer_all(application, given, made, width, lambda: manager.is_healthy)
     observation.close()
 
 
-async def _answer_all(application: Application, given: IO[bytes], made: IO[bytes], width: int) -> None:
+async def _answer_all(
+    application: Application, given: IO[bytes], made: IO[bytes], width: int, is_alive: Callable[[], bool]
+) -> None:
     done, wrong, longest = 0, 0, MAX_LINE_MB << 20
     told = time.monotonic()
 
@@ -190,6 +193,8 @@ async def _answer_all(application: Application, given: IO[bytes], made: IO[bytes
 
     async with contextlib.aclosing(answered_in_order(_lines(given, longest), answer, width)) as results:
         async for result in results:
+            if result.error is not None and not is_alive():
+                raise EngineDeadError("the engine has stopped; the answers so far are written")
             made.write(result.line)
             made.flush()  # whole lines, even if a signal ends the process
             done += 1

@@ -240,7 +240,7 @@ def _bounded(receive: Receive, limit: int, count: Callable[[int], None]) -> Rece
 
 
 def _form_too_large(limit: int) -> HttpError:
-    message = f"The file is larger than {limit >> 20} MB. Send it in parts, or raise --file-max-mb."
+    message = f"The file is larger than {limit >> 20} MB. Send it in parts, or raise --file-max-mb and --files-max-mb."
     return HttpError(413, message, "request_too_large", {"connection": "close"})
 
 
