@@ -108,9 +108,9 @@ def alone(toy_model: Path) -> list[tuple[int, ...]]:
     "settings",
     [
         {},
-        {"enable_prefix_caching": False, "block_size": 1},
+        {"enable_prefix_caching": False, "block_size": 32},
         {"max_num_batched_tokens": 8, "max_num_seqs": 8},
-        {"max_num_batched_tokens": 33, "max_num_seqs": 32, "block_size": 4},
+        {"max_num_batched_tokens": 33, "max_num_seqs": 32, "block_size": 16},
         {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 16},
     ],
     ids=str,
