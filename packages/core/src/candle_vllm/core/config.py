@@ -246,8 +246,10 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         except ValueError as error:
             raise _draft_error(f"{name} {error}") from None
     if "model" in values:
-        if values["model"] == "[ngram]":
-            raise _draft_error("""model '[ngram]' is vLLM's former name: write "method": "ngram" without a model""")
+        if values["model"] in ("ngram", "[ngram]"):
+            raise _draft_error(
+                f"""model {values["model"]!r} is vLLM's former name: write "method": "ngram" without a model"""
+            )
         values.setdefault("method", "draft_model")
     config = SpeculativeConfig(**values)
     if config.prompt_lookup_min > config.prompt_lookup_max:
