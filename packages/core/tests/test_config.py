@@ -177,6 +177,7 @@ def test_types_have_the_names_of_other_libraries(given: Any, means: str) -> None
     [
         ("attention_backend", "flashinfer", "FlashInfer's kernels are not used"),
         ("speculative_config", {"model": "[ngram]"}, '"method": "ngram" without a model'),
+        ("speculative_config", {"model": "ngram"}, '"method": "ngram" without a model'),
         ("block_size", 100, "try 128"),
         ("load_format", "tensorizer", "safetensors and GGUF files only"),
         ("load_format", "sharded_state", "safetensors and GGUF files only"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from candle_vllm.core import EngineConfig
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import bench as module
 from candle_vllm.server.commands.bench import _Times, figures, process_age, round_figure
+from packages.core.tests.toy_encoder import write_toy_encoder
 from packages.server.tests.server_fakes import PacedEngine
 
 
@@ -104,6 +106,12 @@ def test_streams_that_the_cache_cannot_hold_are_refused(
     assert "3 requests of 37 tokens need 9 KV blocks at once, and there are 8" in capsys.readouterr().err
     engine.num_blocks = 9
     assert main(LINE) == 0
+
+
+def test_an_encoder_is_not_told_to_take_more_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(write_toy_encoder(tmp_path / "toy"))
+    assert main(["bench", "--m", model, "--prompt-tokens", "4", "--output-tokens", "2"]) == 2
+    assert "is an embedding model and generates no text" in capsys.readouterr().err
 
 
 def test_a_shape_that_cannot_fit_is_refused(engine: PacedEngine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,6 +130,17 @@ def test_a_server_that_needs_a_key(start: Callable[..., Any], capsys: pytest.Cap
     assert "give its key with --api-key" in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_served(start: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    url = start(PacedEngine("abc", name="base"), enable_lora=True).url
+    assert main(["bench", "serve", "--base-url", url, "--model", "nope"]) == 2
+    assert "/tokenize: The model 'nope' is not served here; served models are: base" in capsys.readouterr().err
+
+
+def test_an_address_of_ipv6_gets_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", "--host", "::1", "--port", "9"]) == 2
+    assert "http://[::1]:9 was not reached" in capsys.readouterr().err
+
+
 RAMP = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "2", "--ramp-up-end-rps", "8"]
 
 

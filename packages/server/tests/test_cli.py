@@ -734,6 +734,10 @@ def test_config_of_a_model_that_is_not_here_yet(name: str, capsys: pytest.Captur
             "'a' of --lora-modules cannot be loaded: there is no /nope/tone",
         ),
         (["--lora-modules", "a=~nobody9/tone", "--enable-lora"], "cannot be loaded: there is no ~nobody9/tone"),
+        (
+            ["--lora-modules", "a=acme/tone", "--enable-lora"],
+            "there is no acme/tone; an adapter of Hugging Face also needs --lora-resolver hf=acme/tone",
+        ),
         (["--mcp-execute"], "mcp_execute needs MCP servers"),
         (["--allow-model-changes", "--host", "0.0.0.0"], "lets everybody who reaches 0.0.0.0 download"),
         (["--otlp-endpoint", "collector"], "--otlp-endpoint takes a URL"),

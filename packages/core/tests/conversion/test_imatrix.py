@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from candle_vllm.core import ConfigError, EngineConfig, UnsupportedModelError
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, UnsupportedModelError
 from candle_vllm.core.conversion import write_gguf, write_imatrix
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.weights import beside_gguf
 from candle_vllm.core.models.registry import family_from_hf
@@ -148,6 +149,18 @@ def test_columns_in_the_order_of_the_file(tmp_path: Path, words: Path) -> None:
     line = next(line for _, line in beside_gguf(family.weights, config) if line.names and line.first == name)
     own = read_imatrix(tmp_path / "imatrix.gguf").of_line(line, len(order), config)
     np.testing.assert_allclose(own, sums[name] / sums[name].mean(), rtol=2e-4)
+
+
+def test_a_file_that_is_no_importance_matrix_is_named_alone(tmp_path: Path, words: Path) -> None:
+    """Not with the model's file, as if that were damaged."""
+    (matrix := tmp_path / "text.txt").write_text(TEXT)
+    config = config_of_model(tiny(tmp_path, "Llama"), words, isq="q4k", imatrix=matrix)
+    with pytest.raises(InvalidFileError) as caught:
+        write_gguf(config, tmp_path / "out.gguf")
+    assert str(caught.value).startswith(f"{matrix} is no importance matrix")
+    with pytest.raises(InvalidFileError) as caught:
+        InferenceEngine(config)
+    assert str(caught.value).startswith(f"{matrix} is no importance matrix")
 
 
 def test_layers_of_transformers_are_refused_by_name(tmp_path: Path, words: Path) -> None:

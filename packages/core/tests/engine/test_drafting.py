@@ -290,6 +290,10 @@ def test_settings() -> None:
     assert draft_settings(None) is draft_settings({"method": "none"}) is None
     assert draft_settings({}) == draft_settings({"method": "suffix"})
     assert draft_settings({"method": "ngram", "model": None, "revision": None}) == SpeculativeConfig(method="ngram")
+    vllms = {"draft_tensor_parallel_size": 1, "suffix_decoding_max_tree_depth": 24, "quantization": None}
+    assert draft_settings({"method": "suffix", **vllms}) == draft_settings({})
+    with pytest.raises(ConfigError, match="has no 'draft_tensor_parallel_size'"):
+        draft_settings({"draft_tensor_parallel_size": 2})
 
 
 def test_a_step_without_rows_for_guesses_is_refused(folder: Path) -> None:

@@ -267,6 +267,8 @@ def test_a_weight_file_beside_a_file(tmp_path: Path) -> None:
         (["config.json", "pytorch_model.bin"], UnsupportedModelError, "convert them to safetensors"),
         (["consolidated.00.pth"], UnsupportedModelError, "pickles"),
         (["model.safetensors"], ModelNotFoundError, "no config.json"),
+        (["adapter_config.json", "adapter_model.safetensors"], ModelNotFoundError, "a LoRA adapter, not a model: name"),
+        (["adapter_config.json", "adapter_model.bin"], ModelNotFoundError, "a LoRA adapter, not a model: name"),
         (["config.json", "model.safetensors.index.json"], ModelNotFoundError, r"but no \*\.safetensors file: add"),
         (["mmproj.gguf"], ModelNotFoundError, "neither config.json"),
         (["readme.md"], ModelNotFoundError, "neither config.json"),

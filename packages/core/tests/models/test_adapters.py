@@ -45,6 +45,7 @@ CASES = [
     ("Qwen3-MoE", EXPERTS),
     ("Llama", {**TABLES, "r": 16}),
     ("Granite 4 H", {"target_modules": ["q_proj", "k_proj"]}),
+    ("Phi-2", TABLES),  # PEFT saves the head's bias too
     *every(
         *[
             (name, OF_MAMBA if ROWS[name].model_type in MAMBAS else {})
@@ -113,6 +114,16 @@ def test_a_tied_head_is_its_own_place(config: dict[str, Any], tmp_path: Path) ->
     np.testing.assert_allclose(found["embed:weight"], table, rtol=0, atol=1e-6)
     head = found["head:weight"]
     assert np.linalg.norm(hidden.numpy() @ head.T - logits) < 1e-6 * np.linalg.norm(logits)
+
+
+def test_a_bias_that_the_base_adds_outside_its_matrix_is_added_once(tmp_path: Path) -> None:
+    made = trained(tmp_path, "Mamba", target_modules=["dt_proj"], bias="lora_only")
+    base = base_of(made.model)
+    with read_adapter(made.adapter) as stored:
+        found = fit_adapter(stored, base).deltas["layers.0.attention.times"][""].bias
+    expected, before = made.merged(tmp_path / "merged"), parts(base)
+    bias = "layers.0.attention:bias"
+    np.testing.assert_allclose(found, expected[bias] - before[bias], rtol=0, atol=1e-6)
 
 
 def test_factors_of_a_gguf_file_are_not_known(tmp_path: Path) -> None:

@@ -532,6 +532,28 @@ async def test_adapters_that_shall_be_there_are_loaded_with_their_model(tmp_path
         await manager.close()
 
 
+async def test_an_operator_may_give_the_name_of_a_repository_as_a_path(source: FakeSource) -> None:
+    """As with vLLM: it is fetched when its model is loaded, and requests to the base model do not wait for it."""
+    known, loader = Adapters([source]), FakeLoader()
+    manager = ModelManager(Catalogue([entry(lora_modules=("mine=acme/tone", "cold=/srv/c"))]), loader, adapters=known)
+    source.gate.clear()
+    try:
+        await manager.start()
+        await known.bring("base")
+        assert known.numbered("base")[0].kind == ""
+        source.gate.set()
+        await until(lambda: loader.engines[0].adapters and not manager._warming)
+        assert {name: info.path for name, info in loader.engines[0].adapters.items()} == {
+            "mine@c1": str(source.folder / "acme--tone")
+        }
+        found = await known.reach("mine")
+        assert found is not None
+        assert (found.kind, found.root, found.number, found.stays) == ("hf", "acme/tone@c1", 0, True)
+        assert source.asked == ["acme/tone"]
+    finally:
+        await manager.close()
+
+
 async def test_a_model_is_loaded_with_its_own_adapter_of_a_name_that_another_model_has_too(source: FakeSource) -> None:
     pinned = '{"name": "tone", "path": "/srv/%s", "pinned": true}'
     entries = [entry(name, lora_modules=(pinned % name,), lora_warmup=("acme/tone",)) for name in ("first", "second")]

@@ -81,6 +81,25 @@ def test_the_base_an_adapter_and_the_adapter_from_the_cache(hubbed: Running, fak
         assert hubbed.engine.requests[-1].adapters[0].name == f"acme/tone@{COMMIT}"
 
 
+def test_an_adapter_of_a_hub_has_the_name_that_the_operator_gives_it(
+    start: Start, fake_hub: Any, tmp_path: Path
+) -> None:
+    fake_hub.repos = {"acme/tone": files()}
+    running = start(
+        PacedEngine("fine", name="base"), enable_lora=True, lora_modules=("mine=acme/tone",),
+        lora_resolver=("hf=acme/tone",), lora_cache_dir=tmp_path / "c",
+    )  # fmt: skip
+    assert chat(running, "mine").json()["choices"][0]["message"]["content"] == "fine"
+    assert used(running) == [(f"mine@{COMMIT}", 1.0)]
+    with running.http() as http:
+        card = http.get("/v1/models/mine").json()
+        assert (card["parent"], card["root"]) == ("base", f"acme/tone@{COMMIT}")
+        assert http.get("/lora-adapters").json()[0]["name"] == "mine"
+        scaled = {"model": "base", "prompt": "x", "max_tokens": 2, "lora": [{"id": 0, "scale": 0.5}]}
+        assert http.post("/v1/completions", json=scaled).status_code == 200
+    assert used(running) == [(f"mine@{COMMIT}", 0.5)]
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "/etc", "other/tone", "acme_tone", "gpt-4", "acme/none", "acme/tone/../x", "bas"]
 )

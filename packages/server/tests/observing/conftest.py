@@ -83,6 +83,7 @@ class Noted:
                 error = to_error(failure)
                 return Response(to_json_bytes(error.body), error.status, media_type="application/json")
 
+        @app.post("/api/chat")
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:
             return await respond(request, parse_chat_request(await request.body()), adapter.chat, adapter.chat_stream)

@@ -79,10 +79,12 @@ async def test_without_a_parent_a_trace_begins(noted: Any, tracing: Tracing, exp
     async with setup.client() as client:
         await client.post("/v1/completions", json={"prompt": "p"}, headers={"traceparent": "nonsense"})
         await client.post("/v1/embeddings", json={"input": ["a", "b"]})
+        await client.post("/api/chat", json={"model": "scripted", "messages": [{"role": "user", "content": "p"}]})
     await setup.ascore([("a", "b")])
     tracing.close()
     spans = exporter.get_finished_spans()
-    assert [span.name for span in spans] == ["text_completion scripted", "embeddings scripted", "score scripted"]
+    operations = ["text_completion", "embeddings", "chat", "score"]
+    assert [span.name for span in spans] == [f"{operation} scripted" for operation in operations]
     assert all(span.parent is None for span in spans)
     assert (spans[1].attributes or {})["gen_ai.usage.input_tokens"] == 4
     assert "gen_ai.usage.output_tokens" not in (spans[1].attributes or {})

@@ -66,6 +66,8 @@ def test_each_of_other_servers(load: Load) -> None:
     assert remark.startswith("LLAMA_ARG_HOST in the environment (0.0.0.0) is not used without an API key")
     (remark,) = load(VLLM_TORCH_COMPILE_LEVEL="3").remarks
     assert remark == "VLLM_TORCH_COMPILE_LEVEL in the environment has no effect: torch.compile is not used"
+    (remark,) = load(VLLM_LORA_RESOLVER_CACHE_DIR="/adapters").remarks
+    assert remark.endswith("has no effect: --lora-resolver local=DIR serves the adapters in a folder")
 
 
 def test_variables_of_llama_server_that_are_not_read_are_named(load: Load) -> None:

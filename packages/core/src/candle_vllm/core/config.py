@@ -219,6 +219,9 @@ _DRAFT_SETTINGS = {
 }
 """For each setting its kind, then the source that a method must have to use it; no source if all methods use it."""
 _DRAFT_KINDS = {name: kind for name, (kind, *_) in _DRAFT_SETTINGS.items()}
+_VLLM_DRAFT_DEFAULTS = {"draft_tensor_parallel_size": 1, "suffix_decoding_max_tree_depth": 24, "max_model_len": None,
+                        "quantization": None, "rejection_sample_method": "standard"}  # fmt: skip
+"""Settings of vLLM that have no counterpart here, and their defaults, which are accepted."""
 MOST_LAYERS = 1024
 """Maximum of `cpu_experts` and `gpu_layers`, which stands for all layers."""
 
@@ -233,6 +236,8 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         return None
     values: dict[str, Any] = {}
     for name, value in given.items():
+        if name in _VLLM_DRAFT_DEFAULTS and value in (None, _VLLM_DRAFT_DEFAULTS[name]):
+            continue
         if name not in _DRAFT_SETTINGS:
             near = nearest(name, _DRAFT_SETTINGS)
             raise _draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
@@ -246,8 +251,10 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         except ValueError as error:
             raise _draft_error(f"{name} {error}") from None
     if "model" in values:
-        if values["model"] == "[ngram]":
-            raise _draft_error("""model '[ngram]' is vLLM's former name: write "method": "ngram" without a model""")
+        if values["model"] in ("ngram", "[ngram]"):
+            raise _draft_error(
+                f"""model {values["model"]!r} is vLLM's former name: write "method": "ngram" without a model"""
+            )
         values.setdefault("method", "draft_model")
     config = SpeculativeConfig(**values)
     if config.prompt_lookup_min > config.prompt_lookup_max:

@@ -174,13 +174,15 @@ class _Fit:
             kind: self._vector(parts[kind], total) for kind in ("bias of b", "bias", "magnitude") if kind in parts
         }
         if "bias" in vectors and "full" not in parts and self._stored.config.bias == "none":
-            self._refuse(parts["bias"].name, "bias is 'none' in adapter_config.json")
+            if "copy" not in parts:
+                self._refuse(parts["bias"].name, "bias is 'none' in adapter_config.json")
+            del vectors["bias"]  # PEFT saves it with the head, like the head's weight
         for spot, rows in zip(spots, orders, strict=True):
             added = []
             if "bias of b" in vectors:
                 added.append(vectors["bias of b"][rows] * np.float32(scale))
             if "bias" in vectors:
-                added.append(vectors["bias"][rows] - self._base_bias(spot))
+                added.append(vectors["bias"][rows] - self._base_bias(module, spot))
             bias: Any = np.sum(added, 0) if added else None
             delta = Delta(bias=bias)
             if pair is not None:
@@ -242,8 +244,12 @@ class _Fit:
             self._refuse(tensor.name, "it has elements that are not finite")
         return values
 
-    def _base_bias(self, spot: Spot) -> NDArray[np.float32] | float:
+    def _base_bias(self, module: str, spot: Spot) -> NDArray[np.float32] | float:
         target = f"{spot.path}:{spot.prefix}bias"
+        if target not in self._base.shapes:  # Mamba adds the bias of dt_proj outside the layer
+            known = self._base.places.module(module)[0]
+            others = self._base.places.find(f"{known}.bias", self._format)
+            target = next((f"{other.path}:{other.prefix}{other.kind}" for other in others), target)
         stored = self._part(target) if target in self._base.shapes else None
         return 0.0 if stored is None else stored.load("F32").reshape(-1)
 

@@ -326,7 +326,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     template = read_template(config, tokenizer, described)
     pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last", tokenizer, config.pooling)
     eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
-    with naming(described, checkpoint.path):
+    with naming(described, checkpoint.path, config.imatrix or described):
         _check_weights(family, model_config, checkpoint)
         stored = as_loaded(config, family, model_config, checkpoint)
         placement = choose_placement(config, device, stored, model_config)

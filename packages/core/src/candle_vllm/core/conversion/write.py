@@ -112,7 +112,8 @@ def write_gguf(
         raise ConfigError(f"{files.name} has no weights to write (load_format='dummy')", "load_format")
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_model(files, CPU).checkpoint)
-        opened.enter_context(naming(config_file(files), *(path for path, _ in adapters)))
+        beside = filter(None, (config.imatrix, *(path for path, _ in adapters)))
+        opened.enter_context(naming(config_file(files), *beside))
         types: Mapping[str, tuple[int, int]] = {}
         if files.format == "gguf":
             _check_copied(config, adapters)

@@ -280,6 +280,11 @@ def choose_weights(
         raise ModelNotFoundError(
             f"{where} holds {len(models)} GGUF models: {_listed(models)}; name one with weight_file (--f)"
         )
+    if "adapter_config.json" in top:
+        raise ModelNotFoundError(
+            f"{where} is a LoRA adapter, not a model: name its base model here, and serve the adapter beside it "
+            "(docs/lora.md), or merge both with `candle-vllm quantize --lora`"
+        )
     if any(name.endswith(".safetensors") for name in top):
         raise ModelNotFoundError(f"{where} holds safetensors files but no config.json, which describes the model")
     if any(name.endswith(PICKLES) for name in top):

@@ -7,6 +7,7 @@ Step 1 of a request's life, after `model` is read. The base model never answers 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +47,8 @@ class Adapter:
         number: its id in llama.cpp's API; None for adapters that are not in the operator's settings.
         scale: its scale in requests that name no adapter; 0 leaves it out.
         pinned: whether the engine keeps it in memory.
-        kind: kind of its source, as in `Source`; "given" for files that the operator named.
-        asked: its name in the source, if the operator loaded it at run time from a source; otherwise None.
+        kind: kind of its source, as in `Source`; "given" for files that the operator named, "" before the first lookup.
+        asked: its name in the source, if the operator named it or loaded it from a source; otherwise None.
         plain: whether its name is valid without the prefix `base:`; False if requests used it only with the prefix.
         mark: part of its name in the engine, if earlier files of this name may still be in use there; "" otherwise.
         created: Unix time in seconds.
@@ -265,7 +266,7 @@ class Adapters:
         """
         entries = {entry.name: entry for entry in self.bases()}
         for adapter in self.numbered(base) if base in entries else ():
-            if adapter.kind == "given" or adapter.path.exists():
+            if adapter.kind == "given" or adapter.path.exists() or not (adapter.kind or adapter.scale):
                 continue
             try:
                 await self._look(entries[base], adapter.name, adapter)
@@ -305,7 +306,7 @@ class Adapters:
 
     def _held(self, adapter: Adapter) -> Callable[[], None]:
         """Protect an adapter's files from eviction until the returned function is called."""
-        fetched = adapter.kind not in ("given", "local")
+        fetched = adapter.kind not in ("given", "local", "")
         return self.cache.hold(adapter.path) if fetched and self.cache is not None else lambda: None
 
     def use(self, adapter: Adapter) -> Callable[[], None]:
@@ -350,10 +351,12 @@ class Adapters:
         for entry in (entry for name, entry in entries.items() if name not in same):
             for number, spec in enumerate(specs_of[entry.name]):
                 scale = 0.0 if entry.settings.lora_init_without_apply else spec.scale
+                elsewhere = self._lookout.sources and not os.path.exists(spec.path)
+                asked = read_name(spec.path) if elsewhere else None
                 given = Adapter(
                     name=spec.name, base=entry.name, path=Path(spec.path),
                     root=Path(without_secrets(spec.path, alone=True)).name,
-                    number=number, scale=scale, pinned=spec.pinned,
+                    number=number, scale=scale, pinned=spec.pinned, asked=asked, kind="given" if asked is None else "",
                 )  # fmt: skip
                 self._set(given)
 

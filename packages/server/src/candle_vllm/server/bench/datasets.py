@@ -264,6 +264,9 @@ class ServerWords:
             return answer.json()[field]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             why = str(error).partition("\n")[0]
+            if isinstance(error, httpx.HTTPStatusError):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # without a message in OpenAI's form
+                    why = f"{error.response.json()['error']['message']:.300}"
             raise CandleVllmError(
                 f"tokens cannot be counted by the server ({path}: {why}): name a tokenizer of this machine with "
                 "--tokenizer FOLDER|FILE.gguf"

@@ -133,7 +133,8 @@ def bench_serve(
     """Measure, and print a table; return the exit status, which is 1 if no request succeeded."""
     if base_url is not None and (host is not None or port is not None):
         raise UsageError("--base-url has a host and a port of its own: leave --host and --port out")
-    base_url = base_url or f"http://{host or '127.0.0.1'}:{port or DEFAULT_PORT}"
+    address = f"[{host}]" if host and ":" in host else host or "127.0.0.1"  # IPv6 addresses need brackets
+    base_url = base_url or f"http://{address}:{port or DEFAULT_PORT}"
     rate, ramp = read_rate(request_rate), read_ramp(ramp_up_strategy, ramp_up_start_rps, ramp_up_end_rps)
     if ramp is not None and math.isfinite(rate):
         raise UsageError("--request-rate sets one rate and --ramp-up-strategy several: leave one of them out")

@@ -88,7 +88,7 @@ def _check_room(engine: InferenceEngine, length: int, concurrency: int) -> None:
             " lower --prompt-tokens or --output-tokens"
         )
     needed = concurrency * -(-length // stats.block_size)
-    if needed > stats.num_blocks:
+    if needed > stats.num_blocks > 0:  # an encoder has no blocks, and refuses the request
         raise UsageError(
             f"{concurrency} requests of {length} tokens need {needed} KV blocks at once, and there are"
             f" {stats.num_blocks}: lower --concurrency, --prompt-tokens or --output-tokens, or set --mem"

@@ -356,8 +356,8 @@ class ModelManager:
             await self._switcher.close()
 
     async def warm(self, slot: ModelSlot) -> None:
-        """Load a model's pinned adapters and warmup adapters into its engine; log failures."""
-        pinned = [each.name for each in self.adapters.given(slot.entry.name) if each.pinned]
+        """Load a model's pinned, warmup and not yet fetched adapters into its engine; log failures."""
+        pinned = [each.name for each in self.adapters.given(slot.entry.name) if each.pinned or not each.kind]
         for name in dict.fromkeys([*pinned, *slot.entry.settings.lora_warmup]):
             model, own = slot.model, f"{slot.entry.names[0]}:{name}"
             try:

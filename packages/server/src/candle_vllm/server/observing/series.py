@@ -289,7 +289,7 @@ HISTOGRAMS: tuple[Series, ...] = (
     _histogram("vllm:request_generation_tokens", "Tokens of a sequence.", values=lambda request: request.tokens),
     _histogram("vllm:request_max_num_generation_tokens", "Tokens of a request's longest sequence.",
                values=lambda request: [max(request.tokens)]),
-    _histogram("vllm:request_params_max_tokens", "max_tokens of a request that sets it.",
+    _histogram("vllm:request_params_max_tokens", "max_tokens of a request, its own or the API's default.",
                values=lambda request: [request.info.params.max_tokens if request.info.params else None]),
     _histogram("vllm:request_params_n", "Sequences of a request (n).", (1, 2, 5, 10, 20),
                lambda request: [request.info.count]),

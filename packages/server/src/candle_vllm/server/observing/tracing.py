@@ -142,7 +142,7 @@ def span_attributes(request: RequestRecord) -> dict[str, Any]:
 
 
 def _operation(request: RequestRecord) -> str:
-    chats = ("/chat/completions", "/messages", "/responses")
+    chats = ("/chat/completions", "/messages", "/responses", "/api/chat")
     if request.info.operation == "generate" and request.context and request.context.route.endswith(chats):
         return "chat"
     return _OPERATIONS[request.info.operation]

@@ -122,12 +122,16 @@ def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
     refuse_wrong_formats(settings)
     if (settings.lora_modules or settings.lora_warmup) and not settings.enable_lora:
         raise UsageError(f"{'--lora-modules' if settings.lora_modules else '--lora-warmup'} needs --enable-lora")
+    fetches = any(not each.startswith("local=") for each in settings.lora_resolver)
     for spec in read_specs(settings.lora_modules):
         from candle_vllm.core.models.jina_tasks import adapter_exists
 
-        if not adapter_exists(Path(spec.path)):
+        absolute = os.path.isabs(spec.path)
+        if not adapter_exists(Path(spec.path)) and (absolute or not fetches):
             where = without_secrets(spec.path, alone=True)
-            raise UsageError(f"the adapter {spec.name!r:.200} of --lora-modules cannot be loaded: there is no {where}")
+            more = "" if absolute else f"; an adapter of Hugging Face also needs --lora-resolver hf={where}"
+            text = f"the adapter {spec.name!r:.200} of --lora-modules cannot be loaded: there is no {where}{more}"
+            raise UsageError(text)
 
 
 def thinking_settings(settings: table.FormatOptions) -> dict[str, Any]:
