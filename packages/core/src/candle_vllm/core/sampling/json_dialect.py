@@ -5,9 +5,9 @@ A schema is read as draft 2020-12; older spellings (`definitions`, a list as `it
 their meaning. Unknown keywords and formats that are not enforced are annotations, as in the specification; there is a
 remark for each such format, and for each keyword that resembles a known one.
 
-llguidance's date formats accept the 29th of February in every year, and a leap second in any minute. So this module
-defines these formats: a leap second is 23:59:60 UTC, or the same moment in a time zone whose offset is a multiple of 15
-minutes.
+The formats `date`, `time` and `date-time` become patterns here, because llguidance's own formats accept the 29th of
+February in every year, and a leap second in any minute. A leap second is 23:59:60 UTC, or the same moment in a time
+zone whose offset is a multiple of 15 minutes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _DECIMALS = r"(?:\.[0-9]{1,9})?"  # without a bound, a model may write digits un
 
 
 def _leap_seconds() -> Iterator[str]:
-    """Yield patterns of the time 23:59:60 UTC, in all time zones."""
+    """Yield patterns of the time 23:59:60 UTC, in UTC and in other time zones."""
     yield f"23:59:60{_DECIMALS}[zZ]"
     for sign, way in (("+", 1), ("-", -1)):
         offsets = {(1439 + way * offset) % 1440: offset for offset in range(0, 1440, 15)}  # minute of a day -> offset
@@ -111,7 +111,7 @@ class Remarks:
 
 
 def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
-    """Rewrite the keywords of one schema in place, without its subschemas.
+    """Rewrite older keywords of one schema in place; its subschemas are not changed.
 
     Raises:
         InvalidParameterError: an unknown dialect, an unsupported keyword, or two spellings at once.
@@ -136,7 +136,7 @@ def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
 
 
 def check_shape(schema: dict[str, Any], place: str) -> None:
-    """Refuse invalid values of the keywords of one schema, without its subschemas.
+    """Refuse invalid values of the keywords of one schema; its subschemas are not checked.
 
     Raises:
         InvalidParameterError: a value is invalid; the message has the keyword's name.
@@ -174,7 +174,7 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
 
 
 def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
-    """Return a function that checks if a text matches a string schema in llguidance's keywords; False if unknown."""
+    """Return a function that checks whether a text matches a string schema of llguidance; False if it cannot know."""
     from llguidance import LLMatcher, LLTokenizer
 
     grammar = json.dumps({"grammars": [{"json_schema": {**schema, "type": "string"}}]})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Rewrite keywords that llguidance lacks as alternatives and additional schemas (see `json_cases`).
 
-Every function gets the schema that contains the keyword, which it may change, and returns additional schemas.
+Each function in `WRITERS` gets the schema that has the keyword, may change it, and may return an additional schema.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candle_vllm.core.sampling.unique_sites import compared
 Schema = dict[str, Any]
 
 MAX_CASES = 256  # maximum product of the numbers of alternatives of a schema's keywords
-MAX_PLACES = 16  # number of elements in which `contains` may match, in an array without a maximum length
+MAX_PLACES = 16  # `contains` is satisfied by elements among the first 16, or fewer, of an array
 MAX_OPTIONS = 128  # maximum number of options of oneOf that are compared with each other
 MAX_ARRAYS = 2_000  # maximum number of arrays that are enumerated for uniqueItems
 IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies"})
@@ -31,10 +31,10 @@ class At(NamedTuple):
     """Position of a schema.
 
     Attributes:
-        place: the position, for messages.
+        place: the position in the user's schema, for messages.
         base: the base URI of references.
         depth: depth of nesting.
-        asking: the keyword that a case was written for, and its position.
+        asking: the user's keyword for which this schema was written, and its position; None for the user's schemas.
     """
 
     place: str
@@ -47,7 +47,7 @@ class At(NamedTuple):
 
 
 class Case(dict[str, Any]):
-    """A schema that was written to replace a keyword."""
+    """A schema that replaces a keyword; `asking` is the keyword and its position."""
 
     def __init__(self, schema: Schema, asking: tuple[str, str]) -> None:
         super().__init__(schema)
@@ -55,7 +55,7 @@ class Case(dict[str, Any]):
 
 
 class Cases(Protocol):
-    """Rewrites a schema in known keywords."""
+    """The parts of `json_cases` that the functions here use."""
 
     facts: json_facts.Facts
     remarks: Remarks
@@ -99,7 +99,7 @@ def _dependent(keyword: str) -> Callable[[Cases, Schema, At], Any]:
 
 
 def _contains(cases: Cases, own: Schema, at: At) -> Any:
-    """Write one case for each choice of indices for the matches."""
+    """Write one case for each choice of the indices at which elements match."""
     least, most, longest = own.get("minContains", 1), own.get("maxContains"), own.get("maxItems", math.inf)
     if (least == 0 and most is None) or "array" not in json_facts.types_of(own):
         return None
@@ -126,7 +126,7 @@ def _contains(cases: Cases, own: Schema, at: At) -> Any:
 
 
 def _unique(cases: Cases, own: Schema, at: At) -> Any:
-    """Write every array of different values if they are few; else the elements are compared during generation."""
+    """Enumerate the arrays of different values if there are few; else elements are compared during generation."""
     longest = own.get("maxItems", math.inf)
     if own["uniqueItems"] is not True or longest < 2 or "array" not in json_facts.types_of(own):
         return None
@@ -241,7 +241,7 @@ def _no_names(at: At) -> Exception:
 
 
 def _one_of(cases: Cases, own: Schema, at: At) -> Any:
-    """Rewrite `oneOf` to `anyOf`, with options that exclude each other; too many options are left to llguidance."""
+    """Rewrite `oneOf` to an `anyOf` of options that exclude each other; too many options are left to llguidance."""
     options = own["oneOf"]
     beside = cases.facts.parts(
         json_facts.Place({name: value for name, value in own.items() if name != "oneOf"}, at.base)

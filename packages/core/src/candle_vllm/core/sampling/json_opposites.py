@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The opposite of a JSON schema: schemas that accept exactly the values that the schema rejects.
 
-Only one level is rewritten: nested schemas appear as `{"not": ...}`. Every keyword of a schema becomes alternatives
-that each violate the keyword. `OppositeUnknown` is raised if the opposite cannot be written in the keywords that a
-grammar supports: the opposite of most patterns, a number that is not an integer, a key that differs from named keys.
+A value is rejected if it violates at least one keyword, so each keyword becomes schemas of the values that violate it.
+Only one level is rewritten: subschemas appear as `{"not": ...}`. `OppositeUnknown` is raised if a grammar cannot write
+the opposite: of most patterns, of the type integer among numbers, of `additionalProperties` beside named keys.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
 
     Args:
         schema: a schema in the keywords of draft 2020-12; nested schemas may have older drafts.
-        types: types that the value is known to have; see `json_facts`.
+        types: the value is known to have one of these types, see `json_facts`.
 
     Raises:
         OppositeUnknown: no such schemas are known.
@@ -160,7 +160,7 @@ def _other_object(value: dict[str, Any]) -> Iterator[Schema]:
 
 
 def _less(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
-    """Return the opposite of a minimum count."""
+    """Return the function for a minimum count; `keyword` is the maximum that violates it."""
     return lambda value, _: [{keyword: int(value) - 1}] if value >= 1 else []
 
 
@@ -179,7 +179,7 @@ def _above(_: Any, schema: Schema) -> list[Schema]:
 
 
 def _not_bounds(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
-    """Return the opposite of bounds. With minimum and exclusiveMinimum, only minimum's function returns schemas."""
+    """Return the function for a bound. With minimum and exclusiveMinimum, only minimum's function returns schemas."""
     plain, broken = ("minimum", _below) if keyword.endswith("inimum") else ("maximum", _above)
 
     def breaks(value: Any, schema: Schema) -> list[Schema]:

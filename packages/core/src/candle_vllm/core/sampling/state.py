@@ -191,7 +191,7 @@ class SamplingState:
 
     @property
     def forced(self) -> int | None:
-        """Return the next token of the forced end of reasoning at its limit; None below it. Waits for the grammar.
+        """Next token of the closing mark that is forced at the limit of reasoning, or None. Waits for the grammar.
 
         `allowed_token_ids` and the grammar have priority: a token that they forbid is forced when they allow it.
         """

@@ -29,12 +29,12 @@ _OWN = {
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _MOST_STEPS = 64  # nested references and alternatives
 _MOST_BRANCHES = 256
-_MOST_WORK = 2_000  # maximum number of expanded parts, plus two for each character of the schema
-_PART = 32  # characters of a part that count as one more part
+_MOST_WORK = 2_000  # budget of expanded parts of a schema; the budget has two more for each character of the schema
+_PART = 32  # an expanded part costs one, and one more for each of this many characters
 
 
 class FunctionShape(Protocol):
-    """A function, as grammars use it."""
+    """What grammars use of a tool: `grammar` is a user's Lark grammar of the text that a custom tool gets, or None."""
 
     @property
     def name(self) -> str: ...
@@ -55,7 +55,7 @@ class Branch(NamedTuple):
     Attributes:
         type: JSON type of the value.
         schema: further constraints; only keywords of this type.
-        values: the allowed values, if not None.
+        values: the allowed values; None if `schema` alone describes them.
     """
 
     type: str

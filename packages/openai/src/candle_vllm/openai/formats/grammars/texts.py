@@ -143,9 +143,9 @@ _EMPTY = ("array", "object")  # types whose empty value `Nested` writes as an em
 
 
 def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
-    """Return a terminal of the text of a string, without quotes; `branch` describes the string.
+    """Return a terminal of the strings that `branch`, a part of `root`, allows, written without quotes.
 
-    `unlike` are JSON types that the parser must not read in the text; `root` is the schema that contains the branch.
+    The terminal excludes texts that the parser would read as a value of one of the JSON types `unlike`.
     """
     if branch.values is not None:
         return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))
