@@ -151,6 +151,7 @@ _IS_LARK = re.compile(
 _GBNF_RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
 _GBNF_BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
 _CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
+_SET_OPERATORS = re.compile(r"([&~-])\1")  # of classes in Rust's regular expressions
 
 Grammar = dict[str, Any]
 """An element of llguidance's list of grammars: `name`, and `lark_grammar` or `json_schema`."""
@@ -197,7 +198,7 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
         budget: budget of all schemas in the request's grammars.
 
     Raises:
-        InvalidParameterError: see `checked_schema`.
+        InvalidParameterError: see `compilable_schema`.
     """
     return {"name": name, "json_schema": _compilable(schema, spec, budget)}
 
@@ -278,8 +279,8 @@ def _converted(rules: Mapping[str, gbnf.RuleNode]) -> str:
         nodes += node.children()
         if isinstance(node, gbnf.RuleRefNode) and node.name in rules:
             node.name = rules[node.name].name
-        elif isinstance(node, gbnf.RegexNode) and node.rx == ".":
-            node.rx = "(?s:.)"  # with line breaks
+        elif isinstance(node, gbnf.RegexNode):  # a class or `.`, which matches line breaks too
+            node.rx = "(?s:.)" if node.rx == "." else _SET_OPERATORS.sub(r"\1\\\1", node.rx)
     gbnf.resolve(named := {rule.name: rule for rule in (top, *rules.values())})
     for node in nodes:
         if isinstance(node, gbnf.RepetitionNode) and isinstance(node.node, gbnf.RepetitionNode):
