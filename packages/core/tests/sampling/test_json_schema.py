@@ -200,6 +200,7 @@ def test_older_drafts_are_brought_forward() -> None:
     assert checked_schema(root)["$ref"] == "#/definitions/a"
     assert checked_schema({"minLength": 2.0}) == {"minLength": 2}
 
+    assert checked_schema({"$schema": "http://json-schema.org/schema#", "type": "null"}) == {"type": "null"}
 
 @pytest.mark.parametrize(
     ("name", "right", "wrong"),
