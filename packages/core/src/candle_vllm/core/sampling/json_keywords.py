@@ -189,11 +189,11 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
         return None
     if held is False:
         return _only("object", own, [{"maxProperties": 0}])
-    parts = [
-        cases.own(one.schema, at._replace(place=f"{at.place}/propertyNames"))
-        for one in cases.facts.parts(json_facts.Place(held, at.base))
-        if one.schema is not False
-    ]
+    parts = list[Schema]()
+    for one in cases.facts.parts(json_facts.Place(held, at.base)):
+        if one.schema is not False:
+            part = cases.own(one.schema, at._replace(place=f"{at.place}/propertyNames"))
+            parts += [part, *part.get("allOf", [])[len(one.schema.get("allOf", [])) :]]  # a format beside a pattern
     told = [(name, value) for part in parts for name, value in part.items() if name in _OF_NAMES]
     whole = dict(told)
     others = {name for part in parts for name in part} & (ASSERTING - _OF_NAMES - {"$ref", "allOf", "type"})
