@@ -61,7 +61,7 @@ class _Cases:
         self.may_compare = may_compare
         self.compared = False
         self.references = References(root)
-        self.facts = Facts(self.references, lambda pattern: taker({"pattern": pattern}))
+        self.facts = Facts(self.references, lambda pattern: taker({"pattern": pattern}, unknown=True))
         self.names: dict[str, _Written] = {"#": _Written("#")}  # pointer, or "not " + pointer -> reference
         self.waiting: list[tuple[_Written, Any, At]] = []
         self.written = 0
@@ -101,7 +101,8 @@ class _Cases:
                 f"the JSON schema keywords {', '.join(keyword for keyword, _ in more)} make {cases} cases together (at "
                 f"{at.place}); at most {MAX_CASES} are supported"
             )
-        known = self.known({name: value for name, value in own.items() if name not in WRITERS or name == "oneOf"}, at)
+        kept = ("oneOf", "pattern")  # their functions change the keyword itself
+        known = self.known({name: value for name, value in own.items() if name not in WRITERS or name in kept}, at)
         parts = [
             self.schema(one, at._replace(depth=at.depth + 1, asking=at.asking or (keyword, at.place)))
             for keyword, one in more
@@ -172,7 +173,7 @@ class _Cases:
         except OppositeUnknown as error:
             raise refused(
                 f"the JSON schema keyword {asking[0]!r} is not supported here (at {asking[1]}): values that "
-                f"{error.keyword!r} excludes cannot be expressed as a grammar"
+                f"{error.args[0]!r} excludes cannot be expressed as a grammar"
             ) from None
         return {"anyOf": found} if found else False
 

@@ -129,10 +129,12 @@ def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
     if not isinstance(name, str) or name in _COMPILED:
         return
     del schema["format"]
-    if name in FORMATS:
-        _also(schema, {"pattern": FORMATS[name]}, place)
-    else:
+    if name not in FORMATS:
         remarks.format(name, place)
+    elif "pattern" not in schema:
+        schema["pattern"] = FORMATS[name]
+    elif isinstance(schema.setdefault("allOf", []), list):
+        schema["allOf"] = [*schema["allOf"], {"pattern": FORMATS[name]}]
 
 
 def check_shape(schema: dict[str, Any], place: str) -> None:
@@ -173,8 +175,8 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
         raise refused(f"pattern must be a text (at {place})")
 
 
-def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
-    """Return a function that checks whether a text matches a string schema of llguidance; False if it cannot know."""
+def taker(schema: dict[str, Any], *, unknown: bool = False) -> Callable[[str], bool]:
+    """Return a function that checks if a text matches a string schema; `unknown` if llguidance cannot compile it."""
     from llguidance import LLMatcher, LLTokenizer
 
     grammar = json.dumps({"grammars": [{"json_schema": {**schema, "type": "string"}}]})
@@ -183,7 +185,7 @@ def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
     def takes(text: str) -> bool:
         said = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f").encode(errors="replace")
         matcher = begun.deep_copy()
-        return not matcher.is_error() and matcher.consume_tokens([*said]) and matcher.is_accepting()
+        return unknown if matcher.is_error() else matcher.consume_tokens([*said]) and matcher.is_accepting()
 
     return takes
 
@@ -197,13 +199,3 @@ def _lists_of_items(schema: dict[str, Any], place: str) -> None:
         schema["prefixItems"] = schema.pop("items")
         if others is not None:
             schema["items"] = others
-
-
-def _also(schema: dict[str, Any], more: dict[str, Any], place: str) -> None:
-    """Add keywords that must hold in addition to the existing ones."""
-    if not more.keys() & schema.keys():
-        schema.update(more)
-        return
-    if not isinstance(schema.get("allOf", []), list):
-        raise refused(f"allOf must be a list of schemas (at {place})")
-    schema["allOf"] = [*schema.get("allOf", []), more]

@@ -124,7 +124,7 @@ class Facts:
     """Facts about the schemas of one document. An answer is False or None if the fact is uncertain or costs too much.
 
     Args:
-        taker: returns, for a pattern, a function that checks whether the pattern is found in a text.
+        taker: returns, for a pattern, a function that checks whether the pattern may be found in a text.
     """
 
     def __init__(self, references: References, taker: Callable[[str], Callable[[str], bool]]) -> None:

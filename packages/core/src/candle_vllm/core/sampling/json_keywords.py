@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from candle_vllm.core.sampling import json_facts
 from candle_vllm.core.sampling.json_dialect import Remarks, taker
-from candle_vllm.core.sampling.json_opposites import ASSERTING
+from candle_vllm.core.sampling.json_opposites import ASSERTING, OppositeUnknown, opposite
 from candle_vllm.core.sampling.structured import refused
 from candle_vllm.core.sampling.unique_sites import compared
 
@@ -182,6 +183,40 @@ def _different(domains: list[list[Any]], least: int, most: float) -> list[list[A
     return found if len(found) <= MAX_ARRAYS else None
 
 
+def _look_aheads(_: Cases, own: Schema, __: At) -> Any:
+    """Rewrite look-aheads at the beginning of a pattern, (?=...) or (?!...), to further patterns of the string."""
+    pattern, found = own["pattern"], list[Any]()
+    if any(mark.group() == "|" and not depth for mark, depth in brackets(pattern)):
+        return None  # the look-aheads belong to the first alternative
+    while pattern.startswith(("^(?=", "^(?!")):
+        end = next((mark.start() for mark, depth in brackets(pattern) if mark.group() == ")" and not depth), 0)
+        ahead, parts = pattern[4:end], [[{"pattern": f"^(?:{pattern[4:end]})"}]]
+        if pattern[3] == "!":
+            try:
+                parts = [opposite({"pattern": f"^{one}"}, frozenset({"string"})) for one in ahead.split("|")]
+            except OppositeUnknown:
+                return None
+        if not ahead or not all(parts):
+            return None
+        found += [{"pattern": one["pattern"]} for [one] in parts]
+        pattern = "^" + pattern[end + 1 :]
+    own["pattern"] = pattern
+    return {"allOf": found} if found else None
+
+
+def brackets(pattern: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Yield the brackets, bars and anchors of a pattern outside of classes and escapes, with their nesting depth."""
+    depth = 0
+    for match in _REGEX.finditer(pattern):
+        depth -= match.group() == ")"
+        if len(match.group()) == 1:
+            yield match, depth
+        depth += match.group() == "("
+
+
+_REGEX = re.compile(r"\\.|\[\^?\]?(?:[^\]\\]++|\\.)*+(?:\]|\\?\Z)|[()|^$]", re.DOTALL)
+
+
 def _names(cases: Cases, own: Schema, at: At) -> Any:
     """Rewrite `propertyNames` to `properties` and `patternProperties`."""
     held = own["propertyNames"]
@@ -312,6 +347,7 @@ WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType(
     {
         "unevaluatedProperties": _unevaluated("unevaluatedProperties", "additionalProperties"),
         "unevaluatedItems": _unevaluated("unevaluatedItems", "items", "contains"),
+        "pattern": _look_aheads,
         "propertyNames": _names,
         "oneOf": _one_of,
         "not": lambda cases, own, at: cases.opposed(own["not"], "not", json_facts.types_of(own), at),

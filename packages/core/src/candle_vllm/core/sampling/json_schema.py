@@ -15,8 +15,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from candle_vllm.core.sampling.json_cases import MAPS, SINGLE, in_known_keywords
-from candle_vllm.core.sampling.json_closed import close_objects
+from candle_vllm.core.sampling.json_cases import CASES, MAPS, SINGLE, in_known_keywords
 from candle_vllm.core.sampling.json_dialect import Remarks
 from candle_vllm.core.sampling.json_facts import BOUNDS, FRACTION, LISTS, types_of
 from candle_vllm.core.sampling.json_references import MAX_NESTING
@@ -44,6 +43,8 @@ SUPPORTED = frozenset(
     | {"multipleOf"}
 )
 _ESCAPED = "\b\t\n\f\r"
+_OF_OBJECTS = frozenset({"properties", "patternProperties", "additionalProperties", "required"})
+_KEEPS_OPEN = frozenset({"additionalProperties", "patternProperties", "enum", "const"})
 
 
 class Budget:
@@ -79,11 +80,6 @@ class Compilable(NamedTuple):
     any_escape: bool
     remarks: list[str]
     compared: bool
-
-
-def checked_schema(schema: Any, budget: Budget | None = None) -> dict[str, Any]:
-    """Return a schema that can be compiled; see `compilable_schema`."""
-    return compilable_schema(schema, budget).schema
 
 
 def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
@@ -343,3 +339,50 @@ def _digits(value: Fraction) -> int:
 
 def _common_multiple(one: Fraction, two: Fraction) -> Fraction:
     return Fraction(math.lcm(one.numerator, two.numerator), math.gcd(one.denominator, two.denominator))
+
+
+def close_objects(root: dict[str, Any]) -> dict[str, Any]:
+    """Write `additionalProperties: false` to objects that have `properties` and no keyword for other keys.
+
+    xgrammar and llama.cpp do this too: a weak model may otherwise invent keys until its token limit. An object that
+    several schemas describe together (`allOf`, or `properties` next to `anyOf` or `$ref`) stays open, because closing
+    one of the schemas would forbid the properties of the others.
+
+    Args:
+        root: a schema in llguidance's keywords, with all definitions that it refers to; changed in place.
+    """
+    together: dict[int, bool] = {}  # by id: whether other schemas describe the same value
+    found: list[dict[str, Any]] = []
+    waiting: list[tuple[Any, bool]] = [(root, False)]
+    while waiting:
+        schema, shared = waiting.pop()
+        if not isinstance(schema, dict):
+            continue
+        lists = [schema[name] for name in ("allOf", "anyOf", "oneOf") if name in schema]
+        beside = len(lists) + ("$ref" in schema) + (not _OF_OBJECTS.isdisjoint(schema)) > 1
+        shared = shared or beside or CASES in schema or len(schema.get("allOf", ())) > 1
+        known = together.get(id(schema))
+        if known is None:
+            found.append(schema)
+        elif known or not shared:
+            continue
+        together[id(schema)] = shared
+        parts = [part for name in LISTS for part in schema.get(name, ())]
+        parts += [part for name in MAPS for part in schema.get(name, {}).values()]
+        parts += [schema[name] for name in SINGLE if name in schema]
+        if "$ref" in schema:
+            parts.append(_target(root, schema["$ref"]))
+        waiting += [(part, shared) for part in parts]
+    for schema in found:
+        properties = schema.get("properties")
+        if together[id(schema)] or properties is None or not _KEEPS_OPEN.isdisjoint(schema):
+            continue
+        if set(schema.get("required", ())) <= properties.keys() and schema.get("minProperties", 0) <= len(properties):
+            schema["additionalProperties"] = False
+    return root
+
+
+def _target(root: dict[str, Any], pointer: str) -> Any:
+    """Return the schema to which `#`, `#/$defs/name` or `#/definitions/name` points."""
+    _, *steps = pointer.split("/")
+    return root.get(steps[0], {}).get(steps[1]) if steps else root

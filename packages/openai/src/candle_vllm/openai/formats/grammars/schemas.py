@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_cases import CASES
-from candle_vllm.core.sampling.json_schema import SUPPORTED, checked_schema
+from candle_vllm.core.sampling.json_schema import SUPPORTED, compilable_schema
 from candle_vllm.openai.errors import UnsupportedParameterError
 
 Schema = Mapping[str, Any]
@@ -79,7 +79,7 @@ class Root:
         self.tool = tool
         self.grammar = grammar
         try:
-            self.schema: dict[str, Any] = checked_schema(copy.deepcopy(dict(schema)))
+            self.schema: dict[str, Any] = compilable_schema(copy.deepcopy(dict(schema))).schema
         except InvalidParameterError as error:
             message = str(error).removeprefix("structured_outputs: ")
             raise InvalidParameterError(f"tools: the parameters of {tool.name!r}: {message}", "tools") from None
@@ -211,7 +211,7 @@ class Root:
         found: Any = self.schema
         for step in pointer.removeprefix("#").split("/")[1:]:
             name = unquote(step).replace("~1", "/").replace("~0", "~")
-            found = found[int(name)] if isinstance(found, list) else found[name]  # `checked_schema` has validated it
+            found = found[int(name)] if isinstance(found, list) else found[name]  # `compilable_schema` has validated it
         return found
 
 

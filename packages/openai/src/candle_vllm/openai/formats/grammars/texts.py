@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llguidance import regex_to_lark
 
+from candle_vllm.core.sampling.json_keywords import brackets
+from candle_vllm.core.sampling.json_opposites import lacking
 from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema
 from candle_vllm.openai.formats.grammars.writer import Writer, quoted
 from candle_vllm.openai.formats.values import SPELLINGS
@@ -31,8 +33,8 @@ class Guard:
 
     def __init__(self, root: Root, marks: Sequence[str]) -> None:
         self._root = root
-        self._marks = [mark[: end if (end := mark.find(mark[0], 1)) > 0 else None] for mark in marks]
-        self._patterns = [f"^{avoiding(mark)}$" for mark in self._marks]
+        self._marks = marks
+        self._patterns = [lacking(mark) for mark in marks]
 
     def apply(self, schema: Schema) -> dict[str, Any]:
         """Return the schema with restricted strings; its references refer to its own `$defs`."""
@@ -105,19 +107,6 @@ class Guard:
 
 _NUMERIC = ("integer", "number")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-
-
-def avoiding(mark: str) -> str:
-    """Return a regular expression of texts without `mark`; the mark's first character must occur in it only once."""
-    first = re.escape(mark[0])
-    within = [re.escape(mark[1:end]) for end in range(1, len(mark))]
-    again = "|".join(f"{begun}{first}" for begun in within)
-    away = "|".join(f"{begun}[^{_in_class(mark[end])}{_in_class(mark[0])}]" for end, begun in enumerate(within, 1))
-    return f"(?:[^{_in_class(mark[0])}]|{first}(?:{again})*(?:{away}))*(?:{first}(?:{again})*(?:{'|'.join(within)}))?"
-
-
-def _in_class(character: str) -> str:
-    return "\\" + character if character in "\\]^-[" else character
 
 
 def _strings(value: Any) -> list[str]:
@@ -220,7 +209,7 @@ def _patterns(root: Root, schema: Schema) -> list[str]:
 
 def _anchored(root: Root, pattern: str) -> str:
     """Convert a pattern, which may match anywhere in a text, to a pattern of the whole text."""
-    marks = [(match.group(), depth) for match, depth in _structure(pattern)]
+    marks = [(match.group(), depth) for match, depth in brackets(pattern)]
     inner = pattern.removeprefix("^")
     begins, ends = inner != pattern, bool(marks) and marks[-1] == ("$", 0) and pattern.endswith("$")
     inner = inner[:-1] if ends else inner
@@ -234,16 +223,3 @@ def _anchored(root: Root, pattern: str) -> str:
     except ValueError as error:
         raise root.refused("pattern", str(error)) from None
     return f"{'' if begins else '(?s:.*)'}(?:{inner}){'' if ends else '(?s:.*)'}"
-
-
-def _structure(pattern: str) -> Iterator[tuple[re.Match[str], int]]:
-    """Yield brackets, bars and anchors outside of character classes and escapes, with their nesting depth."""
-    depth = 0
-    for match in _REGEX.finditer(pattern):
-        depth -= match.group() == ")"
-        if len(match.group()) == 1:
-            yield match, depth
-        depth += match.group() == "("
-
-
-_REGEX = re.compile(r"\\.|\[\^?\]?(?:[^\]\\]++|\\.)*+(?:\]|\\?\Z)|[()|^$]", re.DOTALL)
