@@ -246,7 +246,7 @@ async def test_of_hundreds_of_tools_those_that_cannot_be_guaranteed_are_loose() 
 @pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "mistral"])
 async def test_a_call_without_its_schema_is_said(form: str) -> None:
     """Whether the plan or the compiler finds that a schema cannot be guaranteed."""
-    for schema in (ODD, {"properties": {"a": {"type": "string", "pattern": "^(?!b)"}}}):
+    for schema in (ODD, {"properties": {"a": {"type": "string", "pattern": "(?!b)"}}}):
         for mode, said in (("required", 1), ("auto", 0)):
             remarks = collect_remarks()
             made = OpenAIAdapter(ScriptedEngine([CALL]), tool_parser=form)

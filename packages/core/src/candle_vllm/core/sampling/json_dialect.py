@@ -171,8 +171,9 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
     for names in listed:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise refused(f"required must be a list of names (at {place})")
-    if not isinstance(schema.get("pattern", ""), str):
-        raise refused(f"pattern must be a text (at {place})")
+    for name in ("pattern", "format"):
+        if not isinstance(schema.get(name, ""), str):
+            raise refused(f"{name} must be a text (at {place})")
 
 
 def taker(schema: dict[str, Any], *, unknown: bool = False) -> Callable[[str], bool]:

@@ -120,11 +120,19 @@ def _strings(value: Any) -> list[str]:
 INTEGER = "/-?(0|[1-9][0-9]{0,17})/"
 NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+\-]?[0-9]{1,2})?/"
 _MOST_LENGTH = 1 << 16
-_FORMATS = {  # core writes patterns of the formats date, time and date-time
+_LABEL, _HEX, _N = r"[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?", "[0-9a-fA-F]{1,4}", "[0-9]{1,6}"
+_CLOCK = f"T({_N}H({_N}M({_N}S)?)?|{_N}M({_N}S)?|{_N}S)"
+_URI = r"([A-Za-z0-9._~!$&'()*+,;=:@\/?\-]|%[0-9A-Fa-f]{2})*"
+_FORMATS = {  # core writes patterns of date, time and date-time, and removes formats that it does not know
     "uuid": r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}",
     "ipv4": r"((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])",
-    "email": r"[A-Za-z0-9_+\-]{1,32}(\.[A-Za-z0-9_+\-]{1,31}){0,3}@[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?"
-    r"(\.[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?){1,3}",
+    "ipv6": f"({_HEX}:){{7}}{_HEX}|({_HEX}:){{1,7}}:|:(:{_HEX}){{1,7}}|::|"
+    + "|".join(f"({_HEX}:){{1,{before}}}(:{_HEX}){{1,{7 - before}}}" for before in range(1, 7)),
+    "email": rf"[A-Za-z0-9_+\-]{{1,32}}(\.[A-Za-z0-9_+\-]{{1,31}}){{0,3}}@{_LABEL}(\.{_LABEL}){{1,3}}",
+    "hostname": rf"{_LABEL}(\.{_LABEL}){{0,5}}",
+    "duration": f"P(({_N}Y({_N}M({_N}D)?)?|{_N}M({_N}D)?|{_N}D)({_CLOCK})?|{_CLOCK}|{_N}W)",
+    "uri": r"[A-Za-z][A-Za-z0-9+.\-]{0,15}:(\/\/[A-Za-z0-9.\-]{1,99}(:[0-9]{1,5})?"
+    rf"([\/?]{_URI})?|[A-Za-z0-9]{_URI})(#{_URI})?",
 }
 _WORDS: Mapping[str, tuple[Any, ...]] = {"null": (None,), "boolean": (True, False)}
 _AROUND = r"[\s\x1c-\x1f]*"
@@ -199,10 +207,6 @@ def _patterns(root: Root, schema: Schema) -> list[str]:
     if "pattern" in schema:
         found.append(f"/{_anchored(root, schema['pattern'])}/")
     if "format" in schema:
-        if schema["format"] not in [*_FORMATS]:  # which may be any JSON value
-            raise root.refused(
-                f"format: {schema['format']!s:.60}", f"supported are date, time, date-time, {', '.join(_FORMATS)}"
-            )
         found.append(f"/{_FORMATS[schema['format']]}/")
     return found
 
