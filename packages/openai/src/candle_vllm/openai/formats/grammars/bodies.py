@@ -259,7 +259,7 @@ class _NestedCall(_Call[Nested]):
         if most != "" and most < least:
             raise self._root.refused("minItems", f"{least} is above maxItems {most}")
         one = self._writer.rule(sequence(SPACE, self._entry(self._body.item, items)))
-        return f"{one}{{{least},{most}}}"
+        return f"{one}{{{least},{most}}}" if most != 0 else ""
 
 
 # ---- arguments as JSON -----------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class Values:
             return '"[]"'
         one = self.value(items)
         count = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
-        inside = sequence(one, f'("," {SPACE} {one}){count}')
+        inside = sequence(one, f'("," {SPACE} {one}){count}' if most != 1 else "")
         return self._writer.rule(sequence('"["', inside if least else f"({inside})?", '"]"'))
 
     def _constant(self, value: Any, depth: int) -> str:
