@@ -260,6 +260,35 @@ def test_formats_of_strings_without_quotes(name: str, right: list[str], wrong: l
         assert (accepts(vocab.compiler(lark)(), ids) == (len(ids), True)) == (text in right), text
 
 
+MAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+ZOD = {  # as zod 4 writes them
+    "mail": {"type": "string", "format": "email", "pattern": MAIL},
+    "maybe": {"anyOf": [{"type": "string", "format": "email", "pattern": MAIL}, {"type": "null"}]},
+    "day": {
+        "type": "string",
+        "format": "date",
+        "pattern": r"^(?:\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])))$",
+    },
+    "one": {"type": "array", "items": {"type": "integer"}, "maxItems": 1},
+    "same": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 1},
+    "nothing": {"type": "array", "items": {"type": "string"}, "maxItems": 0},
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45", "deepseek_v32", "gemma4", "pythonic", "minimax_m3", "hermes"])
+def test_several_patterns_of_a_string_and_lists_of_one_item(name: str) -> None:
+    form, vocab, rng = ROWS[name], vocabulary(ROWS[name], THINK, bound=True), random.Random(name)
+    for key, schema in ZOD.items():
+        tools = [Tool("f", _object({key: schema}))]
+        lark = tool_grammar(
+            form, tools, mode="required", parallel=False, reasoning=None, in_reasoning=False, special=vocab.special
+        )
+        assert lark is not None
+        for _ in range(3):
+            ids = walk(vocab.compiler(lark)(), vocab, rng)
+            check(read(form, None, vocab, ids, tools, bound=True), tools, vocab.text(ids))
+
+
 def test_a_forced_mark_is_the_models_own_token() -> None:
     """Qwen's `<tool_call>` is a token that is text: spelt otherwise, the next prompt would not find it in the cache."""
     vocab = vocabulary(ROWS["hermes"], THINK, bound=False)

@@ -170,10 +170,13 @@ class Root:
                     yield Branch(kind, own)
 
     def _alternatives(self, schema: Schema, name: str, depth: int) -> Iterator[Branch]:
-        options = schema[name]
+        options, rest = schema[name], {key: value for key, value in schema.items() if key != name}
+        if name == "allOf" and all(isinstance(one, Mapping) and set(one) == {"pattern"} for one in options):
+            several = [*patterns(rest), *(one["pattern"] for one in options)]
+            yield from self._branches({**rest, "pattern": several}, depth + 1)
+            return
         if name == "allOf" and len(options) != 1:
             raise self.refused(schema.get(CASES, "allOf"), "write its parts as one schema")
-        rest = {key: value for key, value in schema.items() if key != name}
         seen: set[str] = set()
         for option in options:
             option = self.resolved(option)
@@ -213,6 +216,12 @@ class Root:
             name = unquote(step).replace("~1", "/").replace("~0", "~")
             found = found[int(name)] if isinstance(found, list) else found[name]  # `compilable_schema` has validated it
         return found
+
+
+def patterns(schema: Schema) -> list[str]:
+    """Return the patterns of a string; `Root.branches` joins several in a list."""
+    found = schema.get("pattern", [])
+    return [found] if isinstance(found, str) else found
 
 
 class Entries(NamedTuple):

@@ -12,7 +12,7 @@ from llguidance import regex_to_lark
 
 from candle_vllm.core.sampling.json_keywords import brackets
 from candle_vllm.core.sampling.json_opposites import lacking
-from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema
+from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema, patterns
 from candle_vllm.openai.formats.grammars.writer import Writer, quoted
 from candle_vllm.openai.formats.values import SPELLINGS
 
@@ -151,9 +151,9 @@ def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[s
     parts = [*_lengths(root, branch.schema), *_patterns(root, branch.schema)]
     spelt = {kind: f"({SPELLINGS[kind]})" + "?" * (kind in _EMPTY) for kind in sorted(unlike) if kind in SPELLINGS}
     parts += [f"~/{_AROUND}{one}{_AROUND}/" for one in spelt.values()]
-    if not parts:
-        return "TEXT"
-    return writer.terminal(" & ".join(["TEXT", *dict.fromkeys(parts)]))
+    if not parts or parts[0].startswith("~"):  # a complement alone would include texts that are not UTF-8
+        parts = ["TEXT", *parts]
+    return writer.terminal(" & ".join(dict.fromkeys(parts)))
 
 
 def scalar(writer: Writer, branch: Branch, *, python: bool = False) -> str | None:
@@ -203,12 +203,8 @@ def _lengths(root: Root, schema: Schema) -> list[str]:
 
 
 def _patterns(root: Root, schema: Schema) -> list[str]:
-    found = []
-    if "pattern" in schema:
-        found.append(f"/{_anchored(root, schema['pattern'])}/")
-    if "format" in schema:
-        found.append(f"/{_FORMATS[schema['format']]}/")
-    return found
+    found = [f"/{_anchored(root, pattern)}/" for pattern in patterns(schema)]
+    return [*found, f"/{_FORMATS[schema['format']]}/"] if "format" in schema else found
 
 
 def _anchored(root: Root, pattern: str) -> str:
