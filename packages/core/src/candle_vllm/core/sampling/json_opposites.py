@@ -98,8 +98,7 @@ def without(texts: Iterable[str], *, beginnings: bool = False) -> str:
 def lacking(text: str, *, line: bool = False) -> str:
     """Return a pattern of all texts that do not contain `text`; with `line`, only the first line must not contain it.
 
-    Raises:
-        OppositeUnknown: `text` is too long.
+    Raises OppositeUnknown if `text` is too long.
     """
     if len(text) > MAX_CONTAINED:
         raise OppositeUnknown("pattern")

@@ -408,9 +408,8 @@ class RecentCounts:
     def __init__(self, tokens: Sequence[int], prompt: int) -> None:
         all_ids = np.array(tokens, np.int64)
         self.ids = _distinct(all_ids)
-        self.counts = np.bincount(np.searchsorted(self.ids, all_ids[prompt:]), minlength=len(self.ids)).astype(
-            np.float32
-        )
+        places = np.searchsorted(self.ids, all_ids[prompt:])
+        self.counts = np.bincount(places, minlength=len(self.ids)).astype(np.float32)
 
 
 class BadWords:
