@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter, parse_chat_request, to_error, to_json_bytes
+from candle_vllm.openai.protocol.custom_tools import CustomTool
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.openai.remarks import collect_remarks
 from packages.openai.tests.formats.samples import SAMPLES, Sample
@@ -246,7 +248,7 @@ async def test_of_hundreds_of_tools_those_that_cannot_be_guaranteed_are_loose() 
 @pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "mistral"])
 async def test_a_call_without_its_schema_is_said(form: str) -> None:
     """Whether the plan or the compiler finds that a schema cannot be guaranteed."""
-    for schema in (ODD, {"properties": {"a": {"type": "string", "pattern": "^(?!b)"}}}):
+    for schema in (ODD, {"properties": {"a": {"type": "string", "pattern": "(?!b)"}}}):
         for mode, said in (("required", 1), ("auto", 0)):
             remarks = collect_remarks()
             made = OpenAIAdapter(ScriptedEngine([CALL]), tool_parser=form)
@@ -412,6 +414,21 @@ async def test_several_answers_with_custom_calls_and_one_that_is_cut() -> None:
     (call,) = short.choices[0].message.tool_calls
     assert short.choices[0].finish_reason == "length"
     assert call.custom.input.startswith('{"input": "')  # what there is of it, as the model wrote it
+
+
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "glm45", "pythonic"])
+@pytest.mark.parametrize(
+    "definition", [r"^(?P<month>May|June)\s(?P<day>\d{1,2})(?:st|th)?$", "^a|b$", r"a\\$", r"a\$", "^"]
+)
+async def test_anchors_around_the_expression_of_a_custom_tool(form: str, definition: str) -> None:
+    """The documentation of OpenAI's API has them in its example."""
+    grammar = {"syntax": "regex", "definition": definition}
+    tool = {"type": "custom", "custom": {"name": "c", "format": {"type": "grammar", "grammar": grammar}}}
+    made = OpenAIAdapter(ScriptedEngine([CALL]), tool_parser=form)
+    await made.chat({"messages": HI, "tools": [tool], "tool_choice": "required"})
+    schema = CustomTool.model_validate(tool).shown()["function"]["parameters"]["properties"]["input"]["pattern"]
+    for text in ("May 3rd", "May 3", "a", "b", "ab", "a\\", "a$", ""):
+        assert bool(re.search(schema, text)) == bool(re.fullmatch(definition, text)), text
 
 
 async def test_custom_calls_go_back_as_they_came() -> None:

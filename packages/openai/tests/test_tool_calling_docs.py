@@ -40,6 +40,7 @@ HELD: dict[str, Any] = {
     "`dependencies`": {"type": "object", "dependencies": {"a": ["b"]}},
     "`contains`": {"type": "array", "contains": {"type": "string"}},
     "`propertyNames`": {"type": "object", "propertyNames": {"pattern": "^a"}},
+    "look-aheads at the beginning": {"type": "string", "pattern": r"^(?!\.)(?!.*\.\.)[\w.]+@\w+$"},
     "`uniqueItems` of few values": {"items": {"enum": ["a", "b"]}, "uniqueItems": True},
     "`uniqueItems` of texts": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
     "anchors and ids of the same document": {"$ref": "#here", "$defs": {"a": {"$anchor": "here", "type": "null"}}},

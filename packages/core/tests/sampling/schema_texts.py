@@ -14,6 +14,7 @@ import numpy as np
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.device_edits import mask_flags
+from candle_vllm.core.sampling.json_schema import compilable_schema
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
@@ -37,6 +38,11 @@ def spellings(value: Any) -> Iterator[str]:
 def accepts(backend: LlguidanceBackend, spec: StructuredOutputsParams, text: str) -> bool:
     grammar = backend.compile(spec)
     return all(not grammar.exhausted and grammar.accept(byte) for byte in text.encode()) and grammar.may_end
+
+
+def checked_schema(schema: Any) -> dict[str, Any]:
+    """The schema in llguidance's keywords."""
+    return compilable_schema(schema).schema
 
 
 def refused(backend: LlguidanceBackend, spec: StructuredOutputsParams) -> InvalidParameterError | None:

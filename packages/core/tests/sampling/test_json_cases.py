@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_dialect import KNOWN
-from candle_vllm.core.sampling.json_schema import checked_schema, compilable_schema
+from candle_vllm.core.sampling.json_opposites import OppositeUnknown, lacking
+from candle_vllm.core.sampling.json_schema import compilable_schema
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing import ByteTokenizer
-from packages.core.tests.sampling.schema_texts import accepts, spellings, walk
+from packages.core.tests.sampling.schema_texts import accepts, checked_schema, spellings, walk
 
 VALUES: list[Any] = [None, True, False, 0, 1, 2, 5, -1, 1.5, "", "a", "ab", "b", "abc", [], [1], [1, 1], [1, "a"], {}]
 VALUES += [{"a": 1}, {"b": "a"}, {"a": 1, "b": 2}, {"a": "a", "c": None}, {"a": 1, "b": "b", "c": 2}, [[1], [1]]]
@@ -149,6 +151,62 @@ def test_an_open_end_at_a_whole_number_is_no_member(
         if accepts(letters, spec, text):
             assert judged.is_valid(json.loads(text)), text
     assert accepts(letters, spec, str(round((whole + fraction) / 2, 4)))
+
+
+EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"  # zod 4
+HOST = r"^(?=.{1,9}\.?$)[a-z](?:[a-z-]{0,61}[a-z])?(?:\.[a-z](?:[-a-z]{0,61}[a-z])?)*\.?$"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right", "wrong"),
+    [
+        (EMAIL, ["a.b@c.com", "x+y@z.co.uk"], [".a@b.com", "a..b@c.com", "a@b", "a.b@c..com"]),
+        (HOST, ["a.b", "abcd.efgh."], ["abcde.efghi", "-a"]),
+        (r"^(?=.*[A-Z])(?=.*\d).{4,}$", ["aB1x", "1--B"], ["abc1", "AB1", "ABCD"]),
+        (r"^(?!foo|bar)[a-z]+$", ["fo", "baz", "xbar"], ["foo", "foox", "bar"]),
+        (r"^(?!foo$)[a-z]+$", ["fo", "foox"], ["foo"]),
+        (r"^(?!-)(?!.*--)[a-z-]+$", ["a-b", "a-"], ["-a", "a--b"]),
+        (r"^(?!.*ab)[a-z\n]+$", ["aa", "a\nab", "ba"], ["ab", "xaab"]),
+        (r"^(?!\()[(a]+$", ["a("], ["(a"]),
+        (r"^(?=[(\])])[()\]]+$", ["((", "]("], ["x"]),
+    ],
+)
+def test_look_aheads_at_the_beginning_of_a_pattern_hold(
+    backend: LlguidanceBackend, pattern: str, right: list[str], wrong: list[str]
+) -> None:
+    judged = judge({"pattern": pattern})
+    for schema in ({"type": "string", "pattern": pattern}, {"pattern": pattern}):
+        for text in (*right, *wrong):
+            assert accepts(backend, spec_of(schema), json.dumps(text)) == (text in right) == judged.is_valid(text), text
+    assert accepts(backend, spec_of({"pattern": pattern}), "null")
+
+
+@pytest.mark.parametrize("pattern", ["^(?!a)b|c$", "^(?=a", "^(?!)a", "^(?!.*)a", "^(?![0-9])a", "^a(?=b)b", "(?=a)a"])
+def test_other_look_around_is_refused(backend: LlguidanceBackend, pattern: str) -> None:
+    with pytest.raises(InvalidParameterError, match="look-around"):
+        backend.compile(spec_of({"type": "string", "pattern": pattern}))
+
+
+@pytest.mark.parametrize("text", ["a", "..", "ab", "aa", "aba", "aab", "abab", "abcab"])
+@pytest.mark.parametrize("line", [False, True])
+def test_the_opposite_of_containing_a_text(text: str, line: bool) -> None:
+    pattern = lacking(text, line=line).replace(r"\x{a}", r"\n").replace(r"\x{2e}", r"\.")
+    found = re.compile(pattern.replace("(?s:.*)", r"[\s\S]*"))
+    for size in range(6):
+        for letters in itertools.product(sorted({*text, "x", "\n"}), repeat=size):
+            said = "".join(letters)
+            assert (found.fullmatch(said) is None) == (text in (said.split("\n")[0] if line else said)), said
+
+
+def test_a_long_text_has_no_opposite() -> None:
+    with pytest.raises(OppositeUnknown):
+        lacking("a" * 65)
+
+
+def test_a_format_beside_a_pattern_of_names_is_not_lost(backend: LlguidanceBackend) -> None:
+    schema = {"type": "object", "propertyNames": {"format": "date", "pattern": "^2"}}
+    with pytest.raises(InvalidParameterError, match="'propertyNames' is not supported here"):
+        backend.compile(spec_of(schema))
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))

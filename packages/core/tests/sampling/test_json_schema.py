@@ -14,7 +14,8 @@ import pytest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import json_dialect
 from candle_vllm.core.sampling.json_dialect import FORMATS
-from candle_vllm.core.sampling.json_schema import checked_schema, compilable_schema
+from candle_vllm.core.sampling.json_schema import compilable_schema
+from packages.core.tests.sampling.schema_texts import checked_schema
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,7 @@ def test_older_drafts_are_brought_forward() -> None:
     root = {"$id": "http://example.com/r", "$ref": "http://example.com/r#/definitions/a", "definitions": {"a": {}}}
     assert checked_schema(root)["$ref"] == "#/definitions/a"
     assert checked_schema({"minLength": 2.0}) == {"minLength": 2}
+    assert checked_schema({"$schema": "http://json-schema.org/schema#", "type": "null"}) == {"type": "null"}
 
 
 @pytest.mark.parametrize(

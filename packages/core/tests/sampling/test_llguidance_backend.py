@@ -91,6 +91,7 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
         ({"grammar": 'root ::= "a" [0-9]+ ("x" | "é")?'}, ["a1", "a12x", "a12é"], ["a", "ax"]),
         ({"grammar": 'root ::= word "s"\nword ::= [a-z]+'}, ["cats", "ss"], ["cat", "s"]),
         ({"grammar": 'root ::= [a-z]+ "ing"'}, ["inking", "inning"], ["in", "ing"]),
+        ({"grammar": "root ::= [a-c&&b]+ [*--]+ [~~]"}, ["ac&*+,-~"], ["d*~", "a/~"]),
         ({"grammar": 'root ::= "<" .* ">"'}, ["<>", "<a\n>", "<a>b>"], ["<a", "<a>b"]),
         ({"grammar": 'root ::= "a" ([0-9]{2})? ("b"?)+'}, ["a12b", "a", "abb"], ["a1", "a123"]),
         (

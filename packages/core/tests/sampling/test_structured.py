@@ -15,8 +15,8 @@ import pytest
 
 from candle_vllm.core import SamplingParams, StructuredOutputsParams
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.sampling.json_schema import checked_schema
 from candle_vllm.core.sampling.structured import KINDS, parsed_json
+from packages.core.tests.sampling.schema_texts import checked_schema
 
 ONE_OF_EACH: dict[str, Any] = {
     "json": {"type": "object"},

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
-_WALK_SECONDS = 0.005  # maximum delay of other sequences by masks that may not be needed; does not affect results
-_FEW = 64  # number of allowed tokens above which no next token is forced
+_WALK_SECONDS = 0.005  # maximum time for masks after draft tokens, because other sequences wait; results do not change
+_FEW = 64  # if more tokens than this are allowed, the grammar is not asked for forced tokens
 
 
 class Grammar(Protocol):
@@ -108,7 +108,7 @@ class GrammarState:
     Attributes:
         exhausted: whether only the end may follow.
         looks_ahead: whether `look_ahead` can compute masks.
-        waits: whether `begin`, not `accept`, starts each mask, because forced tokens are looked up in between.
+        waits: whether `accept` leaves the start of the next mask to `begin`: a caller asks for `forced` tokens before.
 
     Raises:
         InvalidParameterError: see `GrammarBackend.compile`.
@@ -132,7 +132,7 @@ class GrammarState:
         self._grammar = backend.compile(spec) if grammar is None else grammar
         self.looks_ahead = self._grammar.copy() is not None
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
-        self._ahead: list[tuple[int, NDArray[np.int32]]] = []  # expected tokens, and the mask after each
+        self._ahead: list[tuple[int, NDArray[np.int32]]] = []  # draft tokens, and the mask after each
         self._is_due = False  # whether the next mask must be computed
         self._filling: Future[None] = backend.workers.submit(self._fill)
 
@@ -172,13 +172,13 @@ class GrammarState:
             self._filling = self._backend.workers.submit(self._fill)
 
     def look_ahead(self, token_ids: Sequence[int]) -> None:
-        """Start to compute the next mask, and masks after expected tokens, for `masks_ahead` and `accept`."""
+        """Start to compute the next mask, and the mask after each draft token, for `masks_ahead` and `accept`."""
         self._filling.result()
         self._filling = self._backend.workers.submit(self._walk, token_ids, self._is_due)
         self._is_due = False
 
     def masks_ahead(self) -> list[NDArray[np.int32]]:
-        """Return the masks, as `bits` does, after each token of `look_ahead` up to the first without a mask."""
+        """Return the masks after the tokens of `look_ahead`, up to the first token without a mask."""
         self._filling.result()
         return [bits for _, bits in self._ahead]
 
@@ -230,7 +230,7 @@ class GrammarState:
             self._bits[:] = 0
 
     def _finish(self) -> None:
-        """Wait for the masks that were begun, and compute the next one if it is due."""
+        """Wait for the masks that are being computed, and compute the next one if `begin` has not started it."""
         self._filling.result()
         if self._is_due:
             self._is_due = False

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Rewrite JSON schemas to the keywords that llguidance supports; other keywords become alternatives.
+"""Rewrite JSON schemas to the keywords that llguidance supports; other keywords become alternatives (cases).
 
-`if`, `dependentRequired` and similar keywords become alternatives, `contains` one for each choice of matching indices;
-`oneOf` becomes an `anyOf` of schemas that exclude each other, if necessary by the opposites of the other schemas
-(`json_opposites`). The result accepts the same values, or an error with the keyword's name is raised; if the result
-accepts fewer values, there is a remark for the user. Constraints of such a keyword are written after the schema that
-contains it, so that the order of the properties does not change.
+`if`, `dependentRequired` and similar keywords become an `anyOf` of their cases; `contains` has a case for each choice
+of the indices at which elements match. `oneOf` becomes an `anyOf` whose schemas exclude each other, if necessary by the
+opposites of the other schemas (`json_opposites`). The cases are in an `allOf` after the schema's own keywords, so that
+the order of the properties does not change. If the result accepts fewer values than the schema, there is a remark for
+the user; a keyword that cannot be rewritten is refused by its name.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from candle_vllm.core.sampling.structured import refused
 
 Schema = dict[str, Any]
 
-MAX_WRITTEN = 12_000  # maximum number of written schemas, in all cases together
+MAX_WRITTEN = 12_000  # maximum number of schemas in the result, with all cases
 CASES = "x-cases"
-"""Key next to an `allOf` that replaces a keyword; its value is the keyword. The compiler ignores it."""
+"""Key that marks an `allOf` with the cases of a keyword; its value is the keyword. The compiler ignores it."""
 SINGLE = ("items", "additionalProperties")
 MAPS = ("properties", "patternProperties")
 _LEFT_OUT = frozenset({"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "$defs", "definitions"})
@@ -45,7 +45,7 @@ def in_known_keywords(root: Schema, remarks: Remarks, *, may_compare: bool = Fal
 
     Args:
         remarks: collects remarks for the user.
-        may_compare: array elements may be compared during generation.
+        may_compare: see `Budget`.
 
     Raises:
         InvalidParameterError: the schema is invalid, or a constraint cannot be guaranteed.
@@ -61,7 +61,7 @@ class _Cases:
         self.may_compare = may_compare
         self.compared = False
         self.references = References(root)
-        self.facts = Facts(self.references, lambda pattern: taker({"pattern": pattern}))
+        self.facts = Facts(self.references, lambda pattern: taker({"pattern": pattern}, unknown=True))
         self.names: dict[str, _Written] = {"#": _Written("#")}  # pointer, or "not " + pointer -> reference
         self.waiting: list[tuple[_Written, Any, At]] = []
         self.written = 0
@@ -101,7 +101,8 @@ class _Cases:
                 f"the JSON schema keywords {', '.join(keyword for keyword, _ in more)} make {cases} cases together (at "
                 f"{at.place}); at most {MAX_CASES} are supported"
             )
-        known = self.known({name: value for name, value in own.items() if name not in WRITERS or name == "oneOf"}, at)
+        kept = ("oneOf", "pattern")  # their functions change the keyword itself
+        known = self.known({name: value for name, value in own.items() if name not in WRITERS or name in kept}, at)
         parts = [
             self.schema(one, at._replace(depth=at.depth + 1, asking=at.asking or (keyword, at.place)))
             for keyword, one in more
@@ -143,7 +144,7 @@ class _Cases:
         return self.definition(self.references.resolve(value, at.base, at.place))
 
     def definition(self, target: Target, opposed: tuple[str, str] | None = None) -> _Written:
-        """Return a reference to the target of a `$ref`, or to its opposite if a keyword needs the opposite."""
+        """Return a reference to the target of a `$ref`, or to its opposite for the keyword `opposed` (see `At`)."""
         key = target.pointer if opposed is None else f"not {target.pointer}"
         if key not in self.names:
             taken = {"$defs": self.root.get("$defs"), "definitions": self.root.get("definitions")}
@@ -157,7 +158,7 @@ class _Cases:
         return self.names[key]
 
     def opposed(self, schema: Any, keyword: str, types: frozenset[str], at: At) -> Schema | bool:
-        """Return the opposite of a schema; it may have keywords that must be rewritten."""
+        """Return the opposite of a schema (see `json_opposites`), in keywords that must still be rewritten."""
         asking = at.asking or (keyword, at.place)
         if isinstance(schema, bool):
             return not schema
@@ -172,13 +173,13 @@ class _Cases:
         except OppositeUnknown as error:
             raise refused(
                 f"the JSON schema keyword {asking[0]!r} is not supported here (at {asking[1]}): values that "
-                f"{error.keyword!r} excludes cannot be expressed as a grammar"
+                f"{error.args[0]!r} excludes cannot be expressed as a grammar"
             ) from None
         return {"anyOf": found} if found else False
 
 
 def _together(schema: Schema) -> Schema:
-    """Move the keywords of properties to a schema of their own, because llguidance would separate them."""
+    """Keep the keywords of properties together in one schema: next to `_APPLIED`, llguidance would separate them."""
     if "patternProperties" not in schema or not schema.keys() & _APPLIED:
         return schema
     names = [name for name in schema if name in ("properties", "patternProperties", "additionalProperties")]

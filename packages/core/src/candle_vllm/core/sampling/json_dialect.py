@@ -5,9 +5,9 @@ A schema is read as draft 2020-12; older spellings (`definitions`, a list as `it
 their meaning. Unknown keywords and formats that are not enforced are annotations, as in the specification; there is a
 remark for each such format, and for each keyword that resembles a known one.
 
-llguidance's date formats accept the 29th of February in every year, and a leap second in any minute. So this module
-defines these formats: a leap second is 23:59:60 UTC, or the same moment in a time zone whose offset is a multiple of 15
-minutes.
+The formats `date`, `time` and `date-time` become patterns here, because llguidance's own formats accept the 29th of
+February in every year, and a leap second in any minute. A leap second is 23:59:60 UTC, or the same moment in a time
+zone whose offset is a multiple of 15 minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_COUNT = (1 << 31) - 1  # maximum value of minLength and similar keywords
 MAX_UNKNOWN = 8  # maximum number of unknown names that are compared with the known ones, to find misspellings
 MAX_REMARKS = 8
 MAX_REMARK = 400  # maximum characters of a remark
-_DRAFTS = ("draft-04", "draft-06", "draft-07", "draft/2019-09", "draft/2020-12")
+_DRAFTS = ("draft-04", "draft-06", "draft-07", "draft/2019-09", "draft/2020-12", "json-schema.org/schema")
 _REFUSED = ("$dynamicRef", "$recursiveRef", "x-guidance")
 _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 _MAPS = ("properties", "patternProperties", "dependentSchemas", "dependentRequired", "dependencies")
@@ -51,7 +51,7 @@ _DECIMALS = r"(?:\.[0-9]{1,9})?"  # without a bound, a model may write digits un
 
 
 def _leap_seconds() -> Iterator[str]:
-    """Yield patterns of the time 23:59:60 UTC, in all time zones."""
+    """Yield patterns of the time 23:59:60 UTC, in UTC and in other time zones."""
     yield f"23:59:60{_DECIMALS}[zZ]"
     for sign, way in (("+", 1), ("-", -1)):
         offsets = {(1439 + way * offset) % 1440: offset for offset in range(0, 1440, 15)}  # minute of a day -> offset
@@ -111,7 +111,7 @@ class Remarks:
 
 
 def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
-    """Rewrite the keywords of one schema in place, without its subschemas.
+    """Rewrite older keywords of one schema in place; its subschemas are not changed.
 
     Raises:
         InvalidParameterError: an unknown dialect, an unsupported keyword, or two spellings at once.
@@ -129,14 +129,16 @@ def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
     if not isinstance(name, str) or name in _COMPILED:
         return
     del schema["format"]
-    if name in FORMATS:
-        _also(schema, {"pattern": FORMATS[name]}, place)
-    else:
+    if name not in FORMATS:
         remarks.format(name, place)
+    elif "pattern" not in schema:
+        schema["pattern"] = FORMATS[name]
+    elif isinstance(schema.setdefault("allOf", []), list):
+        schema["allOf"] = [*schema["allOf"], {"pattern": FORMATS[name]}]
 
 
 def check_shape(schema: dict[str, Any], place: str) -> None:
-    """Refuse invalid values of the keywords of one schema, without its subschemas.
+    """Refuse invalid values of the keywords of one schema; its subschemas are not checked.
 
     Raises:
         InvalidParameterError: a value is invalid; the message has the keyword's name.
@@ -169,12 +171,13 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
     for names in listed:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise refused(f"required must be a list of names (at {place})")
-    if not isinstance(schema.get("pattern", ""), str):
-        raise refused(f"pattern must be a text (at {place})")
+    for name in ("pattern", "format"):
+        if not isinstance(schema.get(name, ""), str):
+            raise refused(f"{name} must be a text (at {place})")
 
 
-def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
-    """Return a function that checks if a text matches a string schema in llguidance's keywords; False if unknown."""
+def taker(schema: dict[str, Any], *, unknown: bool = False) -> Callable[[str], bool]:
+    """Return a function that checks if a text matches a string schema; `unknown` if llguidance cannot compile it."""
     from llguidance import LLMatcher, LLTokenizer
 
     grammar = json.dumps({"grammars": [{"json_schema": {**schema, "type": "string"}}]})
@@ -183,7 +186,7 @@ def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
     def takes(text: str) -> bool:
         said = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f").encode(errors="replace")
         matcher = begun.deep_copy()
-        return not matcher.is_error() and matcher.consume_tokens([*said]) and matcher.is_accepting()
+        return unknown if matcher.is_error() else matcher.consume_tokens([*said]) and matcher.is_accepting()
 
     return takes
 
@@ -197,13 +200,3 @@ def _lists_of_items(schema: dict[str, Any], place: str) -> None:
         schema["prefixItems"] = schema.pop("items")
         if others is not None:
             schema["items"] = others
-
-
-def _also(schema: dict[str, Any], more: dict[str, Any], place: str) -> None:
-    """Add keywords that must hold in addition to the existing ones."""
-    if not more.keys() & schema.keys():
-        schema.update(more)
-        return
-    if not isinstance(schema.get("allOf", []), list):
-        raise refused(f"allOf must be a list of schemas (at {place})")
-    schema["allOf"] = [*schema.get("allOf", []), more]

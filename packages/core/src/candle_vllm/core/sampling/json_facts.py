@@ -13,12 +13,12 @@ from candle_vllm.core.sampling.structured import refused
 
 FRACTION = "fraction"
 TYPES = frozenset({"null", "boolean", "integer", FRACTION, "string", "array", "object"})
-"""Types of values; a number of JSON Schema is an integer or a fraction here."""
+"""Types of values. They exclude each other: a `number` of JSON Schema is an `integer` or a `FRACTION` here."""
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")  # keywords with a list of schemas
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 NAMES = ("null", "boolean", "integer", "number", "string", "array", "object")
-MAX_LOOKS = 100_000  # maximum number of comparisons of schemas; later answers are uncertain
-MAX_VALUES = 16  # maximum number of values of a domain that counts as finite
+MAX_LOOKS = 100_000  # maximum number of schemas in all comparisons; after it, no two schemas are known to be apart
+MAX_VALUES = 16  # maximum difference between the bounds of integers that are enumerated
 _MAX_DEPTH = 8
 
 
@@ -121,10 +121,10 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 class Facts:
-    """Facts about the schemas of one document. Uncertain answers are False or None, also if the search takes too long.
+    """Facts about the schemas of one document. An answer is False or None if the fact is uncertain or costs too much.
 
     Args:
-        taker: returns, for a pattern, a function that checks whether the pattern is found in a text.
+        taker: returns, for a pattern, a function that checks whether the pattern may be found in a text.
     """
 
     def __init__(self, references: References, taker: Callable[[str], Callable[[str], bool]]) -> None:
@@ -134,7 +134,7 @@ class Facts:
         self._looks = 0
 
     def parts(self, place: Place, depth: int = 0) -> list[Place]:
-        """Return the schema and the schemas that `$ref` and `allOf` add to it; only `False` if no value can match."""
+        """Return the schema and the schemas that `$ref` and `allOf` add to it; if one of them is `false`, only that."""
         schema, base = place
         if schema is False:
             return [place]
@@ -151,7 +151,7 @@ class Facts:
         return none[:1] or found
 
     def domain(self, place: Place) -> tuple[list[Any], bool] | None:
-        """Return all values of a schema, and whether all of them are certainly valid; None if there are too many."""
+        """Return a list of all valid values, and whether each value in it is certainly valid; None for no such list."""
         parts = self.parts(place)
         for schema, _ in parts:
             if schema is False:
@@ -176,7 +176,7 @@ class Facts:
         """Return whether certainly no value matches both.
 
         Args:
-            one, other: two lists of schemas; those of one list must hold together, see `parts`.
+            one, other: lists of schemas; a value matches a list if it matches every schema in it, see `parts`.
             depth: depth of the recursion.
         """
         self._looks += len(one) + len(other)

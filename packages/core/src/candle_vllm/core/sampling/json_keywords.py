@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: MIT
 """Rewrite keywords that llguidance lacks as alternatives and additional schemas (see `json_cases`).
 
-Every function gets the schema that contains the keyword, which it may change, and returns additional schemas.
+Each function in `WRITERS` gets the schema that has the keyword, may change it, and may return an additional schema.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from candle_vllm.core.sampling import json_facts
 from candle_vllm.core.sampling.json_dialect import Remarks, taker
-from candle_vllm.core.sampling.json_opposites import ASSERTING
+from candle_vllm.core.sampling.json_opposites import ASSERTING, OppositeUnknown, opposite
 from candle_vllm.core.sampling.structured import refused
 from candle_vllm.core.sampling.unique_sites import compared
 
 Schema = dict[str, Any]
 
 MAX_CASES = 256  # maximum product of the numbers of alternatives of a schema's keywords
-MAX_PLACES = 16  # number of elements in which `contains` may match, in an array without a maximum length
+MAX_PLACES = 16  # `contains` is satisfied by elements among the first 16, or fewer, of an array
 MAX_OPTIONS = 128  # maximum number of options of oneOf that are compared with each other
 MAX_ARRAYS = 2_000  # maximum number of arrays that are enumerated for uniqueItems
 IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies"})
@@ -31,10 +32,10 @@ class At(NamedTuple):
     """Position of a schema.
 
     Attributes:
-        place: the position, for messages.
+        place: the position in the user's schema, for messages.
         base: the base URI of references.
         depth: depth of nesting.
-        asking: the keyword that a case was written for, and its position.
+        asking: the user's keyword for which this schema was written, and its position; None for the user's schemas.
     """
 
     place: str
@@ -47,7 +48,7 @@ class At(NamedTuple):
 
 
 class Case(dict[str, Any]):
-    """A schema that was written to replace a keyword."""
+    """A schema that replaces a keyword; `asking` is the keyword and its position."""
 
     def __init__(self, schema: Schema, asking: tuple[str, str]) -> None:
         super().__init__(schema)
@@ -55,7 +56,7 @@ class Case(dict[str, Any]):
 
 
 class Cases(Protocol):
-    """Rewrites a schema in known keywords."""
+    """The parts of `json_cases` that the functions here use."""
 
     facts: json_facts.Facts
     remarks: Remarks
@@ -99,7 +100,7 @@ def _dependent(keyword: str) -> Callable[[Cases, Schema, At], Any]:
 
 
 def _contains(cases: Cases, own: Schema, at: At) -> Any:
-    """Write one case for each choice of indices for the matches."""
+    """Write one case for each choice of the indices at which elements match."""
     least, most, longest = own.get("minContains", 1), own.get("maxContains"), own.get("maxItems", math.inf)
     if (least == 0 and most is None) or "array" not in json_facts.types_of(own):
         return None
@@ -126,7 +127,7 @@ def _contains(cases: Cases, own: Schema, at: At) -> Any:
 
 
 def _unique(cases: Cases, own: Schema, at: At) -> Any:
-    """Write every array of different values if they are few; else the elements are compared during generation."""
+    """Enumerate the arrays of different values if there are few; else elements are compared during generation."""
     longest = own.get("maxItems", math.inf)
     if own["uniqueItems"] is not True or longest < 2 or "array" not in json_facts.types_of(own):
         return None
@@ -182,6 +183,40 @@ def _different(domains: list[list[Any]], least: int, most: float) -> list[list[A
     return found if len(found) <= MAX_ARRAYS else None
 
 
+def _look_aheads(_: Cases, own: Schema, __: At) -> Any:
+    """Rewrite look-aheads at the beginning of a pattern, (?=...) or (?!...), to further patterns of the string."""
+    pattern, found = own["pattern"], list[Any]()
+    if any(mark.group() == "|" and not depth for mark, depth in brackets(pattern)):
+        return None  # the look-aheads belong to the first alternative
+    while pattern.startswith(("^(?=", "^(?!")):
+        end = next((mark.start() for mark, depth in brackets(pattern) if mark.group() == ")" and not depth), 0)
+        ahead, parts = pattern[4:end], [[{"pattern": f"^(?:{pattern[4:end]})"}]]
+        if pattern[3] == "!":
+            try:
+                parts = [opposite({"pattern": f"^{one}"}, frozenset({"string"})) for one in ahead.split("|")]
+            except OppositeUnknown:
+                return None
+        if not ahead or not all(parts):
+            return None
+        found += [{"pattern": one["pattern"]} for [one] in parts]
+        pattern = "^" + pattern[end + 1 :]
+    own["pattern"] = pattern
+    return {"allOf": found} if found else None
+
+
+def brackets(pattern: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Yield the brackets, bars and anchors of a pattern outside of classes and escapes, with their nesting depth."""
+    depth = 0
+    for match in _REGEX.finditer(pattern):
+        depth -= match.group() == ")"
+        if len(match.group()) == 1:
+            yield match, depth
+        depth += match.group() == "("
+
+
+_REGEX = re.compile(r"\\.|\[\^?\]?(?:[^\]\\]++|\\.)*+(?:\]|\\?\Z)|[()|^$]", re.DOTALL)
+
+
 def _names(cases: Cases, own: Schema, at: At) -> Any:
     """Rewrite `propertyNames` to `properties` and `patternProperties`."""
     held = own["propertyNames"]
@@ -189,11 +224,11 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
         return None
     if held is False:
         return _only("object", own, [{"maxProperties": 0}])
-    parts = [
-        cases.own(one.schema, at._replace(place=f"{at.place}/propertyNames"))
-        for one in cases.facts.parts(json_facts.Place(held, at.base))
-        if one.schema is not False
-    ]
+    parts = list[Schema]()
+    for one in cases.facts.parts(json_facts.Place(held, at.base)):
+        if one.schema is not False:
+            part = cases.own(one.schema, at._replace(place=f"{at.place}/propertyNames"))
+            parts += [part, *part.get("allOf", [])[len(one.schema.get("allOf", [])) :]]  # a format beside a pattern
     told = [(name, value) for part in parts for name, value in part.items() if name in _OF_NAMES]
     whole = dict(told)
     others = {name for part in parts for name in part} & (ASSERTING - _OF_NAMES - {"$ref", "allOf", "type"})
@@ -241,7 +276,7 @@ def _no_names(at: At) -> Exception:
 
 
 def _one_of(cases: Cases, own: Schema, at: At) -> Any:
-    """Rewrite `oneOf` to `anyOf`, with options that exclude each other; too many options are left to llguidance."""
+    """Rewrite `oneOf` to an `anyOf` of options that exclude each other; too many options are left to llguidance."""
     options = own["oneOf"]
     beside = cases.facts.parts(
         json_facts.Place({name: value for name, value in own.items() if name != "oneOf"}, at.base)
@@ -312,6 +347,7 @@ WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType(
     {
         "unevaluatedProperties": _unevaluated("unevaluatedProperties", "additionalProperties"),
         "unevaluatedItems": _unevaluated("unevaluatedItems", "items", "contains"),
+        "pattern": _look_aheads,
         "propertyNames": _names,
         "oneOf": _one_of,
         "not": lambda cases, own, at: cases.opposed(own["not"], "not", json_facts.types_of(own), at),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The opposite of a JSON schema: schemas that accept exactly the values that the schema rejects.
 
-Only one level is rewritten: nested schemas appear as `{"not": ...}`. Every keyword of a schema becomes alternatives
-that each violate the keyword. `OppositeUnknown` is raised if the opposite cannot be written in the keywords that a
-grammar supports: the opposite of most patterns, a number that is not an integer, a key that differs from named keys.
+A value is rejected if it violates at least one keyword, so each keyword becomes schemas of the values that violate it.
+Only one level is rewritten: subschemas appear as `{"not": ...}`. `OppositeUnknown` is raised if a grammar cannot write
+the opposite: of most patterns, of the type integer among numbers, of `additionalProperties` beside named keys.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ from candle_vllm.core.sampling.json_facts import BOUNDS, TYPES, span_of, type_na
 
 MAX_PATTERN = 1 << 16  # maximum characters of a pattern that excludes texts
 MAX_ELEMENTS = 64  # maximum length of an array value whose opposite is written element by element
-_LITERAL = re.compile(r"\^((?:[\w /@:,;=!#%&~'\"<>-]|\\[.\-/^$*+?()\[\]{}|\\])*)(\$?)", re.ASCII)
+MAX_CONTAINED = 64  # maximum characters of a text that `lacking` excludes, because its pattern is nested as deeply
+_LITERAL = re.compile(r"(\^(?:\.\*)?|)((?:[\w /@:,;=!#%&~'\"<>-]|\\[.\-/^$*+?()\[\]{}|\\])*)(\$?)", re.ASCII)
 _PLAIN = re.compile(r"[0-9A-Za-z_]")
 
 Schema = dict[str, Any]
 
 
 class OppositeUnknown(Exception):
-    """A keyword has no opposite that a grammar can express."""
-
-    def __init__(self, keyword: str) -> None:
-        super().__init__(keyword)
-        self.keyword = keyword
+    """A keyword, the exception's argument, has no opposite that a grammar can express."""
 
 
 def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
@@ -37,7 +34,7 @@ def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
 
     Args:
         schema: a schema in the keywords of draft 2020-12; nested schemas may have older drafts.
-        types: types that the value is known to have; see `json_facts`.
+        types: the value is known to have one of these types, see `json_facts`.
 
     Raises:
         OppositeUnknown: no such schemas are known.
@@ -98,19 +95,48 @@ def without(texts: Iterable[str], *, beginnings: bool = False) -> str:
     return f"^(?:{'|'.join(found)})$"
 
 
+def lacking(text: str, *, line: bool = False) -> str:
+    """Return a pattern of all texts that do not contain `text`; with `line`, only the first line must not contain it.
+
+    Raises OppositeUnknown if `text` is too long.
+    """
+    if len(text) > MAX_CONTAINED:
+        raise OppositeUnknown("pattern")
+    # An automaton whose state is the number of characters of `text` that were read: for each state, next state -> way.
+    ways: list[dict[int, list[str]]] = []
+    for read, following in enumerate(text):
+        ends = [text[:read] + one for one in sorted(set(text))]
+        after = {end[-1]: next(n for n in range(read + 1, -1, -1) if end.endswith(text[:n])) for end in ends}
+        others = "".join(_escaped(one) for one in [*filter(after.get, after), *("\n" if line else "")])
+        ways.append({0: [f"[^{others}]"]})
+        for one in filter(after.get, after):
+            if one != following or read + 1 < len(text):
+                ways[-1].setdefault(after[one], []).append(_escaped(one))
+    rest = ""
+    for read in range(len(text) - 1, 0, -1):  # eliminate the states except 0
+        again = "|".join(ways[read].pop(read, ()))
+        step = "".join(ways[read - 1].pop(read)) + (f"(?:{again})*" if again else "")
+        for fewer, way in ways[read].items():
+            ways[read - 1].setdefault(fewer, []).append(f"{step}(?:{'|'.join(way)})")
+        rest = f"(?:{step}{rest})?"
+    return f"^(?:{'|'.join(ways[0][0])})*{rest}" + (r"(?:\n(?s:.*))?$" if line else "$")
+
+
 def _escaped(character: str) -> str:
     return character if _PLAIN.fullmatch(character) else f"\\x{{{ord(character):x}}}"
 
 
 def _not_pattern(value: Any, _: Schema) -> list[Schema]:
-    """Return the opposite of a pattern for a literal text or for a literal beginning."""
+    """Return the opposite of a pattern for a literal text, or for texts that begin with it or contain it."""
     match = _LITERAL.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
+    if match is None or (match[1] != "^" and match[3]):
         raise OppositeUnknown("pattern")
-    text = re.sub(r"\\(.)", r"\1", match[1])
-    if not text and not match[2]:
+    text = re.sub(r"\\(.)", r"\1", match[2])
+    if not text and not match[3]:
         return []  # the pattern accepts everything
-    return [{"pattern": without([text], beginnings=not match[2])}]
+    if match[1] != "^":
+        return [{"pattern": lacking(text, line=bool(match[1]))}]
+    return [{"pattern": without([text], beginnings=not match[3])}]
 
 
 def _other_values(kind: str, values: Sequence[Any]) -> list[Any]:
@@ -160,7 +186,7 @@ def _other_object(value: dict[str, Any]) -> Iterator[Schema]:
 
 
 def _less(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
-    """Return the opposite of a minimum count."""
+    """Return the function for a minimum count; `keyword` is the maximum that violates it."""
     return lambda value, _: [{keyword: int(value) - 1}] if value >= 1 else []
 
 
@@ -179,7 +205,7 @@ def _above(_: Any, schema: Schema) -> list[Schema]:
 
 
 def _not_bounds(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
-    """Return the opposite of bounds. With minimum and exclusiveMinimum, only minimum's function returns schemas."""
+    """Return the function for a bound. With minimum and exclusiveMinimum, only minimum's function returns schemas."""
     plain, broken = ("minimum", _below) if keyword.endswith("inimum") else ("maximum", _above)
 
     def breaks(value: Any, schema: Schema) -> list[Schema]:

@@ -24,9 +24,9 @@ class Target(NamedTuple):
     """Target of a reference.
 
     Attributes:
-        pointer: its JSON pointer in the document, or a name that no pointer can have.
+        pointer: its JSON pointer, as in `#/$defs/a`; for an anchor, and inside a schema with an id, the URI.
         schema: the target, which is not checked yet and may be no schema.
-        base: the base URI of its references.
+        base: the base URI of the references in it.
     """
 
     pointer: str

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Rules of JSON schemas beyond single keywords: patterns on the same text, and recursion.
+"""Rules of JSON schemas beyond single keywords: patterns on the same string, recursion, types and references of tools.
 
-- Each additional pattern on the same text may double the work. The compiler makes one expression of all patterns that
-  `allOf`, or a `$ref` next to other keywords, applies to a text, and it has no limit for this work. The number of these
-  patterns is estimated: inside such schemas, patterns are counted together if they apply to properties with the same
-  name, to elements of arrays, or to unnamed keys; patterns of unnamed keys count for every name, too.
-- With endless recursion, generation would continue until the context is full.
+- By `allOf`, or a `$ref` next to other keywords, several patterns may apply to one string. The compiler intersects
+  them; each pattern may double this work, which it does not limit, so their number is limited here. It is estimated:
+  inside such a schema, patterns are counted together if they belong to properties of one name, to array elements, or
+  to values of unnamed keys (`additionalProperties`, `patternProperties`), which count for every named property, too.
+- A schema that must contain itself would be generated until the context is full.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from candle_vllm.core.sampling.json_facts import NAMES
 from candle_vllm.core.sampling.json_references import LISTED_PARTS, NAMED_PARTS, SINGLE_PARTS, References, children
 from candle_vllm.core.sampling.structured import refused
 
-MAX_MEETING = 8  # maximum number of patterns on one text
-MAX_VISITS = 200_000  # maximum number of visits of schemas, counted for each place
+MAX_MEETING = 8  # maximum number of patterns on one string
+MAX_VISITS = 200_000  # maximum number of pairs of a schema and a `Place` that are examined
 
 Schema = dict[str, Any]
 Place = tuple[str, str]
-"""Kind of a place, and its name: ("property", "age"), ("element", ""), ("key", ""), ("schema", where)."""
+"""What patterns apply to: ("property", name), ("element", ""), ("key", "") for unnamed keys, ("schema", position)."""
 
 _MERGED = ("allOf", "anyOf", "oneOf")
 _KEY: Place = ("key", "")
 
 
 def check_meeting(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any], asserting: Collection[str]) -> None:
-    """Refuse schemas in which too many different patterns apply to the same text.
+    """Refuse schemas in which too many different patterns apply to the same string.
 
     Args:
         nodes: every reachable schema, checked, with its position.
-        asserting: keywords that are more than annotations.
+        asserting: keywords that constrain a value, unlike annotations.
 
     Raises:
         InvalidParameterError: more than `MAX_MEETING` patterns may meet, or the schema is too complex to check.
@@ -93,7 +93,7 @@ def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]
         InvalidParameterError: a schema has no finite instance.
     """
     ends: set[int] = set()
-    wanting: dict[int, list[Schema]] = {}  # schema -> schemas that needed it before it was known
+    wanting: dict[int, list[Schema]] = {}  # id of a schema not known to end -> schemas that may end if it does
     queue = deque(schema for schema, _ in reversed(nodes))
 
     while queue:
@@ -114,7 +114,7 @@ def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]
 
 
 def _ends(schema: Schema, known: Callable[[Any], bool], targets: Mapping[str, Any]) -> bool:
-    """Return whether a schema has a finite instance, by what is known of the schemas that it needs."""
+    """Return whether a schema has a finite instance, if only the schemas for which `known` is true have one."""
     if "$ref" in schema and not known(targets[schema["$ref"]]):
         return False
     if not all(map(known, schema.get("allOf", []))):
@@ -136,7 +136,7 @@ def _ends(schema: Schema, known: Callable[[Any], bool], targets: Mapping[str, An
 TYPE_ALIASES: Mapping[str, str] = MappingProxyType(
     {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 )
-"""Names of Python types in the schemas of tools."""
+"""Python's name of a type, as schemas of tools may have it -> JSON's name."""
 
 
 class Fault(NamedTuple):

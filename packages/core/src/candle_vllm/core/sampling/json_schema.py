@@ -2,8 +2,8 @@
 """Check JSON schemas before they are compiled: refuse constraints that cannot be guaranteed, or are too costly.
 
 A schema is first rewritten in llguidance's keywords (`json_cases`). Then this module finds numbers that would be
-rounded, keys that could be spelled in two ways or appear twice, and schemas whose compilation takes unbounded time or
-memory or overflows the stack. All limits were measured: a schema at one of these limits compiles in at most a second.
+rounded, objects in which a key could appear twice, as "a" and as "\\u0061", and schemas that would take unbounded time
+or memory or overflow the stack. All limits were measured: a schema at one of them compiles in at most a second.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from candle_vllm.core.sampling.json_cases import MAPS, SINGLE, in_known_keywords
-from candle_vllm.core.sampling.json_closed import close_objects
+from candle_vllm.core.sampling.json_cases import CASES, MAPS, SINGLE, in_known_keywords
 from candle_vllm.core.sampling.json_dialect import Remarks
 from candle_vllm.core.sampling.json_facts import BOUNDS, FRACTION, LISTS, types_of
 from candle_vllm.core.sampling.json_references import MAX_NESTING
@@ -24,17 +23,17 @@ from candle_vllm.core.sampling.json_rules import check_finite, check_meeting
 from candle_vllm.core.sampling.structured import Schema, parsed_json, refused
 
 MAX_SUBSCHEMAS = 10_000
-MAX_LEVELS = 600  # sum of the nesting of the schema and of its definitions, because the compiler recurses
+MAX_LEVELS = 600  # sum of the depths of the schema and its definitions: the compiler may recurse through all of them
 MAX_PROPERTIES = 4_000
-MAX_OPTIONAL = 480  # optional properties of an object: each takes four of the parser's 2,000 items per position
+MAX_OPTIONAL = 480  # optional properties of an object; each takes four of llguidance's 2,000 Earley items per position
 MAX_COUNTED_OPTIONAL = 64  # optional properties of an object with minProperties or maxProperties
 MAX_PATTERNS = 1_000
 MAX_PATTERN_PROPERTIES = 64
 MAX_VALUES = 50_000  # maximum number of values of all enums
 MAX_COMPOUND_VALUES = 2_000  # maximum number of objects and arrays among these values
-MAX_MULTIPLE = 50_000  # maximum value of multipleOf without its decimal point
-MAX_MULTIPLES = 200_000  # maximum sum of these values
-NEXT_TO_ZERO = 1e-17  # the number next to an open bound at zero; smaller ones have too many digits to be compiled
+MAX_MULTIPLE = 50_000  # maximum of multipleOf as an integer, without its decimal point: 0.25 counts as 25
+MAX_MULTIPLES = 200_000  # maximum sum of these integers in all schemas of a grammar
+NEXT_TO_ZERO = 1e-17  # replaces an exclusive bound of 0; smaller numbers have too many digits to be compiled
 EXACT = 1 << 53  # above it, not every integer is a float
 MAX_INTEGER = (1 << 63) - 1
 
@@ -44,16 +43,18 @@ SUPPORTED = frozenset(
     | {"multipleOf"}
 )
 _ESCAPED = "\b\t\n\f\r"
+_OF_OBJECTS = frozenset({"properties", "patternProperties", "additionalProperties", "required"})
+_KEEPS_OPEN = frozenset({"additionalProperties", "patternProperties", "enum", "const"})
 
 
 class Budget:
-    """Budget of all schemas of one form together: twice the limits of one schema.
+    """Budget of all schemas in one grammar, such as those of a request's tools: twice the limits of one schema.
 
     Attributes:
         counts: counts of subschemas, properties and so on, by name.
-        multiples: sum of every multipleOf without its decimal point.
-        may_compare: whether array elements that must differ may be compared during generation.
-        compared: whether they must be compared, because the grammar does not ensure that they differ.
+        multiples: sum of all multipleOf as integers, see `MAX_MULTIPLE`.
+        may_compare: whether `uniqueItems` may be enforced by comparing elements during generation (`unique_items`).
+        compared: whether a schema needs this comparison, because its grammar alone allows equal elements.
         open_objects: whether objects may have keys that their schemas do not mention; see `close_objects`.
     """
 
@@ -70,9 +71,9 @@ class Compilable(NamedTuple):
 
     Attributes:
         schema: the schema in llguidance's keywords.
-        any_escape: whether texts may have `\\u` escapes (in a text with a pattern, of control characters only).
+        any_escape: whether strings may have `\\u` escapes (a string with a pattern: of control characters only).
         remarks: remarks for the user.
-        compared: whether array elements must be compared during generation, see `unique_items`.
+        compared: see `Budget`.
     """
 
     schema: dict[str, Any]
@@ -81,17 +82,12 @@ class Compilable(NamedTuple):
     compared: bool
 
 
-def checked_schema(schema: Any, budget: Budget | None = None) -> dict[str, Any]:
-    """Return a schema that can be compiled; see `compilable_schema`."""
-    return compilable_schema(schema, budget).schema
-
-
 def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
     """Check a schema and rewrite it for compilation.
 
     Args:
         schema: the result of `json.loads`.
-        budget: budget of all schemas of one form; None for a single schema.
+        budget: budget of all schemas in the grammar; None for a single schema.
 
     Raises:
         InvalidParameterError: the schema is invalid, not supported, too large, or has no finite instance.
@@ -116,7 +112,7 @@ def schema_remarks(schema: Schema) -> list[str]:
 
 
 class _Check:
-    """Checks all reachable schemas, in the order of the text, each definition once."""
+    """Checks the root schema, and each definition that is reachable from it once."""
 
     def __init__(self, root: dict[str, Any], budget: Budget, remarks: Remarks, compared: bool) -> None:
         self.root = root
@@ -128,7 +124,7 @@ class _Check:
         self.waiting: list[tuple[str, Any]] = []
         self.multiples: list[Fraction] = []  # values of multipleOf in this schema
         self.nodes: list[tuple[dict[str, Any], str]] = []
-        self.control: tuple[str, str] | None = None  # a character that must be escaped, and its position
+        self.control: tuple[str, str] | None = None  # a control character in an enum or const, and its position
 
     def run(self) -> None:
         levels = self.subschema(self.root, "#", 0)
@@ -152,8 +148,8 @@ class _Check:
             )
 
     def any_escape(self) -> bool:
-        """Whether texts may have `\\u`. With it, a named key could be repeated in a different spelling where other keys
-        are allowed, and so could an element that must differ.
+        """Whether strings may have `\\u` escapes. With them, an object that allows other keys could repeat a named key
+        in a different spelling, and an array of unique elements could repeat an element.
         """
         if self.compared:
             return False
@@ -195,9 +191,9 @@ class _Check:
             self.count("patterns and formats", MAX_PATTERNS)
 
     def close_open_ends(self) -> None:
-        """Replace open integer bounds by the next allowed float where bounds may be combined.
+        """Replace an exclusive bound that is an integer by the next allowed float, where llguidance would include it.
 
-        Between an excluded integer and a fraction before the next integer, llguidance would allow the excluded one.
+        This happens if the other bound is a fraction of the same unit: `{"exclusiveMinimum": 1, "maximum": 1.5}`.
         """
         ends = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
         for sign, (plain, opened), other in ((1, *ends), (-1, *reversed(ends))):
@@ -294,7 +290,7 @@ class _Check:
             self.waiting.append((pointer, self.targets[pointer]))
 
     def check_multiples(self) -> None:
-        """Limit `multipleOf`, whose remainders llguidance enumerates, and the common multiple of values in `allOf`."""
+        """Limit `multipleOf`, whose remainders llguidance enumerates, and the common multiple, for use in `allOf`."""
         together = Fraction(1)
         for place, value in enumerate(self.multiples):
             together = _common_multiple(together, value) if place else value
@@ -318,7 +314,7 @@ def _parts(schema: dict[str, Any], place: str) -> Iterator[tuple[Any, str]]:
 
 
 def _check_number(value: float, place: str) -> None:
-    """Refuse a number that would be rounded: it is converted to a float, and to its shortest decimal."""
+    """Refuse a number that llguidance would change, because it converts it to a float and back to a decimal."""
     if abs(value) <= EXACT or (abs(value) <= 10**22 and Decimal(repr(float(value))) == value):
         return
     if isinstance(value, int) and abs(value) <= 1 << 62 and int(float(value)) == value:
@@ -335,7 +331,7 @@ def _fractions(schema: dict[str, Any], *names: str) -> Iterator[float]:
 
 
 def _digits(value: Fraction) -> int:
-    """Return a decimal number without its point."""
+    """Return a decimal number without its point: 25 for 0.25."""
     while value.denominator > 1:
         value *= 10
     return value.numerator
@@ -343,3 +339,50 @@ def _digits(value: Fraction) -> int:
 
 def _common_multiple(one: Fraction, two: Fraction) -> Fraction:
     return Fraction(math.lcm(one.numerator, two.numerator), math.gcd(one.denominator, two.denominator))
+
+
+def close_objects(root: dict[str, Any]) -> dict[str, Any]:
+    """Write `additionalProperties: false` to objects that have `properties` and no keyword for other keys.
+
+    xgrammar and llama.cpp do this too: a weak model may otherwise invent keys until its token limit. An object that
+    several schemas describe together (`allOf`, or `properties` next to `anyOf` or `$ref`) stays open, because closing
+    one of the schemas would forbid the properties of the others.
+
+    Args:
+        root: a schema in llguidance's keywords, with all definitions that it refers to; changed in place.
+    """
+    together: dict[int, bool] = {}  # by id: whether other schemas describe the same value
+    found: list[dict[str, Any]] = []
+    waiting: list[tuple[Any, bool]] = [(root, False)]
+    while waiting:
+        schema, shared = waiting.pop()
+        if not isinstance(schema, dict):
+            continue
+        lists = [schema[name] for name in ("allOf", "anyOf", "oneOf") if name in schema]
+        beside = len(lists) + ("$ref" in schema) + (not _OF_OBJECTS.isdisjoint(schema)) > 1
+        shared = shared or beside or CASES in schema or len(schema.get("allOf", ())) > 1
+        known = together.get(id(schema))
+        if known is None:
+            found.append(schema)
+        elif known or not shared:
+            continue
+        together[id(schema)] = shared
+        parts = [part for name in LISTS for part in schema.get(name, ())]
+        parts += [part for name in MAPS for part in schema.get(name, {}).values()]
+        parts += [schema[name] for name in SINGLE if name in schema]
+        if "$ref" in schema:
+            parts.append(_target(root, schema["$ref"]))
+        waiting += [(part, shared) for part in parts]
+    for schema in found:
+        properties = schema.get("properties")
+        if together[id(schema)] or properties is None or not _KEEPS_OPEN.isdisjoint(schema):
+            continue
+        if set(schema.get("required", ())) <= properties.keys() and schema.get("minProperties", 0) <= len(properties):
+            schema["additionalProperties"] = False
+    return root
+
+
+def _target(root: dict[str, Any], pointer: str) -> Any:
+    """Return the schema to which `#`, `#/$defs/name` or `#/definitions/name` points."""
+    _, *steps = pointer.split("/")
+    return root.get(steps[0], {}).get(steps[1]) if steps else root

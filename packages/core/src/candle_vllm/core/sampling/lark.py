@@ -22,13 +22,13 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed
 logger = logging.getLogger(__name__)
 
 MAX_DEPTH = 2_000
-MAX_WORDS = 100_000  # maximum number of names, strings and expressions in all rules
-MAX_SEQUENCE = 5_000  # maximum length of a sequence of them without an alternative
+MAX_WORDS = 100_000  # maximum number of names, strings and regular expressions in all rules
+MAX_SEQUENCE = 5_000  # maximum number of these one after the other, in one alternative of a rule or bracket
 MAX_MEETING = 16  # maximum number of `&` in a terminal and the terminals that it uses; each may double the time
 
 
 class LarkShape:
-    """Shape of a grammar, collected from its tokens in order."""
+    """Size and nesting of a grammar, collected from its tokens in order, to limit the compiler's work."""
 
     def __init__(self) -> None:
         self._refers: dict[str, set[str]] = {"": set()}
@@ -46,7 +46,7 @@ class LarkShape:
         self._lengths = [0]
 
     def word(self, name: str | None = None) -> None:
-        """Add an element of a sequence: a name, if `name` is given, or something else."""
+        """Add an element of a sequence: a rule or terminal called `name`, or else a string or regular expression."""
         if name is not None:
             self._refers[self._rule].add(name)
         self._words += 1
@@ -151,6 +151,7 @@ _IS_LARK = re.compile(
 _GBNF_RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
 _GBNF_BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
 _CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
+_SET_OPERATORS = re.compile(r"([&~-])\1")  # of classes in Rust's regular expressions
 
 Grammar = dict[str, Any]
 """An element of llguidance's list of grammars: `name`, and `lark_grammar` or `json_schema`."""
@@ -194,10 +195,10 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
     Args:
         name: name of the grammar.
         spec: parameters; only the options for whitespace are used.
-        budget: budget of all schemas of one form.
+        budget: budget of all schemas in the request's grammars.
 
     Raises:
-        InvalidParameterError: see `checked_schema`.
+        InvalidParameterError: see `compilable_schema`.
     """
     return {"name": name, "json_schema": _compilable(schema, spec, budget)}
 
@@ -265,8 +266,8 @@ def _character(code: re.Match[str]) -> str:
 def _converted(rules: Mapping[str, gbnf.RuleNode]) -> str:
     """Return the rules of a GBNF grammar in Lark, with names that stay unique when the converter changes their case.
 
-    Rules without recursion become terminals. The rule that is added here lets the whole text be one, because llguidance
-    ends a terminal only where it cannot be longer, so several terminals may match less than GBNF matches.
+    The converter makes terminals of rules without recursion, except of `root`. llguidance ends a terminal only where it
+    cannot be longer, so a `root` of several terminals may match less than in GBNF: a rule around `root` is added here.
     """
     if "root" not in rules:
         raise ValueError("there is no rule 'root'")
@@ -278,8 +279,8 @@ def _converted(rules: Mapping[str, gbnf.RuleNode]) -> str:
         nodes += node.children()
         if isinstance(node, gbnf.RuleRefNode) and node.name in rules:
             node.name = rules[node.name].name
-        elif isinstance(node, gbnf.RegexNode) and node.rx == ".":
-            node.rx = "(?s:.)"  # with line breaks
+        elif isinstance(node, gbnf.RegexNode):  # a class or `.`, which matches line breaks too
+            node.rx = "(?s:.)" if node.rx == "." else _SET_OPERATORS.sub(r"\1\\\1", node.rx)
     gbnf.resolve(named := {rule.name: rule for rule in (top, *rules.values())})
     for node in nodes:
         if isinstance(node, gbnf.RepetitionNode) and isinstance(node.node, gbnf.RepetitionNode):

@@ -157,7 +157,7 @@ def _await_work() -> None:
 
 
 def _awaited(other: Future[Compiled]) -> Compiled:
-    """Wait for the same form in another thread; raise its error as a new one, because threads add tracebacks."""
+    """Wait for the thread that compiles the same form; raise a copy of its error, to which each thread adds frames."""
     try:
         return other.result()
     except InvalidParameterError as error:

@@ -2,8 +2,8 @@
 """Compile the form of a text to llguidance's matcher (step 7 of a request's life).
 
 The matcher is made from a list of named grammars: "top", with the free text of the reasoning; the grammar of the form;
-the grammars that it refers to; and one for the text around it. llguidance uses only bytes: it must not force the
-tokenizer's canonical tokenization, which would call Python for every mask.
+the grammars that it refers to; and one for the text around it. The option `no_forcing` allows every tokenization of a
+text: to force the tokenizer's own, llguidance would call Python for every mask.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Compiled(NamedTuple):
 
     Attributes:
         form: llguidance's matcher.
-        size: characters of its description.
-        compared: array elements that must differ (uniqueItems), which llguidance does not check.
+        size: characters of the grammars.
+        compared: data to compare the elements of arrays (uniqueItems), which llguidance does not do; None without need.
     """
 
     form: Form

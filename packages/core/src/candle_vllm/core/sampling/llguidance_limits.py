@@ -25,7 +25,7 @@ _LIMITS: Mapping[str, Any] = MappingProxyType(
 )
 MOST_COMPILING = 10
 """Maximum seconds that llguidance may take for one form."""
-_FEW = 1024  # a grammar of at most this many characters, without counted repetitions, compiles in time
+_FEW = 1024  # a grammar of at most this many characters, without repetitions such as `{3,9}`, compiles in time
 _COUNTED = re.compile(r"\{\d")
 _TOKEN = re.compile(r"<\[[\d,^-]+\]>")
 _TRIAL = """
@@ -53,7 +53,7 @@ def check_time(name: str, text: str) -> None:
     """Refuse grammars that llguidance would compile for too long.
 
     llguidance's limits do not count its work on the first byte of a terminal, for which it intersects large regular
-    expressions of a user's grammar. Patterns of a schema follow a quotation mark, so that they are not affected.
+    expressions of a user's grammar. Patterns of a schema are not affected, because they follow a quotation mark.
     """
     meets = "&" in text or "~" in text
     if meets and (len(text) > _FEW or _COUNTED.search(text)) and not _ends_in_time(text):

@@ -102,16 +102,16 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than `min_p` times the likeliest, [0, 1].
         presence_penalty: subtracted once from the logit of every token already generated, [-2, 2].
-        frequency_penalty: subtracted per occurrence in the generated text, [-2, 2].
+        frequency_penalty: subtracted from a token's logit for each occurrence in the generated text, [-2, 2].
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
-        repeat_last_n: the three penalties count tokens only in the last this many of prompt and output; -1 for all.
+        repeat_last_n: how many of the last tokens, prompt and output, the three penalties count; -1 for all.
         top_n_sigma: keep logits within this many standard deviations of the largest, up to 100; 0 or less keeps all.
         typical_p: keep the tokens whose surprise is nearest to the entropy, up to this total probability, (0, 1].
         xtc_probability: probability with which XTC removes the likeliest tokens, [0, 1].
         xtc_threshold: XTC keeps only the least likely of the tokens at least this likely, [0, 1]; no effect above 0.5.
-        dynatemp_range: the temperature is `temperature` plus or minus up to this, by the row's entropy, [0, 100].
-        dynatemp_exponent: exponent of the entropy's ratio to its maximum, [0, 100].
+        dynatemp_range: the temperature rises with the entropy from `temperature` minus this to plus this, [0, 100].
+        dynatemp_exponent: exponent of the entropy divided by its maximum, see `dynatemp_range`, [0, 100].
         mirostat: 1 or 2 keep the text's surprise at `mirostat_tau` by removing less likely tokens; 0 is off. It
             replaces top_k, top_p, min_p and typical_p if these were not given.
         mirostat_tau: target surprise in bits, [0, 100].

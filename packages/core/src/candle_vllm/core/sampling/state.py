@@ -191,7 +191,7 @@ class SamplingState:
 
     @property
     def forced(self) -> int | None:
-        """Return the next token of the forced end of reasoning at its limit; None below it. Waits for the grammar.
+        """Next token of the closing mark that is forced at the limit of reasoning, or None. Waits for the grammar.
 
         `allowed_token_ids` and the grammar have priority: a token that they forbid is forced when they allow it.
         """
@@ -408,9 +408,8 @@ class RecentCounts:
     def __init__(self, tokens: Sequence[int], prompt: int) -> None:
         all_ids = np.array(tokens, np.int64)
         self.ids = _distinct(all_ids)
-        self.counts = np.bincount(np.searchsorted(self.ids, all_ids[prompt:]), minlength=len(self.ids)).astype(
-            np.float32
-        )
+        places = np.searchsorted(self.ids, all_ids[prompt:])
+        self.counts = np.bincount(places, minlength=len(self.ids)).astype(np.float32)
 
 
 class BadWords:

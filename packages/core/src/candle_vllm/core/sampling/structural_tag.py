@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Structural tags: grammars of free text that has parts in a given form between marks, as in vLLM and xgrammar.
+"""Structural tags: grammars of free text with constrained parts between marks, as in vLLM and xgrammar.
 
-The older form has `structures` (`begin`, `schema`, `end`) that begin wherever one of `triggers` appears; the newer form
-is a tree of formats. Free text is matched lazily up to a mark, so that a mark always ends it.
+In vLLM's older notation, one of `structures` (`begin`, `schema`, `end`) must follow wherever one of `triggers` appears;
+xgrammar's newer one is a tree of formats. Free text is matched lazily up to a mark, so that a mark always ends it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_TAGS = 1_000
 MAX_FORMATS = 5_000
 MAX_NESTING = 30
 MAX_MARK = 4_096  # maximum characters of a mark or a fixed text
-_FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+_FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {  # format -> required and optional fields
     "const_string": (frozenset({"value"}), frozenset()),
     "json_schema": (frozenset({"json_schema"}), frozenset({"style"})),
     "regex": (frozenset({"pattern"}), frozenset()),
@@ -40,7 +40,7 @@ def structural_tag_grammars(
     """Return the grammars of `spec.structural_tag`; the first one is called `name`.
 
     Raises:
-        InvalidParameterError: the tag is invalid, or has an unsupported form.
+        InvalidParameterError: the tag is invalid, or has an unsupported format.
     """
     assert spec.structural_tag is not None
     tag = parsed_json("structural_tag", spec.structural_tag)

@@ -3,8 +3,8 @@
 
 Reasoning is between two marks of the model's own format. Tokens between them are counted; when the budget is reached,
 the closing mark is forced, token by token, and the answer continues after it. A mark that is the name of a special
-token means that token, as in `StructuredOutputsParams`. Other text may mention a mark: an opening mark counts only at
-the beginning of the text or directly after reasoning, a closing mark not in quotes.
+token means that token, as in `StructuredOutputsParams`. A text may mention any other mark: an opening mark counts only
+at the beginning of the text or directly after reasoning, a closing mark only outside quotes.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class ThoughtCount:
         self._closing = self._limit.opened or ()  # closing mark of the current reasoning
         self._tail = b""  # end of the text, in which no mark was found yet
         self._said: list[int] = []  # the last tokens of the current reasoning, enough for any mark
-        self._fresh = True  # only white space, or the beginning of a mark, came since the beginning or the reasoning
+        self._fresh = True  # whether the text, or the text after reasoning, is only space or the beginning of a mark
         self._forced: tuple[int, ...] = ()  # the tokens that are still to be forced
         self._decide()
 

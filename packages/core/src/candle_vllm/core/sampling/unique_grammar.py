@@ -21,11 +21,11 @@ Mark = bytes | int
 
 
 class Compared(NamedTuple):
-    """Array elements that must differ in the texts of a form.
+    """Data to compare the array elements that must differ, in the texts of one form.
 
     Attributes:
         sites: the sites of the form's schema, see `unique_sites`.
-        twin: the form's grammar over single bytes.
+        twin: the form's grammar, compiled for a vocabulary of single bytes.
         start, end: marks of the reasoning before the form.
     """
 
@@ -45,7 +45,7 @@ class _Reasoning:
         self._held = b""
 
     def form(self, token: int, text: bytes) -> bytes:
-        """Return the text of the form in this token and in earlier tokens that were still undecided."""
+        """Return the text in the form that this token adds, with earlier text that might have been an opening mark."""
         if self.place == "start":
             self._held += text if self._held else text.lstrip(WHITE)
             text = self._begun(token)
@@ -82,7 +82,7 @@ class ComparedGrammar:
     """Grammar that also forbids tokens that would repeat an element of an array; see `Grammar`.
 
     Args:
-        compared: the array elements that must differ.
+        compared: data to find the elements that must differ.
     """
 
     def __init__(self, inner: LlguidanceGrammar, compared: Compared, trie: TokenTrie) -> None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """`uniqueItems` (step 7 of a request's life): find the tokens that would repeat an element of an array.
 
-A grammar does not remember earlier elements, so this module reads the text too. The schemas that apply at each place
-determine which arrays must have unique elements; the elements of such an array are stored as a trie of bytes
-(`Elements`). A byte is forbidden if every element that it can lead to exists already. This is decided exactly: a twin
-of the grammar, over single bytes, counts the bytes that may follow each node of the trie. A node is dead if all of them
-lead to dead nodes, and the end of each element is dead. Elements are strings, integers, booleans and null, each of
-which the grammar can spell in only one way, except -0, which is forbidden; and numbers, which are restricted to one
+A grammar does not remember earlier elements, so this module parses the text too. The schemas that apply at each
+position tell which arrays must have unique elements; the elements of such an array are stored as a trie of bytes
+(`Elements`). A byte is forbidden if every element that it can lead to exists already. To know this, a twin of the
+grammar, compiled for single bytes, counts the bytes that may follow each node of the trie: the end of a stored element
+is dead, and so is a node if all bytes that may follow it lead to dead nodes. Elements are strings, integers, booleans
+and null, which the grammar spells in only one way, except -0, which is forbidden; and fractions, restricted to one
 spelling: decimals of few digits, which differ as floats, without an exponent or trailing zeros. Tokens with parts of
 several elements are forbidden, except tokens that end one element and begin the next.
 """
@@ -77,7 +77,7 @@ class Elements:
                 break
 
     def is_last(self, place: int, above: int = 0) -> bool:
-        """Return whether no element is left below the place `above` if the current element ends at this place."""
+        """Return whether an element that ends at this place would be the last one possible below the place `above`."""
         while self._closed[place] + 1 >= self._ways[place]:
             if place in (0, above):
                 return place == above
@@ -95,7 +95,7 @@ class _Frame(NamedTuple):
 
 
 class Unrepeated:
-    """The arrays of one text.
+    """Parser of one text, which removes from masks the tokens that would repeat an array's element.
 
     Args:
         twin: the grammar over single bytes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tokens of a vocabulary in the order of their bytes, and the tokens with parts of several array elements.
+"""The tokens of a vocabulary sorted by their bytes, and masks without tokens with parts of several array elements.
 
 Used for arrays of unique elements (`unique_items`), and made once for a model when it is first needed.
 """
@@ -82,7 +82,7 @@ class Neighbours:
         return self._string[escaped, element]
 
     def not_going_on(self, mode: str) -> NDArray[np.int32]:
-        """Return a mask [words] without the tokens that end an element and require another one."""
+        """Return a mask [words] without the tokens that end an element and have a comma after it."""
         return self._not_going_on[mode]
 
     def not_opening(self, mode: str) -> NDArray[np.int32]:

@@ -30,7 +30,7 @@ class _Header(NamedTuple):
         text: the header with its marks; "" without a header.
         recipient: the recipient of the part; "" without one.
         role: the author of the part; "" if it is not given.
-        lead: text that was read as a header, but is the beginning of the part's text.
+        lead: the beginning of the part's text, if the header lacks its end mark and this text was read with it.
     """
 
     text: str = ""

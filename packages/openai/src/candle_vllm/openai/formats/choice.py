@@ -90,16 +90,8 @@ def choose_layout(
                 return row, "the chat template writes it"
         return marked_tools(text), "the chat template contains the format's marks"
 
-    tools, tools_reason = _first(
-        tool_parser,
-        "tool_parser",
-        tool_names(),
-        TOOL_FORMATS,
-        response_template,
-        response_tools,
-        tools_by_template,
-        kind,
-    )
+    given = response_template, response_tools, tools_by_template, kind
+    tools, tools_reason = _first(tool_parser, "tool_parser", tool_names(), TOOL_FORMATS, *given)
     if tools is None and not tools_reason:
         reads = needs.writes_tools if needs is not None else re.search(r"\btools\b", text) is not None
         tools = tool_names()[_GENERIC] if reads else None
@@ -111,15 +103,9 @@ def choose_layout(
             row, reason = marked_reasoning(text), "the chat template contains the format's marks"
         return row and _with_answer_marks(row, text, kind), reason
 
+    given = response_template, response_reasoning, reasoning_by_template, kind
     reasoning, reasoning_reason = _first(
-        reasoning_parser,
-        "reasoning_parser",
-        reasoning_names(),
-        REASONING_FORMATS,
-        response_template,
-        response_reasoning,
-        reasoning_by_template,
-        kind,
+        reasoning_parser, "reasoning_parser", reasoning_names(), REASONING_FORMATS, *given
     )
     return Choice(tools, reasoning, tools_reason, reasoning_reason or "no sign of reasoning", needs)
 

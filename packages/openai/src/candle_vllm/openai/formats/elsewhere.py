@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Parse whole calls in the formats of other models, at the beginning of an answer (step 10 of a request's life)."""
+"""Parse complete calls in other models' formats, at the beginning of an answer (step 10 of a request's life)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Gemma:
         quote: the mark around a string.
         closers: marks that may follow the call.
         prefix: text before the name.
-        known_only: whether only names of the request's tools are calls; for calls without an opening mark.
+        known_only: whether a call must have the name of a tool of the request; for calls without an opening mark.
     """
 
     quote: str

@@ -29,11 +29,10 @@ class JsonCalls:
 
     Attributes:
         closers: marks that may follow the calls, and that end unclosed arguments.
-        known_only: whether only an object with a known tool's name and with arguments is a call; for text without
-            marks.
-        offered_only: whether only names of the request's tools are calls, and an empty list is not; for a mark that is
-            a word.
-        silent: names that are not calls unless the request offers them.
+        known_only: whether a call must have the name of a tool of the request, and arguments; for calls without marks.
+        offered_only: whether a call must have the name of a tool of the request, and an empty list is text; for a mark
+            that is a common word.
+        silent: names of calls that are parsed, but not emitted, unless the request has such a tool.
         keyed: whether the object has one entry, the tool's name with its arguments (Apertus).
         listed: whether `grammar` writes calls in a list.
         name_key, arguments_key: the keys that this model was trained to write.
@@ -144,7 +143,7 @@ class _ObjectReader:
         self._closed = False  # whether its closing bracket was read
 
     def read(self) -> Need[bool]:
-        """Return whether the object is a call."""
+        """Parse the object; return whether it is a call."""
         reader = self._reader
         reader.at += 1
         yield from reader.skip_space()

@@ -53,19 +53,15 @@ def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
 
     def decoded(text: str) -> None:
         nonlocal held  # `text` is a run of characters or one whole escape
-        if _LONE.fullmatch(text):  # a special token, which is plain text here
-            whole, held = held, ""
-            inner.feed((_LONE.sub("\ufffd", json.loads(f'"{whole}"')) if whole else "") + text)
-            next(run)
-            return
-        if text == '"':  # one of the outer quotes: inner ones are escaped
+        special = text if _LONE.fullmatch(text) else ""  # a special token, which is plain text here
+        if special or text == '"':  # one of the outer quotes: inner ones are escaped
             whole, held = held, ""
         elif _FIRST_HALF.fullmatch(text):
             whole, held = held, text
         else:
             whole, held = held + text, ""
-        if whole:
-            inner.feed(_LONE.sub("\ufffd", json.loads(f'"{whole}"')))
+        if whole or special:
+            inner.feed(_LONE.sub("\ufffd", json.loads(f'"{whole}"')) + special)
             next(run)
 
     closed = yield from read_quoted(reader, decoded)

@@ -48,9 +48,9 @@ class ReasoningFormat:
         name: name of the format.
         open, close: the marks.
         others: further pairs of opening and closing marks.
-        strays: marks without meaning if they occur alone; the answer omits them.
+        strays: marks that have no meaning for the parser, such as marks around an answer; the answer omits them.
         answer: pairs of strays before and after the text of an answer.
-        flow: the format, if messages are not text with marks.
+        flow: the format of whole messages, if messages are not text with marks.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no reasoning itself.
         model_types: types of models that write it, as in `config.json` and GGUF files.
@@ -116,9 +116,7 @@ class ToolFormat:
         unmarked: like `bare`, for models that omit the mark by mistake; grammars never write this format.
         bare_starts: first characters of calls without an opening mark.
         fenced: format of calls that some models write in a JSON code block instead of after a mark.
-        strays: marks without meaning if they occur alone; the answer omits them.
-        answer: pairs of strays before and after the text of an answer.
-        flow: the format, if messages are not text with marks.
+        strays, answer, flow: see `ReasoningFormat`.
         argument_tags: whether an argument is a tag with its name (`<path>`); special tokens of this form are text.
         make_id: creates ids of calls without an id.
         aliases: names of the format in other servers.
@@ -154,7 +152,7 @@ class Layout:
 
     Attributes:
         reasoning, tools: the formats.
-        elsewhere: call formats of other models, each as opening mark ("" without a mark) and format.
+        elsewhere: call formats of other models that are parsed too: pairs of opening mark ("" without one) and format.
     """
 
     reasoning: ReasoningFormat | None = None

@@ -19,7 +19,7 @@ from candle_vllm.openai.formats.values import argument_kinds, escaped
 
 @dataclasses.dataclass(frozen=True)
 class NamedJson:
-    """A name, a mark, and arguments.
+    """Calls that are a name, a mark, and arguments as JSON.
 
     Attributes:
         before_name: texts that may precede the name and are not part of it (DeepSeek's type, Kimi's name space).
@@ -93,7 +93,7 @@ class NamedJson:
         fence = self.fenced and bool((yield from reader.take(*_FENCES)))
         if fence:
             yield from reader.skip_space()
-        certain = fence or self.name_end not in _COMMON  # arguments must follow, whatever they look like
+        certain = fence or self.name_end not in _COMMON  # what follows is arguments, even if it is a list or null
         mark = yield from reader.peek()
         if mark == '"':
             calls.begin(name, given_id)
@@ -196,7 +196,7 @@ def _read_raw(reader: Reader, calls: CallSink, key: str, stops: Markers) -> Need
 
 @dataclasses.dataclass(frozen=True)
 class RawCode:
-    """Code for a tool that runs code, without the tool's name: Llama 3's `<|python_tag|>print(1)`.
+    """Calls of a tool that runs code, written as the code alone: Llama 3's `<|python_tag|>print(1)`.
 
     Attributes:
         names: names of such tools; the first one that the request offers is called.

@@ -42,11 +42,11 @@ class CallSink:
         tools: tools of the request, by name.
         make_id: creates ids of calls without an id.
         most: maximum number of calls; further calls are left out. None means no limit.
-        names: text of each special token, by the character that replaces it in the parser's input (see `layout`).
+        names: character that stands for a special token in the parser's input (see `layout`) -> the token's text.
 
     Attributes:
         count: number of calls that have begun.
-        between: receives the text between two calls that is not a call.
+        between: receives the text between two calls.
         may_begin: called before the next call begins; if it returns false, `CallBegins` is raised.
     """
 
@@ -121,15 +121,15 @@ class CallBegins(Exception):
 class Output:
     """Collects the parts of a message as events, until they are fetched.
 
-    White space around reasoning, and between content and calls, separates them and belongs to neither. Content that
-    goes on after calls or reasoning begins with the white space before these or, without any, with a line break.
+    White space around reasoning, and between content and calls, is left out. If content continues after calls or
+    reasoning, both parts are joined by the white space before the calls or the reasoning, or else by a line break.
 
     Args:
         tools: tools of the request, by name.
         make_id: creates ids of calls.
         most_calls: maximum number of calls; further calls are left out. None means no limit.
-        shown: texts of the special tokens to show, by the characters that replace them (see `layout`).
-        names: like `shown`, of all special tokens: for strings in arguments, and marks that prove to be plain text.
+        shown: as `names` of `CallSink`, for the special tokens that the client wants to see in content and reasoning.
+        names: see `CallSink`; also for marks that prove to be plain text.
 
     Attributes:
         calls: receives calls.

@@ -28,8 +28,7 @@ class OutputParser:
         lazy: whether the grammar applies only from the beginning of a call; text outside the grammar is then no call.
         most_calls: maximum number of calls; further calls are left out. None means no limit.
         make_id: creates ids of calls without an id; None uses the format's function.
-        shown: texts of the special tokens to show, by the characters that stand for them.
-        names: like `shown`, of all special tokens; strings in arguments keep them.
+        shown, names: see `Output`.
     """
 
     def __init__(

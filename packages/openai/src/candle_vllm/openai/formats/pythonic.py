@@ -33,7 +33,7 @@ class Pythonic:
 
     Attributes:
         closers: marks that may follow the calls.
-        known_only: whether only names of the request's tools are calls; for calls without an opening mark.
+        known_only: whether a call must have the name of a tool of the request; for calls without an opening mark.
         listed: whether the grammar writes calls in a list.
     """
 

@@ -34,7 +34,7 @@ class Tagged:
         closers: marks that may follow the calls.
         head: pattern of the attributes in the key's tag; its groups are `key` and either `text` ("true" for a string,
             "false" for JSON) or `type` (a JSON type).
-        newlines: whether the line breaks around a value are not part of it; without the first, the second is.
+        newlines: whether the line breaks around a value are removed: the first, and the last if there was a first.
         text_open, text_end: marks around a text that may contain tags (XML's CDATA).
         tight: spellings of `name_open` and `key_open` without a space, which models also write.
         known_only: whether a call must name an offered tool, and arguments or the end of the call must follow. This is

@@ -56,7 +56,7 @@ class TextFlow:
             output: receives reasoning, content and calls.
             in_reasoning: whether the prompt has already opened the reasoning.
             held: whether a grammar constrains calls; a call's mark without special tokens then ends no reasoning.
-            lazy: whether the grammar applies only from the beginning of a call; unmarked calls must begin as in it.
+            lazy: whether it does so only from the beginning of a call; an unmarked call must begin as in the grammar.
         """
         self._reader = reader
         self._output = output
@@ -76,7 +76,7 @@ class TextFlow:
         others = "".join((*self._pairs, *self._pairs.values(), *strays, *self._answers))
         self._silent = "".join(
             set(others).difference(opens)
-        )  # marks that calls do not use: left out of text where they have no meaning
+        )  # special tokens of marks that calls do not use; they are left out where a mark is text
         self._in_reasoning = in_reasoning
         ways = ways_beside(form, layout.elsewhere) if form and not (held or lazy) else ()
         own = {*form.opens, *form.names} if form else set[str]()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from candle_vllm.openai.task import Call
 
 CUSTOM_INPUT = "input"  # name of the function's only argument
 MAX_GRAMMAR = 64 << 10  # characters
+_ANCHORS = re.compile(r"\A\^|(?<!\\)((?:\\\\)*)\$\Z")  # of an expression that matches whole texts anyhow
 
 Syntax = Literal["lark", "regex"]
 
@@ -31,7 +33,7 @@ def stand_in(name: str, description: str | None, syntax: Syntax | None, definiti
     value: dict[str, Any] = {"type": "string"}
     texts = [description]
     if syntax == "regex":
-        value["pattern"] = f"^(?:{definition})$"
+        value["pattern"] = "^(?:" + _ANCHORS.sub(r"\1", definition) + ")$"
     elif syntax == "lark":
         texts.append(f"The input must follow this Lark grammar:\n{definition}")
     schema = {"type": "object", "properties": {CUSTOM_INPUT: value}, "required": [CUSTOM_INPUT]}

@@ -108,7 +108,7 @@ class _TaggedCall(_Call[Tagged]):
         return sequence(mark(body.key_open + before), key, attribute, mark(body.key_end), opened)
 
     def _text(self, branch: Branch, unlike: set[str], words: Iterable[str] = ()) -> str:
-        """Return the expression of a string, or of one of the terminals `words`, and the mark after it.
+        """Return the expression of a string, or of a number or word in `words`, and the mark after it.
 
         If a value may be either, both are one terminal: a lexer cannot decide between two before it reads the mark.
         """
@@ -259,7 +259,7 @@ class _NestedCall(_Call[Nested]):
         if most != "" and most < least:
             raise self._root.refused("minItems", f"{least} is above maxItems {most}")
         one = self._writer.rule(sequence(SPACE, self._entry(self._body.item, items)))
-        return f"{one}{{{least},{most}}}"
+        return f"{one}{{{least},{most}}}" if most != 0 else ""
 
 
 # ---- arguments as JSON -----------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def _object(body: JsonCalls, context: Context) -> str:
 
 
 def begun_objects(body: JsonCalls, context: Context) -> tuple[str, str]:
-    """Return grammars of calls of known tools without a mark, and of their beginnings, which may also be text."""
+    """Return grammars of calls without an opening mark, and of the beginning of such calls, which may also be text."""
     writer, one = context.writer, _object(body, context)
     calls = []
     for tool in context.tools:

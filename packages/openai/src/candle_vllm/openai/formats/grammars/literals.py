@@ -28,10 +28,10 @@ _SPACES = "/[ \\n]{0,4}/"
 
 @dataclasses.dataclass(frozen=True)
 class Notation:
-    """How values are written.
+    """How a tool-call format writes values: functions that return Lark expressions.
 
     Attributes:
-        string: expression of a string that a schema branch describes.
+        string: expression of the strings that a branch of a schema allows.
         text: expression of a given string.
         key, free_key: expressions of a given key, and of any key except the given ones.
         words: words for null, false and true.
@@ -50,10 +50,7 @@ class Notation:
 
 
 class Values:
-    """Expressions of the values in one tool's arguments.
-
-    `root` is the tool's schema, and `notation` tells how values are written.
-    """
+    """Lark expressions of the values in one tool's arguments, for the tool's schema `root`."""
 
     def __init__(self, writer: Writer, root: Root, notation: Notation) -> None:
         self._writer = writer
@@ -141,7 +138,7 @@ class Values:
             return '"[]"'
         one = self.value(items)
         count = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
-        inside = sequence(one, f'("," {SPACE} {one}){count}')
+        inside = sequence(one, f'("," {SPACE} {one}){count}' if most != 1 else "")
         return self._writer.rule(sequence('"["', inside if least else f"({inside})?", '"]"'))
 
     def _constant(self, value: Any, depth: int) -> str:
@@ -173,7 +170,7 @@ def pythonic(body: Pythonic, context: Context) -> Block:
 
 
 def begun_calls(context: Context) -> tuple[str, str]:
-    """Return grammars of calls of known tools without a mark, and of their beginnings, which may also be text."""
+    """Return grammars of calls without an opening mark, and of the beginning of such calls, which may also be text."""
     writer = context.writer
     calls = writer.rule(" | ".join(_call(context, tool) for tool in context.tools))
     begun = []

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_cases import CASES
-from candle_vllm.core.sampling.json_schema import SUPPORTED, checked_schema
+from candle_vllm.core.sampling.json_schema import SUPPORTED, compilable_schema
 from candle_vllm.openai.errors import UnsupportedParameterError
 
 Schema = Mapping[str, Any]
@@ -29,12 +29,12 @@ _OWN = {
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _MOST_STEPS = 64  # nested references and alternatives
 _MOST_BRANCHES = 256
-_MOST_WORK = 2_000  # maximum number of expanded parts, plus two for each character of the schema
-_PART = 32  # characters of a part that count as one more part
+_MOST_WORK = 2_000  # budget of expanded parts of a schema; the budget has two more for each character of the schema
+_PART = 32  # an expanded part costs one, and one more for each of this many characters
 
 
 class FunctionShape(Protocol):
-    """A function, as grammars use it."""
+    """What grammars use of a tool: `grammar` is a user's Lark grammar of the text that a custom tool gets, or None."""
 
     @property
     def name(self) -> str: ...
@@ -55,7 +55,7 @@ class Branch(NamedTuple):
     Attributes:
         type: JSON type of the value.
         schema: further constraints; only keywords of this type.
-        values: the allowed values, if not None.
+        values: the allowed values; None if `schema` alone describes them.
     """
 
     type: str
@@ -79,7 +79,7 @@ class Root:
         self.tool = tool
         self.grammar = grammar
         try:
-            self.schema: dict[str, Any] = checked_schema(copy.deepcopy(dict(schema)))
+            self.schema: dict[str, Any] = compilable_schema(copy.deepcopy(dict(schema))).schema
         except InvalidParameterError as error:
             message = str(error).removeprefix("structured_outputs: ")
             raise InvalidParameterError(f"tools: the parameters of {tool.name!r}: {message}", "tools") from None
@@ -170,10 +170,13 @@ class Root:
                     yield Branch(kind, own)
 
     def _alternatives(self, schema: Schema, name: str, depth: int) -> Iterator[Branch]:
-        options = schema[name]
+        options, rest = schema[name], {key: value for key, value in schema.items() if key != name}
+        if name == "allOf" and all(isinstance(one, Mapping) and set(one) == {"pattern"} for one in options):
+            several = [*patterns(rest), *(one["pattern"] for one in options)]
+            yield from self._branches({**rest, "pattern": several}, depth + 1)
+            return
         if name == "allOf" and len(options) != 1:
             raise self.refused(schema.get(CASES, "allOf"), "write its parts as one schema")
-        rest = {key: value for key, value in schema.items() if key != name}
         seen: set[str] = set()
         for option in options:
             option = self.resolved(option)
@@ -211,8 +214,14 @@ class Root:
         found: Any = self.schema
         for step in pointer.removeprefix("#").split("/")[1:]:
             name = unquote(step).replace("~1", "/").replace("~0", "~")
-            found = found[int(name)] if isinstance(found, list) else found[name]  # `checked_schema` has validated it
+            found = found[int(name)] if isinstance(found, list) else found[name]  # `compilable_schema` has validated it
         return found
+
+
+def patterns(schema: Schema) -> list[str]:
+    """Return the patterns of a string; `Root.branches` joins several in a list."""
+    found = schema.get("pattern", [])
+    return [found] if isinstance(found, str) else found
 
 
 class Entries(NamedTuple):

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llguidance import regex_to_lark
 
-from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema
+from candle_vllm.core.sampling.json_keywords import brackets
+from candle_vllm.core.sampling.json_opposites import lacking
+from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema, patterns
 from candle_vllm.openai.formats.grammars.writer import Writer, quoted
 from candle_vllm.openai.formats.values import SPELLINGS
 
@@ -31,8 +33,8 @@ class Guard:
 
     def __init__(self, root: Root, marks: Sequence[str]) -> None:
         self._root = root
-        self._marks = [mark[: end if (end := mark.find(mark[0], 1)) > 0 else None] for mark in marks]
-        self._patterns = [f"^{avoiding(mark)}$" for mark in self._marks]
+        self._marks = marks
+        self._patterns = [lacking(mark) for mark in marks]
 
     def apply(self, schema: Schema) -> dict[str, Any]:
         """Return the schema with restricted strings; its references refer to its own `$defs`."""
@@ -107,19 +109,6 @@ _NUMERIC = ("integer", "number")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
-def avoiding(mark: str) -> str:
-    """Return a regular expression of texts without `mark`; the mark's first character must occur in it only once."""
-    first = re.escape(mark[0])
-    within = [re.escape(mark[1:end]) for end in range(1, len(mark))]
-    again = "|".join(f"{begun}{first}" for begun in within)
-    away = "|".join(f"{begun}[^{_in_class(mark[end])}{_in_class(mark[0])}]" for end, begun in enumerate(within, 1))
-    return f"(?:[^{_in_class(mark[0])}]|{first}(?:{again})*(?:{away}))*(?:{first}(?:{again})*(?:{'|'.join(within)}))?"
-
-
-def _in_class(character: str) -> str:
-    return "\\" + character if character in "\\]^-[" else character
-
-
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
@@ -131,11 +120,19 @@ def _strings(value: Any) -> list[str]:
 INTEGER = "/-?(0|[1-9][0-9]{0,17})/"
 NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+\-]?[0-9]{1,2})?/"
 _MOST_LENGTH = 1 << 16
-_FORMATS = {  # core writes patterns of the formats date, time and date-time
+_LABEL, _HEX, _N = r"[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?", "[0-9a-fA-F]{1,4}", "[0-9]{1,6}"
+_CLOCK = f"T({_N}H({_N}M({_N}S)?)?|{_N}M({_N}S)?|{_N}S)"
+_URI = r"([A-Za-z0-9._~!$&'()*+,;=:@\/?\-]|%[0-9A-Fa-f]{2})*"
+_FORMATS = {  # core writes patterns of date, time and date-time, and removes formats that it does not know
     "uuid": r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}",
     "ipv4": r"((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])",
-    "email": r"[A-Za-z0-9_+\-]{1,32}(\.[A-Za-z0-9_+\-]{1,31}){0,3}@[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?"
-    r"(\.[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?){1,3}",
+    "ipv6": f"({_HEX}:){{7}}{_HEX}|({_HEX}:){{1,7}}:|:(:{_HEX}){{1,7}}|::|"
+    + "|".join(f"({_HEX}:){{1,{before}}}(:{_HEX}){{1,{7 - before}}}" for before in range(1, 7)),
+    "email": rf"[A-Za-z0-9_+\-]{{1,32}}(\.[A-Za-z0-9_+\-]{{1,31}}){{0,3}}@{_LABEL}(\.{_LABEL}){{1,3}}",
+    "hostname": rf"{_LABEL}(\.{_LABEL}){{0,5}}",
+    "duration": f"P(({_N}Y({_N}M({_N}D)?)?|{_N}M({_N}D)?|{_N}D)({_CLOCK})?|{_CLOCK}|{_N}W)",
+    "uri": r"[A-Za-z][A-Za-z0-9+.\-]{0,15}:(\/\/[A-Za-z0-9.\-]{1,99}(:[0-9]{1,5})?"
+    rf"([\/?]{_URI})?|[A-Za-z0-9]{_URI})(#{_URI})?",
 }
 _WORDS: Mapping[str, tuple[Any, ...]] = {"null": (None,), "boolean": (True, False)}
 _AROUND = r"[\s\x1c-\x1f]*"
@@ -143,9 +140,9 @@ _EMPTY = ("array", "object")  # types whose empty value `Nested` writes as an em
 
 
 def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
-    """Return a terminal of the text of a string, without quotes; `branch` describes the string.
+    """Return a terminal of the strings that `branch`, a part of `root`, allows, written without quotes.
 
-    `unlike` are JSON types that the parser must not read in the text; `root` is the schema that contains the branch.
+    The terminal excludes texts that the parser would read as a value of one of the JSON types `unlike`.
     """
     if branch.values is not None:
         return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))
@@ -154,9 +151,9 @@ def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[s
     parts = [*_lengths(root, branch.schema), *_patterns(root, branch.schema)]
     spelt = {kind: f"({SPELLINGS[kind]})" + "?" * (kind in _EMPTY) for kind in sorted(unlike) if kind in SPELLINGS}
     parts += [f"~/{_AROUND}{one}{_AROUND}/" for one in spelt.values()]
-    if not parts:
-        return "TEXT"
-    return writer.terminal(" & ".join(["TEXT", *dict.fromkeys(parts)]))
+    if not parts or parts[0].startswith("~"):  # a complement alone would include texts that are not UTF-8
+        parts = ["TEXT", *parts]
+    return writer.terminal(" & ".join(dict.fromkeys(parts)))
 
 
 def scalar(writer: Writer, branch: Branch, *, python: bool = False) -> str | None:
@@ -206,21 +203,13 @@ def _lengths(root: Root, schema: Schema) -> list[str]:
 
 
 def _patterns(root: Root, schema: Schema) -> list[str]:
-    found = []
-    if "pattern" in schema:
-        found.append(f"/{_anchored(root, schema['pattern'])}/")
-    if "format" in schema:
-        if schema["format"] not in [*_FORMATS]:  # which may be any JSON value
-            raise root.refused(
-                f"format: {schema['format']!s:.60}", f"supported are date, time, date-time, {', '.join(_FORMATS)}"
-            )
-        found.append(f"/{_FORMATS[schema['format']]}/")
-    return found
+    found = [f"/{_anchored(root, pattern)}/" for pattern in patterns(schema)]
+    return [*found, f"/{_FORMATS[schema['format']]}/"] if "format" in schema else found
 
 
 def _anchored(root: Root, pattern: str) -> str:
     """Convert a pattern, which may match anywhere in a text, to a pattern of the whole text."""
-    marks = [(match.group(), depth) for match, depth in _structure(pattern)]
+    marks = [(match.group(), depth) for match, depth in brackets(pattern)]
     inner = pattern.removeprefix("^")
     begins, ends = inner != pattern, bool(marks) and marks[-1] == ("$", 0) and pattern.endswith("$")
     inner = inner[:-1] if ends else inner
@@ -234,16 +223,3 @@ def _anchored(root: Root, pattern: str) -> str:
     except ValueError as error:
         raise root.refused("pattern", str(error)) from None
     return f"{'' if begins else '(?s:.*)'}(?:{inner}){'' if ends else '(?s:.*)'}"
-
-
-def _structure(pattern: str) -> Iterator[tuple[re.Match[str], int]]:
-    """Yield brackets, bars and anchors outside of character classes and escapes, with their nesting depth."""
-    depth = 0
-    for match in _REGEX.finditer(pattern):
-        depth -= match.group() == ")"
-        if len(match.group()) == 1:
-            yield match, depth
-        depth += match.group() == "("
-
-
-_REGEX = re.compile(r"\\.|\[\^?\]?(?:[^\]\\]++|\\.)*+(?:\]|\\?\Z)|[()|^$]", re.DOTALL)

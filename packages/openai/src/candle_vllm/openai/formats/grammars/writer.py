@@ -46,7 +46,7 @@ class Writer:
 
     Args:
         special: special token -> its id.
-        own: other tokens, name -> id; a name in a forced mark means this token, as in the model's training.
+        own: ordinary tokens, name -> id; in `mark`, such a name means this token, as in the model's training.
     """
 
     def __init__(self, special: Mapping[str, int], own: Mapping[str, int] | None = None) -> None:
@@ -178,7 +178,7 @@ class Context:
         writer: receives the rules.
         form: the model's tool-call format.
         tools: tools that may be called.
-        loose: names of the tools that accept any arguments.
+        loose: names of the tools whose arguments are not checked by their schemas: any object is allowed.
         many: whether a message may have more than one call.
     """
 
