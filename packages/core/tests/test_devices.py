@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -11,14 +12,17 @@ import subprocess
 import sys
 import sysconfig
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from candle_vllm.core import ConfigError, InferenceEngine, devices
 from candle_vllm.core.devices import CPU, Device, choose_device, fitting, require_torch
+from candle_vllm.core.engine.runners.eager_runner import EagerEncoderRunner, EagerTower
 from candle_vllm.core.kernels.triton_build import AMD, AMD_STAGES, TENSOR_CORES, capability, stages
 from packages.core.tests.kernels.triton.building import CAPABILITIES
 
@@ -293,3 +297,34 @@ def test_memory_that_runs_out_is_named(gpus: Gpus) -> None:
     message = r"the weights of m take about 20480 MiB .* of which 3072 are left"
     with pytest.raises(ConfigError, match=message), fitting(Device("cuda:0"), "the weights of m", 20 * GB):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_encoders_and_towers_compute_on_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches kernels on the thread's current device, wherever the tensors are."""
+    current, seen = [0], list[int]()
+
+    @contextlib.contextmanager
+    def device(there: str) -> Iterator[None]:
+        current.append(torch.device(there).index)
+        yield
+        current.pop()
+
+    def layer(x: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append(current[-1])
+        return x
+
+    numbers = np.zeros(2, np.int64)
+    config = types.SimpleNamespace(scores=False, labels=(), deep=(), read=lambda tile: rows)
+    rows: Any = types.SimpleNamespace(places=numbers, grid=(), windows=None)
+    rows.patches, rows.in_order = lambda: np.zeros((2, 4), np.float32), lambda found: found
+    encoder: Any = types.SimpleNamespace(config=config, forward=layer)
+    tower: Any = types.SimpleNamespace(config=config, layers=[layer], place=lambda *_: (numbers, None), begin=layer)
+    tower.norm = tower.cells = tower.project = layer
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
+    EagerEncoderRunner(encoder, Device("cuda:1")).encode(numbers, numbers, numbers, np.array([0, 2]), None)
+    encoding = EagerTower(tower, Device("cuda:1")).embeddings(np.zeros((1, 2, 2, 3), np.uint8))
+    for _ in encoding:
+        assert current == [0], "engine steps run here, perhaps on another device"
+    assert current == [0]
+    assert seen == [1] * 6

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,20 @@ from candle_vllm.core.devices import Device
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners import device_build
 from candle_vllm.core.engine.runners.device_build import build_on_gpu
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import Work
 from candle_vllm.core.loading.cache_specs import paged
 from candle_vllm.core.memory import MIB
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.test_sight_families import write_sight
+from packages.core.tests.models.tiny import write_tiny
 from packages.core.tests.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
 from packages.core.tests.toy_sight import write_toy_sight
+from tests.common_run import few
 
 
 @dataclasses.dataclass
@@ -141,6 +148,40 @@ def test_forms_are_compiled_before_steps_are_measured(
     assert (first[0], first[-1]) == ("together", "compiled")
     again = order[order.index("measure") :]
     assert first.count("step") == again[: first.count("step") + 3].count("step") > 0, "all of them, to their end"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "name", few([name for name, row in ROWS.items() if row.interpreted], "Gemma-4 experts", "Qwen3.5")
+)
+def test_no_result_of_a_kernel_is_an_index_for_torch(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`compile_together` runs steps without their kernels, on memory of any contents, in which torch would find wrong
+    indices. On a GPU that is an error of the device, after which nothing runs."""
+    from triton.runtime.jit import JITFunction
+
+    source = write_tiny(tmp_path / "model", ROWS[name].model_type, **ROWS[name].config)
+    config = EngineConfig(model=str(source), op_by_op=True, dtype="bf16", max_model_len=256)
+    model, usual = load_model(config, torch.device("cpu"), lambda *_: None), torch.empty
+
+    def spoilt(*shape: Any, **given: Any) -> torch.Tensor:
+        made = usual(*shape, **given)
+        made.untyped_storage().fill_(0x7F)
+        return made
+
+    monkeypatch.setattr(torch, "empty", spoilt)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: True)
+    launched = list[str]()
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    model.decoder.prepare(256)
+    stream, limits = LazyStream(), DeviceLimits(64, 4, 16, 16)
+    runner = DeviceRunner(model.decoder, limits, stream, torch.bfloat16, captured_prompts=64)
+    for work in runner.largest_steps():
+        work()
+    stream.mark().wait()
+    assert len(set(launched)) > 10
+    runner.close()
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def test_routing(scoring: str, experts: int, top_k: int, groups: tuple[int, int]
     assert_routed(logits.to(torch.bfloat16), top_k, scoring=scoring, groups=groups)
     assert_routed(logits, top_k, scoring=scoring, groups=groups, renormalise=False, scale=2.5)
     assert_routed(logits, top_k, scoring=scoring, groups=groups, bias=bias)
+    factors = random(experts, seed=2).abs().to(device)
+    assert_routed(logits, top_k, scoring=scoring, groups=groups, scale=2.5, expert_scale=factors)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, under the interpreter

@@ -297,19 +297,12 @@ class EagerTower:
     def __init__(self, tower: Tower, device: torch.device | Device) -> None:
         self._tower, self._device = tower, torch.device(device)
 
-    @contextlib.contextmanager
-    def _there(self) -> Iterator[None]:
-        """Set device and inference mode for one part of the encoding; engine steps run between the parts."""
-        where = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
-        with where, torch.inference_mode():
-            yield
-
     def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
         tower, config = self._tower, self._tower.config
         made: list[NDArray[np.float32]] = []
         for tile in tiles:
             rows = config.read(tile)
-            with self._there():
+            with _computing(self._device):  # only for a part of the encoding: engine steps run between the parts
                 placed = tower.place(rows.places, 0, rows.grid)
                 patches, numbers, start = (
                     None if each is None else torch.from_numpy(each).to(self._device)
@@ -318,12 +311,12 @@ class EagerTower:
                 step = TowerStep(numbers, (len(rows.places),), rows.windows, start)
                 x, deep = tower.begin(patches, step), list[torch.Tensor]()
             for number, layer in enumerate(tower.layers):
-                with self._there():
+                with _computing(self._device):
                     x = layer(x, step)
                     if number in config.deep:
                         deep.append(tower.mergers[len(deep)](config.cells(x)))
                 yield
-            with self._there():
+            with _computing(self._device):
                 found = torch.cat([tower.project(tower.cells(tower.norm(x))), *deep], 1)
                 made.append(rows.in_order(found.float().cpu().numpy()))
         return np.concatenate(made)
@@ -376,23 +369,30 @@ class EagerEncoderRunner(EncoderRunner):
         self.adapters = adapters
         self._hidden = torch.empty(0)
 
-    @torch.inference_mode()
     def encode(
         self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
     ) -> NDArray[np.float32] | None:
-        if self.adapters is not None:
-            self.adapters.choose(adapters, self.device)
-        ids, places, kinds = (torch.from_numpy(array).to(self.device) for array in (token_ids, positions, types))
-        self._hidden = self.encoder.forward(ids, places, kinds, np.diff(query_start).tolist())
-        if not self.encoder.config.scores:
-            return None
-        if self.adapters is not None:
-            self.adapters.choose(adapters, self.device, query_start[:-1])
-        first = torch.from_numpy(query_start[:-1]).to(self.device)
-        return self.encoder.scores(self._hidden[first]).float().cpu().numpy()
+        with _computing(self.device):
+            if self.adapters is not None:
+                self.adapters.choose(adapters, self.device)
+            ids, places, kinds = (torch.from_numpy(array).to(self.device) for array in (token_ids, positions, types))
+            self._hidden = self.encoder.forward(ids, places, kinds, np.diff(query_start).tolist())
+            if not self.encoder.config.scores:
+                return None
+            if self.adapters is not None:
+                self.adapters.choose(adapters, self.device, query_start[:-1])
+            first = torch.from_numpy(query_start[:-1]).to(self.device)
+            return self.encoder.scores(self._hidden[first]).float().cpu().numpy()
 
     def states_sum(self, rows: Ints) -> NDArray[np.float64]:
         return _sum_of(self._hidden, rows)
+
+
+@contextlib.contextmanager
+def _computing(device: torch.device | Device) -> Iterator[None]:
+    """Set inference mode, and this thread's current device, on which Triton launches kernels wherever tensors are."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), torch.inference_mode():
+        yield
 
 
 @torch.inference_mode()

@@ -99,8 +99,6 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
         weights, chosen = triton_route.route(logits, routing)
     else:
         weights, chosen = reference.route(logits, routing)
-    if routing.expert_scale is not None:
-        weights = weights * routing.expert_scale[chosen.long()]
     return Pairs(weights, chosen, experts)
 
 

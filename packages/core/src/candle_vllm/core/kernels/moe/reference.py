@@ -32,7 +32,10 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
         weights = _shares_of_near(choice, experts, routing.jitter)
     if routing.renormalise:
         weights = weights / (weights.sum(1, keepdim=True) + LEAST_SUM)
-    return weights * routing.scale, experts.to(torch.int32)
+    weights = weights * routing.scale
+    if routing.expert_scale is not None:
+        weights = weights * routing.expert_scale[experts]
+    return weights, experts.to(torch.int32)
 
 
 def _shares_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) -> torch.Tensor:

@@ -36,6 +36,7 @@ def _place(key):
 def route_kernel(
     logits,  # [T, X], rows contiguous
     bias,  # [X]
+    expert_scale,  # [X] fp32, or None
     weights,  # [T, K] contiguous
     experts,  # [T, K] contiguous
     stride,  # elements from a token to the next
@@ -95,7 +96,10 @@ def route_kernel(
         keys = tl.where(here, NONE, keys)
     if RENORMALISE:
         found = found / (tl.sum(found, 0) + LEAST)
-    tl.store(weights + token * K + slot, found * scale, mask=slot < K)
+    found *= scale
+    if expert_scale is not None:  # not in torch, which would use experts as indices in `compile_together`
+        found *= tl.load(expert_scale + places)
+    tl.store(weights + token * K + slot, found, mask=slot < K)
     tl.store(experts + token * K + slot, places, mask=slot < K)
 
 
@@ -105,16 +109,15 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
     tokens, count = logits.shape
     assert logits.stride(1) == 1 or count == 1, "the elements of a row must be contiguous"
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if bias is not None:
-        assert bias.is_contiguous()
-        assert bias.device == logits.device
+    for each in (bias, routing.expert_scale):
+        assert each is None or (each.is_contiguous() and each.device == logits.device)
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
     experts = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
     if tokens:
         constants = _constants(
             count, top_k, groups, routing.scoring == "sigmoid", bias is not None, routing.renormalise
         )
-        arguments = (logits, bias, weights, experts, logits.stride(0), routing.scale)
+        arguments = (logits, bias, routing.expert_scale, weights, experts, logits.stride(0), routing.scale)
         route_kernel[(tokens,)](*arguments, **constants, num_warps=_warps(constants), **OPTIONS)
     return weights, experts
 

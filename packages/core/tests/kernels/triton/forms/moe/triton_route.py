@@ -7,21 +7,24 @@ from candle_vllm.core.kernels.moe.triton_route import _constants, _warps, route_
 from packages.core.tests.kernels.triton.building import Build
 
 
-def _build(dtype: str, experts: int, top_k: int, groups: tuple[int, int], sigmoid: bool) -> Build:
+def _build(
+    dtype: str, experts: int, top_k: int, groups: tuple[int, int], sigmoid: bool, *, factors: bool = False
+) -> Build:
     constants = _constants(experts, top_k, groups, sigmoid, sigmoid, True)
     types = {"logits": f"*{dtype}", "weights": "*fp32", "experts": "*i32", "stride": "i32", "scale": "fp32"}
     return Build(
         route_kernel,
-        types | ({"bias": "*fp32"} if sigmoid else {}),
-        {**constants, **({} if sigmoid else {"bias": None})},
+        types | ({"bias": "*fp32"} if sigmoid else {}) | ({"expert_scale": "*fp32"} if factors else {}),
+        constants | ({} if sigmoid else {"bias": None}) | ({} if factors else {"expert_scale": None}),
         num_warps=_warps(constants),
         aligned=("stride",),
-        label=f"{dtype}-{experts}x{top_k}-{groups[1]}of{groups[0]}",
+        label=f"{dtype}-{experts}x{top_k}-{groups[1]}of{groups[0]}" + "-factors" * factors,
     )
 
 
 FORMS = (
     _build("bf16", 128, 8, (1, 1), False),
+    _build("fp32", 128, 8, (1, 1), False, factors=True),  # Gemma 4
     _build("fp32", 256, 8, (8, 4), True),
     _build("bf16", 512, 10, (1, 1), False),
     _build("bf16", 160, 6, (8, 3), False),
