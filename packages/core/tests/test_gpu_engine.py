@@ -147,7 +147,7 @@ def test_memory_is_planned_and_given_back(model: Path, caplog: pytest.LogCapture
         run(engine)
         assert "MiB for steps" in caplog.text
     assert taken() - before < 8 << 20
-    with pytest.raises(ConfigError, match="set kv_cache_memory=.* or less"):
+    with pytest.raises(ConfigError, match=r"set kv_cache_memory=.* or less"):
         make(model, kv_cache_memory=1 << 49)
 
 
