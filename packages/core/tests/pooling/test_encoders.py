@@ -380,12 +380,21 @@ def test_the_tuned_length_holds_until_another_is_set(tmp_path: Path) -> None:
         InferenceEngine(str(folder), max_model_len=131)
 
 
+@pytest.mark.parametrize("setting", [{"kv_cache_memory": 1 << 20}, {"kv_cache_dtype": "q8_0"}])
+def test_settings_of_a_cache_are_for_decoders_beside_an_encoder(
+    folder: Path, setting: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Flags of a server are for all models of models.yaml."""
+    with InferenceEngine(str(folder), **setting) as engine:
+        assert len(engine.embed(["hello"], use_tqdm=False)) == 1
+    assert f"so {next(iter(setting))} has no effect" in caplog.text
+
+
 @pytest.mark.parametrize(
     "setting",
     [
         {"kv_fraction": 0.3},
         {"state_cache_gb": 1.0},
-        {"kv_cache_memory": 1 << 20},
         {"deterministic": True},
         {"speculative_config": {}},
     ],

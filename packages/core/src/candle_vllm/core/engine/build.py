@@ -88,6 +88,10 @@ _NOT_FOR_ENCODERS = (
 )  # fmt: skip
 
 
+_OF_A_CACHE = ("kv_cache_memory", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype")
+"""Settings that a server may have for the decoders beside an encoder."""
+
+
 def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Ranks | None = None) -> Engine:
     """Build the engine for a loaded model; `ranks` runs the other ranks' parts of a divided model.
 
@@ -329,12 +333,13 @@ def preparation_for(
 
 
 def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper) -> Engine:
-    """Build the engine for an encoder; refuse settings of caches and of generation, which would have no effect."""
+    """Build the engine for an encoder; refuse settings that would have no effect, or warn of them."""
     for name in _NOT_FOR_ENCODERS:
         if getattr(config, name) != SETTINGS[name].default:
-            raise ConfigError(
-                f"{loaded.name} is an encoder and generates no text, so {name} has no effect: leave it out", name
-            )
+            said = f"{loaded.name} is an encoder and generates no text, so {name} has no effect"
+            if name not in _OF_A_CACHE:
+                raise ConfigError(f"{said}: leave it out", name)
+            logger.warning("%s", said)
     placement, defaults = loaded.placement, DEFAULTS[loaded.placement.device.type]
     sequences, budget = config.max_num_seqs or defaults.sequences, config.max_num_batched_tokens or defaults.tokens
     adapters = adapter_limits(config, loaded) if config.enable_lora else {}
