@@ -339,6 +339,23 @@ def test_a_value_may_be_a_text_or_a_word(form: str, schema: dict[str, Any], valu
         assert _parsed(form, _required(a=schema), text) == [("f", {"a": value})]
 
 
+def test_an_empty_text_of_an_enum_may_be_written_in_a_nested_format() -> None:
+    around = (
+        ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="f">{}]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>'
+    )
+    schema = _required(a={"type": "string", "enum": ["", "x"]})
+    for value, known in (("x", True), ("", True), ("y", False)):
+        text = around.format(f"]<]minimax[>[<a>{value}]<]minimax[>[</a>")
+        assert _accepted("minimax_m3", schema, text) == known
+
+
+def test_an_escaped_backslash_before_a_letter_is_no_boundary() -> None:
+    call, entry = WRITERS["qwen3_coder"]
+    schema = _required(a={"type": "string", "pattern": r"^C:\\bin$"})
+    assert _accepted("qwen3_coder", schema, call.format(entry.format("a", r"C:\bin")))
+    assert not _accepted("qwen3_coder", schema, call.format(entry.format("a", "C:bin")))
+
+
 OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 HERMES = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
 A_AND_B = {"allOf": [{"$ref": "#/$defs/a"}, {"properties": {"b": {"type": "integer"}}}]}

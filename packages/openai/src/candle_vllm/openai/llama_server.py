@@ -257,6 +257,7 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
     """A chunk of a streamed answer, or a whole answer; `stop` is true for the last chunk and for a whole answer.
 
     Attributes:
+        content: the text; optional, because `response_fields` may leave it out.
         tokens: token ids of the chunk; of a whole answer if `return_tokens` requests them.
         completion_probabilities: log-probabilities, if `n_probs` requests them.
         prompt: the prompt, if it was a text.
@@ -265,7 +266,7 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
         truncated: always false, because prompts are not truncated.
     """
 
-    content: str
+    content: str = ""
     stop: bool = False
     index: int = 0
     tokens: tuple[int, ...] = ()

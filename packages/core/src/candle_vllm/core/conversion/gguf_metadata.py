@@ -89,8 +89,8 @@ def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
 def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     """Return the tensors, by name, that GGUF needs and the checkpoint lacks.
 
-    These are divisors of the rotary frequencies [R/2] (Llama 3, longrope, Gemma 4), and weights [D] of query and key
-    norms that are one number in the config (Muse Glimmer).
+    These are divisors of the rotary frequencies [R/2], R rotated elements of a head (Llama 3, longrope, Gemma 4), and
+    weights [D] of query norms, one number in the config, and of key norms, all 1 (Muse Glimmer).
     """
     if factor := getattr(config, "query_norm", 0.0):
         norms = {"q": np.full(config.head_dim, factor, np.float32), "k": np.ones(config.head_dim, np.float32)}

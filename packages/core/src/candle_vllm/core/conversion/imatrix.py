@@ -57,14 +57,14 @@ def write_imatrix(
     """Run the model of `config` on a text in windows, see `perplexity.cut`, and write the sums to a .gguf file.
 
     `name` is the text's name in the file; an existing file is replaced. Raises ConfigError if torch is not installed,
-    and errors as `InferenceEngine`.
+    and the errors of `InferenceEngine`.
     """
     require_torch("the inputs of layers are measured")
     plain: dict[str, Any] = {"device": "cpu", "dtype": "f32", "op_by_op": True, "enable_prefix_caching": False}
     config, inputs = dataclasses.replace(config, **plain, max_model_len=window, max_num_seqs=1), _Inputs()
     with InferenceEngine(config) as engine:
         if engine.model_info.implementation != "native":
-            said = "runs on layers of transformers, whose matrices have no names in GGUF files: no matrix is written"
+            said = "runs on layers of transformers, whose matrices have no GGUF names: no imatrix is written"
             raise UnsupportedModelError(f"{config.model} {said}")
         before, windows = cut(engine, text, window, tokens)
         places = number_places(getattr(engine._require()[1], "decoder", None), cast("Any", inputs))
@@ -85,7 +85,7 @@ def write_imatrix(
 def _by_name(
     config: EngineConfig, places: Mapping[str, tuple[Place, ...]], sums: Mapping[int, NDArray[np.float64]], out: Path
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the sums by the names of matrices in GGUF files; a matrix with several possible names is under each."""
+    """Return the sums by the names of matrices in GGUF files; one with several names is under each without `{e}`."""
     opened, found = open_model(model_files(config), CPU), dict[str, NDArray[np.float64]]()
     with opened.checkpoint:
         family, model = describe_family(opened.files, opened.checkpoint, opened.metadata, config.model_impl)

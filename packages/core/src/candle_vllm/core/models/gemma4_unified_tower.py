@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Image input of Gemma 4's unified models, which have no vision encoder: pixels are normalised and projected.
 
-y = projector(norm(norm_3(norm_2(dense(norm_1(pixels))) + column + row)), where norm_1 to norm_3 are LayerNorms.
-Source: Gemma Team, 2026, "Gemma 4 model card". Shapes: T patches, each an embedding, E hidden.
+y = projector(norm(norm_3(norm_2(dense(norm_1(pixels))) + column + row))), where norm_1 to norm_3 are LayerNorms.
+Source: Gemma Team, 2026, "Gemma 4 model card". A patch becomes one embedding. Shapes: N positions, E hidden.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Gemma4Unified:
 
 
 def _columns(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Tables of columns and rows side by side [N, 2, E], as one table with all columns first."""
+    """Return embeddings of columns and rows [N, 2, E] as one table [2N, E], columns before rows."""
     if stored.shape != (config.learned, 2, config.hidden_size):
         return stored  # the loader reports the wrong shape
     shape = (2 * config.learned, config.hidden_size)

@@ -157,7 +157,7 @@ class GptOss(DecoderStack):
 
 
 def _outputs_first(stored: StoredTensor, config: GptOssConfig) -> StoredTensor:
-    """An expert's matrix with outputs as rows: plain matrices [I, O] are transposed, quantised ones are stored so."""
+    """An expert's matrix with outputs as rows: plain matrices are transposed, quantised ones have them already."""
     return stored if stored.dtype is None else transposed(stored, config)
 
 

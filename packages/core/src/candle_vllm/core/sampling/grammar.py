@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
-_WALK_SECONDS = 0.005  # maximum time for masks after draft tokens, because other sequences wait; results do not change
+_WALK_SECONDS = (
+    0.005  # maximum time for masks after draft tokens, because other sequences wait; sampled tokens do not depend on it
+)
 _FEW = 64  # if more tokens than this are allowed, the grammar is not asked for forced tokens
 
 
@@ -108,7 +110,7 @@ class GrammarState:
     Attributes:
         exhausted: whether only the end may follow.
         looks_ahead: whether `look_ahead` can compute masks.
-        waits: whether `accept` leaves the start of the next mask to `begin`: a caller asks for `forced` tokens before.
+        waits: whether only `begin` starts the next mask, so that a caller can ask for `forced` tokens first.
 
     Raises:
         InvalidParameterError: see `GrammarBackend.compile`.

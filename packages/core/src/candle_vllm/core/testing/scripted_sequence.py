@@ -27,7 +27,7 @@ TokenBytes = Callable[[int], bytes]
 def made_up_logprobs(
     token_id: int, top: int, token_bytes: TokenBytes, named: Sequence[int] | None = None
 ) -> PositionLogprobs:
-    """Return log-probabilities that differ between tokens and fall with the rank; probabilities sum to less than 1."""
+    """Return log-probabilities that depend on the id modulo 16 and fall with the rank; their sum is less than 1."""
     chosen = 0.5 + (token_id % 16) / 64
     others = [one for one in named if one != token_id] if named else [(token_id + rank) % 256 for rank in range(1, top)]
     tokens = [(token_id, chosen)] + [(one, (1 - chosen) * 0.5**rank) for rank, one in enumerate(others, 1)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fields that chat and completion requests share: OpenAI's, and vLLM's extensions that the engine supports."""
+"""Fields that chat and completion requests share: those of OpenAI, vLLM, llama.cpp and other servers."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ OTHER_NAMES: Mapping[str, str] = {
 
 
 class SamplerFields(_Offered):
-    """How tokens are sampled, by names that OpenAI, vLLM and llama.cpp share.
+    """How tokens are sampled, by names of OpenAI, vLLM or llama.cpp.
 
     `SamplingParams` documents the fields; `OFFERED_FIELDS` have the same form in requests.
     """
@@ -179,7 +179,7 @@ class LlamaFields(SamplerFields):
 GUIDED = {
     f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
 }
-"""vLLM's fields before `structured_outputs` -> their names in it."""
+"""vLLM's older fields -> their names in `structured_outputs`."""
 MAX_BREAKERS_TEXT = 4096  # characters
 
 

@@ -104,7 +104,7 @@ class McpCallWriter(CallWriter):
             self._emit(wire.McpArgumentsDone, arguments=self.arguments)
 
     def finish(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
-        """Send the last events, with the call's result; `shown` are the parts in the prompt of a result with images."""
+        """Send the last events, with the result; `shown` are its parts in the prompt, if it has images."""
         self._result, self._shown = result, shown
         self.end("completed" if result.status == "completed" else "failed")
 

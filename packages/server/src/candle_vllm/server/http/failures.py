@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Turn every failure of a request into a response in the error format of its API (steps 1 and 10).
+"""Turn every failure of a request into a response in the error format of its API (steps 1 and 10 of its life).
 
 Anthropic's routes use Anthropic's error format, Ollama's routes use Ollama's, and all others use OpenAI's.
 """
@@ -40,7 +40,7 @@ class FailureMiddleware:
     A request that the end of the drain cancels gets a 503; a begun stream reports the shutdown itself (`EventStream`).
 
     If the response has begun, the server closes the connection, so that the client sees that the answer is incomplete.
-    If a CandleVllmError caused this, it is logged in one line; every other exception is raised to the server.
+    If its `__cause__` is a CandleVllmError, one line is logged; every other exception is raised to the server.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -164,7 +164,7 @@ def ollama_error_line(failure: Exception) -> bytes:
 
 
 def log_failure(what: str, failure: Exception) -> None:
-    """Log a failure of the server, but not one of the client."""
+    """Log a failure, unless the client, an abort or sleep caused it."""
     if isinstance(failure, EngineDeadError | entries.StoreUnavailableError):
         logger.error("%s: %s", what, failure)  # without a traceback: the cause is known, and ends many requests
     elif to_error(failure).status >= 500 and not isinstance(failure, (RequestAbortedError, EngineSleepingError)):

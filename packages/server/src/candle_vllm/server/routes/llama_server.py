@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Routes of llama.cpp's server: properties, slots, rendered prompts, `/completion` and `/infill`.
 
-Steps 1 and 10 of a request's life for the last two. If several models are served, `?model=` or the body's `model`
-selects one.
+`/completion` and `/infill` are steps 1 and 10 of a request's life. If several models are served, `?model=` or the
+body's `model` selects one.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _slots(model: ServedModel) -> list[Slot]:
     untyped=True,
 )
 async def apply_template(request: Request) -> Response:
-    """Render the prompt of a chat request with the same fields."""
+    """Render the prompt that this chat request would have."""
     return await answering.answer_with(
         request, parse_chat_request, lambda model, wire: model.adapter.apply_template(wire), queued=False
     )

@@ -4,7 +4,7 @@
 The ring has slots, and for each process a count of slots that it has written or read; a message that is longer than a
 slot takes several. Counts are changed by futex calls only, which order them after earlier memory accesses on any
 processor, and wake waiting processes: the first rank wakes one, and each woken process wakes two more. A waiting
-process regularly checks whether the other end still exists. Only Linux has futexes; elsewhere connections are used.
+reader regularly checks whether the writer still exists. Only Linux has futexes; elsewhere connections are used.
 
 Source: futex(2), FUTEX_WAKE_OP; Drepper, Futexes Are Tricky, 2011.
 """
@@ -37,7 +37,7 @@ PIECE = SLOT_BYTES - _HEAD
 _COUNTS_AT = SLOTS * SLOT_BYTES  # offset of the counts, after the slots
 _APART = 64  # bytes from one count to the next, so that each has its own cache line
 _ALL = 0xFFFFFFFF  # largest count, after which counts continue at 0; SLOTS divides 2**32
-LOOK = 0.1  # seconds after which a waiting process checks whether the other end still exists
+LOOK = 0.1  # seconds after which a waiting reader checks whether the writer still exists
 _CALLS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}  # futex's number, 64-bit systems
 _WAIT, _WAKE, _WAKE_OP = 0, 1, 5
 _ADD_ONE = 1 << 28 | 1 << 12  # FUTEX_OP_ADD of 1; wakes a second process if the count was 0
@@ -66,7 +66,7 @@ class _Ring:
         self._words = self.bytes.cast("I")
         self._at: int = np.frombuffer(mapped, np.uint8).ctypes.data + _COUNTS_AT
         self._number = number
-        # A waiting call releases the GIL; the other calls keep it, so that no other thread runs in between.
+        # A waiting call releases the GIL; the other calls are short and keep it.
         self._waiting, self._calling = ctypes.CDLL(None, use_errno=True).syscall, ctypes.PyDLL(None).syscall
         for each in (self._waiting, self._calling):
             each.argtypes, each.restype = [ctypes.c_long] * 7, ctypes.c_long

@@ -73,7 +73,9 @@ def build_on_gpu(
     graphs = config.cuda_graphs and backend.capturable and not config.op_by_op
     if config.cuda_graphs and not backend.capturable:
         logger.warning(
-            "steps are not captured as CUDA graphs: the attention backend %s does not support it", backend.name
+            "steps are not captured as CUDA graphs with attention by %s: %s",
+            backend.name,
+            backend.note or "it does not support them",
         )
     if config.max_cudagraph_capture_size and not (graphs and backend.mixed):
         raise ConfigError(
@@ -152,7 +154,7 @@ def build_on_gpu(
 def _refuse_indeterminate(config: EngineConfig, loaded: LoadedModel) -> None:
     if loaded.decoder.config.index is not None and config.deterministic:
         raise ConfigError(
-            f"deterministic: on a GPU, sums of the index of {loaded.name} depend on the prompt's chunks: leave it out",
+            f"deterministic: on a GPU, the indexer of {loaded.name} depends on the prompt's chunks; leave it out",
             "deterministic",
         )
     if loaded.vision is not None and loaded.vision.parts.whole and config.deterministic:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Convert activations to the input format of plain matrices on the CPU, and apply the prologue in the same pass.
 
-Threads divide the work as in `activation_quant/cpu.py`. A row whose length is not a multiple of 32 is first copied to
-the stack and padded with zeros.
+Threads divide the work as in `activation_quant/cpu.py`, for `ByteForm` by whole rows. A row whose length is not a
+multiple of 32 is first copied to the stack and padded with zeros.
 """
 
 from __future__ import annotations

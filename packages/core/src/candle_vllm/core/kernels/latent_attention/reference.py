@@ -40,7 +40,7 @@ def _queries(scores: int) -> int:
 
 
 def score_bytes(heads: int, context: int) -> int:
-    """Return the bytes that `choose` needs for scores: the products, and a copy of them."""
+    """Return an upper bound of the bytes that `choose` needs for scores: twice the products."""
     return 2 * 4 * heads * context * _queries(heads * context)
 
 

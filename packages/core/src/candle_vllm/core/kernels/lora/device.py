@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""LoRA adapters in a GPU's steps: slots of weights on the device, and the map from a step's rows to adapters.
+"""LoRA adapters in a GPU's steps: adapters on the device, and the map from a step's rows to adapters.
 
-An adapter is copied to the device in one piece, to a LoRA slot, when a step first uses it. There are as many slots as a
-step can have adapters; the least recently used adapter is replaced. Two launches of `triton.py` add adapters to a
-layer's product; the launches' tables have fixed addresses, so that captured steps can use them. Lookups of tables,
-matrices that replace others, and several adapters of one row are computed by torch, in steps without capture.
+An adapter is copied to the device in one piece when a step first uses it; its addresses fill a LoRA slot. A step can
+have as many adapters as there are slots; the least recently used adapter is replaced. Two launches of `triton.py` add
+adapters to a layer's product; the launches' tables have fixed addresses, so that captured steps can use them. Lookups
+of tables, matrices that replace others, and several adapters of one row are computed by torch, in steps without
+capture.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from candle_vllm.core.kernels.torch_numbers import NAMES
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.triton import Blocks, Slots
 
-NARROW = 16  # rows of a block in decoding steps
+NARROW = 16  # rows of a block in captured steps, and in steps where no adapter has more rows
 _BOUNDARY = 256  # alignment in bytes
 _TENSORS = ("a", "b", "bias", "less", "full")
 
@@ -132,7 +133,7 @@ def _widened(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 class _Held:
-    """An adapter that has a slot; `there` is set once the stream has copied the adapter to the device."""
+    """An adapter that has a slot; `there` is set when its copy to the device is queued."""
 
     def __init__(self, slot: int, nbytes: int) -> None:
         self.slot, self.nbytes = slot, nbytes
@@ -149,7 +150,7 @@ class DeviceAdapters(EagerAdapters):
         slots: maximum number of adapters of a step.
         rank: largest rank of an adapter.
         rows: number of rows of the largest captured step.
-        memory: maximum bytes of all adapters on the device; above it, unused adapters are removed.
+        memory: bytes of all adapters on the device above which adapters that the step does not use are removed.
         in_flight: maximum number of steps that the host may be ahead of the device.
     """
 
@@ -329,7 +330,7 @@ _OF = ("layers", "head")
 
 
 def block_table(starts: Sequence[int], slots: Sequence[int], most: int) -> NDArray[np.int32]:
-    """Return the table [3, blocks] of `triton.Blocks`: rows of each group in blocks of at most `most` rows.
+    """Return the table [3, blocks] of `triton.Blocks`, with at most `most` rows of a group in a block.
 
     Args:
         starts: [G + 1] first row of each of G groups, and the end of the last group.

@@ -142,7 +142,7 @@ class Packing:
     def pack(self, found: Changes, places: Places) -> CompiledAdapter:
         """Pack the changes from `changes_of`."""
         every = [delta for _, deltas in found.values() for delta in deltas.values()]
-        # One array in the order in which a step reads it, in huge pages if it is large. The size is an estimate.
+        # All matrices are in one array, site after site, in huge pages if it is large. The size is an estimate.
         room = sum(self._bytes_of(delta) for delta in every) * 17 // 16
         self._pieces = WeightMemory(room + 512 * (len(every) + len(places)))
         address = self.table(found, places)
@@ -260,7 +260,7 @@ class Packing:
         turned: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Quantise a matrix, or its transpose if `turned`, with rows times `scale`, as `reference.quantised` does.
-        Return bytes [R, C] and [R, groups, 2]."""
+        Return codes [R, C] and scales [R, groups, 2]."""
         numbers = numbers_of(stored)
         if scale is not None:
             numbers = numbers * scale[:, None]

@@ -27,7 +27,7 @@ class Control(enum.IntEnum):
 
 
 class Link(enum.IntEnum):
-    """The columns of the parameters of llama.cpp's chain, [N, len(Link)] float64, in this order, at least 0.
+    """The columns of the rows' parameters of llama.cpp's chain, float64; all but MU are at least 0.
 
     Attributes:
         neutral: value without effect; None for a parameter that only another column's sampler uses.
@@ -173,7 +173,7 @@ CHUNK_BYTES = 4 * CHUNK
 MAXIMA_BYTES = 4 * LANES  # bytes of the maxima of one chunk
 EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
 MAXIMA_AT = WEIGHTS_AT + CHUNK_BYTES
-SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # plus the size of the maxima
+SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # add the size of the maxima
 
 
 def workspace_bytes(vocabulary: int) -> int:
@@ -182,7 +182,7 @@ def workspace_bytes(vocabulary: int) -> int:
 
 
 BINS = 4096
-BINS_AT = 0  # offset in the chain's workspace, after the row's: float64 masses, then float32 distances of a chunk
+BINS_AT = 0  # offset from the end of the row's workspace: float64 masses, then a chunk's float32 distances
 DISTANCES_AT = 8 * BINS
 
 

@@ -243,7 +243,9 @@ class _NestedCall(_Call[Nested]):
             if any(self._body.tag + "<" in value for value in branch.values or ()):
                 raise self._root.refused("enum", "a value has a mark of the format in it")
             terminal = string_body(writer, self._root, branch, unlike)
-            return writer.until(f"{self._body.tag}</{key}>", writer.without(terminal, [self._body.tag + "<"]))
+            closer = f"{self._body.tag}</{key}>"
+            end = writer.until(closer, writer.without(terminal, [self._body.tag + "<"]))
+            return writer.rule(f"{end} | {writer.mark(closer)}") if branch.values and "" in branch.values else end
         if branch.values is None and branch.type == "object":
             inside = self._entries({"type": "object", **branch.schema})
             return sequence(inside, SPACE, self._close(key))

@@ -37,7 +37,7 @@ class Guard:
         self._patterns = [lacking(mark) for mark in marks]
 
     def apply(self, schema: Schema) -> dict[str, Any]:
-        """Return the schema with restricted strings; its references refer to its own `$defs`."""
+        """Return `schema` with restricted strings, and with the `$defs` that its references need."""
         if not self._marks:
             return dict(schema)
         changed = self._node(schema)
@@ -60,7 +60,9 @@ class Guard:
             return schema
         for value in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])]:
             if any(mark in text for text in _strings(value) for mark in self._marks):
-                raise self._root.refused("enum", f"{value!r:.60} has a mark of the format in it")
+                raise self._root.refused(
+                    "enum" if "enum" in schema else "const", f"{value!r:.60} has a mark of the format in it"
+                )
         if "enum" in schema or "const" in schema:
             return schema
         found = {name: [self._node(part) for part in schema[name]] for name in _SEVERAL if name in schema}
@@ -136,11 +138,12 @@ _FORMATS = {  # core writes patterns of date, time and date-time, and removes fo
 }
 _WORDS: Mapping[str, tuple[Any, ...]] = {"null": (None,), "boolean": (True, False)}
 _AROUND = r"[\s\x1c-\x1f]*"
+_LOOKS = re.compile(r"\\.|\(\?<?[=!]")  # escapes, and the beginnings of look-arounds
 _EMPTY = ("array", "object")  # types whose empty value `Nested` writes as an empty text
 
 
 def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
-    """Return a terminal of the strings that `branch`, a part of `root`, allows, written without quotes.
+    """Return a terminal of the unquoted strings that `branch` of `root` allows; callers add "" beside other values.
 
     The terminal excludes texts that the parser would read as a value of one of the JSON types `unlike`.
     """
@@ -214,8 +217,8 @@ def _anchored(root: Root, pattern: str) -> str:
     begins, ends = inner != pattern, bool(marks) and marks[-1] == ("$", 0) and pattern.endswith("$")
     inner = inner[:-1] if ends else inner
     anchors = sum(mark in "^$" for mark, _ in marks)
-    if anchors != begins + ends or re.search(r"\\[bB]|\(\?<?[=!]", pattern):
-        raise root.refused("pattern", "only ^ at its beginning and $ at its end are supported, and no look-around")
+    if anchors != begins + ends or any(found[1] in "bB?" for found in _LOOKS.findall(pattern)):
+        raise root.refused("pattern", "only ^ at its start and $ at its end are supported, no \\b and no look-around")
     if (begins or ends) and ("|", 0) in marks:
         raise root.refused("pattern", "put the alternatives between ^ and $ in brackets: ^(?:a|b)$")
     try:
