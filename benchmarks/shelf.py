@@ -47,6 +47,7 @@ REMOTE = {  # classes of types that transformers does not have
     "chatglm": "ChatGLMModel",
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
+    "internvl_chat": "InternVLChatModel",
     "kimi_k2": "DeepseekV3ForCausalLM",
     "step3p5": "Step3p5ForCausalLM",
 }

@@ -135,7 +135,7 @@ def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None)
     assert family is not None
     fields, processor = Fields(values, files.config), _processor(files.folder)
     model = _described(family, said, lambda said: family.config_from_hf(fields, processor, text_size, said))
-    return family, model, stored, files.config
+    return family, model, stored.with_tensors(family.prepared(stored.tensors, model)), files.config
 
 
 def _quantised(family: TowerFamily, model: TowerConfig, stored: Checkpoint, described: Path) -> _Found:

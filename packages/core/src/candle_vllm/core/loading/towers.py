@@ -18,6 +18,16 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+_INTERNVL = MappingProxyType(
+    {
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "llama": "LlamaForCausalLM",
+        "internlm2": "InternLM2ForCausalLM",
+        "gpt_oss": "GptOssForCausalLM",
+    }
+)
 _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"})
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -26,6 +36,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
         "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"},
+        "InternVLChatModel": _INTERNVL,  # the class of the original repositories
+        "InternVLForConditionalGeneration": _INTERNVL,
         "KimiK25ForConditionalGeneration": _KIMI,
         "Kimi_K25ForConditionalGeneration": _KIMI,  # the spelling of transformers
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},
@@ -142,10 +154,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """Keys that published configs omit in `text_config`, by model_type: the defaults in transformers."""
 
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
-_TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
+_TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
     "vision_(?:tower|model|embedder|adapter|projection)|audio_tower|embed_(?:vision|audio)"
-    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|vit_large_projector|connector|visual"
+    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Parts that are not loaded: audio towers, and of PaddleOCR-VL what no image passes through."""
@@ -169,12 +181,13 @@ def text_fields(
     """
     if architecture not in TOWERS:
         return architecture, Fields(config, path)
-    text, prefix = Fields(config, path).section("text_config").values, "text_config."
+    key = "llm_config" if architecture == "InternVLChatModel" else "text_config"
+    text, prefix = Fields(config, path).section(key).values, f"{key}."
     allowed = TOWERS[architecture]
     if not text and architecture in FLAT:
         text, prefix = {key: value for key, value in config.items() if key != "model_type"}, ""
     if not text:
-        raise InvalidFileError(f"{path}: text_config is missing: {architecture} keeps its text model's keys there")
+        raise InvalidFileError(f"{path}: {key} is missing: {architecture} keeps its text model's keys there")
     model_type = Fields({prefix + key: value for key, value in text.items()}, path, prefix).choice(
         "model_type", next(iter(allowed)), *allowed
     )

@@ -34,7 +34,7 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.pixtral import AxialConfig, adjacent
-from candle_vllm.core.models.siglip import MOST_PATCHES, patch_kernel, prepared
+from candle_vllm.core.models.siglip import check_tiles, patch_kernel, prepared
 from candle_vllm.core.models.tower_family import Placed, TileRows, TowerFamily, TowerStep
 from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, CanvasRule, Cut, over, stretch_rule
 
@@ -45,7 +45,13 @@ _ADAPTER = 4096  # elements of the adapter's vectors in published models; GGUF f
 
 
 class Rows(TileRows):
-    """A tile's patches, followed by the row of the class token, whose pixels are zeros."""
+    """A tile's patches, followed by the row of the class token: its pixels are zeros, its row and column -1."""
+
+    @classmethod
+    def of(cls, rows: TileRows) -> TileRows:
+        """The rows of a tile without windows, with that of the class token."""
+        places = np.concatenate([rows.places, np.full((1, 2), -1)])
+        return cls(rows.tile, rows.config, places, None, (len(places),))
 
     def strips(self, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """See `TileRows`."""
@@ -60,10 +66,8 @@ class Llama4TowerConfig(AxialConfig):
     adapter_size: int
 
     def read(self, tile: NDArray[np.uint8]) -> TileRows:
-        """See `TowerConfig`; the class token has the row and the column -1."""
-        rows = super().read(tile)
-        places = np.concatenate([rows.places, np.full((1, 2), -1)])
-        return Rows(tile, self, places, None, (len(places),))
+        """See `TowerConfig`."""
+        return Rows.of(super().read(tile))
 
 
 def config_from_hf(
@@ -74,10 +78,7 @@ def config_from_hf(
     vision.choice("hidden_act", "gelu", "gelu")
     rotation = vision.section("rope_parameters")
     rotation.choice("rope_type", "default", "default")
-    ratio, adapter = vision.get("pixel_shuffle_ratio", float, 0.5), vision.count("projector_input_dim", _ADAPTER)
-    cell = round(1 / ratio) if 1 / 64 <= ratio <= 0.5 else 0
-    if not cell or cell * ratio != 1:
-        raise InvalidFileError(f"{fields.path}: pixel_shuffle_ratio is {ratio}; it must be one of 1/2, 1/3, ..., 1/64")
+    cell, adapter = cell_of(vision, "pixel_shuffle_ratio"), vision.count("projector_input_dim", _ADAPTER)
     for key, usual in (("projector_output_dim", _ADAPTER), ("vision_output_dim", 7680)):
         if (found := vision.count(key, usual)) != adapter:
             raise InvalidFileError(f"{fields.path}: {key} is {found}; projector_input_dim is {adapter}")
@@ -101,6 +102,15 @@ def config_from_hf(
     )
 
 
+def cell_of(fields: Fields, key: str) -> int:
+    """The side of a cell in patches, by the key of its inverse."""
+    ratio = fields.get(key, float, 0.5)
+    cell = round(1 / ratio) if 1 / 64 <= ratio <= 0.5 else 0
+    if not cell or cell * ratio != 1:
+        raise InvalidFileError(f"{fields.path}: {key} is {ratio}; it must be one of 1/2, 1/3, ..., 1/64")
+    return cell
+
+
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> Llama4TowerConfig:
     """Read the metadata of llama.cpp's `mmproj` files of Llama 4, which do not store the adapter's size."""
     tile = fields.count("image_size", most=MAX_TILE)
@@ -121,11 +131,7 @@ def _config(processor: Fields, *, patch: int, side: int, cell: int, **values: An
         resample=shared.resample,
         normalisation=dataclasses.replace(shared.normalisation, narrow=both),  # transformers computes both in bfloat16
     )
-    if not 0 < side * side < MOST_PATCHES or rule.tile != side * patch or side % cell:
-        raise InvalidFileError(
-            f"{processor.path}: tiles of {rule.tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
-            f"{cell} x {cell} of which are one embedding"
-        )
+    check_tiles(processor, rule.tile, patch, side, cell)
     count = side**2 + 1
     return Llama4TowerConfig(
         activation="gelu", patch=patch, side=side, cell=cell, rule=rule, learned=count, most_patches=count, **values

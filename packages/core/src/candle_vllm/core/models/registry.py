@@ -141,7 +141,7 @@ def _installed() -> tuple[Family | EncoderFamily, ...]:
 
 TOWER_FAMILIES = (
     "siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl", "llama4_tower",
-    "glm4v_tower", "paddleocr_tower",
+    "glm4v_tower", "paddleocr_tower", "internvl_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 
@@ -284,7 +284,7 @@ def _family_of_transformers(
     names = config.get("architectures")
     if isinstance(names, list) and len(names) == 1 and names[0] in TOWERS:
         name, fields = text_fields(names[0], config, path, tensors)
-        text = {key.removeprefix("text_config."): value for key, value in fields.values.items()}
+        text = {key.removeprefix(fields.prefix): value for key, value in fields.values.items()}
         config = text | {"architectures": [name], "model_type": text.get("model_type") or next(iter(TOWERS[names[0]]))}
     return _any_architecture().family_of(config, path, tensors)
 

@@ -106,17 +106,18 @@ def gguf_values(fields: Fields, tile: int) -> dict[str, Any]:
 def config_of_tiles(
     processor: Fields, rule: TileRule | StretchRule, *, patch: int, side: int, cell: int, **values: Any
 ) -> TowerConfig:
-    """Config for square tiles, which must consist of whole patches and cells.
+    """Config for square tiles; see `check_tiles`."""
+    check_tiles(processor, rule.tile, patch, side, cell)
+    return TowerConfig(patch=patch, side=side, cell=cell, rule=rule, **values)
 
-    Raises:
-        InvalidFileError: the sizes do not fit.
-    """
-    if not 0 < side * side <= MOST_PATCHES or rule.tile != side * patch or side % cell:
+
+def check_tiles(processor: Fields, tile: int, patch: int, side: int, cell: int) -> None:
+    """Raise an InvalidFileError unless tiles with sides of `tile` pixels consist of whole patches and cells."""
+    if not 0 < side * side <= MOST_PATCHES or tile != side * patch or side % cell:
         raise InvalidFileError(
-            f"{processor.path}: tiles of {rule.tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
+            f"{processor.path}: tiles of {tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
             f"{cell} x {cell} of which are one embedding"
         )
-    return TowerConfig(patch=patch, side=side, cell=cell, rule=rule, **values)
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:

@@ -265,7 +265,7 @@ class TowerFamily:
             operator's values.
         config_from_gguf: the same from a GGUF file's metadata, the text model's hidden size, and the operator's values.
         completed: adds to the config what only a GGUF file's tensors show; None if the metadata is complete.
-        prepared: renames and reshapes the tensors of a GGUF file to the GGUF names and shapes in `weights`.
+        prepared: renames and reshapes a file's tensors to the names and shapes in `weights`.
         build, weights: as for `Family`.
         mark: the token that is repeated for each of an image's embeddings.
         asks: the token that a chat template writes for an image; empty if it is `mark`.

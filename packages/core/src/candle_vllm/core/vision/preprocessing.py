@@ -291,7 +291,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Rule of Llama 4: tiles of a canvas on which the image stands at the top left, followed by the whole image.
+    """Rule of Llama 4 and InternVL: tiles of a canvas with the image at its top left, followed by the whole image.
 
     The scale of a canvas is the factor that fits the image into it. The canvas with the smallest scale of at least 1 is
     used, otherwise the one with the largest scale; of several, the one with the fewest tiles. The image is not
@@ -303,6 +303,9 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         grows: whether the canvas with the largest scale is used, and the image is enlarged to it.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
+        least: minimum number of tiles of a canvas.
+        stretches: InternVL's rule: the image fills the canvas with the nearest ratio of width to height; of several,
+            the last one that has less than twice the image's pixels.
     """
 
     tile: int
@@ -310,20 +313,34 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     grows: bool
     resample: int
     normalisation: Normalisation
+    least: int = 1
+    stretches: bool = False
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`; scales are compared in fp32, as in transformers."""
         sides = [(rows, columns) for rows in range(1, self.most + 1) for columns in range(1, self.most // rows + 1)]
-        scales = (np.array(sides, np.float32) * self.tile / np.array((height, width), np.float32)).min(1)
-        found = scales[scales >= 1]
-        scale = found.min() if len(found) and not self.grows else scales.max()
-        rows, columns = min((each for each, one in zip(sides, scales) if one == scale), key=math.prod)
+        if self.stretches:
+            sides = sorted(
+                (each for each in sides if math.prod(each) >= self.least), key=lambda at: (math.prod(at), at[1])
+            )
+            apart = [abs(width / height - columns / rows) for rows, columns in sides]
+            first, *near = (each for each, one in zip(sides, apart) if one == min(apart))
+            fits = [each for each in near if math.prod(each) * self.tile**2 < 2 * height * width]
+            rows, columns = fits[-1] if fits else first
+        else:
+            scales = (np.array(sides, np.float32) * self.tile / np.array((height, width), np.float32)).min(1)
+            found = scales[scales >= 1]
+            scale = found.min() if len(found) and not self.grows else scales.max()
+            rows, columns = min((each for each, one in zip(sides, scales) if one == scale), key=math.prod)
         return Cut(*((0, 0) if rows == columns == 1 else (rows, columns)), self.tile, self.tile)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
         cut, tile = self.cut(picture.height, picture.width), self.tile
         rows, columns = max(cut.rows, 1), max(cut.columns, 1)
+        if self.stretches:
+            canvas = _resized(picture.pixels, tile * rows, tile * columns, self.resample)
+            return _tiled(canvas, picture.pixels, cut, self.resample)
         canvas = np.zeros((tile * rows, tile * columns, 3), np.uint8)
         high, wide, _ = canvas.shape
         if not self.grows:
