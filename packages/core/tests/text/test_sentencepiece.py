@@ -112,6 +112,17 @@ def test_tokens_that_the_vocabulary_left_unused_get_their_names(tmp_path: Path, 
     assert 3 in tokenizer.eos_token_ids
 
 
+def test_pieces_may_have_other_names(tmp_path: Path) -> None:
+    """InternLM 2 gives pieces that it does not use the names of its marks, and has more tokens behind them."""
+    (tmp_path / "tokenizer.model").write_bytes(model())
+    names = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "<|im_start|>", AT + 1: "<|plugin|>", AT + len(WORDS): "<img>"}
+    config = {"added_tokens_decoder": {str(index): {"content": text, "special": True} for index, text in names.items()}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("<|im_start|><|plugin|><img>") == [3, AT + 1, AT + len(WORDS)]
+    assert tokenizer.encode("hello") != REFERENCE["hello"]  # its second piece is gone
+
+
 def test_a_model_without_bos(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(model(bos=-1))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "add_eos_token": True}))

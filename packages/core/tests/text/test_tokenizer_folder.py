@@ -7,6 +7,7 @@ import base64
 import importlib
 import json
 import logging
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -213,6 +214,24 @@ def test_a_folder_without_tokenizer_json_is_told_how_to_write_it(tmp_path: Path)
         (tmp_path / name).write_text(content)
     with pytest.raises(UnsupportedModelError, match=r"no tokenizer\.json: .*\.save_pretrained\(FOLDER\)"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_qwens_vocabulary_and_merges_are_read_as_by_transformers(tmp_path: Path) -> None:
+    """Files of a slow tokenizer, without tokenizer.json."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("\u00c3", "\u00a9"), ("1", "2"), ("#", "#")]
+    words = [*letters, *(left + right for left, right in merges)]
+    (tmp_path / "vocab.json").write_text(json.dumps({text: index for index, text in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
+    marks = {str(len(words) + n): {"content": text, "special": True} for n, text in enumerate(("<|im_end|>", "<img>"))}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "added_tokens_decoder": marks}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_token_ids[0] == len(words)
+    for text in ("the other 12 ## the<img>then<|im_end|>", "e\u0301t\u00e9 It's\n\n  x", "\u4e16\u754c \U0001f600", ""):
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"], text
+        assert ours.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
 
 
 def test_keys_that_name_no_token_are_left_alone(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 """Load a tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
 The vocabulary and its rules are in tokenizer.json, otherwise in Kimi's tiktoken.model, otherwise in SentencePiece's
-tokenizer.model (sentencepiece.py), otherwise in BERT's vocab.txt. tokenizer_config.json, special_tokens_map.json and
-added_tokens.json define the special tokens and the roles of tokens (docs/models.md: which file wins). The chat template
-is in the first of chat_template.jinja with additional_chat_templates/, chat_template.json and tokenizer_config.json.
+tokenizer.model (sentencepiece.py), in BERT's vocab.txt, or in Qwen's vocab.json and merges.txt. tokenizer_config.json,
+special_tokens_map.json and added_tokens.json define the special tokens and the roles of tokens (docs/models.md: which
+file wins). The chat template is in the first of chat_template.jinja with additional_chat_templates/, chat_template.json
+and tokenizer_config.json.
 generation_config.json belongs to the model, not to the tokenizer: assembly/model.py reads it.
 """
 
@@ -101,6 +102,8 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
             return backend, vocab.named_tokens
         if (folder / "vocab.txt").is_file():
             return _from_words(folder / "vocab.txt", config)
+        if config.get("tokenizer_class") == "Qwen2Tokenizer" and (folder / "merges.txt").is_file():
+            return _from_merges(folder), {}
         raise UnsupportedModelError(
             f"{folder} has no tokenizer.json: name a folder that has one, or let transformers write it: "
             "AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
@@ -180,6 +183,19 @@ def _from_words(path: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, 
         backend.post_processor = processors.BertProcessing((end, ids[end]), (first, ids[first]))
         backend.add_special_tokens([*names.values()])
     return backend, names
+
+
+def _from_merges(folder: Path) -> Backend:
+    """Load vocab.json and merges.txt, as transformers' `Qwen2Tokenizer`."""
+    lines = (_read_text(folder / "merges.txt") or "").split("\n")
+    merges = [
+        (left, right) for left, _, right in (line.partition(" ") for line in lines) if right and left != "#version:"
+    ]
+    with refusing_panics(str(folder / "vocab.json")):
+        backend = Backend(models.BPE(_read_json(folder / "vocab.json"), merges))
+    byte_level(backend, PRE_TOKENIZERS["qwen2"])
+    backend.normalizer = normalizers.NFC()
+    return backend
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
