@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,9 +34,11 @@ from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream
 from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.vision.inputs import ImageInput
 from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.thread_ranks import Meetings, MeetingStages, ThreadRanks, ToldRanks, in_threads
@@ -59,6 +62,32 @@ def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> tuple[NDArray[np.
             pieces += 1
         except StopIteration as done:
             return done.value, pieces
+
+
+def require_embeddings(
+    loaded: LoadedModel, images: Sequence[ImageInput], wanted: Sequence[NDArray[np.float32]], *, eager: bool, most: int
+) -> None:
+    """A tower gives these embeddings, and the first again; a step reserves less than `most` times what it takes."""
+    assert loaded.tower is not None
+    tower, team = loaded.tower.tower, ThreadTeam(2)
+    try:
+        runner: TowerRunner = EagerTower(tower, CPU) if eager else RecordedTower(tower, team)
+        for image, expected in zip([*images, images[0]], [*wanted, wanted[0]], strict=True):
+            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            assert found.shape == expected.shape
+            assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+        if isinstance(runner, RecordedTower):
+            assert nbytes(runner) < tower.config.step_bytes(2) < most * nbytes(runner)
+    finally:
+        team.close()
+
+
+def require_same_when_cached(engine: InferenceEngine, prompts: list[Any], alone: list[tuple[int, ...]]) -> None:
+    """Answers are those of prompts alone, cold and warm; the first two prompts are found in the cache."""
+    assert answers(engine, prompts) == alone
+    again = engine.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False)
+    assert [tuple(each.outputs[0].token_ids) for each in again] == alone
+    assert all(each.num_cached_tokens for each in again[:2])
 
 
 def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:

@@ -24,11 +24,8 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import TowerRunner
-from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models import glm4v_tower, paddleocr_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.exact_sums import exact_sums
@@ -38,8 +35,9 @@ from packages.core.tests.models.sight import (
     answers_of_a_gpu,
     answers_op_by_op,
     finished,
-    nbytes,
+    require_embeddings,
     require_same,
+    require_same_when_cached,
 )
 from packages.core.tests.models.test_qwen_vl import GPU_STEPS, PICTURES, TEMPLATE, loaded_from, write_tokenizer
 from packages.core.tests.models.tiny import SMALL, randomise
@@ -144,19 +142,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     with torch.inference_mode():
         expected = theirs.model.get_image_features(**their_pixels(folder, PICTURES)).pooler_output
     images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    team = ThreadTeam(2)
-    try:
-        runner: TowerRunner = (
-            EagerTower(loaded.tower.tower, choose_device("cpu")) if eager else RecordedTower(loaded.tower.tower, team)
-        )
-        for image, wanted in zip([*images, images[0]], [*expected, expected[0]], strict=True):
-            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
-            assert found.shape == wanted.shape
-            assert np.abs(found - wanted.numpy()).max() < 1e-4 * np.abs(wanted.numpy()).max()
-        if isinstance(runner, RecordedTower):  # what is put aside is enough
-            assert nbytes(runner) < loaded.tower.tower.config.step_bytes(2) < 16 * nbytes(runner)
-    finally:
-        team.close()
+    require_embeddings(loaded, images, [each.numpy() for each in expected], eager=eager, most=16)
 
 
 @pytest.mark.one_of_each(2)
@@ -196,12 +182,7 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
     with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        assert answers(engine, prompts(folder)) == alone
-        again = engine.generate(
-            prompts(folder), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False
-        )
-        assert [tuple(each.outputs[0].token_ids) for each in again] == alone
-        assert all(each.num_cached_tokens for each in again[:2])
+        require_same_when_cached(engine, prompts(folder), alone)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,8 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import TowerRunner
-from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.internvl_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
@@ -41,8 +38,9 @@ from packages.core.tests.models.sight import (
     answers_of_a_gpu,
     answers_op_by_op,
     finished,
-    nbytes,
+    require_embeddings,
     require_same,
+    require_same_when_cached,
 )
 from packages.core.tests.models.test_qwen_vl import GPU_STEPS, PICTURES, loaded_from, write_tokenizer
 from packages.core.tests.models.test_renamed import internlm2
@@ -146,19 +144,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     wanted = [each.reshape(-1, 64).numpy() for each in expected.split(counts)]
     images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
     assert [image.shape[0] for image in images] == counts
-    team = ThreadTeam(2)
-    try:
-        runner: TowerRunner = (
-            EagerTower(loaded.tower.tower, choose_device("cpu")) if eager else RecordedTower(loaded.tower.tower, team)
-        )
-        for image, want in zip([*images, images[0]], [*wanted, wanted[0]], strict=True):
-            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
-            assert found.shape == want.shape
-            assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
-        if isinstance(runner, RecordedTower):  # what is put aside is enough
-            assert nbytes(runner) < loaded.tower.tower.config.step_bytes(2) < 64 * nbytes(runner)
-    finally:
-        team.close()
+    require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
 @pytest.mark.one_of_each(2)
@@ -219,10 +205,7 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
     with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        assert answers(engine, PROMPTS) == alone
-        again = engine.generate(PROMPTS, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False)
-        assert [tuple(each.outputs[0].token_ids) for each in again] == alone
-        assert all(each.num_cached_tokens for each in again[:2])
+        require_same_when_cached(engine, PROMPTS, alone)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ from packages.core.tests.models.sight import (
     answers_op_by_op,
     answers_without_torch,
     finished,
-    nbytes,
     prompt_error,
+    require_embeddings,
     require_same,
 )
 from packages.core.tests.models.tiny import SMALL, randomise
@@ -219,19 +219,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
         deep = getattr(found, "deepstack_features", None) or []
         expected = [torch.cat(each, 1) for each in zip(found.pooler_output, *deep, strict=True)]
     images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    team = ThreadTeam(2)
-    try:
-        runner: TowerRunner = (
-            EagerTower(loaded.tower.tower, choose_device("cpu")) if eager else RecordedTower(loaded.tower.tower, team)
-        )
-        for image, wanted in zip([*images, images[0]], [*expected, expected[0]], strict=True):
-            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
-            assert found.shape == wanted.shape
-            assert np.abs(found - wanted.numpy()).max() < 1e-4 * np.abs(wanted.numpy()).max()
-        if isinstance(runner, RecordedTower):  # what is put aside is enough
-            assert nbytes(runner) < loaded.tower.tower.config.step_bytes(2) < 16 * nbytes(runner)
-    finally:
-        team.close()
+    require_embeddings(loaded, images, [each.numpy() for each in expected], eager=eager, most=16)
 
 
 def request_of(loaded: LoadedModel, pictures: list[NDArray[np.uint8]], text: str) -> GenerationRequest:

@@ -86,8 +86,6 @@ _NOT_FOR_ENCODERS = (
     "prompt_cache_path", "prompt_cache_url", "kv_offloading_size", "speculative_config", "mm_processor_kwargs",
     "cpu_experts", "cpu_offload_gb", "gpu_layers",
 )  # fmt: skip
-
-
 _OF_A_CACHE = ("kv_cache_memory", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype")
 """Settings that a server may have for the decoders beside an encoder."""
 

@@ -125,8 +125,12 @@ def parallel_keys(config: Any) -> dict[str, Any]:
 
 
 def axes_keys(config: Any) -> dict[str, Any]:
-    """The GGUF keys of M-RoPE: how many frequencies time, height and width rotate; llama.cpp has a fourth axis."""
-    keys: dict[str, Any] = {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
+    """The GGUF keys of M-RoPE, if the model has it: how many frequencies time, height and width rotate.
+
+    llama.cpp has a fourth axis.
+    """
+    axes = config.rope.axes
+    keys: dict[str, Any] = {"rope.dimension_sections": [axes.count(axis) for axis in range(4)]} if axes else {}
     deep = getattr(config, "deep", 0)
     return window_keys(config) | keys | ({"n_deepstack_layers": deep} if deep else {})
 

@@ -151,9 +151,9 @@ WEIGHTS = [
 
 
 def ignored(config: GlmConfig) -> list[str]:
-    """Names of tensors that are not loaded: old converters' buffers, a tied head's copy, multi-token prediction."""
+    """Names of tensors that are not loaded: old converters' buffers, a tied head's copy, GLM-OCR's further layer."""
     own = [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
-    return [*own, *later_layers(config.num_layers)]
+    return [*own, *(later_layers(config.num_layers) if config.rope.axes else ())]
 
 
 FAMILY = Family(
@@ -168,7 +168,7 @@ FAMILY = Family(
         "glm": Architecture(name="chatglm", interleaved=True, square=True),
         "glm4": Architecture(
             name="glm4",
-            more=lambda config: axes_keys(config) if config.rope.axes else {},
+            more=axes_keys,
             otherwise=lambda config: {"interleaved_rotary": not config.rope.axes},
         ),
     },

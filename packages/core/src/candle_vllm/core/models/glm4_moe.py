@@ -105,8 +105,7 @@ def later_layers(layers: int) -> list[str]:
 def gguf_keys(config: Any) -> dict[str, Any]:
     """The GGUF metadata of the experts; the dense layers are the first ones, as for `first_k_dense_replace`."""
     dense = config.num_layers - len(config.sparse_layers)
-    axes = axes_keys(config) if config.rope.axes else {}
-    return axes | routed_keys(config.mixture) | {"leading_dense_block_count": dense}
+    return axes_keys(config) | routed_keys(config.mixture) | {"leading_dense_block_count": dense}
 
 
 FAMILY = Family(

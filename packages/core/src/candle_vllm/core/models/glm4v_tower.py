@@ -12,7 +12,6 @@ Shapes: T patches, E hidden, C cells.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,9 +45,9 @@ from candle_vllm.core.models.qwen_vl import (
     prepared,
     rule_of,
 )
-from candle_vllm.core.models.tower_family import TowerFamily, TowerStep
+from candle_vllm.core.models.tower_family import TowerFamily, TowerStep, mark_of_cells
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, Cut
+from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -268,12 +267,6 @@ WEIGHTS = (
 _MARK = "<|image|>"
 
 
-def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image of `grid` rows and columns of cells; templates write the text around it."""
-    del cut
-    return _MARK * math.prod(grid)
-
-
 FAMILY = TowerFamily(
     name="glm4v_tower",
     hf={
@@ -292,6 +285,6 @@ FAMILY = TowerFamily(
     weights=WEIGHTS,
     mark=_MARK,
     written=f"<|begin_of_image|>{_MARK}<|end_of_image|>",
-    words_around=words_around,
+    words_around=mark_of_cells(_MARK),
     turned=True,
 )

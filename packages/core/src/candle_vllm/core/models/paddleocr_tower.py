@@ -27,9 +27,9 @@ from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import GridPositions, centred
 from candle_vllm.core.models.qwen_vl import QwenTower, QwenTowerConfig, check_sizes, rule_of
 from candle_vllm.core.models.siglip import ACTIVATIONS, processor_of_gguf
-from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily
+from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily, mark_of_cells
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import NOTHING, Cut
+from candle_vllm.core.vision.preprocessing import NOTHING
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -132,12 +132,6 @@ WEIGHTS = (
 _MARK = "<|IMAGE_PLACEHOLDER|>"
 
 
-def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image of `grid` rows and columns of cells; templates write the text around it."""
-    del cut
-    return _MARK * math.prod(grid)
-
-
 FAMILY = TowerFamily(
     name="paddleocr_tower",
     hf={"PaddleOCRVLForConditionalGeneration": "paddleocr_vl"},
@@ -151,6 +145,6 @@ FAMILY = TowerFamily(
     weights=WEIGHTS,
     mark=_MARK,
     written=f"<|IMAGE_START|>{_MARK}<|IMAGE_END|>",
-    words_around=words_around,
+    words_around=mark_of_cells(_MARK),
     turned=True,
 )

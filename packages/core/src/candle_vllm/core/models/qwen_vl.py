@@ -40,9 +40,9 @@ from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.grid_positions import GridPositions, linear
 from candle_vllm.core.models.siglip import ACTIVATIONS
 from candle_vllm.core.models.siglip import prepared as swapped_back
-from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep, mark_of_cells
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, Cut, area_rule, over
+from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, area_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -378,12 +378,6 @@ WEIGHTS: Sequence[WeightName] = (
 _MARK = "<|image_pad|>"
 
 
-def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image of `grid` rows and columns of cells; templates write the text around it."""
-    del cut
-    return _MARK * (grid[0] * grid[1])
-
-
 FAMILY = TowerFamily(
     name="qwen_vl",
     hf={
@@ -403,6 +397,6 @@ FAMILY = TowerFamily(
     weights=WEIGHTS,
     mark=_MARK,
     written=f"<|vision_start|>{_MARK}<|vision_end|>",
-    words_around=words_around,
+    words_around=mark_of_cells(_MARK),
     turned=True,
 )

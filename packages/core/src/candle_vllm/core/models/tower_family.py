@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -290,3 +291,8 @@ class TowerFamily:
     written: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     turned: bool = False
+
+
+def mark_of_cells(mark: str) -> Callable[[Cut, tuple[int, int]], str]:
+    """`TowerFamily.words_around` of an image of one tile whose surrounding text is written by chat templates."""
+    return lambda _, grid: mark * math.prod(grid)

@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
-_WALK_SECONDS = (
-    0.005  # maximum time for masks after draft tokens, because other sequences wait; sampled tokens do not depend on it
-)
+_WALK_SECONDS = 0.005  # maximum time for masks after draft tokens, for which other sequences wait; tokens stay the same
 _FEW = 64  # if more tokens than this are allowed, the grammar is not asked for forced tokens
 
 
