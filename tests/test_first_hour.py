@@ -352,7 +352,6 @@ def test_every_kind_of_setting(load: Load) -> None:
         "rotary_write.triton.rotary_write_kernel.num_warps": 8,
     }
     kernel: Any = rotary.rotary_write_kernel
-    run = kernel.run
     launched: list[dict[str, Any]] = []
     kernel.run = lambda *_, **kwargs: launched.append(kwargs)
     try:
@@ -366,7 +365,7 @@ def test_every_kind_of_setting(load: Load) -> None:
             kernel[(1,)](1, num_warps=4)
             assert launched[0]["num_warps"] == 8
     finally:
-        kernel.run = run
+        del kernel.run
     assert linear.OWN_ROWS == 0
     assert triton_decode.splits(**asked) == before
     assert quantised.TILES[32][0].warps == 1
@@ -412,6 +411,8 @@ def test_what_the_sweeps_set_exists(load: Load) -> None:
         for path in paths:
             with settings.tried({f"{name}.{path}": 1}):
                 pass
+    kernels = [value for module in settings.tunable_modules() for value in vars(module).values()]
+    assert not [kernel for kernel in kernels if settings._is_kernel(kernel) and "run" in vars(kernel)]
     launched = {name for name, paths in modules.items() if any("_kernel.num_warps" in path for path in paths)}
     assert {"attention.triton_decode", "linear.triton", "sampling.triton_edit", "moe.triton_sort"} <= launched
 

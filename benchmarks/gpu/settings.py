@@ -216,8 +216,9 @@ def _set_launch(path: str, kernel: Any, keys: Sequence[str], number: int) -> Cal
     def launched(*args: Any, **kwargs: Any) -> Any:
         return run(*args, **{**kwargs, keys[0]: number})
 
+    own = vars(kernel).get("run")  # another option's; without any, `run` is the class's
     kernel.run = launched
-    return functools.partial(setattr, kernel, "run", run)
+    return functools.partial(delattr, kernel, "run") if own is None else functools.partial(setattr, kernel, "run", own)
 
 
 def _replace_everywhere(name: str, old: object, new: object) -> None:
