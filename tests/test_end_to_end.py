@@ -308,7 +308,7 @@ def test_two_nodes_serve_one_model_and_come_back(tmp_path: Path, toy_model: Path
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     flags = ["--cpu", *ONE_THREAD, "--m", str(toy_model), "--num-nodes", "2", "-pp", "2", "--master-port", port]
-    flags += ["--cluster-key", "what-both-of-them-know", "--max-model-len", "256"]
+    flags += ["--cluster-key", "what-both-of-them-know", "--max-model-len", "256", "--op-by-op"]
     ask = {"prompt": "The quick brown", "max_tokens": 8, "temperature": 0.0}
     (tmp_path / "second").mkdir()
     with (tmp_path / "second.log").open("w") as log:

@@ -14,8 +14,9 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import llguidance_limits
+from candle_vllm.core.sampling.gbnf import MAX_GBNF_TEXT
 from candle_vllm.core.sampling.json_schema import Budget
-from candle_vllm.core.sampling.lark import MAX_GBNF_TEXT, user_grammar
+from candle_vllm.core.sampling.lark import user_grammar
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import MAX_GRAMMAR, StructuredOutputsParams
 

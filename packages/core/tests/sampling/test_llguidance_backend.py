@@ -32,6 +32,12 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+ARITHMETIC = r"""root ::= (expr "=" ws term "\n")+
+expr ::= term ([-+*/] term)*
+term ::= ident | num | "(" ws expr ")" ws
+ident ::= [a-z] [a-z0-9_]* ws
+num ::= [0-9]+ ws
+ws ::= [ \t\n]*"""  # white space may begin in a term and end behind it
 WRONG = StructuredOutputsParams(json={"$dynamicRef": "#a"})
 PERSON_TEXT = '{"name": "x", "age": 12}'
 
@@ -94,6 +100,8 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
         ({"grammar": "root ::= [a-c&&b]+ [*--]+ [~~]"}, ["ac&*+,-~"], ["d*~", "a/~"]),
         ({"grammar": 'root ::= "<" .* ">"'}, ["<>", "<a\n>", "<a>b>"], ["<a", "<a>b"]),
         ({"grammar": 'root ::= "a" ([0-9]{2})? ("b"?)+'}, ["a12b", "a", "abb"], ["a1", "a123"]),
+        ({"grammar": ARITHMETIC}, ["1+2=3\n", "a = b\n", "(a)=1\n\n(b )= c \n"], ["a=b", "a=(b)", "1a=2\n"]),
+        ({"grammar": 'root ::= e\ne ::= "[" e "]" | w "a"\nw ::= "ab"+'}, ["aba", "[ababa]"], ["ab", "abba"]),
         (
             {"grammar": 'root ::= "#" # "x"\n  | "y" [#"]\r\n  b\n# then\n  | c # d ::= "z"\n\nb ::=\n "b"\nc ::= "c"'},
             ["#", "y#b", 'y"b', "c"],

@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llguidance import gbnf_to_lark as gbnf
-
+from candle_vllm.core.sampling.gbnf import gbnf_to_lark
 from candle_vllm.core.sampling.json_schema import Budget, compilable_schema
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
 
@@ -135,8 +134,6 @@ class LarkShape:
 
 DEFAULT_WHITESPACE = r"[ ]{1,2}|\n(?:[ ]{0,40}|\t{0,10})"
 ANY_TEXT = "/(?s:.*)/"
-MAX_GBNF = 2_000  # rules and opening brackets of a GBNF grammar
-MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of comments, and of rules
 _ESCAPES = 'nrbtf\\"'  # without \u, with which a key could be spelled in two ways
 _TOKENS = re.compile(  # the relevant tokens of llguidance; no pattern backtracks over the same characters
     r"""(?P<string>"(?:[^"\\\n]++|\\.)*+"i?)|(?P<comment>(?://|\#)[^\n]*+)|(?P<regex>/(?:[^/\\]++|\\.)++/[a-z]*+)"""
@@ -148,10 +145,6 @@ _TOKENS = re.compile(  # the relevant tokens of llguidance; no pattern backtrack
 _IS_LARK = re.compile(
     r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:(?!:))", re.MULTILINE
 )  # llguidance's pattern is quadratic
-_GBNF_RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
-_GBNF_BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
-_CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
-_SET_OPERATORS = re.compile(r"([&~-])\1")  # of classes in Rust's regular expressions
 
 Grammar = dict[str, Any]
 """An element of llguidance's list of grammars: `name`, and `lark_grammar` or `json_schema`."""
@@ -215,7 +208,7 @@ def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Bu
         InvalidParameterError: the grammar cannot be parsed, or uses unsupported features.
     """
     if _IS_LARK.search(text) is None:
-        text = _from_gbnf(text)
+        text = gbnf_to_lark(text)
     return {"name": name, "lark_grammar": _checked_lark(text, spec, budget)}
 
 
@@ -233,59 +226,6 @@ def _compilable(schema: Any, spec: StructuredOutputsParams, budget: Budget) -> d
     else:
         options["whitespace_pattern"] = spec.whitespace_pattern or DEFAULT_WHITESPACE
     return {"x-guidance": options} | checked.schema
-
-
-def _from_gbnf(text: str) -> str:
-    if len(text) > MAX_GBNF_TEXT:
-        raise refused(
-            f"the grammar has no rule 'start:', so it is read as GBNF, and has {len(text)} characters; at most "
-            f"{MAX_GBNF_TEXT} are allowed"
-        )
-    brackets = len(re.findall(r"[(\[{]|::=", text))
-    if brackets > MAX_GBNF:
-        raise refused(f"the GBNF grammar has {brackets} rules and brackets; at most {MAX_GBNF} are allowed")
-    try:
-        # As in vLLM, a rule ends where the next one begins, not with its line.
-        rules = (_GBNF_BREAK.sub(lambda found: found[1] or " ", rule) for rule in _GBNF_RULE.split(text))
-        return _converted(gbnf.GrammarParser().parse(_CODES.sub(_character, "\n".join(rules))))
-    except RecursionError:
-        raise refused("the grammar is nested too deeply") from None
-    except Exception as error:  # the converter raises any exception; an incomplete text is an IndexError
-        raise refused(f"the grammar is neither Lark (no rule 'start:') nor GBNF: {error}") from None
-
-
-def _character(code: re.Match[str]) -> str:
-    """Spell a code as its character, or `\\xNN` if ASCII: the converter drops leading zeros of codes."""
-    if not (digits := code[1] or code[2]):
-        return code[0]  # an escaped backslash
-    character = chr(int(digits, 16))
-    character.encode()  # refuses half a surrogate pair
-    return character if character > "\x7f" else f"\\x{ord(character):02x}"
-
-
-def _converted(rules: Mapping[str, gbnf.RuleNode]) -> str:
-    """Return the rules of a GBNF grammar in Lark, with names that stay unique when the converter changes their case.
-
-    The converter makes terminals of rules without recursion, except of `root`. llguidance ends a terminal only where it
-    cannot be longer, so a `root` of several terminals may match less than in GBNF: a rule around `root` is added here.
-    """
-    if "root" not in rules:
-        raise ValueError("there is no rule 'root'")
-    top = gbnf.RuleNode("root", gbnf.AlternativeNode([gbnf.RuleRefNode("root")]), "")
-    nodes: list[gbnf.ASTNode] = [top, *rules.values()]
-    for number, rule in enumerate(rules.values()):
-        rule.name += f"-{number}"
-    for node in nodes:
-        nodes += node.children()
-        if isinstance(node, gbnf.RuleRefNode) and node.name in rules:
-            node.name = rules[node.name].name
-        elif isinstance(node, gbnf.RegexNode):  # a class or `.`, which matches line breaks too
-            node.rx = "(?s:.)" if node.rx == "." else _SET_OPERATORS.sub(r"\1\\\1", node.rx)
-    gbnf.resolve(named := {rule.name: rule for rule in (top, *rules.values())})
-    for node in nodes:
-        if isinstance(node, gbnf.RepetitionNode) and isinstance(node.node, gbnf.RepetitionNode):
-            node.node = gbnf.AlternativeNode([node.node])  # which is written in brackets
-    return "\n".join(["%llguidance {}", *map(str, named.values())])
 
 
 def _checked_lark(text: str, spec: StructuredOutputsParams, budget: Budget) -> str:

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""GBNF, llama.cpp's grammars, converted to llguidance's dialect of Lark.
+
+llguidance ends a terminal only where it cannot be longer, whereas a rule of GBNF may end anywhere. Rules without
+recursion become terminals, which is fast. A grammar in which a terminal could take characters that may also follow it
+(trailing white space before a line break) has terminals of one character only: its masks take several times as long.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+from llguidance import gbnf_to_lark as gbnf
+
+from candle_vllm.core.sampling.structured import refused
+
+MAX_GBNF = 2_000  # rules and opening brackets of a grammar
+MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of comments, and of rules
+_MAX_ROUNDS = 20  # over all rules; a grammar that needs more has terminals of one character
+_RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
+_BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
+_CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
+_SET_OPERATORS = re.compile(r"([&~-])\1")  # of classes in Rust's regular expressions
+_LITERAL = re.compile(r"(\\x..|\\.)|.", re.DOTALL)  # a character of the converter's literals
+
+
+def gbnf_to_lark(text: str) -> str:
+    """Convert a grammar.
+
+    Raises:
+        InvalidParameterError: the text is too long, or not GBNF.
+    """
+    if len(text) > MAX_GBNF_TEXT:
+        raise refused(
+            f"the grammar has no rule 'start:', so it is read as GBNF, and has {len(text)} characters; at most "
+            f"{MAX_GBNF_TEXT} are allowed"
+        )
+    brackets = len(re.findall(r"[(\[{]|::=", text))
+    if brackets > MAX_GBNF:
+        raise refused(f"the GBNF grammar has {brackets} rules and brackets; at most {MAX_GBNF} are allowed")
+    try:
+        # As in vLLM, a rule ends where the next one begins, not with its line.
+        rules = (_BREAK.sub(lambda found: found[1] or " ", rule) for rule in _RULE.split(text))
+        return _converted(gbnf.GrammarParser().parse(_CODES.sub(_character, "\n".join(rules))))
+    except RecursionError:
+        raise refused("the grammar is nested too deeply") from None
+    except Exception as error:  # the converter raises any exception; an incomplete text is an IndexError
+        raise refused(f"the grammar is neither Lark (no rule 'start:') nor GBNF: {error}") from None
+
+
+def _character(code: re.Match[str]) -> str:
+    """Spell a code as its character, or `\\xNN` if ASCII: the converter drops leading zeros of codes."""
+    if not (digits := code[1] or code[2]):
+        return code[0]  # an escaped backslash
+    character = chr(int(digits, 16))
+    character.encode()  # refuses half a surrogate pair
+    return character if character > "\x7f" else f"\\x{ord(character):02x}"
+
+
+def _converted(rules: Mapping[str, gbnf.RuleNode]) -> str:
+    """Return the rules in Lark, with names that stay unique when the converter changes their case.
+
+    A rule around `root` is added, because the converter makes no terminal of `root`.
+    """
+    if "root" not in rules:
+        raise ValueError("there is no rule 'root'")
+    top = gbnf.RuleNode("root", gbnf.AlternativeNode([gbnf.RuleRefNode("root")]), "")
+    nodes: list[gbnf.ASTNode] = [top, *rules.values()]
+    for number, rule in enumerate(rules.values()):
+        rule.name += f"-{number}"
+    for node in nodes:
+        nodes += node.children()
+        if isinstance(node, gbnf.RuleRefNode) and node.name in rules:
+            node.name = rules[node.name].name
+        elif isinstance(node, gbnf.RegexNode):  # a class or `.`, which matches line breaks too
+            node.rx = "(?s:.)" if node.rx == "." else _SET_OPERATORS.sub(r"\1\\\1", node.rx)
+    gbnf.resolve(named := {rule.name: rule for rule in (top, *rules.values())})
+    one_by_one = _may_end_early([*named.values()])
+    for node in nodes:
+        if isinstance(node, gbnf.RepetitionNode) and isinstance(node.node, (gbnf.RepetitionNode, gbnf.LiteralNode)):
+            node.node = gbnf.AlternativeNode([node.node])  # which is written in brackets
+        if one_by_one and isinstance(node, gbnf.RuleNode):
+            node.name = node.name.lower()  # a rule, not a terminal
+        elif one_by_one and isinstance(node, gbnf.LiteralNode):
+            node.value = '" "'.join(found[0] for found in _LITERAL.finditer(node.value))
+    return "\n".join(["%llguidance {}", *map(str, named.values())])
+
+
+class _Ends(NamedTuple):
+    """Where texts of an expression begin and end. Sets of characters are bits: ASCII, and bit 128 for all others."""
+
+    empty: bool = False  # whether the empty text is one of them
+    first: int = 0  # their first characters
+    more: int = 0  # characters with which a text may become a longer one
+
+
+def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
+    """Return whether a terminal may be followed by a character with which it could also go on."""
+    ends: dict[str | int, _Ends] = {rule.name: _Ends() for rule in rules}  # of rules, and of what is repeated
+    after = {rule.name: 0 for rule in rules}
+
+    def spread(node: gbnf.ASTNode, following: int) -> _Ends:
+        """Return the ends of `node`, and add what may follow each rule in it to `after`."""
+        if isinstance(node, gbnf.LiteralNode):
+            found = _LITERAL.match(node.value)
+            return _Ends(first=_first(found[1] or re.escape(found[0]))) if found else _Ends(empty=True)
+        if isinstance(node, gbnf.RegexNode):
+            return _Ends(first=_first(node.rx))
+        if isinstance(node, gbnf.RuleRefNode) and node.target is not None:
+            after[node.target.name] |= following
+            return ends[node.target.name]
+        if isinstance(node, gbnf.RepetitionNode):
+            again = ends[id(node)].first if node.max_times != 1 and id(node) in ends else 0  # of the last round
+            ends[id(node)] = found = spread(node.node, following | again)
+            longer = found.empty or node.max_times != node.min_times
+            return _Ends(found.empty or not node.min_times, found.first, found.more | (found.first if longer else 0))
+        if isinstance(node, gbnf.SequenceNode):
+            total = _Ends(empty=True)
+            for each in reversed(node.nodes):
+                found = spread(each, total.first | (following if total.empty else 0))
+                total = _Ends(
+                    found.empty and total.empty,
+                    found.first | (total.first if found.empty else 0),
+                    total.more | (found.more if total.empty else 0),
+                )
+            return total
+        parts = [spread(each, following) for each in node.children()]
+        empty, first, more = any(part.empty for part in parts), 0, 0
+        for part in parts:
+            first, more = first | part.first, more | part.more
+        return _Ends(empty, first, more | (first if empty else 0))
+
+    for _ in range(_MAX_ROUNDS):
+        before = ends | {}, after | {}
+        for rule in rules:
+            ends[rule.name] = spread(rule.alternatives, after[rule.name])
+        if before == (ends, after):
+            return any(rule.rule_is_terminal and ends[rule.name].more & after[rule.name] for rule in rules)
+    return True
+
+
+@lru_cache(1 << 10)
+def _first(character: str) -> int:
+    """Return the characters that a regular expression of one character matches, as in `_Ends`."""
+    found = sum(1 << code for code in range(129) if re.fullmatch(character, chr(code)))
+    return found if character.isascii() else found | 1 << 128
