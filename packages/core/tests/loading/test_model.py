@@ -43,7 +43,7 @@ def with_generation_config(folder: Path, values: dict[str, Any]) -> Path:
         ("temperature", 10**400),
         ("temperature", NAN),
         ("temperature", True),
-        ("top_p", 0),
+        ("top_p", -0.5),
         ("top_p", 5.0),
         ("top_k", -5),
         ("top_k", 5.5),
@@ -75,6 +75,11 @@ def test_defaults_take_their_own_types(tmp_path: Path) -> None:
         "temperature": (1.0, float),
     }
     assert loaded.eos_token_ids[:2] == (256, 258)
+
+
+def test_the_likeliest_token_alone_is_greedy_decoding(tmp_path: Path) -> None:
+    loaded = load(with_generation_config(tmp_path, {"top_p": 0, "temperature": 0.7, "do_sample": True}))
+    assert loaded.default_sampling == {"temperature": 0.0}
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])

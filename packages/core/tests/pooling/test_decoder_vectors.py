@@ -33,7 +33,7 @@ from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, ModelLoadError
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums
@@ -494,3 +494,20 @@ def test_a_missing_head_makes_no_embedder_of_a_model_that_generates(
     loaded = load_model(EngineConfig(model=str(tmp_path / "m")), CPU, lambda *_: None)
     assert (loaded.config.has_head, loaded.config.tie_embeddings) == (True, True)
     assert "no lm_head.weight is stored: the embedding table is used as the head" in caplog.text
+
+
+def test_a_tied_table_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
+    """As a safetensors file that has one name for two tensors of the same memory."""
+    folder = write_toy_model(tmp_path / "m", toy_config(tie_word_embeddings=True))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("lm_head.weight", None)
+    with InferenceEngine(str(folder)) as engine:
+        expected = engine.generate([TEXTS[1]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, folder / "model.safetensors")
+    with InferenceEngine(str(folder)) as engine:
+        assert engine.generate([TEXTS[1]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelLoadError, match="embed_tokens"):
+        load_model(EngineConfig(model=str(folder)), CPU, lambda *_: None)

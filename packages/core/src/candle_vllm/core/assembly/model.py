@@ -451,13 +451,16 @@ def _generation_config(files: ModelFiles, metadata: Mapping[str, Any]) -> Fields
 
 
 def sampling_defaults(generation: Fields) -> dict[str, float | int]:
-    """Return the sampling defaults of a generation config; do_sample false means greedy decoding."""
+    """Return the sampling defaults of a generation config; do_sample false or top_p 0 means greedy decoding."""
     values: dict[str, Any] = {}
     for key in (key for key in _SAMPLING_KEYS if key in generation):
         value = generation.get(key, float)
         # Some exporters write a count as 50.0; 50.5 is not converted and is refused below.
         values[key] = int(value) if key == "top_k" and value.is_integer() else value
-    if not generation.get("do_sample", bool, True):
+    greedy = values.get("top_p") == 0  # transformers keeps the likeliest token
+    if greedy:
+        del values["top_p"]
+    if greedy or not generation.get("do_sample", bool, True):
         values["temperature"] = 0.0
     length = generation.values.get("max_new_tokens")
     if isinstance(length, int) and 0 < length <= MAX_TOKENS:  # other values are ignored

@@ -45,9 +45,16 @@ def is_headed(names: object) -> bool:
     return isinstance(name, str) and name.endswith(_ENDS[2:])
 
 
-def prefixed(checkpoint: Checkpoint) -> Checkpoint:
-    """Rename a base model's tensors as in the model with an output layer; other checkpoints are returned unchanged."""
+def prefixed(checkpoint: Checkpoint, *, tied: bool = False) -> Checkpoint:
+    """Rename a base model's tensors as in the model with an output layer; other checkpoints are returned unchanged.
+
+    If the head is `tied` to the embedding table and only the head is stored, it is renamed to the table.
+    """
     if "embed_tokens.weight" not in checkpoint.tensors:
+        table, head = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
+        if tied and head in checkpoint.tensors and table not in checkpoint.tensors:
+            renamed = {table if name == head else name: tensor for name, tensor in checkpoint.tensors.items()}
+            return checkpoint.with_tensors(renamed)
         return checkpoint
     kept = (_PREFIX, "lm_head.", *(f"{name}." for name in SCORES))
     return checkpoint.with_tensors(
