@@ -163,7 +163,7 @@ class PackedFile:
             thread.join()
 
     def _write(self, size: int) -> None:
-        """Write the file atomically; on an error, log a warning and leave no file."""
+        """Write the file atomically; on an error, log it and leave no file."""
         if sys.platform == "linux":
             with suppress(OSError):  # this thread only
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -190,7 +190,8 @@ class PackedFile:
             said = "packed weights: %.1f MB saved in %s (--packed-cache off disables this)"
             logger.info(said, size / 1e6, self._path.parent)
         except OSError as error:
-            logger.warning("packed weights cannot be saved in %s: %s", self._path.parent, error)
+            level = logging.INFO if self._ends else logging.WARNING  # the next start packs, and saves, them
+            logger.log(level, "packed weights cannot be saved in %s: %s", self._path.parent, error)
             with suppress(OSError):
                 part.unlink(missing_ok=True)
         finally:
