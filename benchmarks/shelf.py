@@ -45,6 +45,7 @@ NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
 # fmt: on
 REMOTE = {  # classes of types that transformers does not have
     "chatglm": "ChatGLMModel",
+    "dots_ocr": "DotsOCRForCausalLM",
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internvl_chat": "InternVLChatModel",

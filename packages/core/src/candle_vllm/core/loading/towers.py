@@ -32,6 +32,7 @@ _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "De
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "DotsOCRForCausalLM": {"qwen2": "Qwen2ForCausalLM"},
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
         "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
@@ -67,7 +68,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
 
 FLAT = frozenset({
-    "PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+    "DotsOCRForCausalLM", "PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration"
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 
