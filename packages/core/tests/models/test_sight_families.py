@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.llama4.processing_llama4 import Llama4Processor
@@ -32,11 +34,17 @@ from candle_vllm.core.engine.runners import recorded_tower
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
 from candle_vllm.core.engine.runners.images import TowerRunner
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
-from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, UnsupportedModelError
+from candle_vllm.core.errors import (
+    ConfigError,
+    InvalidFileError,
+    InvalidParameterError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.loading.towers import of_tower
-from candle_vllm.core.models import gemma4_tower_config, gemma4_unified_tower, llama4_tower
+from candle_vllm.core.models import clip_tower, gemma4_tower_config, gemma4_unified_tower, llama4_tower
 from candle_vllm.core.models.registry import tower_family
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
@@ -136,6 +144,13 @@ ROWS = {
         {"size": {"longest_edge": 24}, "patch_size": 4, **CLIP}, MARKS, "[IMG]",
         259, ("llama", {"image_size": 24, **CLIP}),
     ),
+    "LLaVA 1.5": Row(
+        "llava", {"model_type": "llama"},
+        VISION | {"model_type": "clip_vision_model", "image_size": 24, "num_hidden_layers": 3, "projection_dim": 8},
+        {"image_token_index": 259, "vision_feature_layer": -2, "vision_feature_select_strategy": "default"},
+        {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "resample": 3, **CLIP},
+        ("<image>",), "<image>", 259, ("llama", {}),
+    ),
     "Gemma 3": Row(
         "gemma3", GEMMA3, VISION | {"model_type": "siglip_vision_model", "image_size": 32, "vision_use_head": False},
         {"mm_tokens_per_image": 16, "boi_token_index": 259, "eoi_token_index": 260, "image_token_index": 261},
@@ -180,6 +195,7 @@ TEMPLATE = (
 
 OLDER = ("Mistral 3", "Pixtral", "Gemma 3")
 EVERY = few(list(ROWS), *OLDER)
+IN_GGUF = few([name for name, row in ROWS.items() if row.gguf[1]], *OLDER)
 
 
 def write_sight(folder: Path, name: str, processor: Mapping[str, Any] = {}, **config: Any) -> Path:
@@ -241,6 +257,8 @@ def their_inputs(name: str, folder: Path, pictures: list[NDArray[np.uint8]]) -> 
     if name == "Gemma 3":
         made = Gemma3ImageProcessorPil(**said)(images=images, return_tensors="pt")
         return {"pixel_values": made["pixel_values"]}
+    if name == "LLaVA 1.5":
+        return {"pixel_values": CLIPImageProcessorPil(**said)(images=images, return_tensors="pt")["pixel_values"]}
     if "Gemma 4" in name:
         if "12B" in name:  # whose own processor needs torchvision: patches of what is one embedding
             said = {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 1}
@@ -582,7 +600,7 @@ def write_gguf(name: str, folder: Path, made: Path) -> dict[str, Any]:
     return {"model": str(made / "model.gguf"), "mmproj": made / "mmproj.gguf", "tokenizer": folder}
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", IN_GGUF)
 def test_a_gguf_file_beside_the_model_is_the_same_tower(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -617,7 +635,7 @@ SAID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 """By family: what an operator says of pictures, what comes of it, and the names that there are."""
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", IN_GGUF)
 def test_an_operator_says_how_pictures_are_prepared(name: str, tmp_path: Path) -> None:
     said, wanted, known = SAID[name]
     folder = write_sight(tmp_path / "folder", name)
@@ -758,12 +776,48 @@ def test_marks_that_nobody_asked_for_are_refused(folders: Callable[[str], Path])
 
 
 def test_a_tower_of_another_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """LLaVA's own, by CLIP: texts alone are read."""
-    vision = VISION | {"model_type": "clip_vision_model", "image_size": 8, "projection_dim": 8}
+    """LLaVA's with SigLIP: texts alone are read."""
+    vision = VISION | {"model_type": "siglip_vision_model", "image_size": 8, "vision_use_head": False}
     folder = write_sight(tmp_path, "Pixtral", vision_config=vision)
     with caplog.at_level("INFO"), InferenceEngine(folder) as engine:
         assert engine.model_info.modalities == ("text",)
     assert "tensors) is not supported and not loaded" in caplog.text
+
+
+def test_what_llava_says_of_its_tower(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """CLIP's blocks up to one, and the middle of an image."""
+    folder, name = folders("LLaVA 1.5"), "LlavaForConditionalGeneration"
+    config = read_json(folder / "config.json")
+    processor = Fields(read_json(folder / "preprocessor_config.json"), tmp_path)
+    for last, layers in ((-2, 2), ([-2], 2), (-1, 3), (1, 1), (3, 3)):
+        fields = Fields(config | {"vision_feature_layer": last}, tmp_path)
+        assert clip_tower.FAMILY.config_from_hf(fields, processor, 64, {}).num_layers == layers
+    for key, value in (
+        ("vision_feature_layer", [-2, -3]), ("vision_feature_layer", 0), ("vision_feature_layer", 4),
+        ("vision_feature_select_strategy", "full"), ("projector_hidden_act", "relu"),
+    ):  # fmt: skip
+        with pytest.raises((UnsupportedModelError, InvalidFileError), match=key):
+            clip_tower.FAMILY.config_from_hf(Fields(config | {key: value}, tmp_path), processor, 64, {})
+    for changed, message in (
+        ({"crop_size": 32}, "crop_size is 32, more than size, 24"),
+        ({"size": {"height": 24, "width": 20}, "do_center_crop": False}, "size is .*; tiles are squares"),
+        ({"crop_size": 16}, "tiles of 16 pixels"),
+    ):
+        given = Fields(dict(processor.values) | changed, tmp_path)
+        with pytest.raises(InvalidFileError, match=message):
+            clip_tower.FAMILY.config_from_hf(Fields(config, tmp_path), given, 64, {})
+    whole = Fields(dict(processor.values) | {"size": 24, "do_center_crop": False}, tmp_path)
+    rule = clip_tower.FAMILY.config_from_hf(Fields(config, tmp_path), whole, 64, {}).rule
+    assert rule.tiles(picture_of(PICTURES[0])).shape == (1, 24, 24, 3)
+    with InferenceEngine(folder) as engine, pytest.raises(InvalidParameterError, match="200 times the other"):
+        engine.generate(prompt("LLaVA 1.5", np.zeros((1, 300, 3), np.uint8)), SamplingParams(max_tokens=1))
+    assert tower_family({"architectures": [name], "vision_config": {"model_type": "clip_vision_model"}})
+    tensors = load_file(folder / "model.safetensors")
+    absent = next(key for key in tensors if key.endswith("class_embedding"))
+    shutil.copytree(folder, tmp_path / "broken")
+    save_file({key: each for key, each in tensors.items() if key != absent}, tmp_path / "broken" / "model.safetensors")
+    with pytest.raises(WeightsError, match="class_embedding is missing"):
+        load(tmp_path / "broken", max_images=4)
 
 
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, list[int]]] = {

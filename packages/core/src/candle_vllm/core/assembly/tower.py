@@ -153,7 +153,9 @@ def _quantised(family: TowerFamily, model: TowerConfig, stored: Checkpoint, desc
 def _from_gguf(stored: Checkpoint, text_size: int, said: Mapping[str, Any] | None) -> _Found:
     family = tower_family_from_gguf(stored.metadata, stored.path)
     fields = Fields(stored.metadata, stored.path, "clip.vision.")
-    model = _described(family, said, lambda said: family.config_from_gguf(fields, text_size, said))
+    read = family.config_from_gguf
+    assert read is not None, "a family with GGUF files reads their metadata"
+    model = _described(family, said, lambda said: read(fields, text_size, said))
     if family.completed is not None:
         model = family.completed(model, stored.tensors)
     return family, model, stored.with_tensors(family.prepared(stored.tensors, model)), stored.path

@@ -264,7 +264,8 @@ class TowerFamily:
         settings: keys of preprocessor_config.json that an operator may override.
         config_from_hf: reads a config from config.json, preprocessor_config.json, the text model's hidden size, and the
             operator's values.
-        config_from_gguf: the same from a GGUF file's metadata, the text model's hidden size, and the operator's values.
+        config_from_gguf: the same from a GGUF file's metadata, the text model's hidden size, and the operator's values;
+            None if `gguf` is empty.
         completed: adds to the config what only a GGUF file's tensors show; None if the metadata is complete.
         prepared: renames and reshapes a file's tensors to the names and shapes in `weights`.
         build, weights: as for `Family`.
@@ -281,7 +282,7 @@ class TowerFamily:
     gguf: tuple[str, ...] = ()
     settings: tuple[str, ...]
     config_from_hf: Callable[[Fields, Fields, int, Mapping[str, Any]], TowerConfig]
-    config_from_gguf: Callable[[Fields, int, Mapping[str, Any]], TowerConfig]
+    config_from_gguf: Callable[[Fields, int, Mapping[str, Any]], TowerConfig] | None = None
     completed: Callable[[Any, Mapping[str, StoredTensor]], TowerConfig] | None = None
     prepared: Callable[[Mapping[str, StoredTensor], TowerConfig], Mapping[str, StoredTensor]]
     build: Callable[[Any, Placement], Tower]

@@ -179,7 +179,7 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Rule of Gemma 3: the whole image as a square tile, followed, with pan and scan, by tiles of its crops.
+    """Rule of Gemma 3 and LLaVA: the image as a square tile, followed, with pan and scan, by tiles of its crops.
 
     Pan and scan cuts an oblong image along its longer side into crops of nearly equal size. Each tile is resized from
     the pixels of the original image.
@@ -191,6 +191,8 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         most_parts: maximum number of crops of an image; 0 without pan and scan.
         least_part: minimum number of pixels of a crop's side.
         ratio: minimum ratio of the longer side to the other for which crops are made.
+        middle: LLaVA's rule: the shorter side becomes this number of pixels, and the tile is the middle of the image;
+            0 for a tile of the whole image.
     """
 
     tile: int
@@ -199,10 +201,13 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     most_parts: int = 0
     least_part: int = 1
     ratio: float = 1.0
+    middle: int = 0
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
         longer, other = max(height, width), min(height, width)
+        if self.middle:
+            _require_ratio(height, width)
         rows = columns = 0
         if self.most_parts and longer / other >= self.ratio:
             count = min(math.floor(longer / self.least_part), math.floor(longer / other + 0.5))
@@ -214,6 +219,12 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
         cut, parts = self.cut(picture.height, picture.width), [picture.pixels]
+        if self.middle:
+            shorter = min(picture.height, picture.width)
+            height, width = (int(self.middle * side / shorter) for side in (picture.height, picture.width))
+            y, x = (height - self.tile) // 2, (width - self.tile) // 2
+            whole = _resized(picture.pixels, height, width, self.resample)
+            return np.ascontiguousarray(whole[y : y + self.tile, x : x + self.tile])[None]
         if cut.rows:
             height, width = math.ceil(picture.height / cut.rows), math.ceil(picture.width / cut.columns)
             places = [(height * row, width * column) for row in range(cut.rows) for column in range(cut.columns)]
@@ -273,9 +284,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
                 longer = min(max(height, width) // min(height, width), self.most // self.cell**2)
                 rows, columns = (rows and longer) or 1, (columns and longer) or 1
             return rows * self.cell, columns * self.cell
-        if max(height, width) > _MOST_RATIO * min(height, width):
-            said = f"{width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
-            raise InvalidParameterError(said, "image")
+        _require_ratio(height, width)
         cell, sides = self.cell, (height, width)
         if self.grows and min(sides) < cell:
             whole = int if self.grows == "cut" else round
@@ -351,6 +360,12 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
             wide = max(min(math.floor(picture.width * (high / picture.height)), wide), 1)
         canvas[:high, :wide] = _resized(picture.pixels, high, wide, self.resample)
         return _tiled(canvas, picture.pixels, cut, self.resample)
+
+
+def _require_ratio(height: int, width: int) -> None:
+    if max(height, width) > _MOST_RATIO * min(height, width):
+        said = f"{width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
+        raise InvalidParameterError(said, "image")
 
 
 def _resized(pixels: NDArray[np.uint8], height: int, width: int, resample: int) -> NDArray[np.uint8]:
@@ -459,6 +474,31 @@ def stretch_rule(fields: Fields) -> StretchRule:
         normalisation=_normalisation(fields),
         **parts,
     )
+
+
+def crop_rule(fields: Fields) -> StretchRule:
+    """Read `preprocessor_config.json` of LLaVA with CLIP's vision encoder.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: as `tile_rule`.
+    """
+    crops = fields.get("do_center_crop", bool, True)
+    _require_usual(Fields({**fields.values, "do_center_crop": False}, fields.path))
+
+    def side(key: str, *names: str) -> int:
+        value = fields.values.get(key, 224)
+        values = Fields(value if isinstance(value, dict) else dict.fromkeys(names, value), fields.path)
+        sides = {values.count(name, most=MAX_TILE) for name in names if name in values}
+        if len(sides) != 1:
+            raise InvalidFileError(f"{fields.path}: {key} is {value!r:.60}; tiles are squares")
+        return sides.pop()
+
+    middle = side("size", "shortest_edge") if crops else 0
+    tile = side("crop_size", "height", "width") if crops else side("size", "height", "width")
+    if crops and middle < tile:
+        raise InvalidFileError(f"{fields.path}: crop_size is {tile}, more than size, {middle}")
+    pixels = {"resample": _filter(fields, _BICUBIC), "normalisation": _normalisation(fields, _CLIP)}
+    return StretchRule(tile=tile, middle=middle, **pixels)
 
 
 def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
