@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _CONNECTING = 10.0  # seconds in which ranks that have found each other must be connected
 _ABANDONED: list[Any] = []
-_LOOK = datetime.timedelta(seconds=0.5)  # interval at which a waiting rank checks that the other ranks live
-SLOT_BYTES = 1 << 19  # bytes that ranks sum at a time in shared memory
+_LOOK = datetime.timedelta(seconds=0.5)  # interval at which a waiting rank checks whether another has ended
+SLOT_BYTES = 1 << 19  # bytes that ranks sum or gather at a time in shared memory
 FIRST_SLOT = 4096  # offset of a rank's slots in the rank's block, after the counter
 BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # bytes of a rank's block
 _TURNS = 2000  # number of polls for another rank of this machine, about 25 us, after which this rank sleeps
@@ -42,8 +42,8 @@ _NAPS = 50e-6, 1e-3  # seconds of a waiting rank's first sleep, and of its longe
 class Stages(Protocol):
     """Pipeline stages of a model whose layers are divided: one rank's connections to its peers in the other stages.
 
-    Tensors arrive in the order in which they were sent. Results of the last stage return to the first stage over a
-    separate connection, so that they do not wait for activations between these two stages.
+    Tensors arrive in the order in which they were sent. Between GPUs, results of the last stage return to the
+    first stage over a separate connection, so that they do not wait for activations between these two stages.
 
     Attributes:
         rank, size: this rank's stage, from 0 on, and the number of stages.
@@ -96,7 +96,7 @@ class Collective(Protocol):
     def gather(self, x: Value, width: int, out: Value | None = None) -> Value:
         """Concatenate x [T, up to width] of all ranks to [T, size * width]; missing columns of a rank are 0.
 
-        The result may be written to `out`, because allocating memory costs more than the copy.
+        The result may be written to `out` [T, size * width], contiguous, which saves an allocation.
         """
         ...
 
@@ -129,7 +129,7 @@ class VocabularyShare(NamedTuple):
     Attributes:
         collective: the ranks.
         first: this rank's first row.
-        most: rows of each rank except the last, which may have fewer.
+        most: rows of each rank, except that the last ranks may have fewer.
         total: V, the rows of the whole table.
     """
 
@@ -289,12 +289,12 @@ class _SharedMemory:
 class ProcessGroup:
     """Ranks in separate processes, over torch.distributed: NCCL between GPUs, otherwise Gloo; see `Collective`.
 
-    CPU ranks of one machine use shared memory instead, if `memory` is given.
+    CPU ranks of one machine use shared memory for `gather` and for sums of at most 32 bits, if `memory` is given.
 
     No global group is created, so that a process may have several such groups, and use torch.distributed itself.
 
     Args:
-        rank, size: see `Collective`.
+        rank, size, stages: see `Collective`.
         device: device of the tensors.
         notes: store through which the ranks find each other.
         name: name of the group in the store.
@@ -302,8 +302,8 @@ class ProcessGroup:
         host: the address at which Gloo listens for the other ranks.
         memory: shared memory of all ranks, if they are on one machine; see `shared_memory`.
         first: index in that memory of this group's first rank.
-        ring: whether the group is used as `Stages`. Then results that return to the first stage have a communicator of
-            their own: a communicator runs operations in order, so a waiting send to the next stage would delay them.
+        ring: whether the group is used as `Stages`. Between GPUs, results that return to the first stage then have
+            their own communicator: it runs operations in order, and a send that waits would delay them.
     """
 
     def __init__(
@@ -456,7 +456,7 @@ class ProcessGroup:
         if self._gone.is_set():
             _ABANDONED.append((self._host, self._store))  # the destructor would wait for the call that still waits
         for group in {id(each): each for each in (self._group, self._back, self._host)}.values():
-            end = getattr(group, "abort", None)  # only NCCL has `abort`, which does not wait for other ranks
+            end = getattr(group, "abort", None)  # does not wait for other ranks
             if end is not None:
                 end()
         self._group = self._back = self._host = None
