@@ -49,7 +49,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def tensors_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
-    """Return the tensors [blocks, ...] of layers' caches, each once: keys of all layers, then values."""
+    """Return the tensors [blocks or pages, ...] of layers' caches, each once: keys of all layers, then values."""
     paged = [cache for cache in caches if isinstance(cache, PagedCache)]
     parts = [part for parts in zip(*paged) for part in parts]
     return list({id(part): part for part in parts if part.numel()}.values())
@@ -62,7 +62,7 @@ def states_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
 
 
 def block_parts(caches: Sequence[LayerCache], block: int, page_of: Any = ()) -> list[torch.Tensor]:
-    """Return views uint8 [size] of a block, one for each cache tensor; `page_of[pool][block]` is its page."""
+    """Return views uint8 [size] of a block, one for each cache tensor; `page_of[pool][block]` is its page in a pool."""
     pools = {id(part): cache.pool for cache in caches if isinstance(cache, WindowedCache) for part in cache}
     pages = {name: int(page_of[pool][block]) for name, pool in pools.items()}
     parts = [part[pages.get(id(part), block)] for part in tensors_of(caches)]
@@ -96,7 +96,7 @@ class HostWeights:
         self._used = 0  # used bytes of the last piece
 
     def take(self, *roots: object) -> None:
-        """Move the data of all loaded tensors of layers or matrices to this memory."""
+        """Move the data of all tensors of layers or matrices to this memory, where each tensor is contiguous."""
         with torch.no_grad():
             for tensor in tensors_in(*roots):
                 held, there = (place.view(tensor.dtype).view(tensor.shape) for place in self._room(tensor.nbytes))
