@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,37 @@ def test_who_waits_for_a_rank_that_does_not_come_fails(how: str, tmp_path: Path)
         assert time.monotonic() - began > 0.25
         other.kill()
         other.wait()
+
+
+def _two(folder: Path, first: Callable[[ProcessGroup], object], second: Callable[[ProcessGroup], object]) -> None:
+    """Two ranks over Gloo in threads of this process."""
+
+    def run(rank: int, work: Callable[[ProcessGroup], object]) -> None:
+        group = ProcessGroup(rank, 2, "cpu", _Notes(folder / "store", 2), "two", patience=20.0)
+        try:
+            work(group)
+        finally:
+            group.close()
+
+    other = threading.Thread(target=run, args=(1, second))
+    other.start()
+    run(0, first)
+    other.join()
+
+
+def test_a_closed_group_has_no_thread(tmp_path: Path) -> None:
+    arrived, found = threading.Event(), torch.zeros(4)
+
+    def receive(group: ProcessGroup) -> None:
+        group.receive(found, 1)
+        arrived.set()
+
+    _two(tmp_path, receive, lambda group: (group.send(torch.arange(4.0), 0), arrived.wait(20)))
+    assert found.tolist() == [0.0, 1.0, 2.0, 3.0]
+    for thread in threading.enumerate():
+        if thread.name == "candle-vllm-receiver":
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 def test_memory_has_no_name_and_keeps_its_size() -> None:

@@ -455,6 +455,8 @@ class ProcessGroup:
     def close(self) -> None:
         if self._gone.is_set():
             _ABANDONED.append((self._host, self._store))  # the destructor would wait for the call that still waits
+        if self._receiver is not None:
+            self._receiver.close()
         for group in {id(each): each for each in (self._group, self._back, self._host)}.values():
             end = getattr(group, "abort", None)  # does not wait for other ranks
             if end is not None:
@@ -484,18 +486,22 @@ class _Receiver:
     """
 
     def __init__(self) -> None:
-        self._works: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Exception | None]]] = queue.SimpleQueue()
+        self._works: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Exception | None]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="candle-vllm-receiver", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            work, done = self._works.get()
+        while (given := self._works.get()) is not None:
+            work, done = given
             try:
                 work.wait()
             except Exception as error:  # raised in the waiting thread
                 done.put(error)
             else:
                 done.put(None)
+
+    def close(self) -> None:
+        """End the thread, after a receive that it waits for."""
+        self._works.put(None)
 
     def wait(self, work: Any, gone: threading.Event) -> None:
         """Wait until the tensor has arrived; raise RuntimeError if `gone` is set first."""
