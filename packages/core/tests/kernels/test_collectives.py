@@ -196,6 +196,26 @@ def test_a_closed_group_has_no_thread(tmp_path: Path) -> None:
             assert not thread.is_alive()
 
 
+def test_a_minimum_over_ranks_of_gpus_ends_with_another_rank(tmp_path: Path) -> None:
+    class Nccl:
+        def abort(self) -> None:
+            pass
+
+    failed = threading.Event()
+
+    def wait(group: ProcessGroup) -> None:
+        group._group = group._back = Nccl()
+        timer = threading.Timer(0.3, group.abort)
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(RuntimeError):
+            group.least(3)
+        failed.set()
+        assert time.monotonic() - began < 10
+
+    _two(tmp_path, wait, lambda _: failed.wait(30))
+
+
 def test_memory_has_no_name_and_keeps_its_size() -> None:
     with shared_memory(2) or pytest.fail("not enough memory") as file:
         assert os.fstat(file.fileno()).st_nlink == 0

@@ -373,9 +373,9 @@ class ProcessGroup:
         parts = self.exchange(x[:, None], counts, [own] * self.size).view(self.size, own)
         return self.gather(added_up(parts)[None], most)[0, : len(x)]
 
-    def _over(self, work: Any) -> None:
+    def _over(self, work: Any, *, on_host: bool = False) -> None:
         """Wait until the operation is done, or another rank has ended."""
-        if self._group is not self._host:
+        if self._group is not self._host and not on_host:
             work.wait()  # only the GPU's stream waits
             return
         while True:
@@ -421,7 +421,7 @@ class ProcessGroup:
         found = torch.tensor([number])
         options: Any = distributed.AllreduceOptions()
         options.reduceOp = distributed.ReduceOp.MIN
-        self._over(self._host.allreduce([found], options))
+        self._over(self._host.allreduce([found], options), on_host=True)
         return int(found) if self.stages is None else self.stages.least(int(found))
 
     def send(self, x: torch.Tensor, to: int) -> None:
