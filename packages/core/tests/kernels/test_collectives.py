@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +177,10 @@ def _two(folder: Path, first: Callable[[ProcessGroup], object], second: Callable
         finally:
             group.close()
 
-    other = threading.Thread(target=run, args=(1, second))
-    other.start()
-    run(0, first)
-    other.join()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(run, 1, second)
+        run(0, first)
+        other.result()
 
 
 def test_a_closed_group_has_no_thread(tmp_path: Path) -> None:
@@ -194,6 +196,27 @@ def test_a_closed_group_has_no_thread(tmp_path: Path) -> None:
         if thread.name == "candle-vllm-receiver":
             thread.join(5)
             assert not thread.is_alive()
+
+
+def test_what_was_sent_is_freed(tmp_path: Path) -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def send(group: ProcessGroup) -> None:
+        for number in range(12):
+            x = torch.full((3,), float(number))
+            kept.append(weakref.ref(x))
+            group.send(x, 0)
+            del x
+            assert group.receive(torch.zeros(1), 0).tolist() == [number]
+        assert sum(each() is not None for each in kept) <= 4
+
+    def answer(group: ProcessGroup) -> None:
+        for _ in range(12):
+            group.send(group.receive(torch.zeros(3), 1)[:1].clone(), 1)
+        time.sleep(0.5)  # Gloo's `abort` in `close` would cut off the last one
+
+    _two(tmp_path, answer, send)
+    assert len(kept) == 12
 
 
 def test_a_minimum_over_ranks_of_gpus_ends_with_another_rank(tmp_path: Path) -> None:

@@ -430,8 +430,8 @@ class ProcessGroup:
             work.wait()  # only the stream waits, also in captured work
             return
         self._sent.append((work, x))
-        while self._sent[0][0].is_completed() and len(self._sent) > 1:
-            self._sent.popleft()
+        if len(self._sent) > 2 * self.size:  # at most two tensors of a step, and one step in flight for each stage
+            self._sent.popleft()[0].wait()  # the oldest was received; Gloo's `is_completed` is false until a wait
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
         work = (self._group if source < self.rank else self._back).recv([x], source, 0)
