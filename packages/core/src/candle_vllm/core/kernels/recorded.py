@@ -66,7 +66,7 @@ class Recorded(ABC):
     def __add__(self, other: Recorded) -> Recorded:
         """Return the sum with `other`, not computed yet: a product, the experts' sum, looked-up rows or a norm.
 
-        The sum overwrites this value, unless this value is not computed yet either, or only `other` is narrowed.
+        The sum overwrites this value, unless neither is computed yet, or only `other` consists of just the wanted rows.
         """
 
     @abstractmethod

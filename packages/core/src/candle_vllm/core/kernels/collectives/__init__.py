@@ -289,7 +289,7 @@ class _SharedMemory:
 class ProcessGroup:
     """Ranks in separate processes, over torch.distributed: NCCL between GPUs, otherwise Gloo; see `Collective`.
 
-    CPU ranks of one machine use shared memory for `gather` and for sums of at most 32 bits, if `memory` is given.
+    With `memory`, CPU ranks of one machine sum floats of up to 32 bits, and gather rows of whole 4-byte words, in it.
 
     No global group is created, so that a process may have several such groups, and use torch.distributed itself.
 
