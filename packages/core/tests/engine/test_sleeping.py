@@ -40,7 +40,7 @@ from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.kernels import offloading
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, loading, new_memory
-from candle_vllm.core.kernels.offloading import tensors_in
+from candle_vllm.core.kernels.offloading import HostWeights, OffloadedWeights, tensors_in
 from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.threads import LOADED_PART
@@ -442,6 +442,17 @@ def _tokens(engine: Engine) -> list[int]:
             assert piece.error is None
             tokens += piece.token_ids
     return tokens
+
+
+def test_each_tensor_goes_back_to_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on a GPU may have a tensor on the CPU: here "meta" is the device of the others, which stay there."""
+    monkeypatch.setattr(HostWeights, "holds", lambda _, each: each.is_meta)
+    here, nothing = torch.arange(3), torch.empty(1, 0)
+    weights = OffloadedWeights([torch.empty(2, device="meta"), nothing, here], HostWeights("cpu"))
+    weights.to_host()
+    assert not here.numel()
+    weights.to_device()
+    assert (here.tolist(), nothing.shape) == ([0, 1, 2], (1, 0))
 
 
 def test_places_of_parts_are_given_again() -> None:

@@ -9,6 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +165,78 @@ def test_who_waits_for_a_rank_that_does_not_come_fails(how: str, tmp_path: Path)
         assert time.monotonic() - began > 0.25
         other.kill()
         other.wait()
+
+
+def _two(folder: Path, first: Callable[[ProcessGroup], object], second: Callable[[ProcessGroup], object]) -> None:
+    """Two ranks over Gloo in threads of this process."""
+
+    def run(rank: int, work: Callable[[ProcessGroup], object]) -> None:
+        group = ProcessGroup(rank, 2, "cpu", _Notes(folder / "store", 2), "two", patience=20.0)
+        try:
+            work(group)
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(run, 1, second)
+        run(0, first)
+        other.result()
+
+
+def test_a_closed_group_has_no_thread(tmp_path: Path) -> None:
+    arrived, found = threading.Event(), torch.zeros(4)
+
+    def receive(group: ProcessGroup) -> None:
+        group.receive(found, 1)
+        arrived.set()
+
+    _two(tmp_path, receive, lambda group: (group.send(torch.arange(4.0), 0), arrived.wait(20)))
+    assert found.tolist() == [0.0, 1.0, 2.0, 3.0]
+    for thread in threading.enumerate():
+        if thread.name == "candle-vllm-receiver":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_what_was_sent_is_freed(tmp_path: Path) -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def send(group: ProcessGroup) -> None:
+        for number in range(12):
+            x = torch.full((3,), float(number))
+            kept.append(weakref.ref(x))
+            group.send(x, 0)
+            del x
+            assert group.receive(torch.zeros(1), 0).tolist() == [number]
+        assert sum(each() is not None for each in kept) <= 4
+
+    def answer(group: ProcessGroup) -> None:
+        for _ in range(12):
+            group.send(group.receive(torch.zeros(3), 1)[:1].clone(), 1)
+        time.sleep(0.5)  # Gloo's `abort` in `close` would cut off the last one
+
+    _two(tmp_path, answer, send)
+    assert len(kept) == 12
+
+
+def test_a_minimum_over_ranks_of_gpus_ends_with_another_rank(tmp_path: Path) -> None:
+    class Nccl:
+        def abort(self) -> None:
+            pass
+
+    failed = threading.Event()
+
+    def wait(group: ProcessGroup) -> None:
+        group._group = group._back = Nccl()
+        timer = threading.Timer(0.3, group.abort)
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(RuntimeError):
+            group.least(3)
+        failed.set()
+        assert time.monotonic() - began < 10
+
+    _two(tmp_path, wait, lambda _: failed.wait(30))
 
 
 def test_memory_has_no_name_and_keeps_its_size() -> None:

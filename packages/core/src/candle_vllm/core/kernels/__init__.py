@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The operations of layers and samplers: a folder each, with contract and dispatch, reference, and backends."""
+"""Operations of layers and samplers, a folder each: contract, dispatch, kernels by backend, and often a reference."""

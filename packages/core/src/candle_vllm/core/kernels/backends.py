@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Convert stored matrices to the layouts of GPU kernels, or decode them if no kernel multiplies their format.
 
-The methods of `Backend` return the matrix and, for the log, why a quantised matrix takes more memory than in the file.
+Methods of a `Backend` return the matrix and, for the log, why a quantised matrix had to be decoded, or None.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 @dataclasses.dataclass(frozen=True)
 class PlainBackend:
-    """The `Backend` of `quantization.tensors` that decodes every format to plain elements, for a GPU or for torch.
+    """The `Backend` of `quantization.tensors` that decodes every format to plain elements, for torch on any device.
 
     Attributes:
         device: device of the matrices.
@@ -68,7 +68,7 @@ class DeviceBackend(PlainBackend):
     """The kernels of a GPU; on the CPU their references in torch, for tests.
 
     Attributes:
-        groups: whether the layer has kernels for integer codes in groups; otherwise they become GGUF blocks or plain.
+        groups: whether the layer has kernels for integer codes in groups; other codes become GGUF blocks or plain.
         floats_kept: whether the layer has kernels for small floats (FP8, FP4) with scales; otherwise they are decoded.
     """
 

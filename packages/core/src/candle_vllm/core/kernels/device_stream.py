@@ -214,7 +214,7 @@ class Staging:
         stream: the stream of the copies.
         arrays: shape and dtype (int32, float32 or float64) of each array, in order.
         room: int32 elements of the room.
-        pieces: number of host buffers, used in turn: the host may be that many steps ahead of the device.
+        pieces: number of host buffers, used in turn; the copy from a buffer must be done when `host` returns it again.
 
     Attributes:
         device: the arrays on the device, at fixed addresses.

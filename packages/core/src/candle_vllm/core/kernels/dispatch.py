@@ -18,6 +18,6 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 @cache
 def interpreted() -> bool:
-    """Return whether Triton interprets its kernels; TRITON_INTERPRET is read when Triton is imported."""
+    """Return whether Triton interprets its kernels; its import reads TRITON_INTERPRET, and the first result is kept."""
     triton = sys.modules.get("triton")
     return triton is not None and bool(triton.knobs.runtime.interpret)

@@ -55,11 +55,11 @@ class DeviceMatrix(ABC):
 
     @abstractmethod
     def operand(self, columns: int) -> Operand:
-        """Return the matrix as an argument of Triton kernels, which multiply `columns` of a plain matrix at a time."""
+        """Return the matrix as an argument of Triton kernels; `columns` of a plain matrix are multiplied at a time."""
 
     def take(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows [T, K] of ids [T] in dtype; plain elements keep their own dtype."""
-        raise AssertionError(f"a table of {self.kind} for {dtype} was not decoded: {len(ids)} rows are wanted of it")
+        raise AssertionError(f"a table of {self.kind} was not decoded to {dtype}: its {len(ids)} rows cannot be read")
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None, invariant: bool

@@ -49,7 +49,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def tensors_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
-    """Return the tensors [blocks, ...] of layers' caches, each once: keys of all layers, then values."""
+    """Return the tensors [blocks or pages, ...] of layers' caches, each once: keys of all layers, then values."""
     paged = [cache for cache in caches if isinstance(cache, PagedCache)]
     parts = [part for parts in zip(*paged) for part in parts]
     return list({id(part): part for part in parts if part.numel()}.values())
@@ -62,7 +62,7 @@ def states_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
 
 
 def block_parts(caches: Sequence[LayerCache], block: int, page_of: Any = ()) -> list[torch.Tensor]:
-    """Return views uint8 [size] of a block, one for each cache tensor; `page_of[pool][block]` is its page."""
+    """Return views uint8 [size] of a block, one for each cache tensor; `page_of[pool][block]` is its page in a pool."""
     pools = {id(part): cache.pool for cache in caches if isinstance(cache, WindowedCache) for part in cache}
     pages = {name: int(page_of[pool][block]) for name, pool in pools.items()}
     parts = [part[pages.get(id(part), block)] for part in tensors_of(caches)]
@@ -96,7 +96,7 @@ class HostWeights:
         self._used = 0  # used bytes of the last piece
 
     def take(self, *roots: object) -> None:
-        """Move the data of all loaded tensors of layers or matrices to this memory."""
+        """Move the data of all tensors of layers or matrices to this memory, where each tensor is contiguous."""
         with torch.no_grad():
             for tensor in tensors_in(*roots):
                 held, there = (place.view(tensor.dtype).view(tensor.shape) for place in self._room(tensor.nbytes))
@@ -165,7 +165,6 @@ class OffloadedWeights:
 
     def __init__(self, tensors: Sequence[torch.Tensor], stays: HostWeights | None = None) -> None:
         self._tensors, self._stays = tensors, stays
-        self._device = tensors[0].device if tensors else torch.device("cpu")
         self._held: list[tuple[torch.Tensor, list[_Place]]] = []  # bytes of each storage, and its tensors
 
     @torch.no_grad()
@@ -176,11 +175,11 @@ class OffloadedWeights:
         """
         held_already = [place.tensor for _, places in self._held for place in places]
         _empty(held_already)  # some are on the device again if `to_device` has failed
-        ids, shared = set(map(id, held_already)), dict[int, list[torch.Tensor]]()
+        ids, shared = set(map(id, held_already)), dict[tuple[torch.device, int], list[torch.Tensor]]()
         for each in self._tensors:
             if id(each) in ids or (self._stays is not None and self._stays.holds(each)):
                 continue
-            shared.setdefault(each.untyped_storage().data_ptr(), []).append(each)
+            shared.setdefault((each.device, each.untyped_storage().data_ptr()), []).append(each)
         for tensors in shared.values():
             there = _bytes_of(tensors[0].untyped_storage())
             held = torch.empty(there.numel(), dtype=torch.uint8, pin_memory=there.is_cuda)
@@ -191,13 +190,14 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def to_device(self) -> None:
-        """Move the data back to the device. If this fails, `to_host` frees the device memory again."""
+        """Move the data back to its devices. If this fails, `to_host` frees the device memory again."""
         for data, places in self._held:
-            there = data.to(self._device, non_blocking=True, copy=True).untyped_storage()
+            there = data.to(places[0].tensor.device, non_blocking=True, copy=True).untyped_storage()
             for place in places:
                 place.tensor.set_(there, place.offset, place.size, place.stride)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in {places[0].tensor.device for _, places in self._held}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         self._held = []
 
     @torch.no_grad()

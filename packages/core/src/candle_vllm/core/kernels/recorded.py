@@ -64,9 +64,9 @@ class Recorded(ABC):
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:
-        """Return the sum with `other`, which is a matrix product, table rows or a norm, not computed yet.
+        """Return the sum with `other`, not computed yet: a product, the experts' sum, looked-up rows or a norm.
 
-        The sum overwrites this value, unless this value is itself not computed yet: then the sum has its own memory.
+        The sum overwrites this value, unless neither is computed yet, or only `other` consists of just the wanted rows.
         """
 
     @abstractmethod
@@ -180,7 +180,7 @@ class Recorded(ABC):
         near: tuple[Floats | None, int | None],
     ) -> Recorded:
         """See `kernels/whole_attention`; this value is qkv, and the texts are the step's sequences. `turned` are the
-        positions, cos and sin by which queries and keys are rotated; `near` are the bias and the window."""
+        positions, cos and sin by which queries and keys are rotated, in place; `near` are bias and window."""
 
     @abstractmethod
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:
@@ -188,11 +188,11 @@ class Recorded(ABC):
 
     @abstractmethod
     def choose_positions(self, key: Recorded, weights: Recorded, parts: LatentParts, cache: Any, top: int) -> Any:
-        """See `kernels/latent_attention`; this value is q, and `key` is the result of a norm."""
+        """Return `LatentParts.chosen`; see `kernels/latent_attention`. This value is q, `key` the result of a norm."""
 
     @abstractmethod
     def narrowed(self) -> Recorded:
-        """Return a copy of the wanted rows, to which values with all rows may be added."""
+        """Return a copy of the wanted rows, to which only values with the same rows can be added."""
 
     @abstractmethod
     def wanted(self) -> Recorded:

@@ -14,8 +14,8 @@ a **kept row** has the inputs of one draft token. For sequence r the kernel
 The state after a draft token is not stored, but the token's inputs are. The state after the last row before draft
 tokens is stored in the sequence's own slot, or in the slot of a checkpoint, which is the source of the next step. No
 slot that one sequence stores in a step is the source of another sequence. Tokens are applied one by one and in fp32, so
-the bits of a state do not depend on the division of a text into steps; a GPU kernel may compute whole chunks between
-multiples of 64.
+the bits of a state do not depend on the division of a text into steps. The exceptions are GPU kernels that compute 64
+tokens at once, from a position that is a multiple of 64 on, if one step has all of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StateRows(NamedTuple):
         keeps: [T] the row of `StateCache.kept[slot]` to which a token's inputs are written; -1 for no row.
         positions: [T] each token's position in its sequence, by which kernels on a GPU find whole chunks; None if they
             process tokens one by one.
-        single: each sequence r has exactly row r in this step; on a GPU that saves a launch.
+        single: each sequence r has exactly row r in this step; this saves a launch of `short_conv` on a GPU.
     """
 
     query_start: Any

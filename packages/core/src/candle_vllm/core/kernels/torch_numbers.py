@@ -69,7 +69,7 @@ class MadeByTorch(Protocol):
 
 
 def load_tensor(stored: StoredTensor, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-    """Return the elements of a stored tensor, contiguous, in new memory; dtype None keeps the stored type.
+    """Return a stored tensor's elements, contiguous and new; dtype None is the stored type, or F32 if quantised.
 
     Raises:
         UnsupportedModelError: the stored type cannot be decoded.

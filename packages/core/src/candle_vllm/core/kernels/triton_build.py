@@ -27,7 +27,7 @@ TENSOR_CORES = 80
 """Lowest compute capability whose tensor cores Triton uses (its pull request 5066). Below it, products consist of fused
 multiply-adds with operands in registers: tiles are smaller, and bfloat16 is not supported."""
 
-AMD = 81  # not a capability of any NVIDIA GPU: the key for AMD's GPUs in tables of tiles, which treat it as 80
+AMD = 81  # not a capability of any NVIDIA GPU: AMD's GPUs have tensor cores, but not the largest tiles
 AMD_STAGES = 2  # pipeline stages: a thread block has no shared memory for more
 
 # For every launch. A product and a sum become one fma, as with nvcc; Triton's own default will change,
@@ -75,15 +75,15 @@ def compile_together(work: Callable[[], None], device: torch.device | Device) ->
 
     Everything else in `work` runs, on memory that no kernel has written. The contents are meaningless, so only kernels,
     which do not run, may use results of kernels as indices. A form that does not compile or load is compiled by its
-    launch, which raises the error. If Triton is missing, interprets its kernels, or lacks the internals of 3.6 to 3.9,
-    `work` is not called, and each form is compiled by its first launch.
+    launch, which raises the error. If Triton is missing, interprets its kernels, compiles asynchronously already, or
+    lacks the internals of 3.6 to 3.9, `work` is not called, and each form is compiled by its first launch.
 
     Args:
         work: runs in this thread and makes the launches that will follow, with arguments of the same forms.
         device: device of the launches.
 
     Returns:
-        number of forms that were compiled or loaded; forms of earlier starts in this process do not count.
+        number of forms, those that did not compile included; forms of earlier starts in this process do not count.
     """
     began = time.perf_counter()
     try:

@@ -29,13 +29,13 @@ SHIFTER_BITS = 0x4B400000  # bits of the float32 `SHIFTER`
 
 
 def fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
-    """Combine the 16 lanes of each of one or four vectors; lane i of the <4> result is for vector i or the one."""
+    """Combine the 16 lanes of each of one or four vectors; lane i of the <4> result is for vector i or the only one."""
 
     def pick(x: Any, y: Any, order: list[int]) -> Any:
         return e.b.shuffle_vector(x, y, ir.Constant(vector(I32, len(order)), order))
 
     def both(x: Any, y: Any, step: int) -> Any:
-        """Within each 4 lanes, combine lanes `step` apart of x, and of y; with step 1 results of x and y alternate."""
+        """In each 4 lanes of x, and of y, combine lanes i and i + 2; with step 1 results of x and y alternate."""
         quarters = [[4 * part + lane + 16 * side for lane in range(4)] for part in range(4) for side in (0, 1)]
         low = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[:2], y[:2], step)]
         high = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[2:], y[2:], step)]

@@ -78,7 +78,7 @@ def row_bytes(form: RowForm | WordForm | ByteForm, columns: int) -> int:
 
 
 class RowsArguments(NamedTuple):
-    """Arguments of the operation; `out` is the address of the result, other fields are those of `QuantiseArguments`."""
+    """Arguments of the operation: fields as in `QuantiseArguments`, with any K; `out` is the address of the result."""
 
     x: int
     stride: int

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _CONNECTING = 10.0  # seconds in which ranks that have found each other must be connected
 _ABANDONED: list[Any] = []
-_LOOK = datetime.timedelta(seconds=0.5)  # interval at which a waiting rank checks that the other ranks live
-SLOT_BYTES = 1 << 19  # bytes that ranks sum at a time in shared memory
+_LOOK = datetime.timedelta(seconds=0.5)  # interval at which a waiting rank checks whether another has ended
+SLOT_BYTES = 1 << 19  # bytes that ranks sum or gather at a time in shared memory
 FIRST_SLOT = 4096  # offset of a rank's slots in the rank's block, after the counter
 BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # bytes of a rank's block
 _TURNS = 2000  # number of polls for another rank of this machine, about 25 us, after which this rank sleeps
@@ -42,8 +42,8 @@ _NAPS = 50e-6, 1e-3  # seconds of a waiting rank's first sleep, and of its longe
 class Stages(Protocol):
     """Pipeline stages of a model whose layers are divided: one rank's connections to its peers in the other stages.
 
-    Tensors arrive in the order in which they were sent. Results of the last stage return to the first stage over a
-    separate connection, so that they do not wait for activations between these two stages.
+    Tensors arrive in the order in which they were sent. Between GPUs, results of the last stage return to the
+    first stage over a separate connection, so that they do not wait for activations between these two stages.
 
     Attributes:
         rank, size: this rank's stage, from 0 on, and the number of stages.
@@ -96,7 +96,7 @@ class Collective(Protocol):
     def gather(self, x: Value, width: int, out: Value | None = None) -> Value:
         """Concatenate x [T, up to width] of all ranks to [T, size * width]; missing columns of a rank are 0.
 
-        The result may be written to `out`, because allocating memory costs more than the copy.
+        The result may be written to `out` [T, size * width], contiguous, which saves an allocation.
         """
         ...
 
@@ -129,7 +129,7 @@ class VocabularyShare(NamedTuple):
     Attributes:
         collective: the ranks.
         first: this rank's first row.
-        most: rows of each rank except the last, which may have fewer.
+        most: rows of each rank, except that the last ranks may have fewer.
         total: V, the rows of the whole table.
     """
 
@@ -289,12 +289,12 @@ class _SharedMemory:
 class ProcessGroup:
     """Ranks in separate processes, over torch.distributed: NCCL between GPUs, otherwise Gloo; see `Collective`.
 
-    CPU ranks of one machine use shared memory instead, if `memory` is given.
+    With `memory`, CPU ranks of one machine sum floats of up to 32 bits, and gather rows of whole 4-byte words, in it.
 
     No global group is created, so that a process may have several such groups, and use torch.distributed itself.
 
     Args:
-        rank, size: see `Collective`.
+        rank, size, stages: see `Collective`.
         device: device of the tensors.
         notes: store through which the ranks find each other.
         name: name of the group in the store.
@@ -302,8 +302,8 @@ class ProcessGroup:
         host: the address at which Gloo listens for the other ranks.
         memory: shared memory of all ranks, if they are on one machine; see `shared_memory`.
         first: index in that memory of this group's first rank.
-        ring: whether the group is used as `Stages`. Then results that return to the first stage have a communicator of
-            their own: a communicator runs operations in order, so a waiting send to the next stage would delay them.
+        ring: whether the group is used as `Stages`. Between GPUs, results that return to the first stage then have
+            their own communicator: it runs operations in order, and a send that waits would delay them.
     """
 
     def __init__(
@@ -373,9 +373,9 @@ class ProcessGroup:
         parts = self.exchange(x[:, None], counts, [own] * self.size).view(self.size, own)
         return self.gather(added_up(parts)[None], most)[0, : len(x)]
 
-    def _over(self, work: Any) -> None:
+    def _over(self, work: Any, *, on_host: bool = False) -> None:
         """Wait until the operation is done, or another rank has ended."""
-        if self._group is not self._host:
+        if self._group is not self._host and not on_host:
             work.wait()  # only the GPU's stream waits
             return
         while True:
@@ -421,7 +421,7 @@ class ProcessGroup:
         found = torch.tensor([number])
         options: Any = distributed.AllreduceOptions()
         options.reduceOp = distributed.ReduceOp.MIN
-        self._over(self._host.allreduce([found], options))
+        self._over(self._host.allreduce([found], options), on_host=True)
         return int(found) if self.stages is None else self.stages.least(int(found))
 
     def send(self, x: torch.Tensor, to: int) -> None:
@@ -430,8 +430,8 @@ class ProcessGroup:
             work.wait()  # only the stream waits, also in captured work
             return
         self._sent.append((work, x))
-        while self._sent[0][0].is_completed() and len(self._sent) > 1:
-            self._sent.popleft()
+        if len(self._sent) > 2 * self.size:  # at most two tensors of a step, and one step in flight for each stage
+            self._sent.popleft()[0].wait()  # the oldest was received; Gloo's `is_completed` is false until a wait
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
         work = (self._group if source < self.rank else self._back).recv([x], source, 0)
@@ -455,8 +455,10 @@ class ProcessGroup:
     def close(self) -> None:
         if self._gone.is_set():
             _ABANDONED.append((self._host, self._store))  # the destructor would wait for the call that still waits
+        if self._receiver is not None:
+            self._receiver.close()
         for group in {id(each): each for each in (self._group, self._back, self._host)}.values():
-            end = getattr(group, "abort", None)  # only NCCL has `abort`, which does not wait for other ranks
+            end = getattr(group, "abort", None)  # does not wait for other ranks
             if end is not None:
                 end()
         self._group = self._back = self._host = None
@@ -484,18 +486,22 @@ class _Receiver:
     """
 
     def __init__(self) -> None:
-        self._works: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Exception | None]]] = queue.SimpleQueue()
+        self._works: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Exception | None]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="candle-vllm-receiver", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            work, done = self._works.get()
+        while (given := self._works.get()) is not None:
+            work, done = given
             try:
                 work.wait()
             except Exception as error:  # raised in the waiting thread
                 done.put(error)
             else:
                 done.put(None)
+
+    def close(self) -> None:
+        """End the thread, after a receive that it waits for."""
+        self._works.put(None)
 
     def wait(self, work: Any, gone: threading.Event) -> None:
         """Wait until the tensor has arrived; raise RuntimeError if `gone` is set first."""

@@ -28,11 +28,11 @@ def add_up(blocks: int, rank: int, size: int, number: int, x: int, count: int, t
 
     Args:
         blocks: address of the ranks' blocks.
-        rank, size: this rank, and the number of ranks.
+        rank, size: this rank, and the number of ranks, at least 2.
         number: number of the operation, from 1 on.
         x: address of this rank's part, float32, which the sum overwrites.
         count: number of elements, at most those of a slot.
-        turns: maximum number of polls of each rank's counter.
+        turns: maximum number of pauses while a rank's counter is awaited.
         state: address of an int64: 0 before the first call, 1 after this rank's part is written, 2 after the sum is
             written. The caller repeats the call until the state is 2.
     """

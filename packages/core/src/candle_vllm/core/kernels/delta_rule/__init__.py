@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule, Mamba 1 and 2: linear attention with a state of fixed size that tokens decay and add to.
+"""The gated delta rule, Mamba 1 and 2: linear attention whose state of fixed size each token decays and adds to.
 
 Contract: q, k [T, Hk, Dk], v [T, Hv, Dv], a, b [T, Hv] of one float dtype; y [T, Hv, Dv] of the same dtype, in new
 memory. Value head h uses key head h // (Hv / Hk). The state S [Dk, Dv] of a value head is zeros before the first token.
@@ -17,7 +17,7 @@ likewise; then q is multiplied by `scale`. Recorded steps change q and k in plac
     S = exp(decay[h] * dt) * S + k^T (dt v)
     y = q S + skip[h] * v
 
-b is not used: callers pass a instead.
+b has no effect: callers pass a in its place.
 
 `gates` with a decay of each element, in the state's layout, select Mamba 1, where a, bias and `skip` are [.., Hv * Dv]:
 a column of S is a channel with its own dt, and each element of the column decays by exp(decay * dt). q and k are not
@@ -28,12 +28,13 @@ each row of S has its own decay.
 
 States are stored as float32 [slots, Hv, ceil(Dv / 16), Dk, 16] on every backend (slots: see `kernels/states.py`). A
 **tile** is [Dk, 16], 16 columns of S; columns beyond Dv are zeros. A **kept row** has the inputs of a draft token in
-float32: k [Hk, Dk], v [Hv, Dv], then decays and strengths, or on a GPU a and b unchanged, or in Mamba 1 a alone. Only
-the backend that wrote a kept row reads it. A token's result depends on its own sequence alone.
+float32: k [Hk, Dk], v [Hv, Dv], then decays and strengths, or on a GPU a and b unchanged; in Mamba 1 a alone (in the
+reference dt). k is normed, except on a GPU. Only the backend that wrote a kept row reads it.
 
 On a GPU with tensor cores, the delta rules for 16-bit q, k and v, and Mamba 2 in bfloat16, compute whole **chunks** of
-64 tokens at once. A chunk begins at a position that is a multiple of 64; the step must have all tokens of the chunk and
-store no state within it. In all other cases tokens are processed one by one.
+64 tokens at once, if `StateRows.positions` is set. A chunk begins at a position that is a multiple of 64; the step must
+have all tokens of the chunk and store no state within it. Other tokens are processed one by one. A token's result
+depends on its own sequence alone, with chunks also on the sequence's division into steps.
 
 Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Gu and Dao, 2023,
 arXiv:2312.00752 (Mamba 1); Dao and Gu, 2024, arXiv:2405.21060 (Mamba 2); Kimi Team, 2025, arXiv:2510.26692 (Kimi delta
@@ -71,10 +72,10 @@ def delta_rule(
 
     Args:
         q, k, v, a, b: see above; the elements of a token are contiguous.
-        gates: the layer's parameters of decays and strengths.
+        gates: the layer's parameters of decays and strengths, and its skip.
         cache: the layer's states and kept rows, float32.
         rows: the states that the step reads and writes; None in recorded steps, which use `StepArrays.states`.
-        scale: factor of q: Dk^-0.5.
+        scale: factor of q: Dk^-0.5 for the delta rules, 1 for Mamba.
         normed: whether q and k are divided by their norms.
     """
     if isinstance(q, Recorded):

@@ -71,7 +71,7 @@ def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
 def _gates(
     _: Any, a: Any, b: Any, decay: Any, bias: Any, most: Any, skip: Any, to: Any, decays: Any, at: Any, heads: Any
 ) -> Any:
-    """Write `decays` decays of a token, and the strengths of its heads (with `skip`, dt); NaN if a or b is NaN."""
+    """Write `decays` decays and `heads` strengths (with `skip`, dt) of a token; NaN where a or b is NaN."""
     signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 5)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -113,7 +113,7 @@ def _gates(
 
 
 def prepare(row, thread, threads):
-    """Norm q and k in place, and compute the gates. A unit is a key head of a token."""
+    """Scale q and, if `normed`, norm q and k, in place; compute the gates. A unit is a key head of a token."""
     given = read(DeltaArguments, row)
     key_heads, heads, dim = given.key_heads, given.heads, given.key_dim
     group, each = heads // key_heads, given.decays // heads
@@ -285,7 +285,7 @@ def _place(given: Any, slot: int, part: int) -> int:
 def make_scan(CORRECTS: int, GRAIN: int) -> Callable[..., None]:
     """Return the operation that processes tokens by the delta rule or by Mamba; `_take_in` explains the arguments.
 
-    All units of a sequence cost the same. Threads divide the units of all sequences, ordered by unit, then by sequence.
+    Threads divide the units of all sequences into equal shares, ordered by unit, then by sequence.
     """
 
     @njit

@@ -33,9 +33,7 @@ def record_delta_rule(
     scale: float,
     normed: bool,
 ) -> None:
-    """Record `prepare` for q, k and gates, `scan` for the tokens, and `keep` if a step can have draft tokens.
-
-    Mamba 1 needs no `prepare`: `scan` computes dt.
+    """Record `prepare` (not for Mamba 1, whose dt `scan` computes), `scan`, and `keep` if a step can have draft tokens.
 
     Args:
         given: q, k, v, a and b.

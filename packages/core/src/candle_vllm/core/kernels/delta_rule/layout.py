@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 class DeltaGates(NamedTuple):
-    """Parameters of the decay and the strength of a value head.
+    """Parameters of a layer's decays and strengths, and its skip.
 
     Attributes:
         decay: fp32, below 0: -exp(A_log), as GGUF files store it. [Hv]; or [Hv * Dk], one for each row of S; or, for

@@ -11,8 +11,8 @@ The results and the state after the chunk are
 
     Y = P Q S + tril(Q K^T D) U               S = P[63] S + (E K)^T U
 
-In Mamba 2, B is the diagonal matrix of the step sizes and U = B V; then D V with the `skip` D is added to Y. In Kimi
-delta attention, where each row of S has its own decay, P and E are matrices like K, of which P K S becomes (P * K) S,
+In Mamba 2, B is the diagonal matrix of the step sizes and U = B V; then `skip` times V is added to Y. In Kimi delta
+attention, where each row of S has its own decay, P and E are matrices like K, of which P K S becomes (P * K) S,
 and K K^T D and Q K^T D become sums over the rows of S (`_row_scores`).
 
 `chunk_kernel` computes inverse(..) B (except for Mamba 2), tril(Q K^T D), P and E, for each value head of all chunks in
@@ -21,8 +21,8 @@ is a sum of its own, not a difference of sums. `chunks_kernel` then works as `tr
 chunks. Tokens of a chunk within which a state is stored are processed one by one. Sources: Yang et al., 2024,
 arXiv:2406.06484, section 3; Dao and Gu, 2024, arXiv:2405.21060, section 6; Kimi Team, 2025, arXiv:2510.26692.
 
-Products with q and k use their 16-bit elements unchanged; norms are applied to the result. A float32 factor of a
-product is split into the sum of two 16-bit floats, which is closer to float32 than TF32 is.
+Products with q and k use their 16-bit elements unchanged, except in Kimi delta attention; norms are applied to the
+result. A float32 factor of a product is split into the sum of two 16-bit floats, which is closer to float32 than TF32.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _row_scores(alike, found, keys, queries, gates, CHUNK: tl.constexpr):
     """Add K K^T D and Q K^T D of some rows of S with the log decays `gates` [CHUNK, ..] to `alike` and `found`.
 
     The log of each product of decays is a sum of its own: within a part of a chunk it grows token by token, between two
-    parts it is the sum up to the end of the key's part, and from there to the query.
+    parts it is the sum up to the beginning of the query's part, and from there to the query.
     """
     keys, queries = keys.to(tl.float32), queries.to(tl.float32)
     each = tl.arange(0, CHUNK)
@@ -165,10 +165,10 @@ def chunk_kernel(
     decay,  # [HV * EACH] fp32
     bias,
     # Results, at index i for the chunk that begins within the step's tokens CHUNK * i .. CHUNK * i + CHUNK - 1:
-    matrices,  # [T / CHUNK, HV, 1 + CORRECTS, 2, CHUNK, CHUNK] bf16: scores, then the inverse, each as two halves
-    factors,  # [T / CHUNK, HV, FACTORS] fp32: factors of rows of K for P K, of Q for P Q, of U for E K^T U, [3, CHUNK];
+    matrices,  # [cdiv(T, CHUNK), HV, 1 + CORRECTS, 2, CHUNK, CHUNK] bf16: scores, then the inverse, each as two halves
+    factors,  # [.., HV, FACTORS] fp32: factors of rows of K for P K, of Q for P Q, of U for E K^T U, [3, CHUNK];
     # then P [CHUNK], or P[63] [DKP] if EACH > 1, where the factors lack P and E
-    scaled,  # [T / CHUNK, HV, 3, 2, CHUNK, DKP] bf16: P * K, P * Q and E * K without norms, as halves; used if EACH > 1
+    scaled,  # [.., HV, 3, 2, CHUNK, DKP] bf16: P * K, P * Q and E * K without norms, as halves; used if EACH > 1
     positions,  # [T]
     tokens,
     most,
@@ -320,7 +320,7 @@ def _take_chunk(
     each = tl.arange(0, CHUNK)
     at = matrices + each[:, None] * CHUNK + each[None, :]
     values = _rows_of(v, first, v_token, column, DV, CHUNK).to(tl.float32)
-    corrections = values  # times B in the factors below, or corrected
+    corrections = values  # in Mamba 2, whose scores and factors contain B
     remembered = values  # used if CORRECTS
     if EACH > 1:
         rows = scaled + each[:, None] * DKP + row[None, :]

@@ -51,7 +51,7 @@ def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def gates_of(x, row, column, DK: tl.constexpr, DV: tl.constexpr, EACH: tl.constexpr):
-    """Load a value head's a, decay or bias: one element; [DKP, 1] if EACH is DK; [1, BLOCK_V] in Mamba 1 (EACH 0)."""
+    """Load a value head's a, decay or bias: one element; [DKP, 1] if EACH > 1; for EACH 0, Mamba 1, [1, BLOCK_V]."""
     if EACH == 0:
         found = tl.load(x + column[None, :], mask=(column < DV)[None, :], other=0.0)
     elif EACH > 1:

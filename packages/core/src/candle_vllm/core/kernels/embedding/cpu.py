@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Add float32 rows to other rows on the CPU; the package of each weight format, such as `packed_linear`, reads rows."""
+"""Add float32 rows to other rows on the CPU; each weight format, such as `packed_linear`, looks up rows itself."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@ Contract: x is [T, K] bfloat16 or float16 with contiguous rows; the matrix is a 
 embedding rows; bias is [N] in x's dtype, or None. y [T, N] = x W^T + bias has x's dtype and is written to new memory or
 to `out`. `out` has x's dtype, contiguous rows and any row stride, so that matrices of several kinds can write to column
 ranges of one tensor; it must not overlap the other arguments. Products are summed in fp32, and the result is rounded
-once. With at most `SMALL` rows x is multiplied by the exact codes, and the scales are applied to the sums in fp32; with
-more rows, weights are first rounded to x's dtype, like the weights of a dequantised file.
+once. With few rows, at most `SMALL` or `SMALL_WITHOUT_TENSOR_CORES`, x is multiplied by the exact codes, and the scales
+are applied to the sums in fp32; with more rows, weights are first rounded to x's dtype, as in a dequantised file.
 
-Among calls with at most `SMALL` rows, and among calls with more, a row's result depends only on the row and the matrix,
-whose shape determines how sums are split along K. With `invariant=True` on a GPU, any number of rows is multiplied by
-exact codes, with identical results (see `triton.py`). On the CPU the reference then computes each row separately. Rows
-of an embedding are exact except for the rounding to their dtype.
+Among calls with few rows, and among calls with more, a row's result depends only on the row and the matrix, whose shape
+determines how sums are split along K. With `invariant=True` on a GPU, any number of rows is multiplied by exact codes,
+with identical results (see `triton.py`). On the CPU the reference then computes each row separately. Rows of an
+embedding are exact except for the rounding to their dtype.
 
 `pack` makes a `GgufMatrix` from a GGUF tensor's bytes. Tensors on the CPU are computed by `reference.py`, for tests: a
 CPU engine uses `kernels/packed_linear`.

@@ -16,11 +16,11 @@ A **group** is 32 weights of a row along K, a **step** 4 groups (2 for codes of 
             IQ4_NL            the same as Q4_0
             IQ4_XS            a word with the scales i8 of the four groups
             IQ1, IQ2, IQ3     the same as IQ4_XS, or as Q6_K if 16 weights share a scale
-    supers  [K / 256, N]  int32, K-quants and IQ types: super-scale f16, negated super-minimum f16 or 0
+    supers  [K / 256, N]  int32, K-quants, IQ types but IQ4_NL: super-scale f16, negated super-minimum f16 or 0
 
 Element i of the 16 elements of a step has, for each group g, the codes of weights 32 g + 2 i + h for h = 0 and 1, a
-**pair**, at bit bits * (g + groups * h), plus 8 for single bits of an odd step. A pair's codes are half an element
-apart, so one mask extracts both from an int32, as the two float16 or bfloat16 numbers of a tensor core register.
+**pair**, at bit bits * (g + groups * h), plus 8 for single bits of an odd step. The codes of a pair are half an int32
+apart, if need be after `spread`: one mask extracts both, as the two 16-bit floats of a tensor core register.
 
 A code is unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum.
 Codes of IQ types are indices of a table of values: a weight is scale * value. In IQ1, IQ2 and IQ3 files an index
@@ -28,9 +28,9 @@ selects several weights from a long list. In this layout each weight has a 4-bit
 gathering, but takes 1.3 times (IQ3_S) to 2.8 times (IQ1_S) the file's bytes.
 
 Rows are not padded; columns are padded to whole steps with scales of 0. The layout needs more memory than the file:
-2.8 % for Q4_K, 2.3 % for Q5_K, 5.5 % for Q3_K, 2.9 % for IQ4_XS, 1 % for Q6_K. The other types above IQ3 have the
-file's size if K is a multiple of 128, and at most 11 % more from K = 576 on. All values are exact. (With a float16
-scale and minimum for each group, Q4_K would need 11 % more, Q2_K 52 %, and scales would be rounded.)
+2.8 % for Q4_K, 2.3 % for Q5_K, 5.5 % for Q3_K, 2.9 % for IQ4_XS, 1 % for Q6_K. The other types but IQ1 to IQ3 have the
+file's size if K is a multiple of 128 (for Q5_0 and Q5_1 of 256), and at most 16 % more from K = 576 on. All values are
+exact. (With f16 scale and minimum for each group, Q4_K would need 11 % more, Q2_K 52 %, and scales would be rounded.)
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Planes:
 
     @property
     def bits_each(self) -> float:
-        """Bits of memory per weight."""
+        """Bits of memory per weight, without padding."""
         return self.low + self.high + 32 * self.words / self.step + (32 / SUPER if self.layout.nested else 0)
 
     def steps(self, columns: int) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Convert GGUF bytes to the GPU's layout, once, at load, before step 1 of a request's life.
 
-The bytes are copied to the device unchanged and are split there, some rows at a time, in plain torch.
+Some rows at a time are copied to the device and arranged there in torch; types without a layout are rounded before.
 """
 
 from __future__ import annotations

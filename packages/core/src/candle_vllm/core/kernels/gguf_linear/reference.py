@@ -36,7 +36,7 @@ def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -
 
 
 def dequantise(matrix: GgufMatrix) -> torch.Tensor:
-    """Return the weights as float32 [N, K], for every kind exactly as ggml decodes the original bytes."""
+    """Return the weights as float32 [N, K], exactly as ggml decodes blocks of the matrix's kind."""
     planes, layout = matrix.planes, matrix.planes.layout
     codes = _codes(matrix.low, planes.low, planes.groups)
     if matrix.high is not None:

@@ -7,8 +7,8 @@ in `linear_exact` takes about as long as the tensor cores' products. With few ro
 about three slow instructions for each weight, and an H200 loads a weight in the time of two. The results are invariant
 because every tile of `linear_exact` is too small for wgmma, so that all use the instruction m16n8k16, on Hopper too.
 
-`linear` rounds a tile of weights first, for many rows (prefill). On a GPU whose tensor cores torch uses but Triton does
-not, parts of the matrix are decoded, and torch multiplies.
+`linear` rounds a tile of weights first, for many rows (prefill). On a GPU whose tensor cores, if any, Triton does not
+use, parts of the matrix are decoded, and torch multiplies.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def pair_tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Return magic + code as dtype [ROWS, COLS], from spread words [ROWS, COLS / 2], from bit `at` of a group on."""
+    """Return magic + code, or 4 of 8 bits from `at` on, as dtype [ROWS, COLS], from spread words [ROWS, COLS / 2]."""
     BITS: tl.constexpr = 4 if LOW == 8 else LOW
     # Constants: if masks are arguments, layouts are converted after the codes are extracted, at twice the cost.
     MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
@@ -233,7 +233,7 @@ def _scale(words, unit: tl.constexpr, part: tl.constexpr, OFFSET: tl.constexpr, 
 def code_pairs(
     codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Return magic + code as dtype [ROWS, width]."""
+    """Return magic + code, or 4 of 8 bits from `at` on, as dtype [ROWS, width]."""
     return pair_tile(codes[0], codes[1], at, g, FORM.low, FORM.high, dtype, ROWS, FORM.width)
 
 
