@@ -129,4 +129,7 @@ def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
             "model on the CPU",
             SETTING,
         )
-    return choose("triton", dataclasses.replace(needs, head_dim=64))
+    needs = dataclasses.replace(needs, head_dim=64)
+    if (refusal := triton_refusal(dataclasses.replace(needs, block_size=16))) is not None:
+        raise ConfigError(f"latent attention cannot run on this GPU: {refusal}: run this model on the CPU", SETTING)
+    return choose("triton", needs)  # may advise another block size
