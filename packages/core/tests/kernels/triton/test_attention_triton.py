@@ -534,7 +534,6 @@ def test_every_backend(
         dtype=dtype,
         head_dim=dim,
         block_size=size,
-        windows=window is not None,
         soft_caps=softcap is not None,
     )
     backend = backend_for(name, device, needs)
@@ -559,9 +558,7 @@ def test_every_backend(
 def test_every_backend_in_a_captured_step(device: torch.device, name: str, size: int, window: int | None) -> None:
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
-    needs = AttentionNeeds(
-        capability=None, dtype=torch.bfloat16, head_dim=64, block_size=size, windows=window is not None
-    )
+    needs = AttentionNeeds(capability=None, dtype=torch.bfloat16, head_dim=64, block_size=size)
     backend = backend_for(name, device, needs)
     if not backend.capturable:
         pytest.skip("it cannot be captured")

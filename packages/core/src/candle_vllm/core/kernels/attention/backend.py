@@ -35,7 +35,7 @@ class AttentionNeeds:
         dtype: type of queries, and of the cache unless it is quantised.
         head_dim: elements of a head; the maximum if layers differ.
         block_size: tokens of a block.
-        windows, chunks: whether any layer has a sliding window; whether any layer has chunked attention.
+        chunks: whether any layer has chunked attention.
         soft_caps: whether a layer caps its scores.
         sinks: whether a layer's heads have sinks.
         slopes: whether a layer's scores decrease with distance (ALiBi).
@@ -47,7 +47,6 @@ class AttentionNeeds:
     dtype: torch.dtype
     head_dim: int
     block_size: int
-    windows: bool = False
     chunks: bool = False
     soft_caps: bool = False
     sinks: bool = False
