@@ -94,7 +94,7 @@ def check(step: Step, decodes: int | None = None, **options) -> torch.Tensor:
 
 @pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 80), (5, 1, 16), (8, 1, 512)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 80), (4, 2, 8), (5, 1, 16), (8, 1, 512)])
 def test_a_mixed_step(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     """Decodes, a whole prompt, chunks with context before them, and the last token of a prompt."""
     shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}

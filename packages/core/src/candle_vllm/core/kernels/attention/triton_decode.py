@@ -77,7 +77,7 @@ def decode_kernel(
     G: tl.constexpr,  # H // K
     GP: tl.constexpr,  # rows of a tile, at least G
     D: tl.constexpr,
-    DP: tl.constexpr,  # D rounded up to a power of two
+    DP: tl.constexpr,  # D rounded up to a power of two, at least 16, as products need
     S: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 without a window
     CAP: tl.constexpr,
@@ -376,7 +376,7 @@ def _constants(
         "G": group,
         "GP": max(16, next_power_of_2(group)),
         "D": dim,
-        "DP": next_power_of_2(dim),
+        "DP": max(16, next_power_of_2(dim)),
         "S": block_size,
         "WINDOW": window,
         "CAP": cap,

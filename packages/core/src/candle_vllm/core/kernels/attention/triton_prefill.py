@@ -150,7 +150,7 @@ def prefill_kernel(
     K: tl.constexpr,
     G: tl.constexpr,  # H // K
     D: tl.constexpr,
-    DP: tl.constexpr,  # D rounded up to a power of two
+    DP: tl.constexpr,  # D rounded up to a power of two, at least 16, as products need
     S: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 without a window
     CAP: tl.constexpr,
@@ -341,7 +341,7 @@ def _constants(
         "K": kv_heads,
         "G": group,
         "D": dim,
-        "DP": next_power_of_2(dim),
+        "DP": max(16, next_power_of_2(dim)),
         "S": block_size,
         "WINDOW": window,
         "CAP": cap,
