@@ -23,7 +23,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import backend as contract
 from candle_vllm.core.kernels.attention import flash_attn, reference, torch_flash
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
-from candle_vllm.core.kernels.attention.backends import choose
+from candle_vllm.core.kernels.attention.backends import choose, choose_latent
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 HOPPER = AttentionNeeds(capability=(9, 0), dtype=torch.bfloat16, head_dim=128, block_size=256)
@@ -124,6 +124,8 @@ def test_what_cannot_serve_is_refused(
 def test_without_triton_the_reference_is_advised(packages: dict[str, bool]) -> None:
     with pytest.raises(ConfigError, match=r"triton is not installed; set attention_backend to 'torch'"):
         choose("auto", HOPPER)
+    with pytest.raises(ConfigError, match="triton is not installed: run this model on the CPU"):
+        choose_latent("auto", HOPPER)  # which refuses 'torch'
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def check(step: Step, decodes: int | None = None, **options) -> torch.Tensor:
 
 @pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 80), (5, 1, 16), (8, 1, 512)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 80), (4, 2, 8), (5, 1, 16), (8, 1, 512)])
 def test_a_mixed_step(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     """Decodes, a whole prompt, chunks with context before them, and the last token of a prompt."""
     shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}
@@ -534,7 +534,6 @@ def test_every_backend(
         dtype=dtype,
         head_dim=dim,
         block_size=size,
-        windows=window is not None,
         soft_caps=softcap is not None,
     )
     backend = backend_for(name, device, needs)
@@ -559,9 +558,7 @@ def test_every_backend(
 def test_every_backend_in_a_captured_step(device: torch.device, name: str, size: int, window: int | None) -> None:
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
-    needs = AttentionNeeds(
-        capability=None, dtype=torch.bfloat16, head_dim=64, block_size=size, windows=window is not None
-    )
+    needs = AttentionNeeds(capability=None, dtype=torch.bfloat16, head_dim=64, block_size=size)
     backend = backend_for(name, device, needs)
     if not backend.capturable:
         pytest.skip("it cannot be captured")

@@ -246,7 +246,6 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
         dtype=placement.torch_dtype,
         head_dim=max((spec.key_dim for spec in paged(model.cache_specs)), default=model.head_dim),
         block_size=config.block_size,
-        windows=any(window is not None for window in model.sliding_windows),
         chunks=getattr(model, "chunked", False),
         soft_caps=model.attention_softcap is not None,
         sinks=model.attention_sinks,

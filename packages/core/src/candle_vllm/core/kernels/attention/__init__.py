@@ -8,18 +8,19 @@ the tokens to sequences, and sequences to blocks. The token at position p attend
 only to p - w + 1..p; with a window -w (chunked attention), to floor(p / w) * w..p. With a soft cap c, a score s becomes
 c * tanh(s / c) before it is masked. With sinks [H] fp32, the softmax of each head has one more score, the head's sink:
 it is not capped, is never masked, and has no value. With slopes [H] fp32 (ALiBi), a head's slope times the distance of
-query and key is subtracted from a score after the soft cap. With `rows.ahead`, on the CPU only, a token of an image
-also attends to later tokens of the image. Scores and sums are fp32. The result y [T, H, D] has q's dtype.
+query and key is subtracted from a score after the soft cap. With `rows.ahead`, which GPU kernels ignore, a token of an
+image also attends to later tokens of the image. Scores and sums are fp32. The result y [T, H, D] has q's dtype.
 
 A float8_e4m3fn cache, as `kernels/kv_write` writes it, needs `cache_scales`: two tensors [1] float32, the factor of all
-keys and that of all values. A cache with a scale for each key and value is [B, S, K, D + 4], see
-`kernels/kv_write/scaled_rows`.
+keys and that of all values. A cache with a scale for each key and value is [B, S, K, D + 4] and has no
+`cache_scales`, see `kernels/kv_write/scaled_rows`.
 
-On a GPU, D is at most 512 and is even if the cache has 8 bits, and S is a power of two, at least 16. With `DeviceRows`,
-whose lengths are on the device, no call waits for the device, and launches depend only on the shapes of tensors and on
-`rows.decodes`, so that they can be captured. Rows of y from query_start[R] on are then undefined, and sequences without
-context among the first `decodes` get zeros. With `rows.decoding`, the number of decoding sequences is on the device
-too, so one captured launch works for every mix of decodes and prompts; padding sequences without tokens write nothing.
+On a GPU, D is at most 512 and is even if the cache has 8 bits, and S is a power of two, at least 16. Values shortly
+before a window are read with weight 0, so they must be finite. With `DeviceRows`, whose lengths are on the device, no
+call waits for the device, and launches depend only on shapes and on `rows.decodes`, so that they can be captured. Rows
+of y from query_start[R] on are then undefined, and sequences without context among the first `decodes` get zeros. With
+`rows.decoding`, the number of decoding sequences is on the device too, so one captured launch works for every mix of
+decodes and prompts; padding sequences without tokens write nothing.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
 arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks); Press et al., 2021, arXiv:2108.12409 (ALiBi).
 """

@@ -14,7 +14,7 @@ from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 
 
 class Attend(Protocol):
-    """The function `paged_attention` of `kernels/attention`, for rows on the device."""
+    """A function with the contract of `paged_attention` (`kernels/attention`), for rows on the device."""
 
     def __call__(
         self,
@@ -31,11 +31,11 @@ class AttentionNeeds:
     """Requirements of a model on a device for attention.
 
     Attributes:
-        capability: the GPU's compute capability such as (9, 0), (8, 1) for AMD GPUs; None on the CPU.
+        capability: the GPU's compute capability such as (9, 0); (8, 1) for every AMD GPU; None on the CPU.
         dtype: type of queries, and of the cache unless it is quantised.
         head_dim: elements of a head; the maximum if layers differ.
         block_size: tokens of a block.
-        windows, chunks: whether any layer has a sliding window; whether any layer has chunked attention.
+        chunks: whether any layer has chunked attention.
         soft_caps: whether a layer caps its scores.
         sinks: whether a layer's heads have sinks.
         slopes: whether a layer's scores decrease with distance (ALiBi).
@@ -47,7 +47,6 @@ class AttentionNeeds:
     dtype: torch.dtype
     head_dim: int
     block_size: int
-    windows: bool = False
     chunks: bool = False
     soft_caps: bool = False
     sinks: bool = False
@@ -62,7 +61,7 @@ class Backend:
 
     Attributes:
         name: the value of `EngineConfig.attention_backend`.
-        attend: the function that every layer calls.
+        attend: the function that layers call, except for latent attention.
         capturable: whether a step of decoding sequences only can be captured in a CUDA graph, because no call waits for
             the device.
         mixed: whether a step with prompts can be captured too, by `DeviceRows.decoding`.
@@ -80,7 +79,7 @@ class Backend:
 
 
 def flash_refusal(needs: AttentionNeeds) -> str | None:
-    """Return a sentence on the first need that no version of FlashAttention supports; None if all are supported."""
+    """Return a sentence on the first need for which no version of FlashAttention is used; None without such a need."""
     if needs.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
     if needs.sinks:
@@ -120,7 +119,7 @@ def installed(module: str) -> bool:
 
 
 def triton_refusal(needs: AttentionNeeds) -> str | None:
-    """Return a sentence on the first need that our Triton kernels do not support; None if all are supported."""
+    """Return a sentence on why our Triton kernels cannot be used; None if they can."""
     if not installed("triton"):
         return "the package triton is not installed"
     if needs.capability is None or needs.capability < (7, 5):

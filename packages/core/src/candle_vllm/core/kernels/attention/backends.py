@@ -6,8 +6,8 @@
     flash_attn   the packages flash-attn and flash-attn-4
     torch        the reference: runs on any device, but is slow
 
-A backend is one function with `paged_attention`'s contract, made for one model on one device; if it does not support
-them, it is refused, with the reason and a setting that works. Besides the reference, only the chosen one is imported.
+A backend is one function with `paged_attention`'s contract, made for one model on one device. A backend that does not
+support both is refused, with the reason and what works. Only the reference and what the chosen one needs are imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def choose(name: str, needs: AttentionNeeds) -> Backend:
     """Return the backend with this name, or for "auto" the default one.
 
     Raises:
-        ConfigError: the backend does not meet these needs; the message has the reason and a setting that works.
+        ConfigError: no backend has this name, or it does not meet these needs; the message says what works.
     """
     on_cpu = needs.capability is None
     wanted = ("torch" if on_cpu else "triton") if name == "auto" else name
@@ -104,7 +104,7 @@ MOST_LATENT = 640
 
 
 def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
-    """Check the backend for latent attention. Layers never call the returned backend: latent attention has one kernel.
+    """Check the backend for latent attention. Layers never call the result: latent attention has its own kernels.
 
     `needs.head_dim` is the number of elements of a cache row.
 
@@ -129,4 +129,7 @@ def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
             "model on the CPU",
             SETTING,
         )
-    return choose("triton", dataclasses.replace(needs, head_dim=64))
+    needs = dataclasses.replace(needs, head_dim=64)
+    if (refusal := triton_refusal(dataclasses.replace(needs, block_size=16))) is not None:
+        raise ConfigError(f"latent attention cannot run on this GPU: {refusal}: run this model on the CPU", SETTING)
+    return choose("triton", needs)  # may advise another block size

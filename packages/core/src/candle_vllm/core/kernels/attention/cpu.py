@@ -2,7 +2,7 @@
 """Paged attention on the CPU: `attend` and, after a barrier, `merge` (step 6 of a request's life).
 
 Terms: see `cpu_cache.py`. Caches are bfloat16 (`cpu_tiles`) or quantised (`cpu_quantised`). Queries [T, H, D] are
-bfloat16 or quantised like the keys, already multiplied by softmax scale * log2(e) (`kv_write.cpu`); the result is
+bfloat16, or int8 if keys are quantised, already multiplied by softmax scale * log2(e) (`kv_write.cpu`); the result is
 float32 [T, H, D]. So scores are exponents of 2, and soft cap, sinks and slopes are multiplied by `LOG2E` too. A head's
 sink is added to a row's sum of probabilities after all keys were processed.
 
@@ -80,7 +80,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, rank_of, read, step_number
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
-_RUNS_PER_THREAD = 6  # maximum units of one long sequence per thread, because long sequential reads are fastest
+_RUNS_PER_THREAD = 6  # desired units of one long sequence per thread; few, because long sequential reads are fastest
 
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ def _list_tiles(
 ) -> None:
     """Write the addresses of `count` key tiles from position `start` on, and `VALUE_TILES` bytes later, of value tiles.
 
-    `keys` and `values` are the layer's caches, `key_size` and `value_size` their bytes per slot. For tiles after
-    position `last`, the address of the tile of `last` is written.
+    `keys` and `values` are the layer's caches plus the gaps before the head (`head_gap`), `key_size` and `value_size`
+    the bytes per slot. For tiles after position `last`, the address of the tile of `last` is written.
     """
     to = int64_at(tiles)
     strip = min(1 << shift, STRIP)
@@ -223,7 +223,7 @@ def _gather_queries(
 
 @njit(inline="always")
 def _fall(scores: int, chunk, positions: int, row: int) -> None:
-    """Subtract the head's ALiBi slope times the keys' distances from the scores of row `row`, without ALiBi nothing."""
+    """With ALiBi, subtract the head's slope times the keys' distances from the scores of row `row`."""
     start, _, count, _, slopes, group, first = chunk
     if slopes != 0:
         slope = slopes + 4 * ((first + row) % group)
@@ -371,7 +371,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     keys = min(chunk_start(c + 1), last_seen + 1) - start
                     count = (keys + LANES - 1) // LANES
                     # Prefetch the next chunk of this unit, or the first chunk of this thread's next unit if that unit
-                    # has the same rows.
+                    # has the same tokens.
                     next_head, next_chunk, asked = head, c + 1, asks and c < top
                     if asks and c == top:
                         following = fetch_add(counter, 1)

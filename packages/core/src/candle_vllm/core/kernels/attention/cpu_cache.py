@@ -41,7 +41,7 @@ class CacheKind(int):
 
     @classmethod
     def of(cls, bits: int, minima: bool = False) -> Self:
-        """Return the kind of a row of that table."""
+        """Return the kind of a type in `CACHE_TYPES` from its fields `bits` and `minima`."""
         return cls(bits + 32 * minima)
 
     @property
@@ -173,7 +173,7 @@ def partial_floats(head_dim: int) -> int:
 
 
 ROW_TILE = 64  # maximum rows of a unit
-_SPLIT_STREAMS = 16  # number of sequences whose partial results fit in scratch memory
+_SPLIT_STREAMS = 16  # maximum decoding sequences of maximum length whose partial results fit in scratch memory
 _MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
 HEADER = 64  # bytes before the threads' scratch memory: a cache line for the unit counter
 VALUE_TILES = 8 * (CHUNK // LANES)  # byte offset of the value tiles' addresses in a chunk's list of tiles

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Emitted code for a quantised KV cache on the CPU, in blocks of 32 elements of a key or value (terms: `cpu_cache.py`).
 
-An element is scale * (code - bias) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 and 4
-bits in q4_0, as GGUF defines them. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum; see
+An element is scale * (code - bias) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 (GGUF's
+are signed) and 4 bits in q4_0. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum; see
 `CacheKind`. The layout suits an instruction that adds four products of bytes in each of 16 lanes of 4-byte words:
 
 - a strip of keys: words of 4 dimensions, [D / 4, W] (q8_0), or of 8 dimensions, [D / 8, W], the first four in the low
-  halves of the bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
+  halves of the bytes (q4_0); then the scales of two blocks as one word, [D / 64 rounded up, W];
 - a tile of values: [D / 32, 4, 32, 4] bytes, four positions of a dimension adjacent (q8_0), or [D / 32, 4, 16, 4] with
   dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
 
@@ -16,10 +16,10 @@ are one word for keys, [D / 32, W], and [D / 32, 2, 16] for values. A key's mini
 query's codes. The values' minima times a row's probabilities are summed in order of position in each lane, then over
 the lanes.
 
-No two positions share a byte, because two threads may write them. A query is int8 [D], then a float32 scale and the
-int32 sum of its codes for each block. For each row, a chunk's probabilities times the scales of its values are rounded
-to 15-bit integers, relative to the largest. So all sums of products with codes are exact, and all other sums have a
-fixed order: a result depends neither on the instruction set nor on other rows of the step.
+No two positions share a byte, because two threads may write them. A query is int8 [D], then the blocks' float32 scales
+[D / 32], then the int32 sums of their codes [D / 32]. For each row and block of values, a chunk's probabilities times
+the scales of its values are rounded to 15-bit integers, relative to the largest. So all sums of products with codes are
+exact, and all other sums have a fixed order: a result depends neither on the instruction set nor on other rows.
 
 Before they are quantised, queries, keys and values are multiplied by a Hadamard matrix, which spreads outliers of a few
 dimensions over all; for values this is undone after attention. Before the multiplication, an offset that is the same
@@ -414,7 +414,7 @@ def quantise_query(_: Any, x: Any, to: Any, scale: Any, total: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) -> Any:
-    """Quantise a block of a key: write its words of the strip, `stride` bytes apart, and fp16 scales to `scale`."""
+    """Quantise a block of a key: write words, `stride` bytes apart, and the fp16 scale and any minimum to `scale`."""
     signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 

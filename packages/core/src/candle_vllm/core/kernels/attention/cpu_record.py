@@ -77,10 +77,8 @@ def record_attention(
     """Record rotation of q and k, the write of k and v to the cache, attention, and the merge of partial results.
 
     Args:
-        qkv: the layer's heads.
         cache: the layer's cache, in the layout of `cpu_cache.py`.
-        scores: options of the scores.
-        tables: cos and sin [P, R/2]; None without rotation.
+        tables: cos and sin, a row for each position and a column for each rotated pair; None without rotation.
         out: address of the result, contiguous float32 [T, H, D]; T is the number of tokens that are computed.
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
@@ -187,7 +185,7 @@ class AttendArguments(NamedTuple):
         stretch_step: slots from one stretch of the caches to the next.
         block_shift: the binary logarithm of S.
         heads, kv_heads: H and K.
-        scratch, scratch_size: address and size of the scratch memory, see `scratch_bytes`.
+        scratch, scratch_size: address and bytes of the scratch memory, see `scratch_bytes`.
         window: positions that a token attends to, its own included; 0 for all, -n for chunks of n positions.
         cap: soft cap times log2(e); 0 without a soft cap.
         sinks: address of float32 [H], the heads' sinks times log2(e); 0 without sinks.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Split paged attention into units of work on the CPU, with their scratch memory (step 6 of a request's life).
+"""Split paged attention on the CPU into units of work, within the scratch memory (step 6 of a request's life).
 
 Terms: see `cpu_cache.py`. Chunks depend only on positions, so that a row's result is always merged from the same
 partial results. Which sequences are split among threads depends on the whole step.
@@ -55,7 +55,7 @@ def count_row_tiles(rows: int) -> int:
 def split_bytes(
     tokens: int, context: int, window: int, heads: int, kv_heads: int, total: int, threads: int, free: int, row: int
 ) -> int:
-    """Return the bytes of partial results of a sequence whose units have only some of its chunks; 0 if they have all.
+    """Return the bytes of a sequence's partial results if its units have only some of the chunks; 0 if they have all.
     `free` is the bytes of scratch memory, `row` those of a row's partial result, and `total` is `total_cost`."""
     chunks = chunk_of(context - 1) - chunk_of(first_seen(context - tokens, window)) + 1
     units = count_row_tiles(tokens * (heads // kv_heads)) * kv_heads

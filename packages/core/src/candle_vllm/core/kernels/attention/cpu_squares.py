@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Scores and values of 16 query rows at a time on AMX, whose tile registers hold squares (step 6 of a request's life).
 
-A square is the content of one register, 16 lines of 64 bytes. The cache has the layout that AMX reads (`cpu_tiles`): a
+A square is the content of one register, up to 16 lines of up to 64 bytes. The cache has the layout that AMX reads: a
 square of keys has a line of 16 positions for each pair of dimensions, a square of values a line of 16 dimensions for
-each pair of positions. Other instructions round differently in fp32, so a CPU with AMX computes every row with AMX.
+each pair of positions (`cpu_tiles`). Other instructions round differently in fp32, so a CPU with AMX computes every row
+with AMX, unless keys or values are quantised or the head size does not fit.
 
 Registers 0 to 3 hold sums, 4 queries, 5 keys, 6 probabilities, 7 values.
 """

@@ -38,7 +38,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2(NOTHING - NOTHING) is 1 and not NaN
 _RUN = 8  # maximum pairs of dimensions that are read from some tiles before other tiles, if registers are few
-_BLOCKS = 5  # maximum vectors of 16 dimensions whose sums are held in registers
+_BLOCKS = 5  # maximum vectors of 16 dimensions whose sums are held in registers, if there are 32 of 512 bits
 
 
 def in_floats(isa: int) -> bool:
@@ -253,7 +253,7 @@ def softmax_rows(
 
 
 def _values(e: Emitter, args: Any, m: int, d: int, isa: Isa) -> None:
-    """Emit `value_tiles` for bfloat16: as many vectors of dimensions at once as registers hold, tile by tile."""
+    """Emit `value_tiles` for bfloat16: as many vectors of dimensions at once as registers hold."""
     b = e.b
     scores, probabilities, tiles, _, keys, partials = args
     weights, row_numbers = (scores, SCORE_STRIDE // 4) if in_floats(isa) else (probabilities, PROBABILITY_STRIDE // 2)
@@ -320,8 +320,9 @@ def value_tiles(
 ) -> Any:
     """Write the sum of the first `keys` values, weighted by the rows' probabilities, to partial results.
 
-    `tiles` and `coming` are as for `score_tiles`; `rows`, `dim`, `kind` and `isa` are constants. Quantised values have
-    float32 probabilities in `scores`, and `probabilities` is then scratch memory.
+    `tiles` points at the addresses of the values' tiles, `coming` at as many to prefetch if values are quantised. With
+    `in_floats`, and for quantised values, float32 probabilities are read from `scores`; `probabilities` is then unused
+    or scratch memory. `rows`, `dim`, `kind` and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 6, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
@@ -487,7 +488,7 @@ def copy_query(_: Any, to: Any, source: Any, dim: Any, wide: Any) -> Any:
 def place_of(slot: int, head: int, shift: int, stretch_step: int) -> int:
     """Return the offset of a head's slot from the beginning of the layer's cache, in slots.
 
-    S is 1 << shift; `stretch_step` is the number of slots from one stretch to the next.
+    S is 1 << shift; `stretch_step` is the number of slots from one stretch to the next. The caller adds the head gaps.
     """
     bits = max(shift, STRETCH_SHIFT)
     return (slot >> bits) * stretch_step + (head << bits) + (slot & ((1 << bits) - 1))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Attention by the FlashAttention packages (step 6 of a request's life): flash-attn 2.x and flash-attn-4.
 
-Both read the paged cache by `flash_attn_varlen_func`, in one call for the sequences with one token and one for the
-others. flash-attn-4 (CuTe DSL, Hopper and Blackwell) is used if it supports the GPU, else flash-attn.
+Both read the paged cache by `flash_attn_varlen_func`, in one call for sequences with one token and one for others.
+flash-attn-4 (CuTe DSL, Hopper and Blackwell) is used if it is installed and supports the model, else flash-attn.
 
 `flash_attn_with_kvcache` is not used: from 2.8.4 on it reads the lengths on the host, so each layer would wait for the
 GPU and no step could be captured.
@@ -28,10 +28,10 @@ _FOUR, _TWO = "flash_attn.cute", "flash_attn_2_cuda"  # modules by which the two
 
 @dataclasses.dataclass(frozen=True)
 class SequenceGroup:
-    """Consecutive sequences of a step as arguments of FlashAttention, all int32.
+    """Consecutive sequences of a step as arguments of FlashAttention; tensors are int32.
 
     Attributes:
-        query_start: [R + 1] offsets into the queries of the call.
+        query_start: [R + 1] offsets into the queries of the call; the first need not be 0.
         context_lens: [R] lengths of the contexts.
         block_tables: [R, maximum blocks of a sequence] block tables.
         most_tokens, most_context: upper bounds of the tokens and of the context of every sequence.
@@ -51,7 +51,7 @@ class SequenceGroup:
 
 
 class Call(Protocol):
-    """Attention of the sequences `part`: q [T, H, D] -> [T, H, D]; other sequences' rows are not written."""
+    """Attention of the sequences `part`: q [T, H, D] -> [T, H, D]; rows of other sequences are undefined."""
 
     def __call__(
         self,
@@ -141,7 +141,7 @@ def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup
     most_context = room if rows.most_context is None else min(rows.most_context, room)
     decodes = others = None
     if n:
-        # Not `query_start`, in which the padding sequences of a captured step have no tokens.
+        # Not `query_start`, in which padding sequences may have no tokens.
         starts = torch.arange(n + 1, dtype=torch.int32, device=contexts.device)
         decodes = SequenceGroup(starts, contexts[:n], tables[:n], 1, most_context, True)
     if tokens > n:

@@ -12,7 +12,7 @@ from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales, read_b
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.attention.rows import AttentionRows
 
-_QUERIES = 256  # queries that are computed at a time, to limit the memory of a long prompt's scores
+_QUERIES = 256  # maximum tokens that are computed at a time, to limit the memory of a long prompt's scores
 
 
 def paged_attention(

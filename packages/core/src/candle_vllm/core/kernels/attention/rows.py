@@ -33,9 +33,9 @@ class PagedCache(_Arrays):
     """KV cache of a layer.
 
     Attributes:
-        keys, values: [B, S, K, D] each; latent attention has only `keys`. Compiled steps on the CPU have the layouts
-            of `attention/cpu_cache.py` and `latent_attention/layout.py`.
-        kinds: how compiled steps on the CPU store keys and values; None for elements of 16 bits, and elsewhere.
+        keys, values: [B, S, K, D] each, or D + 4 (`kv_write/scaled_rows`). Latent attention has no values; `values` may
+            be an index's keys. For compiled steps on the CPU see `attention/cpu_cache`, `latent_attention/layout`.
+        kinds: how compiled steps on the CPU store keys and values; None for latent attention, and elsewhere.
     """
 
     kinds: tuple[CacheKind, CacheKind] | None = None
@@ -60,13 +60,13 @@ class WindowedCache(PagedCache):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
-    """The step's R sequences on the host: which tokens and which blocks belong to each.
+    """The step's R sequences, with their lengths on the host: which tokens and which blocks belong to each.
 
     Attributes:
         query_start: R + 1 offsets into the step's tokens; sequence r has tokens query_start[r]..query_start[r + 1] - 1.
         context_lens: R lengths in tokens, the new tokens included.
-        block_tables: [R, maximum blocks] int64; entries after the end of a sequence's context are not read.
-        ahead: [T] int64, the number of later positions that each token attends to; None for causal attention. CPU only.
+        block_tables: [R, maximum blocks] int32 or int64; entries after the end of a sequence's context are not read.
+        ahead: [T] int64, number of later positions that each token attends to; None if causal. GPU kernels ignore it.
     """
 
     query_start: tuple[int, ...]
@@ -79,7 +79,7 @@ class AttentionRows:
         return self if self.ahead is None else dataclasses.replace(self, ahead=None)
 
     def on_device(self) -> DeviceRows:
-        """Return a copy on the block tables' device; its `decodes` are the leading sequences with one token."""
+        """Return the rows on the block tables' device; `decodes` is the number of leading sequences with one token."""
         import torch
 
         counts = [end - start for start, end in itertools.pairwise(self.query_start)]

@@ -2,8 +2,8 @@
 """Paged attention of decoding steps in plain torch: sequences with one new token are computed together.
 
 The reference makes some thirty torch calls for each sequence and layer, which take most of the time of an eager step.
-In this module all sequences with one token share these calls: their keys and values are gathered and padded to the
-longest context, and the padding is masked. Prompts are computed by the reference.
+In this module groups of sequences with one token share these calls: keys and values of a group are gathered and padded
+to its longest context, and the padding is masked. Prompts are computed by the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.attention.rows import AttentionRows
 
 MOST = 1 << 22
-"""Maximum elements of keys that are gathered at a time, so that long contexts need little memory."""
+"""Maximum elements of keys that are gathered at a time, unless one sequence has more; it limits memory."""
 
 
 def paged_attention(

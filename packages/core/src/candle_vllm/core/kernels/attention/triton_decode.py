@@ -43,7 +43,7 @@ from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, has_row_scales
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, next_power_of_2, stages
 
 _ROWS = 256  # maximum sequences of a launch, if each program counts the items
-_CHUNK = 256  # minimum number of keys of a split
+_CHUNK = 256  # minimum number of keys of a split, except a sequence's last
 _MERGED = 8  # splits that the merging kernel reads together
 
 
@@ -77,7 +77,7 @@ def decode_kernel(
     G: tl.constexpr,  # H // K
     GP: tl.constexpr,  # rows of a tile, at least G
     D: tl.constexpr,
-    DP: tl.constexpr,  # D rounded up to a power of two
+    DP: tl.constexpr,  # D rounded up to a power of two, at least 16, as products need
     S: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 without a window
     CAP: tl.constexpr,
@@ -263,8 +263,8 @@ class Splits:
 def splits(padded_dim: int, bytes_per_number: int, kv_heads: int, capability: int) -> Splits:
     """Choose by the model's shape and the GPU alone, never by the batch.
 
-    Not measured yet: a long sequence has about 256 items; there are two programs per multiprocessor, each with 64 KiB
-    of loads in flight. Of five pipeline stages only two load tiles, because reading the block table takes the others.
+    Not measured yet: from 4 KV heads on, a long sequence has at least 256 items; there are two programs per
+    multiprocessor. Of five pipeline stages only two load tiles, because reading the block table takes the others.
     """
     most = min(max(next_power_of_2(256 // kv_heads), 16), 64)
     if capability < TENSOR_CORES and padded_dim <= 64:
@@ -364,7 +364,7 @@ def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> in
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return the GPU's multiprocessors; 2 under the interpreter, so that a program has several items."""
+    """Return the number of the GPU's multiprocessors; 2 under the interpreter, so that a program has several items."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -376,7 +376,7 @@ def _constants(
         "G": group,
         "GP": max(16, next_power_of_2(group)),
         "D": dim,
-        "DP": next_power_of_2(dim),
+        "DP": max(16, next_power_of_2(dim)),
         "S": block_size,
         "WINDOW": window,
         "CAP": cap,

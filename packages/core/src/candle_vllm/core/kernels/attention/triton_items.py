@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Work items of the kernels for one new token per sequence: the sequence of an item, and its split of the context.
 
-Terms: see `triton.py`; a row is a sequence. Either every program of a launch counts the splits of all sequences, or,
-with `ITEM_LIST`, a kernel lists them once per step, for the calls of all layers.
+A row is a sequence. In this module an item is one split (`triton.py`) of all KV heads. Either every program of a launch
+counts the splits of all sequences, or, with `ITEM_LIST`, a kernel lists them once per step for the calls of all layers.
 """
 
 from __future__ import annotations

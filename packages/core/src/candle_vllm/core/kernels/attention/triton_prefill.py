@@ -74,7 +74,7 @@ def attend_keys(
     value_cache,
     table,  # block table of the row
     at,  # position of the tile's first key
-    end,  # end of the keys
+    end,  # position after the last key
     head,
     positions,
     factor,
@@ -90,7 +90,7 @@ def attend_keys(
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ENDS: tl.constexpr,  # some keys of the tile may be beyond the end
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr,  # some rows may not attend to some keys of the tile
 ):
     """Update the softmax state of M rows with a tile of a sequence's keys and values; see `attend_tile`."""
     stored: tl.constexpr = key_cache.dtype.element_ty
@@ -150,7 +150,7 @@ def prefill_kernel(
     K: tl.constexpr,
     G: tl.constexpr,  # H // K
     D: tl.constexpr,
-    DP: tl.constexpr,  # D rounded up to a power of two
+    DP: tl.constexpr,  # D rounded up to a power of two, at least 16, as products need
     S: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 without a window
     CAP: tl.constexpr,
@@ -243,7 +243,7 @@ def prefill_kernel(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows and keys of a tile, and launch parameters."""
+    """Rows of a tile of queries, keys of a tile of keys, and launch parameters."""
 
     rows: int
     keys: int
@@ -288,7 +288,7 @@ def prefill(
     slopes: torch.Tensor | None = None,
     decoding: torch.Tensor | None,
 ) -> None:
-    """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller checks arguments.
+    """Write `out` from row query_start[0] to query_start[-1] - 1, at most `tokens` rows. The caller checks arguments.
 
     With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed.
     """
@@ -341,7 +341,7 @@ def _constants(
         "K": kv_heads,
         "G": group,
         "D": dim,
-        "DP": next_power_of_2(dim),
+        "DP": max(16, next_power_of_2(dim)),
         "S": block_size,
         "WINDOW": window,
         "CAP": cap,

@@ -56,11 +56,10 @@ class WriteArguments(NamedTuple):
         heads, kv_heads, head_dim: H, K and D.
         stretch_step: slots from one stretch of the caches to the next, see `attention/cpu_cache.py`.
         block_shift: the binary logarithm of S.
-        half: R / 2, the number of rotated pairs of a head; if 0, `cos` and `sin` are not read.
+        half: number of rotated pairs of a head; if 0, `cos` and `sin` are not read.
         cos, sin: addresses of float32 [positions, half], a row for each position.
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        q: address of the rotated queries, bfloat16 [T, H, D]; if the keys are quantised, in rows of 2 D
-            bytes: D int8 codes, then a float32 scale for each 32 of them, then the int32 sum of each 32.
+        q: address of the rotated queries, bfloat16 [T, H, D], or int8 as in `attention/cpu_quantised`, 2 D bytes each.
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), because `attend` computes powers of two.
         offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 without an offset.

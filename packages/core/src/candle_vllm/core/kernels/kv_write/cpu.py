@@ -134,7 +134,7 @@ def _place(to: int, stride: int, dim: int, kind: int) -> int:
 
 @njit(inline="always")
 def _write_odd(x: int, half: int, cos: int, sin: int, factor: float, to: int, stride: int, kind: int) -> None:
-    """Rotate and store a head one pair at a time, because R / 2 is not a multiple of 16."""
+    """Rotate and store dimensions 0 to 2 * `half` - 1 one pair at a time, because `half` is not a multiple of 16."""
     row, c, s = float32_at(x), float32_at(cos), float32_at(sin)
     for i in range(half):
         a, b = row[i], row[i + half]

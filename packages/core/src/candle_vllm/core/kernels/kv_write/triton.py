@@ -44,7 +44,7 @@ def row_scale(top, LARGEST: tl.constexpr):
 
 @triton.jit
 def e4m3_bits(x):
-    """Convert float32 of at most 448 to the bits of float8_e4m3fn, uint8, nearest even; for GPUs without the type."""
+    """Convert float32 from -448 to 448 to the bits of float8_e4m3fn, uint8, nearest even; for GPUs without the type."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     code = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960

@@ -95,6 +95,7 @@ FORMS = (
     *_builds("bf16", 128, 8, 4, 64)[:1],
     *_builds("fp16", 64, 2, 7, 16)[:1],
     *_builds("bf16", 80, 32, 1, 32)[:1],
+    *_builds("bf16", 8, 8, 1, 64)[:1],
     *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True),
     *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True, listed=True)[:1],
     *_builds("bf16", 512, 1, 8, 16, listed=True),

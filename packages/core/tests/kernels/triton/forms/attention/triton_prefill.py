@@ -57,6 +57,7 @@ FORMS = (
     *_builds("bf16", 128, 4, 64),
     *_builds("fp16", 64, 7, 16),
     *_builds("bf16", 80, 1, 32),
+    *_builds("bf16", 8, 2, 16),
     *_builds("bf16", 256, 4, 16, window=1024, cap=True),
     *_builds("bf16", 512, 8, 16),
     *_builds("fp32", 128, 4, 16),
