@@ -74,7 +74,7 @@ class Inputs:
 def make_forms(
     recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1, barrier: bool = True
 ) -> dict[InputForm, Inputs]:
-    """Record the conversion of an input to several forms; with `barrier`, a barrier follows the last conversion."""
+    """Record conversions of an input, `copies` rows per token; with `barrier`, a barrier follows the last one."""
     made: dict[InputForm, Inputs] = {}
     rows = next((form for form in forms if isinstance(form, RowForm)), None)
     if recorder.adapted and rows is not None and Groups() in forms:  # LoRA reads rows: one operation makes both forms
@@ -149,7 +149,7 @@ def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copi
 
 
 def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, LinearArguments]:
-    """Return a linear operation and its arguments for `Recorder.add`; `how` are those of `linear_arguments`."""
+    """Return a linear operation and its arguments for `Recorder.add`; `how` is passed to `linear_arguments`."""
     recorder.keep_matrix(matrix)
     form, given = matrix.input_form, inputs.arguments
     assert not isinstance(form, RowForm) or given["x_bytes"] >= row_bytes(form, matrix.columns)

@@ -154,7 +154,7 @@ def _end_with_parent() -> None:
 
 
 def write(level: Level, folder: Path) -> None:
-    """Compile all precompiled kernels of a level, in a process whose Numba compiles for that level."""
+    """Write a level's kernels below `folder`, and delete others, in a process whose Numba compiles for that level."""
     wanted = dict(named_function(code, *constants) for code, constants in functions(level.isa))
     into, folder = folder, folder / level.name
     folder.mkdir(parents=True, exist_ok=True)
