@@ -613,11 +613,18 @@ def test_a_start_counts_as_use(root: Path) -> None:
     assert time.time() - file.stat().st_mtime < 600
 
 
-def test_a_process_goes_on_when_its_kernels_are_deleted(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_process_goes_on_when_its_kernels_are_deleted(
+    level: int, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = kernel_cache()
     assert folder is not None
+    monkeypatch.setattr(cache_module, "_compiled", partial(next, repeat(count(1))))  # a process that compiled nothing
     assert sum_of(3) == 3
-    cache_module.shutil.rmtree(folder)
+    folders = [folder, root / "kernels", root]
+    cache_module.shutil.rmtree(folders[level])
     caplog.clear()
-    assert sum_of(3, 40) == 43
+    assert sum_of(40, 3) == 43
     assert caplog.text == ""
+    assert len(data_files(root)) == 2
+    assert {each.stat().st_mode & 0o777 for each in folders} == {0o700}

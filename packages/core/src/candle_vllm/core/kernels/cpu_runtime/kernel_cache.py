@@ -194,8 +194,9 @@ def _tell(folder: Path | None) -> None:
     wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
-    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # `kernel_cache` logs a new folder
-        logger.warning("compiling further CPU kernels for this machine: once, in some seconds each")
+    with suppress(OSError):  # the folder cannot be created again
+        if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # `kernel_cache` logs a new one
+            logger.warning("compiling further CPU kernels for this machine: once, in some seconds each")
     how = "once for this machine" if folder is not None else "which cannot be cached"
     tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
 
@@ -224,7 +225,8 @@ def keep(path: Path, code: bytes) -> None:
     """Write a file atomically, safe with concurrent writers; log a warning if that fails."""
     part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)  # the user may have deleted the cache
+        for folder in reversed(path.parents[:3]):  # the user may have deleted the cache
+            folder.mkdir(mode=0o700, exist_ok=True)
         part.write_bytes(_MAGIC + hashlib.sha256(code).digest() + code)
         part.replace(path)
     except OSError as error:
