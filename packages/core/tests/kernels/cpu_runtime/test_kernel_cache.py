@@ -436,10 +436,13 @@ def test_who_waits_is_told_of_every_kernel_that_is_compiled(root: Path) -> None:
     assert told[-1].done - told[-2].done == 1
 
 
-def test_without_numba_what_does_not_travel_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_what_does_not_travel_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(cache_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"add\.5 is not precompiled, .* pip install"):
         sum_of(5)
+    assert caplog.text == ""
 
 
 # ---- places that cannot be used --------------------------------------------------------------------------------------

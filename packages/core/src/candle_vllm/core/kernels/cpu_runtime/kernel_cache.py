@@ -81,7 +81,7 @@ def kernel_cache() -> Path | None:
             error,
         )
         return None
-    if new:
+    if new and has_compiler():
         logger.warning("compiling the CPU kernels for this machine, which takes some ten seconds once")
     return folder
 
