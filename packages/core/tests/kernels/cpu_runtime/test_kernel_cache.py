@@ -205,8 +205,10 @@ def test_a_first_start_compiles_with_a_second_process(root: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("_nothing_loaded")
-@pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python"])
-def test_a_second_process_that_fails_is_not_missed(program: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python", None])  # None: Python in another application
+def test_a_second_process_that_fails_is_not_missed(
+    program: str | None, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", program)
     compile_first(ask)
     assert operation(ASKED[0]) != 0

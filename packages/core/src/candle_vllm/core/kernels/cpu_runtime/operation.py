@@ -126,7 +126,7 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
         ask: function that requests the operations; within it, `operation` returns 0.
         later: operations that no caller waits for: the second process compiles them last. See `is_coming`.
     """
-    if getattr(sys, "frozen", False):  # `sys.executable` is the frozen application, not Python
+    if getattr(sys, "frozen", False) or not sys.executable:  # a frozen application, or one that embeds Python
         return
     missing = _ask_missing(ask) if is_first_start() else []
     if len(missing) < 2:
