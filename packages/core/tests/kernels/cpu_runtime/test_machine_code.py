@@ -269,3 +269,14 @@ def test_an_unknown_level_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_function_of_integers_can_be_called_from_python() -> None:
     assert callable(c_function("sampling.cpu:draw_rows", 3))
+
+
+def test_precompiled_kernels_on_a_full_disk_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel without some kernels would need Numba at its first start."""
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit, match="column_order"):
+        write_few(tmp_path, host_level())
