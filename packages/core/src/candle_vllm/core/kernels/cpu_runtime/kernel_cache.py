@@ -265,7 +265,7 @@ def kept_name(name: str, level: Level) -> str:
 
 @cache
 def _key(module: str, level: Level) -> str:
-    digest = hashlib.sha256(f"{level.name} {level.cpu}".encode())
+    digest = hashlib.sha256(f"{level.name} {level.cpu} {level.features}".encode())
     for name, text in sorted(sources(module).items()):
         digest.update(f"\n{name} {text}".encode())
     path = _imports_path() if _parsed() else None
@@ -457,7 +457,7 @@ def fingerprint(level: Level) -> str:
     for path in sorted((CORE / "kernels").glob("*/*.py")):
         if not path.name.startswith("triton"):  # GPU kernels
             digest.update(path.read_bytes())
-    digest.update(f"{level.name} {level.cpu}".encode())
+    digest.update(f"{level.name} {level.cpu} {level.features}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -59,7 +59,7 @@ class Level(NamedTuple):
         cpu: LLVM's name of a CPU with these instructions and few others.
         isa: instruction sets that the kernels use explicitly.
         flags: Linux's names of the instruction sets.
-        features: LLVM's names of instructions to add to `cpu`, such as "+avxvnni".
+        features: LLVM's names of instructions to add to `cpu` or to remove, such as "+avxvnni,-avx512f".
     """
 
     name: str
@@ -267,9 +267,10 @@ def _native() -> Level:
     """Return a level without instruction sets for the CPU that LLVM detects."""
     if importlib.util.find_spec("llvmlite") is None:  # without it, kernels cannot be compiled
         return Level("native", machine(), "", Isa.GENERIC, frozenset())
-    import llvmlite.binding
+    from llvmlite import binding
 
-    return Level("native", machine(), llvmlite.binding.get_host_cpu_name(), Isa.GENERIC, frozenset())
+    features = binding.get_host_cpu_features().flatten()  # a virtual machine may hide some of the CPU model
+    return Level("native", machine(), binding.get_host_cpu_name(), Isa.GENERIC, frozenset(), features)
 
 
 def _cpu_facts(name: str) -> list[str]:
