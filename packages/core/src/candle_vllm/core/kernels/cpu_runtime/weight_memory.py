@@ -127,7 +127,8 @@ class WeightMemory:
                 owner = known[number][0]() if number < len(known) and known[number][2] == count else None
                 if owner is not None:
                     return owner[known[number][1] :][:count]
-                return np.empty(count, np.uint8)  # the earlier array is no longer in use: its address is not needed
+                found = np.empty(count + ALIGNMENT, np.uint8)  # the earlier array and its address are no longer in use
+                return found[-found.ctypes.data % ALIGNMENT :][:count]
             found = self._take(count)
             if self._left > 0 and tiles > 1:
                 self._place(found, tiles)
