@@ -475,5 +475,6 @@ def test_places_of_parts_are_given_again() -> None:
             for old in kept[part]:
                 assert memory.take(len(old)).ctypes.data == old.ctypes.data
             assert (memory.take(5000) != kept[part][1]).any() or memory.take(10).size == 10
+            assert all(memory.take(5000).ctypes.data % 64 == 0 for _ in range(8))
         LOADED_PART.set(None)
     assert (kept[1][0] == 2).all()

@@ -205,8 +205,10 @@ def test_a_first_start_compiles_with_a_second_process(root: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("_nothing_loaded")
-@pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python"])
-def test_a_second_process_that_fails_is_not_missed(program: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python", None])  # None: Python in another application
+def test_a_second_process_that_fails_is_not_missed(
+    program: str | None, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", program)
     compile_first(ask)
     assert operation(ASKED[0]) != 0
@@ -436,10 +438,13 @@ def test_who_waits_is_told_of_every_kernel_that_is_compiled(root: Path) -> None:
     assert told[-1].done - told[-2].done == 1
 
 
-def test_without_numba_what_does_not_travel_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_what_does_not_travel_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(cache_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"add\.5 is not precompiled, .* pip install"):
         sum_of(5)
+    assert caplog.text == ""
 
 
 # ---- places that cannot be used --------------------------------------------------------------------------------------
@@ -613,11 +618,18 @@ def test_a_start_counts_as_use(root: Path) -> None:
     assert time.time() - file.stat().st_mtime < 600
 
 
-def test_a_process_goes_on_when_its_kernels_are_deleted(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_process_goes_on_when_its_kernels_are_deleted(
+    level: int, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = kernel_cache()
     assert folder is not None
+    monkeypatch.setattr(cache_module, "_compiled", partial(next, repeat(count(1))))  # a process that compiled nothing
     assert sum_of(3) == 3
-    cache_module.shutil.rmtree(folder)
+    folders = [folder, root / "kernels", root]
+    cache_module.shutil.rmtree(folders[level])
     caplog.clear()
-    assert sum_of(3, 40) == 43
+    assert sum_of(40, 3) == 43
     assert caplog.text == ""
+    assert len(data_files(root)) == 2
+    assert {each.stat().st_mode & 0o777 for each in folders} == {0o700}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
+import llvmlite.binding
 import numba
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from candle_vllm.core.kernels.cpu_runtime import (
     recorder,
     travelling,
 )
-from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function, load_object
+from candle_vllm.core.kernels.cpu_runtime.compiler import assembly, compile_function, load_object
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_isa, host_level, level_of
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function, named_function
 from candle_vllm.core.kernels.cpu_runtime.primitives import float64_at, int64_at
@@ -141,6 +142,22 @@ def test_amx_that_cannot_be_asked_for_is_not_used(monkeypatch):
 
     monkeypatch.setattr(level.ctypes, "CDLL", lambda name: Library())
     assert not level._may_use_amx()
+
+
+@pytest.mark.skipif(not operation.IS_X86, reason="instructions of x86")
+def test_a_cpu_below_all_levels_runs_only_instructions_that_it_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine may hide AVX, and still have the model number of a processor with AVX."""
+    shown = llvmlite.binding.get_host_cpu_features()
+    hidden = [
+        name for name in shown if name.startswith(("avx", "fma", "f16c", "xop", "vaes", "vpclmul", "gfni", "amx"))
+    ]
+    shown.update(dict.fromkeys(hidden, False))
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda: "skylake")
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: shown)
+    monkeypatch.setattr(level, "host_flags", frozenset[str])
+    native = level.best_level.__wrapped__()
+    assert native.name == "native"
+    assert "%ymm" not in assembly(named_function("embedding.cpu:add")[1](), native)
 
 
 def test_a_lower_level_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,3 +286,14 @@ def test_an_unknown_level_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_function_of_integers_can_be_called_from_python() -> None:
     assert callable(c_function("sampling.cpu:draw_rows", 3))
+
+
+def test_precompiled_kernels_on_a_full_disk_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel without some kernels would need Numba at its first start."""
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit, match="column_order"):
+        write_few(tmp_path, host_level())

@@ -31,7 +31,7 @@ class RecordedBackend:
         kind: type of unquantised matrices; None keeps the stored types.
         groups: whether the layer can reorder its input as a matrix requires.
         floats_kept: whether the layer supports small floats (FP8, FP4) with scales; otherwise they are decoded.
-        words: see `Placement`.
+        words: stored types whose matrices are multiplied as 14-bit integers if `kind` is None, see `Placement`.
     """
 
     memory: WeightMemory
@@ -68,7 +68,7 @@ class RecordedBackend:
     def codes(
         self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
     ) -> tuple[Matrix, str | None]:
-        """See `Backend.codes`. Codes become GGUF blocks if these have exactly the same values, else plain elements."""
+        """Convert codes to GGUF blocks if these have exactly the same values in a supported order, else decode them."""
         del read
         found = blocks()
         if found is None:

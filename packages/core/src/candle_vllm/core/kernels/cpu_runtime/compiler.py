@@ -20,11 +20,10 @@ from candle_vllm.core.kernels.cpu_runtime.machine_code import ENTRY
 def compile_function(function: Callable[..., None], level: Level) -> bytes:
     """Compile to an object file (ELF on Linux) whose symbol `ENTRY` is the function with C's calling convention.
 
-    All parameters are int64, and nothing is returned. There are no Python errors: a division by zero gives the
-    hardware's result, and an exception only ends the function.
+    All parameters are int64, and nothing is returned. A division of integers by zero gives 0. An exception ends the
+    function without an error, but `machine_code.link` refuses code that can raise one.
 
     Args:
-        function: may close over integers only.
         level: level of the CPU that will run the code; its architecture may differ from this machine's.
 
     Raises:
@@ -94,7 +93,7 @@ def _entry(context: Any, library: Any, described: Any) -> ir.Module:
 
 
 def load_object(made: bytes) -> int:
-    """Return the address of an object file's `ENTRY`, linked by LLVM, on systems without support in `machine_code`."""
+    """Link an object file that `machine_code` does not support, by LLVM; return the address of its `ENTRY`."""
     target = binding.Target.from_triple(binding.get_process_triple())
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target.create_target_machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(made))

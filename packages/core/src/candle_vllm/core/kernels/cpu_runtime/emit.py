@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Vector code for the CPU kernels, emitted as LLVM IR through Numba's `@intrinsic`.
 
-Vectors are 16 lanes of 32 bits (512 bits). For a CPU with shorter registers LLVM splits the same code; only dot
-products and shuffles use special instructions, on several smaller vectors, if `Isa` has them. Every lane is computed in
-the same order for all instruction sets, so integer results are equal bit for bit.
+Vectors are 16 lanes of 32 bits (512 bits). For a CPU with shorter registers LLVM splits the same code. Dot products,
+table look-ups (`emit_tables.py`) and AMX (`emit_squares.py`) use an instruction set's own instructions if `Isa` has
+them, on parts of a vector if its registers are shorter. Integer results are equal bit for bit in all instruction sets.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Emitter:
         return self.whole([self.call(name, vector(I16, 2 * LANES // count), list(both)) for both in pairs])
 
     def dot_i16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
-        """Return total[lane] + the two products of the lane's signed 16-bit pairs; x and y are <16 x i32>; exact."""
+        """Return total[lane] + both products of the lane's signed 16-bit pairs, modulo 2^32; x and y are <16 x i32>."""
         if isa & Isa.VNNI:
             return self.in_parts("llvm.x86.avx512.vpdpwssd.512", 1, total, (x, I16), (y, I16))
         if isa & Isa.AVX_VNNI:

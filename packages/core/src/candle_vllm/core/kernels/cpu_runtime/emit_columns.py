@@ -17,8 +17,8 @@ def emit_columns(e: Emitter, count: Any, state: list[Any], body: Callable[..., l
 
     Args:
         count: number of columns, an int64.
-        state: vectors with which the first iteration begins.
-        body: body of the loop; `mask` has the valid columns, and is None if all 16 are valid.
+        state: values with which the first iteration begins.
+        body: called with the byte offset of 16 columns, and the mask of the valid ones, or None if all are valid.
     """
     b = e.b
     whole = b.ashr(count, e.int64(4))

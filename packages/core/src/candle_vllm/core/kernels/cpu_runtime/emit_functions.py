@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Functions of 16 floats that the CPU kernels share: exp, tanh, erf, and the activation functions that use them.
 
-A NaN input gives NaN, and relative errors are below 4e-7, unless a function states otherwise.
+Unless a function states otherwise, NaN gives NaN, and relative errors are below 4e-7 (of activations: for inputs > 0).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def emit_larger_size(e: Emitter, x: Any, y: Any) -> Any:
 
 
 def emit_largest_lane(e: Emitter, value: Any, larger: Callable[..., Any] = emit_larger) -> Any:
-    """Return the maximum of 16 floats, in every lane."""
+    """Return the maximum of 16 floats by `larger`, in every lane."""
     for step in (8, 4, 2, 1):
         lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
         value = larger(e, value, e.b.shuffle_vector(value, value, lanes))
@@ -43,7 +43,7 @@ def emit_largest_lane(e: Emitter, value: Any, larger: Callable[..., Any] = emit_
 
 
 def emit_exp(e: Emitter, x: Any) -> Any:
-    """Return exp of 16 floats, clamped to [-87, 88]. NaN gives NaN if the 9 lowest bits are 0, as in usual NaNs."""
+    """Clamp 16 floats to [-87, 88]; return their exp. NaN gives NaN if its 9 lowest bits are 0, as in usual NaNs."""
     b = e.b
     low, high = e.constant(F32, -87.0), e.constant(F32, 88.0)
     x = b.select(b.fcmp_ordered(">", x, high), high, x)
@@ -137,7 +137,7 @@ def emit_swiglu_oai(e: Emitter, gate: Any, up: Any) -> Any:
 
 
 def emit_limited(e: Emitter, gate: Any, up: Any, limit: float) -> tuple[Any, Any]:
-    """Clamp both factors of a gated product: gate to at most `limit`, and up to [-limit, limit]."""
+    """Clamp both factors of a gated product: gate, or its activation, to at most `limit`, and up to [-limit, limit]."""
     b, high, low = e.b, e.constant(F32, limit), e.constant(F32, -limit)
     up = b.select(b.fcmp_ordered(">", up, high), high, up)
     up = b.select(b.fcmp_ordered("<", up, low), low, up)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """AMX tile registers in vector code: each has up to 16 rows of up to 64 bytes, a **square**; products are 16 x 16 sums.
 
-An operation configures the registers, by 64 bytes of memory, before it uses them, and ends with `end_squares`. Linux
-must have granted AMX (`level.host_level`). Source: Intel's Architecture Instruction Set Extensions, chapter 3.
+An operation configures the registers by `shape_squares` before it uses them, and calls `end_squares` afterwards. Linux
+must have granted AMX (`level.host_flags`). Source: Intel's Architecture Instruction Set Extensions, chapter 3.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def store_square(e: Emitter, register: int, address: Any, stride: int) -> None:
 
 
 def shape_squares(e: Emitter, memory: Any, shapes: Sequence[tuple[int, int]]) -> None:
-    """Configure the registers from 0 on: `shapes` has (rows, bytes of a row) of each, `memory` is 64 bytes."""
+    """Configure the registers from 0 on by 64 bytes at `memory`: `shapes` has (rows, bytes of a row) of each."""
     table = bytearray(64)
     table[0] = 1  # the palette
     for register, (lines, width) in enumerate(shapes):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Tables of constants in vector code. A table of 16 bytes is read by one shuffle, a table of some hundreds of bytes by
-a few shuffles if the CPU has VBMI, otherwise by gathering from memory."""
+"""Tables of constants in vector code: of 16 bytes, read by shuffles, or by selections on CPUs without shuffles; of 256
+bytes or more, read by shuffles with VBMI; and of 32-bit words, gathered from memory."""
 
 from __future__ import annotations
 

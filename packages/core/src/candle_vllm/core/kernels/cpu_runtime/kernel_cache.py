@@ -45,7 +45,7 @@ CORE = Path(__file__).parents[2]
 """Folder of the package `candle_vllm.core`."""
 
 WANTED: ContextVar[tuple[str, ...]] = ContextVar("WANTED", default=())
-"""File names of all kernels that processes compile together now; empty if they are not known."""
+"""File names of all kernels that `operation.compile_first` compiles now, in two processes; empty at other times."""
 
 _MAGIC = b"candle-vllm code 1\n"
 _OBJECT = b"\x7fELF"
@@ -67,7 +67,7 @@ def cache_root() -> Path:
 
 @cache
 def kernel_cache() -> Path | None:
-    """Return the folder of kernels compiled for this CPU's level; None, with a warning, if it cannot be created.
+    """Return the folder of kernels of `host_level`; None, with a warning, if it cannot be created or is not safe.
 
     Several processes may use it at once: a file appears complete or not at all.
     """
@@ -81,7 +81,7 @@ def kernel_cache() -> Path | None:
             error,
         )
         return None
-    if new:
+    if new and has_compiler():
         logger.warning("compiling the CPU kernels for this machine, which takes some ten seconds once")
     return folder
 
@@ -98,10 +98,9 @@ def can_compile() -> bool:
 
 
 def is_first_start() -> bool:
-    """Return whether several kernels must be compiled: whether the list of an earlier start is missing, or has several
-    kernels that are not stored. (The kernels that this start needs are known only after a plan is recorded, which takes
-    too long.) Listed kernels that only another version of this package has do not count.
-    """
+    """Return whether several kernels must be compiled and stored: the list of an earlier start is missing, or has
+    several kernels that are not stored. (The kernels that this start needs are known only after a plan is recorded,
+    which takes too long.) Kernels that only another version has do not count. False if the level is precompiled."""
     folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
     if folder is None:
         return False
@@ -124,7 +123,7 @@ def note_asked(names: Iterable[str]) -> None:
 
 
 def is_missing(name: str) -> bool:
-    """Whether a function must be compiled: no code of the current sources is stored, and compiling is possible."""
+    """Whether a function must be compiled and stored: its code is not stored, and both are possible."""
     kept = kept_name(name, host_level())
     if importlib.util.find_spec("numba") is None or (_travelling() / kept).exists():
         return False
@@ -143,6 +142,7 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
 
     Raises:
         ConfigError: the function must be compiled, and Numba is not installed.
+        OSError: the system provides no executable memory.
     """
     kept = kept_name(name, host_level())
     code = _read(_travelling() / kept)
@@ -168,7 +168,7 @@ def _travelling() -> Path:
 
 
 def compile_image(function: Callable[..., None], level: Level) -> bytes:
-    """Compile a function to its stored form: an image if `machine_code` can load it, otherwise an object file."""
+    """Compile a function to an image; to an object file if `links_here` is false, or ARM64 code cannot be linked."""
     from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
 
     made = compile_function(function, level)
@@ -194,8 +194,9 @@ def _tell(folder: Path | None) -> None:
     wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
-    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # `kernel_cache` logs a new folder
-        logger.warning("compiling further CPU kernels for this machine: once, in some seconds each")
+    with suppress(OSError):  # the folder cannot be created again
+        if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # `kernel_cache` logs a new one
+            logger.warning("compiling further CPU kernels for this machine: once, in some seconds each")
     how = "once for this machine" if folder is not None else "which cannot be cached"
     tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
 
@@ -224,7 +225,8 @@ def keep(path: Path, code: bytes) -> None:
     """Write a file atomically, safe with concurrent writers; log a warning if that fails."""
     part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)  # the user may have deleted the cache
+        for folder in reversed(path.parents[:3]):  # the user may have deleted the cache
+            folder.mkdir(mode=0o700, exist_ok=True)
         part.write_bytes(_MAGIC + hashlib.sha256(code).digest() + code)
         part.replace(path)
     except OSError as error:
@@ -263,7 +265,7 @@ def kept_name(name: str, level: Level) -> str:
 
 @cache
 def _key(module: str, level: Level) -> str:
-    digest = hashlib.sha256(f"{level.name} {level.cpu}".encode())
+    digest = hashlib.sha256(f"{level.name} {level.cpu} {level.features}".encode())
     for name, text in sorted(sources(module).items()):
         digest.update(f"\n{name} {text}".encode())
     path = _imports_path() if _parsed() else None
@@ -372,7 +374,7 @@ def _imports_path() -> Path | None:
 
 
 def _mark(text: bytes) -> str:
-    """Return the key of a source's stored imports: its hash, and the hash of this module, which parses them."""
+    """Return the key of a source's stored imports: the source's hash, and the hash of this module, which parses it."""
     return hashlib.sha256(text).hexdigest()[:32] + _own_hash()
 
 
@@ -455,7 +457,7 @@ def fingerprint(level: Level) -> str:
     for path in sorted((CORE / "kernels").glob("*/*.py")):
         if not path.name.startswith("triton"):  # GPU kernels
             digest.update(path.read_bytes())
-    digest.update(f"{level.name} {level.cpu}".encode())
+    digest.update(f"{level.name} {level.cpu} {level.features}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -468,7 +470,7 @@ def own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
     The files in the folder are executed or computed with, so other users must not be able to write to it.
 
     Raises:
-        OSError: the folder cannot be created or written, or another user can write to it or its parents up to `root`.
+        OSError: it cannot be created or written; or it or a parent up to `root` is a link, or others can write to it.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     new = not folder.exists()
@@ -496,7 +498,7 @@ def _drop_old(folder: Path) -> None:
     """Delete old versions of kernels in a level's folder, except for the `_KEPT_VERSIONS` used last of each kernel.
 
     Files that were used within a day stay, for users who switch between versions or branches. Links are not followed.
-    Earlier versions of this package had a folder each, which is deleted a month after its last use.
+    Earlier versions of this package had a folder each, which is deleted a month after its last change.
     """
     versions, day_ago = defaultdict[str, list[tuple[float, Path]]](list), time.time() - _DAY
     with suppress(OSError):  # another process may be deleting the same files

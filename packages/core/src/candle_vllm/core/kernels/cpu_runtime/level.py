@@ -2,7 +2,7 @@
 """Instruction sets of this CPU, and the level for which kernels are compiled.
 
 Machine code is compiled for a few levels instead of for every CPU model, so that code from one machine runs on all
-machines of the level. The level is detected at its first use; `choose_level` selects a lower one.
+machines of the level. The level is detected at its first use; `choose_level` can select a lower one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Level(NamedTuple):
         cpu: LLVM's name of a CPU with these instructions and few others.
         isa: instruction sets that the kernels use explicitly.
         flags: Linux's names of the instruction sets.
-        features: LLVM's names of instructions to add to `cpu`, such as "+avxvnni".
+        features: LLVM's names of instructions to add to `cpu` or to remove, such as "+avxvnni,-avx512f".
     """
 
     name: str
@@ -119,7 +119,7 @@ def host_level() -> Level:
 
 @cache
 def best_level() -> Level:
-    """Return the highest level of this CPU; if no level fits, a level for this CPU only, named as LLVM names it."""
+    """Return the highest level of this CPU; if none fits, the level "native", for the CPU model that LLVM detects."""
     return level_of(host_flags()) or _native()
 
 
@@ -149,7 +149,7 @@ def _chosen() -> list[Level]:
 
 
 def host_isa() -> Isa:
-    """Return the instruction sets of this CPU that the kernels use."""
+    """Return the instruction sets that kernels use explicitly at `host_level`."""
     return host_level().isa
 
 
@@ -183,7 +183,7 @@ def links_here() -> bool:
 
 @cache
 def host_flags() -> frozenset[str]:
-    """Return the instruction sets of this CPU by Linux's names, as far as the system reports them."""
+    """Return the instruction sets of this CPU by Linux's names, as reported by the system, or else by LLVM."""
     if machine() == "aarch64":
         with suppress(OSError, AttributeError):  # if the system does not have the interface
             if sys.platform == "linux":
@@ -200,9 +200,9 @@ _ARCH_PRCTL, _REQUEST_STATE, _TILES = 158, 0x1023, 18
 
 
 def _may_use_amx() -> bool:
-    """Request permission from Linux to use AMX in this process; Linux saves AMX registers only for such processes.
+    """Request permission from Linux to use AMX in this process; return whether it is granted.
 
-    Source: Linux, Documentation/arch/x86/xstate.rst.
+    Linux saves AMX registers only for processes with this permission. Source: Linux, Documentation/arch/x86/xstate.rst.
     """
     try:
         return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_STATE, _TILES) == 0
@@ -267,13 +267,14 @@ def _native() -> Level:
     """Return a level without instruction sets for the CPU that LLVM detects."""
     if importlib.util.find_spec("llvmlite") is None:  # without it, kernels cannot be compiled
         return Level("native", machine(), "", Isa.GENERIC, frozenset())
-    import llvmlite.binding
+    from llvmlite import binding
 
-    return Level("native", machine(), llvmlite.binding.get_host_cpu_name(), Isa.GENERIC, frozenset())
+    features = binding.get_host_cpu_features().flatten()  # a virtual machine may hide some of the CPU model
+    return Level("native", machine(), binding.get_host_cpu_name(), Isa.GENERIC, frozenset(), features)
 
 
 def _cpu_facts(name: str) -> list[str]:
-    """Return the words of an entry of /proc/cpuinfo; empty on other systems."""
+    """Return the words of an entry of /proc/cpuinfo on Linux on x86-64; empty elsewhere."""
     try:
         linux = sys.platform == "linux" and machine() == "x86_64"
         lines = Path("/proc/cpuinfo").read_text().splitlines() if linux else []

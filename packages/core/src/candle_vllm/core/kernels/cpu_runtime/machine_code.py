@@ -114,7 +114,7 @@ def _stub(machine: int, distance: int) -> bytes:
 
 
 def _patch(machine: int, code: bytearray, at: int, kind: int, target: int) -> bool:
-    """Write the address of a symbol for a relocation; return whether this kind of relocation is supported."""
+    """Write the distance or offset of `target` for a relocation at `at`; return whether its kind is supported."""
     if machine == _X86:
         if kind in (_PC32, _PLT32):
             struct.pack_into("<i", code, at, target - at)

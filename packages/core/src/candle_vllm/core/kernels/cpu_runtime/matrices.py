@@ -72,17 +72,17 @@ class Inputs:
 
 
 def make_forms(
-    recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1, barrier: bool = True
+    recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1
 ) -> dict[InputForm, Inputs]:
-    """Record the conversion of an input to several forms; with `barrier`, a barrier follows the last conversion."""
+    """Record conversions of an input, `copies` rows per token; a barrier follows the last one."""
     made: dict[InputForm, Inputs] = {}
     rows = next((form for form in forms if isinstance(form, RowForm)), None)
     if recorder.adapted and rows is not None and Groups() in forms:  # LoRA reads rows: one operation makes both forms
-        last = barrier and len(forms) == 2
-        made = dict(zip((Groups(), rows), _groups_and_rows(recorder, rows, source, copies=copies, barrier=last)))
+        both = _groups_and_rows(recorder, rows, source, copies=copies, barrier=len(forms) == 2)
+        made = dict(zip((Groups(), rows), both))
     left = [form for form in forms if form not in made]
     for place, form in enumerate(left, 1):
-        made[form] = _convert(recorder, form, source, copies=copies, barrier=barrier and place == len(left))
+        made[form] = _convert(recorder, form, source, copies=copies, barrier=place == len(left))
     return made
 
 
@@ -149,7 +149,7 @@ def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copi
 
 
 def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, LinearArguments]:
-    """Return a linear operation and its arguments for `Recorder.add`; `how` are those of `linear_arguments`."""
+    """Return a linear operation and its arguments for `Recorder.add`; `how` is passed to `linear_arguments`."""
     recorder.keep_matrix(matrix)
     form, given = matrix.input_form, inputs.arguments
     assert not isinstance(form, RowForm) or given["x_bytes"] >= row_bytes(form, matrix.columns)

@@ -48,7 +48,7 @@ class CpuRank(NamedTuple):
 
 
 def bind_pages(address: int, size: int, nodes: Sequence[int]) -> int:
-    """Make Linux allocate whole pages at `address` on these nodes when they are first touched; return 0 or an errno.
+    """Make Linux allocate whole pages at `address` on these nodes when a page is first touched; return 0 or an errno.
 
     A single node is used while it has free memory, then other nodes; over several nodes, pages are interleaved.
     """
@@ -75,8 +75,8 @@ class CpuRanks:
     """Division of a team's threads into at least two ranks.
 
     Attributes:
-        each: the ranks.
         starts: first thread of each rank, and at the end the number of threads.
+        bind: `bind_pages`, or a function in its place in tests.
     """
 
     each: tuple[CpuRank, ...]
@@ -103,7 +103,7 @@ class CpuRanks:
         return next(rank for rank, end in enumerate(self.starts[1:]) if thread < end)
 
     def borders(self, units: int) -> list[int]:
-        """Return the index of each rank's first unit if the threads divide `units` units of work; then `units`."""
+        """Return each rank's first unit if the threads divide `units` units of work, and at the end `units`."""
         return [units * start // self.threads for start in self.starts]
 
     def divides(self, heads: int) -> bool:
@@ -113,7 +113,7 @@ class CpuRanks:
         return exact and all(first < last for first, last in itertools.pairwise(shares))
 
     def pages(self, size: int) -> np.ndarray:
-        """Allocate untouched, page-aligned bytes, interleaved over all ranks' nodes."""
+        """Allocate `size` untouched bytes from the start of a page on, interleaved over all ranks' nodes."""
         memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         advice = getattr(mmap, "MADV_HUGEPAGE", None)
         if advice is not None:
@@ -174,10 +174,10 @@ def plan_ranks(
 ) -> CpuRanks | None:
     """Divide threads among the nodes with CPUs that this process may use; return None for a single rank.
 
-    With fewer ranks than nodes, a rank has adjacent nodes, if possible of one socket; with more, ranks share nodes.
+    With fewer ranks than nodes, a rank has nodes adjacent in the order of sockets; with more, ranks share nodes.
 
     Args:
-        asked: number of ranks; None for one per node, but no more than threads.
+        asked: number of ranks, at least 1; None for one per node, but no more than threads.
         threads: number of threads of the team.
         cpus: usable CPUs; None for the CPUs that the system allows.
         root: root of the file system.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Operations: compiled functions that a plan calls by address, compiled only if they are not in the cache.
+"""Operations: compiled functions that a plan calls by address. They are precompiled, cached, or compiled when needed.
 
 An operation is a function `op(row, thread, threads)`. `row` is the address of the operation's **plan row**, int64
 numbers: [0] the operation's address; [1] flags and the row's length in bytes (shifted by 8); [2] the address of the
-step's numbers (`StepNumber`); from [3] on the arguments: addresses and sizes. Each thread of a team calls the operation
-with the thread's number and computes a share of the work; operations never wait.
+step's numbers (`StepNumber`); from [3] on the arguments: addresses and sizes. A call computes the share of one thread
+of a team; another thread may make the call (`walk.py`). So an operation may wait for others only for a bounded time.
 
 **Arguments** are declared once for each operation, as a named tuple with fields of type `int`, or `float` for a
 float32. The recorder creates the tuple, `plan_row` writes it to the row, and the operation reads it by
@@ -56,13 +56,13 @@ IS_X86 = int(platform.machine().lower() in ("x86_64", "amd64", "i686"))
 class StepNumber(enum.IntEnum):
     """Index of each number of a step in the array of the step's numbers, which every operation can read."""
 
-    TOKENS = 0  # T
-    SEQUENCES = 1  # R
+    TOKENS = 0  # T: tokens of the step
+    SEQUENCES = 1  # R: sequences of the step
     LOGIT_ROWS = 2  # number of tokens whose logits are wanted
     PAIRS = 3  # pairs of tokens and experts in the current mixture of experts; written by the plan itself
     ADAPTERS = 4  # number of groups of rows, one for each adapter (`kernels/lora`)
     LOGIT_ADAPTERS = 5  # number of groups of the tokens whose logits are wanted
-    COUNT = 6
+    COUNT = 6  # length of the array
 
 
 def operation(code: str, *constants: int) -> int:
@@ -88,14 +88,14 @@ def _address(code: str, *constants: int) -> int:
 
 
 LEVELS_IN_USE = WeakKeyDictionary[object, Level]()
-"""The level at which each recorder was created; it may request operations with the level's instructions later."""
+"""The level at which each recorder was created; the recorder may later request operations with its instructions."""
 
 
 def use_level(name: str | None) -> None:
     """Compile operations for the named level from now on, in this process; None is the highest level of this CPU.
 
     Raises:
-        ConfigError: this CPU lacks instructions of the level, or the level lacks instructions that an engine uses.
+        ConfigError: this CPU lacks instructions of the level, or the level lacks some that a recorder may request.
     """
     before = host_level()
     choose_level(name)
@@ -117,7 +117,7 @@ _ASKED: ContextVar[list[_Named] | None] = ContextVar("_ASKED", default=None)
 
 
 def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
-    """Compile missing operations in two processes, at the first start with these sources; see `is_first_start`.
+    """Compile missing operations, if there are several, in two processes at a first start; see `is_first_start`.
 
     The processes start at opposite ends of the list, so at most one operation is compiled twice. The second process is
     optional: it may not start, or fail. At later starts it compiles operations of `later` that are still missing.
@@ -126,7 +126,7 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
         ask: function that requests the operations; within it, `operation` returns 0.
         later: operations that no caller waits for: the second process compiles them last. See `is_coming`.
     """
-    if getattr(sys, "frozen", False):  # `sys.executable` is the frozen application, not Python
+    if getattr(sys, "frozen", False) or not sys.executable:  # a frozen application, or one that embeds Python
         return
     missing = _ask_missing(ask) if is_first_start() else []
     if len(missing) < 2:
@@ -193,7 +193,7 @@ _COMING: dict[str, subprocess.Popen[bytes]] = {}
 
 
 def is_coming(code: str) -> bool:
-    """Whether the second process of `compile_first` is still running, and compiles this operation."""
+    """Whether a second process of `compile_first` that compiles this operation of `later` is still running."""
     return code in _COMING and _COMING[code].poll() is None
 
 
@@ -259,10 +259,10 @@ def _float_bits(value: float) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix [N, K] whose rows are interleaved, 16 in a tile: see `packed_linear`, `plain_linear`, `scaled_linear`.
+    """A matrix [N, K] whose rows are interleaved, 16 in a tile; each weight format has a subclass in its `layout.py`.
 
     Attributes:
-        linear, embedding: names of the operations that multiply by a matrix, and that read its rows, see `operation`.
+        linear, embedding: names of the operations that multiply and, in some formats, read rows, see `operation`.
         rows, columns: N and K.
         kind: the layout, a number that selects the compiled operations.
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.

@@ -44,7 +44,7 @@ from candle_vllm.core.threads import AT_EXIT, LOADED_PART, read_or_nothing
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".weights"
-MOST_BYTES = 20 * 10**9  # maximum bytes of all files in a folder; also at most half of the disk's free space
+MOST_BYTES = 20 * 10**9  # maximum bytes of all files in a folder; also at most half of the space free without them
 _MAGIC: Final = b"candle-vllm weights 1\n"
 _HEAD = struct.Struct("<22s2xQ32s")  # magic, bytes of the table, SHA-256 of the table
 _HUGE = 2 << 20  # bytes of a huge page; the first matrix begins at a multiple
@@ -86,7 +86,7 @@ class PackedFile:
         return found
 
     def finish(self) -> None:
-        """Log what was read; write the file in a thread of low priority if it lacks matrices."""
+        """Write the file in a thread of low priority if it lacks matrices; otherwise log what was read."""
         size = sum(matrix.nbytes for _, matrix, _ in self._all.values())
         if self._lacking:
             thread = threading.Thread(target=self._write, args=(size,), name="packed-weights", daemon=True)
@@ -150,7 +150,7 @@ class PackedFile:
         return made(**fields, data=data.reshape(tiles, -1)), entry["why"]
 
     def _end(self, thread: threading.Thread, size: int, began: float) -> None:
-        """When the process ends or the engine is closed, wait for the file some seconds at most, or give it up."""
+        """Wait for the file while it seems to be written within `_PATIENCE` seconds, then end the thread."""
         last = time.monotonic() + _PATIENCE
         try:
             rest = 0.0
@@ -163,7 +163,7 @@ class PackedFile:
             thread.join()
 
     def _write(self, size: int) -> None:
-        """Write the file atomically; on an error, log it and leave no file."""
+        """Write the file atomically; on an error, log it and delete the unfinished file."""
         if sys.platform == "linux":
             with suppress(OSError):  # this thread only
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -212,7 +212,7 @@ def pack(stored: StoredTensor, backend: Backend[tuple[Any, str | None]]) -> tupl
 
 
 def make_room(path: Path, size: int) -> bool:
-    """Delete the least recently used files until a file of `size` bytes fits; log and return False if it cannot."""
+    """Delete old .tmp files, and the least recently used files until `size` bytes fit; return whether they can."""
     files, total, now = list[tuple[float, int, Path]](), 0, time.time()
     for each in path.parent.iterdir():
         with suppress(FileNotFoundError):  # another process may be deleting the same files

@@ -103,7 +103,7 @@ def compare_exchange(_: Any, address: Any, expected: Any, value: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def cpu_relax(_: Any, x86: Any) -> Any:
-    """Pause briefly, which gives the core to its other hyper-thread; x86 is 1 on x86 machines, else 0."""
+    """Pause briefly, which gives the core to its other hyper-thread, if x86 is 1; do nothing if it is 0."""
     signature = types.void(x86)
     on_x86 = bool(x86.literal_value)
 

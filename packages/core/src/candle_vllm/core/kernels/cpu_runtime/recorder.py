@@ -161,7 +161,7 @@ class Recorder:
         self.ranks = 0 if limits.ranks is None else self._rank_table(limits.ranks)
 
     def begin(self, adapted: Adapted) -> None:
-        """Begin another plan in the same memory; only one plan may run at a time."""
+        """Begin another plan in the same memory; only one of the recorder's plans may run at a time."""
         self.plan, self.ends, self.num_rows, self.adapted = [], [], 0, adapted
 
     def add(
@@ -211,20 +211,20 @@ class Recorder:
         }
 
     def keep(self, numbers: NDArray[np.float32]) -> int:
-        """Return the address of an array converted to float32, which is kept alive as long as the plan."""
+        """Return the address of an array converted to float32, which is kept alive as long as the recorder."""
         return self.keep_array(np.ascontiguousarray(numbers, np.float32))
 
     def keep_matrix(self, matrix: Matrix) -> None:
-        """Keep a matrix alive as long as the plan."""
+        """Keep a matrix alive as long as the recorder."""
         self._keep.append(matrix)
 
     def keep_array(self, array: np.ndarray) -> int:
-        """Return the address of an array, which is kept alive as long as the plan."""
+        """Return the address of an array, which is kept alive as long as the recorder."""
         self._keep.append(array)
         return address_of(array)
 
     def memory(self, width: int, dtype: type = np.float32) -> np.ndarray:
-        """Allocate rows [tokens, width], flat and aligned to 64 bytes; reused when nothing refers to the array."""
+        """Allocate flat rows [tokens, width], aligned to 64 bytes; reused once the array is freed, views or not."""
         pool = self._free[width, dtype]
         base = pool.pop() if pool else self._allocate(self.limits.tokens * width, dtype)
         view = base[:]
@@ -261,7 +261,7 @@ class Recorder:
         return self._row_numbers
 
     def scratch(self, size: int) -> int:
-        """Return the address of `size` bytes of scratch memory for two consecutive operations; others overwrite it."""
+        """Return the address of `size` bytes of scratch memory, which the next caller's operations overwrite."""
         if self._scratch is None or self._scratch.nbytes < size:
             self._scratch = self._allocate(size, np.uint8)
         return address_of(self._scratch)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Thread team: one pool of threads that share the work of each operation of a plan.
 
-A plan is given to the team once for each step. Waiting threads spin for microseconds (between steps for a fraction of a
+A team is given whole plans, not operations. Waiting threads spin for microseconds (between steps for a fraction of a
 millisecond) and then sleep. Threads wait for a thread that the system has descheduled only if that thread has begun a
 piece of work (`walk.py`). The caller's thread is number 0, the others are helpers. The GIL is released while a plan
 runs.
@@ -41,7 +41,6 @@ WORKER_BYTES = 4 * 64
 _PLACE = SEMAPHORE + 16  # memory for the semaphore itself, up to 32 bytes
 _KEPT_PLANS = 8
 
-
 CODE, PART_CODE = "cpu_runtime.walk:take_part", "cpu_runtime.walk:do_parts"
 """The compiled main function of the threads, and the operation that runs some parts of another operation."""
 
@@ -51,7 +50,7 @@ class PartArguments(NamedTuple):
 
     Attributes:
         row: address of the divided operation's plan row.
-        first, last: range of the parts.
+        first, last: first part, and the part after the last one.
         parts: number of parts of the whole operation.
     """
 
@@ -65,10 +64,11 @@ class ThreadTeam:
     """A fixed number of threads that run plans together.
 
     Args:
-        threads: number of threads, the caller's included; more threads than CPUs are slower, but correct.
+        threads: number of threads, the caller's included; more threads than CPUs are slower, but correct. If the system
+            has no usable semaphores, the team has one thread and no ranks.
         ranks: division of the threads. Helpers run on their rank's CPUs. The caller runs on the first rank's CPUs from
             its first plan on, unless it is the main thread, whose binding child processes would inherit.
-        kept_plans: minimum number of plans whose memory the team keeps; that many plans may alternate.
+        kept_plans: number of plans whose memory the team keeps, at least 8; before the next, it awaits late helpers.
 
     Raises:
         ConfigError: the system cannot start that many threads.

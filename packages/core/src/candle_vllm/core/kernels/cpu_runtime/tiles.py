@@ -32,7 +32,8 @@ def stack_bytes(_: Any, count: Any) -> Any:
 
 @intrinsic
 def add_rows(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: Any, count: Any, onto: Any) -> Any:
-    """Write weighted sums of `terms` rows to `count` vectors of `target` from `first` on; add them if `onto` is 1."""
+    """Write weighted sums of `terms` > 0 rows to `count` vectors of `target` from `first` on; add them if `onto` is 1.
+    `addresses` has the rows' addresses, int64 [terms], `weights` is float32 [terms]."""
     signature = types.void(*[types.int64] * 7)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -85,8 +86,8 @@ def _copy_16(_: Any, target: Any, source: Any) -> Any:
 
 @njit
 def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias: int, accumulate: int) -> None:
-    """Write the first `lanes` sums of each row of float32 [rows, 16] to `out`, plus `bias` if not 0, and with
-    `accumulate` plus the old values."""
+    """Write the first `lanes` sums of each row of float32 [rows, 16] to `out`, plus those at `bias` if it is not 0, and
+    with `accumulate` plus the old values. `sums` may change."""
     for row in range(rows):
         source, target = sums + row * 4 * ROWS, out + row * row_bytes
         if lanes == ROWS:
@@ -107,8 +108,8 @@ def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias:
 
 
 # ---- memory to prefetch during a product -----------------------------------------------------------------------------
-
-# `runs` is the address of a list of memory ranges to prefetch: current position and range, then starts and ends.
+# `runs` is the address of a list of memory ranges to prefetch: position in the current range, the range's end, index of
+# the next range, number of ranges, number of cache lines; then start and end of each range.
 
 _AT, _END, _NEXT, _COUNT, _LINES, _HEAD = range(6)
 _MOST_RUNS = (RUNS_BYTES // 8 - _HEAD) // 2

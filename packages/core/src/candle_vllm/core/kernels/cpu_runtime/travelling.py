@@ -154,7 +154,11 @@ def _end_with_parent() -> None:
 
 
 def write(level: Level, folder: Path) -> None:
-    """Compile all precompiled kernels of a level, in a process whose Numba compiles for that level."""
+    """Write a level's kernels below `folder`, and delete others, in a process whose Numba compiles for that level.
+
+    Raises:
+        SystemExit: a kernel could not be written.
+    """
     wanted = dict(named_function(code, *constants) for code, constants in functions(level.isa))
     into, folder = folder, folder / level.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,6 +168,8 @@ def write(level: Level, folder: Path) -> None:
     with collector_paused():
         for number, (name, make) in enumerate(wanted.items(), 1):
             kernel_cache.keep_kernel(folder, name, level, kernel_cache.compile_image(make(), level))
+            if not (folder / kernel_cache.kept_name(name, level)).exists():
+                raise SystemExit(f"the kernel {name} was not written to {folder}")
             if number % 20 == 0 or number == len(wanted):
                 sys.stderr.write(f"{level.name}: {number} of {len(wanted)} functions\n")
 

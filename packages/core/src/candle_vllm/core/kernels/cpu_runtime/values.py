@@ -7,7 +7,7 @@ value is a result, such as a product, whose operations are not recorded yet. In 
 added directly to the memory of the other value; a norm to which a value is added is computed first.
 
 A value stores the version of its buffer. The use of a value after its buffer was overwritten is an error in the model's
-code and raises at once.
+code and raises at once; changes of some columns, and operations in place such as norms of heads, can go unnoticed.
 """
 
 from __future__ import annotations
@@ -502,7 +502,7 @@ class _Prepared(_Wrapper):
         self.onto(target, accumulate=False, column=column)
 
     def onto(self, target: Buffer, *, accumulate: bool = True, column: int = 0) -> None:
-        """Record that the norm is added to the rows of `target` from `column` on, or overwrites them."""
+        """Record that the norm is added to the columns of `target` from `column` on, or overwrites them."""
         assert self._prologue.norm, "only a norm can be added to a value; gates and activations cannot"
         assert self._weight is not None
         arguments = NormOntoArguments(
@@ -667,7 +667,7 @@ class _Product(_Pending):
             joins.shrink()
         apart = joins is not None and recorder.adapted is Adapted.APART
         own = joins.own(self.width) if joins is not None and apart else target
-        later = {"bias": bias, "accumulate": accumulate}  # left to `expand` if adapters need products without them
+        later = {"bias": bias, "accumulate": accumulate}  # for `expand` or `replace` if `own` has products alone
         for number, (matrix, inputs) in enumerate(self._factors, 1):
             product = linear_call(
                 recorder,

@@ -7,9 +7,9 @@ only if it has begun a piece. Pieces of another rank (`numa.py`), which read rem
 have been free for a longer time. A thread claims a piece by incrementing the owner's **claim**, which contains the
 row's number. Rows are numbered over the team's life, so a late thread cannot claim a piece of an old row.
 
-**Groups.** Rows up to a barrier are a group; a **job** is one run of a plan. Threads add the number of pieces that they
-have done to DONE, once per group; the thread that completes the group opens the next group by incrementing GROUPS. A
-group, and so the job, cannot end before all claimed pieces are done. A late thread skips groups that have ended.
+**Groups.** Rows up to a barrier are a group; a **job** is one run of a plan. In each group a thread adds to DONE the
+number of its own pieces that it has done, then of others' pieces. The thread that completes the group opens the next
+group by incrementing GROUPS. A group cannot end before all its pieces are done. A late thread skips ended groups.
 
 **Waiting** is a short spin, then sleep, never a yield. A yielding thread loses its time slice; a sleeping thread keeps
 its scheduler credit and resumes at once, so that threads that wait for each other run at the same time.

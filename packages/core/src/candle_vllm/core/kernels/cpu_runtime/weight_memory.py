@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Memory for the weights of recorded steps, in few large pieces; used at load, before step 1 of a request's life.
+"""Memory for the weights of recorded steps, in few large pieces.
 
 A step with one token reads all weights once, at the speed of the memory, which needs huge pages. Numpy requests huge
 pages for arrays from 4 MiB on, and most matrices of a small model are smaller, so several matrices share one **piece**,
@@ -9,7 +9,7 @@ The memory of a model's matrices can be returned to the system while its address
 again fills the memory again, so a recorded step, which contains only addresses, reads the same weights as before.
 
 If the threads are divided into ranks, each rank's rows of a matrix are in the memory of its own NUMA node, also after
-the memory was returned and filled again.
+the memory was returned and filled again. Pages on the border of two ranks, and matrices beyond `most_areas`, are not.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _AGAIN: ContextVar[Iterator[WeightMemory] | None] = ContextVar("_AGAIN", default
 def loading(again: Sequence[WeightMemory] = ()) -> Iterator[list[WeightMemory]]:
     """Context for loading a model; yields a list, to which `new_memory` appends each memory that it returns.
 
-    With `again`, `new_memory` returns these memories of an earlier load, and `take` returns the same addresses.
+    With `again`, `new_memory` returns these memories of an earlier load in turn, and `take` the same addresses.
     """
     made: list[WeightMemory] = []
     tokens = _MADE.set(made), _AGAIN.set(iter(again) if again else None)
@@ -76,7 +76,7 @@ def can_drop_pages() -> bool:
 
 
 def drop_pages(array: np.ndarray) -> int:
-    """Return an array's whole pages to the system; they then read as zeros or as their file. Returns bytes freed."""
+    """Free an array's whole pages, which then read as zeros or as their file; return the number of bytes freed."""
     start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length <= 0:
@@ -91,7 +91,7 @@ class WeightMemory:
     """Allocator of aligned memory. A piece lives as long as any matrix in it. Safe for several threads.
 
     Args:
-        piece_bytes: size of a piece; a larger matrix has a piece of its own.
+        piece_bytes: size of a piece; a matrix of this size or more has a piece of its own.
         ranks: ranks of the threads that read the memory; None for undivided threads.
     """
 
@@ -127,7 +127,8 @@ class WeightMemory:
                 owner = known[number][0]() if number < len(known) and known[number][2] == count else None
                 if owner is not None:
                     return owner[known[number][1] :][:count]
-                return np.empty(count, np.uint8)  # the earlier array is no longer in use: its address is not needed
+                found = np.empty(count + ALIGNMENT, np.uint8)  # the earlier array and its address are no longer in use
+                return found[-found.ctypes.data % ALIGNMENT :][:count]
             found = self._take(count)
             if self._left > 0 and tiles > 1:
                 self._place(found, tiles)
@@ -145,16 +146,16 @@ class WeightMemory:
         return self._again is None and (self.ranks is None or not self.ranks.apart)
 
     def end_writer(self) -> None:
-        """Make the writer let go of the matrices: as at exit, wait some seconds for the file, or else give it up."""
+        """End the writer, so that it releases the matrices: wait some seconds for the file, or else give it up."""
         if self.writer is not None and (end := AT_EXIT.get(self.writer)) is not None:
             end()
 
     def begin_again(self) -> None:
-        """Let `take` return to each part the same addresses as the first time, from now on."""
+        """From now on, let `take` return to each part the same addresses as the first time, if they are in use."""
         self._again = Counter()
 
     def drop(self) -> int:
-        """Return the memory of all parts to the system by `drop_pages`; addresses stay valid. Returns bytes freed."""
+        """Return the memory of all parts to the system by `drop_pages`, after the writer's end; return bytes freed."""
         if self.writer is not None:
             self.writer.join()
         pieces = [piece for each in self._whole if (piece := each()) is not None]
