@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.group_codes import GroupCodes
 
 CHUNK = 1 << 24
-"""Number of weights that are converted at a time; this needs about 10 times as many bytes."""
+"""Number of weights that are converted at a time, but at least a row: it limits the scratch memory."""
 
 
 def pack(
@@ -33,7 +33,7 @@ def pack(
         device: device of the result.
 
     Raises:
-        ValueError: no kernel multiplies such a matrix.
+        ValueError: no kernel multiplies such a matrix, or the tensors do not fit each other.
     """
     _check(codes, scales, zeros, bits)
     (rows, columns), groups, device = codes.shape, scales.shape[1], torch.device(device)
