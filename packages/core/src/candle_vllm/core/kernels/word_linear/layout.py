@@ -28,7 +28,7 @@ SCALES = STEPS * ROWS * 4
 GROUP_BYTES = SCALES + 4 * ROWS
 
 BITS = 13
-"""Bits of a weight without its sign."""
+"""A weight's integer is from -2^BITS to 2^BITS."""
 
 _CHUNK = 1 << 19  # weights that are packed at a time
 
