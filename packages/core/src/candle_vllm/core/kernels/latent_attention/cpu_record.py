@@ -57,9 +57,9 @@ def record_latent(
     """
     sizes = parts.sizes
     heads, nope, rope, latent = sizes.heads, sizes.nope, sizes.rope, sizes.latent
-    assert len({matrix.kind for matrix in (*parts.keys, *parts.values)}) == 1
-    form = parts.keys[0].input_form
+    form, mixed_form = parts.keys[0].input_form, parts.values[0].input_form
     assert isinstance(form, RowForm)
+    assert isinstance(mixed_form, RowForm)
     width, factor = rope + latent, scale * math.log2(math.e)
     queries = recorder.memory(groups_of(heads) * LANES * width, np.int16)
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)
@@ -71,8 +71,8 @@ def record_latent(
         latent_queries=address_of(products), queries=address_of(queries), width=width, rope=rope, scale=factor
     )
     recorder.add(operation(_HEADS, True), arranged)
-    mixed = _Inputs(recorder, heads, latent, form)
-    _attend(recorder, address_of(queries), mixed, parts, cache, form)
+    mixed = _Inputs(recorder, heads, latent, mixed_form)
+    _attend(recorder, address_of(queries), mixed, parts, cache, mixed_form)
     recorder.add(operation(_HEADS, False), _multiplied(recorder, parts.values, mixed, out))
 
 
@@ -139,6 +139,7 @@ class _Inputs:
 def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _Inputs, out: Place) -> HeadsArguments:
     """Return the arguments for the products of all heads, whose results are adjacent columns."""
     function, rows = 0, []
+    assert len({matrix.kind for matrix in matrices}) == 1
     for head, matrix in enumerate(matrices):
         x = Inputs({"x": inputs.address + head * inputs.head_bytes, "x_bytes": inputs.row_bytes}, ())
         to, column = out.address, head * matrix.rows
