@@ -11,8 +11,7 @@ of a row along K, a **step** 4 parts (2 for codes of 8 bits); a **plane** is a t
     inner   [steps, N, 2]  int32, for e2m1: byte b of the two words is the e4m3 scale of weights 16 b to 16 b + 15
 
 Columns are padded to whole steps with codes of 0, which are multiplied by zeros of x; groups of padding alone have
-scales of 0. e4m3 has two NaN codes, which the kernels would read as finite: a group with a NaN code has the scale NaN,
-which gives the same sums.
+scales of 0. The kernels would read e4m3's two NaN codes as finite numbers: a group with one has the scale NaN.
 """
 
 from __future__ import annotations

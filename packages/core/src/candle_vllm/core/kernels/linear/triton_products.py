@@ -69,8 +69,7 @@ class Operand(NamedTuple):
     """A matrix [rows, columns] as a launch passes it; kernels that are compiled ahead get types instead of tensors.
 
     Attributes:
-        planes: low, high (for e2m1 the inner scales), scales, supers; None for a plane that the format lacks. A plain
-            matrix is the first plane.
+        planes: low, high (e2m1: inner scales), scales, supers; None if the format lacks it. A plain matrix is `low`.
         pitch: row stride of a plain matrix, in elements; weights per scale of a matrix with groups; otherwise None.
         steps: number of steps of K.
         form: a `Codec`, or for a plain matrix the number of columns that are multiplied at a time.

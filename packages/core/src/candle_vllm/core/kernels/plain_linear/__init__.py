@@ -3,7 +3,7 @@
 
 Contract. Activations x [T, K] from `kernels/activation_rows`: bfloat16 for BF16 weights, float32 for F16 and F32
 weights, int8 with a scale for each segment of 128 for W8A8; each row is padded with zeros after K. Weights [N, K], 16
-rows interleaved (`layout.py`). The result is float32:
+rows interleaved (`layout.py`). The result is float32, and with `accumulate` is added to `out`:
 
     out[t, column + n] (+)= sum over k of x[t, k] * weight[n, k] + bias[n]                             t < T, n < N
 
