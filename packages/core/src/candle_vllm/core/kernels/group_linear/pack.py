@@ -59,6 +59,8 @@ def from_codes(found: GroupCodes, device: torch.device | str) -> GroupMatrix | N
     group = found.columns // groups
     if found.bits not in (4, 8) or found.scale_dtype not in ("F16", "BF16") or (groups > 1 and group % PART):
         return None
+    if found.zeros is not None and (found.zeros & 0xFFFF != found.zeros).any():
+        return None
     if found.group_of is not None:
         if (np.bincount(found.group_of, minlength=groups) * groups != found.columns).any():
             return None
