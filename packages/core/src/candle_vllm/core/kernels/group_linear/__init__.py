@@ -4,9 +4,8 @@
 Files of GPTQ, AWQ and compressed-tensors have such weights: a weight is scale * (code - zero). A **group** of adjacent
 weights of a row shares a scale, and perhaps a zero. It is the whole row, or a multiple of 32 columns; the last group of
 floats may be shorter. FP8's codes are floats, e4m3 or e5m2, and a weight is scale * float. NVFP4's codes are e2m1, and
-a weight is scale * (inner scale * float) with an inner scale for each 16 weights. Scales of floats are fp32, inner
-scales e4m3. NaN weights, and infinities of e5m2, give the products of IEEE 754. An infinite scale gives infinite or NaN
-results, where IEEE 754 may give the other of the two.
+a weight is scale * (inner scale * float) with an inner scale (e4m3) for each 16 weights. Scales of floats are fp32. NaN
+weights, and infinities of e5m2, act as in IEEE 754; infinite scales may give infinity for NaN, or NaN for infinity.
 
 If the inputs of a group are not adjacent (activation order), the columns are reordered at load, and x before each
 product (`GroupMatrix.order`).

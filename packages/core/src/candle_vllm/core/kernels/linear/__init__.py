@@ -8,8 +8,7 @@ Sums are at least fp32, except that cuBLAS, which multiplies without `invariant`
 dtype. On a GPU the rows of x and of the weight are contiguous, and so is the bias.
 
 With `invariant=True` on a GPU, a row's bits depend on this row, weight and bias alone: not on T, other rows, `out` or
-strides (`triton.py` names the assumptions). Dtypes are then float32, bfloat16 and float16. On the CPU each row is then
-a product of its own.
+strides (`triton.py` names the assumptions), for float32, bfloat16 and float16. On the CPU, it multiplies row by row.
 """
 
 from __future__ import annotations
