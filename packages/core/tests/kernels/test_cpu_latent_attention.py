@@ -53,6 +53,7 @@ class Recorded:
         tokens: int = 200,
         blocks: int = 96,
         kind: PlainKind = PlainKind.BF16,
+        values_kind: PlainKind | None = None,
         isa: Isa | None = None,
         threads: int = 1,
         chosen: np.ndarray | None = None,
@@ -65,7 +66,7 @@ class Recorded:
         self.q = np.full((tokens, s.heads * (s.nope + s.rope) + 8), np.nan, np.float32)
         self.kv = np.full((tokens, s.latent + s.rope + 24), np.nan, np.float32)
         self.out = np.full((tokens, s.heads * s.value + 16), np.nan, np.float32)
-        keys, values = packed(layer.k_b, kind), packed(layer.v_b, kind)
+        keys, values = packed(layer.k_b, kind), packed(layer.v_b, kind if values_kind is None else values_kind)
         parts = LatentParts(s, layer.norm, EPS, layer.cos, layer.sin, keys, values, chosen)
         q, kv, out = (Place(address_of(x), x.shape[1]) for x in (self.q, self.kv, self.out))
         record_latent(self.recorder, q, kv, parts, self.cache[:, 1], out, scale=layer.scale)
@@ -127,9 +128,11 @@ def test_a_recorded_layer_is_attention(name: str, isa: Isa | None, teams: dict[i
     assert error(got, layer.naive(*layer.inputs(150, 11)).flatten(1)) < TOLERANCE
 
 
-def test_plain_float32_matrices(teams: dict[int, ThreadTeam]) -> None:
-    layer = Layer(SIZES["odd"])
-    got = Recorded(layer, kind=PlainKind.F32).prompt(teams[1], 50, 11, [20], list(range(9)))
+@pytest.mark.parametrize("values_kind", [PlainKind.F32, PlainKind.F16, PlainKind.BF16])
+def test_plain_float32_matrices(values_kind: PlainKind, teams: dict[int, ThreadTeam]) -> None:
+    layer = rounded(Layer(SIZES["odd"]))
+    recorded = Recorded(layer, kind=PlainKind.F32, values_kind=values_kind)
+    got = recorded.prompt(teams[1], 50, 11, [20], list(range(9)))
     assert error(got, layer.naive(*layer.inputs(50, 11)).flatten(1)) < TOLERANCE
 
 

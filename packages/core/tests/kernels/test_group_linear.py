@@ -136,6 +136,7 @@ def test_codes_that_no_kernel_multiplies_are_none() -> None:
     assert from_codes(GroupCodes(codes, wide, zeros, 4, "F16"), "cpu") is not None
     assert from_codes(GroupCodes(codes, wide, zeros, 4, "F32"), "cpu") is None
     assert from_codes(GroupCodes(codes, wide, zeros, 5, "F16"), "cpu") is None
+    assert from_codes(GroupCodes(codes, wide, zeros - 16, 4, "F16"), "cpu") is None, "negative zeros"
     assert from_codes(GroupCodes(codes[:, :48], wide, zeros, 4, "F16"), "cpu") is None
     uneven = (torch.arange(96) // 40).numpy()
     assert from_codes(GroupCodes(codes, wide, zeros, 4, "F16", uneven), "cpu") is None

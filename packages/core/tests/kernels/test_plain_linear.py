@@ -272,6 +272,7 @@ def multiply_bytes(team: ThreadTeam, matrix: PlainMatrix, x: np.ndarray, isa: Is
 def test_8_bits_have_the_same_bits_on_every_cpu(outputs, columns, team):
     """Integer sums are exact, and floats are added in the same order by every variant."""
     weights, x = activations(64, columns)[:outputs], activations(341, columns) * 3
+    x[7] = 0
     raw = blocks_of_rows(weights)
     matrix = pack_rows(raw, outputs, columns)
     assert matrix is not None

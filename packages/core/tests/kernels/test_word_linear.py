@@ -84,7 +84,9 @@ def test_the_layout_keeps_fourteen_bits(rows: int, columns: int) -> None:
     assert matrix.nbytes == matrix.tile_bytes * -(-rows // 16)
 
 
-def test_numbers_that_are_not_finite_have_no_such_layout() -> None:
+def test_long_rows_and_numbers_that_are_not_finite_have_no_such_layout() -> None:
+    assert pack(np.zeros(4 << 16, np.uint8), "F32", 1, 1 << 16) is not None
+    assert pack(np.zeros((2 << 16) + 2, np.uint8), "F16", 1, (1 << 16) + 1) is None, "its panels overflow the stack"
     for value in (np.inf, np.nan):
         numbers = weights(17, 31).copy()
         numbers[16, 3] = value

@@ -2,10 +2,10 @@
 """Linear layers whose weights are codes of 4 or 8 bits in groups, on a GPU; step 6 of a request's life.
 
 Files of GPTQ, AWQ and compressed-tensors have such weights: a weight is scale * (code - zero). A **group** of adjacent
-weights of a row shares a scale, and perhaps a zero; it is a multiple of 32 columns, or the whole row. FP8's codes are
-floats, e4m3 or e5m2, and a weight is scale * float. NVFP4's codes are e2m1, and a weight is scale * (inner scale *
-float) with an inner scale for each 16 weights. Scales of floats are fp32, inner scales e4m3. Infinite and NaN weights
-give the products of IEEE 754, except that infinite scales give NaN if K is not a multiple of a step (`layout.py`).
+weights of a row shares a scale, and perhaps a zero. It is the whole row, or a multiple of 32 columns; the last group of
+floats may be shorter. FP8's codes are floats, e4m3 or e5m2, and a weight is scale * float. NVFP4's codes are e2m1, and
+a weight is scale * (inner scale * float) with an inner scale (e4m3) for each 16 weights. Scales of floats are fp32. NaN
+weights, and infinities of e5m2, act as in IEEE 754; infinite scales may give infinity for NaN, or NaN for infinity.
 
 If the inputs of a group are not adjacent (activation order), the columns are reordered at load, and x before each
 product (`GroupMatrix.order`).
@@ -13,8 +13,8 @@ product (`GroupMatrix.order`).
 Contract: x is [T, K] bfloat16 or float16 with contiguous rows; the matrix is a `GroupMatrix` [N, K]; bias is [N] in x's
 dtype, or None. y [T, N] = x W^T + bias has x's dtype and is written to new memory or to `out`. `out` [T, N] has x's
 dtype, contiguous rows and any row stride, and must not overlap the other arguments. Products are summed in fp32, and
-the result is rounded once. With at most `SMALL` rows x is multiplied by the exact codes, and scales are applied to the
-sums in fp32 (inner scales to the floats, exactly); with more rows, weights are first rounded to x's dtype.
+the result is rounded once. With at most `SMALL` rows, or `invariant`, x is multiplied by the exact codes, and the sums
+by scales in fp32 (floats by inner scales, exactly). Otherwise weights are first rounded to x's dtype.
 
 Among calls with at most `SMALL` rows, and among calls with more, a row's result depends only on the row and the matrix;
 with `invariant=True` it has the same bits for any number of rows. Tensors on the CPU are computed by `reference.py`,

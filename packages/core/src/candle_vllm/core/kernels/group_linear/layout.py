@@ -6,12 +6,12 @@ of a row along K, a **step** 4 parts (2 for codes of 8 bits); a **plane** is a t
 
     codes   [steps, N, 16]  int32; element i of a row has, for each part p, the codes of weights 32 p + 2 i + h for
             h = 0 and 1, at bit bits * (p + parts * h)
-    scales  [groups, N]  int16, the scale's bits; with zeros int32, the scale's bits and above them the zero; for codes
-            that are floats float32
+    scales  [groups, N]  int16, the scale's bits; int32 if groups have zeros, which are the upper 16 bits; float32 for
+            codes that are floats
     inner   [steps, N, 2]  int32, for e2m1: byte b of the two words is the e4m3 scale of weights 16 b to 16 b + 15
 
-Columns are padded to whole steps with codes of 0, which are multiplied by zeros of x, and scales of 0. e4m3 has two NaN
-codes, which the kernels would read as finite: a group with a NaN code has the scale NaN, which gives the same products.
+Columns are padded to whole steps with codes of 0, which are multiplied by zeros of x; groups of padding alone have
+scales of 0. The kernels would read e4m3's two NaN codes as finite numbers: a group with one has the scale NaN.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class GroupMatrix:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """Key that is equal for matrices that can be stacked."""
+        """Key that is equal for matrices that can be stacked, if none of them has an `order`."""
         return self.columns, self.bits, self.group, self.scale_dtype, self.zeros, self.numbers
 
 

@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.group_codes import GroupCodes
 
 CHUNK = 1 << 24
-"""Number of weights that are converted at a time; this needs about 10 times as many bytes."""
+"""Number of weights that are converted at a time, but at least a row: it limits the scratch memory."""
 
 
 def pack(
@@ -33,7 +33,7 @@ def pack(
         device: device of the result.
 
     Raises:
-        ValueError: no kernel multiplies such a matrix.
+        ValueError: no kernel multiplies such a matrix, or the tensors do not fit each other.
     """
     _check(codes, scales, zeros, bits)
     (rows, columns), groups, device = codes.shape, scales.shape[1], torch.device(device)
@@ -56,20 +56,18 @@ def pack(
 def from_codes(found: GroupCodes, device: torch.device | str) -> GroupMatrix | None:
     """Copy a file's codes to a device; return None if no kernel multiplies them without conversion."""
     codes, groups, order = found.codes, found.scales.shape[1], None
+    group = found.columns // groups
+    if found.bits not in (4, 8) or found.scale_dtype not in ("F16", "BF16") or (groups > 1 and group % PART):
+        return None
+    if found.zeros is not None and (found.zeros & 0xFFFF != found.zeros).any():
+        return None
     if found.group_of is not None:
         if (np.bincount(found.group_of, minlength=groups) * groups != found.columns).any():
             return None
         order = np.argsort(found.group_of, kind="stable")
         codes = codes[:, order]
-    group = found.columns // groups
-    if found.bits not in (4, 8) or found.scale_dtype not in ("F16", "BF16"):
-        return None
-    if group != found.columns and group % PART:
-        return None
-    scales, zeros = (
-        owned(found.scales).to(DTYPES[found.scale_dtype]),
-        None if found.zeros is None else owned(found.zeros),
-    )
+    scales = owned(found.scales).to(DTYPES[found.scale_dtype])
+    zeros = None if found.zeros is None else owned(found.zeros)
     matrix = pack(owned(codes), scales, zeros, found.bits, device)
     return matrix if order is None else dataclasses.replace(matrix, order=torch.from_numpy(order).to(device))
 

@@ -11,7 +11,7 @@ from candle_vllm.core.kernels.group_linear.pack import CHUNK, owned, plane_of
 from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 
 MOST_SCALE = 2.0**119
-"""Largest finite scale, because the kernels multiply it by 256 first."""
+"""Largest finite scale that `pack_floats` accepts, because the kernels multiply most of them by 256."""
 
 
 def pack_floats(found: ScaledCodes, device: torch.device | str) -> GroupMatrix:
@@ -52,7 +52,7 @@ def check_span(span: int, columns: int) -> None:
     """Raise `UnsupportedModelError` if no kernel supports a scale for `span` of a matrix's columns."""
     if span < columns and span % PART:
         raise UnsupportedModelError(
-            f"a scale for {span} columns has no kernel on a GPU: it must be a multiple of {PART} columns, or all"
+            f"a scale for {span} columns has no kernel on a GPU: a scale must have a multiple of {PART} columns, or all"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The linear layer with weights in groups, in plain torch: the reference of the tests."""
+"""The linear layer with weights in groups, in plain torch, for tests, and the decoding of its weights."""
 
 from __future__ import annotations
 

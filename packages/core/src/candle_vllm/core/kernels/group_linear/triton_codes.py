@@ -39,7 +39,7 @@ def step_words(scales, step, group, row, inside, N, PARTS: tl.constexpr, UNIT: t
 
 @triton.jit
 def scale_and_zero(words, unit: tl.constexpr, FORM: tl.constexpr):
-    """Return scale and zero of a unit in fp32; the zero is a constant if groups have no zeros of their own."""
+    """Return the scale (of e4m3 and e2m1 times 256) and the zero of a unit in fp32; the zero may be a constant."""
     FLOATS: tl.constexpr = FORM.kind
     word = words[0] if unit == 0 else (words[1] if unit == 1 else (words[2] if unit == 2 else words[3]))
     if FLOATS:
@@ -57,7 +57,7 @@ def scale_and_zero(words, unit: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def inner_words(inner, step, row, inside, N, FLOATS: tl.constexpr):
-    """Load the words of e2m1's inner scales of a step for some rows. N is int64."""
+    """Load the two words of a step's inner scales for some rows; for codes other than e2m1 they mean nothing."""
     first = row
     second = row
     if FLOATS == 3:

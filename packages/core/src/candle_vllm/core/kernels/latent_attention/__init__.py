@@ -8,18 +8,18 @@ latent vector. These are never computed: the projection matrices are applied to 
 
 Contract of `latent_attention`: q_rope [T, H, R] is rotated, q_latent [T, H, L] is nope in latent space; cache
 [B, S, 1, R + L] has their dtype and already holds the new tokens' rows; T, B, S and `rows` as in `kernels/attention`.
-The token at position p attends to 0..p.
+The token at position p attends to 0..p, or only to those of them that an indexer chose.
 
     score(h, j) = scale * (q_rope[h] . rope[j] + q_latent[h] . latent[j])
     y[h] = sum over j of softmax(score(h))[j] * latent[j]                             y [T, H, L], in new memory
 
-Scores and sums are fp32. A token's bits depend on its own sequence alone. On a GPU R and L are at least 16, S is a
-power of two and at least 16, and the conditions of `kernels/attention` for `DeviceRows` apply too.
+Scores and sums are fp32. A token's bits depend on its own sequence alone. On a GPU `scale` is positive, R and L are at
+least 16, S is a power of two and at least 16, and the conditions of `kernels/attention` for `DeviceRows` apply too.
 
 Sparse attention: an **indexer** has H queries [D] and H weights for each token, and a key [D] for each position. It
 scores the positions j = 0..p in fp32. The token attends to the `top` positions with the largest scores, among equal
-scores the lower positions. In torch, a token's bits then also depend on whether the step has a context longer than
-`top`. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
+scores the lower positions. Except in recorded steps, a token's bits then also depend on whether the step has a context
+longer than `top`. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
 
     score(j) = sum over h of weights[h] * relu(q[h] . key[j])
 
@@ -49,7 +49,7 @@ def latent_attention(
 ) -> torch.Tensor:
     """Return the weighted latent vectors [T, H, L] of every head; the last dimension of the queries is contiguous.
 
-    Tokens attend to `chosen` positions [T, top], ascending; at position p only the first p + 1 count.
+    With `chosen` [T, top], tokens attend to these positions, ascending; at position p only the first p + 1 count.
     """
     assert q_rope.shape[:2] == q_latent.shape[:2]
     assert cache.shape[2:] == (1, q_rope.shape[2] + q_latent.shape[2])
@@ -86,10 +86,10 @@ def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, 
 
 
 def head_linear(x: torch.Tensor, weight: torch.Tensor, *, invariant: bool = False) -> torch.Tensor:
-    """Return y[t, h] = weight[h] x[t, h] for x [T, H, I] and weight [H, O, I]: [T, H, O] of x's dtype, any strides.
+    """Return y[t, h] = weight[h] x[t, h], [T, H, O], for x [T, H, I] and weight [H, O, I], all of one dtype.
 
-    A head's elements are contiguous. With `invariant` a token's bits do not depend on the other tokens, which costs
-    some time on a GPU.
+    In x and y the elements of a head are contiguous, and other strides are arbitrary. With `invariant`, which is
+    slower and needs a contiguous weight on a GPU, a token's bits do not depend on the other tokens.
     """
     assert x.shape[1:] == (weight.shape[0], weight.shape[2])
     if on_gpu(x) and invariant:

@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
 )
 
 _SEQUENCES, _TOKENS = int(StepNumber.SEQUENCES), int(StepNumber.TOKENS)
-_RUNS_PER_THREAD = 12  # maximum units of one long sequence per thread, because long sequential reads are fastest
+_RUNS_PER_THREAD = 12  # desired units of one long sequence per thread: few, because long sequential reads are fastest
 _keys_at_once = njit(inline="always")(keys_at_once)
 
 
@@ -266,10 +266,10 @@ def _count(keys, start: int, end: int, least: int) -> np.int32:
 
 @njit(inline="always")
 def _choose(scores: int, count: int, top: int, to: int) -> None:
-    """Write the positions of the `top` largest of `count` scores, which are overwritten, in ascending order.
+    """Write the positions of the `top` largest of `count` > `top` scores in ascending order; overwrite the scores.
 
-    The `top`-th largest score is found bit by bit, from the bits that all scores share on, until exactly `top` scores
-    reach it: a pass for each bit is vectorised and so takes less time than a histogram.
+    The `top`-th largest score is found bit by bit, from the highest bit in which scores differ, until exactly `top`
+    scores reach the bound or no bit is left: a pass for each bit is vectorised, which is faster than a histogram.
     """
     keys, chosen = int32_at(scores), int32_at(to)
     low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)

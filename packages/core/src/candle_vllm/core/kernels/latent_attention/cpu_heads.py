@@ -17,12 +17,12 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import call_operation, read
 from candle_vllm.core.kernels.latent_attention.cpu_record import HeadsArguments
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import store_pairs
 
-_UNITS_PER_THREAD = 4  # minimum number of units per thread, so that no thread waits long for another
+_UNITS_PER_THREAD = 4  # units per thread, if there are enough tiles, so that no thread waits long for another
 
 
 @njit(inline="always")
 def _arrange(x: int, stride: int, first: int, last: int, to: int, token_bytes: int, tokens: int, scale: float) -> None:
-    """Write elements first .. last - 1 of a head's latent queries, float32 rows at x, to the head's lane at `to`."""
+    """Write elements first .. last - 1 of a head's latent queries (float32 rows at x), scaled, to its lane at `to`."""
     for t in range(tokens):
         for i in range(first, last, LANES):
             store_pairs(x + 4 * (t * stride + i), scale, to + t * token_bytes + 2 * LANES * i)

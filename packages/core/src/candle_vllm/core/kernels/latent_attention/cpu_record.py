@@ -45,7 +45,7 @@ class Place:
 def record_latent(
     recorder: Recorder, q: Place, kv: Place, parts: LatentParts, cache: np.ndarray, out: Place, *, scale: float
 ) -> None:
-    """Record rotation, the write to the cache, and attention.
+    """Record the norm, rotation, the write to the cache, attention, and the products of each head before and after it.
 
     Args:
         q: rows of H heads [nope | rope].
@@ -57,9 +57,9 @@ def record_latent(
     """
     sizes = parts.sizes
     heads, nope, rope, latent = sizes.heads, sizes.nope, sizes.rope, sizes.latent
-    assert len({matrix.kind for matrix in (*parts.keys, *parts.values)}) == 1
-    form = parts.keys[0].input_form
+    form, mixed_form = parts.keys[0].input_form, parts.values[0].input_form
     assert isinstance(form, RowForm)
+    assert isinstance(mixed_form, RowForm)
     width, factor = rope + latent, scale * math.log2(math.e)
     queries = recorder.memory(groups_of(heads) * LANES * width, np.int16)
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)
@@ -71,8 +71,8 @@ def record_latent(
         latent_queries=address_of(products), queries=address_of(queries), width=width, rope=rope, scale=factor
     )
     recorder.add(operation(_HEADS, True), arranged)
-    mixed = _Inputs(recorder, heads, latent, form)
-    _attend(recorder, address_of(queries), mixed, parts, cache, form)
+    mixed = _Inputs(recorder, heads, latent, mixed_form)
+    _attend(recorder, address_of(queries), mixed, parts, cache, mixed_form)
     recorder.add(operation(_HEADS, False), _multiplied(recorder, parts.values, mixed, out))
 
 
@@ -139,6 +139,7 @@ class _Inputs:
 def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _Inputs, out: Place) -> HeadsArguments:
     """Return the arguments for the products of all heads, whose results are adjacent columns."""
     function, rows = 0, []
+    assert len({matrix.kind for matrix in matrices}) == 1
     for head, matrix in enumerate(matrices):
         x = Inputs({"x": inputs.address + head * inputs.head_bytes, "x_bytes": inputs.row_bytes}, ())
         to, column = out.address, head * matrix.rows
@@ -205,8 +206,8 @@ class AttendArguments(NamedTuple):
         stretch_step: slots from one stretch of the cache to the next.
         block_shift: log2(S).
         heads, parts: H, and `groups_of(H)`.
-        scratch, scratch_size: address and size of `scratch_bytes`; memory for copies of chosen rows follows.
-        chosen, top: address of chosen positions, int32 [T, top], and the number of positions that tokens attend to.
+        scratch, scratch_size: address and size of scratch memory; behind it the threads copy chosen rows.
+        chosen, top: address of chosen positions, int32 [T, top], and the maximum number that a token attends to.
         tile: rows of a row tile; with chosen positions, all rows of a tile belong to one token.
     """
 
@@ -260,15 +261,15 @@ class PrepareArguments(NamedTuple):
         q, q_stride: address of float32 rows of heads [nope | rope], and row stride in floats.
         kv, kv_stride: address and row stride of float32 rows [latent | rope].
         heads, nope, rope, latent: H and the sizes of the parts.
-        norm, eps: arguments of the latent vector's norm; `norm` is the address of its weight.
-        scale: factor of the queries: softmax scale * log2(e), because `attend` computes powers of two.
+        norm, eps: arguments of the latent vector's norm; `norm` is the address of its weight. Not used for an indexer.
+        scale: factor of the queries: 1 for an indexer, else softmax scale * log2(e), for powers of two in `attend`.
         stretch_step: slots from one stretch of the cache to the next.
         block_shift: log2(S).
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
         cache: address of the layer's cache.
         queries: address of the queries of `cpu_tiles.py`, bfloat16.
-        inputs, head_bytes, row_numbers: address of each head's rows of nope, bytes from head to head, elements from
-            row to row.
+        inputs, head_bytes, row_numbers: address of the heads' rows of nope, bytes from head to head, elements from row
+            to row. Not used for an indexer.
         cos, sin: addresses of float32 [positions, R / 2].
     """
 

@@ -4,7 +4,7 @@
 The cache stores a token's latent row [rope | latent] contiguously, D = R + L elements of bfloat16, and both products
 read it. The heads of a token are in **groups** of 16: one vector has the same pair of dimensions of 16 heads, so a
 score needs no sum over lanes; and the heads of a token attend to the same keys, so no mask is needed. Queries are
-[T, P, D / 2, 16, 2] with P groups for each token; lanes without a head have undefined values, which others ignore.
+[T, P, D / 2, 16, 2] with P groups for each token; lanes without a head have undefined values and results.
 
 Scores are float32 [G, 256, 16] for the G groups of a row tile, probabilities bfloat16 pairs of positions
 [G, 128, 16, 2]. For the values, two neighbouring latent rows are interleaved in registers. A partial result has the
@@ -113,8 +113,8 @@ def latent_values(
 ) -> Any:
     """Store `BLOCK` dimensions of the weighted sums of the first `seen` latent rows, for `OCTET` heads.
 
-    `tiles` points at addresses of tiles; `start` is the offset of the dimensions in a latent row. `partials` points at
-    the dimensions in the first head's partial result. `width` (D), `latent` (L) and `isa` are constants.
+    `tiles` points at addresses of tiles; `start` is the dimensions' offset in a latent row, in bytes. `partials` points
+    at the dimensions in the first head's partial result. `width` (D), `latent` (L) and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 5, width, latent, isa)
     d, size, features = width.literal_value, latent.literal_value, Isa(isa.literal_value)
@@ -210,7 +210,7 @@ def store_pairs(_: Any, x: Any, scale: Any, to: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def finish_latent(_: Any, partial: Any, out: Any, latent: Any, form: Any) -> Any:
-    """Write the sum of values over the sum of probabilities: L elements in the form of `copy_numbers`."""
+    """Write the sum of values divided by the sum of probabilities: L elements in the form of `copy_numbers`."""
     signature = types.void(types.int64, types.int64, latent, form)
     size, wide = latent.literal_value, bool(form.literal_value)
 

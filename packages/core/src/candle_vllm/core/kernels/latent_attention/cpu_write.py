@@ -2,10 +2,10 @@
 """Rotation, norm, cache write and input conversion before latent attention on the CPU, in one pass over a step.
 
 The latent row of a token is the rotated part of its key and its normed latent vector, in bfloat16. Of each head's query
-[nope | rope], rope is rotated, multiplied by the softmax scale and written to the queries of `cpu_tiles.py`, and nope
-becomes an input row of `cpu_heads.py`. A unit of work is the latent row, or one head, of a token.
-
-The cache of all layers is [stretches, layers, blocks, S, R + L] bfloat16, with the slots of `attention/cpu_cache.py`.
+[nope | rope], rope is rotated, scaled and written to the queries of `cpu_tiles.py`, and nope becomes an input row of
+`cpu_heads.py`. A unit of work is the latent row, or one head, of a token. For an indexer, keys are not normed here, and
+nope is scaled and written to the queries too. The cache of all layers is [stretches, layers, blocks, S, R + L]
+bfloat16, with the slots of `attention/cpu_cache.py`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _copy_row(x: int, to: int, count: int, padded: int, form: int) -> None:
 
 
 def make_prepare(form: int) -> Callable[..., None]:
-    """Return the operation; `form` as for `cpu_tiles.copy_numbers`, or 2 for an indexer, which has no matrices."""
+    """Return the operation; `form` as for `cpu_tiles.copy_numbers`, or 2 for an indexer."""
 
     def latent_prepare(row, thread, threads):
         given = read(PrepareArguments, row)

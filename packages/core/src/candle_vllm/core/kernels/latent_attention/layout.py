@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Weights of a layer for latent attention on the CPU, sizes of the cache and of scratch memory."""
+"""Weights of a layer with latent attention, or of its indexer, on the CPU; sizes of the cache and of scratch memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class LatentParts:
 
     Attributes:
         sizes: sizes of the layer.
-        norm, eps: norm of the latent vector; the weight is [L] float32.
+        norm, eps: norm of the latent vector; the weight is [L] float32. Not used for an indexer.
         cos, sin: tables of the rotary embedding, [positions, R / 2].
-        keys: for each head the matrix [L, nope] that maps the head's queries to latent space.
-        values: for each head the matrix [V, L] that maps the weighted latent vector to the head's result.
+        keys: for each head the matrix [L, nope] that maps the head's queries to latent space; empty for an indexer.
+        values: for each head the matrix [V, L] from weighted latent vectors to the head's result; empty for an indexer.
         chosen: positions that tokens attend to, a result of `record_choice`; None for all positions.
     """
 
@@ -68,7 +68,7 @@ OCTET = 8  # heads that share the loads of values
 SCORE_BYTES = CHUNK * 4 * LANES  # bytes from one group's scores to the next
 PROBABILITY_BYTES = SCORE_BYTES // 2
 STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
-_SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
+_SPLIT_STREAMS = 16  # maximum number of sequences for whose partial results there is scratch memory
 _MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
 FEW_TOKENS = 16  # up to this number of tokens in a step, threads divide each token's indexer scores; above it, tokens

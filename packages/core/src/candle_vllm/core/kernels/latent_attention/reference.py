@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Latent attention in plain torch, one sequence at a time."""
+"""Latent attention in plain torch, one sequence at a time; an indexer's choice in torch, on a GPU too."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """Code that the latent attention kernels of the GPU share: reading rows, a step of the softmax.
 
 A tile is N neighbouring positions of one sequence. The two parts of a cache row are read separately, because R + L is
-not a power of two. The latent part is read once and used as keys and as values.
+rarely a power of two. The latent part is read once and used as keys and as values.
 """
 
 from __future__ import annotations

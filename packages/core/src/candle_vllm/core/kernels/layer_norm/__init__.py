@@ -4,7 +4,7 @@
 Contract: x is [T, ..., E] of any float dtype, weight [E] fp32, or [H, E] for x [T, H, E], and bias [E] fp32 or None.
 The result (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension has x's shape and dtype, in new
 memory; the variance is the mean of the squared distances; the arithmetic is fp32, and the result is rounded once.
-Source: Ba, Kiros and Hinton, 2016, arXiv:1607.06450.
+Recorded steps normalise heads in place, without a bias. Source: Ba, Kiros and Hinton, 2016, arXiv:1607.06450.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.recorded import Recorded, Value
 
 
 def layer_norm(x: Value, weight: Value, bias: Value | None, eps: float) -> Value:
-    """Return the norm of x; see above. On a GPU torch's own kernels compute it, without synchronisation."""
+    """Return the norm of x; see above. Except in recorded steps torch computes it; no call waits for a GPU."""
     if isinstance(x, Recorded):
         return x.layer_norm(weight, bias, eps)
     assert weight.shape == x.shape[-weight.dim() :]

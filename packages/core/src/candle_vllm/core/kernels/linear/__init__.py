@@ -4,11 +4,11 @@
 Contract: x [T, I] and weight [O, I] have one float dtype, and bias [O] has the same dtype or is None. The result
 y [T, O] = x weight^T + bias has x's dtype, in new memory or in `out`. `out` [T, O] has x's dtype, contiguous rows and
 any row stride, so that several layers can write to column ranges of one tensor, and shares no memory with the inputs.
-Sums are at least fp32. On a GPU, the rows of the weight and the bias are contiguous too.
+Sums are at least fp32, except that cuBLAS, which multiplies without `invariant` on a GPU, may add partial sums in x's
+dtype. On a GPU the rows of x and of the weight are contiguous, and so is the bias.
 
-With `invariant=True` on a GPU, a row's bits depend on this row and the matrix alone: not on T, other rows, `out` or x's
-strides (`triton.py` names the assumptions). It supports float32, bfloat16 and float16. On the CPU the reference then
-computes each row separately.
+With `invariant=True` on a GPU, a row's bits depend on this row, weight and bias alone: not on T, other rows, `out` or
+strides (`triton.py` names the assumptions), for float32, bfloat16 and float16. On the CPU, it multiplies row by row.
 """
 
 from __future__ import annotations

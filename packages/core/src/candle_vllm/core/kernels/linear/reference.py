@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer in plain torch; its matrix products already sum bf16 and fp16 in fp32."""
+"""Linear layer by torch's matrix products."""
 
 from __future__ import annotations
 

@@ -5,17 +5,17 @@ One kernel serves any number of tokens and every storage format of a matrix; `tr
 compute a product, and defines **steps** of K. A **tile** is some rows of the matrix and some tokens; a **stretch** is
 some consecutive steps. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a
 decoding batch fills the tensor cores' instruction as well as possible, and the matrix is read once. The matrix's shape
-alone determines the stretches (with `invariant`), whose sums are added to 0 in order, in fp32. One program computes and
-adds all stretches of a tile (FOLD) if there are enough tokens to fill the GPU; otherwise programs share them, and a
-second launch adds them in the same way.
+alone determines the stretches, whose sums are added to 0 in order, in fp32. One program computes and adds all stretches
+of a tile (FOLD) if there are enough tokens to fill the GPU; otherwise programs share them, and a second launch adds
+them in the same way. Without `invariant`, a product may be a single stretch.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits
 at every position of the tile and for every width of the tile. The kernels rely on that for instructions of one family
 and one depth (16 products) on each GPU: m64nXk16 of `wgmma` on Hopper, `tcgen05` on server Blackwell, m16n8k16 of
-`mma.sync` on other GPUs. Codes use the last on every GPU. Tests search the compiled code for these instructions and
-compare bits on a GPU. Therefore no tile of a plain matrix is smaller than they need (on Hopper 64 rows for each four
-warps), and every tile of codes is smaller. float32 is multiplied without tensor cores, in the order of K; so
-is float16 on GPUs where Triton uses no tensor cores.
+`mma.sync` on other GPUs. The product `exact` uses the last on every GPU. Tests search the compiled code for these
+instructions and compare bits on a GPU. Therefore no tile of a plain matrix is smaller than they need (on Hopper 64 rows
+for each four warps), and every tile of `exact` is smaller. float32 is multiplied without tensor cores, in the order of
+K; so is float16 on GPUs where Triton uses no tensor cores.
 """
 
 from __future__ import annotations

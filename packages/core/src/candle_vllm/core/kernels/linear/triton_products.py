@@ -69,7 +69,7 @@ class Operand(NamedTuple):
     """A matrix [rows, columns] as a launch passes it; kernels that are compiled ahead get types instead of tensors.
 
     Attributes:
-        planes: low, high, scales, supers; None for a plane that the format lacks. A plain matrix is the first plane.
+        planes: low, high (e2m1: inner scales), scales, supers; None if the format lacks it. A plain matrix is `low`.
         pitch: row stride of a plain matrix, in elements; weights per scale of a matrix with groups; otherwise None.
         steps: number of steps of K.
         form: a `Codec`, or for a plain matrix the number of columns that are multiplied at a time.
@@ -84,12 +84,12 @@ class Operand(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether K is not a whole number of steps."""
+        """Whether K is not a whole number of steps, or, for a plain matrix, of loop iterations."""
         return self.columns % (self.form if isinstance(self.form, int) else self.form.parts * 32) != 0
 
 
 def plain_operand(weight: Any, rows: int, columns: int, pitch: int, at_a_time: int) -> Operand:
-    """Return the operand of a plain matrix, or of its type; see `Operand`."""
+    """Return the operand of a plain matrix, whose first plane is `weight`; see `Operand`."""
     return Operand((weight, None, None, None), rows, columns, pitch, columns, at_a_time)
 
 

@@ -3,7 +3,7 @@
 
 Contract. Activations x [T, K] from `kernels/activation_rows`: bfloat16 for BF16 weights, float32 for F16 and F32
 weights, int8 with a scale for each segment of 128 for W8A8; each row is padded with zeros after K. Weights [N, K], 16
-rows interleaved (`layout.py`). The result is float32:
+rows interleaved (`layout.py`). The result is float32, and with `accumulate` is added to `out`:
 
     out[t, column + n] (+)= sum over k of x[t, k] * weight[n, k] + bias[n]                             t < T, n < N
 
@@ -16,8 +16,8 @@ W8A8 has the same bits on every CPU. On one CPU, the bits of a row's result do n
 threads. No other elements of `out` are written. `out` must not overlap the inputs.
 
 `pack` makes a `PlainMatrix` from a stored tensor's bytes, `pack_rows` one of W8A8 from blocks of Q8_0 whose rows have
-one scale each, which is how W8A8 is stored; `unpack` returns its weights. `reference.py` implements the contract in
-plain numpy. `cpu.py` has the compiled operations.
+one scale each; `unpack` returns a matrix's weights. `reference.py` computes the result in numpy with sums in float64.
+`cpu.py` has the compiled operations.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ With AVX-512, 8 rows are multiplied by two tiles at once: a step of 16 vectors o
 activations, so that multiplication is the limit. Fewer rows are limited by memory, and use one tile after the other,
 because reading two tiles alternately is slower.
 
-With AVX2 alone, three panels of a group are multiplied by one tile, 6 of their 24 rows at a time (not with BF16: its
-unpacking needs registers). 6 rows have 12 vectors of sums; with only 8 (4 rows), multiplications wait for each other.
+With AVX2 alone, three panels of a group are multiplied by one tile of F16 or F32, 6 of their 24 rows at a time. 6 rows
+have 12 vectors of sums; with 8 (4 rows), multiplications wait for each other. BF16's unpacking needs the registers.
 
 Every variant adds a sum's products in the order of K.
 """
@@ -51,8 +51,8 @@ _CACHED_BYTES = 384 << 10
 """Bytes of a group's panels, which a thread reads again for each pair of tiles from its second-level cache."""
 
 _PART = 48
-"""Runs of `RUN` steps in a part of K: 24 KiB of two tiles. Half as many for blocks of 8 rows without AVX-512, because
-each panel then reads a tile twice, which must stay in the first-level cache."""
+"""Runs of `RUN` steps in a part of K: 24 KiB of two tiles, 12 KiB of F16. Half as many if two tiles are multiplied
+without AVX-512: a panel then reads each tile twice, and both must stay in the first-level cache."""
 
 
 @intrinsic(prefer_literal=True)
@@ -72,7 +72,7 @@ def _multiply(
 ) -> Any:
     """Multiply adjacent tiles by a panel of `block` rows: float32 [tiles, block, 16] at `out`, added to it if `more`.
 
-    A block of 24 rows is three panels of 8, `panel_bytes` apart, whose sums are 1024 bytes apart.
+    Sums of W8A8 are int32. A block of 24 rows is three panels of 8, `panel_bytes` apart, with sums 1024 bytes apart.
     """
     number, height, width = PlainKind(kind.literal_value), block.literal_value, tiles.literal_value
     features = Isa(isa.literal_value)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Code of linear operations with input in `RowForm` or `ByteForm`: panels of activations, products, results.
+"""Code that linear operations and `whole_attention` share: panels of activations, products, results.
 
-Up to 8 input rows, a **block**, are interleaved in a **panel** on the stack: element 0 of all rows, then element 1, and
-so on, as steps of the weights read them. A **tile** is the weights of 16 outputs. A CPU without AVX-512 has 16 vector
-registers of half the size, so it multiplies one tile at a time, by 4 rows of a panel or 6 of three panels (`cpu.py`).
+Up to 8 input rows, a **block**, are interleaved in a **panel**: the first 32 bits of all rows, then the next 32 bits,
+and so on, as steps of the weights read them. A **tile** is the weights of 16 outputs. A CPU without AVX-512 has fewer
+or smaller registers, so it multiplies one tile at a time, by 4 rows of a panel or 6 of three panels (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _block_sums(
 
 @intrinsic(prefer_literal=True)
 def add_segment(_: Any, block: Any, tiles: Any, sums: Any, tails: Any, segment: Any, totals: Any) -> Any:
-    """Add a segment of W8A8 to the floats at `totals`: its sums times the rows' scales.
+    """Add a segment of W8A8 to the floats at `totals`: its sums times the activation rows' scales.
 
     sums: address of int32 [tiles, block, 16]; each row's correction for the weights' offset of 128 is added first.
     tails: address of int64 [block], the addresses of each row's scales and corrections of segments, see `ByteForm`.
@@ -218,7 +218,7 @@ def _times_16(_: Any, target: Any, factors: Any) -> Any:
 
 @njit
 def scale_sums(given: Any, sums: int, block: int, rows: int, tile: int, count: int) -> None:
-    """Multiply sums of W8A8, float32 [count, block, 16], by the scales of the weights."""
+    """Multiply the first `rows` rows of W8A8's sums, float32 [count, block, 16], by the scales of the weights."""
     for at in range(count):
         for row in range(rows):
             _times_16(sums + (at * block + row) * 64, given.weights + (tile + at + 1) * given.tile_bytes - 64)
@@ -256,7 +256,7 @@ def write_tiles(
     bias: int,
     accumulate: int,
 ) -> None:
-    """Write the sums float32 [count, block, 16] of tiles `tile`, tile + 1, ... to the result's rows."""
+    """Write the first `rows` rows of sums, float32 [count, block, 16], of tiles from `tile` on to the result's rows."""
     for index in range(tile, tile + count):
         lanes = min(columns - index * 16, 16)
         at_bias = bias + index * 64 if bias else 0

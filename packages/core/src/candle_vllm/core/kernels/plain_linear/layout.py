@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Memory layout of weights without block scales: unquantised ones, and W8A8 with one scale for each row.
 
-`pack.py` writes it; `cpu.py` and `reference.py` read it.
+`pack.py` writes it; the compiled operations and `reference.py` read it.
 
 16 rows are a **tile**, which consists of consecutive **steps** along K. A step is the part of a tile that one vector
 instruction multiplies by one 32-bit element of the activations:
@@ -29,7 +29,7 @@ ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""
 
 RUN = 4
-"""Number of steps in an iteration of a kernel's loop."""
+"""Number of steps in an iteration of the kernels' loops without AMX."""
 
 MAX_COLUMNS = 1 << 16
 """Maximum length of a row: 8 float32 rows of activations (2 MiB), or 16 bfloat16 rows with AMX, fit on the stack."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Pack unquantised weights, and Q8_0 with one scale for each row (W8A8), into the layout of the kernels.
 
-Weights are packed once, when a model is loaded. A chunk of rows is converted to another type if necessary, and written
-with 16 rows interleaved. Chunks are divided among threads that do not wait for each other.
+Weights are packed once, when a model is loaded. Unquantised rows are converted to another type if necessary. Tiles are
+divided among threads that do not wait for each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 19
-"""Weights that are packed at a time, so that the data stays in the CPU caches."""
+"""Weights that a thread packs at a time, but at least a tile, so that the data stays in the CPU caches."""
 
 
 def plain_kind(stored: str) -> PlainKind:

@@ -16,7 +16,7 @@ def round_activations(x: np.ndarray, kind: PlainKind) -> np.ndarray:
         padded = np.zeros((len(x), -(-x.shape[1] // SEGMENT), SEGMENT), np.float32)
         padded.reshape(len(x), -1)[:, : x.shape[1]] = x
         scales = np.abs(padded).max(2, keepdims=True) / np.float32(127)
-        rounded = np.rint(padded * (np.float32(1) / scales)) * scales
+        rounded = np.rint(padded * (np.float32(1) / np.where(scales > 0, scales, np.float32(1)))) * scales
         return rounded.reshape(len(x), -1)[:, : x.shape[1]]
     if kind is not PlainKind.BF16:
         return x

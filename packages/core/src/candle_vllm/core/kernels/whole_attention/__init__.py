@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Attention of encoders: each token attends to its whole text, a sequence of the step; nothing is cached.
+"""Attention of encoders: each token attends to its whole text or a window of it; nothing is cached.
 
 Contract: H query heads, K KV heads, D elements of a head. qkv [T, (H + 2 K) * D] of any float dtype has the queries of
 all heads, then the keys, then the values, for the T tokens of concatenated texts; each KV head belongs to H / K
@@ -56,8 +56,8 @@ def disentangled_attention(qkv: Value, near: Value, heads: int, lengths: Sequenc
 
     Args:
         qkv, heads, lengths: as for `whole_attention`.
-        near: [2 S, 3 H * D]: queries, keys and values of 2 S relative positions, in the layout of qkv.
-        rows: int64 [2 P - 1]; column i - j + P - 1 is r.
+        near: [2 S, 3 H * D]: queries and keys of 2 S relative positions, and values, not used, in the layout of qkv.
+        rows: int64 [2 P - 1] for texts of at most P tokens; element i - j + P - 1 is r.
     """
     from candle_vllm.core.kernels.whole_attention import reference
 

@@ -42,7 +42,7 @@ assert PANEL % RUN == 0
 
 
 def turn(row, thread, threads):
-    """Rotate queries and keys: the first (H + K) * D elements of each row."""
+    """Rotate the heads at the beginning of each row: of an encoder queries and keys, the first (H + K) * D elements."""
     given = read(TurnArguments, row)
     tokens, dim, half = step_number(row, _TOKENS), given.head_dim, given.half
     places = int64_at(given.places)

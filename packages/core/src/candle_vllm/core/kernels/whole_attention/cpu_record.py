@@ -39,15 +39,15 @@ class WholeArguments(NamedTuple):
     Attributes:
         qkv, stride: address of float32 rows [T, (H + 2 K) * D], and their row stride in floats.
         heads, kv_heads, head_dim: H, K and D.
-        query_start: address of int64 [R + 1]: text r has the tokens query_start[r]..query_start[r + 1].
+        query_start: address of int64 [R + 1]: text r has the tokens query_start[r]..query_start[r + 1] - 1.
         keys, values: addresses of `panel_floats` floats each.
         out, out_stride: address of the result [T, H * D], and its row stride in floats.
         scale: factor of the scores, times log2(e).
         scratch: address of `scratch_bytes` of scratch memory.
         thread_bytes: scratch memory of each thread.
         threads: number of threads that have scratch memory.
-        bias: address of the element for distance 0 in a float32 table of biases times log2(e), by query minus key
-            position; 0 without a bias.
+        bias: address of the element for distance 0 in a float32 table of terms that are added to scaled scores, by
+            query minus key position; 0 without a bias and a window.
         bias_bytes: bytes from one head's table to the next; 0 if the heads share one table.
         window: maximum distance of a key from its query, in tokens.
     """
@@ -75,8 +75,8 @@ class TurnArguments(NamedTuple):
     """Arguments of `turn`.
 
     Attributes:
-        qkv, stride, head_dim: as in `WholeArguments`.
-        heads: H + K.
+        qkv, stride, head_dim: address of float32 rows that begin with the heads, row stride in floats, and D.
+        heads: number of heads to rotate: H + K for an encoder.
         half: R/2, the number of rotated pairs in a head.
         places: address of int64 [T]: the row of the tables for each token.
         cos, sin: addresses of float32 [P, half].

@@ -3,8 +3,8 @@
 
 Terms (tile, group, step): see `layout.py`. Blocks of 8 rows are copied to panels (`plain_linear/cpu_panel.py`). Each
 pair of tiles is multiplied by up to 8 panels, which stay in the second-level cache, one part of K at a time. Within a
-group, 16 vectors of integer sums stay in registers. The float sums are in memory, in the first-level cache, because a
-CPU has only 32 vector registers.
+group, 16 vectors of integer sums stay in registers. The float sums are in memory, in the first-level cache, because
+AVX-512 has only 32 vector registers.
 """
 
 from __future__ import annotations

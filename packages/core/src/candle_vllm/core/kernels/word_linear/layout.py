@@ -16,7 +16,7 @@ import numpy as np
 from candle_vllm.core.kernels.activation_rows import GROUP, WordForm
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.plain_linear.layout import ROWS
+from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS
 from candle_vllm.core.threads import loading_threads
 
 STEPS = GROUP // 2
@@ -28,7 +28,7 @@ SCALES = STEPS * ROWS * 4
 GROUP_BYTES = SCALES + 4 * ROWS
 
 BITS = 13
-"""Bits of a weight without its sign."""
+"""A weight's integer is from -2^BITS to 2^BITS."""
 
 _CHUNK = 1 << 19  # weights that are packed at a time
 
@@ -59,7 +59,7 @@ class WordMatrix(Matrix):
 
 
 def pack(raw: np.ndarray, dtype: str, rows: int, columns: int, memory: WeightMemory | None = None) -> WordMatrix | None:
-    """Pack a matrix of F16 or F32 weights; return None if a weight is not finite.
+    """Pack a matrix of F16 or F32 weights; return None if K is above `MAX_COLUMNS` or a weight is not finite.
 
     Args:
         raw: the weights' bytes, uint8, contiguous; need not be aligned.
@@ -77,7 +77,7 @@ def pack(raw: np.ndarray, dtype: str, rows: int, columns: int, memory: WeightMem
         return np.ascontiguousarray(stored[first * ROWS : last * ROWS]).view(kind)
 
     with ThreadPoolExecutor(max(1, min(loading_threads(), len(places)))) as pool:
-        if not all(pool.map(lambda place: bool(np.isfinite(numbers(*place)).all()), places)):
+        if columns > MAX_COLUMNS or not all(pool.map(lambda place: np.isfinite(numbers(*place)).all(), places)):
             return None
         data = (memory or WeightMemory(0)).take(tiles * groups * GROUP_BYTES, tiles).reshape(tiles, -1)
         list(pool.map(lambda place: _store(numbers(*place), data[place[0] : place[1]]), places))
