@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """LoRA adapters in a GPU's steps: adapters on the device, and the map from a step's rows to adapters.
 
-An adapter is copied to the device in one piece when a step first uses it; its addresses fill a LoRA slot. A step can
-have as many adapters as there are slots; the least recently used adapter is replaced. Two launches of `triton.py` add
-adapters to a layer's product; the launches' tables have fixed addresses, so that captured steps can use them. Lookups
-of tables, matrices that replace others, and several adapters of one row are computed by torch, in steps without
-capture.
+An adapter that is not on the device is copied there in one piece when a step uses it; its addresses fill a LoRA slot. A
+step can have as many adapters as there are slots; the least recently used adapter is replaced. Two launches of
+`triton.py` add adapters to a layer's product; the launches' tables have fixed addresses, so that captured steps can use
+them. If an adapter changes a lookup, or replaces a matrix or rows, or a row has several adapters, torch computes all
+adapters of the step, which is not captured.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Entries(Protocol):
 
 
 class DeviceAdapter(TorchAdapter):
-    """Adapter in one piece of host memory that a GPU can copy.
+    """Adapter in one piece of host memory that a GPU can copy, except for `TorchDelta.rows`.
 
     Args:
         found: changes of the adapter, by the number of the adapter site.
@@ -100,7 +100,7 @@ class DeviceAdapter(TorchAdapter):
         self.nbytes = self.piece.nbytes
 
     def on(self, piece: torch.Tensor) -> TorchAdapter:
-        """Return the same adapter with tensors in `piece`, a copy of its memory."""
+        """Return the same adapter with tensors in `piece`, a copy of its memory, and copies of `TorchDelta.rows`."""
         made = TorchAdapter.__new__(TorchAdapter)
         made.dtype, made.nbytes, made.whole = self.dtype, self.nbytes, self.whole
         made.deltas = {number: [self._moved(delta, piece) for delta in of] for number, of in self.deltas.items()}
@@ -333,9 +333,8 @@ def block_table(starts: Sequence[int], slots: Sequence[int], most: int) -> NDArr
     """Return the table [3, blocks] of `triton.Blocks`, with at most `most` rows of a group in a block.
 
     Args:
-        starts: [G + 1] first row of each of G groups, and the end of the last group.
+        starts: [G + 1] first index of each of G groups in `triton.Blocks.rows`, and the end of the last group.
         slots: [G] slot of each adapter.
-        most: maximum number of rows of a block.
     """
     blocks = [
         (slot, begin, min(most, last - begin))
