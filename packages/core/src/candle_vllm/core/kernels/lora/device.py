@@ -97,7 +97,7 @@ class DeviceAdapter(TorchAdapter):
             there = self.piece[begin : begin + new.nbytes].view(new.dtype).view(new.shape)
             there.copy_(new)
             object.__setattr__(delta, name, there[tuple(slice(size) for size in old.shape)])
-        self.nbytes = self.piece.nbytes
+        self.nbytes += self.piece.nbytes - sum(old.nbytes for _, _, old in held)
 
     def on(self, piece: torch.Tensor) -> TorchAdapter:
         """Return the same adapter with tensors in `piece`, a copy of its memory, and copies of `TorchDelta.rows`."""
@@ -309,7 +309,7 @@ class DeviceAdapters(EagerAdapters):
 
     def _fetch(self, layout: DeviceAdapter, held: _Held) -> None:
         """Copy an adapter to the device, and update the tables of its slot; runs in the stream."""
-        piece = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._stream.device)
+        piece = torch.empty_like(layout.piece, device=self._stream.device)
         copy(piece, layout.piece)
         held.there = there = layout.on(piece)
         addresses, ranks, scales = self._host

@@ -93,12 +93,11 @@ class TorchDelta:
             return tensor(decoded(*quantised(numbers, groups)))
 
         c = delta.column_scale
-        b_factor = None if c is None or place.lookup else c[:, None]
         return cls(
             *place.parts[name],
             scale=delta.scale,
-            a=matrix(delta.a, c if place.lookup else None, groups=1 if place.lookup else QUARTERS),
-            b=matrix(delta.b, b_factor, groups=0 if place.lookup else 1),
+            a=matrix(delta.a, groups=1 if place.lookup else QUARTERS),
+            b=matrix(delta.b, None if c is None else c[:, None], groups=0 if place.lookup else 1),
             bias=tensor(delta.bias),
             less=tensor(None if c is None else c - np.float32(1)),
             full=matrix(delta.full),
@@ -121,7 +120,9 @@ class TorchAdapter:
             number: [TorchDelta.of(place, name, delta, dtype, device) for name, delta in deltas.items()]
             for number, (place, deltas) in found.items()
         }
-        tensors = [t for of in self.deltas.values() for d in of for t in (d.a, d.b, d.bias, d.less, d.full)]
+        tensors = [
+            t for of in self.deltas.values() for d in of for t in (d.a, d.b, d.bias, d.less, d.full, *(d.rows or ()))
+        ]
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def added(self, delta: TorchDelta, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -157,8 +158,6 @@ class TorchAdapter:
             return delta.full[ids].float() - own
         if delta.a is not None and delta.b is not None:
             total += self._sums(delta.b[ids].float(), delta) @ delta.a.float()
-        if delta.less is not None:
-            total += delta.less * own
         if delta.rows is not None:
             numbers, new = delta.rows
             token, place = (ids[:, None] == numbers).nonzero(as_tuple=True)
