@@ -56,6 +56,15 @@ class Entries(Protocol):
 # ---- an adapter ------------------------------------------------------------------------------------------------------
 
 
+def refuse_experts(found: Mapping[int, tuple[Place, Mapping[str, Delta]]]) -> None:
+    """Raise AdapterError if an adapter changes experts: a GPU's kernels of experts add no adapters."""
+    if any(place.experts for place, _ in found.values()):
+        raise AdapterError(
+            "the adapter changes experts, which is supported on the CPU only: serve the model there, or merge the "
+            "adapter into it (candle-vllm quantize --lora)"
+        )
+
+
 class DeviceAdapter(TorchAdapter):
     """Adapter in one piece of host memory that a GPU can copy, except for `TorchDelta.rows`.
 
@@ -78,11 +87,7 @@ class DeviceAdapter(TorchAdapter):
         dtype: torch.dtype,
         staged: Callable[[int], torch.Tensor],
     ) -> None:
-        if any(place.experts for place, _ in found.values()):
-            raise AdapterError(
-                "the adapter changes experts, which is supported on the CPU only: serve the model there, or merge the "
-                "adapter into it (candle-vllm quantize --lora)"
-            )
+        refuse_experts(found)
         super().__init__(found, NAMES[dtype])  # type: ignore[arg-type]
         self.plain = all(
             not place.lookup and delta.full is None and delta.rows is None
