@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from candle_vllm.core.assembly.adapter_base import adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.assembly.opening import model_files
-from candle_vllm.core.devices import CPU
+from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.engine.adapters import adapter_loading
 from candle_vllm.core.engine.adapters.adapter_loading import AdapterLoader
 from candle_vllm.core.kernels.lora import NumberType, PackedAdapter, Place
@@ -29,7 +30,7 @@ from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.adapters import AdapterLimits, read_adapter
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.testing.toy_model import save_plain, toy_config, write_toy_model
-from packages.core.tests.kernels.lora_field import contents
+from packages.core.tests.kernels.lora_field import contents, fitted, low_rank
 from packages.core.tests.toy_adapter import ATTENTION, EVERY_LINEAR, write_adapter
 from packages.core.tests.toy_gguf import write_toy_gguf
 
@@ -235,3 +236,13 @@ def test_of_many_kinds_that_come_once_none_is_watched(loading: Loading, tmp_path
     for _ in range(3):
         load(tmp_path / "3")
     assert watched == [3]
+
+
+def test_experts_of_an_encoder_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernels of experts add no adapters."""
+    place = Place(0, 8, {"up.0.": (0, 0, 8)}, experts=1)
+    monkeypatch.setattr(adapter_loading, "_places", lambda _: {"layers.0.mlp.experts": (place,)})
+    encoder: Any = SimpleNamespace(placement=SimpleNamespace(device=Device("cuda"), recorded=False), dtype="bf16")
+    pack = adapter_loading.adapter_packer(EngineConfig(model="toy"), encoder, SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="changes experts"):
+        pack(fitted({"layers.0.mlp.experts": {"up.0.": low_rank(np.random.default_rng(1), 8, 8, 2)}}))

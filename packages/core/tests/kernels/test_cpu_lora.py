@@ -243,6 +243,14 @@ def test_an_adapter_takes_what_its_numbers_take(dtype: NumberType, bytes_: int):
     assert bytes_ * 16 * (1536 + 576) < made.nbytes < 1.15 * bytes_ * 16 * (1536 + 576)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_trained_rows_count_as_memory(compiled: bool):
+    rows = np.arange(6), np.ones((6, 1000), np.float32)
+    place = Place(0, 1000, {"": (0, 0, 64)}, lookup=True)
+    one = fitted({"embed": {"": Delta(rows=rows)}})
+    assert pack_adapter(one, {"embed": (place,)}, "F32", compiled=compiled).nbytes >= rows[1].nbytes
+
+
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
 @pytest.mark.parametrize(("columns", "groups"), [(1, 1), (16, 1), (21, 1), (1, 4), (33, 4), (576, 4)])
 def test_whole_numbers_are_those_of_the_reference(kind, columns, groups):

@@ -246,6 +246,19 @@ def test_slots_are_given_in_turns(loaded: LoadedModel) -> None:
     assert packed[0].serial in added._held
 
 
+def test_trained_rows_count_as_memory() -> None:
+    place, rows = Place(0, 1000, {"": (0, 0, 64)}, lookup=True), (np.arange(6), np.ones((6, 1000), np.float32))
+    added = DeviceAdapters(LazyStream(), [place], torch.float32, slots=1, rank=4, rows=1, memory=1 << 20)
+    one = fitted({"embed": {"": dataclasses.replace(low_rank(np.random.default_rng(1), 64, 1000, 2), rows=rows)}})
+    made = pack_adapter(one, {"embed": (place,)}, "F32", compiled=False, packed=added.packed)
+    assert made.nbytes == made.layout.piece.nbytes + rows[0].nbytes + rows[1].nbytes
+    there = AdapterRows(np.array([0]), np.ones(1, np.float32), np.array([0, 1]), [made], np.array([0]))
+    held = added._bring(there)[made.serial]
+    added._stream.mark().wait()
+    assert held.nbytes == made.nbytes
+    assert held.there is not None
+
+
 def test_experts_are_refused(loaded: LoadedModel) -> None:
     stream = LazyStream()
     place = Place(0, 8, {"gate.0.": (0, 0, 8)}, experts=1)

@@ -30,6 +30,7 @@ from candle_vllm.core.models.jina_tasks import task_adapter
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter, Place
+    from candle_vllm.core.kernels.lora.pack import Changes
     from candle_vllm.core.kernels.lora.repacking import Repacking
     from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -78,9 +79,13 @@ def adapter_packer(
         return partial(pack_adapter, places=places, dtype="BF16", compiled=False, packed=runner.adapters.packed)
     dtype = adapter_limits(config, loaded)["adapter_dtype"]
     if on_gpu:  # an encoder is not captured: torch runs its operations one by one
+        from candle_vllm.core.kernels.lora.device import refuse_experts
         from candle_vllm.core.kernels.lora.reference import TorchAdapter
 
-        packed = partial(TorchAdapter, dtype=dtype, device=loaded.placement.device)
+        def packed(found: Changes) -> TorchAdapter:
+            refuse_experts(found)
+            return TorchAdapter(found, dtype, loaded.placement.device)
+
         return partial(pack_adapter, places=places, dtype=dtype, compiled=False, packed=packed)
     return partial(pack_adapter, places=places, dtype=dtype, compiled=loaded.placement.recorded)
 

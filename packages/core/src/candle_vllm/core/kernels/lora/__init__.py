@@ -5,7 +5,7 @@ A `Delta` changes one matrix W [N, K] of a `Linear`. For an input row x with thi
 
     y = c * (x W^T + s (x A^T) B^T) + bias of W + own bias                                  c is 1 except for DoRA
 
-where x is the unquantised input of the layer. A token's row of an embedding table is c * (W + s B A)[id].
+where x is the unquantised input of the layer. A token's row of an embedding table is (W + s B A)[id]; it has no DoRA.
 
 **Contract.** A row of a step may have adapters, each with a scale t, usually 1. Each adds in fp32 to the base model's
 result:
@@ -13,13 +13,13 @@ result:
     y += t * (c * s (x A^T) B^T + (c - 1) x W^T + own bias)
 
 or, with a matrix `full` that replaces W, t * (x full^T - x W^T + own bias). A and c * B are rounded to the adapter's
-number type, F32 or BF16; so are x and s (x A^T) in torch and on a GPU, but in the compiled CPU operations x and
-s (x A^T) stay fp32. With I8, A and c * B are integers of -127 .. 127 with scales: for each row of A and quarter of its
-columns, and for each row of B. A scale is the largest element divided by 127, rounded up to BF16. x and x A^T are then
-16-bit integers with fp32 scales: for each row and up to 512 columns of a quarter of x, and for each row of x A^T.
-`full` is then BF16 and multiplied by x in fp32. For an embedding table, rows of B are looked up and multiplied by A: B
-is then BF16, and A has a scale for each column.
-A **group** is the rows of a step that have one adapter; groups are in the order of `PackedAdapter.serial`, and a row's
+number type, F32 or BF16; for a decoder on a GPU, to the type of its activations. So are x and s (x A^T) in torch and on
+a GPU, but in the compiled CPU operations x and s (x A^T) stay fp32. With I8, A and c * B are integers of -127 .. 127
+with scales: for each row of A and quarter of its columns, and for each row of B. A scale is the largest magnitude
+divided by 127, rounded up to BF16. x and x A^T are then 16-bit integers with fp32 scales: for each row and up to 512
+columns of a quarter of x, and for each row of x A^T. `full` is then BF16 and multiplied by x in fp32. For an embedding
+table, rows of B are looked up and multiplied by A; with I8 this B is BF16, and A has a scale for each column.
+A **group** is the rows of a step that share an adapter; groups are in the order of `PackedAdapter.serial`, and a row's
 adapters are added in this order. A row without an adapter is unchanged bit for bit. The terms added to a row depend
 only on the row, its adapters and their scales.
 Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 NumberType: TypeAlias = Literal["F32", "BF16", "I8"]
-"""Type in which an adapter is multiplied."""
+"""Type in which an adapter is multiplied, except by a decoder on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,8 +50,8 @@ class Delta:
         scale: s, from the adapter's alpha and rank, patterns for single modules included.
         bias: [N], added to the result: B's bias times s, and the difference of the module's bias from the base model's.
         column_scale: c of each output [N] (DoRA: m / ||W + s B A||); biases are not multiplied by it.
-        full: [N, K], replaces W, for a head or a table that was trained in full.
-        rows: for a table: ids [n], and rows [n, K] that replace W's rows.
+        full: [N, K], replaces W, for a head or a table that was trained in full; when merging, any parameter.
+        rows: for a head or a table: ids [n], and rows [n, K] that replace W's rows.
     """
 
     a: StoredTensor | None = None
@@ -100,7 +100,8 @@ class Place:
     Attributes:
         number: index among all sites of a model, from 0.
         columns: K.
-        parts: (expert or 0, first row, end row) of each part, by the prefix of its parameters' names.
+        parts: (expert or 0, first row, end row) of each part, by the prefix of its parameters' names. The rows are
+            counted in the fused matrix; with experts, in the fused matrix of the expert.
         experts: number of experts; 0 for a layer without experts.
         lookup: whether the matrix is an embedding table, of which rows are looked up.
     """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""`expand`: multiply the sums of `shrink` by B, in a compiled CPU operation that also computes the model's product.
+"""`expand`: a compiled CPU operation that multiplies the sums of `shrink` by B, after the model's product, if that is
+its nested operation.
 
 Terms: see `layout.py`. A thread adds adapters to the columns of the model's product that it computed itself. If another
 thread has not finished its share of `shrink` soon, this thread computes the share too, and writes the same values.
@@ -47,7 +48,7 @@ from candle_vllm.core.kernels.lora.cpu_shrink import (
 _PATIENCE = 1024  # pauses, some 50 us: about the time of a thread's share of the largest `shrink`
 _FACTORS, _SUMS = 320, 384
 _WHOLES = _SUMS + 1024
-"""Offsets in the memory of `make_parts`: scales of rows' integers; sums of tiles; sums of ranks."""
+"""Offsets in the memory of `make_parts`: scales of integer factors; sums of tiles; sums of ranks."""
 
 PARTS_MEMORY = _WHOLES + 64
 
@@ -95,7 +96,7 @@ def _emit_expand(e: Emitter, form: layout.NumberForm, isa: Isa, count: int, widt
 
 
 def _parts(e: Emitter, form: layout.NumberForm, base: Any, width: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yield each rank of a step of B, and the rank's weights in `width` tiles."""
+    """Yield each rank of a step of B (with I8, each pair of ranks), and its weights in `width` tiles."""
     if form is not layout.NumberForm.I8:
         tiles = [widened(e, form, base, VECTOR * tile) for tile in range(width)]
         yield from enumerate(map(list, zip(*tiles, strict=True)))
@@ -125,11 +126,11 @@ def _expand_rows(
     end: Any,
     jump: Any,
 ) -> Any:
-    """Multiply `tiles` * 16 neighbouring rows of B in a panel by `rows` rows of sums; a variant of `_KINDS`.
+    """Multiply `tiles` * 16 neighbouring rows of B in a panel by `rows` rows of factors; a variant of `_KINDS`.
 
-    scales: address of the scales of B's integers. places: address of int64 [rows], the addresses of the rows' sums; 64
+    scales: address of the scales of B's integers. places: address of int64 [rows], addresses of the rows' factors; 64
     bytes later float32 [rows], the rows' scales; 128 bytes later int64 [rows], the addresses of the results less the
-    offset `at`; `_FACTORS` bytes later the scales of integer sums, 8 bytes apart. With `onto`, products times scales
+    offset `at`; `_FACTORS` bytes later the scales of integer factors, 8 bytes apart. With `onto`, products times scales
     are added to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see
     `ask_ahead`.
     """
@@ -275,10 +276,10 @@ def make_parts(FORM: int, ISA: int) -> Any:
     def add_parts(about, h, folded, count, memory, most, first, last, following):
         """Add an adapter's terms to columns first .. last; `following`: the next adapter's description, or 0.
 
-        about: the adapter's description. h: address of the rows' sums, or of their factors (`cpu_shrink.py`). most:
-        maximum number of floats of a row. memory: address of lines of 64 bytes, for 8 rows each: addresses of factors,
-        which this function writes; scales, addresses of results, of own products and of inputs, from the caller. Then
-        scratch memory up to `PARTS_MEMORY` bytes, and 2 * 8 * `most` floats.
+        about: the adapter's description. h: address of the rows' sums, or, if `folded`, of their factors
+        (`cpu_shrink.py`). most: maximum number of ranks, with padding. memory: address of lines of 64 bytes, for 8 rows
+        each: addresses of factors, which this function writes; scales, addresses of results, of own products and of
+        inputs, from the caller. Then scratch memory up to `PARTS_MEMORY` bytes, and 2 * 8 * `most` floats.
         """
         wholes = memory + _WHOLES
         factors = wholes + 8 * 4 * most

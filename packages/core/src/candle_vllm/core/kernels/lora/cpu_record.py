@@ -2,9 +2,9 @@
 """Record the operations of adapters on the CPU: `shrink` before a product, `expand` around it.
 
 `shrink` reads float32 rows of the input, which are written together with the rows for the model's matrices. `expand`
-calls the operation of the model's own product and adds to the product. No barrier is between `shrink` and `expand`, so
-a step with adapters has no more barriers than a step without. If an adapter needs the model's product separately
-(DoRA), the product is written to separate memory, and `expand` copies it to the result.
+calls the operation of the model's own product and adds to the product. No barrier is between `shrink` and `expand`;
+`begin` needs one if the input was converted before. If an adapter needs the model's product separately
+(`PackedAdapter.apart`), the product is written to separate memory, and `expand` copies it to the result.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Joining:
         }
 
     def begin(self, *, barrier: bool) -> None:
-        """Record `begin`, which ends before `shrink` begins; `barrier` is False if a later row has the barrier."""
+        """Record `begin`, which must end before `shrink` begins; `barrier`: False if an operation between
+        them has one."""
         done = aligned(lay.DONE_BYTES * self._recorder.limits.threads, np.uint8)
         self._done = self._recorder.keep_array(done)
         self._recorder.add(operation("lora.cpu_shrink:begin"), lay.BeginArguments(self._done), barrier=barrier)
@@ -79,7 +80,7 @@ class Joining:
         )
 
     def look_up(self, numbers: int) -> None:
-        """Record x A^T for a table whose rows are looked up; `numbers` is the address of the row numbers."""
+        """Record the lookup of rows of B as the sums of a table; `numbers` is the address of the row numbers."""
         arguments = lay.ShrinkArguments(**self._common | {"x": numbers})
         self._recorder.add(operation("lora.cpu_tables:make_lookup", self._form.whole), arguments, barrier=False)
 
@@ -120,7 +121,7 @@ class Joining:
         )
 
     def replace(self, target: Buffer, own: Buffer, **how: Any) -> None:
-        """Record the replacement of rows of the model's table by an adapter's rows, after `expand`."""
+        """Record the replacement of a table's rows, or of products with them, by an adapter's, after `expand`."""
         arguments = self._arguments(target, own, (0, target.width), **how)
         self._recorder.add(operation("lora.cpu_tables:replace"), arguments)
 
@@ -163,7 +164,7 @@ def record_experts(
     form, count = lay.NumberForm[recorder.limits.adapter_dtype], pairs.top_k
     parts = len(place.parts) // place.experts
     size = lay.BLOCK_BYTES * lay.most_blocks(lay.filled(recorder.limits.adapter_rank) * parts) * count
-    sums = recorder.memory(recorder.limits.row_adapters * size, np.uint8)  # unused after these two operations
+    sums = recorder.memory(recorder.limits.row_adapters * size, np.uint8)  # reused after these two operations
     common = {
         "place": place.number,
         "groups_from": StepNumber.ADAPTERS,

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """`shrink`: multiply input rows by A, in a compiled CPU operation next to the model's own product.
 
-Terms (entry, group, quarter, block, step): see `layout.py`. A thread never waits. Weights are read once for all rows of
-a group; a vector of weights is multiplied by up to 8 rows at a time. Each thread computes the entries with input rows
-that it wrote itself, because reading memory that another core wrote is slow, and scales the sums to the **factors**
-that `expand` multiplies by B. With few entries, threads divide runs of rows, quarters and blocks instead, and `expand`
-scales the sums. The order of summation is fixed: one or two partial sums over the steps of a quarter, then the
-quarters. 8-bit weights are multiplied by 16-bit inputs; the sums are exact within a `SPAN`.
+Terms (entry, group, quarter, block, step): see `layout.py`. A thread never waits. A vector of weights is multiplied by
+up to 8 rows at a time. With many entries (`are_shared`) threads divide the entries, and scale the sums to the
+**factors** that `expand` multiplies by B. Then, if all rows have one adapter, a thread reads mostly input rows that it
+wrote itself; rows that another core wrote are slower to read. With few entries, threads divide runs of rows, quarters
+and blocks instead, and `expand` scales the sums. The order of summation is fixed: one or two partial sums over the
+steps of a quarter, then the quarters, then the lanes of a rank. 8-bit weights are multiplied by 16-bit inputs; the sums
+are exact within a `SPAN`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.lora import layout
 
 _RUN = 32
-"""Rows of a run, which is multiplied by a quarter of a block; the quarter stays in the L1 cache."""
+"""Rows of a run if there are few entries: a thread multiplies a run by its blocks of a quarter, then of the next."""
 
 VECTOR = 4 * LANES
 
@@ -122,7 +123,7 @@ def ask_ahead(e: Emitter, base: Any, size: int, end: Any, jump: Any) -> None:
 
 @njit
 def jump_to(onward: int, end: int) -> int:
-    """Return the bytes from `end`, the end of some weights, to the address that is read next; `onward` 0 means none."""
+    """Return the bytes from `end`, the end of some weights, to `onward`, which is read next; 0 if nothing is known."""
     return onward - end if onward != 0 else -AHEAD  # prefetches memory that is being read, which costs nothing
 
 
@@ -217,7 +218,7 @@ def _shrink_rows(
 
     inputs, outputs: addresses of int64 [rows]: addresses of the rows' inputs less the offset `at`, and of their sums.
     scales: address of the scales of integer weights; scales of integer inputs are `X_SCALES` bytes after `inputs`. With
-    `onto`, sums are added to the old values. end, jump: see `ask_ahead`.
+    `onto`, which only I8 may have, sums are added to the old values. end, jump: see `ask_ahead`.
     """
     kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
 
@@ -353,7 +354,7 @@ def make_fold(FORM: int) -> Any:
     def fold_part(part, ranks, h, at, to):
         """Write a row's factors of B for a part's ranks to `to`: its sums (scratch memory at `at`) times its scale.
 
-        Integers are not multiplied by the scale, which is returned.
+        With I8 the factors are 16-bit integers, and the part's scale times their scale is returned; otherwise 1.
         """
         begins, count = int64_at(part)[layout.OFFSET], int64_at(part)[layout.STEPS] * PER_STEP
         for block in range(begins >> 4, count_blocks(ranks)):
@@ -375,9 +376,9 @@ def make_fold(FORM: int) -> Any:
 
 @njit
 def are_shared(entries: int, threads: int) -> bool:
-    """Whether threads divide a step's entries, so that `shrink` overwrites the sums with factors.
+    """Whether threads divide a step's entries, so that `shrink` writes factors instead of sums.
 
-    A factor has 4 bytes; the parts' scales are `FOLDED` bytes after all factors.
+    Factors have 4 bytes of memory for each rank; the parts' scales are `FOLDED` bytes after the factors.
     """
     return entries >= 4 * threads
 

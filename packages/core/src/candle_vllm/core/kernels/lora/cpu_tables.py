@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapters of embedding tables on the CPU: look up products with A, and replace rows of the model's table."""
+"""Adapters of embedding tables on the CPU: look up rows of B, and replace rows of the model's table."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _reader(form: int) -> Any:
 
 
 def make_lookup(FORM: int) -> Callable[..., None]:
-    """Return the operation that writes each entry's row of the table as sums, where `shrink` would write them."""
+    """Return the operation that writes each entry's row of B as sums, where `shrink` would write them."""
     ITEM = NumberForm(FORM).bytes
     number_at = _reader(FORM)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """LoRA adapters in a GPU's steps: adapters on the device, and the map from a step's rows to adapters.
 
-An adapter is copied to the device in one piece when a step first uses it; its addresses fill a LoRA slot. A step can
-have as many adapters as there are slots; the least recently used adapter is replaced. Two launches of `triton.py` add
-adapters to a layer's product; the launches' tables have fixed addresses, so that captured steps can use them. Lookups
-of tables, matrices that replace others, and several adapters of one row are computed by torch, in steps without
-capture.
+An adapter that is not on the device is copied there in one piece when a step uses it; its addresses fill a LoRA slot. A
+step can have as many adapters as there are slots; the least recently used adapter is replaced. Two launches of
+`triton.py` add adapters to a layer's product; the launches' tables have fixed addresses, so that captured steps can use
+them. If an adapter changes a lookup, or replaces a matrix or rows, or a row has several adapters, torch computes all
+adapters of the step, which is not captured.
 """
 
 from __future__ import annotations
@@ -56,8 +56,17 @@ class Entries(Protocol):
 # ---- an adapter ------------------------------------------------------------------------------------------------------
 
 
+def refuse_experts(found: Mapping[int, tuple[Place, Mapping[str, Delta]]]) -> None:
+    """Raise AdapterError if an adapter changes experts: a GPU's kernels of experts add no adapters."""
+    if any(place.experts for place, _ in found.values()):
+        raise AdapterError(
+            "the adapter changes experts, which is supported on the CPU only: serve the model there, or merge the "
+            "adapter into it (candle-vllm quantize --lora)"
+        )
+
+
 class DeviceAdapter(TorchAdapter):
-    """Adapter in one piece of host memory that a GPU can copy.
+    """Adapter in one piece of host memory that a GPU can copy, except for `TorchDelta.rows`.
 
     Args:
         found: changes of the adapter, by the number of the adapter site.
@@ -78,11 +87,7 @@ class DeviceAdapter(TorchAdapter):
         dtype: torch.dtype,
         staged: Callable[[int], torch.Tensor],
     ) -> None:
-        if any(place.experts for place, _ in found.values()):
-            raise AdapterError(
-                "the adapter changes experts, which is supported on the CPU only: serve the model there, or merge the "
-                "adapter into it (candle-vllm quantize --lora)"
-            )
+        refuse_experts(found)
         super().__init__(found, NAMES[dtype])  # type: ignore[arg-type]
         self.plain = all(
             not place.lookup and delta.full is None and delta.rows is None
@@ -97,10 +102,10 @@ class DeviceAdapter(TorchAdapter):
             there = self.piece[begin : begin + new.nbytes].view(new.dtype).view(new.shape)
             there.copy_(new)
             object.__setattr__(delta, name, there[tuple(slice(size) for size in old.shape)])
-        self.nbytes = self.piece.nbytes
+        self.nbytes += self.piece.nbytes - sum(old.nbytes for _, _, old in held)
 
     def on(self, piece: torch.Tensor) -> TorchAdapter:
-        """Return the same adapter with tensors in `piece`, a copy of its memory."""
+        """Return the same adapter with tensors in `piece`, a copy of its memory, and copies of `TorchDelta.rows`."""
         made = TorchAdapter.__new__(TorchAdapter)
         made.dtype, made.nbytes, made.whole = self.dtype, self.nbytes, self.whole
         made.deltas = {number: [self._moved(delta, piece) for delta in of] for number, of in self.deltas.items()}
@@ -309,7 +314,7 @@ class DeviceAdapters(EagerAdapters):
 
     def _fetch(self, layout: DeviceAdapter, held: _Held) -> None:
         """Copy an adapter to the device, and update the tables of its slot; runs in the stream."""
-        piece = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._stream.device)
+        piece = torch.empty_like(layout.piece, device=self._stream.device)
         copy(piece, layout.piece)
         held.there = there = layout.on(piece)
         addresses, ranks, scales = self._host
@@ -333,9 +338,8 @@ def block_table(starts: Sequence[int], slots: Sequence[int], most: int) -> NDArr
     """Return the table [3, blocks] of `triton.Blocks`, with at most `most` rows of a group in a block.
 
     Args:
-        starts: [G + 1] first row of each of G groups, and the end of the last group.
+        starts: [G + 1] first index of each of G groups in `triton.Blocks.rows`, and the end of the last group.
         slots: [G] slot of each adapter.
-        most: maximum number of rows of a block.
     """
     blocks = [
         (slot, begin, min(most, last - begin))

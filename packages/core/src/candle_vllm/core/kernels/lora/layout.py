@@ -10,18 +10,17 @@ An adapter is not padded to the size of a slot. Terms:
     quarter  of A: a quarter of the columns K, which are padded to a multiple of 32
     block    of A: 16 ranks of a quarter; 8 or 4 remaining ranks are one block
     panel    of B: 64 rows, the last panel padded
-    step     of a block: 64 bytes, [g ranks][64 / g bytes of neighbouring columns], which one vector instruction
-             multiplies; of a panel: 256 bytes
+    step     of a block of g ranks: 64 bytes, [g][64 / g bytes of neighbouring columns]; of a panel: 256 bytes
 
 **A** of all parts that read the same input is one matrix [R, K], each part's ranks padded to a multiple of 4. Quarters
 are consecutive, each consists of blocks, and a block of consecutive steps; the quarters' sums are added as (0 + 1) +
 (2 + 3). **B** consists of panels, and a panel of consecutive steps: [r][64] float32, or [r / 2][64][2] bfloat16.
 
 With 8-bit integers, a step of A is 32 bytes in the order of 32 bfloat16; before each quarter of a block are 16 scales
-in bfloat16, one for each lane. A panel of B is the scales of its 64 rows, then [r / 4][2][64][2]. Matrices other than A
-and B, and tables that are looked up, are then BF16.
+in bfloat16, one for each lane. A panel of B is the scales of its 64 rows, then [r / 4][2][64][2]. `full` of a product,
+and B of a table that is looked up, are then BF16.
 
-A table that is looked up stores B as [V][r] in place of A, and A in place of B.
+A table that is looked up stores B as [V][r] in place of A, and the transpose of A in place of B.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class NumberForm(enum.IntEnum):
 
     @property
     def whole(self) -> NumberForm:
-        """Type of matrices that replace the model's, and of tables that are looked up."""
+        """Type of `full` of a product, and of B of a table that is looked up."""
         return NumberForm.BF16 if self is NumberForm.I8 else self
 
     @property
@@ -82,8 +81,9 @@ HEAD = 3
 """Number of elements of a description before its parts."""
 
 BEGIN, ROWS, OFFSET, STEPS, MATRIX, SCALE, BIAS, LESS, FULL, IDS, COUNT, NEW, RANK, PART = range(14)
-"""Indices of a part's elements in a description, and their number. LESS is c - 1 of the contract. The COUNT rows at NEW
-replace the model's rows IDS, or all rows if IDS is 0."""
+"""Indices of a part's elements in a description, and their number. FULL is 1 if MATRIX is `full` instead of B; LESS is
+the address of c - 1 of the contract, or of -1 for `full`. The COUNT rows at NEW, float32, replace the model's rows IDS,
+which are sorted, or all rows if IDS is 0."""
 
 PANEL, PANEL_BYTES = 64, 256
 """Rows of B in a panel, and bytes of a step of a panel."""
@@ -99,8 +99,8 @@ DONE_BYTES = 64
 """Bytes of a thread's mark (`BeginArguments.done`): a cache line."""
 
 GPU_FIELDS, GPU_RANKS, GPU_COLUMNS = 4, 16, 16
-"""On a GPU: number of addresses of a part (A, c * B, c - 1, bias; 0 without a bias); multiples to which the ranks in B
-and the columns in A are padded with zeros."""
+"""On a GPU: number of addresses of a part (A, c * B, c - 1, bias; 0 for one that is absent); multiples to which the
+ranks in B and the columns in A are padded with zeros."""
 
 
 def most_blocks(rank: int) -> int:
@@ -151,19 +151,19 @@ def filled_with_zeros(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray
 
 
 class ShrinkArguments(NamedTuple):
-    """Arguments of the operations that compute x A^T: `shrink`, and the lookup in a table.
+    """Arguments of the operations that compute x A^T: `shrink`, also for experts, and the lookup in a table.
 
     Attributes:
         place: number of the adapter site.
         groups_from: which `StepNumber` is the number of groups.
         starts: address of int64 [G + 1]: first entry of each of G groups, and the end of the last group.
-        tables: address of int64 [G]: the table of each group's adapter.
+        tables: address of int64 [G]: the address of the table of each group's adapter.
         x, x_bytes: address of the inputs, float32, and their row stride in bytes; or of row numbers to look up.
         rows: address of int64, the row of each entry.
-        h, h_bytes: address of the sums, and bytes of an entry's sums.
+        h, h_bytes: address of the sums, and maximum bytes of an entry's sums (of its k pairs, for experts).
         places, experts, top_k: for experts: addresses of int64 [T, k], the place and the expert of each pair; k.
         by_place: whether x has a row for each place of a pair.
-        done: address of int64, `DONE_BYTES` apart: whether a thread's share is done; see `BeginArguments`.
+        done: address of int64, `DONE_BYTES` apart: whether a thread's share is done; only for `shrink` without experts.
     """
 
     place: int
@@ -197,9 +197,9 @@ class ExpandArguments(NamedTuple):
         scales: address of the entries' scales, float32.
         out, row_bytes: address of the result, float32, and its row stride in bytes.
         first, columns: first column and number of columns; a nested operation, if any, computes the same columns.
-        base, base_bytes: address and row stride of the model's own products, if they are separate from `out`; else 0.
+        base, base_bytes: address, or 0, and row stride of the model's own products if they are separate from `out`.
         rows_from: which `StepNumber` is the number of the product's rows.
-        accumulate, bias: whether the products are added to the result; address of the product's own bias or 0.
+        accumulate, bias: if `base` is not 0: whether products are added to the result; address of their bias or 0.
         numbers: address of the step's row numbers, for lookups.
         inputs: K.
         back: bytes back to the plan row of `shrink`, if no barrier follows `shrink`; otherwise 0.

@@ -117,7 +117,7 @@ class CompiledAdapter:
         address: address of its table.
         nbytes: size of all its memory in bytes.
         dtype: type in which it is multiplied.
-        memory: arrays that hold the table and the matrices.
+        memory: arrays that hold the table, the descriptions and the matrices.
     """
 
     address: int
@@ -127,11 +127,7 @@ class CompiledAdapter:
 
 
 class Packing:
-    """Packing of a single adapter into the layout of `layout.py`.
-
-    Args:
-        dtype: type in which it is multiplied.
-    """
+    """Packing of a single adapter into the layout of `layout.py`; it is multiplied in `dtype`."""
 
     def __init__(self, dtype: NumberType) -> None:
         self.dtype: NumberType = dtype
@@ -142,7 +138,7 @@ class Packing:
     def pack(self, found: Changes, places: Places) -> CompiledAdapter:
         """Pack the changes from `changes_of`."""
         every = [delta for _, deltas in found.values() for delta in deltas.values()]
-        # All matrices are in one array, site after site, in huge pages if it is large. The size is an estimate.
+        # All matrices are in one array, site after site, if the estimate of its size suffices.
         room = sum(self._bytes_of(delta) for delta in every) * 17 // 16
         self._pieces = WeightMemory(room + 512 * (len(every) + len(places)))
         address = self.table(found, places)

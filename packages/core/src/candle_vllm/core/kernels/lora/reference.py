@@ -22,8 +22,8 @@ _SMALLEST = np.finfo(np.float32).tiny  # smallest scale
 def quantised(matrix: NDArray[np.float32], groups: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantise a matrix [R, C] to integers with scales [R, groups].
 
-    Groups are equal shares of the columns, each padded to a multiple of 8. A group's scale is its largest element
-    divided by 127, rounded up to bfloat16; if that is not a normal float, scale and codes are 0.
+    A group is C / groups columns, rounded up to a multiple of 8; the last groups have fewer or none. Its scale is its
+    largest magnitude divided by 127, rounded up to bfloat16; if that is not a normal float, scale and codes are 0.
     """
     rows, columns = matrix.shape
     size = -(-columns // (8 * groups)) * 8
@@ -45,7 +45,8 @@ def decoded(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.
 
 
 def in_16_bits(x: torch.Tensor, most: float = float(MOST_16)) -> torch.Tensor:
-    """Round rows [n, g] to 16-bit integers times a float32 scale: the row's largest element divided by `most`."""
+    """Round rows [n, g] to 16-bit integers times a float32 scale: the row's largest magnitude divided by `most`, but 0
+    if the magnitude is below 2^-100."""
     largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
     scale = torch.where(largest < 2.0**-100, 0, largest / most)
     return torch.round(x * torch.where(scale == 0, 0, 1 / scale)) * scale
@@ -75,7 +76,7 @@ class TorchDelta:
 
     @classmethod
     def of(cls, place: Place, name: str, delta: Delta, dtype: NumberType, device: Any) -> TorchDelta:
-        """Copy a delta to a device; its matrices are rounded to `dtype`, and with I8 decoded again."""
+        """Copy a delta to a device; A, B and `full` are rounded to `dtype` (with I8 as in the contract) and decoded."""
 
         def tensor(numbers: Any, kind: str = "F32") -> Any:
             return None if numbers is None else torch.from_numpy(np.array(numbers)).to(device, DTYPES[kind])
@@ -92,12 +93,11 @@ class TorchDelta:
             return tensor(decoded(*quantised(numbers, groups)))
 
         c = delta.column_scale
-        b_factor = None if c is None or place.lookup else c[:, None]
         return cls(
             *place.parts[name],
             scale=delta.scale,
-            a=matrix(delta.a, c if place.lookup else None, groups=1 if place.lookup else QUARTERS),
-            b=matrix(delta.b, b_factor, groups=0 if place.lookup else 1),
+            a=matrix(delta.a, groups=1 if place.lookup else QUARTERS),
+            b=matrix(delta.b, None if c is None else c[:, None], groups=0 if place.lookup else 1),
             bias=tensor(delta.bias),
             less=tensor(None if c is None else c - np.float32(1)),
             full=matrix(delta.full),
@@ -120,11 +120,13 @@ class TorchAdapter:
             number: [TorchDelta.of(place, name, delta, dtype, device) for name, delta in deltas.items()]
             for number, (place, deltas) in found.items()
         }
-        tensors = [t for of in self.deltas.values() for d in of for t in (d.a, d.b, d.bias, d.less, d.full)]
+        tensors = [
+            t for of in self.deltas.values() for d in of for t in (d.a, d.b, d.bias, d.less, d.full, *(d.rows or ()))
+        ]
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def added(self, delta: TorchDelta, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return the term that `delta` adds to the model's products `own` [n, N] of x [n, K], in fp32, at scale 1."""
+        """Return the term that `delta` adds to the model's products `own` [n, N] of x [n, K], in fp32, for t = 1."""
         rounded = x.to(self.dtype).float()
         total = torch.zeros_like(own)
         if delta.full is not None:
@@ -144,7 +146,7 @@ class TorchAdapter:
         return total
 
     def _sums(self, h: torch.Tensor, delta: TorchDelta) -> torch.Tensor:
-        """Return sums [n, r] times s, rounded for the product with B."""
+        """Return sums [n, r] times s, rounded for the product with B (with A for a table's rows)."""
         if self.whole:
             return in_16_bits(h, min(float(MOST_16), 2**31 // 127 // filled(h.shape[1]))) * delta.scale
         return (h * delta.scale).to(self.dtype).float()
@@ -156,8 +158,6 @@ class TorchAdapter:
             return delta.full[ids].float() - own
         if delta.a is not None and delta.b is not None:
             total += self._sums(delta.b[ids].float(), delta) @ delta.a.float()
-        if delta.less is not None:
-            total += delta.less * own
         if delta.rows is not None:
             numbers, new = delta.rows
             token, place = (ids[:, None] == numbers).nonzero(as_tuple=True)
@@ -175,11 +175,7 @@ class Group:
 
 
 class EagerAdapters:
-    """Adapters of layers that run op by op; the caller of a step sets which rows have which adapters.
-
-    Attributes:
-        groups: groups of the step's rows.
-    """
+    """Adapters of layers that run op by op; the caller of a step sets `groups`, which rows have which adapters."""
 
     def __init__(self) -> None:
         self.groups: Sequence[Group] = ()

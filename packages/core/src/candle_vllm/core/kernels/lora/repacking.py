@@ -5,7 +5,7 @@ Packing an adapter that has only A and B depends on its configuration and on the
 adapter's **kind**; it only moves elements (with I8, their codes). So one adapter is packed with indices into its file
 instead of its elements, which records the source of each element. All other adapters of the kind are then copied in a
 few hundred pieces without the GIL, instead of fitting and packing each tensor in Python. Equal pieces, as in most
-layers, share their indices. An adapter with NaN or infinite elements is left to `fit_adapter`, which raises.
+layers, share their indices. An adapter with NaN or elements from 2^48 on is left to `fit_adapter`, which may raise.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _ADDRESS = 1 << 62  # placeholder of the start of the memory in addresses
-_PIECE = 1 << 18  # elements of a piece
-_LARGE = 0x5780  # bits of a bfloat16; the sum of many squares of larger elements might overflow
+_PIECE = 1 << 18  # number of elements that a loop processes at a time
+_LARGE = 0x5780  # bits of the bfloat16 2^48; the sum of many squares of such elements might overflow
 
 
 class _UnseenError(Exception):
-    """Packing cannot be recorded: it changes elements, or needs too many indices."""
+    """Packing cannot be recorded: it changes elements, or needs elements of no file, or too many indices."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class _Watching(Packing):
 
     Attributes:
         nbytes: size of the memory.
-        count: number of kept indices.
+        count: number of stored indices.
         words: arrays of integers and addresses, with their positions in memory.
         copies: for each piece: its position, its first element in the file, and the `_Piece`.
     """
@@ -152,7 +152,7 @@ class Repacking:
         words: index and value of each int64 of descriptions and tables, and which of them are addresses.
         copies: as in `_Watching`.
         size: number of stored indices.
-        products: by (r, K, N): offsets of A [r, K] and B [N, r] in the file, and the scales s.
+        products: by (r, K, N): offsets of A [r, K] and B [N, r] in the file, in elements, and the scales s.
         matrices: for I8, arguments of `cpu_quantise`; its results then replace the file's elements.
     """
 
@@ -213,7 +213,7 @@ class Repacking:
 def repacking_of(
     fitted: FittedAdapter, tensors: Collection[StoredTensor], places: Places, dtype: NumberType, most: int
 ) -> Repacking | None:
-    """Record the packing of adapters of the kind of `fitted`; None if packing does not depend on the kind alone.
+    """Record the packing of adapters of the kind of `fitted`; None if it depends on more, or takes too many indices.
 
     Args:
         tensors: all tensors of the adapter's file.

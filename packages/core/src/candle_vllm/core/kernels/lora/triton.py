@@ -4,7 +4,7 @@
 A **block** is up to `most` rows of one adapter, a **stretch** some consecutive columns of x; stretches depend on K
 alone. `shrink` computes x A^T of a block for each stretch and stores the results separately. `expand` adds them in
 order, and adds the contract's terms to y in place. The addresses of an adapter's matrices are read from a table, so a
-captured step works for adapters of any rank: a program that has no work because of a smaller rank ends at once.
+captured step works for all ranks up to `Slots.rank`: a program that has no work because of a smaller rank ends at once.
 
 The adapter's rows are the M dimension of a product and tokens the N dimension, as in `kernels/linear/triton.py`, so
 that a token's bits do not depend on the other tokens.
@@ -23,7 +23,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capabil
 
 # Not measured yet.
 _STEP = 64  # columns of x at a time
-_STRETCH = 512  # minimum number of columns of a stretch
+_STRETCH = 512  # maximum number of columns of a stretch, unless that makes more than `_MOST_STRETCHES`
 _MOST_STRETCHES = 8
 _OUT_ROWS = 64  # columns of y of a program
 _WARPS = 4
@@ -54,7 +54,7 @@ class Slots:
 
     Attributes:
         addresses: int64 [slots, parts, GPU_FIELDS] of A [r, K'] and c * B [N, r'] in x's type, whose rows are padded
-            to multiples of `GPU_COLUMNS` and `GPU_RANKS`, and of c - 1 [N] and bias [N] in fp32.
+            to multiples of `GPU_COLUMNS` and `GPU_RANKS`, and of c - 1 [N] and bias [N] in fp32; 0 for an absent one.
         ranks: int32 [slots, parts], r.
         scales: float32 [slots, parts].
         columns: int32 [parts, 2], the first column of a part in y, and its N.

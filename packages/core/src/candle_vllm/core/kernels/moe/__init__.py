@@ -9,10 +9,10 @@ expert's pairs are consecutive; a pair's index in this order is its **place**.
 `route`: logits [T, X] of any float dtype. In fp32, the scores are softmax(logits) or sigmoid(logits). The k experts
 with the highest score + bias are chosen, among equals the lowest number first. Without a bias the logits are compared,
 which have the same order as the scores, but are not made equal by rounding. With groups of consecutive experts, only
-experts of the `top_groups` best groups are candidates; a group's value is its highest score, or with a bias the sum of
-its two highest. NaN counts as lower than every number. The weights are the scores without the bias, divided by their
-sum if `renormalise`, times `scale` and each expert's `expert_scale`, if any. A token's experts are distinct, in the
-order of their choice. With "sparsemixer" (without bias and groups) the weight of a chosen logit l is its share of a
+experts of the `top_groups` best groups are candidates; a group's value is its highest logit, or with a bias the sum of
+its two highest values of score + bias. NaN counts as -infinity. The weights are the scores without the bias, divided by
+their sum if `renormalise`, times `scale` and each expert's `expert_scale`, if any. A token's experts are distinct, in
+the order of their choice. With "sparsemixer" (without bias and groups) the score of a chosen logit l is its share of a
 softmax over l and the near logits z that were not chosen before, for which l - z is at most 2 `jitter` max(|z|, l); on
 a GPU torch computes this. Sources: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3,
 arXiv:2412.19437; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
@@ -35,13 +35,13 @@ results of pairs without an expert are undefined.
 of a token must be distinct. A number outside 0 to X - 1, as in padding rows, means no expert, which adds nothing.
 
 Sums are fp32; act(gate) * up, an expert's result, and y are rounded to x's dtype. Results are added in the order of j.
-On a GPU, up to `FEW` pairs use other kernels than more pairs. They round GGUF blocks as `kernels/gguf_linear` does, and
+On a GPU, up to `FEW` pairs use other kernels than more pairs. Both round GGUF blocks as `kernels/gguf_linear` does, and
 small floats as `kernels/group_linear` does. y[t] depends only on token t's own row, weights and experts, and on which
 kernels are used; with `invariant=True` also few pairs use the kernels for many. float32 has no kernels: torch
 multiplies every token by every expert, which is slow.
 
-No function waits for the GPU, and launches depend on shapes alone, so CUDA graphs can capture them. For tensors on the
-CPU, `reference.py` computes in fp32 up to y.
+Without adapters no function waits for the GPU, and launches depend on shapes alone, so CUDA graphs can capture them.
+For tensors on the CPU, `reference.py` computes in fp32 up to y.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
     assert 0 < top_groups <= groups
     assert 0 < top_k <= experts // groups * top_groups, "top_k exceeds the number of candidate experts"
     assert bias is None or bias.shape == (experts,)
-    assert bias is None or groups == 1 or experts // groups > 1, "the worth of a group is the sum of two"
+    assert bias is None or groups == 1 or experts // groups > 1, "with a bias, a group needs two experts or more"
     assert routing.scoring in get_args(Scoring)
     from candle_vllm.core.kernels.moe import reference
 

@@ -21,7 +21,7 @@ MOST_EXPERTS = 512
 """Maximum number of experts of a layer."""
 
 LEAST_SUM = 1e-20
-"""Added to a sum of scores, so that it is not 0 if all scores are 0; negligible for any other sum."""
+"""Added to a sum of scores, so that it is not 0 if all scores are 0; negligible for sums above 1e-12."""
 
 Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gelu", "silu_7", "silu_16"]
 
@@ -67,7 +67,7 @@ class Pairs:
         weights: [T, k] fp32.
         experts: [T, k] int32; a token's experts are distinct, and a number outside 0 to X - 1 means no expert.
         count: X.
-        blocks: the pairs sorted by expert, which the GPU's kernels compute at their first call and reuse.
+        blocks: the pairs sorted by expert, computed at the first call of the GPU's kernels for many pairs, and reused.
     """
 
     weights: torch.Tensor
@@ -116,7 +116,7 @@ class RouteArguments(NamedTuple):
         num_experts: X.
         top_k: k.
         groups, top_groups: number of groups of experts, and number of groups whose experts are candidates.
-        scoring, renormalise, scale, jitter: how logits are converted to weights; `scoring` is a value of `Scoring`.
+        scoring, renormalise, scale, jitter: how logits are converted to weights; `scoring` is an index in `Scoring`.
         bias, expert_scale: addresses of float32 [X], or 0.
         experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
         finished: address of an int64 counter, which is 0 between operations.
@@ -151,7 +151,7 @@ class ExpertsArguments(NamedTuple):
         starts: address of `starts` of `RouteArguments`.
         table: address of int64 [X, matrices, ENTRY]: plan rows of linear operations, which write a row for each place.
         num_experts: X.
-        matrices: matrices of each expert. To divide the work, all tiles of an expert are assumed to cost the same.
+        matrices: number of matrices of an expert, whose tiles are assumed to cost the same when work is divided.
         picked: address of int64 [T * k]: the row of the activations for each place.
         ranks: table of CPU ranks, see `rank_of`.
     """

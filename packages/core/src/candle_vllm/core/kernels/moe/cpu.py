@@ -5,9 +5,9 @@ Terms (pair, place): see the package. In the order of places, the rows that an e
 result, and the expert's matrices are read once for all of them.
 
 `experts` divides the tiles of all chosen experts' matrices among the threads (a rank's rows among the rank's threads),
-and calls the linear operation of each matrix's kind on a thread's tiles, with arguments of which it changes the fields
-that all kinds share. So matrices may be of different kinds, a row has the same bits as from the linear layer, and with
-one token only the chosen experts' weights are read.
+and calls the linear operation of each matrix's kind on a thread's tiles, with a copy of its arguments in which only
+fields that all kinds have are changed. So matrices may be of different kinds, a row has the same bits as from the
+linear layer, and only the weights of chosen experts are read.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mixture of experts in plain torch: the reference of the tests."""
+"""Mixture of experts in plain torch: the reference, which also computes where there is no kernel."""
 
 from __future__ import annotations
 

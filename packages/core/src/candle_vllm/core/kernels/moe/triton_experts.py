@@ -5,9 +5,9 @@ Terms (pair, place): see the package. All experts' rows are in one matrix, one e
 product function for the storage format (`kernels/linear/triton_products.py`).
 
 Few pairs (decoding): there is a program for each pair and each tile of some rows of an expert's matrix. It multiplies
-the tile by every token that chose the pair's expert, or ends at once if an earlier pair has the same expert. So weights
-are read once, and pairs are not sorted. No tile has 64 rows for four warps, so Hopper too uses `mma.sync`, whose
-results do not depend on the number of tokens. Codes are multiplied by x exactly.
+the tile by every token that chose the pair's expert, or ends at once if an earlier pair has the same expert, or for a
+pair without an expert. So weights are read once, and pairs are not sorted. No tile has 64 rows for four warps, so
+Hopper too uses `mma.sync`, whose results do not depend on the number of tokens. Codes are multiplied by x exactly.
 
 Many pairs: a program multiplies a tile by a block of its expert's pairs. The weights are the left factor, so small
 blocks of tokens fill the tensor cores as well as large ones, with the same bits. Codes are first scaled and rounded to
@@ -80,7 +80,8 @@ def tile_rows(tile, expert, N, GATED: tl.constexpr, ROWS: tl.constexpr):
 def finished(
     total, bias, row, inside, GATED: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """Return a tile's sums [ROWS, TOKENS], or act(gate) * up [ROWS / 2, TOKENS]; `row`, `inside` as in `tile_rows`."""
+    """Return a tile's sums after bias and activation: [ROWS, TOKENS], or act(gate) * up [ROWS / 2, TOKENS] if GATED;
+    `row`, `inside` as in `tile_rows`."""
     if bias is not None:
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if GATED:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Choose a token's experts on a GPU (step 6 of a request's life). A program holds one token's logits in registers.
 
-An expert is chosen by the maximum of integers that have the value in the high bits and the index in the low bits, so
-one reduction finds both, and equal values give the lowest index. Experts that are not candidates have a lower integer.
+An expert is chosen by the maximum of integers that have the value in the high bits and 0xFFFF less the index in the low
+bits, so one reduction finds both, and equal values give the lowest index. Experts that are not candidates have a lower
+integer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, next_power_of_2
 
 @triton.jit
 def _ordered(values, places):
-    """Return int64 in the order of the values, with the index in the low bits; NaN counts as negative infinity."""
+    """Return int64 in the order of the values, and of falling indices for equal ones; NaN counts as -infinity."""
     values = tl.where(values == 0.0, 0.0, values)  # -0 is 0
     values = tl.where(values == values, values, float("-inf"))
     bits = values.to(tl.int32, bitcast=True)
@@ -97,7 +98,7 @@ def route_kernel(
     if RENORMALISE:
         found = found / (tl.sum(found, 0) + LEAST)
     found *= scale
-    if expert_scale is not None:  # not in torch, which would use experts as indices in `compile_together`
+    if expert_scale is not None:  # torch would index by `experts`, which `compile_together` does not write
         found *= tl.load(expert_scale + places)
     tl.store(weights + token * K + slot, found, mask=slot < K)
     tl.store(experts + token * K + slot, places, mask=slot < K)
@@ -141,5 +142,5 @@ def _constants(
 
 
 def _warps(constants: dict[str, Any]) -> int:
-    """Return the number of warps: one, without barriers, for up to 16 elements of a thread. Not measured yet."""
+    """Return the number of warps: one for each 512 padded experts; one needs no barriers. Not measured yet."""
     return max(1, constants["G"] * constants["M"] // 512)

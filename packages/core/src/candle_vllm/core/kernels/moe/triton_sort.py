@@ -3,7 +3,7 @@
 
 The order is stable: an expert's pairs stay in the order of the tokens. First the pairs of each expert are counted in
 each chunk of pairs; then a program for each chunk adds the counts of the chunks before it. A block is up to `most`
-consecutive places of one expert. The table has blocks for the worst case of these shapes, and marks the used ones.
+consecutive places of one expert. The table has blocks for the worst case of these shapes, and marks unused ones.
 """
 
 from __future__ import annotations
