@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Panels of activations for the packed linear layer: interleaved rows in the order in which the kernel reads them.
 
-A **panel** has 16, 8, 4 or 1 rows (tokens); if fewer are left, the last row is repeated, and the repetitions' results
-are not written. For each group of 32 columns it has a **record**: the rows' int8 codes, then their scales, then values
-derived from the sums of their codes. On CPUs with few registers a full panel has 4 rows, with AMX 16. In both cases,
-and if weights are costly to unpack, a tile of weights is unpacked once for up to 32 rows (`cpu.py`).
+A **panel** has 16, 8, 4 or 1 rows (tokens); if fewer are left, the last row is repeated, without further results. For
+each group of 32 columns it has a **record**: the rows' int8 codes, then their scales, then values derived from the sums
+of their codes. On CPUs with few registers a full panel has 4 rows, with AMX 16 if the group has one scale. In both
+cases, and if weights are costly to unpack, a tile of weights is unpacked once for up to 32 rows (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TALL_ROWS = 32
 """Maximum rows of the panels for which a tile of weights is unpacked once."""
 
 PANEL_BYTES = 192 << 10
-"""Maximum bytes of the panels for which a tile is unpacked once; they stay in a core's L2 cache."""
+"""Maximum bytes of several panels for which a tile is unpacked once; they stay in a core's L2 cache."""
 
 
 def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
