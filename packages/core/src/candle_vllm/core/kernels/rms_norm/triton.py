@@ -149,7 +149,7 @@ def _as_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def _form(heads: int, size: int, add: bool, *, apart: bool = False) -> tuple[dict[str, Any], int]:
-    """Return constants and warps: eight elements for each thread, sixteen for the longest rows; not measured yet."""
+    """Return constants and warps: eight elements for each thread, sixteen in a block of 16384; not measured yet."""
     block = next_power_of_2(size) if size <= _MOST else _PART
     rows = max(1, _SHORT // block)
     constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add, "APART": apart}
