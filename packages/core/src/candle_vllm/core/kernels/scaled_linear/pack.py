@@ -74,7 +74,7 @@ def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
         or codes.scales.dtype != np.float32
         or codes.scales.shape != (rows, spans)
         or groups != (None if codes.groups is None else codes.groups.shape)
-        or (grouped and columns % GROUP)
+        or (grouped and (columns % GROUP or (spans > 1 and codes.span % GROUP)))
     ):
         raise ValueError(
             f"codes of a matrix of {rows} x {columns} came with scales of shape {codes.scales.shape} for spans of "
