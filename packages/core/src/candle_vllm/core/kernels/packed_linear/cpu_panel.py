@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.packed_linear.cpu_sums import (
     are_centred,
@@ -73,7 +73,7 @@ def record_bytes(layout: AnyLayout, block: int) -> int:
 def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
     """Return a row's values that are derived from sums of 32 int8 codes x, <32 x i8>: for the group or for each half.
 
-    With minima, the values are the sums: floats, or a pair of integers. Otherwise they are -`zero_of(layout)` * sum.
+    In a paired kind the value is a pair of 16-bit sums. Otherwise the values are -`zero_of(layout)` * sum.
     """
     wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
     x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
@@ -96,8 +96,6 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
     if layout.paired:
         low, high = parts
         return [e.b.or_(e.b.and_(low, ir.Constant(I32, 0xFFFF)), e.b.shl(high, ir.Constant(I32, 16)))]
-    if layout.minimum:
-        return [e.b.bitcast(e.b.sitofp(part, F32), I32) for part in parts]
     return parts if centred else [e.b.mul(part, ir.Constant(I32, -zero_of(layout))) for part in parts]
 
 

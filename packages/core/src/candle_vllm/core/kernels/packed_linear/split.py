@@ -90,7 +90,7 @@ def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
 
 def _in_order(fields: Fields) -> bool:
     """Return whether the vectors of a group are the same in the file and in the layout."""
-    return fields.bits == 8 or (fields.width * 8 // fields.bits == GROUP and fields.width > 1)
+    return fields.bits == 8 or fields.width * 8 // fields.bits == GROUP
 
 
 def _fill(vectors: np.ndarray, words: np.ndarray, fields: Fields) -> None:
