@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 
@@ -82,12 +83,7 @@ def pack(
         return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, memory)
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
     if not own:
-        cost = (8.5 * size) / (8 * width)
-        logger.info(
-            "%s has no precompiled kernel: its matrices are packed as 8 bits, which takes %.1f times the memory",
-            ggml_type.name,
-            cost,
-        )
+        _log_rounding(ggml_type)
     data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns), tiles).reshape(tiles, -1)
     source = raw.reshape(rows, columns // size, width)
 
@@ -116,6 +112,14 @@ def pack(
             for running in [pool.submit(job, *part) for part in rounds]:
                 running.result()
     return PackedMatrix(rows, columns, kind, data)
+
+
+@cache
+def _log_rounding(ggml_type: GGMLQuantizationType) -> None:
+    """Log once for each type that its matrices are rounded to 8 bits."""
+    text = "%s has no precompiled kernel: its matrices are packed as 8 bits, which takes %.1f times the memory"
+    size, width = ggml_type.block
+    logger.info(text, ggml_type.name, 8.5 * size / (8 * width))
 
 
 def _store_codes(blocks: np.ndarray, kind: PackedKind, tiles: np.ndarray) -> None:
