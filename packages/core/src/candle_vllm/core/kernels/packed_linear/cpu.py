@@ -193,7 +193,7 @@ def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = 
         return [times(scale, e.b.ashr(e.b.shl(numbers, up), up)) for numbers in small], []
     if layout.width == GROUP:
         return [times(scale, small[0])], [times(minimum, small[1])]
-    assert lane is not None, "whole tiles of such a kind are taken in pairs"
+    assert lane is not None, "paired kinds read whole tiles by `_pairs`"
     low = [e.b.and_(numbers, e.constant(I32, 15, lanes)) for numbers in small]
     high = [e.b.lshr(numbers, e.constant(I32, 4, lanes)) for numbers in small]
     return [times(scale, numbers) for numbers in low], [times(minimum, numbers) for numbers in high]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """RMSNorm on a GPU, also of sums and of heads (step 6 of a request's life).
 
-A program has one row, or several short rows such as heads, in registers; longer rows are read twice. The number of
-rows of a program, and the order of a row's sum, depend on the length of a row alone.
+A program has one row, or several short rows such as heads, in registers; rows beyond `_MOST` are read twice. The number
+of rows of a program, and the order of a row's sum, depend on the length of a row alone.
 """
 
 from __future__ import annotations
