@@ -126,6 +126,13 @@ def test_gates_apart(
     check(gate.gated(x, gates, kind), gate_reference.gated(x, gates, kind))
 
 
+def test_softplus_of_closed_gates(device: torch.device) -> None:
+    gates = torch.tensor([[-30.0, -20.0, -16.0, -12.0, -5.0, 0.0, 30.0]], device=device)
+    x = torch.ones_like(gates)
+    got, wanted = gate.gated(x, gates, "softplus"), gate_reference.gated(x, gates, "softplus")
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "silu_7"])
 def test_gates_at_large_numbers(device: torch.device, kind: Literal["silu", "gelu_tanh", "silu_7"]) -> None:
     x = torch.tensor([[1e30, -1e30, 90.0, -90.0, 0.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], device=device)

@@ -8,8 +8,8 @@ thread computes consecutive tiles, as many at a time as fit into its cache. For 
 the L1 cache for several panels.
 
 Codes are unsigned; for weights scale * (code - zero) the int32 sums start at -zero * sum(x) instead of 0. Some
-instruction sets treat 8-bit codes as signed instead. Whatever the panel, a row is computed by the same operations in
-the same order (`_add_group`). Some CPUs need software prefetch to read tiles sequentially: `level.bytes_ahead`.
+instruction sets multiply codes of some types as signed integers instead (`cpu_sums.takes_signed`). Whatever the panel,
+a row is computed by the same operations in the same order (`_add_group`). For prefetching see `level.bytes_ahead`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _quad(
 
 
 def _signed_quad(e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: int, isa: Isa) -> Any:
-    """Load a quad of 16 lanes as signed code - zero, the form for AMX."""
+    """Load a quad of 16 lanes as signed integer weights (code - zero, or the table's value), the form for AMX."""
     if layout.values is not None:
         numbers = [value & 255 for value in layout.values]
         return look_up(e, [*numbers, *[0] * (16 - len(numbers))], _stored_quad(e, codes, layout, quad, ROWS), isa, ROWS)
@@ -193,7 +193,7 @@ def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = 
         return [times(scale, e.b.ashr(e.b.shl(numbers, up), up)) for numbers in small], []
     if layout.width == GROUP:
         return [times(scale, small[0])], [times(minimum, small[1])]
-    assert lane is not None, "whole tiles of such a kind are taken in pairs"
+    assert lane is not None, "paired kinds read whole tiles by `_pairs`"
     low = [e.b.and_(numbers, e.constant(I32, 15, lanes)) for numbers in small]
     high = [e.b.lshr(numbers, e.constant(I32, 4, lanes)) for numbers in small]
     return [times(scale, numbers) for numbers in low], [times(minimum, numbers) for numbers in high]
@@ -306,7 +306,7 @@ def _sums_of(inputs: cpu_sums.Inputs, rows: range, group: _Group) -> list[list[A
 
 
 def _add_group(inputs: cpu_sums.Inputs, rows: range, group: _Group, sums: list[list[Any]], old: list[Any]) -> list[Any]:
-    """Add a group's sums, from `_sums_of`, to the totals of some rows of a panel."""
+    """Return the totals `old` of some rows of a panel, plus a group's integer sums in its scales, plus its minima."""
     e, layout = inputs.e, inputs.layout
     if not isinstance(layout, GridLayout) and layout.paired:
         return _add_paired(inputs, rows, group, sums, old)
@@ -384,7 +384,7 @@ def _emit_tile(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
         found = _packed_group(e, layout, isa, at.weights, number)
         return _add_group(inputs, rows, found, _sums_of(inputs, rows, found), totals)
 
-    for rows in _rows_in_turn(isa, count):  # a tile stays in the L1 cache
+    for rows in _rows_in_turn(isa, count):  # later rows find the tile in a cache
         totals = e.loop(at.groups, [e.zeros(F32)] * len(rows), partial(body, rows=rows))
         for row, total in zip(rows, totals):
             e.store(at.out, total, row * 4 * ROWS)
@@ -493,7 +493,7 @@ def multiply(
 ) -> Any:
     """Multiply a tile by `panels` panels of `block` rows, see `blocks`; write float32 [panels * block, 16] to `out`.
 
-    `scratch` is memory of `scratch_bytes`, which is used for several panels, and with AMX.
+    Several panels must be full. They, and 16 rows (AMX, after `shape_sums`), use the `scratch_bytes` at `scratch`.
     """
     layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
 

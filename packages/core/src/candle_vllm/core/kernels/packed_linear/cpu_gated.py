@@ -3,7 +3,7 @@
 
 The input of a feed-forward layer's down projection is computed without writing the gate and up products to memory. A
 unit is 32 columns of both products, two tiles of each matrix; a thread computes consecutive units. For some panels of
-rows it multiplies a few units' tiles of gate, then the same units' tiles of up; their sums stay in its L1 cache. Every
+rows it multiplies a few units' tiles of gate, then the same units' tiles of up; their sums stay in its caches. Every
 element is the same as from the separate operations (`packed_linear.cpu`, `activation_quant.cpu`).
 """
 
@@ -27,7 +27,7 @@ from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, f
 from candle_vllm.core.kernels.packed_linear.cpu_sums import shape_sums, takes_squares
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, GatedArguments, PackedKind
 
-_UNITS = 4  # number of units whose sums are in the L1 cache at a time
+_UNITS = 4  # units at a time: the sums of gate and up take 8 to 32 KiB
 
 
 @intrinsic(prefer_literal=True)

@@ -2,7 +2,7 @@
 """Emit vector code for `cpu.py` that decodes groups of IQ1, IQ2 and IQ3 (`grids.py`); step 6 of a request's life.
 
 Terms: see `grids.py`. An index selects two bytes, one for each half of the index's weights; a few bits of a byte select
-the magnitude of a weight. If the CPU has VBMI, the bytes of all indices of a group are looked up at once from tables in
+the magnitude of a weight. With VBMI, the bytes of four indices of each row are looked up at once from tables in
 registers; otherwise they are gathered. The bytes of two adjacent indices are one word (`GridLayout.order`). Signs are
 inserted between the magnitudes, and a shuffle converts each nibble to 128 + weight, unsigned. IQ1 has a long grid and
 no signs: each index gathers one word of eight nibbles.
@@ -87,7 +87,7 @@ class GridGroup:
         return self.e.b.or_(self._and(sizes, ~_SIGN), self._and(signs, _SIGN))
 
     def _of_index(self, index: int) -> Any:
-        """Return the word of an index of IQ1: magnitudes, and the sign of the 1/8 that is added to each."""
+        """Return the word of an index of IQ1: indices in `_sizes`, and the sign of the 1/8 that is added to each."""
         found = gather(self.e, self._table, self._index(index), self.isa)
         moved = self._shifted(self._high, 16 if self.layout.name == "IQ1_S" else 28 - 4 * index)
         side = self._and(self.e.b.ashr(moved, self.e.constant(I32, 31)), 0x44444444)
@@ -249,12 +249,12 @@ class GridGroup:
 
     @property
     def _sizes(self) -> np.ndarray:
-        """Every magnitude of the type's weights, in ascending order."""
+        """Every value in the type's grid, in ascending order: magnitudes, or -8, 0 and 8 for IQ1."""
         return np.unique(numbers(self.layout.name))
 
     @property
     def _bytes_of_nibbles(self) -> list[int]:
-        """128 + weight by nibble: two or three bits select the magnitude, one the sign (IQ1: of the 1/8)."""
+        """What `quad` returns, by nibble: two or three bits select from `_sizes`, one is the sign (IQ1: of the 1/8)."""
         sizes, few = self._sizes.tolist(), 7 if self.layout.span == 4 else 3
         sizes += [0] * (few + 1 - len(sizes))
         if self.layout.signs:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Panels of activations for the packed linear layer: interleaved rows in the order in which the kernel reads them.
 
-A **panel** has 16, 8, 4 or 1 rows (tokens); if fewer are left, the last row is repeated, and the repetitions' results
-are not written. For each group of 32 columns it has a **record**: the rows' int8 codes, then their scales, then values
-derived from the sums of their codes. On CPUs with few registers a full panel has 4 rows, with AMX 16. In both cases,
-and if weights are costly to unpack, a tile of weights is unpacked once for up to 32 rows (`cpu.py`).
+A **panel** has 16, 8, 4 or 1 rows (tokens); if fewer are left, the last row is repeated, without further results. For
+each group of 32 columns it has a **record**: the rows' int8 codes, then their scales, then values derived from the sums
+of their codes. On CPUs with few registers a full panel has 4 rows, with AMX 16 if the group has one scale. In both
+cases, and if weights are costly to unpack, a tile of weights is unpacked once for up to 32 rows (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.packed_linear.cpu_sums import (
     are_centred,
@@ -33,7 +33,7 @@ TALL_ROWS = 32
 """Maximum rows of the panels for which a tile of weights is unpacked once."""
 
 PANEL_BYTES = 192 << 10
-"""Maximum bytes of the panels for which a tile is unpacked once; they stay in a core's L2 cache."""
+"""Maximum bytes of several panels for which a tile is unpacked once; they stay in a core's L2 cache."""
 
 
 def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ def record_bytes(layout: AnyLayout, block: int) -> int:
 def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
     """Return a row's values that are derived from sums of 32 int8 codes x, <32 x i8>: for the group or for each half.
 
-    With minima, the values are the sums: floats, or a pair of integers. Otherwise they are -`zero_of(layout)` * sum.
+    In a paired kind the value is a pair of 16-bit sums. Otherwise the values are -`zero_of(layout)` * sum.
     """
     wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
     x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
@@ -96,8 +96,6 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
     if layout.paired:
         low, high = parts
         return [e.b.or_(e.b.and_(low, ir.Constant(I32, 0xFFFF)), e.b.shl(high, ir.Constant(I32, 16)))]
-    if layout.minimum:
-        return [e.b.bitcast(e.b.sitofp(part, F32), I32) for part in parts]
     return parts if centred else [e.b.mul(part, ir.Constant(I32, -zero_of(layout))) for part in parts]
 
 

@@ -12,9 +12,9 @@ Terms: see `layout.py` (quad, tile) and `cpu_panel.py` (panel, record).
   bits, with four activations for all rows of the tile (sdot by element); I8MM: two rows of weights times two of
   activations (smmla), for which a panel interleaves pairs of rows of activations, eight bytes each.
 
-Except with VNNI, an 8-bit code is signed: zero is subtracted from it, and sums begin at 0. The values of grids, and of
-tables that span more than 127 steps (IQ4), are signed too. Values of other tables become unsigned steps from the lowest
-value (`Steps`); if the steps equal the codes, there is no lookup.
+With AVX2, AVX-512 and NEON, but without VNNI, an 8-bit code is signed: zero is subtracted from it, and sums begin at 0.
+The values of grids, and of tables that span more than 127 steps (IQ4), are signed too; with AMX all (`square_sums`).
+Values of other tables become unsigned steps from the lowest (`Steps`); if these equal the codes, there is no lookup.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def steps(layout: AnyLayout) -> Steps | None:
 
 
 def zero_of(layout: AnyLayout) -> int:
-    """Return the zero point: an unsigned factor, times a table's step, is the weight's integer value plus this."""
+    """Return the zero point z: an unsigned factor f means the integer weight step * f - z (`Steps`, else step 1)."""
     found = steps(layout)
     return -found.lowest if found else layout.zero
 
 
 def largest_code(layout: AnyLayout) -> int:
-    """Return the largest magnitude of a code's factor in products that are added in 16 bits."""
+    """Return an upper bound of the magnitudes of codes, or of their values, in products that are added in 16 bits."""
     if isinstance(layout, GridLayout):
         return 128 if layout.name.startswith("IQ1") else int(np.abs(numbers(layout.name)).max())
     if found := steps(layout):
@@ -253,7 +253,7 @@ def _room(isa: Isa, largest: int) -> int:
 
 
 def _products(e: Emitter, isa: Isa, code: Any, x: Any, *, signed: bool) -> list[Any]:
-    """Return the products of codes and activations as 16-bit integers, vector by vector."""
+    """Return products of codes and activations in 16 bits, vector by vector; on x86, sums of two adjacent products."""
     if isa & Isa.NEON:
         found = []
         for u, s in zip(e.parts(code, 4, I8), e.parts(x, 4, I8)):

@@ -2,7 +2,7 @@
 """Layouts of the types with a grid of weights, IQ1, IQ2 and IQ3, and their packing from a file.
 
 Terms: see `layout.py`. An **index** selects four or eight consecutive weights at once from a **grid**, a list in ggml's
-sources; a bit for each weight is its sign. A block is 256 weights of 16 rows:
+sources; except in IQ1, a bit for each weight is its sign. A block is 256 weights of 16 rows:
 
     head    super-scale f16[16]; IQ3_S: then 4 x u8[16], each byte with the scales of two groups; IQ1_M: 4 x u16[16]
             instead, each with four scales of 3 bits and 4 bits of the super-scale
@@ -15,10 +15,10 @@ words. In IQ2 and IQ3 bytes 0 and 1 of a word are for the first half of the weig
 bits k (low nibble) and 4 + k (high nibble) of byte c of the group's signs. In some types the sign of every 8th weight
 is the parity of the other seven; the bits of these signs then hold the scale of the group (IQ2_XXS, IQ3_XXS) or the
 ninth bits of the indices (IQ2_XS). IQ1 has no signs: its weights are -1, 0 or 1 plus or minus 1/8, and the sign of the
-1/8 is above the indices' bits. A weight is super-scale * (2 * scale + 1) * `unit` * number: the grid's (`numbers`) with
-its sign, or in IQ1 the grid's plus or minus 1.
+1/8 is above the indices' bits. A weight is super-scale * (2 * scale + 1) * `unit` * n, where n is the value in
+`numbers` with its sign, or in IQ1 the value in `numbers` plus or minus 1.
 
-A tile has as many bytes as in the file. The grids are read from the `gguf` package. Source: ggml's `ggml-common.h`.
+A tile has the bytes of its rows in the file. The grids come from the `gguf` package. Source: ggml's `ggml-common.h`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Terms, for a matrix of N rows of K weights:
     block   one group (in most types with a simple head), or several (eight in K-quants): first the scales (the head),
             then the codes; a tile is consecutive blocks along K
     quad    4 consecutive weights of each row: quad j (0 to 7) of a group is its weights 4j to 4j + 3
-    vector  64 bytes, 4 for each row: all codes of a quad, or some of the bits of several quads
+    vector  64 bytes, 4 for each row: all codes of one or several quads, or some bits of the codes of several quads
 
 Heads of a block:
 
@@ -20,14 +20,14 @@ Heads of a block:
                   scale u8[16], minimum u8[16]             Q4_K, Q5_K (a scale for 32 weights)
                   scale i8[16], scale i8[16]               Q3_K, Q6_K (16 weights: first half, second half of the group)
                   scale | minimum << 4, u8[16][2]          Q2_K (16 weights: a row's two scales side by side)
-                  scale i8[16], 16 bytes in all            IQ4_XS (a scale for 32 weights)
+                  scale i8[16], 16 bytes a group           IQ4_XS (a scale for 32 weights)
 
 A group's codes are vectors; byte b of a row's 4 bytes belongs to weight 4j + b of quad j:
 
     8 bits        quad j is vector j
     nibbles       vector i holds quad i in the low and quad i + 4 in the high nibbles      (4 vectors; 4, 5 and 6 bits)
     pairs         vector p holds quad 4p + f in bits 2f and 2f + 1, for f = 0 to 3         (2 vectors; 2, 3 and 6 bits)
-    single bits   bit j belongs to quad j                                                  (1 vector; 1, 3, 5 bits)
+    single bits   bit j belongs to quad j; Q1_0's bits stand for the codes 0 and 2         (1 vector; 1, 3, 5 bits)
     triples       vector v holds quad 2v in bits 0 to 2 and quad 2v + 1 in bits 3 to 5, for v = 0 to 2; above them are
                   quad 6 (its low bits in vector 0, the highest in bit 6 of vector 1) and quad 7 (its low bits in vector
                   2, the highest in bit 7 of vector 1)              (3 vectors; 3-bit codes of a table, IQ1 and IQ2)
@@ -39,10 +39,10 @@ code is unsigned; a weight is scale * (code - zero) for the types without a mini
 IQ4_NL, IQ4_XS, MXFP4 and NVFP4 have a table of 16 values, in which a code is looked up: a weight is scale * value.
 
 The other IQ types have two layouts with identical results. The layout of `grids.py` has the indices of the file; it is
-used if the CPU can look up 64 bytes at once (VBMI). Other CPUs would gather from the types' grids, which takes several
-times as long as reading the weights. For those CPUs a weight is packed as the code of its value among the 16 (IQ3) or
-6 values of its type (`*_CODES`), with the heads of K-quants: super-scale times the type's unit as f32, and scales
-2 * scale + 1 as i8.
+used if the CPU can look up 64 bytes at once (VBMI). Other CPUs would have to gather from the grids, as VBMI CPUs do for
+IQ1, which takes several times as long as reading the weights. Without VBMI a weight is packed as the code of its value
+among the 16 (IQ3) or 6 values of its type (`*_CODES`), with the heads of K-quants: super-scale times the type's unit as
+f32, and scales 2 * scale + 1 as i8.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class PackedMatrix(Matrix):
     """A quantised weight matrix, 16 rows interleaved.
 
     Attributes:
-        data: see `Matrix`; padding rows of the last tile are zero.
+        data: see `Matrix`; the padding rows of the last tile have weights of 0.
         order: int64 [K], the input element that each column multiplies; None for the input's own order.
     """
 

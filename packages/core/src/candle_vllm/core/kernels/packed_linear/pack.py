@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Pack GGUF blocks into the packed layout at load, in numpy.
+"""Pack GGUF blocks into the packed layout at load, in numpy; only `*_CODES` layouts need a compiled function.
 
-Each chunk of rows is split into codes and scales (`split.py`), which are written with 16 rows interleaved. Threads pack
-chunks independently.
+Each chunk of rows is split into codes and scales (`split.py`; IQ1 to IQ3: `grids.py`), which are written with 16 rows
+interleaved. Threads pack chunks independently.
 """
 
 from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 
@@ -52,9 +53,9 @@ def pack(
 ) -> PackedMatrix:
     """Pack a quantised matrix.
 
-    Weights stay exact and keep their size; IQ1 to IQ3 need more memory on most CPUs (`layout.py`). If the type's kernel
-    is not precompiled and Numba is not installed, weights are rounded to 8 bits with a scale for each 32 weights, which
-    is logged; the error is at most 0.4 % of the largest of the 32. (MXFP4 becomes Q5_0 if that is without loss.)
+    Weights stay exact and take up to 4 % more memory than in the file, besides padding; IQ1 to IQ3 up to 2.2 times as
+    much without VBMI. If a type is not precompiled, and Numba not installed, weights are rounded to 8 bits with a scale
+    for each 32, which is logged; the error is at most 0.4 % of the largest. (MXFP4 becomes Q5_0 if nothing is lost.)
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
@@ -65,8 +66,8 @@ def pack(
         kind: layout; None for the `host_kind` of the type.
 
     Raises:
-        UnsupportedModelError: no kernel multiplies such a matrix.
-        ValueError: the length of `raw` does not match the shape.
+        UnsupportedModelError: no kernel multiplies such a matrix, or a weight cannot be rounded to 8 bits.
+        ValueError: `raw` is not uint8, or its length does not match the shape.
     """
     kind = kind or host_kind(ggml_type)
     size, width = ggml_type.block
@@ -82,12 +83,7 @@ def pack(
         return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, memory)
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
     if not own:
-        cost = (8.5 * size) / (8 * width)
-        logger.info(
-            "%s has no precompiled kernel: its matrices are packed as 8 bits, which takes %.1f times the memory",
-            ggml_type.name,
-            cost,
-        )
+        _log_rounding(ggml_type)
     data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns), tiles).reshape(tiles, -1)
     source = raw.reshape(rows, columns // size, width)
 
@@ -116,6 +112,14 @@ def pack(
             for running in [pool.submit(job, *part) for part in rounds]:
                 running.result()
     return PackedMatrix(rows, columns, kind, data)
+
+
+@cache
+def _log_rounding(ggml_type: GGMLQuantizationType) -> None:
+    """Log once for each type that its matrices are rounded to 8 bits."""
+    text = "%s has no precompiled kernel: its matrices are packed as 8 bits, which takes %.1f times the memory"
+    size, width = ggml_type.block
+    logger.info(text, ggml_type.name, 8.5 * size / (8 * width))
 
 
 def _store_codes(blocks: np.ndarray, kind: PackedKind, tiles: np.ndarray) -> None:

@@ -28,7 +28,7 @@ def linear(weight: np.ndarray, xq: np.ndarray, xs: np.ndarray, bias: np.ndarray 
 
 
 def dequantise(matrix: PackedMatrix) -> np.ndarray:
-    """Return the weights as float32 [N, K], for every kind exactly as ggml decodes the original bytes."""
+    """Return the weights as float32 [N, K], exactly as ggml decodes blocks of the kind's type."""
     layout = matrix.layout
     if isinstance(layout, GridLayout):
         return grids.dequantise(matrix.data, layout)[: matrix.rows]
@@ -41,7 +41,7 @@ def dequantise(matrix: PackedMatrix) -> np.ndarray:
     if layout.values is not None:
         numbers = np.array(layout.values, np.int16)[numbers] + layout.zero
     numbers = numbers.astype(np.float32)  # [tiles, blocks, groups, 8 quads, 16 rows, 4]
-    scale, minimum = _scales(blocks, layout)  # [tiles, blocks, groups, 1 or 2 halves, 16 rows]
+    scale, minimum = _scales(blocks, layout)  # [tiles, blocks, groups or 1, 1 or 2 halves, 16 rows]
     halves = numbers.reshape(*numbers.shape[:3], scale.shape[3], -1, ROWS, 4)
     halves = (halves - layout.zero) * scale[:, :, :, :, None, :, None]
     if minimum is not None:
@@ -93,9 +93,9 @@ def _triples(vectors: np.ndarray) -> np.ndarray:
 
 
 def _scales(blocks: np.ndarray, layout: TileLayout) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return scales, and minima or None, float32 [tiles, blocks, groups, halves, 16 rows]."""
+    """Return scales, and minima or None, float32 [tiles, blocks, groups or 1, 1 or 2 halves, 16 rows]."""
     head = np.ascontiguousarray(blocks[:, :, : layout.floats_bytes])
-    if layout.float == "e4m3":  # the ignored sign bit keeps 0x7F a number: packing removed NaN
+    if layout.float == "e4m3":  # packing removed NaN: 0x7F is a number here, and decoded as one with the sign bit
         floats = scale_numbers(head | 0x80, layout.float)
         return floats.reshape(*blocks.shape[:2], layout.groups, -1, ROWS), None
     floats = scale_numbers(head.reshape(-1, layout.floats_bytes), layout.float)

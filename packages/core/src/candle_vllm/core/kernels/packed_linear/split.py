@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Split blocks of ggml's types into the parts of the packed layout, in numpy; used at load by `pack.py`.
+"""Split blocks of ggml's types, except IQ1 to IQ3, into the parts of the packed layout, in numpy, for `pack.py`.
 
 `quantization/ggml_types.py` describes the contents of a block; `layout.py` defines group, quad and vector. Shapes: B
 blocks of a row, R rows, G groups of a block. Data that must be converted is copied to **planes**, uint32 [words, B, R],
@@ -20,7 +20,7 @@ from candle_vllm.core.quantization.ggml_types import CONTENTS, BlockContents, Fi
 
 
 class ChunkCodes(NamedTuple):
-    """Parts of a chunk of rows; `small` has the sub-scales of K-quants."""
+    """Parts of a chunk of rows; `small` has the sub-scales and sub-minima of nested kinds, None for other kinds."""
 
     codes: np.ndarray  # uint32 [G, vectors, B, R]; [1, vectors of a block, B, R] for base-3 digits
     floats: list[np.ndarray]  # bits of floats, uint8 to uint32 [B, R] each
@@ -68,7 +68,7 @@ def _taken(words: np.ndarray, place: int, bits: int) -> np.ndarray:
     return (words >> np.uint32(place) if place else words) & _each((1 << bits) - 1)
 
 
-# ---- codes: quads [..., 8, B, R] of one code per byte to vectors of the layout ---------------------------------------
+# ---- codes: from the file's order to vectors of the layout; quads are [..., 8, B, R] ---------------------------------
 
 
 def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> np.ndarray:
@@ -90,7 +90,7 @@ def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
 
 def _in_order(fields: Fields) -> bool:
     """Return whether the vectors of a group are the same in the file and in the layout."""
-    return fields.bits == 8 or (fields.width * 8 // fields.bits == GROUP and fields.width > 1)
+    return fields.bits == 8 or fields.width * 8 // fields.bits == GROUP
 
 
 def _fill(vectors: np.ndarray, words: np.ndarray, fields: Fields) -> None:
@@ -169,7 +169,7 @@ def _bits_in_order(word: np.ndarray) -> np.ndarray:
 
 
 def _small(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> np.ndarray | None:
-    """Return the sub-scales and sub-minima of a block in the form of the layout: uint32 [words, B, R]."""
+    """Return the sub-scales and sub-minima of nested kinds in the layout's form, uint32 [words, B, R], or None."""
     if not layout.nested:
         return None
     if layout.paired:  # each scale is next to its minimum, in the file and in the layout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Multiply queries by a factor that depends on their position and grows with it, for long contexts.
+"""Multiply each token's row by a factor from a table, such as queries by one that grows with the position.
 
 Contract: for x [T, H, D] of any float dtype, table [P] fp32 and positions [T] below P, the result for token t is
 x[t] * table[positions[t]] in fp32, rounded to x's dtype, in new memory; in recorded steps x is overwritten (`cpu.py`).
@@ -29,8 +29,8 @@ class PositionScaleArguments(NamedTuple):
 
     Attributes:
         x: address of float32 rows, `stride` floats apart, of which `columns` columns change.
-        positions: address of the step's int64 positions.
-        table: address of the float32 factors of all positions.
+        positions: address of int64 [T], the index of each row's factor: the token's position, for queries.
+        table: address of the float32 factors.
     """
 
     x: int

@@ -2,9 +2,9 @@
 """RMSNorm, and RMSNorm fused with the residual addition before it.
 
 Contract: x [T, ..., E] of any float dtype; weight [E] of any float dtype, in `rms_norm` also [N, E] for x [T, N, E]; y
-has x's shape and dtype, in new memory. The sum of squares and the scaling are fp32; the result is rounded once. A
-residual has x's shape and dtype: residual + x is rounded to that dtype and then normalised, as by two kernels. The bits
-of a row's result do not depend on other rows.
+has x's shape and dtype, in new memory; a recorded norm overwrites heads. The sum of squares and the scaling are fp32;
+the result is rounded once. A residual has x's shape and dtype: residual + x is rounded to that dtype and normalised, as
+by two kernels. The bits of a row's result do not depend on other rows.
 Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
 """
 
@@ -45,7 +45,7 @@ def rms_norm(x: Value, weight: Value, eps: float) -> Value:
 
 
 def add_rms_norm(x: Value, residual: Value, weight: Value, eps: float) -> tuple[Value, Value]:
-    """Return rms_norm(residual + x) and residual + x, both in new memory; recorded values are added in place."""
+    """Return rms_norm(residual + x) and residual + x, in new memory; a recorded sum overwrites a computed residual."""
     if isinstance(x, Recorded):
         total = residual + x
         return total.rms_norm(weight, eps), total
@@ -71,7 +71,7 @@ class HeadNormArguments(NamedTuple):
         x: address of the first head of float32 rows, `stride` floats apart. If head_dim is not a multiple of 32, up to
             31 floats after the last head may be read.
         heads, head_dim: number and size of the adjacent heads.
-        weight: address of head_dim floats.
+        weight: address of head_dim floats, or of heads * head_dim floats with `weight_step`.
         eps: epsilon of the norm.
         weight_step: bytes from one head's weights to the next; 0 if all heads share them.
         rows_from: the `StepNumber` that is the number of rows.
@@ -88,7 +88,7 @@ class HeadNormArguments(NamedTuple):
 
 
 class NormOntoArguments(NamedTuple):
-    """Arguments of `cpu.make_norm_onto`, which adds normalised rows to other rows.
+    """Arguments of `cpu.make_norm_onto`, which adds normalised rows to other rows or writes them there.
 
     Attributes:
         x: address of the rows that are normalised, float32, `stride` floats apart; not part of `target`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Separate norm operations on the CPU: one norms heads in place, one adds normed rows to other rows (a residual).
+"""Separate norm operations on the CPU: one norms heads in place, one adds normed rows to other rows or writes them.
 
 The norm of whole rows before a matrix is part of `kernels/activation_quant` and `kernels/activation_rows`. LAYER is 1
 for LayerNorm (`kernels/layer_norm`), 0 for RMSNorm.

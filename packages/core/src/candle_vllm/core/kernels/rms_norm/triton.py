@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """RMSNorm on a GPU, also of sums and of heads (step 6 of a request's life).
 
-A program has one row, or several short rows such as heads, in registers; longer rows are read twice. The number of
-rows of a program, and the order of a row's sum, depend on the length of a row alone.
+A program has one row, or several short rows such as heads, in registers; rows beyond `_MOST` are read twice. The number
+of rows of a program, and the order of a row's sum, depend on the length of a row alone.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _as_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def _form(heads: int, size: int, add: bool, *, apart: bool = False) -> tuple[dict[str, Any], int]:
-    """Return constants and warps: eight elements for each thread, sixteen for the longest rows; not measured yet."""
+    """Return constants and warps: eight elements for each thread, sixteen in a block of 16384; not measured yet."""
     block = next_power_of_2(size) if size <= _MOST else _PART
     rows = max(1, _SHORT // block)
     constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add, "APART": apart}

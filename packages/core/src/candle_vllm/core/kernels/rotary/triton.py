@@ -19,7 +19,7 @@ _PAIRS = 512  # pairs of a program; not measured yet
 
 @triton.jit
 def _turn(x, head_stride, y, first, cosines, sines, COUNT, D: tl.constexpr, HALF, HALVES, RESTS, HEADS):
-    """Rotate HEADS heads of x [COUNT, D] from `first` on, and write them to y [COUNT, D]."""
+    """Write HEADS heads of x [COUNT, D] from `first` on to y [COUNT, D], their first 2 * HALF dimensions rotated."""
     head = first + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALVES)[None, :]
     inside = (head < COUNT) & (pair < HALF)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Norms of heads, rotary embedding and the cache write on a GPU (step 6 of a request's life): one launch for a layer.
 
-A program processes some heads of one token: queries, or keys and values. Slots are read on the device, and tokens with
-a negative slot write nothing, so that a captured step may have more rows than are scheduled.
+A program processes some heads of one token: queries, or keys and values. Slots are read on the device, and a token with
+a negative slot writes nothing to the cache, so that a captured step may have more rows than are scheduled.
 """
 
 from __future__ import annotations

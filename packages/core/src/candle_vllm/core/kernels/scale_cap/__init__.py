@@ -31,7 +31,7 @@ def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch
 
 
 def clamp_(x: Value, low: float, high: float) -> Value:
-    """Clamp x [T, N] to low..high in place, and return it; in a recorded step x must be a whole buffer."""
+    """Clamp x [T, N] to low..high in place, and return it; recorded columns must be lines of 16, or reach the end."""
     return x.clamped(low, high) if isinstance(x, Recorded) else x.clamp_(low, high)
 
 

@@ -7,8 +7,8 @@ both spans of a pair are multiplied at once: a sum is a sequence of dependent in
 too few to keep up with memory. For more rows, as many tiles as fit the second-level cache are converted to bfloat16
 once, and multiplied by the rows in blocks. All variants add a span's products in the same order.
 
-With AMX, two spans of adjacent tiles are converted in the first-level cache and multiplied by all blocks of 16 rows. A
-single row is multiplied in vector registers, in AMX's order. Spans that are not whole squares of 32 columns do not use
+With AMX, a span of two adjacent tiles is converted in the first-level cache, for up to 16 blocks of 16 rows. A single
+row is multiplied in vector registers, in AMX's order. Spans that are not whole squares of 32 columns do not use
 AMX, for any number of rows. Weights are prefetched, because some CPUs load them too late (`level.bytes_ahead`).
 """
 
@@ -138,7 +138,7 @@ def _ask_turn(e: Emitter, kind: ScaledKind, address: Any) -> None:
 
 
 def _x_bytes(isa: Isa) -> int:
-    """Return the bytes of an activation element for few rows: 2 if vector instructions multiply bfloat16, else 4."""
+    """Return the bytes of an activation for few rows: 2 with vector products of bfloat16; else, and with AMX, 4."""
     return 2 if isa.bf16 and not isa & Isa.AMX else 4
 
 
@@ -554,7 +554,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
 
 
 def _make_either(KIND: int, ISA: int) -> Any:
-    """Make the operation of a CPU with AMX, which multiplies spans of whole squares."""
+    """Make the operation of a CPU with AMX, which is used if spans are whole squares."""
     COLUMNS = ScaledKind(KIND).turn_columns
     squares, others = njit(_make_squares(KIND, ISA)), njit(make_linear(KIND, int(Isa(ISA) & ~Isa.AMX)))
 

@@ -9,7 +9,7 @@ span is stored as the float32 scales of its 16 rows, followed by **turns** of 8 
                  the first column in the lowest bits                                                         144 bytes
 
 Two whole spans form a **pair**: the scales of both, then turns of both alternately. So a thread reads its tiles
-sequentially, and multiplies two spans at once. Elements beyond K or N are zero.
+sequentially, and can multiply two spans at once. Elements beyond K or N are zero.
 
 The kernel shifts a small float's bits to the fields of a larger float, which then is the value divided by a power of
 two. E4M3 and E5M2 become float32, and the kernel multiplies by the power. Subnormal codes would become subnormal

@@ -17,7 +17,7 @@ from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 from candle_vllm.core.threads import loading_threads
 
 LEAST_SPAN = 8
-"""FP8's spans are multiples of this number of columns; a row of NVFP4 has one scale for all columns."""
+"""An FP8 scale covers a multiple of this number of columns, or all; a row of NVFP4 has one scale for all columns."""
 
 CHUNK = 1 << 19
 """Weights that are packed at a time, so that the data stays in the CPU caches."""
@@ -74,7 +74,7 @@ def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
         or codes.scales.dtype != np.float32
         or codes.scales.shape != (rows, spans)
         or groups != (None if codes.groups is None else codes.groups.shape)
-        or (grouped and columns % GROUP)
+        or (grouped and (columns % GROUP or (spans > 1 and codes.span % GROUP)))
     ):
         raise ValueError(
             f"codes of a matrix of {rows} x {columns} came with scales of shape {codes.scales.shape} for spans of "
@@ -137,7 +137,7 @@ def _not_numbers(data: np.ndarray, kind: ScaledKind) -> tuple[np.ndarray, np.nda
 
 
 def _raised(codes: np.ndarray, scales: np.ndarray, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Multiply the e4m3 codes [R, K] of each span by the largest possible 2^i, and divide scales [R, spans] by it."""
+    """Multiply e4m3 codes [R, K] of a span by the largest 2^i, and divide its scale in [R, spans] by it unless tiny."""
     table, rooms = _raised_codes()
     (rows, columns), spans = codes.shape, scales.shape[1]
     whole = _filled(codes, (rows, spans * each)).reshape(rows, spans, each)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""FP8 and FP4 weights in plain numpy: the reference of the tests."""
+"""Decode FP8 and FP4 weights in plain numpy: the reference of the tests."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The convolution with a state on the CPU (step 6 of a request's life).
 
-Threads divide the channels, at least 16 each, and process their channels of all sequences, so no thread writes states
+Threads divide the channels in runs of 16, and process their channels of all sequences, so no thread writes states
 or kept rows that another thread reads. A list has the address of a token's input for each tap, and is shifted by one
 for each token. Inputs before the step's first token are copied first, because their slots may be overwritten. Gates are
 fused: g * x overwrites x when x is first read, and the result is multiplied by h.
@@ -103,7 +103,7 @@ def _copy(_: Any, to: Any, source: Any, count: Any) -> Any:
 
 @njit(inline="always")
 def _earlier(given: Any, r: int, place: int, before: int, channel: int) -> int:
-    """Return the address of input `place` of the `before` inputs before a sequence's first token; 0 for zeros."""
+    """Return the address of input `place` of the `before` inputs before a run's first token; 0 for zeros."""
     source = int64_at(given.sources)[r]
     number = int64_at(given.replays)[r] + place - before
     if number >= 0:

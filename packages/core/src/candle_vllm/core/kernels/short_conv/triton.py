@@ -83,7 +83,7 @@ def _store_state(
     C: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    """Write a sequence's state after the input `number`: this and the inputs before it."""
+    """Write a sequence's state after the input `number`: this input and the BEFORE - 1 before it."""
     for tap in tl.static_range(BEFORE):
         value = _input(
             x, gate, states, kept, begin, number - BEFORE + 1 + tap, replays, source, there, channel, x_stride,
@@ -292,7 +292,7 @@ def short_conv(
 
 
 def _constants(channels: int, taps: int, *, single: bool) -> dict[str, Any]:
-    """Return the kernels' constants. Blocks have eight elements for each thread; not measured yet."""
+    """Return constants of `conv_kernel`: eight elements for each thread, up to four with `single`; not measured yet."""
     block = min(next_power_of_2(channels), 512 if single else 128)
     return {
         "C": channels,

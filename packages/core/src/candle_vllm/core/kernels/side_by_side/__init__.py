@@ -31,7 +31,7 @@ class CopyArguments(NamedTuple):
     """Arguments of the operation.
 
     Attributes:
-        x: address of float32 rows [T, columns], `stride` floats apart.
+        x, columns: address of float32 rows, `stride` floats apart, and columns of a run that is copied.
         target: address of the rows to which x is copied, `target_stride` floats apart.
         picked: address of the int64 row numbers of x that are copied; 0 for rows 0, 1, 2, ...
         rows_from: the `StepNumber` that is T.

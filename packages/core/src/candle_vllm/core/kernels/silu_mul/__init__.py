@@ -64,7 +64,7 @@ def gated(x: Value, gate: Value, kind: GateKind) -> Value:
 
 
 class GatedRowsArguments(NamedTuple):
-    """Arguments of the operation `gated`.
+    """Arguments of the operation for `gated` and `Recorded.xielu`.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart, which are overwritten.

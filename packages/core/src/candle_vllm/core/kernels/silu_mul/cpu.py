@@ -42,7 +42,7 @@ def _emit_xielu(e: Emitter, x: Any, numbers: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _gate_columns(_: Any, x: Any, gate: Any, count: Any, kind: Any, spread: Any) -> Any:
-    """Multiply `count` floats by act(gate); `kind` (index in `_ACTS`) and `spread` (one gate for all) are constants."""
+    """Multiply `count` floats by act(gate), or apply xIELU; `kind` and `spread` (one gate for all) are constants."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e, number = Emitter(b), kind.literal_value

@@ -45,7 +45,9 @@ def gate_mul_kernel(
     factor = 1.0 if KIND == 2 else gates
     act = factor / (1.0 + tl.exp(-inner))
     if KIND == 3:
-        act = tl.maximum(gates, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(gates)))
+        small = tl.exp(-tl.abs(gates))
+        whole = 1.0 + small  # its logarithm lacks what this sum rounds off
+        act = tl.maximum(gates, 0.0) + tl.log(whole) + (small - (whole - 1.0)) / whole
     if KIND >= 4:
         act, ups = limited(act, ups, 7.0 if KIND == 4 else 16.0)
     tl.store(y + token * F + at, (act * ups).to(y.dtype.element_ty), mask=inside)

@@ -7,8 +7,8 @@ are of any float dtype or left out (S = 0). y [T, M * E] has x's dtype, in new m
     scale * sum over n of c[m, n] x[t, n],   c = table[0] + sum over s of tanh(gates[t, s]) * table[1 + s]
 
 with scale [E] fp32, or 1. With `level`, all other streams are first scaled to the root mean square of the first one:
-stream n is multiplied by rms(x[t, 0]) / sqrt(max(mean(x[t, n]^2), LEAST)). The arithmetic is fp32. In recorded steps E
-is a multiple of 16.
+stream n is multiplied by rms(x[t, 0]) / sqrt(max(mean(x[t, n]^2), LEAST)). The arithmetic is fp32 or better. In
+recorded steps E is a multiple of 16.
 Source: Baykal et al., 2023, arXiv:2301.13310; Gemma 3n for `level`.
 """
 
@@ -50,7 +50,7 @@ class MixArguments(NamedTuple):
         x: address of float32 rows, `stride` floats apart, of `streams` times `columns` elements.
         table, made: address of the table, and M.
         gates, gate_stride, gate_count: address of the gates' float32 rows, row stride in floats, and S.
-        scale: address of the scale; 0 for 1.
+        scale, level: address of the scale, 0 for 1; whether streams are levelled.
         out, out_stride: address and row stride of the result.
         rows_from: the `StepNumber` that is T.
     """
