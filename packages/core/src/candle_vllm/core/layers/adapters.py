@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapter sites of a model: number its matrix products, by the paths of their weights."""
+"""Adapter sites of a model: number its `Linear` layers, by the paths of their weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def number_places(model: object, adapters: EagerAdapters | None = None) -> Mapping[str, tuple[Place, ...]]:
-    """Give every product of a model an adapter site; return sites by path. Experts have two: gate with up, and down.
+    """Give every `Linear` of a model an adapter site; return sites by path. Experts have two: gate with up, and down.
 
     "head" is included also if it shares the table of "embed"; "embed" is only the lookup.
 
     Args:
-        model: the model, whose sites are numbered only once.
+        model: the model; a site keeps its number in later calls.
         adapters: adapters of layers that run op by op; None leaves the layers' present adapters.
     """
     made: dict[str, tuple[Place, ...]] = {}
@@ -64,7 +64,7 @@ def linears_in(layers: object) -> Iterator[Linear]:
 
 
 def _layers(layer: object, path: str) -> Iterator[tuple[str, object]]:
-    """Return the layers that have matrices, by path."""
+    """Yield the path and the layer of each `Linear`, `Router`, `ExpertMLPs` and `Embedding`."""
     if isinstance(layer, (Linear, Router, ExpertMLPs, Embedding)):
         yield path, layer
     elif isinstance(layer, (list, tuple)):
