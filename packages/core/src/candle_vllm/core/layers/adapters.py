@@ -70,7 +70,15 @@ def _layers(layer: object, path: str) -> Iterator[tuple[str, object]]:
     elif isinstance(layer, (list, tuple)):
         for number, each in enumerate(layer):
             yield from _layers(each, f"{path}.{number}")
-    elif type(layer).__module__.startswith(("candle_vllm.core.models", "candle_vllm.core.layers")):
+    elif not path or _may_have_layers(layer):
         for name, each in getattr(layer, "__dict__", {}).items():
             if not name.startswith("_"):
                 yield from _layers(each, f"{path}.{name}" if path else name)
+
+
+def _may_have_layers(value: object) -> bool:
+    """Whether an attribute may contain layers: a layer or part of a model, or a callable object of another package."""
+    module = type(value).__module__
+    if module.startswith("candle_vllm.core."):
+        return module.startswith(("candle_vllm.core.models", "candle_vllm.core.layers"))
+    return callable(value) and not isinstance(value, type)
