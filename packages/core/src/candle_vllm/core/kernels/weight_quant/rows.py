@@ -92,16 +92,17 @@ def quantise_rows(raw: np.ndarray, stored: str, columns: int) -> np.ndarray:
         last = min(first + step, rows)
         values = read_plain(np.ascontiguousarray(raw[first:last]), stored, (last - first, columns), "F32")
         largest = np.abs(values).max(1, keepdims=True)
-        halves = (largest / np.float32(127)).astype(np.float16)
-        scales = halves.astype(np.float32)
-        codes = np.rint(np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)).clip(-127, 127)
+        with np.errstate(invalid="ignore", over="ignore"):  # it holds for one thread
+            halves = (largest / np.float32(127)).astype(np.float16)
+            scales = halves.astype(np.float32)
+            codes = np.rint(np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)).clip(-127, 127)
+            codes = codes.astype(np.int8).view(np.uint8)
         out[first:last, :, :2] = halves.view(np.uint8)[:, None]
-        out[first:last, :, 2:] = codes.astype(np.int8).view(np.uint8).reshape(last - first, blocks, 32)
+        out[first:last, :, 2:] = codes.reshape(last - first, blocks, 32)
         return bool((largest <= LARGEST).all())
 
     step = max(1, CHUNK // columns)
-    with np.errstate(invalid="ignore", over="ignore"):
-        _run(job, list(range(0, rows, step)))
+    _run(job, list(range(0, rows, step)))
     return out.reshape(rows, -1)
 
 
