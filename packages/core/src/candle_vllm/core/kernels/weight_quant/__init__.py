@@ -5,7 +5,7 @@ Contract: x float32 [N, elements per block], the N blocks of whole rows, to uint
 ggml's `ggml-common.h`. Each block depends only on its own elements and their columns' importance.
 
   - q4_0, q5_0, q8_0 derive the scale from the element that is farthest from 0, q4_1 and q5_1 the scale and minimum from
-    the smallest and largest element; then every element is rounded. The `gguf` package gives the same bytes.
+    the smallest and largest element; then every element is rounded. The `gguf` package gives the same values.
   - q2_K, q4_K, q5_K search a scale and a minimum for each group of 16 or 32 elements, q3_K and q6_K a scale for each
     group of 16: several step sizes are tried. Each gives codes, and the codes give a scale (and minimum) by weighted
     least squares; the one with the smallest error is used. An element's weight is floor * root mean square + |x| in the
