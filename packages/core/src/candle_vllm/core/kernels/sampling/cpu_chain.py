@@ -284,7 +284,7 @@ def narrow(row, vocabulary, numbers_at, work):
         bound = cpu_select.min_p_bound(numbers[Link.MIN_P.value], top, 1.0)
         if bound > cut:
             cut, last_tie = bound, cpu_select.ALL
-    if cut > cpu_select.LOWEST:
+    if cut > cpu_select.LOWEST or last_tie != cpu_select.ALL:
         top = _remove_below(row, vocabulary, work, cut, last_tie)
     if numbers[Link.XTC.value] <= 0.5:
         top = _xtc(row, vocabulary, work, top, numbers[Link.XTC.value])
