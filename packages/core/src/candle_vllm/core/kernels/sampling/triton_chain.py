@@ -296,7 +296,7 @@ def chain_kernel(
                     )
                     cut = key_of(largest)
                 else:
-                    least = _least_key(tl.maximum(bound * temperature + largest.to(tl.float64), -3.4e38))
+                    least = _least_key(tl.maximum(bound * temperature + largest.to(tl.float64), -3.4028234663852886e38))
                     if least > cut:
                         cut, tie = least, beyond
             else:
