@@ -31,7 +31,9 @@ from candle_vllm.core.engine.step.sequence import Sequence as Tokens
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.kernels.plain_linear import pack, unpack
-from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.layers.adapters import linears_in, number_places
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.cache_specs import states
 from candle_vllm.core.loading.weights import layer_at
 from candle_vllm.core.quantization.plain import read_plain
@@ -423,3 +425,20 @@ def test_preempted_sequences_go_on_with_their_adapters(folder: Path) -> None:
         together = ours.answers(asked)
         assert ours.engine.stats().preemptions > 0
         assert together == [ours.answers([one])[0] for one in asked]
+
+
+def test_layers_of_another_package_have_sites() -> None:
+    class Block:
+        def __init__(self) -> None:
+            self.up = Linear(4, 8, SHAPES)
+
+        def __call__(self, x: Any) -> Any:
+            return self.up(x)
+
+    class Model:
+        def __init__(self) -> None:
+            self.layers = [Block()]
+
+    model = Model()
+    assert list(number_places(model)) == ["layers.0.up"]
+    assert list(linears_in(model.layers)) == [model.layers[0].up]

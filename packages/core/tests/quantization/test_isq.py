@@ -225,11 +225,12 @@ def test_a_gguf_file_is_refused_with_the_alternative(tmp_path: Path) -> None:
         load(file, isq="q4_k")
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e9])
 @pytest.mark.parametrize("isq", ["q8_0", "w8a8"])
-def test_numbers_that_cannot_be_quantised_are_named(isq: str, tmp_path: Path) -> None:
+def test_numbers_that_cannot_be_quantised_are_named(isq: str, bad: float, tmp_path: Path) -> None:
     folder = write_toy_model(tmp_path)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(
         WeightsError, match=r"model\.safetensors: tensor model\.layers\.1\.mlp\.up_proj\.weight .* finite"

@@ -161,6 +161,7 @@ def rows(vocabulary: int) -> dict[str, np.ndarray]:
         "peaks": usual + 14 * (draw.random(vocabulary) < 0.02),
         "ties": np.round(usual * 2) / 2,
         "equal": np.full(vocabulary, -7.25),
+        "lowest": np.full(vocabulary, np.finfo(np.float32).min),
         "masked": np.where(some, usual, -INF),
         "an abyss": np.where(draw.random(vocabulary) < 0.5, usual, -3e38),
         "flat": usual / 300,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapter sites of a model: number its matrix products, by the paths of their weights."""
+"""Adapter sites of a model: number its `Linear` layers, by the paths of their weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def number_places(model: object, adapters: EagerAdapters | None = None) -> Mapping[str, tuple[Place, ...]]:
-    """Give every product of a model an adapter site; return sites by path. Experts have two: gate with up, and down.
+    """Give every `Linear` of a model an adapter site; return sites by path. Experts have two: gate with up, and down.
 
     "head" is included also if it shares the table of "embed"; "embed" is only the lookup.
 
     Args:
-        model: the model, whose sites are numbered only once.
+        model: the model; a site keeps its number in later calls.
         adapters: adapters of layers that run op by op; None leaves the layers' present adapters.
     """
     made: dict[str, tuple[Place, ...]] = {}
@@ -64,13 +64,21 @@ def linears_in(layers: object) -> Iterator[Linear]:
 
 
 def _layers(layer: object, path: str) -> Iterator[tuple[str, object]]:
-    """Return the layers that have matrices, by path."""
+    """Yield the path and the layer of each `Linear`, `Router`, `ExpertMLPs` and `Embedding`."""
     if isinstance(layer, (Linear, Router, ExpertMLPs, Embedding)):
         yield path, layer
     elif isinstance(layer, (list, tuple)):
         for number, each in enumerate(layer):
             yield from _layers(each, f"{path}.{number}")
-    elif type(layer).__module__.startswith(("candle_vllm.core.models", "candle_vllm.core.layers")):
+    elif not path or _may_have_layers(layer):
         for name, each in getattr(layer, "__dict__", {}).items():
             if not name.startswith("_"):
                 yield from _layers(each, f"{path}.{name}" if path else name)
+
+
+def _may_have_layers(value: object) -> bool:
+    """Whether an attribute may contain layers: a layer or part of a model, or a callable object of another package."""
+    module = type(value).__module__
+    if module.startswith("candle_vllm.core."):
+        return module.startswith(("candle_vllm.core.models", "candle_vllm.core.layers"))
+    return callable(value) and not isinstance(value, type)

@@ -22,7 +22,7 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import Parameter
 
-_FAR = 4096  # number of positions over which a bias is averaged
+_FAR = 4096  # number of positions over which a rotated key bias is averaged
 _MOST_SLOPES = 4096
 
 
@@ -32,7 +32,7 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     The heads beyond n have every other slope of 2 n heads. Source: Press et al., 2021, arXiv:2108.12409.
 
     Raises:
-        UnsupportedModelError: there are more heads than any model has.
+        UnsupportedModelError: there are more than 4,096 heads.
     """
     if heads > _MOST_SLOPES:
         raise UnsupportedModelError(f"ALiBi of {heads} heads is not implemented; at most {_MOST_SLOPES} are")
@@ -91,7 +91,7 @@ class StepInput:
             tables; on a GPU int32. In a recorded step a `RecordedTokens`: the row of the tables that each token reads.
         slots: [T] int64, the cache slot of each token's key and value; on a GPU int32, -1 for no slot.
         rows: the sequences to which the tokens belong, with their lengths and block tables.
-        caches: the cache of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
+        caches: each layer's cache, then second caches: a `PagedCache`, or a `StateCache` for each part of the state.
         cache_scales: scales of keys and values in float8 caches, for layers without their own (`kernels/kv_write`).
         attend: attention function; see `kernels/attention`.
         taps: stores hidden states before some layers; None if they are not needed.
@@ -217,10 +217,10 @@ class PagedAttention:
         return step.attend(q, *cache, rows, cache_scales=scales, **scores)
 
     def _common_key(self) -> Value | None:
-        """Return a vector [K * D] that a recorded step subtracts from all keys before the cache quantises them.
+        """Return a vector [K * D] that recorded steps subtract from all keys before the cache quantises them, or None.
 
-        This changes all scores of a query by the same number, so that softmax does not change. It is the mean over
-        positions of the rotated key bias: about 0 for dimensions that rotate fast.
+        This changes all scores of a query by the same number, so softmax without softcap or sinks does not change. It
+        is the mean over positions of the rotated key bias: about 0 for dimensions that rotate fast.
         """
         if self.key_bias is None or self.softcap is not None or self.sinks is not None:
             return None

@@ -21,7 +21,7 @@ class Embedding:
     Args:
         vocab_size, size: V and E.
         placement: device and types of the table.
-        scale: factor of the rows, not of the logits; None for 1.
+        scale: factor of the looked-up rows, not of the logits; None for 1.
         bias: whether logits have a bias.
         logit_scale: factor of the logits, the bias included.
         softcap: c of logits z, which become c tanh(z / c); None without a cap.
@@ -56,7 +56,7 @@ class Embedding:
         return self.rows(token_ids, self.scale)
 
     def rows(self, token_ids: Value, scale: float | None = None) -> Value:
-        """Look up rows [T, E] times `scale`, which replaces the table's own scale."""
+        """Look up rows [T, E] times `scale`, which replaces the table's own scale; None for 1."""
         (matrix,) = self.table.matrices
         if isinstance(token_ids, RecordedTokens):
             return token_ids.embedding(matrix, scale, self.place)
@@ -74,7 +74,7 @@ class Embedding:
         return rows if scale is None else scale_cap_(rows, scale)
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Compute logits [T, V] in fp32, into `out` if it is given.
+        """Compute logits [T, V] in fp32, into `out` if it is given; in a recorded step only of `Recorded.wanted` rows.
 
         With a divided table and without `out`, the next call may overwrite the result.
         """

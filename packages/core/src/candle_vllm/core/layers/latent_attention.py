@@ -21,7 +21,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 class HeadMatrices:
     """A plain (not quantised) matrix [O, I] for every head; its parameter is `weight` [H, O, I].
 
-    Quantised matrices are decoded (on the CPU to bfloat16), because a layer's other matrices are much larger.
+    Quantised matrices are decoded (recorded: to `plain_kind` or bfloat16), because a layer's other matrices are larger.
     LoRA is not applied to them, because the projection of latent rows is absorbed into queries and outputs.
     """
 
@@ -54,7 +54,7 @@ class LatentAttention:
 
     Args:
         layer: index of the layer's cache.
-        sizes: shapes of latent attention.
+        sizes: shapes of latent attention; L, R and V are its `latent`, `rope` and `value`.
         rotary: rotary embedding.
         norm_eps: epsilon of the latent row's norm.
         placement: device and types of the weights.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Linear layers: all matrix products of a model's layers, on every backend, recorded or op by op.
+"""Linear layers: a model's products with weight matrices, on every backend, recorded or op by op.
 
 Several stored matrices with the same input are one product (q, k, v; gate, up). A layer's experts have one `Linear` for
-each kind of matrix, and the output layer is a `Linear` too.
+gate and up and one for down; the output layer is a `Linear` too, but `HeadMatrices` are not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Linear:
         out_features: O, or the sizes of the named matrices that are stacked into O, in order.
         bias: whether there is a bias; experts' biases are fp32.
         placement: device and types of the weights.
-        kept: whether small floats, and integer codes with reordered columns, may stay in their stored format.
+        kept: whether small floats, and integer codes in groups except those of experts, may stay in their format.
         experts: X, whose parameters are "{name}.{e}.weight"; 0 for a layer without experts.
         first: index of this rank's first expert.
         sections: see `Parameter.sections`.
@@ -89,7 +89,7 @@ class Linear:
 
         Op by op, x is converted to the type of the matrices first, and y has this type.
 
-        The order of operations is always:
+        The order of operations is:
 
         1. y = x W^T. Kernels may quantise x internally.
         2. An adapter adds its product s (x A^T) B^T to y, with the unquantised x.
@@ -153,7 +153,7 @@ class Linear:
         return pieces[0].joined(pieces)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Return all parameters; a shard's parameters have fewer rows or columns, and cut the stored tensor."""
+        """Return all parameters; those of a shard have fewer rows or columns, and get a part of the stored tensor."""
         backend = partial(self._placement.backend, groups=self._kept and not self._experts, floats=self._kept)
         found: dict[str, Parameter] = {}
         for prefix, (expert, rows) in self._places.items():

@@ -34,8 +34,8 @@ class Mixture:
         correction: a bias of each expert, used only to choose experts (DeepSeek-V3's e_score_correction_bias).
         expert_scale: the routing weights of each expert are multiplied by its own factor.
         scales_input: the weight of a token's only expert multiplies the expert's input, not its result (Llama 4).
-        activation: activation of the experts; without a gate, the shared expert has squared ReLU.
-        shared_activation: activation of the shared expert's gate.
+        activation: activation of the experts; if it has no gate, the shared expert is an `MLP` with squared ReLU.
+        shared_activation: activation of the shared expert's gate, if `activation` has a gate.
         router_bias, expert_bias: whether router and experts have biases.
         shared_size: F of the shared expert, which every token uses; 0 without a shared expert.
         shared_gate: the shared expert's result is multiplied by a sigmoid gate of the token (Qwen2-MoE).
@@ -86,7 +86,7 @@ class Mixture:
 
 
 HostLayer: TypeAlias = Callable[[Value, Value, Callable[[], Value] | None], tuple[Value, Value]]
-"""Function of x, logits and another function to run meanwhile; returns the experts' sums and that function's result."""
+"""Function of x, logits and another one to run meanwhile, or None; returns the experts' sums, the other's result."""
 
 
 _SAME = ("top_k", "scoring", "renormalise", "groups", "top_groups", "scale", "jitter")  # fields of a `Routing`
@@ -178,7 +178,7 @@ class SparseMLP:
 
     def record_experts(self, x: Recorded, logits: Recorded) -> Recorded:
         """Record the experts' results for x [T, E] with the router's logits."""
-        x, pairs = SparseMLP._routed(self, x, logits)  # on the GPU a subclass has projected x already
+        x, pairs = SparseMLP._routed(self, x, logits)  # not `self._routed`: `LatentExperts` has projected x on the GPU
         return moe.combine(self.experts(x, pairs), pairs, None)
 
     def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
@@ -221,6 +221,6 @@ class SparseMLP:
 
 
 def mixtures_of(layers: Sequence[Any]) -> dict[int, SparseMLP]:
-    """Return the layers of a decoder that have experts, by their indices."""
+    """Return the `mlp` of each of a decoder's layers that is a mixture of experts, by the layers' indices."""
     found = {number: getattr(layer, "mlp", None) for number, layer in enumerate(layers)}
     return {number: mlp for number, mlp in found.items() if isinstance(mlp, SparseMLP)}

@@ -180,7 +180,7 @@ class MatrixParameter:
 
 @contextmanager
 def naming_tensor(stored: StoredTensor) -> Iterator[None]:
-    """Prefix the error of an unsupported matrix with the tensor's name, unless the message contains it."""
+    """Prefix the error of an unsupported matrix with the file and the tensor, unless the message begins with them."""
     try:
         yield
     except UnsupportedModelError as error:

@@ -20,12 +20,12 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class Rotary:
-    """Rotary embedding of queries and keys; one per model, shared by its layers.
+    """Rotary embedding of queries and keys, shared by a model's layers; those with a window may share another one.
 
     With a `query_scale` s in `rope`, queries are also multiplied by 1 + s ln(1 + floor(position / original)), where
     original is the context before its extension: by 1 at positions below original.
 
-    GGUF files of Llama 3 store its scaling as divisors of the frequencies: the optional parameter "factors".
+    GGUF files may store a scaling, such as Llama 3's, as divisors of the frequencies: the parameter "factors".
 
     If `rope` has axes (M-RoPE), tokens of images are rotated by three positions. Their cosines and sines are in rows
     of the tables after the rows of all positions, and are written there for each step (`turn`). For any other token the
@@ -38,7 +38,7 @@ class Rotary:
         factors: whether the checkpoint has divisors of the frequencies.
 
     Raises:
-        InvalidFileError: the frequencies are not finite, so that no request could be served.
+        InvalidFileError: frequencies are negative, or angles not finite, so that no request could be served.
     """
 
     def __init__(self, rope: RopeConfig, max_position: int, placement: Placement, *, factors: bool = False) -> None:
@@ -72,7 +72,7 @@ class Rotary:
 
     @property
     def tables(self) -> tuple[Value, Value]:
-        """cos and sin [P, R/2] in fp32; for the whole context if `prepare` was not called."""
+        """cos and sin [P, R/2] in fp32: rows for positions (all if `prepare` was not called), then for image tokens."""
         if self._tables is None:
             self.prepare(self.max_position)
             assert self._tables is not None
@@ -159,7 +159,7 @@ class _Factors(TensorParameter):
         self._max_position = max_position
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Copy the tensor."""
+        """Copy the tensor; raise `InvalidFileError` as `Rotary` does."""
         why = super().fill(stored)
         with np.errstate(all="ignore"):
             frequencies = self._frequencies / self._factors

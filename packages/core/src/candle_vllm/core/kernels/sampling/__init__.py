@@ -15,12 +15,12 @@ numbers, in the order of `Control`. Rules of `draw`, the sampling function:
     token of weight 0 is never sampled;
   - a row's result does not depend on the other rows, bit for bit.
 
-`reference.py` implements the rules in torch for any device. `cpu.py` is compiled; it is used on the CPU if it is
-precompiled or Numba is installed. On GPUs, `triton_draw.py` samples tokens, `triton_stand.py` finds ranks,
+`reference.py` implements the rules in torch; its `draw` runs on any device. `cpu.py` is compiled; it is used on the CPU
+if it is precompiled or Numba is installed. On GPUs, `triton_draw.py` samples tokens, `triton_stand.py` finds ranks,
 `triton_edit.py` edits logits, and `triton_chain.py` is llama.cpp's chain.
 
-The functions `*_tensors` and `note_tokens` have all arguments and results on the logits' device and never wait for it,
-so that a step that calls them can be captured. On the CPU the reference implements them.
+The functions `*_tensors` and `note_tokens` take and return tensors on the logits' device. They never wait for a GPU, so
+that a step that calls them can be captured.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def compiled() -> bool:
 
 
 def prepare() -> None:
-    """Compile or load the CPU's sampling functions, so that the first request does not wait for them."""
+    """Compile or load `draw`, `stand` and `adjust` for the CPU, unless a second process still compiles them."""
     if compiled():
         for function in _FUNCTIONS:
             if not is_coming(function[0]):
@@ -97,7 +97,7 @@ def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64
     """Sample one token per row.
 
     Args:
-        logits: [R, V] float32, an array or a tensor on any device, each row contiguous; not changed.
+        logits: [R, V] float32, each row contiguous; a tensor on any device, or an array if `compiled()`; not changed.
         controls: [R, 5] float64, contiguous, see `Control`.
 
     Returns:
@@ -124,15 +124,15 @@ class RowDraw:
 
     Attributes:
         plan: the plan row of this operation; a recorded plan may contain it, to sample from the plan's logits.
-        controls: [N, 5] parameters that the operation reads; N is the maximum number of rows.
-        ids, largest: [N] results; the id of a row whose largest logit is not finite is -1.
+        controls: [N, 5] parameters that the operation reads; N is the maximum number of sampled rows.
+        ids, largest: results of N rows, `ids` in the arrays of `step`; -1 if the row's largest logit is not finite.
 
     Args:
-        logits: [N, V], each row contiguous.
+        logits: [rows, V], each row contiguous; N is the number of rows, at most the sequences of `step`.
         numbers: the step's numbers, by `StepNumber`.
         team: the threads; None to use only the caller's thread.
-        step: arrays of the step that computed the logits, or None. Each call prepares them for the next step, whose
-            input is the sampled tokens: it writes the ids, and increments positions, slots and context lengths.
+        step: arrays of the step that computed the logits, or None. Each run of the operation prepares them for the next
+            step, whose input is the sampled tokens: it writes ids, and increments positions, slots and context lengths.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) 
     """Compute ranks and log-probability offsets of tokens, and the ids of each row's largest logits.
 
     Args:
-        logits: [R, V] float32, an array or a tensor on the CPU, with contiguous rows and finite maxima; not changed.
+        logits: [R, V] float32, rows contiguous with finite maxima; a CPU tensor, or an array if `compiled()`.
         token_ids: [R] below V.
         tops: [R] numbers of largest logits whose ids are returned.
     """
@@ -236,7 +236,7 @@ def draw_tensors(
         logits: [R, V] float32, each row contiguous, V up to 524,288; not changed.
         controls: [R, 5] float64, contiguous.
         random: may be False, which saves kernel launches, if every temperature is 0.
-        search: may be False, which saves a few kernel launches, if no row has top_k or top_p.
+        search: may be False, which saves a kernel launch and memory, if no row has top_k or top_p.
 
     Returns:
         [R] int64 ids and [R] float32 largest logits, NaN for a row with a NaN. The id of a row whose largest logit is
@@ -344,7 +344,7 @@ def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch
 
     Args:
         counts: [S, V] int32, see `DeviceEdits`.
-        count_rows: [R] int32, different for each row; -1 for a row that is not counted.
+        count_rows: [R] int32, different for each counted row; -1 for a row that is not counted.
         token_ids: [R] int64; ids below 0, and from V on, are not counted.
     """
     if on_gpu(counts):

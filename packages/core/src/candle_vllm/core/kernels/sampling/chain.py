@@ -20,8 +20,8 @@ order of id:
     mu (Basu et al., "Mirostat", 2021) and keeps x of at least the k-th largest. Mirostat 2 keeps tokens whose surprise
     is at most mu bits, and always the first token.
 
-The names, definitions and order are those of llama.cpp's default chain. A row whose largest logit is not finite is not
-changed. A row's result does not depend on the other rows, bit for bit.
+The names, definitions and order are those of llama.cpp's default chain, which mirostat replaces there. A row whose
+largest logit is not finite is not changed. A row's result does not depend on the other rows, bit for bit.
 
 `narrow_in_numpy` is the reference, `cpu_chain.py` is compiled, and `triton_chain.py` is for GPUs.
 """
@@ -98,7 +98,7 @@ def z_lengths(text: list[int]) -> list[int]:
 
 
 def narrow_in_numpy(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
-    """Do what `narrow` does: the reference, and the function of a CPU without compiled functions."""
+    """Do what `narrow` does: the reference, used without compiled functions, and by `narrow_tensors`."""
     given = numbers.tolist()
     if not np.isfinite(row.max()):
         return

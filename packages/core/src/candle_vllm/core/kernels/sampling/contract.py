@@ -98,7 +98,7 @@ class DeviceEdits:
     """The `Adjustment` of all rows, in contiguous tensors on the logits' device; None for an edit that no row needs.
 
     Attributes:
-        bias_ids: [R, N] int32 ids, all different within a row; -1 where unused.
+        bias_ids: [R, N] int32, distinct ids in each row; -1 where unused.
         bias: [R, N] float32, added to the logits; -inf forbids a token.
         mask_rows: [R] int32, index of the row's mask, or -1 without one.
         masks: [M, ceil(V / 32)] int32; bit i % 32 of word i // 32 is 1 if token i is allowed.
@@ -123,7 +123,7 @@ class Adjustment:
     Attributes:
         masked: whether `allowed` and `forbidden` apply. If they mask a NaN or +inf, the row gets a NaN.
         allowed: ascending ids; the logits of all other tokens become -inf. None if all tokens are allowed.
-        forbidden: ids whose logits become -inf.
+        forbidden: ids, allowed or not, whose logits become -inf.
         bias_ids, bias: ids, and float32 numbers that are added to their logits.
         seen_ids, counts: ids in the prompt or the output, and their numbers of occurrences in the output, float32.
         penalties: repetition (divides positive logits, multiplies the others), frequency (subtracted per occurrence),
@@ -173,7 +173,7 @@ CHUNK_BYTES = 4 * CHUNK
 MAXIMA_BYTES = 4 * LANES  # bytes of the maxima of one chunk
 EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
 MAXIMA_AT = WEIGHTS_AT + CHUNK_BYTES
-SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # add the size of the maxima
+SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # offset of the chunks' sums, without the size of all maxima
 
 
 def workspace_bytes(vocabulary: int) -> int:

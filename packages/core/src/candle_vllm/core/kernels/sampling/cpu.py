@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Sampling as compiled functions (step 7 of a request's life): two or three passes over a row, without sorting.
+"""Sampling as compiled functions (step 7 of a request's life): one or two passes over a row, without sorting it.
 
-Rows are processed separately. The functions do not hold the GIL. `draw_rows` is an operation that divides the rows
-among a team's threads; the other functions use the caller's thread. A chunk is 512 logits (`cpu_chunks.py`).
+Further passes read only chunks (`cpu_chunks.py`) that reach a bound. Rows are processed separately, without the GIL.
+`draw_rows` is an operation that divides the rows among a team's threads; other functions use the caller's thread.
 
 Weights are float32; sums are float32 within a chunk and float64 over chunks. So the sampled token differs from the
-reference's only if the random number is extremely close to the boundary between two tokens.
+reference's only if a random number, a mass (top_p) or a weight (min_p) is extremely close to a boundary.
 """
 
 from __future__ import annotations

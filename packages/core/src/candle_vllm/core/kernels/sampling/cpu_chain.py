@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""llama.cpp's sampler chain as a compiled function: each sampler sets removed tokens to -inf, without sorting.
+"""llama.cpp's sampler chain as a compiled function: each sampler sets removed tokens to -inf; no row is sorted.
 
 `chain.py` defines the samplers; chunk and key: see `cpu_chunks.py`. After a sampler has removed tokens, the chunks'
 maxima are computed again, so that later samplers skip chunks without tokens. (In Numba `float` of a float32 is a
@@ -191,7 +191,7 @@ def _keep_first(row, vocabulary, work, top):
 
 @inner
 def _estimated_k(row, vocabulary, work, values, mu, rate):
-    """Return Mirostat's k, see `chain._estimated_k`; `values` is memory for the likeliest tokens' sorted logits."""
+    """Return mirostat 1's k, see `chain._estimated_k`; `values` is memory for the likeliest tokens' sorted logits."""
     logits, count = float32_at(row), 0
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         at = work + MAXIMA_AT + number * MAXIMA_BYTES
@@ -284,7 +284,7 @@ def narrow(row, vocabulary, numbers_at, work):
         bound = cpu_select.min_p_bound(numbers[Link.MIN_P.value], top, 1.0)
         if bound > cut:
             cut, last_tie = bound, cpu_select.ALL
-    if cut > cpu_select.LOWEST:
+    if cut > cpu_select.LOWEST or last_tie != cpu_select.ALL:
         top = _remove_below(row, vocabulary, work, cut, last_tie)
     if numbers[Link.XTC.value] <= 0.5:
         top = _xtc(row, vocabulary, work, top, numbers[Link.XTC.value])

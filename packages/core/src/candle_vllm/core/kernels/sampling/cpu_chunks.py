@@ -120,7 +120,7 @@ def least_of(_: Any, at: Any, count: Any) -> Any:
 
 @intrinsic
 def reaches(_: Any, at: Any, bound: Any) -> Any:
-    """Return whether one of 16 elements is at least `bound`."""
+    """Return whether one of the 16 float32 at an address is at least `bound`."""
     signature = types.boolean(types.int64, types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -289,7 +289,7 @@ def above(_: Any, value: Any) -> Any:
 
 @intrinsic
 def chunk_at(_: Any, row: Any, last: Any, chunks: Any, number: Any) -> Any:
-    """Return the address of a chunk of a row."""
+    """Return the address of a chunk of a row; `last` is the address of the last chunk's copy."""
     signature = types.int64(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

@@ -95,7 +95,7 @@ def _copy_out(row, last, chunks, maxima, low, high, to) -> tuple[Any, Any, Any]:
 
 @cpu_chunks.inner
 def _between(work, limit, mass) -> tuple[Any, Any, Any]:
-    """Return the two edges between which the cut is, and the mass above them; `mass` is added to all masses."""
+    """Return the range [low, high) of the cut, and the mass from high up; `mass` is that of larger logits, unsummed."""
     edges, masses = float32_at(work + EDGES_AT), float64_at(work + MASSES_AT)
     low = cpu_chunks.EDGES - 1
     while low > 0 and mass + masses[low] < limit:
@@ -167,7 +167,7 @@ def _cut_of_few(values, count, mass, limit, largest, rate) -> tuple[Any, Any]:
 
 @cpu_chunks.inner
 def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
-    """Return the k-th largest logit (the least, if fewer are finite), and how many equal logits are in the top k."""
+    """Return the k-th largest logit (the least if fewer are finite) and how many equal ones the top k has, or `ALL`."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
     # The k-th largest of the chunks' maxima is a lower bound of the k-th largest logit.
     parts = (chunks * LANES + CHUNK - 1) // CHUNK
@@ -182,7 +182,7 @@ def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
 
 @cpu_chunks.inner
 def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
-    """Return the least logit at or above `bound` that top_p keeps, and how many logits equal to it are kept."""
+    """Return the least logit at or above `bound` that top_p keeps, and how many equal ones it keeps, or `ALL`."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
     # All tokens with less weight than (1 - top_p) / V together have a mass below 1 - top_p: the cut is above them.
     light = (math.log2(chunks * CHUNK / (1.0 - top_p)) + 1.0) / (rate * LOG2_E)
@@ -200,7 +200,7 @@ def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
 
 @cpu_chunks.inner
 def min_p_bound(min_p, largest, temperature):
-    """Return the least logit whose weight is at least `min_p`, by bisection over all floats."""
+    """Return the smallest float32 that as a logit has a weight of at least `min_p`, by bisection over all floats."""
     low, high = cpu_chunks.key_of(LOWEST), cpu_chunks.key_of(largest)  # low: weight maybe too small; high: large enough
     while low < high:
         middle = (low + high) // 2

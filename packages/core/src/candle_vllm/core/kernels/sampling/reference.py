@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Sampling in plain torch: the reference, and the sampler of a CPU without compiled functions.
 
-All computation is in float64 on the whole vocabulary, so that it can be checked by eye. Only copying the result to the
-host waits for the device.
+Weights, masses and penalties are float64, over the whole vocabulary, so that they can be checked by eye. `draw` runs on
+any device.
 
 Shapes: R rows, V vocabulary.
 """

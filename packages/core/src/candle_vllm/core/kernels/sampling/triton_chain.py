@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""llama.cpp's chain on a GPU (step 7 of a request's life): one launch, a program for each row, without sorting.
+"""llama.cpp's chain on a GPU (step 7 of a request's life): one launch, a program for each row with a chain.
 
 Seven values (floor, shift, far, cut, tie, roof, stays) describe which tokens are left, and the row is written once, at
 the end. A token with logit x, and the key of x (`triton_rows.py`), is left if:
 
-    key >= floor                            of top_n_sigma and top_k
+    key >= floor                            of top_n_sigma, top_k and mirostat 1
     |shift - x| as a key <= far             of typical_p
-    key > cut, or key = cut and id <= tie   of top_p, min_p and mirostat
+    key > cut, or key = cut and id <= tie   of top_p, min_p, mirostat 2 and a dynamic temperature below 1e-5
     key < roof, or id = stays               of XTC
 
 Masses are integers, as in `triton_rows.py`; other sums (entropies, a standard deviation) are float64, in the order of
@@ -296,7 +296,7 @@ def chain_kernel(
                     )
                     cut = key_of(largest)
                 else:
-                    least = _least_key(tl.maximum(bound * temperature + largest.to(tl.float64), -3.4e38))
+                    least = _least_key(tl.maximum(bound * temperature + largest.to(tl.float64), -3.4028234663852886e38))
                     if least > cut:
                         cut, tie = least, beyond
             else:

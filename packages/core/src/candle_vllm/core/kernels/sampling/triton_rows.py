@@ -3,7 +3,7 @@
 
 A row is always divided into the same **chunks** of CHUNK logits, and a chunk into GROUPS **groups**. Weights are
 integers in units of 2^-43; a **mass** is a sum of weights. Sums of integers have the same bits in any order, so a row's
-result cannot depend on other rows, nor on the order of programs. 2^19 weights of at most 1 fit in 62 bits.
+result cannot depend on other rows, nor on the order of programs. The mass of 2^19 weights is at most 2^62.
 
 A logit's **key** is an int32 in the same order; -0 and 0 have one key. A logit **reaches** keys up to its own.
 """
@@ -105,7 +105,7 @@ def survey_kernel(
     V,
     C,
 ):
-    """Find the largest logits of chunks and groups. A row's k-th largest logit is at least the k-th largest maximum."""
+    """Find the largest logits of chunks and groups. A row's k-th largest logit is at least the k-th largest group's."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group = tl.arange(0, GROUPS)
     at = chunk * CHUNK + tl.arange(0, CHUNK // GROUPS)[:, None] * GROUPS + group[None, :]

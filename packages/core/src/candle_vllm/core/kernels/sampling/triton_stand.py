@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ranks of tokens, and the top logits of rows, on a GPU (step 7 of a request's life): five launches, no sort.
+"""Ranks of tokens, and the top logits of rows, on a GPU (step 7 of a request's life): up to five launches, no sort.
 
     survey   finds the largest logits of chunks and of groups (`triton_rows.py`)
     edge     finds the row's largest logit, and an edge: a lower bound of the requested largest logits

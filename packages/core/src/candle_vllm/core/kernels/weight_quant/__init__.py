@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Quantise weights: rows of floats to blocks of twelve GGUF types.
 
-Contract: x float32 [R, C], C a multiple of the type's block, to uint8 [R, C / block * bytes per block], in the layout
-of ggml's `ggml-common.h`. Each block depends on its own elements alone.
+Contract: x float32 [N, elements per block], the N blocks of whole rows, to uint8 [N, bytes per block], in the layout of
+ggml's `ggml-common.h`. Each block depends only on its own elements and their columns' importance.
 
   - q4_0, q5_0, q8_0 derive the scale from the element that is farthest from 0, q4_1 and q5_1 the scale and minimum from
-    the smallest and largest element; then every element is rounded. The `gguf` package gives the same bytes.
+    the smallest and largest element; then every element is rounded. The `gguf` package gives the same values.
   - q2_K, q4_K, q5_K search a scale and a minimum for each group of 16 or 32 elements, q3_K and q6_K a scale for each
-    group of 16: several step sizes are tried. Each gives codes, and the codes give a scale by weighted least squares;
-    the scale with the smallest error is used. An element's weight is floor * root mean square + |x| in the first three
-    types, floor * mean square + x^2 in the others, with the mean of the group (`floor`: see `searches.py`). Then a
-    block's scales are stored as small integers, and every element is rounded by the stored scale.
+    group of 16: several step sizes are tried. Each gives codes, and the codes give a scale (and minimum) by weighted
+    least squares; the one with the smallest error is used. An element's weight is floor * root mean square + |x| in the
+    first three types, floor * mean square + x^2 in the others, with the mean of the group (`floor`: see `searches.py`).
+    Then a block's scales are stored as small integers, and every element is rounded by the stored scale.
   - iq4_nl, iq4_xs search a scale for each group of 32, and every element becomes the nearest value of a table of 16.
     Scales are tried that bring the element farthest from 0 near either end of the table. The weight is mean square +
     x^2.

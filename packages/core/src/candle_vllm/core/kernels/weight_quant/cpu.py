@@ -419,8 +419,8 @@ def _make_in_table(search: searches.TableSearch, BYTES: int) -> Callable[..., An
 def make_quantise(KIND: int) -> Callable[..., None]:
     """Return the function of a type, which quantises `count` blocks from address x to `out`.
 
-    Other arguments of the function: address of an int64, which becomes 1 if all elements can be quantised; address of
-    the columns' importance, or 0; and the number of blocks in a row.
+    Other arguments of the function: address of an int64, which becomes 1 if all elements can be quantised, else 0; the
+    address of the columns' importance, or 0; and the number of blocks in a row.
     """
     kind = GGMLQuantizationType(KIND)
     blocks = inner(_function(kind.name, kind.block[1]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Searches of `kernels/weight_quant` in numpy, with the same results as the compiled functions, bit for bit.
+"""`kernels/weight_quant` in numpy: its searches have the same results as the compiled functions, bit for bit.
 
-Shapes: x float32 [G, n], a group in each row; all sums go from a group's first element to its last, in float32.
+Searches get x float32 [G, n], a group in each row; all sums go from a group's first element to its last, in float32.
 """
 
 from __future__ import annotations

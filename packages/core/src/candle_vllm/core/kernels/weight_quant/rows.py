@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Quantise rows of floats to ggml's blocks at load, in chunks and on several threads.
+"""Quantise rows of floats to ggml's blocks, at load and for GGUF files, in chunks and on several threads.
 
 `quantization/ggml_types.py` describes the blocks; `kernels/weight_quant` has the algorithms.
 """
@@ -21,7 +21,7 @@ from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 18
-"""Weights that are quantised at a time, so that the data stays in the cache."""
+"""Weights that a thread quantises at a time (at least one row), so that the data stays in the cache."""
 
 BY_ROW = "w8a8"
 """Name in the setting `isq` of Q8_0 with one scale for each row, see `quantise_rows`."""
@@ -47,7 +47,7 @@ def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationTy
 def quantise(
     raw: np.ndarray, stored: str, columns: int, kind: GGMLQuantizationType, importance: np.ndarray | None = None
 ) -> np.ndarray:
-    """Quantise rows; uses a few MB besides the result.
+    """Quantise rows; uses a few MB for each thread besides the result.
 
     Args:
         raw: the rows' bytes, uint8 [R, bytes per row]; need not be aligned.
@@ -92,16 +92,17 @@ def quantise_rows(raw: np.ndarray, stored: str, columns: int) -> np.ndarray:
         last = min(first + step, rows)
         values = read_plain(np.ascontiguousarray(raw[first:last]), stored, (last - first, columns), "F32")
         largest = np.abs(values).max(1, keepdims=True)
-        halves = (largest / np.float32(127)).astype(np.float16)
-        scales = halves.astype(np.float32)
-        codes = np.rint(np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)).clip(-127, 127)
+        with np.errstate(invalid="ignore", over="ignore"):  # it holds for one thread
+            halves = (largest / np.float32(127)).astype(np.float16)
+            scales = halves.astype(np.float32)
+            codes = np.rint(np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)).clip(-127, 127)
+            codes = codes.astype(np.int8).view(np.uint8)
         out[first:last, :, :2] = halves.view(np.uint8)[:, None]
-        out[first:last, :, 2:] = codes.astype(np.int8).view(np.uint8).reshape(last - first, blocks, 32)
+        out[first:last, :, 2:] = codes.reshape(last - first, blocks, 32)
         return bool((largest <= LARGEST).all())
 
     step = max(1, CHUNK // columns)
-    with np.errstate(invalid="ignore", over="ignore"):
-        _run(job, list(range(0, rows, step)))
+    _run(job, list(range(0, rows, step)))
     return out.reshape(rows, -1)
 
 

@@ -19,7 +19,7 @@ LARGEST = 65504.0
 NOTHING = 3.0e38
 """Initial value of a minimum, a maximum or an error."""
 
-OFFSET_STEP = 0.1
+OFFSET_STEP = 0.1  # difference between the step numbers of two tries, see `OffsetSearch`
 
 SCALE_STEP, SCALE_STEPS = 0.1, 9
 """For types without a minimum: distance in codes between the tried scales, and their number to each side."""
@@ -34,7 +34,7 @@ TABLE_MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(IQ4_V
 """Middles between adjacent values of the table: from a middle on, the higher value is the nearest."""
 
 TABLE_FLOOR = 1.0
-"""Minimum weight of an element in searches with a table, in mean squares of the group."""
+"""Minimum weight of an element in searches with a table, in mean squares of the group; see `OffsetSearch.floor`."""
 
 LEAST_SPREAD = 4e-6
 """Minimum variance of codes relative to their mean square: nearly equal codes determine no scale and minimum."""
@@ -50,7 +50,7 @@ class OffsetSearch:
         stored: the largest integer that encodes a scale or a minimum.
         first: the first try divides a group's span into `most` + `first` steps.
         tries: number of tries, which differ by 0.1 steps.
-        floor: minimum weight of an element, in root mean squares of the group.
+        floor: minimum weight of an element without an importance matrix, in root mean squares of the group.
     """
 
     group: int
@@ -68,7 +68,7 @@ class ScaleSearch:
     Attributes:
         half: codes are -half to half - 1.
         stored: integers from -stored to stored - 1 encode a scale.
-        floor: minimum weight of an element, in mean squares of the group.
+        floor: minimum weight of an element without an importance matrix, in mean squares of the group.
     """
 
     half: int
