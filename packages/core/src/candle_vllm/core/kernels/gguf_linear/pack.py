@@ -7,6 +7,7 @@ Some rows at a time are copied to the device and arranged there in torch; types 
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 import numpy as np
 import torch
@@ -58,12 +59,7 @@ def pack(
     if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
         return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, device)
     if kind.type is not ggml_type:
-        cost = (8.5 * size) / (8 * width)
-        logger.info(
-            "%s has no kernel: its matrices are converted to 8 bits, which takes %.1f times the memory",
-            ggml_type.name,
-            cost,
-        )
+        _log_rounding(ggml_type)
     planes = PLANES[kind]
     found = planes.empty(rows, columns, device)
     source = raw.reshape(rows, columns // size, width)
@@ -79,6 +75,14 @@ def pack(
             parts = take_apart(_on_device(part, device), CONTENTS[kind.type], torch)
         _store(parts, planes, found, slice(first, first + step))
     return GgufMatrix(rows, columns, kind, **found)  # pyrefly: ignore[bad-argument-type]  # the names are its own
+
+
+@cache
+def _log_rounding(ggml_type: GGMLQuantizationType) -> None:
+    """Log once for each type that its matrices are rounded to 8 bits."""
+    text = "%s has no kernel: its matrices are converted to 8 bits, which takes %.1f times the memory"
+    size, width = ggml_type.block
+    logger.info(text, ggml_type.name, 8.5 * size / (8 * width))
 
 
 def _of_grid(part: np.ndarray, layout: GridLayout, device: torch.device) -> BlockParts[torch.Tensor]:
