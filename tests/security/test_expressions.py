@@ -63,6 +63,7 @@ _HEADER = rf"(?:\s*(?:{_RECIPIENT.pattern}|{re.escape('<|constrain|>')}\s*\w*))*
 MADE: dict[str, tuple[str, list[str | re.Pattern[Any]]]] = {
     "core.assembly.adapters._Fit._module": ("fullmatch", []),  # of families, see `of_tables`
     "core.loading.weights._matches": ("fullmatch", []),
+    "core.sampling.gbnf._first": ("fullmatch", ["[^a-z]"]),  # a class, for single characters
     "core.sampling.lark.Literals.__init__": ("search", [f"({_EITHER})"]),
     "core.testing.byte_tokenizer.ByteTokenizer.__init__": ("search", [f"({_EITHER})"]),
     "core.text.detokenizer._State.__init__": ("search", [r"[<\[]"]),
