@@ -45,7 +45,7 @@ _NO_EFFECT = (
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "qalora_group_size", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "runtime_config",
 )  # fmt: skip
-"""Keys that only training uses; the tensors' names show which modules were trained."""
+"""Keys that do not change what is computed; the tensors' names show which modules were trained."""
 _SHOWN = 10
 _MOST_INVOKING = 256
 
@@ -88,7 +88,7 @@ class ReadConfig:
 
     Attributes:
         config: configuration for reading the tensors.
-        effect: the keys with an effect, and their values; files with equal `effect` are equivalent.
+        effect: JSON of the `_HONOURED` keys except the base's name; files with equal `effect` are equivalent.
         alora, base, notes: as in `StoredAdapter`.
     """
 
@@ -134,7 +134,7 @@ class _Keys(Fields):
         return self.get(key, bool, False)
 
     def pattern(self, key: str, most: int | None) -> Callable[[str], float | None]:
-        """Return a lookup in a section of patterns and numbers; with `most`, numbers are integers from 1 to `most`."""
+        """Return `first_match` of a section of patterns; with `most`, its numbers are integers from 1 to `most`."""
         section = self.section(key)
         for name in section.values:
             section.count(name, most=most) if most is not None else section.get(name, float)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Find a model's files: resolve a path, a folder or a Hugging Face id to weights, configuration and tokenizer files.
 
-Loading a model begins here. A path never reaches the network; only weights, JSON, templates and tokenizer files are
-downloaded, never code or pickles.
+Loading a model begins here. An existing path is never looked up on the hub; only weights, JSON, templates and tokenizer
+files are downloaded, never code or pickles.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
         folder: folder of the files.
         weights: the weight files; all parts or shards, in order. Empty for a dummy.
         format: format of the weights.
-        config: `config.json` if it exists; always for safetensors and dummies.
-        generation_config: `generation_config.json` if it exists.
-        tokenizer_folder: the folder, if it holds a tokenizer; None if the GGUF file must contain it.
+        config, generation_config: `config.json` and `generation_config.json` of the folder, if they exist; None for a
+            GGUF file that was named by its path. `config` exists for safetensors and dummies.
+        tokenizer_folder: the folder, if it holds a tokenizer; None for a GGUF file that was named by its path.
     """
 
     name: str
@@ -217,7 +217,7 @@ def _has_gguf(path: Path) -> bool:
 
 
 def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders: bool = False) -> ModelFiles:
-    """Find the files in a folder; `subfolders` also searches subfolders for GGUF files, as in a repository."""
+    """Find the files in a folder; with `subfolders`, search these too, and choose `USUAL` among several models."""
     deep = subfolders or weight_file is not None
     files = (path for path in folder.glob("**/*" if deep else "*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in files)
@@ -258,6 +258,7 @@ def choose_weights(
 
     Args:
         names: paths inside the folder, with forward slashes.
+        weight_file: as for `resolve`, whose errors are raised.
         where: the folder or repository, for messages.
         folder: folder of the files; None if only their names are known.
         usual: choose the model of type `USUAL` among several.
@@ -298,10 +299,10 @@ def choose_weights(
 
 
 def gguf_models(names: Iterable[str], folder: Path | None = None) -> dict[str, tuple[str, ...]]:
-    """Map the first part of every GGUF model to all its parts.
+    """Map the first part of every GGUF model to all its parts; draft models are left out if there are others.
 
     With `folder`, vision projectors, importance matrices and adapters are left out by their metadata; without it (a
-    repository's listing), projectors and importance matrices by their names. Draft models are left out by their names.
+    repository's listing), projectors and importance matrices by their names.
     """
     models: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -455,7 +456,7 @@ def _listing(model: str, revision: str | None, token: str | None) -> list[str] |
 
 
 def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
-    """Return the files to download, as patterns: weights, configuration and tokenizer."""
+    """Return patterns that match the files to download: the weights, and those of `_companions`."""
     top = [name for name in names if "/" not in name]
     if gguf_parts:
         weights = list(gguf_parts)

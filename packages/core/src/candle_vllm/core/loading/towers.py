@@ -162,7 +162,7 @@ _PARTS = (
     "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
-"""Parts that are not loaded: audio towers, and of PaddleOCR-VL what no image passes through."""
+"""Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""
 _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 
 
@@ -174,8 +174,8 @@ def text_fields(
     Args:
         architecture: the architecture in `config`.
         config, path: contents and path of config.json.
-        tensors: names of the text model's tensors, as in the checkpoint that `split_towers` returns: they show whether
-            it has an output layer, which configs leave out or state wrongly. None if the names are not known.
+        tensors: names of the text model's tensors, as in the checkpoint that `split_towers` returns. Without
+            `tie_word_embeddings` they show whether embeddings are tied. None if the names are not known.
 
     Raises:
         InvalidFileError, UnsupportedModelError: text_config is missing, or describes an unsupported model.
@@ -213,7 +213,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     Vision names lose the prefix "model.". A checkpoint that is not multimodal is returned unchanged, with None.
 
     Raises:
-        InvalidFileError: two tensors would get the same name.
+        InvalidFileError: two tensors of the text model would get the same name.
     """
     names = config.get("architectures")
     if not isinstance(names, list) or not any(isinstance(name, str) and name in TOWERS for name in names):
