@@ -22,6 +22,7 @@ from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.kernels.lora import FittedAdapter
 from candle_vllm.core.loading import adapters
+from candle_vllm.core.loading.adapter_config import parse_config
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, read_adapter
 from candle_vllm.core.loading.name_patterns import NamePattern, first_match
 from packages.core.tests.toy_adapter import ATTENTION, linear_shapes, write_adapter
@@ -155,6 +156,12 @@ def test_what_cannot_be_honoured_is_refused_by_key_and_value(
     with pytest.raises(AdapterError, match=message) as raised:
         fitted(write_adapter(tmp_path / "a", SMALL, **config), base)
     assert str(tmp_path) in str(raised.value)
+
+
+def test_the_default_rank_is_refused_like_a_given_one(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    with pytest.raises(AdapterError, match="r is 8: ranks up to 4 are allowed: raise max_lora_rank to 8"):
+        parse_config(b'{"peft_type": "LORA"}', path, 4)
 
 
 def test_keys_that_are_not_known_are_told(tmp_path: Path) -> None:
