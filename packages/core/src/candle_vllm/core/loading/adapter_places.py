@@ -74,7 +74,7 @@ class AdapterPlaces:
             "safetensors": dataclasses.replace(config, interleaved_rotary=False) if pairs else config,
             "gguf": dataclasses.replace(config, interleaved_rotary=True) if pairs else config,
         }
-        self._orders: dict[tuple[Any, Format, int], np.ndarray | None] = {}
+        self._orders: dict[tuple[Any, Format, int], np.ndarray] = {}
 
     @functools.cached_property
     def _hf(self) -> Mapping[str, list[Spot]]:
@@ -134,10 +134,6 @@ class AdapterPlaces:
                 return known, self._parameters[known]
         return module, ()
 
-    def modules(self, format: Format) -> list[str]:
-        """Return the names of all matrices, for messages and tests."""
-        return [name for name, spots in self._index(format).items() if spots[0].is_matrix]
-
     def look(self, stored: StoredTensor, spot: Spot, format: Format) -> StoredTensor:
         """Apply a spot's view to a stored tensor."""
         return stored if spot.view is None else spot.view(stored, self._configs[format])
@@ -153,11 +149,13 @@ class AdapterPlaces:
             WeightsError: the spot's view does not select rows of a matrix with `total` rows.
         """
         key = (spot.view, format, total)
-        if key not in self._orders:
-            self._orders[key] = self._order(spot, total, self._configs[format])
-        order = self._orders[key]
+        order = self._orders.get(key)
         if order is None:
-            raise WeightsError(f"a matrix B of {total} rows does not fit the layer {spot.path}")
+            order = self._order(spot, total, self._configs[format])
+            if order is None:
+                raise WeightsError(f"a matrix B of {total} rows does not fit the layer {spot.path}")
+            if len(order) == spot.shape[0]:  # orders of refused adapters are not kept
+                self._orders[key] = order
         return order
 
     def columns(self, spot: Spot, a: StoredTensor, format: Format) -> StoredTensor:
