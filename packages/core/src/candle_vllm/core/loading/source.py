@@ -115,14 +115,14 @@ def resolve(
         raise ModelNotFoundError(
             "no model is given: pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
         )
-    dummy = load_format == "dummy"
-    if dummy and (weight_file is not None or model.endswith(".gguf")):
+    path, dummy = _existing(model), load_format == "dummy"
+    tagged = path is None and model.partition(":")[2] not in ("", "latest")
+    if dummy and (weight_file is not None or model.endswith(".gguf") or tagged):
         raise ConfigError(
             f"load_format 'dummy' reads no weights, so {weight_file or model!r:.200} cannot be used with it: pass a "
             "folder or a Hugging Face id with config.json and a tokenizer, or leave load_format out",
             "load_format",
         )
-    path = _existing(model)
     if path is not None and model == DEMO:
         try:
             return _from_path(path, weight_file, dummy=dummy)
