@@ -77,6 +77,9 @@ def test_of_a_repository_that_is_not_there_the_caches_names_are_said(
     with pytest.raises(ModelNotFoundError, match=r"is not in the cache \(did you mean Qwen/Qwen3-4B\?\)"):
         resolve("Qwen/Qwen-4B", cache_dir=tmp_path, offline=True)
     assert fake.calls[0][1]["local_files_only"]
+    fake.listing_error = refusal(RepositoryNotFoundError, 404)
+    with pytest.raises(ModelNotFoundError, match=r"the hub has no model .* \(did you mean Qwen/Qwen3-4B\?\)"):
+        resolve("Qwen/Qwen-4B", cache_dir=tmp_path)
 
 
 def test_the_demo_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

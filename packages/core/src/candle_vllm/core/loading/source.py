@@ -186,7 +186,7 @@ def _beside(model: str) -> str:
     return ""
 
 
-def _in_cache(model: str, cache_dir: Path | None = None) -> str:
+def _in_cache(model: str, cache_dir: Path | None) -> str:
     """Return the same hint as `_beside`, with the most similar repository in the hub's cache, or ""."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -388,7 +388,7 @@ def _download(
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
-    names = _listing(model, revision, token)
+    names = _listing(model, revision, token, cache_dir)
     if names is None:
         without = "connect to the network, without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else None
         return _cached(model, revision, cache_dir, without)
@@ -406,7 +406,7 @@ def _download(
             tqdm_class=_told_bar(f"downloading {model}"),
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
-        raise hub_refusal(model, revision, error) or HubUnreachableError(
+        raise hub_refusal(model, revision, error, cache_dir) or HubUnreachableError(
             f"the download of {model} did not finish: {error}; run it again to resume it, and check the network, and "
             "that the cache (cache_dir) has space and can be written; offline uses what is in it"
         ) from error
@@ -439,7 +439,7 @@ def _told_bar(what: str) -> type[Any]:
     return ToldBar
 
 
-def _listing(model: str, revision: str | None, token: str | None) -> list[str] | None:
+def _listing(model: str, revision: str | None, token: str | None, cache_dir: Path | None) -> list[str] | None:
     """List the repository's files; None if the hub cannot be reached, or answers with status 429 or from 500 on."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
@@ -447,7 +447,7 @@ def _listing(model: str, revision: str | None, token: str | None) -> list[str] |
     try:
         info = huggingface_hub.model_info(model, revision=revision, token=token, timeout=HUB_TIMEOUT_S)
     except (HTTPError, OfflineModeIsEnabled) as error:
-        refusal = hub_refusal(model, revision, error)
+        refusal = hub_refusal(model, revision, error, cache_dir)
         if refusal is not None:
             raise refusal from error
         logger.warning("the hub cannot be reached (%s); looking for %s in the cache", error, model)
@@ -481,7 +481,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
     return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
 
 
-def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotFoundError | None:
+def hub_refusal(model: str, revision: str | None, error: Exception, cache: Path | None) -> ModelNotFoundError | None:
     """Return the error for the hub's answer; None without an answer, or for status 429 or 500 and above."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -491,7 +491,7 @@ def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotF
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelNotFoundError(
-            f"the hub has no model {model!r}{_in_cache(model)}, or it is private: check the spelling, pass a "
+            f"the hub has no model {model!r}{_in_cache(model, cache)}, or it is private: check the spelling, pass a "
             "token for a private one, or pass a folder"
         )
     if isinstance(error, RevisionNotFoundError):
