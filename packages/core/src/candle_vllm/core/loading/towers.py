@@ -213,7 +213,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     Vision names lose the prefix "model.". A checkpoint that is not multimodal is returned unchanged, with None.
 
     Raises:
-        InvalidFileError: two tensors of the text model would get the same name.
+        InvalidFileError: two tensors would get the same name.
     """
     names = config.get("architectures")
     if not isinstance(names, list) or not any(isinstance(name, str) and name in TOWERS for name in names):
@@ -221,16 +221,14 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     made: dict[str, StoredTensor] = {}
     others: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        other = _OTHER.fullmatch(name)
-        if other is not None:
-            if not _UNUSED.match(other[1]):
-                others[other[1]] = dataclasses.replace(tensor, name=other[1])
+        other, found = _OTHER.fullmatch(name), _TEXT.fullmatch(name)
+        if other is not None and _UNUSED.match(other[1]):
             continue
-        found = _TEXT.fullmatch(name)
         plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)
-        if plain in made:
-            raise InvalidFileError(f"{checkpoint.path}: the text model's tensor {plain} is stored under two names")
-        made[plain] = dataclasses.replace(tensor, name=plain)
+        plain, part = (plain, made) if other is None else (other[1], others)
+        if plain in part:
+            raise InvalidFileError(f"{checkpoint.path}: tensor {plain} is stored under two names")
+        part[plain] = dataclasses.replace(tensor, name=plain)
     return checkpoint.with_tensors(made), checkpoint.with_tensors(others)
 
 
