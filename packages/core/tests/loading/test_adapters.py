@@ -22,6 +22,7 @@ from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.kernels.lora import FittedAdapter
 from candle_vllm.core.loading import adapters
+from candle_vllm.core.loading.adapter_config import parse_config
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, read_adapter
 from candle_vllm.core.loading.name_patterns import NamePattern, first_match
 from packages.core.tests.toy_adapter import ATTENTION, linear_shapes, write_adapter
@@ -157,6 +158,12 @@ def test_what_cannot_be_honoured_is_refused_by_key_and_value(
     assert str(tmp_path) in str(raised.value)
 
 
+def test_the_default_rank_is_refused_like_a_given_one(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    with pytest.raises(AdapterError, match="r is 8: ranks up to 4 are allowed: raise max_lora_rank to 8"):
+        parse_config(b'{"peft_type": "LORA"}', path, 4)
+
+
 def test_keys_that_are_not_known_are_told(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", SMALL, base_model_name_or_path=None, new_thing=3, newer=[], use_qalora=False)
     with read_adapter(folder) as stored:
@@ -241,7 +248,7 @@ def test_a_tensor_that_is_not_used_is_refused_by_name(
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({Q: (32, 64)}, "has 32 rows for layers.0.attention.qkv, which has 64"),
+        ({Q: (48, 64)}, "has 48 rows for layers.0.attention.qkv, which has 64"),
         ({Q: (64, 32)}, "has 64 columns"),
         ({Q: (64, 64), "layers.0.self_attn.q_proj": (64, 64)}, "another tensor of the adapter"),
     ],
@@ -251,6 +258,7 @@ def test_wrong_shapes_are_refused(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         fitted(write_adapter(tmp_path / "a", shapes), base)
+    assert not any(total == 48 for *_, total in base.places._orders)  # the order of refused rows takes no memory
 
 
 def test_a_rank_that_is_not_the_one_that_is_said_is_refused(tmp_path: Path, base: AdapterBase) -> None:

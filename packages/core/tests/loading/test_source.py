@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from candle_vllm.core.conversion.gguf_file import write_file
-from candle_vllm.core.errors import HubUnreachableError, ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.errors import ConfigError, HubUnreachableError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.source import choose_weights, gguf_models, resolve
 from candle_vllm.core.progress import Progress, heard_by
 
@@ -77,6 +77,9 @@ def test_of_a_repository_that_is_not_there_the_caches_names_are_said(
     with pytest.raises(ModelNotFoundError, match=r"is not in the cache \(did you mean Qwen/Qwen3-4B\?\)"):
         resolve("Qwen/Qwen-4B", cache_dir=tmp_path, offline=True)
     assert fake.calls[0][1]["local_files_only"]
+    fake.listing_error = refusal(RepositoryNotFoundError, 404)
+    with pytest.raises(ModelNotFoundError, match=r"the hub has no model .* \(did you mean Qwen/Qwen3-4B\?\)"):
+        resolve("Qwen/Qwen-4B", cache_dir=tmp_path)
 
 
 def test_the_demo_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,6 +411,13 @@ def test_shards_of_any_name_are_fetched_with_their_index(shards: list[str], hub:
 def test_a_file_of_a_repository_by_its_name(hub: Hub) -> None:
     fake = hub(["m-Q4_0.gguf", "m-Q8_0.gguf"])
     assert resolve("org/name:m-Q8_0.gguf").weights == (fake.folder / "m-Q8_0.gguf",)
+
+
+def test_a_dummy_has_no_tag(hub: Hub) -> None:
+    fake = hub([*SAFETENSORS, "m-Q4_0.gguf"])
+    with pytest.raises(ConfigError, match=r"load_format 'dummy' reads no weights, so 'org/name:Q4_0' cannot be used"):
+        resolve("org/name:Q4_0", load_format="dummy")
+    assert resolve("org/name:latest", load_format="dummy").folder == fake.folder
 
 
 def test_one_gguf_of_a_repository(hub: Hub) -> None:

@@ -59,6 +59,12 @@ def test_added_tokens_without_a_row_become_plain_text(tmp_path: Path, caplog: py
     assert tokenizer.eos_token_ids[0] == 258
 
 
+def test_a_pairs_token_types_are_those_of_the_folder(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "<lost>", model_input_names=["input_ids", "attention_mask"])
+    assert Tokenizer.from_folder(folder).encode_pair("a", "b")[1] == [0, 0]
+    assert fit(folder, TOKENS).encode_pair("a", "b")[1] == [0, 0]
+
+
 def test_an_added_token_may_stand_in_the_vocabulary_too(tmp_path: Path) -> None:
     """As of GGUF files, and of tokenizers that were saved anew with a padding token."""
     names = {text: 256 + index for index, text in enumerate([*SPECIAL_TOKENS, "[PAD]"])}
@@ -73,6 +79,7 @@ def test_a_gguf_vocabulary_with_one_token_too_many(tmp_path: Path) -> None:
     with open_gguf(write_toy_gguf(tmp_path / "m.gguf")) as checkpoint:
         metadata = dict(checkpoint.metadata)
     size = len(metadata["tokenizer.ggml.tokens"])
+    metadata |= {"tokenizer.ggml.fim_pre_token_id": 97, "tokenizer.ggml.fim_suf_token_id": 98}
     more = {"tokens": "[PAD]", "token_type": 3}
     added = {key: [*metadata[key], value] for name, value in more.items() for key in [f"tokenizer.ggml.{name}"]}
     tokenizer = Tokenizer.from_gguf({**metadata, **added, "tokenizer.ggml.padding_token_id": size})
@@ -82,6 +89,8 @@ def test_a_gguf_vocabulary_with_one_token_too_many(tmp_path: Path) -> None:
     assert size not in fitted.encode("a[PAD]b")
     assert fitted.decode(fitted.encode("a[PAD]b")) == "a[PAD]b"
     assert fitted.eos_token_ids == tuple(index for index in tokenizer.eos_token_ids if index < size)
+    assert fitted.infill is not None
+    assert fitted.infill == tokenizer.infill
 
 
 def test_a_vocabulary_beyond_the_rows_is_refused(tmp_path: Path) -> None:

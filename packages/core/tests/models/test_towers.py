@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
-from candle_vllm.core.loading.towers import DEFAULTS, text_fields
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.towers import DEFAULTS, split_towers, text_fields
+from candle_vllm.core.loading.views import constant
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
 from packages.core.tests.models.families import (
@@ -148,6 +151,16 @@ def copied(folder: Path, to: Path, tensors: dict[str, torch.Tensor], **config: A
     (to / "config.json").write_text(json.dumps(config_of(folder) | config))
     write_toy_tokenizer(to)
     return to
+
+
+@pytest.mark.parametrize("end", ["layers.0.weight", "visual.patch_embed.weight"])
+def test_a_tensor_under_two_names_is_refused(end: str, tmp_path: Path) -> None:
+    names = [f"model.{end}", end] if end.startswith("visual") else [f"model.language_model.{end}", f"model.{end}"]
+    stored = {name: constant(name, np.ones(1), tmp_path) for name in names}
+    with pytest.raises(InvalidFileError, match=rf"tensor (model\.)?{end} is stored under two names"):
+        split_towers(
+            {"architectures": ["Qwen3VLForConditionalGeneration"]}, Checkpoint(tmp_path, "safetensors", (), stored, {})
+        )
 
 
 def test_a_tower_without_text_weights_is_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:

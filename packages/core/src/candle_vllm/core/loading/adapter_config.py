@@ -45,7 +45,8 @@ _NO_EFFECT = (
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "qalora_group_size", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "runtime_config",
 )  # fmt: skip
-"""Keys that only training uses; the tensors' names show which modules were trained."""
+"""Keys that do not change what is computed; the tensors' names show which modules were trained."""
+_RANK = 8  # PEFT's default
 _SHOWN = 10
 _MOST_INVOKING = 256
 
@@ -88,7 +89,7 @@ class ReadConfig:
 
     Attributes:
         config: configuration for reading the tensors.
-        effect: the keys with an effect, and their values; files with equal `effect` are equivalent.
+        effect: JSON of the `_HONOURED` keys except the base's name; files with equal `effect` are equivalent.
         alora, base, notes: as in `StoredAdapter`.
     """
 
@@ -117,7 +118,7 @@ def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: must be a JSON object")
     try:
-        return _read(_Keys(values, path), max_rank)
+        return _read(_Keys({"r": _RANK} | values, path), max_rank)
     except InvalidFileError as error:
         raise AdapterError(str(error)) from error
 
@@ -134,7 +135,7 @@ class _Keys(Fields):
         return self.get(key, bool, False)
 
     def pattern(self, key: str, most: int | None) -> Callable[[str], float | None]:
-        """Return a lookup in a section of patterns and numbers; with `most`, numbers are integers from 1 to `most`."""
+        """Return `first_match` of a section of patterns; with `most`, its numbers are integers from 1 to `most`."""
         section = self.section(key)
         for name in section.values:
             section.count(name, most=most) if most is not None else section.get(name, float)
@@ -152,7 +153,7 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
         if keys.values.get(key):
             keys.refuse(key, f"{what} cannot be served; {_MERGE}")
     _check_init(keys)
-    rank, ranks = keys.count("r", 8, most=MAX_COUNT), keys.pattern("rank_pattern", MAX_COUNT)
+    rank, ranks = keys.count("r", _RANK, most=MAX_COUNT), keys.pattern("rank_pattern", MAX_COUNT)
     for value in (rank, *keys.section("rank_pattern").values.values()):
         if value > max_rank:
             key = "r" if value == rank else "rank_pattern"
@@ -235,7 +236,6 @@ def _texts(keys: _Keys, key: str) -> tuple[str, ...]:
 
 def _notes(keys: _Keys, base: str | None) -> tuple[str, ...]:
     unknown = [key for key, value in keys.values.items() if key not in _HONOURED + _NO_EFFECT and value]
-    unknown = [key for key in unknown if key not in _REFUSED]
     found = []
     if unknown:
         shown = ", ".join(f"{key!r:.60}" for key in unknown[:_SHOWN])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Map an adapter's tensors to the layers of a model, by the family's table of weight names.
 
-A table's views define how a stored matrix W [N, K] becomes the matrices that the model multiplies: by selecting rows of
-W in some order, perhaps after a transposition. An adapter adds B A to W, with B [N, r] and A [r, K], so a view selects
-the same rows of B. These rows are found by applying the view to row numbers, once for each kind of matrix. An adapter
-may use the names of safetensors or GGUF files, whatever the model's format; the views of these names are applied.
+A table's views define how a stored matrix W [N, K] becomes the matrices that the model multiplies. They select rows of
+W in some order, perhaps after a transposition, or reorder its columns (`ColumnOrder`). An adapter adds B A to W, with
+B [N, r] and A [r, K], so a view selects the same rows of B, which are found by applying the view to row numbers, or it
+reorders the columns of A. Adapters may have the names of safetensors or GGUF files, whatever the model's format.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _TRUNKS = ("model.", "bert.", "roberta.")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spot:
-    """Matrix or bias of the model to which a stored tensor belongs.
+    """Parameter of the model to which a stored tensor belongs.
 
     Attributes:
         path: path of the layer, such as "layers.0.attention.qkv".
-        prefix: prefix of the part's name: "q."; "gate.3." for an expert.
-        kind: last part of the name: "weight" or "bias".
+        prefix: prefix of the parameter's name in the layer: "", "q.", or "gate.3." for expert 3.
+        kind: last part of that name, such as "weight", "bias" or "taps".
         shape: shape in the model.
         view: view of the stored tensor.
         expert: the expert's number, if the stored tensor holds all experts.
@@ -74,7 +74,7 @@ class AdapterPlaces:
             "safetensors": dataclasses.replace(config, interleaved_rotary=False) if pairs else config,
             "gguf": dataclasses.replace(config, interleaved_rotary=True) if pairs else config,
         }
-        self._orders: dict[tuple[Any, Format, int], np.ndarray | None] = {}
+        self._orders: dict[tuple[Any, Format, int], np.ndarray] = {}
 
     @functools.cached_property
     def _hf(self) -> Mapping[str, list[Spot]]:
@@ -134,10 +134,6 @@ class AdapterPlaces:
                 return known, self._parameters[known]
         return module, ()
 
-    def modules(self, format: Format) -> list[str]:
-        """Return the names of all matrices, for messages and tests."""
-        return [name for name, spots in self._index(format).items() if spots[0].is_matrix]
-
     def look(self, stored: StoredTensor, spot: Spot, format: Format) -> StoredTensor:
         """Apply a spot's view to a stored tensor."""
         return stored if spot.view is None else spot.view(stored, self._configs[format])
@@ -153,11 +149,13 @@ class AdapterPlaces:
             WeightsError: the spot's view does not select rows of a matrix with `total` rows.
         """
         key = (spot.view, format, total)
-        if key not in self._orders:
-            self._orders[key] = self._order(spot, total, self._configs[format])
-        order = self._orders[key]
+        order = self._orders.get(key)
         if order is None:
-            raise WeightsError(f"a matrix B of {total} rows does not fit the layer {spot.path}")
+            order = self._order(spot, total, self._configs[format])
+            if order is None:
+                raise WeightsError(f"a matrix B of {total} rows does not fit the layer {spot.path}")
+            if len(order) == spot.shape[0]:  # orders of refused adapters are not kept
+                self._orders[key] = order
         return order
 
     def columns(self, spot: Spot, a: StoredTensor, format: Format) -> StoredTensor:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Read LoRA adapters from a PEFT folder or a GGUF file, independent of the model.
 
-A file is copied into memory before it is parsed: somebody may write to it while a server runs, reading past the end of
-a truncated mapped file ends the process, and the digest must belong to the packed bytes. Limits are checked before
-weights are read. In a folder only `adapter_config.json` and `adapter_model.safetensors` are read, never a pickle.
+With `AdapterLimits.copied`, weights are copied into memory before they are parsed: somebody may write to the file while
+a server runs, reading past the end of a truncated mapped file ends the process, and the digest must belong to the
+packed bytes. In a folder only `adapter_config.json` and `adapter_model.safetensors` are read, never a pickle.
 Source: PEFT's checkpoint format; `convert_lora_to_gguf.py` and `llama-adapter.cpp` of llama.cpp.
 """
 
@@ -32,7 +32,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 16 << 20
-"""Maximum bytes of names and offsets of the tensors; separate matrices of 128 experts in 48 layers take 5 MB."""
+"""Maximum bytes of a weight file's header; separate matrices of 128 experts in 48 layers take 5 MB."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TYPES = {"peft": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "BF16", "Q8_0")}
 _PREFIX = "base_model.model."
@@ -41,11 +41,11 @@ _MOST_FOLDERS = 1000  # maximum number of entries of a folder that are searched 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterLimits:
-    """Limits of an adapter, checked before its weights are read.
+    """Limits of an adapter, and how its weights are read.
 
     Attributes:
-        max_rank: maximum rank of a matrix.
-        max_bytes: maximum number of bytes of the weight file.
+        max_rank: maximum rank, compared with the configuration here, and with the tensors by `fit_adapter`.
+        max_bytes: maximum number of bytes of the weight file, checked before it is read.
         copied: read the file into memory, so that concurrent writes to it do no harm.
     """
 
@@ -62,8 +62,8 @@ class StoredAdapter:
         format: "peft" or "gguf", the format of the tensors' names.
         digest: SHA-256 of the bytes of configuration and weights.
         kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of the
-            same kind are fitted and packed in the same way. None for a GGUF file.
-        limits: limits that were checked when it was read.
+            same kind are fitted and packed in the same way. None for a GGUF file or a header of impossible length.
+        limits: limits that it was opened with.
         alora: invocation tokens: the adapter is active from their last occurrence on; None for the whole sequence.
         base: name of the base model in the files.
         notes: remarks for the operator, such as unknown keys.
@@ -84,7 +84,7 @@ class StoredAdapter:
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Tensors by name, PEFT's without "base_model.model."; the first access raises the errors of `read_adapter`."""
+        """Tensors by name, PEFT's without "base_model.model."; the first access may raise AdapterError."""
         return self.header()
 
     @property
@@ -112,8 +112,9 @@ def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> S
         limits: limits of the adapter.
 
     Raises:
-        ModelNotFoundError: the path does not exist, or is not an adapter.
-        AdapterError: the adapter is damaged, exceeds the limits, or has unsupported settings.
+        ModelNotFoundError: the path does not exist, or a file of the adapter is missing.
+        AdapterError: the path is another kind of file, or the folder of several adapters; or the adapter is damaged,
+            exceeds the limits, or has unsupported settings.
     """
     stored = open_adapter(path, limits)
     try:

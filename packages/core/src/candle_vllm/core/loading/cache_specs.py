@@ -47,7 +47,7 @@ class SharedKVSpec:
     """The layer reads the keys and values of an earlier layer, and stores nothing itself.
 
     Attributes:
-        layer: number of the layer that writes them; if it has a window, this layer's window is not larger.
+        layer: number of the earlier layer; if that layer has a window, this layer's window is not larger.
     """
 
     layer: int
@@ -59,7 +59,7 @@ class StatePart:
 
     Attributes:
         shape: shape of the state of a sequence.
-        inputs: number of elements of a token's input to the state; inputs of draft tokens are stored until acceptance.
+        inputs: elements of a token's input to the state; inputs of draft tokens are stored until these are accepted.
         exact: whether the state is float32; otherwise it has the dtype of activations.
     """
 
@@ -70,7 +70,7 @@ class StatePart:
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """A state of fixed size, in slots of the state pool: for a running sequence, or for a checkpoint.
+    """A state of fixed size; each slot of the state pool holds one, for a running sequence or for a checkpoint.
 
     Attributes:
         parts: parts of the state.
@@ -135,7 +135,7 @@ def states(specs: Iterable[CacheSpec]) -> list[StateSpec]:
 
 
 def windows_of(specs: Iterable[CacheSpec]) -> list[int]:
-    """Return the distinct window sizes of layers, sorted."""
+    """Return the distinct window sizes of the layers whose pages may be freed, sorted."""
     return sorted({spec.window for spec in paged(specs) if spec.slides and spec.window is not None})
 
 
@@ -151,11 +151,9 @@ def pages_of(spec: PagedSpec, windows: Sequence[WindowRoom], blocks: int) -> int
 
 
 def layer_caches(specs: Sequence[CacheSpec], make: Callable[[int, PagedSpec | StateSpec], Cache]) -> tuple[Cache, ...]:
-    """Make the cache of each layer.
+    """Return the cache of each layer; a layer with a `SharedKVSpec` gets the cache of the earlier layer.
 
-    Args:
-        specs: cache specs of all layers.
-        make: makes the cache of a layer with pages or a state, given its index.
+    `make` makes the cache of a layer with pages or a state, given its index and spec.
     """
     caches: list[Cache] = []
     for number, spec in enumerate(specs):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Model configuration, read once and strictly into frozen dataclasses.
+"""Model configuration, read strictly into frozen dataclasses.
 
 `config.json` and GGUF metadata are read through `Fields`, which names the file and the key in every error. Each model
-family makes a `ModelConfig` or a subclass from the fields (see `models/`); the files are not read again.
+family makes a `ModelConfig`, an `EncoderConfig` or a subclass from the fields (see `models/`).
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class ModelConfig:
         slopes: ALiBi slope of each head: slope times distance is subtracted from a score; empty without ALiBi.
         num_experts: number of experts of a layer; 0 for a model without experts.
         interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
-        has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
+        has_head: the model generates text; otherwise it has no output layer, and computes embeddings or scores.
         eos_token_ids: EOS token ids from the config; -1 if the vocabulary has no EOS token.
-        index: sizes of the indexer of sparse attention (DeepSeek V3.2); None without sparse attention. It stores keys
-            uncompressed and no values: `latent` is the key's size without RoPE, which is `nope`, and `value` is 0.
+        index: sizes of the indexer of sparse attention (DeepSeek V3.2); None without sparse attention. Its keys are not
+            compressed, so `latent` equals `nope`; it has no values, so `value` is 0.
         index_top: number of positions that the indexer chooses for a query.
     """
 

@@ -211,8 +211,9 @@ class GgufFile:
 
         Raises:
             ModelNotFoundError: the file does not exist.
-            InvalidFileError: the file is damaged; the message has the position.
-            UnsupportedModelError: version 1, big-endian, or a tensor type that this library does not know.
+            InvalidFileError: the file is empty, damaged, or not a GGUF file.
+            UnsupportedModelError: another version, big-endian, or a tensor type that this library does not know.
+            ModelLoadError: the file cannot be read.
         """
         file = MappedFile(Path(path), copied=copied)
         try:
@@ -258,11 +259,8 @@ def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, Me
 def file_kind(path: Path) -> str:
     """Return the kind of a GGUF file: "model", "imatrix", "adapter" or "mmproj".
 
-    Only the metadata before the vocabulary is read: `general.architecture`, which alone shows the kind in files of old
-    tools, and `general.type`.
-
-    Raises:
-        InvalidFileError, UnsupportedModelError: as `GgufFile.open`.
+    Only the metadata before the vocabulary is read. Files of old tools show their kind in `general.architecture` and
+    lack `general.type`. Errors are as for `GgufFile.open`.
     """
     file = MappedFile(path)
     try:
@@ -376,14 +374,14 @@ def split_names(name: str) -> tuple[str, ...]:
 
 
 def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None = None) -> Checkpoint:
-    """Open a GGUF model: one file, or all parts of a split model, given any part.
+    """Open a GGUF file, or all parts of a split model, given any part.
 
     `copied` and `max_header` are as for `GgufFile.open`. The metadata of the first part is used; it is complete.
 
     Raises:
-        ModelNotFoundError: a file or a part is missing; the message names it.
+        ModelNotFoundError: a file or a part is missing, or a part of a split model is not named as one.
         InvalidFileError: a part is damaged, or the parts do not belong together.
-        UnsupportedModelError: see `GgufFile.open`.
+        UnsupportedModelError, ModelLoadError: see `GgufFile.open`.
     """
     path = Path(path)
     names = split_names(path.name)

@@ -37,7 +37,7 @@ class Imatrix:
     """Entries of an importance matrix file.
 
     Attributes:
-        entries: entries by name: float32 arrays, not negative.
+        entries: entries by name: float32 arrays [rows * columns], not negative.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, np.ndarray]) -> None:
@@ -45,7 +45,7 @@ class Imatrix:
         self.entries: Mapping[str, np.ndarray] = MappingProxyType(dict(entries))
 
     def of(self, name: str, columns: int, experts: int = 1) -> np.ndarray | None:
-        """Return the importance of columns, float32 [experts, columns], over each row's mean; None without an entry.
+        """Return float32 [experts, columns], the importance divided by the row's mean; None without an entry.
 
         Raises:
             WeightsError: the entry has another shape.
@@ -65,7 +65,7 @@ class Imatrix:
         return np.maximum(rows, LEAST).astype(np.float32)
 
     def of_line(self, line: Line, columns: int, config: Counted) -> np.ndarray | None:
-        """Return a GGUF line's importance, float32 [1, columns] in the order of the layer's inputs; errors as `of`."""
+        """Return the result of `of` for a GGUF line, float32 [1, columns], in the order of the layer's inputs."""
         for (written, view), name in zip(line.names, line.spelled, strict=True):
             if line.expert is None or written != name:
                 found = self.of(name, columns)
@@ -85,7 +85,7 @@ def read_imatrix(path: Path) -> Imatrix:
     Raises:
         ModelNotFoundError: the file does not exist.
         InvalidFileError: the file is damaged, or has neither format.
-        ModelLoadError: the file cannot be read.
+        ModelLoadError: the file cannot be read, or its GGUF version is not supported.
     """
     with closing(MappedFile(path)) as file:
         if file.buffer[:4] != b"GGUF":

@@ -2,8 +2,8 @@
 """Match the patterns in an adapter's rank_pattern and alpha_pattern with module names, in time linear in the name.
 
 PEFT treats a key as a regular expression and matches `(.*\\.)?(KEY)$`. An adapter is an untrusted file, so a pattern
-is compiled to an automaton here: sets of positions, one step for each letter. Features beyond letters, classes, groups,
-alternatives and repetitions, such as lookaround and backreferences, raise an error with their position.
+is compiled to an automaton here, whose state is a set of positions in the pattern. Only letters, classes, groups,
+alternatives, repetitions, and ^ and $ at the ends are supported; lookaround and backreferences raise an error.
 Source: Glushkov, "The abstract theory of automata", 1961.
 """
 
@@ -34,7 +34,7 @@ class NamePattern:
     """One pattern of module names.
 
     Args:
-        text: a name, or a regular expression.
+        text: a regular expression, or a plain name, in which "." is the only special character and means itself.
 
     Raises:
         ValueError: the pattern is too long, invalid, or has an unsupported feature.

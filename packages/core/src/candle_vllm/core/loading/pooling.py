@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Read how a model's embeddings are pooled, from its files (loading, before step 1 of a request).
 
-A folder of sentence-transformers lists its parts in `modules.json`: the transformer, a pooling (with a `config.json` in
-its own folder), and perhaps a normalisation. GGUF has `<architecture>.pooling_type`. A file with an unsupported setting
-is refused, because every embedding would be wrong.
+A folder of sentence-transformers lists its parts in `modules.json`, such as the transformer, a pooling with its own
+`config.json`, dense layers and a normalisation. GGUF has `<architecture>.pooling_type`. A file with an unsupported
+setting is refused, because every embedding would be wrong.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def _prompts(path: Path) -> dict[str, str]:
 
 
 def longest_text(folder: Path) -> int | None:
-    """Return the maximum number of tokens of a text that a sentence-transformers folder sets; None without a limit.
+    """Return the maximum number of tokens of a text that a sentence-transformers folder sets; None if it sets none.
 
-    Since version 5.4 its tokenizer has the number, which is very large if there is no limit.
+    Version 5.4 and later set it in `tokenizer_config.json`, to a very large number if there is no limit.
     """
     for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
         found = Fields(read_json(folder / name), folder / name) if (folder / name).is_file() else None
@@ -137,10 +137,13 @@ def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
 
 
 def dense_layers(files: ModelFiles, checkpoint: Checkpoint) -> tuple[Dense, ...]:
-    """Read the dense layers after the pooling: folders of a sentence-transformers model, or tensors of a GGUF file.
+    """Read the dense layers after the pooling or, without one (ColBERT), after the transformer.
+
+    They are folders of a sentence-transformers model, or tensors of a GGUF file.
 
     Raises:
-        InvalidFileError, UnsupportedModelError: a layer's files are damaged, or its activation is not implemented.
+        InvalidFileError, UnsupportedModelError: a layer's files are damaged, or need a feature that is not implemented.
+        ModelNotFoundError: a layer's safetensors file is missing.
     """
     if files.format == "gguf":
         found = (checkpoint.tensors.get(f"dense_{number}.weight") for number in range(2, 2 + MAX_MODULES))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Quantised safetensors: read a config's `quantization_config`, and combine the parts of a matrix into one tensor.
 
-A module of `quantization/` finds the quantised layers of its methods (`finding.py` there). The stored tensors determine
-which layers are quantised, so a config's lists of exceptions need not be read. A layer may have its own bits or groups
+The module of a format finds its quantised layers (see `quantization/finding.py`). The stored tensors determine which
+layers are quantised, so a config's lists of exceptions need not be read. A layer may have its own bits or groups
 (GPTQModel's `dynamic`, several `config_groups`): of all schemes in the config, the first that fits its tensors is used,
 and layers are not matched with a config's patterns. Unused scales, zero points and group indices are removed and
 logged; other unused parts stay in the checkpoint, where the loader reports them.
@@ -39,7 +39,7 @@ ACTIVATION_SCALES = re.compile(
 """Names of scales that are not used: activations are not quantised with the checkpoint's scales, and
 `assembly/cache_scales.py` has already removed those scales of a float8 KV cache that are used."""
 
-BESIDE = "*quant*.json"  # files of this pattern may be `FILES` of a format
+BESIDE = "*quant*.json"  # the names in `FILES` of all formats match this pattern
 _CODES = (*FLOAT_NAMES.values(), "I8", "U8", "I32")  # a tensor `....weight` of one of these types holds quantised codes
 
 
@@ -114,7 +114,7 @@ def _names(parts: LayerTensors) -> set[str]:
 
 
 def _settings(config: Mapping[str, Any], path: Path, plain: bool) -> tuple[str, Fields] | None:
-    """Return the method and its settings, also those of the text model; None for an unquantised checkpoint."""
+    """Return the method and its settings, from config.json, its text_config, or one of `FILES`; None if unquantised."""
     whole = Fields(config, path)
     for fields, key in product((whole, whole.section("text_config")), ("quantization_config", "compression_config")):
         if fields.get(key, dict, {}):

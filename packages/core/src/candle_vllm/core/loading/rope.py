@@ -21,9 +21,9 @@ class RopeConfig:
 
     Attributes:
         theta: base of the frequencies.
-        dim: number of a head's dimensions that are rotated.
+        dim: R, number of a head's dimensions that are rotated; for kind proportional, all of them (see `rotated`).
         kind: name of the scaling, a key of `ROPE_KINDS`.
-        rotated: for kind proportional, how many of the `dim` dimensions are rotated; the other frequencies are 0.
+        rotated: for kind proportional, number of dimensions with a frequency above 0.
         factor: factor by which the context is extended.
         original_max_position: context length before scaling, in tokens.
         low_freq_factor, high_freq_factor: llama3's band limits, in rotations over the original context.
@@ -32,7 +32,8 @@ class RopeConfig:
         mscale, mscale_all_dim: coefficients of yarn's two scales: of cos and sin, and of the attention scores.
         truncate: whether yarn rounds its band limits to whole dimensions.
         query_scale: coefficient of the growth of queries beyond the original context: see `layers/rotary.py`.
-        short_factor, long_factor: longrope's divisors of frequencies [dim / 2], within the original context and beyond.
+        short_factor, long_factor: longrope's divisors of frequencies [dim / 2]; `long_factor` is used if the model's
+            context exceeds the original one.
         axes: for each of the dim / 2 frequencies, whether a token's time (0), height (1) or width (2) rotates it
             (M-RoPE); empty if one position rotates all frequencies.
     """
@@ -87,11 +88,11 @@ class RopeKind(NamedTuple):
 
     Attributes:
         frequencies: returns the angle per position [R/2] in fp32, from the configuration and the model's context.
-        keys: Hugging Face's keys that this kind reads, but not every kind; each is a field of `RopeConfig`.
+        keys: Hugging Face's keys that are read for this kind, not for every kind; each is a field of `RopeConfig`.
         needed: the keys without a default.
         check: raises `InvalidFileError` if values are not possible for this kind.
         scale: returns the factor of cos and sin.
-        context: returns the context length after scaling, from the configuration and the length in the config.
+        context: returns the context length after scaling, from a `RopeConfig` and the length in the file.
         least_dim: smallest number of rotary dimensions.
         names: other names of this kind in Hugging Face's files.
         refused: keys that are not implemented.
@@ -261,7 +262,7 @@ def attention_scale(rope: RopeConfig) -> float:
 
 
 def stretched_context(rope: RopeConfig, max_position: int) -> int:
-    """Return the context length after scaling, which configs of kinds other than linear, dynamic and yarn contain."""
+    """Return the context length after scaling; it differs from `max_position` only for linear, dynamic and yarn."""
     return ROPE_KINDS[rope.kind].context(rope, max_position)
 
 
@@ -339,7 +340,7 @@ def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -
 
 
 def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """Read `<arch>.rope.*`. Llama 3's scaling is not included: GGUF files have it as the tensor `rope_freqs.weight`."""
+    """Read `<arch>.rope.*`, but not the scalings of Llama 3 and longrope, which GGUF files store as tensors."""
     factor = fields.get("rope.scaling.factor", float, fields.get("rope.scale_linear", float, 0.0)) or 1.0
     name = fields.get("rope.scaling.type", str, "none" if factor == 1 else "linear")  # as llama.cpp reads old files
     kind = "default" if name in ("none", "longrope") else name  # longrope's divisors are tensors: see `models/phi3.py`

@@ -53,10 +53,11 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def open_safetensors(source: Path | str) -> Checkpoint:
-    """Open a `.safetensors` file, an index file, or a folder with either (see `safetensors_files`).
+    """Open a `.safetensors` file, the shards of an index file, or a folder (see `safetensors_files`).
 
     Raises:
-        ModelNotFoundError: the path does not exist, or a shard is missing.
+        ModelNotFoundError: the path or a shard does not exist, or the folder has no safetensors file.
+        ModelLoadError: a file cannot be read.
         InvalidFileError: a header or the index is damaged, or two files hold a tensor and no index names one of them.
         UnsupportedModelError: a tensor has an unsupported dtype.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Find a model's files: resolve a path, a folder or a Hugging Face id to weights, configuration and tokenizer files.
 
-Loading a model begins here. A path never reaches the network; only weights, JSON, templates and tokenizer files are
-downloaded, never code or pickles.
+Loading a model begins here. An existing path is never looked up on the hub; only weights, JSON, templates and tokenizer
+files are downloaded, never code or pickles.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
         folder: folder of the files.
         weights: the weight files; all parts or shards, in order. Empty for a dummy.
         format: format of the weights.
-        config: `config.json` if it exists; always for safetensors and dummies.
-        generation_config: `generation_config.json` if it exists.
-        tokenizer_folder: the folder, if it holds a tokenizer; None if the GGUF file must contain it.
+        config, generation_config: `config.json` and `generation_config.json` of the folder, if they exist; None for a
+            GGUF file that was named by its path. `config` exists for safetensors and dummies.
+        tokenizer_folder: the folder, if it holds a tokenizer; None for a GGUF file that was named by its path.
     """
 
     name: str
@@ -115,14 +115,14 @@ def resolve(
         raise ModelNotFoundError(
             "no model is given: pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
         )
-    dummy = load_format == "dummy"
-    if dummy and (weight_file is not None or model.endswith(".gguf")):
+    path, dummy = _existing(model), load_format == "dummy"
+    tagged = path is None and model.partition(":")[2] not in ("", "latest")
+    if dummy and (weight_file is not None or model.endswith(".gguf") or tagged):
         raise ConfigError(
             f"load_format 'dummy' reads no weights, so {weight_file or model!r:.200} cannot be used with it: pass a "
             "folder or a Hugging Face id with config.json and a tokenizer, or leave load_format out",
             "load_format",
         )
-    path = _existing(model)
     if path is not None and model == DEMO:
         try:
             return _from_path(path, weight_file, dummy=dummy)
@@ -186,7 +186,7 @@ def _beside(model: str) -> str:
     return ""
 
 
-def _in_cache(model: str, cache_dir: Path | None = None) -> str:
+def _in_cache(model: str, cache_dir: Path | None) -> str:
     """Return the same hint as `_beside`, with the most similar repository in the hub's cache, or ""."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -217,7 +217,7 @@ def _has_gguf(path: Path) -> bool:
 
 
 def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders: bool = False) -> ModelFiles:
-    """Find the files in a folder; `subfolders` also searches subfolders for GGUF files, as in a repository."""
+    """Find the files in a folder; with `subfolders`, search these too, and choose `USUAL` among several models."""
     deep = subfolders or weight_file is not None
     files = (path for path in folder.glob("**/*" if deep else "*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in files)
@@ -258,6 +258,7 @@ def choose_weights(
 
     Args:
         names: paths inside the folder, with forward slashes.
+        weight_file: as for `resolve`, whose errors are raised.
         where: the folder or repository, for messages.
         folder: folder of the files; None if only their names are known.
         usual: choose the model of type `USUAL` among several.
@@ -298,10 +299,10 @@ def choose_weights(
 
 
 def gguf_models(names: Iterable[str], folder: Path | None = None) -> dict[str, tuple[str, ...]]:
-    """Map the first part of every GGUF model to all its parts.
+    """Map the first part of every GGUF model to all its parts; draft models are left out if there are others.
 
     With `folder`, vision projectors, importance matrices and adapters are left out by their metadata; without it (a
-    repository's listing), projectors and importance matrices by their names. Draft models are left out by their names.
+    repository's listing), projectors and importance matrices by their names.
     """
     models: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -387,7 +388,7 @@ def _download(
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
-    names = _listing(model, revision, token)
+    names = _listing(model, revision, token, cache_dir)
     if names is None:
         without = "connect to the network, without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else None
         return _cached(model, revision, cache_dir, without)
@@ -405,7 +406,7 @@ def _download(
             tqdm_class=_told_bar(f"downloading {model}"),
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
-        raise hub_refusal(model, revision, error) or HubUnreachableError(
+        raise hub_refusal(model, revision, error, cache_dir) or HubUnreachableError(
             f"the download of {model} did not finish: {error}; run it again to resume it, and check the network, and "
             "that the cache (cache_dir) has space and can be written; offline uses what is in it"
         ) from error
@@ -438,7 +439,7 @@ def _told_bar(what: str) -> type[Any]:
     return ToldBar
 
 
-def _listing(model: str, revision: str | None, token: str | None) -> list[str] | None:
+def _listing(model: str, revision: str | None, token: str | None, cache_dir: Path | None) -> list[str] | None:
     """List the repository's files; None if the hub cannot be reached, or answers with status 429 or from 500 on."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
@@ -446,7 +447,7 @@ def _listing(model: str, revision: str | None, token: str | None) -> list[str] |
     try:
         info = huggingface_hub.model_info(model, revision=revision, token=token, timeout=HUB_TIMEOUT_S)
     except (HTTPError, OfflineModeIsEnabled) as error:
-        refusal = hub_refusal(model, revision, error)
+        refusal = hub_refusal(model, revision, error, cache_dir)
         if refusal is not None:
             raise refusal from error
         logger.warning("the hub cannot be reached (%s); looking for %s in the cache", error, model)
@@ -455,7 +456,7 @@ def _listing(model: str, revision: str | None, token: str | None) -> list[str] |
 
 
 def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
-    """Return the files to download, as patterns: weights, configuration and tokenizer."""
+    """Return patterns that match the files to download: the weights, and those of `_companions`."""
     top = [name for name in names if "/" not in name]
     if gguf_parts:
         weights = list(gguf_parts)
@@ -480,7 +481,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
     return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
 
 
-def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotFoundError | None:
+def hub_refusal(model: str, revision: str | None, error: Exception, cache: Path | None) -> ModelNotFoundError | None:
     """Return the error for the hub's answer; None without an answer, or for status 429 or 500 and above."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -490,7 +491,7 @@ def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotF
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelNotFoundError(
-            f"the hub has no model {model!r}{_in_cache(model)}, or it is private: check the spelling, pass a "
+            f"the hub has no model {model!r}{_in_cache(model, cache)}, or it is private: check the spelling, pass a "
             "token for a private one, or pass a folder"
         )
     if isinstance(error, RevisionNotFoundError):

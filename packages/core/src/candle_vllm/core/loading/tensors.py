@@ -39,7 +39,7 @@ class MappedFile:
     Raises:
         ModelNotFoundError: the file does not exist.
         InvalidFileError: the file is empty.
-        ModelLoadError: the file cannot be read, or was closed.
+        ModelLoadError: the file cannot be read, or was closed. MemoryError: there is no memory for it.
     """
 
     def __init__(self, path: Path, *, copied: bool = False) -> None:
@@ -73,7 +73,7 @@ class MappedFile:
         return self._bytes[start : start + count]
 
     def release(self, start: int, count: int) -> None:
-        """Let the system drop the pages within `count` bytes from `start`; they are read again if needed."""
+        """Let the system drop mapped pages within `count` bytes from `start`; it reads them again if needed."""
         if sys.platform != "win32" and not self._copied:
             first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + count) // mmap.PAGESIZE * mmap.PAGESIZE
             if end > first:
@@ -119,7 +119,6 @@ class FileTensor(StoredTensor):
 
     @property
     def path(self) -> Path:
-        """See `StoredTensor.path`."""
         return self.file.path
 
     def raw(self) -> np.ndarray:
@@ -129,7 +128,6 @@ class FileTensor(StoredTensor):
         return data.reshape(rows, self.nbytes // rows if rows else 0)
 
     def file_places(self) -> np.ndarray | None:
-        """See `StoredTensor.file_places`."""
         if self.dtype is None:
             return None
         return self.start + ELEMENTS[self.dtype].itemsize * np.arange(self.numel).reshape(self.shape)
@@ -142,7 +140,6 @@ class FileTensor(StoredTensor):
         return dataclasses.replace(self, shape=shape, nbytes=nbytes, start=start)
 
     def release(self) -> None:
-        """See `StoredTensor.release`."""
         self.file.release(self.start, self.nbytes)
 
 

@@ -162,7 +162,7 @@ _PARTS = (
     "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
-"""Parts that are not loaded: audio towers, and of PaddleOCR-VL what no image passes through."""
+"""Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""
 _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 
 
@@ -174,8 +174,8 @@ def text_fields(
     Args:
         architecture: the architecture in `config`.
         config, path: contents and path of config.json.
-        tensors: names of the text model's tensors, as in the checkpoint that `split_towers` returns: they show whether
-            it has an output layer, which configs leave out or state wrongly. None if the names are not known.
+        tensors: names of the text model's tensors, as in the checkpoint that `split_towers` returns. Without
+            `tie_word_embeddings` they show whether embeddings are tied. None if the names are not known.
 
     Raises:
         InvalidFileError, UnsupportedModelError: text_config is missing, or describes an unsupported model.
@@ -221,16 +221,14 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     made: dict[str, StoredTensor] = {}
     others: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        other = _OTHER.fullmatch(name)
-        if other is not None:
-            if not _UNUSED.match(other[1]):
-                others[other[1]] = dataclasses.replace(tensor, name=other[1])
+        other, found = _OTHER.fullmatch(name), _TEXT.fullmatch(name)
+        if other is not None and _UNUSED.match(other[1]):
             continue
-        found = _TEXT.fullmatch(name)
         plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)
-        if plain in made:
-            raise InvalidFileError(f"{checkpoint.path}: the text model's tensor {plain} is stored under two names")
-        made[plain] = dataclasses.replace(tensor, name=plain)
+        plain, part = (plain, made) if other is None else (other[1], others)
+        if plain in part:
+            raise InvalidFileError(f"{checkpoint.path}: tensor {plain} is stored under two names")
+        part[plain] = dataclasses.replace(tensor, name=plain)
     return checkpoint.with_tensors(made), checkpoint.with_tensors(others)
 
 

@@ -30,7 +30,7 @@ SCORES = ("score", "v_head")  # names of heads for scores and classes
 
 
 def decoder_class(name: str, known: Collection[str]) -> str:
-    """Return the class with an output layer for a base model's class, if it is known; otherwise the name itself."""
+    """Return the known class with an output layer for a class without it (see `_ENDS`); otherwise the name itself."""
     if name not in known:
         for end in _ENDS:
             whole = f"{name.removesuffix(end)}ForCausalLM"
@@ -65,7 +65,7 @@ def prefixed(checkpoint: Checkpoint, *, tied: bool = False) -> Checkpoint:
 def without_head(
     name: str, config: ModelConfig, known: Collection[str], tensors: Mapping[str, StoredTensor] | None
 ) -> ModelConfig:
-    """Set `has_head` to False for an embedding model without an output layer; return other configs unchanged.
+    """Set `has_head` to False for a model of embeddings, scores or classes; return other configs unchanged.
 
     Args:
         name: the class that config.json names.

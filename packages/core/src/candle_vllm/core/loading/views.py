@@ -200,7 +200,7 @@ def computed(
     Args:
         stored: the stored tensor; a quantised one is decoded.
         shape: shape of the result.
-        compute: computes the elements without changing their type.
+        compute: computes the elements; it gets and returns an array of the result's element type.
         type_name: element type; None keeps the stored type, F32 for a quantised tensor.
     """
     name = type_name or stored.dtype or "F32"

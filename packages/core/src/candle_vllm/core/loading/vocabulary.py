@@ -89,6 +89,8 @@ def _without_extra_tokens(tokenizer: Tokenizer, size: int, rows: int, source: Pa
         special_tokens=names,
         chat_template=tokenizer.chat_template,
         response_template=tokenizer.response_template,
+        types_pairs=tokenizer.types_pairs,
+        named_ids={name: index for name, index in tokenizer.named_ids.items() if index < rows},
     )
 
 

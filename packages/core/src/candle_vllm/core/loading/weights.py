@@ -129,7 +129,7 @@ class Line:
     expert: int | None
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> str | None:
-        """Return the first name that is in `tensors`: the target, by which ISQ names tensors, or a stored name."""
+        """Return the first name in `tensors`: the target (after ISQ or a merge, and in dummies), or a stored name."""
         return next((name for name in (self.target, *map(self._spelled, self.names)) if name in tensors), None)
 
     def look(self, stored: StoredTensor, name: str, config: Counted) -> StoredTensor:

@@ -64,7 +64,7 @@ class Tokenizer:
         named_ids: Mapping[str, int] | None = None,
         tokens: Mapping[str, int] | None = None,
     ) -> None:
-        self.backend, self._types_pairs = backend, types_pairs
+        self.backend, self.types_pairs, self.named_ids = backend, types_pairs, dict(named_ids or {})
         added, tokens = backend.get_added_tokens_decoder(), backend.get_vocab() if tokens is None else tokens
         self.vocab_size: int = 1 + max(tokens.values(), default=-1)  # not the number of tokens: ids may be skipped
         self.bos_token_id = bos_token_id
@@ -85,7 +85,7 @@ class Tokenizer:
         self._bytes: list[bytes | None] = [None] * self.vocab_size
         self.plain_texts: dict[int, str] = {}  # cache of `plain_text`
         self.longest_token = max(map(len, tokens), default=1)
-        self.infill: InfillMarks | None = infill_marks(tokens.get, named_ids or {})
+        self.infill: InfillMarks | None = infill_marks(tokens.get, self.named_ids)
         self._literal: Backend | None = None
         self._literal_lock = threading.Lock()
 
@@ -162,7 +162,7 @@ class Tokenizer:
         _check_text(second)
         with refusing_panics("the model's vocabulary"):
             encoding = self.backend.encode(first, second)
-        return encoding.ids, encoding.type_ids if self._types_pairs else [0] * len(encoding.ids)
+        return encoding.ids, encoding.type_ids if self.types_pairs else [0] * len(encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
         """Decode token ids; invalid UTF-8 becomes U+FFFD.

@@ -137,7 +137,7 @@ def refused_by_hub(settings: HubOptions, repo: str, error: Exception) -> PullErr
     """Convert an error response of the hub to a PullError; None if the hub did not respond."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-    refusal = source.hub_refusal(repo, settings.revision, error)
+    refusal = source.hub_refusal(repo, settings.revision, error, settings.download_dir)
     if refusal is None:
         return None
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
