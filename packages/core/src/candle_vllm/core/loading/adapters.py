@@ -118,7 +118,7 @@ def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> S
     """
     stored = open_adapter(path, limits)
     try:
-        assert stored.tensors
+        _ = stored.tensors  # the first access reads the header
     except BaseException:
         stored.close()
         raise
