@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pooling: how a text's vector is computed from its hidden states, as the model's files and the request define.
-
-This module does not import torch. The name `PoolingParams` and its `dimensions` are vLLM's.
-"""
+"""Pooling: how a text's vector is computed from its hidden states, as the model's files and the request define."""
 
 from __future__ import annotations
 
@@ -28,9 +25,9 @@ class PoolingMethod(NamedTuple):
     """What a pooling method reads and gives, and its names in files of sentence-transformers and in GGUF, if any."""
 
     positions: Literal["every", "first", "last"] = "every"
-    divisor: Callable[[int], float] = lambda _: 1.0  # of the hidden states' sum, by the number of positions
-    weights: Callable[[Any], Any] | None = None  # of an array of positions from 0 on, an array; None for weights of 1
-    gives: Literal["vector", "vectors", "weights"] = "vector"  # one; one of each token; weights of the vocabulary
+    divisor: Callable[[int], float] = lambda _: 1.0  # of the number of positions; divides the states' sum
+    weights: Callable[[Any], Any] | None = None  # of an array of positions; None for weights of 1
+    gives: Literal["vector", "vectors", "weights"] = "vector"  # one; one for each token; weights of the vocabulary
     mode: str | None = None
     gguf: int | None = None
 
@@ -54,7 +51,7 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         dimensions: length of the vector, if the model was trained for truncated vectors (Matryoshka, arXiv:2205.13147):
-            the first elements are kept and normalised again.
+            the first elements are kept, before the vector is normalised.
         normalize: scale the vector to length 1; for embeddings, vLLM calls this parameter `use_activation`.
         pooling: pooling method, see `PoolingKind`.
         use_activation: whether a head for scores or classes applies the model's activation to its logits; None
@@ -86,7 +83,7 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
 
 def _shown(value: object) -> str:
     """Format a value for a message; Python refuses to format very long integers."""
-    return "a larger number" if isinstance(value, int) and abs(value) >= 10**20 else f"{value!r:.60}"
+    return "a number with more than 20 digits" if isinstance(value, int) and abs(value) >= 10**20 else f"{value!r:.60}"
 
 
 class Behind(Protocol):
@@ -127,7 +124,7 @@ class PoolingPlan:
 
     @property
     def by_token(self) -> bool:
-        """Whether the result has a row for every position instead of one vector."""
+        """Whether the hidden states of all positions are kept instead of one pooled vector."""
         return self.method.gives != "vector"
 
 

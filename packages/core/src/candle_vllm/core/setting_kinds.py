@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Types of settings: one class for each type of value, for the engine's settings and a server's.
 
-`EngineConfig` reads Python values by `taken`. Strings and YAML's numbers are read by `from_text`, other YAML values by
-`check`. An invalid value raises a `ValueError`, whose text is a predicate: the caller writes the setting's name before
-it, and for `taken` also the value.
+`EngineConfig` reads Python values by `taken`. A server reads strings and YAML's numbers by `from_text`, other YAML
+values by `check`. An invalid value raises a `ValueError`, whose text is a predicate: the caller writes the setting's
+name before it, and for `taken` also the value.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _is_template(text: str) -> bool:
 class Integer:
     """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024).
 
-    With `auto`, "auto" and "-1" mean None: not set. With `whole` (a number of layers), "all" means `high`.
+    Only `taken` checks `power_of_two`. With `auto`, the texts "auto" and "-1" mean None; with `whole`, "all" is `high`.
     """
 
     low: int
@@ -333,7 +333,7 @@ class Boolean:
 
 @dataclass(frozen=True)
 class JsonObject(Located):
-    """A JSON object; the code that uses it checks its contents. `kinds` has the kinds of values that may be paths."""
+    """A JSON object; the code that uses it checks its contents. `kinds`, by key, tells `beside` which are paths."""
 
     most: int = 1 << 16
     kinds: Mapping[str, Any] = field(default_factory=dict)
@@ -391,7 +391,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class QuantisedType(Choice):
-    """Name of a quantisation type: q4_k, q4k or Q4K. llama.cpp's mixtures (q4_k_m) are not types."""
+    """Name of a quantisation type: q4k or Q4K; for `taken` also q4_k. llama.cpp's mixtures (q4_k_m) are not types."""
 
     def taken(self, value: Any) -> str:
         name = Text().taken(value).strip().lower()
