@@ -26,6 +26,7 @@ from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.ranks.ranks import Ranks
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.pooled import Reader, ScoredText
+from candle_vllm.core.engine.step.preparation import check_pooling_request
 from candle_vllm.core.engine.step.request_watchers import TextOptions
 from candle_vllm.core.engine.step.stream import raise_failure
 from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
@@ -158,11 +159,12 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
     def read_logits(self, token_ids: Sequence[int], read: Reader | None, first: int = 0) -> None:
         """Run a text as `step` does; `read` gets the logits after its tokens from index `first` on, as arrays [n, V].
 
-        `read` must copy what it keeps. The next `step` returns the outputs of other requests. Raises CandleVllmError if
-        the engine sleeps or fails on the text, or if `read` raises.
+        `read` must copy what it keeps. The next `step` returns the outputs of other requests. Raises RequestError for a
+        wrong text, CandleVllmError if the engine sleeps or fails on the text, or if `read` raises.
         """
         self._check_generates()
         engine, text = self._own_loop(), ScoredText(token_ids, read, first)
+        check_pooling_request(text.request, self._info.vocab_size, self._info.max_model_len)  # type: ignore[arg-type]
         if engine.is_sleeping:
             raise EngineSleepingError(SLEEPS)
         engine.add([text])
