@@ -82,7 +82,7 @@ WRONG: dict[str, list[Any]] = {
     "prompt_cache_path": [5, True, ""],
     "prompt_cache_url": [5, True],
     "prompt_cache_bytes": [5, "8GB", 1 << 21],
-    "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}],
+    "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}, {"draft_p_min": 10**400}],
     "max_queued_requests": [0, None],
     "threads": [0, "2", False],
     "cpu_ranks": [0, 65, "auto", True],

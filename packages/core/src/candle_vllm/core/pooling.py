@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.setting_kinds import shown_number
 
 MAX_DIMENSIONS = 1 << 16
 
@@ -69,7 +70,8 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             isinstance(dimensions, bool) or not isinstance(dimensions, int) or not 1 <= dimensions <= MAX_DIMENSIONS
         ):
             raise InvalidParameterError(
-                f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS}, not {_shown(dimensions)}", "dimensions"
+                f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS}, not {shown_number(dimensions)}",
+                "dimensions",
             )
         for name in ("normalize", "use_activation"):
             value: Any = getattr(self, name)
@@ -79,11 +81,6 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidParameterError(
                 f"pooling must be one of {', '.join(get_args(PoolingKind))}, not {self.pooling!r:.60}", "pooling"
             )
-
-
-def _shown(value: object) -> str:
-    """Format a value for a message; Python refuses to format very long integers."""
-    return "a number with more than 20 digits" if isinstance(value, int) and abs(value) >= 10**20 else f"{value!r:.60}"
 
 
 class Behind(Protocol):

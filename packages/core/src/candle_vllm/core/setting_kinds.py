@@ -45,6 +45,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def shown_number(value: object) -> str:
+    """Format a value for a message; Python refuses to format very long integers, or to make them floats."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number with more than 20 digits"
+    return f"{value:g}" if isinstance(value, float) else f"{value!r:.60}"
+
+
 class Kind(Protocol):
     """Type of a setting, which reads and checks values."""
 
@@ -256,7 +263,7 @@ class Integer:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"must be a whole number, not {value!r:.60}")
         if not self.low <= value <= self.high:
-            raise ValueError(f"must be between {self.low} and {self.high}, not {value}")
+            raise ValueError(f"must be between {self.low} and {self.high}, not {shown_number(value)}")
         return value
 
     def _hint(self) -> str:
@@ -302,7 +309,7 @@ class Number:
         if self._outside(value):
             low = "above" if self.open_low else "at least"
             high = "below" if self.open_high else "at most"
-            raise ValueError(f"must be {low} {self.low:g} and {high} {self.high:g}, not {value:g}")
+            raise ValueError(f"must be {low} {self.low:g} and {high} {self.high:g}, not {shown_number(value)}")
         assert math.isfinite(value)
         return float(value)
 
