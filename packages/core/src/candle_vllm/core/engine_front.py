@@ -594,7 +594,7 @@ class EngineFront(ABC):
         """
         return await self._watched("score", pairs, call, lambda calls: calls.ascore(pairs))
 
-    @explained()
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
     def classify(
         self,
         inputs: Prompt | Sequence[Prompt],
@@ -609,7 +609,7 @@ class EngineFront(ABC):
         """
         return self._pooling(lora_request=lora_request).classify(inputs, params, use_tqdm=use_tqdm)
 
-    @explained()
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
     async def aclassify(
         self,
         inputs: Prompt | Sequence[Prompt],
