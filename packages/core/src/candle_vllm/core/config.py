@@ -266,7 +266,7 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
     for name in values:
         methods = [each for each, sources in DRAFT_METHODS.items() if {*_DRAFT_SETTINGS[name][1:]} <= {*sources}]
         if config.method not in methods:
-            raise _draft_error(f"{name} belongs to the method {methods[0]}, not to {config.method}")
+            raise _draft_error(f"{name} is for the method {' or '.join(methods)}, not for {config.method}")
     return None if config.method == "none" else config
 
 
