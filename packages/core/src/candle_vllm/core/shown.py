@@ -216,9 +216,7 @@ class _Short(reprlib.Repr):
         self.maxdict = self.maxset = self.maxfrozenset = _MOST
 
     def repr_tuple(self, x: tuple[Any, ...], level: int) -> str:
-        if len(x) == 1:
-            return f"({self.repr1(x[0], level)},)"
-        return f"({self._entries(x, level)})"
+        return f"({self._entries(x, level)}{',' * (len(x) == 1)})"
 
     def repr_list(self, x: list[Any], level: int) -> str:
         return f"[{self._entries(x, level)}]"
@@ -231,8 +229,8 @@ class _Short(reprlib.Repr):
 
     def _entries(self, values: Sequence[Any], level: int, length: int | None = None) -> str:
         length = len(values) if length is None else length
-        most = 2 if values and isinstance(values[0], msgspec.Struct) else _MOST
-        written = [self.repr1(value, level) for value in values[:most]]
+        most = (2 if values and isinstance(values[0], msgspec.Struct) else _MOST) if level > 0 else 0
+        written = [self.repr1(value, level - 1) for value in values[:most]]
         return ", ".join(written if length <= most else [*written, f"... {length} in all"])
 
 
