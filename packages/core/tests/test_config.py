@@ -27,7 +27,7 @@ WRONG: dict[str, list[Any]] = {
     "offline": ["no", 1, None],
     "tokenizer": [5, ""],
     "chat_template": [5, {}],
-    "device": [5, None, "gpu", "cuda:x", "cpu,cuda:0", "cuda:0,"],
+    "device": [5, None, "gpu", "cuda:x", "cpu,cuda:0", "cuda:0,", "cuda:0,cuda:00"],
     "tensor_parallel_size": [0, "2", 65],
     "cpu_experts": [-1, "auto", 1025, True],
     "cpu_offload_gb": [-1, "8", math.inf, True],

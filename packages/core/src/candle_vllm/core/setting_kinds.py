@@ -26,8 +26,8 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"([+-]?\d{1,20}(?:\.\d{1,20})?)([kmgtKMGT]?)", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,2})?", re.ASCII)
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
-_DEVICES = re.compile(r"cuda:\d{1,3}(,cuda:\d{1,3}){1,63}", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", re.ASCII)
+_DEVICES = re.compile(r"cuda:(0|[1-9]\d{0,2})(,cuda:(0|[1-9]\d{0,2})){1,63}", re.ASCII)
 _NUMBERED = re.compile(r"\d{1,3}", re.ASCII)
 _APPLE = ("metal", "mps")
 _NO_METAL = "is Apple's GPU, which is not supported: set cpu, which auto chooses there as well"
