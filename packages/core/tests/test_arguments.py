@@ -85,6 +85,7 @@ def test_parameters(make: Callable[..., object], name: str, said: str) -> None:
         ("agenerate", "top_p", "it is a field of SamplingParams"),
         ("stream", "use_tqdm", "$"),
         ("embed", "dimensions", "it is a field of PoolingParams"),
+        ("classify", "use_activation", "it is a field of PoolingParams"),
         ("add_request", "seed", "it is a field of SamplingParams"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core import CandleVllmError, ConfigError, InferenceEngine, SamplingParams, TokenOutput
+from candle_vllm.core import CandleVllmError, ConfigError, InferenceEngine, RequestError, SamplingParams, TokenOutput
 from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.perplexity import cut, perplexity
 from candle_vllm.core.testing.toy_model import write_toy_model
@@ -152,4 +152,7 @@ def test_what_is_refused(toy: Path) -> None:
             perplexity(engine, TEXT, window=WINDOW, tokens=TOKENS, reference=io.BytesIO(file.getvalue()[:-4]))
         with pytest.raises(CandleVllmError, match="no room"):
             engine.read_logits([1, 2, 3], lambda _: (_ for _ in ()).throw(ValueError("no room")))
+        for ids, said in (([], "is empty"), ([1] * (WINDOW + 1), "at most 150"), ([1, 1 << 20], "out of vocabulary")):
+            with pytest.raises(RequestError, match=said):
+                engine.read_logits(ids, lambda _: None)
         assert perplexity(engine, TEXT, window=WINDOW)["windows"] > 1  # a text that failed leaves nothing behind

@@ -31,6 +31,10 @@ def test_parameters_show_what_was_given() -> None:
     allowed = SamplingParams(allowed_token_ids=list(range(1000)))
     assert repr(allowed) == "SamplingParams(allowed_token_ids=[0, 1, 2, 3, 4, 5, ... 1000 in all])"
     assert len(repr(StructuredOutputsParams(regex="a" * 60_000))) < 200
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert len(repr(StructuredOutputsParams(json={"enum": deep}))) < 200
 
 
 def test_settings_show_what_was_given_and_no_secret() -> None:

@@ -104,7 +104,19 @@ def test_the_list_of_hosts(url: str, patterns: tuple[str, ...], allowed: bool) -
 
 @pytest.mark.parametrize(
     "pattern",
-    ["", "*", "*.", "*.com", "A.example", "http://a.example", "a.example/", "a*.example", "a.example:0", "a:70000"],
+    [
+        "",
+        "*",
+        "*.",
+        "*.com",
+        "*.1.2.3.4",
+        "A.example",
+        "http://a.example",
+        "a.example/",
+        "a*.example",
+        "a.example:0",
+        "a:70000",
+    ],
 )
 def test_patterns_that_are_none(pattern: str) -> None:
     with pytest.raises(ValueError, match="must"):

@@ -276,7 +276,10 @@ def test_drafts_are_tried_again_when_they_begin_to_pay(monkeypatch: pytest.Monke
         ({"suffix_decoding_min_token_prob": 1.5}, "must be at least 0 and at most 1, not 1.5"),
         ({"suffix_decoding_min_token_prob": float("nan")}, "must be at least 0 and at most 1, not nan"),
         ({"prompt_lookup_min": 5, "prompt_lookup_max": 4}, "prompt_lookup_min 5 is above prompt_lookup_max"),
-        ({"method": "ngram", "suffix_decoding_min_token_prob": 0.5}, "belongs to the method suffix, not to ngram"),
+        (
+            {"method": "ngram", "suffix_decoding_min_token_prob": 0.5},
+            "is for the method suffix or draft_model or eagle3 or mtp, not for ngram",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(given: dict[str, Any], said: str) -> None:

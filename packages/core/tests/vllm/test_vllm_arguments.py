@@ -102,7 +102,7 @@ def test_prompts_in_one_piece_whatever_the_order(names: tuple[str, str]) -> None
     [
         ({"decode_context_parallel_size": 2}, TypeError, r"\(data_parallel_size\) only"),
         ({"fully_sharded_loras": True}, TypeError, "each GPU has the whole adapter"),
-        ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
+        ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model is for the method draft_model"),
         ({"speculative_config": 5, "spec_tokens": 3}, ConfigError, "speculative_config 5 is not a dict"),
         ({"pooler_config": '{"pooling_type": "CLS"}'}, ConfigError, "pooler_config must be values by name"),
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: method must be one of .*EAGLE-3"),

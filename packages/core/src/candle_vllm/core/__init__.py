@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The inference engine of candle-vllm: load a model, and generate text or vectors for many prompts at a time.
 
-Engines and vLLM's names are imported when they are first used: their modules take long to import, and settings, errors
-and request types do not need them.
+Engines and the classes of `core.vllm` are imported when they are first used: their modules take long to import, and
+settings, errors and request types do not need them.
 """
 
 from types import MappingProxyType

@@ -30,15 +30,15 @@ R = TypeVar("R")
 
 @functools.cache
 def foreign_names(owner: str) -> Mapping[str, str]:
-    """Return the answer for each name of other libraries that `owner`, a class with a table or any method, lacks.
+    """Return the hint for each foreign name that `owner` lacks; `owner` is a table's heading or the name of a method.
 
-    An answer begins with the equivalent name of this library, if there is one.
+    A hint begins with the equivalent name of this library, if there is one.
     """
     return {name: row[2] for row in _rows(owner) for name in row[0].split()}
 
 
 def has_no_effect(owner: str, name: str, value: object) -> bool:
-    """Whether an unknown argument asks for what `owner` does anyway; if its table row allows any value, log that."""
+    """Whether `owner` may ignore an unknown argument: its table allows the value, or any ("*", which is logged)."""
     harmless = _harmless(owner).get(name, ())
     if "*" in harmless:
         logger.warning("%s has no effect here: %s", name, foreign_names(owner)[name])
@@ -79,7 +79,7 @@ def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
     """Return the exception of a package's `__getattr__` for an unknown name.
 
     For `from module import name` Python discards the text of an `AttributeError`. So for this statement, which is
-    recognised by the calling function of importlib, an ImportError is returned if there is a hint.
+    recognised by the calling function of importlib, an ImportError is returned if there is a hint and no submodule.
 
     Args:
         module: the package.
@@ -99,7 +99,7 @@ def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
 
 
 class _Explaining(type):
-    """Metaclass whose classes explain unknown arguments, and ignore those with values that change nothing."""
+    """Metaclass whose classes explain unknown arguments, and ignore those for which `has_no_effect` is true."""
 
     if not TYPE_CHECKING:  # type checkers see the class's own signature
 

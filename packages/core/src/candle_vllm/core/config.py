@@ -54,16 +54,16 @@ AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch
 
 
 class CacheType(NamedTuple):
-    """A type of the KV cache; 32 elements of a type of the CPU are a block with a scale.
+    """A type of the KV cache. A quantised type of the CPU has blocks of 32 elements with a scale.
 
     Attributes:
-        bits: bits of an element's code on the CPU; fewer than 16 make a type of the CPU.
-        minima: whether such an element is scale * code + minimum, instead of scale times a signed code.
-        element: name of the torch dtype of an element on a GPU, which makes a type of GPUs.
+        bits: bits of an element's code in a quantised type of the CPU; 16 in all other types.
+        minima: whether an element of the CPU is scale * code + minimum; otherwise it is scale times a signed code.
+        element: name of an element's torch dtype, in a type that only GPUs have.
         row_scales: whether each token and head has a scale on a GPU; otherwise each layer has one for keys and one for
             values, which a checkpoint may contain.
         capability: minimum compute capability of a GPU.
-        names: other names of this type, from vLLM and the Rust candle-vllm.
+        names: other names, from vLLM and the Rust candle-vllm; the command line and `LLM` accept them.
     """
 
     bits: int = 16
@@ -181,9 +181,9 @@ class SpeculativeConfig:
 
     Attributes:
         method: source of draft tokens. "suffix": the text so far and past answers; "ngram": the text so far; "none": no
-            speculation; "draft_model": a small model, unless "suffix" has a draft that is as likely; "eagle3": a head
-            trained for the model; "mtp": the multi-token prediction layer in the model's checkpoint, or with `model`
-            the drafter of a Gemma 4.
+            speculation; "draft_model": a small model; "eagle3": a head trained for the model; "mtp": the multi-token
+            prediction layer in the model's checkpoint, or with `model` the drafter of a Gemma 4. These three use a
+            draft of "suffix" where it is expected to save as much time.
         num_speculative_tokens: maximum number of draft tokens of a sequence in one step.
         prompt_lookup_min, prompt_lookup_max: minimum and maximum length of a match, in tokens.
         suffix_decoding_max_cached_requests: maximum number of past answers in the suffix cache; 0 turns the cache off.
@@ -223,14 +223,14 @@ _VLLM_DRAFT_DEFAULTS = {"draft_tensor_parallel_size": 1, "suffix_decoding_max_tr
                         "quantization": None, "rejection_sample_method": "standard"}  # fmt: skip
 """Settings of vLLM that have no counterpart here, and their defaults, which are accepted."""
 MOST_LAYERS = 1024
-"""Maximum of `cpu_experts` and `gpu_layers`, which stands for all layers."""
+"""Maximum of `cpu_experts` and `gpu_layers`; this number stands for all layers."""
 
 
 def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
-    """Parse `speculative_config`; None without speculation.
+    """Parse `speculative_config`; return None without speculation.
 
     Raises:
-        ConfigError: an unknown name, an invalid value, or a setting of another method.
+        ConfigError: an unknown name, an invalid value, a missing model, or a setting of another method.
     """
     if given is None:
         return None
@@ -266,7 +266,7 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
     for name in values:
         methods = [each for each, sources in DRAFT_METHODS.items() if {*_DRAFT_SETTINGS[name][1:]} <= {*sources}]
         if config.method not in methods:
-            raise _draft_error(f"{name} belongs to the method {methods[0]}, not to {config.method}")
+            raise _draft_error(f"{name} is for the method {' or '.join(methods)}, not for {config.method}")
     return None if config.method == "none" else config
 
 
@@ -285,7 +285,7 @@ class EngineConfig(ExplainedSettings):
                            "weight file to load, if the folder or repository has several"] = None
     revision: Annotated[str | None, Text(), "branch, tag or commit on Hugging Face"] = None
     hf_token: Annotated[str | None, Text(), "access token for Hugging Face",
-                        "None uses the one of `hf auth login`."] = dataclasses.field(
+                        "None uses HF_TOKEN, or the token of `hf auth login`."] = dataclasses.field(
         default=None, repr=False)
     download_dir: Annotated[Path | None, FilePath(), "folder for downloads",
                             "None is Hugging Face's own cache."] = None
@@ -373,7 +373,7 @@ class EngineConfig(ExplainedSettings):
                               "None is as much as does not fit."] = None
     gpu_layers: Annotated[int | None, Integer(0, MOST_LAYERS), "number of layers whose weights are in GPU memory; "
                           "the GPU reads the others from main memory in every step",
-                          "None leaves it to cpu_offload_gb; only one of the two may be set."] = None
+                          "None leaves it to cpu_offload_gb, which must be unset or 0 beside gpu_layers."] = None
     dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain (not quantised) matrices: auto (as stored; "
                      "on a GPU bf16, or f16 if it has no bf16), f32, bf16 or f16",
                      'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
@@ -427,15 +427,15 @@ class EngineConfig(ExplainedSettings):
                                       "starts."] = None
     block_size: Annotated[int, Integer(1, 1024, power_of_two=True), "tokens in one KV block, a power of two"] = 64
     kv_cache_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for the KV cache",
-                               "None takes kv_fraction of the memory that is free after loading."] = None
+                               "None leaves it to kv_fraction or gpu_memory_utilization."] = None
     kv_fraction: Annotated[float | None, Number(0, 1, open_low=True, open_high=True, said="between 0 and 1: try 0.4"),
                            "share of the memory left after loading that the KV cache takes: 0.4 on the CPU, 0.9 on a "
                            "GPU"] = None
     gpu_memory_utilization: Annotated[float | None, Number(0, 1, open_low=True, said="above 0 and at most 1: try 0.9"),
                                       "share of a GPU's whole memory for weights, activations and the KV cache; the "
                                       "CPU has kv_fraction only",
-                                      "Memory that other processes use counts as used. kv_cache_memory wins over it; "
-                                      "kv_fraction cannot be set beside it."] = None
+                                      "Memory that other processes use counts as used. On a GPU, kv_cache_memory has "
+                                      "priority over it, and it has priority over kv_fraction."] = None
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
     open_objects: Annotated[bool, Boolean(), "in structured output, objects may have keys that their schema does not "
@@ -487,7 +487,7 @@ class EngineConfig(ExplainedSettings):
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; default: one per allowed physical core",
-                       "On a GPU they are used for loading only."] = None
+                       "On a GPU they load weights, and compute the experts that stay in main memory."] = None
     cpu_ranks: Annotated[int | None, Integer(1, 64),
                          "groups of CPU threads, each with its rows of every matrix in the memory of its own NUMA "
                          "node; default: one for each node",
@@ -542,7 +542,7 @@ class EngineConfig(ExplainedSettings):
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
 
     def _check_ranks(self) -> None:
-        """Check settings of several devices: one rank per device, the same number for each replica."""
+        """Check settings of ranks, nodes and replicas; set `tensor_parallel_size` if `device` names several GPUs."""
         devices, replicas = self.device.split(","), self.data_parallel_size
         if len(set(devices)) < len(devices):
             raise ConfigError(f"device {self.device!r} names a GPU twice: name each once", "device")
@@ -578,7 +578,7 @@ class EngineConfig(ExplainedSettings):
         if self.nnodes > 1:
             self._check_nodes()
         elif self.node_rank:
-            raise ConfigError(f"node_rank {self.node_rank} needs nnodes: set it, the same on all", "node_rank")
+            raise ConfigError(f"node_rank {self.node_rank} needs nnodes: set the number of nodes", "node_rank")
         else:
             for name in ("master_addr", "master_port"):  # cluster_key may be set without nnodes
                 if getattr(self, name) != getattr(EngineConfig, name):

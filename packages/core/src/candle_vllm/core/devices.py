@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Choose the device that an engine computes on, or report why a GPU cannot be used (before step 1 of a request's life).
 
-torch is imported only if a GPU is requested, or if the setting is "auto" and a driver reports a GPU.
+`choose_device` imports torch only if a GPU is requested, or if the setting is "auto" and a driver reports a GPU.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def leave_cores_to_others() -> None:
 
 
 def is_amd() -> bool:
-    """Whether the GPUs are AMD's."""
+    """Whether torch was built for AMD's GPUs (ROCm)."""
     import torch
 
     return torch.version.hip is not None
@@ -228,7 +228,7 @@ def _no_compiler() -> str | None:
 
 
 def _taken(index: int) -> str | None:
-    """Return why GPU number `index` has no memory for a context, which takes some hundred MB; None if it has."""
+    """Return why GPU number `index` is unusable: too little memory for a context, or no response; None if usable."""
     import torch
 
     try:
@@ -241,7 +241,7 @@ def _taken(index: int) -> str | None:
 
 
 def _driver_has_gpu() -> bool:
-    """Whether a GPU's driver reports a GPU, or does not answer (the caller explains that). Does not import torch."""
+    """Whether NVIDIA's driver reports a GPU or fails (the caller explains that), or else AMD's driver is loaded."""
     driver = _nvidia_driver()
     if driver is None:
         return _AMD_DRIVER.exists()

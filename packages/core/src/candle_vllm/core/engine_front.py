@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """EngineFront: the public methods of every engine (steps 3 and 10 of a request's life).
 
-`InferenceEngine` runs its engine in a thread, `RemoteEngine` in a process of its own. Their common part turns texts
-into token ids, prompts into requests, and step outputs into results. It does not import torch.
+`InferenceEngine` runs its engine in a thread, `RemoteEngine` in a process of its own, `ReplicatedEngine` in several.
+Their common part turns texts into token ids, prompts into requests, and outputs into results. It imports no torch.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class EngineFront(ABC):
 
     @abstractmethod
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, when the engine dies without `close`; at once if it has died already."""
+        """Call `callback` once, when the engine's processes die without `close`; at once if they have died already."""
 
     def stats(self) -> EngineStats:
         """Return counters since the start and current values of gauges."""
@@ -159,6 +159,7 @@ class EngineFront(ABC):
         """Tokenize a text, by default with special tokens such as BOS.
 
         Raises:
+            InvalidParameterError: `text` is not a string, or UTF-8 cannot encode it.
             PromptTooLongError: the text has more characters than any prompt can have; it is not tokenized.
         """
         if not isinstance(text, str):
@@ -212,10 +213,10 @@ class EngineFront(ABC):
             images: Pillow images, arrays [height, width, 3] of uint8, or the bytes of PNG, JPEG, WebP or GIF files; or
                 images that an earlier call returned with these token ids.
             names: the field of each image, for error messages; "image" by default.
-            bounded: whether a prompt that exceeds the context is refused.
+            bounded: whether a prompt that exceeds the context is refused (PromptTooLongError).
 
         Raises:
-            InvalidParameterError: the model is text-only, an image is unusable, or an image token is missing or extra.
+            InvalidParameterError: the model is text-only, or there is an unusable image, one too many or too few.
         """
         if images and all(isinstance(image, ImageInput) for image in images):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]
@@ -233,6 +234,7 @@ class EngineFront(ABC):
         Raises:
             UnsupportedParameterError: the settings allow no images from URLs.
             InvalidParameterError: an image could not be fetched; the message says why.
+            EngineOverloadedError: images of other requests take too much memory.
         """
         template = self._require()[1].template
         conversation = one_conversation(messages, template, sees=self._sees)
@@ -246,8 +248,8 @@ class EngineFront(ABC):
         """Render the conversation as one prompt text, by the model's own chat template.
 
         Args:
-            messages: dicts with `role` and `content`, as in OpenAI's API: texts or lists of text parts, tool calls and
-                tool results. They are converted to the format of the template (`template_messages`).
+            messages: dicts with `role` and `content`, as in OpenAI's API: texts or lists of text and image parts, tool
+                calls and tool results. They are converted to the format of the template (`template_messages`).
             options: `tools`, `documents`, `add_generation_prompt`, `continue_final_message`, any variable that the
                 template reads (`enable_thinking`, ...), `chat_template` (Jinja source instead of the model's template),
                 and `chat_template_kwargs`: variables that the template need not read.
@@ -303,16 +305,17 @@ class EngineFront(ABC):
         """Free memory and refuse requests; return when that is done.
 
         Args:
-            level: 1 frees the KV cache, and moves weights from a GPU to host memory. 2 drops the weights; they are read
-                from the model's files at `wake_up`.
+            level: 1 frees the KV cache, and moves weights from a GPU to host memory. 2 frees the KV cache and drops the
+                weights; they are read from the model's files at `wake_up`.
             mode: "abort" ends running and waiting requests, as `abort` does; "wait" lets them end first.
 
-        The prefix cache is cleared, except for offloaded blocks. Adapters stay. A sleeping engine may be put to sleep
-        at the other level; level 2 is left only by `wake_up`.
+        The prefix cache is cleared, except for offloaded blocks. Adapters stay. An engine that sleeps at level 1 may be
+        put to sleep at level 2; `wake_up` ends level 2.
 
         Raises:
             CandleVllmError: the engine cannot sleep at this level (random weights at level 2, or on the CPU of a system
-                other than Linux), and nothing has changed; or memory cannot be freed: the engine is awake again.
+                other than Linux), and nothing has changed; or memory cannot be freed: the engine is awake again, or
+                sleeps if that fails too (`EngineSleepingError`).
             EngineDeadError: the engine has stopped.
         """
         check_sleep(level, mode)
@@ -402,7 +405,7 @@ class EngineFront(ABC):
 
     @abstractmethod
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """Send a call to the engine's adapter store; "remove" returns the removed adapter's name, if it was known."""
+        """Send a call to the engine's adapter store; see `AdapterStore.call`."""
 
     # ---- whole answers -----------------------------------------------------------------------------------------------
 
@@ -421,7 +424,7 @@ class EngineFront(ABC):
 
         Args:
             prompts: one prompt or a list; a prompt is a text, a list of token ids, or vLLM's object with `prompt` or
-                `prompt_token_ids`.
+                `prompt_token_ids`, and images as `multi_modal_data`.
             sampling_params: one for all prompts, or one for each. Fields that are left out have the model's defaults
                 (`default_sampling_params`); `max_tokens` is 16 by default.
             use_tqdm: show a progress bar, on a terminal; or a function that makes one, called like tqdm.
@@ -434,7 +437,7 @@ class EngineFront(ABC):
             RequestError: a prompt or its parameters are wrong; the message has its position (`prompts[50]`). No prompt
                 was run.
             RequestAbortedError: the engine was closed meanwhile.
-            CandleVllmError: the engine failed on a request.
+            CandleVllmError: the engine failed on a request, sleeps or has stopped.
         """
         todo = self._requests(
             "prompts", as_prompts(prompts), sampling_params, add_special_tokens, priority, lora_request
@@ -591,7 +594,7 @@ class EngineFront(ABC):
         """
         return await self._watched("score", pairs, call, lambda calls: calls.ascore(pairs))
 
-    @explained()
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
     def classify(
         self,
         inputs: Prompt | Sequence[Prompt],
@@ -606,7 +609,7 @@ class EngineFront(ABC):
         """
         return self._pooling(lora_request=lora_request).classify(inputs, params, use_tqdm=use_tqdm)
 
-    @explained()
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
     async def aclassify(
         self,
         inputs: Prompt | Sequence[Prompt],
@@ -645,7 +648,7 @@ class EngineFront(ABC):
         it aborts the request. `watcher` is notified of the request and of each output, also while nobody iterates.
 
         Raises:
-            RequestError, EngineOverloadedError, EngineDeadError: the request was refused.
+            RequestError, EngineOverloadedError, EngineSleepingError, EngineDeadError: the request was refused.
             RuntimeError: no event loop is running.
         """
         params = self._filled(sampling_params)
@@ -672,7 +675,7 @@ class EngineFront(ABC):
         The request is checked and queued before this returns. Closing or dropping the iterator aborts the request.
 
         Raises:
-            RequestError, EngineOverloadedError, EngineDeadError: the request was refused.
+            RequestError, EngineOverloadedError, EngineSleepingError, EngineDeadError: the request was refused.
         """
         request = self._request(prompt, sampling_params, **call)
         prepared = self._working().prepare(request)
@@ -755,7 +758,7 @@ class EngineFront(ABC):
 
     @abstractmethod
     def _running_thread(self) -> RequestRunner:
-        """Return the thread that drives the engine; start it on first use."""
+        """Return the thread to which requests are submitted; `InferenceEngine` starts it on first use."""
 
     def _pooling(self, **options: Any) -> PoolingCalls:
         texts = self._require()[1]
@@ -866,7 +869,6 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 
 
 def _each_params(params: Any) -> list[SamplingParams | None]:
-    """Return the parameters of each prompt from an iterable."""
     if isinstance(params, (str, Mapping)) or not isinstance(params, Iterable):
         raise _no_params(params)
     return list(params)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Exceptions for every failure that a user can cause, as one tree.
+"""The library's own exceptions, as one tree.
 
     CandleVllmError
     ├── ConfigError              an impossible setting: names the setting and a value that works
     │   ├── NoMemoryError        the model, its cache or its steps do not fit into the available memory
-    │   └── NotReadyError        an address is in use, or a server cannot be reached: try again later
+    │   └── NotReadyError        an address, server or resource is not available: try again later
     ├── ModelNotFoundError       no such Hugging Face id, folder or file
     │   └── HubUnreachableError  the hub did not answer, and the cache has no such model
     ├── ModelLoadError           the files exist but cannot be used
-    │   ├── InvalidFileError     damaged or hostile: a size, offset, count or string beyond the file
+    │   ├── InvalidFileError     damaged or hostile: a value is missing, impossible or beyond the file
     │   ├── UnsupportedModelError  an architecture, tensor type or tokenizer that is not implemented
     │   ├── WeightsError         missing, unexpected or misshapen tensors
     │   └── AdapterError         an adapter's files are damaged, hostile, or do not fit the model
     ├── RequestError             one request is wrong; other requests are not affected
     │   ├── InvalidParameterError  a field out of range or of the wrong type
-    │   │   └── UnsupportedParameterError  the request asks for something that is not implemented here
+    │   │   └── UnsupportedParameterError  the request asks for something that is not implemented or allowed
     │   ├── PromptTooLongError   the prompt, or prompt + max_tokens, exceeds the context or the cache
     │   └── ChatTemplateError    the model's template refused, failed or ran out of time
     ├── RequestAbortedError      the request was aborted before it finished
@@ -55,7 +55,7 @@ class NoMemoryError(ConfigError):
 
 
 class NotReadyError(ConfigError):
-    """An address is in use or not there yet, or a server that a setting names cannot be reached: try again later."""
+    """An address, a server, other nodes or resources of Ray are not available: try again later."""
 
 
 class ModelNotFoundError(CandleVllmError):
@@ -71,7 +71,7 @@ class ModelLoadError(CandleVllmError):
 
 
 class InvalidFileError(ModelLoadError):
-    """A model file is damaged, or has impossible values; the message names the file if it is known."""
+    """A model file is damaged, or a value is missing or impossible; the message names the file if it is known."""
 
 
 class UnsupportedModelError(ModelLoadError):
@@ -79,7 +79,7 @@ class UnsupportedModelError(ModelLoadError):
 
 
 class WeightsError(ModelLoadError):
-    """Tensors are missing (such as one of q, k and v, which are merged), unexpected, or of the wrong shape."""
+    """Tensors are missing, unexpected, or of the wrong shape."""
 
 
 class AdapterError(ModelLoadError):

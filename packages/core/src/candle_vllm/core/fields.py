@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Typed, strict access to the values of `config.json` and GGUF metadata. Every error names the file and the key."""
+"""Typed, strict access to values of `config.json` and GGUF metadata. Errors of `Fields` name the file and the key."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Fields:
     def get(self, key: str, kind: type[T], default: Any = _REQUIRED) -> T:
         """Return the value of `key`, which must be of `kind` (a finite float); `default` if it is absent or null.
 
-        In GGUF metadata a number may be a list with one entry per layer, if all entries are equal.
+        An int may be stored as 512.0, and a number of GGUF metadata as a list of equal entries, one for each layer.
         """
         value: Any = self.values.get(self.prefix + key)
         if value is None:
@@ -76,14 +76,14 @@ class Fields:
         return number
 
     def count(self, key: str, default: Any = _REQUIRED, *, most: int = MAX_COUNT) -> int:
-        """Return an integer from 1 to `most`."""
+        """Return an integer from 1 to `most`; `default`, which is not checked, if the key is absent or null."""
         value = self.get(key, int, default)
         if value is not default and not 0 < value <= most:
             raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}; it must be 1 to {most}")
         return value
 
     def choice(self, key: str, default: str, *allowed: str) -> str:
-        """Return a string that must be one of `allowed`."""
+        """Return a string that must be one of `allowed`; an absent or null key counts as `default`."""
         value = self.get(key, str, default)
         if value not in allowed:
             raise UnsupportedModelError(
@@ -92,7 +92,7 @@ class Fields:
         return value
 
     def section(self, key: str) -> Fields:
-        """Return a nested mapping; it is empty if the key is absent."""
+        """Return the fields of a nested mapping, which have no prefix; none if the key is absent or null."""
         return Fields(self.get(key, dict, {}), self.path)
 
     def with_defaults(self, **values: Any) -> Fields:
@@ -106,7 +106,7 @@ class Fields:
         return Fields({**usual, **self.values}, self.path, self.prefix)
 
     def token_ids(self, key: str, *, lowest: int = 0) -> tuple[int, ...]:
-        """Return one token id, from `lowest` to 2^24, or a list of token ids, as a tuple."""
+        """Return one token id, from `lowest` to 2^24, or a list of token ids, as a tuple; () if absent."""
         value = self.values.get(self.prefix + key)
         ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
         ids = [int(item) if isinstance(item, float) and item.is_integer() else item for item in ids]

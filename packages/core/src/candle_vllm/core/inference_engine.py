@@ -26,6 +26,7 @@ from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.ranks.ranks import Ranks
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.pooled import Reader, ScoredText
+from candle_vllm.core.engine.step.preparation import check_pooling_request
 from candle_vllm.core.engine.step.request_watchers import TextOptions
 from candle_vllm.core.engine.step.stream import raise_failure
 from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
@@ -55,7 +56,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
         ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served with these settings.
 
     The engine runs in its own thread from the first request on. `close` (or leaving the `with` block) ends the thread
-    and releases the memory. For your own loop use only `add_request`, `step` and `abort` instead.
+    and releases the memory. A loop of your own calls `add_request`, `step` and `abort`; `generate` is then refused.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
     def step(self) -> list[TokenOutput]:
         """Run one step of the requests added with `add_request`; return an empty list without work.
 
-        The last outputs of requests that were aborted since the previous step come first. On a GPU a call launches a
+        Outputs that `abort`, `sleep` or `read_logits` left come first. If steps overlap (on a GPU), a call launches a
         step before it waits for the previous one, and returns the outputs of the previous step.
         """
         engine = self._own_loop()
@@ -156,13 +157,14 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
         return ended + engine.step()
 
     def read_logits(self, token_ids: Sequence[int], read: Reader | None, first: int = 0) -> None:
-        """Run a text as `step` does, and call `read` with the logits after each token from the token `first` on.
+        """Run a text as `step` does; `read` gets the logits after its tokens from index `first` on, as arrays [n, V].
 
-        The next `step` returns the outputs of other requests. Raises CandleVllmError if the engine sleeps or fails on
-        the text, or if `read` raises.
+        `read` must copy what it keeps. The next `step` returns the outputs of other requests. Raises RequestError for a
+        wrong text, CandleVllmError if the engine sleeps or fails on the text, or if `read` raises.
         """
         self._check_generates()
         engine, text = self._own_loop(), ScoredText(token_ids, read, first)
+        check_pooling_request(text.request, self._info.vocab_size, self._info.max_model_len)  # type: ignore[arg-type]
         if engine.is_sleeping:
             raise EngineSleepingError(SLEEPS)
         engine.add([text])

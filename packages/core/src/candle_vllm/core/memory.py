@@ -36,7 +36,7 @@ from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_thread
 
 MIB = 1 << 20
 SPARE, SPARE_ADDRESSES = 256 * MIB, 768 * MIB
-"""Bytes that a raised limit should leave free for steps, requests and threads: of used, and of reserved memory."""
+"""Bytes that a raised limit should leave free for steps, requests and threads; the second is for `ulimit -v`."""
 _FOR_STEPS = 64 * MIB
 _FOR_A_SERVER = 128 * MIB
 """Bytes of a control group's limit that are left free, because the system kills a process that exceeds it: after the
@@ -55,7 +55,7 @@ class CachePlan:
 
     Attributes:
         num_blocks: blocks in the cache.
-        block_bytes: bytes of one block: keys and values of all layers without a page pool in `windows`.
+        block_bytes: bytes of one block: keys and values of all layers without a page pool, and of a draft model.
         max_model_len: longest prompt plus output, in tokens; it always fits.
         message: how the size was computed, for the log.
         warning: the reduced context, and the memory that the full context needs; empty if it was not reduced.
@@ -79,7 +79,7 @@ class CachePlan:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of all pages."""
+        """Bytes of all blocks and page pools."""
         return self.num_blocks * self.block_bytes + self.window_bytes
 
     def agreed(self, ranks: Collective) -> CachePlan:
@@ -96,7 +96,7 @@ class Room:
 
     Attributes:
         available: free bytes on the device after loading the weights, without the reserve for a step.
-        share: fraction of `available` that the cache may take, unless `kv_fraction` is set.
+        share: default of `kv_fraction`, the fraction of `available` that the cache may take.
         kept: description of the reserve, for the message; may be empty.
         limit: the user's setting that bounds the memory, if any.
         as_it_fills: the cache takes memory only as it fills.
@@ -117,7 +117,7 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
     Args:
         threads: number of computing threads; limits of reserved memory count their stacks.
         share: see `Room`.
-        weights: bytes of weights that are not loaded yet.
+        weights: bytes that are taken later, for weights and steps.
     """
     limit = tightest_limit()
     limit = limit._replace(left=max(0, limit.left - weights))
@@ -131,7 +131,7 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
 
 
 class _Division(NamedTuple):
-    """Memory divided into states, page pools and blocks; `specs` are the caches with a page for each block."""
+    """Memory divided into states, page pools and blocks; `specs` are the caches in blocks, without a draft model's."""
 
     states: StateRoom
     state_bytes: int
@@ -163,7 +163,7 @@ def plan_cache(
     Args:
         config: the engine's settings.
         model: the model, its context already reduced to `config.max_model_len` if that is set.
-        element_bytes: bytes of an element in the cache.
+        element_bytes: see `ElementBytes`.
         sequences: maximum number of sequences in a step; the cache is no larger than for this number of full length.
         room: the available memory.
         beside: bytes of one token in a draft model's cache, which has the same number of blocks.
@@ -173,7 +173,7 @@ def plan_cache(
         pools: maximum number of page pools; None for one pool per window size.
 
     Raises:
-        ConfigError: the requested context does not fit; the message suggests values that do.
+        ConfigError: the requested context is longer than the model's, or the cache does not fit (NoMemoryError).
     """
     refuse_longer(config, model)
     available, share = room.available, config.kv_fraction or room.share
@@ -308,9 +308,9 @@ def _plan_states(
     available: int,
     budget: int,
 ) -> tuple[StateRoom, int, str]:
-    """Return the size of the state pool within `budget` of `available` bytes, its bytes, and a description of it.
+    """Return the size of the state pool in a cache of `budget` bytes, its bytes, and a description of it.
 
-    `longest` is the maximum number of tokens of a sequence.
+    `longest` is the maximum number of tokens of a sequence; errors suggest at most `available` bytes for the cache.
     """
     parts = [part for spec in states(specs) for part in spec.parts]
     if not parts:
@@ -349,7 +349,7 @@ ElementBytes: TypeAlias = Callable[[int], float]
 
 
 def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementBytes) -> int:
-    """Return the bytes of `tokens` tokens in the cache of layers with these specs."""
+    """Return the bytes of `tokens` tokens in the paged caches among these specs; states do not count."""
     return round(tokens * sum(spec.elements * element_bytes(spec.key_dim) for spec in paged(specs)))
 
 
@@ -375,7 +375,7 @@ def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
 
 
 def _shrunk_context(config: EngineConfig, context: int, affordable: int, needed: int, room: Room, budget: int) -> int:
-    """Return the context that fits, if the user set none; otherwise raise a ConfigError with values that work.
+    """Return the context that fits; raise a NoMemoryError with values that work if one is set, or no block fits.
 
     `needed` are the bytes of a cache for the whole context, `affordable` the blocks that `budget` bytes have room for.
     """

@@ -2,7 +2,7 @@
 """Perplexity of a text, and how far a model's next-token distributions are from a reference's.
 
 The text is cut into windows, each of which begins with BOS if the model has one. Each token that has a token before it
-in its window is scored, by the logits of that position. docs/quantisation.md describes the figures.
+in its window is scored, by the logits after that token. docs/quantisation.md describes the figures.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def perplexity(
 ) -> dict[str, Any]:
     """Return a model's figures on the first `tokens` tokens of a text, and their comparison with a reference, if given.
 
-    The file `save` gets the log-probabilities, float32 [scored tokens, vocabulary]; `reference` is such a file.
-    Raises ConfigError if there is no token to score or the reference scores other tokens, ValueError if it ends early.
+    `save` gets a line of text, then log-probabilities, float32 [scored tokens, vocabulary]; `reference` is such a file.
+    Raises ConfigError if there is no token to score or the reference has other tokens, CandleVllmError if it is short.
     """
     before, windows = cut(engine, text, window, tokens)
     first, size = max(1, len(before)), engine.model_info.vocab_size

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pooling: how a text's vector is computed from its hidden states, as the model's files and the request define.
-
-This module does not import torch. The name `PoolingParams` and its `dimensions` are vLLM's.
-"""
+"""Pooling: how a text's vector is computed from its hidden states, as the model's files and the request define."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.setting_kinds import shown_number
 
 MAX_DIMENSIONS = 1 << 16
 
@@ -28,9 +26,9 @@ class PoolingMethod(NamedTuple):
     """What a pooling method reads and gives, and its names in files of sentence-transformers and in GGUF, if any."""
 
     positions: Literal["every", "first", "last"] = "every"
-    divisor: Callable[[int], float] = lambda _: 1.0  # of the hidden states' sum, by the number of positions
-    weights: Callable[[Any], Any] | None = None  # of an array of positions from 0 on, an array; None for weights of 1
-    gives: Literal["vector", "vectors", "weights"] = "vector"  # one; one of each token; weights of the vocabulary
+    divisor: Callable[[int], float] = lambda _: 1.0  # of the number of positions; divides the states' sum
+    weights: Callable[[Any], Any] | None = None  # of an array of positions; None for weights of 1
+    gives: Literal["vector", "vectors", "weights"] = "vector"  # one; one for each token; weights of the vocabulary
     mode: str | None = None
     gguf: int | None = None
 
@@ -54,7 +52,7 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         dimensions: length of the vector, if the model was trained for truncated vectors (Matryoshka, arXiv:2205.13147):
-            the first elements are kept and normalised again.
+            the first elements are kept, before the vector is normalised.
         normalize: scale the vector to length 1; for embeddings, vLLM calls this parameter `use_activation`.
         pooling: pooling method, see `PoolingKind`.
         use_activation: whether a head for scores or classes applies the model's activation to its logits; None
@@ -72,7 +70,8 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             isinstance(dimensions, bool) or not isinstance(dimensions, int) or not 1 <= dimensions <= MAX_DIMENSIONS
         ):
             raise InvalidParameterError(
-                f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS}, not {_shown(dimensions)}", "dimensions"
+                f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS}, not {shown_number(dimensions)}",
+                "dimensions",
             )
         for name in ("normalize", "use_activation"):
             value: Any = getattr(self, name)
@@ -82,11 +81,6 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidParameterError(
                 f"pooling must be one of {', '.join(get_args(PoolingKind))}, not {self.pooling!r:.60}", "pooling"
             )
-
-
-def _shown(value: object) -> str:
-    """Format a value for a message; Python refuses to format very long integers."""
-    return "a larger number" if isinstance(value, int) and abs(value) >= 10**20 else f"{value!r:.60}"
 
 
 class Behind(Protocol):
@@ -127,7 +121,7 @@ class PoolingPlan:
 
     @property
     def by_token(self) -> bool:
-        """Whether the result has a row for every position instead of one vector."""
+        """Whether the hidden states of all positions are kept instead of one pooled vector."""
         return self.method.gives != "vector"
 
 

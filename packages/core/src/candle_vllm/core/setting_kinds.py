@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Types of settings: one class for each type of value, for the engine's settings and a server's.
 
-`EngineConfig` reads Python values by `taken`. Strings and YAML's numbers are read by `from_text`, other YAML values by
-`check`. An invalid value raises a `ValueError`, whose text is a predicate: the caller writes the setting's name before
-it, and for `taken` also the value.
+`EngineConfig` reads Python values by `taken`. A server reads strings and YAML's numbers by `from_text`, other YAML
+values by `check`. An invalid value raises a `ValueError`, whose text is a predicate: the caller writes the setting's
+name before it, and for `taken` also the value.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"([+-]?\d{1,20}(?:\.\d{1,20})?)([kmgtKMGT]?)", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,2})?", re.ASCII)
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
-_DEVICES = re.compile(r"cuda:\d{1,3}(,cuda:\d{1,3}){1,63}", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", re.ASCII)
+_DEVICES = re.compile(r"cuda:(0|[1-9]\d{0,2})(,cuda:(0|[1-9]\d{0,2})){1,63}", re.ASCII)
 _NUMBERED = re.compile(r"\d{1,3}", re.ASCII)
 _APPLE = ("metal", "mps")
 _NO_METAL = "is Apple's GPU, which is not supported: set cpu, which auto chooses there as well"
@@ -43,6 +43,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the closest known name, or an empty text."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def shown_number(value: object) -> str:
+    """Format a value for a message; Python refuses to format very long integers, or to make them floats."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number with more than 20 digits"
+    return f"{value:g}" if isinstance(value, float) else f"{value!r:.60}"
 
 
 class Kind(Protocol):
@@ -220,7 +227,7 @@ def _is_template(text: str) -> bool:
 class Integer:
     """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024).
 
-    With `auto`, "auto" and "-1" mean None: not set. With `whole` (a number of layers), "all" means `high`.
+    Only `taken` checks `power_of_two`. With `auto`, the texts "auto" and "-1" mean None; with `whole`, "all" is `high`.
     """
 
     low: int
@@ -256,7 +263,7 @@ class Integer:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"must be a whole number, not {value!r:.60}")
         if not self.low <= value <= self.high:
-            raise ValueError(f"must be between {self.low} and {self.high}, not {value}")
+            raise ValueError(f"must be between {self.low} and {self.high}, not {shown_number(value)}")
         return value
 
     def _hint(self) -> str:
@@ -302,7 +309,7 @@ class Number:
         if self._outside(value):
             low = "above" if self.open_low else "at least"
             high = "below" if self.open_high else "at most"
-            raise ValueError(f"must be {low} {self.low:g} and {high} {self.high:g}, not {value:g}")
+            raise ValueError(f"must be {low} {self.low:g} and {high} {self.high:g}, not {shown_number(value)}")
         assert math.isfinite(value)
         return float(value)
 
@@ -333,7 +340,7 @@ class Boolean:
 
 @dataclass(frozen=True)
 class JsonObject(Located):
-    """A JSON object; the code that uses it checks its contents. `kinds` has the kinds of values that may be paths."""
+    """A JSON object; the code that uses it checks its contents. `kinds`, by key, tells `beside` which are paths."""
 
     most: int = 1 << 16
     kinds: Mapping[str, Any] = field(default_factory=dict)
@@ -391,7 +398,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class QuantisedType(Choice):
-    """Name of a quantisation type: q4_k, q4k or Q4K. llama.cpp's mixtures (q4_k_m) are not types."""
+    """Name of a quantisation type: q4k or Q4K; for `taken` also q4_k. llama.cpp's mixtures (q4_k_m) are not types."""
 
     def taken(self, value: Any) -> str:
         name = Text().taken(value).strip().lower()

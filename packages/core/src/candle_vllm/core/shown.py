@@ -31,8 +31,8 @@ _ADDRESS = (
     r"((?:(?<=\w\w:)|(?<=with url: ))//?|(?<=\w\w:)\\{{2,4}}|(?<=\b\w:)//|(?<![\w:/\\])//(?=[^{0}/?#@]*@))" + _REST
 )
 # Without slashes `a:b@c` may also be an e-mail address, a model's tag and revision, or a time: so the user must not be
-# a number, and the host must have a port, or in a text that is one value a name with a dot. No match begins after a
-# colon: its text was already tried as a password, unless a number precedes the colon.
+# a number, and the host must have a port, or, in a text that is one value, be a name with a dot, localhost or an IP
+# address. No match begins after a colon: its text was already tried as a password, unless a number precedes the colon.
 _SLASHLESS = (
     r"(?<![\w.%+~/\\-])(?<!\D:)()"
     r"(?=(?!\d+:)[\w.%+~-]{{0,64}}+:(?:[^{0}\s/?#@]{{1,128}}+@){{1,3}}?(?!sha\d+:){1})" + _REST
@@ -154,7 +154,7 @@ def json_line(fields: Mapping[str, Any]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return the text with its control, format and separator characters escaped as in Python."""
+    """Return the text with backslashes and unprintable characters, except spaces, escaped as in Python."""
     return "".join(
         character.encode("unicode_escape").decode("ascii")
         if character == "\\" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -179,7 +179,7 @@ class LogStyle(NamedTuple):
     """A style of log lines.
 
     Attributes:
-        help: the style's name, and what follows it in the help of `--log-format`.
+        help: the style's part of the help of `--log-format`: its name, perhaps with a description.
         line: writes fields as one line, without fields that are None; None if lines are text.
     """
 
@@ -216,9 +216,7 @@ class _Short(reprlib.Repr):
         self.maxdict = self.maxset = self.maxfrozenset = _MOST
 
     def repr_tuple(self, x: tuple[Any, ...], level: int) -> str:
-        if len(x) == 1:
-            return f"({self.repr1(x[0], level)},)"
-        return f"({self._entries(x, level)})"
+        return f"({self._entries(x, level)}{',' * (len(x) == 1)})"
 
     def repr_list(self, x: list[Any], level: int) -> str:
         return f"[{self._entries(x, level)}]"
@@ -231,8 +229,8 @@ class _Short(reprlib.Repr):
 
     def _entries(self, values: Sequence[Any], level: int, length: int | None = None) -> str:
         length = len(values) if length is None else length
-        most = 2 if values and isinstance(values[0], msgspec.Struct) else _MOST
-        written = [self.repr1(value, level) for value in values[:most]]
+        most = (2 if values and isinstance(values[0], msgspec.Struct) else _MOST) if level > 0 else 0
+        written = [self.repr1(value, level - 1) for value in values[:most]]
         return ", ".join(written if length <= most else [*written, f"... {length} in all"])
 
 

@@ -24,7 +24,7 @@ MAX_URL = 8192  # characters; signed URLs with a session token have more than 2,
 RESOLVE_SECONDS = 10.0
 MAX_ADDRESSES = 4  # maximum number of addresses of one name that are tried
 
-_PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, double quotes or backslashes
+_PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, and none of "<>\^`{|}
 _PATTERN = re.compile(r"(?P<any>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?", re.ASCII)
 _PORTS = {"http": 80, "https": 443}
 
@@ -59,7 +59,7 @@ class Target:
         host: name in lower case, or an address without brackets.
         port: the URL's port, or the scheme's default.
         trusted: the operator named the target, so that its address is not checked.
-        private: its address may be private or loopback.
+        private: its address may be private or loopback: the operator allows that, and named the host without `*.`.
     """
 
     url: httpx.URL
@@ -70,7 +70,7 @@ class Target:
 
 
 def parse_target(text: str, *, trusted: bool = True) -> Target:
-    """Parse a URL and check its form; `allowed_target` also checks whether it may be used."""
+    """Parse a URL; raises ForbiddenTarget if its form is wrong. `allowed_target` also checks whether it may be used."""
     if not 0 < len(text) <= MAX_URL or not _PLAIN.fullmatch(text):
         raise ForbiddenTarget(f"must be a URL of at most {MAX_URL} plain ASCII characters")
     import httpx  # imported here: only programs that open connections need it
@@ -111,8 +111,8 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(
             f"must be host names in lower case, like example.com, *.example.com or host:8443, not {pattern!r:.80}"
         )
-    if match["any"] and "." not in match["host"]:
-        raise ValueError(f"must have a dot in the name after *., not {pattern!r:.80}")
+    if match["any"] and ("." not in match["host"] or ip_address(match["host"]) is not None):
+        raise ValueError(f"must have a name with a dot after *., not {pattern!r:.80}")
 
 
 async def resolve(target: Target, threads: Executor) -> Sequence[str]:
@@ -136,7 +136,7 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
 
 
 def is_allowed(text: str, private: bool) -> bool:
-    """Whether an address is public, or private if `private`; never link-local, multicast or reserved."""
+    """Whether an address is public, or if `private`, private or loopback; never link-local, multicast or reserved."""
     address = ip_address(text)
     if address is None or any(address in network for network in _NEVER) or getattr(address, "scope_id", None):
         return False
@@ -178,7 +178,7 @@ def is_loopback(host: str) -> bool:
 
 
 def canonical(host: str) -> str:
-    """Return an IPv6 address in its shortest spelling; a name unchanged."""
+    """Return an IPv6 address in its shortest spelling; other hosts unchanged."""
     return ipaddress.ip_address(host).compressed if ":" in host else host
 
 

@@ -50,7 +50,7 @@ def loading_threads() -> int:
 def default_threads() -> int:
     """Return the default number of computing threads: one for each physical core that this process may use.
 
-    It is at most the container's CPU quota (halves rounded up): more threads would be throttled in every period.
+    It is at most the container's CPU quota, rounded, halves up: more threads would be throttled in every period.
     """
     quota = cpu_quota()
     return physical_cores() if quota is None else max(1, min(physical_cores(), math.floor(quota + 0.5)))
@@ -188,8 +188,8 @@ def collect_seldom() -> None:
 def collector_paused() -> Iterator[None]:
     """Pause the collector in this context.
 
-    While a compiler creates many lasting objects, repeated scans take a sixth of its time. Pinned memory that is freed
-    during the capture of a CUDA graph would be recorded in the graph.
+    While loading or compiling creates many lasting objects, repeated scans take time: a sixth of a compiler's. Pinned
+    memory that is freed during the capture of a CUDA graph would be recorded in the graph.
     """
     running = gc.isenabled()
     gc.disable()
@@ -205,7 +205,7 @@ def _freeze_objects() -> None:
         gc.freeze()
 
 
-AT_EXIT: dict[threading.Thread, Callable[[], None]] = {}  # file-writing thread -> its end before `os._exit`
+AT_EXIT: dict[threading.Thread, Callable[[], None]] = {}  # by thread that writes a file: ends it, before os._exit
 
 
 def process_state(pid: int) -> tuple[str, float] | None:
