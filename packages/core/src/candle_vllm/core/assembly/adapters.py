@@ -3,7 +3,7 @@
 
 An error names a tensor that belongs to no matrix of the model; modules that the model never uses are skipped and noted.
 If the model fuses, splits or reorders matrices, each of its matrices gets the rows of B that belong to it. A and B are
-views of the file; biases, magnitudes and trained token rows are copied, and DoRA's norms are computed here.
+read from the file when they are used; biases, magnitudes and trained token rows are copied, and DoRA's norms computed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TABLES = {"embed": "embed:weight", "head": "head:weight"}
 _SCORES = ("head", "score")  # attribute paths of an encoder's head
 _LEAST, _MOST = 1e-9, 1e6  # allowed range of the scale of B A; a smaller scale would have no effect
 _CANCELLED = 0.01  # below this fraction of ||w||^2 + ||b A||^2, the sum of the inner products is inexact (cancellation)
-_SAMPLE = 64  # number of rows of a table's copy that are compared with the base's table
+_SAMPLE = 64  # maximum number of rows of a copied weight that are compared with the base's weight
 
 
 def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = False) -> FittedAdapter:
@@ -45,10 +45,10 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
     Args:
         stored: the adapter; it must stay open as long as the result is read.
         base: the base model.
-        merging: the adapter will be merged, so it may contain norms and whole matrices: see `conversion/adapters.py`.
+        merging: the adapter will be merged (`conversion/adapters.py`), so it may replace any parameter.
 
     Raises:
-        AdapterError: a tensor has no site, a wrong shape or infinite elements, or needs an unsupported feature.
+        AdapterError: the adapter does not fit the base, has non-finite elements, or needs an unsupported feature.
     """
     with ExitStack() as opened:
         opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # counts the cores only once
@@ -59,7 +59,7 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
 
 @dataclasses.dataclass
 class _Change:
-    """An incomplete `Delta`, with DoRA's magnitudes [N]."""
+    """A `Delta` whose `column_scale` is computed last, from DoRA's `magnitude` [N]."""
 
     delta: Delta
     magnitude: NDArray[np.float32] | None = None
@@ -148,7 +148,7 @@ class _Fit:
             self._linear(module, parts, spots)
 
     def _check_place(self, tensor: StoredTensor, module: str, spots: Sequence[Spot], *, vectors: bool = False) -> None:
-        """Refuse a module that is not a multiplied matrix of the model; with `vectors`, vectors are accepted too."""
+        """Refuse a module unless all its sites are matrices or tables; with `vectors`, accept norms and vectors too."""
         if not spots:
             self._refuse(tensor.name, f"{self._base.name} has no module {module!r:.200}")
         if any(".attend" in spot.path for spot in spots):
@@ -306,7 +306,7 @@ class _Fit:
         self._put(tensor, spot, _Change(Delta(full=seen)))
 
     def _check_copy(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """Check that a table that PEFT saves with its adapter equals the base's table; it is not used otherwise."""
+        """Refuse a copy of the base's own weight, which PEFT may save, if sampled rows differ; it is unused."""
         for spot in spots:
             if tensor.shape != spot.shape:
                 self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
@@ -319,7 +319,7 @@ class _Fit:
                 self._refuse(tensor.name, f"it belongs to another base model than {self._base.name}")
 
     def _tokens(self, module: str, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """Fit trained rows of a table."""
+        """Fit trained rows, which replace rows of the embedding table or of the head."""
         said = self._stored.config.trained_tokens
         names = [name for name in said if name and (module == name or module.endswith(f".{name}"))]
         ids = np.array(said[names[0]] if names else said.get("", ()), np.int64)
