@@ -57,7 +57,7 @@ def write_gguf_adapter(
         progress: called with the written bytes and all bytes.
 
     Raises:
-        ConfigError: the file cannot be written at this path.
+        ConfigError: the file cannot be written at this path, or `isq` is set.
         ModelNotFoundError, ModelLoadError: the model or the adapter cannot be used; AdapterError: GGUF cannot hold it.
     """
     out = Path(out)
@@ -124,7 +124,7 @@ def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str
 
 
 def _is_absent(line: Line, present: list[Line]) -> bool:
-    """Whether a line is a part of the same layer and of the same tensor in the file as the `present` lines."""
+    """Whether only other parts of the line's layer and tensor are `present`; False for the line of an expert."""
     layers = {own.target.partition(":")[0] for own in present}
     return line.expert is None and line not in present and line.target.partition(":")[0] in layers
 

@@ -100,8 +100,8 @@ def write_gguf(
         progress: called with the written bytes and all bytes.
 
     Raises:
-        ConfigError: the file cannot be written at this path; the safetensors weights are neither plain nor in MXFP4; a
-            tokenizer or adapters are given for a GGUF file.
+        ConfigError: the file cannot be written at this path; the weights are random, or safetensors not plain or
+            MXFP4; a tokenizer or adapters are given for a GGUF file.
         ModelNotFoundError: the model does not exist.
         ModelLoadError: its files cannot be used, or GGUF cannot represent the model; AdapterError for an adapter.
     """
@@ -363,7 +363,7 @@ def write_plans(
     progress: Progress,
     types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> WrittenFile:
-    """Write the file, under another name until it is complete; see `write_file` for the arguments."""
+    """Write the file, under another name until it is complete; as `write_file`, with ModelLoadError for OSError."""
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         write_file(partial, plans, metadata, progress, types)
