@@ -70,7 +70,7 @@ def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) ->
         for tensor, product in ((delta.a, products), (delta.b, of_b)):
             if not math.isfinite(float(np.trace(product))):
                 refuse(stored, tensor.name, "it has elements that are not finite, or beyond 1e19")
-        total += delta.scale**2 * float(np.vdot(products, of_b))
+        total += delta.scale**2 * float(np.vdot(products.astype(np.float64), of_b))
     return math.sqrt(max(total, 0.0))
 
 
