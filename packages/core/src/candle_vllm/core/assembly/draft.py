@@ -69,6 +69,7 @@ def draft_config(config: EngineConfig) -> EngineConfig | None:
         max_images=0,
         mm_processor_kwargs=None,
         isq=None,
+        imatrix=None,
         yarn_scaling_factor=None,
         max_model_len=None,
         speculative_config=None,

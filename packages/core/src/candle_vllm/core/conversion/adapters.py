@@ -59,7 +59,7 @@ def merge(
     Raises:
         ModelNotFoundError, AdapterError: as `read_adapter` and `fit_adapter`, or an adapter cannot be merged.
     """
-    base = adapter_base(files, dataclasses.replace(config, isq=None))
+    base = adapter_base(files, dataclasses.replace(config, isq=None, imatrix=None))
     changes: dict[str, _Changes] = {}
     for path, scale in adapters:
         stored = opened.enter_context(read_adapter(path, ANY_SIZE))
