@@ -74,14 +74,12 @@ def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) ->
     return math.sqrt(max(total, 0.0))
 
 
-def experts_of(name: str) -> str | None:
-    """Return the module of a `lora_A` tensor, without PEFT's wrappers (`.base_layer`); None for any other tensor."""
-    module = name.removesuffix(".lora_A.weight")
-    if module == name:
-        return None
-    while module.endswith(".base_layer"):
-        module = module.removesuffix(".base_layer")
-    return module
+def unwrapped(module: str) -> tuple[str, int]:
+    """Return a module without PEFT's wrappers (`.base_layer`), and their number."""
+    plain = module
+    while plain.endswith(".base_layer"):
+        plain = plain.removesuffix(".base_layer")
+    return plain, module.removeprefix(plain).count(".base_layer")
 
 
 def picked(stored: StoredTensor, rows: NDArray[np.int64]) -> StoredTensor:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.adapter_base import AdapterBase, Weights, decoded
-from candle_vllm.core.assembly.adapter_parts import Parts, experts_of, modules_of, norm_of, picked, refuse, turned
+from candle_vllm.core.assembly.adapter_parts import Parts, modules_of, norm_of, picked, refuse, turned, unwrapped
 from candle_vllm.core.errors import AdapterError, WeightsError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapter_places import Format, Spot
@@ -75,7 +75,7 @@ class _Fit:
         self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
         self._weights: Weights | None = None
         self._notes = list[str]()
-        self._wrapped = Counter(map(experts_of, stored.tensors))  # number of adapted parameters by module
+        self._wrapped = Counter[str]()  # number of adapted parameters by module
 
     def run(self) -> None:
         """Fit every tensor."""
@@ -92,7 +92,9 @@ class _Fit:
         for token in self._stored.alora or ():
             if token >= self._base.config.vocab_size:
                 raise AdapterError(f"{self._stored.path}: the invocation token {token} is beyond the base's vocabulary")
-        for module, parts in modules_of(self._stored).items():
+        modules = modules_of(self._stored)
+        self._wrapped.update(unwrapped(module)[0] for module, parts in modules.items() if "a" in parts)
+        for module, parts in modules.items():
             self._module(module, parts)
         self._tie()
         for path, changes in self._changes.items():
@@ -358,9 +360,7 @@ class _Fit:
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
             self._refuse(first.name, "an adapter of expert weights may have only lora_A and lora_B")
-        plain, depth = module, 0
-        while plain.endswith(".base_layer"):
-            plain, depth = plain.removesuffix(".base_layer"), depth + 1
+        plain, depth = unwrapped(module)
         known, names = self._base.places.parameters(plain)
         wanted = self._stored.config.targets
         names = [
