@@ -353,7 +353,11 @@ def test_models_that_cannot_be_written(tmp_path: Path, words: Path) -> None:
     save_file(weights, codes / "model.safetensors")
     settings = toy_config(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
     (codes / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match=r"up_proj\.weight is FP8"):
+    with pytest.raises(ConfigError, match=r"isq q4k needs .*up_proj\.weight is FP8.* quantize .*--isq q4k"):
+        write(codes, tmp_path / "m.gguf", words, isq="q4k")
+    with pytest.raises(
+        ConfigError, match=r"^a written file needs .*up_proj\.weight is FP8: name the unquantised model$"
+    ):
         write(codes, tmp_path / "m.gguf", words)
     dynamic = toy_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(UnsupportedModelError, match=r"GGUF's llama cannot express this model's .*rope"):

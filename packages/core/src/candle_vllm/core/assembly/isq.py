@@ -138,8 +138,8 @@ def check_used(imatrix: Imatrix, used: bool) -> None:
         raise WeightsError(f"{imatrix.path} has no entry for any matrix to quantise: was it made for another model?")
 
 
-def check_plain(name: str, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError for a GGUF file or a checkpoint with quantised tensors; the message has an alternative."""
+def check_plain(name: str | None, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for a GGUF file or quantised tensors; `name` is `isq`, None for a file written without it."""
     quantised = next((tensor for tensor in checkpoint.tensors.values() if tensor.dtype is None), None)
     if checkpoint.format == "gguf":
         held = "a GGUF file, whose tensors have fixed types"
@@ -147,10 +147,12 @@ def check_plain(name: str, checkpoint: Checkpoint) -> None:
         held = f"quantised already: {quantised.name} is {quantised.type_name}"
     else:
         return
+    needs = f"needs unquantised safetensors weights, but {checkpoint.path} is {held}"
+    if name is None:
+        raise ConfigError(f"a written file {needs}: name the unquantised model", "model")
     raise ConfigError(
-        f"isq {name} needs unquantised safetensors weights, but {checkpoint.path} is {held}: leave it out, use a "
-        "GGUF file of the type that you want, or write one from the unquantised weights: candle-vllm quantize --m "
-        f"MODEL --isq {name} --out FILE.gguf",
+        f"isq {name} {needs}: leave it out, use a GGUF file of the type that you want, or write one from the "
+        f"unquantised weights: candle-vllm quantize --m MODEL --isq {name} --out FILE.gguf",
         "isq",
     )
 

@@ -138,7 +138,7 @@ def _by_row(plan: PlannedTensor) -> PlannedTensor:
 def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
     """Refuse weights other than plain or MXFP4, the type of gpt-oss, which GGUF has too and which stays unchanged."""
     plain = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.type_name != "MXFP4"}
-    check_plain(config.isq or "f16", checkpoint.with_tensors(plain))
+    check_plain(config.isq, checkpoint.with_tensors(plain))
 
 
 def check_target(out: Path, overwrite: bool) -> None:
