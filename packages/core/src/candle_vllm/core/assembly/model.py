@@ -458,7 +458,7 @@ def sampling_defaults(generation: Fields) -> dict[str, float | int]:
     if greedy or not generation.get("do_sample", bool, True):
         values["temperature"] = 0.0
     length = generation.values.get("max_new_tokens")
-    if isinstance(length, int) and 0 < length <= MAX_TOKENS:  # other values are ignored
+    if type(length) is int and 0 < length <= MAX_TOKENS:  # other values are ignored
         values["max_tokens"] = length
     try:
         SamplingParams(**values)

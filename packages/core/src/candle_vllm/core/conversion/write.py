@@ -323,7 +323,7 @@ def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[
     if banned := ending.token_ids("suppress_tokens"):
         metadata[SUPPRESSED] = list(banned)
     chosen = sampling_defaults(ending)  # top_k -1 keeps all tokens, as 0 does
-    metadata |= {name: max(0, chosen[key]) for key, name in GGUF_SAMPLING.items() if key in chosen}
+    metadata |= {name: max(chosen[key], 0) for key, name in GGUF_SAMPLING.items() if key in chosen}
     if config.chat_template is None:
         return metadata
     kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # without named templates
