@@ -30,6 +30,7 @@ from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import AdapterError, ConfigError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapters import StoredAdapter, read_adapter
+from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.views import ColumnOrder, computed, constant
 from candle_vllm.core.loading.weights import Line, expand
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -67,6 +68,11 @@ def write_gguf_adapter(
     files = model_files(config)
     with read_adapter(adapter, ANY_SIZE) as stored, naming(config_file(files), stored.path):
         base = adapter_base(files, config)
+        if isinstance(base.config, EncoderConfig):
+            raise AdapterError(
+                f"{stored.path} is for the encoder {base.name}, and GGUF adapters are written for decoders: use the "
+                "folder"
+            )
         fitted = fit_adapter(stored, base)
         opened = open_model(files, CPU)
         with opened.checkpoint as checkpoint:
