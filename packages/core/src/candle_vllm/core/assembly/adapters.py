@@ -261,12 +261,7 @@ class _Fit:
         """Fit an embedding's A [r, V] and B [E, r]: the delta of a table row is its row of A^T times B^T."""
         if "magnitude" in parts:
             self._refuse(parts["magnitude"].name, f"DoRA of an embedding table is not supported: {_PEFT}")
-        if "table a" not in parts or "table b" not in parts:
-            self._refuse(next(iter(parts.values())).name, f"one of the two LoRA matrices of {module!r:.200} is missing")
-        a, b = parts["table a"], parts["table b"]
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
-        self._check_rank(module, a, a.shape[0])
+        a, b = self._pair(module, parts, "table a", "table b")
         for spot in spots:
             if (a.shape[1], b.shape[0]) != spot.shape:
                 self._refuse(a.name, f"its table is {[a.shape[1], b.shape[0]]}, the base's {list(spot.shape)}")
