@@ -18,6 +18,8 @@ from candle_vllm.core.loading.adapters import read_adapter
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.peft_adapters import base_of, furthest, merged, parts, trained
+from packages.core.tests.toy_adapter import write_adapter
+from packages.core.tests.toy_encoder import write_toy_encoder
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 TABLES = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
@@ -182,6 +184,13 @@ def test_what_gguf_adapters_have_no_place_for_is_refused(config: dict[str, Any],
     with pytest.raises(AdapterError, match=f"{message}.*quantize --lora"):
         write_gguf_adapter(EngineConfig(model=str(made.model)), made.adapter, tmp_path / "adapter.gguf")
     assert not (tmp_path / "adapter.gguf").exists()
+
+
+def test_adapters_of_encoders_are_not_written(tmp_path: Path) -> None:
+    model = write_toy_encoder(tmp_path / "model")
+    adapter = write_adapter(tmp_path / "a", {"encoder.layer.0.attention.self.query": (32, 32)})
+    with pytest.raises(AdapterError, match=r"is for the encoder .*model, and GGUF adapters are written for decoders"):
+        write_gguf_adapter(EngineConfig(model=str(model)), adapter, tmp_path / "adapter.gguf")
 
 
 def test_adapters_are_not_quantised(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.weights import beside_gguf
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.peft_adapters import trained
 from packages.core.tests.models.tiny import config_of, write_tiny
 
 TEXT, WINDOW = "The quick brown fox jumps over the lazy dog, and the dog sleeps. " * 4, 50
@@ -130,6 +131,17 @@ def test_a_quantised_file_is_made_by_it(tmp_path: Path, words: Path) -> None:
         made.append(tensors(tmp_path / f"{name}.gguf"))
     changed = {name for name in made[0] if not np.array_equal(made[0][name], made[1][name])}
     assert changed == {name for name in made[0] if name.startswith("blk.") and "norm" not in name}
+
+
+def test_a_merged_model_is_quantised_by_it(tmp_path: Path, words: Path) -> None:
+    made, matrix = trained(tmp_path, "Llama"), tmp_path / "imatrix.gguf"
+    written(made.model, words, matrix)
+    found = []
+    for number, more in enumerate(({"imatrix": matrix}, {})):
+        config, out = config_of_model(made.model, words, isq="iq4_nl", **more), tmp_path / f"{number}.gguf"
+        write_gguf(config, out, adapters=[(made.adapter, 1.0)])
+        found.append(tensors(out)["blk.1.ffn_up.weight"])
+    assert not np.array_equal(*found)
 
 
 def test_columns_in_the_order_of_the_file(tmp_path: Path, words: Path) -> None:

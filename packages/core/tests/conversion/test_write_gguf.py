@@ -172,6 +172,7 @@ def test_words_and_template_come_back(tmp_path: Path, words: Path) -> None:
         ({"top_k": -1, "min_p": 0.125, "repetition_penalty": 1.5}, {"top_k": 0, "min_p": 0.125, "penalty_repeat": 1.5}),
         ({"temperature": 0.6, "do_sample": False, "typical_p": 0.5}, {"temp": 0.0}),
         ({"temperature": None, "eos_token_id": 258}, {}),
+        ({"max_new_tokens": True, "min_p": 0}, {"min_p": 0.0}),
     ],
     ids=str,
 )
@@ -184,6 +185,9 @@ def test_sampling_defaults_are_written_and_read(
     prefix = Keys.General.SAMPLING_TEMP.removesuffix("temp")
     fields = {name: each.contents() for name, each in GGUFReader(path).fields.items() if name.startswith(prefix)}
     assert fields == pytest.approx({prefix + name: value for name, value in stored.items()})
+    assert {name: type(value) for name, value in fields.items()} == {
+        prefix + name: type(value) for name, value in stored.items()
+    }
     names = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
     found = {names.get(name, name): value for name, value in stored.items()}
     assert load(path).default_sampling == pytest.approx(found)
@@ -353,7 +357,11 @@ def test_models_that_cannot_be_written(tmp_path: Path, words: Path) -> None:
     save_file(weights, codes / "model.safetensors")
     settings = toy_config(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
     (codes / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match=r"up_proj\.weight is FP8"):
+    with pytest.raises(ConfigError, match=r"isq q4k needs .*up_proj\.weight is FP8.* quantize .*--isq q4k"):
+        write(codes, tmp_path / "m.gguf", words, isq="q4k")
+    with pytest.raises(
+        ConfigError, match=r"^a written file needs .*up_proj\.weight is FP8: name the unquantised model$"
+    ):
         write(codes, tmp_path / "m.gguf", words)
     dynamic = toy_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(UnsupportedModelError, match=r"GGUF's llama cannot express this model's .*rope"):

@@ -20,7 +20,7 @@ from candle_vllm.core import (
     ModelNotFoundError,
     SamplingParams,
 )
-from candle_vllm.core.assembly.draft import vocabulary_difference
+from candle_vllm.core.assembly.draft import draft_config, vocabulary_difference
 from candle_vllm.core.config import SpeculativeConfig, draft_settings
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.drafts.draft_model import DraftModel, OwnTimes, _best
@@ -91,6 +91,14 @@ def test_the_models_cache_is_right_and_every_block_is_given_back(
     for key, tokens in found.items():
         assert tokens == wanted[key][: len(tokens)]
         assert tokens == wanted[key] or key[0] in aborts.values()
+
+
+def test_a_draft_model_is_not_quantised_with_its_target(tmp_path: Path) -> None:
+    (matrix := tmp_path / "imatrix.gguf").touch()
+    config = EngineConfig(model="x", isq="q4k", imatrix=matrix, speculative_config={"model": "draft"})
+    found = draft_config(config)
+    assert found is not None
+    assert (found.model, found.isq, found.imatrix) == ("draft", None, None)
 
 
 def test_preempted_sequences_and_shared_beginnings_are_guessed_for_as_others(tokenizer: Tokenizer) -> None:

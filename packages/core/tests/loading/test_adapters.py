@@ -283,6 +283,13 @@ def test_numbers_that_are_not_finite_are_refused(
         fitted(folder, base)
 
 
+def test_a_norm_beyond_float32s_squares_is_finite(tmp_path: Path, base: AdapterBase) -> None:
+    halves = {f"{Q}.lora_A.weight": (8, 64), f"{Q}.lora_B.weight": (64, 8)}
+    made = {name: np.full(shape, 1e12, np.float32) for name, shape in halves.items()}
+    found = fitted(write_adapter(tmp_path / "a", SMALL, tensors=made), base)
+    assert found.norm == pytest.approx(found.deltas["layers.0.attention.qkv"]["q."].scale * 64 * 8e24, rel=1e-6)
+
+
 @pytest.mark.parametrize("settings", [{}, {"isq": "q8_0"}])
 def test_norms_of_dora_are_those_of_the_weights_that_run(
     settings: dict[str, Any], tmp_path: Path, toy_model: Path

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.adapters import fit_adapter, norms_with
@@ -190,6 +191,18 @@ def test_whole_numbers_of_8_bits_are_near_what_peft_merges(tmp_path: Path) -> No
     for target, found in coarse.items():
         change = np.linalg.norm(expected[target] - before[target])
         assert 1e-4 * change < np.linalg.norm(found - expected[target]) < 1e-2 * change
+
+
+@pytest.mark.parametrize("config", [EXPERTS, {}], ids=["experts", "linear"])
+def test_names_with_the_adapters_own_name_are_known(config: dict[str, Any], tmp_path: Path) -> None:
+    """Some tools save `lora_A.default.weight`, as PEFT names it in memory."""
+    made = trained(tmp_path, "Mixtral", **config)
+    base, file, found = base_of(made.model), made.adapter / "adapter_model.safetensors", []
+    for end in (".weight", ".default.weight"):
+        save_file({name.replace(".weight", end): each for name, each in load_file(file).items()}, file)
+        with read_adapter(made.adapter) as stored:
+            found.append(merged(base, fit_adapter(stored, base)))
+    assert furthest(*found) == 0
 
 
 def test_norms_of_what_cancels_out_are_exact() -> None:

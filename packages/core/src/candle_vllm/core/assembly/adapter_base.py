@@ -42,9 +42,9 @@ class AdapterBase:
         config: the model's config.
         places: maps tensors of adapters to sites of the model.
         shapes: shapes of all parameters by target, including the head even if it is tied to the embedding table.
-        architectures: names of the architecture in GGUF files.
+        architectures: values of `general.architecture` that a GGUF adapter may have.
         weights: opens the weights as they are served: quantised if `isq` is set.
-        unused: patterns of names of stored tensors that the model does not use.
+        unused: patterns of names of stored tensors that an encoder does not use; empty for a decoder.
     """
 
     name: str
@@ -57,7 +57,7 @@ class AdapterBase:
 
 
 def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
-    """Describe a base model by the headers of its files; errors as `load_model`."""
+    """Describe a base model, decoder or encoder, by the headers of its files; errors as `load_model`."""
     opened = open_model(files, CPU)
     with opened.checkpoint as checkpoint:
         encoder = describe_encoder(files, opened)
@@ -117,21 +117,21 @@ def _shapes(
 
 
 def stored_target(target: str, model: ModelConfig | EncoderConfig) -> str:
-    """Return the target of a head's parameter in a family's table; a tied head and Phi-2's bias have other targets."""
+    """Return the target that a parameter has in a family's table: another one for a tied head and a head's bias."""
     if target == "head:weight" and model.tie_embeddings:
         return "embed:weight"
     return "scorer:bias" if target == "head:bias" else target
 
 
 def _architectures(family: Family, model: ModelConfig) -> tuple[str, ...]:
-    """Return the architecture of the model's own GGUF file; for another format, all architectures of its family."""
+    """Return the config's model_type if GGUF files have such an architecture; otherwise all of the family."""
     if model.model_type in family.gguf:
         return (model.model_type,)
     return family.gguf or ("llama",)  # Mixtral's files have Llama's name
 
 
 def stored_parts(table: Sequence[WeightName], model: ModelConfig | EncoderConfig, stored: Checkpoint) -> Weights:
-    """Return a function that finds a model's parameters in a checkpoint, by its family's table of names."""
+    """Return a function that finds the stored tensor of a parameter, by the table of names of the model's family."""
     lines = {line.target: line for line in expand(table, model, stored.format)}
 
     def part(target: str) -> StoredTensor | None:

@@ -55,7 +55,7 @@ def modules_of(stored: StoredAdapter) -> dict[str, Parts]:
 
 @np.errstate(over="ignore", invalid="ignore")  # infinite elements are refused below
 def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) -> float:
-    """Return the norm of all s B A: the root of the element sums of s^2 (B^T B) * (A A^T). Refuse infinity and NaN."""
+    """Return the Frobenius norm of all s B A; ||B A||^2 sums the elements of (B^T B) * (A A^T). Refuse inf and NaN."""
     total, last, products = 0.0, None, np.empty((0, 0))
     for delta in (delta for each in deltas.values() for delta in each.values()):
         if delta.full is not None and not _finite(delta.full):
@@ -70,22 +70,20 @@ def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) ->
         for tensor, product in ((delta.a, products), (delta.b, of_b)):
             if not math.isfinite(float(np.trace(product))):
                 refuse(stored, tensor.name, "it has elements that are not finite, or beyond 1e19")
-        total += delta.scale**2 * float(np.vdot(products, of_b))
+        total += delta.scale**2 * float(np.vdot(products.astype(np.float64), of_b))
     return math.sqrt(max(total, 0.0))
 
 
-def experts_of(name: str) -> str | None:
-    """Return the module of a `lora_A` tensor, without its wrappers (`base_layer`); None for any other tensor."""
-    module = name.removesuffix(".lora_A.weight")
-    if module == name:
-        return None
-    while module.endswith(".base_layer"):
-        module = module.removesuffix(".base_layer")
-    return module
+def unwrapped(module: str) -> tuple[str, int]:
+    """Return a module without PEFT's wrappers (`.base_layer`), and their number."""
+    plain = module
+    while plain.endswith(".base_layer"):
+        plain = plain.removesuffix(".base_layer")
+    return plain, module.removeprefix(plain).count(".base_layer")
 
 
 def picked(stored: StoredTensor, rows: NDArray[np.int64]) -> StoredTensor:
-    """Select rows of B; consecutive rows stay a view of the file."""
+    """Select rows of B; a range of rows stays a view of the file."""
     first, last = int(rows[0]), int(rows[-1]) + 1
     if last - first != len(rows) or not np.array_equal(rows, np.arange(first, last)):
         return stored.select(rows)

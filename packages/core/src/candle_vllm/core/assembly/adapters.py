@@ -3,7 +3,7 @@
 
 An error names a tensor that belongs to no matrix of the model; modules that the model never uses are skipped and noted.
 If the model fuses, splits or reorders matrices, each of its matrices gets the rows of B that belong to it. A and B are
-views of the file; biases, magnitudes and trained token rows are copied, and DoRA's norms are computed here.
+read from the file when they are used; biases, magnitudes and trained token rows are copied, and DoRA's norms computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.adapter_base import AdapterBase, Weights, decoded
-from candle_vllm.core.assembly.adapter_parts import Parts, experts_of, modules_of, norm_of, picked, refuse, turned
+from candle_vllm.core.assembly.adapter_parts import Parts, modules_of, norm_of, picked, refuse, turned, unwrapped
 from candle_vllm.core.errors import AdapterError, WeightsError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapter_places import Format, Spot
@@ -36,7 +36,7 @@ _TABLES = {"embed": "embed:weight", "head": "head:weight"}
 _SCORES = ("head", "score")  # attribute paths of an encoder's head
 _LEAST, _MOST = 1e-9, 1e6  # allowed range of the scale of B A; a smaller scale would have no effect
 _CANCELLED = 0.01  # below this fraction of ||w||^2 + ||b A||^2, the sum of the inner products is inexact (cancellation)
-_SAMPLE = 64  # number of rows of a table's copy that are compared with the base's table
+_SAMPLE = 64  # maximum number of rows of a copied weight that are compared with the base's weight
 
 
 def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = False) -> FittedAdapter:
@@ -45,10 +45,10 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
     Args:
         stored: the adapter; it must stay open as long as the result is read.
         base: the base model.
-        merging: the adapter will be merged, so it may contain norms and whole matrices: see `conversion/adapters.py`.
+        merging: the adapter will be merged (`conversion/adapters.py`), so it may replace any parameter.
 
     Raises:
-        AdapterError: a tensor has no site, a wrong shape or infinite elements, or needs an unsupported feature.
+        AdapterError: the adapter does not fit the base, has non-finite elements, or needs an unsupported feature.
     """
     with ExitStack() as opened:
         opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # counts the cores only once
@@ -59,7 +59,7 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
 
 @dataclasses.dataclass
 class _Change:
-    """An incomplete `Delta`, with DoRA's magnitudes [N]."""
+    """A `Delta` whose `column_scale` is computed last, from DoRA's `magnitude` [N]."""
 
     delta: Delta
     magnitude: NDArray[np.float32] | None = None
@@ -75,7 +75,7 @@ class _Fit:
         self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
         self._weights: Weights | None = None
         self._notes = list[str]()
-        self._wrapped = Counter(map(experts_of, stored.tensors))  # number of adapted parameters by module
+        self._wrapped = Counter[str]()  # number of adapted parameters by module
 
     def run(self) -> None:
         """Fit every tensor."""
@@ -92,7 +92,9 @@ class _Fit:
         for token in self._stored.alora or ():
             if token >= self._base.config.vocab_size:
                 raise AdapterError(f"{self._stored.path}: the invocation token {token} is beyond the base's vocabulary")
-        for module, parts in modules_of(self._stored).items():
+        modules = modules_of(self._stored)
+        self._wrapped.update(unwrapped(module)[0] for module, parts in modules.items() if "a" in parts)
+        for module, parts in modules.items():
             self._module(module, parts)
         self._tie()
         for path, changes in self._changes.items():
@@ -148,7 +150,7 @@ class _Fit:
             self._linear(module, parts, spots)
 
     def _check_place(self, tensor: StoredTensor, module: str, spots: Sequence[Spot], *, vectors: bool = False) -> None:
-        """Refuse a module that is not a multiplied matrix of the model; with `vectors`, vectors are accepted too."""
+        """Refuse a module unless all its sites are matrices or tables; with `vectors`, accept norms and vectors too."""
         if not spots:
             self._refuse(tensor.name, f"{self._base.name} has no module {module!r:.200}")
         if any(".attend" in spot.path for spot in spots):
@@ -259,12 +261,7 @@ class _Fit:
         """Fit an embedding's A [r, V] and B [E, r]: the delta of a table row is its row of A^T times B^T."""
         if "magnitude" in parts:
             self._refuse(parts["magnitude"].name, f"DoRA of an embedding table is not supported: {_PEFT}")
-        if "table a" not in parts or "table b" not in parts:
-            self._refuse(next(iter(parts.values())).name, f"one of the two LoRA matrices of {module!r:.200} is missing")
-        a, b = parts["table a"], parts["table b"]
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
-        self._check_rank(module, a, a.shape[0])
+        a, b = self._pair(module, parts, "table a", "table b")
         for spot in spots:
             if (a.shape[1], b.shape[0]) != spot.shape:
                 self._refuse(a.name, f"its table is {[a.shape[1], b.shape[0]]}, the base's {list(spot.shape)}")
@@ -306,7 +303,7 @@ class _Fit:
         self._put(tensor, spot, _Change(Delta(full=seen)))
 
     def _check_copy(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """Check that a table that PEFT saves with its adapter equals the base's table; it is not used otherwise."""
+        """Refuse a copy of the base's own weight, which PEFT may save, if sampled rows differ; it is unused."""
         for spot in spots:
             if tensor.shape != spot.shape:
                 self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
@@ -319,7 +316,7 @@ class _Fit:
                 self._refuse(tensor.name, f"it belongs to another base model than {self._base.name}")
 
     def _tokens(self, module: str, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """Fit trained rows of a table."""
+        """Fit trained rows, which replace rows of the embedding table or of the head."""
         said = self._stored.config.trained_tokens
         names = [name for name in said if name and (module == name or module.endswith(f".{name}"))]
         ids = np.array(said[names[0]] if names else said.get("", ()), np.int64)
@@ -358,9 +355,7 @@ class _Fit:
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
             self._refuse(first.name, "an adapter of expert weights may have only lora_A and lora_B")
-        plain, depth = module, 0
-        while plain.endswith(".base_layer"):
-            plain, depth = plain.removesuffix(".base_layer"), depth + 1
+        plain, depth = unwrapped(module)
         known, names = self._base.places.parameters(plain)
         wanted = self._stored.config.targets
         names = [

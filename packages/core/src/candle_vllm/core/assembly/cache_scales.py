@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Calibrated scales of a float8 KV cache: find them among a checkpoint's tensors, and set them in the layers.
+"""Calibrated scales of a KV cache with `kv_cache_dtype` "fp8": find them in a checkpoint, and set them in the layers.
 
 A layer stores keys divided by its key scale, and values divided by its value scale (`kernels/kv_write`). The names are
 those that vLLM accepts: `k_scale` and `v_scale` of a layer's attention, or of `attn` or the projections in it
 (ModelOpt), `output_scale` of the key and value projections (older compressed-tensors), and `kv_scale` for both (oldest
-form). If only one of the two is stored, it is used for both.
+form). If a layer has only one of the two scales, it is used for both.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def give_cache_scales(
 
 
 def _values(scales: Mapping[str, StoredTensor]) -> Iterator[tuple[int, str, float]]:
-    """Yield layer, "k" or "v", and the scale; scales with older names come last."""
+    """Yield layer, "k" or "v", and the scale; older names come last, so that the caller prefers newer ones."""
     for name, tensor in sorted(scales.items(), key=lambda item: item[0].endswith((".output_scale", ".kv_scale"))):
         value = tensor.load().flatten().tolist() if math.prod(tensor.shape) == 1 else []
         if not value or not math.isfinite(value[0]) or value[0] <= 0:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.models.eagle3 import Eagle3, Eagle3Config
 
 MOST_UNSHARED = 128
-"""Maximum number of tokens that only one vocabulary has: added or unused tokens differ within a family."""
+"""Maximum number of tokens that only one of two vocabularies has: added or unused tokens differ within a family."""
 
 
 def draft_config(config: EngineConfig) -> EngineConfig | None:
@@ -69,6 +69,7 @@ def draft_config(config: EngineConfig) -> EngineConfig | None:
         max_images=0,
         mm_processor_kwargs=None,
         isq=None,
+        imatrix=None,
         yarn_scaling_factor=None,
         max_model_len=None,
         speculative_config=None,
@@ -76,18 +77,17 @@ def draft_config(config: EngineConfig) -> EngineConfig | None:
 
 
 def find_draft(config: EngineConfig) -> None:
-    """Find the draft model's files, and download them if needed, before the target model is read.
-
-    Raises:
-        ConfigError, ModelNotFoundError: the files cannot be found.
-    """
+    """Find the draft model's files, or download them, before the target model is read; errors as `load_draft`."""
     if (drafts := draft_config(config)) is not None:
         with _as_setting(drafts):
             model_files(drafts)
 
 
 def describe_draft(config: EngineConfig, target: Described, device: Device) -> Described | DescribedHead | None:
-    """Load a draft model or head without its weights; None if there is neither. Errors as `load_draft`."""
+    """Load a draft without its weights; None without one. A draft model's vocabulary is not compared with the target's.
+
+    Errors as `load_draft`.
+    """
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
     if settings is None or WEIGHTS not in settings.sources:
         return None
@@ -127,7 +127,7 @@ def load_draft(
 
 
 def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
-    """Open the draft model's files; tensors of a draft head keep their stored names, unlike with `open_model`."""
+    """Open the draft's files, or the target's for its MTP layer; a safetensors head's tensors keep their names."""
     files = model_files(config)
     if method == "draft_model" and (right := _head_method(files)) is not None:
         raise ConfigError(
@@ -154,7 +154,7 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
 
 
 def _is_for_head(config: EngineConfig) -> bool:
-    """Return whether the settings are those of a head with files of its own, not those of the target model."""
+    """Return whether settings are from `draft_config`, for a head with files of its own, not the target model's."""
     return config.speculative_config is None
 
 
@@ -225,7 +225,7 @@ def load_head(
     progress: Callable[[int, int], object],
     whole: EngineConfig,
 ) -> LoadedHead:
-    """Load a draft head; `whole` are the settings of the target model. Errors as `load_draft`."""
+    """Load a draft head; `config` are the settings for its files, `whole` the target's. Errors as `load_draft`."""
     if not isinstance(target.decoder, DecoderStack):
         raise ConfigError(
             f"speculative_config: {target.config.model_type} does not provide the hidden states that the method "
@@ -258,7 +258,7 @@ def load_head(
 def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHead, device: Device) -> DecoderStack:
     """Load the target's whole tables for a draft head that shares them, if ranks have only parts of the tables.
 
-    The result is the target model without layers: its last norm, and the tables that the head does not have itself.
+    The result is the target without layers: last norm, rotary embedding, and the tables that the head does not have.
     """
     head: Any = found.build(SHAPES, target.decoder)
     opened = open_model(model_files(config), device)
@@ -324,7 +324,7 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
 
 
 def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config, head: Eagle3) -> None:
-    """Refuse a head that was trained for another model."""
+    """Raise ConfigError if the sizes of an EAGLE-3 head show that it was trained for another model."""
     model, own = target.config, config.hidden_size
     wrong = None
     if config.target_size != model.hidden_size:
@@ -393,9 +393,9 @@ def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> De
 
 
 def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
-    """Return how two vocabularies differ, for messages; None if every shared token id has the same text in both.
+    """Return how two vocabularies differ, for messages; None if one can draft for the other.
 
-    Rows without a token do not count, and up to `MOST_UNSHARED` tokens may be missing in either vocabulary.
+    Each token id of both vocabularies must have the same text, and at most `MOST_UNSHARED` ids may be in only one.
     """
     first, second = (
         {index: text for text, index in words.backend.get_vocab(with_added_tokens=True).items()}

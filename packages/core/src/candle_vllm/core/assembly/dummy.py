@@ -3,8 +3,8 @@
 
 The result is a `Checkpoint`, so kernels, memory and step times are those of real weights; only the text is noise.
 
-Elements of matrices have a normal distribution with standard deviation 0.02, norms are ones and biases zeros, in the
-config's type. A tensor's elements depend on its name and device, and are generated on the device.
+Elements of matrices have a normal distribution with standard deviation 0.02, biases are zeros, and norms and other
+vectors ones, in the config's type. A tensor's elements depend on its name and device, and are generated on the device.
 """
 
 from __future__ import annotations

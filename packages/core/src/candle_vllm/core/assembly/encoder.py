@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Load the model that a config names: an encoder, or a decoder."""
+"""Load the model that a config names: an encoder, or a decoder with its draft model."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def _load_encoder(
         pooling, head = pooling_of(files, checkpoint, opened.metadata, size, "mean", tokenizer, chosen)
         pooling, head = with_token_heads(files.folder, checkpoint, model, tokenizer, pooling, head)
     check_pooling(pooling, config.pooling)
-    # F16 and F32 weights are multiplied as 14-bit integers (`kernels/word_linear`); the cosine with the fp32 vector is
-    # above 0.99999. Scores, classes and vectors of tokens are computed in floats.
+    # For one vector a text, F16 and F32 weights are multiplied as 14-bit integers (`kernels/word_linear`); the cosine
+    # with the fp32 vector is above 0.99999. Scores, classes and vectors of tokens are computed in floats.
     is_vector = pooling is not None and not model.labels and pooling.pooling not in BY_TOKEN and not pooling.sizes
     word_types = ("F16", "F32") if is_vector else ()
     placement = encoder_placement(config, device, checkpoint, family.in_torch, word_types)
@@ -194,7 +194,7 @@ def _check_isq(config: EngineConfig) -> None:
 
 
 def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:
-    """Return the maximum tokens of a text: the setting, else the folder's limit within the model's positions."""
+    """Return the maximum tokens of a text: the setting, else the folder's limit; neither exceeds the positions."""
     if config.max_model_len is None:
         tuned = longest_text(files.folder) if files.format != "gguf" else None
         return min(model.max_position, tuned or model.max_position)

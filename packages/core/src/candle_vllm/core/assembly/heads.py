@@ -36,7 +36,7 @@ def pooling_of(
 
     Raises:
         ConfigError: the model is a classifier or reward model, and its pooling is not `chosen`.
-        WeightsError: the head that config.json names is missing, or has a wrong shape.
+        ModelLoadError: a head or Dense layer is missing, has a wrong shape, or is not implemented.
     """
     config = None if files.config is None else Fields(read_json(files.config), files.config)
     if config is not None and files.format != "gguf" and is_headed(config.values.get("architectures")):
@@ -54,7 +54,7 @@ def pooling_of(
 
 
 def check_pooling(pooling: ModelPooling | None, chosen: PoolingKind | None) -> None:
-    """Raise ConfigError if the setting names another pooling than the one before the model's own head."""
+    """Raise ConfigError if the setting `pooling` is set and differs from the model's pooling."""
     if chosen is not None and (pooling is None or pooling.pooling != chosen):
         raise ConfigError("pooling is for embedding models, and this model has its own head: leave it out", "pooling")
 
@@ -62,8 +62,8 @@ def check_pooling(pooling: ModelPooling | None, chosen: PoolingKind | None) -> N
 def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer) -> PooledHead:
     """Return the head of a reranker that scores by logits of tokens, which vLLM's `classifier_from_token` lists.
 
-    With two tokens, such as "no" and "yes", the score is the probability of the second token: the sigmoid of the
-    difference of their logits. With one token it is the sigmoid of its logit.
+    With two tokens, such as "no" and "yes", the score is the probability of the second token: the sigmoid of its logit
+    minus the first one's. With one token it is the sigmoid of its logit.
     """
     ids = [tokenizer.backend.token_to_id(word) if isinstance(word, str) else None for word in words]
     table = next((checkpoint.tensors[name] for name in _TABLES if name in checkpoint.tensors), None)
@@ -81,7 +81,7 @@ def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokeni
 
 
 def _score_head(fields: Fields, checkpoint: Checkpoint, size: int) -> PooledHead:
-    """Return the head of a decoder: one matrix, or two with ReLU between them, as in Qwen2 reward models."""
+    """Return the head of a decoder: one linear layer, or two with ReLU between them, as in Qwen2 reward models."""
     tensors = checkpoint.tensors
     stem = next((stem for stem in SCORES if any(name.startswith(f"{stem}.") for name in tensors)), None)
     if stem is None:

@@ -2,8 +2,9 @@
 """In-situ quantisation: unquantised weights become blocks of a GGUF type while they are loaded, tensor by tensor.
 
 Every matrix of a family's table is viewed in the model's layout, then wrapped in a tensor that is quantised when its
-bytes are read. Norms, biases, routers of experts, and matrices whose rows do not consist of whole blocks stay plain
-(unquantised). The embedding table and the head get at least Q6_K, because every token uses both.
+bytes are read. Norms, biases, the modules in `_PLAIN`, and matrices whose rows are no multiple of 32 stay plain
+(unquantised). Rows that are no multiple of a type's block of 256 get a type with blocks of 32. The embedding table and
+the head get at least Q6_K, because every token uses both.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class InSitu(Viewed):
     Attributes:
         kind: the type of its blocks.
         importance: importance of its columns, see `weight_quant.rows.quantise`.
-        by_row: whether a row has one scale, see `weight_quant.rows.quantise_rows`.
+        by_row: whether all blocks of a row have the same scale, see `weight_quant.rows.quantise_rows`.
     """
 
     kind: GGMLQuantizationType
@@ -56,7 +57,7 @@ class InSitu(Viewed):
         return self._part(self.source.rows(first, last)) if self._is_plain else Viewed.rows(self, first, last)
 
     def columns(self, first: int, last: int) -> StoredTensor:
-        """See `StoredTensor.columns`; only these blocks are quantised, with `by_row` by a scale of their own."""
+        """See `StoredTensor.columns`; only these columns are quantised, so with `by_row` the rows' scales differ."""
         self._check_columns(first, last)
         if not self._is_plain:
             return Viewed.columns(self, first, last)
@@ -101,14 +102,13 @@ def quantised_in_situ(
 
     Args:
         name: one of `ISQ_TYPES`.
-        table: the family's table of weight names.
+        table, config: the family's table of weight names, and the model's config.
         checkpoint: the unquantised weights; closing either checkpoint closes both.
-        config: the model's config.
         has_place: returns whether the model has a target: see `loading.weights.places`.
         imatrix: importance of the columns of matrices.
 
     Raises:
-        ConfigError: the checkpoint is already quantised.
+        ConfigError: the checkpoint is a GGUF file or already quantised.
         WeightsError: the importance matrix belongs to another model.
     """
     check_plain(name, checkpoint)
@@ -138,8 +138,8 @@ def check_used(imatrix: Imatrix, used: bool) -> None:
         raise WeightsError(f"{imatrix.path} has no entry for any matrix to quantise: was it made for another model?")
 
 
-def check_plain(name: str, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError for a checkpoint that is not plain; the message has an alternative."""
+def check_plain(name: str | None, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for a GGUF file or quantised tensors; `name` is `isq`, None for a file written without it."""
     quantised = next((tensor for tensor in checkpoint.tensors.values() if tensor.dtype is None), None)
     if checkpoint.format == "gguf":
         held = "a GGUF file, whose tensors have fixed types"
@@ -147,10 +147,12 @@ def check_plain(name: str, checkpoint: Checkpoint) -> None:
         held = f"quantised already: {quantised.name} is {quantised.type_name}"
     else:
         return
+    needs = f"needs unquantised safetensors weights, but {checkpoint.path} is {held}"
+    if name is None:
+        raise ConfigError(f"a written file {needs}: name the unquantised model", "model")
     raise ConfigError(
-        f"isq {name} needs unquantised safetensors weights, but {checkpoint.path} is {held}: leave it out, use a "
-        "GGUF file of the type that you want, or write one from the unquantised weights: candle-vllm quantize --m "
-        f"MODEL --isq {name} --out FILE.gguf",
+        f"isq {name} {needs}: leave it out, use a GGUF file of the type that you want, or write one from the "
+        f"unquantised weights: candle-vllm quantize --m MODEL --isq {name} --out FILE.gguf",
         "isq",
     )
 
@@ -158,7 +160,7 @@ def check_plain(name: str, checkpoint: Checkpoint) -> None:
 def _matched(
     table: Sequence[WeightName], checkpoint: Checkpoint, config: Counted, has_place: Callable[[str], bool]
 ) -> Iterator[tuple[Line, Line, str, StoredTensor]]:
-    """Yield table lines that have a tensor: the line, its line for GGUF, the stored name, and the tensor as loaded."""
+    """Yield each table line with a stored tensor: the line, its line for GGUF, the tensor's name, and its view."""
     for line, written in beside_gguf(table, config):
         found = line.find(checkpoint.tensors) if line.names and has_place(line.target) else None
         if found is not None:
@@ -184,7 +186,7 @@ def in_situ(
 
 
 def stays_plain(target: str, stored: StoredTensor) -> bool:
-    """Return whether a tensor is not a matrix of a linear layer, or is a router of experts, so that it stays plain."""
+    """Return whether a tensor stays plain: it is no unquantised weight matrix, or its module is in `_PLAIN`."""
     if len(stored.shape) < 2 or stored.dtype not in SOURCES or not target.endswith("weight"):
         return True
     return any(f".{name}" in f".{target}" for name in _PLAIN)
@@ -195,7 +197,7 @@ def _is_table(target: str) -> bool:
 
 
 def _group(wanted: GGMLQuantizationType, chosen: GGMLQuantizationType | None, target: str, stored: StoredTensor) -> str:
-    """Return the group of the log line in which a tensor is counted."""
+    """Return the log line's text for a tensor's type; "" for a tensor that is not logged."""
     if chosen is None:
         return "" if stays_plain(target, stored) else "unquantised, because their rows are no multiple of 32"
     if chosen != wanted and chosen in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.IQ4_NL):

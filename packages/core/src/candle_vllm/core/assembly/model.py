@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Load a decoder from resolved files, with its tokenizer and chat template."""
+"""Load a decoder, with its tokenizer, chat template and vision tower."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Loaded:
         num_parameters: number of stored elements.
         weight_bytes: stored bytes of the weights.
         split: parts of the model that are not in GPU memory; None if everything is in one place.
-        files: the files of its weights and config; empty for random weights.
+        files: see `files_read`.
         memories: weight memories of its matrices in recorded steps, and those of models that were loaded with it.
     """
 
@@ -126,7 +126,7 @@ class LoadedHead:
     Attributes:
         name: name of its files.
         placement: device and types of its weights.
-        config: its config, as if it were a model of one layer.
+        config: its config, as if the head were a model of its own.
         head: the layers.
         vocab_size: size of its output vocabulary.
         meant: the target model's token id for each id of that vocabulary; None if the ids are the same.
@@ -168,9 +168,9 @@ class LoadedModel(Loaded):
         return None if self.tower is None else self.tower.vision
 
     def turning(self, tokens: int) -> Rotary | None:
-        """Return the rotary embedding with table rows for `tokens` image tokens; None without M-RoPE or images.
+        """Return the rotary embedding with table rows for `tokens` image tokens; None without M-RoPE or a tower.
 
-        Its tables are newly allocated, so this must be called before a runner uses them.
+        Ranks after the first need no tower for it. Its tables are new, so call this before a runner uses them.
         """
         elsewhere = self.shard is not None and not self.shard.is_first
         if not self.config.rope.axes or (self.tower is None and not elsewhere):
@@ -197,7 +197,7 @@ def load_model(
     opened: Opened | None = None,
     ranks: Collective | None = None,
 ) -> LoadedModel:
-    """Resolve `config.model`, download it if needed, and load it.
+    """Resolve `config.model` as a decoder, download it if needed, and load it.
 
     Args:
         config: the engine's settings.
@@ -207,7 +207,7 @@ def load_model(
         ranks: the ranks among which the model is divided; None for a whole model.
 
     Raises:
-        ConfigError: the model cannot be divided among this number of ranks.
+        ConfigError: the settings cannot be applied to this model, or it cannot be divided among these ranks.
         ModelNotFoundError: no model has this name.
         ModelLoadError: its files cannot be used; the message names the file.
     """
@@ -262,7 +262,7 @@ def load_model(
 
 
 def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
-    """Return how tokens are sent to whole experts; "auto" sums outputs on the CPU, where fewer bytes save no time."""
+    """Return how tokens are sent to whole experts; "auto" sums outputs if `invariant`, and on the CPU."""
     asked = config.all2all_backend
     if asked == "all_to_all" and placement.invariant:
         raise ConfigError(
@@ -276,7 +276,7 @@ def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
 
 
 def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
-    """Return the files that determine a model's outputs; () for random weights. Raises ModelNotFoundError."""
+    """Return the files of weights, config, `mmproj` and `imatrix`; () for random weights. Raises ModelNotFoundError."""
     for path in (config.mmproj, config.imatrix):
         if path is not None and not path.is_file():
             raise ModelNotFoundError(f"{path} is not a file; check the spelling of the path")
@@ -285,7 +285,7 @@ def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
 
 
 def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
-    """Raise InvalidFileError if the text model has fewer layers than a tower adds to, or its metadata differs."""
+    """Raise InvalidFileError if the text model has fewer layers than a tower adds to, or names another number."""
     said = getattr(model, "deep", 0)
     if deep > model.num_layers:
         raise InvalidFileError(
@@ -296,12 +296,7 @@ def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
 
 
 def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Described:
-    """Load a model without its weights, so that an unsupported model is refused early.
-
-    Raises:
-        ConfigError: the settings require a longer context than the model has.
-        ModelLoadError: its files cannot be used; the message names the file.
-    """
+    """Load a decoder without its weights, so that an unsupported model is refused early; errors as `load_model`."""
     files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
     described = config_file(files)
     with naming(described):
@@ -451,7 +446,7 @@ def _generation_config(files: ModelFiles, metadata: Mapping[str, Any]) -> Fields
 
 
 def sampling_defaults(generation: Fields) -> dict[str, float | int]:
-    """Return the sampling defaults of a generation config; do_sample false or top_p 0 means greedy decoding."""
+    """Return a generation config's sampling defaults; do_sample false or top_p 0 is greedy. Raises InvalidFileError."""
     values: dict[str, Any] = {}
     for key in (key for key in _SAMPLING_KEYS if key in generation):
         value = generation.get(key, float)
@@ -463,7 +458,7 @@ def sampling_defaults(generation: Fields) -> dict[str, float | int]:
     if greedy or not generation.get("do_sample", bool, True):
         values["temperature"] = 0.0
     length = generation.values.get("max_new_tokens")
-    if isinstance(length, int) and 0 < length <= MAX_TOKENS:  # other values are ignored
+    if type(length) is int and 0 < length <= MAX_TOKENS:  # other values are ignored
         values["max_tokens"] = length
     try:
         SamplingParams(**values)

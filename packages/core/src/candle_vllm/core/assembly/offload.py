@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _STEPS = 1 << 30
 """Bytes that are reserved for steps, because their memory is not known yet."""
 _TOKENS = 4096
-"""Tokens of one sequence for which KV cache is reserved without a set context; few, since offloading is slow."""
+"""Maximum tokens for which KV cache is reserved if `max_model_len` is not set; few, since offloading is slow."""
 _SETTINGS = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
 
@@ -47,9 +47,9 @@ class Split:
     """The parts of a GPU's model that are in main memory.
 
     Attributes:
-        experts: number of first layers whose experts the CPU computes.
-        host: placement of their matrices; None if the CPU computes no experts.
-        layers: index of the first layer whose matrices the GPU reads over the bus.
+        experts: number of layers, from the first on, whose experts the CPU computes.
+        host: placement of these experts' matrices; None if the CPU computes no experts.
+        layers: index of the first layer whose matrices the GPU reads over the bus; all later layers are read too.
         bus: weight memory of these matrices; None if no layer is read over the bus.
         names: names of the stored tensors in main memory.
         host_bytes: bytes that these tensors take in main memory.
@@ -95,7 +95,7 @@ def plan_split(
     """Plan which weights are in main memory; return None if the whole model is in one place.
 
     Raises:
-        ConfigError: the settings cannot be applied to this model.
+        ConfigError: the settings cannot be applied to this model, or the CPU has no kernel for its experts.
     """
     if device.type == "cpu":
         for name in _SETTINGS:
@@ -191,7 +191,7 @@ def _how_many(
 ) -> tuple[int, int, str]:
     """Return the number of layers whose experts the CPU computes, the first layer that is read over the bus, and why.
 
-    Without settings, only weights that do not fit are offloaded: experts first, since a token needs only a few of them.
+    Without settings, one rank offloads only weights that do not fit: experts first, since a token needs few of them.
     """
     last = model.num_layers
     experts, layers, chosen = min(config.cpu_experts or 0, last), last, False

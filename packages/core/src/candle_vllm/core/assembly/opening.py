@@ -37,7 +37,7 @@ class Opened:
         checkpoint: the stored tensors of the text model.
         metadata: metadata of a GGUF file; empty for other formats.
         cache_scales: scales for an FP8 KV cache, by name.
-        tower: tensors of the vision tower; None without a tower, or if it is not supported.
+        tower: tensors of a vision tower in the model's own folder; None without one, or if it is not supported.
     """
 
     files: ModelFiles
@@ -137,7 +137,7 @@ def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[st
 
 
 def stored_types(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> str | None:
-    """Return the type that a GGUF file states, then the stored types and their counts; None if all are unquantised."""
+    """Return the stored types with counts, after the type that a GGUF file states; None if all are unquantised."""
     kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
     plain = {"F32", "F16", "BF16", "F64", "I64"}  # I64 tensors are buffers
     if set(kinds) <= plain:

@@ -55,7 +55,7 @@ def packed_weights(
 
 
 def _folder(setting: str) -> Path | None:
-    """Return the folder of the setting `packed_cache`; None without one, with a warning if it cannot be used."""
+    """Return the folder of the setting `packed_cache`; None for "off", and with a warning if it cannot be used."""
     if setting in ("off", ""):
         return None
     try:

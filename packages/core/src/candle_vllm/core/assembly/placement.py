@@ -55,7 +55,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     With `op_by_op` the ranks stay processes, which compute in torch.
 
     Raises:
-        ConfigError: there are fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU that is missing.
+        ConfigError: `device` names one GPU for several ranks, it cannot be used, or the ranks cannot be CPU ranks.
     """
     if config.ranks == 1:
         return config
@@ -114,7 +114,7 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     """Choose recorded steps on the CPU, unless the settings or an obstacle (which is logged) require torch.
 
     Raises:
-        ConfigError: the GPU's kernels cannot multiply these weights in this dtype.
+        ConfigError: the settings cannot be applied, for example a dtype in which the GPU cannot multiply the weights.
     """
     quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
     dtype = device_dtype(config, device)
@@ -200,7 +200,7 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
 
 
 def device_dtype(config: EngineConfig, device: Device) -> str:
-    """Return the type of weights and activations in torch; "auto" is bfloat16 on a GPU that supports it.
+    """Return the type of weights and activations in torch; "auto" is F32 on the CPU, else BF16 if supported, or F16.
 
     Raises:
         ConfigError: the dtype is bfloat16, and the GPU does not support it.
@@ -275,7 +275,7 @@ def matrix_obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
-    """Return the types in which matrices are multiplied, most frequent first: "bf16", or "int8, f16" if mixed."""
+    """Return the types in which matrices are multiplied, by number of elements: "bf16", or "int8, f16" if mixed."""
     if placement.weight_memory is None:
         return placement.dtype.lower()
     counts: Counter[str] = Counter()
@@ -294,7 +294,7 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 def room_for_weights(
     name: str, placement: Placement, checkpoint: Checkpoint, elsewhere: Set[str] = frozenset(), host_bytes: int = 0
 ) -> Iterator[None]:
-    """Context for loading weights: if memory runs out, raise NoMemoryError, which names a setting that would fit.
+    """Context for loading weights: if memory runs out, raise NoMemoryError, which names a way to need less.
 
     The tensors with names in `elsewhere` take `host_bytes` of main memory, while the rest goes to a GPU.
     """
@@ -340,7 +340,7 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
 
 
 def _is_decoded(placement: Placement, tensor: StoredTensor) -> bool:
-    """Return whether no kernel takes the tensor's codes; decoded tables and experts of mixed types do not count."""
+    """Return whether a matrix is decoded for lack of a kernel; tables and experts of mixed types are not recognised."""
     unit = LEAST_SPAN
     if placement.keeps_quantised:
         from candle_vllm.core.kernels.group_linear.layout import PART as unit

@@ -114,7 +114,7 @@ class Shard:
         return stored.columns(cut.first, cut.last)
 
     def cut_adapter(self, adapter: FittedAdapter) -> FittedAdapter:
-        """Return this rank's part of an adapter: B is cut by outputs, A by inputs; only the first rank adds a bias."""
+        """Return this rank's part of an adapter: B and bias are cut by outputs, A by inputs (bias: first rank only)."""
         found: dict[str, dict[str, Delta]] = {}
         for path, deltas in adapter.deltas.items():
             if self.stage is not None and not self.stage.has(path):
@@ -153,7 +153,7 @@ class Shard:
             self._divide_tokens(whole)
 
     def _divide_tokens(self, decoder: Any) -> None:
-        """Make layers with experts divide a step's tokens among ranks, if that is set or may be faster."""
+        """Make layers with experts divide a step's tokens among ranks, if `exchanges` says so or it sends less."""
         from candle_vllm.core.kernels.collectives.token_shares import TokenShares, least_step, rows_sent
 
         size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - models with experts have it
@@ -208,7 +208,7 @@ def shard_of(
         exchanges: how tokens are sent to whole experts; with "all_to_all", each rank has the whole shared expert.
 
     Raises:
-        ConfigError: the model cannot be divided among the ranks; the message has possible numbers of ranks.
+        ConfigError: the model cannot be divided in this way; the message has possible numbers of ranks, if any.
     """
     size = collective.size
     if apart and getattr(config, "mixture", None) is None:

@@ -91,8 +91,8 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
     """Yield the family, config, tensors and file of a tower, while its file is open; None for a text-only model.
 
     Raises:
-        ConfigError: `mmproj` is set and Pillow is not installed (without `mmproj`, a warning says that the model is
-            text-only), or `mm_processor_kwargs` has a setting that the tower does not know.
+        ConfigError: `mmproj` is set for a folder or without Pillow (without `mmproj`, a missing Pillow is a warning);
+            or `mm_processor_kwargs` is set without a tower, or has a setting that the tower does not accept.
         ModelLoadError: its files cannot be used.
     """
     if config.mmproj is not None and opened.files.format != "gguf":
@@ -139,7 +139,7 @@ def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None)
 
 
 def _quantised(family: TowerFamily, model: TowerConfig, stored: Checkpoint, described: Path) -> _Found:
-    """Quantise a tower to Q8_0, whatever the type of `isq`, because a tower's errors affect all tokens.
+    """Quantise a folder's tower to Q8_0, whatever the type of `isq`, because its errors affect all tokens.
 
     Position embeddings stay unquantised.
     """

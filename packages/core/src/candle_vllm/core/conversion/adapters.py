@@ -31,7 +31,7 @@ AdapterFactors: TypeAlias = Sequence[tuple[Path, float]]
 """Adapters, each with its factor."""
 
 ANY_SIZE = AdapterLimits(max_rank=1 << 16, max_bytes=1 << 40, copied=False)
-"""Limits that no adapter reaches: merging needs none, because only one matrix is in memory at a time."""
+"""Limits that no adapter reaches: conversion needs none, because only one tensor is in memory at a time."""
 _Changes: TypeAlias = list[tuple[Delta, float]]
 
 
@@ -57,9 +57,9 @@ def merge(
         The model, whose head is no longer tied to the embedding table if their changes differ; and the tensors.
 
     Raises:
-        ModelNotFoundError, AdapterError: as `read_adapter` and `fit_adapter`.
+        ModelNotFoundError, AdapterError: as `read_adapter` and `fit_adapter`, or an adapter cannot be merged.
     """
-    base = adapter_base(files, dataclasses.replace(config, isq=None))
+    base = adapter_base(files, dataclasses.replace(config, isq=None, imatrix=None))
     changes: dict[str, _Changes] = {}
     for path, scale in adapters:
         stored = opened.enter_context(read_adapter(path, ANY_SIZE))

@@ -30,6 +30,7 @@ from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import AdapterError, ConfigError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapters import StoredAdapter, read_adapter
+from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.views import ColumnOrder, computed, constant
 from candle_vllm.core.loading.weights import Line, expand
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -57,7 +58,7 @@ def write_gguf_adapter(
         progress: called with the written bytes and all bytes.
 
     Raises:
-        ConfigError: the file cannot be written at this path.
+        ConfigError: the file cannot be written at this path, or `isq` is set.
         ModelNotFoundError, ModelLoadError: the model or the adapter cannot be used; AdapterError: GGUF cannot hold it.
     """
     out = Path(out)
@@ -67,6 +68,11 @@ def write_gguf_adapter(
     files = model_files(config)
     with read_adapter(adapter, ANY_SIZE) as stored, naming(config_file(files), stored.path):
         base = adapter_base(files, config)
+        if isinstance(base.config, EncoderConfig):
+            raise AdapterError(
+                f"{stored.path} is for the encoder {base.name}, and GGUF adapters are written for decoders: use the "
+                "folder"
+            )
         fitted = fit_adapter(stored, base)
         opened = open_model(files, CPU)
         with opened.checkpoint as checkpoint:
@@ -124,7 +130,7 @@ def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str
 
 
 def _is_absent(line: Line, present: list[Line]) -> bool:
-    """Whether a line is a part of the same layer and of the same tensor in the file as the `present` lines."""
+    """Whether only other parts of the line's layer and tensor are `present`; False for the line of an expert."""
     layers = {own.target.partition(":")[0] for own in present}
     return line.expert is None and line not in present and line.target.partition(":")[0] in layers
 

@@ -26,7 +26,7 @@ _POSITIONS = "position_embd.weight"
 def encoder_tensors(
     family: EncoderFamily, model: EncoderConfig, checkpoint: Checkpoint, path: Path
 ) -> list[tuple[str, str, StoredTensor]]:
-    """Return the name in the file, the parameter in the model, and the tensor, for all tensors of the file.
+    """Return name in the file, target in the model, and tensor, for all tensors of the file.
 
     RoBERTa's table of positions begins with rows that no text uses; a BERT's begins with the first position.
 
@@ -50,12 +50,12 @@ def encoder_tensors(
 
 
 def _stored(model: EncoderConfig) -> EncoderConfig:
-    """Return the description of the model as a BERT."""
+    """Return the config that the GGUF file describes: that of a BERT, whose first position is 0."""
     return dataclasses.replace(model, model_type=_NAME, first_position=0)
 
 
 def describe_encoder(model: EncoderConfig, files: ModelFiles) -> dict[str, Any]:
-    """Return the model's metadata, keys with the architecture's prefix."""
+    """Return the metadata of the model and of its pooling."""
     keys = {
         "vocab_size": model.vocab_size,
         "context_length": model.max_position,
@@ -72,7 +72,7 @@ def describe_encoder(model: EncoderConfig, files: ModelFiles) -> dict[str, Any]:
 
 
 def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
-    """Read a written file's metadata and tensors again: they must describe the same model.
+    """Read the planned metadata and tensors: they must describe the same model.
 
     Raises:
         UnsupportedModelError: they describe another model; the message names the settings.

@@ -34,7 +34,7 @@ class PlannedTensor:
 
     Attributes:
         name: name in the file.
-        stored: plain elements, or blocks of the type `kind`.
+        stored: plain elements, blocks of the type `kind`, or MXFP4 as it is stored in safetensors files.
         kind: type in the file.
         importance: importance of the columns, see `weight_quant.rows.quantise`.
     """
@@ -64,7 +64,7 @@ def write_file(
         path: the file's path; an existing file is replaced.
         plans: the tensors, in order.
         metadata: keys and values: strings, booleans, integers (uint32; `token_type` int32), other numbers (float32),
-            lists of one of these types, bytes. `general.architecture` must be among them.
+            lists of one of these types, bytes; empty lists are left out. `general.architecture` is required.
         types: types of copied metadata, see `GgufFile.types`.
 
     Raises:

@@ -48,7 +48,7 @@ def architecture(family: Family, config: ModelConfig, path: Path) -> Architectur
 
 
 def describe(config: ModelConfig, row: Architecture) -> Keys:
-    """Return the model's metadata, keys with the architecture's prefix."""
+    """Return `general.architecture`, and the model's keys with this name as prefix; xIELU's keys have no prefix."""
     keys: Keys = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position,
@@ -68,7 +68,7 @@ def describe(config: ModelConfig, row: Architecture) -> Keys:
 
 
 def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
-    """Return the keys of the rotary embedding; Llama 3's and longrope's scalings are tensors (`computed_tensors`)."""
+    """Return the keys of the rotary embedding; the factors of some scalings are tensors (`computed_tensors`)."""
     keys: Keys = {"rope.freq_base": float(rope.theta), "rope.dimension_count": rope.dim}
     if rope.kind != "default" and ROPE_KINDS[rope.kind].in_gguf:
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
@@ -89,8 +89,8 @@ def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
 def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     """Return the tensors, by name, that GGUF needs and the checkpoint lacks.
 
-    These are divisors of the rotary frequencies [R/2], R rotated elements of a head (Llama 3, longrope, Gemma 4), and
-    weights [D] of query norms, one number in the config, and of key norms, all 1 (Muse Glimmer).
+    These are divisors of the rotary frequencies, one for each pair of elements (Llama 3, longrope, Gemma 4); or weights
+    [D] of query norms, all equal to a number of the config, and of key norms, all 1 (Muse Glimmer).
     """
     if factor := getattr(config, "query_norm", 0.0):
         norms = {"q": np.full(config.head_dim, factor, np.float32), "k": np.ones(config.head_dim, np.float32)}
@@ -110,12 +110,10 @@ def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
-    """Return the metadata of the model's pooling, keys without the architecture's prefix.
+    """Return the pooling of a folder, or the `default`, as metadata, keys without the architecture's prefix.
 
-    Args:
-        files: the model's folder.
-        size: size of a hidden state.
-        default: pooling if the folder has no setting.
+    `size` is the size of a hidden state. Raises UnsupportedModelError for a pooling that GGUF lacks, and for Dense
+    layers.
     """
     config = None if files.config is None else Fields(read_json(files.config), files.config)
     pooling = read_pooling(files, {}, size, default, config)
@@ -140,7 +138,7 @@ _ROUGH = ("embedding_scale", "input_scale")  # some models round these to their 
 
 
 def check_description(config: ModelConfig, written: Checkpoint) -> None:
-    """Read a file's metadata and tensors again: they must give `config`, which `Architecture.stored` has returned.
+    """Read the planned metadata and tensors: they must give `config`, which `Architecture.stored` has returned.
 
     Raises:
         UnsupportedModelError: they describe another model; the message names the settings.

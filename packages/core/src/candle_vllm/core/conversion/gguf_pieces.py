@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Vocabularies of encoders as GGUF metadata: WordPiece is "bert", SentencePiece's unigram model "t5".
 
-GGUF names neither the normaliser nor the pre-tokenizer of these, so the written vocabulary is read again and must
-tokenize a text like the original. Byte-pair tokenizers are checked in the same way.
+GGUF names neither the normaliser nor the pre-tokenizer of these, so the tokenizer that the metadata gives must tokenize
+texts like the original. Byte-pair tokenizers are checked in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NEVER = -10000.0  # score of a row without a token
 
 
 def wordpiece(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """Return the keys of a WordPiece vocabulary, in which the first token of a word is marked and the others are not.
+    """Return the keys of a WordPiece vocabulary; in GGUF, the tokens that begin a word have a prefix, not the others.
 
     Args:
         data: a `tokenizer.json`.
@@ -133,7 +133,7 @@ def check_byte_pair(
         metadata: metadata with the keys of its vocabulary.
         probe: a text with many kinds of words.
         ignore_merges: whether the original uses the token of a whole word without merges.
-        behind: the texts to tokenize stand behind this special token.
+        behind: special token that is put before each text of the probe; "" for none.
 
     Raises:
         UnsupportedModelError: the tokens of a text differ.

@@ -70,7 +70,7 @@ def gguf_tensors(
     has_place: Callable[[str], bool],
     preferred: Sequence[str] = (),
 ) -> Iterator[tuple[str, str, StoredTensor]]:
-    """Yield name, parameter in the model and plain tensor of all GGUF tensors of a checkpoint, in the table's order.
+    """Yield name, first target in the model, and tensor (plain or MXFP4) of all GGUF tensors, in table order.
 
     Args:
         checkpoint: checkpoint in safetensors files.
@@ -80,7 +80,7 @@ def gguf_tensors(
         preferred: parts of names that choose among a line's alternatives; otherwise the first is used.
 
     Raises:
-        UnsupportedModelError: GGUF has no name for a tensor.
+        UnsupportedModelError: GGUF has no name for a tensor, or no form for its rows.
     """
     found: defaultdict[str, list[_Piece]] = defaultdict(list)
     for stored_line, line in beside_gguf(table, config):
@@ -102,7 +102,7 @@ def preferring(line: Line, parts: Sequence[str]) -> Line:
 
 
 def joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
-    """Return the tensor of the file from which all its parts can be read."""
+    """Return the tensor of the file, from which the table's views give all its pieces."""
     line, first = pieces[0]
     written, view = line.names[0]
     experts = config.num_experts if line.expert is not None and "{e}" not in written else 0

@@ -4,7 +4,7 @@
 Byte-pair models have two forms in GGUF; WordPiece and unigram models have one (`gguf_pieces.py`). Merges over GPT-2's
 byte alphabet are "gpt2", with the name of the pre-tokenizer, which is found by splitting a text that distinguishes the
 pre-tokenizers. SentencePiece's byte-pair model is "llama": instead of merges, the file has a score for each token,
-minus the rank of the merge that forms it. The result is read again, and must split texts like the original.
+minus the rank of the merge that forms it. The metadata is read again, and must split texts like the original.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROBE = (
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> dict[str, Any]:
-    """Return the keys of a vocabulary.
+    """Return the keys of a tokenizer and, with a byte-pair model, of its chat templates.
 
     Args:
         tokenizer: the tokenizer from the model's folder.
@@ -70,7 +70,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     if spm:
         tokens = [text.replace(SPACE, " ") if kind == USER_DEFINED else text for text, kind in zip(tokens, types)]
-        # GGUF puts a space before a text and behind each special token, or nowhere; "first" puts none into a chat.
+        # GGUF puts a space before a text and behind each special token, or nowhere; "first" puts none behind those.
         if (scheme := _space_prefix(data)) == "first" and "bos_token" in _templates(tokenizer):
             behind = tokenizer.special_tokens.get("bos_token", "")
         if behind:
@@ -195,7 +195,7 @@ def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the tokens before and after a text."""
+    """Return the ids of the special tokens that the tokenizer adds before and after a text."""
     inner, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     first = next((at for at in range(len(whole)) if whole[at : at + len(inner)] == inner), None)
     if first is None:
@@ -209,7 +209,7 @@ def _templates(tokenizer: Tokenizer) -> str:
 
 
 def phi3_name(metadata: Mapping[str, Any]) -> str:
-    """Return the name, with "Phi-3" if it has its tokens: readers infer that role tokens swallow a line break."""
+    """Return the model's name, with "Phi-3" if it has such role tokens: readers then strip white space behind them."""
     name, tokens = metadata["general.name"], metadata[f"{PREFIX}tokens"]
     roles = {"<unk>", "<s>", "<|endoftext|>", "<|user|>", "<|assistant|>"}
     return name if "phi-3" in name.lower() or not roles <= set(tokens) else f"Phi-3 {name}"

@@ -57,7 +57,7 @@ def write_imatrix(
     """Run the model of `config` on a text in windows, see `perplexity.cut`, and write the sums to a .gguf file.
 
     `name` is the text's name in the file; an existing file is replaced. Raises ConfigError if torch is not installed,
-    and the errors of `InferenceEngine`.
+    UnsupportedModelError if GGUF has no names for the matrices, and the errors of `InferenceEngine` and `cut`.
     """
     require_torch("the inputs of layers are measured")
     plain: dict[str, Any] = {"device": "cpu", "dtype": "f32", "op_by_op": True, "enable_prefix_caching": False}
@@ -85,7 +85,7 @@ def write_imatrix(
 def _by_name(
     config: EngineConfig, places: Mapping[str, tuple[Place, ...]], sums: Mapping[int, NDArray[np.float64]], out: Path
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the sums by the names of matrices in GGUF files; one with several names is under each without `{e}`."""
+    """Return the sums by the matrices' names in GGUF files; names of single experts only if there are no others."""
     opened, found = open_model(model_files(config), CPU), dict[str, NDArray[np.float64]]()
     with opened.checkpoint:
         family, model = describe_family(opened.files, opened.checkpoint, opened.metadata, config.model_impl)

@@ -100,8 +100,8 @@ def write_gguf(
         progress: called with the written bytes and all bytes.
 
     Raises:
-        ConfigError: the file cannot be written at this path; the safetensors weights are neither plain nor in MXFP4; a
-            tokenizer or adapters are given for a GGUF file.
+        ConfigError: the file cannot be written at this path; the weights are random, or safetensors not plain or
+            MXFP4; a tokenizer or adapters are given for a GGUF file.
         ModelNotFoundError: the model does not exist.
         ModelLoadError: its files cannot be used, or GGUF cannot represent the model; AdapterError for an adapter.
     """
@@ -138,7 +138,7 @@ def _by_row(plan: PlannedTensor) -> PlannedTensor:
 def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
     """Refuse weights other than plain or MXFP4, the type of gpt-oss, which GGUF has too and which stays unchanged."""
     plain = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.type_name != "MXFP4"}
-    check_plain(config.isq or "f16", checkpoint.with_tensors(plain))
+    check_plain(config.isq, checkpoint.with_tensors(plain))
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -323,7 +323,7 @@ def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[
     if banned := ending.token_ids("suppress_tokens"):
         metadata[SUPPRESSED] = list(banned)
     chosen = sampling_defaults(ending)  # top_k -1 keeps all tokens, as 0 does
-    metadata |= {name: max(0, chosen[key]) for key, name in GGUF_SAMPLING.items() if key in chosen}
+    metadata |= {name: max(chosen[key], 0) for key, name in GGUF_SAMPLING.items() if key in chosen}
     if config.chat_template is None:
         return metadata
     kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # without named templates
@@ -363,7 +363,7 @@ def write_plans(
     progress: Progress,
     types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> WrittenFile:
-    """Write the file, under another name until it is complete; see `write_file` for the arguments."""
+    """Write the file, under another name until it is complete; as `write_file`, with ModelLoadError for OSError."""
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         write_file(partial, plans, metadata, progress, types)
