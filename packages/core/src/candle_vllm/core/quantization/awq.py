@@ -86,7 +86,7 @@ def awq_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
 
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
-    """Read the layers of `quant_method` awq."""
+    """Read the AWQ layers of a checkpoint."""
     bits = config.get("bits", int, config.get("w_bit", int, 4))
     if bits != 4:
         raise UnsupportedModelError(f"{config.path}: AWQ with bits {bits} is not implemented; implemented: 4")

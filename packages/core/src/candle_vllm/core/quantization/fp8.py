@@ -2,8 +2,8 @@
 """FP8: an 8-bit float for each weight, and a scale per tensor, row or block.
 
 A weight is scale * element in fp32. Elements are e4m3 (without infinities) or e5m2; a matrix [N, K] has one scale,
-scales [N, 1], or scales [N / block, K / block], with smaller blocks at the edges. Hugging Face calls scales of blocks
-`weight_scale_inv`, although the elements are multiplied by them.
+scales [N] or [N, 1], or scales [N / block, K / block] rounded up, with smaller blocks at the edges. Hugging Face calls
+scales of blocks `weight_scale_inv`, although the elements are multiplied by them.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequant`, 2024, arXiv:2412.19437.
 """
 
@@ -63,7 +63,7 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
         block: rows and columns that share a scale, by the config; None if the scale's shape determines it.
 
     Raises:
-        InvalidFileError: the scale is missing or does not fit.
+        InvalidFileError: the weight is no FP8 matrix, or its scale is missing or does not fit.
     """
     weight = parts.get(".weight", *NUMBERS)
     usual = ".weight_scale" if block is None else ".weight_scale_inv"
@@ -107,7 +107,7 @@ def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> Quantised
 
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
-    """Read the layers of `quant_method` fp8."""
+    """Read the FP8 layers of a checkpoint; `modelopt` calls this too, without a config."""
     block = block_shape(config, "weight_block_size") if "weight_block_size" in config else None
     config.choice("fmt", "e4m3", "e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2")
     for name, tensor in stored.tensors.items():
@@ -123,7 +123,7 @@ def block_shape(fields: Fields, key: str) -> tuple[int, int]:
     """Return the rows and columns of a block.
 
     Raises:
-        InvalidFileError: the value is not two counts.
+        InvalidFileError: the value is not two sizes from 1 to 2^24.
     """
     sizes = fields.get(key, list)
     if len(sizes) != 2 or not all(isinstance(size, int) and 0 < size <= 1 << 24 for size in sizes):
