@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS: Final = 5
 """Maximum number of deaths and failed starts within `DEATH_WINDOW` seconds after which a replica is restarted."""
 DEATH_WINDOW: Final = 300.0
-_PAUSE: Final = 1.0  # seconds before the next attempt to start a replica; doubled after each attempt
+_PAUSE: Final = 1.0  # seconds; doubled for each recent death or failed start, the pause before the next attempt
 _CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
 _STATES = ("ready", "loading", "cold", "failed")  # an adapter's states; the first that any replica has is reported
 
 
 def replica_configs(config: EngineConfig) -> list[EngineConfig]:
-    """Return the configuration of each replica: its GPUs, or its share of the CPU's threads and of the cache memory.
+    """Return the configuration of each replica: its GPUs, its share of the threads, on the CPU of the cache memory.
 
     `kv_cache_memory`, and the memory share of a GPU, are per replica; on the CPU `kv_fraction` is for all replicas.
 
@@ -133,7 +133,7 @@ class Fleet:
         config: the configuration of all replicas; see `replica_configs`.
 
     Attributes:
-        info: information about the model; sizes are those of all replicas together.
+        info: information about the model; bytes and `max_num_seqs` are sums over all replicas.
         texts: the model's tokenizer, template and image processing.
         max_model_len, max_step_tokens: the replicas' minimum, and their sum; see `Engine`.
 
@@ -431,7 +431,7 @@ class Fleet:
         replica.add_death_callback(lambda: self._died(number))
 
     def _died(self, number: int) -> None:
-        """Handle the death of a replica's process; called in the replica's thread, after its requests have failed."""
+        """Handle the death of a replica's process, after its requests have failed; see `add_death_callback`."""
         with self._lock:
             if self._closed.is_set() or not self._up[number]:
                 return

@@ -56,7 +56,7 @@ class RemoteLink:
     Attributes:
         wake: makes `step` return soon; thread-safe.
         on_refused: called with the request id and the error if the child refuses a request.
-        on_begun, on_over: called with the request id at its first output, and at its end for any reason.
+        on_begun, on_over: called with the request id at its first output, and at its end while the child runs.
     """
 
     waits = False
@@ -87,7 +87,7 @@ class RemoteLink:
         self._bell.close()
 
     def stats(self) -> EngineStats:
-        """Return the child's last statistics: at most 0.1 s old, and exact while it is idle."""
+        """Return the child's last statistics, sent after steps, at most every 0.1 s, and when it becomes idle."""
         return self._stats
 
     # ---- sending -----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class RemoteLink:
         """Wait for messages; return the outputs in them, with the callers' request ids.
 
         Raises:
-            EngineDeadError: the child has ended, or has sent an invalid message.
+            EngineDeadError: the child or its engine has ended, does not respond, or has sent an invalid message.
         """
         events = dict(self._poller.poll(_LOOK_UP))
         if self._bell.descriptor in events:
@@ -209,7 +209,7 @@ class RemoteThread(EngineThread):
 
     Args:
         link: the connection to the engine, which only this thread may use from now on.
-        max_sequences: maximum number of live sequences; further requests are refused.
+        max_sequences: maximum number of live sequences, see `EngineThread`, and of waiting calls.
         on_end: called in this thread when the engine process has ended without `close`.
     """
 

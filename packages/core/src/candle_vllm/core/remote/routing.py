@@ -66,7 +66,7 @@ class _Replica:
         return self.to_run + SEQUENCE_TOKENS * self.sequences + HELD_SHARE * self.held
 
     def found(self, hashes: Sequence[Hashable]) -> int:
-        """Return the number of first blocks that were sent to this replica before."""
+        """Return the number of leading blocks that this replica was sent before, as far as they are remembered."""
         known = self.known
         return next((n for n, digest in enumerate(hashes) if digest not in known), len(hashes))
 
@@ -84,8 +84,8 @@ class Router:
 
     A request goes to the replica with the least work before its answer, in tokens: waiting prompts, running sequences,
     and the part of its own prompt that is not cached there. So a request with a cached prefix stays with its replica
-    until waiting there costs more than computing the prefix in another replica. A replica with a full batch is skipped
-    while another replica's batch is not full.
+    until waiting there costs more than computing the prefix in another replica. A replica whose batch would exceed
+    `max_num_seqs` with the request is skipped if another replica's batch would not.
 
     Args:
         rooms: the capacity of each replica.
@@ -122,7 +122,7 @@ class Router:
             without: replicas that have refused the request.
 
         Returns:
-            The index of the replica, or None if all replicas are down.
+            The index of the replica, or None if all replicas are down or in `without`.
         """
         with self._lock:
             up = [n for n, replica in enumerate(self._replicas) if replica.is_up and n not in without]
