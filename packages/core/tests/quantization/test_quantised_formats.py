@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 from packages.core.tests.quantization.format_writers import (
     WRITERS,
     Written,
+    awq,
     ct_packed,
     fp8,
     gptq,
@@ -297,6 +300,19 @@ def test_groups_that_are_cut_off(tmp_path: Path) -> None:
         blocks = found.blocks()
         assert blocks is not None
         assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), written.weight.numpy())
+
+
+@pytest.mark.parametrize("writer", [awq, partial(gptq, symmetric=False), partial(ct_packed, symmetric=False)])
+def test_blocks_of_rounds_with_and_without_zeros_have_one_type(
+    writer: Callable[..., Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first round of rows is symmetric, and its blocks alone would be Q4_0."""
+    monkeypatch.setattr(stored_module, "CHUNK", 8 * 64)
+    even = torch.arange(-8.0, 8).repeat(8, 4) * 0.01
+    written = writer(torch.cat([even, numbers(8, 64).abs()]), group=32)
+    blocks = open_layer(written, tmp_path).blocks()
+    assert blocks is not None
+    assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), written.weight.numpy())
 
 
 @pytest.mark.parametrize("columns", [77, 8, 33])

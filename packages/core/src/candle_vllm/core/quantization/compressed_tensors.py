@@ -65,9 +65,7 @@ def read_schemes(config: Fields) -> list[CtScheme]:
         InvalidFileError: a value is missing, of the wrong type or out of range.
     """
     whole = config.get("format", str, DENSE)
-    sparse = config.section("sparsity_config")
-    if sparse.get("format", str, DENSE) != DENSE:
-        sparse.choice("format", DENSE, DENSE)
+    config.section("sparsity_config").choice("format", DENSE, DENSE)
     transforms = config.section("transform_config")
     if "config_groups" in transforms and transforms.section("config_groups").values:
         raise UnsupportedModelError(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.quantization.ggml_blocks import BlockParts, put_together
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, put_together, take_apart
 from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
 
 BLOCK = 32
@@ -35,6 +35,13 @@ class Blocks(NamedTuple):
     type: GGMLQuantizationType
     raw: np.ndarray
     order: np.ndarray | None = None
+
+    def as_type(self, type: GGMLQuantizationType) -> np.ndarray:
+        """Return the rows as blocks of Q5_0 if these are Q4_0, or of the same type: uint8 [R, bytes of a row]."""
+        if type is self.type:
+            return self.raw
+        parts = take_apart(self.raw.reshape(len(self.raw), -1, self.type.block[1]), CONTENTS[self.type], np)
+        return put_together(parts, CONTENTS[type]).reshape(len(self.raw), -1)
 
 
 @dataclass(frozen=True)

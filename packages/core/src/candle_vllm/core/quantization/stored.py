@@ -183,7 +183,8 @@ class QuantisedTensor(StoredTensor):
         chunks = [chunk for _, chunk in sorted(found.items()) if chunk is not None]
         if not chunks or len(chunks) < len(found):
             return None
-        return Blocks(chunks[0].type, np.concatenate([chunk.raw for chunk in chunks]), chunks[0].order)
+        widest = max((chunk.type for chunk in chunks), key=lambda each: each.block[1])  # Q4_0 fits some chunks only
+        return Blocks(widest, np.concatenate([chunk.as_type(widest) for chunk in chunks]), chunks[0].order)
 
     def pack_for(self, backend: Backend[Packed]) -> Packed:
         return self.source.pack_for(backend, self)
