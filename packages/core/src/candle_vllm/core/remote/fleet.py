@@ -118,7 +118,7 @@ class Replica(RemoteEngine):
         return RequestWriter(info, self._require()[1].tokenizer, self._pooling_plan, self.config.seed)
 
     def follow(self, begun: Callable[[str], None], over: Callable[[str], None]) -> None:
-        """Set callbacks for a request's first output and for its end; call it before the first request."""
+        """Set `on_begun` and `on_over` of `RemoteLink`; call it before the first request."""
         self._link.on_begun, self._link.on_over = begun, over
 
     def last_stats(self) -> EngineStats:

@@ -56,7 +56,7 @@ class RemoteLink:
     Attributes:
         wake: makes `step` return soon; thread-safe.
         on_refused: called with the request id and the error if the child refuses a request.
-        on_begun, on_over: called with the request id at its first output, and at its end while the child runs.
+        on_begun, on_over: called with the request id at its first output (no progress), and at its end while the child runs.
     """
 
     waits = False
@@ -174,7 +174,7 @@ class RemoteLink:
             return
         if piece.index not in live.unfinished:
             raise EngineDeadError("the engine process sent an output of an unknown or finished sequence, and is ended")
-        if not live.begun:
+        if not live.begun and piece.progress is None:
             live.begun = True
             self.on_begun(live.request.request_id)
         if piece.finished:
