@@ -28,12 +28,13 @@ from candle_vllm.core.engine.outputs import (
 )
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError, RequestError
+from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, InvalidParameterError, RequestError
 from candle_vllm.core.remote import payloads, wire
 from candle_vllm.core.remote.link import RemoteLink
 from candle_vllm.core.remote.serving import Outbox
 from candle_vllm.core.remote.wire import (
     Check,
+    Ended,
     FromChild,
     MalformedMessageError,
     Pieces,
@@ -110,6 +111,17 @@ def test_a_report_of_progress_is_no_first_output() -> None:
         link.wake()
         assert len(link.step()) == 2
         assert begun == ["a"]
+
+
+def test_outputs_before_the_end_of_the_engine_are_delivered() -> None:
+    last = TokenOutput(request_id="0", index=0, num_prompt_tokens=3, finish_reason=FinishReason.STOP)
+    with linked("a", "b") as (link, messages):
+        messages[:] = [encode(Pieces([last])), encode(Ended("no memory"))]
+        assert [output.request_id for output in link.step()] == ["a"]
+        messages.clear()
+        link.wake()
+        with pytest.raises(EngineDeadError, match="no memory"):
+            link.step()
 
 
 def test_a_piece_with_everything_in_it() -> None:

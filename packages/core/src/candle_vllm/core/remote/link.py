@@ -56,7 +56,8 @@ class RemoteLink:
     Attributes:
         wake: makes `step` return soon; thread-safe.
         on_refused: called with the request id and the error if the child refuses a request.
-        on_begun, on_over: called with the request id at its first output (no progress), and at its end while the child runs.
+        on_begun: called with the request id at the first output that does not report progress.
+        on_over: called with the request id at the end of the request, unless the child has ended.
     """
 
     waits = False
@@ -75,6 +76,7 @@ class RemoteLink:
         self._by_ticket: dict[str, _Live] = {}
         self._by_id: dict[str, _Live] = {}
         self._calls: dict[int, Future[Any]] = {}
+        self._failure: EngineDeadError | None = None
         self._bell = Bell()
         self.wake = self._bell.ring
         self._poller = zmq.Poller()
@@ -137,6 +139,8 @@ class RemoteLink:
         Raises:
             EngineDeadError: the child or its engine has ended, does not respond, or has sent an invalid message.
         """
+        if self._failure is not None:
+            raise self._failure
         events = dict(self._poller.poll(_LOOK_UP))
         if self._bell.descriptor in events:
             self._bell.clear()
@@ -166,7 +170,7 @@ class RemoteLink:
             self._answer(message)
         else:
             assert isinstance(message, wire.Ended)
-            raise EngineDeadError(message.message)
+            self._failure = EngineDeadError(message.message)  # raised by the next step: outputs are delivered first
 
     def _take_piece(self, piece: TokenOutput, pieces: list[TokenOutput]) -> None:
         live = self._by_ticket.get(piece.request_id)
