@@ -33,7 +33,7 @@ from candle_vllm.core.engine.runners.sleeping import TAGS
 from candle_vllm.core.engine.stats import EngineStats, ReplicaStats, combined, ended
 from candle_vllm.core.engine.step.sequence import PlacedImage
 from candle_vllm.core.engine.step.thread import Sink
-from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, InvalidParameterError
 from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.core.remote.payloads import Payload, RequestWriter
 from candle_vllm.core.remote.process import EngineProcess
@@ -240,17 +240,9 @@ class Fleet:
         """See `EngineThread.submit`; the router chooses the replica."""
         request = prepared[0].request
         name, count = request.request_id, len(prepared)
-        if name in self._router:
-            raise InvalidParameterError(f"request id {name!r} is in use", "request_id")
-        live = self._router.sequences
-        if live and live + count > self._most:
-            raise EngineOverloadedError(
-                f"{live} sequences are running or waiting, and at most {self._most} are allowed "
-                "(`max_queued_requests`): try again later"
-            )
         hashes, refused = self._hashes(request), set[int]()
         while True:
-            number = self._router.give(name, hashes, len(request.prompt_token_ids), count, refused)
+            number = self._router.give(name, hashes, len(request.prompt_token_ids), count, refused, self._most)
             if number is None:
                 raise self._dead or EngineDeadError("the engine is closed")
             try:

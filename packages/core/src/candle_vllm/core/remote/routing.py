@@ -9,9 +9,12 @@ not track blocks that an engine has evicted or read from a KV tier; the cost is 
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
+
+from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 
 MAX_INDEX = 1 << 18
 """Maximum number of blocks that are remembered per replica; 16.8 million tokens in blocks of 64."""
@@ -96,9 +99,6 @@ class Router:
         self._replicas = [_Replica(room) for room in rooms]
         self._given: dict[str, _Given] = {}
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._given
-
     @property
     def sequences(self) -> int:
         """Number of waiting and running sequences of all replicas."""
@@ -111,6 +111,7 @@ class Router:
         length: int,
         sequences: int = 1,
         without: Collection[int] = (),
+        most: float = math.inf,
     ) -> int | None:
         """Choose the replica of a request, and count the request there until `over`.
 
@@ -120,11 +121,22 @@ class Router:
             length: tokens of its prompt.
             sequences: number of requested answers.
             without: replicas that have refused the request.
+            most: maximum number of sequences of all replicas; a single request may have more.
 
         Returns:
             The index of the replica, or None if all replicas are down or in `without`.
+
+        Raises:
+            InvalidParameterError, EngineOverloadedError: the id is in use; there are more than `most` sequences.
         """
         with self._lock:
+            if request_id in self._given:
+                raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
+            if (live := self.sequences) and live + sequences > most:
+                raise EngineOverloadedError(
+                    f"{live} sequences are running or waiting, and at most {most} are allowed "
+                    "(`max_queued_requests`): try again later"
+                )
             up = [n for n, replica in enumerate(self._replicas) if replica.is_up and n not in without]
             if not up:
                 return None
