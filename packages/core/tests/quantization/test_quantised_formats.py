@@ -406,10 +406,10 @@ def test_biases_of_zeros_are_spare(tmp_path: Path) -> None:
     assert not found.tensors["zero.bias"].load().any()
 
 
-@pytest.mark.parametrize("block", [None, [24, 40]])
+@pytest.mark.parametrize("block", [None, [24, 40], [32, 48]])
 def test_experts_of_one_tensor_in_fp8(block: list[int] | None, tmp_path: Path) -> None:
     """A scale for each expert, or for each block; the settings are those of the text model."""
-    written = [fp8(numbers(48, 80, seed=seed), block=None if block is None else (24, 40)) for seed in range(3)]
+    written = [fp8(numbers(48, 80, seed=seed), block=block and (block[0], block[1])) for seed in range(3)]
     scales = [each.parts[".weight_scale_inv" if block else ".weight_scale"] for each in written]
     parts = {
         "experts.down_proj": torch.stack([each.parts[".weight"] for each in written]),

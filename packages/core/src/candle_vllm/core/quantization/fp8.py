@@ -35,18 +35,23 @@ class Fp8Source(FloatSource):
 
     Args:
         weight: the elements [N, K].
-        scales: float32 [blocks of rows, blocks of columns].
+        scales: stored scales of the blocks of rows and columns, row by row.
         block: rows and columns of a block.
+        height: rows of each of several matrices in `weight`, whose last blocks may be smaller; None for one matrix.
     """
 
-    def __init__(self, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> None:
+    def __init__(
+        self, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int], height: int | None = None
+    ) -> None:
         self._weight, self._scales, self._block = weight, scales, block
+        self._height = height or weight.shape[0]
         self.span = min(block[1], weight.shape[1])
 
     def read(self, first: int, last: int) -> ScaledCodes:
         rows, columns = self._block
-        grid = (-(-self._weight.shape[0] // rows), -(-self._weight.shape[1] // columns))
-        scales = scale_numbers(self._scales).reshape(grid)[np.arange(first, last) // rows]
+        matrix, row = np.divmod(np.arange(first, last), self._height)
+        at = matrix * -(-self._height // rows) + row // rows
+        scales = scale_numbers(self._scales).reshape(-1, -(-self._weight.shape[1] // columns))[at]
         return ScaledCodes(_NAMES[self._weight.type_name], self._weight.raw()[first:last], scales, columns)
 
 
@@ -97,10 +102,10 @@ def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> Quantised
     experts, rows, columns = weight.shape
     block = block or (rows, columns)
     wanted = (experts, -(-rows // block[0]), -(-columns // block[1]))
-    if rows % block[0] or (scale.shape != wanted and (block != (rows, columns) or scale.shape != (experts,))):
+    if scale.shape != wanted and (block != (rows, columns) or scale.shape != (experts,)):
         raise parts.shape_error(scale, list(wanted), f"tensor {weight.name} has shape {list(weight.shape)}")
     matrix = dataclasses.replace(weight, shape=(experts * rows, columns))
-    return parts.tensor("FP8", weight.shape, Fp8Source(matrix, scale, block), parts.layer)
+    return parts.tensor("FP8", weight.shape, Fp8Source(matrix, scale, block, rows), parts.layer)
 
 
 # ---- the layers of a checkpoint --------------------------------------------------------------------------------------
