@@ -57,9 +57,8 @@ class CtIntSource(CodeSource):
         else:
             codes = fields(numbers(self._stored, np.int32)[first:last], self._bits)[:, :columns]
         scales = _by_row(floats(self._scales), rows)[first:last]
-        dtype = self._scales.dtype
-        assert dtype is not None
-        return GroupCodes(codes, scales, self._zero_codes(first, last), self._bits, dtype, self._group_of)
+        zeros = self._zero_codes(first, last)
+        return GroupCodes(codes, scales, zeros, self._bits, self._scales.type_name, self._group_of)
 
     def _zero_codes(self, first: int, last: int) -> np.ndarray | None:
         """Return zeros as int32 [rows, G]; None if all are the middle code."""

@@ -192,7 +192,7 @@ def with_scales(stored: StoredTensors) -> dict[str, StoredTensor]:
             continue
         blocks, whole = parts.get(".weight", "NVFP4"), parts.get(".scale", "F32")
         if whole.numel not in (1, math.prod(blocks.shape[:-2])):
-            raise parts.shape_error(whole, [1], f"{blocks.name} has shape {list(blocks.shape)}")
+            raise parts.shape_error(whole, "[1] or one per matrix", f"{blocks.name} has shape {list(blocks.shape)}")
         found[blocks.name] = parts.tensor("NVFP4", blocks.shape, GgufNvfp4Source(blocks, whole))
         del found[whole.name]
     ends = {f"{name.removesuffix('.weight')}.input_scale" for name, each in found.items() if each.type_name == "NVFP4"}

@@ -74,9 +74,8 @@ class GptqSource(CodeSource):
             zeros = zeros + np.uint8(1) & np.uint8((1 << bits) - 1)
         scales = floats(self.scales, np.s_[:, first:last]).T
         middle = bool((zeros == 1 << (bits - 1)).all())
-        dtype = self.scales.dtype
-        assert dtype is not None
-        return GroupCodes(codes, scales, None if middle else zeros.astype(np.int32), bits, dtype, self.group_of)
+        whole = None if middle else zeros.astype(np.int32)
+        return GroupCodes(codes, scales, whole, bits, self.scales.type_name, self.group_of)
 
 
 def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:

@@ -67,9 +67,7 @@ class MarlinSource(CodeSource):
         order = _scale_order(len(found))
         scales = np.empty_like(found)
         scales.reshape(len(found), -1, len(order))[..., order] = found.reshape(len(found), -1, len(order))
-        dtype = self._scales.dtype
-        assert dtype is not None
-        return GroupCodes(codes, np.ascontiguousarray(scales.T), None, 4, dtype)
+        return GroupCodes(codes, np.ascontiguousarray(scales.T), None, 4, self._scales.type_name)
 
 
 def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
