@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 from packages.core.tests.quantization.format_writers import (
     WRITERS,
     Written,
+    awq,
     ct_packed,
     fp8,
     gptq,
@@ -299,6 +302,19 @@ def test_groups_that_are_cut_off(tmp_path: Path) -> None:
         assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), written.weight.numpy())
 
 
+@pytest.mark.parametrize("writer", [awq, partial(gptq, symmetric=False), partial(ct_packed, symmetric=False)])
+def test_blocks_of_rounds_with_and_without_zeros_have_one_type(
+    writer: Callable[..., Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first round of rows is symmetric, and its blocks alone would be Q4_0."""
+    monkeypatch.setattr(stored_module, "CHUNK", 8 * 64)
+    even = torch.arange(-8.0, 8).repeat(8, 4) * 0.01
+    written = writer(torch.cat([even, numbers(8, 64).abs()]), group=32)
+    blocks = open_layer(written, tmp_path).blocks()
+    assert blocks is not None
+    assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), written.weight.numpy())
+
+
 @pytest.mark.parametrize("columns", [77, 8, 33])
 def test_rows_that_are_no_whole_words(columns: int, tmp_path: Path) -> None:
     written = ct_packed(numbers(13, columns), group=-1, symmetric=False)
@@ -390,10 +406,10 @@ def test_biases_of_zeros_are_spare(tmp_path: Path) -> None:
     assert not found.tensors["zero.bias"].load().any()
 
 
-@pytest.mark.parametrize("block", [None, [24, 40]])
+@pytest.mark.parametrize("block", [None, [24, 40], [32, 48]])
 def test_experts_of_one_tensor_in_fp8(block: list[int] | None, tmp_path: Path) -> None:
     """A scale for each expert, or for each block; the settings are those of the text model."""
-    written = [fp8(numbers(48, 80, seed=seed), block=None if block is None else (24, 40)) for seed in range(3)]
+    written = [fp8(numbers(48, 80, seed=seed), block=block and (block[0], block[1])) for seed in range(3)]
     scales = [each.parts[".weight_scale_inv" if block else ".weight_scale"] for each in written]
     parts = {
         "experts.down_proj": torch.stack([each.parts[".weight"] for each in written]),

@@ -14,6 +14,7 @@ from benchmarks.serve.replica_load import (
     shortest_queue,
     simulate,
 )
+from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.core.remote.routing import Room, Router
 
 ROOM = Room(num_blocks=8, block_size=16, max_num_seqs=4)
@@ -72,10 +73,9 @@ def test_the_index_holds_what_a_cache_holds_and_forgets_tails_first() -> None:
 def test_a_dead_replica_gets_nothing_and_comes_back_empty() -> None:
     router = Router([ROOM, ROOM])
     assert router.give("a", blocks(1, 2), 40) == 0
-    assert "a" in router
     assert router.place_of("a") == 0
     router.lost(0)
-    assert "a" not in router
+    assert router.place_of("a") is None
     assert router.sequences == 0
     router.over("a")  # what is told late changes nothing
     router.begun("a")
@@ -84,6 +84,18 @@ def test_a_dead_replica_gets_nothing_and_comes_back_empty() -> None:
     assert router.give("c", blocks(1, 2), 40) is None
     router.back(0, ROOM)
     assert router.give("c", blocks(1, 2), 40, without=(1,)) == 0
+
+
+def test_an_id_is_given_once_and_the_queue_has_a_bound() -> None:
+    """Also where two threads ask at the same time: both looked before either was counted."""
+    router = Router([ROOM] * 2)
+    assert router.give("a", (), 20, sequences=3, most=2) == 0  # a single request may be larger
+    with pytest.raises(InvalidParameterError, match="'a' is in use"):
+        router.give("a", (), 20, most=9)
+    with pytest.raises(EngineOverloadedError, match="at most 3 are allowed"):
+        router.give("b", (), 20, most=3)
+    router.over("a")
+    assert router.sequences == 0
 
 
 def test_the_sums_return_to_nothing() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import inspect
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from candle_vllm.core import EngineConfig, SamplingParams, StructuredOutputsParams, errors
-from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs, RequestMetrics, TokenLogprob, TokenOutput
+from candle_vllm.core.engine.outputs import (
+    FinishReason,
+    PositionLogprobs,
+    PromptProgress,
+    RequestMetrics,
+    TokenLogprob,
+    TokenOutput,
+)
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError, RequestError
+from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, InvalidParameterError, RequestError
 from candle_vllm.core.remote import payloads, wire
 from candle_vllm.core.remote.link import RemoteLink
 from candle_vllm.core.remote.serving import Outbox
 from candle_vllm.core.remote.wire import (
     Check,
+    Ended,
     FromChild,
     MalformedMessageError,
     Pieces,
@@ -57,25 +67,61 @@ def through(message: Any, kinds: Any) -> Any:
     return Reader(kinds).read(encode(message))
 
 
-def test_a_refused_request_has_no_outputs() -> None:
-    """Those that came in the same round are dropped, because nobody waits for them any more."""
-    context, refused = zmq.Context(), list[str]()
+@contextmanager
+def linked(*names: str) -> Iterator[tuple[RemoteLink, list[bytes]]]:
+    """A link with these requests, whose tickets are their indices; the list has the messages of each step."""
+    context, messages = zmq.Context(), list[bytes]()
     socket, alive = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    outputs = [TokenOutput(request_id=ticket, index=0, num_prompt_tokens=3) for ticket in "0100"]
-    refusal = Refused("0", describe_error(InvalidParameterError("no", "prompt_logprobs")))
-    messages = [encode(each) for each in (Pieces(outputs[:3]), refusal, Pieces(outputs[3:]))]
-    process: Any = SimpleNamespace(socket=socket, alive=alive, send=lambda _: None, received=lambda _: messages)
+    process: Any = SimpleNamespace(
+        socket=socket, alive=alive, send=lambda _: None, received=lambda _: messages, has_more=lambda: True
+    )
     ready: Any = SimpleNamespace(info=SimpleNamespace(max_model_len=9), max_step_tokens=9, stats=STATS)
     link = RemoteLink(process, ready, SimpleNamespace(prepare=None))  # type: ignore[arg-type]
-    link.on_refused = lambda request_id, _: refused.append(request_id)
-    for ticket, name in enumerate(("refused", "other")):
+    for ticket, name in enumerate(names):
         request = GenerationRequest(request_id=name, prompt_token_ids=(1, 2, 3), params=SamplingParams())
         link.add([payloads.Payload(request, str(ticket), b"")])
     link.wake()
-    assert [output.request_id for output in link.step()] == ["other"]
-    assert refused == ["refused"]
+    yield link, messages
     link.close()
     context.destroy()
+
+
+def test_a_refused_request_has_no_outputs() -> None:
+    """Those that came in the same round are dropped, because nobody waits for them any more."""
+    refused = list[str]()
+    outputs = [TokenOutput(request_id=ticket, index=0, num_prompt_tokens=3) for ticket in "0100"]
+    refusal = Refused("0", describe_error(InvalidParameterError("no", "prompt_logprobs")))
+    with linked("refused", "other") as (link, messages):
+        messages[:] = [encode(each) for each in (Pieces(outputs[:3]), refusal, Pieces(outputs[3:]))]
+        link.on_refused = lambda request_id, _: refused.append(request_id)
+        assert [output.request_id for output in link.step()] == ["other"]
+        assert refused == ["refused"]
+
+
+def test_a_report_of_progress_is_no_first_output() -> None:
+    """The router counts a prompt as computed when its first output arrives."""
+    begun = list[str]()
+    progress = TokenOutput(request_id="0", index=0, num_prompt_tokens=3, progress=PromptProgress(1, 0.5))
+    with linked("a") as (link, messages):
+        link.on_begun = begun.append
+        messages[:] = [encode(Pieces([progress]))]
+        assert [output.progress for output in link.step()] == [progress.progress]
+        assert not begun
+        messages[:] = [encode(Pieces([TokenOutput(request_id="0", index=0, num_prompt_tokens=3)] * 2))]
+        link.wake()
+        assert len(link.step()) == 2
+        assert begun == ["a"]
+
+
+def test_outputs_before_the_end_of_the_engine_are_delivered() -> None:
+    last = TokenOutput(request_id="0", index=0, num_prompt_tokens=3, finish_reason=FinishReason.STOP)
+    with linked("a", "b") as (link, messages):
+        messages[:] = [encode(Pieces([last])), encode(Ended("no memory"))]
+        assert [output.request_id for output in link.step()] == ["a"]
+        messages.clear()
+        link.wake()
+        with pytest.raises(EngineDeadError, match="no memory"):
+            link.step()
 
 
 def test_a_piece_with_everything_in_it() -> None:

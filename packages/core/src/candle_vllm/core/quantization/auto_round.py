@@ -14,7 +14,7 @@ METHODS = ("auto-round",)
 
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
-    """Read the layers of `quant_method` auto-round."""
+    """Read the layers that AutoRound quantised."""
     layout = config.choice("packing_format", "auto_round:auto_gptq", "auto_round:auto_gptq", "auto_round:auto_awq")
     config.choice("data_type", "int", "int")
     if layout == "auto_round:auto_awq":

@@ -42,11 +42,9 @@ class AwqSource(CodeSource):
     def read(self, first: int, last: int) -> GroupCodes:
         zeros = _unpacked(self._qzeros, first, last)
         scales = floats(self._scales, np.s_[:, first:last]).T
-        dtype = self._scales.dtype
-        assert dtype is not None
         middle = bool((zeros == 1 << (BITS - 1)).all())
         whole = None if middle else zeros.astype(np.int32)
-        return GroupCodes(_unpacked(self._qweight, first, last), scales, whole, BITS, dtype)
+        return GroupCodes(_unpacked(self._qweight, first, last), scales, whole, BITS, self._scales.type_name)
 
 
 def _unpacked(part: StoredTensor, first: int, last: int) -> np.ndarray:
@@ -86,7 +84,7 @@ def awq_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
 
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
-    """Read the layers of `quant_method` awq."""
+    """Read the AWQ layers of a checkpoint."""
     bits = config.get("bits", int, config.get("w_bit", int, 4))
     if bits != 4:
         raise UnsupportedModelError(f"{config.path}: AWQ with bits {bits} is not implemented; implemented: 4")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Integers of compressed-tensors: codes of 4 or 8 bits packed in int32, or single int8 codes.
 
-For a layer [N, K] with G groups of inputs, or one scale per row or tensor:
+For a layer [N, K] with G groups of inputs (G = 1 for one scale per row or tensor):
 
     weight_packed      int32 [N, K * bits / 32, rounded up]   code of (n, k) at bit bits * (k % (32 / bits))
-    weight             int8 [N, K]                            alternative: code - 2^(bits - 1)
-    weight_scale       float [N, G], [N, 1] or one number
-    weight_zero_point  int32 [N * bits / 32, rounded up, G], packed along N; or int8 [N, G], less 2^(bits - 1)
-    weight_shape       [N, K], only with packed codes
+    weight             int8 [N, K]                            alternative: code - 128
+    weight_scale       float [N, G]; if G = 1, also [N] or one element
+    weight_zero_point  int32 [N * bits / 32, rounded up, G], packed along N; or int8 as the scale, less 2^(bits - 1)
+    weight_shape       int [2]: N and K, only with packed codes
     weight_g_idx       int32 [K], the group of each input (actorder "group")
 
 Source: the compressors of vllm-project/compressed-tensors.
@@ -33,7 +33,7 @@ class CtIntSource(CodeSource):
         shape: [N, K].
         bits: bits of a packed code; an int8 is read as 8.
         scales, zeros: stored tensors of scales and zeros.
-        group_of: the group of each column, if groups are not runs of adjacent columns.
+        group_of: the group of each column; None for G groups of K / G adjacent columns.
     """
 
     def __init__(
@@ -57,9 +57,8 @@ class CtIntSource(CodeSource):
         else:
             codes = fields(numbers(self._stored, np.int32)[first:last], self._bits)[:, :columns]
         scales = _by_row(floats(self._scales), rows)[first:last]
-        dtype = self._scales.dtype
-        assert dtype is not None
-        return GroupCodes(codes, scales, self._zero_codes(first, last), self._bits, dtype, self._group_of)
+        zeros = self._zero_codes(first, last)
+        return GroupCodes(codes, scales, zeros, self._bits, self._scales.type_name, self._group_of)
 
     def _zero_codes(self, first: int, last: int) -> np.ndarray | None:
         """Return zeros as int32 [rows, G]; None if all are the middle code."""

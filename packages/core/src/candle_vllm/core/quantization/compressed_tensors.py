@@ -61,13 +61,11 @@ def read_schemes(config: Fields) -> list[CtScheme]:
     """Return the schemes of a `quantization_config`; the list is empty for a dense config.
 
     Raises:
-        UnsupportedModelError: a format, strategy or number of bits that is not implemented.
-        InvalidFileError: a key is missing or of the wrong type.
+        UnsupportedModelError: a format, sparsity, transform, type, strategy or number of bits is not implemented.
+        InvalidFileError: a value is missing, of the wrong type or out of range.
     """
     whole = config.get("format", str, DENSE)
-    sparse = config.section("sparsity_config")
-    if sparse.get("format", str, DENSE) != DENSE:
-        sparse.choice("format", DENSE, DENSE)
+    config.section("sparsity_config").choice("format", DENSE, DENSE)
     transforms = config.section("transform_config")
     if "config_groups" in transforms and transforms.section("config_groups").values:
         raise UnsupportedModelError(
@@ -108,14 +106,14 @@ def _scheme(weights: Fields, format: str) -> CtScheme:
 
 
 def ct_tensor(parts: LayerTensors, schemes: list[CtScheme]) -> tuple[LayerTensors, QuantisedTensor]:
-    """Return the weight of a layer that is stored quantised, by the first scheme that its parts fit.
+    """Return the parts that were read, and the weight, of a quantised layer, by the first scheme that its parts fit.
 
     Args:
         parts: stored tensors of the layer.
         schemes: schemes of the config.
 
     Raises:
-        InvalidFileError: the parts fit no scheme; the message has the reason for the first scheme.
+        InvalidFileError: the parts fit no scheme, the message has the first scheme's reason; or `schemes` is empty.
     """
     errors = [
         InvalidFileError(
@@ -152,7 +150,7 @@ _READERS: Mapping[str, Callable[[LayerTensors, CtScheme], QuantisedTensor]] = Ma
 
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
-    """Read the layers of `quant_method` compressed-tensors."""
+    """Read the quantised layers of a checkpoint; layers whose weight is stored unquantised are skipped."""
     schemes = read_schemes(config)
     for parts in layers_with(stored, ".weight_packed", ".weight_scale"):
         if not is_dense(stored, parts.layer):

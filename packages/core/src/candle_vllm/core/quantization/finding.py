@@ -2,7 +2,7 @@
 """Find the quantised layers of a checkpoint; each format's module has a function `layers` that reads them.
 
 `loading/quantised.py` collects these modules by their `METHODS`, the values of `quant_method` that they read, and by
-`FILES`, in which older writers store the settings of the first method beside `config.json`.
+their `FILES`, names of files beside `config.json` in which older writers store the settings of `METHODS[0]`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def layers_with(stored: StoredTensors, *ends: str) -> Iterator[LayerTensors]:
 
 
 def is_dense(stored: StoredTensors, layer: str) -> bool:
-    """Whether a layer with scales is stored unquantised nevertheless."""
+    """Whether the weight of a layer is stored in F16, BF16 or F32; scales of such a layer are not used."""
     weight = stored.tensors.get(f"{layer}.weight")
     return weight is not None and weight.type_name in FLOATS
 

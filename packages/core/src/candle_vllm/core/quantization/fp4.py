@@ -101,7 +101,7 @@ class Nvfp4Source(FloatSource):
         return ScaledCodes("e2m1", self._packed.raw()[first:last], scales, columns, self._scales.raw()[first:last])
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `WeightSource.decode`: the two scales are multiplied first, as the format demands."""
+        """See `WeightSource.decode`: the two scales are combined first, as the format demands."""
         scales = self._scales.rows(first, last).load()
         whole = scale_numbers(self._whole).reshape(-1)[0]
         with np.errstate(all="ignore"):  # a scale of 0 or NaN comes from the file and needs no warning
@@ -152,7 +152,7 @@ def mxfp4_tensor(parts: LayerTensors) -> QuantisedTensor:
 
 
 def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
-    """Return GGUF's blocks of a tensor's rows [..., R, K], uint8 [R, 17 K / 32].
+    """Return the rows of an MXFP4 tensor [..., K] as GGUF's blocks, uint8 [rows, 17 K / 32].
 
     Raises:
         WeightsError: a scale is NaN.
@@ -181,9 +181,9 @@ def nvfp4_tensor(parts: LayerTensors, *, divided: bool) -> QuantisedTensor:
 
 
 def with_scales(stored: StoredTensors) -> dict[str, StoredTensor]:
-    """Return a GGUF file's tensors, with each NVFP4 tensor and its scale as one; scales of activations are left out.
+    """Return a GGUF file's tensors, with each NVFP4 tensor and its scale combined; scales of activations are left out.
 
-    Gemma 4's scale of each expert is in `ffn_down_exps.scale`, and belongs to its router, as `ffn_gate_inp.scale` does.
+    Beside `ffn_gate_inp.scale` (Gemma 4), `ffn_down_exps.scale` has the router's scales of experts: it stays separate.
     """
     found = dict(stored.tensors)
     for parts in layers_with(stored, ".scale"):
@@ -192,7 +192,7 @@ def with_scales(stored: StoredTensors) -> dict[str, StoredTensor]:
             continue
         blocks, whole = parts.get(".weight", "NVFP4"), parts.get(".scale", "F32")
         if whole.numel not in (1, math.prod(blocks.shape[:-2])):
-            raise parts.shape_error(whole, [1], f"{blocks.name} has shape {list(blocks.shape)}")
+            raise parts.shape_error(whole, "[1] or one per matrix", f"{blocks.name} has shape {list(blocks.shape)}")
         found[blocks.name] = parts.tensor("NVFP4", blocks.shape, GgufNvfp4Source(blocks, whole))
         del found[whole.name]
     ends = {f"{name.removesuffix('.weight')}.input_scale" for name, each in found.items() if each.type_name == "NVFP4"}

@@ -2,8 +2,8 @@
 """FP8: an 8-bit float for each weight, and a scale per tensor, row or block.
 
 A weight is scale * element in fp32. Elements are e4m3 (without infinities) or e5m2; a matrix [N, K] has one scale,
-scales [N, 1], or scales [N / block, K / block], with smaller blocks at the edges. Hugging Face calls scales of blocks
-`weight_scale_inv`, although the elements are multiplied by them.
+scales [N] or [N, 1], or scales [N / block, K / block] rounded up, with smaller blocks at the edges. Hugging Face calls
+scales of blocks `weight_scale_inv`, although the elements are multiplied by them.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequant`, 2024, arXiv:2412.19437.
 """
 
@@ -35,18 +35,23 @@ class Fp8Source(FloatSource):
 
     Args:
         weight: the elements [N, K].
-        scales: float32 [blocks of rows, blocks of columns].
+        scales: stored scales of the blocks of rows and columns, row by row.
         block: rows and columns of a block.
+        height: rows of each of several matrices in `weight`, whose last blocks may be smaller; None for one matrix.
     """
 
-    def __init__(self, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> None:
+    def __init__(
+        self, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int], height: int | None = None
+    ) -> None:
         self._weight, self._scales, self._block = weight, scales, block
+        self._height = height or weight.shape[0]
         self.span = min(block[1], weight.shape[1])
 
     def read(self, first: int, last: int) -> ScaledCodes:
         rows, columns = self._block
-        grid = (-(-self._weight.shape[0] // rows), -(-self._weight.shape[1] // columns))
-        scales = scale_numbers(self._scales).reshape(grid)[np.arange(first, last) // rows]
+        matrix, row = np.divmod(np.arange(first, last), self._height)
+        at = matrix * -(-self._height // rows) + row // rows
+        scales = scale_numbers(self._scales).reshape(-1, -(-self._weight.shape[1] // columns))[at]
         return ScaledCodes(_NAMES[self._weight.type_name], self._weight.raw()[first:last], scales, columns)
 
 
@@ -63,7 +68,7 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
         block: rows and columns that share a scale, by the config; None if the scale's shape determines it.
 
     Raises:
-        InvalidFileError: the scale is missing or does not fit.
+        InvalidFileError: the weight is no FP8 matrix, or its scale is missing or does not fit.
     """
     weight = parts.get(".weight", *NUMBERS)
     usual = ".weight_scale" if block is None else ".weight_scale_inv"
@@ -97,17 +102,17 @@ def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> Quantised
     experts, rows, columns = weight.shape
     block = block or (rows, columns)
     wanted = (experts, -(-rows // block[0]), -(-columns // block[1]))
-    if rows % block[0] or (scale.shape != wanted and (block != (rows, columns) or scale.shape != (experts,))):
+    if scale.shape != wanted and (block != (rows, columns) or scale.shape != (experts,)):
         raise parts.shape_error(scale, list(wanted), f"tensor {weight.name} has shape {list(weight.shape)}")
     matrix = dataclasses.replace(weight, shape=(experts * rows, columns))
-    return parts.tensor("FP8", weight.shape, Fp8Source(matrix, scale, block), parts.layer)
+    return parts.tensor("FP8", weight.shape, Fp8Source(matrix, scale, block, rows), parts.layer)
 
 
 # ---- the layers of a checkpoint --------------------------------------------------------------------------------------
 
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
-    """Read the layers of `quant_method` fp8."""
+    """Read the FP8 layers of a checkpoint; `modelopt` calls this too, without a config."""
     block = block_shape(config, "weight_block_size") if "weight_block_size" in config else None
     config.choice("fmt", "e4m3", "e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2")
     for name, tensor in stored.tensors.items():
@@ -123,7 +128,7 @@ def block_shape(fields: Fields, key: str) -> tuple[int, int]:
     """Return the rows and columns of a block.
 
     Raises:
-        InvalidFileError: the value is not two counts.
+        InvalidFileError: the value is not two sizes from 1 to 2^24.
     """
     sizes = fields.get(key, list)
     if len(sizes) != 2 or not all(isinstance(size, int) and 0 < size <= 1 << 24 for size in sizes):

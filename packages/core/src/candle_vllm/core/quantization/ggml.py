@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Conversion of ggml's tensor types to floats.
 
-Used before step 1 of a request's life: the loader dequantises what no kernel reads directly. Types whose contents
-`ggml_types.py` describes are decoded here, faster than by the `gguf` package; other types are decoded by `gguf.quants`.
+The loaders of models and adapters dequantise what no kernel reads directly. Types whose contents `ggml_types.py`
+describes are decoded here, faster than by the `gguf` package; other types are decoded by `gguf.quants`.
 The tests compare both bit for bit. The work is done by numpy in threads that never wait for each other: each of torch's
 operations waits for all its threads, which is slow on a busy machine.
 
@@ -64,7 +64,7 @@ def dequantize(
 
 
 def round_to_q8_0(raw: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
-    """Round rows to 8 bits with a float16 scale for each 32 elements, chosen by their maximum.
+    """Round rows to 8 bits with a float16 scale for each 32 elements, by their largest magnitude.
 
     Args:
         raw: bytes of the rows, uint8 [R, ...], contiguous.

@@ -25,7 +25,7 @@ class BlockParts(Generic[Array]):
     Attributes:
         codes: uint8 [..., weights of a block], bits of int8, maybe a view of the blocks; `contents.values` not applied.
         scale, minimum: uint8 [..., bytes of a float, or of several floats]; a view of the blocks.
-        scales: small scales of K-quants, uint8 [..., groups], bits of int8.
+        scales: small scales of K-quants and IQ4_XS, uint8 [..., groups], bits of int8.
         minima: small minima in the same form; never negative.
     """
 
@@ -97,7 +97,7 @@ def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
 
 
 def _trits(blocks: Any, contents: BlockContents) -> Any:
-    """Return TQ1_0's codes, uint8 [..., 256]: a byte / 256 is a fraction in base 3, whose digits are the codes."""
+    """Return TQ1_0's codes, uint8 [..., 256]: the digits of byte / 256 in base 3, less `zero`."""
     moved = [blocks[..., a:b] * np.uint8(3**digit) for a, b, count in contents.digits for digit in range(count)]
     return (np.concatenate(moved, axis=-1).astype(np.uint16) * 3 >> 8).astype(np.uint8) - contents.zero
 

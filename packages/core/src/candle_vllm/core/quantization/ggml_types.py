@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """ggml's tensor types: one row per type, with its code in GGUF files and the size and contents of its blocks.
 
-All code that takes blocks apart follows the contents: `ggml_blocks.take_apart` byte by byte, in numpy or torch, and
-`kernels/packed_linear/split.py` word by word. Layouts: ggml's `ggml-common.h` and `ggml-quants.c`.
+`ggml_blocks.take_apart` uses the contents to split blocks byte by byte, in numpy or torch, and
+`kernels/packed_linear/split.py` to split them word by word. Layouts: ggml's `ggml-common.h` and `ggml-quants.c`.
 
 A block has **codes** and the **floats** that they are multiplied with. A weight is scale * code, plus the minimum if
-there is one. K-quants have small scales and minima for every `width` weights: there a weight is (scale * small scale) *
-code, minus minimum * small minimum. A code is int8(stored bits - zero), modulo 256; TQ1_0's are base-3 digits.
+there is one. K-quants and IQ4_XS have a small scale, some also a small minimum, for every `width` weights: a weight is
+(scale * small scale) * code - minimum * small minimum. A code is int8(stored bits - zero); TQ1_0 has base-3 digits.
 
 The `gguf` package has the same codes and sizes, and a test compares the two. It is not imported here because its import
 takes longer than opening a file: it includes the tensor names of every architecture and a YAML reader.

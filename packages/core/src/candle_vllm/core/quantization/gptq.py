@@ -74,9 +74,8 @@ class GptqSource(CodeSource):
             zeros = zeros + np.uint8(1) & np.uint8((1 << bits) - 1)
         scales = floats(self.scales, np.s_[:, first:last]).T
         middle = bool((zeros == 1 << (bits - 1)).all())
-        dtype = self.scales.dtype
-        assert dtype is not None
-        return GroupCodes(codes, scales, None if middle else zeros.astype(np.int32), bits, dtype, self.group_of)
+        whole = None if middle else zeros.astype(np.int32)
+        return GroupCodes(codes, scales, whole, bits, self.scales.type_name, self.group_of)
 
 
 def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
@@ -129,7 +128,7 @@ def column_groups(parts: LayerTensors, g_idx: StoredTensor, columns: int, groups
 
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
-    """Read the layers of `quant_method` gptq."""
+    """Read the GPTQ layers of a checkpoint, also in the layout of Marlin."""
     layout = config.choice("checkpoint_format", "gptq", "gptq", "gptq_v2", "marlin")
     config.choice("pack_dtype", "int32", "int32", "torch.int32")
     if layout == "marlin" or config.get("is_marlin_format", bool, False):
@@ -141,7 +140,7 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
 
 
 def layers_by_scheme(config: Fields, stored: StoredTensors, own: Sequence[Any], *, zeros_less_one: bool) -> Found:
-    """Read each layer by the first scheme its parts fit: the main one, then those in `own`; names are not matched."""
+    """Read each layer by the first scheme that its parts fit: the config's, then those of `own`, for some layers."""
     bits, group = _bits(config, None), group_size(config)
     schemes = [GptqScheme(bits, group, zeros_less_one)]
     for values in own:

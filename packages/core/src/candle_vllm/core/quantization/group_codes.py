@@ -6,8 +6,8 @@ significant bits.
 
 If the groups allow it, the weights are converted exactly to blocks of a ggml type, which CPU and GPU kernels multiply:
 symmetric codes of 4 bits become Q4_0, of 8 bits Q8_0, and asymmetric codes of 4 bits become Q5_0, because code - zero
-is in -15..15. (Q4_1 would take 5.0 bits per weight instead of 5.5, but would round scale * zero to float16, with the
-same error for all weights of a group.)
+is in -15..15. Asymmetric codes of 8 bits become Q8_0 if code - zero is in -128..127. (Q4_1 would take 5.0 bits per
+weight instead of 5.5, but would round scale * zero to float16, with the same error for all weights of a group.)
 Shapes: R rows, K columns, G groups.
 """
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.quantization.ggml_blocks import BlockParts, put_together
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, put_together, take_apart
 from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
 
 BLOCK = 32
@@ -36,6 +36,13 @@ class Blocks(NamedTuple):
     raw: np.ndarray
     order: np.ndarray | None = None
 
+    def as_type(self, type: GGMLQuantizationType) -> np.ndarray:
+        """Return the rows as blocks of Q5_0 if these are Q4_0, or of the same type: uint8 [R, bytes of a row]."""
+        if type is self.type:
+            return self.raw
+        parts = take_apart(self.raw.reshape(len(self.raw), -1, self.type.block[1]), CONTENTS[self.type], np)
+        return put_together(parts, CONTENTS[type]).reshape(len(self.raw), -1)
+
 
 @dataclass(frozen=True)
 class GroupCodes:
@@ -46,7 +53,7 @@ class GroupCodes:
         scales: float32 [R, G].
         zeros: the codes of weight 0, int32 [R, G]; None for the middle, 2^(bits - 1).
         bits: 4, 5 or 8.
-        scale_dtype: the type that the scales are stored in, one of `plain.ELEMENTS`.
+        scale_dtype: type of the stored scales, one of `plain.ELEMENTS`; F32 for the exponents of MXFP4.
         group_of: the group of each column, int64 [K]; None for G groups of K / G adjacent columns.
     """
 
@@ -104,7 +111,7 @@ class GroupCodes:
         return np.repeat(numbers, self.columns // numbers.shape[1], axis=1)
 
     def in_order(self) -> tuple[GroupCodes, np.ndarray | None]:
-        """Reorder columns so that each group is contiguous; return the codes, and the original column of each."""
+        """Sort columns by group unless `in_runs`; return the codes, and the original columns (None if not sorted)."""
         if self.group_of is None or in_runs(self.group_of):
             return self, None
         order = np.argsort(self.group_of, kind="stable")
@@ -163,7 +170,7 @@ class GroupCodes:
 
 
 def in_runs(group_of: np.ndarray) -> bool:
-    """Whether each block of adjacent columns is in one group."""
+    """Whether the columns are whole blocks of adjacent columns, each in one group."""
     each = group_of[: len(group_of) // BLOCK * BLOCK].reshape(-1, BLOCK)
     return len(group_of) % BLOCK == 0 and bool((each == each[:, :1]).all())
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Convert GPTQ checkpoints in the layout of the first Marlin kernel to plain codes.
 
-Codes are symmetric, with 4 bits. A layer [N, K] has 1 or G = K / 128 groups:
+Codes are symmetric, with 4 bits. A layer [N, K] has G = K / `group_size` groups, or one:
 
     B  int32 [K / 16, 2 N]   tiles of 16 inputs x 64 outputs: 1,024 codes in the order of `_code_order`
     s  float [G, N]          runs of 64 (with one group: 32) scales in the order of `_scale_order`
@@ -67,9 +67,7 @@ class MarlinSource(CodeSource):
         order = _scale_order(len(found))
         scales = np.empty_like(found)
         scales.reshape(len(found), -1, len(order))[..., order] = found.reshape(len(found), -1, len(order))
-        dtype = self._scales.dtype
-        assert dtype is not None
-        return GroupCodes(codes, np.ascontiguousarray(scales.T), None, 4, dtype)
+        return GroupCodes(codes, np.ascontiguousarray(scales.T), None, 4, self._scales.type_name)
 
 
 def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
@@ -97,7 +95,7 @@ def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
 
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
-    """Read the layers of `quant_method` marlin."""
+    """Read the layers in the layout of Marlin; `gptq` calls this too."""
     if (bits := config.get("bits", int, 4)) != 4:
         raise UnsupportedModelError(f"{config.path}: Marlin with bits {bits} is not implemented; implemented: 4")
     for parts in layers_with(stored, ".B"):

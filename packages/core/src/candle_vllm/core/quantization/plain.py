@@ -62,7 +62,7 @@ def rounded(value: float, name: str) -> float:
 
 
 def convert(values: np.ndarray, stored: str, out: np.ndarray, wanted: str) -> None:
-    """Convert a flat array to another type; floats round to nearest, ties to even, F64 by way of F32 as in torch."""
+    """Convert a flat array to another type; floats to nearest, ties to even, F64 to F16, BF16 and F8 by way of F32."""
     with np.errstate(all="ignore"):  # overflow becomes infinite, and NaN stays NaN
         if wanted == "BF16" or wanted in _LAST:
             wide = values if stored == "F32" else read_plain(values.view(np.uint8), stored, values.shape, "F32")

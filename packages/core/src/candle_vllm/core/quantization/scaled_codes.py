@@ -26,7 +26,7 @@ GROUP = 16
 """Number of e2m1 weights that share an 8-bit scale."""
 
 FLOAT_NAMES = MappingProxyType({"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"})
-"""8-bit floats among `plain.ELEMENTS`."""
+"""Names in `plain.ELEMENTS` of the codes with 8 bits."""
 
 _LARGEST = MappingProxyType({"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6 * 448.0})
 
@@ -59,7 +59,7 @@ class ScaledCodes:
 
     @property
     def largest(self) -> float:
-        """Upper bound of all finite weights with finite scales."""
+        """Upper bound of the magnitudes of all finite weights with finite scales."""
         finite = np.abs(self.scales[np.isfinite(self.scales)])
         return _LARGEST[self.numbers] * float(finite.max(initial=0.0))
 

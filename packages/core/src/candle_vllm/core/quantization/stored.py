@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One logical tensor for the stored parts (codes, scales) of a matrix in a quantised safetensors format.
+"""One logical tensor for a matrix with several stored parts (codes, scales): quantised safetensors, and NVFP4 of GGUF.
 
 Each format has a `WeightSource`, which reads rows of the parts. A `QuantisedTensor` is a matrix, or several of the same
-shape, of which the views of `loading/views.py` may select rows. Data is read when it is used, in chunks of rows.
+shape, of which the views of `loading/views.py` may select rows. Data is read when it is used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class WeightSource(ABC, Generic[Codes]):
 
     Attributes:
         parts: the stored tensors.
-        align: reads begin and end at multiples of this row number (or at the last row).
+        align: reads begin and end at multiples of this row number; the end may exceed the number of rows.
         span: number of columns that share an fp32 scale (FP8, NVFP4), K for one scale per row; None for other codes.
         decodes: no kernel takes the codes, so packing decodes them; memory is planned for plain elements.
     """
@@ -163,7 +163,7 @@ class QuantisedTensor(StoredTensor):
         """Return the rows as blocks of a ggml type, see `blocks`, with columns in the original order.
 
         Raises:
-            UnsupportedModelError: no ggml type represents the rows exactly.
+            UnsupportedModelError: no ggml type represents the rows exactly, or only with reordered columns.
         """
         found = self.blocks()
         if found is None or found.order is not None:
@@ -171,7 +171,7 @@ class QuantisedTensor(StoredTensor):
         return found.raw
 
     def blocks(self) -> Blocks | None:
-        """Convert the rows to blocks of a ggml type that has kernels; None if no such type represents them exactly."""
+        """Convert exactly to blocks of a ggml type with kernels; None if no type fits, for FP8, NVFP4 or `decodes`."""
         if self.span is not None or self.source.decodes:  # FP8 and NVFP4 with fp32 scales are not converted
             return None
         found: dict[int, Blocks | None] = {}
@@ -183,7 +183,8 @@ class QuantisedTensor(StoredTensor):
         chunks = [chunk for _, chunk in sorted(found.items()) if chunk is not None]
         if not chunks or len(chunks) < len(found):
             return None
-        return Blocks(chunks[0].type, np.concatenate([chunk.raw for chunk in chunks]), chunks[0].order)
+        widest = max((chunk.type for chunk in chunks), key=lambda each: each.block[1])  # Q4_0 fits some chunks only
+        return Blocks(widest, np.concatenate([chunk.as_type(widest) for chunk in chunks]), chunks[0].order)
 
     def pack_for(self, backend: Backend[Packed]) -> Packed:
         return self.source.pack_for(backend, self)

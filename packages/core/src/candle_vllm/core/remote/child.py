@@ -63,8 +63,8 @@ def main() -> int:
 def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[bytes], end: EndRequest) -> int:
     """Load the model and answer requests; return the exit status.
 
-    A process that fails sends its error and waits until the parent ends it: otherwise the parent might notice the end
-    of the process before the error arrives.
+    If the model cannot be loaded, the process sends the error and waits until the parent ends it: otherwise the parent
+    might notice the end of the process before the error arrives.
     """
     try:
         from candle_vllm.core.remote.serving import ChildEngine, Outbox, RequestDesk

@@ -83,9 +83,9 @@ class RemoteEngine(EngineFront):
         return self._texts is not None and self._thread.is_alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, when the process ends without `close`; at once if it has ended already.
+        """Call `callback` once, when the process ends without `close`; at once, in this thread, if it has ended.
 
-        It runs in the thread that reads outputs, must not block, and must use `call_soon_threadsafe` for event loops.
+        Otherwise the thread that reads outputs calls it: it must not block, and must use `call_soon_threadsafe`.
         """
         self._thread.add_death_callback(callback)
 

@@ -33,7 +33,7 @@ from candle_vllm.core.engine.runners.sleeping import TAGS
 from candle_vllm.core.engine.stats import EngineStats, ReplicaStats, combined, ended
 from candle_vllm.core.engine.step.sequence import PlacedImage
 from candle_vllm.core.engine.step.thread import Sink
-from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, InvalidParameterError
 from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.core.remote.payloads import Payload, RequestWriter
 from candle_vllm.core.remote.process import EngineProcess
@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS: Final = 5
 """Maximum number of deaths and failed starts within `DEATH_WINDOW` seconds after which a replica is restarted."""
 DEATH_WINDOW: Final = 300.0
-_PAUSE: Final = 1.0  # seconds before the next attempt to start a replica; doubled after each attempt
+_PAUSE: Final = 1.0  # seconds; doubled for each recent death or failed start, the pause before the next attempt
 _CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
 _STATES = ("ready", "loading", "cold", "failed")  # an adapter's states; the first that any replica has is reported
 
 
 def replica_configs(config: EngineConfig) -> list[EngineConfig]:
-    """Return the configuration of each replica: its GPUs, or its share of the CPU's threads and of the cache memory.
+    """Return the configuration of each replica: its GPUs, its share of the threads, on the CPU of the cache memory.
 
     `kv_cache_memory`, and the memory share of a GPU, are per replica; on the CPU `kv_fraction` is for all replicas.
 
@@ -118,7 +118,7 @@ class Replica(RemoteEngine):
         return RequestWriter(info, self._require()[1].tokenizer, self._pooling_plan, self.config.seed)
 
     def follow(self, begun: Callable[[str], None], over: Callable[[str], None]) -> None:
-        """Set callbacks for a request's first output and for its end; call it before the first request."""
+        """Set `on_begun` and `on_over` of `RemoteLink`; call it before the first request."""
         self._link.on_begun, self._link.on_over = begun, over
 
     def last_stats(self) -> EngineStats:
@@ -133,7 +133,7 @@ class Fleet:
         config: the configuration of all replicas; see `replica_configs`.
 
     Attributes:
-        info: information about the model; sizes are those of all replicas together.
+        info: information about the model; bytes and `max_num_seqs` are sums over all replicas.
         texts: the model's tokenizer, template and image processing.
         max_model_len, max_step_tokens: the replicas' minimum, and their sum; see `Engine`.
 
@@ -240,17 +240,9 @@ class Fleet:
         """See `EngineThread.submit`; the router chooses the replica."""
         request = prepared[0].request
         name, count = request.request_id, len(prepared)
-        if name in self._router:
-            raise InvalidParameterError(f"request id {name!r} is in use", "request_id")
-        live = self._router.sequences
-        if live and live + count > self._most:
-            raise EngineOverloadedError(
-                f"{live} sequences are running or waiting, and at most {self._most} are allowed "
-                "(`max_queued_requests`): try again later"
-            )
         hashes, refused = self._hashes(request), set[int]()
         while True:
-            number = self._router.give(name, hashes, len(request.prompt_token_ids), count, refused)
+            number = self._router.give(name, hashes, len(request.prompt_token_ids), count, refused, self._most)
             if number is None:
                 raise self._dead or EngineDeadError("the engine is closed")
             try:
@@ -431,7 +423,7 @@ class Fleet:
         replica.add_death_callback(lambda: self._died(number))
 
     def _died(self, number: int) -> None:
-        """Handle the death of a replica's process; called in the replica's thread, after its requests have failed."""
+        """Handle the death of a replica's process, after its requests have failed; see `add_death_callback`."""
         with self._lock:
             if self._closed.is_set() or not self._up[number]:
                 return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An engine's process and its parent: start message, limits of sockets, and a bell (before step 1 of a request's life).
+"""An engine's process and its parent: the start message, limits of the sockets, and a bell that wakes their threads.
 
 Both processes use this module. The start message, sent over the child's standard input, has the address of the parent
 and the settings. None of this is on a command line, which other users of the machine can read.
@@ -68,7 +68,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         token: shared secret of the two processes.
         address: address on which the parent listens.
-        folder: folder of the sockets, if they are in one; the child removes it if the parent has exited.
+        folder: folder of the parent's socket, "" on Windows; the child removes it if the parent has exited.
         alive: descriptor that the child holds open while it runs; None on Windows.
         log: `log_style()` of the parent.
         config: fields of `EngineConfig`.
@@ -86,7 +86,7 @@ def write_start(config: EngineConfig, token: bytes, address: str, folder: str, a
     """Serialise the start message, prefixed with its length.
 
     Raises:
-        ConfigError: a setting cannot be serialised.
+        ConfigError: a setting cannot be serialised, or the message has more than `MAX_START` bytes.
     """
     start = Start(token=token, address=address, folder=folder, alive=alive, log=log_style(), config=config.plain())
     try:

@@ -56,7 +56,8 @@ class RemoteLink:
     Attributes:
         wake: makes `step` return soon; thread-safe.
         on_refused: called with the request id and the error if the child refuses a request.
-        on_begun, on_over: called with the request id at its first output, and at its end for any reason.
+        on_begun: called with the request id at the first output that does not report progress.
+        on_over: called with the request id at the end of the request, unless the child has ended.
     """
 
     waits = False
@@ -75,6 +76,7 @@ class RemoteLink:
         self._by_ticket: dict[str, _Live] = {}
         self._by_id: dict[str, _Live] = {}
         self._calls: dict[int, Future[Any]] = {}
+        self._failure: EngineDeadError | None = None
         self._bell = Bell()
         self.wake = self._bell.ring
         self._poller = zmq.Poller()
@@ -87,7 +89,7 @@ class RemoteLink:
         self._bell.close()
 
     def stats(self) -> EngineStats:
-        """Return the child's last statistics: at most 0.1 s old, and exact while it is idle."""
+        """Return the child's last statistics, sent after steps, at most every 0.1 s, and when it becomes idle."""
         return self._stats
 
     # ---- sending -----------------------------------------------------------------------------------------------------
@@ -135,8 +137,10 @@ class RemoteLink:
         """Wait for messages; return the outputs in them, with the callers' request ids.
 
         Raises:
-            EngineDeadError: the child has ended, or has sent an invalid message.
+            EngineDeadError: the child or its engine has ended, does not respond, or has sent an invalid message.
         """
+        if self._failure is not None:
+            raise self._failure
         events = dict(self._poller.poll(_LOOK_UP))
         if self._bell.descriptor in events:
             self._bell.clear()
@@ -166,7 +170,7 @@ class RemoteLink:
             self._answer(message)
         else:
             assert isinstance(message, wire.Ended)
-            raise EngineDeadError(message.message)
+            self._failure = EngineDeadError(message.message)  # raised by the next step: outputs are delivered first
 
     def _take_piece(self, piece: TokenOutput, pieces: list[TokenOutput]) -> None:
         live = self._by_ticket.get(piece.request_id)
@@ -174,7 +178,7 @@ class RemoteLink:
             return
         if piece.index not in live.unfinished:
             raise EngineDeadError("the engine process sent an output of an unknown or finished sequence, and is ended")
-        if not live.begun:
+        if not live.begun and piece.progress is None:
             live.begun = True
             self.on_begun(live.request.request_id)
         if piece.finished:
@@ -209,7 +213,7 @@ class RemoteThread(EngineThread):
 
     Args:
         link: the connection to the engine, which only this thread may use from now on.
-        max_sequences: maximum number of live sequences; further requests are refused.
+        max_sequences: maximum number of live sequences, see `EngineThread`, and of waiting calls.
         on_end: called in this thread when the engine process has ended without `close`.
     """
 

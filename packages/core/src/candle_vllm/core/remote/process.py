@@ -38,7 +38,7 @@ CHILD = (sys.executable, "-P", "-m", "candle_vllm.core.remote.child")
 _LONGEST_FOLDER = 80  # bytes; a socket's path may have 107
 _MAX_STRANGERS = 10  # maximum number of warnings about messages of other processes
 _LOOK_UP = 1000  # ms that a poll waits
-_HEARTBEAT = 1.0  # seconds between two heartbeats, which the child's thread of the socket answers, also while it loads
+_HEARTBEAT = 1.0  # seconds between two heartbeats, which the child's ZeroMQ thread answers, also while the model loads
 _SILENCE = 30.0  # seconds without an answer after which the connection to the child ends
 _PROBE = wire.encode(wire.Abort(""))  # the child ignores it; it cannot be sent once the connection has ended
 _LAST_WORDS = 20  # ms to wait for the last messages of an ended child
@@ -56,7 +56,7 @@ class EngineProcess:
         pid: the child's process id.
 
     Raises:
-        ConfigError: a setting cannot be serialised.
+        ConfigError: see `write_start`.
     """
 
     def __init__(self, config: EngineConfig, command: Sequence[str] = CHILD) -> None:
@@ -107,7 +107,7 @@ class EngineProcess:
         first message on, it must answer heartbeats.
 
         Raises:
-            ConfigError, ModelNotFoundError, ModelLoadError: the child's error.
+            ConfigError, ModelNotFoundError, ModelLoadError: the child's error, or the child has ended or is silent.
         """
         poller, reader = zmq.Poller(), wire.Reader(wire.Greeting)
         poller.register(self.socket, zmq.POLLIN)
@@ -172,7 +172,7 @@ class EngineProcess:
             raise EngineDeadError(f"the engine process {self._fate()}")
 
     def kill(self) -> None:
-        """Kill the child and wait for its end. Thread-safe."""
+        """Kill the child and wait for its end, at most `PATIENCE` seconds. Thread-safe."""
         self._popen.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(wire.PATIENCE)

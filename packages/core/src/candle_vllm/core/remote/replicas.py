@@ -32,7 +32,7 @@ class ReplicatedEngine(EngineFront):
     A request goes to the replica with the least work before its answer: the one that has its prefix cached, unless
     waiting there takes longer than computing the prefix in another replica. Answers do not depend on the replica, as
     far as answers of one engine do not depend on the rest of the batch. When a process ends, its requests fail with an
-    `EngineDeadError`, the other replicas continue, and it is restarted; when the last one ends, the engine has ended.
+    `EngineDeadError`, the others go on, and it is restarted unless it ends too often. With the last, the engine ends.
     """
 
     def __init__(self, model: str | Path | EngineConfig, **settings: Unpack[EngineSettings]) -> None:

@@ -9,9 +9,12 @@ not track blocks that an engine has evicted or read from a KV tier; the cost is 
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
+
+from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 
 MAX_INDEX = 1 << 18
 """Maximum number of blocks that are remembered per replica; 16.8 million tokens in blocks of 64."""
@@ -66,7 +69,7 @@ class _Replica:
         return self.to_run + SEQUENCE_TOKENS * self.sequences + HELD_SHARE * self.held
 
     def found(self, hashes: Sequence[Hashable]) -> int:
-        """Return the number of first blocks that were sent to this replica before."""
+        """Return the number of leading blocks that this replica was sent before, as far as they are remembered."""
         known = self.known
         return next((n for n, digest in enumerate(hashes) if digest not in known), len(hashes))
 
@@ -84,8 +87,8 @@ class Router:
 
     A request goes to the replica with the least work before its answer, in tokens: waiting prompts, running sequences,
     and the part of its own prompt that is not cached there. So a request with a cached prefix stays with its replica
-    until waiting there costs more than computing the prefix in another replica. A replica with a full batch is skipped
-    while another replica's batch is not full.
+    until waiting there costs more than computing the prefix in another replica. A replica whose batch would exceed
+    `max_num_seqs` with the request is skipped if another replica's batch would not.
 
     Args:
         rooms: the capacity of each replica.
@@ -95,9 +98,6 @@ class Router:
         self._lock = threading.Lock()
         self._replicas = [_Replica(room) for room in rooms]
         self._given: dict[str, _Given] = {}
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._given
 
     @property
     def sequences(self) -> int:
@@ -111,6 +111,7 @@ class Router:
         length: int,
         sequences: int = 1,
         without: Collection[int] = (),
+        most: float = math.inf,
     ) -> int | None:
         """Choose the replica of a request, and count the request there until `over`.
 
@@ -120,11 +121,22 @@ class Router:
             length: tokens of its prompt.
             sequences: number of requested answers.
             without: replicas that have refused the request.
+            most: maximum number of sequences of all replicas; a single request may have more.
 
         Returns:
-            The index of the replica, or None if all replicas are down.
+            The index of the replica, or None if all replicas are down or in `without`.
+
+        Raises:
+            InvalidParameterError, EngineOverloadedError: the id is in use; there are more than `most` sequences.
         """
         with self._lock:
+            if request_id in self._given:
+                raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
+            if (live := self.sequences) and live + sequences > most:
+                raise EngineOverloadedError(
+                    f"{live} sequences are running or waiting, and at most {most} are allowed "
+                    "(`max_queued_requests`): try again later"
+                )
             up = [n for n, replica in enumerate(self._replicas) if replica.is_up and n not in without]
             if not up:
                 return None

@@ -38,7 +38,7 @@ STATS_EVERY: Final = 0.1  # seconds
 
 
 class Outbox:
-    """The sink of all requests: sends the outputs of one step as one message.
+    """The sink of all requests: sends the outputs of one step as one message, or one by one if they are too large.
 
     Args:
         socket: socket to the parent process; only the engine's thread uses it.
@@ -145,8 +145,8 @@ class ChildEngine(InferenceEngine):
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_WORKERS: Final = 4  # number of threads that prepare requests with grammars
-_CALLERS: Final = 16  # number of threads for calls that wait, such as adapter loads
+_WORKERS: Final = 4  # number of threads that prepare requests with grammars, and check structured outputs
+_CALLERS: Final = 16  # number of threads for calls that wait: adapter loads, sleep and wake-up
 _MAX_AT_ONCE: Final = 64  # maximum number of messages that are handled between two polls
 _LOOK_UP: Final = 10_000  # ms that a poll waits
 
@@ -170,7 +170,7 @@ class RequestDesk:
         self._poller.register(bell.descriptor, zmq.POLLIN)
         self._reader = wire.Reader(wire.ToChild)
         self._workers = ThreadPoolExecutor(_WORKERS, "candle-vllm-grammars")
-        self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # threads that wait for adapter loads
+        self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # also sleep and wake-up
         self._preparing: set[str] = set()  # tickets of requests that a worker prepares
         self._done: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 

@@ -2,7 +2,7 @@
 """Messages between an engine's process and its parent, as MessagePack, decoded into typed structs.
 
 A request is identified by its ticket, a number that is never reused: the caller's request id stays in the caller's
-process, and may be reused as soon as the request has ended. No message can name code or a class to load.
+process, and may be reused as soon as the request has ended. Decoding a message loads no code.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import ChatTemplateSource
 from candle_vllm.core.vision.prompts import VisionDescription
 
-MAX_FRAME: Final = 1 << 28  # maximum bytes of a message; log-probabilities of a whole prompt are the largest
+MAX_FRAME: Final = 1 << 28  # maximum bytes of a message; images and log-probabilities of a whole prompt are the largest
 MAX_QUEUED: Final = 10_000  # maximum number of messages in a socket; after that its sender waits
-PATIENCE: Final = 10.0  # seconds that a process waits for a full socket, or for a child to end
+PATIENCE: Final = 10.0  # seconds that the parent waits for a full socket, or for a child to end
 
 T = TypeVar("T")
 
@@ -140,14 +140,14 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class Pieces(msgspec.Struct, frozen=True, array_like=True, tag="pieces"):
-    """The outputs of one step, and statistics when they are due; request ids are tickets."""
+    """Outputs of one step, and statistics when they are due; request ids are tickets."""
 
     pieces: list[TokenOutput]
     stats: EngineStats | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
-    """A request was refused."""
+    """A request was refused, or its output is too large for a message."""
 
     ticket: str
     error: WireError
