@@ -96,7 +96,7 @@ class _Writer:
         _check_fields(data, f"the format {kind}", _FIELDS[kind][0] | {"type"}, _FIELDS[kind][1])
         self._formats += 1
         if self._formats > MAX_FORMATS or depth > MAX_NESTING:
-            raise refused(f"structural_tag has more than {MAX_FORMATS} formats, or nests them {MAX_NESTING} deep")
+            raise refused(f"structural_tag has over {MAX_FORMATS} formats, or one inside over {MAX_NESTING} others")
         if kind == "any_text":
             return "TEXT"
         if kind in ("const_string", "json_schema", "regex", "grammar"):

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from candle_vllm.core.sampling.unique_tokens import Neighbours
 
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
-# Groups of tokens that are text of a JSON string, by length: llguidance allows or forbids whole groups, so that masks
-# stay fast inside strings with a maxLength.
+# Groups of tokens: white space, and text of a JSON string by length. llguidance allows or forbids whole groups, so that
+# masks stay fast inside strings with a maxLength.
 _SLICES = (
     r"[\x20\x0A\x0D\x09]+",
     *(f"{_CHARACTER}{{1,{n}}}" for n in (2, 4, 6, 8, 10, 12, 16, 20, 30)),
@@ -60,7 +60,7 @@ class TokenTrie:
     Attributes:
         words: number of int32 words of llguidance's mask.
         usable: [ceil(V / 32)] int32, a bit for each token: whether it has bytes or ends a text.
-        tokens: the bytes of each token.
+        tokens: the bytes of each token; without `eos_ids`, one more without bytes, as llguidance's end token.
     """
 
     def __init__(self, tokenizer: Vocabulary, vocab_size: int, eos_ids: Sequence[int]) -> None:
