@@ -250,7 +250,8 @@ class ImageSources:
             path = self._path(image).resolve(strict=True)
             if not path.is_relative_to(self._folder):
                 raise FileNotFoundError
-            with open(_opened_below(self._folder, path), "rb") as file:  # by descriptor, not by path
+            below = _opened_below(self._folder, path)  # by descriptor, not by path
+            with open(path, "rb", opener=lambda *_: below) as file:  # which closes a folder's descriptor too
                 about = os.fstat(file.fileno())
                 if not stat.S_ISREG(about.st_mode):
                     raise FileNotFoundError
