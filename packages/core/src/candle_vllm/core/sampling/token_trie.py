@@ -83,12 +83,9 @@ class TokenTrie:
         wrapped = _LlguidanceVocabulary(tokenizer, self.tokens, sorted(self.special), ends[0])
         self.ll: LLTokenizer = LLTokenizer(TokenizerWrapper(wrapped), eos_token=ends, slices=list(_SLICES))
 
-    def __call__(self, text: str) -> list[int]:
-        """Tokenize a text without special tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-
     def _as_written(self, data: bytes) -> tuple[int, ...]:
-        tokens = self(data.decode("utf-8", "ignore"))[:-1]
+        text = data.decode("utf-8", "ignore")
+        tokens = self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)[:-1]
         covered = b"".join(self.tokens[token] for token in tokens)
         return tuple(tokens) if data.startswith(covered) else ()  # else the tokenizer has added a space
 
