@@ -42,7 +42,7 @@ _BLANKS = " \t\r\n\f\v"
 
 @dataclasses.dataclass(frozen=True)
 class PictureLimits:
-    """Limits of a prompt's images. Only `max_images` is a setting of an engine.
+    """Limits of a prompt's images. An engine's setting of the same name (`max_images`) replaces a default.
 
     Attributes:
         max_images: maximum number of images.
@@ -166,8 +166,11 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
 
         if isinstance(image, PIL.Image.Image):
             _check_size(*image.size, limits, name)
-            image.load()
-            return _picture(image, image.getexif().get(_ORIENTATION, 1))  # the caller opened it, so EXIF is trusted
+            try:
+                image.load()
+                return _picture(image, image.getexif().get(_ORIENTATION, 1))  # the caller opened it: EXIF is trusted
+            except Exception:  # as in `decode_picture`
+                raise InvalidParameterError(f"{name}: the image is damaged: it could not be decoded", name) from None
     raise InvalidParameterError(
         f"{name}: an image must be a PIL.Image, an array [height, width, 3] of uint8, or the bytes of a file, not "
         f"{type(image).__name__}",
