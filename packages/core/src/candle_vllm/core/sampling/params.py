@@ -220,7 +220,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
             force_setattr(self, name, value)
             try:
                 self.__post_init__()
-            except InvalidParameterError:
+            except Exception:
                 force_setattr(self, name, before)
                 raise
 
