@@ -452,6 +452,25 @@ def test_the_pixels_of_a_request_are_bounded(start: Callable[..., Any]) -> None:
         assert client.post("/v1/chat/completions", json={"messages": OPENAI}).status_code == 200
 
 
+def test_more_images_than_a_model_takes_are_not_fetched(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = list[str]()
+
+    async def fetch(sources: ImageSources, image: Any, room: Any) -> bytes:
+        fetched.append(image.source)
+        return FILE.getvalue()
+
+    monkeypatch.setattr(ImageSources, "_fetch", fetch)
+    with start(PacedEngine("I see.", sees=True), allowed_media_domains=("a.example",)).http() as client:
+        for count in (64, 65):
+            parts = [{"type": "image_url", "image_url": {"url": f"http://a.example/{i}"}} for i in range(count)]
+            answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
+            assert answer.status_code == (200 if count == 64 else 400)
+            assert len(fetched) == 64
+    assert "the prompt has 65 images; at most 64 are allowed" in answer.text
+
+
 def test_images_that_wait_are_bounded(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "MAX_PREPARED_BYTES", PIXELS.nbytes + 10)
     engine = PacedEngine("I see.", sees=True)

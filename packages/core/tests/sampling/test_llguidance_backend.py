@@ -204,6 +204,8 @@ OLDER = {
     "triggers": ["<f="],
 }
 TAG = {"begin": "<t>", "content": {"type": "json_schema", "json_schema": PERSON}, "end": "</t>"}
+ANY, END = {"type": "any_text"}, {"type": "const_string", "value": "END"}
+TRIGGERED = {"type": "triggered_tags", "triggers": ["<t>"], "tags": [TAG]}
 
 
 def newer(**format: Any) -> dict[str, Any]:
@@ -264,6 +266,21 @@ def newer(**format: Any) -> dict[str, Any]:
             ["<|call|>x"],
         ),
         (
+            newer(type="triggered_tags", triggers=["<tt", "<t"], tags=[TAG, TAG | {"begin": "<tt>"}]),
+            [f"x<tt>{PERSON_TEXT}</t>y<t>{PERSON_TEXT}</t>", f"<t>{PERSON_TEXT}</t>"],
+            ["<ttt>"],
+        ),
+        (
+            newer(type="sequence", elements=[END, {"type": "sequence", "elements": [ANY, END, ANY]}]),
+            ["ENDxENDy"],
+            ["ENDx"],
+        ),
+        (
+            newer(type="tag", begin="<a>", content={"type": "or", "elements": [END, ANY]}, end=""),
+            ["<a>", "<a>x"],
+            ["x"],
+        ),
+        (
             newer(type="tags_with_separator", tags=[TAG], separator=";"),
             ["", f"<t>{PERSON_TEXT}</t>", f"<t>{PERSON_TEXT}</t>;<t>{PERSON_TEXT}</t>"],
             ["x", f"<t>{PERSON_TEXT}</t><t>"],
@@ -297,6 +314,29 @@ def test_structural_tags(takes: Taker, form: dict[str, Any], right: list[str], w
         (newer(type="json_schema", json_schema={}, style="qwen_xml")["structural_tag"], "the style 'qwen_xml'"),
         (newer(type="json_schema", json_schema={"$dynamicRef": "#"})["structural_tag"], "keyword '.dynamicRef'"),
         (newer(type="sequence", elements=[{"type": "any_text"}] * 2)["structural_tag"], "any_text in a sequence"),
+        (
+            newer(type="sequence", elements=[{"type": "or", "elements": [ANY, END]}, END])["structural_tag"],
+            "must be the last",
+        ),
+        (
+            newer(type="sequence", elements=[{"type": "sequence", "elements": [END, ANY]}, END])["structural_tag"],
+            "the last",
+        ),
+        (newer(type="sequence", elements=[TRIGGERED, END])["structural_tag"], "must be the last"),
+        (
+            newer(type="sequence", elements=[TAG | {"type": "tag", "content": ANY, "end": ""}, END])["structural_tag"],
+            "last",
+        ),
+        (
+            newer(type="tag", begin="<a>", content=TRIGGERED, end="</a>")["structural_tag"],
+            "content that may end with free",
+        ),
+        (
+            newer(type="tag", begin="<a>", content={"type": "sequence", "elements": [END, ANY]}, end="</a>")[
+                "structural_tag"
+            ],
+            "content that may end with free",
+        ),
         (newer(type="regex", pattern="(")["structural_tag"], "unclosed group"),
         (newer(type="const_string", value="a" * 5000)["structural_tag"], "at most 4096"),
         (newer(type="tags_with_separator", tags=[{"type": "any_text"}], separator="")["structural_tag"], "a tag"),

@@ -264,3 +264,15 @@ def test_equal_parameters_sample_alike() -> None:
     assert SamplingParams(max_tokens=16) != SamplingParams()
     assert SamplingParams() != 5
     assert SamplingParams(seed=1).filled(DEFAULT_SAMPLING) == SamplingParams(seed=1).filled(DEFAULT_SAMPLING)
+
+
+def test_an_assignment_that_fails_in_any_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ImportError("a package with a processor is broken")
+
+    params = SamplingParams(temperature=0.5)
+    monkeypatch.setattr("candle_vllm.core.sampling.params.installed_processors", broken)
+    with pytest.raises(ImportError):
+        params.logits_processors = ["name"]
+    assert params.logits_processors is None
+    params.temperature = 0.7

@@ -335,6 +335,14 @@ def test_a_target_rounded_up_to_the_whole_mass_takes_no_token_of_weight_zero(
 # --- rows that cannot be drawn ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("poison", [math.nan, INF])
+def test_processors_do_not_hide_a_broken_model(poison: float) -> None:
+    state = make(3, logits_processors=[lambda tokens, row: np.nan_to_num(row, posinf=0.0)])
+    (token,) = sample(torch.tensor([[0.0, poison, 1.0]]), [state])
+    assert "NaN or infinite" in (token.error or "")
+    assert not token.by_request
+
+
 @pytest.mark.parametrize("params", SHAPES)
 @pytest.mark.parametrize(("poison", "says"), [(math.nan, "NaN"), (INF, "NaN or infinite"), (-INF, "no token")])
 def test_a_hopeless_row_fails_alone(params: dict[str, Any], poison: float, says: str) -> None:

@@ -16,7 +16,7 @@ def test_a_vocabulary_is_freed_with_its_model() -> None:
     tokenizer = ByteTokenizer()
     trie = TokenTrie(tokenizer, tokenizer.vocab_size, (tokenizer.eos_token_id,))
     gone = weakref.ref(trie)
-    assert trie("ab") == [97, 98]
+    assert trie.written(b"abc") == (97, 98)
     del trie
     gc.collect()
     assert gone() is None

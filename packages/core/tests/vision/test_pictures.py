@@ -188,6 +188,12 @@ def test_what_is_no_picture_is_named(given: object) -> None:
         picture_of(given)
 
 
+def test_an_open_image_that_is_damaged_is_refused() -> None:
+    damaged = Image.open(io.BytesIO(stored(Image.new("RGB", (300, 300)), "PNG")[:200]))
+    with pytest.raises(InvalidParameterError, match="p: the image is damaged: it could not be decoded"):
+        picture_of(damaged, name="p")
+
+
 def test_parts_name_one_picture(tmp_path: Any) -> None:
     data = stored()
     url = "data:image/png;base64," + base64.b64encode(data).decode()

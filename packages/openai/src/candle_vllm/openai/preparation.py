@@ -207,6 +207,9 @@ class TaskPreparation:
         if task.cut is not None:
             field = "truncate_prompt_tokens"
             raise UnsupportedParameterError(f"{field}: a prompt with images is not truncated: omit it", field)
+        if len(images) > (most := self._engine.model_info.max_images):  # before any is fetched
+            said = f"{images[most].path}: the prompt has {len(images)} images; at most {most} are allowed (max_images)"
+            raise InvalidParameterError(said, images[most].path)
         where = [ImageAddress(image.source, image.path, image.stored) for image in images]
         return [self._images.begin(each) for each in where], [each.path for each in where]
 

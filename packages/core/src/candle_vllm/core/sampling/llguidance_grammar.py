@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """State of one text in a grammar of llguidance (step 7 of a request's life).
 
-Copies of a matcher share one lexer and its states, which makes later masks fast, and its limits. An exhausted lexer is
-unusable for every copy, and llguidance cannot copy a matcher with a separate lexer. So a text whose lexer is exhausted
-continues with a new matcher, which consumes the text's tokens again (`Form.renewed`).
+Copies of a matcher share one lexer with its states, so that later masks are fast, and with its limits. An exhausted
+lexer is unusable for every copy, and llguidance cannot copy a matcher with a separate lexer. So a text whose lexer is
+exhausted continues with a new matcher, which consumes the text's tokens again (`Form.renewed`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _MOST_FORCED = 256  # maximum number of forced bytes that are tokenized at a time
-_MOST_RENEWING = 1.0  # maximum seconds of compiling a form's lexers again while answers wait
+_MOST_RENEWING = 1.0  # seconds of compiling a form again, while answers wait, after which no text gets a new lexer
 _RAN_OUT = MappingProxyType(
     {
         "too many expressions": "a token needs more states of the grammar's regular expressions than are allowed",
         "too many states": "the answers with this grammar have used all states that its regular expressions may have",
     }
 )
-MAX_ERROR = 300  # maximum characters of a message of the compiler
+MAX_ERROR = 300  # characters of a compiler's message after which it is cut
 
 
 class Form:
@@ -51,7 +51,7 @@ class Form:
         self._start: LLMatcher | None = make()
 
     def start(self) -> LLMatcher:
-        """Return a matcher at the start, to be copied, with the lexer that all texts share now."""
+        """Return a matcher at the start, to be copied, with the lexer that new texts share."""
         with self._lock:
             if self._start is None:
                 self._start = self._timed()
@@ -59,7 +59,7 @@ class Form:
 
     @property
     def is_spent(self) -> bool:
-        """Whether lexers were exhausted so often that no text gets a new one; then the form is compiled again."""
+        """Whether lexers were exhausted so often that no text gets a new one; the next request compiles the form."""
         return self._seconds > _MOST_RENEWING
 
     def renewed(self, lost: LLMatcher, *, alone: bool) -> tuple[LLMatcher, bool] | None:
@@ -92,7 +92,7 @@ class Form:
 
 
 class Follower:
-    """Matcher of one text in a form, which replaces an exhausted lexer.
+    """The matcher of one text in a form. An exhausted lexer is replaced by a new one.
 
     Attributes:
         matcher: the matcher after the text; in an error state if the text cannot be continued.
@@ -130,7 +130,7 @@ class Follower:
         return True
 
     def rollback(self, count: int) -> None:
-        """Undo the last `count` tokens; this is impossible after an error, which the next mask reports."""
+        """Undo the last `count` tokens. An exhausted lexer is replaced; the next mask reports any other error."""
         if count > len(self._said):
             raise ValueError(f"cannot go back by {count} tokens: the text has {len(self._said)}")
         del self._said[len(self._said) - count :]
@@ -138,7 +138,7 @@ class Follower:
             self._renew()
 
     def _renew(self) -> bool:
-        """Replace an exhausted lexer, and bring the new matcher to the same position; return whether that succeeded.
+        """Replace an exhausted lexer, and bring a new matcher to the same position; return whether there is a new one.
 
         Each token's mask is computed again too, because this resets the lexer's fuel.
         """
@@ -220,7 +220,7 @@ class LlguidanceGrammar:
         return 0 if self.exhausted or self._text.is_alone else self._text.matcher.validate_tokens(inside)
 
     def ff_tokens(self) -> list[int]:
-        """See `Grammar`. The last token is excluded if the following text might change the tokenization."""
+        """See `Grammar`. The last token is left out, because the following text might change the tokenization."""
         if self.exhausted:
             return []
         # On a copy: after this call, a matcher at a forced special token cannot compute its next mask.

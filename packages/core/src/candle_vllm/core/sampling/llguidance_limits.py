@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 _LIMITS: Mapping[str, Any] = MappingProxyType(
     {
-        "max_lexer_states": 60_000,  # each takes up to 2 kB, for every form
+        "max_lexer_states": 60_000,  # of each form; a state takes up to 2 kB
         "max_grammar_size": 200_000,
         "verbose_errors": False,
     }
 )
 MOST_COMPILING = 10
-"""Maximum seconds that llguidance may take for one form."""
+"""Maximum seconds of a trial compilation, see `check_time`."""
 _FEW = 1024  # a grammar of at most this many characters, without repetitions such as `{3,9}`, compiles in time
 _COUNTED = re.compile(r"\{\d")
 _TOKEN = re.compile(r"<\[[\d,^-]+\]>")
@@ -50,7 +50,7 @@ def limits() -> LLParserLimits:
 
 
 def check_time(name: str, text: str) -> None:
-    """Refuse grammars that llguidance would compile for too long.
+    """Refuse grammars with intersections that llguidance would compile for too long, or with more than 2 GB.
 
     llguidance's limits do not count its work on the first byte of a terminal, for which it intersects large regular
     expressions of a user's grammar. Patterns of a schema are not affected, because they follow a quotation mark.
@@ -58,13 +58,13 @@ def check_time(name: str, text: str) -> None:
     meets = "&" in text or "~" in text
     if meets and (len(text) > _FEW or _COUNTED.search(text)) and not _ends_in_time(text):
         raise refused(
-            f"the {name} takes more than the {MOST_COMPILING} seconds that compiling may take: regular expressions "
-            "that must hold together meet in too many ways; shorten their repetitions"
+            f"the {name} takes more than the {MOST_COMPILING} seconds or 2 GB that compiling may take: regular "
+            "expressions that must hold together meet in too many ways; shorten their repetitions"
         )
 
 
 def _ends_in_time(text: str) -> bool:
-    """Return whether grammars compile in time: a trial over single bytes, in a process that can be killed.
+    """Return whether grammars compile within the limits: a trial over single bytes, in a process that can be killed.
 
     The compiler's errors are reported when the grammars are compiled in this process.
     """

@@ -22,7 +22,7 @@ from candle_vllm.core.text.detokenizer import NO_STOPS, StopMarks, StopScanner
 
 MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
-MAX_STOP_LENGTH = 1024  # characters of one stop string
+MAX_STOP_LENGTH = 1024  # characters of one stop string or bad word
 MAX_LOGPROBS = 20  # alternatives reported per token
 MAX_BEAMS = MAX_LOGPROBS // 2  # a search with w beams reads 2 w log-probabilities; as in vLLM by default
 MAX_NAMED_LOGPROBS = 128  # entries of logprob_token_ids, as in vLLM
@@ -42,7 +42,7 @@ BIAS = Number(-100, 100)
 """Bounds of a value of `logit_bias`."""
 
 OFFERED = "offered"
-"""Annotates a number that every API offers with the same name and bounds, by `SamplerFields` (`openai/protocol`)."""
+"""Annotates a number that requests with `SamplerFields` (`openai/protocol`) have with the same name and bounds."""
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """Default sequence breakers of DRY, as in llama.cpp."""
@@ -89,11 +89,11 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
 ):
     """Sampling parameters of one request.
 
-    An engine fills temperature, top_p, top_k, min_p and repetition_penalty from its `ModelInfo.default_sampling` if
-    they were not given. A given value stays, even if it equals the default here; two objects are equal only if the same
-    fields were not given. Assigning a field checks it like the constructor does. An engine keeps a copy, so that later
-    changes do not affect a request; `msgspec.structs.replace(params, seed=1)` makes a changed copy. msgspec's encoders
-    omit fields with their default, so that fields that were not given remain so.
+    An engine fills temperature, top_p, top_k, min_p, typical_p and repetition_penalty from its
+    `ModelInfo.default_sampling` if they were not given. A given value stays, even if it equals the default here; two
+    objects are equal only if the same fields were not given. Assigning a field checks it like the constructor does. An
+    engine keeps a copy, so that later changes do not affect a request; `msgspec.structs.replace(params, seed=1)` makes
+    a changed copy. msgspec's encoders omit fields with their default, so that fields that were not given remain so.
 
     Attributes:
         n: sequences generated for the prompt, [1, 128].
@@ -109,7 +109,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         top_n_sigma: keep logits within this many standard deviations of the largest, up to 100; 0 or less keeps all.
         typical_p: keep the tokens whose surprise is nearest to the entropy, up to this total probability, (0, 1].
         xtc_probability: probability with which XTC removes the likeliest tokens, [0, 1].
-        xtc_threshold: XTC keeps only the least likely of the tokens at least this likely, [0, 1]; no effect above 0.5.
+        xtc_threshold: of the tokens at least this likely, XTC keeps only the least likely, [0, 1]; no effect above 0.5.
         dynatemp_range: the temperature rises with the entropy from `temperature` minus this to plus this, [0, 100].
         dynatemp_exponent: exponent of the entropy divided by its maximum, see `dynatemp_range`, [0, 100].
         mirostat: 1 or 2 keep the text's surprise at `mirostat_tau` by removing less likely tokens; 0 is off. It
@@ -220,7 +220,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
             force_setattr(self, name, value)
             try:
                 self.__post_init__()
-            except InvalidParameterError:
+            except Exception:
                 force_setattr(self, name, before)
                 raise
 

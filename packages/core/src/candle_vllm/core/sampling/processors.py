@@ -2,9 +2,9 @@
 """Edits of logits before sampling: processors, masks, bias, penalties, llama.cpp's chain (step 7 of a request's life).
 
 The order: the request's own logits_processors first, so that they cannot undo a mask; then, in vLLM's order:
-structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty,
-presence_penalty; then, in llama.cpp's order: DRY and the sampler chain (`kernels/sampling/chain.py`). A feature that no
-row uses costs one test per row.
+structured_outputs, thoughts, allowed_token_ids, bad_words, min_tokens, logit_bias, the penalties for repetition,
+frequency and presence; then, in llama.cpp's order: DRY and the sampler chain (`kernels/sampling/chain.py`). A feature
+that no row uses costs one test per row.
 
 Shapes: R rows, V vocabulary.
 """

@@ -21,7 +21,8 @@ def is_rare(state: SamplingState) -> bool:
 
 def process_row(row: NDArray[np.float32], state: SamplingState) -> None:
     """Apply the request's own logits processors in place; the first error becomes the state's `failure`."""
-    sound = row.max() < np.inf  # else the model is at fault, which the sampler reports
+    if not row.max() < np.inf:  # the model is at fault, which the sampler reports
+        return
     try:
         for process in state.params.logits_processors or ():
             function = installed_processors()[process] if isinstance(process, str) else process
@@ -29,7 +30,7 @@ def process_row(row: NDArray[np.float32], state: SamplingState) -> None:
             if not isinstance(result, np.ndarray) or result.shape != row.shape or result.dtype != np.float32:
                 raise TypeError(f"a processor must return a float32 array of {len(row)} logits")
             row[:] = result
-            if sound and not row.max() < np.inf:
+            if not row.max() < np.inf:
                 raise ValueError("a processor must return logits without NaN and infinity, except -inf")
     except Exception as error:  # the caller's code must not affect other requests
         state.failure = f"{type(error).__name__}: {error!s:.400}"

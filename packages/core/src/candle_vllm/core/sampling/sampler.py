@@ -4,8 +4,8 @@
     raw log-probabilities -> processors (masks, bias, penalties) -> greedy, or temperature, min_p, top_k, top_p, sample
 
 If a request uses one of llama.cpp's samplers, that chain runs before the token is sampled; it includes top_k, top_p
-and min_p. Order and meaning are as in vLLM; `kernels/sampling` defines the exact rules. A feature that a row does not
-use costs it no time, and a row's token never depends on other rows.
+and min_p. Otherwise order and meaning are as in vLLM; `kernels/sampling` defines the exact rules. A row's token never
+depends on other rows.
 
 Shapes: R rows, V vocabulary, T positions of a prompt.
 """
@@ -41,7 +41,7 @@ class LogprobRow(msgspec.Struct, frozen=True):
         token_id: the token at this position.
         logprob: natural logarithm of its probability, at most 0.
         rank: 1 for the likeliest token; among equals the lower id comes first, as in `top_ids`.
-        top_ids: the requested number of likeliest tokens in descending order, without tokens of probability 0.
+        top_ids: the requested number of likeliest tokens, descending, without probability 0; or the `named_tokens`.
         top_logprobs: their log-probabilities.
     """
 
@@ -58,7 +58,7 @@ class LogprobRow(msgspec.Struct, frozen=True):
         Args:
             token_id, logit, rank: the sampled token or the prompt's token at this position, its logit and rank.
             offset: subtracted from a logit to get its log-probability.
-            top: ids and logits of the likeliest tokens; a negative id is padding.
+            top: ids and logits for `top_ids`; a negative id is padding.
         """
         named = [(token, value) for token, value in top if token >= 0]
         # The offset is rounded, which must not make a probability greater than 1.
@@ -164,7 +164,7 @@ class Sampler:
     Args:
         draw: function that samples; `kernels.draw` by default.
         controls: [maximum rows, 5] memory for the parameters of the next rows; None to allocate it.
-        run_controls: such memory for the rows of `sample_runs`.
+        run_controls: memory that `only_samples_runs` writes; None if it always returns False.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Sampler:
 
     @staticmethod
     def prepare(device: Device) -> None:
-        """Compile or load the sampling kernels of a device, so that the first request does not wait for them."""
+        """On the CPU, compile or load the sampling kernels, so that the first request does not wait for them."""
         if device.type == "cpu":
             kernels.prepare()
 
@@ -219,7 +219,7 @@ class Sampler:
             states: one per row.
 
         Returns:
-            One entry per row. A row with NaN or +inf, and a row in which every token is forbidden, has an `error`.
+            One entry per row, with an `error` if the row has NaN or +inf, no allowed token, or a processor that failed.
         """
         if not states:
             return []
@@ -301,7 +301,7 @@ class Sampler:
     def _sample_runs(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """Do what `sample_runs` does for sequences whose logits only a grammar edits: all rows at once."""
+        """Do what `sample_runs` does for sequences whose logits nothing or only a grammar edits: all rows at once."""
         with _without_gradients(logits):
             logits = _in_one_piece(logits)
             counted = _mask_runs(logits, states, drafts)
@@ -325,7 +325,7 @@ class Sampler:
             top: number of likeliest tokens to report.
 
         Raises:
-            RequestError: a row holds NaN or +inf.
+            RequestError: a row holds NaN or +inf, or only -inf.
         """
         assert len(logits) == len(next_token_ids)
         rows: list[LogprobRow] = []
@@ -382,7 +382,7 @@ def right_runs(
 
 
 def _mask_runs(logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[int]:
-    """Apply the grammars' masks to the rows of runs; return the number of drafts with a mask in each run."""
+    """Apply the grammars' masks to the rows of runs; return how many drafts of each run may be accepted."""
     counted, first = [len(own) for own in drafts], 0
     masked: dict[int, NDArray[np.int32]] = {}
     for run, (state, own) in enumerate(zip(states, drafts, strict=True)):
@@ -401,7 +401,7 @@ class _Rows:
     Attributes:
         vocab_size: V of all rows.
         asking: rows with log-probabilities.
-        may_edit: whether a row may have masks, bias or penalties.
+        may_edit: whether the logits of a row may be edited.
         settling: rows that need `commit_sampled` after sampling.
         only_samples: whether no row has log-probabilities or edits.
         controls: [R, 5] parameters at the current positions.

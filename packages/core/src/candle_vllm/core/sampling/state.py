@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SamplingState: the sampler's state of one sequence, from admission to its last token (step 7 of a request's life).
+"""SamplingState: the sampler's state of one sequence (step 7 of a request's life).
 
 It is made once, when the request is prepared, and survives preemption: the engine may drop the sequence's cache and
 compute it again, while the state keeps its tokens and counts. Values that no step changes are computed only once.
@@ -34,7 +34,7 @@ class SamplingState:
         index: index among the request's `n` sequences.
         seed: the request's seed, or 64 random bits.
         controls: temperature (0 for greedy), min_p, top_k (0 for all tokens), top_p; with a sampler chain, which
-            applies min_p, top_k and top_p itself, these three have their neutral values.
+            applies min_p, top_k and top_p itself, these three are neutral, and a dynamic temperature is 1 here.
         chain: parameters of llama.cpp's sampler chain (`kernels/sampling/chain.py`), by `Link`; None without a chain.
         dry: state of DRY, or None.
         allowed: [N] distinct token ids, or None.
@@ -48,7 +48,7 @@ class SamplingState:
         tokens: prompt and output so far. The scheduler may read the same list; `append` and `rollback` change it.
         reads_tokens: whether the host must know all earlier tokens before the next one is sampled.
         notes_tokens: whether `append` also updates counts, the grammar, thoughts or DRY.
-        may_edit: whether the sequence's logits may be edited at some position: by masks, bias, penalties or processors.
+        may_edit: whether the sequence's logits may be edited at some position.
         only_masks: whether only the grammar edits the sequence's logits.
         num_ahead: sampled tokens after `tokens` that the host does not know yet; above 0 only if steps overlap.
     """
@@ -81,13 +81,13 @@ class SamplingState:
             eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary are ignored.
             seed: the seed of a request without one; None for a random seed.
             index: index among the request's `n` sequences.
-            bad_word_token_ids: `params.bad_words` as tokens, at least one for each.
+            bad_word_token_ids: token sequences of `params.bad_words`, and the tokens that the tokenizer suppresses.
             grammar: the grammar of `params.structured_outputs`, at the start of a text.
-            thoughts: the count of `params.thoughts`, at the start of a text.
+            thoughts: the count of `params.thoughts` or `thinking_token_budget`, at the start of a text.
             breakers: sequence breakers of DRY; required for a request with DRY.
 
         Raises:
-            InvalidParameterError: a token id lies outside the vocabulary.
+            InvalidParameterError: a token id lies outside the vocabulary, or a bad word has no token.
         """
         self.params = params
         self.vocab_size = vocab_size
@@ -167,7 +167,7 @@ class SamplingState:
         return self.tokens[self.num_prompt_tokens :]
 
     def append(self, token_id: int) -> None:
-        """Append a sampled token and update counts, grammar and DRY.
+        """Append a sampled token and update counts, DRY, the grammar and thoughts.
 
         Raises:
             InvalidParameterError: the grammar cannot continue after the token.
@@ -186,12 +186,12 @@ class SamplingState:
             self.thoughts.add(token_id)
 
     def may_take(self, token_id: int) -> bool:
-        """Return whether the grammar accepts this token as the next one. Waits for the grammar."""
+        """Return whether the grammar accepts this token, other than an end token, next. Waits for the grammar."""
         return self.grammar is None or self.grammar.legal((token_id,)) == 1
 
     @property
     def forced(self) -> int | None:
-        """Next token of the closing mark that is forced at the limit of reasoning, or None. Waits for the grammar.
+        """Next token of the text that is forced at the limit of reasoning, or None. Waits for the grammar.
 
         `allowed_token_ids` and the grammar have priority: a token that they forbid is forced when they allow it.
         """
@@ -256,7 +256,7 @@ class SamplingState:
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether some tokens of the vocabulary may not come next."""
+        """Whether some tokens of the vocabulary may be forbidden as the next one."""
         return self._always_masks or self.position < self.params.min_tokens or self.is_due
 
     @property
@@ -296,7 +296,7 @@ class SamplingState:
         """Return the tokens that may not come next: last tokens of bad words, and stop tokens before `min_tokens`.
 
         As in vLLM, `min_tokens` forbids the end-of-sequence tokens under `ignore_eos` too. A grammar that allows only
-        stop tokens wins over `min_tokens`. A forced end of reasoning is allowed too.
+        stop tokens wins over `min_tokens`. If the end of reasoning is forced, the array is empty.
         """
         if self.forced is not None:
             return np.zeros(0, np.int64)
@@ -390,12 +390,12 @@ class TokenCounts:
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """Distinct token ids [N]; valid until the next `add`."""
+        """Distinct token ids [N]; valid until the next `add` or `remove`."""
         return self._ids[: self._size]
 
     @property
     def counts(self) -> NDArray[np.float32]:
-        """Occurrences [N] in the output; valid until the next `add`."""
+        """Occurrences [N] in the output; valid until the next `add` or `remove`."""
         return self._counts[: self._size]
 
 

@@ -81,6 +81,7 @@ class _Writer:
         self._others: list[Grammar] = []
         self._formats = 0
         self._budget = budget
+        self._free = {"TEXT"}  # names of rules that may end with free text
 
     def grammars(self, root: Any) -> list[Grammar]:
         """Return the grammar of a format, then the grammars that it refers to."""
@@ -96,7 +97,7 @@ class _Writer:
         _check_fields(data, f"the format {kind}", _FIELDS[kind][0] | {"type"}, _FIELDS[kind][1])
         self._formats += 1
         if self._formats > MAX_FORMATS or depth > MAX_NESTING:
-            raise refused(f"structural_tag has more than {MAX_FORMATS} formats, or nests them {MAX_NESTING} deep")
+            raise refused(f"structural_tag has over {MAX_FORMATS} formats, or one inside over {MAX_NESTING} others")
         if kind == "any_text":
             return "TEXT"
         if kind in ("const_string", "json_schema", "regex", "grammar"):
@@ -104,7 +105,7 @@ class _Writer:
         if kind == "sequence":
             return self._sequence(_list(data, "elements"), depth)
         if kind == "or":
-            return self._rule(" | ".join(self._format(part, depth + 1) for part in _list(data, "elements")))
+            return self._rule(*(self._format(part, depth + 1) for part in _list(data, "elements")))
         if kind == "tag":
             return f"{self._mark(data, 'begin')} {self._rest_of_tag(data, depth)}"
         return self._triggered(data, depth) if kind == "triggered_tags" else self._separated(data, depth)
@@ -125,22 +126,21 @@ class _Writer:
         return f"@{name}"
 
     def _sequence(self, elements: list[Any], depth: int) -> str:
-        """Return a sequence. Free text must be followed by a fixed text, which ends it, or be the last element."""
-        found, waiting = [], False
+        """Return a sequence. Free text must be followed by a fixed text, which ends it, or be at its end."""
+        found = list[str]()
         for part in elements:
-            free = isinstance(part, dict) and part.get("type") == "any_text"
-            if not waiting:
+            if not found or not self._ends_free(found[-1]):
                 found.append(self._format(part, depth + 1))
-            elif isinstance(part, dict) and part.get("type") in ("const_string", "tag"):
+            elif found[-1] == "TEXT" and isinstance(part, dict) and part.get("type") in ("const_string", "tag"):
                 _check_fields(part, f"the format {part['type']}", _FIELDS[part["type"]][0] | {"type"}, frozenset())
                 found[-1] = self._until(_string(part, "value" if part["type"] == "const_string" else "begin"))
                 if part["type"] == "tag":
                     found.append(self._rest_of_tag(part, depth))
             else:
                 raise refused(
-                    "structural_tag: any_text in a sequence must be the last, or before a const_string or tag"
+                    "structural_tag: any_text in a sequence must be the last, or before a const_string or tag; another "
+                    "format that may end with free text must be the last"
                 )
-            waiting = free
         return self._rule(" ".join(found))
 
     def _rest_of_tag(self, tag: dict[str, Any], depth: int) -> str:
@@ -150,11 +150,15 @@ class _Writer:
         if not ends or not all(isinstance(text, str) and len(text) <= MAX_MARK for text in ends):
             raise refused(f"structural_tag: the end of a tag must be a text of up to {MAX_MARK} characters, or several")
         inside = self._format(content, depth + 1)
-        if content["type"] == "any_text" and ends != [""]:
+        if ends == [""]:
+            return inside
+        if inside == "TEXT":
             if "" in ends:
                 raise refused("structural_tag: a tag of any_text has an empty end and another end: give one of them")
-            return self._rule(" | ".join(map(self._until, ends)))
-        return f"{inside} {self._rule(' | '.join(map(self._literals.expression, ends)))}"
+            return self._rule(*map(self._until, ends))
+        if self._ends_free(inside):
+            raise refused("structural_tag: content that may end with free text has no end, unless it is any_text alone")
+        return f"{inside} {self._rule(*map(self._literals.expression, ends))}"
 
     def _triggered(self, data: dict[str, Any], depth: int) -> str:
         triggers = [_short(text, "a trigger") for text in _list(data, "triggers")]
@@ -162,24 +166,24 @@ class _Writer:
         starts = []
         for tag in self._tags(data):
             begin = _string(tag, "begin")
-            trigger = next((text for text in triggers if begin.startswith(text)), None)
+            trigger = min((text for text in triggers if begin.startswith(text)), key=len, default=None)  # seen first
             if trigger is None:
                 raise refused(f"structural_tag: the tag {begin!r:.80} begins with none of the triggers")
             rest = self._rule(self._rest_of_tag(tag, depth + 1))
             rests[trigger].append(f"{self._literals.expression(begin[len(trigger) :])} {rest}")
             starts.append(f"{self._literals.expression(begin)} {rest}")
-        found = [f"{self._until(text)} {self._rule(' | '.join(parts))}" for text, parts in rests.items() if parts]
-        tags, at_once = self._rule(" | ".join(found)), self._rule(" | ".join(starts))
+        found = [f"{self._until(text)} {self._rule(*parts)}" for text, parts in rests.items() if parts]
+        tags, at_once = self._rule(*found), self._rule(*starts)
         must, once = _flag(data, "at_least_one"), _flag(data, "stop_after_first")
         if once:
-            return at_once if must else self._rule(f"{tags} | TEXT")
+            return at_once if must else self._rule(tags, "TEXT")
         return self._rule(f"{at_once} {tags}* TEXT" if must else f"{tags}* TEXT")
 
     def _separated(self, data: dict[str, Any], depth: int) -> str:
-        tag = self._rule(" | ".join(self._format(tag, depth + 1) for tag in self._tags(data)))
+        tag = self._rule(*(self._format(tag, depth + 1) for tag in self._tags(data)))
         separator = self._mark(data, "separator")
         all_tags = tag if _flag(data, "stop_after_first") else self._rule(f"{tag} ({separator} {tag})*")
-        return all_tags if _flag(data, "at_least_one") else self._rule(f'{all_tags} | ""')
+        return all_tags if _flag(data, "at_least_one") else self._rule(all_tags, '""')
 
     def _tags(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         tags = _list(data, "tags")
@@ -196,7 +200,7 @@ class _Writer:
         first, *rest = self._literals.pieces(_short(text, "a mark behind free text"))
         if is_token(first):
             return " ".join(["TEXT", first, *rest])
-        return " ".join([self._rule(f"TEXT {first}", "[lazy]"), *rest])
+        return " ".join([self._rule(f"TEXT {first}", options="[lazy]"), *rest])
 
     def _mark(self, data: dict[str, Any], name: str) -> str:
         text = _string(data, name)
@@ -204,10 +208,15 @@ class _Writer:
             raise refused(f"structural_tag: {name} has {len(text)} characters; at most {MAX_MARK} are allowed")
         return self._literals.expression(text)
 
-    def _rule(self, expression: str, options: str = "") -> str:
+    def _rule(self, *alternatives: str, options: str = "") -> str:
         name = f"r{len(self._rules)}"
-        self._rules.append(f"{name}{options}: {expression}")
+        self._rules.append(f"{name}{options}: {' | '.join(alternatives)}")
+        self._free |= {name} if any(map(self._ends_free, alternatives)) else set()
         return name
+
+    def _ends_free(self, expression: str) -> bool:
+        """Return whether an expression may end with free text, which nothing but a lazy rule could end."""
+        return expression.rpartition(" ")[2].rstrip(")*") in self._free
 
 
 def _check_fields(data: Any, what: str, needed: frozenset[str], others: frozenset[str]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """StructuredOutputsParams: the format of a text. Field names are vLLM's, except `reasoning_*` and `around`.
 
-This module checks what does not depend on the vocabulary; a `GrammarBackend` checks the rest when it compiles.
+This module checks types and sizes; a `GrammarBackend` checks the rest when it compiles.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ else:
 class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The format that a generated text must have. Exactly one of the first six attributes must be given.
 
-    The format has priority over `SamplingParams.min_tokens` and `ignore_eos`: a complete text ends.
+    The format has priority over `SamplingParams.min_tokens` and `ignore_eos`: the text ends if nothing else may follow.
 
     Attributes:
         json: a JSON schema as a mapping or a string; true for any JSON value; or a pydantic class, dataclass, TypedDict
@@ -58,7 +58,7 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
             a newline and indentation, prevents whitespace without end.
         disable_any_whitespace: no whitespace between JSON tokens.
         reasoning_start: mark with which the text may begin (after whitespace); from there to `reasoning_end` the text
-            is free. If it is not given, the text begins inside the reasoning.
+            is free. If only `reasoning_end` is given, the text begins inside the reasoning.
         reasoning_end: mark that ends the reasoning; the format applies after it. The name of a special token means that
             token, in both marks and in the texts of a structural tag.
         around: a grammar, in the syntax of `grammar`, of the whole text after the reasoning; in it, `@form` stands for
@@ -130,7 +130,7 @@ _MAX_CHARACTERS: Mapping[str, int] = {
 
 
 def refused(message: str) -> InvalidParameterError:
-    """Return the error for a request whose format is not supported."""
+    """Return the error for a request whose format is invalid or not supported."""
     return InvalidParameterError(f"structured_outputs: {message}", _PARAM)
 
 
@@ -156,7 +156,7 @@ def parsed_json(name: str, value: Schema) -> Any:
     """Parse a schema or a structural tag into fresh dicts and lists, which the caller may change.
 
     Raises:
-        InvalidParameterError: invalid JSON, or longer than `MAX_SCHEMA`.
+        InvalidParameterError: invalid JSON, nested too deeply, or longer than `MAX_SCHEMA`.
     """
     try:
         text = value if isinstance(value, str) else _json.dumps(value, default=plain_json, allow_nan=False)

@@ -2,9 +2,9 @@
 """Reasoning budget (step 7 of a request's life): count reasoning tokens, and force the end of reasoning at a limit.
 
 Reasoning is between two marks of the model's own format. Tokens between them are counted; when the budget is reached,
-the closing mark is forced, token by token, and the answer continues after it. A mark that is the name of a special
-token means that token, as in `StructuredOutputsParams`. A text may mention any other mark: an opening mark counts only
-at the beginning of the text or directly after reasoning, a closing mark only outside quotes.
+the closing mark is forced, token by token, and the answer continues after it. The name of a special token in a mark
+means that token, as in `StructuredOutputsParams`. A text may mention a mark without special tokens: such an opening
+mark counts only at the beginning of the text or directly after reasoning, such a closing mark only outside quotes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ThoughtBudget(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
         marks: opening mark -> the closing mark, which is forced.
         ends: further marks that end reasoning when the model writes them.
         opened: the opening mark at the end of the prompt; the text then begins within reasoning.
-        message: text that is forced before the closing mark if the budget ends reasoning that has begun.
+        message: text that is forced before the closing mark, unless `tokens` is 0 or the model has begun the mark.
     """
 
     tokens: int
@@ -74,7 +74,7 @@ def budget_in_tokens(
         ends: tokens that end a turn; marks before them do not concern the following turn.
 
     Raises:
-        InvalidParameterError: the vocabulary has no such tokens.
+        InvalidParameterError: the vocabulary has no pair of `THOUGHT_TOKENS` as single tokens.
     """
     ids = {pair: (encode(pair[0]), encode(pair[1])) for pair in THOUGHT_TOKENS}
     found = {pair: (opening[0], end[0]) for pair, (opening, end) in ids.items() if len(opening) == len(end) == 1}

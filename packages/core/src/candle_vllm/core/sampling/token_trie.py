@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from candle_vllm.core.sampling.unique_tokens import Neighbours
 
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
-# Groups of tokens that are text of a JSON string, by length: llguidance allows or forbids whole groups, so that masks
-# stay fast inside strings with a maxLength.
+# Groups of tokens: white space, and text of a JSON string by length. llguidance allows or forbids whole groups, so that
+# masks stay fast inside strings with a maxLength.
 _SLICES = (
     r"[\x20\x0A\x0D\x09]+",
     *(f"{_CHARACTER}{{1,{n}}}" for n in (2, 4, 6, 8, 10, 12, 16, 20, 30)),
@@ -60,7 +60,7 @@ class TokenTrie:
     Attributes:
         words: number of int32 words of llguidance's mask.
         usable: [ceil(V / 32)] int32, a bit for each token: whether it has bytes or ends a text.
-        tokens: the bytes of each token.
+        tokens: the bytes of each token; without `eos_ids`, one more without bytes, as llguidance's end token.
     """
 
     def __init__(self, tokenizer: Vocabulary, vocab_size: int, eos_ids: Sequence[int]) -> None:
@@ -83,12 +83,9 @@ class TokenTrie:
         wrapped = _LlguidanceVocabulary(tokenizer, self.tokens, sorted(self.special), ends[0])
         self.ll: LLTokenizer = LLTokenizer(TokenizerWrapper(wrapped), eos_token=ends, slices=list(_SLICES))
 
-    def __call__(self, text: str) -> list[int]:
-        """Tokenize a text without special tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-
     def _as_written(self, data: bytes) -> tuple[int, ...]:
-        tokens = self(data.decode("utf-8", "ignore"))[:-1]
+        text = data.decode("utf-8", "ignore")
+        tokens = self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)[:-1]
         covered = b"".join(self.tokens[token] for token in tokens)
         return tuple(tokens) if data.startswith(covered) else ()  # else the tokenizer has added a space
 

@@ -178,7 +178,7 @@ class Unrepeated:
     def _begin(self, byte: int) -> None:
         """Handle the first byte of a value."""
         if byte in b"[{":
-            if self._stack and self._elements is not None:  # an alternative of the schema without compared elements
+            if self._stack and self._elements is not None:  # another alternative of the schema, which is not compared
                 self._stack[-1] = self._stack[-1]._replace(elements=None)
             is_array = byte == ord("[")
             differing = self._site.differing if is_array else ()

@@ -48,7 +48,7 @@ class Site:
 
     Attributes:
         differing: types of the elements that must differ, if the value is an array; empty if elements may be equal.
-        inside: sites inside this one, by key or index; filled when they are first needed.
+        inside: sites inside this one, made when needed, by index or key; None: the keys that no `properties` has.
     """
 
     def __init__(self, places: Sequence[Place], differing: frozenset[str]) -> None:

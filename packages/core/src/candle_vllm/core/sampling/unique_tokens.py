@@ -141,7 +141,7 @@ class Neighbours:
 
 
 def is_plain_number(text: bytes, *, ends: bool = False) -> bool:
-    """Return whether a number, or its beginning, has the plain spelling: a decimal of at most 15 digits."""
+    """Return whether a number that `ends`, or a number's beginning, has the plain spelling (see `unique_items`)."""
     digits = len(text) - text.count(b"-") - text.count(b".")
     if _EXPONENT.search(text) is not None or digits > _MAX_DIGITS:
         return False

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 SECONDS = 10.0  # for one image: DNS, every redirect and all bytes
 AT_ONCE = 8  # concurrent connections
 MAX_REDIRECTS = 3
-MAX_REQUEST_BYTES = 64 << 20  # limit of all fetched images of a request
+MAX_REQUEST_BYTES = 64 << 20  # limit of a request's images that are fetched or read
 MAX_HELD_BYTES = 512 << 20  # limit of undecoded files of all requests; a single request may exceed it
 MAX_PREPARED_BYTES = 1 << 30  # limit of preprocessed images of all requests in the engine; one request may exceed it
 
@@ -75,8 +75,8 @@ class ImageSources:
         folder: `file://` URLs below this folder are read.
         stored: returns the contents of a stored file by its id and the image's path, for the caller of the current
             request; raises `RequestError` if there is no such file.
-        count: called with the result for each URL: "fetched", "failed" or "refused" (the settings do not allow it).
-        who: returns the client of the current request, who may use half of each limit while other clients use the rest;
+        count: called for each web URL if there are `domains`, with "fetched", "failed" or "refused" (not allowed).
+        who: returns the client of the current request, who may use half of each limit of all requests (see `_add`);
             empty if clients are not distinguished.
 
     Raises:
@@ -250,7 +250,8 @@ class ImageSources:
             path = self._path(image).resolve(strict=True)
             if not path.is_relative_to(self._folder):
                 raise FileNotFoundError
-            with open(_opened_below(self._folder, path), "rb") as file:  # by descriptor, not by path
+            below = _opened_below(self._folder, path)  # by descriptor, not by path
+            with open(path, "rb", opener=lambda *_: below) as file:  # which closes a folder's descriptor too
                 about = os.fstat(file.fileno())
                 if not stat.S_ISREG(about.st_mode):
                     raise FileNotFoundError
@@ -426,7 +427,7 @@ def _waited(work: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
 def _opened_below(folder: Path, path: Path) -> int:
     """Open a resolved path folder by folder; raises OSError for a link, which was made after the path was resolved.
 
-    O_NONBLOCK: opening a pipe would otherwise wait for a writer.
+    Systems without `dir_fd` open the path at once. O_NONBLOCK: opening a pipe would otherwise wait for a writer.
     """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     if os.open not in os.supports_dir_fd:

@@ -2,9 +2,9 @@
 """Check image files of requests and decode them to pixels (before step 3).
 
 An untrusted file is parsed here before Pillow reads it: this checks its format, its size and its scans, and removes
-EXIF, ICC profiles, texts, comments and control blocks of further frames. So Pillow parses no metadata, and the cost of
-a file is bounded by its bytes and its pixels. Pillow's message about a damaged file may contain memory addresses and is
-not returned. Source of the limits: docs/vision.md (CVE-2026-22778 and others).
+EXIF, ICC profiles, texts and comments, except in WebP and after a GIF's first frame, where Pillow does not parse them.
+So the cost of a file is bounded by its bytes and its pixels. Pillow's message about a damaged file may contain memory
+addresses and is not returned. Source of the limits: docs/security.md (CVE-2026-22778 and others).
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ MAX_SCANS = 100  # limit for a JPEG; encoders write about ten
 MAX_SCANNED = 1 << 31  # pixels times scans of a JPEG: a scan of a few bytes visits every pixel
 _ORIENTATION = 0x0112
 _LONGEST_SIDE = 1 << 16
-_WHOLE = 1 << 25  # pixels; both sides of a larger image are halved while decoding, as no model needs more
+_WHOLE = 1 << 25  # pixels; both sides of a larger image are halved, as no model needs more
 _BLANKS = " \t\r\n\f\v"
 
 
 @dataclasses.dataclass(frozen=True)
 class PictureLimits:
-    """Limits of a prompt's images. An engine's setting of the same name replaces a default.
+    """Limits of a prompt's images. An engine's setting of the same name (`max_images`) replaces a default.
 
     Attributes:
         max_images: maximum number of images.
         max_image_bytes: maximum number of bytes of an image's file.
-        max_image_pixels: maximum number of pixels of an image: width times height in the file's header.
+        max_image_pixels: maximum number of pixels of an image, by width and height in the file's header.
     """
 
     max_images: int = 64
@@ -105,7 +105,7 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
         name: the image's name in messages, and the field that an error names.
 
     Raises:
-        InvalidParameterError: the file has another format, is damaged, or is too large and therefore not decoded.
+        InvalidParameterError: the file has an unsupported format or variant, is damaged, or is too large.
     """
     import PIL.Image
 
@@ -137,7 +137,7 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
 
 
 def pixels_of(data: bytes) -> int:
-    """Return the number of pixels by a file's header; 0 for a file that `decode_picture` refuses."""
+    """Return the number of pixels by a file's header; 0 for a file that cannot be parsed."""
     try:
         file = _bare(data)
     except Exception:  # as in `decode_picture`
@@ -146,10 +146,10 @@ def pixels_of(data: bytes) -> int:
 
 
 def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
-    """Convert an image of a library caller: a Pillow image, an array [H, W, 3] uint8, or the bytes of a file.
+    """Convert an image: a Pillow image, an array [H, W, 3] uint8, the bytes of a file; or return a `Picture`.
 
     Raises:
-        InvalidParameterError: the image has another type, or is too large.
+        InvalidParameterError: the image has another type, or is too large; or see `decode_picture`.
     """
     if isinstance(image, Picture):
         return image
@@ -166,8 +166,11 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
 
         if isinstance(image, PIL.Image.Image):
             _check_size(*image.size, limits, name)
-            image.load()
-            return _picture(image, image.getexif().get(_ORIENTATION, 1))  # the caller opened it, so EXIF is trusted
+            try:
+                image.load()
+                return _picture(image, image.getexif().get(_ORIENTATION, 1))  # the caller opened it: EXIF is trusted
+            except Exception:  # as in `decode_picture`
+                raise InvalidParameterError(f"{name}: the image is damaged: it could not be decoded", name) from None
     raise InvalidParameterError(
         f"{name}: an image must be a PIL.Image, an array [height, width, 3] of uint8, or the bytes of a file, not "
         f"{type(image).__name__}",
@@ -202,7 +205,7 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
     """Return the image of a content part, as `picture_of` accepts it; `place` is the part's position, for errors.
 
     Accepts content parts of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`,
-    `url` or `base64`) and of vLLM (`image_pil`). Nothing is fetched: see `part_address`.
+    `url` or `base64`) and of vLLM (`image_pil`). A `path` is read, no URL fetched.
 
     Raises:
         InvalidParameterError: the part has no image, an unreadable one, or a URL that is no data URL.
@@ -234,7 +237,7 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
 
 
 def part_address(part: Mapping[str, Any]) -> str | None:
-    """Return the URL of a content part's image; None if the part has no image or a data URL."""
+    """Return the URL of a content part's image; None for a data URL or an image that is given in another way."""
     for key in ("image", "image_url", "url"):
         given = part.get(key)
         given = given.get("url") if isinstance(given, Mapping) else given
@@ -251,7 +254,7 @@ def _check_size(width: int, height: int, limits: PictureLimits, name: str) -> No
 
 
 def _picture(image: Image, orientation: int) -> Picture:
-    """Convert a loaded Pillow image: apply the EXIF orientation and blend transparent pixels with white."""
+    """Convert a loaded Pillow image: blend transparent pixels with white, halve large images, apply the orientation."""
     import PIL.Image
     from PIL.Image import Transpose
 

@@ -314,7 +314,7 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         normalisation: normalisation of the pixels.
         least: minimum number of tiles of a canvas.
         stretches: InternVL's rule: the image fills the canvas with the nearest ratio of width to height; of several,
-            the last one that has less than twice the image's pixels.
+            the last one that has less than twice the image's pixels, else the first.
     """
 
     tile: int
@@ -502,7 +502,7 @@ def crop_rule(fields: Fields) -> StretchRule:
 
 
 def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
-    """Read `preprocessor_config.json` of Qwen's vision models; an image becomes no larger than `most` pixels.
+    """Read `preprocessor_config.json` of Qwen2-VL and models with its rule; `most` bounds the file's `max_pixels`.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `tile_rule`.

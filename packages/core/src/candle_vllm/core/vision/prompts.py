@@ -63,9 +63,9 @@ class VisionInput:
     Attributes:
         parts: description of the model's vision encoder.
         words: returns the tokens that replace an image's placeholder, given its grid of tiles.
-        breaks: number of line breaks by token, for tokens of line breaks only; empty if no token is a single one.
+        breaks: number of line breaks by token, for tokens of line breaks only; empty if no token is one line break.
         limits: limits of a prompt's images.
-        one_at_a_time: lock that is held while an image is decoded.
+        one_at_a_time: lock that is held while an image is decoded and preprocessed.
     """
 
     parts: VisionDescription
@@ -85,11 +85,11 @@ class VisionInput:
             ids: the prompt, with one token `asks` for each image.
             images: images as `picture_of` accepts them.
             names: name of each image in messages; "image" by default.
-            most_tokens: context length; a longer prompt is refused before the next image is decoded.
+            most_tokens: context length; a prompt that fills it up to an image is refused before the next is decoded.
 
         Raises:
             InvalidParameterError: too many images, an unusable image, or another number of placeholders than images.
-            PromptTooLongError: the expanded prompt does not fit into the context.
+            PromptTooLongError: up to one of its images the expanded prompt has `most_tokens` or more.
         """
         names = names or ["image"] * len(images)
         if len(images) > (most := self.limits.max_images):
