@@ -67,7 +67,7 @@ class RedisBlocks:
         looking.join(TIMEOUT)
 
     def has(self, digest: bytes) -> bool:
-        """Whether this process has written, read or found the block; Redis may have more blocks."""
+        """Whether this process knows that Redis has the block: it has written, read or found it, and not deleted it."""
         return digest in self._known and not self._to_clear
 
     def may_have(self, digest: bytes) -> bool:
@@ -76,7 +76,7 @@ class RedisBlocks:
         return answers and (not self._listed or digest in self._known)
 
     def look(self, digests: Sequence[bytes]) -> None:
-        """Look up which of the last 500 of these blocks are in Redis; must not run in the engine's thread."""
+        """Look up which of the last 500 of these blocks the index in Redis has; must not run in the engine's thread."""
         asked = list(digests[-_AT_ONCE:])
         try:
             if asked and time.monotonic() >= self._quiet_until:
