@@ -110,8 +110,6 @@ class PositionLogprobs(ShownStruct, frozen=True):
 class RequestMetrics(ShownStruct, frozen=True):
     """Times of one sequence, `time.monotonic()` seconds, None while not reached; and counts of draft tokens.
 
-    In a `GenerationOutput`: the times of the sequence that ended last, and the counts of all sequences.
-
     Attributes:
         draft_tokens, accepted_draft_tokens: draft tokens that were tried, and how many were accepted.
         predicted_tokens, accepted_predicted_tokens: tokens of `SamplingParams.prediction`, and how many of them occur
@@ -219,7 +217,7 @@ class CompletionOutput(ShownStruct, frozen=True, kw_only=True):
 
 
 class GenerationOutput(ShownStruct, frozen=True, kw_only=True):
-    """A finished request: its prompt and its `n` sequences in order of index."""
+    """A finished request and its `n` sequences by index. `metrics`: times of the last one to end, counts of all."""
 
     unshown: ClassVar[frozenset[str]] = frozenset({"request_id", "prompt_logprobs", "metrics"})
 

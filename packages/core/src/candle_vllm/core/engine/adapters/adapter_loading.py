@@ -48,10 +48,7 @@ def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) ->
     """
     dtype = config.lora_dtype.upper()
     if dtype == "F16":
-        raise ConfigError(
-            "lora_dtype 'f16': on the CPU, and for encoders, adapters must be bf16, f32 or int8: set one of them",
-            "lora_dtype",
-        )
+        raise ConfigError("lora_dtype 'f16' is for decoders on a GPU: set bf16, f32 or int8", "lora_dtype")
     if dtype == "AUTO" and loaded.placement.recorded and loaded.dtype.startswith("int8"):
         dtype = "I8"
     elif dtype == "AUTO":
