@@ -598,8 +598,9 @@ def adapter_store(
     most: int,
     plan: CachePlan | None = None,
 ) -> AdapterStore:
-    """Build the adapter store for `most` adapters in a step; by default, it leaves memory for the cache of `plan`."""
-    left = max(0, available_memory() - (0 if plan is None else plan.page_bytes))
+    """Build the adapter store for `most` adapters in a step; by default, it leaves memory for a cache on the CPU."""
+    in_main_memory = 0 if plan is None or loaded.placement.device.type == "cuda" else plan.page_bytes + plan.state_bytes
+    left = max(0, available_memory() - in_main_memory)
     memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
     logger.info("adapters may take %.0f MB of memory", memory / 1e6)
     return AdapterStore(
