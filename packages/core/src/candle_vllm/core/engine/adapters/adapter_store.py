@@ -415,6 +415,7 @@ class AdapterStore:
             finally:
                 self._asked[entry] -= 1
                 self._asked += Counter()  # drops entries with a count of 0
+                self._drop_forgotten()
             if self._closed:
                 raise EngineDeadError("the engine is closed")
             tried_in_vain = entry.attempts > before and entry.state != "ready" and entry.error is not None
