@@ -35,7 +35,7 @@ class FinishReason(enum.StrEnum):
             llama-server, and for a full context window in Anthropic; "" for a reason that is an error there.
         responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
         limit: a phrase for the limit that cut the answer; "" for an answer that was not cut.
-        openai: the reason in OpenAI's chat and completions; by default the value.
+        openai: the reason in OpenAI's chat and completions, which is the value.
     """
 
     STOP = "stop", "end_turn", "stop", "eos"  # end-of-sequence token, stop token or stop string
@@ -54,10 +54,9 @@ class FinishReason(enum.StrEnum):
 
     def __new__(cls, value: str, *spelled: str) -> Self:
         reason = str.__new__(cls, value)
-        reason._value_ = value
+        reason._value_ = reason.openai = value
         reason.complete = bool(spelled)
         reason.anthropic, reason.ollama, reason.llama_server, reason.responses, reason.limit = (spelled + ("",) * 5)[:5]
-        reason.openai = spelled[5] if len(spelled) > 5 else value
         return reason
 
     @property
