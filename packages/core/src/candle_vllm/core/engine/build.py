@@ -84,9 +84,9 @@ _NOT_FOR_ENCODERS = (
     "yarn_scaling_factor", "attention_backend", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype",
     "max_cudagraph_capture_size", "kv_cache_memory", "kv_fraction", "state_cache_gb", "deterministic", "open_objects",
     "prompt_cache_path", "prompt_cache_url", "kv_offloading_size", "speculative_config", "mm_processor_kwargs",
-    "cpu_experts", "cpu_offload_gb", "gpu_layers",
+    "cpu_experts", "cpu_offload_gb", "gpu_layers", "gpu_memory_utilization",
 )  # fmt: skip
-_OF_A_CACHE = ("kv_cache_memory", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype")
+_OF_A_CACHE = ("kv_cache_memory", "gpu_memory_utilization", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype")
 """Settings of `_NOT_FOR_ENCODERS` that only cause a warning: a server may have them for decoders, too."""
 
 
