@@ -279,7 +279,7 @@ class HostBlocks:
     def __init__(self, most_bytes: int, block_bytes: int) -> None:
         if most_bytes < block_bytes:
             raise ConfigError(
-                f"kv_offloading_size {most_bytes / (1 << 30):g} GiB is too small for one block of {block_bytes} bytes",
+                f"a rank's kv_offloading_size of {most_bytes} bytes is too small for one block of {block_bytes} bytes",
                 "kv_offloading_size",
             )
         self._most, self._block_bytes = most_bytes // block_bytes, block_bytes

@@ -52,7 +52,8 @@ class RedisBlocks:
         self._size, self._listed, self._most = block_bytes, listed, most_bytes // (block_bytes + HEADER)
         if not self._most:
             raise ConfigError(
-                f"prompt_cache_bytes {most_bytes} is too small for one block of {block_bytes + HEADER} bytes",
+                f"the part of prompt_cache_bytes for these blocks, {most_bytes}, is too small for one block of "
+                f"{block_bytes + HEADER} bytes",
                 "prompt_cache_bytes",
             )
         own = own_name(fingerprint)

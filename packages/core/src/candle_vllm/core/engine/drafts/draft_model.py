@@ -94,7 +94,7 @@ class Own:
         base, candidates, buckets, rows: the last drafts: length of the sequence before them, the tokens, the
             probability bucket of each, and the length of the sequence with the rows written for them.
         hits, expected, tries: fading counts of its draft tokens: accepted, expected to be accepted, all judged.
-        idle: number of consecutive steps in which drafts saved no time.
+        idle: steps in which no draft of the model promised to save time, since a pause or a better draft.
         pause, until: length of the next pause in tokens, and the sequence length at which the current pause ends.
     """
 
