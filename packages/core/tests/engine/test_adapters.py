@@ -306,6 +306,20 @@ def test_a_name_that_is_removed_while_it_is_loaded_takes_no_memory() -> None:
     store.close()
 
 
+def test_a_name_that_is_removed_while_a_caller_waits_for_it_takes_no_memory() -> None:
+    loads = Loads()
+    loads.gate.clear()
+    store = AdapterStore(loads)
+    caller = threading.Thread(target=store.add, args=(use("a"), PATIENCE))
+    caller.start()
+    loads.until_begun("a")
+    store.remove("a")
+    loads.gate.set()
+    caller.join(PATIENCE)
+    assert _held(store) == (0, 0, 0)
+    store.close()
+
+
 def test_a_store_is_closed_while_a_load_hangs() -> None:
     loads = Loads()
     loads.gate.clear()

@@ -15,6 +15,7 @@ import torch
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import Device
+from candle_vllm.core.engine import build as engine_build
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners import device_build
 from candle_vllm.core.engine.runners.device_build import build_on_gpu
@@ -23,7 +24,7 @@ from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import Work
 from candle_vllm.core.loading.cache_specs import paged
-from candle_vllm.core.memory import MIB
+from candle_vllm.core.memory import MIB, CachePlan
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models.families import ROWS
@@ -80,6 +81,19 @@ def test_the_cache_gets_its_share_of_what_steps_leave(
     assert len(runner.caches[0].keys) == plan.num_blocks
     assert "0.01 of 72 MiB free beside 50 MiB of weights and 328 MiB for steps" in caplog.text
     assert "not captured as CUDA graphs with attention by torch: " in caplog.text, "the reference is not captured"
+
+
+@pytest.mark.parametrize(("device", "megabytes"), [("cpu", 250), ("cuda", 1000)])
+def test_adapters_share_main_memory_with_a_cache_that_is_there_too(
+    loaded: LoadedModel, device: str, megabytes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_build, "available_memory", lambda: 4_000_000_000)
+    monkeypatch.setattr(engine_build, "adapter_loader", lambda *_: None)
+    there = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=torch.device(device)))
+    plan = CachePlan(2000, 1_000_000, 100, "", state_bytes=1_000_000_000)
+    with caplog.at_level(logging.INFO):
+        engine_build.adapter_store(EngineConfig(model="toy", enable_lora=True), there, object(), 4, plan)  # type: ignore[arg-type]
+    assert f"adapters may take {megabytes} MB" in caplog.text
 
 
 def test_a_picture_has_its_memory_while_it_is_encoded(memory: Memory, tmp_path: Path) -> None:

@@ -380,7 +380,9 @@ def test_the_tuned_length_holds_until_another_is_set(tmp_path: Path) -> None:
         InferenceEngine(str(folder), max_model_len=131)
 
 
-@pytest.mark.parametrize("setting", [{"kv_cache_memory": 1 << 20}, {"kv_cache_dtype": "q8_0"}])
+@pytest.mark.parametrize(
+    "setting", [{"kv_cache_memory": 1 << 20}, {"kv_cache_dtype": "q8_0"}, {"gpu_memory_utilization": 0.5}]
+)
 def test_settings_of_a_cache_are_for_decoders_beside_an_encoder(
     folder: Path, setting: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

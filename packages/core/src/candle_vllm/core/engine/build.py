@@ -84,10 +84,10 @@ _NOT_FOR_ENCODERS = (
     "yarn_scaling_factor", "attention_backend", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype",
     "max_cudagraph_capture_size", "kv_cache_memory", "kv_fraction", "state_cache_gb", "deterministic", "open_objects",
     "prompt_cache_path", "prompt_cache_url", "kv_offloading_size", "speculative_config", "mm_processor_kwargs",
-    "cpu_experts", "cpu_offload_gb", "gpu_layers",
+    "cpu_experts", "cpu_offload_gb", "gpu_layers", "gpu_memory_utilization",
 )  # fmt: skip
-_OF_A_CACHE = ("kv_cache_memory", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype")
-"""Settings that a server may have for the decoders beside an encoder."""
+_OF_A_CACHE = ("kv_cache_memory", "gpu_memory_utilization", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype")
+"""Settings of `_NOT_FOR_ENCODERS` that only cause a warning: a server may have them for decoders, too."""
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Ranks | None = None) -> Engine:
@@ -169,7 +169,7 @@ def _state_pool(config: EngineConfig, plan: CachePlan) -> StatePool | None:
 
 
 def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> tuple[ModelRunner, Sleeper]:
-    """Build the runner of another rank's part of a model, and its sleeper; raises as `build_engine`."""
+    """Build the runner and the sleeper of a rank after the first; raises as `build_engine`."""
     sleeper = Sleeper(config, loaded, ranks)
     runner = _build_runner(config, loaded, ranks)[0]
     sleeper.runners = [runner]
@@ -241,7 +241,7 @@ def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
 
 
 def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
-    """Return the maximum number of draft tokens of a step, in which every sequence also has one other row."""
+    """Return the maximum number of draft tokens of a step beside one row for each sequence; raise ConfigError for 0."""
     if budget == sequences:
         raise ConfigError(
             f"speculative_config: max_num_batched_tokens {budget} leaves no room for draft tokens beside max_num_seqs "
@@ -389,10 +389,10 @@ def _plan_on_cpu(
     draft: LoadedModel | LoadedHead | Described | DescribedHead | None = None,
     ranks: Collective | None = None,
 ) -> CachePlan:
-    """Plan the cache on the CPU; refuse settings for a GPU.
+    """Plan the cache on the CPU; refuse settings for a GPU, but only warn of `gpu_memory_utilization`.
 
-    It leaves memory free for image encoding and for `weights` bytes that are loaded later. With `ranks`, the plan fits
-    the memory of every rank.
+    Memory stays free for an indexer, for the image encoding of a loaded vision tower, and for `weights` bytes that are
+    loaded later. With `ranks`, the plan fits the memory of every rank.
     """
     placement = model.placement
     kinds = cache_kinds(config, model)
@@ -414,7 +414,7 @@ def _plan_on_cpu(
     index = _index_bytes(model.config, rows, threads, placement.recorded)
     room = main_room(threads, share, weights + index)
     if index:
-        room = dataclasses.replace(room, kept=f"{room.kept} beside {-(-index // MIB)} MiB for the choice of positions")
+        room = dataclasses.replace(room, kept=f"{room.kept} beside {-(-index // MIB)} MiB for the indexer")
     draft = model.draft if isinstance(model, LoadedModel) else draft
     beside = 0 if draft is None else cache_bytes(draft.config.cache_specs, 1, _element_bytes(draft, PLAIN))
     layers = model.layers if isinstance(model, LoadedModel) else None
@@ -503,7 +503,7 @@ def _build_on_cpu(
     draft_rows: int,
     ranks: Collective | None = None,
 ) -> tuple[StepwiseRunner, StepwiseRunner | HeadRunner | None, CachePlan]:
-    """Build the runner of the model, the runner of its draft model if there is one, and the plan of the cache."""
+    """Build the runner of the model, the runner of its draft model or draft head if any, and the plan of the cache."""
     plan = _plan_on_cpu(config, loaded, sequences, DEFAULTS["cpu"].share, ranks=ranks)
     logger.info(plan.message)
     if plan.warning:
@@ -598,8 +598,9 @@ def adapter_store(
     most: int,
     plan: CachePlan | None = None,
 ) -> AdapterStore:
-    """Build the adapter store, with at most `most` adapters in a step; leave memory for the cache of `plan`."""
-    left = max(0, available_memory() - (0 if plan is None else plan.page_bytes))
+    """Build the adapter store for `most` adapters in a step; by default, it leaves memory for a cache on the CPU."""
+    in_main_memory = 0 if plan is None or loaded.placement.device.type == "cuda" else plan.page_bytes + plan.state_bytes
+    left = max(0, available_memory() - in_main_memory)
     memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
     logger.info("adapters may take %.0f MB of memory", memory / 1e6)
     return AdapterStore(
@@ -608,7 +609,7 @@ def adapter_store(
 
 
 def _threads(config: EngineConfig, placement: Placement) -> dict[str, Any]:
-    """Return `threads` and `ranks` of `StepLimits`, by the ranks for which the weights were placed."""
+    """Return `threads` of `StepLimits`, and `ranks` if the weights are divided among ranks (groups of threads)."""
     memory = placement.weight_memory
     assert memory is not None
     if memory.ranks is not None:

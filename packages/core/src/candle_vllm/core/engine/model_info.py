@@ -16,16 +16,16 @@ class AdapterInfo(ShownStruct, frozen=True, kw_only=True):
 
     Attributes:
         name, path: the name and path that it was registered with.
-        digest: SHA-256 of its files, as hexadecimal digits; empty until they were read.
+        digest: SHA-256 of its configuration and weights, as hexadecimal digits; empty before it was first loaded.
         rank: the highest rank of its matrices.
         modules: number of the model's matrices that it changes.
-        delta_norm: Frobenius norm of all products s B A; replaced matrices, token rows and biases do not count.
+        delta_norm: Frobenius norm of all products B A times their scale; no replaced matrices, token rows or biases.
         nbytes: bytes in memory, now or when it was in memory last.
         state: "cold" (only on disk), "loading", "ready" (in memory) or "failed".
-        pinned: whether it stays in memory.
+        pinned: whether it is never evicted from memory.
         base: the base model that its files name.
         notes: remarks on its files, such as settings that have no effect here.
-        error: why it could not be loaded; None if it could.
+        error: why its last load failed; None if it has not failed.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"digest", "notes"})
@@ -48,17 +48,17 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     """The served model, for people and for `/v1/models`.
 
     Attributes:
-        default_sampling: values of sampling parameters that a request leaves out, without "max_tokens".
-        model_sampling: the defaults in the model's own files, including "max_tokens"; `default_sampling` adds the
-            engine's defaults and omits "max_tokens".
+        default_sampling: values of sampling parameters that a request leaves out, without "max_tokens"; empty for a
+            model that generates no text.
+        model_sampling: the part of `default_sampling` from the model's own files, with "max_tokens" if they set it.
         tasks: what the model can do: "generate", "embed", "score", "classify".
         modalities: input types: "text", and "image" for a model with vision.
         max_images: maximum number of images of a prompt; 0 for a text-only model.
         image_text: the text that its chat template writes for an image; empty for a text-only model.
         labels: names of a classifier's classes, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 if it is not an embedding model.
-        pooling: how hidden states are pooled to a vector, or to the input of a head: "mean", "cls", "last"; "all" for a
-            vector of each token; "sparse" for a weight of each token of the vocabulary.
+        pooling: how hidden states are pooled to a vector, or to the input of a head: "mean", "weighted_mean", "cls",
+            "last"; "all" for a vector of each token; "sparse" for a weight of each token of the vocabulary.
         prompts: instructions to prepend to a text, by purpose (`prompts` of sentence-transformers).
         implementation: "native" or "transformers", the library whose layers run; followed by "one sequence at a time"
             if these layers keep a cache of their own.

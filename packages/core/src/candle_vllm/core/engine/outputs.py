@@ -35,7 +35,7 @@ class FinishReason(enum.StrEnum):
             llama-server, and for a full context window in Anthropic; "" for a reason that is an error there.
         responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
         limit: a phrase for the limit that cut the answer; "" for an answer that was not cut.
-        openai: the reason in OpenAI's chat and completions; by default the value.
+        openai: the reason in OpenAI's chat and completions, which is the value.
     """
 
     STOP = "stop", "end_turn", "stop", "eos"  # end-of-sequence token, stop token or stop string
@@ -54,10 +54,9 @@ class FinishReason(enum.StrEnum):
 
     def __new__(cls, value: str, *spelled: str) -> Self:
         reason = str.__new__(cls, value)
-        reason._value_ = value
+        reason._value_ = reason.openai = value
         reason.complete = bool(spelled)
         reason.anthropic, reason.ollama, reason.llama_server, reason.responses, reason.limit = (spelled + ("",) * 5)[:5]
-        reason.openai = spelled[5] if len(spelled) > 5 else value
         return reason
 
     @property
@@ -98,9 +97,9 @@ class TokenLogprob(ShownStruct, frozen=True):
 
 
 class PositionLogprobs(ShownStruct, frozen=True):
-    """Log-probabilities at one position: the chosen token, and the likeliest tokens in descending order.
+    """Log-probabilities at one position: the sampled or prompt token, and the likeliest tokens in descending order.
 
-    If the request names tokens (`SamplingParams.logprob_token_ids`), `top` has the chosen token and the named tokens.
+    If the request names tokens (`SamplingParams.logprob_token_ids`), `top` of a sampled token has this and the named.
     """
 
     chosen: TokenLogprob
@@ -108,7 +107,7 @@ class PositionLogprobs(ShownStruct, frozen=True):
 
 
 class RequestMetrics(ShownStruct, frozen=True):
-    """Times of one request, `time.monotonic()` seconds, None while not reached; and counts of draft tokens.
+    """Times of one sequence, `time.monotonic()` seconds, None while not reached; and counts of draft tokens.
 
     Attributes:
         draft_tokens, accepted_draft_tokens: draft tokens that were tried, and how many were accepted.
@@ -136,25 +135,25 @@ class PromptProgress(ShownStruct, frozen=True):
 class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     """Output of one sequence after one step: new tokens, the text delta, and how the sequence ended.
 
-    `text` has only complete characters, and no possible beginning of a stop string. It may be empty while tokens
-    arrive, and the last output may contain text of earlier tokens. The concatenated `text` of all outputs of a sequence
-    is the text of the whole output.
+    Before the last output, `text` has only complete characters, and no possible beginning of a stop string. So it may
+    be empty, and a later output has the text. An incomplete character at the end is U+FFFD. The concatenated `text` of
+    all outputs of a sequence is the text of the whole output.
 
     Attributes:
         index: the sequence's index among the request's `n` sequences.
         special_tokens: (offset, id) of new special tokens whose names are part of the text, if they are not skipped;
             offsets are into the sequence's whole text, and may lie in text that later outputs bring.
         logprobs: one entry per new token, if the request asks for logprobs.
-        prompt_logprobs: on the first output of sequence 0, if requested; one per prompt token, None for the first.
+        prompt_logprobs: if requested, on the first output of sequence 0 with a token; one per prompt token, first None.
         finish_reason: set on the last output of the sequence.
-        stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
+        stop_reason: the stop string or stop token id that ended it; None otherwise, as for the model's own end token.
         num_cached_tokens: prompt tokens that came from the prefix cache.
-        progress: set on outputs that only report progress: before the first step, and after each part of the prompt.
+        progress: set on outputs that only report progress: in the first step, and after each chunk of the prompt.
         metrics: set on the last output.
         error: the message if `finish_reason` is ERROR.
         error_kind: "request" if the request's own parameters led to the error, "engine" otherwise.
         error_param: the parameter that led to the error, if it was a parameter.
-        pooled: on the only output of a `PoolingRequest`: its vector, its score, or its probabilities; float32.
+        pooled: on the only output of a `PoolingRequest`: its vectors, its score, its probabilities or logits; float32.
         vectors: number of vectors concatenated in `pooled`, if each token has a vector; else None.
     """
 
@@ -217,7 +216,7 @@ class CompletionOutput(ShownStruct, frozen=True, kw_only=True):
 
 
 class GenerationOutput(ShownStruct, frozen=True, kw_only=True):
-    """A finished request: its prompt and its `n` sequences in order of index."""
+    """A finished request and its `n` sequences by index. `metrics`: times of the last one to end, counts of all."""
 
     unshown: ClassVar[frozenset[str]] = frozenset({"request_id", "prompt_logprobs", "metrics"})
 
@@ -279,7 +278,7 @@ DRAFT_COUNTS = ("draft_tokens", "accepted_draft_tokens", "predicted_tokens", "ac
 
 
 def _of_all(known: Sequence[RequestMetrics]) -> RequestMetrics | None:
-    """Return the times of the sequence that ended last, with the counts of draft tokens of all sequences."""
+    """Return the times of the sequence that ended last, with the sums of `DRAFT_COUNTS` over all sequences."""
     if len(known) < 2:
         return known[0] if known else None
     last = max(known, key=lambda metrics: metrics.finished_time or 0.0)
@@ -343,11 +342,11 @@ class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
 
 
 class ClassificationOutput(ShownStruct, frozen=True, kw_only=True):
-    """Probabilities of the classes of one text.
+    """Probabilities of the classes of one text, or of each of its tokens.
 
     Attributes:
-        probs: float32 elements in the order of `ModelInfo.labels`, `array("f")`; they sum to 1 unless a text may be in
-            several classes. A regression model returns its outputs unchanged.
+        probs: float32 elements in the order of `ModelInfo.labels`, `array("f")`; their sum is 1 unless several classes
+            may apply. A regression model, or `use_activation=False`, gives the outputs of the head unchanged.
         vectors: number of tokens whose probabilities are concatenated, for a token classifier; else None.
         prompt_token_ids: the text's tokens, including tokens that the tokenizer adds.
     """

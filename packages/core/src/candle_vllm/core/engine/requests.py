@@ -33,7 +33,7 @@ class LoRARequest(ShownStruct, frozen=True):
         lora_name: the adapter's name; requests with equal names use the same adapter.
         lora_int_id: vLLM's number of the adapter; only `AsyncLLM` finds adapters by it.
         lora_path: a PEFT folder or a GGUF adapter; empty for an adapter that the engine knows already.
-        base_model_name: name of the base model; reported, and not compared.
+        base_model_name: name of the base model; has no effect.
         load_inplace: read the files again, and replace the adapter of this name.
     """
 
@@ -99,7 +99,7 @@ def adapter_uses(given: LoraChoice) -> tuple[AdapterUse, ...]:
     """Return the adapters that a call names for one request.
 
     Raises:
-        InvalidParameterError: `given` is neither a LoRARequest nor pairs of a LoRARequest and a scale.
+        InvalidParameterError: `given` is neither a LoRARequest nor pairs of one and a scale, or a scale is not valid.
     """
     if given is None:
         return ()
@@ -143,13 +143,13 @@ arrived: ContextVar[float | None] = ContextVar("arrived", default=None)
 
 
 def arrival_time() -> float:
-    """Return the time at which the current request arrived: metrics, logs, queues and the engine use this one."""
+    """Return when the server got the current request, else the time now; for metrics, logs, queues and the engine."""
     known = arrived.get()
     return time.monotonic() if known is None else known
 
 
 class Ranked(Protocol):
-    """A request in a queue of the server or of the engine; `arrival_time` is what the function of that name gave."""
+    """A request in a queue of the server or of the engine; its `arrival_time` comes from the function of that name."""
 
     @property
     def priority(self) -> int: ...

@@ -84,8 +84,8 @@ class Stat(NamedTuple):
     Attributes:
         form: what the field is, and how the values of several engines are aggregated. A "counter" counts since the
             start, and the values are added; a counter of type `Histogram` is a histogram. A "gauge" is a current value:
-            it ends with its engine, and the values are added. A "shared" gauge has the same value in all engines, or
-            one that they share: the maximum. A "constant" is fixed from the start: the first value that is not empty.
+            it ends with its engine, and the values are added. Of a "shared" gauge, such as bytes of a folder that
+            all engines use, the maximum is taken. Of a "constant", the first value that is neither 0 nor empty.
         series: the name of the series; empty if the field has no series of its own.
         help: the help text of the series.
         label: the label of a series with a sample for each element of the field: the element's index, from 0.
@@ -133,7 +133,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         num_blocks, num_free_blocks, block_size: blocks of the KV cache, free blocks now, tokens of a block.
         checkpoints, checkpoint_slots: current and maximum number of checkpoints of layer states.
         prompt_tokens, cached_prompt_tokens: tokens of all prompts since the start, and those found in the prefix cache.
-        generation_tokens: tokens sampled, since the start.
+        generation_tokens: tokens of all outputs, since the start.
         finished: sequences by finish reason, since the start.
         preemptions, steps: counts since the start.
         drafts, draft_tokens, accepted_draft_tokens: drafts (one for each sequence and step), draft tokens, and accepted
@@ -143,7 +143,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             the drafter chooses their number by it. Empty without speculative decoding.
         adapters, adapters_in_memory, adapter_bytes: known adapters, adapters in memory and their bytes, now.
         adapter_loads, adapter_load_failures, adapter_evictions: counts since the start.
-        adapter_load_seconds: total time of the loads.
+        adapter_load_seconds: total time of these loads, failed ones included.
         max_adapters: maximum number of adapters in one step; 0 without LoRA.
         running_adapters, waiting_adapters: current number of sequences by adapter, only for the adapters with the most.
         kept_block_bytes: current bytes of offloaded blocks (KV tiers) on disk, in main memory and in Redis (in the last

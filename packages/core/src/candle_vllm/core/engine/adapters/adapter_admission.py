@@ -3,8 +3,8 @@
 
 A sequence is admitted when its adapters are in memory and the step has LoRA slots for them (`max_loras` different
 adapters). Until then later sequences overtake it, and may take the slots or the memory that it waits for. So after
-`patience` admissions, the running adapters with the fewest sequences are closed, one for each slot that the first
-sequence held back needs: until it is admitted, others with a closed adapter, or with one that is not running, wait.
+`patience` admissions, the running adapters with the fewest sequences are closed: one for each slot that the first
+sequence held back lacks, or one for memory. Until then, new sequences whose adapters are closed or not running wait.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entry
 from candle_vllm.core.engine.step.sequence import Sequence
 
-_MOST_NAMED: Final = 64  # maximum number of adapters in `EngineStats`
+_MOST_NAMED: Final = 64  # maximum number of adapters in `running_adapters`, and in `waiting_adapters`
 
 
 class AdapterAdmission:
@@ -33,7 +33,7 @@ class AdapterAdmission:
         self.most = most
         self._patience = patience
         self._running: Counter[Entry] = Counter()  # running sequences of each adapter
-        self._begun = 0
+        self._begun = 0  # number of admissions
         self._first: Sequence | None = None  # the first sequence that was held back in this step
         self._closed: frozenset[Entry] | None = None  # no sequence with these adapters is admitted before `_first`
         self._stale = False  # the waiting sequences have changed since the last `AdapterStore.want`

@@ -2,8 +2,8 @@
 """Load adapters from files and pack them for a model's steps, in the adapter store's thread.
 
 An adapter is read, matched with the base model's matrices (fitted), and packed. Adapters of one kind, such as all from
-one training script, differ only in the values of elements: the packing of the second adapter of a kind is recorded,
-and replayed for later ones (`Repacking`).
+one training script, differ only in the values of elements: with compiled kernels, the packing of the second adapter of
+a kind is recorded, and replayed for it and for later ones (`Repacking`).
 """
 
 from __future__ import annotations
@@ -42,16 +42,14 @@ Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | Non
 
 
 def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> dict[str, Any]:
-    """Return the fields of `StepLimits` for adapters on the CPU or of an encoder; `lora_dtype` sets the products' type.
+    """Return the fields of `StepLimits` for adapters on the CPU or of an encoder; raise ConfigError for lora_dtype f16.
 
     "auto" means int8 if the base model's compiled kernels use int8 products too, because the error of these products is
     many times larger than an int8 adapter's; float32 if the model's matrices are float32; else bfloat16.
     """
     dtype = config.lora_dtype.upper()
     if dtype == "F16":
-        raise ConfigError(
-            "lora_dtype 'f16': on the CPU adapters must be bf16, f32 or int8: set one of them", "lora_dtype"
-        )
+        raise ConfigError("lora_dtype 'f16' is for decoders on a GPU: set bf16, f32 or int8", "lora_dtype")
     if dtype == "AUTO" and loaded.placement.recorded and loaded.dtype.startswith("int8"):
         dtype = "I8"
     elif dtype == "AUTO":
@@ -93,7 +91,7 @@ def adapter_packer(
 def adapter_loader(
     config: EngineConfig, loaded: LoadedModel | LoadedEncoder, runner: ModelRunner, memory: int
 ) -> Callable[[Path], LoadedAdapter]:
-    """Return a function that loads an adapter of at most `memory` bytes; it must be called in one thread."""
+    """Return a function for one thread that loads an adapter; the bytes of all adapters, `memory`, limit its file."""
     dtype = "BF16" if loaded.placement.device.type == "cuda" else adapter_limits(config, loaded)["adapter_dtype"]
     limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED[dtype] * memory)
     watch: Watch | None = None

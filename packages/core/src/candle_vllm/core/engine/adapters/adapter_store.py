@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """AdapterStore: an engine's LoRA adapters by name, the adapters in memory, and the thread that loads them.
 
-An adapter is on disk only, or also in memory, packed for steps. A thread of the store reads, checks and packs the
-adapters that sequences wait for, one after the other in the order of the waiting sequences, so no step waits for a
-file. The least recently used adapter is evicted when the memory is full.
+An adapter is on disk only, or also in memory, packed for steps. A thread of the store reads, checks and packs
+adapters one after the other: in turn for callers of `add` or `pin`, and for waiting sequences in their order. So no
+step waits for a file. If the memory is full, the least recently used adapter that nobody needs is evicted.
 
 A sequence leases its adapters when it is first admitted and holds the lease to its end, also while it is preempted. The
 leased weights stay the same even if the name is removed or gets different files; an old entry is dropped with its last
@@ -38,12 +38,12 @@ from candle_vllm.core.setting_kinds import nearest
 logger = logging.getLogger(__name__)
 
 FAILED_FOR = 10.0
-"""Seconds for which an adapter that could not be loaded is not tried again."""
+"""Seconds after a failed load in which requests do not load the adapter again; `add` and `pin` do."""
 PATIENCE = 110.0
-"""Seconds for which a caller waits for an adapter."""
+"""Seconds for which `AdapterStore.call` waits for an adapter."""
 MAX_NAMES = 1 << 20
 MAX_LOOSE_NAMES = 10_000
-"""Maximum number of names registered by requests and not by `add`; the least recently used are forgotten."""
+"""Maximum number of names registered only by requests; the least recently used that are not in use are forgotten."""
 _SHOWN_NAMES = 10
 _CROWDED = "running requests and pinned adapters use all the memory for adapters (lora_memory, max_cpu_loras)"
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
@@ -90,7 +90,7 @@ class Entry:
     Attributes:
         name, path: the name and path that it was registered with.
         loaded: the loaded adapter; None if it is not in memory.
-        error: why it could not be loaded; None if it could.
+        error: why its last load failed; None if it has not failed.
         crowded: whether it waits for memory that leased, pinned or more urgent adapters occupy.
         attempts: number of loads that have ended, failed loads included.
     """
@@ -148,7 +148,7 @@ class AdapterStore:
         self._most, self._most_bytes, self._most_at_once = most or 1 << 62, most_bytes, most_at_once
         self._change = threading.Condition()  # guards everything below, and the entries
         self._entries: dict[str, Entry] = {}
-        self._loose: dict[str, None] = {}  # names registered by requests and not by `add`, least recently used first
+        self._loose: dict[str, None] = {}  # names registered only by requests, least recently used first
         self._coming: dict[str, Entry] = {}  # new entries of known names, whose files are not loaded yet
         self._in_memory: dict[Entry, None] = {}  # in memory, least recently used first
         self._bytes = 0
@@ -162,13 +162,13 @@ class AdapterStore:
     # ---- names -------------------------------------------------------------------------------------------------------
 
     def find(self, use: AdapterUse, *, again: bool = False) -> Entry:
-        """Return the entry of a name; register a new name that comes with a path.
+        """Return the entry of a name; register a new name, or different files of a known one (`load_inplace`).
 
         Args:
             again: whether to retry a failed adapter at once.
 
         Raises:
-            InvalidParameterError: no adapter has this name, it has a different path, or it has just failed to load.
+            InvalidParameterError: no adapter has this name, its path differs, it has just failed, or no name is left.
         """
         with self._change:
             entry = self._entries.get(use.name)
@@ -198,7 +198,7 @@ class AdapterStore:
             return entry
 
     def found(self, uses: Sequence[AdapterUse]) -> Entries:
-        """Return the entries of a request's adapters, without adapters of scale 0. Raises as `find`."""
+        """Return the entries of a request's adapters but those of scale 0. Raises as `find`, and for too many."""
         entries = tuple((self.find(use), use.scale) for use in uses)
         acting = tuple((entry, scale) for entry, scale in entries if scale)
         most = min(self._most_at_once, self._most)
@@ -214,7 +214,7 @@ class AdapterStore:
         """Carry out an operator's call; for a removed adapter, return an `AdapterInfo` with its name only.
 
         Raises:
-            AdapterError, InvalidParameterError: see `add`.
+            AdapterError, EngineDeadError, InvalidParameterError: see `add`.
             EngineOverloadedError: the adapter was not loaded in time.
         """
         if call.what == "list":
@@ -235,6 +235,7 @@ class AdapterStore:
         Raises:
             AdapterError: the adapter cannot be loaded; a new name is dropped.
             InvalidParameterError: see `find`.
+            EngineDeadError: the store was closed.
             TimeoutError: it was not loaded in time; it may be loaded later.
         """
         with self._change:
@@ -306,7 +307,7 @@ class AdapterStore:
     def expect(self, entries: Entries) -> None:
         """Load the adapters of a request that is about to be queued, after the adapters of waiting sequences.
 
-        The engine queues the request only after its current step; its adapters can be read from disk until then.
+        The engine queues the request only after its current step; meanwhile its adapters can be read from disk.
         """
         if any(entry.loaded is None for entry, _ in entries):
             with self._change:
@@ -385,7 +386,7 @@ class AdapterStore:
         return entry
 
     def _forget_loose(self) -> None:
-        """Drop names that `add` has not registered, until the limit is met; names in use stay."""
+        """Drop names that only requests registered, until there is one less than the limit; names in use stay."""
         many = len(self._loose) + 1 - MAX_LOOSE_NAMES
         if many > 0:
             busy = {*self._wanted, *self._expected, *self._asked, *self._coming.values()}
@@ -414,6 +415,7 @@ class AdapterStore:
             finally:
                 self._asked[entry] -= 1
                 self._asked += Counter()  # drops entries with a count of 0
+                self._drop_forgotten()
             if self._closed:
                 raise EngineDeadError("the engine is closed")
             tried_in_vain = entry.attempts > before and entry.state != "ready" and entry.error is not None
@@ -431,7 +433,7 @@ class AdapterStore:
         self._change.notify_all()
 
     def _drop_forgotten(self) -> None:
-        """Evict adapters whose name was removed and that no sequence or caller leases or waits for."""
+        """Evict entries whose name is removed or has a new entry, if no sequence or caller leases or waits for them."""
         for entry in [each for each in self._in_memory if self._entries.get(each.name) is not each]:
             if not entry.leases and entry not in (*self._asked, *self._wanted, *self._expected):
                 self._let_go(entry)
@@ -442,7 +444,7 @@ class AdapterStore:
         entry.loaded, entry.state = None, "cold"
 
     def _order(self) -> list[Entry]:
-        """Return the entries to load, each once: those of callers and of sequences; which come first alternates."""
+        """Return the entries that callers and sequences wait for, each once; which of the two come first alternates."""
         wanted = dict.fromkeys((*self._wanted, *self._expected))
         asked = [entry for entry in self._asked if entry not in wanted]
         return [*asked, *wanted] if self._callers_next else [*wanted, *asked]
@@ -451,7 +453,7 @@ class AdapterStore:
         """Return the next entry to load, if there is memory for it.
 
         If there is no memory for a sequence's entry, no entry of a later sequence is loaded, which could take that
-        memory. A caller's entry without memory is skipped. Callers and sequences alternate.
+        memory. A caller's entry without memory is skipped. An entry fails if pinned adapters leave no memory for it.
         """
         order, wanted, stopped = self._order(), {*self._wanted, *self._expected}, False
         for place, entry in enumerate(order):
@@ -484,7 +486,7 @@ class AdapterStore:
         """Evict adapters until there is enough memory; return False, without evicting, if that is impossible.
 
         Args:
-            nbytes, count: bytes and number of the adapters that need memory.
+            nbytes, count: bytes and number of further adapters that need memory.
             before, behind: entries that are needed sooner (never evicted), and later (evicted last).
         """
         stays = {entry for entry in self._in_memory if entry.leases or entry.pinned}.union(before)

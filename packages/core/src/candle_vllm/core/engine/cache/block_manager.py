@@ -51,7 +51,7 @@ class BlockManager:
         enable_prefix_caching: publish and find blocks.
 
     Attributes:
-        forgot: called with the hash of a block when the block is no longer published.
+        forgot: called with the hash of a block that is unpublished, unless an equal block replaces it.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -100,7 +100,7 @@ class BlockManager:
             self._owners[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
-        """Allocate the queue's first `count` blocks: unpublished, then least recently used; None if fewer are free."""
+        """Allocate the first `count` blocks of the free queue, and unpublish them; None if fewer are free."""
         if count > len(self._free):
             return None
         taken = []

@@ -6,7 +6,7 @@ bytes; data that is too short, damaged or of another block is rejected. The stor
 
 A block's file is `<fingerprint>/<first two digits>/<hash>`: the block's hash, in a folder by its first two digits, in a
 folder by the fingerprint, which is a hash of everything else that determines the block's bytes. The file holds the
-header and the bytes of all layers: keys, then values.
+header and the bytes of all layers in the layout of the runner's cache. Checkpoints of states are stored as blocks.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BlockStore(Protocol):
         ...
 
     def has(self, digest: bytes) -> bool:
-        """Whether the store surely has a block, so that the caller need not write it."""
+        """Whether the store has a block, as far as it knows, so that the caller need not write it."""
         ...
 
     def may_have(self, digest: bytes) -> bool:
@@ -64,10 +64,10 @@ class BlockStore(Protocol):
         ...
 
     def read(self, digest: bytes) -> Bytes | None:
-        """Return a block's bytes; None, or OSError, if the store does not have the block.
+        """Return a block's bytes; None, or an OSError, if the store does not have the block.
 
         Raises:
-            OSError: the block could not be read, or was damaged; a damaged block is deleted.
+            OSError: the block is absent, could not be read, or was damaged; a damaged block is deleted.
         """
         ...
 
@@ -117,7 +117,7 @@ class BlockFolder:
         block_bytes: size of a block.
 
     Raises:
-        ConfigError: the folder cannot be used, or other users may read or write it.
+        ConfigError: the folder cannot be used, other users may access it, or the limit is less than one block.
     """
 
     def __init__(self, folder: Path, fingerprint: str, most_bytes: int, block_bytes: int) -> None:
@@ -279,7 +279,7 @@ class HostBlocks:
     def __init__(self, most_bytes: int, block_bytes: int) -> None:
         if most_bytes < block_bytes:
             raise ConfigError(
-                f"kv_offloading_size {most_bytes / (1 << 30):g} GiB is too small for one block of {block_bytes} bytes",
+                f"a rank's kv_offloading_size of {most_bytes} bytes is too small for one block of {block_bytes} bytes",
                 "kv_offloading_size",
             )
         self._most, self._block_bytes = most_bytes // block_bytes, block_bytes

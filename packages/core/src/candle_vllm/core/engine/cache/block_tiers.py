@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """KV tiers: offload full blocks of the KV cache to a store, and read them back (step 4 of a request's life).
 
-Threads write published blocks to the store while steps run, except blocks for which the store is too slow. So a prefix
+A thread writes published blocks to the store while steps run, unless the store is too slow or has just failed. A prefix
 can be found after its blocks were evicted from the cache, and after a restart if the store is persistent. If the next
-blocks of a waiting sequence may be in the store, threads read them, and the engine copies them to free blocks and
-publishes these; the sequence then finds them in the prefix cache. A block that is too short, damaged or late, or that
-cannot be copied, is computed again, and no request fails. Only a rank after the first that cannot copy its part of a
-block to its cache ends the engine, because the block is published by then.
+blocks of a waiting sequence may be in the store, threads read them, and the engine publishes free blocks and copies
+the bytes there; the sequence then finds these blocks in the prefix cache. A block that is too short, damaged or late,
+or that cannot be copied, is computed again, and no request fails. Only a rank after the first that cannot copy its part
+of a block to its cache ends the engine, because the block is published by then.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 _WAITING_BYTES = 64 << 20
-"""Limit of the bytes that wait for the store, and of those that wait for the cache; one block may always wait."""
+"""A rank's limit of bytes that wait for the store, and of those that wait for the cache; one block may always wait."""
 _Look = Callable[[Sequence[bytes]], None]
 _Report = Callable[[int, bool, bool], object]
 _PATIENCE = 1.0  # seconds without a new block after which a sequence no longer waits, and a store counts as hanging
-_SILENCE = 60.0  # seconds after a failure during which nothing is written and no other failure is logged
+_SILENCE = 60.0  # seconds after a failed write without writes, and after a logged failure to read without another
 _PAUSE = 0.05  # seconds between two checks of the writing thread while closing
 _MOST_READERS = 4
 _LOOK = 0.005  # seconds between two checks whether other ranks have written all blocks
@@ -198,7 +198,7 @@ class BlockParts:
         return self._store.may_have(digest) or digest in self._to_write
 
     def offer(self, block: int, digest: bytes) -> None:
-        """Copy a full, published block and write it to the store, unless the store has it."""
+        """Copy a full block for the writing thread, unless the store has it, is too slow or has just failed."""
         if self._store.has(digest) or digest in self._to_write or time.monotonic() < self._quiet_until:
             return
         if self._to_write and (len(self._to_write) + 1) * self._size > _WAITING_BYTES:
@@ -225,7 +225,7 @@ class BlockParts:
                 self._wake.notify_all()
 
     def bring(self, number: int, block: int) -> None:
-        """Copy the next block of a reading to the cache; with `block` -1 drop it, because the cache already has it."""
+        """Copy the next block of a reading to the cache; with `block` -1 drop it, as the cache has it already."""
         with self._wake:
             reading = self._readings[number]
             data = reading.read.popleft()
@@ -399,9 +399,9 @@ class _Reading:
 class OffloadedBlocks:
     """Offloads published blocks to a store, and reads the prefixes of waiting sequences back.
 
-    `offer`, `is_ready`, `take`, `left` and `reset` belong to the engine's thread. If the model is divided among ranks,
-    each rank has its parts of the blocks in its own store. The first rank sends the others the blocks to write and to
-    read; a block is found if every rank has found its part.
+    All methods but `heard` and `stats` belong to the engine's thread. If the model is divided among ranks, each rank
+    has its parts of the blocks in its own store. The first rank sends the others the blocks to write and to read; a
+    block is found if every rank has found its part.
 
     Args:
         store: the store of this rank's parts.
@@ -570,7 +570,7 @@ class OffloadedBlocks:
             time.sleep(_LOOK)
 
     def _send_offers(self) -> None:
-        """Send the offered blocks to the other ranks in one message: many messages might fill a line during a step."""
+        """Send the offered blocks to the other ranks in one message: many might fill a rank's line during a step."""
         if self._offered and self._others is not None:
             self._others.offer(self._offered)
             self._offered = []
@@ -671,7 +671,7 @@ def keep_blocks(
     others: OtherParts | None = None,
     pool: StatePool | None = None,
 ) -> OffloadedBlocks | OffloadedPrefixes | None:
-    """Return the KV tiers of the settings; None without KV tiers. Raises ConfigError if the model cannot have them."""
+    """Return the KV tiers of the settings; None without KV tiers. Raises ConfigError if they cannot be used."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, drafts, 0)
     if store is None:

@@ -52,7 +52,8 @@ class RedisBlocks:
         self._size, self._listed, self._most = block_bytes, listed, most_bytes // (block_bytes + HEADER)
         if not self._most:
             raise ConfigError(
-                f"prompt_cache_bytes {most_bytes} is too small for one block of {block_bytes + HEADER} bytes",
+                f"the part of prompt_cache_bytes for these blocks, {most_bytes}, is too small for one block of "
+                f"{block_bytes + HEADER} bytes",
                 "prompt_cache_bytes",
             )
         own = own_name(fingerprint)
@@ -67,7 +68,7 @@ class RedisBlocks:
         looking.join(TIMEOUT)
 
     def has(self, digest: bytes) -> bool:
-        """Whether this process has written, read or found the block; Redis may have more blocks."""
+        """Whether this process knows that Redis has the block: it has written, read or found it, and not deleted it."""
         return digest in self._known and not self._to_clear
 
     def may_have(self, digest: bytes) -> bool:
@@ -76,7 +77,7 @@ class RedisBlocks:
         return answers and (not self._listed or digest in self._known)
 
     def look(self, digests: Sequence[bytes]) -> None:
-        """Look up which of the last 500 of these blocks are in Redis; must not run in the engine's thread."""
+        """Look up which of the last 500 of these blocks the index in Redis has; must not run in the engine's thread."""
         asked = list(digests[-_AT_ONCE:])
         try:
             if asked and time.monotonic() >= self._quiet_until:

@@ -178,7 +178,7 @@ class StatePool:
             self._discard(slot)
 
     def reset(self) -> None:
-        """Unpublish all checkpoints, also those whose block was never read; runs keep those that they will read."""
+        """Unpublish all checkpoints, also those without a cached block; runs keep those that they will read."""
         for digest in list(self._published):
             self.forget(digest)
 

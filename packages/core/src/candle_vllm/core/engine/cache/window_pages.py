@@ -23,7 +23,7 @@ class PagePool:
     """The pages of the layers with one window size.
 
     Args:
-        room: window size and number of pages: at least `WindowRoom.blocks` + 1, because page 0 is never used.
+        room: window size and number of pages: those that one sequence needs at least, and page 0, which is never used.
         page_of: [num_blocks] page of each block, which steps read; 0 for a block without a page, so all 0 at first.
         hash_of: [num_blocks] the hash of each published block; None for other blocks.
         block_size: tokens of a block.
@@ -134,7 +134,7 @@ class WindowedBlocks(BlockManager):
         return all(pool.page_of[block] or place < pool.first(end * self.block_size) for pool in self.pools)
 
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
-        """Whether a sequence of `needed` blocks, some of them shared, can start while `reserve` pages stay free."""
+        """Whether a sequence of `needed` with `shared` blocks can start and leave `reserve` free pages in each pool."""
         return all(pool.has_room(shared, needed, reserve) for pool in self.pools)
 
     def begin(self, sequence: Sequence, cached: int) -> None:
@@ -148,7 +148,7 @@ class WindowedBlocks(BlockManager):
         """Release the pages before the windows of position `start`, and allocate pages for the positions up to `end`.
 
         Args:
-            sequence: the sequence. Blocks that a running step fills are not published yet and keep their page.
+            sequence: blocks that a running step fills are not published yet and keep their page.
             start, end: positions of its run. `start` is no draft token, so rejected drafts never need a released page.
             spare: pages that must stay free.
 

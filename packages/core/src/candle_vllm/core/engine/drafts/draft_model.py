@@ -42,14 +42,14 @@ Offer = tuple[list[int], list[float]]
 FADING = 256.0  # number of tries after which earlier tries count half
 OWN_WEIGHT = 6.0  # number of a sequence's tries that have as much weight as the tries of all other sequences
 SURE = 0.98  # upper bound of an estimated acceptance probability
-FIXED = 5.7  # reading the weights takes as long as this many rows, until times were measured
+FIXED = 5.7  # assumption: reading the weights takes as long as this many rows
 
 _EDGES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.96, 0.99)  # edges of the buckets of the draft model's own probability
 _LIKELY = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)  # assumed acceptance chance of each bucket at the start
 _PRIOR = 8.0  # weight of the assumed chances, in tries
 _NEAR = 16  # maximum unread tokens that the first draft step reads too; more are read in chunks before it
 _CHUNK = 64  # prompt rows that are read between two target steps while other sequences wait
-_IDLE = 4  # steps without a draft that saves time, after which a model that reads every target step pauses
+_IDLE = 4  # value of `Own.idle` at which a model that reads every target step pauses for the sequence
 _PAUSE = 256  # tokens of the first pause of a sequence whose drafts save no time; the next is four times as long
 
 
@@ -94,7 +94,7 @@ class Own:
         base, candidates, buckets, rows: the last drafts: length of the sequence before them, the tokens, the
             probability bucket of each, and the length of the sequence with the rows written for them.
         hits, expected, tries: fading counts of its draft tokens: accepted, expected to be accepted, all judged.
-        idle: number of consecutive steps in which drafts saved no time.
+        idle: steps in which no draft of the model promised to save time, since a pause or a better draft.
         pause, until: length of the next pause in tokens, and the sequence length at which the current pause ends.
     """
 
@@ -381,7 +381,7 @@ class DraftModel:
         return _best(each.chance, self._typical(each.own, each.live), left, each.worth)[2] > 0
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Return the runs of the first step, which read the last unread tokens, and the sequences it drafts for."""
+        """Return the runs that read the last unread tokens, and their sequences; for the others, read a chunk now."""
         room = self._most_rows - len(asked)
         runs: list[Run] = []
         ready: list[Asked] = []
@@ -429,7 +429,7 @@ class DraftModel:
     def _run(self, runs: list[Run], ready: list[Asked]) -> tuple[list[int], list[float]]:
         """Run one step of the draft model; return the draft token of each `ready` sequence and its probability.
 
-        A token of -1 means that the logits were not finite.
+        If any logits are not finite, all tokens are -1.
         """
         began = time.perf_counter()
         batch = self._batches.build(runs)
@@ -473,7 +473,7 @@ class DraftModel:
         return temperature, min_p, top_k if top_k < self._vocab_size else 0, top_p, uniform
 
     def _take(self, each: Asked, token: int, probability: float) -> bool:
-        """Append a draft token; return whether another may follow it."""
+        """Append a draft token, unless it is no token or too unlikely; return whether another may follow it."""
         if not 0 <= token < self._target_words or probability < self._config.draft_p_min:
             return False
         own, bucket = each.own, bisect.bisect(_EDGES, probability)

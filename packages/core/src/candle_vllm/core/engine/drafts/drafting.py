@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Draft tokens without a draft model, and how many of them a step tries (after a step's commit).
+"""Find draft tokens without a draft model, and choose those that a step tries (after a step's commit).
 
 A step reads the weights once for all of its rows, so checking a few draft tokens costs little more than a plain step,
 and each accepted token saves a step. Draft tokens are tokens that a grammar forces, and the text that followed the same
-suffix earlier: in the prompt, in the answer, or in a past answer. They are run as rows after the sequence's last token
-and are accepted up to the first one that differs from the sampled token, so answers do not change.
+suffix earlier: in the prompt, the answer, a past answer or a predicted output. They are run as rows after the
+sequence's last token, and accepted up to the first that differs from the sampled token, so answers do not change.
 
 The probability of acceptance is estimated from earlier drafts, by the length of the match and by sequence. Drafts are
 compared with the answer whether they were tried or not. A step tries the number of draft tokens that saves the most
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _OPENING = 12  # the beginning of a predicted output is treated as a match of this length
 _COUNTS = (1, 2, 4, 8, 16)  # numbers of draft tokens for which it is checked whether they can save time
 _LEAST_REST, _TIMED = 64, 8  # minimum steps of a rest, and the number of steps at its end that are timed
-_PATIENCE = 16  # steps with drafts that were not worth trying, after which measured step times are relaxed
+_PATIENCE = 16  # steps for which no draft was worth trying, after which measured step times are relaxed
 _SLOW = 0.003  # maximum seconds per step for a sequence's grammar calls; above it the sequence gets no drafts
 _LOOKED = 1024  # prompt and prediction tokens that one step indexes, so that a long text does not delay it
 _SHORT, _MARK_WEIGHT = 2, 1.5  # longest match that is judged by its last token (`mark`), too; tries of its prior
@@ -60,7 +60,7 @@ class _Match:
 
     Attributes:
         tokens, place: the text that contains it, and the index of its next token there.
-        length: number of matching tokens before it; 0 for tokens that a grammar forces.
+        length: number of matching tokens before it; `_OPENING` at the start of a prediction, 0 for forced tokens.
         mark: with a grammar, the last token of a short match until its first draft token is judged; else None.
         end, then: the index at which another match takes over, and that match; None without one.
     """
@@ -113,9 +113,9 @@ class _Record:
 
 
 def _asks(live: LiveSequence) -> bool:
-    """Return whether a sequence may have drafts: its request allows them, and its grammar, if any, can be copied.
+    """Return whether a sequence may have drafts; with a grammar, only without logprobs and other edits of its logits.
 
-    A draft that exceeds a limit of the grammar fails in the copy, and does not change the sequence's own state."""
+    A draft that exceeds a limit of the grammar fails in a copy, and does not change the sequence's own state."""
     state = live.state
     grammar = state.grammar
     if live.is_over or not state.params.num_speculative_tokens:
@@ -127,12 +127,12 @@ class StepTimes:
     """Measured times of steps with a class of batch sizes, and whether drafts have saved time in them.
 
     Times of plain steps are in seconds, by the number of sequences. Times of steps with drafts are in units of a
-    plain step with as many sequences. Each time is the lower median of the last few measured times, so that one slow
-    step has no influence; the first two steps with a number of drafts have little influence. The time of a number of
-    drafts that is not tried for a while approaches its assumed value, so that it is tried again.
+    plain step with as many sequences. They follow the lower median of the last few measured times, so that one slow
+    step has no influence; the first two steps with a number of drafts have little influence. If no draft is tried for
+    a while, slow times approach their assumed values, so that drafts are tried again.
 
     Args:
-        lives: number of sequences of the class.
+        lives: a number of sequences of the class, for the assumed times.
         most: maximum number of draft tokens of a step.
 
     Attributes:
@@ -163,7 +163,7 @@ class StepTimes:
         return _lower_median(seen) if len(seen) > 2 else 0.0
 
     def __call__(self, drafts: int) -> float:
-        """Time of a step with this number of draft tokens, in plain steps."""
+        """Return the time of a step with this number of draft tokens, in plain steps."""
         return self._curve[min(drafts, len(self._curve) - 1)]
 
     def seconds(self, lives: int, rows: int) -> float:
@@ -564,7 +564,7 @@ class Drafter:
         return min(probability, SURE)
 
     def _chances(self, record: _Record, match: _Match, chance: float, least: float, most: int) -> list[float]:
-        """Return, for each next token, the probability that it and all before it are accepted; stop below `least`."""
+        """Return the probability that each next token and all before it are accepted; the first is at least `least`."""
         chances, length, mark = list[float](), match.length, match.mark
         for _ in range(most):
             chance *= self._probability(record, length, mark)

@@ -42,8 +42,8 @@ class Text:
     def find(self, end: Sequence[int], least: int, most: int) -> tuple[int, int]:
         """Find an earlier occurrence of a text's last tokens; return the index after it and the length of the match.
 
-        The longest match is returned, the latest of equally long ones; (0, 0) if no match has `least` tokens. If
-        `end` is this text itself, its end does not match itself.
+        The longest match of the last `_CANDIDATES` is returned, with at most `most` tokens; the latest of equally long
+        ones; (0, 0) if no match has `least` tokens. If `end` is this text itself, its end does not match itself.
         """
         size = len(end)
         tokens, begun, first, earlier = self.tokens, self._begun, self._first, self._earlier
