@@ -343,7 +343,7 @@ def test_wrong_structural_tags(takes: Taker, tag: Any, message: str) -> None:
         ({"grammar": 'start: "%json" | %json {}'}, "%json where no schema can be"),
         ({"grammar": "start: %json x"}, "no JSON schema behind %json"),
         ({"grammar": "start: " + "(" * 3000}, "more than 2000 brackets inside each other"),
-        ({"grammar": "start: " + '"a"' * 6000}, "5000 behind each other"),
+        ({"grammar": "start: " + '"a"' * 6000}, "5000 in one sequence"),
         ({"grammar": "root ::= " + "(" * 3000}, "3001 rules and brackets; at most 2000"),
     ],
 )

@@ -17,8 +17,8 @@ from llguidance import gbnf_to_lark as gbnf
 
 from candle_vllm.core.sampling.structured import refused
 
-MAX_GBNF = 2_000  # rules and opening brackets of a grammar
-MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of comments, and of rules
+MAX_GBNF = 2_000  # rules and opening brackets of a grammar, in literals and comments too
+MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of the number of comments or rules
 _MAX_ROUNDS = 20  # over all rules; a grammar that needs more has terminals of one character
 _RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
 _BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time

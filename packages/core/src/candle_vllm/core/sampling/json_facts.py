@@ -96,7 +96,7 @@ class Span(NamedTuple):
     high_open: bool = False
 
     def misses(self, other: Span) -> bool:
-        """Return whether no number is in both."""
+        """Return whether no number is in both; two spans of which one is empty may count as overlapping."""
         return self._ends_before(other) or other._ends_before(self)
 
     def _ends_before(self, other: Span) -> bool:
@@ -237,7 +237,7 @@ class Facts:
         )
 
     def _entries(self, parts: Sequence[Place], name: str) -> Iterator[list[Place]]:
-        """Return the schemas of a property."""
+        """Yield, for each part that constrains a property, the `parts` of the property's schema."""
         for schema, base in parts:
             properties = schema.get("properties", {})
             if isinstance(properties, dict) and name in properties:
