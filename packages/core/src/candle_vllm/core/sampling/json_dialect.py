@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from candle_vllm.core.sampling.json_facts import BOUNDS, LISTS, types_of
+from candle_vllm.core.sampling.llguidance_grammar import shortened
 from candle_vllm.core.sampling.structured import refused
 
 MAX_COUNT = (1 << 31) - 1  # maximum value of minLength and similar keywords
@@ -166,27 +167,33 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
     for name in _MAPS:
         if not isinstance(schema.get(name, {}), dict):
             raise refused(f"{name} must be an object (at {place})")
-    listed = [schema.get("required", []), *schema.get("dependentRequired", {}).values()]
-    listed += [needs for needs in schema.get("dependencies", {}).values() if isinstance(needs, list)]
-    for names in listed:
+    listed = [("required", schema.get("required", []))]
+    listed += [("each value of dependentRequired", needs) for needs in schema.get("dependentRequired", {}).values()]
+    listed += [("a list in dependencies", e) for e in schema.get("dependencies", {}).values() if isinstance(e, list)]
+    for what, names in listed:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise refused(f"required must be a list of names (at {place})")
+            raise refused(f"{what} must be a list of names (at {place})")
     for name in ("pattern", "format"):
         if not isinstance(schema.get(name, ""), str):
             raise refused(f"{name} must be a text (at {place})")
 
 
-def taker(schema: dict[str, Any], *, unknown: bool = False) -> Callable[[str], bool]:
-    """Return a function that checks if a text matches a string schema; `unknown` if llguidance cannot compile it."""
+def taker(schema: dict[str, Any], *, unknown: bool | None = None) -> Callable[[str], bool]:
+    """Return a function that checks if a text matches a string schema.
+
+    If llguidance cannot compile the schema, the function returns `unknown`. If that is None, the function returns False
+    for a schema that no text matches, and other schemas are refused."""
     from llguidance import LLMatcher, LLTokenizer
 
     grammar = json.dumps({"grammars": [{"json_schema": {**schema, "type": "string"}}]})
     begun = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    if unknown is None and begun.is_error() and "Unsatisfiable schema" not in begun.get_error():
+        raise refused(f"the JSON schema is not supported or wrong: {shortened(begun.get_error())}")
 
     def takes(text: str) -> bool:
         said = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f").encode(errors="replace")
         matcher = begun.deep_copy()
-        return unknown if matcher.is_error() else matcher.consume_tokens([*said]) and matcher.is_accepting()
+        return bool(unknown) if matcher.is_error() else matcher.consume_tokens([*said]) and matcher.is_accepting()
 
     return takes
 

@@ -224,6 +224,8 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
         return None
     if held is False:
         return _only("object", own, [{"maxProperties": 0}])
+    if not isinstance(held, dict):
+        raise refused(f"a JSON schema must be an object or a boolean (at {at.place}/propertyNames)")
     parts = list[Schema]()
     for one in cases.facts.parts(json_facts.Place(held, at.base)):
         if one.schema is not False:
