@@ -107,6 +107,8 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
             ["#", "y#b", 'y"b', "c"],
             ["y", "x", "b", "z"],
         ),
+        ({"grammar": 'root ::= x "c" root | "."\nx ::= "ab" | "abc"'}, ["abc.", "abcc."], ["ab.", "ac."]),
+        ({"grammar": 'root ::= x "c" root | "."\nx ::= "a" [a-c]* "c"'}, ["acc.", "abccacc."], ["ac.", "acb."]),
         ({"grammar": 'root ::= start "x"\nstart ::= "a"'}, ["ax"], ["a", "x"]),
         ({"grammar": 'root ::= ws WS Ws\nws ::= "a"\nWS ::= "b"\nWs ::= "c" Ws?'}, ["abc", "abcc"], ["ab", "cba"]),
         (
