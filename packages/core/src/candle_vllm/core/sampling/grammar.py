@@ -253,14 +253,10 @@ class GrammarState:
                 self._ahead.append((token, bits))
 
     def _fill_mask(self, bits: NDArray[np.int32], grammar: Grammar) -> None:
+        """Write the mask, without the tokens that are held back unless no other token is allowed."""
         grammar.fill_mask(bits)
-        if self._held_back:
-            self._hold_back(bits)
-
-    def _hold_back(self, bits: NDArray[np.int32]) -> None:
-        """Remove the end tokens from the mask, unless no other token is allowed."""
-        others = bits.copy()
+        others = bits.copy() if self._held_back else bits
         for token in self._held_back:
             others.view(np.uint32)[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
-        if others.any():
+        if self._held_back and others.any():
             bits[:] = others

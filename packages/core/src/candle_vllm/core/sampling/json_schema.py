@@ -341,7 +341,7 @@ def _common_multiple(one: Fraction, two: Fraction) -> Fraction:
     return Fraction(math.lcm(one.numerator, two.numerator), math.gcd(one.denominator, two.denominator))
 
 
-def close_objects(root: dict[str, Any]) -> dict[str, Any]:
+def close_objects(root: dict[str, Any]) -> None:
     """Write `additionalProperties: false` to objects that have `properties` and no keyword for other keys.
 
     xgrammar and llama.cpp do this too: a weak model may otherwise invent keys until its token limit. An object that
@@ -379,7 +379,6 @@ def close_objects(root: dict[str, Any]) -> dict[str, Any]:
             continue
         if set(schema.get("required", ())) <= properties.keys() and schema.get("minProperties", 0) <= len(properties):
             schema["additionalProperties"] = False
-    return root
 
 
 def _target(root: dict[str, Any], pointer: str) -> Any:
