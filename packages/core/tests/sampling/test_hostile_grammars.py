@@ -269,11 +269,11 @@ def test_others(backend: LlguidanceBackend, name: str) -> None:
 UNENDING = {  # how a grammar begins, what is repeated to a megabyte, and what the refusal says
     "a string": ('start: "', '\\"', "a string without an end"),
     "an expression": ("start: /", "\\/", "an expression without an end"),
-    "quotes and slashes": ("start: ", '"/', "100000 words"),
+    "quotes and slashes": ("start: ", '"/', "100000 names and strings"),
     "a word": ('start: "a"\n', "a", ""),
-    "words in lines": ('start: "a"\n', "a\n", "100000 words"),
+    "words in lines": ('start: "a"\n', "a\n", "100000 names and strings"),
     "empty lines": ("", "\n", "no rule 'start:'"),
-    "tokens": ("start: ", "<a", "100000 words"),
+    "tokens": ("start: ", "<a", "100000 names and strings"),
     "comments": ('start: "a"\n', "#\n", ""),
     "schemas": ("start: ", '%json "a" ', "must be an object or true"),
 }
