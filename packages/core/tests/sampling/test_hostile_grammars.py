@@ -107,6 +107,13 @@ SCHEMAS: dict[str, Callable[[], Any]] = {
         "not": {"$ref": "#/$defs/d0"},
         "$defs": {f"d{i}": {"not": {"$ref": f"#/$defs/d{(i + 1) % 500}"}} for i in range(500)},
     },
+    "allOf in a circle": lambda: {
+        "oneOf": [{"$ref": "#/$defs/a"}, {"type": "string"}], "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}] * 100}}
+    },
+    "unique elements in a circle": lambda: {
+        "type": "array", "uniqueItems": True, "items": {"$ref": "#/$defs/a"},
+        "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 20}}
+    },
     "cases that multiply": lambda: {"allOf": [{"dependentRequired": {f"a{i}": [f"b{i}"]}} for i in range(40)]},
     "many names": lambda: {"propertyNames": {"pattern": "^p"}, "required": [f"p{i}" for i in range(4_000)]},
     "much is contained": lambda: {"contains": {"const": 1}, "minContains": 3, "maxContains": 1 << 30},
@@ -262,11 +269,11 @@ def test_others(backend: LlguidanceBackend, name: str) -> None:
 UNENDING = {  # how a grammar begins, what is repeated to a megabyte, and what the refusal says
     "a string": ('start: "', '\\"', "a string without an end"),
     "an expression": ("start: /", "\\/", "an expression without an end"),
-    "quotes and slashes": ("start: ", '"/', "100000 words"),
+    "quotes and slashes": ("start: ", '"/', "100000 names and strings"),
     "a word": ('start: "a"\n', "a", ""),
-    "words in lines": ('start: "a"\n', "a\n", "100000 words"),
+    "words in lines": ('start: "a"\n', "a\n", "100000 names and strings"),
     "empty lines": ("", "\n", "no rule 'start:'"),
-    "tokens": ("start: ", "<a", "100000 words"),
+    "tokens": ("start: ", "<a", "100000 names and strings"),
     "comments": ('start: "a"\n', "#\n", ""),
     "schemas": ("start: ", '%json "a" ', "must be an object or true"),
 }

@@ -209,6 +209,28 @@ def test_a_format_beside_a_pattern_of_names_is_not_lost(backend: LlguidanceBacke
         backend.compile(spec_of(schema))
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [({"pattern": "^(?!x)[a-z]+$"}, "look-ahead"), ({"pattern": "("}, "unclosed group"), (5, "at #/propertyNames")],
+)
+def test_names_that_cannot_be_checked_are_refused(backend: LlguidanceBackend, names: Any, message: str) -> None:
+    schema = {"type": "object", "properties": {"ab": {}}, "propertyNames": names, "additionalProperties": False}
+    with pytest.raises(InvalidParameterError, match=message):
+        backend.compile(spec_of(schema))
+
+
+def test_names_are_checked_behind_many_references(backend: LlguidanceBackend) -> None:
+    defs = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(12)} | {"a12": {"pattern": "^x+$"}}
+    schema = {"type": "object", "propertyNames": {"$ref": "#/$defs/a0"}, "$defs": defs}
+    assert not accepts(backend, spec_of(schema), '{"y": 1}')
+
+
+def test_names_that_no_text_matches_leave_the_empty_object(backend: LlguidanceBackend) -> None:
+    spec = spec_of({"type": "object", "properties": {"a": {}}, "propertyNames": {"enum": [5]}})
+    assert accepts(backend, spec, "{}")
+    assert not accepts(backend, spec, '{"a": 1}')
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(schema=OBJECTS, seed=st.integers(0, 1000))
 def test_whatever_is_said_is_an_instance(backend: LlguidanceBackend, vocabulary: Any, schema: Any, seed: int) -> None:

@@ -85,6 +85,7 @@ from packages.core.tests.sampling.schema_texts import checked_schema
         ),
         ({"enum": "abc"}, "enum must be a list"),
         ({"required": "a"}, "required must be a list of names"),
+        ({"dependentRequired": {"a": 5}}, "each value of dependentRequired must be a list of names"),
         ({"properties": []}, "properties must be an object"),
         ({"anyOf": {}}, "anyOf must be a list"),
         ({"properties": {"a": 5}}, "must be an object or a boolean .at #/properties/a."),

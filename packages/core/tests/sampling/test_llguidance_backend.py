@@ -107,6 +107,8 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
             ["#", "y#b", 'y"b', "c"],
             ["y", "x", "b", "z"],
         ),
+        ({"grammar": 'root ::= x "c" root | "."\nx ::= "ab" | "abc"'}, ["abc.", "abcc."], ["ab.", "ac."]),
+        ({"grammar": 'root ::= x "c" root | "."\nx ::= "a" [a-c]* "c"'}, ["acc.", "abccacc."], ["ac.", "acb."]),
         ({"grammar": 'root ::= start "x"\nstart ::= "a"'}, ["ax"], ["a", "x"]),
         ({"grammar": 'root ::= ws WS Ws\nws ::= "a"\nWS ::= "b"\nWs ::= "c" Ws?'}, ["abc", "abcc"], ["ab", "cba"]),
         (
@@ -383,7 +385,7 @@ def test_wrong_structural_tags(takes: Taker, tag: Any, message: str) -> None:
         ({"grammar": 'start: "%json" | %json {}'}, "%json where no schema can be"),
         ({"grammar": "start: %json x"}, "no JSON schema behind %json"),
         ({"grammar": "start: " + "(" * 3000}, "more than 2000 brackets inside each other"),
-        ({"grammar": "start: " + '"a"' * 6000}, "5000 behind each other"),
+        ({"grammar": "start: " + '"a"' * 6000}, "5000 in one sequence"),
         ({"grammar": "root ::= " + "(" * 3000}, "3001 rules and brackets; at most 2000"),
     ],
 )

@@ -2,8 +2,8 @@
 """Edits of a batch's logits (step 7): as tensors for a GPU's kernels, or applied by torch.
 
 Logit bias and forbidden tokens are short lists, rebuilt in each step. Allowed tokens, including a grammar's, are a
-bitmask over the vocabulary. Token counts for penalties stay on the device, one row for each sequence with penalties,
-where the kernels update them.
+bitmask over the vocabulary. Token counts for penalties stay on the device, one row for each sequence with penalties;
+the kernels update them, except counts of only the last tokens, which the host sends in each step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def has_edits(state: SamplingState) -> bool:
 
 
 class HostEdits:
-    """Edits of one step, computed on the host and copied to the device.
+    """Masks, bias and penalties of one step, computed on the host and copied to the device.
 
     Args:
         states: the state of each row; `has_edits` is true for at least one.
@@ -106,12 +106,12 @@ class Narrowing:
 
 
 class OccurrenceTable:
-    """Counts of every token in the sequences with penalties: [S, V] int32 on the device.
+    """Counts of every token in the sequences with penalties: [S, V] int32 on the device, a row each, and spare rows.
 
-    A count is 0 for a token that did not occur, otherwise 1 plus its occurrences in the output.
+    A count is 0 for a token without penalties, otherwise 1 plus its occurrences in the output (`SamplingState.counts`).
 
     Attributes:
-        counts: the table; None before it is needed.
+        counts: the table; None before the first row is filled.
         outdated: states whose table rows must be filled again.
     """
 
@@ -158,7 +158,7 @@ class OccurrenceTable:
         return slot
 
     def _grown(self) -> torch.Tensor:
-        """Return the table, enlarged to all assigned rows."""
+        """Return the table, enlarged to `_rows` rows."""
         if self.counts is None or len(self.counts) < self._rows:
             table = torch.zeros(self._rows, self._vocab_size, dtype=torch.int32, device=self._stream.device)
             if self.counts is not None:
@@ -202,7 +202,7 @@ def mask_flags(bits: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
 
 
 def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
-    """Do what `apply_processors` does, on any device and for the whole batch at once; rare edits run on the host."""
+    """Do what `apply_processors` does, on any device; the edits of `rare_edits.py` run on the host, row by row."""
     for row, state in enumerate(states):
         if state.params.logits_processors:
             on_host(logits[row], process_row, state)
@@ -296,8 +296,8 @@ def penalised(
         presence: [N] float64, subtracted once if `counts` is above 0.
 
     Returns:
-        [N] float32, computed in float64. Even with a repetition penalty close to 0, a finite logit stays below +inf,
-        which has no defined softmax; -inf stays -inf.
+        [N] float32, computed in float64. Even with a repetition penalty close to 0, a finite logit stays below +inf;
+        -inf stays -inf.
     """
     wide = logits.double()
     scaled = torch.where(wide > 0, wide / repetition, wide * repetition)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """DeviceSampler: sample one token per sequence of a batch without waiting for the device (step 7 of a request's life).
 
-It does the work of `Sampler` with the functions of `kernels/sampling` whose arguments and results stay on the device.
-The tokens on the device are the input of the next step. The host gets them when it waits for the step, with the largest
-logit of each row, and with log-probabilities for requests that ask for them.
+It does the work of `Sampler.sample` with functions of `kernels/sampling` whose arguments and results stay on the
+device; only a request's logits processors, which run on the host, wait for it. The sampled tokens are the input of the
+next step. The host gets them when it waits for the step, with each row's largest logit and requested log-probabilities.
 
 Shapes: R rows, V vocabulary.
 """
@@ -28,7 +28,7 @@ from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, s
 from candle_vllm.core.sampling.state import SamplingState
 
 _PIECES = 2  # maximum number of steps whose results are being copied to the host
-_KINDS = ((False, False), (True, False), (True, True))  # kinds of sampling: (random or greedy, with top_k or top_p)
+_KINDS = ((False, False), (True, False), (True, True))  # kinds of sampling, see `asks` of `DeviceSampler.launch`
 
 
 class DeviceSampler:
@@ -67,7 +67,7 @@ class DeviceSampler:
 
         Args:
             asks: whether a row has a temperature, and whether a row has top_k or top_p; see `kernels.asks`.
-            padded: rows of the captured graph, at least R; None if the step is not captured.
+            padded: rows of the captured graph, at least R; None to run without a graph, as for edits.
         """
         random, search = asks
         count, edited = len(states), any(state.may_edit and has_edits(state) for state in states)
@@ -90,11 +90,11 @@ class DeviceSampler:
         return self._sampled_rows(states, logprobs, surprises)
 
     def forget_counts(self, states: Sequence[SamplingState]) -> None:
-        """Recount the tokens of these sequences before their next edit: some were not sampled by this sampler."""
+        """Recount the tokens of these sequences before their next edit: another sampler has sampled some tokens."""
         self._occurrences.outdated.update(state for state in states if state.counts is not None)
 
     def warm_up(self, rows: int) -> None:
-        """Run sampling of `rows`, edits and log-probabilities once, so that their kernels are compiled."""
+        """Run sampling of `rows`, masks, bias, penalties and log-probabilities once, so that kernels are compiled."""
         for kind in _KINDS:
             self._stream.run(functools.partial(self._draw, rows, *kind))
         self._stream.run(self._edit_nothing)
@@ -115,7 +115,7 @@ class DeviceSampler:
         self._graphs = None
 
     def _edit_nothing(self) -> None:
-        """Run each kind of edit on a row that is not edited. Call it as the stream's work."""
+        """Run the kernels of edits, counts and log-probabilities without an effect. Call it as the stream's work."""
         device, logits, vocabulary = self._stream.device, self._logits[:1], self._logits.shape[1]
 
         def row(kind: torch.dtype, *shape: int, value: int = 0) -> torch.Tensor:
@@ -199,7 +199,7 @@ class StandingRows:
 
     Args:
         stream: the stream that computes them.
-        most: number of likeliest tokens of each row.
+        most: maximum number of likeliest tokens of a row.
         params: parameters of these rows, which may name the tokens to report.
     """
 

@@ -96,7 +96,7 @@ class DryState:
         self._breakers = breakers
         self._tokens = np.zeros(len(tokens) + 64, np.int64)
         self._size = 0
-        self._breaks: list[tuple[int, int]] = []  # for each token, begin and end of the last breaker up to it
+        self._breaks: list[tuple[int, int]] = []  # for each token, first and last token of the last breaker up to it
         for token in tokens:
             self.append(token)
 

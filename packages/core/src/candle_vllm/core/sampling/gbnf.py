@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import NamedTuple
 
 from llguidance import gbnf_to_lark as gbnf
 
 from candle_vllm.core.sampling.structured import refused
 
-MAX_GBNF = 2_000  # rules and opening brackets of a grammar
-MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of comments, and of rules
+MAX_GBNF = 2_000  # rules and opening brackets of a grammar, in literals and comments too
+MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of the number of comments or rules
 _MAX_ROUNDS = 20  # over all rules; a grammar that needs more has terminals of one character
 _RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
 _BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
@@ -95,6 +96,7 @@ class _Ends(NamedTuple):
     empty: bool = False  # whether the empty text is one of them
     first: int = 0  # their first characters
     more: int = 0  # characters with which a text may become a longer one
+    every: int = 0  # all their characters
 
 
 def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
@@ -105,33 +107,35 @@ def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
     def spread(node: gbnf.ASTNode, following: int) -> _Ends:
         """Return the ends of `node`, and add what may follow each rule in it to `after`."""
         if isinstance(node, gbnf.LiteralNode):
-            found = _LITERAL.match(node.value)
-            return _Ends(first=_first(found[1] or re.escape(found[0]))) if found else _Ends(empty=True)
+            codes = [_first(found[1] or re.escape(found[0])) for found in _LITERAL.finditer(node.value)]
+            return _Ends(not codes, codes[0] if codes else 0, every=reduce(or_, codes, 0))
         if isinstance(node, gbnf.RegexNode):
-            return _Ends(first=_first(node.rx))
+            return _Ends(first=_first(node.rx), every=_first(node.rx))
         if isinstance(node, gbnf.RuleRefNode) and node.target is not None:
             after[node.target.name] |= following
             return ends[node.target.name]
         if isinstance(node, gbnf.RepetitionNode):
             again = ends[id(node)].first if node.max_times != 1 and id(node) in ends else 0  # of the last round
             ends[id(node)] = found = spread(node.node, following | again)
-            longer = found.empty or node.max_times != node.min_times
-            return _Ends(found.empty or not node.min_times, found.first, found.more | (found.first if longer else 0))
+            more = found.more | (found.first if found.empty or node.max_times != node.min_times else 0)
+            more |= found.every if found.more & found.first else 0  # a text may be divided in several ways
+            return _Ends(found.empty or not node.min_times, found.first, more, found.every)
         if isinstance(node, gbnf.SequenceNode):
             total = _Ends(empty=True)
             for each in reversed(node.nodes):
                 found = spread(each, total.first | (following if total.empty else 0))
-                total = _Ends(
-                    found.empty and total.empty,
-                    found.first | (total.first if found.empty else 0),
-                    total.more | (found.more if total.empty else 0),
-                )
+                every, more = found.every | total.every, total.more | (found.more if total.empty else 0)
+                more |= every if found.more & total.first else 0
+                first = found.first | (total.first if found.empty else 0)
+                total = _Ends(found.empty and total.empty, first, more, every)
             return total
         parts = [spread(each, following) for each in node.children()]
-        empty, first, more = any(part.empty for part in parts), 0, 0
+        empty, first, more, every = any(part.empty for part in parts), 0, 0, 0
         for part in parts:
-            first, more = first | part.first, more | part.more
-        return _Ends(empty, first, more | (first if empty else 0))
+            every |= part.every
+            more |= part.more | (every if part.first & first else 0)  # a text may begin with another one
+            first |= part.first
+        return _Ends(empty, first, more | (first if empty else 0), every)
 
     for _ in range(_MAX_ROUNDS):
         before = ends | {}, after | {}

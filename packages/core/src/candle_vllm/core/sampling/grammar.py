@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
-_WALK_SECONDS = 0.005  # maximum time for masks after draft tokens, for which other sequences wait; tokens stay the same
+_WALK_SECONDS = 0.005  # after it, `_walk` begins no further mask, because the other sequences of the step wait
 _FEW = 64  # if more tokens than this are allowed, the grammar is not asked for forced tokens
 
 
@@ -35,12 +35,12 @@ class Grammar(Protocol):
                 text may end, the end tokens may follow.
 
         Raises:
-            InvalidParameterError: the grammar needs more time or memory than one token may take.
+            InvalidParameterError: more time or memory is needed than one token, or all texts of the grammar, may take.
         """
         ...
 
     def accept(self, token_id: int) -> bool:
-        """Advance by one token. Return False if the token may not follow; the grammar is then unusable."""
+        """Advance by a token. Return False, and become unusable, if it may not follow or a limit is reached."""
         ...
 
     def fresh(self) -> Grammar:
@@ -52,11 +52,11 @@ class Grammar(Protocol):
         ...
 
     def copy(self) -> Grammar | None:
-        """Copy at the same position, for looking ahead; None if a copy would cost more than it saves."""
+        """Copy at the same position, for looking ahead; None if a copy costs too much, or could end the text."""
         ...
 
     def legal(self, token_ids: Sequence[int]) -> int:
-        """Return how many of these tokens may follow one after the other, end tokens excluded; does not advance."""
+        """Return how many of these tokens may follow in a row, up to an end token; does not advance. 0 if unknown."""
         ...
 
     def ff_tokens(self) -> list[int]:
@@ -82,6 +82,7 @@ class GrammarBackend(Protocol):
 
         Raises:
             InvalidParameterError: `spec` is invalid, or has a constraint that cannot be guaranteed.
+            EngineDeadError: the program is ending.
         """
         ...
 
@@ -107,11 +108,10 @@ class GrammarState:
 
     Attributes:
         exhausted: whether only the end may follow.
-        looks_ahead: whether `look_ahead` can compute masks.
-        waits: whether only `begin` starts the next mask, so that a caller can ask for `forced` tokens first.
+        looks_ahead: whether `look_ahead` could compute masks at the start of the text.
+        waits: whether `accept` and `rollback` do not start the next mask; a caller asks for `forced` tokens first.
 
-    Raises:
-        InvalidParameterError: see `GrammarBackend.compile`.
+    Raises the errors of `GrammarBackend.compile`.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class GrammarState:
         return GrammarState(self._backend, self._spec, self._vocab_size, self._held_back, fresh)
 
     def bits(self) -> NDArray[np.int32]:
-        """Return the mask [ceil(V / 32)] of the next token, valid until the next `accept`; all 0 after a failure."""
+        """Return the mask [ceil(V / 32)] of the next token, all 0 after a failure; valid until the position changes."""
         self._finish()
         return self._bits
 
@@ -194,7 +194,7 @@ class GrammarState:
         return 0 if self.exhausted else self._grammar.legal(token_ids)
 
     def ahead(self) -> Grammar | None:
-        """Return a copy that can be queried about later tokens; None if the grammar has ended or failed."""
+        """Return `Grammar.copy` for queries about later tokens; None also if the grammar has ended or failed."""
         self._filling.result()
         return None if self.exhausted or self._failure is not None else self._grammar.copy()
 
@@ -203,7 +203,7 @@ class GrammarState:
         self._filling.result()
         if self.exhausted or self._failure is not None:
             return []
-        many = not self._is_due and int.from_bytes(self._bits.tobytes()).bit_count() > _FEW  # then no token is forced
+        many = not self._is_due and int.from_bytes(self._bits.tobytes()).bit_count() > _FEW
         return [] if many else self._grammar.ff_tokens()
 
     def rollback(self, count: int) -> None:
@@ -253,14 +253,10 @@ class GrammarState:
                 self._ahead.append((token, bits))
 
     def _fill_mask(self, bits: NDArray[np.int32], grammar: Grammar) -> None:
+        """Write the mask, without the tokens that are held back unless no other token is allowed."""
         grammar.fill_mask(bits)
-        if self._held_back:
-            self._hold_back(bits)
-
-    def _hold_back(self, bits: NDArray[np.int32]) -> None:
-        """Remove the end tokens from the mask, unless no other token is allowed."""
-        others = bits.copy()
+        others = bits.copy() if self._held_back else bits
         for token in self._held_back:
             others.view(np.uint32)[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
-        if others.any():
+        if self._held_back and others.any():
             bits[:] = others

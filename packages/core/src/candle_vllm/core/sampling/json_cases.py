@@ -4,7 +4,7 @@
 `if`, `dependentRequired` and similar keywords become an `anyOf` of their cases; `contains` has a case for each choice
 of the indices at which elements match. `oneOf` becomes an `anyOf` whose schemas exclude each other, if necessary by the
 opposites of the other schemas (`json_opposites`). The cases are in an `allOf` after the schema's own keywords, so that
-the order of the properties does not change. If the result accepts fewer values than the schema, there is a remark for
+the order of the properties does not change. If the cases accept fewer values than the keyword, there is a remark for
 the user; a keyword that cannot be rewritten is refused by its name.
 """
 
@@ -25,7 +25,7 @@ Schema = dict[str, Any]
 
 MAX_WRITTEN = 12_000  # maximum number of schemas in the result, with all cases
 CASES = "x-cases"
-"""Key that marks an `allOf` with the cases of a keyword; its value is the keyword. The compiler ignores it."""
+"""Key of a schema with cases in its `allOf`, and of a `Case`; its value is a keyword. The compiler ignores it."""
 SINGLE = ("items", "additionalProperties")
 MAPS = ("properties", "patternProperties")
 _LEFT_OUT = frozenset({"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "$defs", "definitions"})
@@ -144,7 +144,7 @@ class _Cases:
         return self.definition(self.references.resolve(value, at.base, at.place))
 
     def definition(self, target: Target, opposed: tuple[str, str] | None = None) -> _Written:
-        """Return a reference to the target of a `$ref`, or to its opposite for the keyword `opposed` (see `At`)."""
+        """Return a reference to the target of a `$ref`; with `opposed` (`At.asking`), to the target's opposite."""
         key = target.pointer if opposed is None else f"not {target.pointer}"
         if key not in self.names:
             taken = {"$defs": self.root.get("$defs"), "definitions": self.root.get("definitions")}

@@ -2,8 +2,8 @@
 """Dialects of JSON schemas: rewrite older drafts, check the shapes of keywords, and report keywords without effect.
 
 A schema is read as draft 2020-12; older spellings (`definitions`, a list as `items`, a boolean `exclusiveMinimum`) keep
-their meaning. Unknown keywords and formats that are not enforced are annotations, as in the specification; there is a
-remark for each such format, and for each keyword that resembles a known one.
+their meaning. Unknown keywords and formats that are not enforced are annotations, as in the specification; there are
+remarks, up to `MAX_REMARKS`, on such formats, and on keywords that resemble a known one.
 
 The formats `date`, `time` and `date-time` become patterns here, because llguidance's own formats accept the 29th of
 February in every year, and a leap second in any minute. A leap second is 23:59:60 UTC, or the same moment in a time
@@ -20,12 +20,13 @@ from types import MappingProxyType
 from typing import Any
 
 from candle_vllm.core.sampling.json_facts import BOUNDS, LISTS, types_of
+from candle_vllm.core.sampling.llguidance_grammar import shortened
 from candle_vllm.core.sampling.structured import refused
 
 MAX_COUNT = (1 << 31) - 1  # maximum value of minLength and similar keywords
-MAX_UNKNOWN = 8  # maximum number of unknown names that are compared with the known ones, to find misspellings
+MAX_UNKNOWN = 8  # maximum number of unknown keywords and formats that are compared with known ones, for misspellings
 MAX_REMARKS = 8
-MAX_REMARK = 400  # maximum characters of a remark
+MAX_REMARK = 400  # maximum characters of a remark before unprintable ones are escaped
 _DRAFTS = ("draft-04", "draft-06", "draft-07", "draft/2019-09", "draft/2020-12", "json-schema.org/schema")
 _REFUSED = ("$dynamicRef", "$recursiveRef", "x-guidance")
 _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
@@ -103,7 +104,7 @@ class Remarks:
         self.add(f"the JSON schema's format {name!r:.80} (at {place:.120}) is not enforced{meant}")
 
     def _near(self, name: str, known: tuple[str, ...]) -> str | None:
-        """Return the most similar known name, if any. A comparison holds the GIL for a millisecond."""
+        """Return the most similar known name; None after `MAX_UNKNOWN` calls; each holds the GIL for a millisecond."""
         self._compared += 1
         if self._compared > MAX_UNKNOWN:
             return None
@@ -111,7 +112,7 @@ class Remarks:
 
 
 def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
-    """Rewrite older keywords of one schema in place; its subschemas are not changed.
+    """Rewrite older keywords and RFC 3339 formats of one schema in place; its subschemas are not changed.
 
     Raises:
         InvalidParameterError: an unknown dialect, an unsupported keyword, or two spellings at once.
@@ -141,7 +142,7 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
     """Refuse invalid values of the keywords of one schema; its subschemas are not checked.
 
     Raises:
-        InvalidParameterError: a value is invalid; the message has the keyword's name.
+        InvalidParameterError: a value is invalid.
     """
     types_of(schema, place)
     for name in _COUNTS:
@@ -166,27 +167,33 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
     for name in _MAPS:
         if not isinstance(schema.get(name, {}), dict):
             raise refused(f"{name} must be an object (at {place})")
-    listed = [schema.get("required", []), *schema.get("dependentRequired", {}).values()]
-    listed += [needs for needs in schema.get("dependencies", {}).values() if isinstance(needs, list)]
-    for names in listed:
+    listed = [("required", schema.get("required", []))]
+    listed += [("each value of dependentRequired", needs) for needs in schema.get("dependentRequired", {}).values()]
+    listed += [("a list in dependencies", e) for e in schema.get("dependencies", {}).values() if isinstance(e, list)]
+    for what, names in listed:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise refused(f"required must be a list of names (at {place})")
+            raise refused(f"{what} must be a list of names (at {place})")
     for name in ("pattern", "format"):
         if not isinstance(schema.get(name, ""), str):
             raise refused(f"{name} must be a text (at {place})")
 
 
-def taker(schema: dict[str, Any], *, unknown: bool = False) -> Callable[[str], bool]:
-    """Return a function that checks if a text matches a string schema; `unknown` if llguidance cannot compile it."""
+def taker(schema: dict[str, Any], *, unknown: bool | None = None) -> Callable[[str], bool]:
+    """Return a function that checks if a text matches a string schema.
+
+    If llguidance cannot compile the schema, the function returns `unknown`. If that is None, the function returns False
+    for a schema that no text matches, and other schemas are refused."""
     from llguidance import LLMatcher, LLTokenizer
 
     grammar = json.dumps({"grammars": [{"json_schema": {**schema, "type": "string"}}]})
     begun = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    if unknown is None and begun.is_error() and "Unsatisfiable schema" not in begun.get_error():
+        raise refused(f"the JSON schema is not supported or wrong: {shortened(begun.get_error())}")
 
     def takes(text: str) -> bool:
         said = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f").encode(errors="replace")
         matcher = begun.deep_copy()
-        return unknown if matcher.is_error() else matcher.consume_tokens([*said]) and matcher.is_accepting()
+        return bool(unknown) if matcher.is_error() else matcher.consume_tokens([*said]) and matcher.is_accepting()
 
     return takes
 

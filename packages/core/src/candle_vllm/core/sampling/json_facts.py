@@ -96,7 +96,7 @@ class Span(NamedTuple):
     high_open: bool = False
 
     def misses(self, other: Span) -> bool:
-        """Return whether no number is in both."""
+        """Return whether no number is in both; two spans of which one is empty may count as overlapping."""
         return self._ends_before(other) or other._ends_before(self)
 
     def _ends_before(self, other: Span) -> bool:
@@ -133,22 +133,25 @@ class Facts:
         self._takers: dict[str, Callable[[str], bool]] = {}
         self._looks = 0
 
-    def parts(self, place: Place, depth: int = 0) -> list[Place]:
-        """Return the schema and the schemas that `$ref` and `allOf` add to it; if one of them is `false`, only that."""
-        schema, base = place
-        if schema is False:
-            return [place]
-        if not isinstance(schema, dict) or depth > _MAX_DEPTH:
-            return []
-        base = self._references.base(schema, base)
-        found = [Place(schema, base)]
-        if "$ref" in schema:
-            target = self._references.resolve(schema["$ref"], base, "#")
-            found += self.parts(Place(target.schema, target.base), depth + 1)
-        for part in schema.get("allOf", ()) if isinstance(schema.get("allOf", ()), list) else ():
-            found += self.parts(Place(part, base), depth + 1)
-        none = [part for part in found if part.schema is False]
-        return none[:1] or found
+    def parts(self, place: Place) -> list[Place]:
+        """Return the schema and the schemas that `$ref` and `allOf` add to it, each once and without `true`; if one of
+        them is `false`, only that."""
+        found: dict[int, Place] = {}  # by id of the schema
+        waiting = [place]
+        while waiting:
+            schema, base = waiting.pop()
+            if schema is False:
+                return [Place(schema, base)]
+            if not isinstance(schema, dict) or id(schema) in found:
+                continue
+            base = self._references.base(schema, base)
+            found[id(schema)] = Place(schema, base)
+            if isinstance(schema.get("allOf"), list):
+                waiting += [Place(part, base) for part in reversed(schema["allOf"])]
+            if "$ref" in schema:
+                target = self._references.resolve(schema["$ref"], base, "#")
+                waiting.append(Place(target.schema, target.base))
+        return [*found.values()]
 
     def domain(self, place: Place) -> tuple[list[Any], bool] | None:
         """Return a list of all valid values, and whether each value in it is certainly valid; None for no such list."""
@@ -237,8 +240,8 @@ class Facts:
         )
 
     def _entries(self, parts: Sequence[Place], name: str) -> Iterator[list[Place]]:
-        """Return the schemas of a property."""
-        for schema, base in parts:
+        """Yield, for each part that constrains a property, the `parts` of the property's schema."""
+        for schema, base in parts if self._looks <= MAX_LOOKS else ():
             properties = schema.get("properties", {})
             if isinstance(properties, dict) and name in properties:
                 yield self.parts(Place(properties[name], base))

@@ -35,7 +35,7 @@ class At(NamedTuple):
         place: the position in the user's schema, for messages.
         base: the base URI of references.
         depth: depth of nesting.
-        asking: the user's keyword for which this schema was written, and its position; None for the user's schemas.
+        asking: the user's keyword that was rewritten to this schema or one around it, and its position; or None.
     """
 
     place: str
@@ -48,7 +48,7 @@ class At(NamedTuple):
 
 
 class Case(dict[str, Any]):
-    """A schema that replaces a keyword; `asking` is the keyword and its position."""
+    """A schema that replaces an option of a keyword; `asking` is the keyword and its position."""
 
     def __init__(self, schema: Schema, asking: tuple[str, str]) -> None:
         super().__init__(schema)
@@ -127,7 +127,7 @@ def _contains(cases: Cases, own: Schema, at: At) -> Any:
 
 
 def _unique(cases: Cases, own: Schema, at: At) -> Any:
-    """Enumerate the arrays of different values if there are few; else elements are compared during generation."""
+    """Enumerate the arrays of different values if there are few; else compare elements during generation, or refuse."""
     longest = own.get("maxItems", math.inf)
     if own["uniqueItems"] is not True or longest < 2 or "array" not in json_facts.types_of(own):
         return None
@@ -184,7 +184,7 @@ def _different(domains: list[list[Any]], least: int, most: float) -> list[list[A
 
 
 def _look_aheads(_: Cases, own: Schema, __: At) -> Any:
-    """Rewrite look-aheads at the beginning of a pattern, (?=...) or (?!...), to further patterns of the string."""
+    """Rewrite look-aheads after a pattern's first `^`, (?=...) or (?!...), to further patterns of the string."""
     pattern, found = own["pattern"], list[Any]()
     if any(mark.group() == "|" and not depth for mark, depth in brackets(pattern)):
         return None  # the look-aheads belong to the first alternative
@@ -205,7 +205,7 @@ def _look_aheads(_: Cases, own: Schema, __: At) -> Any:
 
 
 def brackets(pattern: str) -> Iterator[tuple[re.Match[str], int]]:
-    """Yield the brackets, bars and anchors of a pattern outside of classes and escapes, with their nesting depth."""
+    """Yield the parentheses, bars and anchors of a pattern outside classes and escapes, with their nesting depth."""
     depth = 0
     for match in _REGEX.finditer(pattern):
         depth -= match.group() == ")"
@@ -224,6 +224,8 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
         return None
     if held is False:
         return _only("object", own, [{"maxProperties": 0}])
+    if not isinstance(held, dict):
+        raise refused(f"a JSON schema must be an object or a boolean (at {at.place}/propertyNames)")
     parts = list[Schema]()
     for one in cases.facts.parts(json_facts.Place(held, at.base)):
         if one.schema is not False:

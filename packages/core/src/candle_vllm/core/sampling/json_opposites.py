@@ -16,8 +16,8 @@ from typing import Any
 
 from candle_vllm.core.sampling.json_facts import BOUNDS, TYPES, span_of, type_names, type_of, types_of
 
-MAX_PATTERN = 1 << 16  # maximum characters of a pattern that excludes texts
-MAX_ELEMENTS = 64  # maximum length of an array value whose opposite is written element by element
+MAX_PATTERN = 1 << 16  # approximate maximum of the characters of a pattern that excludes texts
+MAX_ELEMENTS = 64  # maximum length of an array value, or of `prefixItems`, whose opposite is written for each element
 MAX_CONTAINED = 64  # maximum characters of a text that `lacking` excludes, because its pattern is nested as deeply
 _LITERAL = re.compile(r"(\^(?:\.\*)?|)((?:[\w /@:,;=!#%&~'\"<>-]|\\[.\-/^$*+?()\[\]{}|\\])*)(\$?)", re.ASCII)
 _PLAIN = re.compile(r"[0-9A-Za-z_]")
@@ -205,7 +205,7 @@ def _above(_: Any, schema: Schema) -> list[Schema]:
 
 
 def _not_bounds(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
-    """Return the function for a bound. With minimum and exclusiveMinimum, only minimum's function returns schemas."""
+    """Return the function for a bound. Of two bounds at one end, only the inclusive one's function returns schemas."""
     plain, broken = ("minimum", _below) if keyword.endswith("inimum") else ("maximum", _above)
 
     def breaks(value: Any, schema: Schema) -> list[Schema]:
@@ -316,4 +316,4 @@ _KINDS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 ASSERTING = frozenset({*_BREAKS, *_UNKNOWN, "type", "enum", "const"})
-"""Keywords that constrain a value, alone or together with other keywords."""
+"""Keywords that constrain a value; `then`, `else`, `minContains` and `maxContains` only change what others mean."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Resolve the `$ref`s of JSON schemas to pointers, anchors and ids of the same document.
+"""Resolve the `$ref`s of JSON schemas: JSON pointers, anchors and ids of the same document.
 
 Nothing is fetched: a reference to another document is refused.
 """
@@ -13,7 +13,7 @@ from urllib.parse import unquote, urljoin
 from candle_vllm.core.sampling.structured import refused
 
 MAX_INDEXED = 50_000  # maximum number of schemas of one document, unreferenced ones included
-MAX_NESTING = 100
+MAX_NESTING = 100  # maximum depth of subschemas, and of values in `enum` and `const`
 SINGLE_PARTS = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains")
 SINGLE_PARTS += ("propertyNames", "unevaluatedItems", "unevaluatedProperties", "contentSchema")
 LISTED_PARTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -67,7 +67,7 @@ class References:
         """Return the target of a `$ref` at `place`.
 
         Raises:
-            InvalidParameterError: the target does not exist, or is in another document.
+            InvalidParameterError: `reference` is not a text, or its target does not exist or is in another document.
         """
         if not isinstance(reference, str):
             raise _elsewhere(reference, place)

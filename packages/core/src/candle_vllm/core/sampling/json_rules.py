@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Rules of JSON schemas beyond single keywords: patterns on the same string, recursion, types and references of tools.
+"""Rules of JSON schemas beyond single keywords: patterns on a string, recursion, types and references of tool schemas.
 
 - By `allOf`, or a `$ref` next to other keywords, several patterns may apply to one string. The compiler intersects
-  them; each pattern may double this work, which it does not limit, so their number is limited here. It is estimated:
-  inside such a schema, patterns are counted together if they belong to properties of one name, to array elements, or
-  to values of unnamed keys (`additionalProperties`, `patternProperties`), which count for every named property, too.
+  them without a limit, and each pattern may double the time, so their number is limited here. The number is estimated:
+  patterns inside such a schema are counted together if they belong to the schema itself, one property, array elements,
+  or unnamed keys (`additionalProperties`, `patternProperties`), which count for every named property, too.
 - A schema that must contain itself would be generated until the context is full.
 """
 
@@ -20,7 +20,7 @@ from candle_vllm.core.sampling.json_facts import NAMES
 from candle_vllm.core.sampling.json_references import LISTED_PARTS, NAMED_PARTS, SINGLE_PARTS, References, children
 from candle_vllm.core.sampling.structured import refused
 
-MAX_MEETING = 8  # maximum number of patterns on one string
+MAX_MEETING = 8  # maximum number of patterns and formats on one string
 MAX_VISITS = 200_000  # maximum number of pairs of a schema and a `Place` that are examined
 
 Schema = dict[str, Any]
@@ -84,7 +84,7 @@ def _inside(schema: Schema, place: Place, targets: Mapping[str, Any]) -> Iterato
 
 
 def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]) -> None:
-    """Refuse objects that must contain themselves, and cycles of references.
+    """Refuse schemas without a finite instance: objects and arrays that must contain themselves, cycles of references.
 
     Args:
         nodes: every reachable schema, checked, with its position; nested schemas are after the schemas around them.
@@ -152,7 +152,7 @@ class Fault(NamedTuple):
 
 
 def arguments_fault(root: Schema) -> Fault | None:
-    """Return an error in a tool's schema that makes it meaningless: an unknown type, a reference to nothing."""
+    """Return an error in a tool's schema: an unknown type, a `$ref` without a target, too many schemas; or None."""
     try:
         references = References(root)
     except InvalidParameterError as error:

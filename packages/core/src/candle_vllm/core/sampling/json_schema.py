@@ -29,8 +29,8 @@ MAX_OPTIONAL = 480  # optional properties of an object; each takes four of llgui
 MAX_COUNTED_OPTIONAL = 64  # optional properties of an object with minProperties or maxProperties
 MAX_PATTERNS = 1_000
 MAX_PATTERN_PROPERTIES = 64
-MAX_VALUES = 50_000  # maximum number of values of all enums
-MAX_COMPOUND_VALUES = 2_000  # maximum number of objects and arrays among these values
+MAX_VALUES = 50_000  # maximum number of values of all enums, and of values inside objects and arrays of enum and const
+MAX_COMPOUND_VALUES = 2_000  # maximum number of objects and arrays that are values of enum or const
 MAX_MULTIPLE = 50_000  # maximum of multipleOf as an integer, without its decimal point: 0.25 counts as 25
 MAX_MULTIPLES = 200_000  # maximum sum of these integers in all schemas of a grammar
 NEXT_TO_ZERO = 1e-17  # replaces an exclusive bound of 0; smaller numbers have too many digits to be compiled
@@ -48,7 +48,7 @@ _KEEPS_OPEN = frozenset({"additionalProperties", "patternProperties", "enum", "c
 
 
 class Budget:
-    """Budget of all schemas in one grammar, such as those of a request's tools: twice the limits of one schema.
+    """Budget of all schemas in one grammar, such as a request's tools: twice the limits of one, `MAX_MULTIPLES` once.
 
     Attributes:
         counts: counts of subschemas, properties and so on, by name.
@@ -191,9 +191,9 @@ class _Check:
             self.count("patterns and formats", MAX_PATTERNS)
 
     def close_open_ends(self) -> None:
-        """Replace an exclusive bound that is an integer by the next allowed float, where llguidance would include it.
+        """Replace an exclusive bound that is an integer by the next allowed float, where llguidance may include it.
 
-        This happens if the other bound is a fraction of the same unit: `{"exclusiveMinimum": 1, "maximum": 1.5}`.
+        It may if any schema's other bound is a fraction of this unit: `{"exclusiveMinimum": 1, "maximum": 1.5}`.
         """
         ends = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
         for sign, (plain, opened), other in ((1, *ends), (-1, *reversed(ends))):
@@ -341,12 +341,12 @@ def _common_multiple(one: Fraction, two: Fraction) -> Fraction:
     return Fraction(math.lcm(one.numerator, two.numerator), math.gcd(one.denominator, two.denominator))
 
 
-def close_objects(root: dict[str, Any]) -> dict[str, Any]:
+def close_objects(root: dict[str, Any]) -> None:
     """Write `additionalProperties: false` to objects that have `properties` and no keyword for other keys.
 
     xgrammar and llama.cpp do this too: a weak model may otherwise invent keys until its token limit. An object that
     several schemas describe together (`allOf`, or `properties` next to `anyOf` or `$ref`) stays open, because closing
-    one of the schemas would forbid the properties of the others.
+    one would forbid the properties of the others; so does an object with `enum` or `const`, or that needs other keys.
 
     Args:
         root: a schema in llguidance's keywords, with all definitions that it refers to; changed in place.
@@ -379,7 +379,6 @@ def close_objects(root: dict[str, Any]) -> dict[str, Any]:
             continue
         if set(schema.get("required", ())) <= properties.keys() and schema.get("minProperties", 0) <= len(properties):
             schema["additionalProperties"] = False
-    return root
 
 
 def _target(root: dict[str, Any], pointer: str) -> Any:

@@ -20,8 +20,8 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed
 
 logger = logging.getLogger(__name__)
 
-MAX_DEPTH = 2_000
-MAX_WORDS = 100_000  # maximum number of names, strings and regular expressions in all rules
+MAX_DEPTH = 2_000  # maximum depth of rules and brackets inside each other
+MAX_WORDS = 100_000  # maximum number of names, strings, regular expressions and special tokens in a grammar
 MAX_SEQUENCE = 5_000  # maximum number of these one after the other, in one alternative of a rule or bracket
 MAX_MEETING = 16  # maximum number of `&` in a terminal and the terminals that it uses; each may double the time
 
@@ -51,7 +51,7 @@ class LarkShape:
         self._words += 1
         self._lengths[-1] += 1
         if self._words > MAX_WORDS or self._lengths[-1] > MAX_SEQUENCE:
-            raise refused(f"the grammar has more than {MAX_WORDS} words, or {MAX_SEQUENCE} behind each other")
+            raise refused(f"the grammar has more than {MAX_WORDS} names and strings, or {MAX_SEQUENCE} in one sequence")
 
     def bracket(self, mark: str) -> None:
         """Handle a bracket, the bar between alternatives, or the `&` between intersected expressions."""
@@ -144,7 +144,7 @@ _TOKENS = re.compile(  # the relevant tokens of llguidance; no pattern backtrack
 )
 _IS_LARK = re.compile(
     r"^[^\S\n]*+(?:%llguidance\b|[!?]?start\s*+:(?!:))", re.MULTILINE
-)  # llguidance's pattern is quadratic
+)  # llguidance's own pattern for this takes quadratic time
 
 Grammar = dict[str, Any]
 """An element of llguidance's list of grammars: `name`, and `lark_grammar` or `json_schema`."""
@@ -202,10 +202,10 @@ def choice_grammar(name: str, choices: Sequence[str]) -> Grammar:
 
 
 def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
-    """Check a user's grammar, Lark or GBNF.
+    """Return a user's grammar, in Lark or GBNF, after checks; the syntax of Lark is checked by the compiler.
 
     Raises:
-        InvalidParameterError: the grammar cannot be parsed, or uses unsupported features.
+        InvalidParameterError: the grammar is not GBNF, is too large, or has an unsupported option or JSON schema.
     """
     if _IS_LARK.search(text) is None:
         text = gbnf_to_lark(text)

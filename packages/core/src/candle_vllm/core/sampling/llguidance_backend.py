@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.sampling.llguidance_compiler import Compiled, Compiler
 
 MAX_CACHED = 64  # maximum number of compiled grammars in the cache
-MAX_CACHED_CHARACTERS = 4 << 20  # maximum characters of their descriptions; each takes about 30 bytes of memory
+MAX_CACHED_CHARACTERS = 4 << 20  # maximum characters of these, unless there is only one; each takes about 30 bytes
 
 _AT_WORK: set[object] = set()
 _CHANGED = threading.Condition()  # guards `_AT_WORK`
@@ -39,7 +39,7 @@ class LlguidanceBackend:
     """Compiler of grammars; see `GrammarBackend`. Its construction is cheap, because the first grammar builds the trie.
 
     Args:
-        tokenizer: the vocabulary. Ids without bytes are never allowed.
+        tokenizer: the vocabulary. Ids without bytes are never allowed, except end tokens.
         vocab_size: V, the width of the logits.
         eos_token_ids: every token that ends a text; ids outside the vocabulary are ignored.
         open_objects: whether JSON objects may have keys that their schemas do not mention.
@@ -157,7 +157,7 @@ def _await_work() -> None:
 
 
 def _awaited(other: Future[Compiled]) -> Compiled:
-    """Wait for the thread that compiles the same form; raise a copy of its error, to which each thread adds frames."""
+    """Wait for the thread that compiles the same form. Copy an `InvalidParameterError`, because threads add frames."""
     try:
         return other.result()
     except InvalidParameterError as error:
@@ -165,7 +165,7 @@ def _awaited(other: Future[Compiled]) -> Compiled:
 
 
 def _described(spec: StructuredOutputsParams) -> bytes:
-    """Return the cache key of a form; the order of keys matters, because it is the order in the text."""
+    """Return a form as bytes, for its cache key; the order of a schema's keys matters: it is the order in the text."""
     try:
         return msgspec.json.encode(msgspec.structs.asdict(spec), enc_hook=plain_json)
     except (TypeError, ValueError, RecursionError) as error:

@@ -36,8 +36,8 @@ class Compiled(NamedTuple):
     """A form that was compiled for one vocabulary.
 
     Attributes:
-        form: llguidance's matcher.
-        size: characters of the grammars.
+        form: makes llguidance's matchers.
+        size: characters of the grammars; twice as many with `compared`.
         compared: data to compare the elements of arrays (uniqueItems), which llguidance does not do; None without need.
     """
 
@@ -138,7 +138,7 @@ class Compiler:
             raise refused(f"whitespace_pattern is not supported or wrong: {shortened(matcher.get_error())}")
         bits = np.zeros(self._trie.words, np.int32)
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        if not matcher.is_error():  # a mask with an allowed token
+        if not matcher.is_error():  # a mask without an allowed token is an error
             raise refused("whitespace_pattern may match nothing but spaces, tabs and newlines, as in [ \\n]{0,4}")
 
     def _grammars(self, spec: StructuredOutputsParams, budget: Budget) -> list[lark.Grammar]:

@@ -21,13 +21,15 @@ def compared(facts: Facts, schema: dict[str, Any], base: str) -> frozenset[str]:
     """
     if {"prefixItems", "contains"} & schema.keys() or isinstance(schema.get("items"), list):
         return frozenset()
-    types, narrow = _types_at(facts, Place(schema.get("items", True), base))
+    types, narrow = _types_at(facts, Place(schema.get("items", True), base), {})
     return types if types <= _PLAIN and not (narrow and FRACTION in types) else frozenset()
 
 
-def _types_at(facts: Facts, place: Place, depth: int = 0) -> tuple[frozenset[str], bool]:
+def _types_at(facts: Facts, place: Place, known: dict[int, Any], depth: int = 0) -> tuple[frozenset[str], bool]:
     """Return the types of values at a place, including alternatives, and whether some fractions are not allowed."""
-    found, narrow = TYPES, False
+    if (key := id(place.schema)) in known:  # otherwise references in a circle would take exponential time
+        return known[key]
+    found, narrow = known[key] = TYPES, False
     for schema, base in facts.parts(place):
         if schema is False:
             return frozenset(), False
@@ -36,10 +38,12 @@ def _types_at(facts: Facts, place: Place, depth: int = 0) -> tuple[frozenset[str
         if (values := values_of(schema)) is not None:
             found &= frozenset(map(type_of, values))
         for name in ("anyOf", "oneOf"):
+            narrow |= name in schema and depth >= _MAX_DEPTH
             if isinstance(schema.get(name), list) and depth < _MAX_DEPTH:
-                options = [_types_at(facts, Place(one, base), depth + 1) for one in schema[name]]
+                options = [_types_at(facts, Place(one, base), known, depth + 1) for one in schema[name]]
                 found &= frozenset[str]().union(*(types for types, _ in options))
                 narrow |= any(one for _, one in options)
+    known[key] = found, narrow
     return found, narrow
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Substitutes for tests of code that uses the engine; shipped, because users test their code, too.
+"""Test doubles of the engine and the tokenizer, shipped for the tests of users' code.
 
 `ScriptedEngine` and `ByteTokenizer` need no model and no torch. `candle_vllm.core.testing.toy_model` writes a real
 checkpoint of a few hundred kilobytes for the real engine, also without torch.

@@ -11,7 +11,7 @@ from candle_vllm.core.text.tokenizer import utf8_decoder
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are bytes; four special tokens follow, and then the given ones. Every text is representable.
+    """Ids 0 to 255 are bytes; four special tokens follow, and then the given ones.
 
     Args:
         special_tokens: names of further special tokens.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """ScriptedEngine: an engine with scripted answers, for tests of code that uses the engine.
 
-`ScriptedEngine` has `InferenceEngine`'s public methods and needs no model and no torch. It answers at once, follows the
-same contract (`TokenOutput`), and records its requests.
+`ScriptedEngine` has the methods of `InferenceEngine` that the other packages call. It needs no model and no torch,
+answers at once, follows the same contract (`TokenOutput`), and records its requests.
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ class ScriptedEngine(ScriptedVectors):
             script; with `ignore_eos` the script begins again.
         name, max_model_len, default_sampling, has_chat_template: shown in `model_info`.
         submit_error: raised for every request, like the error of a full queue or a dead engine.
-        fail_after: number of a request's `TokenOutput`s before `failure`.
+        fail_after: number of a request's `TokenOutput`s before `failure`; requests for vectors fail at once.
         failure: an exception that the stream raises, or a text, with which sequences end as `FinishReason.ERROR`.
         failure_kind: kind of the error for a text.
         num_cached_tokens: reported by every answer.
         chat_template: shown in `chat_conventions`; the engine always renders ChatML.
-        special_tokens: names of further special tokens, which a script may contain.
+        special_tokens: names of further special tokens, which a chunk of a script may contain.
         architecture: shown in `model_info`.
         sees: whether to accept images; the script does not receive them.
         tasks: supported tasks; without "generate" it is an embedding model, with "score" alone a cross-encoder.
-        pause, first_pause: seconds before every `TokenOutput`, and before the first one if that differs.
+        pause, first_pause: seconds before every `TokenOutput`, and before the first one if that is not 0.
 
     Attributes:
         requests: every accepted request, in order.
         aborted: ids of requests whose stream was closed before its end.
-        pausing: number of requests in a pause before their next `TokenOutput`, while their timeouts run.
+        pausing: number of requests in a pause before their next `TokenOutput`.
         template_calls: every rendered conversation.
         pictures: every image that `look` was given.
         chat_conventions: conventions like those of a model.
@@ -195,7 +195,7 @@ class ScriptedEngine(ScriptedVectors):
         return bool(self.asleep)
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Refuse new requests; running ones continue."""
+        """Refuse new requests for text; running requests continue in every `mode`."""
         check_sleep(level, mode)
         self.asleep, self.sleep_level = TAGS, level
 
@@ -207,7 +207,7 @@ class ScriptedEngine(ScriptedVectors):
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = (), *, bounded: bool = True
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        """Return the prompt unchanged and record the images."""
+        """Return the prompt unchanged, with the images as inputs, and record the images."""
         del bounded
         shown = [picture_of(image, name=name) for image, name in zip(images, names or ["image"] * len(images))]
         self.pictures += shown
@@ -217,7 +217,7 @@ class ScriptedEngine(ScriptedVectors):
         )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """Render ChatML, calls as JSON; only `add_generation_prompt` and `continue_final_message` have an effect."""
+        """Render ChatML, tool calls as JSON; only `add_generation_prompt` and `continue_final_message` matter."""
         variables = options.pop("chat_template_kwargs", None) or {}
         return self.render_messages(messages, **options, **variables)
 

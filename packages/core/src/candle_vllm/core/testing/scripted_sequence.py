@@ -27,7 +27,7 @@ TokenBytes = Callable[[int], bytes]
 def made_up_logprobs(
     token_id: int, top: int, token_bytes: TokenBytes, named: Sequence[int] | None = None
 ) -> PositionLogprobs:
-    """Return log-probabilities that depend on the id modulo 16 and fall with the rank; their sum is less than 1."""
+    """Return log-probabilities that depend on the id modulo 16 and fall with the rank; the probabilities sum to < 1."""
     chosen = 0.5 + (token_id % 16) / 64
     others = [one for one in named if one != token_id] if named else [(token_id + rank) % 256 for rank in range(1, top)]
     tokens = [(token_id, chosen)] + [(one, (1 - chosen) * 0.5**rank) for rank, one in enumerate(others, 1)]
@@ -96,7 +96,7 @@ class ScriptedSequence:
         )
 
     def progress(self) -> list[TokenOutput]:
-        """Return two `PromptProgress` reports, before and after the prompt is computed; seconds are made up."""
+        """Return two outputs with `PromptProgress`, before and after the prompt is computed; seconds are made up."""
         tokens = len(self._request.prompt_token_ids)
         reports = PromptProgress(self._num_cached, 0.0), PromptProgress(tokens, 0.25)
         return [replace(self._output(), progress=report) for report in reports]

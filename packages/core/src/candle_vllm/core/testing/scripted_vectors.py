@@ -43,8 +43,8 @@ class PoolingCall(NamedTuple):
 class ScriptedVectors:
     """The part of `ScriptedEngine` that returns vectors and scores.
 
-    A vector counts tokens by their id modulo `SIZE`; `dimensions` may truncate it. A score is the cosine of two
-    vectors, or for a cross-encoder (`tasks=("score",)`) the share of the second text's tokens that are in the first.
+    A vector counts tokens by their id modulo `SIZE`; by default its length is 1, and `dimensions` truncates it. A score
+    is the cosine of two vectors, or without the task "embed" the share of the second text's tokens that the first has.
 
     Attributes:
         pooling_calls: every call, in order.
@@ -73,7 +73,7 @@ class ScriptedVectors:
     async def aembed(
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
     ) -> list[EmbeddingOutput]:
-        """Return the vector of every text; raises the real engine's errors, `submit_error` or `failure`."""
+        """Return the vector of every text; raises the real engine's errors of texts, `submit_error` or `failure`."""
         with self._watched("embed", inputs, call) as answered:
             texts = self._texts(inputs, params, call)
             plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())

@@ -76,7 +76,7 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
 
 
 def save_plain(path: Path, weights: Mapping[str, np.ndarray], type_name: str) -> None:
-    """Write a safetensors file of one type. The format's own writer has only numpy's types, without bfloat16."""
+    """Write float32 weights in one type to a safetensors file. The format's numpy writer lacks bfloat16."""
     data = {
         name: read_plain(weight.view(np.uint8), "F32", weight.shape, type_name).tobytes()
         for name, weight in weights.items()
@@ -99,7 +99,7 @@ def write_toy_tokenizer(folder: Path) -> None:
 
 
 def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """Return random float32 weights whose logits differ so much that rounding never decides between two tokens."""
+    """Return random float32 weights whose logits differ so much that rounding rarely decides between two tokens."""
     generator = np.random.default_rng(seed)
     hidden, feed, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     query, key = (config[n] * config["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
