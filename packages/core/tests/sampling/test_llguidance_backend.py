@@ -101,6 +101,9 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
         ({"grammar": 'root ::= "<" .* ">"'}, ["<>", "<a\n>", "<a>b>"], ["<a", "<a>b"]),
         ({"grammar": 'root ::= "a" ([0-9]{2})? ("b"?)+'}, ["a12b", "a", "abb"], ["a1", "a123"]),
         ({"grammar": ARITHMETIC}, ["1+2=3\n", "a = b\n", "(a)=1\n\n(b )= c \n"], ["a=b", "a=(b)", "1a=2\n"]),
+        ({"grammar": 'root ::= x ("cb" | "c") root | "."\nx ::= [ab]'}, ["bcbc.", "acbbc."], ["bcb", "cc."]),
+        ({"grammar": 'root ::= x ("ccb")? root | "."\nx ::= [ac]'}, ["accc.", "accb."], ["accbb."]),
+        ({"grammar": 'root ::= "(" [a-z]* "end" root ")" | "."'}, ["(enxend.)", "(endend.)"], ["(en.)", "(end)"]),
         ({"grammar": 'root ::= e\ne ::= "[" e "]" | w "a"\nw ::= "ab"+'}, ["aba", "[ababa]"], ["ab", "abba"]),
         (
             {"grammar": 'root ::= "#" # "x"\n  | "y" [#"]\r\n  b\n# then\n  | c # d ::= "z"\n\nb ::=\n "b"\nc ::= "c"'},
@@ -516,15 +519,15 @@ def test_the_mask_behind_a_forced_special_token(backend: LlguidanceBackend, voca
 
 def test_no_text_is_not_cut_into_tokens(backend: LlguidanceBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where anything may come, which is asked at each step, a tokenizer is not."""
-    cut: list[str] = []
-    call = TokenTrie.__call__
-    monkeypatch.setattr(TokenTrie, "__call__", lambda trie, text: cut.append(text) or call(trie, text))
+    cut: list[bytes] = []
+    written = TokenTrie._as_written
+    monkeypatch.setattr(TokenTrie, "_as_written", lambda trie, data: cut.append(data) or written(trie, data))
     grammar = backend.compile(StructuredOutputsParams(regex="[ab]cccc"))
     assert grammar.ff_tokens() == []
     assert cut == []
     assert grammar.accept(97)
     grammar.ff_tokens()
-    assert cut == ["cccc"]
+    assert cut == [b"cccc"]
 
 
 def test_a_refused_token_ends_this_grammar_alone(backend: LlguidanceBackend) -> None:

@@ -3,11 +3,13 @@
 
 llguidance ends a terminal only where it cannot be longer, whereas a rule of GBNF may end anywhere. Rules without
 recursion become terminals, which is fast. A grammar in which a terminal could take characters that may also follow it
-(trailing white space before a line break) has terminals of one character only: its masks take several times as long.
+(trailing white space before a line break), or in which a literal could begin with another text, has terminals of one
+character only: its masks take several times as long. Two terminals that begin alike are not compared.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from functools import lru_cache, reduce
@@ -100,17 +102,24 @@ class _Ends(NamedTuple):
 
 
 def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
-    """Return whether a terminal may be followed by a character with which it could also go on."""
+    """Return whether a terminal may be followed by a character with which it, or a longer literal, could also go on."""
     ends: dict[str | int, _Ends] = {rule.name: _Ends() for rule in rules}  # of rules, and of what is repeated
     after = {rule.name: 0 for rule in rules}
+    literals, classes = dict[str, int](), dict[int, int]()  # of rules with recursion: what may follow them
+    in_terminal = False
 
     def spread(node: gbnf.ASTNode, following: int) -> _Ends:
         """Return the ends of `node`, and add what may follow each rule in it to `after`."""
         if isinstance(node, gbnf.LiteralNode):
-            codes = [_first(found[1] or re.escape(found[0])) for found in _LITERAL.finditer(node.value)]
+            codes = _codes(node.value)
+            if codes and not in_terminal:
+                literals[node.value] = literals.get(node.value, 0) | following
             return _Ends(not codes, codes[0] if codes else 0, every=reduce(or_, codes, 0))
         if isinstance(node, gbnf.RegexNode):
-            return _Ends(first=_first(node.rx), every=_first(node.rx))
+            code = _first(node.rx)
+            if not in_terminal:
+                classes[code] = classes.get(code, 0) | following
+            return _Ends(first=code, every=code)
         if isinstance(node, gbnf.RuleRefNode) and node.target is not None:
             after[node.target.name] |= following
             return ends[node.target.name]
@@ -140,10 +149,45 @@ def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
     for _ in range(_MAX_ROUNDS):
         before = ends | {}, after | {}
         for rule in rules:
+            in_terminal = rule.rule_is_terminal
             ends[rule.name] = spread(rule.alternatives, after[rule.name])
         if before == (ends, after):
-            return any(rule.rule_is_terminal and ends[rule.name].more & after[rule.name] for rule in rules)
+            terminals = [(ends[rule.name], after[rule.name]) for rule in rules if rule.rule_is_terminal]
+            if any(end.more & following for end, following in terminals):
+                return True
+            return _begin_literals(
+                literals, [*terminals, *((_Ends(False, *[code] * 3), classes[code]) for code in classes)]
+            )
     return True
+
+
+def _begin_literals(literals: Mapping[str, int], others: list[tuple[_Ends, int]]) -> bool:
+    """Return whether a literal may begin with another one, or with a text of `others`, that could also end there.
+
+    Both are given with the characters that may follow them.
+    """
+    lengths, every, after = sorted({len(value) for value in literals}), [0] * 129, [0] * 129  # by first character
+    for (end, following), code in itertools.product(others, range(129)):
+        if end.first >> code & 1:
+            every[code] |= end.every
+            after[code] |= following
+    for value in literals:
+        first, *codes = _codes(value)
+        begin = first.bit_length() - 1
+        for code in codes:
+            if code & after[begin]:
+                return True
+            if not code & every[begin]:
+                break
+        for length in lengths:
+            if length < len(value) and literals.get(value[:length], 0) & _codes(value[length:])[0]:
+                return True
+    return False
+
+
+def _codes(literal: str) -> list[int]:
+    """Return the bits of a literal's characters, as in `_Ends`."""
+    return [_first(found[1] or re.escape(found[0])) for found in _LITERAL.finditer(literal)]
 
 
 @lru_cache(1 << 10)
