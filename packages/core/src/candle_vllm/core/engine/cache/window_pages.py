@@ -166,9 +166,9 @@ class WindowedBlocks(BlockManager):
             reached = min(reached, last * self.block_size)
         return reached
 
-    def reaches(self, sequence: Sequence, position: int) -> bool:
-        """Whether the next token of a decoding sequence has its pages; allocates one more if necessary."""
-        return self.advance(sequence, position, position + 1) > position
+    def extend(self, sequence: Sequence, position: int) -> bool:
+        """See `BlockManager`; also return False if the token at `position` does not get its pages."""
+        return super().extend(sequence, position) and self.advance(sequence, position, position + 1) > position
 
     def cut(self, sequence: Sequence, blocks: int) -> None:
         """Release the pages after the first `blocks` blocks of a sequence's table; pass 0 for one that has ended."""
