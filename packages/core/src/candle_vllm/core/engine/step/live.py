@@ -51,11 +51,6 @@ class Live(ABC):
         """The request of the sequence."""
         return self.sequence.request
 
-    def scheduled(self, now: float) -> None:
-        """Record the time of the first step that runs the sequence."""
-        if self.first_scheduled_time is None:
-            self.first_scheduled_time = now
-
     @property
     @abstractmethod
     def reads_rows(self) -> bool:
