@@ -52,7 +52,8 @@ def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
 
 def _with_operators_form(wire: Any, settings: RequestOptions) -> Any:
     """Return the request with what the operator adds to every answer: token counts, ids instead of tokens' texts."""
-    if not isinstance(wire, GenerationFields):
+    adds = settings.enable_force_include_usage or settings.return_tokens_as_token_ids
+    if not adds or not isinstance(wire, GenerationFields):
         return wire
     added: dict[str, Any] = {}
     if settings.enable_force_include_usage and wire.stream:
