@@ -164,7 +164,6 @@ class LiveSequence(Live):
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         # After any token that is not in `_ends`, only the length, a stop string or a grammar can end the sequence.
         self._ends = self.eos_token_ids | self.stop_token_ids if self.stop_token_ids else self.eos_token_ids
-        stops = params.stop_scanner(() if params.stop_marks is None else tokenizer.special_token_ids)
         sequence.tokens = state.tokens  # both use the same list
         self._tokens, self._texts = state.tokens, tokenizer.plain_texts
         # `accept` reads these for nearly every token. A step evicts them from the CPU caches, so they are adjacent.
@@ -175,7 +174,9 @@ class LiveSequence(Live):
         self.detokenizer = Detokenizer(
             tokenizer,
             prompt_token_ids=sequence.request.prompt_token_ids,
-            stops=stops,
+            stops=params.stop_scanner(tokenizer.special_token_ids if params.stop_marks else ())
+            if params.stop
+            else None,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
             continues_prompt=params.continues_prompt,
