@@ -306,7 +306,8 @@ class OpenAIAdapter(ExplainedAttributes):
 
     async def _ready(self, read: Callable[[], Task], *, bounded: bool = False) -> _Ready:
         task, model, prepared = await self._work.prepare(self._prepared, read, bounded)
-        prepared = await self._preparation.see(task, prepared, self._work, bounded=bounded)
+        if prepared.unseen is not None:
+            prepared = await self._preparation.see(task, prepared, prepared.unseen, self._work, bounded=bounded)
         grammars = any(tool.grammar is not None for tool in task.tools.tools)
         if prepared.params.structured_outputs is not None or task.form is not None or grammars:
             prepared = await self._work.compile(self._preparation.hold, task, prepared)
