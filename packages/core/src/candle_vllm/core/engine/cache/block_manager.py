@@ -115,6 +115,18 @@ class BlockManager:
             taken.append(block)
         return taken
 
+    def begin(self, sequence: step.Sequence, shared: list[int], fresh: int) -> None:
+        """Give an admitted sequence `shared` published blocks and `fresh` new ones, which must be free."""
+        self.share(shared)
+        taken = self.allocate(fresh)
+        assert taken is not None
+        sequence.block_table = array("i", shared + taken)
+
+    def end(self, sequence: step.Sequence) -> None:
+        """Release the blocks of a sequence that has ended or was preempted."""
+        self.release(sequence.block_table)
+        sequence.block_table = array("i")
+
     def grow(self, sequence: step.Sequence) -> bool:
         """Append a block to the block table of a sequence; return False if no block is free."""
         taken = self.allocate(1) or ()

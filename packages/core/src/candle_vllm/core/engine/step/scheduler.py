@@ -49,7 +49,6 @@ from __future__ import annotations
 import bisect
 import collections
 import itertools
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -154,10 +153,10 @@ class Scheduler:
             self._stop(sequence)
         else:
             self.waiting.remove(sequence)
+            if self.offloaded is not None:
+                self.offloaded.left(sequence)
         if self.images is not None:
             self.images.left(sequence)
-        if self.offloaded is not None:
-            self.offloaded.left(sequence)
         if self.adapters is not None:
             self._all_held = None
             self.adapters.ended(sequence, self.waiting)
@@ -503,13 +502,8 @@ class Scheduler:
                 return
 
     def _start(self, sequence: Sequence, shared: list[int], fresh: int) -> None:
-        self.blocks.share(shared)
-        taken = self.blocks.allocate(fresh)
-        assert taken is not None
-        sequence.block_table = array("i", shared + taken)
+        self.blocks.begin(sequence, shared, fresh)
         sequence.num_admissions += 1
-        if self.windows is not None:
-            self.windows.begin(sequence, len(shared))
         cached = len(shared) * self.blocks.block_size
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens - cached, len(shared)
         if sequence.num_cached_tokens is None:
@@ -554,10 +548,7 @@ class Scheduler:
                 self._computed(digest)
         if self.states is not None:
             self.states.end(sequence)
-        if self.windows is not None:
-            self.windows.cut(sequence, 0)
-        self.blocks.release(sequence.block_table)
-        sequence.block_table = array("i")
+        self.blocks.end(sequence)
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens, 0
 
     def _unpublished(self, sequence: Sequence) -> list[bytes]:
