@@ -191,6 +191,7 @@ def test_a_few_rows_are_laid_out_as_many_are(monkeypatch: pytest.MonkeyPatch) ->
         made: list[dict[str, Any]] = []
         for few in (0, 1000):
             monkeypatch.setattr(batch_module, "_FEW", few)
+            monkeypatch.setattr(batch_module, "_FEW_ROWS", few)
             batch = BatchBuilder(SIZE).build(scheduled)
             names = ("tokens", "query_start", "context_lens", "sampled_rows", "block_tables")
             made.append({name: getattr(batch, name).tolist() for name in names})

@@ -28,7 +28,7 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.vision.fetching import ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader, AnswerStream, ChunkStream
-from candle_vllm.openai.chat_answers import ChatWriter, join_chat
+from candle_vllm.openai.chat_answers import ChatWriter, CustomCallWriter, join_chat
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
 from candle_vllm.openai.embedding import (
     EmbeddingAdapter,
@@ -299,13 +299,15 @@ class OpenAIAdapter(ExplainedAttributes):
             raise InvalidParameterError(_STREAMED.format("chat"), "stream")
         ready = await self._ready(partial(read_chat, request), bounded=True)
         prepared = ready.prepared
+        writes = CustomCallWriter if request.custom_tools else ChatWriter
         calls = bool(prepared.answers.tools)
-        writer = ChatWriter(request, prepared.prompt, prepared.text, calls=calls, whole=whole)
+        writer = writes(request, prepared.prompt, prepared.text, calls=calls, whole=whole)
         return ChunkStream(self._submitted(ready), writer)
 
     async def _ready(self, read: Callable[[], Task], *, bounded: bool = False) -> _Ready:
         task, model, prepared = await self._work.prepare(self._prepared, read, bounded)
-        prepared = await self._preparation.see(task, prepared, self._work, bounded=bounded)
+        if prepared.unseen is not None:
+            prepared = await self._preparation.see(task, prepared, prepared.unseen, self._work, bounded=bounded)
         grammars = any(tool.grammar is not None for tool in task.tools.tools)
         if prepared.params.structured_outputs is not None or task.form is not None or grammars:
             prepared = await self._work.compile(self._preparation.hold, task, prepared)

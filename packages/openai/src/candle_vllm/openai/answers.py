@@ -187,15 +187,14 @@ class TokenCounts:
 
     def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:
         """Return the counts so far, and the times if `final`."""
+        last: dict[str, Any] = {"prompt_ms": self._prompt_ms, "completion_ms": self._completion_ms, **self._drafts}
         return Usage(
             prompt_tokens=sum(self._prompts.values()),
             completion_tokens=self.completion,
             cached_tokens=sum(self._cached.values()),
             reasoning_tokens=reasoning,
-            prompt_ms=self._prompt_ms if final else None,
-            completion_ms=self._completion_ms if final else None,
-            **(self._drafts if final else {}),
             final=final,
+            **(last if final else {}),
         )
 
 
@@ -329,9 +328,18 @@ class AnswerStream(PushStream[Event]):
         return self.reader.head
 
     def push(self, receiver: Receiver[Event]) -> None:
+        self.push_written(receiver, lambda events: events)
+
+    def push_written(
+        self,
+        receiver: Receiver[ChunkT],
+        write: Callable[[Sequence[Event]], Sequence[ChunkT]],
+        worded: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Push what `write` makes of the events, instead of `push`; see `ChunkStream` for `worded`."""
         unended = set(range(len(self.sources)))
         for number, source in enumerate(self.sources):
-            source.push(_Reading(number, self.reader, receiver, unended))
+            source.push(_Stage(number, self.reader, write, worded, receiver, unended))
 
     def hold(self, held: bool) -> None:
         for source in self.sources:
@@ -361,7 +369,7 @@ class ChunkStream(PushStream[ChunkT]):
     def push(self, receiver: Receiver[ChunkT]) -> None:
         if self.first:
             receiver.put(self.first)
-        self.events.push(_Writing(self.writer, self.worded, receiver))
+        self.events.push_written(receiver, self.writer.write, self.worded)
 
     def hold(self, held: bool) -> None:
         self.events.hold(held)
@@ -371,32 +379,33 @@ class ChunkStream(PushStream[ChunkT]):
 
 
 @dataclasses.dataclass(eq=False)
-class _Reading:
-    """The stage that converts the outputs of one prompt to events.
+class _Stage(Generic[ChunkT]):
+    """The stage that converts the outputs of one prompt to events, and these to chunks.
 
     Attributes:
         number: index of the prompt.
         reader: reader for all prompts.
-        receiver: receives the events of all prompts.
+        write: converts events to chunks.
+        worded: see `ChunkStream`.
+        receiver: receives the chunks of all prompts.
         unended: indices of the prompts whose engine stream has not ended; shared by all stages.
     """
 
     number: int
     reader: AnswerReader
-    receiver: Receiver[Event]
+    write: Callable[[Sequence[Event]], Sequence[ChunkT]]
+    worded: Callable[[], AbstractContextManager[object]]
+    receiver: Receiver[ChunkT]
     unended: set[int]
 
     def put(self, items: Sequence[TokenOutput]) -> None:
         if self.number not in self.unended:
             return
-        for piece in items:
-            try:
-                events = self.reader.add(self.number, piece)
-            except Exception as failure:
-                self.end(failure)
-                return
-            if events:
-                self.receiver.put(events)
+        try:
+            for piece in items:
+                self._push(self.reader.add(self.number, piece))
+        except Exception as failure:
+            self.end(failure)
 
     def end(self, error: Exception | None = None) -> None:
         if self.number not in self.unended:
@@ -406,43 +415,15 @@ class _Reading:
             return
         self.unended.clear()
         try:
-            if error is None:
-                self.receiver.put(self.reader.end())
+            with self.worded():
+                if error is not None:
+                    raise error
+                self._push(self.reader.end())
         except Exception as failure:
             error = failure
         self.receiver.end(error)
         del error  # its traceback keeps this frame alive
 
-
-@dataclasses.dataclass(eq=False)
-class _Writing(Generic[ChunkT]):
-    """The stage that converts events to the chunks of an API."""
-
-    writer: Writer[ChunkT]
-    worded: Callable[[], AbstractContextManager[object]]
-    receiver: Receiver[ChunkT]
-    ended: bool = False
-
-    def put(self, items: Sequence[Event]) -> None:
-        if self.ended:
-            return
-        try:
-            chunks = self.writer.write(items)
-        except Exception as failure:
-            self.end(failure)
-            return
-        if chunks:
+    def _push(self, events: Sequence[Event]) -> None:
+        if events and (chunks := self.write(events)):
             self.receiver.put(chunks)
-
-    def end(self, error: Exception | None = None) -> None:
-        if self.ended:
-            return
-        self.ended = True
-        try:
-            with self.worded():
-                if error is not None:
-                    raise error
-        except Exception as reworded:
-            error = reworded
-        self.receiver.end(error)
-        del error  # its traceback keeps this frame alive

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
@@ -37,14 +37,14 @@ class AnswerWriter(ABC, Generic[Chunk]):
     Args:
         make: creates a chunk from its fields.
         request: the request, which selects the fields of chunks.
-        empty: a choice without text.
         whole: whether the last chunk always has the counts, for a whole answer.
     """
 
+    _empty: ClassVar[Any]  # a choice without text
     _timings: RunningTimings | None = None
 
-    def __init__(self, make: Callable[..., Chunk], request: GenerationFields, empty: Any, *, whole: bool) -> None:
-        self._make, self._empty = make, empty
+    def __init__(self, make: Callable[..., Chunk], request: GenerationFields, *, whole: bool) -> None:
+        self._make = make
         self._no_ids = () if request.return_token_ids else UNSET
         self._usage_last = whole or request.include_usage
         self._usage_beside = request.continuous_usage
@@ -89,6 +89,8 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         whole: whether the last chunk always has the counts, for a whole answer.
     """
 
+    _empty = chat.ChunkChoice(index=0, delta=chat.ChatDelta())
+
     def __init__(
         self,
         request: chat.ChatCompletionRequest,
@@ -98,14 +100,11 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         calls: bool = False,
         whole: bool = False,
     ) -> None:
-        empty = chat.ChunkChoice(index=0, delta=chat.ChatDelta())
-        super().__init__(chat.ChatCompletionChunk, request, empty, whole=whole)
+        super().__init__(chat.ChatCompletionChunk, request, whole=whole)
         self._request = request
         # OpenAI's client adds deltas up: a message that has only calls must have null content, not an empty text.
         self._first_content = None if calls else ""
         self._by_id = bool(request.return_tokens_as_token_ids)
-        self._custom = request.custom_tools
-        self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> index and arguments of its pending custom call
         self._extras: dict[str, Any] = request.labels  # of the first chunk
         if request.timings_per_token:
             self._timings = RunningTimings()
@@ -114,32 +113,15 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         if request.return_token_ids:
             self._extras["prompt_token_ids"] = tuple(prompt_token_ids)
 
-    def write(self, events: Sequence[Event]) -> list[chat.ChatCompletionChunk]:
-        if not self._custom:
-            return super().write(events)
-        chunks: list[chat.ChatCompletionChunk] = []
-        for event in events:
-            if not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
-                chunks.append(self._input(event.choice))
-            chunks += super().write([event])
-        return chunks
-
     def _written(self, event: Event) -> chat.ChatCompletionChunk | None:
         if isinstance(event, Text):
             return self._news(event, chat.ChatDelta(content=event.text))
         if isinstance(event, Thought):
             return self._news(event, chat.ChatDelta(reasoning_content=event.text, reasoning=event.text))
         if isinstance(event, CallText):
-            if event.choice in self._inputs:
-                return self._held(event)
             call = chat.ToolCallDelta(index=event.call, function=chat.FunctionCallDelta(arguments=event.text))
             return self._news(event, chat.ChatDelta(tool_calls=(call,)))
         if isinstance(event, CallBegun):
-            if event.name in self._custom:
-                self._inputs[event.choice] = event.call, []
-                custom = chat.CustomCallDelta(name=event.name, input="")
-                call = chat.ToolCallDelta(index=event.call, id=event.id, type="custom", custom=custom)
-                return self._news(event, chat.ChatDelta(tool_calls=(call,)))
             function = chat.FunctionCallDelta(name=event.name, arguments="")
             call = chat.ToolCallDelta(index=event.call, id=event.id, type="function", function=function)
             return self._news(event, chat.ChatDelta(tool_calls=(call,)))
@@ -156,6 +138,46 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
                 )
             )
         return self._counts(event)
+
+    def _news(self, event: Text | Thought | CallBegun | CallText, delta: chat.ChatDelta) -> chat.ChatCompletionChunk:
+        logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs, by_id=self._by_id)
+        ids = UNSET if event.ids is None else event.ids
+        return self._chunk(chat.ChunkChoice(index=event.choice, delta=delta, logprobs=logprobs, token_ids=ids))
+
+    def _first(self, event: Begun) -> chat.ChatCompletionChunk:
+        extras, self._extras = self._extras, {}
+        self._fields |= event.head._asdict()
+        if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
+        role = chat.ChunkChoice(index=event.choice, delta=chat.ChatDelta(role="assistant", content=self._first_content))
+        return self._chunk(role, timings=UNSET, **extras)
+
+
+class CustomCallWriter(ChatWriter):
+    """`ChatWriter` of a request with custom tools: the input of a custom call follows when the call is complete."""
+
+    def __init__(self, request: chat.ChatCompletionRequest, *arguments: Any, **options: Any) -> None:
+        super().__init__(request, *arguments, **options)
+        self._custom = request.custom_tools
+        self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> index and arguments of its pending custom call
+
+    def write(self, events: Sequence[Event]) -> list[chat.ChatCompletionChunk]:
+        chunks: list[chat.ChatCompletionChunk] = []
+        for event in events:
+            if not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
+                chunks.append(self._input(event.choice))
+            chunks += super().write([event])
+        return chunks
+
+    def _written(self, event: Event) -> chat.ChatCompletionChunk | None:
+        if isinstance(event, CallText) and event.choice in self._inputs:
+            return self._held(event)
+        if isinstance(event, CallBegun) and event.name in self._custom:
+            self._inputs[event.choice] = event.call, []
+            custom = chat.CustomCallDelta(name=event.name, input="")
+            call = chat.ToolCallDelta(index=event.call, id=event.id, type="custom", custom=custom)
+            return self._news(event, chat.ChatDelta(tool_calls=(call,)))
+        return super()._written(event)
 
     def _held(self, event: CallText) -> chat.ChatCompletionChunk | None:
         """Collect the arguments of a custom call until its input can be read from them; report token ids at once."""
@@ -174,19 +196,6 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         return self._chunk(
             chat.ChunkChoice(index=choice, delta=chat.ChatDelta(tool_calls=(call,)), token_ids=self._no_ids)
         )
-
-    def _news(self, event: Text | Thought | CallBegun | CallText, delta: chat.ChatDelta) -> chat.ChatCompletionChunk:
-        logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs, by_id=self._by_id)
-        ids = UNSET if event.ids is None else event.ids
-        return self._chunk(chat.ChunkChoice(index=event.choice, delta=delta, logprobs=logprobs, token_ids=ids))
-
-    def _first(self, event: Begun) -> chat.ChatCompletionChunk:
-        extras, self._extras = self._extras, {}
-        self._fields |= event.head._asdict()
-        if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
-        role = chat.ChunkChoice(index=event.choice, delta=chat.ChatDelta(role="assistant", content=self._first_content))
-        return self._chunk(role, timings=UNSET, **extras)
 
 
 def told_of(request: GenerationFields) -> Told:

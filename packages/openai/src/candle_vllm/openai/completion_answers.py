@@ -43,8 +43,10 @@ class CompletionWriter(AnswerWriter[Completion]):
         whole: whether the last chunk always has the token counts, for an answer that is not streamed.
     """
 
+    _empty = CompletionChoice(index=0, text="")
+
     def __init__(self, request: CompletionRequest, prompts: Sequence[EchoedPrompt], *, whole: bool = False) -> None:
-        super().__init__(Completion, request, CompletionChoice(index=0, text=""), whole=whole)
+        super().__init__(Completion, request, whole=whole)
         self._request = request
         self._prompts = prompts
         self._writers: dict[int, CompletionLogprobsWriter | None] = {}

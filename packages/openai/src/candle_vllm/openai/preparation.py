@@ -30,7 +30,7 @@ from candle_vllm.openai.completion_answers import EchoedPrompt
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
-from candle_vllm.openai.protocol.fields import MAX_BEAM_TOKENS, MAX_LOGPROBS
+from candle_vllm.openai.protocol.fields import MAX_BEAM_TOKENS, MAX_LOGPROBS, Cut
 from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import sampling_params
@@ -129,24 +129,25 @@ class TaskPreparation:
             (answers, structured, thoughts, marks), loose = self._planned(task, text)
             # Templates write special tokens themselves; a request may add more.
             prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
-            prompt = self._cut(task, prompt, text=True)
+            if task.cut is not None:
+                prompt = self._cut(task, task.cut, prompt, text=True)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
-            marks = marks if params.stop_strings else None
+            marks = marks if params.stop else None
             if structured is not params.structured_outputs or thoughts is not None or marks is not None:
                 params = replace(params, structured_outputs=structured, thoughts=thoughts, stop_marks=marks)
             params = self._bounded(task, params, task.choices, len(prompt))
             return PreparedChat(prompt, params, answers, text, unseen=unseen, loose=loose)
 
-    async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads, *, bounded: bool) -> PreparedChat:
-        """Read the images of a conversation from their sources, and add them to `prepared`; raises `RequestError`.
+    async def see(
+        self, task: Task, prepared: PreparedChat, unseen: Unseen, work: WorkerThreads, *, bounded: bool
+    ) -> PreparedChat:
+        """Read the `unseen` images of a conversation from their sources, and add them to `prepared`.
 
-        `bounded` is as in `chat`.
+        `bounded` is as in `chat`. Raises `RequestError`.
         """
-        if prepared.unseen is None:
-            return prepared
-        prompt, images = await self._seen(task, prepared.prompt, prepared.unseen, work, bounded=bounded)
+        prompt, images = await self._seen(task, prepared.prompt, unseen, work, bounded=bounded)
         return prepared._replace(prompt=prompt, images=images, unseen=None)
 
     async def see_prompt(self, task: Task, prepared: PreparedPrompts, work: WorkerThreads) -> PreparedPrompts:
@@ -435,7 +436,8 @@ class TaskPreparation:
         engine, special = self._engine, task.add_special_tokens
         ids = self._behind(task, prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
         self._check_known(ids)
-        ids = self._cut(task, ids, text=isinstance(prompt, str))
+        if task.cut is not None:
+            ids = self._cut(task, task.cut, ids, text=isinstance(prompt, str))
         text = first = ""
         if task.echo_prompts:
             whole = task.scored_only  # otherwise the answer may complete the last character of the prompt
@@ -447,12 +449,10 @@ class TaskPreparation:
             first = engine.detokenize(ids[:1], skip_special_tokens=False) if scored else ""
         return EchoedPrompt(text, first, tuple(ids))
 
-    def _cut(self, task: Task, ids: Sequence[int], *, text: bool) -> list[int]:
+    def _cut(self, task: Task, cut: Cut, ids: Sequence[int], *, text: bool) -> list[int]:
         """Truncate a prompt, of a `text` or of given ids, as the task asks; one output token must fit behind it."""
-        if task.cut is None:
-            return list(ids)
         around = self._engine.tokenize("", add_special_tokens=task.add_special_tokens) if text else ()
-        return list(task.cut.of(ids, self._engine.model_info.max_model_len - 1, around))
+        return list(cut.of(ids, self._engine.model_info.max_model_len - 1, around))
 
     def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
         if not isinstance(prompt, str):

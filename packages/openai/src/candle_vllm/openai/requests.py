@@ -43,26 +43,22 @@ def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionReque
 def read_chat(request: ChatCompletionRequest) -> Task:
     """Convert a validated chat request to a task."""
     messages = tuple(_message(message, f"messages.{index}") for index, message in enumerate(request.messages))
-    use = request.tool_use()
-    fields = {
-        "prompt": "messages",
-        "prediction": "prediction.content",
-        "structured_outputs": _form_path(request, "tools"),
-    }
+    fields = {"prompt": "messages", "prediction": "prediction.content"}
+    fields["structured_outputs"] = _form_path(request, "tools")
     fields["thinking_token_budget"] = fields["thoughts"] = request.budget_field
     if request.max_completion_tokens is not None:
         fields["max_tokens"] = "max_completion_tokens"
     return Task(
         messages=messages,
         paths=Paths(fields, [f"tools.{number}.{tool.schema_path}" for number, tool in enumerate(request.tools or ())]),
-        tools=use,
+        tools=request.tool_use(),
         continued=bool(request.continue_final_message),
         opens_answer=request.add_generation_prompt,
         variables=request.template_kwargs(),
         documents=request.documents,
         chat_template=request.chat_template,
         add_special_tokens=bool(request.add_special_tokens),
-        thinking=request.thinking_limit(),
+        thinking=request.thinking_limit() if request.sets_thinking else None,
         show_thoughts=request.include_reasoning is not False,
         echo=text_of(messages[-1]) if request.echo else "",
         tell_counts=request.continuous_usage or bool(request.timings_per_token),

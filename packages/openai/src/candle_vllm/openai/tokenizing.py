@@ -69,7 +69,9 @@ class TokenizingAdapter:
             ids = await self._work.prepare(self._text, request)
         else:
             task, prepared = await self._work.prepare(self._chat, request)
-            ids = (await self._preparation.see(task, prepared, self._work, bounded=False)).prompt
+            if prepared.unseen is not None:
+                prepared = await self._preparation.see(task, prepared, prepared.unseen, self._work, bounded=False)
+            ids = prepared.prompt
         return await self._work.prepare(self._tokenized, request, ids)
 
     async def detokenize(self, request: tokenizing.DetokenizeRequest) -> tokenizing.Detokenized:

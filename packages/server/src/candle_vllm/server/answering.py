@@ -52,7 +52,8 @@ def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
 
 def _with_operators_form(wire: Any, settings: RequestOptions) -> Any:
     """Return the request with what the operator adds to every answer: token counts, ids instead of tokens' texts."""
-    if not isinstance(wire, GenerationFields):
+    adds = settings.enable_force_include_usage or settings.return_tokens_as_token_ids
+    if not adds or not isinstance(wire, GenerationFields):
         return wire
     added: dict[str, Any] = {}
     if settings.enable_force_include_usage and wire.stream:
@@ -101,7 +102,8 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
     wish: Wish | None = None
     streams = bool(wire.stream)
     wire = _with_operators_form(wire, request.app.state.settings)
-    _permit_mix(request, wire)
+    if getattr(wire, "lora", None):
+        _permit_mix(request, wire)
     if writer is None or api.stored is None:
         refuse_headers(request.scope["headers"], None if writer is None else NOT_HERE)
     else:
@@ -110,7 +112,8 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
         taken = take_turn(request.scope, wire.model, sequences=sequences_of(wire), priority=_priority(wire))
         turn = await unless_disconnected(taken, request.receive, Turn.release)
         try:
-            wire = with_defaults(wire, turn.model.entry.settings.default_sampling) if api.defaults else wire
+            defaults = turn.model.entry.settings.default_sampling if api.defaults else {}
+            wire = with_defaults(wire, defaults) if defaults else wire
             if not wire.stream:
                 made = await unless_disconnected(api.whole(turn.model, wire), request.receive)
                 turn.release()
@@ -133,11 +136,11 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
 
 def _permit_mix(request: Request, wire: Any) -> None:
     """Refuse (HttpError 403) a request with an adapter in `lora` that its API key may not use."""
-    caller, lora = caller_of(request.scope), getattr(wire, "lora", None)
-    if caller.models is None or not lora:
+    caller = caller_of(request.scope)
+    if caller.models is None:
         return
     manager: ModelManager = request.app.state.manager
-    slot, wanted = manager.find(wire.model, caller=caller), {each.id for each in lora}
+    slot, wanted = manager.find(wire.model, caller=caller), {each.id for each in wire.lora}
     for adapter in manager.adapters.numbered(slot.entry.name):
         if adapter.number in wanted and not caller.may_use(*adapter.names):
             message = (

@@ -232,7 +232,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        self._check_lists()
+        self._check_others()
 
     def _check_numbers(self) -> None:
         for name, kind in BOUNDS.items():
@@ -253,54 +253,15 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameterError(f"{name} must be true or false", name)
 
-    def _check_lists(self) -> None:
-        for name, (most, length) in _TEXT_LISTS.items():
-            if (given := getattr(self, name)) is not None:
-                _texts(name, given, most, length)
-        for name, most in _TOKEN_LISTS.items():
-            if (given := getattr(self, name)) is not None:
-                _token_ids(name, given, most)
-        if self.logprob_token_ids and self.logprobs is None:
-            force_setattr(self, "logprobs", 0)
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise InvalidParameterError("allowed_token_ids must not be empty", "allowed_token_ids")
-        if self.logits_processors is not None:
-            _count("logits_processors", self.logits_processors, MAX_PROCESSORS)
-            for each in self.logits_processors:
-                if not callable(each) and not (isinstance(each, str) and each in installed_processors()):
-                    installed = ", ".join(installed_processors()) or "none is"
-                    raise InvalidParameterError(
-                        "logits_processors must be functions of the tokens so far and a row of logits, or names of "
-                        f"installed ones ({installed} installed), not {each!r:.60}",
-                        "logits_processors",
-                    )
-        if self.stop is not None:
-            if not isinstance(self.stop, Sequence) or isinstance(self.stop, bytes):
-                raise InvalidParameterError("stop must be a text or a list of texts", "stop")
-            _count("stop", self.stop_strings, MAX_STOP_STRINGS)
-            if not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in self.stop_strings):
-                raise InvalidParameterError(f"stop strings must be texts of 1 to {MAX_STOP_LENGTH} characters", "stop")
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                raise InvalidParameterError("logit_bias must map token ids to numbers", "logit_bias")
-            for token in self.logit_bias:
-                if isinstance(token, bool) or not isinstance(token, int):
-                    said = f"logit_bias maps token ids, which are integers, to numbers; {token!r:.60} is no token id"
-                    raise InvalidParameterError(said, "logit_bias")
-            _token_ids("logit_bias", list(self.logit_bias), MAX_TOKEN_LIST)
-            for value in self.logit_bias.values():
-                _number("logit_bias", value, BIAS)
+    def _check_others(self) -> None:
         for name, (kind, said) in _CLASSES.items():
             if not isinstance(getattr(self, name), kind):
                 raise InvalidParameterError(f"{name} must be {said}", name)
-        salt = self.cache_salt
-        if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT):
-            raise InvalidParameterError(f"cache_salt must be a text of 1 to {MAX_SALT} characters", "cache_salt")
-        if self.prediction is not None and not (
-            isinstance(self.prediction, str) and len(self.prediction) <= MAX_PREDICTION
-        ):
-            said = f"prediction must be a text of at most {MAX_PREDICTION} characters"
-            raise InvalidParameterError(said, "prediction")
+        for name, check in _CHECKS.items():
+            if (given := getattr(self, name)) is not None:
+                check(name, given)
+        if self.logprob_token_ids and self.logprobs is None:
+            force_setattr(self, "logprobs", 0)
 
     def leaves_open(self, name: str) -> bool:
         """Whether this field was not given."""
@@ -363,10 +324,6 @@ OFFERED_FIELDS = tuple(name for name in BOUNDS if OFFERED in _HINTS[name].__meta
 _OPTIONAL = frozenset(name for name in BOUNDS if get_origin(_HINTS[name].__origin__) is UnionType)
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "continues_prompt",
              "skip_reading_prefix_cache", "prompt_progress")  # fmt: skip
-_TOKEN_LISTS = {"stop_token_ids": MAX_TOKEN_LIST, "logprob_token_ids": MAX_NAMED_LOGPROBS,
-                "allowed_token_ids": MAX_ALLOWED_TOKENS}  # fmt: skip
-_TEXT_LISTS = {"bad_words": (MAX_TOKEN_LIST, MAX_STOP_LENGTH),
-               "dry_sequence_breakers": (MAX_BREAKERS, MAX_BREAKER_LENGTH)}  # fmt: skip
 _CLASSES = {
     "output_kind": (RequestOutputKind, "a RequestOutputKind"),
     "structured_outputs": (StructuredOutputsParams | None, "StructuredOutputsParams"),
@@ -393,6 +350,69 @@ def _number(name: str, value: Any, kind: Number) -> None:
     if not low <= value <= high or (kind.open_low and value == low):  # true for NaN
         bound = "above" if kind.open_low else "at least"
         raise InvalidParameterError(f"{name} must be {bound} {low} and at most {high}, not {_shown(value)}", name)
+
+
+def _allowed_ids(name: str, ids: Any) -> None:
+    _token_ids(name, ids, MAX_ALLOWED_TOKENS)
+    if not ids:
+        raise InvalidParameterError(f"{name} must not be empty", name)
+
+
+def _processors(name: str, processors: Any) -> None:
+    _count(name, processors, MAX_PROCESSORS)
+    for each in processors:
+        if not callable(each) and not (isinstance(each, str) and each in installed_processors()):
+            installed = ", ".join(installed_processors()) or "none is"
+            raise InvalidParameterError(
+                f"{name} must be functions of the tokens so far and a row of logits, or names of installed ones "
+                f"({installed} installed), not {each!r:.60}",
+                name,
+            )
+
+
+def _stop(name: str, stop: Any) -> None:
+    if not isinstance(stop, Sequence) or isinstance(stop, bytes):
+        raise InvalidParameterError(f"{name} must be a text or a list of texts", name)
+    strings = (stop,) if isinstance(stop, str) else stop
+    _count(name, strings, MAX_STOP_STRINGS)
+    if not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in strings):
+        raise InvalidParameterError(f"stop strings must be texts of 1 to {MAX_STOP_LENGTH} characters", name)
+
+
+def _bias(name: str, bias: Any) -> None:
+    if not isinstance(bias, Mapping):
+        raise InvalidParameterError(f"{name} must map token ids to numbers", name)
+    for token in bias:
+        if isinstance(token, bool) or not isinstance(token, int):
+            said = f"{name} maps token ids, which are integers, to numbers; {token!r:.60} is no token id"
+            raise InvalidParameterError(said, name)
+    _token_ids(name, list(bias), MAX_TOKEN_LIST)
+    for value in bias.values():
+        _number(name, value, BIAS)
+
+
+def _salt(name: str, salt: Any) -> None:
+    if not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT):
+        raise InvalidParameterError(f"{name} must be a text of 1 to {MAX_SALT} characters", name)
+
+
+def _prediction(name: str, text: Any) -> None:
+    if not (isinstance(text, str) and len(text) <= MAX_PREDICTION):
+        raise InvalidParameterError(f"{name} must be a text of at most {MAX_PREDICTION} characters", name)
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], object]] = {  # fields that few requests give, and the check of a value
+    "bad_words": lambda name, given: _texts(name, given, MAX_TOKEN_LIST, MAX_STOP_LENGTH),
+    "dry_sequence_breakers": lambda name, given: _texts(name, given, MAX_BREAKERS, MAX_BREAKER_LENGTH),
+    "stop_token_ids": lambda name, given: _token_ids(name, given, MAX_TOKEN_LIST),
+    "logprob_token_ids": lambda name, given: _token_ids(name, given, MAX_NAMED_LOGPROBS),
+    "allowed_token_ids": _allowed_ids,
+    "logits_processors": _processors,
+    "stop": _stop,
+    "logit_bias": _bias,
+    "cache_salt": _salt,
+    "prediction": _prediction,
+}
 
 
 def _shown(value: float) -> str:

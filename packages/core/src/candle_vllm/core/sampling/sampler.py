@@ -409,9 +409,7 @@ class _Rows:
 
     def __init__(self, states: Sequence[SamplingState], place: NDArray[np.float64] | None = None) -> None:
         self.states = list(states)
-        sizes = {state.vocab_size for state in states}
-        assert len(sizes) <= 1
-        self.vocab_size = max(sizes, default=0)
+        (self.vocab_size,) = {state.vocab_size for state in states} or {0}
         self.asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         self.may_edit = any(state.may_edit for state in states)
         self.settling = [row for row, state in enumerate(states) if settles(state)]

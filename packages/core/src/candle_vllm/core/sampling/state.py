@@ -98,11 +98,14 @@ class SamplingState:
         self.num_prompt_tokens = len(self.tokens)
         self.grammar = grammar
         self.thoughts = thoughts
-        self.allowed = self._allowed_ids()
-        self.bias_ids, self.bias_values = self._bias()
+        allowed = params.allowed_token_ids
+        self.allowed = None if allowed is None else _distinct(_checked("allowed_token_ids", allowed, vocab_size))
+        bias = params.logit_bias or {}
+        self.bias_ids = _checked("logit_bias", bias, vocab_size)
+        self.bias_values = np.array(list(bias.values()), np.float32)
         self._stop_ids = _checked("stop_token_ids", params.stop_token_ids, vocab_size)
         self._eos_token_ids = eos_token_ids
-        self.bad_words = BadWords(bad_word_token_ids, vocab_size)
+        self.bad_words = BadWords(bad_word_token_ids, vocab_size) if bad_word_token_ids else None
         self._counts = _penalty_counts(params, prompt_token_ids, vocab_size)
         top_k = params.top_k if 0 < params.top_k < vocab_size else 0
         self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
@@ -110,16 +113,16 @@ class SamplingState:
         self._mus = [2 * params.mirostat_tau]  # mirostat's mu of the tokens so far and of the next one
         if self.chain is not None:  # the chain applies these, and a dynamic temperature
             self.controls = (1.0 if params.dynatemp_range else self.controls[0], 0.0, 0.0, 1.0)
+        self._masks_ids = self.allowed is not None or self.bad_words is not None
         self.dry = None if breakers is None else DryState(params, breakers, self.tokens)
-        self._always_masks = self.allowed is not None or bool(bad_word_token_ids) or grammar is not None
         self.windowed = self._counts is not None and params.repeat_last_n >= 0
         held = grammar is not None or thoughts is not None
         reads = self.dry is not None or bool(params.logits_processors) or self.windowed or params.mirostat > 0
-        self.reads_tokens = self.bad_words.has_sequences or held or reads
-        edits = self._counts is not None or len(self.bias_ids) > 0 or self.chain is not None or reads
-        self.may_edit = self._always_masks or edits or params.min_tokens > 0 or thoughts is not None
-        others = edits or self.allowed is not None or bool(bad_word_token_ids) or params.min_tokens > 0
-        self.only_masks = grammar is not None and thoughts is None and not others
+        self.reads_tokens = held or reads or (self.bad_words is not None and self.bad_words.has_sequences)
+        masks = self._masks_ids or params.min_tokens > 0
+        edits = masks or self._counts is not None or bool(bias) or self.chain is not None or reads
+        self.may_edit = edits or held
+        self.only_masks = grammar is not None and thoughts is None and not edits
         self.notes_tokens = self._counts is not None or held or self.dry is not None
 
     def sibling(self, index: int) -> SamplingState:
@@ -142,19 +145,19 @@ class SamplingState:
         """Return the random number in (0, 1) of the next token: a function of only seed, index and position."""
         first, numbers = self._uniforms
         offset = self.position - first
-        if 0 <= offset < len(numbers):
-            return numbers[offset]
-        _make_uniforms([self])
-        return self._uniforms[1][0]
+        return numbers[offset] if 0 <= offset < len(numbers) else self.uniforms(1)[0]
 
     def uniforms(self, count: int) -> Sequence[float]:
         """Return the random numbers of the next `count` tokens, at most 64."""
-        first, numbers = self._uniforms
-        offset = self.position - first
-        if not 0 <= offset <= len(numbers) - count:
+        if len(self._ready) < count:
             _make_uniforms([self])
-            offset, numbers = 0, self._uniforms[1]
-        return numbers[offset : offset + count]
+        return self._ready[:count]
+
+    @property
+    def _ready(self) -> Sequence[float]:
+        """The computed random numbers, from the next token on."""
+        first, numbers = self._uniforms
+        return numbers[self.position - first :] if self.position >= first else ()
 
     @property
     def position(self) -> int:
@@ -257,7 +260,7 @@ class SamplingState:
     @property
     def masks_tokens(self) -> bool:
         """Whether some tokens of the vocabulary may be forbidden as the next one."""
-        return self._always_masks or self.position < self.params.min_tokens or self.is_due
+        return self._masks_ids or self.grammar is not None or self.position < self.params.min_tokens or self.is_due
 
     @property
     def is_due(self) -> bool:
@@ -300,9 +303,10 @@ class SamplingState:
         """
         if self.forced is not None:
             return np.zeros(0, np.int64)
-        words = self.bad_words.completions(
-            self.tokens[max(self.num_prompt_tokens, len(self.tokens) - self.bad_words.longest) :]
-        )
+        words = _NO_IDS
+        if self.bad_words is not None:
+            first = max(self.num_prompt_tokens, len(self.tokens) - self.bad_words.longest)
+            words = self.bad_words.completions(self.tokens[first:])
         if self.position >= self.params.min_tokens or self._must_stop():
             return words
         return np.concatenate((words, self._ending_ids))
@@ -321,32 +325,14 @@ class SamplingState:
         eos_ids = [token for token in self._eos_token_ids if 0 <= token < self.vocab_size]
         return _distinct(np.concatenate((self._stop_ids, np.array(eos_ids, np.int64))))
 
-    def _allowed_ids(self) -> NDArray[np.int64] | None:
-        if self.params.allowed_token_ids is None:
-            return None
-        return _distinct(_checked("allowed_token_ids", self.params.allowed_token_ids, self.vocab_size))
-
-    def _bias(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        bias = self.params.logit_bias or {}
-        return _checked("logit_bias", bias, self.vocab_size), np.array(list(bias.values()), np.float32)
-
 
 def uniforms_ahead(states: Sequence[SamplingState]) -> NDArray[np.float64]:
     """Return the next random numbers [K, R] of R sequences: the K >= 1 that all sequences have computed."""
-    left = [_uniforms_left(state) for state in states]
-    if not all(left):
+    if not all(state._ready for state in states):
         _make_uniforms(states)  # one call for all sequences, which takes as long as for one
-        left = [_UNIFORMS] * len(states)
-    most = min(left)
-    ahead = [state._uniforms[1][-count:][:most] for state, count in zip(states, left)]
-    return np.array(ahead).T.copy()
-
-
-def _uniforms_left(state: SamplingState) -> int:
-    """Return the number of computed random numbers from the next token on."""
-    first, numbers = state._uniforms
-    offset = state.position - first
-    return len(numbers) - offset if 0 <= offset < len(numbers) else 0
+    ahead = [state._ready for state in states]
+    most = min(map(len, ahead))
+    return np.array([numbers[:most] for numbers in ahead]).T.copy()
 
 
 def _make_uniforms(states: Sequence[SamplingState]) -> None:
@@ -417,7 +403,7 @@ class BadWords:
 
     def __init__(self, words: Sequence[Sequence[int]], vocab_size: int) -> None:
         singles: list[int] = []
-        self.longest = max(map(len, words), default=0)  # maximum number of tokens of a word
+        self.longest = max(map(len, words))  # maximum number of tokens of a word
         self._by_previous: dict[int, list[tuple[list[int], int]]] = {}
         for word in words:
             ids = _checked("bad_words", word, vocab_size).tolist()

@@ -301,11 +301,12 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     def _shared_rules(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise fields.unsupported("best_of", "every sequence is returned, so it can only equal n")
-        if self.use_beam_search and self.stream:
-            raise fields.unsupported("use_beam_search", "beams are not streamed; send the request without stream")
-        if self.use_beam_search and self.sequences > caps.MAX_BEAMS:
-            raise fields.invalid("n", f"is the number of beams with use_beam_search, at most {caps.MAX_BEAMS}")
-        if not self.use_beam_search and self.length_penalty not in (None, 1):
+        if self.use_beam_search:
+            if self.stream:
+                raise fields.unsupported("use_beam_search", "beams are not streamed; send the request without stream")
+            if self.sequences > caps.MAX_BEAMS:
+                raise fields.invalid("n", f"is the number of beams with use_beam_search, at most {caps.MAX_BEAMS}")
+        elif self.length_penalty not in (None, 1):
             raise fields.invalid("length_penalty", "needs use_beam_search: true")
         if self.stream_options is not None and not self.stream:
             raise fields.invalid("stream_options", "needs stream: true")
@@ -321,6 +322,8 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
 
     def structured(self) -> StructuredOutputsParams | None:
         """Return the constraint on the answer; None if any text is allowed."""
+        if not (self.response_format or self.structured_outputs or self.grammar or self.json_schema):
+            return None
         form, given = structured_params(self.response_format, self.structured_outputs), self.llama_form()
         if form is not None and given is not None:
             other = blamed_field(self.response_format, self.structured_outputs)

@@ -252,6 +252,8 @@ def check_history(messages: Sequence[Message]) -> None:
     Assistant messages in a row are one answer: clients that replay a streamed answer put its text behind its calls.
     Later turns may repeat ids. Raises an error that pydantic reports.
     """
+    if not any(isinstance(message, ToolMessage) or getattr(message, "tool_calls", None) for message in messages):
+        return
     pending: dict[str, None] = {}
     for index, message in enumerate(messages):
         here = f"messages.{index}"

@@ -23,6 +23,7 @@ _TEMPLATE_ARGUMENTS = frozenset({
 Budget = Annotated[int, bounded("thinking_token_budget")]
 # Names of the budget: vLLM's first, then llama.cpp's.
 _BUDGETS = ("thinking_token_budget", "reasoning_budget", "reasoning_budget_tokens", "thinking_budget_tokens")
+_THINKING = ("thinking", "enable_thinking", "reasoning_effort", "reasoning_budget_message", *_BUDGETS)
 
 
 class ThinkingSwitch(WireModel):
@@ -87,6 +88,8 @@ class TemplateFields(WireModel):
         error.
         """
         kwargs = dict(self.chat_template_kwargs or {})
+        if not self.sets_thinking:
+            return kwargs
         for field in ("thinking", "enable_thinking"):
             switch = getattr(self, field)
             if isinstance(switch, ThinkingSwitch):
@@ -99,6 +102,11 @@ class TemplateFields(WireModel):
             close_thoughts(kwargs, limit.tokens)
         set_effort(kwargs, self.reasoning_effort, "reasoning_effort")
         return kwargs
+
+    @property
+    def sets_thinking(self) -> bool:
+        """Whether the request has a field about reasoning."""
+        return any(getattr(self, name) is not None for name in _THINKING)
 
     @property
     def budget_field(self) -> str:

@@ -20,7 +20,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from candle_vllm.core.engine.step.stream import PushStream
+from candle_vllm.core.engine.step.stream import PushStream, Receiver
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.server.http.body import disconnected
@@ -95,7 +95,7 @@ class EventStream(Response):
             has one, is called before that, if everything was sent to the client.
         form: encodes the chunks, or the exception that ends them.
         deadline: `time.monotonic()` at which the stream ends with an error.
-        released: called once nothing more is read from `chunks`.
+        released: called when nothing more is read from `chunks`, and again at the end of the stream.
         keep_alive: seconds of silence before `form.silence` is sent.
     """
 
@@ -116,40 +116,34 @@ class EventStream(Response):
         form: StreamForm,
         *,
         deadline: float | None = None,
-        released: Callable[[], object] | None = None,
+        released: Callable[[], object] = lambda: None,
         keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         self.media_type = form.media_type
         self.init_headers(_HEADERS)
-        self._chunks = chunks
+        self._chunks = chunks if isinstance(chunks, PushStream) else _Iterated(chunks)
         self._form = form
         self._deadline = deadline
         self._released = released
         self._keep_alive = keep_alive
         self._pending: list[bytes] = []
-        self._drained = asyncio.Event()  # set when an iterator may be read further
         self._delivered: Callable[[], object] | None = getattr(chunks, "delivered", None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
         watcher = asyncio.create_task(disconnected(receive))
         watcher.add_done_callback(lambda _: self._end())
-        tasks = [watcher]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._write_part = scope.get("extensions", {}).get(WRITE_PART)
-            if isinstance(self._chunks, PushStream):
-                self._chunks.push(self)
-            else:
-                tasks.append(asyncio.create_task(self._iterate()))
-            self._idle_since = self._loop.time()
+            self._chunks.push(self)
             self._watch_time()
             await self._write(send, watcher)
         except asyncio.CancelledError:
-            await self._last_words(send, tasks)
+            await self._last_words(send)
             raise
         finally:
-            await asyncio.shield(self._close(tasks))
+            await asyncio.shield(self._close(watcher))
 
     def put(self, items: Sequence[Any]) -> None:
         """Write chunks, at once if nothing waits before them and the client keeps up."""
@@ -161,13 +155,13 @@ class EventStream(Response):
             self._push(data)
         except Exception as failure:
             self.end(failure)
-        if self._buffered > MAX_BUFFERED and isinstance(self._chunks, PushStream):
+        if self._buffered > MAX_BUFFERED:
             self._held = True
             self._chunks.hold(True)
 
     def end(self, error: Exception | None = None) -> None:
         self._finish(error)
-        self._release()
+        self._released()
 
     def _finish(self, error: Exception | None) -> None:
         if not self._ended:
@@ -188,8 +182,7 @@ class EventStream(Response):
             ended, data = self._ended, b"".join(self._pending)
             self._pending.clear()
             self._buffered = 0
-            self._drained.set()
-            if self._held and isinstance(self._chunks, PushStream):
+            if self._held:
                 self._held = False
                 self._chunks.hold(False)
             # `delivered` is called after an empty last message of its own; sending this waits for a slow client.
@@ -212,44 +205,24 @@ class EventStream(Response):
         """Fill a silence, and end a stream that is too late, with one timer for the stream, not one for each event."""
         if self._ended:
             return
-        loop = self._loop
         left = float("inf") if self._deadline is None else self._deadline - time.monotonic()
         if left <= 0:
             self._delivered = None
             self._finish(took_too_long())
             return
-        silence = loop.time() - self._idle_since if self._idle is not None else 0.0
+        silence = self._loop.time() - self._idle_since if self._idle is not None else 0.0
         if silence >= self._keep_alive:
             self._push(self._form.silence())
             silence = 0.0
-        self._timer = loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
+        self._timer = self._loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
 
-    async def _last_words(self, send: Send, tasks: Sequence[asyncio.Task[None]]) -> None:
+    async def _last_words(self, send: Send) -> None:
         """Send the error of a stream that the server's shutdown cancels."""
         self._end()
-        await _stop(tasks)
         if self._complete:
             return
         data = self._form.error(RequestAbortedError("The server was stopped before the answer was complete."))
         await send({"type": "http.response.body", "body": data, "more_body": False})
-
-    async def _iterate(self) -> None:
-        """Put the chunks of an iterator into the stream."""
-        try:
-            async for chunk in self._chunks:
-                self.put((chunk,))
-                while self._buffered > MAX_BUFFERED:
-                    self._drained.clear()
-                    await self._drained.wait()
-        except Exception as failure:
-            self.end(failure)
-        else:
-            self.end()
-
-    def _release(self) -> None:
-        released, self._released = self._released, None
-        if released is not None:
-            released()
 
     def _end(self) -> None:
         self._ended = True
@@ -260,20 +233,56 @@ class EventStream(Response):
         if idle is not None and not idle.done():
             idle.set_result(None)
 
-    async def _close(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+    async def _close(self, watcher: asyncio.Task[None]) -> None:
         """Stop all tasks, then close the chunks, even if the first chunk was never read."""
         self._end()
         if self._timer is not None:
             self._timer.cancel()
-        await _stop(tasks)
-        close = getattr(self._chunks, "aclose", None)
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+        await self._chunks.aclose()
+        self._released()
+
+
+class _Iterated(PushStream[Any]):
+    """Pushes the items of an iterator."""
+
+    _task: asyncio.Task[None] | None = None
+
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        self._items = items
+        self._free = asyncio.Event()  # set while the receiver takes items
+        self._free.set()
+
+    def push(self, receiver: Receiver[Any]) -> None:
+        self._task = asyncio.create_task(self._iterate(receiver))
+
+    async def _iterate(self, receiver: Receiver[Any]) -> None:
+        try:
+            async for item in self._items:
+                receiver.put((item,))
+                await self._free.wait()
+        except Exception as failure:
+            receiver.end(failure)
+        else:
+            receiver.end()
+
+    def hold(self, held: bool) -> None:
+        if held:
+            self._free.clear()
+        else:
+            self._free.set()
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def aclose(self) -> None:
+        """Stop reading and close the iterator."""
+        self.close()
+        if self._task is not None:
+            await asyncio.wait({self._task})
+        close = getattr(self._items, "aclose", None)
         if close is not None:
             with contextlib.suppress(RuntimeError):  # a generator that is being closed already
                 await close()
-        self._release()
-
-
-async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

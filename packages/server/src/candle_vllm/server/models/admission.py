@@ -159,7 +159,7 @@ class Admission:
 
     def left(self, place: Place) -> None:
         """Release a place; called by `Place.leave`."""
-        self._forget(self._running, place.key, place.sequences)
+        self._running -= Counter({place.key: place.sequences})
         self._taken -= self._share(place.sequences)
         self._end(place.key, place.sequences)
         self._seconds = _FADING * self._seconds + (1 - _FADING) * (time.monotonic() - place.since)
@@ -228,11 +228,5 @@ class Admission:
                 del self._queues[place]
 
     def _end(self, key: str, sequences: int) -> None:
-        self._forget(self._unfinished, key, sequences)
-        self._forget(self._counted, key, self._share(sequences))
-
-    @staticmethod
-    def _forget(counter: Counter[str], key: str, count: int) -> None:
-        counter[key] -= count
-        if not counter[key]:
-            del counter[key]
+        self._unfinished -= Counter({key: sequences})
+        self._counted -= Counter({key: self._share(sequences)})

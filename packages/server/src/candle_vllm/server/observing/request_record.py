@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,13 +84,12 @@ class RequestRecord:
     failure: str | None = None
     _reasons: list[FinishReason | None] = field(init=False)
     _last: list[float] = field(init=False)
-    _unfinished: int = field(init=False)
     _meter: Spender | None = field(init=False)
     _counted: int = field(init=False)
 
     def __post_init__(self) -> None:
         context, count = self.context, self.info.count
-        self.tokens, self._last, self._unfinished = [0] * count, [0.0] * count, count
+        self.tokens, self._last = [0] * count, [0.0] * count
         self.sequence_times = [None] * count
         self._reasons = [None] * count
         self.gaps = Histogram(self.counts.gap_bounds)
@@ -122,10 +120,7 @@ class RequestRecord:
             index, now = piece.index, time.monotonic()
             last = self._last[index]
             if last:
-                gap = now - last
-                gaps = self.gaps
-                gaps.counts[bisect_left(gaps.bounds, gap)] += 1
-                gaps.total += gap
+                self.gaps.observe(now - last)
             else:
                 self._first(piece, now)
             self._last[index] = now
@@ -192,8 +187,7 @@ class RequestRecord:
         self._reasons[piece.index] = piece.finish_reason
         self.sequence_times[piece.index] = piece.metrics
         self.failure = self.failure or piece.error
-        self._unfinished -= 1
-        if not self._unfinished:
+        if None not in self._reasons:
             self.close()
 
     def _forget(self, reason: str) -> None:

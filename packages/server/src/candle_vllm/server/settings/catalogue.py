@@ -76,16 +76,16 @@ class Catalogue:
         With `exact`, the name must be one of the model's names, as with strict names. Raises ModelNotServedError if no
         model has this name.
         """
-        if name is not None and name in self._by_name:
+        if name in self._by_name:
             return self._by_name[name]
-        loose = not self.default.settings.strict_model_names and not self.default.settings.enable_lora
-        alone = len(self.entries) == 1 and loose  # with adapters, another name may be an adapter's
         if name is None or name == ANY_MODEL:
             return self.default
         if name == DEMO and DEMO_NAME in self._by_name:
             return self._by_name[DEMO_NAME]
         from candle_vllm.openai.serving import answered_by  # slow import, needed only here
 
+        loose = not self.default.settings.strict_model_names and not self.default.settings.enable_lora
+        alone = len(self.entries) == 1 and loose  # with adapters, another name may be an adapter's
         served = [name for entry in self.entries for name in entry.names]
         answered_by(name, served, strict=exact or not alone)
         return self.default

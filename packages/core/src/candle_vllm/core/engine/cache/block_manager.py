@@ -17,6 +17,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.step import sequence as step
 
 
 def block_hashes(
@@ -110,6 +114,28 @@ class BlockManager:
             self._owners[block] = 1
             taken.append(block)
         return taken
+
+    def begin(self, sequence: step.Sequence, shared: list[int], fresh: int) -> None:
+        """Give an admitted sequence `shared` published blocks and `fresh` new ones, which must be free."""
+        self.share(shared)
+        taken = self.allocate(fresh)
+        assert taken is not None
+        sequence.block_table = array("i", shared + taken)
+
+    def end(self, sequence: step.Sequence) -> None:
+        """Release the blocks of a sequence that has ended or was preempted."""
+        self.release(sequence.block_table)
+        sequence.block_table = array("i")
+
+    def grow(self, sequence: step.Sequence) -> bool:
+        """Append a block to the block table of a sequence; return False if no block is free."""
+        taken = self.allocate(1) or ()
+        sequence.block_table.extend(taken)
+        return bool(taken)
+
+    def extend(self, sequence: step.Sequence, position: int) -> bool:
+        """Append a block if the block table ends before `position`, the next one; return False if no block is free."""
+        return position < self.block_size * len(sequence.block_table) or self.grow(sequence)
 
     def take_in(self, digest: bytes) -> int | None:
         """`publish` a free block and return it; the caller then writes its contents. None if no block is free."""

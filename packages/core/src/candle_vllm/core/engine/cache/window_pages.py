@@ -137,8 +137,10 @@ class WindowedBlocks(BlockManager):
         """Whether a sequence of `needed` with `shared` blocks can start and leave `reserve` free pages in each pool."""
         return all(pool.has_room(shared, needed, reserve) for pool in self.pools)
 
-    def begin(self, sequence: Sequence, cached: int) -> None:
-        """Start a sequence after `cached` shared blocks; it uses the pages of the blocks in its windows."""
+    def begin(self, sequence: Sequence, shared: list[int], fresh: int) -> None:
+        """See `BlockManager`; the sequence uses the pages of the shared blocks in its windows."""
+        super().begin(sequence, shared, fresh)
+        cached = len(shared)
         sequence.windowed = [(pool.first(cached * self.block_size), cached) for pool in self.pools]
         for pool, (first, last) in zip(self.pools, sequence.windowed):
             for block in sequence.block_table[first:last]:
@@ -166,12 +168,17 @@ class WindowedBlocks(BlockManager):
             reached = min(reached, last * self.block_size)
         return reached
 
-    def reaches(self, sequence: Sequence, position: int) -> bool:
-        """Whether the next token of a decoding sequence has its pages; allocates one more if necessary."""
-        return self.advance(sequence, position, position + 1) > position
+    def extend(self, sequence: Sequence, position: int) -> bool:
+        """See `BlockManager`; also return False if the token at `position` does not get its pages."""
+        return super().extend(sequence, position) and self.advance(sequence, position, position + 1) > position
+
+    def end(self, sequence: Sequence) -> None:
+        """See `BlockManager`; also release its pages."""
+        self.cut(sequence, 0)
+        super().end(sequence)
 
     def cut(self, sequence: Sequence, blocks: int) -> None:
-        """Release the pages after the first `blocks` blocks of a sequence's table; pass 0 for one that has ended."""
+        """Release the pages after the first `blocks` blocks of a sequence's table."""
         for number, (pool, (first, last)) in enumerate(zip(self.pools, sequence.windowed)):
             pool.leave(sequence.block_table[max(first, blocks) : last])
             sequence.windowed[number] = min(first, blocks), min(last, blocks)

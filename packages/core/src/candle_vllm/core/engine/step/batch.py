@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence as Seq
-from typing import NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from candle_vllm.core.kernels.states import StateRows
 
 Ints = NDArray[np.int64]
 
-_FEW = 32  # maximum number of rows that are laid out without numpy
+_FEW, _FEW_ROWS = 32, 64  # maximum numbers of runs and of their rows that are laid out without numpy
 
 
 class StepMemory(Protocol):
@@ -303,7 +303,6 @@ class BatchBuilder:
         self._version = object()
         self._numbers = np.arange(1)
         self._last: Batch | None = None  # the previous step, if all its sequences decoded
-        self._moving = self._tables  # positions and slots of the previous step
 
     def build(self, scheduled: Seq[Run], before: Seq[Run] = (), *, ends_alone: bool = False) -> Batch:
         """Return the batch of a step.
@@ -319,7 +318,7 @@ class BatchBuilder:
         decodes = count if scheduled[-1].decodes else sum(run.decodes for run in scheduled)  # decoding runs are first
         whole = decodes == count or all(run.wanted for run in scheduled)
         tables = self._follow(scheduled) if size else np.zeros((count, 0), np.int64)
-        few = count <= _FEW and sum([run.count for run in scheduled]) <= _FEW
+        few = count <= _FEW and sum([run.count for run in scheduled]) <= _FEW_ROWS
         laid = _by_hand(scheduled, size) if few else self._by_arrays(scheduled, tables, whole)
         total = len(laid.positions)
         if self._memory is None:
@@ -327,11 +326,11 @@ class BatchBuilder:
         else:
             tokens, context_lens = self._memory.tokens[:, :total], self._memory.context_lens[:count]
         tokens[1], tokens[2], tokens[3], context_lens[:] = laid.positions, laid.slots, -1, laid.contexts
+        tokens[0] = _named_tokens(scheduled)
         if before:
             drawn = {item.sequence: place for place, item in enumerate(before)}
             tokens[3, laid.query_start[1:] - 1] = [drawn.get(item.sequence, -1) for item in scheduled]
-        self._name_tokens(scheduled, tokens, known=not before)
-        shown = self._images and decodes < count
+        special = self._special_rows(scheduled, laid.query_start, tokens[0]) if self._images or self._adapters else {}
         batch = Batch(
             tokens=tokens,
             query_start=laid.query_start,
@@ -343,16 +342,22 @@ class BatchBuilder:
             drawing=scheduled if whole else [item for item in scheduled if item.wanted],
             drafted=decodes < count and any(run.drafts for run in scheduled),
             sampled_rows=laid.sampled_rows,
-            adapters=adapter_rows(scheduled, laid.query_start) if self._adapters else None,
-            embedded=embedded_rows(scheduled, laid.query_start, tokens[0]) if shown else None,
-            ahead=rows_ahead(scheduled, laid.query_start) if shown else None,
-            turned=rotary_positions(scheduled, laid.query_start) if self._images else None,
             ends_alone=ends_alone and len(laid.sampled_rows) < total,
             states=None if scheduled[0].state is None else self._state_rows(scheduled, laid.query_start),
+            **special,
         )
         self._last = batch if decodes == count and size else None
-        self._moving = tokens[1:3]
         return batch
+
+    def _special_rows(self, scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> dict[str, Any]:
+        """Return the fields of a step's `Batch` about adapters and images; see `embedded_rows` for `token_ids`."""
+        rows = {"adapters": adapter_rows(scheduled, query_start) if self._adapters else None}
+        if not self._images:
+            return rows
+        if not scheduled[-1].decodes:
+            rows |= {"embedded": embedded_rows(scheduled, query_start, token_ids)}
+            rows |= {"ahead": rows_ahead(scheduled, query_start)}
+        return {**rows, "turned": rotary_positions(scheduled, query_start)}
 
     def _state_rows(self, scheduled: Seq[Run], query_start: Ints) -> StateRows:
         """Return the state slots that a step reads and writes."""
@@ -408,7 +413,7 @@ class BatchBuilder:
         """Build the step that continues `last`; see `_goes_on`."""
         tokens, tables, begun = last.tokens, last.block_tables, ()
         if self._memory is None or not self._memory.moved_on:
-            self._moving += 1
+            tokens[1:3] += 1  # positions and slots
             last.context_lens[:] += 1
             if before:  # the tokens of the previous step, in the same order
                 tokens[0], tokens[3] = 0, last.sampled_rows
@@ -436,65 +441,38 @@ class BatchBuilder:
             run, number = step[row], self._known[row]
             assert number * self._block_size == run.start
             if number == tables.shape[1]:
-                tables = self._widen(number + 1)
+                tables = self._widen(len(step), number + 1)
             block = tables[row, number] = run.sequence.block_table[number]
             slots[row] = block * self._block_size
             self._known[row] = number + 1
             begun.append((row, number, block))
         return tables[: len(step), : max(self._known)], begun
 
-    @staticmethod
-    def _name_tokens(scheduled: Seq[Run], tokens: Ints, *, known: bool) -> None:
-        """Write the token ids into `tokens[0]`, 0 for a token that is not known yet."""
-        if not known and len(scheduled) == tokens.shape[1] and tokens[3].min() >= 0:
-            tokens[0] = 0
-            return
-        ids: list[int] = []
-        for item in scheduled:
-            named = item.sequence.tokens[item.start : item.start + item.count]
-            ids += named
-            if len(named) < item.count:
-                ids += item.drafts or (0,)
-        tokens[0] = ids
-
     def _follow(self, scheduled: Seq[Run]) -> Ints:
         """Update the block tables for a step and return them, [R, maximum blocks]."""
         rows = [(item.sequence, item.admission) for item in scheduled]
         if rows != self._rows:
-            self._take_over(rows)
-        size, known = self._block_size, self._known
-        needed = [(item.start + item.count - 1) // size + 1 for item in scheduled]
-        most = max(needed)
-        if needed != known:
+            self._rows, self._known = rows, [0] * len(rows)
+        needed = [(item.start + item.count - 1) // self._block_size + 1 for item in scheduled]
+        if needed != self._known:
             self._version = object()
-            if most > self._tables.shape[1]:
-                self._widen(most)
-            for row, (first, last) in enumerate(zip(known, needed)):
+            if self._memory is None:
+                self._widen(len(rows), max(needed))
+            for row, (first, last) in enumerate(zip(self._known, needed)):
                 if first < last:
                     self._tables[row, first:last] = scheduled[row].sequence.block_table[first:last]
             self._known = needed
-        return self._tables[: len(rows), :most]
+        return self._tables[: len(rows), : max(needed)]
 
-    def _widen(self, most: int) -> Ints:
-        """Widen the tables to at least `most` blocks a row; only for tables that the builder allocated."""
-        assert self._memory is None
-        rows, width = self._tables.shape
-        wider = np.zeros((rows, max(most, 2 * width)), np.int64)
-        wider[:, :width] = self._tables
-        self._tables = wider
-        return wider
-
-    def _take_over(self, rows: list[tuple[Sequence, int]]) -> None:
-        """Reorder the table rows for this step's sequences; rows of new sequences count as empty."""
-        places = {row: place for place, row in enumerate(self._rows)}
-        found = [places.get(row, -1) for row in rows]
-        width = max(self._known, default=0)
-        self._known = [self._known[place] if place >= 0 else 0 for place in found]
-        if self._memory is not None:
-            self._tables[: len(rows), :width] = self._tables[found, :width]
-        else:
-            self._tables = self._tables[found] if self._rows else np.zeros((len(rows), 1), np.int64)
-        self._rows, self._version = rows, object()
+    def _widen(self, rows: int, blocks: int) -> Ints:
+        """Allocate larger tables if they have fewer rows or blocks; only for tables that the builder allocated."""
+        height, width = self._tables.shape
+        if rows > height or blocks > width:
+            blocks = width if blocks <= width else max(blocks, 2 * width)
+            larger = np.zeros((max(rows, height), blocks), np.int64)
+            larger[:height, :width] = self._tables
+            self._tables = larger
+        return self._tables
 
     def _up_to(self, count: int) -> Ints:
         """Return the integers below `count`, as a view that must not be written to."""
@@ -516,15 +494,21 @@ def _by_hand(scheduled: Seq[Run], size: int) -> _Laid:
     CPU caches, so one numpy call takes longer than this function."""
     ends, contexts, positions, slots, drawn = [0], list[int](), list[int](), list[int](), list[int]()
     for run in scheduled:
-        place, context, table = run.start, run.start + run.count, run.sequence.block_table
+        places, table = range(run.start, run.start + run.count), run.sequence.block_table
         ends.append(ends[-1] + run.count)
-        contexts.append(context)
-        positions += range(place, context)
+        contexts.append(places.stop)
+        positions += places
+        slots += [table[place // size] * size + place % size for place in places] if size else [-1] * run.count
         drawn += range(ends[-1] - run.wanted, ends[-1])
-        while size and place < context:
-            number = place // size
-            last = min((number + 1) * size, context)
-            first = (table[number] - number) * size
-            slots += range(first + place, first + last)
-            place = last
-    return _Laid(np.array(ends), contexts, positions, slots or -1, np.array(drawn, np.int64))
+    return _Laid(np.array(ends), contexts, positions, slots, np.array(drawn, np.int64))
+
+
+def _named_tokens(scheduled: Seq[Run]) -> list[int]:
+    """Return the token ids of a step's rows; 0 for a token that is not known yet."""
+    ids: list[int] = []
+    for item in scheduled:
+        named = item.sequence.tokens[item.start : item.start + item.count]
+        ids += named
+        if len(named) < item.count:
+            ids += item.drafts or (0,)
+    return ids

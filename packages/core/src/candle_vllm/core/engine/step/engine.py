@@ -80,7 +80,6 @@ class Engine:
         offloaded: OffloadedBlocks | OffloadedPrefixes | None = None,
         sleeper: Sleeper | None = None,
     ) -> None:
-        assert drafter is None or not runner.overlaps
         self.runner = runner
         self.scheduler = scheduler
         self.prepare = preparation.prepare
@@ -100,6 +99,8 @@ class Engine:
             block_size, runner.step_memory, images=images is not None, adapters=self.adapters is not None
         )
         self._sampling: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # sequences of the last step
+        self._max_flights = max(runner.in_flight, 1 + runner.overlaps)  # the step that reaches it collects the oldest
+        assert drafter is None or self._max_flights == 1
         self._flights: deque[_Flight] = deque()  # in launch order
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
@@ -142,7 +143,7 @@ class Engine:
         request_id = prepared[0].request.request_id
         if request_id in self._requests:
             raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
-        self._requests[prepared[0].request.request_id] = list(prepared)
+        self._requests[request_id] = list(prepared)
         self._waits_since = self._failures_seen = -1
         for live in prepared:
             live.sequence.order = self._arrivals
@@ -224,26 +225,19 @@ class Engine:
         encodes = self.images is not None and self._encode(self.images, outputs)
         if self.offloaded is not None:
             self.offloaded.take()
-        began = time.perf_counter()
-        changes = -1 if self.adapters is None else self.adapters.changes
+        self._waits_since, changes = -1, -1 if self.adapters is None else self.adapters.changes
         flight = self._launch(outputs)
-        idle = flight is None and not self._flights and bool(self._live)
-        if idle and self.offloaded is not None and self.offloaded.reads:
-            self.offloaded.wait(_BLOCK_WAIT)
-            idle = False
-        self._waits_since = changes if idle and not encodes else -1
-        if self.runner.in_flight > 1:
-            if flight is not None:
-                self._flights.append(flight)
-            full = flight is None or len(self._flights) == self.runner.in_flight
-            return outputs + self._collect() if full else outputs
-        outputs += self._collect()
         if flight is not None:
             self._flights.append(flight)
-        if not self.runner.overlaps:
+        elif self._live and not self._flights:
+            if self.offloaded is not None and self.offloaded.reads:
+                self.offloaded.wait(_BLOCK_WAIT)
+            elif not encodes:
+                self._waits_since = changes
+        if flight is None or len(self._flights) == self._max_flights:
             outputs += self._collect()
-            if (drafter := self._drafter) is not None and flight is not None and not drafter.rests(len(flight.lives)):
-                self._propose_drafts(drafter, flight, time.perf_counter() - began)
+        if (drafter := self._drafter) is not None and flight is not None and not drafter.rests(len(flight.lives)):
+            self._propose_drafts(drafter, flight, time.monotonic() - flight.began)
         return outputs
 
     def _encode(self, images: ImageStore, outputs: list[TokenOutput]) -> bool:
@@ -360,16 +354,15 @@ class Engine:
             for live in flight.lives:
                 live.sequence.num_ahead -= 1
                 live.state.num_ahead -= self.runner.overlaps
-        if batch.drafted:
-            self.scheduler.commit([run for run in step if not run.drafts])
-        elif step.fills or not step.goes_on:
-            self.scheduler.commit(step.filling)
         prompts = step[batch.num_decodes :]
         outputs = self._count_prompts(prompts) if prompts else []
         if batch.drafted:
+            self.scheduler.commit([run for run in step if not run.drafts])
             runs = zip(batch.drawing, flight.lives, sampled, strict=True)
             outputs += [self._advance_run(run, live, tokens) for run, live, tokens in runs if not live.is_over]
         else:
+            if step.fills or not step.goes_on:
+                self.scheduler.commit(step.filling)
             for live, token in zip(flight.lives, sampled, strict=True):
                 if live.is_over:  # the sequence has ended since the launch
                     continue
@@ -453,9 +446,10 @@ class Engine:
             live = self._live.get(run.sequence)
             if live is None:  # the sequence ended when an earlier step was committed
                 continue
-            if live.first_scheduled_time is None and run.sequence.index == 0 and live.request.params.prompt_progress:
-                outputs.append(live.progress(run.start))
-            live.scheduled(began)
+            if live.first_scheduled_time is None:
+                if run.sequence.index == 0 and live.request.params.prompt_progress:
+                    outputs.append(live.progress(run.start))
+                live.first_scheduled_time = began
             if not live.reads_rows:
                 continue
             try:

@@ -51,11 +51,6 @@ class Live(ABC):
         """The request of the sequence."""
         return self.sequence.request
 
-    def scheduled(self, now: float) -> None:
-        """Record the time of the first step that runs the sequence."""
-        if self.first_scheduled_time is None:
-            self.first_scheduled_time = now
-
     @property
     @abstractmethod
     def reads_rows(self) -> bool:
@@ -76,26 +71,23 @@ class Live(ABC):
 
     def progress(self, tokens: int) -> TokenOutput:
         """Return an output that reports progress: `tokens` of the prompt are in the cache."""
-        began, sequence = self.first_scheduled_time, self.sequence
+        began = self.first_scheduled_time
         self.reported = tokens
-        return TokenOutput(
-            request_id=self.request.request_id,
-            index=sequence.index,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-            progress=PromptProgress(tokens, 0.0 if began is None else time.monotonic() - began),
-        )
+        return self._output(progress=PromptProgress(tokens, 0.0 if began is None else time.monotonic() - began))
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
         """Return the last output of a sequence that ends without a new token; a `str` is a failure of the engine."""
+        return self._output(finish_reason=reason, metrics=self._metrics(), **_error_fields(failure))
+
+    def _output(self, **fields: Any) -> TokenOutput:
+        """Return an output with these fields and the fields that all outputs of the sequence share."""
+        sequence = self.sequence
         return TokenOutput(
-            request_id=self.request.request_id,
-            index=self.sequence.index,
-            finish_reason=reason,
-            num_prompt_tokens=self.sequence.num_prompt_tokens,
-            num_cached_tokens=self.sequence.num_cached_tokens or 0,
-            metrics=self._metrics(),
-            **_error_fields(failure),
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            **fields,
         )
 
     def _metrics(self) -> RequestMetrics:
@@ -130,15 +122,12 @@ class LiveSequence(Live):
     """
 
     __slots__ = (
+        "_empty",
         "_ends",
-        "_index",
         "_is_plain",
         "_max_length",
         "_notes_texts",
-        "_num_cached_tokens",
-        "_num_prompt_tokens",
         "_only_appends",
-        "_request_id",
         "_texts",
         "_tokens",
         "accepted_draft_tokens",
@@ -175,19 +164,19 @@ class LiveSequence(Live):
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         # After any token that is not in `_ends`, only the length, a stop string or a grammar can end the sequence.
         self._ends = self.eos_token_ids | self.stop_token_ids if self.stop_token_ids else self.eos_token_ids
-        stops = params.stop_scanner(() if params.stop_marks is None else tokenizer.special_token_ids)
         sequence.tokens = state.tokens  # both use the same list
         self._tokens, self._texts = state.tokens, tokenizer.plain_texts
         # `accept` reads these for nearly every token. A step evicts them from the CPU caches, so they are adjacent.
         self._only_appends = False  # whether `SamplingState.append` changes only `tokens`; False before the first token
         self._is_plain = False  # `Detokenizer.is_plain`
-        self._request_id, self._index = sequence.request.request_id, sequence.index
-        self._num_prompt_tokens, self._num_cached_tokens = sequence.num_prompt_tokens, 0
+        self._empty = self._output()  # an output without a token
         self._notes_texts = not params.skip_special_tokens
         self.detokenizer = Detokenizer(
             tokenizer,
             prompt_token_ids=sequence.request.prompt_token_ids,
-            stops=stops,
+            stops=params.stop_scanner(tokenizer.special_token_ids if params.stop_marks else ())
+            if params.stop
+            else None,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
             continues_prompt=params.continues_prompt,
@@ -211,19 +200,12 @@ class LiveSequence(Live):
             detokenizer = self.detokenizer
             text, self._is_plain = detokenizer.add(drawn), detokenizer.is_plain
             if detokenizer.stopped_by is not None:
-                return self._piece(text, (drawn,), None, FinishReason.STOP, detokenizer.stopped_by)
+                return self._piece(text, (drawn,), FinishReason.STOP, detokenizer.stopped_by)
             if detokenizer.special_tokens:
-                return self._piece(text, (drawn,), None, None, None)
+                return self._piece(text, (drawn,))
         elif self._notes_texts:
             self.detokenizer.note_plain(text)
-        return TokenOutput(
-            request_id=self._request_id,
-            index=self._index,
-            text=text,
-            token_ids=(drawn,),
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_tokens=self._num_cached_tokens,
-        )
+        return msgspec.structs.replace(self._empty, text=text, token_ids=(drawn,))
 
     def _accept(self, sampled: SampledToken) -> TokenOutput:
         """Append a token for which `accept` has no fast path."""
@@ -231,13 +213,13 @@ class LiveSequence(Live):
             return self._failed(sampled)
         token = sampled.token_id
         self.state.append(token)
-        first = self.num_output_tokens == 1
         self.first_token_time = self.first_token_time or time.monotonic()
+        prompt_logprobs = tuple(self.prompt_logprobs) if self.reads_rows and self.num_output_tokens == 1 else None
         logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs, sampled=True),)
         reason, stop_reason, text = self._ending(token, self.request.params.include_stop_str_in_output)
         self._is_plain, self._only_appends = self.detokenizer.is_plain, not self.state.notes_tokens
-        self._num_cached_tokens = self.sequence.num_cached_tokens or 0
-        return self._piece(text, (token,), logprobs, reason, stop_reason, first=first)
+        self._empty = self._output()
+        return self._piece(text, (token,), reason, stop_reason, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def _failed(self, sampled: SampledToken) -> TokenOutput:
         """Return the last output of a sequence for which no token could be sampled."""
@@ -251,7 +233,7 @@ class LiveSequence(Live):
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
         """See `Live`; the output includes the text that was held back."""
-        piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
+        piece = self._piece(self.detokenizer.finish(), (), reason)
         return msgspec.structs.replace(piece, **_error_fields(failure))
 
     def _metrics(self) -> RequestMetrics:
@@ -261,7 +243,7 @@ class LiveSequence(Live):
         predicted, found = 0, 0
         if self.prediction is not None:
             predicted = len(self.prediction.tokens)
-            found = self.prediction.found_in(self._tokens[self._num_prompt_tokens :])
+            found = self.prediction.found_in(self._tokens[self.sequence.num_prompt_tokens :])
         return msgspec.structs.replace(
             times,
             draft_tokens=self.draft_tokens,
@@ -321,29 +303,16 @@ class LiveSequence(Live):
         self,
         text: str,
         token_ids: tuple[int, ...],
-        logprobs: tuple[PositionLogprobs, ...] | None,
-        reason: FinishReason | None,
-        stop_reason: str | int | None,
-        *,
-        first: bool = False,
+        reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+        **logprobs: Any,
     ) -> TokenOutput:
+        """Return an output with the special tokens that the detokenizer has found; the last one has metrics."""
         special_tokens = tuple(self.detokenizer.special_tokens)
         self.detokenizer.special_tokens.clear()
-        asked = first and self.sequence.index == 0 and self.request.params.prompt_logprobs is not None
-        return TokenOutput(
-            request_id=self.request.request_id,
-            index=self.sequence.index,
-            text=text,
-            token_ids=token_ids,
-            special_tokens=special_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=tuple(self.prompt_logprobs) if asked else None,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            num_prompt_tokens=self.sequence.num_prompt_tokens,
-            num_cached_tokens=self.sequence.num_cached_tokens or 0,
-            metrics=self._metrics() if reason is not None else None,
-        )
+        metrics = None if reason is None else self._metrics()
+        ending = {"finish_reason": reason, "stop_reason": stop_reason, "metrics": metrics}
+        return self._output(text=text, token_ids=token_ids, special_tokens=special_tokens, **ending, **logprobs)
 
     def _logprob(self, token: int, value: float, rank: int) -> TokenLogprob:
         data = self.tokenizer.token_bytes(token)

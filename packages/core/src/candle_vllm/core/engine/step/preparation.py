@@ -12,7 +12,7 @@ import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries
 from candle_vllm.core.engine.model_info import ModelInfo
-from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.step.live import Live, LiveSequence
 from candle_vllm.core.engine.step.pooled import PooledText
 from candle_vllm.core.engine.step.prediction import Prediction
@@ -62,16 +62,14 @@ class Preparation(ABC):
         """
         raise NotImplementedError
 
-    def _entries(self, request: GenerationRequest) -> Entries:
+    def _entries(self, uses: Seq[AdapterUse]) -> Entries:
         """Find a request's adapters and begin to load them; raises like `AdapterStore.found`, and if LoRA is off."""
-        if not request.adapters:
-            return ()
         if self.adapters is None:
             raise InvalidParameterError(
-                f"adapter {request.adapters[0].name!r:.80}: adapters are off; load the model with enable_lora=True",
+                f"adapter {uses[0].name!r:.80}: adapters are off; load the model with enable_lora=True",
                 "lora_request",
             )
-        entries = self.adapters.found(request.adapters)
+        entries = self.adapters.found(uses)
         self.adapters.expect(entries)
         return entries
 
@@ -102,7 +100,7 @@ class EncoderPreparation(Preparation):
     def prepare(self, request: GenerationRequest) -> list[PooledText]:
         wanted = request.task if isinstance(request, PoolingRequest) else "generate"
         check_encoder_task(self.name, wanted, pooling_tasks(self.config.labels, self.config.head_pooling))
-        entries = self._entries(request)
+        entries = self._entries(request.adapters) if request.adapters else ()
         assert isinstance(request, PoolingRequest)
         check_pooling_request(request, self.config.vocab_size, self.max_model_len)
         kinds = self.config.token_types
@@ -168,21 +166,24 @@ class DecoderPreparation(Preparation):
         if isinstance(request, PoolingRequest):
             return [self._prepare_pooled(request)]
         max_length = check_request(request, self._vocab_size, self.max_model_len)
-        entries = self._entries(request)
-        placed = self._placed(request)
+        params, prompt = request.params, request.prompt_token_ids
+        entries = self._entries(request.adapters) if request.adapters else ()
+        placed = self._placed(request) if request.images else ()
+        form, budget = params.structured_outputs, params.thinking_token_budget
+        thinks = params.thoughts is not None or (budget is not None and budget >= 0)
         state = SamplingState(
-            request.params,
-            request.prompt_token_ids,
-            seed=None if request.params.seed is not None else self._seeds.getrandbits(63),
+            params,
+            prompt,
+            seed=None if params.seed is not None else self._seeds.getrandbits(63),
             vocab_size=self._vocab_size,
             eos_token_ids=self._eos_token_ids,
-            bad_word_token_ids=self._bad_words(request.params),
-            grammar=self._grammar(request.params),
-            thoughts=self._thoughts(request.params, request.prompt_token_ids),
-            breakers=self._breakers.of_request(request.params) if request.params.dry_multiplier else None,
+            bad_word_token_ids=self._bad_words(params.bad_words) if params.bad_words else self._suppressed,
+            grammar=None if form is None else self._grammar(form, params),
+            thoughts=self._thoughts(params, prompt) if thinks else None,
+            breakers=self._breakers.of_request(params) if params.dry_multiplier else None,
         )
-        states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
-        predicted = None if request.params.prediction is None else self._prediction(request.params.prediction)
+        states = [state, *(state.sibling(index) for index in range(1, params.n))]
+        predicted = None if params.prediction is None else self._prediction(params.prediction)
         made: list[LiveSequence] = []
         for index, own in enumerate(states):
             images = tuple(msgspec.structs.replace(each) for each in placed)
@@ -192,8 +193,6 @@ class DecoderPreparation(Preparation):
 
     def _placed(self, request: GenerationRequest) -> list[PlacedImage]:
         """Return a request's images with their positions in the prompt."""
-        if not request.images:
-            return []
         if self._images is None:
             raise InvalidParameterError("image: the model takes text only", "image")
         made, vision = list[PlacedImage](), self._images
@@ -227,24 +226,21 @@ class DecoderPreparation(Preparation):
         plan = self._pooling.plan(request.pooling, self._head)
         params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=plan.needs_every_position)
         sequence = Sequence(msgspec.structs.replace(request, params=params), 0, order=-1)
-        sequence.entries, sequence.images = self._entries(request), tuple(self._placed(request))
+        sequence.entries = self._entries(request.adapters) if request.adapters else ()
+        sequence.images = tuple(self._placed(request)) if request.images else ()
         return PooledText(sequence, plan)
 
-    def _grammar(self, params: SamplingParams) -> GrammarState | None:
-        if params.structured_outputs is None:
-            return None
+    def _grammar(self, form: StructuredOutputsParams, params: SamplingParams) -> GrammarState:
         held_back = self._eos_token_ids if params.ignore_eos else ()
-        return GrammarState(self._grammars, params.structured_outputs, self._vocab_size, held_back)
+        return GrammarState(self._grammars, form, self._vocab_size, held_back)
 
-    def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount | None:
-        text, tokens = self._tokenizer, params.thinking_token_budget
-        if params.thoughts is None and (tokens is None or tokens < 0):
-            return None
+    def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount:
+        text = self._tokenizer
 
         def encode(mark: str, special: bool = True) -> Seq[int]:
             return text.encode(mark, add_special_tokens=False, parse_special=special)
 
-        budget = params.thoughts or budget_in_tokens(tokens or 0, encode, prompt, self._ends)
+        budget = params.thoughts or budget_in_tokens(params.thinking_token_budget or 0, encode, prompt, self._ends)
         return ThoughtCount(ThoughtLimit(budget, encode, text.token_bytes, text.special_token_ids))
 
     def _prediction(self, text: str) -> Prediction:
@@ -256,11 +252,9 @@ class DecoderPreparation(Preparation):
             )
         return Prediction(tokens)
 
-    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+    def _bad_words(self, words: Seq[str]) -> list[list[int]]:
         """Return the token ids of each bad word at the start of a text, and after a space, and suppressed tokens."""
-        if not params.bad_words:
-            return self._suppressed
-        texts = [text for word in params.bad_words for text in (word, " " + word.lstrip())]
+        texts = [text for word in words for text in (word, " " + word.lstrip())]
         ids = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [*filter(None, ids), *self._suppressed]
 

@@ -49,7 +49,6 @@ from __future__ import annotations
 import bisect
 import collections
 import itertools
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -154,10 +153,10 @@ class Scheduler:
             self._stop(sequence)
         else:
             self.waiting.remove(sequence)
+            if self.offloaded is not None:
+                self.offloaded.left(sequence)
         if self.images is not None:
             self.images.left(sequence)
-        if self.offloaded is not None:
-            self.offloaded.left(sequence)
         if self.adapters is not None:
             self._all_held = None
             self.adapters.ended(sequence, self.waiting)
@@ -179,17 +178,16 @@ class Scheduler:
             return None
         if self.waiting and not self._is_all_held and (len(self.running) < self.max_num_seqs or self._is_outranked):
             return None
-        begins, fills, size = going.begins(1), going.begins(2), self.blocks.block_size
+        begins = going.begins(1)
         for place in begins:
             run = going.step[place]
-            if run.start + 1 >= size * len(run.sequence.block_table) and not self._grow(run.sequence):
-                return None
-            if self.windows is not None and not self.windows.reaches(run.sequence, run.start + 1):
+            if not self.blocks.extend(run.sequence, run.start + 1):
                 return None
         runs = [Run(run.sequence, run.start + 1, 1, 1, run.admission, True) for run in going.step]
-        runs = self._with_states(runs)
-        step = Step(runs, goes_on=True, begins=begins, fills=fills)
-        going.move_on(step)
+        if self.states is not None:
+            runs = self._with_states(self.states, runs)
+        step = Step(runs, goes_on=True, begins=begins, fills=going.begins(2))
+        going.step, going.left = step, going.left - 1
         return step
 
     def _schedule(self) -> Step:
@@ -204,13 +202,12 @@ class Scheduler:
                 budget -= count
             if not budget:
                 break
-        stalls = self.windows is not None and bool(prompts) and not scheduled and not self._is_under_way
-        if stalls and len(self.running) > 1:
+        if self.windows is not None and prompts and not scheduled and len(self.running) > 1 and not self._is_under_way:
             self._preempt(self.running[-1])  # prompts occupy all pages, and none can continue
             return self._schedule()
         # Drafted runs follow the decoding ones: `by_rows` makes each of their rows a sequence.
         scheduled.sort(key=lambda item: (not item.decodes, not item.drafts))
-        return Step(self._with_states(scheduled))
+        return Step(scheduled if self.states is None else self._with_states(self.states, scheduled))
 
     @property
     def _is_under_way(self) -> bool:
@@ -230,11 +227,8 @@ class Scheduler:
         whole = count - (sequence.num_computed_tokens + count) % self.blocks.block_size
         return whole if whole > 0 else count
 
-    def _with_states(self, runs: list[Run]) -> list[Run]:
+    def _with_states(self, states: StatePool, runs: list[Run]) -> list[Run]:
         """Add to each run the state slots that it reads and writes."""
-        states = self.states
-        if states is None:
-            return runs
         generated = self.blocks.enable_prefix_caching and not self.reproducible
         return [msgspec.structs.replace(run, state=states.plan(run, generated=generated)) for run in runs]
 
@@ -298,7 +292,7 @@ class Scheduler:
             The runs, the running prompts, and the number of draft rows in the runs.
         """
         scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0 and self.has_drafts
-        running, size, apart = self.running, self.blocks.block_size, self.in_flight > 1
+        running, apart = self.running, self.in_flight > 1
         share = -(-len(running) // self.in_flight)
         position = 0
         while position < len(running):
@@ -309,9 +303,7 @@ class Scheduler:
             length, left = len(sequence.tokens) + sequence.num_ahead, sequence.num_uncomputed_tokens
             if left == 1 and length < sequence.max_length:
                 start = length - 1
-                if (start >= size * len(sequence.block_table) and not self._grow(sequence)) or (
-                    self.windows is not None and not self.windows.reaches(sequence, start)
-                ):
+                if not self.blocks.extend(sequence, start):
                     self._preempt(running[-1])
                     continue
                 if tries and (drafts := self._fitting_drafts(sequence, tried)):
@@ -351,7 +343,7 @@ class Scheduler:
         """
         size = self.blocks.block_size
         while tokens > size * len(sequence.block_table):
-            if self.blocks.num_free <= len(self.running) or not self._grow(sequence):
+            if self.blocks.num_free <= len(self.running) or not self.blocks.grow(sequence):
                 break
         return min(tokens, size * len(sequence.block_table))
 
@@ -370,14 +362,6 @@ class Scheduler:
         self.blocks.release(sequence.block_table[needed:])
         del sequence.block_table[needed:]
         sequence.num_admissions += 1  # a launched run must not publish the blocks that replace these
-        return True
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Append a block to a sequence; return False if no block is free."""
-        taken = self.blocks.allocate(1)
-        if taken is None:
-            return False
-        sequence.block_table.extend(taken)
         return True
 
     def _prompts_in_order(self, prompts: Iterable[Sequence]) -> Iterator[Sequence]:
@@ -402,7 +386,7 @@ class Scheduler:
             sequence = self.waiting[deferred]
             if before is not None and sequence.rank >= before:
                 return
-            if sequence.request is full or self._has_its_share(sequence):
+            if sequence.request is full or (sequence.index and self._has_its_share(sequence)):
                 full = sequence.request
                 deferred += 1
                 continue
@@ -518,13 +502,8 @@ class Scheduler:
                 return
 
     def _start(self, sequence: Sequence, shared: list[int], fresh: int) -> None:
-        self.blocks.share(shared)
-        taken = self.blocks.allocate(fresh)
-        assert taken is not None
-        sequence.block_table = array("i", shared + taken)
+        self.blocks.begin(sequence, shared, fresh)
         sequence.num_admissions += 1
-        if self.windows is not None:
-            self.windows.begin(sequence, len(shared))
         cached = len(shared) * self.blocks.block_size
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens - cached, len(shared)
         if sequence.num_cached_tokens is None:
@@ -569,10 +548,7 @@ class Scheduler:
                 self._computed(digest)
         if self.states is not None:
             self.states.end(sequence)
-        if self.windows is not None:
-            self.windows.cut(sequence, 0)
-        self.blocks.release(sequence.block_table)
-        sequence.block_table = array("i")
+        self.blocks.end(sequence)
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens, 0
 
     def _unpublished(self, sequence: Sequence) -> list[bytes]:
@@ -594,25 +570,19 @@ class _Going:
         left: number of further steps until a sequence reaches its maximum length.
     """
 
-    __slots__ = ("_begins", "_count", "_size", "left", "step")
+    __slots__ = ("_begins", "_size", "left", "step")
 
     def __init__(self, step: Step, block_size: int) -> None:
         self.step = step
         self.left = min([run.sequence.max_length - run.start for run in step]) - 2
-        self._size, self._count = block_size, 0
-        self._begins: dict[int, list[int]] = {}  # runs that begin a block, by step modulo block size
+        self._size = block_size
+        self._begins: dict[int, list[int]] = {}  # runs that begin a block, by the value of `left` modulo block size
         for place, run in enumerate(step):
-            self._begins.setdefault(-run.start % block_size, []).append(place)
+            self._begins.setdefault((run.start + self.left) % block_size, []).append(place)
 
     def begins(self, ahead: int) -> Seq[int]:
         """Return the indices of the runs that begin a block `ahead` steps after the last one."""
-        return self._begins.get((self._count + ahead) % self._size, ())
-
-    def move_on(self, step: Step) -> None:
-        """Record the next step."""
-        self.step = step
-        self._count += 1
-        self.left -= 1
+        return self._begins.get((self.left - ahead) % self._size, ())
 
 
 class WholeTexts:

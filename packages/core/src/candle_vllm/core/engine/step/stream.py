@@ -134,8 +134,10 @@ class PushStream(ABC, AsyncIterator[T]):
 
     async def aclose(self) -> None:
         """Abort the request unless it has finished."""
-        self._unread = self._unread or Unread()
-        self._unread.clear()
+        if self._unread is None:
+            self._unread = Unread(_ended=True)
+        else:
+            self._unread.clear()
         self.close()
 
 
@@ -193,8 +195,10 @@ class RequestSink:
 
     def close(self, *, dropped: bool = False) -> None:
         """Abort the request unless it has finished; push no further output. A finaliser sets `dropped`."""
-        self._over, unfinished, self._unfinished = True, self._unfinished, 0
         self._receiver = self._kept
+        if self._over and not self._held:  # all outputs have been pushed
+            return
+        self._over, unfinished, self._unfinished = True, self._unfinished, 0
         self._kept.clear()
         if self._watch is not None and dropped:
             self._watch.drop()
