@@ -20,7 +20,7 @@ class InfillMarks(NamedTuple):
         prefix, suffix: marks that precede the text before the gap, and the text after it.
         middle: token after both texts, where the answer begins; None if the answer follows them directly.
         suffix_first: the suffix comes first in the prompt.
-        ends: tokens that end the answer.
+        ends: tokens that end the answer, these marks included.
     """
 
     prefix: int
@@ -64,7 +64,7 @@ GGUF_NAMES = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")
 
 
 def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]) -> InfillMarks | None:
-    """Find the infill marks of a vocabulary; None for a model without infill training.
+    """Find the infill marks of a vocabulary; None if it has none.
 
     Args:
         token_id: returns a token's id by its text, or None.
@@ -112,7 +112,7 @@ def infill_prompt(
     Names of special tokens in the texts are plain text.
 
     Raises:
-        InvalidParameterError: the model has no infill marks.
+        InvalidParameterError: the model has no infill marks, or a text cannot be tokenized.
     """
     if marks is None:
         raise InvalidParameterError(

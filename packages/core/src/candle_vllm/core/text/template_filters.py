@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Filters and functions that chat templates may use (step 3 of a request).
+"""Filters, tests and functions that chat templates may use (step 3 of a request).
 
-These are Jinja's own filters, which first check the size of their arguments, and transformers' three helpers.
+Jinja's own filters and tests first check the size of their arguments. One filter and two functions are transformers'.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def raise_exception(message: object) -> None:
 
 
 def strftime_now(pattern: str) -> str:
-    """Return the local time; transformers offers this function to templates."""
+    """Return the local time in a format of `strftime`; transformers offers this function to templates."""
     if not isinstance(pattern, str) or len(pattern) > 256 or not _CALENDAR.fullmatch(pattern):
         raise TemplateRuntimeError(f"strftime_now cannot take {pattern!r:.60}: use plain fields such as %d %B %Y")
     return datetime.now().strftime(pattern)
@@ -64,7 +64,7 @@ def tojson(
 
 
 def _nodes(value: Any, depth: int) -> int:
-    """Count the lines of indented JSON, each multiplied by its depth."""
+    """Return an upper bound of the lines of indented JSON, each multiplied by its depth."""
     if isinstance(value, Mapping):
         parts = list(value.values())
     elif isinstance(value, (list, tuple)):
@@ -173,7 +173,7 @@ def _measured(test: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guarded_filters() -> dict[str, Callable[..., Any]]:
-    """Return Jinja's own filters with their checks, and transformers' `tojson`."""
+    """Return Jinja's own filters with their checks, except `_REFUSED_FILTERS`, and transformers' `tojson`."""
     guarded = {
         name: _guarded(name, _joined(original) if name == "join" else original)
         for name, original in filters.FILTERS.items()
