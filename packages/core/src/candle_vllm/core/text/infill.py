@@ -64,7 +64,7 @@ GGUF_NAMES = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")
 
 
 def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]) -> InfillMarks | None:
-    """Find the infill marks of a vocabulary; None if it has none.
+    """Find the infill marks of a vocabulary; None for a vocabulary without infill marks.
 
     Args:
         token_id: returns a token's id by its text, or None.
