@@ -28,6 +28,7 @@ _COMPARING = (
     "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le", "in",
 )  # fmt: skip
 _SLOW = ("title", "wordcount", "urlencode", "striptags", "list", "batch", "slice", "filesizeformat")
+_FIRST = {"center": "width", "round": "precision", "batch": "linecount", "slice": "slices", "trim": "chars"}
 _CALENDAR = re.compile(r"(?:%-?[A-Za-z%]|[^%])*")
 
 
@@ -76,14 +77,14 @@ def _nodes(value: Any, depth: int) -> int:
 
 def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     values = (*args, *kwargs.values())
-    first = values[0] if values else None
+    first = args[0] if args else kwargs.get(_FIRST.get(name, ""))
     _check_length(name, value)
     if name in _SORTING:
         template_limits.check_compared(value, *values)
-    if name in ("center", "truncate", "round"):
+    if name == "center":
         template_limits.check_width(first)
-        if name == "round" and isinstance(first, int) and abs(first) > 100:
-            raise BudgetExceededError(f"round to {first} digits is not allowed; at most 100")
+    elif name == "round" and isinstance(first, int) and abs(first) > 100:
+        raise BudgetExceededError(f"round to {first} digits is not allowed; at most 100")
     elif name in ("batch", "slice"):
         if isinstance(first, int) and first > MAX_LIST:
             raise BudgetExceededError(f"{name} of {first}; at most {MAX_LIST} is allowed")

@@ -258,10 +258,9 @@ def check_method(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _check_text_method(owner: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    values = (*args, *kwargs.values())
-    first = values[0] if values else None
-    if name == "replace" and len(values) > 1:
-        check_replace(owner, values[0], values[1])
+    first = args[0] if args else kwargs.get("sep")
+    if name == "replace" and len(args) > 1:
+        check_replace(owner, first, args[1])
     elif name == "join":
         check_join(first, owner)
     elif name in ("center", "ljust", "rjust", "zfill"):
