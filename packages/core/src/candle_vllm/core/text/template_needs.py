@@ -397,7 +397,7 @@ def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
         if kinds == "null" or "null" in kinds:
             made["nullable"] = True
         if len(named) > 1:
-            made["description"] = " ".join(filter(None, (made.get("description"), f"({' or '.join(map(str, named))})")))
+            made["description"] = f"{made.get('description') or ''} ({' or '.join(map(str, named))})".lstrip()
     if isinstance(properties := made.get("properties"), Mapping):
         made["properties"] = {name: _simple(each, needs, depth + 1) for name, each in properties.items()}
         for each in made["properties"].values() if not needs.bare_schemas else ():
