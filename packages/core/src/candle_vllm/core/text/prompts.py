@@ -101,9 +101,10 @@ def as_token_ids(prompt: Any) -> list[int]:
     if type(prompt) in (list, tuple) and set(map(type, prompt)) <= {int}:
         return list(prompt)  # no Python loop over a million ids, which would delay a server's other requests
     try:
-        if isinstance(prompt, (bytes, bytearray, Mapping)) or any(isinstance(token, bool) for token in prompt):
+        tokens = list(prompt)  # `prompt` may be an iterator
+        if isinstance(prompt, (bytes, bytearray, Mapping)) or any(isinstance(token, bool) for token in tokens):
             raise TypeError
-        return [operator.index(token) for token in prompt]
+        return [operator.index(token) for token in tokens]
     except TypeError:
         raise InvalidParameterError("a prompt is a text or a list of token ids", "prompt") from None
 
@@ -362,7 +363,7 @@ def _check_part(place: str, part: Any, words: set[str], sees: bool) -> None:
     if sees and _is_picture(part):
         return
     if not isinstance(kind, str) or kind.removeprefix("input_").startswith(_MEDIA):
-        raise _wrong(place, f"is of type {kind!r:.60}, but only text is supported")
+        raise _wrong(place, f"is of type {kind!r:.60}, but only text {'and images are' if sees else 'is'} supported")
     if kind not in _TEXTS and kind not in words:
         raise _wrong(place, f"is of type {kind!r:.60}: parts are of type 'text'")
     name = "refusal" if kind == "refusal" else "text"
