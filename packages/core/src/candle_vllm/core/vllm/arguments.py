@@ -128,7 +128,7 @@ class EngineArgs:
             _add_flag(parser, name, "as in vLLM", False, str)
         for name in ("pooler_config", "override_generation_config"):
             _add_flag(parser, name, "JSON, as in vLLM", False, json.loads)
-        _add_flag(parser, "trust_remote_code", "must be false: a model's own code is never run", True, str)
+        _add_flag(parser, "trust_remote_code", "without effect: a model's own code is never run", True, str)
         return parser
 
     @classmethod
