@@ -136,7 +136,8 @@ def infill_prompt(
 def _continued(tokenizer: _Tokenizer, text: str) -> list[int]:
     """Tokenize a text that continues another one, without the space that some tokenizers write before every text."""
     alone = tokenizer.encode(text, False, parse_special=False)
-    if not alone or not tokenizer.token_bytes(alone[0]).startswith(b" ") or text.startswith(" "):
+    written = b"".join(map(tokenizer.token_bytes, alone))
+    if not written.startswith(b" ") or written == text.encode():
         return alone
     behind = tokenizer.encode(f"\n{text}", False, parse_special=False)
     place = next((i for i, token in enumerate(behind) if tokenizer.token_bytes(token) == b"\n"), None)
