@@ -237,6 +237,7 @@ BOMBS = {
     "join method": "{{ ('x' * 10000).join('a' * 100000) | length }}",
     "power": "{{ 10 ** 1000000000 }}",
     "squares": "{% set n = namespace(n=3) %}{% for i in range(99) %}{% set n.n = n.n * n.n %}{% endfor %}{{ n.n }}",
+    "int": "{{ ('f' * 4000000) | int(base=16) // ('f' * 2000001) | int(0, 16) }}",
     "JSON indent": "{{ [1] | tojson(indent=1000000000) }}",
     "indent": "{{ ('\\n' * 1000000) | indent(1000) | length }}",
     "indent text": "{{ ('\\n' * 1000000) | indent(width='x' * 1000) | length }}",

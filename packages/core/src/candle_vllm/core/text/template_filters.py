@@ -101,6 +101,9 @@ def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[
         template_limits.check_percent(str(value), kwargs or args)
     elif name == "trim":
         template_limits.check_needle(first)
+    elif name == "int" and isinstance(value, str) and len(value) > template_limits.MAX_INTEGER_BITS // 4:
+        if kwargs.get("base", args[1] if len(args) > 1 else 10) != 10:  # Python itself limits decimal digits
+            raise BudgetExceededError(f"the int filter is given {len(value)} digits")
     elif name == "sum":
         start = kwargs.get("start", args[1] if len(args) > 1 else 0)
         if not isinstance(start, (int, float)):
