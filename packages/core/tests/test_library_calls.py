@@ -323,9 +323,10 @@ def test_a_wrong_conversation_of_several_is_named(engine: InferenceEngine) -> No
 def test_vllms_prompts_are_taken(engine: InferenceEngine) -> None:
     ids = engine.tokenize("abc")
     given: list[Any] = ["abc", {"prompt": "abc"}, {"prompt_token_ids": ids}, {"prompt": "abc", "prompt_token_ids": ids}]
+    given.append({"prompt_token_ids": iter(ids)})
     outputs = engine.generate(given, GREEDY, use_tqdm=False)
     assert len({output.token_ids for output in outputs}) == 1
-    assert [output.prompt for output in outputs] == ["abc", "abc", None, "abc"]
+    assert [output.prompt for output in outputs] == ["abc", "abc", None, "abc", None]
     assert engine.generate({"prompt": "abc"}, GREEDY, use_tqdm=False)[0].token_ids == outputs[0].token_ids
     bare = engine.generate("abc", GREEDY, use_tqdm=False, add_special_tokens=False)[0]
     assert list(bare.prompt_token_ids) == engine.tokenize("abc", add_special_tokens=False)

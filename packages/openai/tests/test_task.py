@@ -165,6 +165,9 @@ def test_schemas_that_macros_of_templates_take() -> None:
     (tool,) = fit_tools(tools, TemplateNeeds(bare_schemas=False))
     assert tool["function"]["parameters"]["properties"]["a"] is True
     assert tools[0]["function"]["parameters"] == {"properties": properties}  # type: ignore[index]
+    parameters = {"properties": {"n": {"type": ["integer", "string"], "description": 5}}}
+    (tool,) = fit_tools([{"function": {"name": "f", "parameters": parameters}}], TemplateNeeds(odd_schemas=False))
+    assert tool["function"]["parameters"]["properties"]["n"]["description"] == "5 (integer or string)"
 
 
 def test_texts_of_merged_messages_stay_apart_beside_an_image() -> None:

@@ -237,12 +237,15 @@ BOMBS = {
     "join method": "{{ ('x' * 10000).join('a' * 100000) | length }}",
     "power": "{{ 10 ** 1000000000 }}",
     "squares": "{% set n = namespace(n=3) %}{% for i in range(99) %}{% set n.n = n.n * n.n %}{% endfor %}{{ n.n }}",
+    "int": "{{ ('f' * 4000000) | int(base=16) // ('f' * 2000001) | int(0, 16) }}",
     "JSON indent": "{{ [1] | tojson(indent=1000000000) }}",
     "indent": "{{ ('\\n' * 1000000) | indent(1000) | length }}",
     "indent text": "{{ ('\\n' * 1000000) | indent(width='x' * 1000) | length }}",
     "batch": "{{ [1] | batch(1000000000, 'x') | list | length }}",
     "slice": "{{ [1] | slice(1000000000) | list | length }}",
+    "batch by name": "{{ [1] | batch(fill_with='x', linecount=100000000) | list | length }}",
     "round": "{{ 1 | round(-1000000000) }}",
+    "round by name": "{{ 1 | round(method='floor', precision=10000000) }}",
     "sum": "{{ ([[1] * 1000] * 100000) | sum(start=[]) | length }}",
     "sort": "{{ (range(100000) | map('string') | list * 20) | sort | length }}",
     "title": "{{ ('a ' * 5000000) | title | length }}",
@@ -253,6 +256,7 @@ BOMBS = {
     "to_bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
     "strip": "{{ ('a' * 10000000).strip('b' * 1000000 + 'a') }}",
     "rfind": "{{ ('a' * 10000000).rfind('b' + 'a' * 1000000) }}",
+    "rsplit by name": "{{ ('a' * 2000000).rsplit(maxsplit=1, sep='ab' + 'a' * 1000000) | length }}",
 }  # fmt: skip
 
 
@@ -267,6 +271,10 @@ def test_bombs_end_soon_and_small(name: str, monkeypatch: pytest.MonkeyPatch) ->
         render(BOMBS[name])
     assert time.thread_time() - start < 2.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 700 << 10  # KiB
+
+
+def test_a_text_may_be_truncated_to_any_length() -> None:
+    assert render("{{ ('ab ' * 20000) | truncate(30000, true) | length }}") == "30000"
 
 
 def test_a_long_conversation_is_within_the_limits() -> None:

@@ -20,7 +20,7 @@ from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.core.text.template_limits import MAX_TEXT, Budget, BudgetExceededError, current_budget
 from candle_vllm.core.text.template_sandbox import Sandbox
 
-MAX_DEPTH = 64  # levels of lists and objects in messages, tools and documents
+MAX_DEPTH = 64  # levels of lists and objects in the data that a template receives
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
 _HALF = re.compile("[\ud800-\udfff]")
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -31,7 +31,7 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """Chat template of a model: one text, or several by name.
 
-    "tool_use" is used when tools are given, "rag" when documents are, otherwise "default".
+    "tool_use" is used for a request with tools, "rag" for one with documents, if the model has it; otherwise "default".
 
     Attributes:
         supports_tools: a template reads `tools`, or is named "tool_use".
@@ -40,7 +40,7 @@ class ChatTemplate:
         words: every attribute name and string in the template's code, among them the keys that it reads.
 
     Raises:
-        UnsupportedModelError: a template is too long or has a syntax error.
+        UnsupportedModelError: a template is not a text, is too long, or cannot be compiled.
     """
 
     def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
@@ -57,7 +57,7 @@ class ChatTemplate:
 
     @property
     def variables(self) -> set[str]:
-        """Variables that the template reads."""
+        """Variables that the templates read."""
         return set().union(*self._reads.values())
 
     def render(
@@ -74,15 +74,15 @@ class ChatTemplate:
 
         Args:
             messages: objects with `role`, `content` and other keys that the template reads; not changed.
-            tools: function descriptions as JSON schema objects.
+            tools: tools in the format of OpenAI's API.
             documents: objects with `title` and `text`.
             add_generation_prompt: end with the text that opens the assistant's answer.
             continue_final_message: leave the last message open, for the model to continue it.
             kwargs: further variables of the template.
 
         Raises:
-            InvalidParameterError: an argument has the wrong type, or both flags are set.
-            ChatTemplateError: the template refused the conversation, failed, or exceeded its limits.
+            InvalidParameterError: an argument is no JSON data or has the wrong type, or both flags are set.
+            ChatTemplateError: the template is missing, refuses or cannot write the conversation, or exceeds a limit.
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidParameterError(

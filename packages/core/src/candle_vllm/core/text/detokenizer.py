@@ -37,11 +37,11 @@ class Detokenizer:
     deltas add up to `tokenizer.decode(output)`.
 
     Attributes:
-        is_plain: a next token in `Tokenizer.plain_texts` yields exactly its own text: no stop string may begin in it,
-            no incomplete character is pending, no space is omitted.
+        is_plain: a next token in `Tokenizer.plain_texts` yields exactly its own text: there are no stop strings, no
+            incomplete character is pending, no space is omitted.
         stopped_by: the stop string that ended the text, or None.
         special_tokens: (offset, id) of each special token in the text, with offsets in characters of the whole text;
-            the caller removes entries. So a special token differs from a text that looks like it.
+            the caller removes entries. They distinguish a special token from a text that looks like it.
     """
 
     _num_tokens = 0
@@ -162,7 +162,7 @@ class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class _Prefix:
-    """Matches a literal against the end of the text (Knuth, Morris and Pratt), in constant time per character."""
+    """Matches a literal against the end of the text (Knuth, Morris and Pratt), in amortised constant time."""
 
     __slots__ = ("_borders", "length", "text", "then")
 

@@ -4,7 +4,7 @@
 Each kind of tokenizer (`tokenizer.ggml.model`) gives the same token ids as llama.cpp:
 
 - gpt2: byte-pair merges over GPT-2's byte alphabet, after the pre-tokenizer in `tokenizer.ggml.pre`;
-- gemma4: byte-pair merges over UTF-8 with U+2581 for spaces and <0xNN> for missing characters;
+- gemma4, gpt2 without `byte_level`: byte-pair merges over UTF-8, U+2581 for spaces, <0xNN> for missing characters;
 - llama: SentencePiece's byte-pair model. Its merges are not stored, but every token that is the concatenation of two
   tokens is a merge, ranked by the token's score;
 - t5: SentencePiece's unigram model;
@@ -53,7 +53,7 @@ def build_backend(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
 
 @contextmanager
 def refusing_panics(what: str) -> Iterator[None]:
-    """Convert any exception of the tokenizers library on bad data, its panics included, to an InvalidFileError."""
+    """Convert exceptions and panics of the tokenizers library, except a MemoryError, to an InvalidFileError."""
     try:
         yield
     except BaseException as error:
@@ -77,10 +77,11 @@ def ids_by_text(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
 
 
 def _special_ids(vocab: gguf_vocab.GgufVocab, marked: set[int]) -> set[int]:
-    """Return the ids hidden from the text: control, unknown and end-of-turn tokens, except `VISIBLE_FRAME`."""
+    """Return the ids hidden from the text: control, unknown and end-of-turn tokens, except `shown`."""
     hidden = {index for index in marked if vocab.types[index] != gguf_vocab.USER_DEFINED}
     texts = ids_by_text(vocab)
     ends = end_of_turn_ids(texts)
+    # Frame tokens, and tokens of `END_OF_TURN` that do not end a turn in this vocabulary.
     shown = {texts[text] for text in (*VISIBLE_FRAME, *END_OF_TURN) if text in texts} - ends
     return (hidden | ends) - shown
 
@@ -97,7 +98,7 @@ def _added(vocab: gguf_vocab.GgufVocab, ids: set[int], *, special: bool) -> list
 
 
 def _frame(backend: Tokenizer, vocab: gguf_vocab.GgufVocab) -> None:
-    """Add BOS before and EOS after a prompt if the file says so; a pair of texts has one BOS, as in llama.cpp."""
+    """Add BOS and EOS to prompts by `add_bos` and `add_eos`; a pair of texts has one BOS, as in llama.cpp."""
     before = [vocab.ids["bos"]] if vocab.add_bos else []
     behind = [vocab.ids["eos"]] if vocab.add_eos else []
     if before or behind:
@@ -194,7 +195,7 @@ def _spm_decoder(vocab: gguf_vocab.GgufVocab) -> decoders.Decoder:
 
 def _unigram(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     # The unigram model has no token types: a hidden token with a word's score could result from plain text, so
-    # everything except words gets a score that no segmentation chooses.
+    # control, unknown and byte tokens get a score that no segmentation chooses.
     unaffordable = min(vocab.scores) - 1000.0
     usable = (gguf_vocab.NORMAL, gguf_vocab.USER_DEFINED, gguf_vocab.UNUSED)
     pieces = [

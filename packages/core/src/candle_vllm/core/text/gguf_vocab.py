@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Read and check the vocabulary of a GGUF file.
 
-The file is not trusted: the type, length and range of every value are checked here, so that later code may trust them.
+The file is not trusted: the type and length of every value, and the range of ids, are checked here for later code.
 Source: the GGUF specification, section "Tokenizer" (keys), and llama.cpp (defaults).
 """
 
@@ -58,9 +58,9 @@ class GgufVocab:
         numbers: the id of each text.
         types: the token type of each id.
         scores: log-probability per id; empty for a file without scores.
-        merges: pairs of texts in order of priority; `check_merges` checks them, if the backend refuses them.
+        merges: pairs of texts in order of priority; `build_backend` checks them if the tokenizers library fails.
         ids: special token ids by name ("bos", "eos", "unknown", ...).
-        pre: pre-tokenizer, for byte-pair models.
+        pre: pre-tokenizer of gpt2 and gemma4; `DEFAULT` otherwise.
         add_bos, add_eos: add BOS before a prompt, EOS after it.
         add_space_prefix: add a space before a text.
         charsmap: precompiled normalisation of SentencePiece, or empty.
@@ -267,7 +267,7 @@ def _halves(line: str) -> tuple[str, str]:
 
 
 def check_merges(vocab: GgufVocab) -> None:
-    """Raise the error for the first invalid merge. Slow; call it only if the tokenizers library refused them.
+    """Raise the error for the first invalid merge. Slow; call it only if the tokenizers library refused the vocabulary.
 
     Raises:
         InvalidFileError: a merge is not two tokens whose concatenation is a token.
@@ -275,10 +275,10 @@ def check_merges(vocab: GgufVocab) -> None:
     for index, (left, right) in enumerate(vocab.merges):
         if not right:
             line = f"{left} {right}".rstrip()
-            raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}; it must be two tokens and a space")
+            raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}; a space must separate two tokens")
         if not all(text in vocab.numbers for text in (left, right, left + right)):
             line = f"{left} {right}"
-            raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}; its parts and their sum must be tokens")
+            raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}; its parts and both joined must be tokens")
 
 
 def _read_pre(reader: _Reader, model: str) -> PreTokenizer:
@@ -321,5 +321,5 @@ def _read_charsmap(reader: _Reader) -> bytes:
     # Little-endian size of the trie, the trie, then the replacement texts.
     size = int.from_bytes(value[:4], "little")
     if value and (len(value) < 4 or size % 4 or size + 4 >= len(value)):
-        raise InvalidFileError(f"{PREFIX}precompiled_charsmap gives its trie {size} of {len(value)} bytes in all")
+        raise InvalidFileError(f"{PREFIX}precompiled_charsmap gives its trie {size} bytes, and has {len(value)} in all")
     return bytes(value)

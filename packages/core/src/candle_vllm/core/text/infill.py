@@ -20,7 +20,7 @@ class InfillMarks(NamedTuple):
         prefix, suffix: marks that precede the text before the gap, and the text after it.
         middle: token after both texts, where the answer begins; None if the answer follows them directly.
         suffix_first: the suffix comes first in the prompt.
-        ends: tokens that end the answer.
+        ends: tokens that end the answer, these marks included.
     """
 
     prefix: int
@@ -64,7 +64,7 @@ GGUF_NAMES = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")
 
 
 def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]) -> InfillMarks | None:
-    """Find the infill marks of a vocabulary; None for a model without infill training.
+    """Find the infill marks of a vocabulary; None for a vocabulary without infill marks.
 
     Args:
         token_id: returns a token's id by its text, or None.
@@ -112,7 +112,7 @@ def infill_prompt(
     Names of special tokens in the texts are plain text.
 
     Raises:
-        InvalidParameterError: the model has no infill marks.
+        InvalidParameterError: the model has no infill marks, or a text cannot be tokenized.
     """
     if marks is None:
         raise InvalidParameterError(
@@ -136,7 +136,8 @@ def infill_prompt(
 def _continued(tokenizer: _Tokenizer, text: str) -> list[int]:
     """Tokenize a text that continues another one, without the space that some tokenizers write before every text."""
     alone = tokenizer.encode(text, False, parse_special=False)
-    if not alone or not tokenizer.token_bytes(alone[0]).startswith(b" ") or text.startswith(" "):
+    written = b"".join(map(tokenizer.token_bytes, alone))
+    if not written.startswith(b" ") or written == text.encode():
         return alone
     behind = tokenizer.encode(f"\n{text}", False, parse_special=False)
     place = next((i for i, token in enumerate(behind) if tokenizer.token_bytes(token) == b"\n"), None)

@@ -101,9 +101,10 @@ def as_token_ids(prompt: Any) -> list[int]:
     if type(prompt) in (list, tuple) and set(map(type, prompt)) <= {int}:
         return list(prompt)  # no Python loop over a million ids, which would delay a server's other requests
     try:
-        if isinstance(prompt, (bytes, bytearray, Mapping)) or any(isinstance(token, bool) for token in prompt):
+        tokens = list(prompt)  # `prompt` may be an iterator
+        if isinstance(prompt, (bytes, bytearray, Mapping)) or any(isinstance(token, bool) for token in tokens):
             raise TypeError
-        return [operator.index(token) for token in prompt]
+        return [operator.index(token) for token in tokens]
     except TypeError:
         raise InvalidParameterError("a prompt is a text or a list of token ids", "prompt") from None
 
@@ -153,9 +154,9 @@ def one_conversation(messages: Any, template: ChatTemplate | None = None, *, see
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Convert checked messages of OpenAI's API to those that chat templates expect.
 
-    Text parts are joined to one text, one part per line; in a message with images they stay parts. A message with tool
-    calls gets a content, which may be empty. Arguments of calls that are the JSON text of an object become that object,
-    and a tool's result gets the function's name. `fit` rewrites what the template does not support.
+    Text parts and a refusal are joined to one text, one per line; with images, or parts that only the template knows,
+    they stay parts. A missing content becomes "", and the role developer becomes system. Arguments that are the JSON
+    text of an object become that object, and a tool's result gets the function's name. `fit` adapts messages further.
     """
     names: dict[Any, Any] = {}
     made: list[dict[str, Any]] = []
@@ -187,17 +188,17 @@ def prompt_texts(
     within: Mapping[str, Iterable[str]],
     image: str = "",
 ) -> list[str]:
-    """Render the prompts of checked conversations; an image becomes the placeholder that the template writes.
+    """Render the prompts of checked conversations; an image becomes the placeholder of the template or of the model.
 
     Args:
         method: name of the called method, to which `options` were given.
         within: names of fields by the class that has them, for errors; see `arguments.unknown_name`.
-        image: see `template_needs.fit`.
+        image: the model's placeholder of an image; see `template_needs.fit`.
 
     Raises:
         TypeError: an option is unknown, and is not a variable of the template.
-        InvalidParameterError: `chat_template_kwargs` is not a mapping of names.
-        ChatTemplateError: the template refused a conversation, or does not read its tools.
+        InvalidParameterError: an option is invalid, or `chat_template_kwargs` has the name of an option.
+        ChatTemplateError: as in `ChatTemplate.render`, or the template does not read the tools.
     """
     refuse_lost(method, options, (*_CHAT_OPTIONS, "use_tqdm"), template.variables, within)
     variables = options.get("chat_template_kwargs") or {}
@@ -222,7 +223,7 @@ def prompt_texts(
 
 @lru_cache(maxsize=4)
 def needs_of(template: ChatTemplate) -> TemplateNeeds:
-    """Return `template_needs` of a template, computed once."""
+    """Return `template_needs` of a template; the results of the last four templates are cached."""
     return template_needs(TemplateProbe(template))
 
 
@@ -345,7 +346,7 @@ def _check_message(place: str, message: Any, template: ChatTemplate | None, sees
 
 
 def _check_keys(place: str, given: Mapping[Any, Any], known: tuple[str, ...], words: set[str], what: str) -> None:
-    """Refuse keys that neither API nor template knows, except empty ones, which clients send back with answers."""
+    """Refuse keys that neither API nor template knows, unless the value is None or [], as clients send answers back."""
     for key, value in given.items():
         if key not in known and key not in words and value is not None and value != []:
             name = str(key)[:60]
@@ -362,7 +363,7 @@ def _check_part(place: str, part: Any, words: set[str], sees: bool) -> None:
     if sees and _is_picture(part):
         return
     if not isinstance(kind, str) or kind.removeprefix("input_").startswith(_MEDIA):
-        raise _wrong(place, f"is of type {kind!r:.60}, but only text is supported")
+        raise _wrong(place, f"is of type {kind!r:.60}, but only text {'and images are' if sees else 'is'} supported")
     if kind not in _TEXTS and kind not in words:
         raise _wrong(place, f"is of type {kind!r:.60}: parts are of type 'text'")
     name = "refusal" if kind == "refusal" else "text"

@@ -35,7 +35,7 @@ def read_sentencepiece(path: Path) -> GgufVocab:
         vocab = read_gguf_vocab(metadata)
     except InvalidFileError as error:
         raise InvalidFileError(f"{path} is not a SentencePiece model: {error}") from None
-    # `read_gguf_vocab` takes Llama's id for a missing one; here -1 means that the vocabulary has no such token.
+    # `read_gguf_vocab` replaces a missing id by Llama's; here -1 means that the vocabulary has no such token.
     ids = {name: index for name, index in vocab.ids.items() if metadata.get(f"{PREFIX}{name}_token_id") != -1}
     return replace(vocab, ids=ids, add_bos="bos" in ids)
 
@@ -77,7 +77,7 @@ def _metadata(data: memoryview, path: Path) -> dict[str, object]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, _Value]]:
-    """Yield the number and the value of each field of a message; fixed 64-bit and 32-bit values are bytes."""
+    """Yield the number and the value of each field of a message; values other than varints are bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -93,7 +93,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, _Value]]:
         else:
             raise InvalidFileError(f"a field has the wire type {kind}")
         if size > len(data) - at:
-            raise InvalidFileError(f"a field of {size} bytes has {len(data) - at}")
+            raise InvalidFileError(f"a field of {size} bytes is cut off after {len(data) - at}")
         yield tag >> 3, data[at : at + size]
         at += size
 
@@ -121,7 +121,7 @@ def _bytes(value: _Value) -> memoryview:
 
 def _float(value: _Value) -> float:
     if len(raw := bytes(_bytes(value))) != 4:
-        raise InvalidFileError("a score has not 4 bytes")
+        raise InvalidFileError("a score does not have 4 bytes")
     return struct.unpack("<f", raw)[0]
 
 

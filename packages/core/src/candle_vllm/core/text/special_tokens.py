@@ -34,10 +34,10 @@ END_OF_TURN = (
     "[e~[",
 )
 
-# Names in templates of the special tokens that GGUF files name.
+# A special token's name in GGUF files, and its name in templates.
 TEMPLATE_NAMES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
 
-# Fill-in-the-middle tokens after which another file begins.
+# Fill-in-the-middle tokens that pad, or after which another repository or file begins; keys are those of GGUF files.
 END_OF_FILE = (
     ("fim_pad", ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]")),
     ("fim_rep", ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>")),

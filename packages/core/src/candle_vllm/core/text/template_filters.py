@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Filters and functions that chat templates may use (step 3 of a request).
+"""Filters, tests and functions that chat templates may use (step 3 of a request).
 
-These are Jinja's own filters, which first check the size of their arguments, and transformers' three helpers.
+Jinja's own filters and tests first check the size of their arguments. One filter and two functions are transformers'.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _COMPARING = (
     "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le", "in",
 )  # fmt: skip
 _SLOW = ("title", "wordcount", "urlencode", "striptags", "list", "batch", "slice", "filesizeformat")
+_FIRST = {"center": "width", "round": "precision", "batch": "linecount", "slice": "slices", "trim": "chars"}
 _CALENDAR = re.compile(r"(?:%-?[A-Za-z%]|[^%])*")
 
 
@@ -37,7 +38,7 @@ def raise_exception(message: object) -> None:
 
 
 def strftime_now(pattern: str) -> str:
-    """Return the local time; transformers offers this function to templates."""
+    """Return the local time in a format of `strftime`; transformers offers this function to templates."""
     if not isinstance(pattern, str) or len(pattern) > 256 or not _CALENDAR.fullmatch(pattern):
         raise TemplateRuntimeError(f"strftime_now cannot take {pattern!r:.60}: use plain fields such as %d %B %Y")
     return datetime.now().strftime(pattern)
@@ -64,7 +65,7 @@ def tojson(
 
 
 def _nodes(value: Any, depth: int) -> int:
-    """Count the lines of indented JSON, each multiplied by its depth."""
+    """Return an upper bound of the lines of indented JSON, each multiplied by its depth."""
     if isinstance(value, Mapping):
         parts = list(value.values())
     elif isinstance(value, (list, tuple)):
@@ -76,14 +77,14 @@ def _nodes(value: Any, depth: int) -> int:
 
 def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     values = (*args, *kwargs.values())
-    first = values[0] if values else None
+    first = args[0] if args else kwargs.get(_FIRST.get(name, ""))
     _check_length(name, value)
     if name in _SORTING:
         template_limits.check_compared(value, *values)
-    if name in ("center", "truncate", "round"):
+    if name == "center":
         template_limits.check_width(first)
-        if name == "round" and isinstance(first, int) and abs(first) > 100:
-            raise BudgetExceededError(f"round to {first} digits is not allowed; at most 100")
+    elif name == "round" and isinstance(first, int) and abs(first) > 100:
+        raise BudgetExceededError(f"round to {first} digits is not allowed; at most 100")
     elif name in ("batch", "slice"):
         if isinstance(first, int) and first > MAX_LIST:
             raise BudgetExceededError(f"{name} of {first}; at most {MAX_LIST} is allowed")
@@ -100,6 +101,9 @@ def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[
         template_limits.check_percent(str(value), kwargs or args)
     elif name == "trim":
         template_limits.check_needle(first)
+    elif name == "int" and isinstance(value, str) and len(value) > template_limits.MAX_INTEGER_BITS // 4:
+        if kwargs.get("base", args[1] if len(args) > 1 else 10) != 10:  # Python itself limits decimal digits
+            raise BudgetExceededError(f"the int filter is given {len(value)} digits")
     elif name == "sum":
         start = kwargs.get("start", args[1] if len(args) > 1 else 0)
         if not isinstance(start, (int, float)):
@@ -173,7 +177,7 @@ def _measured(test: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guarded_filters() -> dict[str, Callable[..., Any]]:
-    """Return Jinja's own filters with their checks, and transformers' `tojson`."""
+    """Return Jinja's own filters with their checks, except `_REFUSED_FILTERS`, and transformers' `tojson`."""
     guarded = {
         name: _guarded(name, _joined(original) if name == "join" else original)
         for name, original in filters.FILTERS.items()

@@ -28,7 +28,7 @@ MAX_INTEGER_BITS = 4096
 _SHORTEN = "shorten the conversation, or begin a new one"
 _WIDE = 4  # maximum bytes of a character outside ASCII
 _OPAQUE = 64  # characters that are counted for an object that is no text, container or large integer
-_ESCAPED = 12  # maximum characters of `repr` or `ascii` of one character
+_ESCAPED = 12  # upper bound of the characters that `repr` or `ascii` writes for one
 _REPR_PART = 1 << 16  # characters of a text in a container whose escapes are counted at a time
 CONTAINERS = (Mapping, KeysView, ValuesView, ItemsView, list, tuple, set, frozenset)
 MAX_WIDTH = 10_000  # maximum width to which text may be padded
@@ -80,19 +80,19 @@ class Budget:
             self.check_time()
 
     def measure(self, value: object, *, written: bool = True) -> int:
-        """Estimate the length of `value` as text, at least half the true length; raise an error above `MAX_TEXT`.
+        """Estimate the length of `value` as text, at least half the true length; refuse a container above `MAX_TEXT`.
 
-        If it is not `written`, escapes of characters that cannot be printed are not counted, which is faster.
+        With `written=False`, escapes of characters that cannot be printed are not counted, which is faster.
         """
         return _measure(value, MAX_TEXT, self, escapes=written)
 
 
-# The current rendering of this thread or task; only `ChatTemplate` sets it.
+# Counters of the rendering or compilation in this thread or task; only `ChatTemplate` sets them.
 current_budget: ContextVar[Budget | None] = ContextVar("template budget", default=None)
 
 
 def budget() -> Budget:
-    """Return the counters of the current rendering; new ones without a rendering (while a template is compiled)."""
+    """Return the counters of the current rendering or compilation; new ones outside `ChatTemplate`."""
     return current_budget.get() or Budget()
 
 
@@ -232,8 +232,8 @@ _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
 def check_compared(*values: Any) -> None:
     """Measure values that will be compared or hashed.
 
-    A list that contains another list twice, and so on for a hundred levels, is small, but comparing it takes forever,
-    in one operation that cannot be interrupted.
+    A list that contains another list twice, and so on for a hundred levels, is small, but comparing it takes 2^100
+    steps, in one operation that cannot be interrupted.
     """
     for value in values:
         if isinstance(value, CONTAINERS):
@@ -241,7 +241,7 @@ def check_compared(*values: Any) -> None:
 
 
 def check_method(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Measure a call of a built-in method before it is made."""
+    """Measure a call of a built-in method before it is made; refuse a method that is not in `_METHODS`."""
     budget().check_time()
     owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
     if name in _COMPARING:
@@ -258,10 +258,9 @@ def check_method(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _check_text_method(owner: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    values = (*args, *kwargs.values())
-    first = values[0] if values else None
-    if name == "replace" and len(values) > 1:
-        check_replace(owner, values[0], values[1])
+    first = args[0] if args else kwargs.get("sep")
+    if name == "replace" and len(args) > 1:
+        check_replace(owner, first, args[1])
     elif name == "join":
         check_join(first, owner)
     elif name in ("center", "ljust", "rjust", "zfill"):

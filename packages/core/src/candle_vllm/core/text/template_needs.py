@@ -20,7 +20,7 @@ from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import MAX_DEPTH, REASONING, ChatTemplate
 
 INVALID = "INVALID_JSON"
-"""The only key of an object that replaces truncated arguments, so that no tool mistakes them for complete ones."""
+"""The only key of an object for arguments that are no JSON object, so that no tool takes them for complete ones."""
 
 NAME = "find_places"
 ARGUMENTS: Mapping[str, Any] = {"city": "Lisbon", "most": 7}
@@ -57,7 +57,7 @@ _SEEN = [{"type": "text", "text": CONTENT}, {"type": "image"}, {"type": "text", 
 _MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _WORD = string.ascii_letters + string.digits + "_.+-"
-_MOST_LAST = 64  # characters of the text that opens an answer
+_MOST_LAST = 64  # maximum characters of the text that opens an answer
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _HALF_MARK = re.compile(r"(?:<[^<>\n]*|\[[^\[\]\n]*)\Z")
 _ELSEWHERE = "[an image, which is in a message of the user]"
@@ -89,12 +89,12 @@ class TemplateProbe:
 
     @property
     def prompt(self) -> str | None:
-        """Render a prompt with a tool; None if the template refuses it."""
+        """The prompt of a user's message with a tool; None if the template refuses it."""
         return self._prompts[True]
 
     @property
     def plain_prompt(self) -> str | None:
-        """Render the prompt without tools."""
+        """The same prompt without tools; None if the template refuses it."""
         return self._prompts[False]
 
     def calls(
@@ -134,7 +134,7 @@ class TemplateProbe:
         return -1 not in places and places == sorted(places)
 
     def shows_images(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether an image in the last message, a tool result, is written as in a user's message."""
+        """Whether an image in a tool result, the last message, is written as a user's; true if a user's is not."""
         tools = None if self._prompts[True] is None else _TOOLS
         mark = self._image_mark(tools) or self._image_mark(None)
         return not mark or self.writes([*messages[:-1], {**messages[-1], "content": _SEEN}], mark, tools=tools)
@@ -145,7 +145,7 @@ class TemplateProbe:
         return all(self._image_mark(_TOOLS if shown else None) for shown in kinds)
 
     def _image_mark(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        """Return what the template writes for an image part of a user's message; "" if it writes the part as JSON."""
+        """Return what the template writes for an image part of a user's message; "" for none, or for JSON."""
         seen = self._render([{**_ASK, "content": _SEEN}], tools)
         mark = "" if seen is None else seen.partition(CONTENT)[2].partition(RESULT)[0].strip()
         return "" if "type" in mark else mark
@@ -209,7 +209,7 @@ _CITY, _OTHER_CITY = str(ARGUMENTS["city"]), str(OTHER_ARGUMENTS["city"])
 
 @dataclasses.dataclass(frozen=True)
 class TemplateNeeds:
-    """Features of a chat template; `fit` and `fit_tools` rewrite what it does not support, by default nothing.
+    """Features of a chat template; `fit` and `fit_tools` rewrite what it does not support.
 
     Attributes:
         writes_tools: the prompt contains the tools that a request offers.
@@ -222,7 +222,7 @@ class TemplateNeeds:
         arguments_as_text: arguments of a call must be a JSON text; otherwise they must be an object.
         parallel_calls: a message may have several calls; otherwise each call gets its own message, with its result.
         content_beside_calls: a message's content is written beside its calls and reasoning, also in earlier turns;
-            otherwise the content becomes a message before the calls.
+            otherwise the content becomes a message of its own, or text of another one (`_say`).
         content_forbidden: a message's calls are written only if its content is null.
         short_ids: ids of calls must have nine letters or digits (Mistral).
         content_as_parts: a content must be a list of parts, even for one text.
@@ -266,7 +266,7 @@ class TemplateNeeds:
 
 
 def template_needs(probe: TemplateProbe) -> TemplateNeeds:
-    """Find a template's features by about twenty renderings of small conversations.
+    """Find a template's features by twenty to thirty renderings of small conversations.
 
     If a template does not even write a user's message, only its support of tools can be tested.
     """
@@ -386,7 +386,7 @@ def fit_tools(tools: Sequence[Mapping[str, Any]], needs: TemplateNeeds) -> list[
 
 
 def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
-    """Simplify a schema to the keywords that macros of templates support."""
+    """Simplify a schema to what macros of templates support, and add the keywords that they require."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return schema if needs.odd_schemas else {}
     made = dict(schema)
@@ -397,7 +397,7 @@ def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
         if kinds == "null" or "null" in kinds:
             made["nullable"] = True
         if len(named) > 1:
-            made["description"] = " ".join(filter(None, (made.get("description"), f"({' or '.join(map(str, named))})")))
+            made["description"] = f"{made.get('description') or ''} ({' or '.join(map(str, named))})".lstrip()
     if isinstance(properties := made.get("properties"), Mapping):
         made["properties"] = {name: _simple(each, needs, depth + 1) for name, each in properties.items()}
         for each in made["properties"].values() if not needs.bare_schemas else ():
@@ -414,7 +414,7 @@ def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
 
 
 def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds, image: str = "") -> None:
-    """Rewrite messages, in place, to a form that the template supports; supported ones stay, and nothing is lost.
+    """Rewrite messages, in place, to a form that the template supports; no text is lost.
 
     `image` is the model's placeholder of an image, for a template that takes no image parts.
 
@@ -491,7 +491,7 @@ def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[d
 
 
 def _shown_by_users(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Move images of tool results to the next user message or, if none may follow results, to the last one."""
+    """Move images of tool results to a user message: the next or a new one; the last one if none may follow results."""
     made, images = list[dict[str, Any]](), list[Any]()
     for message in (*messages, _message("", "")):
         role, content = message["role"], message.get("content")
@@ -622,7 +622,7 @@ def _as_object(arguments: Any) -> dict[str, Any]:
 
 
 def _closed(text: str) -> Iterator[str]:
-    """Return completions of a truncated JSON text."""
+    """Yield possible completions of a truncated JSON text."""
     closing, quoted, escaped = list[str](), False, False
     for character in text:
         if quoted:

@@ -3,7 +3,7 @@
 
 Jinja's immutable sandbox prevents a template from reaching into Python. This sandbox also limits time and memory: the
 parsed template is rewritten so that every loop iteration, macro body, output, `~`, slice and comparison calls `Limits`.
-The operators + * ** %, calls and filters are checked by `template_limits`.
+`Sandbox` checks calls and the operators + * ** % by `template_limits`; filters and tests come from `template_filters`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Generation(Extension):
 
 
 class Limits(Extension):
-    """Functions that the rewritten template calls. A template cannot name an extension, so it cannot evade them."""
+    """Functions that the rewritten template calls. A template cannot name an extension, so it cannot replace them."""
 
     def tick(self, size: int = 0) -> bool:
         """Count `size` characters of fixed text; return True, so that the call can be part of a condition."""
@@ -73,7 +73,7 @@ class Limits(Extension):
         return piece
 
     def compared(self, value: Any) -> Any:
-        """Check a value that will be compared or hashed."""
+        """Check a value that will be compared or hashed, and return it."""
         check_compared(value)
         return value
 

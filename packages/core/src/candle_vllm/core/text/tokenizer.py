@@ -31,14 +31,14 @@ class Tokenizer:
 
     Attributes:
         backend: the `tokenizers.Tokenizer` that does the work.
-        vocab_size: one more than the highest token id.
+        vocab_size: one more than the highest token id, or more after `cover`.
         bos_token_id: the token that begins a text, or None.
-        eos_token_ids: the tokens that end a turn, the vocabulary's own end-of-sequence token first.
+        eos_token_ids: the tokens that end a turn or a file, the vocabulary's own end-of-sequence token first.
         special_tokens: texts of special tokens by their names in templates: `bos_token`, `eos_token` and others.
         chat_template: the template in the tokenizer's files, a dict of templates by name, or None.
         response_template: `response_template` of tokenizer_config.json: how a model formats its answers; or None.
-        strips_leading_space: a text begins without the space of its first token (SentencePiece).
-        longest_token: number of characters in the longest token text.
+        strips_leading_space: a text begins without the space of its first token (SentencePiece, WordPiece).
+        longest_token: number of characters in the longest entry of the vocabulary.
         infill: the marks for fill-in-the-middle, or None.
         suppressed_token_ids: tokens that are never sampled, by the model's generation config.
 
@@ -137,7 +137,7 @@ class Tokenizer:
             parse_special: the text of a special token in `text` becomes that token rather than plain text.
 
         Raises:
-            InvalidParameterError: the text has half a surrogate pair.
+            InvalidParameterError: the text is not a string, or has half a surrogate pair.
             InvalidFileError: the vocabulary lacks a token that this text needs.
         """
         return self.encode_batch([text], add_special_tokens, parse_special=parse_special)[0]
@@ -165,7 +165,7 @@ class Tokenizer:
         return encoding.ids, encoding.type_ids if self.types_pairs else [0] * len(encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
-        """Decode token ids; invalid UTF-8 becomes U+FFFD.
+        """Decode the token ids of a text from its beginning; invalid UTF-8 becomes U+FFFD.
 
         Args:
             ids: token ids.

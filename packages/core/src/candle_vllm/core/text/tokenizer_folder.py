@@ -84,7 +84,7 @@ def _response_template(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
-    """Load the file with the vocabulary; also return the tokens that tokenizer.model names, such as `bos_token`."""
+    """Load the file with the vocabulary; also return texts by name (`bos_token`) of tokenizer.model or vocab.txt."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / "tiktoken.model").is_file():
@@ -163,7 +163,7 @@ def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
 
 
 def _from_words(path: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
-    """Load vocab.txt of older BERTs, as transformers' `BertTokenizer`; also return the names of special tokens."""
+    """Load vocab.txt of older BERTs, as transformers' `BertTokenizer`; also return special tokens by name."""
     if (kind := str(config.get("tokenizer_class") or _BERT[0])).removesuffix("Fast") not in _BERT:
         said = f"{path.parent} has no tokenizer.json, and vocab.txt of {kind!r:.80} is not supported"
         raise UnsupportedModelError(f"{said}: save the tokenizer with transformers, which writes tokenizer.json")
@@ -199,7 +199,7 @@ def _from_merges(folder: Path) -> Backend:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Read tokens and ranks; check that every byte is a token, and that all tokens differ."""
+    """Read tokens and ranks; check that every byte is a token, and that all tokens and all ranks differ."""
     ranks = dict[bytes, int]()
     for number, line in enumerate((_read_text(path) or "").splitlines(), 1):
         text, _, rank = line.partition(" ")
@@ -316,7 +316,7 @@ def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], fo
     ids = [(token.content, index, backend.token_to_id(token.content)) for index, token in configured]
     other = [f"{text!r} has the id {found}, not {index}" for text, index, found in ids if found != index]
     if other:
-        logger.warning("%s: tokenizer.json has other ids of %d tokens: %s", folder, len(other), ", ".join(other[:5]))
+        logger.warning("%s: the vocabulary has other ids of %d tokens: %s", folder, len(other), ", ".join(other[:5]))
 
 
 def _configured_tokens(config: dict[str, Any], special: set[str], folder: Path) -> list[tuple[int, AddedToken]]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Translate the arguments of vLLM's `LLM`, `EngineArgs` and `AsyncLLM` to settings of an engine.
 
-Three kinds of names are accepted: fields of `EngineConfig`, unchanged or translated below; names in the tables of
-`core/foreign_names.md`, if their values change nothing; and defaults of requests. All other names are refused.
+Accepted are fields of `EngineConfig`; vLLM's names that are translated below, among them defaults of requests; and
+names in the tables of `core/foreign_names.md`, if their values change nothing. All other names are refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
     """Translate arguments: names of vLLM, or fields of `EngineConfig`.
 
     Raises:
-        ConfigError: a value is invalid; the error names its argument.
+        ConfigError, InvalidParameterError: a value is invalid; the error names its argument or its key.
         TypeError: an argument has no counterpart here, and its value would change something.
     """
     rest = _with_drafts(given)
@@ -64,7 +64,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
     settings: dict[str, Any] = {"seed": 0}
     if pooling.pooling in get_args(TextPooling):  # scores have no parameters
         settings["pooling"] = pooling.pooling
-    for name, value in sorted(rest.items(), key=lambda item: item[0] in _TRANSLATED):  # which win over settings
+    for name, value in sorted(rest.items(), key=lambda item: item[0] in _TRANSLATED):  # last, so that they win
         translate = _TRANSLATED.get(name)
         if translate is not None:
             settings |= translate(value)
@@ -103,7 +103,7 @@ class EngineArgs:
         arguments: arguments of vLLM, or fields of `EngineConfig`.
 
     Raises:
-        ConfigError, TypeError: as in `LLM`.
+        ConfigError, InvalidParameterError, TypeError: as in `LLM`.
     """
 
     def __init__(self, model: str | Path = "demo", **arguments: Any) -> None:
@@ -117,7 +117,7 @@ class EngineArgs:
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Add a flag for each argument to a parser, without default values."""
+        """Add flags for settings and translated arguments to a parser; only `--model` has a default value."""
         parser.add_argument("--model", default="demo", help=SETTINGS["model"].help)
         for each in SETTINGS.values():
             if each.name != "model":
@@ -128,12 +128,12 @@ class EngineArgs:
             _add_flag(parser, name, "as in vLLM", False, str)
         for name in ("pooler_config", "override_generation_config"):
             _add_flag(parser, name, "JSON, as in vLLM", False, json.loads)
-        _add_flag(parser, "trust_remote_code", "must be false: a model's own code is never run", True, str)
+        _add_flag(parser, "trust_remote_code", "without effect: a model's own code is never run", True, str)
         return parser
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Self:
-        """Make `EngineArgs` from what a parser with `add_cli_args` returned; values of other flags are ignored."""
+        """Make `EngineArgs` from the result of a parser with `add_cli_args`; values of other flags are ignored."""
         known = argparse.ArgumentParser()
         cls.add_cli_args(known)
         names = {action.dest for action in known._actions} - {"help"}
@@ -186,9 +186,9 @@ def _eager(value: Any) -> dict[str, Any]:
 
 
 def image_limit(given: Any) -> int | None:
-    """Return the number of images in vLLM's `limit_mm_per_prompt`: by kind of input a count, or a mapping with `count`.
+    """Return the limit of images in vLLM's `limit_mm_per_prompt`: by kind of input a count, or a dict with `count`.
 
-    None is no limit: a mapping may have sizes only, which vLLM uses to reserve memory.
+    None is no limit: a dict may have sizes only, which vLLM uses to reserve memory.
 
     Raises:
         ValueError: it has another form, or allows inputs other than images.
@@ -212,7 +212,7 @@ def _images(value: Any) -> dict[str, Any]:
 
 
 def _template(value: Any) -> dict[str, Any]:
-    """Read a template from a file, or return the template itself."""
+    """Read the template from the file, unless the value has a brace or a line break: then it is the template."""
     if value is None:
         return {}
     text = str(value)

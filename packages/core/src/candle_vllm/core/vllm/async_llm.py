@@ -35,7 +35,7 @@ class AsyncLLM:
         engine: the engine.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError, TypeError: as for `LLM`.
+        ConfigError, InvalidParameterError, ModelNotFoundError, ModelLoadError, TypeError: as for `LLM`.
     """
 
     def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
@@ -189,7 +189,7 @@ class AsyncLLM:
 
     @property
     def is_running(self) -> bool:
-        """Whether the engine accepts requests."""
+        """Whether the engine is open and has not failed; it may sleep."""
         return self.engine.is_alive
 
     @property
@@ -206,7 +206,7 @@ class AsyncLLM:
         return llm.LlmTokenizer(self.engine)
 
     def shutdown(self) -> None:
-        """Abort running requests and release the model."""
+        """Abort running requests and release the model; an engine that was passed in stays open."""
         self._opened.close()
 
 

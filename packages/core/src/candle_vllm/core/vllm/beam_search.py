@@ -163,7 +163,7 @@ def beam_search(
     Args:
         engine: engine that continues the beams.
         prompts: as in `EngineFront.generate`.
-        use_tqdm: whether to show a progress bar of steps.
+        use_tqdm: whether to show a progress bar of steps, or a function that makes one.
         concurrency_limit: maximum number of prompts that are searched at the same time; None for no limit.
         priority: one priority for all prompts, or one for each.
         lora_request: as in `EngineFront.generate`, but `load_inplace` is refused.
@@ -207,7 +207,7 @@ def beam_search(
 
 
 def beam_step(beam_width: int, logprobs: int = 0, cache_salt: str | None = None) -> SamplingParams:
-    """Return the sampling parameters of one beam in one step of a search."""
+    """Return the sampling parameters of one beam in one step of a search; `logprobs` is the number for the caller."""
     asked = max(2 * beam_width, logprobs)
     return SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=asked, cache_salt=cache_salt)
 
@@ -227,7 +227,7 @@ def _step(
     own: Sequence[tuple[BeamSearch, dict[str, Any], int, LoraChoice]],
     params: BeamSearchParams,
 ) -> bool:
-    """Extend every beam by one token, with its search's priority and adapters; return False if no beam is left."""
+    """Extend every beam by one token, with its search's priority and adapters; return False if there was no beam."""
     todo = [
         ({**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *beam.tokens]}, order, choice)
         for search, prompt, order, choice in own

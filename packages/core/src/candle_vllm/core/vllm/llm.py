@@ -67,11 +67,11 @@ class Defaults:
         self._values: dict[str, Any] = {**own, **(sampling or {})}
 
     def sampling_params(self) -> SamplingParams:
-        """Return vLLM's defaults, overridden by the model's."""
+        """Return vLLM's defaults, overridden by those of this object."""
         return SamplingParams(**self._values).filled({})
 
     def filled(self, params: SamplingParams | None) -> SamplingParams:
-        """Fill a request's parameters with vLLM's defaults; None becomes `sampling_params()`.
+        """Fill a request's parameters with vLLM's defaults, and make them cumulative; None becomes `sampling_params()`.
 
         Raises:
             InvalidParameterError: `params` is not `SamplingParams`.
@@ -147,7 +147,7 @@ class LLM(ExplainedAttributes):
         engine: the engine.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served with these arguments.
+        ConfigError, InvalidParameterError, ModelNotFoundError, ModelLoadError: the arguments or the model are unusable.
         TypeError: an argument has no counterpart here.
     """
 
@@ -394,7 +394,7 @@ class LLM(ExplainedAttributes):
     # ---- other methods -----------------------------------------------------------------------------------------------
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the default sampling parameters: vLLM's, overridden by those in the model's files."""
+        """Return vLLM's default sampling parameters, overridden by those of the model's files and of the arguments."""
         return self._opened.defaults.sampling_params()
 
     def reset_prefix_cache(self) -> bool:
@@ -416,7 +416,7 @@ class LLM(ExplainedAttributes):
         return LlmTokenizer(self.engine)
 
     def close(self) -> None:
-        """Release the model and its memory, as deleting the last reference does."""
+        """Release the model, as deleting the last reference does; an engine that was passed in stays open."""
         self._opened.close()
 
     def __enter__(self) -> Self:
@@ -437,7 +437,7 @@ class LLM(ExplainedAttributes):
 
 
 class Encoding(dict[str, list[Any]]):
-    """Values of a call of the tokenizer, by key and as attributes."""
+    """Result of a call of the tokenizer; its values are also attributes."""
 
     def __getattr__(self, name: str) -> list[Any]:
         if name not in self:
@@ -446,11 +446,7 @@ class Encoding(dict[str, list[Any]]):
 
 
 class LlmTokenizer:
-    """An engine's tokenizer with the common attributes and methods of transformers' tokenizers.
-
-    Args:
-        engine: the engine.
-    """
+    """An engine's tokenizer with the common attributes and methods of transformers' tokenizers."""
 
     def __init__(self, engine: EngineFront) -> None:
         self._engine = engine
@@ -474,7 +470,7 @@ class LlmTokenizer:
         return self
 
     def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True) -> Encoding:
-        """Tokenize a text to `input_ids`, with an `attention_mask` of ones; of several texts, to a list of each."""
+        """Tokenize a text to `input_ids`, with an `attention_mask` of ones; several texts give a list of each."""
         if isinstance(text, str):
             ids = self.encode(text, add_special_tokens)
             return Encoding(input_ids=ids, attention_mask=[1] * len(ids))
@@ -508,7 +504,7 @@ class LlmTokenizer:
         return names([ids])[0] if isinstance(ids, (int, np.integer)) else names(ids)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Return the id of an entry in the vocabulary, or a list of them; an unknown one has that of `unk_token`."""
+        """Return the id of an entry in the vocabulary, or a list; for an unknown entry that of `unk_token`, or None."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         return self._vocabulary.get(tokens, self._vocabulary.get(self.unk_token or ""))
@@ -520,7 +516,7 @@ class LlmTokenizer:
         add_generation_prompt: bool = False,
         **options: Any,
     ) -> Any:
-        """Render a conversation to the model's prompt: its token ids, or its text; of several, a list of each."""
+        """Render a conversation to a prompt's token ids or text; several conversations give a list of them."""
         if conversation and not isinstance(conversation[0], Mapping):
             return [self.apply_chat_template(each, tokenize, add_generation_prompt, **options) for each in conversation]
         text = self._engine.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)
@@ -544,7 +540,7 @@ def fitted(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 def _single(made: Embedding | Classification, task: str) -> list[float]:
-    """Return the numbers of an output; `encode` with this task returns those of each token."""
+    """Return the vector of an output; refuse one with a vector per token, and name the `task` of `encode` for it."""
     if made.vectors is not None:
         raise InvalidParameterError(f"tokens have a row each: use encode with pooling_task={task!r}", "pooling_task")
     return (made.embedding if isinstance(made, Embedding) else made.probs).tolist()
@@ -562,10 +558,10 @@ def adds_special(given: Mapping[str, Any] | None) -> bool:
 
 
 def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
-    """Whether `encode` computes classes of a text or of its tokens rather than embeddings.
+    """Whether `encode` computes class probabilities rather than embeddings.
 
     Raises:
-        InvalidParameterError: the task is unknown, or the model does not support it per token or per text.
+        InvalidParameterError: the task is unknown, or a classifier of tokens is asked for texts, or vice versa.
     """
     if pooling_task not in ("embed", "token_embed", "classify", "token_classify"):
         raise InvalidParameterError(

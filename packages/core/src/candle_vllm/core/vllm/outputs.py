@@ -42,9 +42,9 @@ class CompletionOutput:
     Attributes:
         index: index among the request's `n` sequences.
         cumulative_logprob: sum over the sampled tokens of the whole sequence so far; None without `logprobs`.
-        logprobs: for each token of `token_ids`, log-probabilities by token id: the sampled and the likeliest tokens.
+        logprobs: log-probabilities by id for each token of `token_ids`: its own, and the likeliest or named tokens'.
         finish_reason: "stop", "length" or "abort"; None for an unfinished sequence.
-        stop_reason: stop string or token id that ended it; None for the model's own end token.
+        stop_reason: stop string or token id that ended it; None for the model's own end token and other endings.
     """
 
     index: int
@@ -69,7 +69,7 @@ class RequestOutput:
         prompt_logprobs: one entry for each prompt token if requested; None for the first.
         metrics: times of the request, once it has finished.
         num_cached_tokens: number of prompt tokens that were in the prefix cache.
-        lora_request: adapter of the request; None without an adapter, or for a mix of several.
+        lora_request: adapter of the request; None without an adapter, or for pairs of adapters and scales.
     """
 
     request_id: str
