@@ -28,7 +28,6 @@ from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, host_kind, pack
 from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, most_panels, record_bytes
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS
-from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
@@ -73,7 +72,10 @@ def _measure(team: ThreadTeam, address: int, kind: PackedKind, rows: int, option
     copies = max(1, (options.megabytes << 20) // size // max(1, rows // 8))
     memory = WeightMemory()
     matrices = [_random_matrix(kind, n, k, memory) for _ in range(copies)]
-    xq, xs, xsum = quantise(np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32))
+    x = np.random.default_rng(0).standard_normal((rows, k // GROUP, GROUP)).astype(np.float32)
+    xs = np.abs(x).max(2) / np.float32(127)
+    groups = np.rint(x / xs[:, :, None]).astype(np.int8)
+    xq, xsum = groups.reshape(rows, k), xs * groups.sum(2, dtype=np.int32).astype(np.float32)
     out, numbers = np.empty((rows, n), np.float32), np.full(8, rows, np.int64)
     plans: dict[int, list[int]] = {ahead: [] for ahead in options.ahead}
     for matrix in matrices:

@@ -30,7 +30,7 @@ from candle_vllm.core.engine.step.sequence import Run, RunState
 from candle_vllm.core.engine.step.sequence import Sequence as Tokens
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
-from candle_vllm.core.kernels.plain_linear import pack, unpack
+from candle_vllm.core.kernels.plain_linear import pack
 from candle_vllm.core.layers.adapters import linears_in, number_places
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import SHAPES
@@ -39,6 +39,7 @@ from candle_vllm.core.loading.weights import layer_at
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.kernels.lora_field import fitted, low_rank, stored
+from packages.core.tests.kernels.plain_reference import unpack
 from packages.core.tests.toy_gguf import write_toy_gguf
 
 BLOCK = 16

@@ -25,11 +25,11 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
 from candle_vllm.core.kernels.moe import Activation, Routing, reference
 from candle_vllm.core.kernels.packed_linear import PackedMatrix
-from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+from packages.core.tests.kernels.packed_reference import quantise
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.operation import Matrix

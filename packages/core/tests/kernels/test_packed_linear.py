@@ -14,19 +14,12 @@ import pytest
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.packed_linear import (
-    PackedKind,
-    PackedMatrix,
-    dequantise,
-    grids,
-    host_kind,
-    pack,
-    packed_kind,
-    reference,
-)
+from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, grids, host_kind, pack, packed_kind
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
+from packages.core.tests.kernels import packed_reference as reference
+from packages.core.tests.kernels.packed_reference import dequantise
 
 pytest.importorskip("numba")
 

@@ -13,11 +13,13 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, pack_rows, plain_kind, reference, unpack
+from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, pack_rows, plain_kind
 from candle_vllm.core.kernels.torch_numbers import DTYPES, NAMES
 from candle_vllm.core.kernels.weight_quant.rows import quantise_rows
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from packages.core.tests.kernels import plain_reference as reference
+from packages.core.tests.kernels.plain_reference import unpack
 
 pytest.importorskip("numba")
 

@@ -14,9 +14,10 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.scaled_linear import ScaledKind, ScaledMatrix, pack, unpack
+from candle_vllm.core.kernels.scaled_linear import ScaledKind, ScaledMatrix, pack
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, GROUP, ScaledCodes
+from packages.core.tests.kernels.scaled_reference import unpack
 
 pytest.importorskip("numba")
 
@@ -28,8 +29,8 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.plain_linear import layout as plain_layout
 from candle_vllm.core.kernels.plain_linear import pack as pack_plain
-from candle_vllm.core.kernels.plain_linear import reference as plain_reference
 from candle_vllm.core.kernels.scaled_linear import cpu
+from packages.core.tests.kernels import plain_reference as plain_reference
 from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
 # The generic path runs everywhere; BF16 and AMX only where the CPU has them.

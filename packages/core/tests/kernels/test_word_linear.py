@@ -9,7 +9,9 @@ import itertools
 import numpy as np
 import pytest
 
-from candle_vllm.core.kernels.word_linear import WordMatrix, pack, reference, unpack
+from candle_vllm.core.kernels.word_linear import WordMatrix, pack
+from packages.core.tests.kernels import word_reference as reference
+from packages.core.tests.kernels.word_reference import unpack
 
 pytest.importorskip("numba")
 

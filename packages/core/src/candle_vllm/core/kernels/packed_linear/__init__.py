@@ -21,6 +21,5 @@ from __future__ import annotations
 
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, PackedKind, PackedMatrix, host_kind, packed_kind
 from candle_vllm.core.kernels.packed_linear.pack import pack
-from candle_vllm.core.kernels.packed_linear.reference import dequantise
 
-__all__ = ["GROUP", "PackedKind", "PackedMatrix", "dequantise", "host_kind", "pack", "packed_kind"]
+__all__ = ["GROUP", "PackedKind", "PackedMatrix", "host_kind", "pack", "packed_kind"]

@@ -31,8 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
-
 ROWS, GROUPS = 16, 8
 HIGH_BITS: Mapping[str, int] = MappingProxyType({"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS": 1, "IQ2_S": 2, "IQ3_S": 1})
 """Bits of an index above its low byte, by type; the fourth of IQ1_M is the sign of 1/8, not part of the index."""
@@ -330,20 +328,3 @@ def codes(name: str) -> np.ndarray:
     """Return the lower three bits of a type's 4-bit codes for each index, int64 [entries, span]."""
     found = numbers(name)
     return np.searchsorted(np.unique(found), found).astype(np.int64)
-
-
-def dequantise(data: np.ndarray, layout: GridLayout) -> np.ndarray:
-    """Decode the weights of tiles, uint8 [tiles, bytes], to float32 [16 * tiles, K], bit for bit as ggml."""
-    blocks = data.reshape(len(data), -1, layout.block_bytes)
-    groups = blocks[..., layout.head_bytes :].reshape(*blocks.shape[:2], GROUPS, layout.code_bytes)
-    parts = {}
-    for at, like in split(np.zeros((1, 1, GGMLQuantizationType[layout.name].block[1]), np.uint8), layout):
-        source, start = (blocks, at) if like.ndim == 2 else (groups, at - layout.head_bytes)
-        part = np.ascontiguousarray(source[..., start : start + ROWS * like.itemsize]).view(like.dtype)
-        parts[at] = np.moveaxis(part, -1, 1)  # [tiles, rows, blocks], and maybe groups
-    found = _decoded(parts, layout, lambda part: part)
-    given = codes(layout.name)[found.indices].reshape(*found.flags.shape) | found.flags << 3
-    weights = np.array(values(layout.name), np.float32)[given]
-    supers = found.supers.astype(np.uint16).view(np.float16).astype(np.float32)
-    scale = supers[..., None, None] * found.scales.astype(np.float32) * np.float32(layout.unit)
-    return (weights * scale.repeat(layout.width, -1)).reshape(ROWS * len(data), -1)

@@ -24,6 +24,5 @@ from __future__ import annotations
 
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, PlainKind, PlainMatrix
 from candle_vllm.core.kernels.plain_linear.pack import pack, pack_rows, plain_kind
-from candle_vllm.core.kernels.plain_linear.reference import unpack
 
-__all__ = ["MAX_COLUMNS", "PlainKind", "PlainMatrix", "pack", "pack_rows", "plain_kind", "unpack"]
+__all__ = ["MAX_COLUMNS", "PlainKind", "PlainMatrix", "pack", "pack_rows", "plain_kind"]

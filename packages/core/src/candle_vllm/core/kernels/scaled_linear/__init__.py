@@ -22,6 +22,5 @@ from __future__ import annotations
 
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind, ScaledMatrix
 from candle_vllm.core.kernels.scaled_linear.pack import LEAST_SPAN, check_span, pack
-from candle_vllm.core.kernels.scaled_linear.reference import unpack
 
-__all__ = ["LEAST_SPAN", "ScaledKind", "ScaledMatrix", "check_span", "pack", "unpack"]
+__all__ = ["LEAST_SPAN", "ScaledKind", "ScaledMatrix", "check_span", "pack"]

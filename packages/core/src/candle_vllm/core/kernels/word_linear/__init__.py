@@ -20,6 +20,5 @@ deviation (the largest F16 weights of a group are exact), and 9e-5 of an activat
 from __future__ import annotations
 
 from candle_vllm.core.kernels.word_linear.layout import WordMatrix, pack
-from candle_vllm.core.kernels.word_linear.reference import unpack
 
-__all__ = ["WordMatrix", "pack", "unpack"]
+__all__ = ["WordMatrix", "pack"]

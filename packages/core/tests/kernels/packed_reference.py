@@ -9,6 +9,7 @@ from candle_vllm.core.kernels.packed_linear import grids
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, ROWS, TRITS, VECTOR_BYTES, PackedMatrix, TileLayout
 from candle_vllm.core.quantization.ggml_blocks import scale_numbers
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,7 +32,7 @@ def dequantise(matrix: PackedMatrix) -> np.ndarray:
     """Return the weights as float32 [N, K], exactly as ggml decodes blocks of the kind's type."""
     layout = matrix.layout
     if isinstance(layout, GridLayout):
-        return grids.dequantise(matrix.data, layout)[: matrix.rows]
+        return _decoded_grids(matrix.data, layout)[: matrix.rows]
     blocks = matrix.data.reshape(len(matrix.data), -1, layout.block_bytes)  # [tiles, blocks, bytes]
     codes = blocks[:, :, layout.head_bytes :]
     if layout.bits:
@@ -116,3 +117,20 @@ def _scales(blocks: np.ndarray, layout: TileLayout) -> tuple[np.ndarray, np.ndar
     if layout.width == GROUP:
         return scale * small[..., :1, :], minimum * small[..., 1:, :]
     return scale * (small & 15), minimum * (small >> 4)
+
+
+def _decoded_grids(data: np.ndarray, layout: GridLayout) -> np.ndarray:
+    """Decode the weights of tiles, uint8 [tiles, bytes], to float32 [16 * tiles, K], bit for bit as ggml."""
+    blocks = data.reshape(len(data), -1, layout.block_bytes)
+    groups = blocks[..., layout.head_bytes :].reshape(*blocks.shape[:2], grids.GROUPS, layout.code_bytes)
+    parts = {}
+    for at, like in grids.split(np.zeros((1, 1, GGMLQuantizationType[layout.name].block[1]), np.uint8), layout):
+        source, start = (blocks, at) if like.ndim == 2 else (groups, at - layout.head_bytes)
+        part = np.ascontiguousarray(source[..., start : start + ROWS * like.itemsize]).view(like.dtype)
+        parts[at] = np.moveaxis(part, -1, 1)  # [tiles, rows, blocks], and maybe groups
+    found = grids._decoded(parts, layout, lambda part: part)
+    given = grids.codes(layout.name)[found.indices].reshape(*found.flags.shape) | found.flags << 3
+    weights = np.array(grids.values(layout.name), np.float32)[given]
+    supers = found.supers.astype(np.uint16).view(np.float16).astype(np.float32)
+    scale = supers[..., None, None] * found.scales.astype(np.float32) * np.float32(layout.unit)
+    return (weights * scale.repeat(layout.width, -1)).reshape(ROWS * len(data), -1)
