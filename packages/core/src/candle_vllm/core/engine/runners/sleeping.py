@@ -108,7 +108,7 @@ class Sleeper:
 
         Raises:
             EngineSleepingError: it failed, and so did waking up again: all memory counts as freed.
-            CandleVllmError: main memory is too small for the weights; what was awake is awake again.
+            CandleVllmError: it failed, for example for lack of main memory; what was awake is awake again.
         """
         if self.asleep == TAGS and level <= self.level:
             return
