@@ -126,6 +126,7 @@ class RankListener:
         self.host, self.port = self._listener.getsockname()[:2]
         self._changed = threading.Condition()
         self._found: dict[int, tuple[bytes, dict[bool, Line]]] = {}
+        self._where: dict[int, str] = {}  # by rank; read early: a broken connection has no address
         self._closed = False
         self._strangers: dict[socket.socket, str] = {}  # unproved connections and their addresses, oldest first
         threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True).start()
@@ -200,7 +201,7 @@ class RankListener:
         if refusal:
             raise ValueError(refusal)
         _set_keepalive(connection)
-        line = Line(connection, _keys(self._key, nonce, said))
+        where, line = connection.getpeername()[0], Line(connection, _keys(self._key, nonce, said))
         with self._changed:
             if self._closed:
                 connection.close()
@@ -210,7 +211,7 @@ class RankListener:
                 for former in lines.values():
                     former.socket.close()
                 lines = {}
-            lines[hello.side] = line
+            lines[hello.side], self._where[hello.rank] = line, where
             self._found[hello.rank] = hello.process, lines
             self._changed.notify_all()
 
@@ -253,9 +254,7 @@ class RankListener:
             self._closed = True
             found, self._found = self._found, {}
         lines = {rank: found[rank][1] for rank in self._ranks}
-        return {
-            rank: Joined(each[False], each[True], each[False].socket.getpeername()[0]) for rank, each in lines.items()
-        }
+        return {rank: Joined(each[False], each[True], self._where[rank]) for rank, each in lines.items()}
 
     def close(self) -> None:
         """Stop listening, and close connections that `everyone` has not returned."""
