@@ -452,6 +452,12 @@ def test_a_rank_whose_connection_was_reset_is_still_returned(door: RankListener)
     joined.side.socket.close()
 
 
+def test_an_address_can_be_listened_on_again_at_once() -> None:
+    port = free_port()
+    for _ in range(3):
+        RankListener("127.0.0.1", port, KEY, range(1, 2), 2, 2).close()
+
+
 def is_closed(door: RankListener) -> bool:
     try:
         socket.create_connection((door.host, door.port), 5).close()

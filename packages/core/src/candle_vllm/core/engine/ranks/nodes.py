@@ -129,7 +129,8 @@ class RankListener:
         self._where: dict[int, str] = {}  # by rank; read early: a broken connection has no address
         self._closed = False
         self._strangers: dict[socket.socket, str] = {}  # unproved connections and their addresses, oldest first
-        threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True)
+        self._thread.start()
 
     def _listen(self) -> None:
         said = ""
@@ -264,6 +265,7 @@ class RankListener:
             for _, lines in self._found.values():
                 for line in lines.values():
                     line.socket.close()
+        self._thread.join()  # it closes the listening socket, so that the address is free again
 
 
 def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
