@@ -341,7 +341,7 @@ def read_exactly(end: socket.socket, count: int, until: float | None = None) -> 
         until: deadline for all bytes together, by `time.monotonic`.
 
     Raises:
-        EOFError: the other end has gone.
+        EOFError: the other end has gone, or the connection has failed.
         TimeoutError: the bytes have not arrived in time.
     """
     data, done = bytearray(), 0
@@ -353,7 +353,9 @@ def read_exactly(end: socket.socket, count: int, until: float | None = None) -> 
         with memoryview(data) as view:
             try:
                 got = end.recv_into(view[done:])
-            except ConnectionError:
+            except OSError as error:  # a network may break by ETIMEDOUT or EHOSTUNREACH, too
+                if until is not None and not isinstance(error, ConnectionError):
+                    raise
                 got = 0
         if not got:
             raise EOFError("the other end of the line has gone")
