@@ -54,7 +54,7 @@ def read_tags(tags: Sequence[str] | None) -> frozenset[str]:
 
 def check_sleep(level: int, mode: str) -> None:
     """Raise `InvalidParameterError` if the level or mode does not exist."""
-    if isinstance(level, bool) or level not in LEVELS:
+    if type(level) is not int or level not in LEVELS:  # 1.0 and True equal a level
         raise InvalidParameterError(f"level {level!r:.40}: 1 (keep the weights in memory) or 2 (drop them)", "level")
     if mode not in MODES:
         raise InvalidParameterError(
