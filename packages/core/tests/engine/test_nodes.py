@@ -12,6 +12,7 @@ import random
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -434,6 +435,27 @@ def test_a_rank_joins_by_two_lines(door: RankListener) -> None:
     wait_for(lambda: is_closed(door))  # nobody comes in afterwards
     for end in (far, far_side, joined.line, joined.side):
         end.socket.close()
+
+
+def test_a_rank_whose_connection_was_reset_is_still_returned(door: RankListener) -> None:
+    """Otherwise an error of the system call would hide which rank has gone."""
+    far = [_connect(invitation(door), side=side) for side in (False, True)]
+    wait_for(lambda: not door._missing())
+    for each in far:
+        each.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        each.socket.close()
+    joined = door.everyone()[1]
+    assert joined.where == "127.0.0.1"
+    with pytest.raises(EOFError):
+        joined.line.receive(Ready)
+    joined.line.socket.close()
+    joined.side.socket.close()
+
+
+def test_an_address_can_be_listened_on_again_at_once() -> None:
+    port = free_port()
+    for _ in range(3):
+        RankListener("127.0.0.1", port, KEY, range(1, 2), 2, 2).close()
 
 
 def is_closed(door: RankListener) -> bool:

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ from candle_vllm.core.engine.ranks.rank_line import (
     Ready,
     Score,
     ToRank,
+    read_exactly,
 )
 from candle_vllm.core.engine.ranks.ranks import RankedRunner, Ranks, _Other
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
@@ -458,6 +462,17 @@ def test_lines_refuse_what_is_no_message() -> None:
         near.close()
         with pytest.raises(EOFError):
             theirs.receive(ToRank)
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ECONNRESET])
+def test_a_connection_that_broke_has_ended(number: int) -> None:
+    """However the system reports it; only a deadline of the caller is a `TimeoutError`."""
+    broken: Any = SimpleNamespace(recv_into=Mock(side_effect=OSError(number, os.strerror(number))))
+    with pytest.raises(EOFError):
+        Line(broken).receive(ToRank)
+    near, far = socket.socketpair()
+    with near, far, pytest.raises(TimeoutError):
+        read_exactly(far, 1, time.monotonic() + 0.01)
 
 
 def seeing(folder: Path, **settings: Any) -> list[Any]:

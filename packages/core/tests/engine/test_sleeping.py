@@ -190,7 +190,8 @@ def test_requests_are_refused_or_aborted(model: Path) -> None:
         assert engine.is_sleeping
         engine.wake_up(["kv_cache"])
         right = answer(engine)
-        for level in (0, 3, True):
+        levels: tuple[Any, ...] = (0, 3, True, 1.0)
+        for level in levels:
             with pytest.raises(InvalidParameterError, match="level"):
                 engine.sleep(level)
         with pytest.raises(InvalidParameterError, match="mode"):

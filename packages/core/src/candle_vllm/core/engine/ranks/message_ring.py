@@ -4,7 +4,7 @@
 The ring has slots, and for each process a count of slots that it has written or read; a message that is longer than a
 slot takes several. Counts are changed by futex calls only, which order them after earlier memory accesses on any
 processor, and wake waiting processes: the first rank wakes one, and each woken process wakes two more. A waiting
-reader regularly checks whether the writer still exists. Only Linux has futexes; elsewhere connections are used.
+reader regularly checks whether the writer still exists. On systems other than Linux, connections are used instead.
 
 Source: futex(2), FUTEX_WAKE_OP; Drepper, Futexes Are Tricky, 2011.
 """
@@ -38,7 +38,7 @@ _COUNTS_AT = SLOTS * SLOT_BYTES  # offset of the counts, after the slots
 _APART = 64  # bytes from one count to the next, so that each has its own cache line
 _ALL = 0xFFFFFFFF  # largest count, after which counts continue at 0; SLOTS divides 2**32
 LOOK = 0.1  # seconds after which a waiting reader checks whether the writer still exists
-_CALLS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}  # futex's number, 64-bit systems
+_CALLS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}  # call number, 64-bit systems
 _WAIT, _WAKE, _WAKE_OP = 0, 1, 5
 _ADD_ONE = 1 << 28 | 1 << 12  # FUTEX_OP_ADD of 1; wakes a second process if the count was 0
 _EVERYBODY = 1 << 30
@@ -54,7 +54,7 @@ class _Ring:
     """A process's mapping of the ring's shared memory (slots and counts), and its futex calls.
 
     Raises:
-        OSError: this system has no futex calls.
+        OSError: the number of the futex call on this processor is not known, or the memory cannot be mapped.
     """
 
     def __init__(self, memory: BinaryIO) -> None:
@@ -86,7 +86,7 @@ class _Ring:
         return self._words[(_COUNTS_AT + which * _APART) // 4]
 
     def add(self, which: int) -> None:
-        """Increment a count, after all earlier reads and writes of this process; wake one process that waits for it."""
+        """Increment a count, after all earlier reads and writes of this process; wake a process that waits for it."""
         at = self._at + which * _APART
         self._calling(self._number, at, _WAKE_OP, 1, 0, at, _ADD_ONE)
 
@@ -128,14 +128,14 @@ class MessageRing:
         memory: the shared memory, whose descriptor the other ranks inherit.
 
     Raises:
-        OSError: this system has no futex calls.
+        OSError: this system has no futex calls, or no memory that processes can share.
     """
 
     def __init__(self, readers: int) -> None:
         self._readers, trial = range(1, readers + 1), readers + 1
         self.memory = sealed_memory(_COUNTS_AT + (trial + 1) * _APART)
         self._writing = threading.Lock()  # steps and adapters have threads of their own
-        self._room_until = SLOTS  # count up to which the slowest reader is known to have freed slots
+        self._room_until = SLOTS  # the writer's count up to which slots are known to be free
         self._ended = False
         try:
             self._ring = _Ring(self.memory)
@@ -150,7 +150,7 @@ class MessageRing:
         """Write an encoded message for all readers; wait for the slowest reader while the ring is full.
 
         Args:
-            patience: seconds that the slowest reader may take.
+            patience: seconds to wait for a free slot, each time the ring is full.
 
         Raises:
             BrokenPipeError: the ring has ended.
@@ -197,7 +197,7 @@ class MessageRing:
 
 
 class RingLine(Line):
-    """A rank's connection to the first rank of its machine: it receives over the ring and sends over the socket.
+    """A rank's connection to the first rank, on the same machine: it receives over the ring and sends over the socket.
 
     Args:
         end: the socket; when it is closed, the ring has ended as well.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Several machines: the listener for ranks of other nodes, how ranks join, and the process on each further node.
+"""Several machines: the listener for ranks that join over the network, and the process on each further node.
 
 The first node listens at one address while ranks are missing. A connecting rank and the first node prove to each
 other that they have the cluster key; afterwards each frame is signed by keys of that connection. Frames are not
@@ -36,7 +36,7 @@ from candle_vllm.core.threads import default_threads, ending
 logger = logging.getLogger(__name__)
 
 RANK = (sys.executable, "-P", "-m", "candle_vllm.core.engine.ranks.rank")
-REFUSED = 2  # exit status of a rank that the first node refuses
+REFUSED = 2  # exit status of a rank that may not join; see the errors of `join`
 OWN = ("model", "weight_file", "revision", "tokenizer", "download_dir", "hf_token", "offline", "device", "threads",
        "prompt_cache_url")  # fmt: skip
 """Settings of which each node has its own values: paths, devices, secrets. The first node decides all others."""
@@ -46,11 +46,11 @@ _NONCE = 32
 _MOST_HELLO = 1024  # bytes
 _SHAKING = 5.0  # maximum seconds of a whole handshake
 _AT_ONCE = 64  # maximum number of connections that have not yet proved that they know the key
-_AGAIN = 1.0  # seconds until a rank retries to connect to the first node
+_AGAIN = 1.0  # seconds until a rank tries to join again, or a node starts new ranks
 _GLANCE = 0.2  # seconds between two checks whether the listener is closed
 _NOTICE = 30.0  # seconds between two log lines about missing ranks
-JOINING = 1800.0  # seconds that the first node waits for the others
-_ENDING = 10.0  # seconds that the ranks of a node may take to end
+JOINING = 1800.0  # seconds that the first node waits for all ranks, or for resources of Ray
+_ENDING = 10.0  # seconds that the ranks of a node may take to end after one of them has ended
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -88,7 +88,7 @@ class Invitation(msgspec.Struct, frozen=True):
 
 
 class Joined(NamedTuple):
-    """A rank of another machine: its line for steps, its side line (heartbeats, see `rank_line`), and its address."""
+    """A rank that has joined: its line for steps, its side line (see `rank_line`), and the address of its machine."""
 
     line: Line
     side: Line
@@ -96,7 +96,7 @@ class Joined(NamedTuple):
 
 
 class RankListener:
-    """The listener to which ranks of other machines connect.
+    """The listener to which the ranks of other nodes, or the ranks that Ray has started, connect.
 
     Args:
         host, port: the address to listen on; port 0 is any free port.
@@ -126,9 +126,11 @@ class RankListener:
         self.host, self.port = self._listener.getsockname()[:2]
         self._changed = threading.Condition()
         self._found: dict[int, tuple[bytes, dict[bool, Line]]] = {}
+        self._where: dict[int, str] = {}  # by rank; read early: a broken connection has no address
         self._closed = False
         self._strangers: dict[socket.socket, str] = {}  # unproved connections and their addresses, oldest first
-        threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True)
+        self._thread.start()
 
     def _listen(self) -> None:
         said = ""
@@ -138,7 +140,7 @@ class RankListener:
                 said = ""
             except TimeoutError:
                 continue
-            except (OSError, RuntimeError) as error:  # out of files or threads, maybe repeatedly
+            except (OSError, RuntimeError) as error:  # out of file descriptors or threads, maybe repeatedly
                 if str(error) != said:
                     said = str(error)
                     logger.warning("connections of ranks cannot be accepted: %s", said)
@@ -161,7 +163,7 @@ class RankListener:
             raise
 
     def _send_one_away(self) -> None:
-        """Drop the oldest unproved connection of the address that has the most; a rank proves its key in a moment."""
+        """Drop the oldest unproved connection of the address that has the most of them."""
         ((crowd, _),) = collections.Counter(self._strangers.values()).most_common(1)
         first = next(each for each, address in self._strangers.items() if address == crowd)
         del self._strangers[first]
@@ -200,7 +202,7 @@ class RankListener:
         if refusal:
             raise ValueError(refusal)
         _set_keepalive(connection)
-        line = Line(connection, _keys(self._key, nonce, said))
+        where, line = connection.getpeername()[0], Line(connection, _keys(self._key, nonce, said))
         with self._changed:
             if self._closed:
                 connection.close()
@@ -210,7 +212,7 @@ class RankListener:
                 for former in lines.values():
                     former.socket.close()
                 lines = {}
-            lines[hello.side] = line
+            lines[hello.side], self._where[hello.rank] = line, where
             self._found[hello.rank] = hello.process, lines
             self._changed.notify_all()
 
@@ -253,9 +255,7 @@ class RankListener:
             self._closed = True
             found, self._found = self._found, {}
         lines = {rank: found[rank][1] for rank in self._ranks}
-        return {
-            rank: Joined(each[False], each[True], each[False].socket.getpeername()[0]) for rank, each in lines.items()
-        }
+        return {rank: Joined(each[False], each[True], self._where[rank]) for rank, each in lines.items()}
 
     def close(self) -> None:
         """Stop listening, and close connections that `everyone` has not returned."""
@@ -265,10 +265,11 @@ class RankListener:
             for _, lines in self._found.values():
                 for line in lines.values():
                     line.socket.close()
+        self._thread.join()  # it closes the listening socket, so that the address is free again
 
 
 def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
-    """Join the first node as a rank of another machine; return both lines of `Joined` and the invitation.
+    """Join the first node as a rank; return the line for steps, the side line and the invitation.
 
     Args:
         given: the stream of the invitation; its end ends this process.
@@ -300,7 +301,7 @@ def _connect(invitation: Invitation, *, side: bool) -> Line:
             continue
         try:
             return _introduce(connection, invitation, side)
-        except (EOFError, OSError) as error:  # the first node is just ending
+        except (EOFError, OSError) as error:  # for example, the first node is just ending
             connection.close()
             logger.info("the connection to the first node was lost before this rank had joined: %s; it retries", error)
             time.sleep(_AGAIN)
@@ -424,7 +425,7 @@ def start_rank(invitation: Invitation) -> subprocess.Popen[bytes]:
 
 
 def run_node(config: EngineConfig) -> int:
-    """Run the ranks of a node after the first, until SIGTERM or Ctrl+C; return the exit status.
+    """Run a later node's ranks until SIGTERM or Ctrl+C; return the exit status: 0, or `REFUSED` if a rank may not join.
 
     When the first node or any rank ends, all ranks end, and new ranks wait until the first node runs again.
 

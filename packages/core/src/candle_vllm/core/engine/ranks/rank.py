@@ -3,7 +3,7 @@
 
 `Ranks` starts it as `python -m candle_vllm.core.engine.ranks.rank LINE,SIDE,RING,MEMORY`, with the descriptors of its
 two connections, of the ring that broadcasts messages within a machine, and of the shared memory in which ranks sum; ""
-stands for no ring or memory. `... rank join`, with an `Invitation` on stdin, starts a rank on another machine.
+stands for no ring or memory. `... rank join`, with an `Invitation` on stdin, starts a rank that joins over the network.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Load: TypeAlias = Callable[[Path], LoadedAdapter]
 
 
 def main(given: str) -> int:
-    """Run a rank until its connection ends; return the exit status."""
+    """Run a rank until its connection ends or it fails; return the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the first rank, which ends the others
         signal.signal(number, signal.SIG_IGN)
     collect_seldom()

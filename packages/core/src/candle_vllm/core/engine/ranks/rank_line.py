@@ -36,7 +36,7 @@ MOST_BYTES = 1 << 28  # maximum bytes of a frame
 _PIECE = 1 << 20  # bytes of a frame that are allocated before they arrive
 _TAG_BYTES = 16  # bytes of the signature after each frame between machines
 TICK = 1.0  # seconds between two heartbeats
-SILENCE = 8  # ticks without a heartbeat after which the other end counts as gone
+SILENCE = 8  # ticks without a heartbeat after which a rank that has started counts as gone
 _GRACE = 1.0  # seconds that a rank has to end cleanly when the first rank has gone
 _FINDING = 120.0  # seconds that a rank waits for a key of the rendezvous store
 
@@ -46,7 +46,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         host: the address at which other ranks reach this one; "" for the address of its line.
-        kept_in_redis: whether blocks are offloaded to Redis; the URL, which may have a password, is not sent.
+        kept_in_redis: whether a rank that joined over the network offloads blocks to Redis; it does not get the URL.
     """
 
     config: dict[str, Any]
@@ -100,7 +100,7 @@ class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pages(msgspec.Struct, tag=True, frozen=True):
-    """Changed page table entries, for the next step: indices into `page_of` and new pages, bytes of int64."""
+    """Changed page table entries, for later messages: indices into the flat `page_of`, and pages, as bytes of int64."""
 
     places: bytes
     pages: bytes
@@ -134,7 +134,7 @@ class Next(msgspec.Struct, tag=True, frozen=True):
 
 
 class Collect(msgspec.Struct, tag=True, frozen=True):
-    """Collect the oldest step in flight: its hidden states go from the last stage to the first, which has the head."""
+    """On the ranks of the first stage, collect the oldest step in flight; see `ModelRunner.collect`."""
 
 
 class Score(msgspec.Struct, tag=True, frozen=True):
@@ -191,7 +191,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """A rank cannot continue; `setting` is the setting that caused the failure, if any."""
+    """A rank cannot start; `setting` is the setting that caused the failure, if any."""
 
     message: str
     setting: str | None = None
@@ -236,7 +236,7 @@ class Add(msgspec.Struct, tag=True, frozen=True):
 
 
 class Found(msgspec.Struct, tag=True, frozen=True):
-    """The answer to a `Read` or an `Add`."""
+    """The answer to a `Read` or an `Add`; `value` is None if the key is not set."""
 
     number: int
     value: bytes | None
@@ -287,7 +287,7 @@ class Line:
         self._sending = threading.Lock()  # steps and adapters have threads of their own
 
     def send(self, message: ToRank | FromRank | FromSide | ToSide) -> None:
-        """Send a message; raises OSError if the other end has gone."""
+        """Send a message; raises OSError if the other end has gone, ValueError if the message is too long."""
         self.send_encoded(encoded(message))
 
     def send_encoded(self, data: bytes) -> None:
@@ -301,7 +301,7 @@ class Line:
 
         Raises:
             EOFError: the other end has gone.
-            ValueError: the received bytes are no such message.
+            ValueError: the received bytes are no such message, or their signature is wrong.
         """
         size = int.from_bytes(read_exactly(self.socket, 4), "little")
         if size > MOST_BYTES:
@@ -341,7 +341,7 @@ def read_exactly(end: socket.socket, count: int, until: float | None = None) -> 
         until: deadline for all bytes together, by `time.monotonic`.
 
     Raises:
-        EOFError: the other end has gone.
+        EOFError: the other end has gone, or the connection has failed.
         TimeoutError: the bytes have not arrived in time.
     """
     data, done = bytearray(), 0
@@ -353,7 +353,9 @@ def read_exactly(end: socket.socket, count: int, until: float | None = None) -> 
         with memoryview(data) as view:
             try:
                 got = end.recv_into(view[done:])
-            except ConnectionError:
+            except OSError as error:  # a network may break by ETIMEDOUT or EHOSTUNREACH, too
+                if until is not None and not isinstance(error, ConnectionError):
+                    raise
                 got = 0
         if not got:
             raise EOFError("the other end of the line has gone")
@@ -385,7 +387,6 @@ class RendezvousStore:
         self._closed = False
 
     def set(self, key: str, value: bytes) -> None:
-        """Set a key."""
         with self._changed:
             self._found[key] = value
             callbacks = self._waiting.pop(key, ())
@@ -406,7 +407,6 @@ class RendezvousStore:
             return self._found[key]
 
     def has(self, key: str) -> bool:
-        """Whether a key is set."""
         with self._changed:
             return key in self._found
 
@@ -434,7 +434,7 @@ class RendezvousStore:
         _reply(side, Found(number, found))
 
     def close(self) -> None:
-        """End all waits."""
+        """End all waits in this process."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -446,7 +446,7 @@ def _reply(side: Line, found: Found) -> None:
 
 
 class Side:
-    """A rank's end of its side line: heartbeats, and access to the `RendezvousStore`.
+    """A rank's end of its side line: heartbeats, the `RendezvousStore`, and reading of offloaded blocks.
 
     When the first rank has gone, it ends this process.
 
@@ -518,7 +518,7 @@ class Side:
             self._line.send(message)
 
     def read_by(self, reads: Callable[[ReadBlocks | EndReading], object]) -> None:
-        """Set the function that begins and ends readings of blocks; called in the listening thread, must not block."""
+        """Set the function that begins and ends readings of blocks; call it for earlier messages. It must not block."""
         with self._reading:
             for each in self._early:
                 reads(each)
@@ -586,7 +586,7 @@ class Batches:
         tokens[0], tokens[3] = ids, -1
         for row, column, block in message.begun:
             if not (0 <= row < len(ids) and 0 < column <= self._width):
-                raise ValueError(f"block {column} of sequence {row} begins, of {len(ids)} with up to {self._width}")
+                raise ValueError(f"block {column} of sequence {row} begins; the tables are [{len(ids)}, {self._width}]")
             if column == self._tables.shape[1]:
                 wider = np.zeros((len(ids), 2 * column), np.int64)
                 wider[:, :column] = self._tables
@@ -662,5 +662,5 @@ def as_bytes(array: Ints) -> bytes:
 
 
 def as_ints(data: bytes) -> Ints:
-    """Return the array that `as_bytes` has converted."""
+    """Return the elements that `as_bytes` has converted, as a flat array."""
     return np.frombuffer(data, np.int64).copy()

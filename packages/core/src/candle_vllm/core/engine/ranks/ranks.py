@@ -52,12 +52,12 @@ _Result = TypeVar("_Result")
 PATIENCE = 60.0  # seconds that a rank waits for the others within a step
 _FATE_SECONDS = 3.0  # seconds until it counts as unknown which rank has ended
 _LAST_WORDS = 0.5  # seconds that the last messages of an ended rank may take to arrive
-_ENDING = 5.0  # seconds that a rank may take to end
-_LOADING = 30  # ticks without a heartbeat while a rank loads, because one operation may hold the GIL for long
-_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None, "prompt_cache_url": None}  # not sent to other nodes
+_ENDING = 5.0  # seconds that all ranks together may take to end
+_LOADING = 30  # as `SILENCE`, while a rank loads: one operation may hold the GIL for long
+_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None, "prompt_cache_url": None}  # not in a remote `Begin`
 _LOOK = 0.1  # seconds between two checks of whether all ranks live
 _STOPPED = "Tt"  # states of a process that was stopped, by a signal or a debugger
-_COMPUTES = 0.1  # seconds of CPU time a second above which a process counts as computing
+_COMPUTES = 0.1  # seconds of CPU time per second from which a process counts as computing
 
 
 class _Other:
@@ -65,11 +65,11 @@ class _Other:
 
     Attributes:
         line: the connection over which it gets steps.
-        side: the connection over which it sends heartbeats.
-        process: its process; None on another machine.
-        where: the address of its machine; "" for this one.
+        side: the connection for heartbeats and other messages outside of steps.
+        process: its process; None for a rank that joined over the network (`RankListener`).
+        where: the address from which it joined; "" for a rank that this process started.
         quiet: ticks since its last heartbeat, or since the last tick in which it computed while it loaded.
-        gone: how it ended; None while it lives.
+        gone: why it counts as ended; None while it lives, or if `process` shows how it ended.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Ranks:
         on_blocks: called in any thread with a rank's number and its message about offloaded blocks.
 
     Raises:
-        ConfigError: this system cannot run several ranks.
+        ConfigError: several ranks cannot run here, or this is not the first node; see also `RayRanks`, `RankListener`.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -197,7 +197,7 @@ class Ranks:
                     self.on_blocks(rank, said)
                 elif not isinstance(said, rank_line.Alive):
                     self._rendezvous.answer(said, other.side)
-        if other.process is None:  # a rank on another machine: no exit status can be read
+        if other.process is None:  # no exit status can be read
             other.gone = other.gone or "its connection has ended"
 
     @property
@@ -222,7 +222,7 @@ class Ranks:
             files: the files from which this rank has loaded its weights.
 
         Raises:
-            CandleVllmError: a rank cannot load its weights; the rank's error.
+            CandleVllmError: a rank cannot load its weights (the rank's error), or nodes have different files.
         """
         marks = [said.files for said in self._wait(1) if said.files is not None]
         others = [path for path in files if path != self.config.mmproj]
@@ -254,7 +254,7 @@ class Ranks:
         """Broadcast to all other ranks: over the shared ring on this machine, if there is one, else over connections.
 
         Raises:
-            EngineDeadError: a rank has gone.
+            EngineDeadError: a rank has gone, or has not read in time.
         """
         data = rank_line.encoded(message)
         try:
@@ -276,7 +276,7 @@ class Ranks:
 
     @property
     def is_dead(self) -> bool:
-        """Whether a rank has gone, so that all ranks were ended."""
+        """Whether all ranks were ended, because one has gone or a step has failed."""
         return self._failure is not None
 
     def adapters_loaded(self, number: int) -> list[rank_line.AdapterLoaded]:
@@ -298,7 +298,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Return a context for building an engine. On failure it ends the other ranks, and raises a rank's error."""
+        """Return a context for building an engine. On failure it ends the other ranks. An error that does not
+        name the cause (`EngineDeadError`, or no `CandleVllmError`) is replaced by the error of the rank to blame."""
         try:
             yield
             self._loading = False
@@ -325,10 +326,10 @@ class Ranks:
         return None
 
     def dead(self, here: str = "") -> EngineDeadError:
-        """End all ranks, because one has gone; return an error that names the rank and how it ended.
+        """End all other ranks, because one has gone or a step has failed; return an error that names the cause.
 
         Args:
-            here: the failure of a collective operation in this rank, reported if no rank is known to have gone.
+            here: this rank's failure in the step, reported if no rank is known to have gone.
         """
         with self._lock:
             if self._failure is None:
@@ -368,7 +369,7 @@ class Ranks:
         return None
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, when a rank has died; at once if one has died already."""
+        """Call `callback` once, when the ranks have been ended (`dead`); at once if they already are."""
         with self._lock:
             if self._failure is None:
                 self._callbacks.append(callback)
@@ -408,7 +409,7 @@ class Ranks:
             callback()
 
     def close(self) -> None:
-        """End the other ranks, and wait until they have ended."""
+        """End the other ranks, and wait for the processes that this one started."""
         self._closing = True
         if self._listener is not None:
             self._listener.close()
@@ -438,7 +439,7 @@ class Ranks:
 
 
 def _error_prefix(number: int, other: _Other) -> str:
-    """Return a prefix for the error of a rank on another machine; "" for this machine, where files are the same."""
+    """Return a prefix for the error of a rank that joined over the network; "" for one that this process started."""
     return f"rank {number} at {other.where}: " if other.where else ""
 
 
@@ -575,7 +576,7 @@ class RankedRunner:
         return self._together(rank_line.Score(rank_line.as_bytes(rows)), lambda: self._runner.score(rows))
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`; every rank has the whole hidden states."""
+        """See `ModelRunner`; the first rank has the whole hidden states."""
         return self._runner.hidden_sum(rows)
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
@@ -605,6 +606,7 @@ class RankedRunner:
 
         Raises:
             AdapterError: another rank could not load it, or found other files than this one.
+            EngineDeadError: a rank has gone.
         """
         found = self._ranks.adapters_loaded(number)
         if packed is not None:
@@ -622,7 +624,7 @@ class RankedRunner:
         self._forgotten.append(self._numbers.pop(serial))
 
     def _report_forgotten(self) -> None:
-        """Report the adapters that no step needs any more; a step that is not sent yet still needs its adapters."""
+        """Report the adapters that no step needs any more; steps that are not sent yet keep references to theirs."""
         gone = list[int]()
         with contextlib.suppress(IndexError):
             while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ranks on the machines of a Ray cluster: Ray schedules and starts them, and assigns their devices.
+"""Ranks on the machines of a Ray cluster: Ray assigns their devices, and starts all ranks after the first.
 
 Source: placement groups and actors of Ray, docs.ray.io.
 """
@@ -28,10 +28,10 @@ _SETTING = "distributed_executor_backend"
 
 
 class RankActor:
-    """The Ray actor of a rank: it reserves the rank's device, and starts a process that joins the first rank."""
+    """The Ray actor of a rank: it reserves a device, and starts the process of a rank after the first."""
 
     def device(self) -> str | None:
-        """Return the number of its GPU on its machine; None without a GPU."""
+        """Return Ray's id of the actor's GPU; None without a GPU."""
         import ray
 
         found = ray.get_gpu_ids()
@@ -59,7 +59,7 @@ class RayRanks:
         listener: the listener to which the other ranks connect.
 
     Raises:
-        ConfigError: Ray is not installed, has no cluster, or lacks resources.
+        ConfigError: Ray is not installed, has no cluster or resources, or assigned a GPU that this process cannot use.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -126,7 +126,7 @@ class RayRanks:
         return dataclasses.replace(config, device=f"cuda:{seen.split(',').index(given)}")
 
     def close(self) -> None:
-        """Free the placement group, and close the listener."""
+        """Close the listener, end the actors and their ranks, and free the placement group."""
         if self.listener is not None:
             self.listener.close()
         from ray.util.placement_group import remove_placement_group

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Transfer activations between pipeline stages on GPUs while steps are computed (step 6 of a request's life).
 
-Transfers have their own streams (incoming, outgoing and returning), and each step has its own buffers. So a step is
+Transfers have their own streams (incoming, outgoing and returning), and steps use several buffers in turn. So a step is
 computed while the previous one is sent and the next one is received. Layers read and write these buffers; in captured
 steps they read and write memory with fixed addresses.
 
@@ -31,8 +31,8 @@ class Border(NamedTuple):
 
     Attributes:
         arrived: activations from the previous stage; None on the first stage.
-        left: activations for the next stage.
-        width: elements of each image row's vectors for later layers (DeepStack); 0 without image rows.
+        left: activations for the next stage; on the last stage, hidden states for the first.
+        width: elements of each row of `EmbeddedRows.vectors`; 0 without image rows.
         vectors: list of one element, the arriving or leaving vectors, [N, width] float32; empty until work sets it.
     """
 
@@ -157,7 +157,7 @@ class DeviceBorders:
             border.vectors[:] = [given.vectors]
 
     def leave(self, border: Border) -> None:
-        """Send a step's activations to the next stage; on the first stage, also receive its final hidden states."""
+        """Send a step's activations to the next stage; the first stage also receives the step's final hidden states."""
         computed = self._stream.mark()
         self._outgoing.after(computed)
         self._outgoing.run(functools.partial(self._stage.hand_on, border.left))

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SLOTS = 8  # default number of LoRA slots
-_USUAL_RANK = 64  # memory is reserved for adapters of this rank in all slots
+_USUAL_RANK = 64  # memory is reserved for adapters of at most this rank in all slots
 _GRAPH_BYTES = 8 * MIB  # upper estimate of the memory of a captured step without its tensors
 _SLACK = 128 * MIB  # memory for kernel modules, a cuBLAS workspace for each thread, and fragmentation
 
@@ -56,10 +56,8 @@ def build_on_gpu(
 ) -> tuple[DeviceRunner, CachePlan]:
     """Build the runner, allocate its cache and capture its steps; return it with the plan of the cache.
 
-    `draft_rows` is the maximum number of draft tokens of a step. All `ranks` call this at the same time.
-
-    Raises:
-        ConfigError: the settings do not fit this model, GPU or memory.
+    `share` is the default of `kv_fraction`, `draft_rows` the maximum number of draft tokens of a step. All `ranks` call
+    this at the same time. It raises ConfigError if the settings do not fit this model, GPU or memory.
     """
     device, model = loaded.placement.device, loaded.decoder.config
     _refuse_cache_of_cpu(config)

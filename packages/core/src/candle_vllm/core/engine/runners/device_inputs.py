@@ -48,13 +48,13 @@ class DeviceLimits:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Tokens of the longest sequence, rounded up to whole blocks."""
         return self.table_width * self.block_size
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSize:
-    """The size of a captured step. Rows that a batch does not use are padding: they write nothing and are not read.
+    """The size of a step. In a captured one, rows beyond the batch are padding: they write nothing and are not read.
 
     Attributes:
         tokens: T, the number of tokens.
@@ -120,7 +120,7 @@ class DeviceInputs:
     def send(
         self, batch: Batch, states: Sequence[SamplingState], size: StepSize | None, turns: Ints | None = None
     ) -> tuple[bool, bool]:
-        """Copy a step to the device, padded to `size` if captured; return `kernels.sampling.asks` of its controls.
+        """Copy a step to the device, padded to `size` if captured; return `kernels.sampling.asks` of the last controls.
 
         `turns` are added to the positions; see `batch.turns`.
         """

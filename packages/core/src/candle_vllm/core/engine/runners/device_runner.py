@@ -2,10 +2,10 @@
 """Launch steps on a GPU, each while the previous one runs (steps 5 to 7 of a request's life).
 
 The host writes a step's arrays into staged memory, and one copy transfers them. Tokens that the previous step sampled
-are read on the device, so the host need not wait for them. A step that only decodes replays a captured CUDA graph, one
-for each batch size of `bucket_sizes`; rows beyond the step's own are padding. A step with prompts is launched operation
-by operation, or replays a graph too if it has few enough tokens. Sampled tokens are copied to the host, followed by a
-mark (an event) to wait for.
+are read on the device, so the host need not wait for them. A step that only decodes replays a captured CUDA graph, if
+one of `bucket_sizes` is large enough; rows beyond the step's own are padding. A step with prompts is launched operation
+by operation, or replays a graph too if it has few enough tokens, no images and no adapters. Sampled tokens are copied
+to the host, followed by a mark (an event) to wait for.
 
 If experts are in main memory (`kernels/moe/host.py`), the host computes within a step: the step is launched or replayed
 in parts, and the next one is not launched ahead.
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 _SMALL_PROMPTS = (1, 8, 16, 32, 64, 128)  # numbers of tokens for which kernels are specialised
 MOST_CAPTURED = 512
-"""Maximum number of sequences of a captured step."""
+"""Maximum number of sequences of a captured decoding step."""
 
 
 def bucket_sizes(sequences: int) -> list[int]:
@@ -69,7 +69,7 @@ def bucket_sizes(sequences: int) -> list[int]:
 
 
 def mixed_sizes(tokens: int) -> list[int]:
-    """Return the token counts of captured steps with prompts: multiples of 16 up to 128, then four per doubling."""
+    """Return the token counts of captured steps with prompts: multiples of 16 up to 128, four a doubling; `tokens`."""
     sizes = [*range(16, 128, 16)]
     while sizes[-1] < tokens:
         sizes.append(sizes[-1] + max(16, next_power_of_2(sizes[-1] + 1) // 8))
@@ -85,11 +85,11 @@ class DeviceRunner(CacheParts):
         stream: the stream on which steps run.
         dtype: element type of the cache; float8_e4m3fn has the scale 1, unless each row has its own scales.
         attend: the attention backend, see `kernels/attention`; None for `paged_attention`.
-        graphs: whether decoding steps are captured.
+        graphs: whether steps and sampling are captured.
         finite_cache: whether every element of the cache must be finite from the start.
         captured_prompts: maximum tokens of a captured step with prompts; 0 unless the attention `Backend` is `mixed`.
         overlaps: whether the next step may be launched before this one's tokens are known; False with speculative
-            decoding, whose drafts depend on these tokens. Then `limits.sequences` includes the draft tokens of a step.
+            decoding, whose drafts depend on these tokens; `limits.sequences` then includes the draft tokens of a step.
         host: computes the experts that are in main memory; None without such experts. It is closed with the runner.
         row_scales: whether each row of the cache has its own scales, see `kernels/kv_write/scaled_rows`.
         turning: see `RecordedRunner`.
@@ -266,8 +266,8 @@ class DeviceRunner(CacheParts):
             raise
 
     def collect(self) -> None:
-        """See `ModelRunner`; does nothing on other stages than the first. The host does not wait here, but work that is
-        launched on the stream from now on does."""
+        """See `ModelRunner`; does nothing without stages or on a later one. The host does not wait here, but work that
+        is launched on the stream from now on does."""
         if self._borders is not None and self._has_head:
             with self._over_if_it_fails():
                 step = self._begun.popleft()
@@ -388,14 +388,14 @@ class DeviceRunner(CacheParts):
         return 3 * self._logits.nbytes
 
     def largest_steps(self) -> tuple[Work, ...]:
-        """Return work for a small step, the largest prompts and the largest decoding step, over a cache of one block.
+        """Return work for small steps, the largest prompts and the largest decoding step, over a cache of one block.
 
         Beside the prompts, all other sequences decode, because partial sums of attention take memory, too.
 
         If steps with prompts are captured, the largest captured one follows. These steps measure the memory of steps
-        and compile the kernels of later steps; the small one is first, because it is not measured. Their results are
-        meaningless: all blocks and positions are 0. They are not captured, because `triton_build.compile_together` may
-        run them without launching kernels. They need no other stage, except that the small step connects the stages.
+        and compile the kernels of later steps; the small ones are first, because they are not measured. The results
+        are meaningless: all blocks and positions are 0. The steps are not captured, because `compile_together` may run
+        them without launching kernels. They need no other stage, except that the small steps connect the stages.
         """
         limits = self._limits
         # The last sequence is the last token of the longest context, because a context takes memory, too.

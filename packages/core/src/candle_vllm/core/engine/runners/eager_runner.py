@@ -210,8 +210,8 @@ def layer_caches_of(
 class StageRunner(EagerRunner):
     """Runs a pipeline stage of a model.
 
-    On the first stage, steps are in flight from `forward` to `collect`, one for each stage; sampling and `score` refer
-    to the step that `collect` collected last.
+    On the first stage, steps are in flight from `forward` to `collect`, at most one for each stage; `draw` and
+    `score` refer to the step that `collect` collected last.
 
     Args:
         decoder: this stage's part of the model.
@@ -323,7 +323,7 @@ class EagerTower:
 
 
 class EagerHead(EagerRunner):
-    """Runs a draft head; see `HeadRunner`. Arguments are those of `EagerRunner`, without taps.
+    """Runs a draft head; see `HeadRunner`. Arguments with the names of `EagerRunner`'s have the same meaning.
 
     `adapters` is the model's: it is off in steps of the draft head, which may share the model's embedding and head.
     `beside` is the model's runner; a draft head without a cache reads the caches of `beside`.
@@ -390,7 +390,7 @@ class EagerEncoderRunner(EncoderRunner):
 
 @contextlib.contextmanager
 def _computing(device: torch.device | Device) -> Iterator[None]:
-    """Set inference mode, and this thread's current device, on which Triton launches kernels wherever tensors are."""
+    """Set inference mode and this thread's current device: Triton launches kernels there, not where tensors are."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), torch.inference_mode():
         yield
 

@@ -2,7 +2,7 @@
 """Encode and cache the images of waiting requests, in parts between steps (before step 4 of a request's life).
 
 A sequence with images is admitted when all its images are encoded; until then, other sequences are admitted before it.
-Embeddings are cached by the image's pixels, so requests with the same image share them. A sequence uses them until its
+Embeddings are cached by the image's `key`, so requests with the same image share them. A sequence uses them until its
 prompt is computed. Images are encoded in the order of admission; while the cache is full, only those of the first
 waiting sequence.
 """

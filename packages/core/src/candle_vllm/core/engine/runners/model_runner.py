@@ -55,7 +55,7 @@ class CacheRunner(Protocol):
 
 
 class ModelRunner(CacheRunner, Protocol):
-    """Runs a model and samples tokens, one step at a time: a decoder with its paged cache, or an encoder."""
+    """Runs the steps of a model and samples tokens: a decoder with its paged cache, or an encoder."""
 
     overlaps: bool
     """Whether a step may be launched before the sampled tokens of the previous step are collected."""
@@ -77,7 +77,7 @@ class ModelRunner(CacheRunner, Protocol):
         ...
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
-        """Start sampling for the step that `forward` started last; must be called after `forward`.
+        """Start sampling for the step that `forward` started last or, with several in flight, `collect` collected last.
 
         Args:
             states: the sampling states that `forward` got; a state with `reads_tokens` now has all earlier tokens.
@@ -85,7 +85,7 @@ class ModelRunner(CacheRunner, Protocol):
         ...
 
     def collect(self) -> None:
-        """If several steps are in flight, collect the hidden states of the oldest; `draw` then samples for it."""
+        """If several steps may be in flight, collect the hidden states of the oldest; `draw` then samples for it."""
         ...
 
     def score(self, rows: Ints) -> Value:
@@ -165,7 +165,7 @@ class StepwiseRunner(ABC):
         """See `ModelRunner`."""
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
-        """Return hidden states [len(rows), F] of rows of the last step, which a draft head reads."""
+        """Return [len(rows), F] for a draft head: hidden states, or tapped layers' inputs, of rows of the last step."""
         raise NotImplementedError
 
     def drop_cache(self) -> None:  # noqa: B027  # an encoder has no cache
@@ -217,7 +217,7 @@ class EncoderRunner(StepwiseRunner):
     def encode(
         self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
     ) -> NDArray[np.float32] | None:
-        """Run a step; return logits [R, L] of a model with L labels, or None.
+        """Run a step; return logits [R, L] of a head with L labels, or None without a head.
 
         Args:
             token_ids, positions, types: [T] arguments of `Encoder.forward`.

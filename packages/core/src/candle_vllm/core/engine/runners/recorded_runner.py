@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Record a step's kernel calls once and replay them: the layers run on recorded values, and steps replay the plan.
 
-On the CPU a plan is a table of operations over fixed buffers, which the threads of a `ThreadTeam` run in one call. One
-plan is used for every step up to its limits; it reads what varies (tokens, positions, tables) from arrays.
+On the CPU a plan is a table of operations over fixed buffers, which the threads of a `ThreadTeam` run in one call. A
+plan serves all steps up to its limits; it reads what varies (tokens, positions, tables) from arrays. Steps with
+adapters have other plans, and so may steps of which only sampled rows are read. A plan pauses to write image rows.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class RecordedRunner(StepwiseRunner):
         decoder: the model, its matrices in the layouts of the compiled kernels.
         num_blocks: blocks of the cache.
         limits: the largest step.
-        isa: instruction sets that the kernels may use; None for all that the CPU has.
+        isa: instruction sets that the kernels may use; None for those of `host_level`.
         team: threads of another runner, which closes them; None to start threads. Two teams would compete for the CPUs.
         taps: layers whose inputs `hidden_rows` returns; None for the output of the last norm.
         images: vectors per image row: its embedding, and one per layer that adds a vector; 0 for a text-only model.
@@ -353,7 +354,7 @@ class RecordedRunner(StepwiseRunner):
 
 
 class RecordedHead(RecordedRunner):
-    """Replays a draft head on the CPU; see `HeadRunner`. Arguments are those of `RecordedRunner`, without taps.
+    """Replays a draft head on the CPU; see `HeadRunner`. Arguments with `RecordedRunner`'s names have the same meaning.
 
     `beside` is the model's runner; a draft head without a cache reads the caches of `beside`.
     """
@@ -587,7 +588,7 @@ def _caches(
     room: cache_specs.StateRoom,
     windows: Sequence[cache_specs.WindowRoom],
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
-    """Allocate the cache of each layer. Layers with the same shape and the same pool share one allocation.
+    """Allocate the cache of each layer. Layers with the same shape and number of pages share one allocation.
     `kinds` is None for latent attention, which may have index keys in place of values."""
     pools = Counter((spec.shape, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs))
     rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}

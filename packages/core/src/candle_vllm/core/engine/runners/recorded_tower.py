@@ -33,7 +33,7 @@ _STRIP = 1 << 10  # number of patches that are read at a time; a quarter as many
 class RecordedTower:
     """Replays a vision tower on the CPU, a tile at a time; see `TowerRunner`.
 
-    The time of an operation is predicted from the same operation in the previous layer or for an earlier image. An
+    The time of an operation is predicted from the same operation in an earlier layer or for an earlier tile. An
     operation that would delay steps for too long runs in parts.
 
     Args:
@@ -170,7 +170,7 @@ class RecordedTower:
             columns[slice(first, last) if order is None else order[first:last]] = join.made[: last - first]
 
     def _run(self, piece: _Piece, rows: int, clock: _Clock) -> Iterator[None]:
-        """Run a piece whole; if it takes too long, run its operations one by one, in parts."""
+        """Run a piece whole; if that would take too long, run its operations one by one, in parts."""
         least = max(_PIECE, 1e-6) / 2
         expected = self._foreseen(piece.kind, -1, rows)
         if expected is None:

@@ -54,7 +54,7 @@ def read_tags(tags: Sequence[str] | None) -> frozenset[str]:
 
 def check_sleep(level: int, mode: str) -> None:
     """Raise `InvalidParameterError` if the level or mode does not exist."""
-    if isinstance(level, bool) or level not in LEVELS:
+    if type(level) is not int or level not in LEVELS:  # 1.0 and True equal a level
         raise InvalidParameterError(f"level {level!r:.40}: 1 (keep the weights in memory) or 2 (drop them)", "level")
     if mode not in MODES:
         raise InvalidParameterError(
@@ -108,7 +108,7 @@ class Sleeper:
 
         Raises:
             EngineSleepingError: it failed, and so did waking up again: all memory counts as freed.
-            CandleVllmError: main memory is too small for the weights; what was awake is awake again.
+            CandleVllmError: it failed, for example for lack of main memory; what was awake is awake again.
         """
         if self.asleep == TAGS and level <= self.level:
             return
