@@ -210,5 +210,5 @@ def test_an_answer_with_too_many_calls_is_named_by_its_first_item() -> None:
     several = [user("x"), *(call("f", str(i)) for i in range(129)), *(result(str(i)) for i in range(129))]
     with pytest.raises(InvalidParameterError) as refusal:
         made(several)
-    told = ("input.1", "input.1 must have at most 128 entries, not a list of 129")
+    told = ("input.1", "input.1: an answer may have at most 128 calls, not 129")
     assert (refusal.value.param, str(refusal.value)) == told

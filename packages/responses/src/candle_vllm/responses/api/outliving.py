@@ -29,7 +29,7 @@ class EncodedEvent(NamedTuple):
 class Chunks(Generic[T]):
     """Buffer of an answer's chunks, for readers that disconnect and come back.
 
-    Beyond `max_bytes`, the oldest chunks are dropped; None means no limit.
+    Beyond `max_bytes`, the oldest chunks are dropped, except the last one; None means no limit.
 
     Attributes:
         size: bytes of the buffered chunks.
@@ -85,7 +85,7 @@ class Chunks(Generic[T]):
         return iter(self._chunks)
 
     async def read(self, after: int = -1) -> AsyncGenerator[T, None]:
-        """Yield the chunks after number `after`, including future ones."""
+        """Yield the chunks after number `after`, also future ones; raise as `check` if the next one was dropped."""
         wanted = after + 1
         while True:
             news = self._news
@@ -157,7 +157,7 @@ class Work(Generic[T]):
 
 
 async def close(chunks: AsyncIterator[object]) -> None:
-    """Close an iterator, if it can be closed."""
+    """Close an iterator, if it can be closed; its errors are ignored."""
     closing = getattr(chunks, "aclose", None)
     if closing is not None:
         with contextlib.suppress(Exception):

@@ -73,7 +73,7 @@ class PageRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnyItem(msgspec.Struct, frozen=True, kw_only=True):
-    """An item: a message, a call, a call's result, or reasoning. Its further fields depend on its type."""
+    """An item, such as a message, a call, a call's result or reasoning; its further fields depend on its type."""
 
     id: str
     type: str

@@ -96,7 +96,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
 def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> ToolPlan:
     """Return the tools of a checked request, whose MCP `servers` are given by their index in `tools`.
 
-    Raises InvalidParameterError if two tools have one name, or the tool choice names no tool of the request.
+    Raises InvalidParameterError if two tools have one name, or the tool choice names no tool or an ambiguous one.
     """
     plan = ToolPlan(servers=[servers[place] for place in sorted(servers)])
     for place, tool in enumerate(request.tools or ()):
