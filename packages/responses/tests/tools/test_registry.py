@@ -129,5 +129,5 @@ def test_there_is_a_limit() -> None:
     registry = ToolRegistry()
     left_out = registry.replace("s", [FakeTool(f"s__{number}", server="s") for number in range(MAX_TOOLS + 1)])
     assert left_out == (f"s__{MAX_TOOLS}",)
-    with pytest.raises(InvalidParameterError, match="no more may be"):
+    with pytest.raises(InvalidParameterError, match="no more are allowed"):
         registry.add(FakeTool("a"))

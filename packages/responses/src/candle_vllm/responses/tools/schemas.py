@@ -45,7 +45,7 @@ Keyword = Callable[..., Iterator[Any] | None]
 
 
 def schema_fault(parameters: Mapping[str, Any]) -> str | None:
-    """Return why this cannot be a schema of arguments (not JSON, not of an object, too large, too deep), or None."""
+    """Return why this cannot be a schema of arguments (no JSON, no object, too large or deep, wrong types), or None."""
     if not isinstance(parameters, Mapping):
         return "its parameters must be the JSON schema of an object"
     try:
@@ -74,7 +74,7 @@ class ArgumentsChecker:
         self._prepared = False
 
     def faults(self, arguments: Mapping[str, Any]) -> list[str]:
-        """Return at most `MAX_FAULTS` faults of the arguments, one sentence each; empty if the arguments match.
+        """Return at most `MAX_FAULTS` faults of the arguments, a sentence each; none if they cannot be checked.
 
         A check can take `CPU_SECONDS`, so do not call this in the event loop's thread.
         """
