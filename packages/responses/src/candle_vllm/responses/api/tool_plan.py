@@ -239,6 +239,7 @@ def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> li
         assert isinstance(reference, wire_tools.NamedToolChoice)
         field, wanted = f"{path}.name", reference.name
         found = [name for name, tool in tools.items() if _is_named(name, tool, reference)]
+        found = [wanted] if wanted in found else found  # the model's own name is never ambiguous
         known = [tool.name for tool in tools.values()]
     if not found:
         near = difflib.get_close_matches(wanted, known, n=1)
