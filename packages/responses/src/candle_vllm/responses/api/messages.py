@@ -205,11 +205,10 @@ def _thoughts(item: wire_items.ReasoningItem) -> str:
 
 
 def _summary(item: wire_items.CompactionItem, path: str) -> str:
-    if not item.encrypted_content.startswith(_ENCODED):
-        field = f"{path}.encrypted_content"
-        message = f"{field} is not a compaction that this server created; leave the item out"
-        raise InvalidParameterError(message, field)
-    return _decoded(item.encrypted_content)
+    if summary := _decoded(item.encrypted_content):
+        return summary
+    field = f"{path}.encrypted_content"
+    raise InvalidParameterError(f"{field} is not a compaction that this server created; leave the item out", field)
 
 
 def _decoded(encrypted: str | None) -> str:
