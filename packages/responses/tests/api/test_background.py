@@ -420,6 +420,24 @@ async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(
     assert (background.busy, await status(kept)) == (False, "cancelled")
 
 
+async def test_one_that_is_stored_while_the_server_ends_does_not_run(
+    kept: ResponseStore, answered: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    background, answer, stored, put = Background(kept), Answer(answered), asyncio.Event(), kept.put
+
+    async def slowly(made: Entry) -> None:
+        await stored.wait()
+        await put(made)
+
+    monkeypatch.setattr(kept, "put", slowly)
+    beginning = asyncio.create_task(begin(background, answer))
+    await until(lambda: background.busy)
+    await background.close()
+    stored.set()
+    assert [event.name for event in await asyncio.wait_for(_all(await beginning), 10)] == ["response.failed"]
+    assert (background.busy, background._renewing, await status(kept)) == (False, None, "failed")
+
+
 async def test_events_are_kept_for_a_bounded_number_of_responses(
     kept: ResponseStore, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

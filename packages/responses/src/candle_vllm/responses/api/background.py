@@ -94,7 +94,9 @@ class Background:
             await close(events)
             raise
         run.work = Work(events, seconds, partial(self._take, run), partial(self._end, run))
-        if self._renewing is None:
+        if self._closed:  # since the check above
+            await run.cancel()
+        elif self._renewing is None:
             self._renewing = Upkeep(RENEW_SECONDS, self._renew, "leases of background responses were not renewed")
         return run.events.read()
 
