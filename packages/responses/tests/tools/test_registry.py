@@ -123,6 +123,9 @@ async def test_a_name_that_a_function_has() -> None:
     registry.remove("s__now")
     registry.replace("s", [tool])
     assert names(registry) == ["s__now"]
+    registry.add(FakeTool("f"))
+    registry.add(FakeTool("g"))
+    assert registry.replace("u", [FakeTool(name, server="u", original_name="") for name in ("f", "g")]) == ()
 
 
 def test_there_is_a_limit() -> None:

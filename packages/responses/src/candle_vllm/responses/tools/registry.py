@@ -162,7 +162,7 @@ class ToolRegistry:
             return "the server has it twice"
         others = [other for label, other in self._groups.items() if label != server]
         if any(definition.name in other for other in others):
-            definition = with_fields(definition, name=hashed_name(server, definition.original_name))
+            definition = with_fields(definition, name=hashed_name(server, definition.original_name or definition.name))
             if any(definition.name in other for other in (group, *others)):
                 return "its name is taken"
             tool = _Renamed(tool, definition)
