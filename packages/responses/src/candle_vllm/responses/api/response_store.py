@@ -56,10 +56,11 @@ class ResponseStore:
 
     async def close(self) -> None:
         self._closed = True
-        if self._purging is not None:
-            await self._purging.close()
-        if self._store is not None:
-            await self._store.close()
+        async with self._opening:  # `_open` may be running
+            if self._purging is not None:
+                await self._purging.close()
+            if self._store is not None:
+                await self._store.close()
 
     async def backend(self) -> Backend:
         """Return the backend, opened."""

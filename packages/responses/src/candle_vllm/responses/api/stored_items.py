@@ -21,12 +21,8 @@ _WITHOUT_STATUS = frozenset(
 )
 
 
-def stored_items(given: str | Sequence[Any] | None) -> list[Item]:
+def stored_items(given: Sequence[WireModel]) -> list[Item]:
     """Return the `input` of a checked request, without references, as stored items, each with an id."""
-    if given is None:
-        return []
-    if isinstance(given, str):
-        given = [MessageItem(role="user", content=given)]
     return [stored_item(item, f"input.{index}") for index, item in enumerate(given)]
 
 
