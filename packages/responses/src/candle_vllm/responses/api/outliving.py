@@ -76,7 +76,7 @@ class Chunks(Generic[T]):
         first = self.next_number - len(self._chunks)
         if after + 1 < first:
             raise InvalidParameterError(
-                f"starting_after must be at least {first - 1}, not {after}: earlier events are no longer stored",
+                f"starting_after must be at least {first - 1}: earlier events are no longer stored",
                 "starting_after",
             )
 
