@@ -509,6 +509,29 @@ async def test_work_tells_its_end_also_if_the_closing_of_its_pieces_is_cancelled
     assert [type(each) for each in ends] == [asyncio.CancelledError]
 
 
+async def test_the_end_of_work_is_not_cancelled() -> None:
+    ending, stored, ends = asyncio.Event(), asyncio.Event(), list[Any]()
+
+    async def pieces() -> AsyncIterator[int]:
+        yield 1
+
+    async def take(_: int) -> None:
+        pass
+
+    async def end(failure: Any) -> None:
+        ending.set()
+        await stored.wait()
+        ends.append(failure)
+
+    work = Work(pieces(), 10, take, end)
+    await ending.wait()
+    cancelling = asyncio.create_task(work.cancel())
+    await asyncio.sleep(0.01)
+    stored.set()
+    await cancelling
+    assert ends == [None]
+
+
 @pytest.mark.parametrize(
     ("seconds", "cancelled", "fails", "kind"),
     [(5, False, False, None), (0.02, False, False, TimeoutError), (5, True, False, asyncio.CancelledError),

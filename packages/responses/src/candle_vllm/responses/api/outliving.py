@@ -124,14 +124,15 @@ class Work(Generic[T]):
         take: Callable[[T], Awaitable[None]],
         end: Callable[[Failure | None], Awaitable[None]],
     ) -> None:
+        self._ending = False  # whether `end` runs
         self._started = asyncio.Event()  # a task that is cancelled before it begins would not close `chunks`
         # The arguments are not attributes, so that they are freed when the task ends.
         self.task = asyncio.create_task(self._run(chunks, seconds, take, end))
 
     async def cancel(self) -> None:
-        """Cancel the task, and wait until it has ended."""
+        """Cancel the task unless it calls `end` already, and wait until it has ended."""
         await self._started.wait()
-        if not self.task.cancelling():  # a second cancellation would interrupt the cleanup
+        if not self._ending and not self.task.cancelling():  # a cancellation would interrupt the cleanup
             self.task.cancel()
         await asyncio.wait({self.task})
 
@@ -153,6 +154,7 @@ class Work(Generic[T]):
                 await close(chunks)
         except (Exception, asyncio.CancelledError) as ended:
             failure = ended
+        self._ending = True
         await end(failure)
 
 
