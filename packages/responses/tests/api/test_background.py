@@ -420,6 +420,24 @@ async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(
     assert (background.busy, await status(kept)) == (False, "cancelled")
 
 
+async def test_one_that_is_stored_while_the_server_ends_does_not_run(
+    kept: ResponseStore, answered: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    background, answer, stored, put = Background(kept), Answer(answered), asyncio.Event(), kept.put
+
+    async def slowly(made: Entry) -> None:
+        await stored.wait()
+        await put(made)
+
+    monkeypatch.setattr(kept, "put", slowly)
+    beginning = asyncio.create_task(begin(background, answer))
+    await until(lambda: background.busy)
+    await background.close()
+    stored.set()
+    assert [event.name for event in await asyncio.wait_for(_all(await beginning), 10)] == ["response.failed"]
+    assert (background.busy, background._renewing, await status(kept)) == (False, None, "failed")
+
+
 async def test_events_are_kept_for_a_bounded_number_of_responses(
     kept: ResponseStore, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +507,29 @@ async def test_work_tells_its_end_also_if_the_closing_of_its_pieces_is_cancelled
     await closing.wait()
     await work.cancel()
     assert [type(each) for each in ends] == [asyncio.CancelledError]
+
+
+async def test_the_end_of_work_is_not_cancelled() -> None:
+    ending, stored, ends = asyncio.Event(), asyncio.Event(), list[Any]()
+
+    async def pieces() -> AsyncIterator[int]:
+        yield 1
+
+    async def take(_: int) -> None:
+        pass
+
+    async def end(failure: Any) -> None:
+        ending.set()
+        await stored.wait()
+        ends.append(failure)
+
+    work = Work(pieces(), 10, take, end)
+    await ending.wait()
+    cancelling = asyncio.create_task(work.cancel())
+    await asyncio.sleep(0.01)
+    stored.set()
+    await cancelling
+    assert ends == [None]
 
 
 @pytest.mark.parametrize(

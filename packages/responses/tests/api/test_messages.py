@@ -197,6 +197,10 @@ def test_an_answer_follows_the_result_of_a_call_that_needed_approval(
         ([request(), answer(True), answer(False)], "input.2.approval_request_id"),
         ([request(), answer(True), user("and more")], "input.1.approval_request_id"),
         ([request(), request()], "input.1.id"),
+        *(
+            ([{"type": "compaction", "encrypted_content": f"candle-vllm-1.{damaged}"}], "input.0.encrypted_content")
+            for damaged in ("", "dGV4d", "/w==", "dGV4dA==\n")
+        ),
     ],
 )
 def test_what_does_not_belong_together(items: list[dict[str, Any]], param: str) -> None:
@@ -210,5 +214,5 @@ def test_an_answer_with_too_many_calls_is_named_by_its_first_item() -> None:
     several = [user("x"), *(call("f", str(i)) for i in range(129)), *(result(str(i)) for i in range(129))]
     with pytest.raises(InvalidParameterError) as refusal:
         made(several)
-    told = ("input.1", "input.1 must have at most 128 entries, not a list of 129")
+    told = ("input.1", "input.1: an answer may have at most 128 calls, not 129")
     assert (refusal.value.param, str(refusal.value)) == told

@@ -124,6 +124,25 @@ async def test_one_that_was_never_opened_is_not_opened_at_the_end() -> None:
         await kept.owner("key")
 
 
+async def test_one_that_is_being_opened_is_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, opened = asyncio.Event(), response_store.open_backend
+
+    async def slowly(*given: Any) -> Any:
+        await go.wait()
+        return await opened(*given)
+
+    monkeypatch.setattr(response_store, "open_backend", slowly)
+    kept = ResponseStore(StoreOptions())
+    opening = asyncio.create_task(kept.owner("key"))
+    await until(kept._opening.locked)
+    closing = asyncio.create_task(kept.close())
+    await asyncio.sleep(0.01)
+    go.set()
+    await asyncio.gather(opening, closing)
+    with pytest.raises(StoreUnavailableError):
+        await kept.get("a", "resp_1")
+
+
 def test_pages() -> None:
     items = [{"id": f"msg_{number}", "type": "message"} for number in range(5)]
     first = page_of(items, PageRequest(limit=2, order="asc"))
@@ -151,9 +170,8 @@ def test_items_are_kept_with_id_type_status_and_parts() -> None:
     assert assistant["content"] == [{"type": "output_text", "text": "Yes", "annotations": []}]
     assert (output["id"], output["status"]) == ("fco_1", "completed")
     assert "status" not in thoughts
-    (text,) = stored_items("Hello")
+    (text,) = stored_items([adapter.validate_python({"role": "user", "content": "Hello"})])
     assert text["content"] == [{"type": "input_text", "text": "Hello"}]
-    assert stored_items(None) == []
     with pytest.raises(InvalidParameterError, match=r"input\.0 refers to an item"):
         stored_items([adapter.validate_python({"type": "item_reference", "id": "msg_1"})])
 

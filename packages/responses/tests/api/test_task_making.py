@@ -14,6 +14,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.task_making import TaskMaker
+from candle_vllm.responses.api.turn_model import fewer
 from candle_vllm.responses.protocol.request import parse_responses_request
 
 FUNCTION = {"type": "function", "name": "f"}
@@ -37,6 +38,12 @@ async def task(defaults: Mapping[str, Any] | None = None, **fields: Any) -> Task
     task_maker = TaskMaker(None, defaults or {})
     async with AsyncExitStack() as stack:
         return (await task_maker.prepare(wire, placed, stack, check=True)).task()
+
+
+async def test_system_messages_between_turns_stay_when_old_turns_are_left_out() -> None:
+    turn = [{"role": role, "content": "x"} for role in ("user", "system", "assistant")]
+    read = await task(truncation="auto", input=turn * 700)
+    assert len(fewer(read.messages)) == 2048
 
 
 async def test_fields() -> None:

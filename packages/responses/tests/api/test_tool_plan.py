@@ -145,6 +145,7 @@ def test_a_name_in_two_namespaces_must_be_told_apart() -> None:
         planned(NAMESPACE, other, choice={"type": "function", "name": "g"})
     choice = {"type": "function", "name": "g", "namespace": "m"}
     assert planned(NAMESPACE, other, choice=choice).choice.named == "m__g"
+    assert planned(NAMESPACE, INNER, choice={"type": "function", "name": "g"}).choice.named == "g"
 
 
 def test_a_choice_without_tools() -> None:

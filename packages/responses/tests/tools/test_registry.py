@@ -123,11 +123,14 @@ async def test_a_name_that_a_function_has() -> None:
     registry.remove("s__now")
     registry.replace("s", [tool])
     assert names(registry) == ["s__now"]
+    registry.add(FakeTool("f"))
+    registry.add(FakeTool("g"))
+    assert registry.replace("u", [FakeTool(name, server="u", original_name="") for name in ("f", "g")]) == ()
 
 
 def test_there_is_a_limit() -> None:
     registry = ToolRegistry()
     left_out = registry.replace("s", [FakeTool(f"s__{number}", server="s") for number in range(MAX_TOOLS + 1)])
     assert left_out == (f"s__{MAX_TOOLS}",)
-    with pytest.raises(InvalidParameterError, match="no more may be"):
+    with pytest.raises(InvalidParameterError, match="no more are allowed"):
         registry.add(FakeTool("a"))

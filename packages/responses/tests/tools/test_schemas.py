@@ -38,6 +38,9 @@ def of(**properties: Any) -> dict[str, Any]:
         (of(a={"uniqueItems": True}), {"a": [1, 1]}, "a: [1, 1] has non-unique"),
         ({**of(a={"$ref": "#/$defs/n"}), "$defs": {"n": {"type": "null"}}}, {"a": 1}, "a: 1 is not of type 'null'"),
         (of(a={"anyOf": [{"type": "string"}, {"type": "null"}]}), {"a": 1}, "a: 1 is not valid under any"),
+        (of(a={"oneOf": [{"type": "string"}, {"enum": ["x"]}]}), {"a": "x"}, "a: 'x' is valid under each of"),
+        (of(a={"oneOf": [{"format": "date", "type": "string"}]}), {"a": 1}, "a: 1 is not valid under any"),
+        (of(a={"not": {"properties": {"format": {"type": "null"}}}}), {"a": {"format": None}}, "a: {'format': None} "),
         (
             {"$schema": "http://json-schema.org/draft-07/schema#", **of(a={"items": [{"type": "string"}]})},
             {"a": [1]},
@@ -60,6 +63,10 @@ def test_what_does_not_fit_is_told(schema: dict[str, Any], arguments: dict[str, 
         (of(a={"const": {"$ref": "http://x", "pattern": "("}}), {"a": {"$ref": "http://x", "pattern": "("}}),
         ({**of(), "patternProperties": {"^x": {}}, "additionalProperties": False}, {"x1": 1}),
         ({**of(a={}), "unevaluatedProperties": False}, {"b": 1}),
+        (of(a={"oneOf": [{"format": "date"}, {"format": "uuid"}]}), {"a": "2026-01-01"}),
+        (of(a={"not": {"pattern": r"^\s*$"}}), {"a": "word " * 1000}),
+        (of(a={"not": {"$ref": "#/$defs/x"}}, b={"not": {"$ref": "https://example.org/x"}}), {"a": 1, "b": 1}),
+        (of(a={"if": {"pattern": "^(?!x)"}, "then": {"maxLength": 1}}), {"a": "xab"}),
     ],
 )
 def test_what_fits_or_is_not_checked(schema: dict[str, Any], arguments: dict[str, Any]) -> None:

@@ -43,8 +43,8 @@ class ResponsesSession(ExplainedAttributes):
         strict_servers: whether the session fails to start if an MCP server cannot be reached.
 
     Raises:
-        ConfigError: a URL, key or server configuration is invalid.
-        InvalidParameterError: a tool is invalid.
+        ConfigError: a model, URL, key or server configuration is invalid.
+        InvalidParameterError: a tool or a message is invalid.
     """
 
     def __init__(
@@ -119,12 +119,12 @@ class ResponsesSession(ExplainedAttributes):
 
     @property
     def open_calls(self) -> tuple[ToolCall, ...]:
-        """Calls of the last turn without a result; when the conversation continues, they run or need an approval."""
+        """Calls of the last turn without a result: they will run, need an approval, or are for the caller to run."""
         return ChatTranscript(self._messages).open_calls
 
     @property
     def fleet(self) -> McpFleet | None:
-        """The MCP servers with their status; None without MCP servers, or before the session is open."""
+        """The MCP servers with their status; None without MCP servers, and outside of `async with`."""
         return self._fleet
 
     async def run_conversation(
@@ -161,12 +161,11 @@ class ResponsesSession(ExplainedAttributes):
         Args:
             messages: messages in OpenAI's format, also `tool` messages with the results of the caller's own tools.
             options: limits, approval, sampling.
-            client_tools: OpenAI definitions of the caller's tools; a turn that calls one is the last, with the call
-                `pending`.
+            client_tools: the caller's tools in OpenAI's format; a turn that calls one is the last, the call `pending`.
 
         Raises:
-            RequestError: a message or option is invalid, or the conversation is too long.
-            CandleVllmError: the model failed.
+            RequestError: a message or option is invalid, the conversation is too long, or another call is running.
+            CandleVllmError: the session is not open, or the model failed.
         """
         check_is_list(messages)
         transcript = ChatTranscript([*self._messages, *messages])
@@ -228,6 +227,7 @@ class ResponsesSession(ExplainedAttributes):
             timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
         Raises:
+            ConfigError: the session is not open.
             InvalidParameterError: the tool is unknown, the arguments are no mapping of JSON values, or the timeout is
                 invalid. All other errors are in the result, also arguments that do not match the schema.
         """

@@ -28,7 +28,7 @@ from candle_vllm.responses.store.backend import Upkeep
 MAX_RUNNING = 32  # responses at a time
 MAX_ENDED = 128  # ended responses whose events are still held
 MAX_ENDED_BYTES = 64 << 20  # bytes of the events of ended responses
-MAX_BYTES = 8 << 20  # bytes of the events of one response
+MAX_BYTES = 8 << 20  # bytes of the held events of one response; older events are dropped
 RENEW_SECONDS = 15.0
 TOO_LONG = "The response took longer than this server allows."
 
@@ -94,7 +94,9 @@ class Background:
             await close(events)
             raise
         run.work = Work(events, seconds, partial(self._take, run), partial(self._end, run))
-        if self._renewing is None:
+        if self._closed:  # since the check above
+            await run.cancel()
+        elif self._renewing is None:
             self._renewing = Upkeep(RENEW_SECONDS, self._renew, "leases of background responses were not renewed")
         return run.events.read()
 
@@ -102,7 +104,7 @@ class Background:
         """Return the events of a background response after number `after`, including future events.
 
         Raises:
-            InvalidParameterError: the response does not run in the background, or its events are no longer held.
+            InvalidParameterError: it is no background response, has no events here, or `Chunks.check` refuses `after`.
             NotStoredError: there is no such response; also in `cancel` and `delete`.
         """
         entry = await self._store.get(owner, response_id)
@@ -143,7 +145,7 @@ class Background:
         return ResponseDeleted(id=response_id)
 
     def events(self, owner: str, response_id: str) -> Chunks[EncodedEvent] | None:
-        """Return the events of a response that runs here, or ended here not long ago; otherwise None."""
+        """Return the events of a response that runs here, or that ended here if they are still held; otherwise None."""
         run = self._running.get((owner, response_id))
         return run.events if run is not None else self._ended.get((owner, response_id))
 
@@ -226,7 +228,7 @@ class Background:
         body = stored.settled(run.latest, "failed", (code, message))
         try:
             await self._store.change(*run.name, "failed", body)
-        except CandleVllmError as error:  # its lease will expire, and then it has failed
+        except CandleVllmError as error:  # the response fails when its lease expires
             logger.error("the end of a response could not be stored: %s", error.__cause__ or error)
         if not run.events.finished:
             name = str(ResponseFailed.__struct_config__.tag)

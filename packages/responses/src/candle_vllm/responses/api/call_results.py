@@ -50,7 +50,7 @@ class CallResults:
         self.call_paths: dict[str, str] = {}
         self.run_by_approval: set[str] = set()
         self._requests: set[str] = set()
-        self._left: list[str] = []  # approved calls that did not run with the last one that ran
+        self._left: list[str] = []  # approved calls without a result after the last approved call that ran
         for item, path in items:
             if isinstance(item, McpApprovalRequestItem):
                 self._claim(item.id, f"{path}.id")
@@ -126,7 +126,7 @@ class CallResults:
             self.parts[request] = (TextPart(f"{DENIED} {item.reason}" if item.reason else DENIED),)
 
     def _pass(self, calls: Sequence[str]) -> None:
-        """Close approved calls that did not run before the conversation went on: a server was down, or at a limit."""
+        """Give approved calls the result `NOT_RUN`, because the conversation went on without them."""
         self.parts |= dict.fromkeys(calls, (TextPart(NOT_RUN),))
         self.approved = {call: path for call, path in self.approved.items() if call not in calls}
 
@@ -151,7 +151,7 @@ def _outcome(item: McpCallItem) -> str:
     match item.error:
         case None:
             return NOT_RUN
-        case str(text) | {"content": [{"text": str(text)}]} | {"message": str(text)}:  # as the model saw it first
+        case str(text) | {"content": [{"text": str(text)}]} | {"message": str(text)}:  # the text that the model saw
             return text
     return json.dumps(item.error, ensure_ascii=False)
 

@@ -64,7 +64,7 @@ class FunctionWriter(_ClientCallWriter):
 
 
 class CustomWriter(_ClientCallWriter):
-    """A call of a custom tool; its input is sent when the JSON that contains it is complete."""
+    """A call of a custom tool; its input, which is read from the JSON of the arguments, is sent at the call's end."""
 
     prefix = "ctc"
     _input = ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ConnectionMemory: responses with `store: false`, held while the client's connection is open.
+"""ConnectionMemory: responses of a client's connection, held while it is open, whether they are stored or not.
 
-The client may continue them on this connection. Their number and size are limited.
+The client may continue them on this connection, also with `store: false`. Their number and size are limited.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ConnectionMemory:
             gone += [other for other, entry in self._entries.items() if entry.follows == name]
 
     async def history(self, response_id: str) -> tuple[list[Item], str | None]:
-        """Return the items up to the end of a held response, and the id of the stored response that precedes them."""
+        """Return the items of a chain's held responses, and the id of its latest response that is not held, or None."""
         chain: list[Entry] = []
         before: str | None = response_id
         while before is not None and before in self._entries:

@@ -108,7 +108,7 @@ class Conversations:
         return ConversationDeleted(id=name)
 
     async def items(self, owner: str, name: str, wanted: PageRequest) -> ItemList:
-        """Return a page of a conversation's items; InvalidParameterError if `after` is not one of them."""
+        """Return a page of a conversation's items; InvalidParameterError if `after` is not the id of one."""
         if wanted.after is not None and not entries.is_id(wanted.after):
             raise InvalidParameterError(f"after must be the id of an item, not {wanted.after!r:.80}", "after")
         store, name = await self._find(name)

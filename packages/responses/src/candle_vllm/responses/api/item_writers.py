@@ -32,10 +32,10 @@ class ItemWriter:
         self._emit_any = emit
         self.index = index
         self.id = new_id(prefix)
-        self.final: OutputItem | None = None  # the completed item; None while it grows
+        self.final: OutputItem | None = None  # the item as it ended; None before
 
     def begin(self) -> None:
-        """Write the first event."""
+        """Write the first events."""
         self._emit_any(wire.OutputItemAdded, output_index=self.index, item=self.item("in_progress"))
 
     def end(self, status: str = "completed") -> None:
@@ -134,7 +134,7 @@ class OutputLog:
 
     @property
     def items(self) -> tuple[OutputItem, ...]:
-        """The completed items."""
+        """The items that have ended, completed or incomplete."""
         return tuple(item for item in self._output if not isinstance(item, ItemWriter))
 
     def emit(self, kind: type[wire.StreamEvent], **fields: Any) -> None:
@@ -148,13 +148,13 @@ class OutputLog:
         return new
 
     def begin(self, writer: _Writer) -> _Writer:
-        """Append a new item to the output, and write its first event."""
+        """Append a new item to the output, and write its first events."""
         self._output.append(writer)
         writer.begin()
         return writer
 
     def settle(self, writer: ItemWriter) -> None:
-        """Replace the writer of a completed item by the item."""
+        """Replace the writer of an item that has ended by the item."""
         assert writer.final is not None
         self._output[writer.index] = writer.final
 

@@ -38,8 +38,8 @@ class _Parts(NamedTuple):
 
 
 class ServerUrls:
-    """The operator's URL patterns: `https://host[:port]/path`, where "*" stands for any characters of the host, the
-    port or the path; "*" alone allows every public URL.
+    """The operator's URL patterns: `https://host[:port]/path`, where "*" stands for any characters of the host or the
+    path, or for any port; "*" alone allows every public https URL.
 
     The default port is the scheme's. If the host has a "*", the addresses of a matching host must be public.
 
@@ -60,7 +60,7 @@ class ServerUrls:
 
         Raises:
             InvalidParameterError: the URL is invalid, or its scheme is http and its host is not loopback.
-            UnsupportedParameterError: no pattern matches.
+            UnsupportedParameterError: no pattern allows it; a "*" in the host, or alone, allows no loopback host.
         """
         parts = _parts(url)
         if parts is None:
@@ -126,7 +126,7 @@ _FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  
 
 
 class OpenServer(NamedTuple):
-    """An MCP server of a request; `error`: why it has no tools; `unapproved`: tools that mcp.json does not approve."""
+    """A request's MCP server; `error`: why it has no tools; `unapproved`: tools that mcp.json does not approve."""
 
     label: str
     tools: Sequence[Tool] = ()
@@ -186,7 +186,7 @@ class McpServers:
 
     @asynccontextmanager
     async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
-        """Yield the present tools of an operator's server, or connect to a URL."""
+        """Yield an operator's server with its present tools, or a server at a URL, which is then disconnected."""
         label = tool.server_label
         if tool.server_url is None:
             tools = self._tools(label)

@@ -27,7 +27,7 @@ _SUMMARY = "<summary of the conversation before>\n{}\n</summary of the conversat
 
 
 class ToolNames(Protocol):
-    """Returns the names by which the model calls the tools of a request."""
+    """Returns the name by which the model calls a tool of an MCP server."""
 
     def mcp_name(self, label: str, name: str) -> str: ...
 
@@ -57,11 +57,11 @@ def translate(items: Sequence[Placed], instructions: str | None, names: ToolName
     Args:
         items: history and input, without references.
         instructions: text that precedes all messages.
-        names: names of the tools in calls.
-        max_images: maximum number of images that the model may see, including images in results of its tools.
+        names: returns the names of MCP tools.
+        max_images: as in `CallResults`.
 
     Raises:
-        InvalidParameterError: calls and results do not match, or an answer has too many calls.
+        InvalidParameterError: calls do not match results or approvals, or an item or answer cannot become a message.
     """
     results = CallResults(items, max_images)
     body = _Body(names, results)
@@ -180,7 +180,7 @@ class _Answer:
         """Return the answer as a message of a task."""
         if len(self.calls) > MAX_TOOL_CALLS:
             raise InvalidParameterError(
-                f"{self.path} must have at most {MAX_TOOL_CALLS} entries, not a list of {len(self.calls)}", self.path
+                f"{self.path}: an answer may have at most {MAX_TOOL_CALLS} calls, not {len(self.calls)}", self.path
             )
         parts = tuple(map(TextPart, filter(None, self.texts)))
         thoughts = "\n".join(self.thoughts) or None
@@ -205,15 +205,14 @@ def _thoughts(item: wire_items.ReasoningItem) -> str:
 
 
 def _summary(item: wire_items.CompactionItem, path: str) -> str:
-    if not item.encrypted_content.startswith(_ENCODED):
-        field = f"{path}.encrypted_content"
-        message = f"{field} is not a compaction that this server created; leave the item out"
-        raise InvalidParameterError(message, field)
-    return _decoded(item.encrypted_content)
+    if summary := _decoded(item.encrypted_content):
+        return summary
+    field = f"{path}.encrypted_content"
+    raise InvalidParameterError(f"{field} is not a compaction that this server created; leave the item out", field)
 
 
 def _decoded(encrypted: str | None) -> str:
-    """Return the reasoning or summary that this server encoded; "" for another server's."""
+    """Return the reasoning or summary that this server encoded; "" for any other text."""
     if not encrypted or not encrypted.startswith(_ENCODED):
         return ""
     try:

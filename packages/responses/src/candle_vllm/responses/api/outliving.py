@@ -29,7 +29,7 @@ class EncodedEvent(NamedTuple):
 class Chunks(Generic[T]):
     """Buffer of an answer's chunks, for readers that disconnect and come back.
 
-    Beyond `max_bytes`, the oldest chunks are dropped; None means no limit.
+    Beyond `max_bytes`, the oldest chunks are dropped, except the last one; None means no limit.
 
     Attributes:
         size: bytes of the buffered chunks.
@@ -76,7 +76,7 @@ class Chunks(Generic[T]):
         first = self.next_number - len(self._chunks)
         if after + 1 < first:
             raise InvalidParameterError(
-                f"starting_after must be at least {first - 1}, not {after}: earlier events are no longer stored",
+                f"starting_after must be at least {first - 1}: earlier events are no longer stored",
                 "starting_after",
             )
 
@@ -85,7 +85,7 @@ class Chunks(Generic[T]):
         return iter(self._chunks)
 
     async def read(self, after: int = -1) -> AsyncGenerator[T, None]:
-        """Yield the chunks after number `after`, including future ones."""
+        """Yield the chunks after number `after`, also future ones; raise as `check` if the next one was dropped."""
         wanted = after + 1
         while True:
             news = self._news
@@ -124,14 +124,15 @@ class Work(Generic[T]):
         take: Callable[[T], Awaitable[None]],
         end: Callable[[Failure | None], Awaitable[None]],
     ) -> None:
+        self._ending = False  # whether `end` runs
         self._started = asyncio.Event()  # a task that is cancelled before it begins would not close `chunks`
         # The arguments are not attributes, so that they are freed when the task ends.
         self.task = asyncio.create_task(self._run(chunks, seconds, take, end))
 
     async def cancel(self) -> None:
-        """Cancel the task, and wait until it has ended."""
+        """Cancel the task unless it calls `end` already, and wait until it has ended."""
         await self._started.wait()
-        if not self.task.cancelling():  # a second cancellation would interrupt the cleanup
+        if not self._ending and not self.task.cancelling():  # a cancellation would interrupt the cleanup
             self.task.cancel()
         await asyncio.wait({self.task})
 
@@ -153,11 +154,12 @@ class Work(Generic[T]):
                 await close(chunks)
         except (Exception, asyncio.CancelledError) as ended:
             failure = ended
+        self._ending = True
         await end(failure)
 
 
 async def close(chunks: AsyncIterator[object]) -> None:
-    """Close an iterator, if it can be closed."""
+    """Close an iterator, if it can be closed; its errors are ignored."""
     closing = getattr(chunks, "aclose", None)
     if closing is not None:
         with contextlib.suppress(Exception):

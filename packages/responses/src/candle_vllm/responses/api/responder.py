@@ -56,7 +56,7 @@ class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: model name to report if the request does not name one of `names`.
-        names: names that the model is served by; empty if they are not known.
+        names: names that the model is served by; if it is empty, the name in the request is reported.
         sampling_defaults: values for fields that a request does not set; sent to the model.
         model_defaults: values that the model uses if nothing else sets them; only reported.
         max_turns: maximum number of the model's turns in one response with tools that run here.
@@ -81,7 +81,7 @@ class Responder:
         count: counts the tokens of a task's prompt; None if they cannot be counted.
         servers: source of MCP servers; None allows no server.
         store: store of responses; None stores nothing.
-        memory: memory of the client's connection, for responses that are not stored; None remembers nothing.
+        memory: responses of the client's connection, which requests may continue; None holds none.
         options: limits and defaults.
     """
 
@@ -127,7 +127,7 @@ class Responder:
         Args:
             request: checked request, or an object.
             owner: owner of the response if it is stored.
-            keep: False if the caller stores the response.
+            keep: False if the caller stores the response and adds it to its conversation.
             at_once: whether to return before the conversation's turn and MCP servers are ready. The started stream then
                 waits for them, and reports their errors in events.
         """
@@ -150,7 +150,7 @@ class Responder:
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
             kept = stored or parsed.conversation_id is not None
             given = await apart(_given, items) if kept or self._memory is not None else ()
-            if self._store is not None and parsed.conversation_id is not None:  # before an answer that it cannot hold
+            if self._store is not None and parsed.conversation_id is not None:  # refuse too large items
                 await apart(parts_of, given, self._store.options.max_item_bytes, "input")
             room = MAX_SHOWN
             if self._store is not None and stored and has_servers(parsed):
@@ -210,7 +210,7 @@ class Responder:
     async def _ready(
         self, request: ResponsesRequest, owner: str, stack: AsyncExitStack, *, check: bool
     ) -> tuple[Prepared, Sequence[Placed]]:
-        """Wait for the conversation's turn, read the history, and open the servers, all of which the stack releases."""
+        """Wait for the conversation's turn, read the history, and open the servers; the stack ends turn and servers."""
         if request.conversation_id is not None and self._store is not None:
             await stack.enter_async_context(self._store.turn(owner, request.conversation_id))
         items = await gather_items(request, self._store, owner, self._memory)
@@ -325,13 +325,13 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
 
 
 def summary_limit(items: Sequence[Placed]) -> int:
-    """Return the maximum number of tokens of these items' summary, which must be shorter than the conversation."""
+    """Return the maximum number of tokens of these items' summary, by the size of the items and within bounds."""
     size = sum(len(one.item.model_dump_json(exclude_none=True)) for one in items)
     return min(max(size // _SHORTER, MIN_SUMMARY), MAX_SUMMARY)
 
 
 def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:
-    """Return the compacted conversation; RequestError if the answer has no summary, without which it would be lost.
+    """Return the compacted conversation; RequestError if the answer has no summary, because the rest would be lost.
 
     Args:
         response: answer to `summary_request`.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""ResponseStore: stored responses and conversations, in each of which one response at a time is generated.
+"""ResponseStore: stored responses, and conversations; in a conversation, one response at a time is generated.
 
-Entries are found by the hash of an API key and their id; for any other key they do not exist. Every failure of the
-store is a `StoreUnavailableError`.
+Entries are found by the hash of an API key and their id; for any other key they do not exist. Methods raise
+`StoreUnavailableError` if the store cannot be used now.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class ResponseStore:
 
     async def close(self) -> None:
         self._closed = True
-        if self._purging is not None:
-            await self._purging.close()
-        if self._store is not None:
-            await self._store.close()
+        async with self._opening:  # `_open` may be running
+            if self._purging is not None:
+                await self._purging.close()
+            if self._store is not None:
+                await self._store.close()
 
     async def backend(self) -> Backend:
         """Return the backend, opened."""
@@ -87,7 +88,7 @@ class ResponseStore:
         note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))
 
     async def get(self, owner: str, response_id: str) -> stored.Entry:
-        """Return a response; NotStoredError if the owner has none of this id, also in the next two and in `cancel`."""
+        """Return a response. Like `input_items`, `delete` and `cancel`, raise NotStoredError for an unknown id."""
         store, found = await self.backend(), None
         if stored.is_id(response_id):
             found = await store.get(stored.RESPONSE, owner, response_id)
@@ -130,7 +131,7 @@ class ResponseStore:
         return found
 
     async def renew(self, names: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Renew the leases of running responses (owner, id); return the responses that somebody else ended."""
+        """Renew the leases of running responses (owner, id); return those that were ended or deleted meanwhile."""
         store, held = await self.backend(), [Held(owner, name, name) for owner, name in names]
         return {(each.owner, each.id) for each in await store.move(held, store.now + LEASE_MS)}
 
@@ -177,9 +178,9 @@ class ResponseStore:
 
     @contextlib.asynccontextmanager
     async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
-        """Wait until no other response is in progress in the conversation, and hold it until the context exits.
+        """Wait until no other response is in progress in the conversation, and let none begin until the context exits.
 
-        Raises NotStoredError, or ConversationBusyError if too many responses wait for it; both name `param`.
+        Raises NotStoredError, or ConversationBusyError if too many responses wait already; both name `param`.
         """
         name = owner, conversation_id
         queue = self._queues.setdefault(name, _Queue())
@@ -217,10 +218,10 @@ class ResponseStore:
     async def append(
         self, owner: str, name: str, items: Iterable[stored.Item], *, skip_known: bool = False
     ) -> list[stored.EntryItem]:
-        """Add checked items at the end of a conversation, all or none; items without an id get one.
+        """Add checked items at the end of a conversation, all or none; return them; items without an id get one.
 
-        Items whose id exists already are skipped with `skip_known`, and refused with InvalidParameterError otherwise.
-        Raises StoreLimitError if an item, or all items together, are too large.
+        With `skip_known`, items whose id exists already are not added; otherwise they raise InvalidParameterError.
+        Raises NotStoredError if there is no such conversation, StoreLimitError if it is full or an item is too large.
         """
         more = stored.parts_of(items, self.options.max_item_bytes)
         if more:
@@ -229,7 +230,7 @@ class ResponseStore:
         return more
 
     async def add_to_conversation(self, entry: stored.Entry) -> None:
-        """Add the items of a response to its conversation, if it has one; log an error that prevents it."""
+        """Add the items of a response to its conversation, if it has one; a `RequestError` is logged, not raised."""
         conversation = entry.about["conversation"]
         if conversation is None:
             return
@@ -268,11 +269,11 @@ class ResponseStore:
 
 def note_dropped(dropped: int) -> None:
     if dropped:
-        logger.warning("the store of responses was full: %d of its oldest records made room", dropped)
+        logger.warning("the store of responses was full: %d least recently used entries were dropped", dropped)
 
 
 def _names(response: bytes, given: bytes = b"[]") -> set[str]:
-    """The ids of a response's items."""
+    """Return the ids of a response's items."""
     return {item["id"] for item in stored.items_of(response, given) if isinstance(item.get("id"), str)}
 
 

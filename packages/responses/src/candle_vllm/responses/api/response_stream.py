@@ -97,7 +97,7 @@ class ResponseStream:
         self._decided.set()
 
     async def put(self, events: list[wire.StreamEvent]) -> None:
-        """Add events, and wait if the reader is slow."""
+        """Add events; once the request has been accepted, wait for a slow reader."""
         self._waiting += events
         self._news.set()
         while len(self._waiting) > MAX_WAITING and self._taken:

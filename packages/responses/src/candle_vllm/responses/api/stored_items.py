@@ -21,12 +21,8 @@ _WITHOUT_STATUS = frozenset(
 )
 
 
-def stored_items(given: str | Sequence[Any] | None) -> list[Item]:
+def stored_items(given: Sequence[WireModel]) -> list[Item]:
     """Return the `input` of a checked request, without references, as stored items, each with an id."""
-    if given is None:
-        return []
-    if isinstance(given, str):
-        given = [MessageItem(role="user", content=given)]
     return [stored_item(item, f"input.{index}") for index, item in enumerate(given)]
 
 
@@ -73,7 +69,7 @@ class PageRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnyItem(msgspec.Struct, frozen=True, kw_only=True):
-    """An item: a message, a call, a call's result, or reasoning. Its further fields depend on its type."""
+    """An item, such as a message, a call, a call's result or reasoning; its further fields depend on its type."""
 
     id: str
     type: str

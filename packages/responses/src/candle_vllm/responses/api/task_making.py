@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
     """A request that can be answered.
 
     Attributes:
-        request: the request as received.
+        request: the checked request.
         plan: tools of the request.
         made: conversation of the request.
         defaults: sampling values for fields that the request does not set.
@@ -117,7 +117,7 @@ class TaskMaker:
         self._eyes = eyes
 
     def check_servers(self, request: PromptFields) -> None:
-        """Refuse MCP servers that do not exist or must not be used, before any of them is connected."""
+        """Refuse MCP servers that do not exist, must not be used or have the same label, and too many URLs."""
         labels: set[str] = set()
         urls = 0
         for place, tool in _servers_of(request).items():

@@ -96,7 +96,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
 def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> ToolPlan:
     """Return the tools of a checked request, whose MCP `servers` are given by their index in `tools`.
 
-    Raises InvalidParameterError if two tools have one name, or the tool choice names no tool of the request.
+    Raises InvalidParameterError if two tools have one name, or the tool choice names no tool or an ambiguous one.
     """
     plan = ToolPlan(servers=[servers[place] for place in sorted(servers)])
     for place, tool in enumerate(request.tools or ()):
@@ -239,6 +239,7 @@ def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> li
         assert isinstance(reference, wire_tools.NamedToolChoice)
         field, wanted = f"{path}.name", reference.name
         found = [name for name, tool in tools.items() if _is_named(name, tool, reference)]
+        found = [wanted] if wanted in found else found  # the model's own name is never ambiguous
         known = [tool.name for tool in tools.values()]
     if not found:
         near = difflib.get_close_matches(wanted, known, n=1)

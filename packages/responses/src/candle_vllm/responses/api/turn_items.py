@@ -19,7 +19,7 @@ from candle_vllm.responses.protocol.response import McpApprovalRequestOut
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 MAX_SHOWN = 8 << 20  # bytes of the images of results in one response
-MAX_SHOWN_OF_ITEM = 3 << 20  # bytes of the images in one item; a conversation's items are limited to 4 MB
+MAX_SHOWN_OF_ITEM = 3 << 20  # bytes of the images in one item; `max_item_bytes` of a store is 4 MB by default
 
 _Writer = TypeVar("_Writer", bound=ItemWriter)
 
@@ -104,7 +104,7 @@ class TurnItems:
         writer.add(delta)
 
     def end_turn(self, *, cut: bool) -> None:
-        """End the turn, perhaps because of a limit (`cut`)."""
+        """End the turn; `cut` tells whether a limit ended the answer."""
         if not self._has_items_this_turn and not cut and self._open is None:
             self._begin_message()  # an answer of white space, or an empty one
         if not cut and not self._called_this_turn:
@@ -125,7 +125,7 @@ class TurnItems:
         self._log.add(item, item)
 
     def run(self, call: ToolCall, *, approved: bool = True) -> None:
-        """Record that a call runs; an `approved` call gets its item now."""
+        """Add an MCP call's item if it has no item yet; with `approved`, the item names the approval of the call."""
         tool = self._plan.by_name.get(call.name)
         if call.id in self._with_item or tool is None or tool.kind != "mcp":
             return
@@ -174,7 +174,7 @@ class TurnItems:
             self._open.phase = phase
 
     def _end_output(self, status: str = "completed") -> None:
-        """End the open message or reasoning, and a call's arguments."""
+        """End the open message or reasoning and the current call, but only the arguments of a complete MCP call."""
         self._end_open(status)
         writer, self._current = self._current, None
         if isinstance(writer, McpCallWriter) and status == "completed":

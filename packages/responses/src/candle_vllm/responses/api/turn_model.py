@@ -103,8 +103,8 @@ def fewer(messages: Sequence[Message]) -> tuple[Message, ...]:
     return _without(messages, units[: _least(units, len(messages) - MAX_MESSAGES)])
 
 
-def _units(messages: Sequence[Message]) -> list[range]:
-    """Return the messages that may be left out, the oldest first: each user's turn with its answers, except the last.
+def _units(messages: Sequence[Message]) -> list[list[int]]:
+    """Return the places of messages that may be left out: each user's turn with its answers, except the last.
 
     System messages are never left out.
     """
@@ -112,10 +112,10 @@ def _units(messages: Sequence[Message]) -> list[range]:
     first = next((place for place, message in enumerate(messages) if message.role != "system"), len(messages))
     if starts and first < starts[0]:
         starts.insert(0, first)
-    return [range(start, end) for start, end in pairwise(starts)]
+    return [[n for n in range(start, end) if messages[n].role != "system"] for start, end in pairwise(starts)]
 
 
-def _least(units: Sequence[range], too_many: int) -> int:
+def _least(units: Sequence[Sequence[int]], too_many: int) -> int:
     """Return the number of the oldest turns that must be left out to remove `too_many` messages."""
     gone = 0
     for count, unit in enumerate(units):
@@ -125,6 +125,6 @@ def _least(units: Sequence[range], too_many: int) -> int:
     return len(units)
 
 
-def _without(messages: Sequence[Message], units: Sequence[range]) -> tuple[Message, ...]:
+def _without(messages: Sequence[Message], units: Sequence[Sequence[int]]) -> tuple[Message, ...]:
     left_out = {place for unit in units for place in unit}
-    return tuple(one for place, one in enumerate(messages) if place not in left_out or one.role == "system")
+    return tuple(one for place, one in enumerate(messages) if place not in left_out)

@@ -18,15 +18,15 @@ class Approval(StrEnum):
     ALLOW = "allow"
     DENY = "deny"
     PENDING = "pending"
-    """Nobody could be asked: the conversation stops before the call and can be resumed with a decision."""
+    """There is no decision yet: the conversation stops before the call and can be resumed with a decision."""
 
 
 Ask = Callable[[ToolCall, ToolDefinition], Awaitable[Approval] | Approval]
 Rule = Literal["never", "always"]
 ApprovalPolicy = Rule | Mapping[str, Rule] | Ask
 """When a tool call needs approval: "never" (every call runs), "always" (every call is pending), a mapping of tool names
-to these rules, with "*" for other tools (default: "always"), or a callback that decides each call. Without a policy, a
-tool of an MCP server needs approval, unless the server's `auto_approve` matches it, and other tools do not."""
+to these rules, with "*" for other tools (default: "always"), or a callback that decides each call. Without a policy,
+tools of MCP servers need approval, and other tools do not. A `ConversationLoop` asks its `auto_approve` first."""
 
 _RULES = ("never", "always")
 

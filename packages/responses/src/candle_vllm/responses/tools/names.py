@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Names of tools: makes a name that a model may call from a server's label and the tool's own name.
+"""Names of tools: makes a name that a model may call from the label of a server or namespace and the tool's own name.
 
-OpenAI allows letters, digits, "_" and "-", at most 64 of them. `server__tool` is used unchanged if it can be split
-again at its first "__"; otherwise forbidden characters become "_", the name is truncated, and ten hex digits of a
-SHA-256 of both names are appended. A name depends only on its own two parts, never on other tools.
+OpenAI allows letters, digits, "_" and "-", at most 64 of them. `server__tool` is used unchanged if it is such a name,
+can be split again at its first "__", and does not end like a hash. Otherwise forbidden characters become "_", the name
+is truncated, and ten hex digits of a SHA-256 of both parts are appended. Neither name depends on other tools.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 MAX_NAME = 64  # characters; OpenAI's limit
 SEPARATOR = "__"
 _DIGITS = 10  # hex digits of the hash
-_MAX_SERVER = 20  # characters of a server's label in a truncated name
+_MAX_SERVER = 20  # characters of a server's label in a name with a hash
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _FORBIDDEN = re.compile(r"[^a-zA-Z0-9_-]+")

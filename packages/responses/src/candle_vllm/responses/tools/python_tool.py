@@ -33,7 +33,7 @@ class Signature:
     """The parameters of a function.
 
     `schema` is the JSON schema of the arguments. Creation raises `InvalidParameterError` for parameters that cannot be
-    given by name, or whose types are not JSON.
+    given by name, or whose types are not JSON or cannot be resolved.
     """
 
     def __init__(self, function: Callable[..., Any], descriptions: Mapping[str, str], label: str) -> None:
@@ -168,7 +168,7 @@ def function_tool(
     The schema comes from the annotations: whatever pydantic supports, also nested dataclasses and models, `Literal`,
     and `Annotated[..., Field(description=...)]`; a parameter without annotation accepts any JSON. The docstring's first
     paragraph describes the tool, its "Args:" in Google's style the parameters. A returned text or `ToolOutput` is used
-    unchanged, any other value becomes JSON. The function may raise `ToolError`, whose message the model sees.
+    unchanged, None is no output, other values become JSON. The model sees the message of a raised `ToolError`.
 
     An async function runs on the event loop, and ends when it is cancelled. A plain function runs in a thread, which
     cannot be stopped: after a timeout, the model learns that the call timed out, and the thread continues. While

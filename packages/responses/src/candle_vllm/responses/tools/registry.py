@@ -29,7 +29,7 @@ class Registered:
 
 
 class ToolRegistry:
-    """Tools by name: functions are added one by one, the tools of an MCP server all together.
+    """Tools by name: `add` adds one tool, and `replace` sets all tools of an MCP server.
 
     Functions come first, then each server's tools, with the servers in the order of their registration. A registry
     belongs to the thread of its event loop.
@@ -55,13 +55,13 @@ class ToolRegistry:
         return self._revision
 
     def add(self, tool: Tool) -> ToolDefinition:
-        """Add one tool; InvalidParameterError for a used or invalid name, too large a schema, or too many tools."""
+        """Add one tool; InvalidParameterError for a used or invalid name, an invalid schema, or too many tools."""
         definition = tool.definition
         fault = _fault(definition)
         if fault is None and definition.name in self:
-            fault = "there is a tool of this name already; give it another, or remove the first"
+            fault = "there is a tool of this name already: give this one another name, or remove the other"
         if fault is None and len(self) >= MAX_TOOLS:
-            fault = f"there are {MAX_TOOLS} tools already, and no more may be"
+            fault = f"there are {MAX_TOOLS} tools already, and no more are allowed"
         if fault is not None:
             raise InvalidParameterError(f"the tool {definition.name!r:.100} cannot be added: {fault}", "tools")
         self._groups.setdefault(definition.server, {})[definition.name] = Registered(tool, definition)
@@ -95,7 +95,7 @@ class ToolRegistry:
         """Replace all tools of a server; an empty list removes the server.
 
         A tool whose name a function or another server's tool has gets a name with a hash. A tool that cannot be offered
-        (the second of one name, a schema beyond the limits) is left out, with a warning in the log. Returns the
+        (the second of one name, an invalid schema) is left out, with a warning in the log. Returns the
         original names of the tools that are left out.
         """
         room = MAX_TOOLS - len(self) + len(self._groups.get(server, {}))
@@ -162,7 +162,7 @@ class ToolRegistry:
             return "the server has it twice"
         others = [other for label, other in self._groups.items() if label != server]
         if any(definition.name in other for other in others):
-            definition = with_fields(definition, name=hashed_name(server, definition.original_name))
+            definition = with_fields(definition, name=hashed_name(server, definition.original_name or definition.name))
             if any(definition.name in other for other in (group, *others)):
                 return "its name is taken"
             tool = _Renamed(tool, definition)

@@ -4,8 +4,9 @@
 Nothing is fetched: references outside of the schema allow everything. The work is limited: a schema to `MAX_SCHEMA`
 bytes, a check to `CPU_SECONDS` of its thread. Patterns run in Rust's linear engine. These are not checked: patterns
 that this engine does not support (lookaround, back references), long patterns, long strings, `patternProperties` with
-the `additionalProperties` beside it, `unevaluatedItems`, `unevaluatedProperties`, `format`, and `uniqueItems` of long
-arrays. What is not checked is allowed: a tool must check its arguments itself.
+the `additionalProperties` beside it, `unevaluatedItems`, `unevaluatedProperties`, `format`, `uniqueItems` of long
+arrays, and `not` and `if` with such parts or references; such a `oneOf` is checked as `anyOf`. What is not checked is
+allowed: a tool must check its arguments itself.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ _SCHEMAS_BY_NAME = frozenset({"properties", "$defs", "definitions", "dependentSc
 _VALUES = frozenset({"enum", "const", "default", "examples"})
 _UNCHECKED = frozenset({"$schema", "$id", "id", "patternProperties", "unevaluatedItems", "unevaluatedProperties"})
 _REFERENCES = frozenset({"$ref", "$dynamicRef", "$recursiveRef"})
+_PARTLY = _REFERENCES | {"format", "pattern", "uniqueItems"}  # a check may skip these, or what they refer to
+_NEGATING = frozenset({"not", "oneOf", "if"})  # these can refuse arguments because a part of them was not checked
 
 Keyword = Callable[..., Iterator[Any] | None]
 
 
 def schema_fault(parameters: Mapping[str, Any]) -> str | None:
-    """Return why this cannot be a schema of arguments (not JSON, not of an object, too large, too deep), or None."""
+    """Return why this cannot be a schema of arguments (no JSON, no object, too large or deep, wrong types), or None."""
     if not isinstance(parameters, Mapping):
         return "its parameters must be the JSON schema of an object"
     try:
@@ -74,7 +77,7 @@ class ArgumentsChecker:
         self._prepared = False
 
     def faults(self, arguments: Mapping[str, Any]) -> list[str]:
-        """Return at most `MAX_FAULTS` faults of the arguments, one sentence each; empty if the arguments match.
+        """Return at most `MAX_FAULTS` faults of the arguments, a sentence each; none if they cannot be checked.
 
         A check can take `CPU_SECONDS`, so do not call this in the event loop's thread.
         """
@@ -123,21 +126,24 @@ class _TooLongError(Exception):
     """The check exceeded its CPU time."""
 
 
-def _checkable(schema: Any) -> Any:
-    """Return the schema without the parts that are not checked."""
+def _checkable(schema: Any, also: frozenset[str] = frozenset()) -> Any:
+    """Return the schema without the parts that are not checked, and without the keywords in `also`."""
     if isinstance(schema, list):
-        return [_checkable(item) for item in schema]
+        return [_checkable(item, also) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    unchecked = _UNCHECKED | ({"additionalProperties"} if "patternProperties" in schema else frozenset())
+    unchecked = _UNCHECKED | also | ({"additionalProperties"} if "patternProperties" in schema else frozenset())
     result: dict[str, Any] = {}
     for key, value in schema.items():
         if key in _VALUES:
             result[key] = value
         elif key in _SCHEMAS_BY_NAME and isinstance(value, dict):
-            result[key] = {name: _checkable(inner) for name, inner in value.items()}
+            result[key] = {name: _checkable(inner, also) for name, inner in value.items()}
+        elif key in _NEGATING and not also and _checkable(value, _PARTLY) != value:
+            if key == "oneOf" and "anyOf" not in schema:
+                result["anyOf"] = _checkable(value)
         elif key not in unchecked and (key not in _REFERENCES or (isinstance(value, str) and value.startswith("#"))):
-            result[key] = _checkable(value)
+            result[key] = _checkable(value, also)
     return result
 
 

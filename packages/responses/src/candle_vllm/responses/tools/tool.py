@@ -108,7 +108,7 @@ class ToolResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         call: call of the model.
         server: label of the MCP server; None for a Python function or a tool that does not exist.
-        status: "completed"; "failed" if the tool reports a failure; otherwise why there is no output of the tool.
+        status: "completed"; "failed" if the tool failed or its output is refused; otherwise why it has no output.
             "not_run" is a complete call in an answer that reached its token limit.
         output: output of the tool, or a text that tells the model why there is no output.
         text: output as the model sees it, truncated to the limit.
@@ -135,7 +135,7 @@ class Tool(Protocol):
     def definition(self) -> ToolDefinition: ...
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Run once with arguments that match the schema. Cancelling the coroutine ends the work.
+        """Run once with arguments that match the schema, as far as it is checked. A cancellation ends the work.
 
         The model sees the message of a `ToolError`; of other exceptions, it sees only the type.
         """
@@ -180,7 +180,7 @@ def picture_type(part: ContentPart) -> str:
 
 
 def output_text(output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({})) -> str:
-    """Return the output as text of at most `max_chars` (at least 1) characters; a truncated text ends with a note.
+    """Return the output as text of at most `max_chars` (at least 1) characters; a truncated text ends as in `cut`.
 
     Images, audio and other data appear as kind and size; structured output appears as JSON if there is no text.
     `faults` are additional remarks on parts, by the index of the part.
@@ -221,7 +221,7 @@ def output_pieces(
 
 
 def cut(text: str, max_chars: int) -> str:
-    """Return the text, or its beginning and a note with its whole length."""
+    """Return the text, or its beginning and, if there is space, a note with its whole length."""
     if len(text) <= max_chars:
         return text
     note = f"\n[cut: the whole output has {len(text)} characters]"
