@@ -66,7 +66,7 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
     """Return the fields of `McpServerConfig` that an entry sets, except the name.
 
     Raises:
-        ConfigError: two keys set the same field, or a value has the wrong type for its field.
+        ConfigError: two keys set the same field, a value is invalid, a sandbox is requested, or `envFile` is unusable.
     """
     checks = Checks(server)
     if not isinstance(mapping, Mapping):
