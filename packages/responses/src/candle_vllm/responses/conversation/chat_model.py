@@ -41,7 +41,7 @@ class Eyes(Protocol):
 
 
 def eyes_of(model: ChatModel) -> Eyes | None:
-    """Return the attribute `eyes` of a model; None if it has none: the model then sees no images of tools."""
+    """Return the attribute `eyes` of a model; a model without it gives None, and sees no images of tools."""
     return getattr(model, "eyes", None)
 
 

@@ -145,7 +145,7 @@ class McpServerConfig(ExplainedSettings):
         return f"McpServerConfig({', '.join(f'{name}={value!r}' for name, value in self.masked().items())})"
 
     def _check_target(self, checks: server_values.Checks) -> None:
-        """Check that exactly one of `command` and `url` is set, and no setting for the other; set a command's transport."""
+        """Check that exactly one of `command` and `url` is set, and that no setting is only for the other one."""
         if (self.command is None) == (self.url is None):
             checks.fail("command", "or url must be given, and not both")
         if self.transport is not None and self.transport not in get_args(Transport):

@@ -78,7 +78,7 @@ class Variables:
         self._answers: dict[str, str | None] = {}
 
     def expand(self, text: str, where: str) -> str:
-        """Return the text with its expressions replaced; ConfigError if one is invalid or has no value, or for a long text.
+        """Return the expanded text; ConfigError if an expression is invalid or has no value, or the result is too long.
 
         `where` names server and key for messages, which show at most the expression at fault.
         """
