@@ -224,7 +224,7 @@ def masked_arguments(arguments: Iterable[str]) -> list[str]:
             shown.append(_VALUE.sub(rf"\1{MASK}", argument, count=1))
         else:
             shown.append(masked_url(argument) if "://" in argument else argument)
-        follows = secret and not follows and argument.startswith("-") and not _VALUE.search(argument)
+        follows = secret and argument.startswith("-") and not _VALUE.search(argument)
     return shown
 
 
