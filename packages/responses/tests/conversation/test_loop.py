@@ -353,6 +353,8 @@ class TestClientTools:
         assert caught.value.param == "tools.0.function.name"
         with pytest.raises(InvalidParameterError, match="must be a text"):
             await Bench("x").run(client_tools=[{"type": "web_search"}])
+        with pytest.raises(InvalidParameterError, match="must be a text"):
+            await Bench("x").run(client_tools=["ask_user"])
 
 
 async def test_a_forced_choice_holds_for_the_first_turn() -> None:

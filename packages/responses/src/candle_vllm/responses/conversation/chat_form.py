@@ -191,7 +191,7 @@ def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry)
     """Return the names of the caller's tools; InvalidParameterError if one is missing or a tool here has it."""
     names: set[str] = set()
     for number, tool in enumerate(client_tools):
-        function = tool.get("function")
+        function = tool.get("function") if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):
             raise InvalidParameterError(f"tools.{number}.function.name must be a text", f"tools.{number}.function.name")
