@@ -250,7 +250,7 @@ class _Conversation:
             try:
                 answer = await stack.enter_async_context(self._model.stream(request))
             except PromptTooLongError:
-                if not self._turns or isinstance(request, Task) or not _LIMITS & request.keys():
+                if not self._transcript.grew or isinstance(request, Task) or not _LIMITS & request.keys():
                     raise
                 # The results of tools left fewer tokens: now the end of the context is the limit.
                 request = {name: value for name, value in request.items() if name not in _LIMITS}
