@@ -163,8 +163,11 @@ async def test_logprobs_are_kept() -> None:
          [{"function": {"arguments": '{"a": 2}'}}]],
         [[{"index": 0, "id": "a", "function": {"name": "add", "arguments": '{"a": 1}'}}],
          [{"index": 0, "id": "b", "function": {"name": "add", "arguments": '{"a": 2}'}}]],
+        [[{"id": "a", "function": {"name": "add", "arguments": '{"a": '}}],
+         [{"id": "a", "function": {"name": "add", "arguments": "1}"}}],
+         [{"id": "b", "function": {"name": "add", "arguments": '{"a": 2}'}}]],
     ],
-    ids=["whole", "objects without index and id", "pieces without index and id", "all under index 0"],
+    ids=["whole", "objects without index and id", "pieces without index and id", "all under index 0", "only ids"],
 )  # fmt: skip
 async def test_calls_of_all_kinds(deltas: list[Any]) -> None:
     def add(a: int) -> int:

@@ -153,8 +153,9 @@ class _Choice:
     def _index_of(self, call: dict[str, Any], name: str) -> int:
         """Return the index in `_calls` for a delta; a name with another id under a known index begins a new call."""
         index, given = call.get("index"), _text(call, "id") or ""
-        if not isinstance(index, int):  # a name begins a call, any other delta continues the last one
-            index = self._next_index if name else max(self._next_index - 1, 0)
+        if not isinstance(index, int):  # a name begins a call, except with the id of the last one, which goes on
+            same = given != "" and bool(self._calls) and self._calls[-1].given_id == given
+            index = self._next_index if name and not same else max(self._next_index - 1, 0)
         self._next_index = max(self._next_index, index + 1)
         known = self._indices.get(index)
         if known is not None and not (name and given and given != self._calls[known].given_id):
