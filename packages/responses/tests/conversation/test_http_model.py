@@ -266,6 +266,7 @@ async def test_a_busy_server_is_asked_again(waits: list[float], caplog: pytest.L
     ("answers", "asked"),
     [
         ([(503, {"retry-after": "nan"})] * 5, 5),
+        ([(503, {"retry-after": "Mon, 01 Jan 99999999999 00:00:00 GMT"})] * 5, 5),
         ([(429, {"retry-after": "3600"})], 1),
         ([(400, {"retry-after": "1"})], 1),
         ([httpx2.ConnectError("refused")], 1),

@@ -309,7 +309,7 @@ def _wait_of(header: str | None, default: float) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header or "").timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return default
     return max(seconds, 0.0) if math.isfinite(seconds) else default
 
