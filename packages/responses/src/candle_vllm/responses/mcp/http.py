@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_BODY = 10 * 1024 * 1024  # bytes of a response that is no event stream, or of an event; for the SSE transport, 1 MB
 _WRITE_SECONDS = 30.0
-_NOTICE_SECONDS = 10.0  # for the answer to a notification; while the SDK awaits it, no other message is sent
+_NOTICE_SECONDS = 10.0  # to accept a notification or a response; meanwhile, the SDK sends no other message
 _LEAVE_SECONDS = 3.0  # for the answer to the request that ends a session
 _RESOLVE_SECONDS = 10.0
 _MAX_ADDRESSES = 4  # addresses of one name that are tried
@@ -179,14 +179,14 @@ def _content(request: httpx2.Request) -> bytes:
 
 
 def _is_notice(body: bytes) -> bool:
-    """Whether a body is a JSON-RPC message without an id (notification); a long body counts as a request."""
+    """Whether a body is a JSON-RPC notification or response, which gets no response; False for a long body."""
     if len(body) > 4096:
         return False
     try:
         message = msgspec.json.decode(body)
     except msgspec.DecodeError:
         return False
-    return isinstance(message, dict) and "id" not in message
+    return isinstance(message, dict) and not ("id" in message and "method" in message)
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
