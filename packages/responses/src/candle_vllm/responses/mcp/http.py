@@ -82,7 +82,7 @@ def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
     They are the user and password in its address (Basic), or an OAuth token, which is requested when the server asks
     for one, and again when it has expired.
     """
-    if not config.url:
+    if not (config.url and config.enabled):
         return None
     if isinstance(config.auth, OAuthClient):
         with warnings.catch_warnings():
