@@ -138,6 +138,11 @@ async def test_usage_where_it_is_given() -> None:
     assert (result.usage.prompt_tokens, result.usage.reasoning_tokens) == (0, 3)
 
 
+async def test_a_refusal_is_text() -> None:
+    chunks = [delta(content=None, refusal="I can"), delta(refusal="not."), delta("stop")]
+    assert (await said(answering(sse(*chunks))))[0].final_message == "I cannot."
+
+
 async def test_thoughts_under_either_name() -> None:
     stream = sse(delta(reasoning="a"), delta(reasoning_content="b"), delta("stop", content="c"))
     _, bench = await said(answering(stream))

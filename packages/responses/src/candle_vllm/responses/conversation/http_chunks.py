@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Convert the JSON chunks of a chat stream to events, and tolerate the differences of OpenAI-compatible servers.
 
-The reader accepts: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls in one chunk
-or in every chunk, whole calls in one chunk, several calls with one index, calls without index, id or name, usage
-without details. A missing value gets a neutral default.
+The reader accepts: `reasoning` for `reasoning_content`, content as a list of parts or as `refusal`, names and ids of
+calls in one chunk or in every chunk, whole calls in one chunk, several calls with one index, calls without index, id or
+name, usage without details. A missing value gets a neutral default.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class _Choice:
         if thoughts := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
             events.append(Thought(self._number, thoughts))
         content, logprobs = _content(delta.get("content")), _logprobs(choice.get("logprobs"))
+        content = content or _text(delta, "refusal") or ""
         if content or logprobs:
             events.append(Text(self._number, content, None, logprobs))
         for call in _list(delta, "tool_calls"):
