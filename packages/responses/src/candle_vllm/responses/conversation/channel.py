@@ -68,10 +68,9 @@ AGAIN = 2.0  # seconds after which a cancelled task that has not ended is cancel
 
 
 async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again: float = AGAIN) -> None:
-    """Cancel a task, and return when it has ended; its error, if any, is not raised.
+    """Cancel a task, and wait for its end; its error is not raised, a cancellation of the caller is, at the end.
 
-    It is cancelled again every `again` seconds; after `patience` seconds it is abandoned, and that is logged. A
-    cancellation of the caller is raised at the end.
+    It is cancelled again every `again` seconds; after `patience` seconds it is abandoned, and that is logged.
     """
     now = asyncio.get_running_loop().time
     deadline = now() + patience
