@@ -138,6 +138,11 @@ async def test_usage_where_it_is_given() -> None:
     assert (result.usage.prompt_tokens, result.usage.reasoning_tokens) == (0, 3)
 
 
+async def test_a_refusal_is_text() -> None:
+    chunks = [delta(content=None, refusal="I can"), delta(refusal="not."), delta("stop")]
+    assert (await said(answering(sse(*chunks))))[0].final_message == "I cannot."
+
+
 async def test_thoughts_under_either_name() -> None:
     stream = sse(delta(reasoning="a"), delta(reasoning_content="b"), delta("stop", content="c"))
     _, bench = await said(answering(stream))
@@ -163,8 +168,11 @@ async def test_logprobs_are_kept() -> None:
          [{"function": {"arguments": '{"a": 2}'}}]],
         [[{"index": 0, "id": "a", "function": {"name": "add", "arguments": '{"a": 1}'}}],
          [{"index": 0, "id": "b", "function": {"name": "add", "arguments": '{"a": 2}'}}]],
+        [[{"id": "a", "function": {"name": "add", "arguments": '{"a": '}}],
+         [{"id": "a", "function": {"name": "add", "arguments": "1}"}}],
+         [{"id": "b", "function": {"name": "add", "arguments": '{"a": 2}'}}]],
     ],
-    ids=["whole", "objects without index and id", "pieces without index and id", "all under index 0"],
+    ids=["whole", "objects without index and id", "pieces without index and id", "all under index 0", "only ids"],
 )  # fmt: skip
 async def test_calls_of_all_kinds(deltas: list[Any]) -> None:
     def add(a: int) -> int:
@@ -263,6 +271,7 @@ async def test_a_busy_server_is_asked_again(waits: list[float], caplog: pytest.L
     ("answers", "asked"),
     [
         ([(503, {"retry-after": "nan"})] * 5, 5),
+        ([(503, {"retry-after": "Mon, 01 Jan 99999999999 00:00:00 GMT"})] * 5, 5),
         ([(429, {"retry-after": "3600"})], 1),
         ([(400, {"retry-after": "1"})], 1),
         ([httpx2.ConnectError("refused")], 1),

@@ -179,6 +179,9 @@ async def test_results_of_tools_leave_a_later_turn_the_rest_of_the_context(name:
     result = await bench.run()
     assert (result.final_message, result.stop_reason) == ("Noon.", "stop")
     assert [request.params.max_tokens for request in bench.engine.requests] == [most, None]
+    asked = [user("go"), *bench.added[:1]]  # the call is open, and runs before the first turn of the next run
+    later = Bench("Noon.", tools=[clock], request={name: most})
+    assert (await later.run(asked)).final_message == "Noon."
 
 
 async def test_max_turns() -> None:
@@ -353,6 +356,8 @@ class TestClientTools:
         assert caught.value.param == "tools.0.function.name"
         with pytest.raises(InvalidParameterError, match="must be a text"):
             await Bench("x").run(client_tools=[{"type": "web_search"}])
+        with pytest.raises(InvalidParameterError, match="must be a text"):
+            await Bench("x").run(client_tools=["ask_user"])
 
 
 async def test_a_forced_choice_holds_for_the_first_turn() -> None:

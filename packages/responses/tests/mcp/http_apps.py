@@ -151,7 +151,7 @@ def scripted_app(mode: str, seen: Seen) -> Starlette:
         if mode == "redirect":
             return Response(status_code=307, headers={"location": "http://elsewhere.invalid/mcp?key=1"})
         message = json.loads(await request.body())
-        if mode == "hang":
+        if mode == "hang" or "method" not in message:  # a response to the server's ping
             await asyncio.sleep(1000)
         if "id" not in message:
             return Response(status_code=202)
@@ -187,6 +187,10 @@ def scripted_app(mode: str, seen: Seen) -> Starlette:
             return StreamingResponse(endless(b"x" * MEGA), media_type="application/json")
         if mode == "endless-events":
             return StreamingResponse(endless(b"data: " + b"x" * MEGA), media_type="text/event-stream")
+        if mode == "pings":
+            ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+            events = "".join(f"data: {json.dumps(one)}\n\n" for one in (ping, done))
+            return Response(events, media_type="text/event-stream")
         if mode == "status":
             return PlainTextResponse("broken", 500)
         if mode == "no-json":

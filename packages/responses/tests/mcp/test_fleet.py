@@ -40,7 +40,7 @@ async def test_servers_together(scripted: Scripted, serve: Any, config: Any, not
     configs = [
         scripted("plain", name="one"),
         config("two", url=server.url),
-        scripted("plain", name="off", enabled=False),
+        config("off", url="http://[${HOST}]/mcp", auth="${TOKEN}", enabled=False),  # as variables that are not set stay
         scripted("plain", name="bad", command="no-such-command"),
     ]
     async with McpFleet(configs, registry) as fleet:

@@ -278,6 +278,18 @@ async def test_replies_that_cannot_be_read(serve: Serve, config: Config, seen: S
         assert link.state == "ready"
 
 
+async def test_a_server_that_does_not_accept_the_response_to_its_ping(
+    serve: Serve, config: Config, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it does, the SDK sends nothing else."""
+    monkeypatch.setattr(http, "_NOTICE_SECONDS", 0.2)
+    async with McpLink(config(url=serve(lambda: scripted_app("pings", seen)).url)) as link:
+        await link.call("echo", {})
+        await until(lambda: link.state == "ready" and link.reconnects == 1)
+        await link.call("echo", {})
+    assert seen.calls == 2
+
+
 @pytest.mark.parametrize(
     ("mode", "why"),
     [

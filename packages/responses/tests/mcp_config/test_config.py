@@ -290,6 +290,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"a": {"url": "http://h", "type": "stdio"}}, "transport does not fit: the server has a url"),
     ({"a": {"url": "http://h", "env": {"A": "b"}}}, "env cannot be used: the server has a url"),
     ({"a": {"url": "http://h", "envFile": "e"}}, "envFile cannot be used"),
+    ({"a": {"envFile": "none.env"}}, "none.env does not exist"),
     ({"a": {"url": "ftp://h"}}, "url must be an address with http"),
     ({"a": {"url": "http://"}}, "url must be an address"),
     ({"a": {"url": "http://h:99999/"}}, "url must be an address"),

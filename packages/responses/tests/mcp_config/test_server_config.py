@@ -132,6 +132,11 @@ def test_what_is_not_secret_is_shown() -> None:
     }
 
 
+def test_the_value_of_an_option_is_masked_behind_another_option() -> None:
+    server = McpServerConfig(name="a", command="x", args=["--no-auth", "--api-key", "hunter2", "plain"])
+    assert server.masked()["args"] == ["--no-auth", "***", "***", "plain"]
+
+
 @pytest.mark.parametrize("server", secretive()[:4], ids=lambda server: server.name)
 def test_encoders_refuse_it(server: McpServerConfig) -> None:
     """Only `masked()` makes JSON: an encoder that walks the fields does not get through."""

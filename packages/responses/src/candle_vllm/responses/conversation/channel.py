@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class EventChannel(Generic[T]):
-    """Channel of about `size` events; a sender beyond that waits until the reader has taken some.
+    """Channel of `size` events; the sender of a further event adds it, and waits until the reader has taken some.
 
     Unlike a queue, it can be closed at any time, also by a synchronous callback; the reader then gets the remaining
     events, and the end or the error.
@@ -52,7 +52,7 @@ class EventChannel(Generic[T]):
         while not self._events:
             if self._closed:
                 if self._errors:
-                    raise self._errors.pop()  # the error refers to this channel
+                    raise self._errors.pop()  # popped, because its traceback refers to this channel
                 return None
             self._news.clear()
             await self._news.wait()
@@ -64,11 +64,11 @@ class EventChannel(Generic[T]):
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds after which a task that does not end is abandoned
-AGAIN = 2.0  # seconds after which a task that suppressed its cancellation is cancelled again
+AGAIN = 2.0  # seconds after which a cancelled task that has not ended is cancelled again
 
 
 async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again: float = AGAIN) -> None:
-    """Cancel a task, and return when it has ended; its error, if any, is not raised.
+    """Cancel a task, and wait for its end; its error is not raised, a cancellation of the caller is, at the end.
 
     It is cancelled again every `again` seconds; after `patience` seconds it is abandoned, and that is logged.
     """

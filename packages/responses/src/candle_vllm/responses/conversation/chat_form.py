@@ -28,7 +28,7 @@ class ChatTranscript(Transcript):
     """A conversation whose first messages were given in OpenAI's format; they are copied and not changed.
 
     Raises:
-        InvalidParameterError: an entry is no message or not JSON, or the calls of the last turn are malformed.
+        InvalidParameterError: `messages` is no list of JSON objects, or an id or a call in it is invalid.
     """
 
     def __init__(self, messages: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -47,7 +47,7 @@ class ChatTranscript(Transcript):
         self, fields: Mapping[str, Any], client_tools: Sequence[Mapping[str, Any]], tools: Sequence[ToolDefinition],
         *, first: bool,
     ) -> dict[str, Any]:  # fmt: skip
-        """Return the chat request of the next turn: `fields` with the messages and the tools."""
+        """Return the next turn's chat request: `fields`, messages and tools; only the `first` turn can force a call."""
         request: dict[str, Any] = {**fields, "messages": self.messages}
         if tools or client_tools:
             request["tools"] = [*(one.to_openai() for one in tools), *map(dict, client_tools)]
@@ -70,7 +70,7 @@ def _limit(thinking: ThinkingLimit | None) -> dict[str, Any]:
 
 
 def chat_message(message: Message) -> ChatMessage:
-    """Convert a message of a task to OpenAI's format; content is null if it has only reasoning or calls."""
+    """Convert a message of a task to OpenAI's format; content is null if the message has only reasoning or calls."""
     content = _content(message.parts)
     written: ChatMessage = {"role": message.role, "content": content}
     if message.thoughts:
@@ -188,10 +188,10 @@ def _free_choice(choice: Any) -> Any:
 
 
 def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
-    """Return the names of the caller's tools; InvalidParameterError if a tool that runs here has one of them."""
+    """Return the names of the caller's tools; InvalidParameterError if one is missing or a tool here has it."""
     names: set[str] = set()
     for number, tool in enumerate(client_tools):
-        function = tool.get("function")
+        function = tool.get("function") if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):
             raise InvalidParameterError(f"tools.{number}.function.name must be a text", f"tools.{number}.function.name")

@@ -19,7 +19,7 @@ class ChatModel(Protocol):
     def stream(self, request: Task | Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """Open the events of one answer; see `candle_vllm.openai.events`. Leaving the context early aborts the request.
 
-        A request of a library user, in OpenAI's format, is passed on unchanged to the code that parses it.
+        A request that is not a `Task` has the fields of a chat completion request; the model checks them.
 
         Raises:
             CandleVllmError: the request is invalid, or the model failed.
@@ -32,7 +32,7 @@ class Eyes(Protocol):
 
     @property
     def max_images(self) -> int:
-        """Maximum number of images in all messages of a turn; 0 if the model reads only text."""
+        """Maximum number of images in the messages of a request; 0 if the model reads only text."""
         ...
 
     async def try_picture(self, data: bytes) -> None:
@@ -41,7 +41,7 @@ class Eyes(Protocol):
 
 
 def eyes_of(model: ChatModel) -> Eyes | None:
-    """Return the image input (`eyes`) of a model; None if it reads no images."""
+    """Return the attribute `eyes` of a model; a model without it gives None, and sees no images of tools."""
     return getattr(model, "eyes", None)
 
 

@@ -33,7 +33,7 @@ class ReasoningDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A delta of the answer; `logprobs` are OpenAI's entries for its tokens, if the request asked for them."""
+    """A delta of the answer, with OpenAI's `logprobs` if requested; those of reasoning and calls have no `text`."""
 
     text: str
     logprobs: tuple[Any, ...] = ()
@@ -94,7 +94,7 @@ class ToolProgressed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A call has a result, also if it did not run (unknown tool, invalid arguments, denied).
 
-    `shown` are the parts that the model sees in place of the result's text, if the result has images.
+    `shown` are the parts that the model sees in place of the result's text, if it sees an image; otherwise empty.
     """
 
     result: ToolResult

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Convert the JSON chunks of a chat stream to events, and tolerate the differences of OpenAI-compatible servers.
 
-The reader accepts: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls in one chunk
-or in every chunk, whole calls in one chunk, several calls with one index, calls without index, id or name, usage
-without details. A missing value gets a neutral default.
+The reader accepts: `reasoning` for `reasoning_content`, content as a list of parts or as `refusal`, names and ids of
+calls in one chunk or in every chunk, whole calls in one chunk, several calls with one index, calls without index, id or
+name, usage without details. A missing value gets a neutral default.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class _Choice:
         if thoughts := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
             events.append(Thought(self._number, thoughts))
         content, logprobs = _content(delta.get("content")), _logprobs(choice.get("logprobs"))
+        content = content or _text(delta, "refusal") or ""
         if content or logprobs:
             events.append(Text(self._number, content, None, logprobs))
         for call in _list(delta, "tool_calls"):
@@ -153,8 +154,9 @@ class _Choice:
     def _index_of(self, call: dict[str, Any], name: str) -> int:
         """Return the index in `_calls` for a delta; a name with another id under a known index begins a new call."""
         index, given = call.get("index"), _text(call, "id") or ""
-        if not isinstance(index, int):  # a name begins a call, any other delta continues the last one
-            index = self._next_index if name else max(self._next_index - 1, 0)
+        if not isinstance(index, int):  # a name begins a call, except with the id of the last one, which goes on
+            same = given != "" and bool(self._calls) and self._calls[-1].given_id == given
+            index = self._next_index if name and not same else max(self._next_index - 1, 0)
         self._next_index = max(self._next_index, index + 1)
         known = self._indices.get(index)
         if known is not None and not (name and given and given != self._calls[known].given_id):

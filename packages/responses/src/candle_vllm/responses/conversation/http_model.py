@@ -40,7 +40,7 @@ class ModelServerError(CandleVllmError):
     """The server cannot be reached, fails, refuses the key, has no such model, or sends an invalid answer.
 
     Attributes:
-        status: HTTP status of the answer; None without an answer.
+        status: HTTP status of the answer, or of an error in its stream; None if the failure has no status.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -64,7 +64,7 @@ class ModelServerRequestError(RequestError):
     """The server refuses the request.
 
     Attributes:
-        status: 400 to 499.
+        status: 400 to 499, except 401, 403, 404 and 429, which are other errors.
         code: the server's error code, or None.
     """
 
@@ -126,13 +126,13 @@ class HttpModel:
     Args:
         base_url: the URL before `/chat/completions`, such as `http://127.0.0.1:2000/v1`.
         api_key: key that is sent as `Authorization: Bearer`; error messages never contain it.
-        model: model name in the requests; None uses the first model that the server lists.
-        connect_timeout: timeout of a connection in seconds.
+        model: model name for requests that name none; None uses the first model that the server lists.
+        connect_timeout: seconds to connect.
         read_timeout: seconds to wait for the first byte of the answer, and for each following byte.
         transport: transport for the requests; None uses the network.
 
     Raises:
-        ConfigError: the URL is not an http or https URL, or the key cannot be sent.
+        ConfigError: the URL is not an http or https URL, or has a user, query or fragment; or the key cannot be sent.
     """
 
     def __init__(
@@ -172,9 +172,9 @@ class HttpModel:
         """Yield the events of the answer; leaving the context closes the connection, so that the server stops.
 
         Raises:
-            RequestError: the server refuses the request; `ModelServerRequestError` has the status.
-            EngineOverloadedError: the server was busy at every try; retries follow `Retry-After`.
-            ModelServerError: any other failure, before the first event or between events.
+            RequestError: a chat request cannot express `request`, or the server refuses it (`ModelServerRequestError`).
+            EngineOverloadedError: the server was busy at every try, or its `Retry-After` exceeds 120 seconds.
+            CandleVllmError: any other failure, before the first event or between events; mostly a `ModelServerError`.
         """
         self._check_open()
         fields = chat_request(request) if isinstance(request, Task) else request
@@ -309,7 +309,7 @@ def _wait_of(header: str | None, default: float) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header or "").timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return default
     return max(seconds, 0.0) if math.isfinite(seconds) else default
 

@@ -39,7 +39,7 @@ WHOLE = "The answer was cut at {} behind this call, so it did not run."
 
 
 class Ask(Protocol):
-    """Makes the request of the next turn; `tools` are the tools that this process runs."""
+    """Makes the request of the next turn; `tools` run in this process, `first` is whether it is the first turn."""
 
     def __call__(self, tools: Sequence[ToolDefinition], /, *, first: bool) -> Task | Mapping[str, Any]: ...
 
@@ -64,7 +64,7 @@ class RepeatWatch:
 
 
 def _canonical(arguments: str) -> str:
-    """Return JSON arguments with sorted names and without white space; return other text unchanged."""
+    """Return JSON arguments with sorted names and uniform white space; return other text unchanged."""
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
     except (ValueError, RecursionError):
@@ -118,7 +118,7 @@ class ConversationLoop:
 
         Raises:
             RequestError: a message, tool or option is invalid, or the conversation is too long.
-            CandleVllmError: the model failed; running tools have been ended.
+            CandleVllmError: the model failed, or `aclose` was called; running tools have been ended.
         """
         transcript = messages if isinstance(messages, ChatTranscript) else ChatTranscript(messages)
         ask = partial(transcript.request, self._options.request, client_tools)
@@ -234,7 +234,7 @@ class _Conversation:
         return reason
 
     async def _run_calls(self) -> StopReason | None:
-        """Run the open calls; return the reason if the conversation ends with them, otherwise None."""
+        """Run the open calls; return the reason if the conversation ends after them, otherwise None."""
         calls = self._transcript.open_calls
         reason = await self._calls.run(calls)
         if reason is None and self._repeats.is_loop(self._calls.of_turn(calls)):
@@ -250,7 +250,7 @@ class _Conversation:
             try:
                 answer = await stack.enter_async_context(self._model.stream(request))
             except PromptTooLongError:
-                if not self._turns or isinstance(request, Task) or not _LIMITS & request.keys():
+                if not self._transcript.grew or isinstance(request, Task) or not _LIMITS & request.keys():
                     raise
                 # The results of tools left fewer tokens: now the end of the context is the limit.
                 request = {name: value for name, value in request.items() if name not in _LIMITS}

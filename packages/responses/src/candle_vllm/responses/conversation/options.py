@@ -29,7 +29,7 @@ _LoopEnd = Literal[
 if TYPE_CHECKING:
     StopReason = FinishReason | _LoopEnd  # a `FinishReason` of the last answer, or the loop's own reason
 else:
-    StopReason = str  # msgspec decodes no union of texts; a decoded reason equals the member
+    StopReason = str  # msgspec cannot decode the union; a decoded text equals the enum member
 
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
 
@@ -55,7 +55,7 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
             refuses a name without a matching tool.
         max_tool_calls: maximum number of calls that run, 0 to 10000; None sets no limit.
         timeout: seconds for the whole conversation; None sets no limit.
-        approval: policy that decides which calls need an approval; None follows the MCP servers' `auto_approve`.
+        approval: policy for calls that no server's `auto_approve` matches; None requires an approval for MCP tools.
         parallel_tools: maximum number of calls of one turn that run concurrently.
         tool_timeout: seconds for one call; None means the tool's own timeout, or 60.
         max_result_chars: characters of a tool's text that the model sees; a longer text is truncated, with a note.
@@ -104,7 +104,7 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
 
 
 class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of all turns; each turn counts its whole prompt. `cached_tokens` were in the prefix cache.
+    """Tokens of one turn or of all; each turn counts its whole prompt. `cached_tokens` were in the prefix cache.
 
     Attributes:
         draft_tokens, accepted_draft_tokens: draft tokens that were verified, and those that were accepted.
@@ -133,7 +133,7 @@ class ConversationResult(msgspec.Struct, frozen=True, kw_only=True):
         final_message: text of the model's last turn.
         tool_calls: results in the order of the calls; beyond 64 MB of output, only with the text that the model saw.
         completed: whether `stop_reason` is STOP.
-        pending: calls without a result: calls that the caller runs, that wait for an approval, or that exceed a limit.
+        pending: calls without a result: the caller runs them, they wait for an approval, or a limit was reached first.
     """
 
     final_message: str

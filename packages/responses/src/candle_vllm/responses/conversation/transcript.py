@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Transcript: the messages that a conversation adds, and only messages that really occurred.
+"""Transcript: the messages that a conversation adds.
 
-An assistant message with calls is *open* until every call has its tool message. A call that has begun is never open
-afterwards: if its result is lost (by a timeout or a cancellation), a tool message reports that, because a second run
-could repeat its effects. A call that has not begun remains open and may run later.
+A call is *open* until it has a result. When a run ends, no call that has begun is open: if its result is lost (by a
+timeout or a cancellation), a tool message reports that, because running it again could repeat its effects. A call that
+has not begun remains open and may run later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Transcript:
     Args:
         open_calls: open calls of the last given assistant message, in its order.
         call_ids: ids of all calls in the given messages.
-        images: number of images in all messages; also an attribute, which callers increase with images of results.
+        images: number of images in the given messages; also an attribute, to which callers add images of results.
     """
 
     def __init__(self, open_calls: Sequence[ToolCall] = (), call_ids: Iterable[str] = (), images: int = 0) -> None:
@@ -67,7 +67,7 @@ class Transcript:
         self._begun.add(call.id)
 
     def add_result(self, result: ToolResult, parts: tuple[Part, ...] = ()) -> None:
-        """Add a result, in the order of the calls; `parts` replace its text for the model if there are images."""
+        """Add the result of an open call, in any order; non-empty `parts` replace its text for the model."""
         assert result.call.id in {call.id for call in self.open_calls}, "the call is not open"
         self._results[result.call.id] = parts or (TextPart(result.text),)
 

@@ -26,7 +26,7 @@ from candle_vllm.responses.tools.approval import Approval, decide
 from candle_vllm.responses.tools.execution import Checked, check, denied, run, unknown_text
 from candle_vllm.responses.tools.registry import ToolRegistry
 
-MAX_PICTURES = 64 << 20  # base64 characters of all images that a model sees in one conversation
+MAX_PICTURES = 64 << 20  # base64 characters of all images of results that a model sees in one run
 MAX_KEPT = 64 << 20  # characters of output in the results; further results have only the text that the model saw
 
 
@@ -60,12 +60,12 @@ class Decisions(NamedTuple):
 
 
 class ShownPictures:
-    """Images of results: the model sees the images that it can decode, and for each other image a reason.
+    """Images of results: the model sees those that it can decode within the limits, and a reason for each other image.
 
     Images are decoded before they are added to the conversation, because an invalid image would make later turns fail.
 
     Args:
-        eyes: image input of the model; None shows no images.
+        eyes: image input of the model; with None, or a limit of 0 images, results are not changed.
         transcript: counts the images of the conversation.
         max_chars: maximum number of characters of a result's text.
     """

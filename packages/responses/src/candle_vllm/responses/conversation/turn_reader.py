@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """TurnReader: converts the events of one answer to the conversation's events, and at the end to the whole message.
 
-Invalid ids of calls, and ids that an earlier turn used, are replaced.
+Invalid ids of calls, and ids that an earlier call has, are replaced.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Growing:
 class TurnReader:
     """Reads one answer: turn `number`. `used_ids` are ids of earlier calls, which no new call may have.
 
-    With `measures`, there is a `TurnMeasured` event for each `Usage`.
+    Each `Progress` gives a `TurnMeasured` event; with `measures`, each `Usage` does as well.
     """
 
     def __init__(self, number: int, used_ids: Collection[str] = (), *, measures: bool = False) -> None:
@@ -49,7 +49,7 @@ class TurnReader:
         self._usage = ConversationUsage()
 
     def read(self, event: answer.Event) -> list[events.Event]:
-        """Return the new events; raises `CandleVllmError` if the answer exceeds the limits."""
+        """Return the new events of choice 0; raises `CandleVllmError` if the answer exceeds the limits."""
         if isinstance(event, answer.Usage):
             self._usage = _usage(event)
             return [events.TurnMeasured(counts=event)] if self._measures else []
@@ -105,7 +105,7 @@ class TurnReader:
         parts.append(text)
 
     def message(self) -> Message:
-        """Return the message so far, in the form that a task needs."""
+        """Return the message so far, as a message of a task."""
         calls = (call for _, call in sorted(self._calls.items()))
         return Message(
             role="assistant",

@@ -128,9 +128,9 @@ def load_mcp_config(
     """Read mcp.json. `cwd` and `envFile` are relative to the file's folder. Disabled servers may have unset variables.
 
     Args:
-        path: path of the file; None searches for one (`find_mcp_config`), and without a file there are no servers.
+        path: path of the file, relative to `workspace`; None searches for one, and without one there are no servers.
         environ: environment for `${NAME}` and `MCP_INPUT_<ID>`; None uses this process's environment.
-        workspace: value of `${workspaceFolder}`, and the folder to search for a file; None means the working folder.
+        workspace: value of `${workspaceFolder}`, and `folder` of `find_mcp_config`; None means the working folder.
         inputs: answers to `${input:id}`: a mapping, or a function that is called once for each id.
 
     Raises:

@@ -84,7 +84,7 @@ class McpConnection:
 
     @property
     def status(self) -> int | None:
-        """The last HTTP status; None without HTTP."""
+        """The last HTTP status, or None."""
         return self._opening.status
 
     async def open(self, seconds: float) -> bool:
@@ -112,7 +112,7 @@ class McpConnection:
 
         Raises:
             ConnectionLostError: the connection ended first, or was closed.
-            TimeoutError: the request took longer; it was cancelled, and up to 1 s given to notify the server.
+            TimeoutError: the request took more than `seconds`, and then up to 1 second to notify the server.
         """
         if self.is_down:
             work.close()

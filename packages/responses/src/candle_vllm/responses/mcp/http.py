@@ -23,18 +23,18 @@ from candle_vllm.responses.mcp.server_values import OAuthClient
 if TYPE_CHECKING:
     from mcp.shared.auth import OAuthClientInformationFull, OAuthToken
 
-MAX_BODY = 10 * 1024 * 1024  # bytes of a response that is no event stream, or of an event; over SSE, the SDK's 1 MB
+MAX_BODY = 10 * 1024 * 1024  # bytes of a response that is no event stream, or of an event; for the SSE transport, 1 MB
 _WRITE_SECONDS = 30.0
-_NOTICE_SECONDS = 10.0  # for the answer to a notification; while the SDK awaits it, no other message is sent
+_NOTICE_SECONDS = 10.0  # to accept a notification or a response; meanwhile, the SDK sends no other message
 _LEAVE_SECONDS = 3.0  # for the answer to the request that ends a session
 _RESOLVE_SECONDS = 10.0
 _MAX_ADDRESSES = 4  # addresses of one name that are tried
 _PORTS = {"http": 80, "https": 443}
-_tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities blocks the event loop for 33 ms
+_tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities blocks the event loop for tens of ms
 
 
 class _Client(httpx2.AsyncClient):
-    """Calls `failed` with a sentence when the server refuses a message, or a request cannot be sent."""
+    """Calls `failed` with a sentence when the server refuses a message, or a request gets no response."""
 
     def __init__(self, peer: Peer, failed: Callable[[str], None], **options: Any) -> None:
         super().__init__(**options)
@@ -53,7 +53,7 @@ class _Client(httpx2.AsyncClient):
 
 
 def http_client(peer: Peer, notes: HttpNotes, failed: Callable[[str], None] = lambda _: None) -> httpx2.AsyncClient:
-    """Return a client for one connection; `notes` sets the timeouts of reads that no caller limits."""
+    """Return a client for one connection; `notes` limits reads that no caller limits, `failed` is as in `_Client`."""
     headers = {"accept-encoding": "identity", **peer.config.headers}
     if isinstance(peer.config.auth, str):
         headers["Authorization"] = f"Bearer {peer.config.auth}"
@@ -77,12 +77,12 @@ def bare_address(url: str) -> str:
 
 
 def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
-    """Return the credentials for requests to a server, in addition to the configured headers, or None.
+    """Return the credentials for requests, in addition to the configured headers and bearer token, or None.
 
     They are the user and password in its address (Basic), or an OAuth token, which is requested when the server asks
     for one, and again when it has expired.
     """
-    if not config.url:
+    if not (config.url and config.enabled):
         return None
     if isinstance(config.auth, OAuthClient):
         with warnings.catch_warnings():
@@ -116,7 +116,7 @@ class _Memory:
 
 
 class _ClientCredentials(ClientCredentialsOAuthProvider):
-    """Requests the configured scopes; the SDK would request the scopes that the servers name."""
+    """Requests the configured scopes, if any; the SDK would request the scopes that the servers name."""
 
     def __init__(self, client: OAuthClient, url: str) -> None:
         self._scopes = " ".join(client.scopes) or None
@@ -179,14 +179,14 @@ def _content(request: httpx2.Request) -> bytes:
 
 
 def _is_notice(body: bytes) -> bool:
-    """Whether a body is a JSON-RPC message without an id (notification); a long body counts as a request."""
+    """Whether a body is a JSON-RPC notification or response, which gets no response; False for a long body."""
     if len(body) > 4096:
         return False
     try:
         message = msgspec.json.decode(body)
     except msgspec.DecodeError:
         return False
-    return isinstance(message, dict) and "id" not in message
+    return isinstance(message, dict) and not ("id" in message and "method" in message)
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
@@ -214,8 +214,8 @@ class _BoundedStream(httpx2.AsyncByteStream):
 class PublicTransport(httpx2.AsyncBaseTransport):
     """Sends requests only to public addresses; refuses a host with any other address.
 
-    It is used for servers that a client and not the operator has named. A name is looked up once, and the connection
-    goes to the address that was checked, so that a name that changes a moment later cannot lead elsewhere.
+    It is used for servers that a client and not the operator has named. A name is looked up once for each request,
+    which goes to the address that was checked, so that a name that changes a moment later cannot lead elsewhere.
     """
 
     def __init__(self) -> None:

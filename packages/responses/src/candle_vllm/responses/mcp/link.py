@@ -75,7 +75,7 @@ class McpLink:
 
     @property
     def state(self) -> LinkState:
-        """State: "ready" accepts calls; a "failed" connection is tried again, automatically or by the next call."""
+        """State: "ready" accepts calls; "failed" is tried again, at the latest by a call, unless `start` gave up."""
         return self._supervisor.state
 
     @property
@@ -85,7 +85,7 @@ class McpLink:
 
     @property
     def transport(self) -> str:
-        """Transport that the connection uses, or would use."""
+        """Transport that the connection uses, or would try first."""
         return "in process" if self._peer.server is not None else self._supervisor.transports[0]
 
     @property
@@ -125,7 +125,7 @@ class McpLink:
         return self._peer.log_lines()
 
     async def start(self, *, keep_trying: bool = False) -> None:
-        """Connect, and list the tools; does nothing for a disabled server.
+        """Connect, and list the tools; does nothing for a disabled server, or if the link is started already.
 
         If the connection fails, McpServerError is raised; with `keep_trying`, further attempts follow in the
         background.
@@ -146,7 +146,7 @@ class McpLink:
             raise McpServerError(self.name, why)
 
     async def aclose(self) -> None:
-        """End all calls, the connection, and the server's program. Further calls have no effect."""
+        """End all calls, the connection, and the server's program. Idempotent."""
         await self._supervisor.stop()
 
     async def __aenter__(self) -> McpLink:
@@ -164,7 +164,7 @@ class McpLink:
         timeout: float | None = None,
         report: Report | None = None,
     ) -> ToolOutput:
-        """Call a tool once. Errors that the server reports and invalid outputs are results with `is_error`.
+        """Call a tool. Failures that the tool reports and invalid outputs are results with `is_error`.
 
         Cancelling the coroutine notifies the server.
 
@@ -231,7 +231,7 @@ class McpLink:
             self._on_tools_changed(self)
 
     async def _connected(self, seconds: float) -> McpConnection:
-        """Return the current connection, or wait a short time for one that is being opened."""
+        """Return the current connection; without one, request one and wait for it."""
         supervisor = self._supervisor
         if supervisor.runs and not supervisor.is_ready:
             supervisor.want()
@@ -322,7 +322,7 @@ def _part(block: Any) -> ContentPart:
 
 
 class OutputChecks:
-    """Checks outputs against their schemas. A schema's checker is made at its first use, and kept until it changes."""
+    """Checks outputs against their schemas. A checker is made at its first use, and kept until its schema changes."""
 
     def __init__(self) -> None:
         self._checkers: dict[str, tuple[Any, ArgumentsChecker]] = {}

@@ -81,7 +81,7 @@ class Peer:
         return list(self._lines)
 
     def sentence(self, error: BaseException) -> str:
-        """Return a sentence: why a connection could not be opened or was lost."""
+        """Return a sentence: why a connection could not be opened or was lost, or a request failed."""
         return _cut(" ".join(self.redact(self._sentence(leaf(error))).split()), MAX_SENTENCE_CHARS)
 
     def status_sentence(self, status: int) -> str:
@@ -130,7 +130,7 @@ class Peer:
 
 
 def leaf(error: BaseException) -> BaseException:
-    """Return the most informative error of a group."""
+    """Return the most informative error of a group; another error stays unchanged."""
     leaves = list(_leaves(error))
     for kind in _INFORMATIVE:
         for one in leaves:

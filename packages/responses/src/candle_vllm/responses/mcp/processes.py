@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Child processes in process groups of their own: started, watched, and ended with all their descendants."""
+"""Child processes in process groups of their own: started, watched, and ended with their group."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ async def _end_spawned(spawning: asyncio.Future[Process]) -> None:
 
 
 async def end_process(process: Process, *, grace: float | None = None) -> None:
-    """Close the process's input, wait, and end its whole group: first with SIGTERM, then with SIGKILL.
+    """Close the process's input, wait up to `grace` seconds (None: `GRACE`), and end its group: SIGTERM, then SIGKILL.
 
-    A descendant that left the group (`setsid`) is not ended.
+    A descendant that left the group (`setsid`) is not ended; on Windows, only the process itself is.
     """
     grace = GRACE if grace is None else grace
     if process.stdin is not None:

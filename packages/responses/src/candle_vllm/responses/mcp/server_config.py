@@ -137,7 +137,7 @@ class McpServerConfig(ExplainedSettings):
         yield from self.headers.values()
         if self.auth is not None:
             yield self.auth if isinstance(self.auth, str) else self.auth.client_secret
-        parts = urlsplit(self.url or "")
+        parts = urlsplit(self.url if self.url and self.enabled else "")
         yield from (parts.username or "", parts.password or "")
         yield from (value for _, value in parse_qsl(parts.query))
 
@@ -174,7 +174,7 @@ class McpServerConfig(ExplainedSettings):
         given = [name for name in headers if name.lower() == "authorization"]
         if given:
             checks.fail("auth", f"and headers.{given[0]} both say who the client is: give one")
-        if "@" in urlsplit(self.url or "").netloc:
+        if self.enabled and "@" in urlsplit(self.url or "").netloc:
             checks.fail("auth", "and the user in url both say who the client is: give one")
         if isinstance(self.auth, server_values.OAuthClient):
             self._check_client(checks, self.auth)

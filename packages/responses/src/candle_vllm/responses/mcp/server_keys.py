@@ -66,7 +66,7 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
     """Return the fields of `McpServerConfig` that an entry sets, except the name.
 
     Raises:
-        ConfigError: two keys set the same field, or a value has the wrong type for its field.
+        ConfigError: two keys set the same field, a value is invalid, a sandbox is requested, or `envFile` is unusable.
     """
     checks = Checks(server)
     if not isinstance(mapping, Mapping):
@@ -95,7 +95,7 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
     if "cwd" in fields:
         fields["cwd"] = folder / fields["cwd"]
     if "env_file" in fields:
-        if "command" not in fields:
+        if "url" in fields:
             checks.fail(spelled["env_file"], "cannot be used: the server has a url")
         path = folder / fields.pop("env_file")
         fields["env"] = {**_read_env_file(checks, spelled["env_file"], path), **fields.get("env", {})}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Check the values of a server's settings, and mask values that may be secret; error messages never show them."""
+"""Check the values of a server's settings, and mask values that may be secret; error messages never show secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from candle_vllm.core.errors import ConfigError
 
 MAX_LABEL = 256
 MAX_TEXT = 32_768  # characters of an argument, a variable or a header
-MAX_ITEMS = 256  # arguments, variables, headers
+MAX_ITEMS = 256  # arguments, variables, headers, keys of an entry
 MAX_PATTERNS = 1000
 MAX_URL = 4096
 MAX_INSTRUCTIONS = 20_000
@@ -198,7 +198,7 @@ class OAuthClient:
 
 
 def masked_url(url: str) -> str:
-    """Return the address with user, password, and the values of its query masked."""
+    """Return the address with user, password, and the values of its query masked, without its fragment."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -210,7 +210,7 @@ def masked_url(url: str) -> str:
 
 
 def masked_arguments(arguments: Iterable[str]) -> list[str]:
-    """Return a command's arguments; mask an argument if it, or the option before it, has a word such as "token".
+    """Return a command's arguments; mask a value in or after one such as "--token", and addresses (`masked_url`).
 
     Other secrets stay visible: `env` is safer.
     """
@@ -224,12 +224,12 @@ def masked_arguments(arguments: Iterable[str]) -> list[str]:
             shown.append(_VALUE.sub(rf"\1{MASK}", argument, count=1))
         else:
             shown.append(masked_url(argument) if "://" in argument else argument)
-        follows = secret and not follows and argument.startswith("-") and not _VALUE.search(argument)
+        follows = secret and argument.startswith("-") and not _VALUE.search(argument)
     return shown
 
 
 def redactor(secrets: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that masks the secrets, their percent-decoded forms and their single words in a text."""
+    """Return a function that masks the secrets, their percent-decoded forms and words, of 6 characters or more."""
     values: set[str] = set()
     for value in secrets:
         values |= {value, unquote(value), *value.split()}

@@ -2,9 +2,9 @@
 """Supervisor: opens the connection to an MCP server, follows changes of the tools, and reconnects when it is lost.
 
 A program that ends at the first request of the newer protocol, as servers of the Rust SDK do, is started once more for
-the older one. The delay before an attempt grows from 0.5 to 30 seconds with each failure; a call of a tool starts an
-attempt at once. After `MAX_ATTEMPTS` failures in a row, only such a call starts one, unless no tools of the server are
-known.
+the older one. The delay before an attempt grows from about 0.5 to 30 seconds with each failure; a call of a tool
+ends it, after at least 0.25 seconds. After `MAX_ATTEMPTS` failures in a row, only such a call starts an attempt, unless
+no tools of the server are known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 LinkState = Literal["connecting", "ready", "failed", "closed", "disabled"]
 
 FIRST_DELAY, LAST_DELAY = 0.5, 30.0  # seconds between attempts to connect
-MAX_ATTEMPTS = 12  # failures in a row; after that, only a call of one of the server's tools starts an attempt
+MAX_ATTEMPTS = 12  # failures in a row; after that, only a call of one of the server's known tools starts an attempt
 STEADY = 5.0  # seconds after which a connection counts as a success, and the delays are reset
 
 
@@ -164,7 +164,7 @@ class Supervisor:
         return None
 
     async def _open(self, connection: McpConnection) -> str | None:
-        """Open a connection and list its tools; return a sentence that tells why that failed, else None."""
+        """Open a connection and list its tools; return a sentence that says why that failed, or None."""
         if not await connection.open(self._peer.config.connect_timeout):
             return self._peer.redact(connection.why)
         return await self._watch.list(connection)

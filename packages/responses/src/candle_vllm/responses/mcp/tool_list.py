@@ -39,7 +39,7 @@ class ToolList(NamedTuple):
 
     Attributes:
         tools: tools by name, in the server's order.
-        notes: sentences about tools that were left out.
+        notes: sentences about tools that were left out, at most 20.
     """
 
     tools: dict[str, Tool]
@@ -47,10 +47,10 @@ class ToolList(NamedTuple):
 
 
 async def list_tools(connection: McpConnection, config: McpServerConfig) -> ToolList:
-    """Request the list page by page; each request may take `connect_timeout`.
+    """Request the list page by page, and return the allowed tools; each request may take `connect_timeout`.
 
     Raises:
-        ConnectionLostError, TimeoutError, MCPError, ValidationError: a page could not be fetched.
+        ConnectionLostError, TimeoutError, MCPError, ValidationError, RuntimeError: a page could not be fetched.
     """
     tools: dict[str, Tool] = {}
     notes: list[str] = []
@@ -111,7 +111,7 @@ class ToolWatch:
         self.listed: ToolList | None = None
 
     async def list(self, connection: McpConnection) -> str | None:
-        """List the tools, and call `changed` if they changed; return a sentence if that fails, else None."""
+        """List the tools, and call `changed` if they changed; return a sentence if listing fails, or None."""
         connection.tools_changed = False
         try:
             found = await list_tools(connection, self._peer.config)

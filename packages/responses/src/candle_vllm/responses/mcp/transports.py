@@ -95,7 +95,7 @@ class Opening:
         return sse_client(bare_address(self._peer.config.url), httpx_client_factory=client)
 
 
-MAX_MENDED = 2000  # maximum number of tools of a list, and of blocks of a result; the rest is left out
+MAX_MENDED = 2000  # maximum number of tools of a list, and of blocks of a result; the rest is left out or emptied
 _LEFT_OUT = {"type": "text", "text": ""}  # replaces each further block, so that the number of blocks stays the same
 _MAX_NOTES = 20
 _ERA = "2025-11-25"  # the protocol version with the strictest formats
@@ -109,11 +109,11 @@ def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
 
     The SDK checks an answer as a whole, so one invalid tool or optional field would invalidate the list, and one
     unknown block the result. Such a field is removed; a tool is repaired if its meaning is clear, and otherwise
-    dropped; a text about it replaces an invalid block.
+    dropped; a text that names its kind replaces an invalid block.
 
     Args:
         result: result of any request; lists of tools and results of calls are checked.
-        note: called with a sentence for each dropped tool, up to a limit.
+        note: called with a sentence for each dropped tool (at most 20), and for a list that is too long.
     """
     content, structured = result.get("content"), result.get("structuredContent")
     for name, kind in _FIELDS.items():
@@ -188,7 +188,7 @@ class WatchedStream:
     Args:
         inner: read stream of the transport.
         ended: called with a sentence when the stream ends, perhaps more than once.
-        log: called with a line for each invalid message.
+        log: called with a line for each invalid message, and with the notes of `mend`.
     """
 
     def __init__(self, inner: Any, ended: Callable[[str], None], log: Callable[[str], object]) -> None:

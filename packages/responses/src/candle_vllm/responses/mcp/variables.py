@@ -78,9 +78,9 @@ class Variables:
         self._answers: dict[str, str | None] = {}
 
     def expand(self, text: str, where: str) -> str:
-        """Return the text with its expressions replaced; ConfigError if a variable is unset, or an input has no answer.
+        """Return the expanded text; ConfigError if an expression is invalid or has no value, or the result is too long.
 
-        `where` names server and key for messages, which never contain the text itself.
+        `where` names server and key for messages, which show at most the expression at fault.
         """
 
         def value(match: re.Match[str]) -> str:
