@@ -78,7 +78,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Lfm2Config:
 
 
 def _adjusted(fields: Fields) -> int:
-    """The width of dense feed-forward layers: 2/3 of `intermediate_size` times a factor, rounded up to a multiple."""
+    """The width of dense feed-forward layers: `intermediate_size`, or 2/3 of it, multiplied and rounded up."""
     size = fields.count("intermediate_size")
     if not fields.get("block_auto_adjust_ff_dim", bool, True):
         return size

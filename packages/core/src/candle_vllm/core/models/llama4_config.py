@@ -83,7 +83,7 @@ def _config(
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:
-    """Read GGUF metadata of llama4, which does not store the values that all published models share."""
+    """Read GGUF metadata of llama4; chunk size and temperature are those of published models, as in llama.cpp."""
     shared, count = shared_from_gguf(fields, checkpoint), fields.count("expert_count")
     layers, chunked = shared["num_layers"], fields.get("attention.sliding_window", int, _CHUNK) > 0
     full = {layer for layer in range(layers) if (layer + 1) % 4 == 0}

@@ -28,7 +28,7 @@ from candle_vllm.core.models.encoder_parts import (
 from candle_vllm.core.models.encoder_stack import PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
 
-BUCKETS, FARTHEST = 32, 128  # number of buckets; distances from FARTHEST on share the last one
+BUCKETS, FARTHEST = 32, 128  # the scale of the buckets ends at FARTHEST: distances from 91 on share the last
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ class BucketBias(Table):
 
 
 def buckets(distances: np.ndarray) -> np.ndarray:
-    """The bucket of each distance (key minus query): exact up to 7, then logarithmic; later keys start at 16.
+    """The bucket of each distance (key minus query): exact up to 7, then logarithmic; those of later keys start at 16.
 
     The logarithm is float32, as in training.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Muse Glimmer: Llama's layers (`llama.py`) with a sigmoid gate on attention's output, and four norms in a block.
 
-Queries and keys have norms without a weight, and scores a factor. Three of four layers have a window, the others no
+Queries and keys have norms without a weight; scores have a factor. Three of four layers have a window, the others no
 rotary embedding. The embedding is normalised; logits are scaled and have a softcap. Source: Meta, 2026, the model card.
 """
 
