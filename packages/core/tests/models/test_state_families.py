@@ -135,6 +135,7 @@ def test_published_descriptions() -> None:
     attended = [n for n in range(32) if n not in jamba.mamba_layers]
     assert (attended, sorted(jamba.sparse_layers), jamba.num_kv_heads) == ([4, 12, 20, 28], [*range(1, 32, 2)], 8)
     assert (jamba.mamba.inner, jamba.mamba.state, jamba.mixture.experts, jamba.mixture.top_k) == (8192, 16, 16, 2)
+    assert read(JAMBA | {"num_key_value_heads": None}).num_kv_heads == 32
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def _periodic(fields: Fields, name: str, layers: int, period: int, offset: int) 
 
 def config_from_hf(fields: Fields, model_type: str) -> SelectiveConfig:
     """Read `config.json` of jamba."""
-    fields = fields.with_defaults(rms_norm_eps=1e-6, num_key_value_heads=8, max_position_embeddings=1 << 18)
+    fields = fields.with_absent(rms_norm_eps=1e-6, num_key_value_heads=8, max_position_embeddings=1 << 18)
     fields.choice("hidden_act", "silu", "silu")
     shared = shared_from_hf(fields, model_type)
     layers, experts = shared["num_layers"], fields.with_defaults(num_experts=16, num_experts_per_tok=2)
