@@ -55,7 +55,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
     def rope(kind: str, key: str, theta: float) -> RopeConfig:
         own = {"rope_theta": fields.get(key, float, theta), **fields.section("rope_parameters").section(kind).values}
-        settings = Fields({"rope_parameters": own}, fields.path)
+        settings = Fields({"rope_parameters": own | dict(fields.section("rope_scaling").values)}, fields.path)
         return rope_from_hf(settings, sizes["hidden_size"] // sizes["num_heads"], position)
 
     pooling: Any = fields.choice("classifier_pooling", "cls", "cls", "mean") if scores else None

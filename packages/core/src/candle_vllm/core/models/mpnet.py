@@ -40,7 +40,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
         said |= {"intermediate_size": "hidden_dim", "hidden_act": "activation"}
         names, first = {name: key for name, key in said.items() if key in fields}, 0
     else:
-        names, first = {}, fields.get("pad_token_id", int, 1) + 1
+        names, first = {}, 2  # whatever pad_token_id is, as in transformers
         if fields.count("relative_attention_num_buckets", BUCKETS) != BUCKETS:
             raise UnsupportedModelError(f"{fields.path}: relative_attention_num_buckets must be {BUCKETS}")
     fields = Fields({**fields.values, **{name: fields.values[key] for name, key in names.items()}}, fields.path)
