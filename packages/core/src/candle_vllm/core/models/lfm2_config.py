@@ -85,7 +85,7 @@ def _adjusted(fields: Fields) -> int:
     size, key = int(2 * size / 3), "block_ffn_dim_multiplier"
     if key in fields.values and key not in fields:  # the multiplier is null
         return Fields({key: size}, fields.path).count(key)
-    size, unit = int(fields.get(key, float, 1.0) * size), fields.count("block_multiple_of", 256)
+    size, unit = int(max(0, min(fields.get(key, float, 1.0) * size, 1 << 30))), fields.count("block_multiple_of", 256)
     return Fields({key: -(-size // unit) * unit}, fields.path).count(key)
 
 
