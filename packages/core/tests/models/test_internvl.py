@@ -506,6 +506,7 @@ def test_published_configs_are_read(name: str) -> None:
         ({"use_thumbnail": False}, "use_thumbnail is False"),
         ({"force_image_size": 224}, "tiles of 224 pixels"),
         ({"downsample_ratio": 0.3}, "downsample_ratio is 0.3"),
+        ({"downsample_ratio": 1 / 49}, "49 x 49 of which are one embedding"),
         ({"vision_config": VIT | {"hidden_act": "silu"}}, "hidden_act"),
         ({"vision_config": VIT | {"image_size": [448, 336]}}, "image_size"),
         ({"max_dynamic_patch": 100}, "max_patches is 100"),

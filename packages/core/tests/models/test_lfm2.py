@@ -138,6 +138,7 @@ def test_older_keys_win_and_defaults_are_transformers() -> None:
         ({"conv_L_cache": 17}, "conv_L_cache is 17"),
         ({"intermediate_size": "absent"}, "intermediate_size is missing"),
         ({"block_ffn_dim_multiplier": 1e300}, "block_ffn_dim_multiplier is"),
+        ({"block_ffn_dim_multiplier": -1e308}, "block_ffn_dim_multiplier is"),
         ({"block_multiple_of": 0}, "block_multiple_of is 0"),
         ({"norm_eps": "absent"}, "norm_eps is missing"),
     ],

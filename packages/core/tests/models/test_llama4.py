@@ -79,6 +79,7 @@ def test_published_configs_are_read() -> None:
     assert (scout.mixture.inner_size, scout.mixture.shared_size, scout.intermediate_size) == (8192, 8192, 16384)
     assert scout.temperature == (8192, 0.1)
     assert (scout.rope.kind, scout.rope.factor) == ("llama3", 16.0)
+    assert read(SCOUT, no_rope_layer_interval=6).unrotated_layers == frozenset(range(5, 48, 6))
 
 
 @pytest.mark.parametrize(

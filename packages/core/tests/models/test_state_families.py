@@ -42,6 +42,24 @@ CODESTRAL = {
     "use_conv_bias": True,
     "vocab_size": 32768,
 }
+FALCON_MAMBA = {
+    "architectures": ["FalconMambaForCausalLM"],
+    "conv_kernel": 4,
+    "eos_token_id": 11,
+    "expand": 16,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 8192,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "falcon_mamba",
+    "num_hidden_layers": 64,
+    "state_size": 16,
+    "tie_word_embeddings": False,
+    "time_step_rank": 256,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "vocab_size": 65024,
+}
 JAMBA = {
     "architectures": ["JambaForCausalLM"],
     "hidden_size": 4096,
@@ -110,10 +128,14 @@ def test_published_descriptions() -> None:
     codestral = read(CODESTRAL)
     assert (codestral.mamba.inner, codestral.mamba.groups, codestral.mamba_layers) == (8192, 8, frozenset(range(64)))
     assert codestral.max_position == 1 << 20
+    falcon = read(FALCON_MAMBA)  # its `expand` is wrong: transformers prefers intermediate_size
+    assert (falcon.mamba.inner, falcon.mamba.state, falcon.mamba.rank) == (8192, 16, 256)
+    assert read(FALCON_MAMBA | {"intermediate_size": None, "expand": 2}).mamba.inner == 8192
     jamba = read(JAMBA)  # without what transformers has as default
     attended = [n for n in range(32) if n not in jamba.mamba_layers]
     assert (attended, sorted(jamba.sparse_layers), jamba.num_kv_heads) == ([4, 12, 20, 28], [*range(1, 32, 2)], 8)
     assert (jamba.mamba.inner, jamba.mamba.state, jamba.mixture.experts, jamba.mixture.top_k) == (8192, 16, 16, 2)
+    assert read(JAMBA | {"num_key_value_heads": None}).num_kv_heads == 32
 
 
 @pytest.mark.parametrize(

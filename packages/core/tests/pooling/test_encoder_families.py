@@ -69,7 +69,7 @@ ROWS = [
     Row("GteModel", head="GteForSequenceClassification"),
     Row("GteModel", {"type_vocab_size": 0, "hidden_act": "gelu_new"}, architecture="NewModel"),
     Row("JinaEmbeddingsV3Model", {"pad_token_id": 1}),
-    Row("MPNetModel", {"pad_token_id": 1}, head="MPNetForSequenceClassification"),
+    Row("MPNetModel", head="MPNetForSequenceClassification"),
     Row("DistilBertModel", renamed=DISTIL, head="DistilBertForSequenceClassification"),
     Row("DistilBertModel", {"activation": "relu"}, renamed=DISTIL),
     Row("ModernBertModel", {"local_attention": 16, **IDS}, head="ModernBertForSequenceClassification"),
@@ -292,6 +292,14 @@ def test_published_configs_are_read(tmp_path: Path) -> None:
     settings: Any = stretched[1]
     found = inverse_frequencies(settings.rope, 130)
     assert found == pytest.approx([1 / (1000 ** (n / 8)) / 2 ** (2 / 8) for n in range(0, 8, 2)])
+    modern = {"architectures": ["ModernBertModel"], **SIZES, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    stretched = encoder_from_hf(modern, tmp_path)
+    assert stretched is not None
+    settings = stretched[1]
+    assert [(rope.kind, rope.factor, rope.theta) for rope in (settings.rope, settings.local_rope)] == [
+        ("linear", 2.0, 160000.0),
+        ("linear", 2.0, 10000.0),
+    ]
 
 
 @pytest.mark.one_of_each

@@ -17,19 +17,19 @@ from candle_vllm.core.loading.weights import Parameter
 
 Floats: TypeAlias = NDArray[np.float32]
 Neighbours: TypeAlias = Callable[[NDArray[np.int64], int, int], tuple[Sequence[NDArray[np.int64]], Sequence[Floats]]]
-"""For the rows or columns [n] of patches, their number in the image's grid and in the learned one: k indices [n] of the
-learned grid, and their weights [n]."""
+"""Function of rows (or columns) [n] of patches, the number of rows of the image's grid, and that of the learned grid:
+k arrays [n] of rows in the learned grid, and k arrays [n] of their weights."""
 
 
 class GridPositions:
-    """A table of positions [side * side, E]; `neighbours` are those of `linear`, `centred` or `cubic`."""
+    """A table of positions [side * side, E]; `neighbours` is `linear`, `centred` or `cubic`."""
 
     def __init__(self, side: int, size: int, placement: Placement, neighbours: Neighbours) -> None:
         self.side, self.weight = side, placement.empty(side**2, size)
         self._neighbours = neighbours
 
     def __call__(self, places: NDArray[np.int64], grid: tuple[int, int]) -> Floats:
-        """Interpolated vectors [n, E] for the row and column [n, 2] of patches in an image's grid."""
+        """Interpolated vectors [n, E] of patches at rows and columns [n, 2] of an image's grid of size `grid`."""
         table = on_host(self.weight)
         found = np.zeros((len(places), table.shape[1]), np.float32)
         rows, columns = (zip(*self._neighbours(places[:, axis], grid[axis], self.side)) for axis in (0, 1))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Hunyuan V1, dense and A13B: the layers of Llama (`llama.py`) with QK norms after the rotary embedding.
 
-The rotary base is scaled by a factor of the config (alpha). All layers of A13B have experts and a shared
-expert. Source: Tencent, 2025, "Hunyuan-A13B Technical Report".
+If the config has an alpha, the rotary base is multiplied by alpha^(D / (D - 2)), where D is the head size. All layers
+of A13B have experts and a shared expert. Source: Tencent, 2025, "Hunyuan-A13B Technical Report".
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def _stretched(fields: Fields) -> Fields:
-    """The config with the scaled rotary base instead of alpha, as transformers computes it."""
+    """The config with the scaled rotary base instead of alpha, as in transformers; unchanged if there is no alpha."""
     key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     scaling = fields.section(key)
     alpha = scaling.get("alpha", float, 0.0)

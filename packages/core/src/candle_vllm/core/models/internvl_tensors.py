@@ -37,7 +37,7 @@ _NAMES = {
     "first:": (_TO, "linear_1", "1", "1"),
     "second:": (_TO, "linear_2", "3", "3"),
 }
-_SCALED = (  # of each block: names of scales, and of what they multiply
+_SCALED = (  # names of a block's scales, and of the matrices whose rows they multiply
     (("lambda_1", "ls1", "ls1.weight"), ("attention.projection_layer", "attn.proj", "attn_out")),
     (("lambda_2", "ls2", "ls2.weight"), ("mlp.fc2", "mlp.fc2", "ffn_down")),
 )
@@ -75,7 +75,7 @@ WEIGHTS = (
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
-    """Fold scales into the matrices and biases that they multiply, and what is added to every patch into positions."""
+    """Fold scales into matrices and biases; fold the class token and the bias of patches into the position table."""
     found = dict(siglip.prepared(tensors, config))
     for layer, (scales, matrices) in itertools.product(range(config.num_layers), _SCALED):
         for at, scale, matrix in zip((at.format(i=layer) for at in _IN), scales, matrices):
@@ -100,7 +100,7 @@ def _scaled(stored: StoredTensor, factors: StoredTensor) -> StoredTensor:
 
 
 def _positions(table: StoredTensor, token: StoredTensor, bias: StoredTensor, config: TowerConfig) -> StoredTensor:
-    """Positions [T + 1, E], to which the class token's embedding, or the bias of the patches' kernel, is added."""
+    """Positions [T + 1, E]: the class token's embedding is added to row 0, the bias of patches to the other rows."""
     shape = (config.side**2 + 1, config.hidden_size)
     if (table.numel, token.numel, bias.numel) != (math.prod(shape), shape[1], shape[1]):
         return table  # the loader reports the wrong shape

@@ -75,7 +75,7 @@ class InternVLTowerConfig(TowerConfig):
         return Rows.of(super().read(tile))
 
     def step_bytes(self, threads: int) -> int:
-        """See `TowerConfig`; adds the copy of queries, keys and values, and the vectors within the projection."""
+        """See `TowerConfig`; adds vectors within the projection, and with head norms copies of q, k and v."""
         more = 256 * 4 * 3 * self.text_size + (4 * self.patches * 6 * self.hidden_size if self.head_norms else 0)
         return super().step_bytes(threads) + more
 
@@ -83,7 +83,7 @@ class InternVLTowerConfig(TowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> InternVLTowerConfig:
-    """Read `config.json` and `preprocessor_config.json` of transformers, or `config.json` of the original format."""
+    """Read `config.json` and `preprocessor_config.json`, in the format of transformers or in the original format."""
     vision, original = fields.section("vision_config"), fields.get("architectures", list)[0] == _ORIGINAL
     images = {"resample": 3, **processor.values, "crop_to_patches": True}
     if original:
@@ -111,7 +111,7 @@ def config_from_hf(
 
 
 def _images(fields: Fields, vision: Fields, processor: Fields) -> dict[str, Any]:
-    """The settings of transformers' processor for the original format, whose code prepares images by config.json."""
+    """Settings of transformers' processor for the original format, where config.json has all but mean and std."""
     tile = fields.count("force_image_size", _side(vision, "image_size"))
     images: dict[str, Any] = {name: processor.get(name, list) for name in ("image_mean", "image_std")}
     images |= {f"{which}_patches": fields.count(f"{which}_dynamic_patch", usual) for which, usual in _TILES.items()}
@@ -163,7 +163,7 @@ def _config(processor: Fields, *, patch: int, side: int, cell: int, **own: Any) 
 
 
 class Block:
-    """One layer: x [T + 1, E] -> [T + 1, E] in fp32. `prepared` multiplies both results' matrices by their scales."""
+    """One layer: x [T + 1, E] -> [T + 1, E] in fp32. `prepared` folds the scales into its matrices."""
 
     def __init__(self, config: InternVLTowerConfig, placement: Placement) -> None:
         size, eps, norm = config.hidden_size, config.norm_eps, RMSNorm if config.rms else LayerNorm
@@ -232,7 +232,7 @@ _MARK = "<IMG_CONTEXT>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image: all tiles of its grid, row by row, followed by the tile of the whole image."""
+    """The placeholder of an image: a mark for each cell of each tile."""
     return f"<img>{_MARK * cut.tiles * math.prod(grid)}</img>"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""AI21 Jamba: a Llama with Mamba 1 instead of attention in most layers, without positions, and with experts in some.
+"""AI21 Jamba: a Llama without positions; most layers have Mamba 1 instead of attention, and some have experts.
 
 Norms of dt, B and C have weights. Source: AI21, 2024, arXiv:2403.19887.
 """
@@ -45,7 +45,7 @@ _KEYS = {
 
 
 def _periodic(fields: Fields, name: str, layers: int, period: int, offset: int) -> frozenset[int]:
-    """The layers that `config.json` names by a period and the first one's number; the defaults are transformers'."""
+    """The layers that `config.json` gives by a period and the first index; `period` and `offset` are the defaults."""
     period = fields.count(f"{name}_layer_period", period)
     offset = fields.get(f"{name}_layer_offset", int, offset)
     if not 0 <= offset < period:
@@ -55,7 +55,7 @@ def _periodic(fields: Fields, name: str, layers: int, period: int, offset: int) 
 
 def config_from_hf(fields: Fields, model_type: str) -> SelectiveConfig:
     """Read `config.json` of jamba."""
-    fields = fields.with_defaults(rms_norm_eps=1e-6, num_key_value_heads=8, max_position_embeddings=1 << 18)
+    fields = fields.with_absent(rms_norm_eps=1e-6, num_key_value_heads=8, max_position_embeddings=1 << 18)
     fields.choice("hidden_act", "silu", "silu")
     shared = shared_from_hf(fields, model_type)
     layers, experts = shared["num_layers"], fields.with_defaults(num_experts=16, num_experts_per_tok=2)

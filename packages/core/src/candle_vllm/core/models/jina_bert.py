@@ -38,7 +38,7 @@ _FLAGS: dict[str, Any] = {"placed": False, "gate": "gelu", "mlp_bias": False}
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
-    """Read `config.json` of repositories with remote code, which use BERT's class names."""
+    """Read `config.json` of repositories with remote code."""
     del scores
     fields.choice("position_embedding_type", "alibi", "alibi")
     fields.choice("feed_forward_type", "geglu", "geglu")
@@ -70,7 +70,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
 
 
 class Alibi:
-    """The bias of each head's scores by distance, `table` [H, 2 P - 1]."""
+    """The bias of each head's scores by distance: `table` [H, 2 P - 1], where P is `max_position`."""
 
     def __init__(self, config: StackConfig, placement: Placement) -> None:
         away = np.abs(np.arange(1 - config.max_position, config.max_position))
@@ -90,7 +90,7 @@ def build(config: StackConfig, placement: Placement) -> PlainEncoder:
 
 
 def _up(stored: StoredTensor, config: StackConfig) -> StoredTensor:
-    """The rows of "up": files store the gate separately, or before it in one matrix."""
+    """The rows of "up": files store "up" alone, or in one matrix after the rows of the gate."""
     whole = stored.shape[:1] == (2 * config.intermediate_size,)
     return row_part(1, 2)(stored, config) if whole else stored
 

@@ -42,10 +42,7 @@ def parametrized(line: WeightName) -> WeightName:
 
 
 def adapter_exists(path: Path) -> bool:
-    """Whether a path exists, or is a model's folder with the name of one of its tasks behind it.
-
-    False for a path that cannot be read.
-    """
+    """Whether a path exists, or is a model's folder followed by one of its tasks; False for an invalid config.json."""
     try:
         return os.path.exists(path) or _names_task(path)
     except InvalidFileError:
@@ -65,7 +62,8 @@ def task_adapter(path: Path, limits: AdapterLimits) -> StoredAdapter | None:
     """The adapter of a task, with tensors named as in PEFT; None if the path does not name a task.
 
     Raises:
-        AdapterError: the tensors are missing, have wrong shapes, or exceed the limits.
+        AdapterError: the tensors are missing, have wrong shapes, or exceed `max_bytes` of the limits.
+        InvalidFileError: config.json or the checkpoint is not valid.
     """
     if path.exists() or not _names_task(path):
         return None

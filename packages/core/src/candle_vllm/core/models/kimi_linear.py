@@ -2,7 +2,7 @@
 """Kimi Linear: DeepSeek's block (`deepseek.py`) with Kimi delta attention in most layers, and without positions.
 
 Kimi delta attention is the gated delta rule with a decay for each channel, which two small matrices compute from x.
-Source: Kimi Team, 2025, arXiv:2510.26692. Shapes: H heads of D channels, C = H * D.
+Source: Kimi Team, 2025, arXiv:2510.26692. Shapes: T tokens, E hidden, H heads of D channels.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _names(part: str) -> tuple[str, str]:
 
 
 def _line(line: WeightName) -> WeightName:
-    """A row of DeepSeek's table; rows of experts also get the names in published files of Kimi Linear."""
+    """A row of DeepSeek's table; rows of MLPs also get the names in published files of Kimi Linear."""
     if line.hf is None or not line.target.startswith("layers.{i}.mlp."):
         return line
     names = line.hf if isinstance(line.hf, tuple) else (line.hf,)

@@ -102,7 +102,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 
 class ChannelDecays:
-    """View of a decay for each head as a decay for each channel."""
+    """View of a decay for each head, or of its logarithm, as a decay for each channel."""
 
     def __init__(self, *, logs: bool) -> None:
         self._logs = logs

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Laguna: Llama's layers (`llama.py`) with a gate on attention's output, windows in most layers, and experts.
 
-The gate is softplus of a projection of the layer's input, for each head (XS.2) or each element (M.1). Layers with a
+The gate is softplus of a projection of attention's input, for each head (XS.2) or each element (M.1). Layers with a
 window have more query heads and their own rotary settings. Experts are scored by sigmoids and chosen with a
 correction bias, as in DeepSeek-V3; a shared expert is added. Source: Poolside, 2026, the model cards.
 """
@@ -67,7 +67,6 @@ def _is_wide(fields: Fields) -> bool:
 
 
 def _laguna(shared: dict[str, Any], heads: tuple[int, ...], mixture: Mixture) -> LlamaConfig:
-    """Make the config."""
     own: dict[str, Any] = heads_by_layer(heads, shared["num_kv_heads"]) | {"gate": "softplus"}
     return LlamaConfig(**shared | own, qk_norm=True, mixture=mixture, num_experts=mixture.experts)
 

@@ -78,14 +78,14 @@ def config_from_hf(fields: Fields, model_type: str) -> Lfm2Config:
 
 
 def _adjusted(fields: Fields) -> int:
-    """The width of dense feed-forward layers: 2/3 of `intermediate_size` times a factor, rounded up to a multiple."""
+    """The width of dense feed-forward layers: `intermediate_size`, or 2/3 of it, multiplied and rounded up."""
     size = fields.count("intermediate_size")
     if not fields.get("block_auto_adjust_ff_dim", bool, True):
         return size
     size, key = int(2 * size / 3), "block_ffn_dim_multiplier"
     if key in fields.values and key not in fields:  # the multiplier is null
         return Fields({key: size}, fields.path).count(key)
-    size, unit = int(fields.get(key, float, 1.0) * size), fields.count("block_multiple_of", 256)
+    size, unit = int(max(0, min(fields.get(key, float, 1.0) * size, 1 << 30))), fields.count("block_multiple_of", 256)
     return Fields({key: -(-size // unit) * unit}, fields.path).count(key)
 
 

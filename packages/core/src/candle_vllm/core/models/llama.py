@@ -144,7 +144,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window or None: Qwen sets it by flag and first layer, Mistral for all layers."""
+    """Each layer's sliding window, or None; by the model type, `layer_types`, and Qwen's flag and first layer."""
     qwen, usual = "qwen" in model_type, {} if model_type == "ministral3" else {"sliding_window": 4096}
     window = fields.with_absent(**usual).get("sliding_window", int, None)
     if not (qwen or model_type in ("mistral", "ministral", "ministral3")) or window is None:
@@ -160,7 +160,7 @@ def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int |
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Read GGUF metadata of llama (with Mistral, SmolLM and Yi), mistral3, qwen2, qwen2vl, qwen3 and qwen3vl."""
+    """Read GGUF metadata of llama (with Mistral, SmolLM and Yi), mistral3, qwen2, qwen2vl, qwen3, qwen3vl, seed_oss."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     return LlamaConfig(
         **shared,

@@ -2,8 +2,8 @@
 """Llama 4 (Scout, Maverick): attention within chunks, layers without positions, and experts with scaled inputs.
 
 In layers with rotary positions a token attends only to its chunk of the context, and heads of q and k are normalised.
-Every fourth layer has no positions and no chunks, and its queries grow with their position. Each token has one routed
-expert, whose input is multiplied by the router's sigmoid, and the shared expert.
+Every fourth layer has no positions and no chunks, and its queries grow with their position. In layers with experts a
+token has the shared expert, and one routed expert, whose input is multiplied by the router's sigmoid.
 Source: Meta, 2025, "Llama 4 model card". Shapes: T tokens, H heads, K key-value heads, D head size, E hidden.
 """
 

@@ -38,7 +38,8 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
     fields.choice("hidden_act", "silu", "silu")
     shared = shared_from_hf(fields.with_absent(rope_theta=5e5), model_type)
     layers, inner = shared["num_layers"], shared["intermediate_size"]
-    turned = fields.get("no_rope_layers", list, []) or [(n + 1) % 4 for n in range(layers)]
+    every = fields.count("no_rope_layer_interval", 4)
+    turned = fields.get("no_rope_layers", list, []) or [(n + 1) % every for n in range(layers)]
     kinds = fields.get("layer_types", list, ["chunked_attention" if each else "full_attention" for each in turned])
     step = fields.count("interleave_moe_layer_step", 1)
     sparse = fields.get("moe_layers", list, [*range(step - 1, layers, step)])
@@ -83,7 +84,7 @@ def _config(
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:
-    """Read GGUF metadata of llama4, which does not store the values that all published models share."""
+    """Read GGUF metadata of llama4; chunk size and temperature are those of published models, as in llama.cpp."""
     shared, count = shared_from_gguf(fields, checkpoint), fields.count("expert_count")
     layers, chunked = shared["num_layers"], fields.get("attention.sliding_window", int, _CHUNK) > 0
     full = {layer for layer in range(layers) if (layer + 1) % 4 == 0}

@@ -103,10 +103,10 @@ def config_from_hf(
 
 
 def cell_of(fields: Fields, key: str) -> int:
-    """The side of a cell in patches, by the key of its inverse."""
+    """The side of a cell in patches; the value of `key` is 1 divided by it."""
     ratio = fields.get(key, float, 0.5)
     cell = round(1 / ratio) if 1 / 64 <= ratio <= 0.5 else 0
-    if not cell or cell * ratio != 1:
+    if not cell or 1 / cell != ratio:
         raise InvalidFileError(f"{fields.path}: {key} is {ratio}; it must be one of 1/2, 1/3, ..., 1/64")
     return cell
 
@@ -239,7 +239,7 @@ class Llama4Tower:
 
 
 def _names() -> Iterator[WeightName]:
-    """SigLIP's table of weight names, with the names of Llama 4's checkpoints."""
+    """SigLIP's table without patches and positions, with the names of Llama 4's checkpoints."""
     renamed = {
         "vision_model.encoder.": "vision_model.model.",
         "layer_norm1": "input_layernorm",

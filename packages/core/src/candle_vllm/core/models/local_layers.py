@@ -31,6 +31,7 @@ def local_layers(
 
     Raises:
         UnsupportedModelError: layers of one kind have several bases.
+        InvalidFileError: `layer_rope_theta` has a wrong length or entry.
     """
     window = fields.count("sliding_window")
     usual = tuple(window if (layer - first) % 4 else None for layer in range(layers))
@@ -94,7 +95,7 @@ def ropes_by_kind(
 def local_from_gguf(fields: Fields, checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Read GGUF metadata of layers that differ in query heads; those with a window may differ in rotary settings.
 
-    Without a list of windows, the first of every four layers has no window (llama.cpp's `dense_first`).
+    Without a list of windows, the first of every n layers has no window (llama.cpp's `dense_first`); n is 4 by default.
 
     Returns:
         Fields of a `LlamaConfig`, and the number of query heads of each layer.

@@ -6,6 +6,7 @@ Falcon Mamba normalises dt, B and C. Sources: Gu and Dao, 2023, arXiv:2312.00752
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from candle_vllm.core.fields import Fields
@@ -48,6 +49,8 @@ def config_from_hf(fields: Fields, model_type: str) -> SelectiveConfig:
     fields.choice("hidden_act", "silu", "silu")
     norms = {"eps": fields.get("mixer_rms_eps", float, 1e-6)} if model_type == "falcon_mamba" else {}
     mamba, size = sizes_from_hf(fields, _KEYS, **norms), fields.count("hidden_size")
+    inner = fields.count("intermediate_size", mamba.inner)  # as in transformers: Falcon Mamba's `expand` is wrong
+    mamba = dataclasses.replace(mamba, inner=inner)
     unused = {"num_attention_heads": _HEADS, "num_key_value_heads": _HEADS, "head_dim": 64, "intermediate_size": size}
     fields = Fields({**fields.values, **unused}, fields.path, fields.prefix)
     fields = fields.with_defaults(max_position_embeddings=_CONTEXT)

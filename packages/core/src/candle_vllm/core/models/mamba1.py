@@ -4,7 +4,7 @@
 A projection computes x and z. x passes a short convolution and gives dt (through a matrix of low rank), B and C; each
 channel's state decays by exp(A dt), adds B (dt x), and is read with C. The result is gated by z.
 Source: Gu and Dao, 2023, arXiv:2312.00752.
-Shapes: T tokens, E hidden, C channels, N state size, R rank of dt.
+Shapes: T tokens, E hidden, I channels, N state size, R rank of dt.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SelectiveSizes:
     """Shapes and flags of a Mamba 1 mixer.
 
     Attributes:
-        inner, state, rank: C, N and R.
+        inner, state, rank: I, N and R.
         taps: kernel size of the convolution.
         bias, conv_bias: whether the first and the last projection have biases, and whether the convolution has one.
         eps: epsilon of the norms of dt, B and C; None without these norms.
@@ -151,7 +151,7 @@ class MambaMixer:
         if self.norms:
             dt, b, c = (norm(part) for norm, part in zip(self.norms, (dt, b, c), strict=True))
         dt, v = self.times(dt), x.unflatten(-1, (-1, inner))
-        y = delta_rule(c, b, v, dt, dt, self.gates, state, step.states, scale=1.0, normed=False)  # [T, 1, C]
+        y = delta_rule(c, b, v, dt, dt, self.gates, state, step.states, scale=1.0, normed=False)  # [T, 1, I]
         return self.result(gated(y.flatten(1), z, "silu"))
 
     def parameters(self) -> Mapping[str, Parameter]:
@@ -165,7 +165,7 @@ class MambaMixer:
 
 
 class _Decays:
-    """View of decays [C, N], or of their logarithms, in the layout of a state, [1, tiles, N, columns]."""
+    """View of decays [I, N], or of their logarithms, in the layout of a state, [1, tiles, N, columns]."""
 
     def __init__(self, *, logs: bool) -> None:
         self._logs = logs
@@ -182,7 +182,7 @@ class _Decays:
         return computed(decay_of_log(stored, config) if self._logs else stored, shape, in_tiles, "F32")
 
     def undone(self, stored: StoredTensor, config: SelectiveConfig) -> StoredTensor:
-        """The decays [C, N], as in GGUF files."""
+        """The decays [I, N], as in GGUF files."""
         shape = config.mamba.inner, config.mamba.state
         return computed(stored, shape, lambda values: values.swapaxes(2, 3).reshape(-1, shape[1])[: shape[0]], "F32")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Mamba 2: the mixer in most layers of hybrid models, instead of attention.
+"""Mamba 2: a state-space mixer, in hybrid models instead of attention or beside it.
 
-A projection computes z, x, B, C and dt. x, B and C pass a short convolution; each head then decays its state by dt,
-adds B^T (dt x), and reads it with C. The result is gated by z and normalised in groups.
+A projection computes z, x, B, C and dt. x, B and C pass a short convolution; each head then multiplies its state
+by exp(A dt), adds B^T (dt x), and reads it with C. The result is gated by z and normalised in groups.
 Source: Dao and Gu, 2024, arXiv:2405.21060.
 Shapes: T tokens, E hidden, H heads, P head size, G groups of heads that share B and C, N state size.
 """
@@ -231,8 +231,8 @@ def mixer_names(target: str, *hf: str) -> list[WeightName]:
     """The table rows of a mixer.
 
     Args:
-        target: name of the mixer in a layer, "attention".
-        hf: its possible names in Hugging Face's files: "model.layers.{i}.mamba".
+        target: path of the mixer in a layer, such as "attention".
+        hf: its possible names in Hugging Face's files, such as "model.layers.{i}.mamba".
     """
     to = f"layers.{{i}}.{target}"
 
@@ -255,7 +255,7 @@ def mixer_names(target: str, *hf: str) -> list[WeightName]:
 
 
 def mamba_keys(sizes: MambaSizes) -> dict[str, Any]:
-    """Shapes of Mamba 2."""
+    """The GGUF metadata of Mamba 2."""
     return {
         "ssm.conv_kernel": sizes.taps,
         "ssm.state_size": sizes.state,

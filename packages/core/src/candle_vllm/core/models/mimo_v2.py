@@ -44,7 +44,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     plain, eps = dict(fields.values) | {"rope_parameters": {}}, ("rms_norm_eps", "layernorm_epsilon")
     shared = shared_from_hf(Fields(plain, fields.path), model_type, eps=eps[eps[1] in fields])
     layers, full = shared["num_layers"], shared["num_kv_heads"]
-    more = fields.get("sliding_window_size", int, None)  # without the token itself
+    more = fields.get("sliding_window_size", int, None)  # does not count the token itself
     window = fields.count("sliding_window") if more is None else more + 1
     pattern = fields.get("hybrid_layer_pattern", list, [n > 0 and (n + 1) % 6 > 0 for n in range(layers)])
     windows = layer_windows(fields, layers, window) or tuple(window if local else None for local in pattern)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """ModernBERT: an encoder of long texts; most layers have a window around each token.
 
-Norms precede attention and MLP and have no biases; gates are GELU; layers with a window have another rotary base.
-Source: Warner et al., 2024, arXiv:2412.13663.
+Norms precede attention and MLP, all without biases by default; gates are GELU; layers with a window have another
+rotary base. Source: Warner et al., 2024, arXiv:2412.13663.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
     def rope(kind: str, key: str, theta: float) -> RopeConfig:
         own = {"rope_theta": fields.get(key, float, theta), **fields.section("rope_parameters").section(kind).values}
-        settings = Fields({"rope_parameters": own}, fields.path)
+        settings = Fields({"rope_parameters": own | dict(fields.section("rope_scaling").values)}, fields.path)
         return rope_from_hf(settings, sizes["hidden_size"] // sizes["num_heads"], position)
 
     pooling: Any = fields.choice("classifier_pooling", "cls", "cls", "mean") if scores else None
@@ -76,7 +76,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
-    """Read GGUF metadata of modern-bert; the first of every three layers has no window."""
+    """Read GGUF metadata of modern-bert; the first of every n layers has no window, where n is 3 by default."""
     sizes = sizes_from_gguf(fields, checkpoint)
     half, period = fields.count("attention.sliding_window") // 2, fields.count("attention.sliding_window_pattern", 3)
     bases = {"rope": ("rope.freq_base", 160000.0), "local_rope": ("rope.freq_base_swa", 10000.0)}
@@ -121,7 +121,7 @@ def ignored(config: StackConfig) -> list[str]:
 
 
 def behind(config: StackConfig, checkpoint: Checkpoint) -> tuple[Dense, ...]:
-    """The layers of a head: norm(gelu(dense(x))), then the classifier."""
+    """The layers of a head: norm(activation(dense(x))), then the classifier."""
     size = config.hidden_size
     dense = Dense(
         weight=read_part(checkpoint, "head.dense.weight", size, size),

@@ -28,7 +28,7 @@ from candle_vllm.core.models.encoder_parts import (
 from candle_vllm.core.models.encoder_stack import PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
 
-BUCKETS, FARTHEST = 32, 128  # number of buckets; distances from FARTHEST on share the last one
+BUCKETS, FARTHEST = 32, 128  # the scale of the buckets ends at FARTHEST: distances from 91 on share the last
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
         said |= {"intermediate_size": "hidden_dim", "hidden_act": "activation"}
         names, first = {name: key for name, key in said.items() if key in fields}, 0
     else:
-        names, first = {}, fields.get("pad_token_id", int, 1) + 1
+        names, first = {}, 2  # whatever pad_token_id is, as in transformers
         if fields.count("relative_attention_num_buckets", BUCKETS) != BUCKETS:
             raise UnsupportedModelError(f"{fields.path}: relative_attention_num_buckets must be {BUCKETS}")
     fields = Fields({**fields.values, **{name: fields.values[key] for name, key in names.items()}}, fields.path)
@@ -74,7 +74,7 @@ class BucketBias(Table):
 
 
 def buckets(distances: np.ndarray) -> np.ndarray:
-    """The bucket of each distance (key minus query): exact up to 7, then logarithmic; later keys start at 16.
+    """The bucket of each distance (key minus query): exact up to 7, then logarithmic; those of later keys start at 16.
 
     The logarithm is float32, as in training.
     """

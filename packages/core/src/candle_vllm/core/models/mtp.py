@@ -47,7 +47,7 @@ class Layout:
 
     Attributes:
         block: prefix of the block's names.
-        names: names of the other parts, by their names in `NextTokens`; the model's own parts replace missing ones.
+        names: names of the other parts, by their names in `NextTokens`; of these, the "own" parts may be missing.
         given_back: whether the next draft starts from the result of the norm.
         near_one: safetensors store norm weights as the difference from 1.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Muse Glimmer: Llama's layers (`llama.py`) with a sigmoid gate on attention's output, and four norms in a block.
 
-Queries and keys have norms without a weight, and scores a factor. Three of four layers have a window, the others no
+Queries and keys have norms without a weight; scores have a factor. Three of four layers have a window, the others no
 rotary embedding. The embedding is normalised; logits are scaled and have a softcap. Source: Meta, 2026, the model card.
 """
 
@@ -74,7 +74,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> MuseGlimmerConfi
     shared, norm = shared_from_gguf(fields, checkpoint), checkpoint.tensors.get("blk.0.attn_q_norm.weight")
     windows = gguf_windows(fields, shared["num_layers"], fields.count("attention.sliding_window"), period=4)
     if norm is None or (factors := norm.load()).max() != factors.min():
-        raise UnsupportedModelError(f"{fields.path}: norms of queries with several weights are not implemented")
+        raise UnsupportedModelError(f"{fields.path}: blk.0.attn_q_norm.weight is missing or has several values")
     own: dict[str, Any] = {"model_type": "muse_glimmer_text", "sliding_windows": windows, "interleaved_rotary": True}
     own |= {"unrotated_layers": full_layers(windows, local=True), "logit_scale": fields.get("logit_scale", float)}
     return _muse(shared | own, float(factors[0]), fields.get("final_logit_softcapping", float, 20.0))
