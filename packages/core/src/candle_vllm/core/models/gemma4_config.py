@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Read the config of Gemma 4 from config.json or GGUF metadata, for `gemma4.py`."""
+"""Config of Gemma 4, and its readers for config.json and GGUF metadata."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _ROPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma4Config(ModelConfig):
-    """Config of Gemma 4. Fields of `ModelConfig` that differ by layer have the values of full attention.
+    """Config of Gemma 4. `head_dim` and `rope` are those of full attention, `num_kv_heads` is the smallest K.
 
     Attributes:
-        groups, head_dims: for each layer, the number of heads that share a key-value head, and D.
+        groups, head_dims: for each layer, the number of query heads that share a key-value head, and D.
         sources: for each layer, the layer whose key-value cache it reads: itself or an earlier layer.
         keys_as_values: layers whose values are their keys before the norm and the rotation.
         widths: for each layer, the factor of `intermediate_size` in its dense MLP.
@@ -75,7 +75,7 @@ class Gemma4Config(ModelConfig):
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """K and D of each layer; a rank with a part of a group of query heads has the group's key-value head."""
+        """K and D of each layer; K is 1 on a rank that has only a part of the query heads of one key-value head."""
         return tuple((max(1, self.num_heads // group), dim) for group, dim in zip(self.groups, self.head_dims))
 
     @property
@@ -93,7 +93,7 @@ class Gemma4Config(ModelConfig):
 
 
 def groups_of(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...]:
-    """For each layer, the number of `heads` that share a key-value head; `counts` are its key-value heads."""
+    """For each layer, the number of `heads` that share a key-value head; `counts` are the layers' key-value heads."""
     for count in counts:
         if heads % count:
             raise InvalidFileError(f"{fields.path}: {heads} heads cannot share {count} key-value heads")
@@ -101,7 +101,7 @@ def groups_of(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, .
 
 
 def sources_of(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
-    """Each layer's source: the last `shared` layers read the last earlier layer of their kind (window or not)."""
+    """Each layer's source: the last `shared` layers read the last layer before these of their kind (window or not)."""
     first = len(windows) - shared
     last = {window is None: layer for layer, window in enumerate(windows[: max(first, 0)])}
     if not 0 <= shared < len(windows) or not all((window is None) in last for window in windows):
@@ -192,7 +192,7 @@ def _shapes(fields: Fields, windows: Sequence[int | None], local: tuple[int, int
 
 
 def _rope(fields: Fields, kind: str, dim: int, position: int) -> RopeConfig:
-    """The rotary settings of one kind of layer."""
+    """The rotary settings of one kind of layer; `dim` is its D, `position` the model's context."""
     stored = fields.section("rope_parameters").section(kind).values if "rope_parameters" in fields else _ROPES[kind]
     return rope_from_hf(Fields({"rope_parameters": dict(stored)}, fields.path), dim, position)
 

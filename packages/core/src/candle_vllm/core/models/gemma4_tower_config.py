@@ -15,7 +15,7 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.models.tower_family import TowerConfig
 from candle_vllm.core.vision.preprocessing import NOTHING, budget_rule, over
 
-_CAUSAL = (1536, 2560)  # hidden sizes of E2B and E4B, where an image's tokens attend causally
+_CAUSAL = (1536, 2560)  # hidden sizes of the text models E2B and E4B, where an image's tokens attend causally
 MOST_POSITIONS = 1 << 16
 
 
@@ -56,7 +56,7 @@ def config_from_hf(
     size, heads = vision.count("hidden_size", 768), vision.count("num_attention_heads", 12)
     for key, usual, known in (("num_key_value_heads", heads, heads), ("head_dim", 64, size // heads)):
         if vision.count(key, usual) != known:
-            raise UnsupportedModelError(f"{fields.path}: vision_config.{key} is not {known}, which is not implemented")
+            raise UnsupportedModelError(f"{fields.path}: vision_config.{key} other than {known} is not implemented")
     return _config(
         over(processor, said),
         hidden_size=size,

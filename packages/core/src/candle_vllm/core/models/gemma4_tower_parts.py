@@ -28,7 +28,7 @@ BOUNDS = MappingProxyType({"input_min": -np.inf, "input_max": np.inf, "output_mi
 
 
 class Bounds:
-    """Lower and upper bounds of a matrix's inputs and outputs; the parts have the names of `BOUNDS`."""
+    """Lower and upper bounds of a matrix's inputs and outputs; the parameters have the names of `BOUNDS`."""
 
     def __init__(self, placement: Placement) -> None:
         self._stored = {name: placement.empty(1) for name in BOUNDS}
@@ -45,7 +45,7 @@ class Bounds:
 
 
 class BoundedLinear:
-    """x [T, E] times a matrix without a bias, with inputs and outputs clamped to the matrix's bounds, if any."""
+    """x [T, size] times a matrix without a bias; if `clipped`, inputs and outputs are clamped to stored bounds."""
 
     def __init__(self, size: int, results: int, clipped: bool, placement: Placement) -> None:
         self.matrix = Linear(size, results, placement)
