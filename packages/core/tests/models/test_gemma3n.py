@@ -98,7 +98,7 @@ def test_a_published_config_is_read() -> None:
         ({"intermediate_size": [16384] * 34 + [8]}, UnsupportedModelError, "intermediate_size differs by layer"),
         ({"activation_sparsity_pattern": [0.95]}, InvalidFileError, "a share from 0 to below 1 for each of 35 layers"),
         ({"activation_sparsity_pattern": [1.0] * 35}, InvalidFileError, "a share from 0 to below 1"),
-        ({"altup_active_idx": 4}, InvalidFileError, "stream 4 of 0 to 3 is active"),
+        ({"altup_active_idx": 4}, InvalidFileError, "the active stream is 4; it must be 0 to 3"),
         ({"altup_num_inputs": 9}, InvalidFileError, "9 streams; 2 to 8 are possible"),
         ({"hidden_size": 2056}, UnsupportedModelError, "hidden_size 2056 is not implemented: not a multiple of 16"),
         ({"num_kv_shared_layers": 32}, InvalidFileError, "some have no layer to share with"),

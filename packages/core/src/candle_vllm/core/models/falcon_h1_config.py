@@ -80,7 +80,7 @@ def _factors(fields: Fields) -> Factors:
         given = fields.values.get(key)
         values = [1.0] * count if given is None else given if isinstance(given, list) else [given]
         if len(values) != count or not all(type(each) in (int, float) and 0 < each <= 1e6 for each in values):
-            raise InvalidFileError(f"{fields.path}: {key} is {given!r:.80}; it must be above 0 and at most 1e6")
+            raise InvalidFileError(f"{fields.path}: {key} is {given!r:.80}, not {count} number(s) in (0, 1e6]")
         return values
 
     def one(name: str) -> float:

@@ -51,7 +51,7 @@ class Gemma3nConfig(Gemma4Config):
         if not 1 < self.streams <= MOST_STREAMS:
             raise InvalidFileError(f"the model's config has {self.streams} streams; 2 to {MOST_STREAMS} are possible")
         if not 0 <= self.active < self.streams:
-            raise InvalidFileError(f"the model's config says stream {self.active} of 0 to {self.streams - 1} is active")
+            raise InvalidFileError(f"the active stream is {self.active}; it must be 0 to {self.streams - 1}")
         if self.hidden_size % 16:
             raise UnsupportedModelError(f"hidden_size {self.hidden_size} is not implemented: not a multiple of 16")
         if self.input_size < 1:

@@ -208,7 +208,9 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}attention.sliding_window_pattern has no full layer")
     heads, inner = (by_layer(fields, key, layers) for key in ("attention.head_count_kv", "feed_forward_length"))
     if any(each % inner[0] for each in inner):
-        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}feed_forward_length is {inner!r:.80}")
+        raise UnsupportedModelError(
+            f"{fields.path}: {fields.prefix}feed_forward_length is {inner!r:.80}, not multiples of {inner[0]}"
+        )
     alike = {f"{fields.prefix}attention.head_count_kv": min(heads), f"{fields.prefix}feed_forward_length": inner[0]}
     known = Fields({**fields.values, **alike}, fields.path, fields.prefix)
     shared = shared_from_gguf(known, checkpoint)
