@@ -78,6 +78,10 @@ class Gemma4Config(ModelConfig):
         """K and D of each layer; K is 1 on a rank that has only a part of the query heads of one key-value head."""
         return tuple((max(1, self.num_heads // group), dim) for group, dim in zip(self.groups, self.head_dims))
 
+    def heads(self, layer: int) -> tuple[int, int]:
+        """H and K of a layer."""
+        return self.num_heads, self.shapes[layer][0]
+
     @property
     def readers(self) -> int:
         """Number of layers that read the caches of earlier layers."""
@@ -229,8 +233,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
             expert_scale=True,
         )
     sources = sources_of(windows, known.get("attention.shared_kv_layers", int, 0), fields)
-    owners = [layer for layer, source in enumerate(sources) if layer == source]
-    fused = any(f"blk.{layer}.attn_qkv.weight" in tensors for layer in owners)
+    apart = [n for n, source in enumerate(sources) if n == source and f"blk.{n}.attn_qkv.weight" not in tensors]
     own: dict[str, Any] = {
         "max_position": known.count("context_length"),
         "local_rope": RopeConfig(theta=known.get("rope.freq_base_swa", float, 1e4), dim=local),
@@ -238,7 +241,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
         "groups": groups_of(shared["num_heads"], heads, fields),
         "head_dims": tuple(dims[window] for window in windows),
         "sources": sources,
-        "keys_as_values": frozenset(n for n in owners if not fused and f"blk.{n}.attn_v.weight" not in tensors),
+        "keys_as_values": frozenset(n for n in apart if f"blk.{n}.attn_v.weight" not in tensors),
         "widths": tuple(each // inner[0] for each in inner),
         "embedding_scale": math.sqrt(shared["hidden_size"]),
         "input_scale": math.sqrt(max(size, 0)),
