@@ -39,10 +39,8 @@ class Gemma4TowerConfig(TowerConfig):
             raise InvalidFileError(
                 f"vision_config: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
             )
-        if self.learned * self.patch < self.side * self.patch or not 0 < self.theta <= 1e9:
-            raise InvalidFileError(
-                f"vision_config: {self.learned} positions, of which an image may have {self.side}; theta {self.theta}"
-            )
+        if not 0 < self.theta <= 1e9:
+            raise InvalidFileError(f"vision_config: rope_theta is {self.theta}; it must be above 0 and at most 1e9")
 
 
 def config_from_hf(

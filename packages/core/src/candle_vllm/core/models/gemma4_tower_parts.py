@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.scale_cap import clamp_
 from candle_vllm.core.kernels.side_by_side import side_by_side
@@ -86,6 +87,10 @@ class Positions:
     """Learned vectors of columns, followed by those of rows: a table [2 * N, E] that the host looks up."""
 
     def __init__(self, config: TowerConfig, placement: Placement) -> None:
+        if config.learned < config.side:
+            raise InvalidFileError(
+                f"vision_config: {config.learned} learned positions are too few for a side of {config.side} patches"
+            )
         self.weight = placement.empty(2 * config.learned, config.hidden_size)
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
