@@ -260,7 +260,7 @@ def gguf_keys(config: Gemma4Config) -> dict[str, Any]:
 
     Numbers that differ by layer are lists; layers with a window have their own keys.
     """
-    dim = next(config.head_dims[layer] for layer, window in enumerate(config.sliding_windows) if window is not None)
+    dim = next((dim for dim, window in zip(config.head_dims, config.sliding_windows) if window), config.head_dim)
     keys = gemma3_keys(config) | {
         "feed_forward_length": [width * config.intermediate_size for width in config.widths],
         "attention.head_count_kv": [heads for heads, _ in config.shapes],
