@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GraniteMoeHybridConfig
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, UnsupportedModelError
 from candle_vllm.core.errors import InvalidFileError, NoMemoryError
@@ -114,6 +115,13 @@ def test_published_descriptions() -> None:
     attended = [n for n in range(32) if n not in jamba.mamba_layers]
     assert (attended, sorted(jamba.sparse_layers), jamba.num_kv_heads) == ([4, 12, 20, 28], [*range(1, 32, 2)], 8)
     assert (jamba.mamba.inner, jamba.mamba.state, jamba.mixture.experts, jamba.mixture.top_k) == (8192, 16, 16, 2)
+
+
+def test_granite_without_kinds_of_layers_has_mamba_in_all_as_in_transformers() -> None:
+    theirs = GraniteMoeHybridConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4, vocab_size=272)
+    said = theirs.to_dict() | {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": None}
+    assert set(theirs.layer_types) == {"linear_attention"}
+    assert read(said).mamba_layers == frozenset(range(3))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class GraniteHybridConfig(LlamaConfig):
 def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
     """Read `config.json` of granitemoehybrid."""
     key = "layer_types" if "layer_types" in fields else "layers_block_type"
-    kinds = fields.get(key, list, ["attention"] * fields.count("num_hidden_layers"))
+    kinds = fields.get(key, list, ["mamba"] * fields.count("num_hidden_layers"))
     if len(kinds) != fields.count("num_hidden_layers") or not all(
         kind in ("attention", "full_attention", "mamba", "linear_attention") for kind in kinds
     ):
