@@ -120,6 +120,12 @@ def test_growing_queries_are_not_lost(tmp_path: Path, words: Path) -> None:
         written(folder, words)
 
 
+def test_a_gemma_4_without_windows_is_refused(tmp_path: Path, words: Path) -> None:
+    folder = made("Gemma-4", tmp_path / "m", layer_types=["full_attention"] * 3)
+    with pytest.raises(UnsupportedModelError, match=r"gemma4 cannot express .*sliding_window is missing$"):
+        written(folder, words)
+
+
 # ---- what llama.cpp has no place for ---------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -746,9 +746,10 @@ def test_towers_of_gemma_4_that_do_not_fit_are_named(folders: Callable[[str], Pa
 
     wrong(InvalidFileError, "max_soft_tokens is 71", processor={"max_soft_tokens": 71})
     wrong(InvalidFileError, "pooling_kernel_size is 3; config.json says 2", processor={"pooling_kernel_size": 3})
-    wrong(UnsupportedModelError, "vision_config.head_dim is not 16", vision_config={"head_dim": 8})
+    wrong(UnsupportedModelError, "vision_config.head_dim other than 16", vision_config={"head_dim": 8})
     wrong(UnsupportedModelError, "rope_type is 'yarn'", vision_config={"rope_parameters": {"rope_type": "yarn"}})
-    wrong(InvalidFileError, "64 positions, of which", vision_config={"position_embedding_size": 64})
+    wrong(InvalidFileError, "64 learned positions", vision_config={"position_embedding_size": 64})
+    wrong(InvalidFileError, "64 learned positions", "Gemma 4 12B", vision_config={"mm_posemb_size": 64})
     wrong(
         InvalidFileError,
         "head size 2 must be",

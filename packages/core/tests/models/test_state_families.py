@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GraniteMoeHybridConfig
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, UnsupportedModelError
 from candle_vllm.core.errors import InvalidFileError, NoMemoryError
@@ -138,6 +139,13 @@ def test_published_descriptions() -> None:
     assert read(JAMBA | {"num_key_value_heads": None}).num_kv_heads == 32
 
 
+def test_granite_without_kinds_of_layers_has_mamba_in_all_as_in_transformers() -> None:
+    theirs = GraniteMoeHybridConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4, vocab_size=272)
+    said = theirs.to_dict() | {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": None}
+    assert set(theirs.layer_types) == {"linear_attention"}
+    assert read(said).mamba_layers == frozenset(range(3))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -157,9 +165,9 @@ def test_what_is_not_implemented(config: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"projectors_bias": True}, "projectors_bias is not implemented"),
-        ({"mlp_multipliers": [1.0]}, "mlp_multipliers is "),
-        ({"key_multiplier": -1.0}, "key_multiplier is -1.0; it must be above 0"),
-        ({"mamba_d_ssm": 120, "mamba_n_heads": 8, "mamba_d_head": 15}, "sizes that 16 does not divide"),
+        ({"mlp_multipliers": [1.0]}, r"mlp_multipliers is \[1\.0\], not 2 number"),
+        ({"key_multiplier": -1.0}, "key_multiplier is -1.0, not 1 number"),
+        ({"mamba_d_ssm": 120, "mamba_n_heads": 8, "mamba_d_head": 15}, "16 must divide"),
     ],
 )
 def test_what_is_not_implemented_of_falcon_h1(change: dict[str, Any], message: str, tmp_path: Path) -> None:

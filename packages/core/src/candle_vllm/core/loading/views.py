@@ -76,16 +76,21 @@ def qkv_rows(part: str, *, grouped: bool = False) -> View:
     """
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
-        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+        if hasattr(config, "heads"):  # layers may differ; an MTP layer's config has one layer, with a later number
+            layer = next((int(part) for part in stored.name.split(".") if part.isdecimal()), 0) % config.num_layers
+            heads, kv_heads = config.heads(layer)
+            size = config.head_dims[layer] if hasattr(config, "head_dims") else size
+        q, kv = heads * size, kv_heads * size
         if stored.shape[:1] != (q + 2 * kv,):
             raise WeightsError(
                 f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
                 f"{q} rows of q and {kv} each of k and v"
             )
         if grouped:
-            each, size = config.num_heads // config.num_kv_heads, config.head_dim
-            heads = {"q": slice(each), "k": slice(each, each + 1), "v": slice(each + 1, None)}[part]
-            return stored.select(np.arange(q + 2 * kv).reshape(-1, each + 2, size)[:, heads].reshape(-1))
+            each = heads // kv_heads
+            some = {"q": slice(each), "k": slice(each, each + 1), "v": slice(each + 1, None)}[part]
+            return stored.select(np.arange(q + 2 * kv).reshape(-1, each + 2, size)[:, some].reshape(-1))
         return stored.rows(*{"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part])
 
     return view

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Falcon 7B, 11B, 40B and 180B: a parallel block with one norm or two, without biases; and models with ALiBi.
+"""Falcon 7B, 11B, 40B and 180B: a parallel block with one norm or two, without biases of the projections.
 
-The 7B has one key-value head; the others group their heads, and store the rows of q, k and v one after the other
-for each group. Source: Almazrouei et al., 2023, arXiv:2311.16867.
+Falcon-RW has sequential blocks, biases and ALiBi. Hugging Face checkpoints store the rows of q, k and v one after the
+other for each key-value head; the 7B has one such head. Source: Almazrouei et al., 2023, arXiv:2311.16867.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Read `config.json` of falcon; missing keys have transformers' defaults."""
+    """Read `config.json` of falcon; optional keys of its layers have transformers' defaults."""
     fields = fields.with_defaults(
         max_position_embeddings=2048,
         layer_norm_epsilon=1e-5,
@@ -53,7 +53,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
-    """Read GGUF metadata of falcon, which does not store the activation: it is that of all published models."""
+    """Read GGUF metadata of falcon, which does not store the activation: all published models have GELU."""
     return GptConfig(
         **shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon"),
         activation="gelu",
@@ -74,7 +74,7 @@ WEIGHTS = [
     *pair(
         _LAYER + "attention_norm:",
         (_HF + "input_layernorm", _HF + "ln_attn"),
-        (GG + "attn_norm_2", GG + "attn_norm"),  # of two norms, attn_norm is the MLP's
+        (GG + "attn_norm_2", GG + "attn_norm"),  # in a block with two norms, attn_norm is the MLP's
     ),
     *[
         WeightName(

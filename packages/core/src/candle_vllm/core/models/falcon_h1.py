@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""TII Falcon-H1: Mamba 2 and attention in parallel in each layer, and multipliers of the projections.
+"""TII Falcon-H1: Mamba 2 and attention in parallel in each layer, and multipliers of embeddings, matrices and logits.
 
-In GGUF files the matrices already contain these multipliers. Source: TII, 2025, arXiv:2507.22448.
+In GGUF files the weights already contain these multipliers. Source: TII, 2025, arXiv:2507.22448.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SideBySide(Attention):
 
 
 class ScaledMLP(GatedMLP):
-    """down(silu(gate(x) * g) * up(x) * d)."""
+    """down(silu(gate(x) * g) * up(x) * d), where g and d are the `gate` and `down` of `Factors`."""
 
     def __init__(self, config: FalconH1Config, placement: Placement) -> None:
         super().__init__(config.hidden_size, config.intermediate_size, placement)
@@ -68,7 +68,7 @@ class ScaledMLP(GatedMLP):
 
 
 class Block(llama.Block):
-    """One decoder layer: Llama's, with Mamba 2 in parallel to attention."""
+    """One decoder layer: Llama's, with Mamba 2 in parallel to attention, and a `ScaledMLP`."""
 
     def mixer(self, config: FalconH1Config, layer: int, rotary: Rotary, placement: Placement) -> SideBySide:
         return SideBySide(config, layer, rotary, placement)
@@ -92,7 +92,7 @@ class FalconH1(Llama):
 
 
 class Multiplied:
-    """View of a matrix that GGUF files store times a factor, and other checkpoints (`plain`) without the factor."""
+    """View of a weight that GGUF files store times a factor, and Hugging Face checkpoints (`plain`) without it."""
 
     def __init__(self, part: str, *, plain: bool) -> None:
         self._part, self._plain = part, plain
@@ -100,13 +100,13 @@ class Multiplied:
     def __call__(self, stored: StoredTensor, config: FalconH1Config) -> StoredTensor:
         if (config.factors is None) == self._plain:
             raise AdapterError(
-                f"{stored.path}: GGUF files have multipliers in their matrices, and others have them apart: an adapter "
-                "of one kind does not fit the other"
+                f"{stored.path}: multipliers are part of the matrices in GGUF files, and keys of config.json in other "
+                "models: an adapter for one kind of file does not fit the other"
             )
         return stored
 
     def undone(self, stored: StoredTensor, config: FalconH1Config) -> StoredTensor:
-        """Multiply the matrix by its factor, in its own type."""
+        """Multiply the weight by its factor; the result has the stored type, or F32 if that is quantised."""
         factor, mamba = getattr(config.folded, self._part), config.mamba
         if isinstance(factor, tuple):
             factor = np.repeat(factor, (mamba.inner, *mamba.parts, mamba.heads))[:, None]
@@ -123,7 +123,7 @@ _FOLDED |= {f"layers.{{i}}.attention.qkv:{part}.weight": part for part in "qkv"}
 
 
 def _line(line: WeightName) -> WeightName:
-    """A row of Llama's or Mamba 2's table, with the names of these models and with factors."""
+    """A row of Llama's or Mamba 2's table with Falcon-H1's names, and with `Multiplied` for a weight with a factor."""
     forms: list[Any] = [each if isinstance(each, tuple) else (each,) for each in (line.hf, line.gguf)]
     (hf, *_), names = forms
     view, part = line.hf_view, _FOLDED.get(line.target)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Configuration of Falcon-H1: a Llama with the sizes of Mamba 2 and the factors of its matrices."""
+"""Configuration of Falcon-H1: Llama's, with the shapes of Mamba 2 and the factors of the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from candle_vllm.core.models.mamba2 import HYBRID_KEYS, MambaSizes, mamba_keys, 
 
 
 class Factors(NamedTuple):
-    """Factor of each matrix's result and of the last norm's; `inputs` has the factors of z, x, B, C and dt."""
+    """Factors of the results of matrices and of the last norm; `inputs` has those of z, x, B, C and dt."""
 
     embed: float = 1.0
     head: float = 1.0
@@ -37,9 +37,9 @@ class FalconH1Config(LlamaConfig):
 
     Attributes:
         mamba: shapes of Mamba 2.
-        factors: factors of the matrices, from which the scales of `LlamaConfig` and of `mamba` are computed. None if
-            the stored matrices already contain them.
-        folded: factors that are multiplied into the matrices while a GGUF file is written; None otherwise.
+        factors: factors of the weights, from which the scales of `LlamaConfig` and of `mamba` are computed. None if
+            the stored weights already contain them.
+        folded: factors that are multiplied into the weights while a GGUF file is written; None otherwise.
     """
 
     mamba: MambaSizes
@@ -67,21 +67,20 @@ def config_from_hf(fields: Fields, model_type: str) -> FalconH1Config:
     inner = fields.count("mamba_d_ssm", fields.count("mamba_expand", 2) * shared["hidden_size"])
     sizes = sizes_from_hf(fields, HYBRID_KEYS, inner=inner, normed=normed)
     last = normed and fields.get("mamba_norm_before_gate", bool, True)
-
     every = _factors(fields)
     if every != Factors() and any(size % 16 for size in (sizes.inner, sizes.parts[1], shared["intermediate_size"])):
-        raise UnsupportedModelError(f"{fields.path}: multipliers of sizes that 16 does not divide are not implemented")
+        raise UnsupportedModelError(f"{fields.path}: with multipliers, 16 must divide Mamba's and feed-forward sizes")
     return FalconH1Config(**shared | scales(every, dataclasses.replace(sizes, gate_last=last), shared["head_dim"]))
 
 
 def _factors(fields: Fields) -> Factors:
-    """The product of the multipliers for each matrix."""
+    """The factor of each matrix: the product of its multipliers in `config.json`."""
 
     def several(key: str, count: int) -> list[float]:
         given = fields.values.get(key)
         values = [1.0] * count if given is None else given if isinstance(given, list) else [given]
         if len(values) != count or not all(type(each) in (int, float) and 0 < each <= 1e6 for each in values):
-            raise InvalidFileError(f"{fields.path}: {key} is {given!r:.80}; it must be above 0 and at most 1e6")
+            raise InvalidFileError(f"{fields.path}: {key} is {given!r:.80}, not {count} number(s) in (0, 1e6]")
         return values
 
     def one(name: str) -> float:
@@ -123,7 +122,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> FalconH1Config:
 
 
 def otherwise(config: Any) -> dict[str, Any]:
-    """Config for GGUF: factors are in the matrices; with a tied head, the last norm has the factor head / embed."""
+    """Config for GGUF: factors are in the weights; with a tied head, the last norm has the factor head / embed."""
     folded = config.factors
     if config.tie_embeddings:
         folded = folded._replace(norm=folded.head / folded.embed)
@@ -131,5 +130,5 @@ def otherwise(config: Any) -> dict[str, Any]:
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Shapes of Mamba 2."""
+    """The GGUF metadata of Mamba 2."""
     return mamba_keys(config.mamba)

@@ -23,7 +23,7 @@ DIVISORS = "rope_freqs.weight"
 BIASES = (".attn_output.bias", ".ffn_gate.bias", ".ffn_up.bias", ".ffn_down.bias")
 MAMBA_BIASES = (".ssm_in.bias", ".ssm_out.bias")
 LAYER_NORM_EPS = "attention.layer_norm_epsilon"
-"""Names in GGUF files, for the rows of `Family.as_gguf`: ends of tensors' names, and a key."""
+"""Names in GGUF files, for the rows of `Family.as_gguf`: ends of tensors' names, and a metadata key."""
 
 
 class Decoder(Protocol):
@@ -41,7 +41,7 @@ class Decoder(Protocol):
         ...
 
     def prepare(self, positions: int) -> None:
-        """Compute tables for positions below `positions`, at most the config's; by default the first step does it."""
+        """Compute rotary tables for positions below `positions`, at most `max_position`; by default for all."""
         ...
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
@@ -56,10 +56,10 @@ class Decoder(Protocol):
 class DraftHead(Protocol):
     """The interface of layers that draft tokens from the hidden states of a model.
 
-    At position p they read token p + 1 and the hidden states of p, and predict token p + 2.
+    They read token p + 1 and the hidden states at position p, and predict token p + 2.
 
     Attributes:
-        taps: layers of the model whose inputs `fuse` reads side by side; None for the output of the last norm.
+        taps: layers of the model whose inputs `fuse` reads side by side; None for the output of the model's last norm.
         input_size: elements that `fuse` reads for each token.
     """
 
@@ -68,7 +68,7 @@ class DraftHead(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """The config of the head, as if it were a model with one layer."""
+        """The config of the head, as if its layers were a model."""
         ...
 
     def prepare(self, positions: int) -> None:
@@ -76,11 +76,11 @@ class DraftHead(Protocol):
         ...
 
     def fuse(self, states: Value) -> Value:
-        """Convert the model's hidden states [T, input_size] to the input [T, E] of `forward`."""
+        """Convert the model's hidden states [T, input_size] to the hidden states that `forward` reads."""
         ...
 
     def forward(self, token_ids: Value, hidden: Value, step: StepInput) -> tuple[Value, Value]:
-        """Token ids [T] and hidden states [T, E] to the input of `logits` and the hidden states for the next draft."""
+        """Token ids [T] and hidden states to the input [T, E] of `logits`, and the hidden states for the next draft."""
         ...
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
@@ -116,7 +116,7 @@ class Architecture:
         eps: key of the norms' epsilon.
         interleaved: q and k rows are stored in pairs of adjacent rows, as in safetensors.
         reordered: q and k rows are stored in such pairs, and in safetensors in halves.
-        names: substrings of the names to use for tensors with several GGUF names; for others the first name is used.
+        names: of a tensor's several GGUF names, one that contains such a substring is written; otherwise the first one.
         head: llama.cpp requires a head in the file, even if it equals the embedding table.
         log_multiplier: value of `rope.scaling.yarn_log_multiplier` divided by `mscale_all_dim`; None without this key.
         unread: ends of the names of tensors that llama.cpp does not know; it refuses files with such tensors.
@@ -179,13 +179,13 @@ class Family:
     Attributes:
         hf: `architectures` of config.json, each with the model_type by which its config is read.
         gguf: `general.architecture` of GGUF files.
-        config_from_hf, config_from_gguf: read a model's config strictly. The functions below are called with this
-            config, a `ModelConfig` or the family's subclass of it.
+        config_from_hf, config_from_gguf: read a model's config strictly, a `ModelConfig` or the family's subclass of
+            it, which `build`, `ignored` and others get. `config_from_gguf` is None if `gguf` is empty.
         build: makes the model without its weights.
         weights: the table of weight names.
         ignored: patterns of names of stored tensors that are not loaded.
-        prepared: renames the tensors of a checkpoint to the names of the table; None if they already have these.
-        completed: adds to the config what only the tensors show; None if `config.json` is complete.
+        prepared: renames the tensors of a checkpoint to the names of the table; None if they already have these names.
+        completed: adds to the config of `config_from_hf` what only the tensors show; None if `config.json` is complete.
         as_gguf: how its models are written as GGUF files, by their model_type.
     """
 
@@ -207,8 +207,9 @@ class EncoderFamily:
 
     Attributes:
         hf: `architectures` of config.json, each with its model_type, and whether the model has a head for scores.
-        gguf, config_from_hf, config_from_gguf, build, weights, ignored: as for `Family`.
-        behind: the layers of a head that follows the pooling; None if no class has such a head.
+        gguf, config_from_gguf, build, ignored: as for `Family`; config_from_hf also gets `scores`, the second in `hf`.
+        weights: makes the table of weight names from a config and the names of stored tensors.
+        behind: makes the layers of a head that follows the pooling; None if no architecture has such a head.
         in_torch: why its layers run op by op in torch; None if they are compiled on a CPU.
     """
 

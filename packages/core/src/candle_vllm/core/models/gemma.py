@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gemma's layers: GeGLU, norm weights stored as the difference from 1, scaled embeddings.
+"""Gemma's layers: GeGLU, scaled embeddings, and, in safetensors, norm weights stored as the difference from 1.
 
 Gemma 2 also normalises the outputs of attention and of the feed-forward layer, has softcaps of scores and logits, and a
 sliding window in every other layer, beginning with the first. Gemma 3 normalises every head of q and k instead of the

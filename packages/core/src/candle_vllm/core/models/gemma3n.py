@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Gemma 3n: four residual streams, one of which is active in a layer (AltUp), and a low-rank path (LAuReL).
+"""Gemma 3n: four residual streams, one of which is active (AltUp), and a low-rank path (LAuReL).
 
-A layer predicts all streams from each other, computes the active one, and corrects all by the result. In the
+A layer predicts all streams from each other, computes the active one, and corrects all of them by the result. In the
 first layers the feed-forward gate is sparse. Caches, per-layer embeddings and attention are those of Gemma 4.
 Sources: Google, 2025, "Gemma 3n model overview"; Baykal et al., 2023, arXiv:2301.13310 (AltUp);
 Menghani et al., 2024, arXiv:2411.07501 (LAuReL).
@@ -129,7 +129,7 @@ WEIGHTS = [
 
 
 def ignored(config: Gemma3nConfig) -> list[str]:
-    """Names of tensors that are not loaded: those of Gemma 4, and an output scale that this model does not apply."""
+    """Names of tensors that are not loaded: those of Gemma 4, and output scales if the config does not apply them."""
     return [*gemma4.ignored(config), *[r".*\.altup\.correct_output_scale"] * (not config.scales_output)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Read the config of Gemma 3n from config.json or GGUF metadata, for `gemma3n.py`."""
+"""Config of Gemma 3n, and its readers for config.json and GGUF metadata."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Gemma3nConfig(Gemma4Config):
         streams, active: number N of residual streams, and index of the active one.
         scales_output: whether a vector [hidden_size] scales the active stream that gates the per-layer embedding.
         rank: rank of LAuReL.
-        deviations: for each layer, gate elements below mean + this many standard deviations become 0; None: no cutoff.
+        deviations: for each layer, the d of `kernels/scale_cap`, which makes the gate sparse; None without a cutoff.
         input_rows: number of tokens with their own per-layer embeddings; other tokens get those of token 0.
     """
 
@@ -51,9 +51,9 @@ class Gemma3nConfig(Gemma4Config):
         if not 1 < self.streams <= MOST_STREAMS:
             raise InvalidFileError(f"the model's config has {self.streams} streams; 2 to {MOST_STREAMS} are possible")
         if not 0 <= self.active < self.streams:
-            raise InvalidFileError(f"the model's config says stream {self.active} of 0 to {self.streams - 1} is active")
+            raise InvalidFileError(f"the active stream is {self.active}; it must be 0 to {self.streams - 1}")
         if self.hidden_size % 16:
-            raise UnsupportedModelError(f"hidden_size {self.hidden_size} is not implemented: it is no multiple of 16")
+            raise UnsupportedModelError(f"hidden_size {self.hidden_size} is not implemented: not a multiple of 16")
         if self.input_size < 1:
             raise InvalidFileError(f"the model's config says per-layer embeddings have {self.input_size} elements")
         assert len(self.deviations) == self.num_layers
@@ -101,7 +101,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma3nConfig:
 def _config(
     fields: Fields, values: dict[str, Any], windows: Sequence[int | None], *, readers: int, **own: Any
 ) -> Gemma3nConfig:
-    """The config of a model with equal heads in all layers; the last `readers` layers share earlier layers' caches."""
+    """Make the config; all layers have equal heads, and the last `readers` layers read earlier layers' caches."""
     layers, dim = values["num_layers"], values["head_dim"]
     shapes: dict[str, Any] = {
         "sliding_windows": tuple(windows),
@@ -120,7 +120,7 @@ def _every(period: int, layers: int, window: int) -> tuple[int | None, ...]:
 
 
 def _one_width(fields: Fields, key: str, widths: Sequence[int]) -> Fields:
-    """The fields with one width in place of a list with a width for each layer."""
+    """The fields with one width instead of a width for each layer; the widths must be equal."""
     if len(set(widths)) > 1:
         raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} differs by layer, which is not implemented")
     return Fields({**fields.values, fields.prefix + key: widths[0]}, fields.path, fields.prefix)
@@ -132,7 +132,7 @@ def _deviations(fields: Fields, layers: int) -> tuple[float | None, ...]:
     count = _SPARSE[0] * (layers > _SPARSE[0])
     shares = fields.get(key, list, [0.95] * count + [0.0] * (layers - count))
     if len(shares) != layers or not all(isinstance(share, (int, float)) and 0 <= share < 1 for share in shares):
-        raise InvalidFileError(f"{fields.path}: {key} must say a share below 1 for each of {layers} layers")
+        raise InvalidFileError(f"{fields.path}: {key} must have a share from 0 to below 1 for each of {layers} layers")
     return tuple(float(np.float32(NormalDist().inv_cdf(share))) if share > 0 else None for share in shares)
 
 
@@ -140,7 +140,7 @@ def _deviations(fields: Fields, layers: int) -> tuple[float | None, ...]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma3nConfig:
-    """Read GGUF metadata of gemma3n; missing keys get llama.cpp's defaults."""
+    """Read GGUF metadata of gemma3n; optional keys have llama.cpp's defaults."""
     layers, key, tensors = fields.count("block_count"), "feed_forward_length", checkpoint.tensors
     known = _one_width(fields, key, by_layer(fields, key, layers))
     shared, size = shared_from_gguf(known, checkpoint), known.count("embedding_length_per_layer_input")

@@ -26,7 +26,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class StreamNorm(RMSNorm):
-    """The norm of a router's input, divided by the input's size."""
+    """The norm of a router's input; its result is divided by E."""
 
     def finish(self) -> None:
         """See `Finishes`."""
@@ -34,13 +34,13 @@ class StreamNorm(RMSNorm):
 
 
 class StreamRouter:
-    """Gates [T, N] of a stream x [T, E], and the tables by which they mix streams; see `kernels/stream_mix`.
+    """Gates [T, N] of a stream x [T, E], before tanh, and the tables to mix streams by them; see `kernels/stream_mix`.
 
     Attributes:
         predict: [1 + N, N, N], predicts all streams from each other.
         first: [1 + N, 1, 2], corrects the active stream by its prediction and the layer's result.
         correct: [1 + N, N, N + 2], corrects all streams by their predictions, the result and the per-layer embedding.
-        scale: [E], scale of the active stream before it meets that embedding; None for 1.
+        scale: [E], scale of the active stream before it gates the per-layer embedding; None for 1.
     """
 
     def __init__(self, config: Gemma3nConfig, placement: Placement) -> None:
@@ -76,7 +76,7 @@ class StreamRouter:
 
 
 class SparseGatedMLP(GatedMLP):
-    """GeGLU; gate elements below mean + `deviations` standard deviations of their row become 0; None keeps all."""
+    """GeGLU, whose gate `cut_` makes sparse with d = `deviations`, unless that is None; see `kernels/scale_cap`."""
 
     deviations: float | None = None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gemma 4: layers with and without a window have different heads; the last layers may share earlier layers' caches.
+"""Gemma 4: layers with and without a window differ in K and D; the last layers may read earlier layers' caches.
 
 Values have a norm without a weight, scores are unscaled, and a layer's output is multiplied by a scalar. Layers may
 have per-layer embeddings, and experts in addition to the dense MLP. Source: Gemma Team, 2026, "Gemma 4 model card".
@@ -44,7 +44,7 @@ class Attention:
         self.k_norm = RMSNorm(dim, eps, placement) if source == layer else None
         self.v_norm = RMSNorm(dim, eps, placement, weighted=False)
         self.attend = PagedAttention(source, dim, rotary, self.q_norm, self.k_norm, window=window, scale=1.0)
-        self.attend.causal = window is None  # only with a window do an image's tokens attend to each other
+        self.attend.causal = window is None  # an image's tokens attend in both directions only with a window
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         qkv = self.qkv(x)
@@ -56,7 +56,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
+    """One decoder layer. Its input [T, E] is x + residual, or only x in layer 0 and if layers have a scale."""
 
     def __init__(self, config: Gemma4Config, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, eps, self.layer = config.hidden_size, config.norm_eps, layer
@@ -131,7 +131,7 @@ WEIGHTS = [
 
 
 def ignored(config: Gemma4Config) -> list[str]:
-    """Names of tensors that are not loaded: the copy of a tied head, and keys of layers that share an earlier cache."""
+    """Names of tensors that are not loaded: the copy of a tied head; k and v of layers that read earlier caches."""
     readers = "|".join(str(layer) for layer, source in enumerate(config.sources) if layer != source)
     hf, gguf = rf"model\.layers\.({readers})\.self_attn\.[kv]_.*", rf"blk\.({readers})\.attn_[kv](_norm)?\..*"
     return [*[r"lm_head\.weight"] * config.tie_embeddings, *([hf, gguf] if readers else [])]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The drafter of Gemma 4: a small model whose layers read the key-value caches of the model for which it drafts.
 
-It reads the embedding of the last token and the model's hidden state of the token before, side by side, and predicts
+It reads the model's embedding of the last token and its hidden state of the token before, side by side, and predicts
 the next token. The next draft starts from its own output, projected to the model's size. All drafts of a step have the
 last token's position, because the caches have no row of a draft token: layers with a window read the model's last cache
 with a window, the other layers its last cache without one.
@@ -132,7 +132,7 @@ class Assistant:
             x, residual = layer(x, residual, step)
         assert self.decoder.norm is not None
         x = self.decoder.norm.add(x, residual)[0]
-        return x, side_by_side(self.after(x))  # a copy, which is complete when the plan ends
+        return x, side_by_side(self.after(x))  # a copy, which no later operation of the plan overwrites
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Logits [T, V] in fp32."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Read the config of Gemma 4 from config.json or GGUF metadata, for `gemma4.py`."""
+"""Config of Gemma 4, and its readers for config.json and GGUF metadata."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _ROPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma4Config(ModelConfig):
-    """Config of Gemma 4. Fields of `ModelConfig` that differ by layer have the values of full attention.
+    """Config of Gemma 4. `head_dim` and `rope` are those of full attention, `num_kv_heads` is the smallest K.
 
     Attributes:
-        groups, head_dims: for each layer, the number of heads that share a key-value head, and D.
+        groups, head_dims: for each layer, the number of query heads that share a key-value head, and D.
         sources: for each layer, the layer whose key-value cache it reads: itself or an earlier layer.
         keys_as_values: layers whose values are their keys before the norm and the rotation.
         widths: for each layer, the factor of `intermediate_size` in its dense MLP.
@@ -75,8 +75,12 @@ class Gemma4Config(ModelConfig):
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """K and D of each layer; a rank with a part of a group of query heads has the group's key-value head."""
+        """K and D of each layer; K is 1 on a rank that has only a part of the query heads of one key-value head."""
         return tuple((max(1, self.num_heads // group), dim) for group, dim in zip(self.groups, self.head_dims))
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """H and K of a layer."""
+        return self.num_heads, self.shapes[layer][0]
 
     @property
     def readers(self) -> int:
@@ -93,7 +97,7 @@ class Gemma4Config(ModelConfig):
 
 
 def groups_of(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...]:
-    """For each layer, the number of `heads` that share a key-value head; `counts` are its key-value heads."""
+    """For each layer, the number of `heads` that share a key-value head; `counts` are the layers' key-value heads."""
     for count in counts:
         if heads % count:
             raise InvalidFileError(f"{fields.path}: {heads} heads cannot share {count} key-value heads")
@@ -101,7 +105,7 @@ def groups_of(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, .
 
 
 def sources_of(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
-    """Each layer's source: the last `shared` layers read the last earlier layer of their kind (window or not)."""
+    """Each layer's source: the last `shared` layers read the last layer before these of their kind (window or not)."""
     first = len(windows) - shared
     last = {window is None: layer for layer, window in enumerate(windows[: max(first, 0)])}
     if not 0 <= shared < len(windows) or not all((window is None) in last for window in windows):
@@ -192,7 +196,7 @@ def _shapes(fields: Fields, windows: Sequence[int | None], local: tuple[int, int
 
 
 def _rope(fields: Fields, kind: str, dim: int, position: int) -> RopeConfig:
-    """The rotary settings of one kind of layer."""
+    """The rotary settings of one kind of layer; `dim` is its D, `position` the model's context."""
     stored = fields.section("rope_parameters").section(kind).values if "rope_parameters" in fields else _ROPES[kind]
     return rope_from_hf(Fields({"rope_parameters": dict(stored)}, fields.path), dim, position)
 
@@ -208,7 +212,9 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}attention.sliding_window_pattern has no full layer")
     heads, inner = (by_layer(fields, key, layers) for key in ("attention.head_count_kv", "feed_forward_length"))
     if any(each % inner[0] for each in inner):
-        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}feed_forward_length is {inner!r:.80}")
+        raise UnsupportedModelError(
+            f"{fields.path}: {fields.prefix}feed_forward_length is {inner!r:.80}, not multiples of {inner[0]}"
+        )
     alike = {f"{fields.prefix}attention.head_count_kv": min(heads), f"{fields.prefix}feed_forward_length": inner[0]}
     known = Fields({**fields.values, **alike}, fields.path, fields.prefix)
     shared = shared_from_gguf(known, checkpoint)
@@ -227,8 +233,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
             expert_scale=True,
         )
     sources = sources_of(windows, known.get("attention.shared_kv_layers", int, 0), fields)
-    owners = [layer for layer, source in enumerate(sources) if layer == source]
-    fused = any(f"blk.{layer}.attn_qkv.weight" in tensors for layer in owners)
+    apart = [n for n, source in enumerate(sources) if n == source and f"blk.{n}.attn_qkv.weight" not in tensors]
     own: dict[str, Any] = {
         "max_position": known.count("context_length"),
         "local_rope": RopeConfig(theta=known.get("rope.freq_base_swa", float, 1e4), dim=local),
@@ -236,7 +241,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
         "groups": groups_of(shared["num_heads"], heads, fields),
         "head_dims": tuple(dims[window] for window in windows),
         "sources": sources,
-        "keys_as_values": frozenset(n for n in owners if not fused and f"blk.{n}.attn_v.weight" not in tensors),
+        "keys_as_values": frozenset(n for n in apart if f"blk.{n}.attn_v.weight" not in tensors),
         "widths": tuple(each // inner[0] for each in inner),
         "embedding_scale": math.sqrt(shared["hidden_size"]),
         "input_scale": math.sqrt(max(size, 0)),
@@ -255,7 +260,7 @@ def gguf_keys(config: Gemma4Config) -> dict[str, Any]:
 
     Numbers that differ by layer are lists; layers with a window have their own keys.
     """
-    dim = next(config.head_dims[layer] for layer, window in enumerate(config.sliding_windows) if window is not None)
+    dim = next((dim for dim, window in zip(config.head_dims, config.sliding_windows) if window), config.head_dim)
     keys = gemma3_keys(config) | {
         "feed_forward_length": [width * config.intermediate_size for width in config.widths],
         "attention.head_count_kv": [heads for heads, _ in config.shapes],

@@ -4,7 +4,7 @@
 Each block is x + norm(attention(norm(x))), then x + norm(mlp(norm(x))); queries and keys rotate by the column and the
 row of their patch, and values have a norm without a weight. The mean of a cell's patches becomes an embedding. In some
 models the inputs and outputs of matrices are clamped. Source: Gemma Team, 2026, "Gemma 4 model card".
-Shapes: T patches, E hidden, H heads, D head size, C cells, N rows of the table of positions.
+Shapes: T patches, E hidden, C cells, N positions of columns, and of rows.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Gemma4Tower:
         return x
 
     def cells(self, hidden: Any) -> Any:
-        """See `Tower`; means of patches times the root of E, shifted and scaled."""
+        """See `Tower`; means of patches times the root of E, in some models shifted and scaled."""
         means = self.config.cells(hidden) * self.config.hidden_size**0.5
         return means if self.standard is None else self.standard(means)
 
@@ -132,7 +132,7 @@ _LAYER, _BLOCK = "vision_tower.encoder.layers.{i}.", "v.blk.{i}."
 
 
 def _halves(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Rows of q or k, or of their norm: rotary pairs within each half of a head become pairs across the two halves."""
+    """Reorder rows of q or k, or of their norms: rotary pairs within a half of a head become pairs across both."""
     size = config.hidden_size // config.num_heads
     if not stored.shape or stored.shape[0] % size:
         return stored  # the loader reports the wrong shape
@@ -205,7 +205,7 @@ WEIGHTS: Sequence[WeightName] = (
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: Any) -> Mapping[str, StoredTensor]:
-    """The tensors for images; missing bounds and shifts are added with neutral values."""
+    """The tensors for images; to those of a GGUF file, missing bounds and shifts are added with neutral values."""
     found = {name: each for name, each in tensors.items() if not name.startswith(("a.", "mm.a."))}
     if "v.patch_embd.weight" not in found:
         return found

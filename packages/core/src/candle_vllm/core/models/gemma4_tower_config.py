@@ -15,7 +15,7 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.models.tower_family import TowerConfig
 from candle_vllm.core.vision.preprocessing import NOTHING, budget_rule, over
 
-_CAUSAL = (1536, 2560)  # hidden sizes of E2B and E4B, where an image's tokens attend causally
+_CAUSAL = (1536, 2560)  # hidden sizes of the text models E2B and E4B, where an image's tokens attend causally
 MOST_POSITIONS = 1 << 16
 
 
@@ -39,10 +39,8 @@ class Gemma4TowerConfig(TowerConfig):
             raise InvalidFileError(
                 f"vision_config: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
             )
-        if self.learned * self.patch < self.side * self.patch or not 0 < self.theta <= 1e9:
-            raise InvalidFileError(
-                f"vision_config: {self.learned} positions, of which an image may have {self.side}; theta {self.theta}"
-            )
+        if not 0 < self.theta <= 1e9:
+            raise InvalidFileError(f"vision_config: rope_theta is {self.theta}; it must be above 0 and at most 1e9")
 
 
 def config_from_hf(
@@ -56,7 +54,7 @@ def config_from_hf(
     size, heads = vision.count("hidden_size", 768), vision.count("num_attention_heads", 12)
     for key, usual, known in (("num_key_value_heads", heads, heads), ("head_dim", 64, size // heads)):
         if vision.count(key, usual) != known:
-            raise UnsupportedModelError(f"{fields.path}: vision_config.{key} is not {known}, which is not implemented")
+            raise UnsupportedModelError(f"{fields.path}: vision_config.{key} other than {known} is not implemented")
     return _config(
         over(processor, said),
         hidden_size=size,

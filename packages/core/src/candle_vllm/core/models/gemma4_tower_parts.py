@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.scale_cap import clamp_
 from candle_vllm.core.kernels.side_by_side import side_by_side
@@ -28,7 +29,7 @@ BOUNDS = MappingProxyType({"input_min": -np.inf, "input_max": np.inf, "output_mi
 
 
 class Bounds:
-    """Lower and upper bounds of a matrix's inputs and outputs; the parts have the names of `BOUNDS`."""
+    """Lower and upper bounds of a matrix's inputs and outputs; the parameters have the names of `BOUNDS`."""
 
     def __init__(self, placement: Placement) -> None:
         self._stored = {name: placement.empty(1) for name in BOUNDS}
@@ -45,7 +46,7 @@ class Bounds:
 
 
 class BoundedLinear:
-    """x [T, E] times a matrix without a bias, with inputs and outputs clamped to the matrix's bounds, if any."""
+    """x [T, size] times a matrix without a bias; if `clipped`, inputs and outputs are clamped to stored bounds."""
 
     def __init__(self, size: int, results: int, clipped: bool, placement: Placement) -> None:
         self.matrix = Linear(size, results, placement)
@@ -86,6 +87,10 @@ class Positions:
     """Learned vectors of columns, followed by those of rows: a table [2 * N, E] that the host looks up."""
 
     def __init__(self, config: TowerConfig, placement: Placement) -> None:
+        if config.learned < config.side:
+            raise InvalidFileError(
+                f"vision_config: {config.learned} learned positions are too few for a side of {config.side} patches"
+            )
         self.weight = placement.empty(2 * config.learned, config.hidden_size)
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -2,7 +2,7 @@
 """Image input of Gemma 4's unified models, which have no vision encoder: pixels are normalised and projected.
 
 y = projector(norm(norm_3(norm_2(dense(norm_1(pixels))) + column + row))), where norm_1 to norm_3 are LayerNorms.
-Source: Gemma Team, 2026, "Gemma 4 model card". A patch becomes one embedding. Shapes: N positions, E hidden.
+Source: Gemma Team, 2026, "Gemma 4 model card". A patch becomes one embedding. Shapes: N positions of an axis, E hidden.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ WEIGHTS: Sequence[WeightName] = (
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
-    """The tensors for images."""
+    """The tensors for images, without those for audio in GGUF files."""
     del config
     return {name: each for name, each in tensors.items() if not name.startswith(("a.", "mm.a."))}
 

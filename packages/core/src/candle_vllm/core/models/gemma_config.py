@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Read the config of Gemma models from config.json or GGUF metadata, for `gemma.py`."""
+"""Read the config of Gemma, Gemma 2, Gemma 3 and EmbeddingGemma from config.json or GGUF metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GemmaConfig(ModelConfig):
     """The config of Gemma, Gemma 2 and Gemma 3.
 
     Attributes:
-        embedding_scale: factor of the embeddings: the square root of the hidden size.
+        embedding_scale: factor of the embeddings: the square root of the hidden size, which `_shared_from_hf` rounds.
         query_scale: factor of the attention scores.
         final_softcap, attention_softcap: softcap of the logits and of the attention scores; None for no cap.
         sandwich: the outputs of attention and of the feed-forward layer are normalised too (Gemma 2 and 3).
@@ -69,7 +69,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GemmaConfig:
         return GemmaConfig(**shared, attention_softcap=cap)
     if cap is not None:
         raise UnsupportedModelError(f"{fields.path}: attn_logit_softcapping is {cap}; Gemma 3 has none: set it to null")
-    shared["max_position"] = fields.count("max_position_embeddings")  # rope scaling is already included
+    shared["max_position"] = fields.count("max_position_embeddings")  # it already includes rope scaling
     shared["rope"] = layer_rope(fields, shared, "full_attention")
     return GemmaConfig(**shared, qk_norm=True, local_rope=layer_rope(fields, shared, "sliding_attention"))
 
@@ -123,7 +123,7 @@ def layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GemmaConfig:
-    """Read GGUF metadata of gemma, gemma2 and gemma3; missing keys get llama.cpp's defaults."""
+    """Read GGUF metadata of gemma, gemma2 and gemma3; optional keys have llama.cpp's defaults."""
     shared = shared_from_gguf(fields, checkpoint)
     family, layers, position = shared["model_type"], shared["num_layers"], fields.count("context_length")
     hidden, dim = shared["hidden_size"], shared["head_dim"]

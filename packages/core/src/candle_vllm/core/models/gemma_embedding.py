@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """EmbeddingGemma: the layers of Gemma 3 with attention in both directions, in most layers within a window.
 
-Dense layers after the pooling are in a `PooledHead`. Source: Schechter Vera et al., 2025, arXiv:2509.20354.
+A `PooledHead` has the dense layers after the pooling. Source: Schechter Vera et al., 2025, arXiv:2509.20354.
 Shapes: T tokens, E hidden, H heads, K key-value heads, D head size.
 """
 
@@ -31,7 +31,7 @@ from candle_vllm.core.models.gemma_config import GemmaConfig, config_from_gguf, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaEncoderConfig(EncoderConfig):
-    """Config of an encoder with the layers of `gemma`; windows count tokens on both sides."""
+    """Config of an encoder with the layers of `gemma`; half of a window is before a token, half after it."""
 
     gemma: GemmaConfig
 
@@ -61,7 +61,7 @@ def encoder_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GemmaEncoderCon
 
 
 def _config(gemma: GemmaConfig, fields: Fields) -> GemmaEncoderConfig:
-    """Make the config; scores must be divided by the root of the head size, as in the attention of encoders."""
+    """Make the config; attention scores must be divided by the root of D, as in all encoders here."""
     if abs(gemma.query_scale - gemma.head_dim**-0.5) > 1e-6:
         raise UnsupportedModelError(f"{fields.path}: query_pre_attn_scalar must be head_dim, {gemma.head_dim}")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_position", "norm_eps")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Parts of layers in later Gemma models: per-layer embeddings (Gemma 3n and 4), scales, a router's norm.
+"""Parts of layers in Gemma 3n and 4: per-layer embeddings, a scale of a layer's output, a router's norm.
 
-One table has a token's embeddings for all layers side by side, and stays in its file in recorded steps. A projection of
-the token's ordinary embedding is added to them.
+One table has a token's embeddings for all layers side by side; in recorded steps it is read from its file. A projection
+of the token's ordinary embedding is added to them.
 Source: Gemma Team, 2025, "Gemma 3n model overview" (per-layer embeddings).
-Shapes: T tokens, V vocabulary, E hidden, L layers, P elements of a per-layer embedding.
+Shapes: T tokens, V rows of the table, E hidden, L layers, P elements of a per-layer embedding.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class MappedTable:
-    """Rows [T, E] of a table [V, E] for token ids [T] in recorded steps; the table stays in its file as it is stored.
+    """Rows [T, L * P] of a table [V, L * P] for token ids [T] in recorded steps; the table stays in its file.
 
-    The rows of a step's tokens are read and decoded before the step runs, so memory holds only these. The object is
-    the parameter "weight" itself.
+    The rows of a step's tokens are read and decoded before the step runs, so only these are in memory. This object is
+    its own parameter "weight".
 
     Args:
-        vocab_size, size: V and E.
+        vocab_size, size: V and L * P.
         scale: factor of the rows.
     """
 
@@ -52,7 +52,7 @@ class MappedTable:
         return None
 
     def rows(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows [T, E] for token ids [T]; row 0 for tokens without a row."""
+        """Rows [T, L * P] for token ids [T]; row 0 for tokens without a row."""
         return self._stored.select(np.where(token_ids < self.shape[0], token_ids, 0)).load("F32") * self._scale
 
     def __call__(self, token_ids: RecordedTokens) -> Value:
@@ -66,7 +66,7 @@ class MappedTable:
 class LayerInputs:
     """Token ids [T] and their embeddings [T, E] -> [T, P] for each layer.
 
-    By definition the sum is divided by the root of 2; here `LayerGate` accounts for that factor.
+    The model's definition divides the sum by the root of 2; here the epsilon of `LayerGate` accounts for that factor.
 
     Args:
         vocab_size, hidden_size, num_layers, size: V, E, L and P.
@@ -111,7 +111,7 @@ class LayerGate:
 
 
 class LayerScale:
-    """Multiplies a layer's output by a stored scalar, the part "factor" [1]; recorded steps do so in place."""
+    """Multiplies a layer's output by a stored scalar, the parameter "factor" [1]; recorded steps do so in place."""
 
     def __init__(self, placement: Placement) -> None:
         self._stored, self._factor = placement.empty(1), 1.0
@@ -129,7 +129,7 @@ class LayerScale:
 
 
 class RouterNorm(RMSNorm):
-    """The norm of a router's input, divided by the root of the input's size."""
+    """The norm of a router's input; its result is divided by the root of E."""
 
     def finish(self) -> None:
         """See `Finishes`."""

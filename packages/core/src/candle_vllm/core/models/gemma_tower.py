@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Gemma 3's vision encoder: SigLIP's, with the mean of each cell's patches normalised and projected.
 
-An image is a square of 256 embeddings, which attend to each other in the text model; with pan and scan, its crops are
-further squares. Sources: Gemma Team, 2025, arXiv:2503.19786; Chu et al., 2024, arXiv:2312.16886 (mean of cells).
-Shapes: C cells, E hidden.
+An image is a square of embeddings (by default 256), which attend to each other in the text model; with pan and scan,
+its crops are further squares. Sources: Gemma Team, 2025, arXiv:2503.19786; Chu et al., 2024, arXiv:2312.16886 (mean
+of cells). Shapes: C cells, E hidden.
 """
 
 from __future__ import annotations
@@ -107,13 +107,13 @@ WEIGHTS: Sequence[WeightName] = (
 )
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+# ---- prompts ---------------------------------------------------------------------------------------------------------
 
 _ASKS, _MARK = "<start_of_image>", "<image_soft_token>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image: the marks of the whole image, and text with the marks of its crops."""
+    """The placeholder of an image in a prompt: the marks of the image, then, for crops, text with their marks."""
     tile = f"\n\n{_ASKS}{_MARK * math.prod(grid)}<end_of_image>\n\n"
     if not cut.rows:
         return tile

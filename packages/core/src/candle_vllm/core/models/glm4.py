@@ -151,7 +151,7 @@ WEIGHTS = [
 
 
 def ignored(config: GlmConfig) -> list[str]:
-    """Names of tensors that are not loaded: old converters' buffers, a tied head's copy, GLM-OCR's further layer."""
+    """Names of tensors that are not loaded: old converters' buffers, a tied head's copy, GLM-OCR's MTP layer."""
     own = [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
     return [*own, *(later_layers(config.num_layers) if config.rope.axes else ())]
 

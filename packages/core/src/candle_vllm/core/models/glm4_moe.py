@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air) and Solar-Open: Llama's layers, part of each head rotated, and experts.
+"""GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air), with partly rotated heads, and Solar-Open: Llama's layers and experts.
 
 Experts are scored by sigmoids and chosen with a correction bias, within groups, as in DeepSeek-V3; a shared expert is
 added. Multi-token prediction layers, which follow the last layer, are not loaded.
@@ -35,7 +35,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Read `config.json` of glm4_moe, and of solar_open, which rotates whole heads and has experts in all layers."""
+    """Read `config.json` of glm4_moe and solar_open, which by default rotates whole heads and has no dense layer."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     solar = model_type == "solar_open"
     inner = fields.count("moe_intermediate_size")

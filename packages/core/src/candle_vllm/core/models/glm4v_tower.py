@@ -60,8 +60,8 @@ class GlmTowerConfig(QwenTowerConfig):
 
     Attributes:
         projected: elements of the projection's gate.
-        head_norms: queries and keys are normalised, and all matrices of a block have biases (GLM-OCR).
-        qkv_bias: the projection to queries, keys and values has a bias.
+        head_norms: queries and keys are normalised (GLM-OCR).
+        qkv_bias: the projection to q, k and v has a bias, and with `head_norms` every matrix of a block.
     """
 
     projected: int
@@ -77,7 +77,7 @@ class GlmTowerConfig(QwenTowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> GlmTowerConfig:
-    """Read `config.json` and `preprocessor_config.json` of both families."""
+    """Read `config.json` and `preprocessor_config.json` of GLM-4V and GLM-OCR."""
     vision, ocr = fields.section("vision_config"), fields.get("architectures", list)[0].startswith("GlmOcr")
     vision.choice("hidden_act", "silu", "silu", "swish")
     patch, cell = vision.count("patch_size", 14), vision.count("spatial_merge_size", 2, most=64)
@@ -129,7 +129,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 
 def completed(config: GlmTowerConfig, tensors: Mapping[str, StoredTensor]) -> GlmTowerConfig:
-    """Adds what only the tensors of a GGUF file show: whether it is GLM-OCR's, and which biases there are."""
+    """Add what only the tensors of a GGUF file show: whether the encoder is GLM-OCR's, and whether it has biases."""
     biased = any(f"v.blk.0.attn_{part}.bias" in tensors for part in ("q", "qkv"))
     if "v.blk.0.attn_q_norm.weight" not in tensors:
         return dataclasses.replace(config, qkv_bias=biased)
@@ -205,7 +205,7 @@ class GlmTower(QwenTower):
 
     def project(self, cells: Value) -> Value:
         """See `Tower`."""
-        normed = side_by_side(self.projected_norm(self.projector(self.joined(cells))))  # activations need computed rows
+        normed = side_by_side(self.projected_norm(self.projector(self.joined(cells))))  # `activation` reads stored rows
         return self.mlp(activation(normed, "gelu"))
 
 
@@ -213,7 +213,7 @@ class GlmTower(QwenTower):
 
 
 def _cell_kernel(stored: StoredTensor, config: Any) -> StoredTensor:
-    """The kernel of the convolution over a cell [text size, E, 2, 2] as a matrix [text size, 2 * 2 * E]."""
+    """The kernel of the convolution over a cell [text size, E, s, s] as a matrix [text size, s * s * E]."""
     side, size = config.cell, config.hidden_size
     if stored.shape != (config.text_size, size, side, side):
         return stored  # the loader reports the wrong shape

@@ -42,7 +42,7 @@ class GptConfig(ModelConfig):
 
     Attributes:
         activation: activation of the MLP.
-        positions: rows of the position table, which is the maximum context; 0 for rotary positions.
+        positions: rows of the position table, which is the maximum context; 0 for rotary positions or ALiBi.
         parallel: attention and the MLP of a block read the same x.
         shared_norm: in a parallel block, both read the result of one norm.
         qkv_bias, output_bias, mlp_bias, head_bias: which projections have biases.
@@ -73,7 +73,7 @@ def activation_of(fields: Fields, key: str, default: str) -> Activation:
 
 
 class Attention:
-    """Grouped-query attention, with rotary positions unless there is a position table: x [T, E] -> [T, E]."""
+    """Grouped-query attention, with rotary positions unless there is a position table or ALiBi: x [T, E] -> [T, E]."""
 
     def __init__(self, config: GptConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -154,4 +154,4 @@ class Gpt(DecoderStack):
 fused = functools.partial(
     Architecture, names=lambda _: ("attn_qkv",), eps=LAYER_NORM_EPS, square=True, unread=(DIVISORS,)
 )
-"""The row of `Family.as_gguf` for families whose files store q, k and v as one matrix."""
+"""Make a row of `Family.as_gguf` for a family whose files store q, k and v as one matrix."""

@@ -59,7 +59,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """The windows of GPT-Neo's local layers."""
+    """The window of each layer of GPT-Neo; None for a global layer."""
     kinds, window = fields.get("attention_layers", list), fields.count("window_size", 256)
     if len(kinds) != layers or not all(kind in ("global", "local") for kind in kinds):
         raise UnsupportedModelError(f"{fields.path}: attention_layers must name global or local per layer")
@@ -67,7 +67,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
 
 
 def _scales(fields: Fields, layers: int, head_dim: int, *, neo: bool) -> tuple[float, ...]:
-    """The factors of each layer's scores; empty for the usual factor."""
+    """The factor of each layer's attention scores; empty if all are D^-0.5."""
     scaled = not neo and fields.get("scale_attn_weights", bool, True)
     by_layer = fields.get("scale_attn_by_inverse_layer_idx", bool, False)
     if scaled and not by_layer:
@@ -85,7 +85,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
 
 
 def _upright(stored: StoredTensor, config: Any) -> StoredTensor:
-    """A matrix [outputs, inputs]: GPT-2 stores plain matrices transposed, and quantised ones in this order."""
+    """A matrix [outputs, inputs], or a bias: of GPT-2, unquantised matrices are stored transposed."""
     return transposed(stored, config) if config.model_type == "gpt2" and stored.dtype is not None else stored
 
 

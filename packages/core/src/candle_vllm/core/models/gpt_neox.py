@@ -20,7 +20,7 @@ from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, fused
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Read `config.json` of gpt_neox; older files have other keys for rotary settings."""
+    """Read `config.json` of gpt_neox; older files have `rotary_pct` and `rotary_emb_base`."""
     rotary = {
         "partial_rotary_factor": fields.get("rotary_pct", float, 0.25),
         "rope_theta": fields.get("rotary_emb_base", float, 10000.0),
@@ -37,7 +37,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
-    """Read GGUF metadata of gptneox, which does not store the activation: it is that of all published models."""
+    """Read GGUF metadata of gptneox, which does not store the activation: all published models have GELU."""
     return GptConfig(
         **shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon"),
         activation="gelu",

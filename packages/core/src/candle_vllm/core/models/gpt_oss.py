@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """gpt-oss: attention with a learned sink for each head, a window in every other layer, and experts with biases.
 
-Each block is x + attention(norm(x)), then x + experts(norm(x)). Experts have a clamped SwiGLU. Checkpoints store the
-experts in MXFP4 with outputs as rows, or plain and transposed; the rows of gate and up alternate in both.
+Each block is x + attention(norm(x)), then x + experts(norm(x)). Experts have a clamped SwiGLU. Hugging Face
+checkpoints store them in MXFP4 with outputs as rows, or plain and transposed; the rows of gate and up alternate.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, F inner size, X experts, V vocabulary.
 """
 
@@ -157,7 +157,7 @@ class GptOss(DecoderStack):
 
 
 def _outputs_first(stored: StoredTensor, config: GptOssConfig) -> StoredTensor:
-    """An expert's matrix with outputs as rows: plain matrices are transposed, quantised ones have them already."""
+    """An expert's matrix with outputs as rows: an unquantised one is transposed, a quantised one is stored so."""
     return stored if stored.dtype is None else transposed(stored, config)
 
 
@@ -193,7 +193,7 @@ def ignored(config: GptOssConfig) -> list[str]:
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """The GGUF metadata; llama.cpp requires the key of the window."""
+    """The GGUF metadata of windows and experts; llama.cpp requires the window's key."""
     return {"attention.sliding_window": 0} | window_keys(config) | size_keys(config.mixture)
 
 

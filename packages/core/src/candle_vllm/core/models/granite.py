@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """IBM Granite 3 and 4, dense and with experts: Llama's layers (`llama.py`) with four factors.
 
-The factors scale embeddings, attention scores, outputs of attention and MLP, and logits. Granite SWA has windows in
-three of four layers, and sinks. Granite 4 is in `granite_hybrid.py`; its MLP is the shared expert.
+The factors scale embeddings, attention scores, outputs of attention and MLP, and logits. Granite SWA has, by
+default, windows in three of four layers, and it has sinks. Granite 4 is in `granite_hybrid.py`.
 Source: IBM, 2024, "Granite 3.0 Language Models".
 """
 
@@ -87,7 +87,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def _factor(fields: Fields, key: str, *default: float) -> float:
-    """A factor, which must be above 0."""
+    """A factor, which must be above 0 and at most 1e6."""
     factor = fields.get(key, float, *default)
     if not 0 < factor <= 1e6:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} is {factor}; it must be above 0 and at most 1e6")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""IBM Granite 4 H: Granite (`granite.py`) with Mamba 2 instead of attention in most layers.
+"""IBM Granite 4: Granite (`granite.py`), in models named H with Mamba 2 instead of attention in most layers.
 
 Source: IBM, 2025, "Granite 4.0 Language Models".
 """
@@ -37,7 +37,7 @@ class GraniteHybridConfig(LlamaConfig):
     """Config of these models: the fields in addition to those of Granite.
 
     Attributes:
-        mamba: shapes of Mamba 2.
+        mamba: shapes of Mamba 2; None if no layer has it.
         mamba_layers: the layers with Mamba 2; the others have attention.
     """
 
@@ -56,7 +56,7 @@ class GraniteHybridConfig(LlamaConfig):
 def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
     """Read `config.json` of granitemoehybrid."""
     key = "layer_types" if "layer_types" in fields else "layers_block_type"
-    kinds = fields.get(key, list, ["attention"] * fields.count("num_hidden_layers"))
+    kinds = fields.get(key, list, ["mamba"] * fields.count("num_hidden_layers"))
     if len(kinds) != fields.count("num_hidden_layers") or not all(
         kind in ("attention", "full_attention", "mamba", "linear_attention") for kind in kinds
     ):
