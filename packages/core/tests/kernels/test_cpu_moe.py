@@ -29,6 +29,7 @@ from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+from packages.core.tests.kernels import packed_reference, plain_reference, scaled_reference
 from packages.core.tests.kernels.packed_reference import quantise
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ def packed(kind: str, weights: torch.Tensor) -> Matrix:
 
 def decoded(matrix: Matrix) -> torch.Tensor:
     if isinstance(matrix, ScaledMatrix):
-        return torch.from_numpy(scaled_linear.unpack(matrix))
+        return torch.from_numpy(scaled_reference.unpack(matrix))
     if isinstance(matrix, PackedMatrix):
-        return torch.from_numpy(packed_linear.dequantise(matrix))
-    return torch.from_numpy(plain_linear.unpack(matrix))
+        return torch.from_numpy(packed_reference.dequantise(matrix))
+    return torch.from_numpy(plain_reference.unpack(matrix))
 
 
 def as_read(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:

@@ -25,7 +25,7 @@ from candle_vllm.core.assembly.placement import choose_placement, memory_of
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
+from candle_vllm.core.kernels import plain_linear
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import layout as packed_layout
@@ -39,6 +39,7 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import GroupCodes
 from candle_vllm.core.quantization.stored import DecodedSource
 from candle_vllm.core.quantization.tensors import StoredTensor
+from packages.core.tests.kernels import packed_reference, plain_reference, scaled_reference
 from packages.core.tests.models.tiny import (
     BLOCK,
     CPU,
@@ -129,20 +130,20 @@ def test_compiled_kernels_multiply_the_same_numbers(name: str, folders: Folders)
             weight = wanted[f"model.layers.{index}.mlp.{end}_proj.weight"]
             if name in FLOATS:
                 assert isinstance(matrix, ScaledMatrix)
-                found = torch.from_numpy(scaled_linear.unpack(matrix))
+                found = torch.from_numpy(scaled_reference.unpack(matrix))
                 if "nvfp4" in name:  # a weight meets the two scales in another order: roundings of fp32
                     assert torch.allclose(found, weight, rtol=2**-22, atol=0)
                 else:
                     assert torch.equal(found, weight)
             elif name in DECODED:
-                assert torch.equal(torch.from_numpy(plain_linear.unpack(matrix)), weight.bfloat16().float())
+                assert torch.equal(torch.from_numpy(plain_reference.unpack(matrix)), weight.bfloat16().float())
             elif isinstance(matrix, plain_linear.PlainMatrix):  # a row has one scale
                 assert matrix.kind is plain_linear.PlainKind.W8A8
-                assert torch.equal(torch.from_numpy(plain_linear.unpack(matrix)), weight)
+                assert torch.equal(torch.from_numpy(plain_reference.unpack(matrix)), weight)
             else:
                 meant = weight if matrix.order is None else weight[:, matrix.order]
                 assert (matrix.order is not None) == ("act order" in name)
-                assert np.array_equal(packed_linear.dequantise(matrix), meant.numpy())
+                assert np.array_equal(packed_reference.dequantise(matrix), meant.numpy())
 
 
 @pytest.mark.parametrize("dtype", ["auto", "f32", "f16"])
@@ -399,7 +400,7 @@ def test_a_layer_without_an_order_of_its_own_decodes(tmp_path: Path) -> None:
         "CodeMatrix",
     ]
     assert torch.equal(matrices["decoded"].data, written.weight)
-    assert torch.equal(torch.from_numpy(plain_linear.unpack(matrices["plain"])), written.weight.bfloat16().float())
+    assert torch.equal(torch.from_numpy(plain_reference.unpack(matrices["plain"])), written.weight.bfloat16().float())
 
 
 @pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4"])

@@ -12,9 +12,8 @@ Products of codes that share a scale are summed exactly. Groups are added in ord
 sequence of operations, so a row's result does not depend on T, the other rows, the threads or the CPU's instruction
 set. No other elements of `out` are written. `out` must not overlap the inputs.
 
-`pack` makes a `PackedMatrix` from a GGUF tensor's bytes, in a `WeightMemory` that a model's matrices share;
-`dequantise` returns its weights. `reference.py` implements the contract in plain numpy. `cpu.py` and `cpu_gated.py`
-have the compiled operations.
+`pack` makes a `PackedMatrix` from a GGUF tensor's bytes, in a `WeightMemory` that a model's matrices share.
+`cpu.py` and `cpu_gated.py` have the compiled operations; the tests have the contract in plain numpy.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Memory layouts of packed weights, which `pack.py` writes, and `cpu.py` and `reference.py` read.
+"""Memory layouts of packed weights, which `pack.py` writes, and `cpu.py` reads.
 
 Terms, for a matrix of N rows of K weights:
 

@@ -16,8 +16,7 @@ W8A8 has the same bits on every CPU. On one CPU, the bits of a row's result do n
 threads. No other elements of `out` are written. `out` must not overlap the inputs.
 
 `pack` makes a `PlainMatrix` from a stored tensor's bytes, `pack_rows` one of W8A8 from blocks of Q8_0 whose rows have
-one scale each; `unpack` returns a matrix's weights. `reference.py` computes the result in numpy with sums in float64.
-`cpu.py` has the compiled operations.
+one scale each. `cpu.py` has the compiled operations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Memory layout of weights without block scales: unquantised ones, and W8A8 with one scale for each row.
 
-`pack.py` writes it; the compiled operations and `reference.py` read it.
+`pack.py` writes it; the compiled operations read it.
 
 16 rows are a **tile**, which consists of consecutive **steps** along K. A step is the part of a tile that one vector
 instruction multiplies by one 32-bit element of the activations:

@@ -13,8 +13,7 @@ multiples of 32 columns; spans are added in order by fma. The bits of out[t] do 
 on the threads. A NaN in row n of the weights makes out[:, n] NaN; infinite weights (e5m2) are refused. No other
 elements of `out` are written, and `out` must not overlap the inputs.
 
-`pack` converts the codes of a checkpoint to a `ScaledMatrix`, `unpack` returns its weights. `reference.py` decodes
-them in plain numpy; `cpu.py` has the compiled operation.
+`pack` converts the codes of a checkpoint to a `ScaledMatrix`. `cpu.py` has the compiled operation.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; OCP Microscaling Formats 1.0, 2023.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Memory layout of small floats with scales: `pack.py` writes it, `cpu.py` and `reference.py` read it.
+"""Memory layout of small floats with scales: `pack.py` writes it, and `cpu.py` reads it.
 
 A **tile** is 16 rows, divided along K into **spans**, the columns that share a scale; the last span may be shorter. A
 span is stored as the float32 scales of its 16 rows, followed by **turns** of 8 or 16 columns:
