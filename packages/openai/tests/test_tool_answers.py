@@ -404,6 +404,14 @@ async def test_tokens_of_a_custom_call_are_all_told() -> None:
     assert custom_calls(stream)[0][3] == INPUT
 
 
+@pytest.mark.parametrize("fields", [{"return_token_ids": True}, {"logprobs": True}])
+async def test_a_token_without_text_does_not_end_the_input_of_a_custom_call(fields: dict[str, Any]) -> None:
+    made = adapter(cut('<tool_call>\n{"name": "c", "arguments": {"input": "a \\u00e9 b"}}\n</tool_call>'))
+    assert custom_calls(await custom_stream(made, **fields))[0][3] == "a \u00e9 b"
+    (call,) = (await made.chat({"messages": HI, "tools": CUSTOM, **fields})).choices[0].message.tool_calls
+    assert call.custom.input == "a \u00e9 b"
+
+
 async def test_several_answers_with_custom_calls_and_one_that_is_cut() -> None:
     made = adapter(cut(CUSTOM_CALL))
     stream = await custom_stream(made, n=2)

@@ -164,7 +164,9 @@ class CustomCallWriter(ChatWriter):
     def write(self, events: Sequence[Event]) -> list[chat.ChatCompletionChunk]:
         chunks: list[chat.ChatCompletionChunk] = []
         for event in events:
-            if not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
+            # a `Text` without text only has the token ids and log-probabilities of an output, also within a call
+            within = isinstance(event, (CallText, Usage)) or (isinstance(event, Text) and not event.text)
+            if not within and event.choice in self._inputs:
                 chunks.append(self._input(event.choice))
             chunks += super().write([event])
         return chunks
