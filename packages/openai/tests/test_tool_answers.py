@@ -347,6 +347,13 @@ def test_without_an_event_loop() -> None:
             made.chat({"messages": []})
 
 
+async def test_tokens_without_text_leave_the_content_of_a_streamed_call_null() -> None:
+    made = adapter(cut(CALL))
+    assert (await whole(made, logprobs=True)).choices[0].message.content is None
+    streamed = await chunks(made, logprobs=True)
+    assert {choice.delta.content for chunk in streamed for choice in chunk.choices} == {None}
+
+
 # ---- custom tools ----------------------------------------------------------------------------------------------------
 
 CUSTOM: list[Any] = [{"type": "custom", "custom": {"name": "c"}}, TOOLS[0]]

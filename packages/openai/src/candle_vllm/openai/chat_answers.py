@@ -103,7 +103,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         super().__init__(chat.ChatCompletionChunk, request, whole=whole)
         self._request = request
         # OpenAI's client adds deltas up: a message that has only calls must have null content, not an empty text.
-        self._first_content = None if calls else ""
+        self._no_content = None if calls else ""
         self._by_id = bool(request.return_tokens_as_token_ids)
         self._extras: dict[str, Any] = request.labels  # of the first chunk
         if request.timings_per_token:
@@ -115,7 +115,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
 
     def _written(self, event: Event) -> chat.ChatCompletionChunk | None:
         if isinstance(event, Text):
-            return self._news(event, chat.ChatDelta(content=event.text))
+            return self._news(event, chat.ChatDelta(content=event.text or self._no_content))
         if isinstance(event, Thought):
             return self._news(event, chat.ChatDelta(reasoning_content=event.text, reasoning=event.text))
         if isinstance(event, CallText):
@@ -149,7 +149,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         self._fields |= event.head._asdict()
         if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
             extras["prompt_logprobs"] = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
-        role = chat.ChunkChoice(index=event.choice, delta=chat.ChatDelta(role="assistant", content=self._first_content))
+        role = chat.ChunkChoice(index=event.choice, delta=chat.ChatDelta(role="assistant", content=self._no_content))
         return self._chunk(role, timings=UNSET, **extras)
 
 
