@@ -147,6 +147,8 @@ class EmbeddingAdapter:
         task = request.task or ("token_" * single + does[0] if does else "embed")
         wanted = "embed" if task.endswith("embed") else "classify"
         params = request.pooling_params()
+        if not does:
+            self._check(request, wanted)  # names the routes of a model that pools nothing
         # Every embedding model can return a vector for each token; other tasks depend on the model's head.
         if wanted not in does or (task != "token_embed" and task.startswith("token") != single):
             known = [f"token_{each}" if single else each for each in does]
