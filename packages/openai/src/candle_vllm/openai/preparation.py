@@ -507,6 +507,9 @@ def _check_beams(task: Task, params: SamplingParams) -> None:
             given[name] = value or name == "prompt_logprobs"
     given |= {"suffix": task.suffix, "echo": task.echo or task.echo_prompts, "tools": task.tools.tools}
     given |= {"structured_outputs": task.form or params.structured_outputs, "thoughts": params.thoughts}
+    if params.thoughts is not None and task.thinking is None:
+        said = "use_beam_search: a beam search cannot limit the reasoning, as this server does (--reasoning-budget)"
+        raise UnsupportedParameterError(said, "use_beam_search")
     if field := next((name for name, value in given.items() if value), None):
         said = "not supported with use_beam_search, which ranks answers by the model's own log-probabilities"
         raise UnsupportedParameterError(f"{field}: {said}", field)
