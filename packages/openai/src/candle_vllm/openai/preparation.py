@@ -168,17 +168,15 @@ class TaskPreparation:
     def _look(
         self, task: Task, prompt: Sequence[int], files: Sequence[bytes], names: Sequence[str], bounded: bool
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        with task.paths.blamed():
-            if (total := sum(map(pixels_of, files))) > MAX_PIXELS:
-                said = (
-                    f"{names[0]}: the images of a request have {total} pixels in all, and at most {MAX_PIXELS} are "
-                    "allowed"
-                )
-                raise InvalidParameterError(said, names[0])
-            ids, images = self._engine.look(prompt, files, names, bounded=bounded)
-            self._images.keep(images)  # count their memory before the request waits for a thread
-            _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
-            return ids, images
+        if (total := sum(map(pixels_of, files))) > MAX_PIXELS:
+            said = (
+                f"{names[0]}: the images of a request have {total} pixels in all, and at most {MAX_PIXELS} are allowed"
+            )
+            raise InvalidParameterError(said, names[0])
+        ids, images = self._engine.look(prompt, files, names, bounded=bounded)
+        self._images.keep(images)  # count their memory before the request waits for a thread
+        _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
+        return ids, images
 
     def try_picture(self, data: bytes) -> None:
         """Raise `RequestError` if the model cannot read this image file in a tool's result."""
