@@ -165,8 +165,8 @@ class CustomCallWriter(ChatWriter):
         chunks: list[chat.ChatCompletionChunk] = []
         for event in events:
             # a `Text` without text only has the token ids and log-probabilities of an output, also within a call
-            within = isinstance(event, (CallText, Usage)) or (isinstance(event, Text) and not event.text)
-            if not within and event.choice in self._inputs:
+            empty = isinstance(event, Text) and not event.text
+            if not empty and not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
                 chunks.append(self._input(event.choice))
             chunks += super().write([event])
         return chunks
