@@ -11,6 +11,7 @@ import pytest
 
 from candle_vllm.core import LLM, BeamSearchParams, InferenceEngine
 from candle_vllm.core.errors import EngineOverloadedError, RequestError
+from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request, parse_completion_request
 
@@ -148,6 +149,15 @@ async def test_what_a_search_cannot_honour_is_refused_by_name(
     tools = [{"type": "function", "function": {"name": "f"}}]
     with pytest.raises(RequestError, match="tools: not supported with use_beam_search"):
         await adapter.chat({"messages": MESSAGES, "use_beam_search": True, "tools": tools})
+
+
+async def test_a_limit_of_the_server_names_no_field_that_was_not_sent() -> None:
+    made = OpenAIAdapter(ScriptedEngine(["ab"]), reasoning_parser="qwen3", reasoning_budget=10)
+    with pytest.raises(RequestError, match=r"use_beam_search: .*--reasoning-budget") as refused:
+        await made.chat({"messages": MESSAGES, "use_beam_search": True})
+    assert refused.value.param == "use_beam_search"
+    with pytest.raises(RequestError, match="thinking_token_budget: not supported with use_beam_search"):
+        await made.chat({"messages": MESSAGES, "use_beam_search": True, "thinking_token_budget": 5})
 
 
 async def test_without_max_tokens_a_search_ends_at_its_bound(

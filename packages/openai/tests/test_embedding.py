@@ -582,6 +582,8 @@ async def test_the_wrong_task_names_the_right_route() -> None:
         await embed(ScriptedEngine(tasks=("score",)), input="a")
     with pytest.raises(InvalidParameterError, match="does not score pairs of texts: use /v1/chat/completions"):
         await score(ScriptedEngine(tasks=("generate",)), text_1="a", text_2="b")
+    with pytest.raises(InvalidParameterError, match="does not embed texts: use /v1/chat/completions"):
+        await pool(ScriptedEngine(tasks=["generate"]))
 
 
 def test_refused_names_have_reasons() -> None:

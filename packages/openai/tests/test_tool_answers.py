@@ -347,6 +347,13 @@ def test_without_an_event_loop() -> None:
             made.chat({"messages": []})
 
 
+async def test_tokens_without_text_leave_the_content_of_a_streamed_call_null() -> None:
+    made = adapter(cut(CALL))
+    assert (await whole(made, logprobs=True)).choices[0].message.content is None
+    streamed = await chunks(made, logprobs=True)
+    assert {choice.delta.content for chunk in streamed for choice in chunk.choices} == {None}
+
+
 # ---- custom tools ----------------------------------------------------------------------------------------------------
 
 CUSTOM: list[Any] = [{"type": "custom", "custom": {"name": "c"}}, TOOLS[0]]
@@ -402,6 +409,14 @@ async def test_tokens_of_a_custom_call_are_all_told() -> None:
     ids = [token for chunk in stream for one in chunk.choices for token in getattr(one, "token_ids", None) or ()]
     assert tuple(ids) == answer.choices[0].token_ids
     assert custom_calls(stream)[0][3] == INPUT
+
+
+@pytest.mark.parametrize("fields", [{"return_token_ids": True}, {"logprobs": True}])
+async def test_a_token_without_text_does_not_end_the_input_of_a_custom_call(fields: dict[str, Any]) -> None:
+    made = adapter(cut('<tool_call>\n{"name": "c", "arguments": {"input": "a \\u00e9 b"}}\n</tool_call>'))
+    assert custom_calls(await custom_stream(made, **fields))[0][3] == "a \u00e9 b"
+    (call,) = (await made.chat({"messages": HI, "tools": CUSTOM, **fields})).choices[0].message.tool_calls
+    assert call.custom.input == "a \u00e9 b"
 
 
 async def test_several_answers_with_custom_calls_and_one_that_is_cut() -> None:

@@ -65,10 +65,10 @@ class _Ready(NamedTuple):
 class OpenAIAdapter(ExplainedAttributes):
     """Answers OpenAI requests with one engine.
 
-    Requests are plain objects, or come from `parse_chat_request` and similar functions. Every method raises
-    `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the engine accepts no
-    request, and `GenerationFailedError` if the engine fails on this one; `to_error` converts them to responses.
-    `SyncOpenAIAdapter` is for programs without an event loop.
+    Requests are plain objects, or come from `parse_chat_request` and similar functions. Methods raise `RequestError`
+    for an invalid request, and `EngineOverloadedError`, `EngineSleepingError` or `EngineDeadError` if the engine
+    accepts none; methods and streams raise `GenerationFailedError` or `RequestAbortedError` if a request fails later.
+    `to_error` converts errors to responses. `SyncOpenAIAdapter` is for programs without an event loop.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return await self._work.prepare(lambda: [self._engine.tokenize(text, add_special_tokens) for text in texts])
 
     def models(self) -> ModelList:
-        """Return a card for each served name."""
+        """Return a card for each name of the model; LoRA adapters have no cards."""
         info, choice = self._engine.model_info, self.planner.choice
         return ModelList(
             data=tuple(
@@ -240,7 +240,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return await self._start_completion(request, whole=False)
 
     async def embed(self, request: embeddings.EmbeddingRequest | Fields) -> embeddings.EmbeddingList:
-        """Return the embeddings of texts. Cancelling this coroutine aborts the texts that are not embedded yet."""
+        """Return the embeddings of texts, or of a conversation. Cancelling aborts texts that are not embedded yet."""
         parsed = request if isinstance(request, embeddings.EmbeddingRequest) else parse_embedding_request(request)
         if not isinstance(parsed, embeddings.EmbeddingChatRequest):
             return await self._embedding.embed(parsed)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Outputs of the engine -> events of a request's answers, parsed by a plan -> chunks (step 10 of a request's life).
 
-`AnswerReader` converts outputs to events. `AnswerStream` and `ChunkStream` run as each output arrives.
+`AnswerReader` converts outputs to events. `AnswerStream` and `ChunkStream` convert each output when it arrives.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ChoiceReader:
         tell_ids: whether events have the ids of their tokens.
 
     Attributes:
-        reasoning_tokens: number of tokens of the reasoning and of its marks.
+        reasoning_tokens: number of tokens in all outputs that begin or end within the reasoning.
     """
 
     reasoning_tokens = 0
@@ -186,7 +186,7 @@ class TokenCounts:
                 self._drafts[name] += getattr(times, name)
 
     def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:
-        """Return the counts so far, and the times if `final`."""
+        """Return the counts so far; if `final`, also the times and the counts of draft and predicted tokens."""
         last: dict[str, Any] = {"prompt_ms": self._prompt_ms, "completion_ms": self._completion_ms, **self._drafts}
         return Usage(
             prompt_tokens=sum(self._prompts.values()),
@@ -207,7 +207,7 @@ def _longer(known: float | None, start: float | None, end: float | None) -> floa
 class AnswerReader:
     """Converts the outputs of all choices of one request to events.
 
-    Choice `i * sequences + j` is sequence `j` of prompt `i`.
+    Choice `i * task.choices + j` is sequence `j` of prompt `i`.
 
     Args:
         head: fields of the answer that are known in advance.

@@ -27,12 +27,12 @@ def beam_stream(
     engine: EngineLike, request: GenerationRequest, length_penalty: float, submit: _Submit, work: WorkerThreads,
     watch: RequestWatch | None,
 ) -> TokenStream:  # fmt: skip
-    """Search the best answers to a prompt; the stream has one output per answer, at the end of the search.
+    """Search for the best answers to a prompt; the stream has one output per answer, at the end of the search.
 
     Each step submits one request per beam for one token; the prefix cache holds the beam's earlier tokens.
 
-    `submit` gets the tokens of a beam, and the parameters and id of the step's request; the first step's errors are
-    raised here. `watch` is notified of the answers and of the end.
+    `submit` gets the tokens of the prompt and a beam, and the parameters and id of the step's request; the first step's
+    errors are raised here. `watch` is notified of the answers and of the end.
     """
     prompt, params, loop = tuple(request.prompt_token_ids), request.params, asyncio.get_running_loop()
     info, step = engine.model_info, beam_step(params.n, params.logprobs or 0, params.cache_salt)

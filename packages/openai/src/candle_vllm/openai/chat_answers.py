@@ -49,7 +49,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._usage_last = whole or request.include_usage
         self._usage_beside = request.continuous_usage
         self._told = told_of(request)
-        self._fields: dict[str, Any] = {"usage": None} if request.include_usage else {}  # of chunks with a choice
+        self._fields: dict[str, Any] = {"usage": None} if request.include_usage else {}  # of all but progress chunks
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """Convert events to chunks."""
@@ -59,7 +59,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
     def _written(self, event: Event) -> Chunk | None: ...
 
     def _counts(self, usage: Usage | Progress) -> Chunk | None:
-        """Return a chunk for a report of progress or the final usage; other counts go into later chunks."""
+        """Return a chunk for progress or, if requested, the final usage; later chunks have the other counts."""
         if isinstance(usage, Progress):
             beside = {} if self._timings is None else {"timings": wire_timings(usage.usage)}
             choice = replace(self._empty, index=usage.choice)
@@ -103,7 +103,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         super().__init__(chat.ChatCompletionChunk, request, whole=whole)
         self._request = request
         # OpenAI's client adds deltas up: a message that has only calls must have null content, not an empty text.
-        self._first_content = None if calls else ""
+        self._no_content = None if calls else ""
         self._by_id = bool(request.return_tokens_as_token_ids)
         self._extras: dict[str, Any] = request.labels  # of the first chunk
         if request.timings_per_token:
@@ -115,7 +115,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
 
     def _written(self, event: Event) -> chat.ChatCompletionChunk | None:
         if isinstance(event, Text):
-            return self._news(event, chat.ChatDelta(content=event.text))
+            return self._news(event, chat.ChatDelta(content=event.text or self._no_content))
         if isinstance(event, Thought):
             return self._news(event, chat.ChatDelta(reasoning_content=event.text, reasoning=event.text))
         if isinstance(event, CallText):
@@ -149,7 +149,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         self._fields |= event.head._asdict()
         if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
             extras["prompt_logprobs"] = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
-        role = chat.ChunkChoice(index=event.choice, delta=chat.ChatDelta(role="assistant", content=self._first_content))
+        role = chat.ChunkChoice(index=event.choice, delta=chat.ChatDelta(role="assistant", content=self._no_content))
         return self._chunk(role, timings=UNSET, **extras)
 
 
@@ -164,7 +164,9 @@ class CustomCallWriter(ChatWriter):
     def write(self, events: Sequence[Event]) -> list[chat.ChatCompletionChunk]:
         chunks: list[chat.ChatCompletionChunk] = []
         for event in events:
-            if not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
+            # a `Text` without text only has the token ids and log-probabilities of an output, also within a call
+            empty = isinstance(event, Text) and not event.text
+            if not empty and not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
                 chunks.append(self._input(event.choice))
             chunks += super().write([event])
         return chunks
@@ -180,7 +182,7 @@ class CustomCallWriter(ChatWriter):
         return super()._written(event)
 
     def _held(self, event: CallText) -> chat.ChatCompletionChunk | None:
-        """Collect the arguments of a custom call until its input can be read from them; report token ids at once."""
+        """Collect a custom call's arguments until it is complete; report token ids and log-probabilities at once."""
         number, parts = self._inputs[event.choice]
         parts.append(event.text)
         if event.ids is None and event.logprobs is None:
@@ -227,7 +229,7 @@ def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  
 
 
 def wire_timings(usage: Usage, prompt_ms: float | None = None, predicted_ms: float | None = None) -> wire.Timings:
-    """Convert counts and times to llama.cpp's form; a time that is None is that of `usage`."""
+    """Convert counts and times to llama.cpp's form; a time of None uses the one in `usage`."""
     prompt, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
     prompt_ms = usage.prompt_ms or 0 if prompt_ms is None else prompt_ms
     predicted_ms = usage.completion_ms or 0 if predicted_ms is None else predicted_ms
@@ -325,7 +327,7 @@ def _join_choice(index: int, parts: Sequence[chat.ChunkChoice]) -> chat.ChatChoi
 
 
 def _join_message(parts: Sequence[chat.ChunkChoice]) -> chat.ChatMessage:
-    """Join the message; its content is null if there is only reasoning, or only calls."""
+    """Join the message; its content is null if it is empty and there is reasoning or a call."""
     content = "".join(part.delta.content or "" for part in parts)
     thoughts = [part.delta.reasoning_content for part in parts if part.delta.reasoning_content is not None]
     calls = _join_calls(parts)

@@ -86,11 +86,9 @@ parse_rerank_request = partial(parse_body, RerankRequest)
 
 
 class EmbeddingAdapter:
-    """Answers requests for embeddings, classes, scores and rankings with one engine.
+    """Answers requests for embeddings, classes, moderation, scores and rankings with one engine.
 
-    Every method raises `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the
-    engine accepts no request, and `GenerationFailedError` if the engine fails during this request. Cancelling a call
-    aborts its sequences.
+    Its methods raise the errors that `OpenAIAdapter` lists. Cancelling a call aborts its sequences.
 
     Attributes:
         names: names of the model, which `OpenAIAdapter` shares.
@@ -149,6 +147,8 @@ class EmbeddingAdapter:
         task = request.task or ("token_" * single + does[0] if does else "embed")
         wanted = "embed" if task.endswith("embed") else "classify"
         params = request.pooling_params()
+        if not does:
+            self._check(request, wanted)  # names the routes of a model that pools nothing
         # Every embedding model can return a vector for each token; other tasks depend on the model's head.
         if wanted not in does or (task != "token_embed" and task.startswith("token") != single):
             known = [f"token_{each}" if single else each for each in does]
@@ -287,7 +287,7 @@ class EmbeddingAdapter:
     def _tokens(
         self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest, field: str = "input"
     ) -> list[list[int]]:
-        """Tokenize the texts, each after the prompt for the input_type, and check their total size."""
+        """Tokenize the texts, each after the model's prompt, truncate them if requested, and check their total."""
         total, texts, front = 0, [], self._prompt(request)
         special, cut = request.add_special_tokens is not False, request.cut("right")
         around = self._engine.tokenize("", add_special_tokens=special) if cut is not None else ()
@@ -305,7 +305,7 @@ class EmbeddingAdapter:
         return texts
 
     def _prompt(self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest) -> str:
-        """Return the model's prompt for the request's input_type, else for its task; "" if the model has no prompts."""
+        """Return the model's prompt for the request's input_type, else for its Jina task; "" without such a prompt."""
         prompts, wanted = self._engine.model_info.prompts, getattr(request, "input_type", None)
         if wanted is None and not getattr(request, "own_tasks", True):
             return prompts.get(getattr(request, "task", None) or "", "")
@@ -338,7 +338,7 @@ class EmbeddingAdapter:
         return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
 
     def _shortened(self, request: ScoreRequest | RerankRequest, pairs: list[_Pair]) -> list[_Pair]:
-        """Truncate the texts of pairs as the request asks; only `_count_pairs` refuses what is still too long."""
+        """Truncate the texts of pairs as the request asks; pairs that are still too long are refused later."""
         most, document = request.truncate_prompt_tokens, request.max_tokens_per_doc or math.inf
         if most is None and document == math.inf:
             return pairs
@@ -463,7 +463,7 @@ def _check_total(tokens: int, field: str, number: int) -> None:
 
 @contextmanager
 def _blamed(number: int, count: int, param: str | None = None, *, field: str = "input") -> Iterator[None]:
-    """Context manager that sets `param`, or the path of text `number` in `field`, as the field of a `RequestError`."""
+    """Context manager that names `param`, or the path of text `number` of `count`, as the field of a `RequestError`."""
     try:
         yield
     except RequestError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EngineLike: the engine's methods that `OpenAIAdapter` needs. `InferenceEngine` and `ScriptedEngine` have them."""
+"""EngineLike: engine methods that `OpenAIAdapter` and servers need, as in `InferenceEngine` and `ScriptedEngine`."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
         message: text for people: the value, the allowed values, and what to do.
         type: `invalid_request_error` (the request is at fault) or `server_error`.
         param: dotted path of the field at fault (`messages.0.content`), or None.
-        code: identifier for programs, one per row of the error table.
+        code: identifier for programs, such as `invalid_value`.
     """
 
     message: str
@@ -38,13 +38,13 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorEnvelope(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of a failed request, and data of an error inside a stream."""
+    """Body of the response to a failed request, and data of an error inside a stream."""
 
     error: ErrorBody
 
 
 class InvalidBodyError(RequestError):
-    """The request body is not a JSON object in UTF-8."""
+    """The request body is not a JSON object in UTF-8, breaks a rule of `json_body`, or is no valid form."""
 
 
 class UnknownParameterError(InvalidParameterError):
@@ -98,7 +98,7 @@ _TABLE = (
     _Row(EngineOverloadedError, 503, "server_error", "overloaded", {"retry-after": "1"}),
     _Row(EngineSleepingError, 503, "server_error", "model_sleeping", {"retry-after": "5"}),
     _Row(EngineDeadError, 503, "server_error", "engine_dead", {"retry-after": "5"}, _DEAD),
-    # Sent if a shutdown aborts the request; after a disconnect nobody reads it.
+    # Sent if the engine aborts the request, as at a shutdown; after a disconnect nobody reads it.
     _Row(RequestAbortedError, 503, "server_error", "request_aborted", {"retry-after": "5"}),
     _Row(GenerationFailedError, 500, "server_error", "generation_failed", {}, "The engine failed on this request."),
     _Row(Exception, 500, "server_error", "internal_error", {}, "The server failed on this request."),

@@ -2,9 +2,9 @@
 """Events of an answer, independent of any API (step 10 of a request's life).
 
 The code of each API converts the events to chunks. A request has one choice or several, whose events interleave; each
-event has the index of its choice. A choice begins (`Begun`), has reasoning, text and calls, and ends (`Ended`). A
-`Usage` has the token counts so far: it precedes the first choice and, if requested, every further output; the last one
-is `final`. A failure is an exception from the stream.
+event but `Usage` has the index of its choice. A choice begins (`Begun`), has reasoning, text and calls, and ends
+(`Ended`). A `Usage` has the token counts so far: it precedes the first choice and, if requested, the events of every
+further output; the last one is `final`. A failure is an exception from the stream.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Ended(_OfChoice, frozen=True):
 
     Attributes:
         reason: LENGTH if the output was truncated, even within a call; TOOL_CALLS if it ended with calls.
-        stop: the stop string or token id that ended the choice; None for the model's end-of-sequence token.
+        stop: the stop string or stop token id that ended the choice; None for any other end.
     """
 
     reason: FinishReason
@@ -103,10 +103,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         cached_tokens: prompt tokens that were found in the prefix cache.
         reasoning_tokens: output tokens of the reasoning and its markers; None if the model has no reasoning.
         prompt_ms, completion_ms: milliseconds from the first step to the first token, and from the first to the last
-            token; in the final `Usage`, if known.
-        draft_tokens, accepted_draft_tokens: draft tokens that were verified and accepted; in the final `Usage`.
-        predicted_tokens, accepted_predicted_tokens: tokens of the client's `prediction` that were verified and
-            accepted, in all choices.
+            token, the longest of all sequences, if known; these and the counts below are in the final `Usage`.
+        draft_tokens, accepted_draft_tokens: draft tokens that were verified and accepted.
+        predicted_tokens, accepted_predicted_tokens: tokens of the client's `prediction`, once per choice, and how many
+            of them occur in the answers.
         final: whether this is the last event.
     """
 
@@ -129,7 +129,7 @@ class Progress(_OfChoice, frozen=True):
     Attributes:
         head: fields of the whole answer.
         total: tokens of the prompt.
-        usage: counts and times so far; its `prompt_tokens` are those that have been computed or were cached.
+        usage: counts so far, and `prompt_ms` since the first step; `prompt_tokens` are those computed or cached.
     """
 
     head: Head

@@ -131,7 +131,7 @@ class _Job(NamedTuple):
 class FairThreads:
     """A few threads and a queue of jobs in which askers take turns; one asker uses half of the threads at most, or one.
 
-    A thread is busy until its job ends, even if nobody waits for the result any more.
+    One asker's limits do not apply to the empty asker. A thread is busy until its job ends, even if `run` is cancelled.
 
     Args:
         name: name of the work, for messages.

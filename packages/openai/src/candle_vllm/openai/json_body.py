@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Bytes -> JSON value, strictly by RFC 8259 -> validated request (step 2 of a request's life), and answers -> bytes.
 
-In JSON, besides invalid syntax, these are refused: duplicate names, NaN and Infinity, lone surrogates, nesting beyond
-`MAX_DEPTH`, and more values, arrays, objects and names than the limits below, which cost much time and memory.
+In JSON, besides invalid syntax, these are refused: duplicate names, NaN and Infinity, lone surrogates, integers of
+thousands of digits, nesting beyond `MAX_DEPTH`, and more values, arrays, objects and names than the limits below.
 Errors of pydantic are converted to one `InvalidParameterError` in plain words, with the field as a dotted path.
 """
 
@@ -84,7 +84,7 @@ def to_dict(value: msgspec.Struct) -> dict[str, Any]:
 
 
 def decode_json(body: bytes | str, name: str = "The body") -> Any:
-    """Decode the JSON value in `body`; raises `InvalidBodyError`, which calls the body `name` and locates the error."""
+    """Decode the JSON value in `body`; raises `InvalidBodyError`; most of its messages begin with `name`."""
     text = _decode_utf8(body, name) if isinstance(body, bytes) else body
     _check_size(text, name)
     try:

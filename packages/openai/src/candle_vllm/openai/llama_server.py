@@ -200,7 +200,7 @@ def _task(prompt: str | list[int] | MediaPrompt, name: str, shared: Mapping[str,
 
 
 class Extra(fields.WireModel):
-    """A snippet of another file. Other fields that editors send (llama.vim: `time`) have no effect."""
+    """A snippet of another file. `filename` and other fields that editors send (llama.vim: `time`) have no effect."""
 
     text: str
     filename: str | None = None
@@ -260,7 +260,7 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
         content: the text; optional, because `response_fields` may leave it out.
         tokens: token ids of the chunk; of a whole answer if `return_tokens` requests them.
         completion_probabilities: log-probabilities, if `n_probs` requests them.
-        prompt: the prompt, if it was a text.
+        prompt: text of the prompt, in the last chunk; absent if the prompt was token ids.
         generation_settings: sampling values of the answer, under llama.cpp's names.
         stop_type: `eos`, `limit`, or `word` if the stop string `stopping_word` ended the answer.
         truncated: always false, because prompts are not truncated.
@@ -402,7 +402,7 @@ def _chosen(piece: LlamaText, paths: Sequence[str] | None) -> Answered:
 
 
 class _Writer:
-    """Writes the chunks of one answer; with `whole`, the last chunk has all fields, because the chunks will be joined.
+    """Writes the chunks of one answer; with `whole`, for chunks that are joined, the last one has all fields.
 
     `settings` are the sampling values of the answer.
     """

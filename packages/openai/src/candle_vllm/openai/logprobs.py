@@ -19,12 +19,12 @@ def chat_logprobs(entries: Sequence[PositionLogprobs], *, by_id: bool = False) -
 
 
 def prompt_logprobs(entries: Sequence[PositionLogprobs | None], top: int) -> PromptLogprobs:
-    """Return for each prompt token the `top` likeliest tokens and the token itself, by id; null for the first token."""
+    """Return for each prompt token the `top` likeliest tokens and the token itself, by id; None for the first token."""
     return tuple(None if entry is None else _prompt_entry(entry, top) for entry in entries)
 
 
 class CompletionLogprobsWriter:
-    """Writes the completions form for one choice, part by part, and counts the offset in the choice's text."""
+    """Writes the completions form for one choice, part by part, with the offset of each token in the choice's text."""
 
     def __init__(self, top: int, *, by_id: bool = False) -> None:
         self._top = top

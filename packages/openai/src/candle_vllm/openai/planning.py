@@ -2,7 +2,7 @@
 """How the answers of a chat request are parsed and constrained (step 2 of a request's life).
 
 The formats are chosen once per model, from its files. A plan is made for each request after its prompt is rendered. One
-grammar covers the reasoning, and then structured output and tool calls.
+constraint covers structured output and tool calls, and allows or skips the reasoning before them.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def stop_marks(
         form: the model's tool-call format, whose marks begin and end calls.
         tools: names of the tools that may be called; without tools, text in the form of a call is text.
         special: names of the special tokens in marks. Text may contain an opening mark of reasoning that is no special
-            token, so such a mark counts only at the beginning of a part.
+            token, so such a mark counts only at the beginning of a part (`StopMarks.fresh`).
     """
     flow = (form.flow if form else None) or (reasoning.flow if reasoning else None)
     if flow is not None:

@@ -2,7 +2,7 @@
 """`Task` -> prompt tokens, sampling parameters and plan of the answers (steps 2 and 3 of a request's life).
 
 Rendering a template, tokenizing a long prompt and compiling a grammar would block all streams of an event loop, so
-these methods run in other threads (`WorkerThreads`).
+this work runs in other threads (`WorkerThreads`).
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class TaskPreparation:
     def chat(self, task: Task, *, bounded: bool = False) -> PreparedChat:
         """Prepare a conversation, without its images, which `see` reads; RequestError names the request's fields.
 
-        With `bounded`, a prompt longer than the context is refused early. Requests that only count tokens are not
-        `bounded`.
+        With `bounded`, a very long prompt that exceeds the context is refused early. Requests that only count tokens
+        are not `bounded`.
         """
         with task.paths.blamed():
             self._check(task)
@@ -168,17 +168,15 @@ class TaskPreparation:
     def _look(
         self, task: Task, prompt: Sequence[int], files: Sequence[bytes], names: Sequence[str], bounded: bool
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        with task.paths.blamed():
-            if (total := sum(map(pixels_of, files))) > MAX_PIXELS:
-                said = (
-                    f"{names[0]}: the images of a request have {total} pixels in all, and at most {MAX_PIXELS} are "
-                    "allowed"
-                )
-                raise InvalidParameterError(said, names[0])
-            ids, images = self._engine.look(prompt, files, names, bounded=bounded)
-            self._images.keep(images)  # count their memory before the request waits for a thread
-            _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
-            return ids, images
+        if (total := sum(map(pixels_of, files))) > MAX_PIXELS:
+            said = (
+                f"{names[0]}: the images of a request have {total} pixels in all, and at most {MAX_PIXELS} are allowed"
+            )
+            raise InvalidParameterError(said, names[0])
+        ids, images = self._engine.look(prompt, files, names, bounded=bounded)
+        self._images.keep(images)  # count their memory before the request waits for a thread
+        _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
+        return ids, images
 
     def try_picture(self, data: bytes) -> None:
         """Raise `RequestError` if the model cannot read this image file in a tool's result."""
@@ -233,7 +231,7 @@ class TaskPreparation:
     def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
         """Compile the constraint on the answer, which may take seconds; raises `RequestError`.
 
-        The schema of a tool that is not strict is not enforced if it cannot be.
+        If the schema of a non-strict tool, or a tool's grammar, cannot be enforced, it does not constrain calls.
         """
         with task.paths.blamed():
             asked, form = task.form, prepared.params.structured_outputs
@@ -354,7 +352,7 @@ class TaskPreparation:
             return PreparedPrompts(prompts, params, unseen=self._begun(task, task.images) if task.images else None)
 
     def _bounded(self, task: Task, params: SamplingParams, sequences: int, prompt: int) -> SamplingParams:
-        """Refuse answers with too many log-probabilities; without `max_tokens`, limit the number of tokens instead."""
+        """Refuse too many log-probabilities or tokens of beams; without `max_tokens`, limit the tokens instead."""
         if task.beam_penalty is not None:
             _check_beams(task, params)
             limit = max(1, MAX_BEAM_TOKENS // sequences)
@@ -507,13 +505,16 @@ def _check_beams(task: Task, params: SamplingParams) -> None:
             given[name] = value or name == "prompt_logprobs"
     given |= {"suffix": task.suffix, "echo": task.echo or task.echo_prompts, "tools": task.tools.tools}
     given |= {"structured_outputs": task.form or params.structured_outputs, "thoughts": params.thoughts}
+    if params.thoughts is not None and task.thinking is None:
+        said = "use_beam_search: a beam search cannot limit the reasoning, as this server does (--reasoning-budget)"
+        raise UnsupportedParameterError(said, "use_beam_search")
     if field := next((name for name, value in given.items() if value), None):
         said = "not supported with use_beam_search, which ranks answers by the model's own log-probabilities"
         raise UnsupportedParameterError(f"{field}: {said}", field)
 
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the model's sampling defaults once, when the server starts."""
+    """Check the model's sampling defaults once, before any request."""
     request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
     request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt", "logprob_token_ids"}
     request_only |= {"prompt_progress"}
@@ -534,7 +535,7 @@ def _path_of(task: Task, name: str) -> str:
 
 
 def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the operator's template variables once, when the server starts."""
+    """Check the operator's template variables once, before any request."""
     try:
         check_variables(variables)
     except ValueError as error:
@@ -543,7 +544,7 @@ def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remarks(task: Task, loose: Mapping[str, str] = MappingProxyType({})) -> tuple[str, ...]:
-    """Return warnings about the schemas and grammars of an answer, which were compiled except those of `loose`."""
+    """Return warnings about the schemas and grammars of an answer; those of tools in `loose` are not enforced."""
     found = list[str]()
     if task.form is not None and task.form.json is not None:
         found += schema_remarks(task.form.json)

@@ -20,7 +20,7 @@ from candle_vllm.openai.protocol.messages import Message as WireMessage
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import Call, Message, Part, Paths, Task, TextPart, text_of
 
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; conversations have no limit by default
 _SAME = {  # fields of a task, and the attributes of a request with the same values
     "choices": "sequences",
     "beam_penalty": "beam_penalty",

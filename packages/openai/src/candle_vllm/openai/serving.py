@@ -37,10 +37,10 @@ class AdapterNames(Protocol):
         ...
 
     def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Uses:
-        """Return the adapters for a request with this model name, or with scales of adapters by id.
+        """Return the adapter of this name; for the model or None, adapters with `scales` by id, or default scales.
 
         Raises:
-            InvalidParameterError: the request has both, or an id is unknown.
+            InvalidParameterError: an adapter is named and there are `scales`, or an id is unknown.
             ModelNotServedError: the name is of neither the model nor an adapter.
         """
         ...
@@ -90,7 +90,7 @@ class ServedNames:
         """Return the engine's argument for LoRA adapters; empty if no adapter applies.
 
         Args:
-            name: the model name in the request, followed by the name of `adapter` if the request has one.
+            name: the model name in the request, which ends with the name of `adapter` if the request has one.
             scales: scales of adapters by id.
             adapter: `lora_path` of the request.
 
@@ -116,7 +116,7 @@ class Tokenizes(Protocol):
 
 
 def check_length(engine: Tokenizes, text: str) -> None:
-    """Refuse a prompt that is too long, without tokenizing all of it.
+    """Refuse a very long prompt that exceeds the context, without tokenizing all of it; the engine refuses others.
 
     Raises:
         PromptTooLongError: the beginning of the prompt has more tokens than the context.
@@ -145,7 +145,7 @@ MAX_TOKENIZING = 4096  # waiting requests with a prompt
 
 
 class WorkerThreads:
-    """Threads for the work of one API adapter; they end when the adapter is freed."""
+    """Threads that the API adapters of one engine share; they end when the adapters are freed."""
 
     def __init__(self) -> None:
         self._prompts = FairThreads("prompts", 4, MAX_TOKENIZING)

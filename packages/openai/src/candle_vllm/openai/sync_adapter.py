@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class SyncOpenAIAdapter:
-    """Calls an `OpenAIAdapter` from any thread, and waits for it; raises the adapter's errors.
+    """Calls an `OpenAIAdapter` from any thread, and waits for it; raises its errors, and EngineDeadError once closed.
 
     Its event loop runs in a thread that `close`, or the end of a `with` block, stops. The engine stays open.
     """

@@ -35,10 +35,10 @@ class ImagePart(NamedTuple):
     """An image in a message; its bytes are not loaded yet.
 
     Attributes:
-        source: address of the image, or a data URL.
+        source: address of the image, a data URL, or the id of a stored file.
         detail: requested level of detail, which has no effect.
         path: path of the image in the request, for errors.
-        stored: whether the source is the id of a stored file.
+        stored: whether the source is such an id.
     """
 
     source: str
@@ -103,7 +103,7 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
         mode: `none`, `auto` (the model chooses) or `required` (at least one call).
         parallel: whether more than one call is allowed.
         named: the one function that must be called, exactly once; the mode is then `required`.
-        shown: tools for the chat template: all tools of the request, even if only some may be called.
+        shown: tools for the chat template: all tools of the request, callable or not; none in mode `none`.
     """
 
     tools: tuple[ToolFunction, ...] = ()
@@ -160,7 +160,7 @@ class ThinkingLimit(NamedTuple):
 
     Attributes:
         tokens: maximum number of reasoning tokens; below 0 means no limit.
-        message: text inserted when the limit ends the reasoning; None uses the text that the model's makers recommend.
+        message: text inserted when the limit ends the reasoning; None uses the server's or, without one, the model's.
         required: whether the request fails if the markers around the model's reasoning are unknown.
     """
 
@@ -203,7 +203,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """What a request asks for: the next message of a conversation, or continuations of prompts.
 
     Attributes:
-        messages: at least one message; empty if there are `prompts`.
+        messages: the conversation; empty if there are `prompts`.
         prompts: texts or token ids, each of which gets `choices` answers.
         images: images of the only prompt, a text with a `MEDIA_MARK` for each; None without images.
         suffix: text after the answers, which fill the gap between prompt and suffix (fill in the middle).
@@ -225,7 +225,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         echo: text that every choice begins with.
         echo_prompts: whether every choice repeats its prompt, with log-probabilities if they are requested.
         scored_only: whether prompts are only scored, and nothing is generated.
-        tell_ids, tell_counts: whether events have token ids, and whether a `Usage` precedes every output.
+        tell_ids, tell_counts: whether events have token ids, and whether a `Usage` precedes the events of every output.
         cut: how prompts are truncated; None refuses prompts that are too long.
         adapter: LoRA adapter that the request names in a field of its own; `model` contains its name too.
         lora: scales of LoRA adapters by llama.cpp id; None uses the named adapter, or the default scales.
@@ -275,7 +275,7 @@ _Mend = Callable[[str], str | None]
 def template_messages(
     messages: Sequence[Message], needs: TemplateNeeds | None = None, image: str = ""
 ) -> list[dict[str, Any]]:
-    """Return one dictionary per message; call arguments become objects.
+    """Return one dictionary per message; call arguments become objects, or stay text if they are no JSON object.
 
     The content is one string, or a list of parts if there are images. A tool message gets the name of its function,
     because templates may need it and clients omit it. `fit` adapts the messages to what the template `needs`; `image`

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TokenizingAdapter: texts and conversations to token ids and back, without HTTP (steps 2 and 3 of a request's life).
+"""TokenizingAdapter: texts and conversations to token ids, and ids to text, without HTTP (steps 2 and 3 of a request).
 
 A conversation is prepared exactly as a chat request with the same fields, so both have the same number of tokens.
 """
