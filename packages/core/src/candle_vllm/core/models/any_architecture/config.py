@@ -57,7 +57,7 @@ class AnyConfig(ModelConfig):
 
 
 def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
-    """Read a `config.json` by transformers' own class, build the model without memory, and try it.
+    """Read a `config.json` by transformers' own class, build the model on the meta device, and run it once there.
 
     Raises:
         UnsupportedModelError: transformers has no such decoder, or the decoder cannot run here.

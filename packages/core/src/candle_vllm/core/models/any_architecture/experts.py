@@ -53,12 +53,12 @@ class Experts:
         return made
 
     def split(self, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-        """Split a tensor [X, N, K] of all experts, or their biases [X, N], into the parts of each expert."""
+        """Split a tensor [X, N, K] of all experts, [X, K, N] if transposed, or biases [X, N], into experts' parts."""
         for expert in range(self.count):
             yield from self._pieces_of(name, expert, entry(stored, expert))
 
     def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
-        """Name experts' tensors [N, K], a list of experts for each piece or for whole matrices; None otherwise."""
+        """Name tensors [N, K] stored for each expert: a list for each piece, or one of whole matrices; else None."""
         if self.transposed or any(len(of) != self.count for of in each):
             return None
         if len(each) == len(self.pieces):

@@ -108,7 +108,7 @@ def named_in_gguf(
 
 
 def _of_experts(target: str, of: Experts, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """Split one tensor of all experts, which has their gate, up or down matrices."""
+    """Split a tensor of all experts, which has one piece or all pieces of each; a misshapen piece is left out."""
     piece = next((piece for piece in of.pieces if f".ffn_{piece}_exps." in name), None)
     if piece is None:
         yield from of.split(target, stored)
@@ -124,9 +124,9 @@ def _process(processor: Any, name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _change(processor: Any, name: str, shape: tuple[int, ...]) -> np.ndarray | tuple[int, ...] | None:
-    """How a stored tensor differs: the order of its rows, the shape of its changed values, or None if it is unchanged.
+    """How a parameter differs from its stored tensor: the order of rows, the shape of changed values, or None.
 
-    A matrix that is only transposed counts as unchanged: the family's table transposes it.
+    None means no difference. A matrix that is only transposed counts as unchanged: the family's table transposes it.
     """
     numbers = np.arange(shape[0] if shape else 1, dtype=np.int32)
     numbers = np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), shape)
