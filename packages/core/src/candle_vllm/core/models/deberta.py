@@ -2,7 +2,7 @@
 """DeBERTa v2 and v3: BERT's blocks with disentangled attention, content to position and position to content.
 
 Distant relative positions share buckets. It runs op by op in torch. Source: He et al., 2020, arXiv:2006.03654,
-and 2021, arXiv:2111.09543 (v3). Shapes: T tokens, E hidden, S span of relative positions on each side.
+and 2021, arXiv:2111.09543 (v3). Shapes: P maximum number of tokens of a text.
 """
 
 from __future__ import annotations
