@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.moe import Pairs
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
@@ -29,6 +30,8 @@ class Experts:
 
     def __init__(self, module: Any, name: str, placement: Placement) -> None:
         self.count, rows, columns = getattr(module, name).shape
+        if not self.count:
+            raise InvalidFileError("a layer of experts has 0 experts")
         self.transposed = module.is_transposed
         rows, columns = (columns, rows) if module.is_transposed else (rows, columns)
         halves = name == "gate_up_proj" and module.is_concatenated
