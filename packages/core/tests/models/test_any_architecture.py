@@ -212,6 +212,9 @@ def test_gguf_without_a_table_is_refused(tmp_path: Path) -> None:
     path = export_gguf(folder, tmp_path / "olmo2.gguf", "olmo2")
     with pytest.raises(UnsupportedModelError, match=r"no GGUF of architecture 'olmo2'; it reads .*llama"):
         load(path, model_impl="transformers")
+    deci: Any = SimpleNamespace(path=path, metadata={}, tensors={})  # has a table, and no class that reads its values
+    with pytest.raises(UnsupportedModelError, match=r"no GGUF of architecture 'deci'; it reads .*llama"):
+        config_values("deci", deci)
 
 
 @pytest.mark.parametrize(
