@@ -69,8 +69,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
     """Read GGUF metadata of apertus."""
     shared, output_bias = shared_from_gguf(fields, checkpoint), "blk.0.attn_output.bias" in checkpoint.tensors
     columns = [Fields(fields.values, fields.path).get(f"xielu.{part}", list) for part in _PARTS]
-    if any(len(column) != shared["num_layers"] for column in columns):
-        raise InvalidFileError(f"{fields.path}: the parameters of xIELU are not for {shared['num_layers']} layers")
+    if any(len(column) != shared["num_layers"] or {*map(type, column)} != {float} for column in columns):
+        raise InvalidFileError(f"{fields.path}: the parameters of xIELU are not {shared['num_layers']} numbers each")
     own: dict[str, Any] = {
         "qkv_bias": gguf_has_bias(checkpoint),
         "output_bias": output_bias,
