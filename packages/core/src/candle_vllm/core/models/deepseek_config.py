@@ -56,7 +56,8 @@ class DeepseekConfig(ModelConfig):
         if not 0 <= self.extra_layers <= MAX_LAYERS:
             raise InvalidFileError(f"the model has {self.extra_layers} multi-token prediction layers")
         if max(self.kv_rank, self.q_rank, self.value_dim) > 1 << 16:
-            raise InvalidFileError(f"latent vectors of {self.kv_rank} and {self.q_rank} are not possible")
+            sizes = f"latent vectors of {self.kv_rank} and {self.q_rank} and value heads of {self.value_dim}"
+            raise InvalidFileError(f"{sizes} are not possible: each has at most {1 << 16} elements")
 
     @property
     def latent(self) -> LatentSizes:
