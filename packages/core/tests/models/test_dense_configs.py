@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_an_absent_key_has_the_default_of_transformers(name: str, key: str) -> N
         family_from_hf(values | {"architectures": classes[:1]}, Path("config.json"), impl="native")[1]
         for values in (stored, completed)
     )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("given", [{"rope_type": "default"}, None], ids=str)
+def test_rotary_settings_of_apertus_have_the_defaults_of_transformers(given: dict[str, Any] | None) -> None:
+    values = tiny_config("apertus").to_dict() | {"rope_parameters": given, "architectures": ["ApertusForCausalLM"]}
+    completed = CONFIG_MAPPING["apertus"].from_dict(copy.deepcopy(values)).to_dict()
+    ours, theirs = (family_from_hf(each, Path("config.json"), impl="native")[1].rope for each in (values, completed))
     assert ours == theirs
 
 

@@ -52,7 +52,7 @@ def config_from_hf(fields: Fields, model_type: str) -> ApertusConfig:
     """Read `config.json` of apertus."""
     fields.choice("hidden_act", "xielu", "xielu")
     usual = {} if "rope_parameters" in fields or "rope_scaling" in fields else {"rope_parameters": _ROPE}
-    shared, bias = Fields(usual | dict(fields.values), fields.path), fields.get("attention_bias", bool, False)
+    shared, bias = fields.with_defaults(rope_theta=1.2e7, **usual), fields.get("attention_bias", bool, False)
     return ApertusConfig(**shared_from_hf(shared, model_type), qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
