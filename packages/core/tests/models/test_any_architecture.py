@@ -23,6 +23,7 @@ from candle_vllm.core import (
     UnsupportedModelError,
 )
 from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
 from candle_vllm.core.layers.linear import Linear
@@ -211,6 +212,19 @@ def test_gguf_without_a_table_is_refused(tmp_path: Path) -> None:
     path = export_gguf(folder, tmp_path / "olmo2.gguf", "olmo2")
     with pytest.raises(UnsupportedModelError, match=r"no GGUF of architecture 'olmo2'; it reads .*llama"):
         load(path, model_impl="transformers")
+    deci: Any = SimpleNamespace(path=path, metadata={}, tensors={})  # has a table, and no class that reads its values
+    with pytest.raises(UnsupportedModelError, match=r"no GGUF of architecture 'deci'; it reads .*llama"):
+        config_values("deci", deci)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "size"),
+    [("llama", "vocab_size", "many"), ("llama", "num_attention_heads", 0), ("mixtral", "num_local_experts", 0)],
+)
+def test_impossible_sizes_are_errors_of_the_file(name: str, key: str, size: object, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path, name, **tiny_config(name)) / "config.json"
+    with pytest.raises(InvalidFileError):
+        registry.family_from_hf(json.loads(path.read_text()) | {key: size}, path, impl="transformers")
 
 
 def test_an_unknown_function_of_a_router_is_refused() -> None:

@@ -163,6 +163,7 @@ def test_what_is_not_implemented_is_refused_by_name(
         ({"num_nextn_predict_layers": 10**9}, "1000000000 multi-token"),
         ({"num_nextn_predict_layers": -1}, "-1 multi-token"),
         ({"kv_lora_rank": 1 << 20}, "latent vectors of 1048576"),
+        ({"v_head_dim": 1 << 20}, "value heads of 1048576 are not possible: each has at most 65536"),
         ({"rope_parameters": DEEPSEEK_YARN | {"mscale": -1.0}}, "rotary mscale is -1"),
         ({"n_shared_experts": -1}, "must not be negative"),
     ],

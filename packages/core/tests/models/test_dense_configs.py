@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_an_absent_key_has_the_default_of_transformers(name: str, key: str) -> N
         family_from_hf(values | {"architectures": classes[:1]}, Path("config.json"), impl="native")[1]
         for values in (stored, completed)
     )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("given", [{"rope_type": "default"}, None], ids=str)
+def test_rotary_settings_of_apertus_have_the_defaults_of_transformers(given: dict[str, Any] | None) -> None:
+    values = tiny_config("apertus").to_dict() | {"rope_parameters": given, "architectures": ["ApertusForCausalLM"]}
+    completed = CONFIG_MAPPING["apertus"].from_dict(copy.deepcopy(values)).to_dict()
+    ours, theirs = (family_from_hf(each, Path("config.json"), impl="native")[1].rope for each in (values, completed))
     assert ours == theirs
 
 
@@ -310,4 +319,15 @@ def test_a_count_of_experts_that_is_no_number_is_named(count: object) -> None:
     """It tells Mixtral's files from Llama's, before either's metadata is read; long arrays come as NumPy's."""
     metadata = {"general.architecture": "llama", "llama.expert_count": count}
     with pytest.raises(InvalidFileError, match=r"m\.gguf: llama\.expert_count is .*, not a int"):
+        family_from_gguf(metadata, Checkpoint(Path("m.gguf"), "gguf", (), {}, metadata))
+
+
+@pytest.mark.parametrize("numbers", [["0.5", "0.5"], [0.5]], ids=str)
+def test_wrong_parameters_of_xielu_in_a_gguf_file(numbers: list[object]) -> None:
+    counts = {"block_count": 2, "embedding_length": 8, "feed_forward_length": 16, "attention.head_count": 2}
+    counts |= {"context_length": 64, "vocab_size": 10, "attention.layer_norm_rms_epsilon": 1e-5}
+    metadata: dict[str, object] = {f"apertus.{key}": value for key, value in counts.items()}
+    metadata |= {f"xielu.{part}": [-1e-6, -1e-6] for part in ("alpha_p", "alpha_n", "beta")} | {"xielu.eps": numbers}
+    metadata["general.architecture"] = "apertus"
+    with pytest.raises(InvalidFileError, match=r"m\.gguf: the parameters of xIELU are not 2 numbers each"):
         family_from_gguf(metadata, Checkpoint(Path("m.gguf"), "gguf", (), {}, metadata))

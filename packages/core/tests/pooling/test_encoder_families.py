@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from candle_vllm.core import InferenceEngine, UnsupportedModelError
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.layers.attention import alibi_slopes
 from candle_vllm.core.loading.rope import inverse_frequencies
@@ -303,6 +304,20 @@ def test_published_configs_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.one_of_each
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("RobertaModel", {"type_vocab_size": 1, "pad_token_id": -5}, "pad_token_id is -5; it must be -1 or more"),
+        ("DebertaV2Model", {"position_buckets": 1}, "1 buckets of -1 relative positions"),
+        ("DebertaV2Model", {"max_relative_positions": 1 << 62}, "relative positions are not possible"),
+        ("DebertaV2Model", {"pos_att_type": 5}, "pos_att_type is 5, not a list"),
+    ],
+)
+def test_impossible_positions_are_refused(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidFileError, match=message):
+        encoder_from_hf({"architectures": [name], **SIZES, **DEBERTA, **change}, tmp_path)
+
+
 @pytest.mark.parametrize("row", [row for row in ROWS if row.head], ids=lambda row: row.head)
 @pytest.mark.parametrize("labels", [1, 3])
 def test_heads_equal_transformers(row: Row, labels: int, tmp_path: Path) -> None:

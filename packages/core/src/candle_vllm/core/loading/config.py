@@ -287,5 +287,7 @@ class EncoderConfig:
             raise InvalidFileError(f"hidden size {self.hidden_size} is not a multiple of the {self.num_heads} heads")
         if not 0 < self.max_position <= MAX_COUNT:
             raise InvalidFileError(f"the context length must be 1 to {MAX_COUNT} tokens, not {self.max_position}")
+        if self.first_position < 0:
+            raise InvalidFileError(f"pad_token_id is {self.first_position - 1}; it must be -1 or more")
         if not 0 < self.norm_eps < 1:
             raise InvalidFileError(f"the epsilon of the model's norms is {self.norm_eps}; it must be between 0 and 1")

@@ -52,7 +52,7 @@ def config_from_hf(fields: Fields, model_type: str) -> ApertusConfig:
     """Read `config.json` of apertus."""
     fields.choice("hidden_act", "xielu", "xielu")
     usual = {} if "rope_parameters" in fields or "rope_scaling" in fields else {"rope_parameters": _ROPE}
-    shared, bias = Fields(usual | dict(fields.values), fields.path), fields.get("attention_bias", bool, False)
+    shared, bias = fields.with_defaults(rope_theta=1.2e7, **usual), fields.get("attention_bias", bool, False)
     return ApertusConfig(**shared_from_hf(shared, model_type), qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
@@ -69,8 +69,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
     """Read GGUF metadata of apertus."""
     shared, output_bias = shared_from_gguf(fields, checkpoint), "blk.0.attn_output.bias" in checkpoint.tensors
     columns = [Fields(fields.values, fields.path).get(f"xielu.{part}", list) for part in _PARTS]
-    if any(len(column) != shared["num_layers"] for column in columns):
-        raise InvalidFileError(f"{fields.path}: the parameters of xIELU are not for {shared['num_layers']} layers")
+    if any(len(column) != shared["num_layers"] or {*map(type, column)} != {float} for column in columns):
+        raise InvalidFileError(f"{fields.path}: the parameters of xIELU are not {shared['num_layers']} numbers each")
     own: dict[str, Any] = {
         "qkv_bias": gguf_has_bias(checkpoint),
         "output_bias": output_bias,

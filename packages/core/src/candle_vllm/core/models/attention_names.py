@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Names of q, k and v in most checkpoints; GGUF files store three matrices, or one with the rows of all three.
+"""Names of q, k and v in most checkpoints, and other table rows and GGUF keys that several families share.
 
-Source: llama.cpp's `create_tensor_qkv`; its converter's `--fuse-qkv` writes the second kind for most architectures.
+GGUF files store q, k and v as three matrices or as one (llama.cpp's `create_tensor_qkv`; `--fuse-qkv` when converting).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def kv_heads_by_layer(fields: Fields) -> tuple[Fields, list[int]]:
 
     Raises:
         InvalidFileError: the number of counts is not the number of layers.
-        UnsupportedModelError: the counts differ.
+        UnsupportedModelError: the positive counts differ, all counts are 0, or an entry is not a count.
     """
     key, layers = "attention.head_count_kv", fields.count("block_count")
     counts = fields.get(key, list)
@@ -107,9 +107,9 @@ def window_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def local_keys(config: Any) -> dict[str, Any]:
-    """The GGUF keys of layers with a window. OLMo 3 has one rotary base; layers without a window add YaRN.
+    """The GGUF keys of layers with a window: its size, these layers, and their rotary base if the config has one.
 
-    llama.cpp supports windows in EXAONE 4 only for 64 layers.
+    llama.cpp supports windows in EXAONE 4 only for 64 layers: UnsupportedModelError for other models.
     """
     pattern = [window is not None for window in config.sliding_windows]
     if any(pattern) and config.model_type == "exaone4" and config.num_layers != 64:
@@ -125,9 +125,9 @@ def parallel_keys(config: Any) -> dict[str, Any]:
 
 
 def axes_keys(config: Any) -> dict[str, Any]:
-    """The GGUF keys of M-RoPE, if the model has it: how many frequencies time, height and width rotate.
+    """The GGUF keys of the window, of M-RoPE and of DeepStack, each if the model has it.
 
-    llama.cpp has a fourth axis.
+    M-RoPE's key has the number of frequencies of time, height, width and a fourth axis, which only llama.cpp has.
     """
     axes = config.rope.axes
     keys: dict[str, Any] = {"rope.dimension_sections": [axes.count(axis) for axis in range(4)]} if axes else {}
@@ -136,7 +136,7 @@ def axes_keys(config: Any) -> dict[str, Any]:
 
 
 class RepeatedValues:
-    """View of rows of values [K * V, ...] as [K * D, ...]: in each head, the first rows are repeated up to D."""
+    """View of rows of values [K * V, ...] as [K * D, ...]: in each head, its V rows are repeated up to D rows."""
 
     def __call__(self, stored: StoredTensor, config: Any) -> StoredTensor:
         own, dim = config.value_dim, config.head_dim

@@ -84,7 +84,7 @@ def _config(shared: dict[str, Any], local: bool, scale: float, head_norms: bool)
 
 
 class Block:
-    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
+    """One decoder layer. Its input [T, E] is x + residual, added in its norm; residual is None in layer 0."""
 
     def __init__(self, config: CohereConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement, bias=False)
@@ -93,7 +93,7 @@ class Block:
             counts, attend = (config.num_heads, config.num_kv_heads), self.attention.attend
             norms = [HeadLayerNorm(count, config.head_dim, config.norm_eps, placement) for count in counts]
             self.attention.q_norm, self.attention.k_norm = attend.q_norm, attend.k_norm = norms
-            attend.key_bias = None  # the norms would change its effect
+            attend.key_bias = None  # the norm of k would change the effect of the bias
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:

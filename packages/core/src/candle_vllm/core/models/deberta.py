@@ -2,7 +2,7 @@
 """DeBERTa v2 and v3: BERT's blocks with disentangled attention, content to position and position to content.
 
 Distant relative positions share buckets. It runs op by op in torch. Source: He et al., 2020, arXiv:2006.03654,
-and 2021, arXiv:2111.09543 (v3). Shapes: T tokens, E hidden, S span of relative positions on each side.
+and 2021, arXiv:2111.09543 (v3). Shapes: P maximum number of tokens of a text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from candle_vllm.core.fields import Fields
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.fields import MAX_COUNT, Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.whole_attention import disentangled_attention
 from candle_vllm.core.layers.layer_norm import LayerNorm
@@ -59,27 +60,30 @@ _ONLY |= {"attention_head_size": None}
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> DebertaConfig:
     """Read `config.json` of deberta-v2."""
     said = {key: value for key, value in fields.values.items() if value is not None}
-    kinds = said.get("pos_att_type", [])
-    said["pos_att_type"] = sorted(map(str, kinds.split("|") if isinstance(kinds, str) else kinds))
+    kinds = said.get("pos_att_type")
+    kinds = kinds.split("|") if isinstance(kinds, str) else fields.get("pos_att_type", list, [])
+    said["pos_att_type"] = sorted(map(str, kinds))
     only = _ONLY | {"embedding_size": fields.count("hidden_size")}
     check_only(Fields(_DEFAULTS | said, fields.path), model_type, only)
-    position, most = fields.count("max_position_embeddings", 512), fields.get("max_relative_positions", int, -1)
+    buckets, most = fields.get("position_buckets", int, -1), fields.get("max_relative_positions", int, -1)
+    if buckets == 1 or max(buckets, most) > MAX_COUNT:
+        raise InvalidFileError(f"{fields.path}: {buckets} buckets of {most} relative positions are not possible")
     return DebertaConfig(
         model_type=model_type,
         **sizes_from_hf(fields),
-        max_position=position,
+        max_position=(position := fields.count("max_position_embeddings", 512)),
         norm_eps=fields.get("layer_norm_eps", float, 1e-7),
         typed=False,
         placed=False,
         activation=fields.choice("hidden_act", "gelu", *ACTIVATIONS),
         head_activation=ACTIVATIONS[fields.choice("pooler_hidden_act", "gelu", *ACTIVATIONS)],
-        buckets=max(fields.get("position_buckets", int, -1), 0),
+        buckets=max(buckets, 0),
         farthest=most if most > 0 else position,
         **head_of(fields, scores=scores),
     )
 
 
-# ---- attention -------------------------------------------------------------------------------------------------------
+# ---- attention and model ---------------------------------------------------------------------------------------------
 
 
 def rows_of_distances(config: DebertaConfig) -> np.ndarray:
@@ -94,9 +98,6 @@ def rows_of_distances(config: DebertaConfig) -> np.ndarray:
         far = np.ceil(np.log(wide / np.float32(middle)) / most * np.float32(middle - 1)).astype(np.int64) + middle
         away = np.where(abs(away) <= middle, away, np.sign(away) * far)
     return (away + span).clip(0, 2 * span - 1)
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
 
 
 class Deberta(PlainEncoder):

@@ -127,7 +127,7 @@ def _half_split(first: int, config: DeepseekConfig) -> np.ndarray:
 
 
 def _query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
-    """Rows of heads [nope | rope] in half-split rotary order."""
+    """Rows of heads [nope | rope], in half-split rotary order even if they are stored in interleaved pairs."""
     if not config.interleaved_rotary or stored.shape[:1] != (config.num_heads * config.head_dim,):
         return stored  # the loader reports the wrong shape
     head = _half_split(config.latent.nope, config)
@@ -147,7 +147,7 @@ def _key_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
 
 
 def _key_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
-    """The key matrices [H, L, nope] from the rows [H * (nope + V), L] of keys and values, as in newer GGUF files."""
+    """The key matrices [H, L, nope], as in newer GGUF files, from the rows [H * (nope + V), L] of keys and values."""
     sizes = config.latent
     each = sizes.nope + sizes.value
     if stored.shape != (sizes.heads * each, sizes.latent):
@@ -228,7 +228,7 @@ WEIGHTS = [
 
 
 def ignored(config: DeepseekConfig) -> list[str]:
-    """Names of tensors that are not loaded: multi-token prediction layers, copies of matrices, unused indexers."""
+    """Names of tensors that are not loaded: multi-token prediction layers, buffers, copies, unused indexers."""
     last = range(config.num_layers, config.num_layers + config.extra_layers)
     extra = [rf"(model\.layers|blk)\.{layer}\..*" for layer in last]
     extra += [rf"(model\.layers|blk)\.{layer}\.(self_attn\.)?indexer\..*" for layer in config.shared_choices]

@@ -56,7 +56,8 @@ class DeepseekConfig(ModelConfig):
         if not 0 <= self.extra_layers <= MAX_LAYERS:
             raise InvalidFileError(f"the model has {self.extra_layers} multi-token prediction layers")
         if max(self.kv_rank, self.q_rank, self.value_dim) > 1 << 16:
-            raise InvalidFileError(f"latent vectors of {self.kv_rank} and {self.q_rank} are not possible")
+            sizes = f"latent vectors of {self.kv_rank} and {self.q_rank} and value heads of {self.value_dim}"
+            raise InvalidFileError(f"{sizes} are not possible: each has at most {1 << 16} elements")
 
     @property
     def latent(self) -> LatentSizes:
@@ -236,7 +237,7 @@ def _mixture_from_gguf(fields: Fields, checkpoint: Checkpoint, layers: int) -> t
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Sizes of the cached keys and values, which all heads share, and of the keys and values of a single head.
+    """The GGUF keys, with sizes of the cached keys and values, which all heads share, and of those of a head (`_mla`).
 
     A query rank of 0 means that queries are projected from the hidden state: llama.cpp requires the key. It also
     requires the size of experts and the number of shared experts, even of models without experts.
@@ -258,5 +259,5 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 
 def without_further_layers(config: Any) -> dict[str, Any]:
-    """Config for a file without the multi-token prediction layers."""
+    """Config fields of a GGUF file: no multi-token prediction layers, and groups as in `ungrouped`."""
     return ungrouped(config) | {"extra_layers": 0}

@@ -2,12 +2,12 @@
 """EAGLE-3 heads: one layer that drafts a model's next tokens from the hidden states of three of its layers.
 
 At position p the head reads the embedding of token p + 1 and the model's hidden states of p, fused to one vector g; it
-predicts token p + 2. If token p is itself a draft token, g is the head's output at p - 1. The block is Llama's,
+predicts token p + 2. If token p + 1 is itself a draft token, g is the head's output at p - 1. The block is Llama's,
 except that its attention reads norm(embedding) and norm(g) side by side.
 
 `config.json` names `LlamaForCausalLMEagle3` or `Eagle3LlamaForCausalLM`, or has the library speculators' form; GGUF
 files have the architecture eagle3. EAGLE-3.1 adds norms before fusion; its next draft starts from the normed vector.
-Source: Li, Wei, Zhang and Zhang, 2025, arXiv:2503.01840. Shapes: T tokens, E hidden, F hidden size of the model.
+Source: Li, Wei, Zhang and Zhang, 2025, arXiv:2503.01840. Shapes: T tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Eagle3Config(LlamaConfig):
 
     Attributes:
         taps: layers of the model whose inputs the head reads.
-        target_size: hidden size of the model; F.
+        target_size: hidden size of the model.
         draft_vocab_size: number of tokens that the head can draft.
         norm_before_residual: the residual stream starts from the normalised hidden state, not from the hidden state.
         norm_before_fuse: one norm of all fused hidden states.
@@ -127,13 +127,13 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint, target: ModelConfig
 
 
 def _fitted(shared: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
-    """Give a head that was trained on short texts the model's context, if its rotary scaling is default or llama3."""
+    """Untie the head; with default or llama3 scaling give it the model's context: heads are trained on short texts."""
     plain = shared["rope"].kind in ("default", "llama3")
     return {**shared, "tie_embeddings": False} | ({"max_position": target.max_position} if plain else {})
 
 
 def _taps(fields: Fields, own: Fields, target: ModelConfig) -> tuple[int, ...]:
-    """The layers whose inputs are fused: a top-level key names these layers, `eagle_config` the layers before them."""
+    """The layers whose inputs are fused: a top-level key has these, `eagle_config` those before; three by default."""
     key, layers = "eagle_aux_hidden_state_layer_ids", target.num_layers
     if key in fields:
         return _checked_taps(fields, key, fields.get(key, list), layers)
@@ -267,11 +267,11 @@ WEIGHTS = [
     WeightName("own_head:weight", "lm_head.weight", "output.weight"),
 ]
 IGNORED = (r"(model\.)?(d2t|t2d)", r".*rotary_emb\.inv_freq", r"mask_hidden", r"verifier_.*")
-"""Names of tensors that are no weights: vocabularies (see `draft_token_ids`), and tensors for training only."""
+"""Patterns of names of tensors that are not loaded: vocabularies (see `draft_token_ids`), and tensors for training."""
 
 
 def draft_token_ids(config: Eagle3Config, checkpoint: Checkpoint, tokens: int) -> NDArray[np.int64] | None:
-    """The model's token id for each token of the head, int64 [draft vocabulary]; None if the vocabularies are equal.
+    """The model's token id for each token of the head, int64 [draft vocabulary]; None without `d2t`: the ids are equal.
 
     Args:
         config: config of the head.
@@ -279,7 +279,7 @@ def draft_token_ids(config: Eagle3Config, checkpoint: Checkpoint, tokens: int) -
         tokens: vocabulary size of the model.
 
     Raises:
-        InvalidFileError: the ids are not integers, not tokens of the model, or not one for each token of the head.
+        InvalidFileError: `d2t` is not one integer for each token of the head, or an id is not a token of the model.
     """
     stored = checkpoint.tensors.get("d2t") or checkpoint.tensors.get("model.d2t")
     size, path = config.draft_vocab_size, checkpoint.path

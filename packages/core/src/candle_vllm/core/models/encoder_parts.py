@@ -79,7 +79,7 @@ def head_of(fields: Fields, *, scores: bool) -> dict[str, Any]:
 
 
 def _labels(fields: Fields) -> tuple[str, ...]:
-    """Names of the head's outputs; without labels in the file there are two, as in transformers."""
+    """Names of the head's outputs; with neither id2label nor num_labels there are two, as in transformers."""
     named = fields.get("id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})
     count = fields.count("num_labels", len(named), most=MAX_LABELS)
     if not 0 < count <= MAX_LABELS:
@@ -91,7 +91,7 @@ def _labels(fields: Fields) -> tuple[str, ...]:
 
 
 def _likelihood(fields: Fields, labels: int) -> Likelihood:
-    """The activation of several labels by problem_type, as in transformers; of one label see `_sigmoid`."""
+    """The activation of the head: by problem_type for several labels, as in transformers; by `_sigmoid` for one."""
     if labels > 1:
         kinds: Mapping[str, Likelihood] = {
             "single_label_classification": "softmax",
@@ -205,7 +205,7 @@ def prefix_of(stored: Iterable[str], name: str) -> str:
 
 
 class Table:
-    """A parameter "weight" of this shape that is not used in a matrix product."""
+    """A parameter "weight" of this shape that is not packed for matrix products."""
 
     def __init__(self, placement: Placement, *shape: int) -> None:
         self.weight = placement.empty(*shape)
@@ -216,7 +216,7 @@ class Table:
 
 
 def read_part(checkpoint: Checkpoint, name: str, *shape: int) -> NDArray[np.float32]:
-    """Read a tensor of a head that follows the pooling.
+    """Read a tensor of a head in fp32.
 
     Raises:
         WeightsError: the tensor is missing or has another shape.

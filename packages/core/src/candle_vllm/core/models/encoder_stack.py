@@ -4,7 +4,7 @@
 A block is norm(x + attention(x)), then norm(x + mlp(x)), as in BERT; or, with `prenorm`, x + attention(norm(x)), then
 x + mlp(norm(x)), with one more norm after the last block. If torch runs them op by op, matrices are multiplied in the
 placement's type; sums and norms stay fp32. Sources: Devlin et al., 2018, arXiv:1810.04805; Xiong et al., 2020,
-arXiv:2002.04745 (norms in front). Shapes: T tokens, R texts, H heads, K key-value heads, E hidden, L labels.
+arXiv:2002.04745 (norms in front). Shapes: T tokens, R texts, H heads of size D, K key-value heads, E hidden, L labels.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EncoderStack:
         kv_heads: K; None for H.
         windows: for each layer, the maximum distance of two tokens that attend to each other; None for all.
         layers: each maps x [T, E] to [T, E] in fp32; the last argument is the token types.
-        head, score: the two matrices of a head, and the activation between them.
+        head, score, head_activation: the two matrices of a head, and the activation between them.
     """
 
     config: EncoderConfig
@@ -113,15 +113,15 @@ class StackConfig(EncoderConfig):
     Attributes:
         typed: the model has a table of token types.
         placed: the model has a table of positions.
-        prenorm: norms precede attention and MLP; before the first layer's attention it is the embeddings' norm.
+        prenorm: norms precede attention and MLP; the embeddings' norm serves as that of the first layer's attention.
         rope, local_rope: rotary settings of layers without and with a window; None for no rotation.
         windows: see `EncoderStack`; empty if no layer has a window.
         gate: activation of the gate in the feed-forward layer; empty without a gate.
         norm_bias, qkv_bias, output_bias, mlp_bias, down_bias: whether there are biases in norms; in queries, keys and
             values; in attention's output; in the feed-forward layer's first matrix; in its last matrix.
         head_activation, head_bias: activation between a head's matrices; a bias of the first one (`modernbert.py`).
-        mixture, sparse_every: experts instead of the feed-forward layer in every `sparse_every`-th layer, from the
-            second layer on; None without experts.
+        mixture, sparse_every: experts instead of the feed-forward layer in every `sparse_every`-th layer (2 or more),
+            from the second layer on; None without experts.
         mixture_bias: the sum of the experts has a bias.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""ERNIE 4.5, dense and with experts: Llama's layers (`llama.py`) with interleaved rotary pairs; PaddleOCR-VL's text.
+"""ERNIE 4.5, dense and with experts: Llama's layers (`llama.py`) with interleaved rotary pairs.
 
-Experts are scored by a softmax and chosen with a correction bias, and the chosen scores are normalised to sum to 1; a
-shared expert is added. Multi-token prediction layers are not loaded. Source: Baidu, 2025, "ERNIE 4.5 Technical Report".
+PaddleOCR-VL's text model has M-RoPE and half-split pairs. Experts are scored by a softmax and chosen with a correction
+bias; the chosen scores are normalised; a shared expert is added. Source: Baidu, 2025, "ERNIE 4.5 Technical Report".
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_NAMES = {  # Llama's names, and EXAONE's; a name stands before its own beginning
+_NAMES = {  # Llama's names, and EXAONE's; they are replaced in order, so a name precedes those that it begins with
     "model.embed_tokens.": "transformer.wte.",
     "model.layers.": "transformer.h.",
     "model.norm.": "transformer.ln_f.",

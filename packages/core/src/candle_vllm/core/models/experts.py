@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Names under which checkpoints store experts, shared by the families that have them.
+"""Names of experts' tensors, and config keys of experts, shared by the families that have them.
 
-Hugging Face: a tensor for each expert, or one of all experts with fused gate and up (`gate_up_proj` [X, 2F, E], the
-gate's rows first). GGUF: one tensor of all experts for each of gate, up and down, or, in old files, one per expert.
+Hugging Face: one tensor per expert, or of all experts, with fused gate and up (`gate_up_proj` [X, 2F, E], gate first).
+GGUF: one of all experts for each of gate, up and down, or with fused gate and up; in old files one per expert.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def in_all_layers(mixture: Mixture, layers: int) -> dict[str, Any]:
 
 
 def dense_layers(fields: Fields, layers: int, usual: int) -> int:
-    """The number of first layers without experts: by either key, or `usual`."""
+    """The number of first layers without experts: by mlp_layer_types, else first_k_dense_replace, else `usual`."""
     kinds = fields.get("mlp_layer_types", list, [])
     dense = [*kinds, "sparse"].index("sparse") if kinds else fields.get("first_k_dense_replace", int, usual)
     if kinds and kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
@@ -168,7 +168,7 @@ def is_grouped(mixture: Mixture) -> bool:
 
 
 def ungrouped(config: Any) -> dict[str, Any]:
-    """Config with one group instead of several that are all chosen, which limit nothing."""
+    """The config field `mixture` with one group if all groups are chosen, which limits nothing; otherwise no fields."""
     mixture = config.mixture
     return (
         {}

@@ -22,10 +22,10 @@ PAGED, PROBE = "candle_vllm", "candle_vllm_probe"
 
 
 class NotPagedError(Exception):
-    """The model needs a kind of attention that the paged cache does not support; the message says which.
+    """The model cannot run on the paged cache: its attention is of another kind, it has a state, or it cannot be tried.
 
     Args:
-        message: the attention that the model needs, and the module that needs it.
+        message: the reason.
         causal: no token's result depends on later tokens, so the model may still run with a cache of transformers.
     """
 
@@ -75,11 +75,11 @@ class Pass:
     """One pass through a model's layers: a step, or the pass that records the layers' calls.
 
     Attributes:
-        names: name of each module of the model.
+        names: name of each module of the model while calls are recorded; empty in a step.
         calls: the recorded calls.
         step: the step's input; None while calls are recorded.
         attentions: in a step, the attention layer of each call.
-        done: number of calls that the pass has executed.
+        done: number of calls that a step has executed; 0 while calls are recorded.
     """
 
     names: dict[Any, str]
@@ -129,12 +129,12 @@ def _write_down(module: Any, query: Any, key: Any, value: Any, attention_mask: A
     return query.new_zeros(1, tokens, heads, value.shape[3]), None
 
 
-_KNOWN = ("s_aux", "position_ids", "cache_position", "attention_mask")  # tensor arguments besides q, k and v
+_KNOWN = ("s_aux", "position_ids", "cache_position", "attention_mask")  # tensors that may be given beside q, k and v
 _UNKNOWN = ("position_bias", "alibi", "attention_bias", "bias", "indices", "block_indices", "sinks")
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> tuple[Any, None]:
-    """Write k and v [1, K, T, D] to the cache of this call, and return attention of q [1, H, T, D] as [1, T, H, V]."""
+    """Write k [1, K, T, D] and v [1, K, T, V] to the call's cache; return attention of q [1, H, T, D]: [1, T, H, V]."""
     del module, attention_mask
     this = PASS.get()
     assert this.step is not None
@@ -163,7 +163,7 @@ def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | No
 
 
 def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
-    """Find a mask's window by testing positions at its edge; raises NotPagedError for another kind of mask."""
+    """Find a mask's window, as in `AttentionCall`, by testing positions at its edge; NotPagedError for other masks."""
     size = local_size or 1
 
     def sees(query: int, key: int) -> bool:

@@ -47,7 +47,7 @@ def freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
 
 
 def _set_frequencies(module: Any, layer: str | None, kind: str, longest: int, device: Any) -> None:
-    """Set frequencies for the context length that is served; transformers would take a step's longest sequence."""
+    """Set frequencies for a context of `longest` tokens; transformers would use the longest sequence of a step."""
     prefix = "" if layer is None else f"{layer}_"
     which = {} if layer is None else {"layer_type": layer}
     found, scale = ROPE_INIT_FUNCTIONS[kind](module.config, device, seq_len=longest, **which)

@@ -57,7 +57,7 @@ class AnyConfig(ModelConfig):
 
 
 def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
-    """Read a `config.json` by transformers' own class, build the model without memory, and try it.
+    """Read a `config.json` by transformers' own class, build the model on the meta device, and run it once there.
 
     Raises:
         UnsupportedModelError: transformers has no such decoder, or the decoder cannot run here.
@@ -75,7 +75,9 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
             raise UnsupportedModelError(f"{path}: {kind} of transformers {_VERSION} is no decoder")
         declared = kind_of._supports_attention_backend
         model = without_memory(described, PROBE if declared else None, torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # transformers' classes raise errors of many kinds
         raise InvalidFileError(f"{path}: transformers {_VERSION} refuses it: {error!s:.300}") from error
     calls, obstacle = tuple[AttentionCall, ...](), None
     try:

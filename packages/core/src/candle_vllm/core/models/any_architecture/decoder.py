@@ -34,7 +34,7 @@ class AnyDecoder:
     Attributes:
         named: the layers with weights, by transformers' names.
         experts: the layers among them that are matrices of experts.
-        stored_shapes: shapes of transformers' own parameters, by their names.
+        stored_shapes: shapes of transformers' own parameters and stored buffers, by their names.
         transposed: names of the layers whose matrices transformers stores transposed.
         targets: where the table of weight names finds each layer: `embed`, `head`, or an index of `parts`.
         narrows: see `DecoderStack`.

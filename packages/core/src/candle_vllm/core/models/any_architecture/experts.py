@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.moe import Pairs
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
@@ -29,6 +30,8 @@ class Experts:
 
     def __init__(self, module: Any, name: str, placement: Placement) -> None:
         self.count, rows, columns = getattr(module, name).shape
+        if not self.count:
+            raise InvalidFileError("a layer of experts has 0 experts")
         self.transposed = module.is_transposed
         rows, columns = (columns, rows) if module.is_transposed else (rows, columns)
         halves = name == "gate_up_proj" and module.is_concatenated
@@ -53,12 +56,12 @@ class Experts:
         return made
 
     def split(self, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-        """Split a tensor [X, N, K] of all experts, or their biases [X, N], into the parts of each expert."""
+        """Split a tensor [X, N, K] of all experts, [X, K, N] if transposed, or biases [X, N], into experts' parts."""
         for expert in range(self.count):
             yield from self._pieces_of(name, expert, entry(stored, expert))
 
     def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
-        """Name experts' tensors [N, K], a list of experts for each piece or for whole matrices; None otherwise."""
+        """Name tensors [N, K] stored for each expert: a list for each piece, or one of whole matrices; else None."""
         if self.transposed or any(len(of) != self.count for of in each):
             return None
         if len(each) == len(self.pieces):

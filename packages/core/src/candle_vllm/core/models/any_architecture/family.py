@@ -37,7 +37,7 @@ def family_of_gguf(name: str, checkpoint: Checkpoint) -> tuple[Family, AnyConfig
     """Return the family and the config of a GGUF file with the architecture `name`.
 
     InvalidFileError if transformers cannot read its metadata; UnsupportedModelError if it does not read the
-    architecture (the message lists those it reads) or the rope scaling. Further errors as in `config_from_hf`.
+    architecture (the message lists those it reads), rope scaling or scoring of experts. Others as in `config_from_hf`.
     """
     values = gguf.config_values(name, checkpoint)
     return _family(values, checkpoint.path, partial(gguf.named_in_gguf, name), (name,))

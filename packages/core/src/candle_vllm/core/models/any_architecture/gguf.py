@@ -23,13 +23,13 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import computed, entry
 from candle_vllm.core.models.any_architecture.experts import Experts
 from candle_vllm.core.models.any_architecture.trial import without_memory
-from candle_vllm.core.models.any_architecture.weights import apart, named_for
+from candle_vllm.core.models.any_architecture.weights import named_for
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _MORE = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
 """Sizes that transformers' tables do not read, by their metadata keys; without them a config has its defaults."""
 
-_TABLES = frozenset({*newer.GGUF_CONFIG_ARCHS, *older.GGUF_CONFIG_MAPPING} - {"general", "tokenizer"})
+_TABLES = frozenset({*newer.GGUF_CONFIG_ARCHS, *filter(CONFIG_MAPPING.__contains__, older.GGUF_CONFIG_MAPPING)})
 _TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}  # model types for files with the text model only
 
 
@@ -104,11 +104,11 @@ def named_in_gguf(
             if kind not in orders:
                 orders[kind] = _change(processor, each, stored.shape)
             found[target] = _changed(processor, each, stored, orders[kind])
-    return checkpoint.with_tensors(dict(apart(found, {})))
+    return checkpoint.with_tensors(found)
 
 
 def _of_experts(target: str, of: Experts, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """Split one tensor of all experts, which has their gate, up or down matrices."""
+    """Split a tensor of all experts, which has one piece or all pieces of each; a misshapen piece is left out."""
     piece = next((piece for piece in of.pieces if f".ffn_{piece}_exps." in name), None)
     if piece is None:
         yield from of.split(target, stored)
@@ -124,9 +124,9 @@ def _process(processor: Any, name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _change(processor: Any, name: str, shape: tuple[int, ...]) -> np.ndarray | tuple[int, ...] | None:
-    """How a stored tensor differs: the order of its rows, the shape of its changed values, or None if it is unchanged.
+    """How a parameter differs from its stored tensor: the order of rows, the shape of changed values, or None.
 
-    A matrix that is only transposed counts as unchanged: the family's table transposes it.
+    None means no difference. A matrix that is only transposed counts as unchanged: layers need it as files store it.
     """
     numbers = np.arange(shape[0] if shape else 1, dtype=np.int32)
     numbers = np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), shape)

@@ -175,7 +175,7 @@ _BASES: Mapping[Any, Any] = {torch.nn.Linear: OwnLinear, torch.nn.Embedding: Own
 
 
 def _base_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """The class in `_BASES` whose `forward` the module has or calls; None for any other module."""
+    """`type(module)` if it is in `_BASES`, or its base there whose `forward` its own calls; None for other modules."""
     kind = type(module)
     if kind in _BASES:
         return kind
@@ -190,8 +190,8 @@ def replace_products(
     """Replace linear layers, embedding tables and experts of a model on the meta device by layers of this engine.
 
     `tied` has for each tied parameter the name of the parameter that it shares; `products` is None if torch computes.
-    The first result maps names of modules to layers, and "module.parameter" to the parameters and buffers of other
-    modules and to matrices of experts; the second has only these matrices.
+    The first result maps names of modules to layers, and "module.parameter" to other modules' parameters and stored
+    buffers and to matrices of experts; the second has only these matrices.
     """
     parts: dict[str, Loadable] = {}
     experts: dict[str, Experts] = {}

@@ -25,7 +25,7 @@ _ROWS = 256  # rows of a plan's buffers; a product with more rows runs the plan 
 
 
 class Products:
-    """The matrix products of one model, by a number of threads."""
+    """The matrix products of one model, on a team of threads."""
 
     def __init__(self, threads: int) -> None:
         limits = StepLimits(_ROWS, sequences=1, logit_rows=1, table_width=1, block_size=16, threads=threads)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Build a transformers model on the meta device and run it once: record its attention calls, or what prevents them."""
+"""Build a transformers model on the meta device and run it once, to record its calls of attention."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def class_of(described: Any) -> Any:
 
 
 def calls_of(model: Any) -> tuple[AttentionCall, ...]:
-    """Record the attention calls of a short pass; raises NotPagedError if a known sign shows state or another mixer.
+    """Record the attention calls of a short pass; raises NotPagedError if the model cannot run on the paged cache.
 
-    The signs are `_is_stateful`, and a layer without an attention call, with a Conv1d or with state-space parameters.
+    Known reasons are other attention, no argument for positions, `_is_stateful`, and the signs of `_check_layers`.
     """
     if not model._supports_attention_backend:
         lines = inspect.getsource(inspect.getmodule(type(model))).splitlines()  # type: ignore[arg-type]
@@ -71,17 +71,17 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
 
 
 class _Zeros(TorchFunctionMode):
-    """Makes `item`, `int` and an index read from a meta tensor 0, for code that loops over indices of experts."""
+    """Mode in which `item`, `int` and `index` of a meta tensor are 0, for code that loops over indices of experts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch; those that convert a meta tensor to a whole number return 0."""
+        """Call a function of torch, or return 0."""
         del types
         asks = func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__)
         return 0 if asks and args[0].is_meta else func(*args, **(kwargs or {}))
 
 
 def _check_layers(model: Any, callers: set[str], called: set[str]) -> None:
-    """Raise NotPagedError if a layer contains no module of `callers`, which call attention, or has a sign of state."""
+    """Raise NotPagedError if the model or a layer has none of the `callers` of attention, or a sign of state."""
     layers = {caller.split(f".{part}.")[0] for caller in callers for part in caller.split(".") if part.isdigit()}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and name in layers:

@@ -25,7 +25,7 @@ _ABSENT = torch.empty(0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conversion:
-    """Conversion by transformers at loading: it merges several stored tensors, or splits one.
+    """Conversion by transformers at loading: it makes one or more parameters from one or more stored tensors.
 
     Attributes:
         sources: the stored tensors, by the pattern of the converter that matches their names.
@@ -55,7 +55,7 @@ class Conversion:
         return self.made[name]
 
     def release(self, name: str) -> None:
-        """Forget the converted tensors after every one of them is loaded."""
+        """Release the stored tensors; forget the converted ones after the last of them is released."""
         self.left.discard(name)
         if not self.left:
             self.made.clear()
@@ -66,7 +66,7 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConvertedTensor(Made):
-    """A tensor that a conversion makes from several stored tensors, or from part of one, when it is loaded."""
+    """A parameter that a conversion makes from stored tensors when it is loaded."""
 
     conversion: Conversion
 
@@ -140,7 +140,7 @@ def apart(tensors: Mapping[str, StoredTensor], experts: Mapping[str, Experts]) -
 def _of_experts(
     of: Experts | None, name: str, converter: Any, given: Mapping[str, Sequence[StoredTensor]]
 ) -> dict[str, StoredTensor] | None:
-    """The parts of matrices stored for each expert, unchanged; None if the converter does more than stack them."""
+    """The parts of matrices stored for each expert, unchanged; None if the converter must compute them."""
     operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
     if of is None or operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
