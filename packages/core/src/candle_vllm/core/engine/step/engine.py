@@ -229,7 +229,7 @@ class Engine:
         flight = self._launch(outputs)
         if flight is not None:
             self._flights.append(flight)
-        elif self._live and not self._flights:
+        elif self._live and not self._flights and not outputs:  # a step that failed has outputs
             if self.offloaded is not None and self.offloaded.reads:
                 self.offloaded.wait(_BLOCK_WAIT)
             elif not encodes:
