@@ -191,7 +191,7 @@ class RequestSink:
         """Queue outputs if `held`, as before `start`; otherwise push the queued outputs and all later ones."""
         self._held = held
         if not held:
-            self._kept.pour(self._receiver, lambda: self._held)
+            self._kept.pour(self._receiver, lambda: self._held or self._receiver is self._kept)  # or closed
 
     def close(self, *, dropped: bool = False) -> None:
         """Abort the request unless it has finished; push no further output. A finaliser sets `dropped`."""
