@@ -39,8 +39,8 @@ A run gets pages of these layers when it is scheduled, and frees pages that have
 where no page is free. If a decoding sequence finds no free page, the last running sequence is preempted. A block
 without its page is not offloaded; a cached block that has lost its page is read from the KV tier again.
 
-With `reproducible`, no answer depends on the blocks that other requests use: a sequence is admitted when blocks for its
-full length are free, so no sequence is preempted for a block, but one may still be preempted for a page. Only blocks of
+With `reproducible`, no answer depends on the memory that other requests use: a sequence is admitted when blocks for its
+full length are free and the pages suffice for all running sequences, so no sequence is preempted. Only blocks of
 prompts are published, because the kernels for prompts and for generated tokens differ.
 """
 
@@ -439,6 +439,10 @@ class Scheduler:
         """Return whether a sequence with `shared` cached blocks and `fresh` new ones fits the batch and memory."""
         if self.windows is not None and not self.windows.has_room(shared, len(shared) + fresh, len(self.running)):
             return False
+        if self.windows is not None and self.reproducible and self.running:  # one sequence always has pages
+            lengths = [self._blocks_at_full_length(each) for each in (sequence, *self.running)]
+            if not self.windows.suffice(lengths):
+                return False
         free = self.blocks.num_free_after_sharing(shared) - fresh
         return len(self.running) < self.max_num_seqs and free >= self._reserve(sequence)
 
