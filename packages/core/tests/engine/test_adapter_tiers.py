@@ -187,17 +187,17 @@ def test_a_loop_of_ones_own_waits_for_a_load(folder: Path, engine: InferenceEngi
 
 async def test_a_step_that_fails_leaves_no_other_request_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_engine(folder, max_num_seqs=1) as engine:
-        runner, calls = engine._require()[0].runner, list[object]()
-        forward = runner.forward
+        inner = engine._require()[0]
+        forward = inner.runner.forward
 
-        def fails_once(batch: Any, states: Any) -> None:
-            calls.append(batch)
-            if len(calls) == 1:
+        def fails_while_one_waits(batch: Any, states: Any) -> None:
+            if inner.scheduler.waiting:
                 raise ValueError("once")
             forward(batch, states)
 
-        monkeypatch.setattr(runner, "forward", fails_once)
-        asked = [asyncio.create_task(engine.agenerate(text, GREEDY)) for text in ("abc", "abd")]
+        monkeypatch.setattr(inner.runner, "forward", fails_while_one_waits)
+        long = SamplingParams(temperature=0.0, max_tokens=240, ignore_eos=True)
+        asked = [asyncio.create_task(engine.agenerate("abc", params)) for params in (long, GREEDY)]
         with pytest.raises(CandleVllmError, match="once"):
             await asked[0]
         assert (await asyncio.wait_for(asked[1], PATIENCE)).finish_reason == "length"
