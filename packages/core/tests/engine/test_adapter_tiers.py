@@ -16,6 +16,7 @@ import pytest
 
 from candle_vllm.core import (
     AdapterError,
+    CandleVllmError,
     EngineOverloadedError,
     InferenceEngine,
     InvalidParameterError,
@@ -182,6 +183,24 @@ def test_a_loop_of_ones_own_waits_for_a_load(folder: Path, engine: InferenceEngi
         pieces += found
     assert pieces[-1].finish_reason == "length"
     assert idle <= waits + 8  # steps without a token before the first one: of its prompt, or they slept
+
+
+async def test_a_step_that_fails_leaves_no_other_request_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_engine(folder, max_num_seqs=1) as engine:
+        inner = engine._require()[0]
+        forward = inner.runner.forward
+
+        def fails_while_one_waits(batch: Any, states: Any) -> None:
+            if inner.scheduler.waiting:
+                raise ValueError("once")
+            forward(batch, states)
+
+        monkeypatch.setattr(inner.runner, "forward", fails_while_one_waits)
+        long = SamplingParams(temperature=0.0, max_tokens=240, ignore_eos=True)
+        asked = [asyncio.create_task(engine.agenerate("abc", params)) for params in (long, GREEDY)]
+        with pytest.raises(CandleVllmError, match="once"):
+            await asked[0]
+        assert (await asyncio.wait_for(asked[1], PATIENCE)).finish_reason == "length"
 
 
 async def test_a_request_is_cancelled_while_its_adapter_is_loaded(

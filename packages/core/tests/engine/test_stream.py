@@ -134,6 +134,22 @@ async def test_nothing_is_pushed_behind_the_end_of_a_closed_stream() -> None:
     assert not found.ends
 
 
+async def test_a_receiver_that_closes_its_stream_gets_nothing_more() -> None:
+    stream, sink = _stream()
+
+    class Closing(Noting):
+        def put(self, items: Sequence[TokenOutput]) -> None:
+            super().put(items)
+            stream.close()
+
+    found = Closing()
+    for text in "ab":
+        sink.put(_piece(text))
+    sink.put(_piece("last", FinishReason.STOP))
+    stream.push(found)
+    assert found.texts == ["a"]
+
+
 async def test_a_reader_that_is_cancelled_aborts() -> None:
     aborted: list[RequestSink] = []
     stream, sink = _stream(aborted.append)

@@ -346,3 +346,17 @@ def test_a_block_whose_page_has_gone_is_read_from_a_store_anew() -> None:
     again = model.add(text, 2, max_tokens=1)
     model.finish()
     assert again.num_cached_tokens == 56
+
+
+@pytest.mark.parametrize("spare", [0, 2, 6, 16])
+def test_nobody_is_preempted_for_pages_where_answers_are_reproducible(spare: int) -> None:
+    model = Pretended(window=8, blocks=128, budget=8, spare=spare)
+    scheduler, together = model.scheduler, 0
+    scheduler.reproducible = True
+    for order in range(4):
+        model.add([order + 3] * 3, order, max_tokens=30)
+    while scheduler.running or scheduler.waiting:
+        model.step()
+        together = max(together, len(scheduler.running))
+    assert scheduler.num_preemptions == 0
+    assert together == {0: 1, 2: 1, 6: 2, 16: 4}[spare]

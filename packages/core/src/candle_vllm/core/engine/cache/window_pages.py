@@ -31,6 +31,8 @@ class PagePool:
 
     def __init__(self, room: WindowRoom, page_of: memoryview, hash_of: Seq[bytes | None], block_size: int) -> None:
         self._window, self._size, self.most = room.window, block_size, room.blocks(block_size)
+        self.decoding = room.blocks(block_size, 1) + 1  # maximum pages of a decoding sequence
+        self.for_decoding = room.pages - 1 - -(-room.rows // block_size)  # pages beside those of prompts and drafts
         self.page_of, self._hash_of = page_of, hash_of
         self.users = [0] * len(page_of)  # running sequences that may read or write a block
         self.free_pages = list(range(room.pages - 1, 0, -1))
@@ -136,6 +138,10 @@ class WindowedBlocks(BlockManager):
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
         """Whether a sequence of `needed` with `shared` blocks can start and leave `reserve` free pages in each pool."""
         return all(pool.has_room(shared, needed, reserve) for pool in self.pools)
+
+    def suffice(self, lengths: Seq[int]) -> bool:
+        """Whether there are pages for all running sequences until they have these numbers of blocks."""
+        return all(sum(min(each, pool.decoding) for each in lengths) <= pool.for_decoding for pool in self.pools)
 
     def begin(self, sequence: Sequence, shared: list[int], fresh: int) -> None:
         """See `BlockManager`; the sequence uses the pages of the shared blocks in its windows."""

@@ -118,7 +118,7 @@ class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
 
 
 def embedded_rows(scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> EmbeddedRows | None:
-    """Return the image rows of a step, or None without them; replace their `token_ids` by their image's `blank`."""
+    """Return the image rows of a step, or None without them; if an image has a `blank`, write it to its `token_ids`."""
     rows: list[Ints] = []
     vectors: list[NDArray[np.float32]] = []
     for run, first in zip(scheduled, query_start.tolist()):
@@ -217,7 +217,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         embedded: rows of images; None without image rows.
         ahead: [T] numbers of later positions that each row attends to; None if every row is causal.
         turned: rotary positions of rows in and after images with grids; None if all rows rotate by their positions.
-        ends_alone: whether only the rows in `sampled_rows` of the model's output are read.
+        ends_alone: whether there are rows outside `sampled_rows`, and the model's output for them is not read.
         begun: if the step goes on, the new entries of the tables: row, column and block.
         states: state slots that the step reads and writes; None if no layer keeps a state.
     """
@@ -253,7 +253,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def slots(self) -> Ints:
-        """[T] block * block size + offset."""
+        """[T] block * block size + offset; -1 without a cache."""
         return self.tokens[2]
 
     @property
@@ -281,8 +281,8 @@ class _Laid(NamedTuple):
 class BatchBuilder:
     """Builds the `Batch` of each step.
 
-    Block tables are reused, because most sequences of a step were in the previous one: only rows of sequences that are
-    new or have begun a block are written. If a step goes on, the arrays of the previous step are incremented in place.
+    Block tables are reused: if a step has the same sequences as the previous one, only their new blocks are written. If
+    a step goes on, the arrays of the previous step are incremented in place.
 
     Args:
         block_size: tokens of a block; 0 without a cache, so without slots and tables.

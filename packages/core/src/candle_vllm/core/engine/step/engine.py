@@ -57,7 +57,7 @@ class Engine:
     """Scheduler, model and the live sequences.
 
     Args:
-        runner: runs the model; its steps must not overlap if there is a drafter.
+        runner: runs the model; with a drafter, only one step may be in flight.
         scheduler: the queues, and the blocks of the cache.
         preparation: turns requests into sequences.
         drafter: proposes draft tokens; None without speculative decoding.
@@ -210,11 +210,11 @@ class Engine:
         return self.adapters.call(call)
 
     def step(self) -> list[TokenOutput]:
-        """Run one step; return an output for every sequence that got a token or ended.
+        """Run one step; return an output for every sequence that got a token or ended, and reports of prompt progress.
 
         If steps overlap, it launches a step and commits the previous one, which ran while this one was prepared. If the
-        sampling of a token needs the previous token (a grammar), the previous step is committed after this step's model
-        kernels are launched, and before it samples.
+        sampling of a token needs the previous token, as with a grammar, the previous step is committed after this
+        step's model kernels are launched, and before it samples.
 
         If several steps may be in flight (pipeline parallelism), it launches one more, and commits the oldest step if
         `in_flight` steps are in flight or no step was launched.
@@ -229,7 +229,7 @@ class Engine:
         flight = self._launch(outputs)
         if flight is not None:
             self._flights.append(flight)
-        elif self._live and not self._flights:
+        elif self._live and not self._flights and not outputs:  # a step that failed has outputs
             if self.offloaded is not None and self.offloaded.reads:
                 self.offloaded.wait(_BLOCK_WAIT)
             elif not encodes:

@@ -31,7 +31,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 
 
 class Live(ABC):
-    """One sequence of a request from admission to its last output.
+    """One sequence of a request, from its preparation to its last output.
 
     Args:
         sequence: the scheduler's view of the sequence.
@@ -54,11 +54,11 @@ class Live(ABC):
     @property
     @abstractmethod
     def reads_rows(self) -> bool:
-        """Whether the request needs prompt logprobs or hidden states."""
+        """Whether prompt logprobs or hidden states are read from the rows of this sequence."""
 
     @abstractmethod
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
-        """Read prompt logprobs or hidden states from the step that was launched last; only if `reads_rows`.
+        """Read prompt logprobs or hidden states of the runner's last step (`ModelRunner.score`); only if `reads_rows`.
 
         Args:
             run: the sequence's run in the step.
@@ -107,10 +107,10 @@ def _error_fields(failure: RequestError | str | None) -> dict[str, Any]:
 
 
 class LiveSequence(Live):
-    """One generated sequence from admission to its last output: scheduler's view, sampling state, detokenizer, times.
+    """One generated sequence, from its preparation to its last output.
 
     Args:
-        sequence: the scheduler's view.
+        sequence, state: the scheduler's view and the sampling state; from now on they share one list of tokens.
         tokenizer: converts tokens to text, also for log-probabilities.
         eos_token_ids: tokens that end the sequence, unless the request sets `ignore_eos` and has no grammar.
         max_length: total length in tokens, prompt included, at which the sequence ends.
@@ -189,7 +189,7 @@ class LiveSequence(Live):
         return len(self.sequence.tokens) - self.sequence.num_prompt_tokens
 
     def accept(self, drawn: Token) -> TokenOutput:
-        """Append a sampled token and return the output; it has a finish reason if the token was the last."""
+        """Append a sampled token and return the output; the last one has a finish reason. Raises as `state.append`."""
         tokens = self._tokens
         ends = not self._only_appends or len(tokens) + 1 >= self._max_length
         if ends or not isinstance(drawn, int) or drawn in self._ends:

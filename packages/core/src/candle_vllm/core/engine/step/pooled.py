@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A text that is pooled or scored, from admission to its only output (steps 6 and 8 of a request's life).
+"""A text that is pooled or scored, from its preparation to its only output (steps 6 and 8 of a request's life).
 
-The hidden states of its positions may be computed in chunks. Sums are float64, so the division into chunks does not
-change the float32 result.
+The hidden states of its positions may be computed in chunks. They are added in float64, so that the rounding errors of
+these sums rarely change the float32 result.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Pooler:
     """Accumulates the hidden states of a text's positions that a plan needs.
 
     Args:
-        plan: how the hidden states are pooled.
+        plan, token_ids: how the hidden states are pooled, and the tokens of the text.
     """
 
     def __init__(self, plan: PoolingPlan, token_ids: Seq[int]) -> None:
@@ -116,7 +116,7 @@ class Pooler:
         return missing
 
     def add(self, total: NDArray[np.float64], positions: int) -> None:
-        """Add the sum [E] of the next positions' hidden states, or these states [positions, E] (`reads_states`)."""
+        """Add the sum [E] of the next positions' hidden states; if the plan `reads_states`, states [positions, E]."""
         if self.plan.by_token:
             self._rows.append(total)
         else:

@@ -42,7 +42,7 @@ class PoolingCalls:
 
     Args:
         engine: checks and prepares requests.
-        thread: returns the thread that drives the engine, started on first use.
+        thread: returns the thread that drives the engine, or the fleet; started on first use.
         tokenizer, info: the model's tokenizer and information.
         look: reads the images of a prompt; see `InferenceEngine.look`.
         lora_request: the adapters of all inputs, or of each input.
@@ -194,7 +194,7 @@ def _each_params(params: Any, count: int) -> list[PoolingParams]:
 
 
 def _of_task(params: PoolingParams, task: str) -> PoolingParams:
-    """Return the parameters for a task: of a vector, `use_activation` is vLLM's name of `normalize`.
+    """Return the parameters for a task; for vectors, `use_activation`, vLLM's name, sets `normalize` if that is None.
 
     Raises:
         InvalidParameterError: a parameter has no effect on classes.
@@ -223,7 +223,7 @@ def _numbered(request_id: str, number: int, count: int) -> str:
 
 @contextmanager
 def _blaming(number: int, count: int, side: int | None = None) -> Iterator[None]:
-    """Add to an error's message the index of the input, if there are several, and which text of a pair is wrong."""
+    """Add to an error which of several inputs is wrong, or with `side` which text of which pair."""
     try:
         yield
     except RequestError as error:

@@ -32,7 +32,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.prompts import VisionInput, spans_of
 
 MAX_TEXT = 1 << 22
-"""Characters that a text for an encoder may always have, because one unknown token may stand for many characters."""
+"""Characters that a text may always have if the model generates no text: one unknown token may stand for many."""
 
 
 class Preparation(ABC):
@@ -114,7 +114,7 @@ class EncoderPreparation(Preparation):
         return [PooledText(sequence, plan)]
 
     def _logits_plan(self, request: PoolingRequest) -> PoolingPlan:
-        """Return the pooling plan of an encoder with `EncoderConfig.scores`, whose logits `EncoderRunner` returns."""
+        """Return the plan for `EncoderConfig.scores`: the runner's `hidden_sum` then reads the text's logits."""
         head, activate = PooledHead(likelihood=self.config.likelihood), request.pooling.use_activation is not False
         count = len(self.config.labels)
         return PoolingPlan(POOLING_METHODS["cls"], normalize=False, dimensions=count, head=head, activate=activate)
@@ -339,7 +339,7 @@ def check_encoder_task(name: str, wanted: str, tasks: Seq[str]) -> None:
         tasks: `ModelInfo.tasks` of the model. A cross-encoder also classifies, with its score as the only class.
 
     Raises:
-        InvalidParameterError: the model cannot do `wanted`; the message has the model's tasks.
+        InvalidParameterError: the model cannot do `wanted`; the message says what to request instead.
     """
     if "embed" in tasks:
         way = "request vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"

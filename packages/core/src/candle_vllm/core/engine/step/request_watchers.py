@@ -24,7 +24,8 @@ class CallOptions(TypedDict, total=False):
     """Options of every call in addition to inputs and parameters.
 
     Attributes:
-        request_id: the id for `abort`, generated if left out; input i of several has the id "REQUEST_ID-i".
+        request_id: the id for `abort`, generated if left out; input i of several has the id "REQUEST_ID-i". So has
+            distinct text i of the pairs that an embedding model scores, also of a single pair.
         priority: a lower number runs first.
         lora_request: the adapter, or pairs of adapters and scales.
     """

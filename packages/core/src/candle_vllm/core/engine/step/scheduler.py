@@ -40,8 +40,8 @@ where no page is free. If a decoding sequence finds no free page, the last runni
 without its page is not offloaded; a cached block that has lost its page is read from the KV tier again.
 
 With `reproducible`, no answer depends on the memory that other requests use: a sequence is admitted when blocks for its
-full length are free, so no sequence is preempted. Only blocks of prompts are published, because the kernels for prompts
-and for generated tokens differ.
+full length are free and the pages suffice for all running sequences, so no sequence is preempted. Only blocks of
+prompts are published, because the kernels for prompts and for generated tokens differ.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class Scheduler:
         return [msgspec.structs.replace(run, state=states.plan(run, generated=generated)) for run in runs]
 
     def launched(self, items: Iterable[Run]) -> None:
-        """Count the tokens of a launched step as computed; give up the images of prompts that it completes."""
+        """Count the tokens of a launched step as computed; drop the embeddings of images whose prompts it completes."""
         for item in items:
             sequence = item.sequence
             if self.images is not None and item.start < sequence.num_prompt_tokens <= item.start + item.count:
@@ -245,7 +245,7 @@ class Scheduler:
                 sequence.num_uncomputed_tokens -= item.count
 
     def commit(self, items: Iterable[Run]) -> None:
-        """Publish the blocks that a step has filled, after its tokens are known."""
+        """Publish the blocks that a step has filled, and its checkpoints; the tokens of its rows must be known."""
         size = self.blocks.block_size
         for item in items:
             sequence, first, last = item.sequence, item.start // size, (item.start + item.count) // size
@@ -286,7 +286,7 @@ class Scheduler:
             self._computed(hashes[position])
 
     def _schedule_decodes(self) -> tuple[list[Run], list[Sequence], int]:
-        """Schedule one token and the drafts of every decoding sequence; preempt the last sequences if blocks run out.
+        """Schedule a token and the drafts of each decoding sequence; preempt the last sequences if blocks run out.
 
         Returns:
             The runs, the running prompts, and the number of draft rows in the runs.
@@ -365,7 +365,7 @@ class Scheduler:
         return True
 
     def _prompts_in_order(self, prompts: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yield running prompts, then newly admitted sequences, but these before running prompts of a higher rank."""
+        """Yield running prompts and newly admitted sequences by rank; of equal rank, running prompts come first."""
         for prompt in prompts:
             if self.waiting and self.waiting[0].rank < prompt.rank:
                 yield from self._admit(prompt.rank)
@@ -439,6 +439,10 @@ class Scheduler:
         """Return whether a sequence with `shared` cached blocks and `fresh` new ones fits the batch and memory."""
         if self.windows is not None and not self.windows.has_room(shared, len(shared) + fresh, len(self.running)):
             return False
+        if self.windows is not None and self.reproducible and self.running:  # one sequence always has pages
+            lengths = [self._blocks_at_full_length(each) for each in (sequence, *self.running)]
+            if not self.windows.suffice(lengths):
+                return False
         free = self.blocks.num_free_after_sharing(shared) - fresh
         return len(self.running) < self.max_num_seqs and free >= self._reserve(sequence)
 
@@ -484,7 +488,7 @@ class Scheduler:
         return sequence.hashes(size)[: (sequence.num_tokens - 1) // size]
 
     def _max_checkpoint(self, sequence: Sequence) -> int:
-        """Return the maximum tokens of a prefix with a checkpoint; the last token is always computed."""
+        """Return the maximum number of tokens before a checkpoint; the last token is always computed."""
         if not self.blocks.enable_prefix_caching:
             return 0
         return (sequence.num_prompt_tokens if self.reproducible else sequence.num_tokens) - 1

@@ -28,7 +28,7 @@ class PlacedImage(msgspec.Struct, eq=False):
     Attributes:
         positions: prompt positions of its embeddings, in ascending order.
         spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
-        rows: its embeddings, float32 [count, V * E] (`EmbeddedRows`); None until they are encoded.
+        rows: its embeddings, float32 [count, V * E] (`EmbeddedRows`); None unless they are encoded and still needed.
         grid: its rows and columns of embeddings with M-RoPE, whose image positions are consecutive; else None.
         first: the rotary position of its first embedding, in time, height and width.
         blank: the token id that replaces its image tokens in the text model's input; None to leave these unchanged.
@@ -106,17 +106,17 @@ class Sequence:
         num_prompt_tokens: number of tokens of the prompt, which is the beginning of `tokens`.
         is_pooled: whether its hidden states are pooled and no token follows the prompt.
         drafts: draft tokens for the next step that has rows for them.
-        num_ahead: tokens after `tokens` that launched steps will sample; more than 0 only if steps overlap.
+        num_ahead: tokens after `tokens` that launched steps will sample.
         num_uncomputed_tokens: tokens that steps must still run, including tokens that launched steps will sample; 1
             while decoding, also between its steps. The keys and values of all tokens before them are in the cache, or
             will be when the launched steps have run.
-        num_full_blocks: number of blocks that committed steps have filled.
+        num_full_blocks: number of full blocks: shared ones, and blocks that committed steps have filled.
         max_length: total length at which the sequence ends in any case.
         num_admissions: number of its admissions; distinguishes its current blocks from blocks before a preemption.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         block_table: cache blocks, in order of position.
         adapted_from: the position from which each of `adapters` is active.
-        entries: its request's entries in the adapter store; `adapters` is set when the sequence is admitted.
+        entries: its request's entries in the adapter store; `adapters` is set when the store has leased them.
         held_since: number of sequences that had been admitted when it was first held back for its adapters.
         images: the images of its prompt, in order.
         state: state slots of a running sequence; None if no layer keeps a state.
@@ -215,7 +215,7 @@ def _activation(prompt: Seq[int], invocation: Tokens | None) -> int:
 class Run(msgspec.Struct, frozen=True, gc=False):
     """Rows of a step that belong to one sequence: its tokens from position `start` on.
 
-    A decoding sequence has a run of one token, a prompt chunk a run of many.
+    A decoding sequence has a run of one token and its draft tokens, a prompt chunk usually a run of many tokens.
 
     Attributes:
         start: position of the first row.

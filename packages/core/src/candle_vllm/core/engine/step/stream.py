@@ -116,7 +116,7 @@ class PushStream(ABC, AsyncIterator[T]):
 
     @abstractmethod
     def hold(self, held: bool) -> None:
-        """Queue items in the sink if `held`, for a receiver that is too slow; otherwise push them again."""
+        """Queue items in the sink if `held`, for a slow receiver; otherwise push queued items and all later ones."""
 
     @abstractmethod
     def close(self) -> None:
@@ -148,7 +148,7 @@ class RequestSink:
     It does not refer to the stream, so dropping the stream aborts the request.
 
     Args:
-        loop: event loop in which all methods are called.
+        loop: event loop in which all methods are called; a finaliser may call `close` in any thread.
         unfinished: number of sequences of the request.
         abort: aborts the request in the engine; called with this sink.
         watch: notified of every output and of the end; None without an observer.
@@ -191,7 +191,7 @@ class RequestSink:
         """Queue outputs if `held`, as before `start`; otherwise push the queued outputs and all later ones."""
         self._held = held
         if not held:
-            self._kept.pour(self._receiver, lambda: self._held)
+            self._kept.pour(self._receiver, lambda: self._held or self._receiver is self._kept)  # or closed
 
     def close(self, *, dropped: bool = False) -> None:
         """Abort the request unless it has finished; push no further output. A finaliser sets `dropped`."""
@@ -244,7 +244,7 @@ class TokenIterator(Iterator[TokenOutput]):
         prepared: the request's sequences, from the engine's `prepare`.
 
     Raises:
-        EngineOverloadedError, EngineDeadError: the request was refused.
+        CandleVllmError: the request was refused; see `EngineThread.submit`.
     """
 
     def __init__(self, thread: RequestRunner, request: GenerationRequest, prepared: Sequence[Any]) -> None:
@@ -305,8 +305,8 @@ def run_all(
     """Run requests, as many at once as the engine's queue accepts; yield index and output of each when it ends.
 
     Raises:
-        RequestAbortedError: the engine was closed before all requests had ended.
-        CandleVllmError: the engine failed on a request.
+        RequestAbortedError: a request was aborted, such as by closing the engine.
+        CandleVllmError: a request was refused or failed, or the engine has stopped.
     """
     sink = _Mailbox()
     collectors: dict[str, tuple[int, OutputCollector]] = {}
@@ -389,7 +389,7 @@ async def whole(stream: TokenStream) -> GenerationOutput:
 
 
 def raise_failure(output: TokenOutput) -> None:
-    """Raise the error of an output, if it has one."""
+    """Raise the error of an output, if it has one, and `RequestAbortedError` if the request was aborted."""
     if output.error is not None:
         raise (
             RequestError(output.error, output.error_param)
@@ -404,7 +404,7 @@ MAX_UNDER_WAY = 256
 """Maximum number of requests that one call has in the engine at a time."""
 
 STEPS_UNDER_WAY = 2
-"""Number of steps whose tokens one call may have in the engine, so that other callers wait two steps at most."""
+"""Number of steps whose tokens one call may have in the engine, unless a single text is longer."""
 
 _PAUSE = 0.01  # seconds between attempts while other callers fill the queue
 
@@ -444,8 +444,7 @@ class Window:
         """Run all requests and return their outputs in order; blocks the calling thread.
 
         Raises:
-            RequestAbortedError: the engine was closed before all requests had ended.
-            CandleVllmError: the engine failed on a request.
+            CandleVllmError: see `run_all`.
         """
         mailbox = _Mailbox()
         try:

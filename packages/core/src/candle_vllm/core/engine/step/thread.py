@@ -39,7 +39,7 @@ Delivery = TokenOutput | CandleVllmError
 
 
 class Sink(Protocol):
-    """Receiver of the outputs of one request."""
+    """Receiver of the outputs of a request; several requests may share a sink."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -55,7 +55,7 @@ _Item = tuple[Sink, TokenOutput]
 
 
 class OutputQueue:
-    """Output queue of one event loop: calls its sinks in batches. Items of one sink keep their order.
+    """Output queue of one event loop: calls its sinks in batches. Items of one request keep their order.
 
     A step of a thousand sequences wakes a thousand readers. If all are woken at once, the loop does not poll its
     sockets until the last one has run. Between two batches it polls them, and reads requests that have arrived. First
@@ -173,8 +173,8 @@ class EngineThread:
     """The thread that runs an engine's steps. Without work it waits, until a request arrives.
 
     Args:
-        engine: the engine, which only this thread touches from now on.
-        max_sequences: maximum number of live sequences; a request beyond it is refused, except a single one.
+        engine: the engine; other threads may call only its methods that may run in any thread.
+        max_sequences: maximum number of live sequences; a request beyond it is refused, unless no request is live.
         after_step: called in the thread after each step, when its outputs have been delivered.
     """
 
@@ -260,7 +260,7 @@ class EngineThread:
             level, mode: see `InferenceEngine.sleep`.
 
         Raises:
-            CandleVllmError: the engine cannot sleep at this level.
+            CandleVllmError: the engine cannot sleep at this level, or memory is too small.
             EngineDeadError: the engine has stopped.
         """
         with self._sleep_lock:
