@@ -257,7 +257,7 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
     """A chunk of a streamed answer, or a whole answer; `stop` is true for the last chunk and for a whole answer.
 
     Attributes:
-        content: the text; optional, because `response_fields` may leave it out.
+        content: the text.
         tokens: token ids of the chunk; of a whole answer if `return_tokens` requests them.
         completion_probabilities: log-probabilities, if `n_probs` requests them.
         prompt: text of the prompt, in the last chunk; absent if the prompt was token ids.
@@ -283,6 +283,10 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
     tokens_cached: int | UnsetType = UNSET
     timings: Timings | UnsetType = UNSET
     prompt_progress: PromptProgress | UnsetType = UNSET
+
+
+class LlamaChosen(LlamaText, frozen=True, kw_only=True, omit_defaults=True):
+    """A `LlamaText` for the API's description: `response_fields` may leave out any of its fields."""
 
 
 Answered = LlamaText | dict[str, Any]

@@ -149,9 +149,9 @@ _completion = functools.partial(
     tag="generation",
     body=llama_server.LlamaCompletionRequest,
     example={"prompt": "Once upon a time", "n_predict": 32},
-    answer=llama_server.LlamaText,
+    answer=llama_server.LlamaChosen,
     one_or_more=True,
-    events=(llama_server.LlamaText, ErrorEnvelope),
+    events=(llama_server.LlamaChosen, ErrorEnvelope),
     errors=QUEUED,
     untyped=True,
 )
@@ -169,8 +169,8 @@ async def llama_completion(request: Request) -> Response:
     tag="generation",
     body=llama_server.InfillRequest,
     example={"input_prefix": "def add(a, b):\n    ", "input_suffix": "", "n_predict": 32},
-    answer=llama_server.LlamaText,
-    events=(llama_server.LlamaText, ErrorEnvelope),
+    answer=llama_server.LlamaChosen,
+    events=(llama_server.LlamaChosen, ErrorEnvelope),
     errors=QUEUED,
     untyped=True,
 )
