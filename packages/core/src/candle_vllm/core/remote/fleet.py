@@ -26,7 +26,7 @@ from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import means_gpus
 from candle_vllm.core.engine.adapters.adapter_store import MAX_LOOSE_NAMES, AdapterCall
-from candle_vllm.core.engine.cache.block_manager import block_hashes
+from candle_vllm.core.engine.cache.block_hashes import block_hashes
 from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
 from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest
 from candle_vllm.core.engine.runners.sleeping import TAGS

@@ -20,8 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from candle_vllm.core.sampling.json_facts import BOUNDS, LISTS, types_of
-from candle_vllm.core.sampling.llguidance_grammar import shortened
-from candle_vllm.core.sampling.structured import refused
+from candle_vllm.core.sampling.structured import refused, shortened
 
 MAX_COUNT = (1 << 31) - 1  # maximum value of minLength and similar keywords
 MAX_UNKNOWN = 8  # maximum number of unknown keywords and formats that are compared with known ones, for misspellings

@@ -19,10 +19,10 @@ from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 from candle_vllm.core.sampling import lark
 from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.json_schema import Budget
-from candle_vllm.core.sampling.llguidance_grammar import Form, LlguidanceGrammar, cannot_go_on, shortened
+from candle_vllm.core.sampling.llguidance_grammar import Form, LlguidanceGrammar, cannot_go_on
 from candle_vllm.core.sampling.llguidance_limits import check_time, limits
 from candle_vllm.core.sampling.structural_tag import structural_tag_grammars
-from candle_vllm.core.sampling.structured import StructuredOutputsParams, check_whole, parsed_json, refused
+from candle_vllm.core.sampling.structured import StructuredOutputsParams, check_whole, parsed_json, refused, shortened
 from candle_vllm.core.sampling.token_trie import TokenTrie
 
 if TYPE_CHECKING:

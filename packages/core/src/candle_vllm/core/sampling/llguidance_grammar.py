@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.sampling.structured import refused
+from candle_vllm.core.sampling.structured import refused, shortened
 from candle_vllm.core.sampling.token_trie import TokenTrie
 
 if TYPE_CHECKING:
@@ -28,13 +27,6 @@ if TYPE_CHECKING:
 
 _MOST_FORCED = 256  # maximum number of forced bytes that are tokenized at a time
 _MOST_RENEWING = 1.0  # seconds of compiling a form again, while answers wait, after which no text gets a new lexer
-_RAN_OUT = MappingProxyType(
-    {
-        "too many expressions": "a token needs more states of the grammar's regular expressions than are allowed",
-        "too many states": "the answers with this grammar have used all states that its regular expressions may have",
-    }
-)
-MAX_ERROR = 300  # characters of a compiler's message after which it is cut
 
 
 class Form:
@@ -239,16 +231,3 @@ class LlguidanceGrammar:
     def exhausted(self) -> bool:
         """See `Grammar`."""
         return self._text.matcher.is_stopped() and not self._text.matcher.is_error()
-
-
-def shortened(error: str) -> str:
-    """Shorten a message of the compiler to one line, without the text that it quotes."""
-    if "oneOf constraints are not supported" in error:
-        return "oneOf needs options that exclude each other for certain, as by a required const; use anyOf"
-    text = error.removesuffix("<non-verbose/>").replace("NoExtensionBias", "no token is allowed here")
-    if "\nerror: " in text:
-        text = text[text.rindex("\nerror: ") + len("\nerror: ") :]
-    if "lexer error: " in text:
-        text = next((said for what, said in _RAN_OUT.items() if what in text), text)
-    line = " ".join(text.split("\n   ")[0].split())
-    return line if len(line) <= MAX_ERROR else line[:MAX_ERROR] + "..."

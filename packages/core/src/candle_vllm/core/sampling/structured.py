@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json as _json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -198,3 +199,25 @@ def check_whole(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise refused(f"{name} has half a surrogate pair, which UTF-8 cannot encode: send whole characters") from None
+
+
+_RAN_OUT = MappingProxyType(
+    {
+        "too many expressions": "a token needs more states of the grammar's regular expressions than are allowed",
+        "too many states": "the answers with this grammar have used all states that its regular expressions may have",
+    }
+)
+_MAX_SHORTENED = 300  # characters of a compiler's message after which it is cut
+
+
+def shortened(error: str) -> str:
+    """Shorten a message of the compiler to one line, without the text that it quotes."""
+    if "oneOf constraints are not supported" in error:
+        return "oneOf needs options that exclude each other for certain, as by a required const; use anyOf"
+    text = error.removesuffix("<non-verbose/>").replace("NoExtensionBias", "no token is allowed here")
+    if "\nerror: " in text:
+        text = text[text.rindex("\nerror: ") + len("\nerror: ") :]
+    if "lexer error: " in text:
+        text = next((said for what, said in _RAN_OUT.items() if what in text), text)
+    line = " ".join(text.split("\n   ")[0].split())
+    return line if len(line) <= _MAX_SHORTENED else line[:_MAX_SHORTENED] + "..."
