@@ -3,7 +3,7 @@
 
 Each block is x + norm(attention(x)), then x + norm(mlp(x)). OLMo normalises q and k over all heads at once, EXAONE 4
 each head. Three of four layers of OLMo 3 and EXAONE 4 (32B) have a sliding window: OLMo 3 extends the rotary
-embedding of the other layers only, and EXAONE 4 has no rotary embedding there.
+embedding of the other layers only, and EXAONE 4 has no rotary embedding in these.
 Sources: OLMo Team, arXiv:2501.00656; LG AI Research, arXiv:2507.11407. Shapes: T tokens, E hidden, V vocabulary.
 """
 

@@ -36,7 +36,7 @@ _JITTER = 0.01  # in published files; GGUF has no key for it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhiMoeConfig(LlamaConfig):
-    """Config of Llama, and whether the head has a bias."""
+    """Config of Llama; `head_bias`: the head has a bias."""
 
     head_bias: bool = False
 

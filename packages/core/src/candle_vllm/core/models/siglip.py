@@ -112,7 +112,7 @@ def config_of_tiles(
 
 
 def check_tiles(processor: Fields, tile: int, patch: int, side: int, cell: int) -> None:
-    """Raise an InvalidFileError unless tiles with sides of `tile` pixels consist of whole patches and cells."""
+    """Raise an InvalidFileError unless `tile` pixels are `side` patches in whole cells, at most `MOST_PATCHES`."""
     if not 0 < side * side <= MOST_PATCHES or tile != side * patch or side % cell:
         raise InvalidFileError(
             f"{processor.path}: tiles of {tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
@@ -200,7 +200,7 @@ def patch_kernel(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def names(*folders: str) -> list[WeightName]:
-    """The table of weight names without the projector; `folders` are the possible prefixes of its names."""
+    """The table of weight names without the projector; `folders` are the possible prefixes of safetensors' names."""
 
     def pair(target: str, hf: str, gguf: str) -> list[WeightName]:
         made = {kind: tuple(f"{at}.{hf}.{kind}" for at in folders) for kind in ("weight", "bias")}

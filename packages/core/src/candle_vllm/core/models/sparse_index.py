@@ -29,8 +29,8 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_EPS = 1e-6  # of the keys' norm
-_LONG = 1 << 20  # GLM-5.2 and later: GGUF files without `indexer.types` are of these models if they have this context
+_EPS = 1e-6  # epsilon of the keys' norm
+_LONG = 1 << 20  # shortest context for which a GGUF file without `indexer.types` counts as GLM-5.2 or later
 
 # ---- layer -----------------------------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ class Index:
         self.norm = LayerNorm(dim, _EPS, placement)
 
     def __call__(self, x: Value, q: Value, step: StepInput) -> Any:
-        """x is the attention's input [T, E], q the latent vector of queries [T, q_rank]."""
+        """Return `LatentParts.chosen`; x [T, E] is attention's input, q [T, q_rank] the latent vector of queries."""
         cache, q, sizes = step.caches[self.layer].values, self.queries(q), self.sizes
         key, weights = self.inputs(x).split((sizes.rope + sizes.latent, sizes.heads), -1)
         key = self.norm(key)
@@ -85,7 +85,7 @@ def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str
 
 
 def from_gguf(fields: Fields, architecture: str, layers: int, rope: int) -> dict[str, Any]:
-    """As `from_hf`, from GGUF metadata; files without `indexer.types` get llama.cpp's defaults."""
+    """As `from_hf`, from GGUF metadata; GLM files without `indexer.types` get llama.cpp's defaults."""
     if architecture not in ("deepseek32", "glm-dsa"):
         return {}
     at, glm = "attention.indexer.", architecture == "glm-dsa"
