@@ -75,9 +75,11 @@ def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str
     if model_type == "glm_moe_dsa":
         every, first = max(1, fields.get("index_topk_freq", int, 1)), fields.get("index_skip_topk_offset", int, 2)
         full = [max(layer - first + 1, 0) % every == 0 for layer in range(layers)]
-        letters = fields.values.get("index_topk_pattern")
-        kinds = fields.values.get("indexer_types") or ({"F": "full", "S": "shared"}.get(x, x) for x in letters or ())
-        full = [kind != "shared" for kind in kinds][:layers] or full
+        key = "indexer_types" if fields.values.get("indexer_types") else "index_topk_pattern"
+        kinds = fields.values.get(key) or []
+        if not isinstance(kinds, (list, str)) or any(kind not in ("F", "S", "full", "shared") for kind in kinds):
+            raise InvalidFileError(f"{fields.path}: {key} is {kinds!r:.80}, not full or shared for each layer")
+        full = [kind in ("F", "full") for kind in kinds][:layers] or full
     pairs = model_type == "glm_moe_dsa"
     if fields.get("indexer_rope_interleave", bool, pairs) is not pairs:
         raise UnsupportedModelError(f"{fields.path}: indexer_rope_interleave other than {pairs} is not implemented")
