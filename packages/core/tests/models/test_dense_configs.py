@@ -19,6 +19,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.rope import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import granite
+from candle_vllm.core.models.llama import LlamaConfig
 from candle_vllm.core.models.registry import HF_FAMILIES, family_from_gguf, family_from_hf
 from packages.core.tests.models.dense_models import edited, folders, gguf_config
 from packages.core.tests.models.families import PHI4_MINI, ROWS
@@ -110,6 +111,30 @@ def test_mistral_4_with_rotary_settings_of_before_transformers_5() -> None:
     old = new | {"rope_parameters": None, "rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     ours, theirs = (family_from_hf(values, Path("config.json"))[1] for values in (old, new))
     assert ours == theirs
+
+
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 4e4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "local"),
+    [
+        ({"rope_parameters": YARN}, ("default", 4e4)),
+        ({"rope_scaling": YARN, "rope_theta": 4e4}, ("default", 4e4)),
+        (
+            {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            ("linear", 4e4),
+        ),
+    ],
+)
+def test_rotary_settings_of_olmo_3(rope: dict[str, Any], local: tuple[str, float]) -> None:
+    row = ROWS["OLMo 3"]
+    plain = tiny_config(row.model_type, **row.config).to_dict() | {"architectures": ["Olmo3ForCausalLM"]}
+    config = family_from_hf(plain | {"rope_parameters": None} | rope, Path("config.json"))[1]
+    assert (config.rope.kind, config.rope.theta, config.rope.factor) == ("yarn", 4e4, 8.0)
+    assert isinstance(config, LlamaConfig)
+    assert config.local_rope is not None
+    assert (config.local_rope.kind, config.local_rope.theta) == local
 
 
 # ---- configs as they are published -----------------------------------------------------------------------------------
