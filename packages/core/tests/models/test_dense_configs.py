@@ -137,6 +137,14 @@ def test_rotary_settings_of_olmo_3(rope: dict[str, Any], local: tuple[str, float
     assert (config.local_rope.kind, config.local_rope.theta) == local
 
 
+def test_a_scale_of_phi_moe_that_is_no_number_is_named() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [1.0] * 16}
+    plain = tiny_config("phimoe", **ROWS["Phi-3.5-MoE"].config).to_dict() | {"architectures": ["PhimoeForCausalLM"]}
+    rope = {"rope_parameters": scaling | {"short_mscale": [1.2], "long_mscale": [1.2]}}
+    with pytest.raises(InvalidFileError, match=r"attention_factor is \[1.2\], not a"):
+        family_from_hf(plain | rope, Path("config.json"))
+
+
 # ---- configs as they are published -----------------------------------------------------------------------------------
 
 SIZES = {"vocab_size": 1000, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
