@@ -80,6 +80,7 @@ ABSENT = [
     ("Phi-3.5-MoE", "rope_parameters"),
     ("MiniMax-M2", "rope_parameters"),
     ("Command R", "rope_parameters"),
+    ("Nemotron-H", "head_dim"),
 ]
 
 

@@ -43,7 +43,7 @@ _KEYS = {
     "conv_bias": "use_conv_bias",
 }
 _EXPERTS: dict[str, Any] = {"activation": "relu2", "scoring": "sigmoid", "correction": True}
-_DEFAULTS = {"n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "layer_norm_epsilon": 1e-5}
+_DEFAULTS = {"head_dim": 128, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "layer_norm_epsilon": 1e-5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
