@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The indexer of sparse latent attention in DeepSeek V3.2 and GLM-5: its layer, its config, its weight names.
 
-A token attends to the positions whose index keys have the largest sums of products with the heads of its index query
-(`kernels/latent_attention`). The last `rope` elements of heads and keys rotate here, the first ones in checkpoints. In
-GLM-5.2 and later, layers without an indexer use the positions that an earlier layer chose. The published code also
-multiplies queries and keys by a Hadamard matrix, which changes no product. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
+A token attends to the positions with the largest scores: sums of w ReLU(q k) over its index heads q with weights w, k
+the index key (`kernels/latent_attention`). The last `rope` elements of q and k rotate here, the first ones in
+checkpoints. In GLM-5.2 and later, layers without an indexer use the positions that an earlier layer chose. Published
+code also multiplies q and k by a Hadamard matrix, which changes no product. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
 """
 
 from __future__ import annotations
