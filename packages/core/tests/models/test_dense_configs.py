@@ -20,6 +20,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.rope import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import granite
+from candle_vllm.core.models.llama import LlamaConfig
 from candle_vllm.core.models.registry import HF_FAMILIES, family_from_gguf, family_from_hf
 from packages.core.tests.models.dense_models import edited, folders, gguf_config
 from packages.core.tests.models.families import PHI4_MINI, ROWS
@@ -80,6 +81,7 @@ ABSENT = [
     ("Phi-3.5-MoE", "rope_parameters"),
     ("MiniMax-M2", "rope_parameters"),
     ("Command R", "rope_parameters"),
+    ("Nemotron-H", "head_dim"),
 ]
 
 
@@ -119,6 +121,38 @@ def test_mistral_4_with_rotary_settings_of_before_transformers_5() -> None:
     old = new | {"rope_parameters": None, "rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     ours, theirs = (family_from_hf(values, Path("config.json"))[1] for values in (old, new))
     assert ours == theirs
+
+
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 4e4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "local"),
+    [
+        ({"rope_parameters": YARN}, ("default", 4e4)),
+        ({"rope_scaling": YARN, "rope_theta": 4e4}, ("default", 4e4)),
+        (
+            {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            ("linear", 4e4),
+        ),
+    ],
+)
+def test_rotary_settings_of_olmo_3(rope: dict[str, Any], local: tuple[str, float]) -> None:
+    row = ROWS["OLMo 3"]
+    plain = tiny_config(row.model_type, **row.config).to_dict() | {"architectures": ["Olmo3ForCausalLM"]}
+    config = family_from_hf(plain | {"rope_parameters": None} | rope, Path("config.json"))[1]
+    assert (config.rope.kind, config.rope.theta, config.rope.factor) == ("yarn", 4e4, 8.0)
+    assert isinstance(config, LlamaConfig)
+    assert config.local_rope is not None
+    assert (config.local_rope.kind, config.local_rope.theta) == local
+
+
+def test_a_scale_of_phi_moe_that_is_no_number_is_named() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [1.0] * 16}
+    plain = tiny_config("phimoe", **ROWS["Phi-3.5-MoE"].config).to_dict() | {"architectures": ["PhimoeForCausalLM"]}
+    rope = {"rope_parameters": scaling | {"short_mscale": [1.2], "long_mscale": [1.2]}}
+    with pytest.raises(InvalidFileError, match=r"attention_factor is \[1.2\], not a"):
+        family_from_hf(plain | rope, Path("config.json"))
 
 
 # ---- configs as they are published -----------------------------------------------------------------------------------

@@ -906,7 +906,7 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
         lambda config: config["text_config"]["rope_parameters"].update(mrope_section=[2, 3, 4]),
     )
     if kind == "qwen2_5_vl":
-        refused(InvalidFileError, "window_size is 4; a cell has 8 pixels", tower(window_size=4))
+        refused(InvalidFileError, "window_size is 4; a cell has sides of 8", tower(window_size=4))
         refused(InvalidFileError, "fullatt_block_indexes is", tower(fullatt_block_indexes=["x"]))
 
 

@@ -44,7 +44,7 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.loading.towers import of_tower
-from candle_vllm.core.models import clip_tower, gemma4_tower_config, gemma4_unified_tower, llama4_tower
+from candle_vllm.core.models import clip_tower, gemma4_tower_config, gemma4_unified_tower, llama4_tower, siglip
 from candle_vllm.core.models.registry import tower_family
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
@@ -727,6 +727,11 @@ def test_towers_of_llama_4_that_do_not_fit_are_named(folders: Callable[[str], Pa
     wrong("tiles of 32 pixels; the model has 4 x 4 patches", processor={"size": {"height": 32, "width": 32}})
     wrong("tiles are squares", processor={"size": {"height": 16, "width": 32}})
     wrong("max_patches is 65", processor={"max_patches": 65})
+
+
+def test_tiles_with_too_many_patches_are_named() -> None:
+    with pytest.raises(InvalidFileError, match=r"147 x 147 patches of 14 pixels.* at most 16384 are supported"):
+        siglip.check_tiles(Fields({}, Path("config.json")), 147 * 14, 14, 147, 1)
 
 
 def test_tiles_of_an_image_are_in_the_prompt_as_transformers_writes_them(folders: Callable[[str], Path]) -> None:

@@ -304,6 +304,9 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     shared = ["shared", "full", "full"]
     with pytest.raises(InvalidFileError, match="layer 0 has no indexer, indexer types"):
         sparse_index.from_hf(Fields(INDEX | {"indexer_types": shared}, Path("config.json")), "glm_moe_dsa", 3, 64)
+    for key, kinds in (("index_topk_pattern", 5), ("index_topk_pattern", "FXS"), ("indexer_types", [["full"]] * 3)):
+        with pytest.raises(InvalidFileError, match=f"{key} is .*, not full or shared for each layer"):
+            sparse_index.from_hf(Fields(INDEX | {key: kinds}, Path("config.json")), "glm_moe_dsa", 3, 64)
     turned = Fields(INDEX | {"indexer_rope_interleave": True}, Path("config.json"))
     with pytest.raises(UnsupportedModelError, match="indexer_rope_interleave other than False"):
         sparse_index.from_hf(turned, "deepseek_v32", 3, 64)

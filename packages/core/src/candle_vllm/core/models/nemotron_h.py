@@ -36,7 +36,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 class LatentExperts(SparseMLP):
-    """Experts on vectors of a smaller size [T, S], between projections to S and from S; x [T, E] -> [T, E]."""
+    """Routed experts on vectors [T, S] that are projected from and to E; router and shared expert read x [T, E]."""
 
     def __init__(self, hidden_size: int, size: int, config: NemotronHConfig, placement: Placement) -> None:
         assert config.mixture is not None

@@ -43,7 +43,7 @@ _KEYS = {
     "conv_bias": "use_conv_bias",
 }
 _EXPERTS: dict[str, Any] = {"activation": "relu2", "scoring": "sigmoid", "correction": True}
-_DEFAULTS = {"n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "layer_norm_epsilon": 1e-5}
+_DEFAULTS = {"head_dim": 128, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "layer_norm_epsilon": 1e-5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class NemotronHConfig(LlamaConfig):
         kinds: kind of each layer.
         mamba: shapes of Mamba 2.
         mamba_layers: the layers with Mamba 2.
-        latent_size: size of the experts' inputs and outputs if projections narrow and widen them; 0: the hidden size.
+        latent_size: size of the routed experts' inputs and outputs, which are then projected; 0 for the hidden size.
     """
 
     kinds: tuple[Kind, ...]
@@ -64,13 +64,13 @@ class NemotronHConfig(LlamaConfig):
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """See `ModelConfig`; a feed-forward layer has a state without parts."""
+        """See `ModelConfig`; a layer with neither attention nor Mamba 2 has a state without parts."""
         other = {"mamba": self.mamba.spec, "mlp": StateSpec(()), "moe": StateSpec(())}
         return tuple(other.get(kind, spec) for kind, spec in zip(self.kinds, super().cache_specs, strict=True))
 
 
 def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
-    """Read `config.json` of nemotron_h, whose layers are a list of names or a pattern of letters."""
+    """Read `config.json` of nemotron_h; the kinds of layers are a list, or a string with one character per layer."""
     fields = fields.with_defaults(**_DEFAULTS)
     key = next((key for key in ("layers_block_type", "layer_types") if key in fields), "hybrid_override_pattern")
     named = [*fields.get(key, str)] if key == "hybrid_override_pattern" else fields.get(key, list)
@@ -106,7 +106,7 @@ def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
     """Read GGUF metadata of nemotron_h and nemotron_h_moe.
 
-    Only layers with attention have key-value heads, and only feed-forward layers have a width.
+    In the file, only layers with attention have key-value heads, and only layers with an MLP or experts have a width.
     """
     layers, mixture = fields.count("block_count"), None
     heads, widths = (_by_layer(fields, name, layers) for name in ("attention.head_count_kv", "feed_forward_length"))
@@ -162,7 +162,7 @@ def _config(
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Metadata: key-value heads of attention layers, and widths of feed-forward layers; 0 for other layers."""
+    """Metadata of Mamba 2 and of experts; each layer's key-value heads and feed-forward width, which may be 0."""
     heads = [config.num_kv_heads if kind == "attention" else 0 for kind in config.kinds]
     own = {"mlp": config.intermediate_size, "moe": config.mixture.inner_size if config.mixture else 0}
     if {"mlp", "moe"} <= set(config.kinds):

@@ -2,7 +2,7 @@
 """Encoders with rotary positions and norms after sums: nomic-bert, GTE and jina-embeddings-v3.
 
 nomic-bert has a SiLU gate and no biases; GTE has a GELU gate; jina v3 has no gate. nomic v2 has biases, no gate, and
-experts in every second layer. All are without a position table.
+experts in every second layer. None has a position table.
 Sources: Nussbaum et al., 2024, arXiv:2402.01613; Zhang et al., 2024, arXiv:2407.19669; Sturua et al., 2024,
 arXiv:2409.10173.
 """
@@ -23,12 +23,12 @@ from candle_vllm.core.models.nomic_config import GTE, JINA, NOMIC, config_from_g
 
 
 def _of_expert(number: int) -> View:
-    """View of expert `number`'s matrix in a tensor [X, R, C]."""
+    """View of the matrix of expert `number` in a tensor [experts, rows, columns]."""
     return lambda stored, config: entry(stored, number)  # noqa: ARG005
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of weight names: transformers' names, and the names in published repositories."""
+    """The table of weight names: those of transformers, of published repositories and of GGUF files."""
     at = prefix_of((name.replace(WEIGHT, ".weight") for name in stored), "embeddings.word_embeddings.weight")
     new, old, gte, block = f"{at}layers.{{i}}.", f"{at}encoder.layers.{{i}}.", f"{at}encoder.layer.{{i}}.", "blk.{i}."
     alone = {part: (f"{new}self_attn.{part}_proj",) for part in "qkv"}

@@ -28,7 +28,7 @@ _BIASES = ("qkv_bias", "output_bias", "mlp_bias", "down_bias")
 _FLAGS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {NOMIC: dict.fromkeys(_BIASES, False) | {"gate": "silu"}, GTE: {"mlp_bias": False, "gate": "gelu"}, JINA: {}}
 )
-# GPT-2's names of sizes in nomic's repositories, and the implemented values of other keys
+# keys of nomic's repositories, and transformers' names for them; `_ONLY` has the implemented values of other keys
 _PUBLISHED = MappingProxyType({
     "n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_positions": "max_position_embeddings", "layer_norm_epsilon": "layer_norm_eps",
@@ -59,7 +59,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
     )
     size, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     position = fields.count("max_position_embeddings", 8192)
-    if fields.get("rotary_scaling_factor", float, None) is not None:  # it applies only beyond these positions
+    if fields.get("rotary_scaling_factor", float, None) is not None:  # it applies only beyond the trained positions
         position = fields.count("max_trained_positions", 2048)
     types = fields.get("type_vocab_size", int, 2 if model_type == NOMIC else 1)
     plain = model_type != NOMIC or period
@@ -98,7 +98,7 @@ def _rope(fields: Fields, head_dim: int, position: int) -> RopeConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
-    """Read GGUF metadata of nomic-bert and jina-bert-v3."""
+    """Read GGUF metadata of nomic-bert, nomic-bert-moe and jina-bert-v3."""
     tensors, sizes = checkpoint.tensors, sizes_from_gguf(fields, checkpoint)
     model_type = JINA if fields.prefix.startswith("jina") else NOMIC
     stems = dict(zip(_BIASES, ("attn_qkv", "attn_output", "ffn_up", "ffn_down"), strict=True))
@@ -122,7 +122,7 @@ def _experts_of_gguf(fields: Fields, inner: int) -> dict[str, Any]:
 
 
 def _experts(fields: Fields, period: int, inner: int) -> dict[str, Any]:
-    """Expert settings of v2: by default 2 of 8 experts per token; in every `period`-th layer."""
+    """Expert settings of nomic v2, for every `period`-th layer; by default a token uses 2 of 8 experts."""
     if period < 2 or fields.get("type_vocab_size", int, 1) > 1:
         raise UnsupportedModelError(f"{fields.path}: moe_every_n_layers below 2, or token types, are not implemented")
     count, top = fields.count("num_experts", 8), fields.count("moe_top_k", 2)

@@ -3,7 +3,7 @@
 
 Each block is x + norm(attention(x)), then x + norm(mlp(x)). OLMo normalises q and k over all heads at once, EXAONE 4
 each head. Three of four layers of OLMo 3 and EXAONE 4 (32B) have a sliding window: OLMo 3 extends the rotary
-embedding of the other layers only, and EXAONE 4 has no rotary embedding there.
+embedding of the other layers only, and EXAONE 4 has no rotary embedding in these.
 Sources: OLMo Team, arXiv:2501.00656; LG AI Research, arXiv:2507.11407. Shapes: T tokens, E hidden, V vocabulary.
 """
 
@@ -44,13 +44,15 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows, local))
     bias = fields.get("attention_bias", bool, False)
     own |= {"qkv_bias": bias, "output_bias": bias}
-    if model_type == "olmo3":  # published files: `rope_scaling` applies to layers without a window
+    if model_type == "olmo3":  # settings without kinds of layers scale only the layers without a window
         kinds, theta = fields.section("rope_parameters"), fields.get("rope_theta", float, 5e5)
-        full = kinds.section("full_attention").values or fields.section("rope_scaling").values
-        one = Fields({"rope_parameters": {"rope_theta": theta, **full}}, fields.path)
-        own["rope"], own["max_position"] = rope_from_hf(one, shared["head_dim"], position), position
-        theta = kinds.section("sliding_attention").get("rope_theta", float, own["rope"].theta)
-        own["local_rope"] = RopeConfig(theta=theta, dim=own["rope"].dim, original_max_position=position)
+        full, local = (kinds.section(f"{kind}_attention").values for kind in ("full", "sliding"))
+        full = full or ({} if local else kinds.values) or fields.section("rope_scaling").values
+        for name, values in (("rope", full), ("local_rope", local)):
+            one = Fields({"rope_parameters": {"rope_theta": theta, **values}}, fields.path)
+            own[name] = rope_from_hf(one, shared["head_dim"], position)
+            theta = own[name].theta
+        own["max_position"] = position
     return LlamaConfig(**shared | own)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """OLMo Hybrid: gated delta nets in most layers; the other layers have attention, followed by a norm.
 
-A delta net's corrections may have twice the usual strength, so that state transitions have negative eigenvalues. Its
-layer is x + net(norm(x)), then x + mlp(norm(x)). An attention layer is x + norm(attention(x)), then x + norm(mlp(x)),
-with norms of q and k over all heads at once; published models have no positions there.
+A delta net's corrections may have twice the usual strength, so that state transitions can have negative eigenvalues.
+Its layer is x + net(norm(x)), then x + mlp(norm(x)). An attention layer is x + norm(attention(x)), then
+x + norm(mlp(x)), with norms of q and k over all heads at once; in published models it has no rotary embedding.
 Source: Grazzi et al., 2024, arXiv:2411.12537 (eigenvalues). Shapes as in `qwen3_next.py`.
 """
 
@@ -33,7 +33,7 @@ from candle_vllm.core.models.qwen3_next_config import Qwen3NextConfig, convoluti
 from candle_vllm.core.models.qwen3_next_config import delta_layers as layers_with_nets
 from candle_vllm.core.models.stack import DecoderStack
 
-_EPS = 1e-5  # epsilon of the norm of a delta net's result, whatever the config has
+_EPS = 1e-5  # epsilon of a delta net's output norm, which does not depend on rms_norm_eps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        q, k = (  # each has one head with all elements
+        q, k = (  # the norms read all elements as one head
             norm(part.unflatten(-1, (-1, size))).flatten(1)
             for norm, part, size in zip((self.q_norm, self.k_norm), (q, k), self.sizes)
         )

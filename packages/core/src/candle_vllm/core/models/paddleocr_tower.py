@@ -79,7 +79,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 
 def completed(config: QwenTowerConfig, tensors: Mapping[str, StoredTensor]) -> QwenTowerConfig:
-    """Adds the side of the grid of positions, which only the table in a GGUF file shows."""
+    """Add the side of the grid of learned positions, which a GGUF file shows only by the shape of their table."""
     table = tensors.get("v.position_embd.weight")
     return config if table is None else dataclasses.replace(config, learned=math.isqrt(table.shape[0]))
 
@@ -101,7 +101,7 @@ class LastNorms:
         self.projection = LayerNorm(config.hidden_size, 1e-5, placement)
 
     def __call__(self, x: Value) -> Value:
-        return self.projection(side_by_side(self.last(x)))  # a norm needs computed rows
+        return self.projection(side_by_side(self.last(x)))  # a copy, because a norm cannot read a norm's result
 
 
 class PaddleOcrTower(QwenTower):

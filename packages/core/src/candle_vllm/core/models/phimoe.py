@@ -36,7 +36,7 @@ _JITTER = 0.01  # in published files; GGUF has no key for it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhiMoeConfig(LlamaConfig):
-    """Config of Llama, and whether the head has a bias."""
+    """Config of Llama; `head_bias`: the head has a bias."""
 
     head_bias: bool = False
 
@@ -57,10 +57,10 @@ def _with_one_scale(fields: Fields) -> Fields:
     """Return the config with the scale of cos and sin under the key that other longrope models use."""
     key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     scaling = dict(fields.section(key).values)
-    scales = {scaling.pop(name, None) for name in ("short_mscale", "long_mscale")}
-    if len(scales) > 1:
+    scale, long = (scaling.pop(name, None) for name in ("short_mscale", "long_mscale"))
+    if scale != long:
         raise UnsupportedModelError(f"{fields.path}: short_mscale and long_mscale that differ are not implemented")
-    own = {} if scales == {None} else {"attention_factor": scales.pop()}
+    own = {} if scale is None else {"attention_factor": scale}
     return Fields({**fields.values, key: scaling | own}, fields.path) if scaling else fields
 
 
@@ -77,9 +77,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> PhiMoeConfig:
     shared["rope"] = phi3.with_divisors(fields, checkpoint, shared["rope"], shared["max_position"])
     own: dict[str, Any] = {"output_bias": "blk.0.attn_output.bias" in tensors, "head_bias": "output.bias" in tensors}
     own["qkv_bias"] = gguf_has_bias(checkpoint)
-    return PhiMoeConfig(
-        **shared | own, **_mixture(shared, fields.count("expert_count"), fields.count("expert_used_count"))
-    )
+    experts, top = fields.count("expert_count"), fields.count("expert_used_count")
+    return PhiMoeConfig(**shared | own, **_mixture(shared, experts, top))
 
 
 # ---- block and model -------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 
 An image is one tile of any size. Each block is x + attention(norm(x)), then x + mlp(norm(x)), where queries and keys
 rotate by the row and the column of their patch; attention is over the whole image. Mistral 3 normalises the output,
-merges cells of s x s patches by a matrix product, and projects these; LLaVA projects patches.
+merges the patches of each cell by a matrix product, and projects cells; LLaVA projects patches.
 Sources: Agrawal et al., 2024, arXiv:2410.07073; Liu et al., 2023, arXiv:2310.03744 (LLaVA's projector).
 Shapes: T patches, E hidden, P elements of a patch, C cells, D head size.
 """
@@ -41,7 +41,7 @@ from candle_vllm.core.vision.preprocessing import NOTHING, Cut, fit_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_EPS = 1e-5  # epsilon of the encoder's norms, which config files leave out
+_EPS = 1e-5  # epsilon of the encoder's norms, which config.json leaves out
 _DEFAULTS = MappingProxyType(
     {
         "Mistral3ForConditionalGeneration": {"image_size": 1540, "patch_size": 14},
@@ -66,7 +66,7 @@ class AxialConfig(TowerConfig):
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """Elements of a head (D)."""
         return self.hidden_size // self.num_heads
 
 
@@ -305,7 +305,7 @@ _MARK = "[IMG]"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image in a prompt: a line of marks for each row of cells, with a separator after each."""
+    """The placeholder of an image in a prompt: a mark per cell, [IMG_BREAK] between rows, [IMG_END] at the end."""
     del cut
     rows, columns = grid
     return "[IMG_BREAK]".join([_MARK * columns] * rows) + "[IMG_END]"

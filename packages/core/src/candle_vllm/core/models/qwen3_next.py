@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Qwen3-Next and Qwen3.5 (3.6, 3.8): gated delta nets in most layers, gated attention in the others, experts.
+"""Qwen3-Next and Qwen3.5 (3.6, 3.8), dense or with experts: gated delta nets in most layers, else gated attention.
 
 A gated delta net is linear attention with a state of fixed size for each sequence. Attention has a sigmoid gate on
-each element of its output, computed by the matrix of queries, and a norm on every head of q and k. Norm weights are
-stored as the difference from 1, except in delta nets. Blocks are x + mix(norm(x)), then x + mlp(norm(x)).
+each element of its output, computed by the matrix of queries, and a norm on every head of q and k. safetensors store
+norm weights as the difference from 1, except in delta nets. Blocks are x + mix(norm(x)), then x + mlp(norm(x)).
 Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464; Qiu et al., 2025, arXiv:2505.06708 (the gate).
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, Hk and Hv key and value heads of a delta net.
 """
@@ -149,7 +149,7 @@ WEIGHTS = [
 
 
 def ignored(config: Qwen3NextConfig) -> list[str]:
-    """Names that Llama ignores, and multi-token prediction layers, which follow the last layer in GGUF files."""
+    """Names that Llama ignores, and multi-token prediction layers; in GGUF files these follow the last layer."""
     return [*llama.ignored(config), r"model\.mtp\..*", *later_layers(config.num_layers)]
 
 

@@ -90,7 +90,7 @@ def convolution_taps(fields: Fields, key: str, usual: int | None = None) -> int:
 
 
 def delta_layers(fields: Fields, layers: int) -> frozenset[int]:
-    """The layers with a delta net: by `layer_types`, or all but every fourth layer."""
+    """The layers with a delta net: by `layer_types`, or all but every `full_attention_interval`-th (default: 4)."""
     if "layer_types" not in fields:
         return _but_every(fields.count("full_attention_interval", 4), layers)
     kinds = fields.get("layer_types", list)
@@ -212,7 +212,7 @@ def joint_gates(part: str) -> View:
 def tiled_rows(part: str) -> View:
     """View of rows in GGUF's qwen35 and qwen35moe, where the first value heads of all key heads come first.
 
-    Source: the inverse of llama.cpp's `_LinearAttentionVReorderBase`.
+    In qwen3next the rows keep their order. Source: the inverse of llama.cpp's `_LinearAttentionVReorderBase`.
 
     Args:
         part: "qkv" for channels of the convolution, "z" for elements of values, "a" or "b" for one row per head.
@@ -249,7 +249,7 @@ TILED_COLUMNS = ColumnOrder(_value_order)
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Shapes of delta nets, and the layers that have one; old readers require the interval, for which 4 is written."""
+    """Metadata of experts, delta nets and their layers; 4 is written as the interval, which old readers require."""
     sizes = config.delta
     keys: dict[str, Any] = {
         "ssm.conv_kernel": sizes.taps,

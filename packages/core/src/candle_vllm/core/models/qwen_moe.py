@@ -29,7 +29,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Read `config.json` of qwen2_moe and qwen3_moe."""
+    """Read `config.json` of qwen2_moe and qwen3_moe, and of the text model of qwen3_vl_moe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     qwen2 = model_type == "qwen2_moe"
@@ -100,7 +100,7 @@ def mixture_from_gguf(fields: Fields, tensors: Any, *, renormalise: bool, shared
 
 
 def _shared_size(fields: Fields, tensors: Any) -> int:
-    """The size of the shared expert from the metadata, or, in old files, from the tensors."""
+    """The size of the shared expert from the metadata; old files show it only by the tensors of layer 0."""
     found: StoredTensor | None = tensors.get("blk.0.ffn_up_shexp.weight")
     stored = found.shape[0] if found is not None and found.shape else None
     return fields.count("expert_shared_feed_forward_length", *([] if stored is None else [stored]))

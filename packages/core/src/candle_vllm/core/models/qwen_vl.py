@@ -57,7 +57,7 @@ allow the second, but attention over this number of patches takes minutes on a C
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenTowerConfig(TowerConfig):
-    """Config of these vision encoders; with gated MLPs (Qwen2.5-VL) all norms are RMS norms."""
+    """Config of these vision encoders; with gated MLPs (Qwen2.5-VL) the norms of layers and the last norm are RMS."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +114,7 @@ def config_from_hf(
 
 
 def check_sizes(vision: Fields, processor: Fields, patch: int, cell: int, *, frames: int = FRAMES, **more: int) -> None:
-    """Refuse sizes in `vision_config` that are not implemented, and sizes of the processor that differ from it."""
+    """Refuse sizes in `vision_config` that are not implemented, and a processor with other sizes than the encoder."""
     for name, known in {"patch_size": patch, "merge_size": cell, "temporal_patch_size": frames}.items():
         if processor.count(name, known) != known:
             raise InvalidFileError(f"{processor.path}: {name} is {processor.count(name)}; the tower's is {known}")
@@ -139,7 +139,7 @@ def _windows(vision: Fields, layers: int, pixels: int) -> dict[str, Any]:
     """The side of a window in cells of `pixels` x `pixels`, and the layers with windows."""
     side, whole = vision.count("window_size", 112), vision.get("fullatt_block_indexes", list, [7, 15, 23, 31])
     if side < pixels:
-        raise InvalidFileError(f"{vision.path}: vision_config.window_size is {side}; a cell has {pixels} pixels")
+        raise InvalidFileError(f"{vision.path}: vision_config.window_size is {side}; a cell has sides of {pixels}")
     if not all(isinstance(layer, int) for layer in whole):
         raise InvalidFileError(f"{vision.path}: vision_config.fullatt_block_indexes is {whole!r:.80}, not layers")
     return {"window": side // pixels, "windowed": frozenset(range(layers)) - frozenset(whole)}
@@ -261,7 +261,7 @@ class Block:
 
 
 class Merger:
-    """Projects a layer's output for the patches of a cell, side by side, to an embedding [text size]."""
+    """DeepStack: cells [C, cell size] of a layer's output, with patches side by side, to embeddings [C, text size]."""
 
     def __init__(self, config: QwenTowerConfig, placement: Placement) -> None:
         joined = config.cell_size

@@ -89,8 +89,8 @@ FAMILIES = (
     "jina_bert",
     "deberta",
 )
-"""The files of this folder with a `FAMILY`. They are imported in this order until one serves the requested name, so the
-most common families come first."""
+"""The files of this folder with a `Family` or `EncoderFamily` as `FAMILY`. They are imported in this order until one
+serves the requested name, so the most common families come first."""
 
 
 NOT_BUILT = frozenset(
@@ -250,7 +250,7 @@ def family_from_hf(
 
 
 def check_causal(fields: Fields, key: str) -> None:
-    """Raise UnsupportedModelError for a decoder whose tokens attend to later ones, by the key for it in its config."""
+    """Raise UnsupportedModelError if `key` is false in a decoder's config, so that its tokens attend to later ones."""
     if not fields.get(key, bool, True):
         raise UnsupportedModelError(
             f"{fields.path}: {key} is false, and attention to later tokens is implemented only for encoders, which "

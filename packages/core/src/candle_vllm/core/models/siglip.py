@@ -39,12 +39,7 @@ from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, Stretc
 
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"})
 MOST_PATCHES = 1 << 14  # maximum number of patches of a tile
-_DEFAULTS = MappingProxyType(
-    {
-        "idefics3": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
-        "smolvlm": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
-    }
-)
+_DEFAULTS = MappingProxyType({"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12})
 """Values of transformers' config classes for keys that published configs leave out of `vision_config`."""
 
 
@@ -52,7 +47,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
     """Read `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
     processor = over(processor, said)
     section = fields.section("vision_config")
-    vision = Fields({**_DEFAULTS["idefics3"], **section.values}, fields.path)
+    vision = Fields({**_DEFAULTS, **section.values}, fields.path)
     patch = vision.count("patch_size", 32)
     return config_of_tiles(
         processor,
@@ -112,11 +107,11 @@ def config_of_tiles(
 
 
 def check_tiles(processor: Fields, tile: int, patch: int, side: int, cell: int) -> None:
-    """Raise an InvalidFileError unless tiles with sides of `tile` pixels consist of whole patches and cells."""
+    """Raise an InvalidFileError unless `tile` pixels are `side` patches in whole cells, at most `MOST_PATCHES`."""
     if not 0 < side * side <= MOST_PATCHES or tile != side * patch or side % cell:
         raise InvalidFileError(
             f"{processor.path}: tiles of {tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
-            f"{cell} x {cell} of which are one embedding"
+            f"{cell} x {cell} of which are one embedding, and at most {MOST_PATCHES} are supported"
         )
 
 
@@ -200,7 +195,7 @@ def patch_kernel(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def names(*folders: str) -> list[WeightName]:
-    """The table of weight names without the projector; `folders` are the possible prefixes of its names."""
+    """The table of weight names without the projector; `folders` are the possible prefixes of safetensors' names."""
 
     def pair(target: str, hf: str, gguf: str) -> list[WeightName]:
         made = {kind: tuple(f"{at}.{hf}.{kind}" for at in folders) for kind in ("weight", "bias")}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The indexer of sparse latent attention in DeepSeek V3.2 and GLM-5: its layer, its config, its weight names.
 
-A token attends to the positions whose index keys have the largest sums of products with the heads of its index query
-(`kernels/latent_attention`). The last `rope` elements of heads and keys rotate here, the first ones in checkpoints. In
-GLM-5.2 and later, layers without an indexer use the positions that an earlier layer chose. The published code also
-multiplies queries and keys by a Hadamard matrix, which changes no product. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
+A token attends to the positions with the largest scores: sums of w ReLU(q k) over its index heads q with weights w, k
+the index key (`kernels/latent_attention`). The last `rope` elements of q and k rotate here, the first ones in
+checkpoints. In GLM-5.2 and later, layers without an indexer use the positions that an earlier layer chose. Published
+code also multiplies q and k by a Hadamard matrix, which changes no product. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_EPS = 1e-6  # of the keys' norm
-_LONG = 1 << 20  # GLM-5.2 and later: GGUF files without `indexer.types` are of these models if they have this context
+_EPS = 1e-6  # epsilon of the keys' norm
+_LONG = 1 << 20  # shortest context for which a GGUF file without `indexer.types` counts as GLM-5.2 or later
 
 # ---- layer -----------------------------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ class Index:
         self.norm = LayerNorm(dim, _EPS, placement)
 
     def __call__(self, x: Value, q: Value, step: StepInput) -> Any:
-        """x is the attention's input [T, E], q the latent vector of queries [T, q_rank]."""
+        """Return `LatentParts.chosen`; x [T, E] is attention's input, q [T, q_rank] the latent vector of queries."""
         cache, q, sizes = step.caches[self.layer].values, self.queries(q), self.sizes
         key, weights = self.inputs(x).split((sizes.rope + sizes.latent, sizes.heads), -1)
         key = self.norm(key)
@@ -75,9 +75,11 @@ def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str
     if model_type == "glm_moe_dsa":
         every, first = max(1, fields.get("index_topk_freq", int, 1)), fields.get("index_skip_topk_offset", int, 2)
         full = [max(layer - first + 1, 0) % every == 0 for layer in range(layers)]
-        letters = fields.values.get("index_topk_pattern")
-        kinds = fields.values.get("indexer_types") or ({"F": "full", "S": "shared"}.get(x, x) for x in letters or ())
-        full = [kind != "shared" for kind in kinds][:layers] or full
+        key = "indexer_types" if fields.values.get("indexer_types") else "index_topk_pattern"
+        kinds = fields.values.get(key) or []
+        if not isinstance(kinds, (list, str)) or any(kind not in ("F", "S", "full", "shared") for kind in kinds):
+            raise InvalidFileError(f"{fields.path}: {key} is {kinds!r:.80}, not full or shared for each layer")
+        full = [kind in ("F", "full") for kind in kinds][:layers] or full
     pairs = model_type == "glm_moe_dsa"
     if fields.get("indexer_rope_interleave", bool, pairs) is not pairs:
         raise UnsupportedModelError(f"{fields.path}: indexer_rope_interleave other than {pairs} is not implemented")
@@ -85,7 +87,7 @@ def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str
 
 
 def from_gguf(fields: Fields, architecture: str, layers: int, rope: int) -> dict[str, Any]:
-    """As `from_hf`, from GGUF metadata; files without `indexer.types` get llama.cpp's defaults."""
+    """As `from_hf`, from GGUF metadata; GLM files without `indexer.types` get llama.cpp's defaults."""
     if architecture not in ("deepseek32", "glm-dsa"):
         return {}
     at, glm = "attention.indexer.", architecture == "glm-dsa"

@@ -170,7 +170,7 @@ WEIGHTS = [
 
 
 def whole_head_norms(config: Any) -> dict[str, Any]:
-    """The config fields of a model whose layers have the norms of all heads in one tensor."""
+    """The config fields that differ in a GGUF file: each layer's QK norm is one tensor of all heads."""
     return {"head_norms": "none" if config.head_norms == "none" else "whole"}
 
 

@@ -84,12 +84,12 @@ class DecoderStack:
     Attributes:
         embed: embedding table, which is also the head if `head` is None.
         rotary, local_rotary: rotary embedding of the layers; another one for layers with a window, or None.
-        layers: each maps (x, residual or None) to (x, residual) or (sum, None), all [T, E]; None for a layer of another
-            stage.
+        layers: each maps (x, residual or None, step) to (x, residual) or (sum, None), all [T, E]; None for a layer of
+            another stage.
         norm: norm after the last layer; None without a last norm.
         stage: the pipeline stage, if the model has only some of the layers; None if it has all.
         shares: divides the tokens of a layer among ranks; None if each rank has all tokens.
-        narrows: whether the layers after the last cache write may compute only the rows whose next token is sampled.
+        narrows: whether a step may drop rows after the last cache write, if their next token is not sampled.
     """
 
     embed: Embedding
@@ -185,7 +185,7 @@ class DecoderStack:
         return x, residual
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Logits [T, V] in fp32."""
+        """Compute logits [T, V] in fp32, in `out` if given."""
         return self.scoring.logits(self.end(hidden), out)
 
     def end(self, hidden: Value) -> Value:

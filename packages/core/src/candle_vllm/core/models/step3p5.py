@@ -66,7 +66,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def _sparse(fields: Fields, layers: int) -> frozenset[int]:
-    """The layers with experts."""
+    """The layers with experts; by default all but the first three."""
     if "mlp_layer_types" in fields:
         return frozenset(n for n, kind in enumerate(listed(fields, "mlp_layer_types", layers, "")) if kind == "sparse")
     named = fields.get("moe_layers_enum", str, ",".join(map(str, range(3, layers)))).split(",")
@@ -99,7 +99,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def _of_full_layers(stored: StoredTensor, config: LlamaConfig) -> StoredTensor:
-    """GGUF's divisors of frequencies, cut to the length for layers without a window; other layers use no divisors."""
+    """GGUF's divisors of frequencies, cut to the length for layers without a window; only these use divisors."""
     return stored.rows(0, min(config.rope.dim // 2, stored.shape[0]))
 
 

@@ -88,7 +88,7 @@ class TokenHead(PooledHead):
 
 
 def base_class(name: str, config: Mapping[str, Any], known: Collection[str]) -> str:
-    """Class name of the encoder under a token head; any other class name is returned as it is."""
+    """Class name of the encoder under a token head, or of jina v3 under another name; any other name as it is."""
     if config.get("position_embedding_type") == "rotary" and name in (_COLBERT, "XLMRobertaModel"):
         return "JinaEmbeddingsV3Model"  # jina's remote code uses XLM-RoBERTa's class name
     if name == _COLBERT:
@@ -100,7 +100,7 @@ def base_class(name: str, config: Mapping[str, Any], known: Collection[str]) -> 
 def with_head(
     name: str, family: EncoderFamily, config: EncoderConfig, fields: Fields
 ) -> tuple[EncoderFamily, EncoderConfig]:
-    """Family and config for a class with a token head: the config has its labels, the family ignores its tensors."""
+    """Family that ignores the tensors of the class's token head, and config with the labels of a token classifier."""
     own = family.ignored
     if name == _COLBERT:
         return dataclasses.replace(family, ignored=lambda config: [*own(config), r"linear\.weight"]), config

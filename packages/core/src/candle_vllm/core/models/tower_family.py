@@ -33,7 +33,7 @@ class TowerConfig:
         rule: how images become tiles.
         pooled: the input of a cell's projection is the mean of its patches; otherwise its patches side by side.
         most_patches: maximum number of patches of a tile; 0 for `side` squared.
-        window: side of an attention window in cells.
+        window: side of an attention window in cells; 0 without windows.
         windowed: layers whose patches attend only to patches of the same window.
         gated: the feed-forward layers have a gate.
         learned: side of a table of learned positions that the host looks up; 0 without such a table.
@@ -273,7 +273,7 @@ class TowerFamily:
         asks: the token that a chat template writes for an image; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
-        turned: the text model has M-RoPE: embeddings rotate by time, row and column; see `engine/step/batch.py`.
+        turned: the text model has M-RoPE: queries and keys rotate by time, row and column; see `engine/step/batch.py`.
     """
 
     name: str
