@@ -56,7 +56,7 @@ class Database:
         self._thread = FairThreads(place.title, 1, max_waiting)
 
     async def open(self) -> None:
-        """Connect and create missing tables; raises `ConfigError`, or `NotReadyError` if no server answers."""
+        """Connect, and create or migrate tables; ConfigError, or NotReadyError if the database is not available."""
         engine = connect_to(self._place)
         try:
             arguments = engine, self._place, self._tables
@@ -110,10 +110,10 @@ def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], 
 
 
 def connect_to(place: Place) -> Engine:
-    """Return an engine for `memory` or the URL of an SQL database, without connecting.
+    """Return an engine for `memory` or the URL of an SQL database, without connecting; create the file for SQLite.
 
     Raises:
-        ConfigError: the URL is invalid, or a driver is missing.
+        ConfigError: the URL is invalid, the file cannot be written, or a driver is missing.
     """
     if place.url == MEMORY:
         return _watched(
@@ -220,7 +220,7 @@ def _postgresql(url: URL, place: Place) -> Engine:
             connect_args={
                 "connect_timeout": BUSY_SECONDS,
                 "options": f"-c statement_timeout={_STATEMENT_MS}",
-                # A server that is gone without a word would otherwise hold the thread for up to two hours.
+                # A server that vanishes without closing the connection would hold the thread for up to two hours.
                 "tcp_user_timeout": _STATEMENT_MS,
                 "keepalives_idle": BUSY_SECONDS,
                 "keepalives_interval": BUSY_SECONDS,

@@ -39,7 +39,7 @@ class Room:
             beyond_share: whether the owner may exceed its share of the store.
 
         Raises:
-            StoreLimitError: the data is larger than the store.
+            StoreLimitError: the data is larger than the store, or than the owner's share.
             StoreFullError: too few entries may be deleted.
         """
         if self._connection.dialect.name == "postgresql":  # one server after the other makes room
