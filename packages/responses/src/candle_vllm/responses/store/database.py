@@ -172,20 +172,22 @@ def _sqlite(url: URL, place: Place) -> Engine:
             f"{place.setting} must name a file: sqlite:///folder/{name}.sqlite, with four slashes from the root",
             place.setting,
         )
-    path = Path(url.database).expanduser()
-    if not path.parent.parent.is_dir():  # creating more than one folder would hide a typing error
-        raise ConfigError(
-            f"cannot write the {place.title} {path}: there is no folder {path.parent.parent}; make it, or name another "
-            "file",
-            place.setting,
-        )
+    path = Path(url.database)
     try:
+        path = path.expanduser()
+        if not path.parent.parent.is_dir():  # creating more than one folder would hide a typing error
+            raise ConfigError(
+                f"cannot write the {place.title} {path}: there is no folder {path.parent.parent}; make it, or name "
+                "another file",
+                place.setting,
+            )
         if not path.parent.is_dir():
             path.parent.mkdir(mode=0o700, exist_ok=True)
             logger.warning("created the folder %s for the %s", path.parent, place.title)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users cannot read the answers
-    except OSError as error:
-        raise ConfigError(f"cannot write the {place.title} {path}: {error.strerror}", place.setting) from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~" names an unknown user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot write the {place.title} {path}: {reason}", place.setting) from None
     made = create_engine(url.set(database=str(path)), connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True)
     return _watched(made)
 
