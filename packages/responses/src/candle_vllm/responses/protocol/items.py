@@ -46,7 +46,7 @@ class TextPart(WireModel):
         """Refuse the types of `OTHER_PARTS`; the error names the type."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in OTHER_PARTS:
-            raise unsupported("type", f"{kind!r} parts are not supported: the server takes text and images")
+            raise unsupported("type", f"{kind!r} parts are not supported: send input_text or input_image")
 
 
 class ImagePart(WireModel):
