@@ -231,7 +231,7 @@ def _served_reference(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in ("function", "custom", "mcp", "allowed_tools"):
         raise fields.unsupported(
-            "type", f"{kind!r:.60} is a tool of OpenAI's own; name a function, a custom or an mcp tool"
+            "type", f"tools of the type {kind!r:.60} do not run here; name a function, a custom or an mcp tool"
         )
     return value
 
