@@ -184,6 +184,17 @@ async def test_few_bytes_of_a_file_are_read_at_a_time() -> None:
     assert asked == [1, 2, 4, 8, 16, 16, 1]
 
 
+async def test_a_full_file_is_no_full_conversation() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"x" * 1000
+
+    files = store.BatchStore(store.FileOptions("memory", max_bytes=1000))
+    with pytest.raises(StoreLimitError, match=r"into the upload: .* 1000 bytes .* --files-max-mb") as error:
+        await files.upload("", "a.jsonl", pieces(), None)
+    assert error.value.param is None
+    await files.close()
+
+
 async def test_files_of_a_purpose_are_found_in_few_looks() -> None:
     asked: list[int] = []
 

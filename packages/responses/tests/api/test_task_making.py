@@ -13,6 +13,7 @@ from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, Pr
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 from candle_vllm.responses.api.call_results import Placed
+from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.task_making import TaskMaker
 from candle_vllm.responses.api.turn_model import fewer
 from candle_vllm.responses.protocol.request import parse_responses_request
@@ -44,6 +45,13 @@ async def test_system_messages_between_turns_stay_when_old_turns_are_left_out() 
     turn = [{"role": role, "content": "x"} for role in ("user", "system", "assistant")]
     read = await task(truncation="auto", input=turn * 700)
     assert len(fewer(read.messages)) == 2048
+
+
+async def test_a_json_object_follows_its_schema() -> None:
+    text = {"format": {"type": "json_object", "schema": {"type": "object"}}}
+    assert (await task(text=text)).form == StructuredOutputsParams(json={"type": "object"})
+    wire = parse_responses_request({"input": "x", "text": text})
+    assert begin_response(wire, model="m", stored=False, defaults={}).text == text
 
 
 async def test_fields() -> None:
@@ -139,6 +147,8 @@ async def test_refusals(fields: dict[str, Any], param: str, text: str) -> None:
         ),
         ({"text": {"format": SCHEMA}}, REFUSED_FORM, "text.format.schema", "text.format.schema: no"),
         ({"text": {"format": {"type": "json_object"}}}, REFUSED_FORM, "text.format", "text.format: no"),
+        ({"text": {"format": {"type": "json_object", "schema": {"type": "string"}}}}, REFUSED_FORM,
+         "text.format.schema", "text.format.schema: no"),
         ({}, REFUSED_FORM, "tools", "tools: no"),
         ({}, InvalidParameterError("temperature is wrong", "temperature"), "temperature", "temperature is wrong"),
     ],

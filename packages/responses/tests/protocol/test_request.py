@@ -21,8 +21,10 @@ from candle_vllm.openai.llama_server import LlamaCompletionRequest
 from candle_vllm.openai.ollama import Options
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
-from candle_vllm.responses.protocol.fields import ADVISORY_RESPONSES_FIELDS
+from candle_vllm.responses.api.responder import summary_request
+from candle_vllm.responses.protocol.fields import ADVISORY_RESPONSES_FIELDS, MAX_ITEMS
 from candle_vllm.responses.protocol.request import (
+    CompactRequest,
     InputTokensRequest,
     ResponsesRequest,
     parse_responses_request,
@@ -114,6 +116,17 @@ def test_refused(change: dict[str, Any], error: type[RequestError], param: str) 
     with pytest.raises(error) as refusal:
         parse_responses_request({**HI, **change})
     assert refusal.value.param == param
+
+
+def test_an_image_in_the_form_of_chat_is_refused_with_the_form_here() -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    with pytest.raises(UnsupportedParameterError, match="'image_url' parts are not supported: send input_text or"):
+        parse_responses_request({"input": [{"role": "user", "content": [part]}]})
+
+
+def test_a_compaction_takes_as_many_items_as_a_request() -> None:
+    asked = parse_body(CompactRequest, {"model": "m", "input": [{"role": "user", "content": "x"}] * MAX_ITEMS})
+    assert len(summary_request(asked).input or ()) == MAX_ITEMS + 1
 
 
 def test_fields_of_newer_clients_have_no_effect() -> None:

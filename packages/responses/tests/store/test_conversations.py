@@ -160,7 +160,7 @@ async def test_items_and_conversations_are_bounded(opener, store_url: str) -> No
         await store.append("a", "conv_1", [message(None), message(None, "x" * 2000)])
     assert error.value.param == "items.1"
     await store.append("a", "conv_1", [message(None), message(None)])
-    with pytest.raises(StoreLimitError, match="conversation is full") as error:
+    with pytest.raises(StoreLimitError, match="fits into the conversation") as error:
         await store.append("a", "conv_1", [message(None), message(None)])
     assert error.value.param == "conversation"
     await store.append("a", "conv_1", [message(None)])

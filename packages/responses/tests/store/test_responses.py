@@ -453,6 +453,12 @@ async def test_other_urls_are_refused(url: str) -> None:
     await store.close()
 
 
+@pytest.mark.parametrize("path", ["~nobody-here/x.sqlite", f"{'a' * 300}/b/x.sqlite", f"{'a' * 300}/x.sqlite"])
+def test_a_file_that_cannot_be_there_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="cannot write the store"):
+        connect_to(Place(f"sqlite:///{path}", "responses", "store", "setting"))
+
+
 async def test_a_file_is_for_its_owner_alone_and_forgets(opener, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "responses.sqlite"
     store = await opener(f"sqlite:///{path}")

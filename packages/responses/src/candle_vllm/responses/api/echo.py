@@ -89,7 +89,7 @@ def _text(request: ResponsesRequest) -> dict[str, Any]:
             "strict": config.format.strict is not False,  # the answer follows the schema in any case
         }
     elif config is not None and config.format is not None:
-        form = {"type": config.format.type}
+        form = config.format.model_dump(by_alias=True, exclude_none=True)
     verbosity = config.verbosity if config is not None else None
     return {"format": form} if verbosity is None else {"format": form, "verbosity": verbosity}
 

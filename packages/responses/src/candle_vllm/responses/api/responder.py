@@ -312,16 +312,17 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
     """Return the request for the summary; its last item is the instruction."""
     given: Any = request.model_dump(mode="json", by_alias=True, exclude_none=True).get("input", [])
     items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
-    return parse_responses_request(
+    asked = parse_responses_request(
         {
             "model": request.model,
             "instructions": request.instructions,
             "previous_response_id": request.previous_response_id,
-            "input": [*items, {"type": "message", "role": "user", "content": _ASKED}],
+            "input": items,
             "store": False,
             "reasoning": {"effort": "none", "max_tokens": 0},
         }
     )
+    return asked.model_copy(update={"input": [*(asked.input or ()), MessageItem(role="user", content=_ASKED)]})
 
 
 def summary_limit(items: Sequence[Placed]) -> int:

@@ -288,7 +288,8 @@ def _form(request: PromptFields) -> tuple[StructuredOutputsParams | None, str]:
     if isinstance(form, JsonSchemaFormat):
         return StructuredOutputsParams(json=form.json_schema), "text.format.schema"
     if isinstance(form, JsonObjectFormat):
-        return StructuredOutputsParams(json_object=True), "text.format"
+        path = "text.format.schema" if form.json_schema else "text.format"
+        return StructuredOutputsParams(**form.core_fields()), path
     return None, "tools"
 
 

@@ -12,7 +12,7 @@ from candle_vllm.responses.protocol.response import OutputItem, OutputText, Reas
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """An event; it has `timings`, in llama.cpp's form, if the request asks for them."""
+    """An event; with `timings_per_token`, events after the first measurement have `timings`, as in llama.cpp."""
 
     sequence_number: int
     timings: Timings | UnsetType = UNSET
@@ -65,7 +65,7 @@ class OutputItemAdded(_ItemEvent, frozen=True, kw_only=True, tag="response.outpu
 
 
 class OutputItemDone(_ItemEvent, frozen=True, kw_only=True, tag="response.output_item.done"):
-    """A completed item."""
+    """An item that has ended; its status may be `incomplete` or `failed`."""
 
 
 class _PlacedEvent(StreamEvent, frozen=True, kw_only=True):
@@ -84,7 +84,7 @@ class ContentPartAdded(_PartEvent, frozen=True, kw_only=True, tag="response.cont
 
 
 class ContentPartDone(_PartEvent, frozen=True, kw_only=True, tag="response.content_part.done"):
-    """A completed part."""
+    """A part that has ended."""
 
     part: OutputText | ReasoningText
 
@@ -129,7 +129,7 @@ class FunctionArgumentsDone(_PlacedEvent, frozen=True, kw_only=True, tag="respon
 
 
 class CustomInputDelta(_PlacedEvent, frozen=True, kw_only=True, tag="response.custom_tool_call_input.delta"):
-    """A delta of the input of a custom tool."""
+    """The input of a custom tool, in a single delta; an empty input has no delta."""
 
     delta: str
 
@@ -173,7 +173,7 @@ class McpCallCompleted(_PlacedEvent, frozen=True, kw_only=True, tag="response.mc
 
 
 class McpCallFailed(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call.failed"):
-    """The call failed."""
+    """The call failed, or ended without a result."""
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,7 +186,7 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorOccurred(StreamEvent, frozen=True, kw_only=True, tag="error"):
-    """An error; `response.failed` follows.
+    """An error; `response.failed` follows, unless the error is one of reading a background response's events.
 
     Attributes:
         error: the error, as in the Open Responses specification.

@@ -29,7 +29,7 @@ ADVISORY_RESPONSES_FIELDS: Mapping[str, str] = {
     "prompt_cache_options": "sets cache breakpoints; every full block of every prompt is cached",
     "service_tier": "chooses a service tier; there is only one, and answers say `default`",
     "client_metadata": "labels requests for a client's own records",
-    "background_options": "sets how late a background response may run; it runs as soon as there is a place",
+    "background_options": "sets how late a background response may begin; it begins at once, or is refused",
     "access_programs": "chooses one of OpenAI's access programs, which this server does not have",
     "text.verbosity": "is a hint that open models were not trained on",
     "reasoning.summary": "asks for a summary of the reasoning; the answer has the whole reasoning",
@@ -89,4 +89,4 @@ def _checked(metadata: dict[str, str]) -> dict[str, str]:
 
 
 Metadata = Annotated[dict[str, str], few_entries(MAX_METADATA), AfterValidator(_checked)]
-"""Labels of a response or a conversation for its owner's use: up to 16 pairs of strings."""
+"""Labels of a response, a conversation or a batch for its owner's use: up to 16 pairs of strings."""

@@ -32,7 +32,7 @@ _HOSTED_ITEMS = frozenset(
 
 
 class TextPart(WireModel):
-    """A text; the model does not see the other fields of an answer's text (`annotations`, `logprobs`)."""
+    """A text; the model sees only the field `text`."""
 
     type: Literal["input_text", "output_text", "text"]
     text: Text
@@ -43,10 +43,10 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuse parts that are neither texts nor images; the error names the type."""
+        """Refuse the types of `OTHER_PARTS`; the error names the type."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in OTHER_PARTS:
-            raise unsupported("type", f"{kind!r} parts are not supported: the server takes text and images")
+            raise unsupported("type", f"{kind!r} parts are not supported: send input_text or input_image")
 
 
 class ImagePart(WireModel):
@@ -112,14 +112,14 @@ Output = Annotated[
 
 
 def text_of(content: Any) -> str:
-    """Return a content as one string; each text begins a new line."""
+    """Return the texts of a content as one string, separated by line breaks; images are left out."""
     if isinstance(content, str):
         return content
     return "\n".join(part.text for part in content if not isinstance(part, ImagePart))
 
 
 def parts_of(content: Any, path: str) -> tuple[Part, ...]:
-    """Return the parts of a task: one text or, with images, several parts; `path` is the path of the content."""
+    """Return a content as a task's parts: one text or, with images, a part for each part; `path` is the content's."""
     if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
         return (TaskText(text_of(content)),)
     return tuple(
@@ -212,7 +212,7 @@ class ReasoningItem(WireModel):
     Attributes:
         summary: summary by OpenAI's models; the model sees it if there is no other text.
         content: text of the reasoning.
-        encrypted_content: reasoning as this server encoded it; another server's is ignored.
+        encrypted_content: reasoning that this server encoded, for items without `content`; any other is ignored.
     """
 
     type: Literal["reasoning"]
@@ -240,7 +240,7 @@ class ItemReference(WireModel):
 
 
 class McpListToolsItem(WireModel):
-    """The listed tools of an MCP server; the response does not list them again."""
+    """The listed tools of an MCP server; a response lists them again only if this listing or the server failed."""
 
     type: Literal["mcp_list_tools"]
     id: ItemId | None = None
@@ -251,7 +251,7 @@ class McpListToolsItem(WireModel):
 
 
 class McpCallItem(WireModel):
-    """A call that was run on an MCP server, and its result; a vision model sees `content`."""
+    """A call of an MCP server's tool, and its result; a vision model sees `content`, within its limit of images."""
 
     type: Literal["mcp_call"]
     id: ItemId
@@ -266,7 +266,7 @@ class McpCallItem(WireModel):
 
 
 class McpApprovalRequestItem(WireModel):
-    """A call that waits for an approval."""
+    """A call that needs an approval."""
 
     type: Literal["mcp_approval_request"]
     id: ItemId
@@ -293,7 +293,7 @@ class McpApprovalResponseItem(WireModel):
 
 
 class HostedCallItem(WireModel):
-    """A call of another service's tool, or its result: stored and listed unchanged; the model does not see it."""
+    """A call of a tool that this server lacks, or its result: stored and listed, but the model does not see it."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -331,7 +331,7 @@ def _item_form(value: Any) -> str:
 
 
 def _known_kind(value: Any) -> Any:
-    """Refuse items of services that do not exist here; the error for an unknown type lists the known types."""
+    """Refuse unknown types, and items of services that do not exist here; warn of items without effect."""
     if isinstance(value, WireModel):
         return value
     if not isinstance(value, dict):

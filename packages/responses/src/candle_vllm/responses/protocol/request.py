@@ -30,7 +30,7 @@ ENCRYPTED = "reasoning.encrypted_content"
 Include = Literal[
     "message.output_text.logprobs",
     "reasoning.encrypted_content",
-    # accepted without effect: data of tools that do not exist here
+    # accepted without effect
     "file_search_call.results",
     "web_search_call.results",
     "web_search_call.action.sources",

@@ -34,8 +34,8 @@ class MessageOut(_Typed, frozen=True, kw_only=True, tag="message"):
     """A message of the model.
 
     Attributes:
-        status: `incomplete` if a limit ended it.
-        phase: `commentary` before and between calls, `final_answer` otherwise; absent until it is known.
+        status: `in_progress`, `completed`, or `incomplete` if a limit or a failure ended it.
+        phase: absent until it is known, and in a truncated message that might have preceded a call.
     """
 
     id: str
@@ -88,7 +88,7 @@ class CustomToolCallOut(_Typed, frozen=True, kw_only=True, tag="custom_tool_call
 
 
 class ListedTool(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool of an MCP server; `annotations` are the server's hints."""
+    """A tool of an MCP server; `annotations` is `{"read_only": true}` if the server declares that, otherwise null."""
 
     name: str
     description: str
@@ -135,9 +135,9 @@ class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
     """A tool call that this server made on an MCP server.
 
     Attributes:
-        status: `completed`, `failed`, or `incomplete` if it was not run.
-        output: result as text; null if the call failed.
-        content: the parts of the result that the model saw, if they include images.
+        status: `in_progress`, `completed`, `failed`, or `incomplete` if the response ended before the result.
+        output: result as text; null unless the call completed.
+        content: the parts of the result that the model saw, if they include images and these are not too large.
         approval_request_id: id of the approval request that the client answered, if one was needed.
     """
 
@@ -183,7 +183,7 @@ class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     """Kinds of output tokens: `reasoning_tokens` counts the reasoning with the markers around it.
 
-    `return_draft_counts` adds the numbers of draft tokens that were verified, and of these that were accepted.
+    With `return_draft_counts`, there are also the numbers of verified and of accepted draft tokens.
     """
 
     reasoning_tokens: int
@@ -244,7 +244,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         created_at, completed_at: Unix seconds.
         status: `queued`, `in_progress`, `completed`, `incomplete`, `failed` or `cancelled`.
-        tools: tools that the model was shown, without hosted tools, headers and secrets.
+        tools: tools and MCP servers of the request, without hosted tools, headers and secrets.
         temperature, top_p, presence_penalty, frequency_penalty: values with which tokens were sampled.
         store: whether the response is stored.
     """

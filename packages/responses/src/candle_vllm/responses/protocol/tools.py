@@ -24,7 +24,7 @@ class FunctionTool(fields.WireModel):
     """A function that the client runs.
 
     `defer_loading` has no effect: the model sees every tool from the start. `async` and `output_schema` have no effect
-    either: they describe how the client runs the tool.
+    either: they describe the tool's execution and result, which are the client's.
     """
 
     type: Literal["function"]
@@ -97,14 +97,14 @@ class NamespaceTool(fields.WireModel):
 
 
 class ToolFilter(fields.WireModel):
-    """Some tools of a server: by their names, or by whether the server declares them read-only."""
+    """Tools of a server that match every field that is set: by name, and by whether the server calls them read-only."""
 
     tool_names: Annotated[list[fields.Name], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
     read_only: bool | None = None
 
 
 class ApprovalFilter(fields.WireModel):
-    """Which tools `always` need an approval, and which `never`; all other tools need one."""
+    """Which tools `always` need an approval, even if `never` names them too, and which `never`; all others need one."""
 
     always: ToolFilter | None = None
     never: ToolFilter | None = None
@@ -170,7 +170,7 @@ class McpTool(fields.WireModel):
 
 
 class HostedTool(fields.WireModel):
-    """A tool that OpenAI runs, such as `web_search`; it is ignored."""
+    """A tool of any other type, such as OpenAI's `web_search`; it is ignored with a warning."""
 
     type: Annotated[str, Field(min_length=1, max_length=fields.MAX_NAME)]
 
@@ -208,7 +208,7 @@ AnyTool = Annotated[
 
 
 class NamedToolChoice(fields.WireModel):
-    """Exactly one call of this tool is required."""
+    """A client's tool; as the whole tool choice, it requires exactly one call of this tool."""
 
     type: Literal["function", "custom"]
     name: fields.Name
@@ -216,7 +216,7 @@ class NamedToolChoice(fields.WireModel):
 
 
 class McpToolChoice(fields.WireModel):
-    """A call of a tool of this MCP server is required; with `name`, a call of the tool of this name."""
+    """All tools of an MCP server, or the one called `name`; as the whole tool choice, one of them must be called."""
 
     type: Literal["mcp"]
     server_label: fields.Name
@@ -231,7 +231,7 @@ def _served_reference(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in ("function", "custom", "mcp", "allowed_tools"):
         raise fields.unsupported(
-            "type", f"{kind!r:.60} is a tool of OpenAI's own; name a function, a custom or an mcp tool"
+            "type", f"tools of the type {kind!r:.60} do not run here; name a function, a custom or an mcp tool"
         )
     return value
 
@@ -244,7 +244,7 @@ ToolReference = Annotated[
 
 
 class AllowedToolsChoice(fields.WireModel):
-    """Only these tools may be called (`auto`), or one must be (`required`); the model sees all tools."""
+    """Only these tools may be called, with `required` at least one; the model sees all tools, with `none` no tools."""
 
     type: Literal["allowed_tools"]
     mode: Literal["none", "auto", "required"] = "auto"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Stores of responses and conversations: SQLite or PostgreSQL, limited in size, separate for each API key."""
+"""Stores of responses, conversations, answers and files: in memory, SQLite or PostgreSQL, limited in size."""

@@ -10,7 +10,7 @@ still change, end or delete the entry. Kinds of leases (`server/batches/store.py
 
     a response in the background    held and renewed by the server that answers it. An expired lease means that this
                                     server died: the server that finds it ends the response as failed.
-    an answer for the mailbox       likewise, but not renewed: the lease ends at the request's deadline.
+    an answer for the mailbox       likewise, but not renewed: the lease ends a minute after the request's deadline.
     a conversation's turn           held and renewed by the response that is generated in the conversation.
     a push to a webhook             due when its lease has ended. A server claims it, tries to push, and ends the lease
                                     or extends it until the next try. The holder is the push, not the server, so that
@@ -69,8 +69,8 @@ class Bounds:
         entry_size: maximum bytes of one entry without its parts.
         parts: maximum number of parts of one entry.
         parts_size: maximum bytes of the parts of one entry.
-        spares_leased: whether leased entries never expire and are never dropped, so that a new entry may be refused;
-            otherwise leased entries expire, and are dropped last.
+        spares_leased: whether leased entries do not expire, and neither leased nor active entries are dropped, so that
+            a new entry may be refused; otherwise only active entries do not expire, and both are dropped last.
         advice: advice for the message about a full store.
         several: whether there are several owners; an owner beyond half of `entries` or `size` then loses its own data.
     """
@@ -109,7 +109,7 @@ class StoreOptions:
         max_items: maximum number of items of one conversation.
         max_conversation_bytes: maximum bytes of the items of one conversation.
         max_chain: maximum number of responses that follow each other by `previous_response_id`.
-        max_chain_bytes: maximum bytes of the items of such a chain.
+        max_chain_bytes: maximum bytes of the responses of such a chain, input and output together.
     """
 
     url: str = field(default=MEMORY, repr=False)
@@ -164,7 +164,7 @@ class Backend(Protocol):
         ...
 
     async def open(self) -> None:
-        """Connect, and create or migrate the tables; ConfigError if that fails."""
+        """Connect, and create or migrate the tables; ConfigError (also NotReadyError, its subclass) if that fails."""
         ...
 
     async def close(self) -> None:
@@ -180,14 +180,14 @@ class Backend(Protocol):
     async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()) -> int:
         """Store an entry, or replace the one with its owner and id; return how many other entries were dropped.
 
-        A replaced entry that is active (`entries.ACTIVE`) keeps its place in lists and its parts; an inactive one is
-        deleted first. `names` are ids in the entry's contents, for `find`; `parts` are added to its parts. Raises
-        StoreLimitError if a limit of one entry or of the store prevents it.
+        A replaced entry that is active (`entries.ACTIVE`) keeps `created`, its place in lists and its parts; otherwise
+        it is deleted first. `names` are ids in the entry's contents, for `find`; `parts` are added to its parts. Raises
+        StoreLimitError if a limit prevents it, and InvalidParameterError if two parts have one id.
         """
         ...
 
     async def get(self, kind: str, owner: str, name: str) -> Entry | None:
-        """Return an unexpired entry. Active entries never expire, and with `spares_leased` neither do leased ones."""
+        """Return an unexpired entry, or None. Active and, with `spares_leased`, leased entries never expire."""
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
@@ -197,8 +197,8 @@ class Backend(Protocol):
     async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
         """Return an entry and the entries that it follows, the newest first.
 
-        The chain ends with its first entry, at a missing or an active one, or when it exceeds `most` entries or
-        `most_size` bytes. If it is complete, its entries count as used now.
+        The chain ends with an entry that follows none, before a missing one, with an active one, or with the one that
+        exceeds `most` entries or `most_size` bytes. Only if it is complete, its entries count as used now.
         """
         ...
 
@@ -237,11 +237,11 @@ class Backend(Protocol):
         ...
 
     async def expire(self) -> list[Entry]:
-        """Delete expired entries, and return them without contents."""
+        """Delete some expired entries, and return them without contents."""
         ...
 
     async def find(self, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:
-        """Return the parts with these ids, and the entries that have one of them in their `names`."""
+        """Return the owner's parts with these ids, and its entries that have one of these ids in their `names`."""
         ...
 
     # ---- parts -------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class Backend(Protocol):
         ...
 
     async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
-        """Return one part."""
+        """Return one part, or None."""
         ...
 
     async def delete_part(self, kind: str, owner: str, name: str, part: str) -> bool:
@@ -281,7 +281,7 @@ class Backend(Protocol):
         ...
 
     async def claim_due(self, until: int, busy_owners: Collection[str]) -> Entry | None:
-        """Claim, until a time, the inactive entry whose lease ended first; skip owners at their limit."""
+        """Claim until a time the inactive entry whose lease ended first, or return None; skip owners at their limit."""
         ...
 
     async def next_due(self, busy_owners: Collection[str]) -> int | None:
@@ -307,8 +307,8 @@ class BackendUrl(NamedTuple):
     """The URLs of a scheme.
 
     Attributes:
-        runs: module of this folder, and its class that implements `Backend` (place, bounds, clock); imported when a
-            store is opened.
+        runs: module of this folder, and its class that implements `Backend` (place, bounds, clock); imported by
+            `backend_at`.
         rest: what follows the scheme in messages; "" for an alias of a scheme, which messages omit.
         short: likewise, for the help of flags.
     """

@@ -56,7 +56,7 @@ class Database:
         self._thread = FairThreads(place.title, 1, max_waiting)
 
     async def open(self) -> None:
-        """Connect and create missing tables; raises `ConfigError`, or `NotReadyError` if no server answers."""
+        """Connect, and create or migrate tables; ConfigError, or NotReadyError if the database is not available."""
         engine = connect_to(self._place)
         try:
             arguments = engine, self._place, self._tables
@@ -110,10 +110,10 @@ def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], 
 
 
 def connect_to(place: Place) -> Engine:
-    """Return an engine for `memory` or the URL of an SQL database, without connecting.
+    """Return an engine for `memory` or the URL of an SQL database, without connecting; create the file for SQLite.
 
     Raises:
-        ConfigError: the URL is invalid, or a driver is missing.
+        ConfigError: the URL is invalid, the file cannot be written, or a driver is missing.
     """
     if place.url == MEMORY:
         return _watched(
@@ -172,20 +172,22 @@ def _sqlite(url: URL, place: Place) -> Engine:
             f"{place.setting} must name a file: sqlite:///folder/{name}.sqlite, with four slashes from the root",
             place.setting,
         )
-    path = Path(url.database).expanduser()
-    if not path.parent.parent.is_dir():  # creating more than one folder would hide a typing error
-        raise ConfigError(
-            f"cannot write the {place.title} {path}: there is no folder {path.parent.parent}; make it, or name another "
-            "file",
-            place.setting,
-        )
+    path = Path(url.database)
     try:
+        path = path.expanduser()
+        if not path.parent.parent.is_dir():  # creating more than one folder would hide a typing error
+            raise ConfigError(
+                f"cannot write the {place.title} {path}: there is no folder {path.parent.parent}; make it, or name "
+                "another file",
+                place.setting,
+            )
         if not path.parent.is_dir():
             path.parent.mkdir(mode=0o700, exist_ok=True)
             logger.warning("created the folder %s for the %s", path.parent, place.title)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users cannot read the answers
-    except OSError as error:
-        raise ConfigError(f"cannot write the {place.title} {path}: {error.strerror}", place.setting) from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~" names an unknown user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot write the {place.title} {path}: {reason}", place.setting) from None
     made = create_engine(url.set(database=str(path)), connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True)
     return _watched(made)
 
@@ -220,7 +222,7 @@ def _postgresql(url: URL, place: Place) -> Engine:
             connect_args={
                 "connect_timeout": BUSY_SECONDS,
                 "options": f"-c statement_timeout={_STATEMENT_MS}",
-                # A server that is gone without a word would otherwise hold the thread for up to two hours.
+                # A server that vanishes without closing the connection would hold the thread for up to two hours.
                 "tcp_user_timeout": _STATEMENT_MS,
                 "keepalives_idle": BUSY_SECONDS,
                 "keepalives_interval": BUSY_SECONDS,

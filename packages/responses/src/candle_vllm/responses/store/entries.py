@@ -13,7 +13,7 @@ from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, Requ
 
 
 class NotStoredError(RequestError):
-    """The caller owns no such response, conversation or item; another owner may have one."""
+    """The caller owns no such response, conversation, item, file or batch; another owner may have one."""
 
     def __init__(self, what: str, name: str, param: str) -> None:
         super().__init__(f"{what} with id {name!r:.80} was not found.", param)
@@ -24,7 +24,7 @@ class StoreLimitError(RequestError):
 
 
 class StoreFullError(StoreLimitError):
-    """The store is full, and no entry can be dropped now; this may change later.
+    """The store is full, and too few entries can be dropped now; this may change later.
 
     `own` tells whether the owner's share is full, and not the store.
     """
@@ -78,10 +78,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         id: unique for its owner.
         status: status; for a response, the status of the response object.
         expires: time of its expiry; None means never.
-        lease, holder: end of the lease, and who has it; None means no lease.
+        lease, holder: end of the lease, None without one; who has it, or had it last.
         follows: id of the response that this response continues.
-        about: summary, shown in lists; for a response, whether it runs in the `background`, and its `conversation`.
-        body: JSON of the response object, metadata or answer; empty while an answer streams, and in lists.
+        about: summary, also in lists; for a response, whether it runs in the `background`, and its `conversation`.
+        body: JSON of the response object, metadata, answer or batch; empty while an answer streams, and in lists.
         given: input; for a response, its request's items as a JSON list of items with ids.
     """
 
@@ -140,7 +140,7 @@ def is_id(text: str) -> bool:
 
 
 def checked_id(what: str, text: str, param: str | None = None) -> str:
-    """Return a text if it can be an id; otherwise raise NotStoredError with `param`."""
+    """Return a text if it can be an id; else raise NotStoredError with `param` (None: conversation_id or item_id)."""
     if not is_id(text):
         raise NotStoredError(what, text, param or ("conversation_id" if what == "Conversation" else "item_id"))
     return text

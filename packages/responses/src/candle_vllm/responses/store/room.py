@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, no
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.store.backend import Bounds, Place
-from candle_vllm.responses.store.entries import ACTIVE, EntryItem, StoreFullError, StoreLimitError
+from candle_vllm.responses.store.entries import ACTIVE, CONVERSATION, EntryItem, StoreFullError, StoreLimitError
 from candle_vllm.responses.store.tables import Tables
 
 NAMES_AT_ONCE = 500  # ids in one statement
@@ -39,7 +39,7 @@ class Room:
             beyond_share: whether the owner may exceed its share of the store.
 
         Raises:
-            StoreLimitError: the data is larger than the store.
+            StoreLimitError: the data is larger than the store, or than the owner's share.
             StoreFullError: too few entries may be deleted.
         """
         if self._connection.dialect.name == "postgresql":  # one server after the other makes room
@@ -59,7 +59,7 @@ class Room:
                 self._connection.execute(delete(belonging).where(belonging.c.entry.in_(numbers)))
             self._connection.execute(delete(self._entries).where(self._entries.c.number.in_(numbers)))
 
-    def append(self, number: int, owner: str, more: Sequence[EntryItem], *, skip_known: bool) -> int:
+    def append(self, kind: str, number: int, owner: str, more: Sequence[EntryItem], *, skip_known: bool) -> int:
         """Add parts to a row; return how many other entries were dropped, as in `Backend.append`."""
         parts, bounds = self._parts, self._bounds
         there = self._known(number, more)
@@ -73,10 +73,12 @@ class Room:
         count, held = self._connection.execute(counts).one()
         size = sum(each.size for each in more)
         if count + len(more) > bounds.parts or int(held) + size > bounds.parts_size:
+            is_conversation = kind == CONVERSATION
+            advice = "Delete items of it, or begin another." if is_conversation else bounds.advice
             raise StoreLimitError(
-                f"The conversation is full: at most {bounds.parts} items and {bounds.parts_size} bytes are stored of "
-                "one. Delete items of it, or begin another.",
-                "conversation",
+                f"No more fits into the {kind}: at most {bounds.parts} items and {bounds.parts_size} bytes are stored. "
+                + advice,
+                kind if is_conversation else None,
             )
         dropped = self.make(owner, size, keep=number)
         rows = [{"entry": number, "id": each.id, "size": each.size, "body": each.body} for each in more]

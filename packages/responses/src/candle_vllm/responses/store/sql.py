@@ -113,7 +113,7 @@ class SqlBackend:
             assert made.inserted_primary_key is not None
             number = made.inserted_primary_key[0]
         self._note(connection, number, names)
-        return dropped + (room.append(number, entry.owner, parts, skip_known=False) if parts else 0)
+        return dropped + (room.append(entry.kind, number, entry.owner, parts, skip_known=False) if parts else 0)
 
     @_transaction
     def get(self, connection: Connection, kind: str, owner: str, name: str) -> Entry | None:
@@ -250,7 +250,7 @@ class SqlBackend:
         skip_known: bool = False,
     ) -> int:
         number = self._find(connection, kind, owner, name, locked=True)
-        return self._room(connection).append(number, owner, parts, skip_known=skip_known)
+        return self._room(connection).append(kind, number, owner, parts, skip_known=skip_known)
 
     @_transaction
     def parts(

@@ -77,7 +77,7 @@ class Tables:
 
     @property
     def lock(self) -> int:
-        """Number of the advisory lock: with it, servers that start together create the tables one after the other."""
+        """Number of PostgreSQL's advisory lock with which servers that start together create the tables in turn."""
         return int.from_bytes(self.name[:4].encode(), "big")
 
 
