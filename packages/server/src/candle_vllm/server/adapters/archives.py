@@ -33,7 +33,7 @@ _HEADS = (
 )  # fmt: skip
 UNREADABLE = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, ArithmeticError, RecursionError)
 _KEPT = (sources.CONFIG, sources.WEIGHTS)
-_HTTP_SECONDS = 10.0  # timeout of a single read
+_HTTP_SECONDS = 10.0  # timeout of connecting and of each read
 _MAX_SUM = 4096  # maximum bytes of a checksum file
 _SUM = re.compile(r"[0-9a-f]{64}")
 _NOTHING = (403, 404, 410)  # S3 answers 403 for a missing key if the client may not list keys
@@ -104,7 +104,7 @@ def is_template(address: str) -> bool:
 
 
 def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
-    """Yield the chunks of the response body; FileNotFoundError if the URL does not exist."""
+    """Yield a body's chunks; FileNotFoundError if it does not exist, `Refused` after `most` bytes, or `Unavailable`."""
     import httpx
 
     shown, left = without_secrets(url), most
@@ -141,10 +141,11 @@ def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:
     """Unpack the adapter of a tar archive, plain or compressed with gzip, into an empty folder.
 
     Returns:
-        The base model that its configuration names.
+        The base model that the adapter's configuration names.
 
     Raises:
-        Refused: the archive has no adapter, two adapters, a link or a device, or too many members or bytes.
+        Refused: the archive is unreadable, exceeds a limit, or has a forbidden member, no adapter or several.
+        Unavailable: no time or no space in the cache is left.
     """
     most = min(archive.stat().st_size * MAX_RATIO, budget.limits.max_bytes) + _SLACK
     try:

@@ -29,7 +29,7 @@ from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
 
-MAX_KNOWN = 10_000  # registered adapters; beyond it, the least recently used are dropped, except the operator's
+MAX_KNOWN = 10_000  # adapters; beyond it, the least recently used are dropped, except the operator's and those in use
 _LISTED = 20  # maximum number of names in a message
 _NEAR = 200  # maximum number of names that are compared with an unknown one
 
@@ -159,7 +159,7 @@ class Adapters:
         return [(self._known[base, names[number]], scale) for number, scale in scales.items() if scale]
 
     async def listed(self) -> Sequence[Adapter]:
-        """Return `all()` after the names in local folders were read again."""
+        """Return `all()` with the names that local folders had at most a few seconds ago."""
         await self._lookout.refresh()
         return self.all()
 
@@ -330,7 +330,7 @@ class Adapters:
         A model with unchanged settings keeps its adapters with their files and scales.
 
         Raises:
-            UsageError: an adapter is invalid, or its name is or begins with the name of a model.
+            UsageError: an adapter or its name is invalid, or there are sources and no model with --enable-lora.
         """
         if self._lookout.sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
             raise UsageError("--lora-resolver needs a model with --enable-lora, and there is none")
