@@ -101,6 +101,8 @@ class BatchRun:
             except NotStoredError:
                 message = "The input file no longer exists."
                 await self._fail([BatchError(code="input_file_gone", message=message, param="input_file_id")])
+            except LineError as error:  # an earlier server allowed longer lines
+                await self._fail([BatchError(code=error.code, message=str(error))])
             except StoreLimitError as error:
                 await self._fail([BatchError(code="store_limit", message=str(error))])
         finally:
@@ -324,6 +326,8 @@ class BatchRun:
 
     async def _fail(self, errors: list[BatchError]) -> None:
         """End the batch as failed, with its results so far."""
+        with contextlib.suppress(CandleVllmError):  # a store without space may be why it fails
+            await self._flush()
         await self._change(errors=BatchErrors(data=errors))  # first, so that no server answers more lines
         await self._end()
 
