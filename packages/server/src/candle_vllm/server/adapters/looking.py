@@ -129,12 +129,9 @@ class Lookout:
             if error is not None:
                 raise type(error)(str(error))
             return None
-        outcome, seconds, error = "found", 0.0, None
+        outcome, seconds, error = "failed", 0.0, None
         try:
             found = await place.find(read)
-        except _Crowded:
-            outcome = "failed"
-            raise
         except (Refused, Unavailable) as failure:
             outcome, seconds, error = "refused", _MISSING_SECONDS, failure
             if isinstance(failure, Unavailable):
@@ -142,8 +139,7 @@ class Lookout:
                 logger.warning("the adapter %s cannot be fetched from %s: %s", read, source.kind, failure)
             raise
         else:
-            if found is None:
-                outcome, seconds = "missing", _MISSING_SECONDS
+            outcome, seconds = ("missing", _MISSING_SECONDS) if found is None else ("found", 0.0)
             return found
         finally:
             if seconds and source.kind != "local":
