@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -21,7 +22,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from candle_vllm.server.adapters import fetching
+from candle_vllm.server.adapters import archives, fetching
 from candle_vllm.server.adapters.archives import MAX_MEMBERS, TarSource, unpack
 from candle_vllm.server.adapters.disk_cache import DiskCache, Key
 from candle_vllm.server.adapters.hub import HubSource
@@ -494,6 +495,16 @@ def test_an_archive_with_another_sum_or_none_is_not_unpacked(store: Store, cache
 
 
 ADAPTER = [member(name, content) for name, content in files().items()]
+def test_a_full_disk_is_no_fault_of_an_archive(store: Store, cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.put_archive("/x.tar", whole())
+    monkeypatch.setattr(archives, "write_all", full)
+    with pytest.raises(Unavailable, match="cannot be stored in the cache: No space left"):
+        had(TarSource(store.url + "/{name}.tar", cache, Limits()), named("x"))
+
+
 HOSTILE_ARCHIVES = {
     "up": ([member("../" + CONFIG, b"{}"), *ADAPTER], "outside the archive"),
     "absolute": ([member("/etc/passwd", b"x"), *ADAPTER], "outside the archive"),

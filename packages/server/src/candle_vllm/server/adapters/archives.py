@@ -148,12 +148,15 @@ def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:
         Unavailable: no time or no space in the cache is left.
     """
     most = min(archive.stat().st_size * MAX_RATIO, budget.limits.max_bytes) + _SLACK
+        OSError: a file cannot be read or written.
     try:
         with opened_tar(archive, most) as (tar, _):
             return _unpack(tar, folder, budget)
     except UNREADABLE as error:
         raise sources.Refused(f"its archive cannot be read ({type(error).__name__})") from None
 
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk; gzip's errors have no number
+            raise
 
 @contextmanager
 def opened_tar(archive: Path, most: int) -> Iterator[tuple[tarfile.TarFile, BoundedStream]]:
