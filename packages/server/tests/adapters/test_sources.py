@@ -484,9 +484,10 @@ def test_an_archive_with_another_sum_or_none_is_not_unpacked(store: Store, cache
     store.files["/x.tar"] += b"x"
     with pytest.raises(Unavailable, match="does not match its checksum"):  # it may be about to be another
         had(source, named("x"))
-    store.files["/x.tar.sha256"] = b"<html>"
-    with pytest.raises(Unavailable, match="does not begin with a SHA-256"):
-        had(source, named("x"))
+    for page in (b"<html>", b"<html>" * 10_000):
+        store.files["/x.tar.sha256"] = page
+        with pytest.raises(Unavailable, match="does not begin with a SHA-256"):
+            had(source, named("x"))
     store.status = 302
     with pytest.raises(Unavailable, match="answered 302"):
         had(source, named("x"))
@@ -494,7 +495,6 @@ def test_an_archive_with_another_sum_or_none_is_not_unpacked(store: Store, cache
     assert kept(tmp_path / "cache") == (0, 0)
 
 
-ADAPTER = [member(name, content) for name, content in files().items()]
 def test_a_full_disk_is_no_fault_of_an_archive(store: Store, cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -505,6 +505,7 @@ def test_a_full_disk_is_no_fault_of_an_archive(store: Store, cache: DiskCache, m
         had(TarSource(store.url + "/{name}.tar", cache, Limits()), named("x"))
 
 
+ADAPTER = [member(name, content) for name, content in files().items()]
 HOSTILE_ARCHIVES = {
     "up": ([member("../" + CONFIG, b"{}"), *ADAPTER], "outside the archive"),
     "absolute": ([member("/etc/passwd", b"x"), *ADAPTER], "outside the archive"),
