@@ -262,7 +262,7 @@ class Adapters:
     async def bring(self, base: str) -> None:
         """Fetch missing files of the adapters that requests to a model use by id or by default.
 
-        Raises HttpError as `reach`, but only for an adapter that applies by default.
+        Raises HttpError as `reach`, and looks an adapter up for the first time, only if it applies by default.
         """
         entries = {entry.name: entry for entry in self.bases()}
         for adapter in self.numbered(base) if base in entries else ():
