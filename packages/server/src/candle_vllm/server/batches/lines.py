@@ -138,8 +138,8 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     if body.get("encoding_format") in ("bytes", "bytes_only"):
         raise LineError("encoding_format must be float or base64: a result is JSON.", "invalid_request", name)
     own = body.get("priority")
-    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route checks other values
-        body["priority"] = (own or 0) + PRIORITY
+    if own is None or (type(own) is int and -MAX_PRIORITY <= own <= MAX_PRIORITY - PRIORITY):  # others stay
+        body["priority"] = max(own or 0, 0) + PRIORITY
     return Line(name, url, json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode())
 
 
