@@ -668,6 +668,35 @@ async def test_a_batch_that_fails_in_a_full_store_shows_its_results(stored: Stor
     await stored.store.delete_file(stored.owner, batch.output_file_id or "")
 
 
+@pytest.mark.parametrize("cause", [lines.InvalidKeyError(), NotStoredError("File", "file-1", "file_id")])
+async def test_a_batch_that_fails_shows_results_that_were_not_written_yet(
+    cause: Exception, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "FLUSH_SECONDS", 3600.0)
+
+    async def before(name: str) -> None:
+        if name == "3":
+            raise cause
+
+    await stored.work(await stored.take(), Asked(before))
+    batch = await stored.batch()
+    assert (batch.status, batch.request_counts.completed) == ("failed", 3)
+    assert await stored.lines(batch.output_file_id) == ["0", "1", "2"]
+
+
+async def test_a_batch_with_a_line_that_the_next_server_finds_too_long_fails(stored: Stored) -> None:
+    stored.fail("gather", EngineDeadError("dead"))  # once the input was valid
+    first = await stored.take()
+    with pytest.raises(EngineDeadError):
+        await stored.work(first, Asked())
+    second = await stored.take()
+    second._longest = 10
+    await stored.work(second, Asked())
+    batch = await stored.batch()
+    assert batch.errors is not None
+    assert (batch.status, [error.code for error in batch.errors.data]) == ("failed", ["line_too_long"])
+
+
 async def test_a_batch_without_results_fails_without_files(stored: Stored) -> None:
     async def before(name: str) -> None:
         raise RuntimeError(name)

@@ -320,7 +320,9 @@ def test_requests_of_clients_go_first() -> None:
     def priority(**body: Any) -> Any:
         return json.loads(read_line(json.dumps(request("a", **body)).encode()).body)["priority"]
 
-    assert (priority(), priority(priority=7), priority(priority=-1)) == (PRIORITY, PRIORITY + 7, -1)
+    assert (priority(), priority(priority=7)) == (PRIORITY, PRIORITY + 7)
+    assert priority(priority=-1) == PRIORITY  # as it is, it would run together with requests of clients
+    assert priority(priority=-(1 << 31)) == -(1 << 31)  # the route refuses it
 
 
 REFUSALS = (

@@ -118,6 +118,10 @@ async def test_what_no_source_has_is_asked_for_once_in_a_while(source: FakeSourc
             await known.reach("acme/other")
         assert (failed.value.status, failed.value.headers["retry-after"]) == (503, "5")
     assert source.asked == ["acme/none", "acme/tone", "acme/other"]
+    source.fails = RuntimeError("unexpected")
+    with pytest.raises(RuntimeError):
+        await known.reach("acme/another")
+    assert outcomes == {("hf", "missing"): 1, ("hf", "refused"): 1, ("hf", "failed"): 2}
 
 
 async def test_a_thousand_unknown_names_are_nothing(source: FakeSource) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -21,7 +22,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from candle_vllm.server.adapters import fetching
+from candle_vllm.server.adapters import archives, fetching
 from candle_vllm.server.adapters.archives import MAX_MEMBERS, TarSource, unpack
 from candle_vllm.server.adapters.disk_cache import DiskCache, Key
 from candle_vllm.server.adapters.hub import HubSource
@@ -483,14 +484,25 @@ def test_an_archive_with_another_sum_or_none_is_not_unpacked(store: Store, cache
     store.files["/x.tar"] += b"x"
     with pytest.raises(Unavailable, match="does not match its checksum"):  # it may be about to be another
         had(source, named("x"))
-    store.files["/x.tar.sha256"] = b"<html>"
-    with pytest.raises(Unavailable, match="does not begin with a SHA-256"):
-        had(source, named("x"))
+    for page in (b"<html>", b"<html>" * 10_000):
+        store.files["/x.tar.sha256"] = page
+        with pytest.raises(Unavailable, match="does not begin with a SHA-256"):
+            had(source, named("x"))
     store.status = 302
     with pytest.raises(Unavailable, match="answered 302"):
         had(source, named("x"))
     assert ("GET", "/elsewhere") not in store.asked
     assert kept(tmp_path / "cache") == (0, 0)
+
+
+def test_a_full_disk_is_no_fault_of_an_archive(store: Store, cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.put_archive("/x.tar", whole())
+    monkeypatch.setattr(archives, "write_all", full)
+    with pytest.raises(Unavailable, match="cannot be stored in the cache: No space left"):
+        had(TarSource(store.url + "/{name}.tar", cache, Limits()), named("x"))
 
 
 ADAPTER = [member(name, content) for name, content in files().items()]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Answers a generation request, whole or streamed: the code that the routes of every API share.
+"""Answers requests for generation, embeddings and scores: the code that the routes of every API share.
 
 Steps 1 and 10 of a request's life. The body is read and validated, the request waits for its turn at a model, the
-adapter answers, and its output is sent; the turn ends when nothing more is generated.
+model's API adapter answers, and the answer is sent; the turn ends when nothing more is generated.
 """
 
 from __future__ import annotations

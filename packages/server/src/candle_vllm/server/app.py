@@ -128,7 +128,7 @@ def create_app(
     app.state.mailbox_writer = None if mailbox is None else MailboxWriter(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
-    app.state.reloader = None  # reads settings files again; `serve` sets it if the server was started with files
+    app.state.reloader = None  # reads settings files again; set by `serve`
     app.state.failure = None  # why the application could not start
     app.state.page_key = None  # key in the printed address of the web UI, with which the page may call tools
     # The web UI's routes come first, because its page replaces the server's own response to GET /.

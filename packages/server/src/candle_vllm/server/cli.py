@@ -2,8 +2,8 @@
 """The `candle-vllm` command: finds a command by its name, and runs it (before step 1 of a request's life).
 
 Every error that a user can cause ends as one line on standard error and exit status 2, or 1 if the next start may
-succeed without a change; the traceback is shown only with `--log-level debug`. Before Ctrl+C is handled, only modules
-that the interpreter has already loaded are imported, so that hardly any time passes until then.
+succeed without a change; the traceback is shown only with `--log-level debug`. Before Ctrl+C is handled, only a few
+small modules are imported, so that hardly any time passes until then.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ EXIT_BROKEN_PIPE = 141  # the status that a shell reports for a program that SIG
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 2 for a user's error, 130 after Ctrl+C, 141 if a pipe closed.
 
-    Some commands also return 1, such as `agent` if the request was not carried out. Without `argv`, this call ends the
-    process if daemon threads still run.
+    It is 1 if the next start may succeed without a change, and for some commands also otherwise: for `agent`, if the
+    request was not carried out. Without `argv`, this call ends the process if daemon threads still run.
     """
     try:
         from candle_vllm.server.interrupts import leave

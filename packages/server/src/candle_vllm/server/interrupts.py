@@ -54,7 +54,7 @@ def leave(status: int) -> int:
     """End the process if daemon threads still run, such as one that loads a model which nobody waits for.
 
     They would go on while the interpreter deletes the objects that they use. Threads that write files end first.
-    Without such threads, return the status.
+    Without daemon threads, return the status.
     """
     if any(thread.daemon for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):

@@ -44,10 +44,10 @@ async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T],
 
 
 def run_stoppable(runner: asyncio.Runner, function: Callable[[], T], name: str, discard: Callable[[T], object]) -> T:
-    """Run work that reports its progress, such as loading a model, and wait for it; arguments as in `in_thread`.
+    """Run work that reports its progress in a thread, and wait for it in `runner`; other arguments as in `in_thread`.
 
     Raises:
-        KeyboardInterrupt: Ctrl+C was pressed; the work ends at its next report of progress.
+        KeyboardInterrupt: Ctrl+C was pressed; the work, which ends at its next report, was waited for (`_STOPPING`).
     """
     stopped, ended = threading.Event(), threading.Event()
 

@@ -3,7 +3,7 @@
 
 Between steps 2 and 10 of a request's life. A task reads the chunks of the answer and stores the whole answer in the
 mailbox. The client reads the chunks from the task, or gets the whole answer at the end, or disconnects. Other requests
-are aborted when their client disconnects.
+are aborted when their client disconnects, except background responses.
 """
 
 from __future__ import annotations
@@ -71,10 +71,6 @@ class MailboxWriter:
 
     def wish(self, scope: Scope, wire: Any) -> tuple[Wish | None, Any]:
         """Return what a request asks of the mailbox, and the request changed accordingly: streamed, with token counts.
-
-        Args:
-            scope: ASGI scope with the request's headers.
-            wire: the request.
 
         Raises:
             HttpError: 400; the message names the header.

@@ -91,7 +91,7 @@ class Reloader:
         """Serve one more model until the server ends; `section` has the form of an entry of `models` in models.yaml.
 
         Raises:
-            UsageError: the entry is invalid, or another model has its name.
+            UsageError: the entry is invalid, another model has its name, or this server accepts no new models.
         """
         async with self._lock:
             remarks: list[str] = []
@@ -108,7 +108,7 @@ class Reloader:
 
         Raises:
             ModelNotServedError: no model has this name.
-            UsageError: it is the default model.
+            UsageError: it is the default or the active model.
         """
         async with self._lock:
             before, found = self._manager.catalogue, self._manager.find(name, exact=True).entry.name
@@ -122,7 +122,7 @@ class Reloader:
     def listen(self, stop: Callable[[], object]) -> None:
         """Read all files again on SIGHUP, in the running loop; if the terminal was closed, call `stop` instead."""
         if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-            return  # Windows has no such signal: there, only a request can reload
+            return  # Windows has no such signal, and only the main thread may handle one
         had_terminal, tasks = _has_terminal(), set[asyncio.Task[None]]()
 
         def hung_up() -> None:

@@ -76,7 +76,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         load: loads a model; None uses a `ModelLoader`.
 
     Raises:
-        CandleVllmError: the address cannot be bound, or the first model cannot be loaded.
+        CandleVllmError: a setting is wrong, the address cannot be bound, or a store or the first model does not open.
     """
     settings = configuration.settings
     if settings.node_rank:
@@ -191,7 +191,7 @@ class Start:
 
     Attributes:
         failure: why the model could not be loaded; the server then stops.
-        reloader: reads files again on SIGHUP; None if there are no such files.
+        reloader: reads files again on SIGHUP; None to leave SIGHUP alone.
         stopped: what the server was doing when it was stopped before the model was loaded.
     """
 
@@ -221,7 +221,7 @@ class Start:
             return
         self.stopped = None
         # The model's objects live as long as the process, so garbage collections need not examine them. No collection
-        # runs here: a start leaves some fifty objects to collect, and a collection takes a tenth of its time.
+        # runs here: a start leaves some fifty objects to collect, and a collection takes a tenth of the start.
         gc.freeze()
         sys.stdout.write(banner(self._app, self._address, slot))
         sys.stdout.flush()
@@ -230,7 +230,7 @@ class Start:
 
 
 def _warm_up(engine: ServedEngine) -> None:
-    """Prepare the vocabulary for grammars in a thread, which takes 1 to 2 seconds, once the first requests have run.
+    """Prepare the vocabulary for grammars in a thread, which takes 1 to 2 seconds, once no request runs.
 
     At exit, the process waits for this thread, because ending a thread inside compiled code may crash the process.
     """
@@ -404,8 +404,8 @@ def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, s
     drafts = draft_settings(model.speculative_config) if model.speculative_config else None
     limits = (
         *((limit, f"{RATES[name].unit} a {RATES[name].window}") for name, limit in settings.rates.items()),
-        (settings.max_queued_requests, "sequences that wait"),
-        (settings.max_queued_per_key, "of them of one key"),
+        (settings.max_queued_requests, "waiting sequences"),
+        (settings.max_queued_per_key, "waiting sequences of one key"),
     )
     mailbox: Mailbox | None = app.state.mailbox
     ranks = (model.tensor_parallel_size or model.cpu_ranks or 1) * (model.pipeline_parallel_size or 1)

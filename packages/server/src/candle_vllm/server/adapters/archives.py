@@ -33,7 +33,7 @@ _HEADS = (
 )  # fmt: skip
 UNREADABLE = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, ArithmeticError, RecursionError)
 _KEPT = (sources.CONFIG, sources.WEIGHTS)
-_HTTP_SECONDS = 10.0  # timeout of a single read
+_HTTP_SECONDS = 10.0  # timeout of connecting and of each read
 _MAX_SUM = 4096  # maximum bytes of a checksum file
 _SUM = re.compile(r"[0-9a-f]{64}")
 _NOTHING = (403, 404, 410)  # S3 answers 403 for a missing key if the client may not list keys
@@ -65,6 +65,8 @@ class TarSource(FetchedSource):
             told = b"".join(_http(summed, budget, _MAX_SUM))[:64].decode("ascii", "replace").lower()
         except FileNotFoundError:
             return None
+        except sources.Refused:  # longer than a checksum file
+            told = ""
         if not _SUM.fullmatch(told):
             raise sources.Unavailable(f"the checksum of {shown} does not begin with a SHA-256")
         if wanted is not None and told != wanted:
@@ -104,7 +106,7 @@ def is_template(address: str) -> bool:
 
 
 def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
-    """Yield the chunks of the response body; FileNotFoundError if the URL does not exist."""
+    """Yield a body's chunks; FileNotFoundError if it does not exist, `Refused` after `most` bytes, or `Unavailable`."""
     import httpx
 
     shown, left = without_secrets(url), most
@@ -141,16 +143,20 @@ def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:
     """Unpack the adapter of a tar archive, plain or compressed with gzip, into an empty folder.
 
     Returns:
-        The base model that its configuration names.
+        The base model that the adapter's configuration names.
 
     Raises:
-        Refused: the archive has no adapter, two adapters, a link or a device, or too many members or bytes.
+        Refused: the archive is unreadable, exceeds a limit, or has a forbidden member, no adapter or several.
+        Unavailable: no time or no space in the cache is left.
+        OSError: a file cannot be read or written.
     """
     most = min(archive.stat().st_size * MAX_RATIO, budget.limits.max_bytes) + _SLACK
     try:
         with opened_tar(archive, most) as (tar, _):
             return _unpack(tar, folder, budget)
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk; gzip's errors have no number
+            raise
         raise sources.Refused(f"its archive cannot be read ({type(error).__name__})") from None
 
 

@@ -81,7 +81,7 @@ class DiskCache:
         return place / _FILES, entry
 
     def latest(self, kind: str, is_it: Callable[[str], bool], asked: str) -> Key | None:
-        """Return the last used key whose name passes `is_it`, and whose requested or pinned revision is `asked`."""
+        """Return the most recently used key with this kind, a name that passes `is_it`, and `asked` as a revision."""
         found = [(used, entry) for used, _, entry in self._entries() if entry.key.kind == kind]
         found = [(used, entry) for used, entry in found if is_it(entry.key.name)]
         found = [(used, entry) for used, entry in found if asked in (entry.asked, entry.key.revision)]
@@ -127,7 +127,7 @@ class DiskCache:
     def hold(self, path: Path) -> Callable[[], None]:
         """Protect an adapter of `find` or `put` from eviction until the returned function is called.
 
-        Both mark the adapter as used now.
+        This call and that function mark the adapter as used now.
         """
         digest = path.parent.name
         with self._lock:

@@ -3,7 +3,7 @@
 
 Runs in threads before step 1 of a request's life. A source fetches only from the location that the operator named; a
 request supplies only a name below it. The revision is pinned to one that identifies the content (a commit, a checksum,
-an entity tag) before anything is fetched, and the configuration is checked before the weights are fetched.
+an entity tag) before anything is fetched. The configuration is checked before separate weights are fetched.
 """
 
 from __future__ import annotations

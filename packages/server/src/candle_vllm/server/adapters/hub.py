@@ -144,7 +144,7 @@ class HubSource(FetchedSource):
                         left -= 1
                         if not left:
                             logger.warning(
-                                "%s has more than %d commits: @%s is not looked for", repo, _MAX_HISTORY, commit
+                                "%s: the %d commits that were searched do not include @%s", repo, _MAX_HISTORY, commit
                             )
                             return False
         except (HTTPError, OSError, ValueError, msgspec.MsgspecError) as error:
@@ -155,7 +155,7 @@ class HubSource(FetchedSource):
         return False
 
     def _told(self, url: str, budget: sources.Budget) -> tuple[bytes, str]:
-        """Return the response body of a URL, and the URL of the next page or ""; raises what `_answer` raises."""
+        """Return the response body of a URL, and the URL of the next page or ""; raises the errors of `_answer`."""
         told = bytearray()
         with self._answer(url, budget) as answer:
             for piece in answer.iter_raw():
@@ -169,7 +169,7 @@ class HubSource(FetchedSource):
 
     @contextmanager
     def _answer(self, url: str, budget: sources.Budget) -> Iterator[Any]:
-        """Yield a response that is not compressed; raises HTTPError and OSError of huggingface_hub."""
+        """Yield an uncompressed response; raises HTTPError and OSError of huggingface_hub, and `Unavailable`."""
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 

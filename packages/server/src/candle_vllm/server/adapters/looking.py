@@ -2,8 +2,8 @@
 """Looks up adapters in the sources, in their order; requests for the same name share a lookup.
 
 Before step 1 of a request's life. A lookup only finds out whether a source has a name. Each source limits its own
-lookups and fetches, so that local folders and cached adapters never wait for a download. A name that a source does not
-have, refuses or cannot deliver is remembered for a while.
+lookups and fetches, so that local folders and cached adapters never wait for a download. A name that a remote source
+does not have, refuses or cannot deliver is remembered for a while.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Lookout:
 
     Args:
         sources: sources that are searched in this order.
-        looked: called after each lookup with the kind of the source and the outcome.
+        looked: called with the source's kind and the outcome after each lookup in a source.
     """
 
     def __init__(self, sources: Sequence[Source], looked: Callable[[str, str], object]) -> None:
@@ -129,12 +129,9 @@ class Lookout:
             if error is not None:
                 raise type(error)(str(error))
             return None
-        outcome, seconds, error = "found", 0.0, None
+        outcome, seconds, error = "failed", 0.0, None
         try:
             found = await place.find(read)
-        except _Crowded:
-            outcome = "failed"
-            raise
         except (Refused, Unavailable) as failure:
             outcome, seconds, error = "refused", _MISSING_SECONDS, failure
             if isinstance(failure, Unavailable):
@@ -142,8 +139,7 @@ class Lookout:
                 logger.warning("the adapter %s cannot be fetched from %s: %s", read, source.kind, failure)
             raise
         else:
-            if found is None:
-                outcome, seconds = "missing", _MISSING_SECONDS
+            outcome, seconds = ("missing", _MISSING_SECONDS) if found is None else ("found", 0.0)
             return found
         finally:
             if seconds and source.kind != "local":

@@ -29,7 +29,7 @@ from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
 
-MAX_KNOWN = 10_000  # registered adapters; beyond it, the least recently used are dropped, except the operator's
+MAX_KNOWN = 10_000  # adapters; beyond it, the least recently used are dropped, except the operator's and those in use
 _LISTED = 20  # maximum number of names in a message
 _NEAR = 200  # maximum number of names that are compared with an unknown one
 
@@ -159,7 +159,7 @@ class Adapters:
         return [(self._known[base, names[number]], scale) for number, scale in scales.items() if scale]
 
     async def listed(self) -> Sequence[Adapter]:
-        """Return `all()` after the names in local folders were read again."""
+        """Return `all()` with the names that local folders had at most a few seconds ago."""
         await self._lookout.refresh()
         return self.all()
 
@@ -262,7 +262,7 @@ class Adapters:
     async def bring(self, base: str) -> None:
         """Fetch missing files of the adapters that requests to a model use by id or by default.
 
-        Raises HttpError as `reach`, but only for an adapter that applies by default.
+        Raises HttpError as `reach`, and looks an adapter up for the first time, only if it applies by default.
         """
         entries = {entry.name: entry for entry in self.bases()}
         for adapter in self.numbered(base) if base in entries else ():
@@ -330,7 +330,7 @@ class Adapters:
         A model with unchanged settings keeps its adapters with their files and scales.
 
         Raises:
-            UsageError: an adapter is invalid, or its name is or begins with the name of a model.
+            UsageError: an adapter or its name is invalid, or there are sources and no model with --enable-lora.
         """
         if self._lookout.sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
             raise UsageError("--lora-resolver needs a model with --enable-lora, and there is none")

@@ -87,7 +87,7 @@ def read_source(spec: str, settings: HubOptions, cache: DiskCache, limits: sourc
 
 
 class BucketSource(FetchedSource):
-    """A bucket of an S3-compatible store; the keys of an adapter's files start with `name/` or `name/revision/`.
+    """A folder in an S3-compatible bucket; keys of an adapter's files start with `name/` or `name/revision/` in it.
 
     Address and credentials come from environment variables: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and others.
     `place` is `bucket` or `bucket/folder`.

@@ -60,13 +60,13 @@ def read_name(text: str) -> AdapterName | None:
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits for a fetched adapter.
+    """Limits for an adapter of a source; in a local folder, only those for its configuration.
 
     Attributes:
         max_bytes: maximum size of all its files together.
         max_rank: maximum rank in its configuration.
         bases: patterns, one of which the adapter's base model must match; empty allows every base model.
-        seconds: maximum time to fetch it.
+        seconds: maximum time of a lookup, and of fetching.
     """
 
     max_bytes: int = 1 << 30
@@ -101,7 +101,7 @@ class Room:
 class Budget:
     """The bytes and the seconds that are left for fetching one adapter; `disk` accounts for bytes on disk.
 
-    Its methods raise `Refused` when no bytes are left, and `Unavailable` when no time is left.
+    Raises `Refused` when no bytes are left, `Unavailable` when no time is left, and the errors of `DiskCache.put`.
     """
 
     def __init__(self, limits: Limits, disk: Room | None = None) -> None:
@@ -136,7 +136,7 @@ class Budget:
         self.store(size)
 
     def store(self, size: int) -> None:
-        """Count `size` bytes of temporary files, which do not belong to the adapter; negative when they are deleted."""
+        """Count `size` bytes on disk, also of temporary files; negative when they are deleted."""
         if self._disk is not None:
             self._disk.take(size)
         _ = self.seconds
@@ -166,7 +166,7 @@ class Source(Protocol):
     """A place from which adapters are loaded.
 
     Attributes:
-        kind: local, hf, s3 or tar, for logs and metrics.
+        kind: local, hf, s3 or tar.
         pins: whether the revision in `Found` finds the same adapter again later.
     """
 
@@ -188,7 +188,7 @@ class Source(Protocol):
 def check_config(text: bytes, limits: Limits) -> str | None:
     """Check a configuration and return the base model that it names; raises `Refused` for an unsupported one.
 
-    This happens before the weights are fetched. The engine checks later whether the weights fit the base model.
+    The engine checks later whether the weights fit the base model.
     """
     try:
         base = parse_config(text, Path(CONFIG), limits.max_rank).base
@@ -208,7 +208,7 @@ def check_base(base: str | None, limits: Limits) -> None:
 
 
 class LocalSource:
-    """A folder of adapters. A name is a path in it; `name@version` is the folder `version` inside the folder `name`."""
+    """A folder of adapters, named by their paths without `.gguf`; `name@version` is `version` in the folder `name`."""
 
     kind = "local"
     pins = False
@@ -231,7 +231,7 @@ class LocalSource:
         return Found(path, str(name), name.revision, base)
 
     def names(self) -> Sequence[str]:
-        """Names of the adapters in the folder and its subfolders that `find` accepts, at most `_MAX_LISTED`."""
+        """Names of adapters that `find` accepts, down to three levels, at most `_MAX_LISTED`."""
         root, found = self._folder.resolve(), list[str]()
         for path in _below(root, 3):
             if len(found) >= _MAX_LISTED:
@@ -245,7 +245,7 @@ class LocalSource:
 
 
 def _below(folder: Path, depth: int) -> Sequence[Path]:
-    """List the folders and GGUF files below a folder in breadth-first order."""
+    """List files and folders down to `depth` levels, breadth-first; none hidden, none in a linked folder."""
     level, found = [folder], list[Path]()
     for _ in range(depth):
         below = list[Path]()

@@ -32,7 +32,7 @@ POOLING = ("/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/v
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", *POOLING)
 MAX_CUSTOM_ID = 512  # characters
 PRIORITY = 1000  # added to a line's own priority, so that requests of clients run first
-LONGEST_PAUSE = 5.0  # maximum seconds before a line is sent again because the server was full
+LONGEST_PAUSE = 5.0  # maximum seconds before a line is sent again
 _FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready", "model_sleeping", "request_aborted",
                    "conversation_locked", "store_unavailable"})  # fmt: skip
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
@@ -138,8 +138,8 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     if body.get("encoding_format") in ("bytes", "bytes_only"):
         raise LineError("encoding_format must be float or base64: a result is JSON.", "invalid_request", name)
     own = body.get("priority")
-    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route checks other values
-        body["priority"] = (own or 0) + PRIORITY
+    if own is None or (type(own) is int and -MAX_PRIORITY <= own <= MAX_PRIORITY - PRIORITY):  # others stay
+        body["priority"] = max(own or 0, 0) + PRIORITY
     return Line(name, url, json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode())
 
 
@@ -158,7 +158,8 @@ class Application:
     ) -> Result:
         """Return the result of a line that `caller` sent.
 
-        While the server is full or its model is not ready, send the line again, until `stopped` returns a reason.
+        While the failure is temporary (`_FULL`), and once after `engine_dead`, send the line again, until `stopped`
+        returns a reason. Raises InvalidKeyError if the application answers 401.
         """
         try:
             line = await self.read(data, endpoint)

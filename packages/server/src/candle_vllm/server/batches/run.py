@@ -41,7 +41,7 @@ class BatchRun:
         store: store of the batch.
         held: the batch, whose lease this server has.
         longest: maximum bytes of a line.
-        pause: seconds between two checks whether this server still has the lease and whether the batch was cancelled.
+        pause: seconds between renewals of the lease, and between checks whether the batch was cancelled.
         able: returns whether the server can answer lines.
 
     Attributes:
@@ -101,6 +101,8 @@ class BatchRun:
             except NotStoredError:
                 message = "The input file no longer exists."
                 await self._fail([BatchError(code="input_file_gone", message=message, param="input_file_id")])
+            except LineError as error:  # an earlier server allowed longer lines
+                await self._fail([BatchError(code=error.code, message=str(error))])
             except StoreLimitError as error:
                 await self._fail([BatchError(code="store_limit", message=str(error))])
         finally:
@@ -123,7 +125,7 @@ class BatchRun:
             await self._fail([BatchError(code="server_error", message="The server failed; its log has the reason.")])
 
     async def _renew_lease(self) -> None:
-        """Renew the lease, and watch for a cancellation; stop if another server has taken over the batch."""
+        """Renew the lease, and watch for a cancellation; cancel the work if another server has taken over the batch."""
         while True:
             await asyncio.sleep(self._pause)
             with contextlib.suppress(StoreUnavailableError):
@@ -141,7 +143,7 @@ class BatchRun:
     async def _lines(self) -> AsyncGenerator[list[tuple[int, bytes]]]:
         """Yield lists of the input's lines with their numbers, from 1, without empty lines.
 
-        Raises NotStoredError if the input file does not exist any more.
+        Raises NotStoredError if the input file does not exist any more, and LineError for a line that is too long.
         """
         owner, number, rest = self.held.owner, 0, b""
         file = await self._store.file(owner, self.record.batch.input_file_id)
@@ -261,7 +263,7 @@ class BatchRun:
             await asyncio.gather(wish, answer, return_exceptions=True)
 
     async def _collect(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Wait for the running lines: after a cancellation they fail at once, after expiry once the server is full."""
+        """Wait for the running lines; a cancelled one fails at once, an expired one before it would be sent again."""
         if working:
             await asyncio.wait(working)
         self._unwritten += [(number, task.result()) for task, number in working.items()]
@@ -290,7 +292,7 @@ class BatchRun:
         del self._unwritten[: len(results)]
 
     async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Repeat `work` while the store is full (entries may expire) or unavailable, at most after `FULL_PAUSES`."""
+        """Repeat `work` after each of `FULL_PAUSES` while the store is full (entries may expire) or unavailable."""
         for pause in FULL_PAUSES:
             with contextlib.suppress(StoreFullError, StoreUnavailableError):
                 return await work()
@@ -324,6 +326,8 @@ class BatchRun:
 
     async def _fail(self, errors: list[BatchError]) -> None:
         """End the batch as failed, with its results so far."""
+        with contextlib.suppress(CandleVllmError):  # a store without space may be why it fails
+            await self._flush()
         await self._change(errors=BatchErrors(data=errors))  # first, so that no server answers more lines
         await self._end()
 

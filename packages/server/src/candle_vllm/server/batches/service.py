@@ -96,7 +96,7 @@ class Batches:
         await self.store.close()
 
     async def create(self, owner: str, wire: records.BatchRequest) -> records.Batch:
-        """Create a batch, which begins soon; NotStoredError if its input file does not exist."""
+        """Create a batch; NotStoredError without its input file, InvalidParameterError for a file of images."""
         given = await self.store.file(owner, wire.input_file_id, "input_file_id")
         if given.purpose in records.SEEN:
             said = f"input_file_id: the file was stored for {given.purpose}; a batch needs one for {records.BATCH}"
@@ -229,7 +229,7 @@ def _too_much(status: int, said: str) -> HttpError:
 async def stored_image(file_id: str, path: str) -> bytes:
     """Return the content of a file of the current request's caller; `path` is the request field that names it.
 
-    Raises InvalidParameterError if the file does not exist, or is too large.
+    Raises InvalidParameterError if the file does not exist or is too large, or the server stores no files.
     """
     context = current_request.get()
     app = None if context is None else context.scope.get("app")

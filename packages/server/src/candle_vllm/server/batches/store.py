@@ -33,7 +33,7 @@ MANY = 1000  # files that are read at once to find the files of one purpose
 UPLOAD_MS = 15 * 60_000  # time limit of an upload
 MAX_LINES = 50_000
 _CANCEL = "cancel"  # id of the part that cancels a batch
-_BATCH_BYTES = 2048  # maximum bytes of a batch as JSON without its metadata, in any state
+_BATCH_BYTES = 2048  # enough for a batch as JSON without its metadata, and with one error
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class FileOptions:
 
     Attributes:
         url: URL of the store, as in `StoreOptions`.
-        max_bytes: maximum bytes of all files; beyond it, the oldest file of the key with the most data is deleted.
+        max_bytes: maximum bytes of all files; beyond it, the least recently used ones are dropped (see `Bounds`).
         max_file_bytes: maximum bytes of one file.
-        retention_seconds: how long files and ended batches are stored.
+        retention_seconds: how long ended batches are stored, and files at most.
         max_entries: maximum number of files and batches.
     """
 
@@ -101,7 +101,7 @@ class BatchStore:
     async def upload(
         self, owner: str, name: str, pieces: AsyncIterator[bytes], seconds: int | None, purpose: str = BATCH
     ) -> FileObject:
-        """Store a file; StoreLimitError if it is too large.
+        """Store a file; StoreLimitError if it is too large for the store. `pieces` enforce `max_file_bytes`.
 
         Args:
             owner, name, purpose: owner, file name and purpose of the file.
@@ -134,7 +134,7 @@ class BatchStore:
         return _file(found)
 
     async def files(self, owner: str, limit: int, after: str | None, purpose: str | None) -> list[FileObject]:
-        """Return at most `limit` files, newest first, following the id `after`."""
+        """Return at most `limit` files of a purpose (None: of all), newest first, following the id `after`."""
         backend = await self.backend()
         made: list[FileObject] = []
         most = limit if purpose is None else MANY
@@ -300,7 +300,7 @@ def too_large(most: int) -> entries.StoreLimitError:
 
 
 def _body(record: BatchRecord) -> bytes:
-    """Return a record as JSON, padded to its largest size, so that a batch can end although the store is full."""
+    """Return a record as JSON, padded to its size at the end, so that a batch can end although the store is full."""
     return msgspec.json.encode(record).ljust(_BATCH_BYTES + len(msgspec.json.encode(record.batch.metadata)))
 
 
