@@ -153,3 +153,19 @@ def test_a_choice_without_tools() -> None:
     plan = planned(choice="required")
     with pytest.raises(InvalidParameterError, match="nothing to choose from"):
         plan.use(plan.choice, parallel=None)
+
+
+@pytest.mark.parametrize(
+    ("wish", "rules"),
+    [
+        ({"never": {"tool_names": ["t"]}}, ["never", "always"]),
+        ({"never": {}}, ["always", "always"]),
+        ({"never": {"tool_names": None}}, ["always", "always"]),
+        ({"never": {"read_only": False}, "always": {"tool_names": ["u"]}}, ["never", "always"]),
+        ({"always": {}, "never": {"tool_names": ["t"]}}, ["always", "always"]),
+        ("never", ["never", "never"]),
+        (None, ["always", "always"]),
+    ],
+)
+def test_an_empty_filter_approves_nothing(wish: Any, rules: list[str]) -> None:
+    assert [*planned({**SERVER, "require_approval": wish}).approval.values()] == rules

@@ -202,7 +202,10 @@ def _rule(tool: wire_tools.McpTool, definition: ToolDefinition) -> Rule:
     if isinstance(wish, wire_tools.ApprovalFilter):
         if wish.always is not None and _matches(wish.always, definition):
             return "always"
-        return "never" if wish.never is not None and _matches(wish.never, definition) else "always"
+        never = wish.never
+        if never is None or (never.tool_names, never.read_only) == (None, None):  # an empty filter approves nothing
+            return "always"
+        return "never" if _matches(never, definition) else "always"
     return wish or "always"
 
 
