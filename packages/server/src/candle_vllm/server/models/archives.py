@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models from URLs (GGUF files and tar archives, before step 1): parallel range downloads, verification, storage.
+"""Models in tar archives and GGUF files at URLs (before step 1): parallel range downloads, verification, storage.
 
 A model's folder is prepared under another name, and renamed once it is complete and has its marker file. An interrupted
 download is resumed or repeated, and is never mistaken for a complete model. Archives are untrusted: only plain files
@@ -119,13 +119,14 @@ class Archive(NamedTuple):
 
 
 def fetch_archive(archive: Archive, root: Path) -> Path:
-    """Return the folder of an archive's model below `root`; fetch and unpack the archive if the folder is missing.
+    """Return the folder of an archive's model below `root`; fetch and unpack the archive if the model is missing.
 
     Processes that need the same model wait for one download. Progress is reported to `candle_vllm.core.progress`.
 
     Raises:
-        ModelNotFoundError: the download failed; the next call resumes it.
-        InvalidFileError: the archive does not match its checksum, cannot be unpacked, or has no model.
+        ModelNotFoundError: the download failed; the next call resumes it if the server supports range requests.
+        InvalidFileError: the archive does not match its checksum, cannot be unpacked, or has not exactly one model; or
+            the model's folder has other files.
         OSError: the folder cannot be written.
     """
     if archive.is_in(root):  # also works on a read-only file system
@@ -184,7 +185,9 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
         offline: whether only stored models are used.
 
     Raises:
-        ModelNotFoundError, InvalidFileError: as `fetch_archive`.
+        ModelNotFoundError: as `fetch_archive`; or the address is no URL, the model is missing and `offline`, or its
+            folder cannot be written.
+        InvalidFileError: as `fetch_archive` and `Archive.of`.
     """
     archive = Archive.of(address)
     if archive is None or not archive.is_remote:
@@ -399,7 +402,8 @@ def _check_room(path: Path, nbytes: int) -> None:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar archive, plain or compressed with gzip, into an empty folder.
 
-    Raises InvalidFileError if it is unreadable or too large, or has a device, or a path or link that leads out of it.
+    Raises InvalidFileError if it is unreadable or exceeds a limit, has a path or link that leads out of it, or has a
+    member that is no folder, link or plain file, or occurs twice.
     """
     most = min(archive.stat().st_size * _MAX_RATIO + _SLACK, shutil.disk_usage(folder).free)
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Loads a catalogue entry: checks the free memory, starts the engine, builds the API adapters and the admission.
 
-Runs before step 1 of a request's life, in a thread of the model manager. The functions import the engine when they are
-called, because the import takes seconds.
+Runs before step 1 of a request's life, mostly in a thread that the model switcher starts. The functions import the
+engine when they are called, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ModelLoader:
         self._images = images
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
-        """Find the model's files, download them if necessary, and read their headers.
+        """Find or download the model's files, read their headers, and compare their size with the memory.
 
         Raises:
             ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served even without other models.
@@ -89,7 +89,7 @@ def serve_engine(
     engine: ServedEngine, entry: ModelEntry, metrics: Metrics, adapters: Adapters | None = None,
     images: ImageSources | None = None,
 ) -> ServedModel:  # fmt: skip
-    """Build the served model of a loaded engine: watcher, API adapters and admission; `images` as in `ModelLoader`."""
+    """Build the served model of an engine, which is closed if this fails; `images` as in `ModelLoader`."""
     settings, info, name = entry.settings, engine.model_info, entry.names[0]
     admission = Admission(
         # the sequences of a full step, and a few that wait in the engine, so that every step is full

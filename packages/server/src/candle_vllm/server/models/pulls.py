@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _PIECE = 1 << 20  # bytes that are verified at a time
 _PAUSE = 0.2  # seconds between two reports
 _MAX_RUNNING = 8  # maximum number of running and waiting downloads
-_MAX_ENDED = 16  # maximum number of listed unsuccessful downloads
+_MAX_ENDED = 16  # maximum number of listed unsuccessful downloads when another begins
 
 
 # ---- one model, in a thread ------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def fetch(settings: ModelOptions, plan: downloads.Plan) -> downloads.Local:
     Progress is reported to `candle_vllm.core.progress`.
 
     Raises:
-        PullError: the disk is too small, or the download did not finish.
+        PullError: the disk is too small, the download did not finish, or the hub cache's folder is damaged.
         InvalidFileError: a file does not match its checksum; the file is removed.
     """
     here = sum(local.size for local in downloads.downloaded(settings) if local.name == plan.name)
@@ -226,7 +226,7 @@ class Pull:
     async def follow(self) -> AsyncIterator[Progress]:
         """Yield the progress until the download ends; the download continues if nobody follows it.
 
-        Raises CandleVllmError if the download failed or was stopped.
+        Raises the download's error if it failed, and PullError if it was stopped.
         """
         told = asyncio.Queue[Progress | None]()
         self._followers.add(told)
@@ -244,7 +244,7 @@ class Pull:
             raise PullError(f"{self.plan.name} was not downloaded completely: the download was stopped", "stopped")
 
     def tell(self, progress: Progress | None) -> None:
-        """Report progress to all followers, or None at the end. A late progress bar may report after the end."""
+        """Report progress to all followers, or None at the end; progress after a stop or a failure is ignored."""
         if progress is not None and self.state in ENDED:
             return
         if progress is not None:
