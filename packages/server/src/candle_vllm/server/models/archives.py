@@ -19,7 +19,7 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -58,13 +58,13 @@ class Archive(NamedTuple):
     sha256: str | None = None
 
     @classmethod
-    def of(cls, text: str, sha256: str | None = None) -> Archive | None:
+    def of(cls, text: str) -> Archive | None:
         """Parse a location with an optional suffix `#sha256=...`; None for a local path that is not an archive.
 
         Raises InvalidFileError if the checksum or the address is invalid.
         """
-        address, _, told = text.partition("#sha256=")
-        sha256 = (sha256 or told or "").lower() or None
+        address, mark, told = text.partition("#sha256=")
+        sha256 = told.lower() if mark else None
         if sha256 is not None and not _SUM.fullmatch(sha256):
             shown = without_secrets(address, alone=True)
             raise InvalidFileError(f"the SHA-256 of {shown} must have 64 hexadecimal digits, not {sha256!r:.80}")
@@ -414,7 +414,7 @@ def unpack(archive: Path, folder: Path) -> None:
     except Refused as error:
         raise InvalidFileError(f"{archive.name}: {error}") from None
     except FileExistsError as error:
-        raise InvalidFileError(f"{archive.name} has {Path(error.filename).name!r} twice") from None
+        raise InvalidFileError(f"{archive.name} has {Path(error.filename2 or error.filename).name!r} twice") from None
     except UNREADABLE as error:
         raise InvalidFileError(f"{archive.name} cannot be unpacked ({type(error).__name__}: {error!s:.200})") from None
 
@@ -456,19 +456,3 @@ def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
     if links:
         name, target = next(iter(links.items()))
         raise Refused(f"its archive has {name!r:.100}, a link to {target!r:.100}, which is no file of it")
-
-
-def writable(roots: Sequence[Path]) -> Path:
-    """Return the first folder that is writable, created if necessary; otherwise raise the OSError of the last one."""
-    problem: OSError | None = None
-    for root in roots:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            probe = root / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            problem = error
-        else:
-            return root
-    raise problem or OSError("no folder was given")
