@@ -128,6 +128,8 @@ def test_a_file_that_there_is_not_is_told_the_others() -> None:
         with pytest.raises(ModelNotFoundError, match=r"append one with a colon.*Q8_0"):
             choose_file(["m-Q5_0.gguf", "m-Q8_0.gguf"], model_names.Named("org/m", tag))
     assert choose_file(["config.json", "model.safetensors"], model_names.Named("org/m", None)) is None
+    parts = ["config.json", "m-Q8_0.gguf", "vae/part.safetensors"]  # not the model's own safetensors
+    assert choose_file(parts, model_names.Named("org/m", None)) == "m-Q8_0.gguf"
 
 
 # ---- fetching --------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
     """
     models, tag = source.gguf_models(names), named.tag
     if tag is None:
-        if not models or ("config.json" in names and any(name.endswith(".safetensors") for name in names)):
+        if not models or None in _models_in(names):
             source.choose_weights(names, None, named.repo)
             return None
         found = source.of_tag(models, source.USUAL) if len(models) > 1 else list(models)
