@@ -160,6 +160,7 @@ def _starter(settings: ModelOptions) -> Callable[[EngineConfig], ServedEngine]:
 def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     """Raise the errors that can be found without reading the weights, before other models are unloaded for this one."""
     from candle_vllm.core.assembly.draft import find_draft
+    from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU, choose_device
     from candle_vllm.core.memory import free_memory
@@ -172,7 +173,8 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     if not beside:
         return
     device = choose_device(config.device)
-    need = _copies(config, device) * (_weight_bytes(config) + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE))
+    cache = 0 if is_encoder(files) else config.kv_cache_memory or LEAST_CACHE
+    need = _copies(config, device) * (_weight_bytes(config) + WORKSPACE + cache)
     most = free_memory(device) + held_by(beside)
     if need > most:
         raise NoMemoryError(
@@ -190,8 +192,8 @@ def held_by(models: Sequence[ServedModel]) -> int:
 def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[str, Any]:
     """Return changes of a model's configuration by which it fits beside loaded models; NoRoomError if it cannot fit.
 
-    A CPU allocates caches only as they fill, so the full sizes of the other models' caches are subtracted from the free
-    memory. On a GPU they are allocated already.
+    A CPU allocates caches only as they fill, so the full sizes of the caches of the models on it are subtracted from
+    its free memory. On a GPU they are allocated already.
     """
     from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.opening import model_files
@@ -202,8 +204,8 @@ def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[s
     device = choose_device(config.device)
     copies = _copies(config, device)
     weights, keeps = _weight_bytes(config), not is_encoder(model_files(config))
-    infos = [] if device.type == "cuda" else [model.engine.model_info for model in beside]
-    promised = sum(info.kv_cache_bytes + info.index_bytes for info in infos)
+    infos = (model.engine.model_info for model in beside)
+    promised = sum(info.kv_cache_bytes + info.index_bytes for info in infos if device.type == info.device == "cpu")
     free = free_memory(device) - promised
     need = copies * (weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0))
     if need > free:
