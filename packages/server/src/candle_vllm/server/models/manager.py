@@ -277,7 +277,7 @@ class ModelManager:
 
         A model with unchanged settings keeps its state, also if it has other aliases. A changed or removed model
         finishes its running requests. Requests that wait for a changed model wait for the new one, and those for a
-        removed model fail. A changed model that was loaded or waited for is loaded.
+        removed model fail. A changed model that was loaded, selected or waited for is loaded.
         """
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays")
@@ -304,7 +304,7 @@ class ModelManager:
             if new is None:
                 old.refuse(ModelNotServedError(f"The model {old.entry.name!r} is not served any more.", "model"))
                 continue
-            wanted = old.model is not None or old.is_waited_for
+            wanted = old.model is not None or old.is_waited_for or old.entry.name == self._chosen
             new.waiters, old.waiters = old.waiters, new.waiters
             new.arrivals = old.arrivals  # the same dictionary, since each waiting request removes itself from it
             if wanted:
@@ -342,7 +342,7 @@ class ModelManager:
     @property
     def loaded(self) -> list[ServedModel]:
         """The models in memory."""
-        return [slot.model for slot in self.slots.values() if slot.model is not None]
+        return [model for slot in self.slots.values() if (model := slot.model) is not None]  # also called in threads
 
     @property
     def is_healthy(self) -> bool:
@@ -378,7 +378,7 @@ class ModelManager:
             task.add_done_callback(self._warming.discard)
         if slot.dead and slot.state is ModelState.FAILED:  # proxies send no request to a server that is not ready
             asyncio.get_running_loop().call_later(self._limits.retry_seconds, self._revive, slot)
-        if slot.entry.name != self._chosen:
+        if slot.going or slot.entry.name != self._chosen:
             return
         if slot.state is ModelState.READY:
             self.active = slot.entry.name

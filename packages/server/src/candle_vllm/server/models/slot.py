@@ -130,7 +130,7 @@ class ModelSlot:
         self.model, self.state = model, ModelState.READY
         self.last_used, self.loaded_at = time.monotonic(), time.time()
         self.error = self.failed_at = None
-        self.dead = False
+        self.dead = self.asked = False
 
     def rename(self, names: tuple[str, ...]) -> None:
         """Replace the names for clients; the first stays, because the model's metrics have it."""

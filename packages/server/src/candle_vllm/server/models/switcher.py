@@ -123,7 +123,7 @@ class ModelSwitcher:
     @property
     def loaded(self) -> list[ServedModel]:
         """The models in memory."""
-        return [slot.model for slot in self._slots if slot.model is not None]
+        return [model for slot in self._slots if (model := slot.model) is not None]  # also called in threads
 
     def want(self, slot: ModelSlot, *, asked: bool = False) -> None:
         """Queue a model for loading because requests wait for it, or, with `asked`, even if no request waits."""
@@ -261,7 +261,7 @@ class ModelSwitcher:
         if ours or not slot.awaited:
             logger.error("the model %s could not be loaded: %s", slot.entry.name, error, exc_info=ours)
         _forget_frames(error)
-        slot.state, slot.error, slot.failed_at = ModelState.FAILED, error, time.monotonic()
+        slot.state, slot.error, slot.failed_at, slot.asked = ModelState.FAILED, error, time.monotonic(), False
         self._metrics.model_failed(slot.entry.names[0])
         slot.refuse(load_failed(slot, self._limits.retry_seconds))
         self._settled(slot)
