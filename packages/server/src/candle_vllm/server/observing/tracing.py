@@ -93,7 +93,10 @@ def otlp_tracing(endpoint: str) -> Tracing:
     `endpoint` is the collector's URL; without a path, it gets `/v1/traces`. Raises UsageError if it is no http or https
     URL, or if OpenTelemetry is not installed.
     """
-    parts = urlsplit(endpoint)
+    try:
+        parts = urlsplit(endpoint)
+    except ValueError:  # as of http://[
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(
             f"--otlp-endpoint takes a URL such as http://127.0.0.1:4318, not {without_secrets(endpoint)!r:.200}"
