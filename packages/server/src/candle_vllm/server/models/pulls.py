@@ -275,6 +275,7 @@ class Pulls:
         self._fetched = fetched
         self._pulls: dict[str, Pull] = {}
         self._turn = asyncio.Lock()
+        self._planned = 0  # number of downloads whose files are being looked up
 
     @property
     def all(self) -> list[Pull]:
@@ -283,7 +284,7 @@ class Pulls:
 
     @property
     def is_full(self) -> bool:
-        return sum(pull.state not in ENDED for pull in self._pulls.values()) >= _MAX_RUNNING
+        return self._planned + sum(pull.state not in ENDED for pull in self._pulls.values()) >= _MAX_RUNNING
 
     async def begin(self, name: str) -> Pull:
         """Start or resume a download, or return the running download of the same model; raises as `plan_pull`."""
@@ -293,7 +294,11 @@ class Pulls:
             plan = downloads.plan_pull(settings, name)
             return plan, downloads.room_of(settings, plan.weight_bytes)
 
-        plan, room = await in_thread(look, "plan-pull")
+        self._planned += 1
+        try:
+            plan, room = await in_thread(look, "plan-pull")
+        finally:
+            self._planned -= 1
         running = self._pulls.get(plan.name)
         if running is not None and running.state not in (*ENDED, PullState.STOPPING):
             return running
