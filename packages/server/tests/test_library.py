@@ -8,6 +8,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -34,7 +35,7 @@ from candle_vllm.server.models.downloads import (
     room_of,
 )
 from candle_vllm.server.models.library import describe, file_bytes
-from candle_vllm.server.models.pulls import Pull, PullState, discard, fetch
+from candle_vllm.server.models.pulls import Pull, Pulls, PullState, discard, fetch
 from candle_vllm.server.serve import with_fetched
 from candle_vllm.server.settings import Settings, model_names
 from candle_vllm.server.settings.catalogue import source_name
@@ -128,6 +129,8 @@ def test_a_file_that_there_is_not_is_told_the_others() -> None:
         with pytest.raises(ModelNotFoundError, match=r"append one with a colon.*Q8_0"):
             choose_file(["m-Q5_0.gguf", "m-Q8_0.gguf"], model_names.Named("org/m", tag))
     assert choose_file(["config.json", "model.safetensors"], model_names.Named("org/m", None)) is None
+    parts = ["config.json", "m-Q8_0.gguf", "vae/part.safetensors"]  # not the model's own safetensors
+    assert choose_file(parts, model_names.Named("org/m", None)) == "m-Q8_0.gguf"
 
 
 # ---- fetching --------------------------------------------------------------------------------------------------------
@@ -501,3 +504,20 @@ def test_a_server_has_what_was_fetched_where_that_is_allowed(hub: FakeHub, setti
     (fetched,) = found[1]
     assert (fetched.names, fetched.settings.threads) == ((f"{REPO}:Q4_K_M",), 1)
     assert (fetched.settings.model, fetched.settings.weight_file) == (REPO, "model-Q4_K_M.gguf")
+
+
+async def test_downloads_that_are_looked_up_count_as_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = threading.Event()
+
+    def look(*_: object) -> None:
+        assert looked_up.wait(60)
+        raise PullError("no such model", "no_such_model")
+
+    monkeypatch.setattr(downloads, "plan_pull", look)
+    pulls = Pulls(Settings(), lambda *_: None)
+    begun = [asyncio.create_task(pulls.begin(f"org/m{number}")) for number in range(8)]
+    await asyncio.sleep(0)
+    assert pulls.is_full
+    looked_up.set()
+    await asyncio.gather(*begun, return_exceptions=True)
+    assert not pulls.is_full

@@ -454,6 +454,39 @@ async def test_a_choice_counts_once_it_is_loaded_and_never_when_it_fails() -> No
     assert manager.active == "b"
 
 
+async def test_a_choice_outlives_a_change_of_the_chosen_model() -> None:
+    loader = FakeLoader()
+    loader.gate.clear()
+    manager = _manager(loader)
+    first = asyncio.create_task(manager.acquire("a"))
+    await until(lambda: manager.slots["a"].state is ModelState.LOADING)
+    manager.select("b")
+    entries = [slot.entry for slot in manager.slots.values()]
+    manager.adopt(Catalogue([entries[0], replace(entries[1], settings=Settings(max_num_seqs=3)), entries[2]]))
+    loader.gate.set()
+    (await first).release()
+    await until(lambda: manager.active == "b" and manager.switch_requested_at is None)
+    await manager.close()
+
+
+async def test_a_choice_during_a_load_causes_no_later_load() -> None:
+    loader = FakeLoader()
+    loader.gate.clear()
+    manager = _manager(loader)
+    first = asyncio.create_task(manager.acquire("b"))
+    await until(lambda: manager.slots["b"].state is ModelState.LOADING)
+    manager.select("b")
+    loader.gate.set()
+    (await first).release()
+    await manager.unload("b")
+    gone = asyncio.create_task(manager.acquire("b"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.sleep(0.05)
+    assert (manager.active, loader.loads) == ("b", ["b"])
+    await manager.close()
+
+
 async def test_there_is_one_timer_however_often_a_model_is_used() -> None:
     manager = _manager(FakeLoader(), idle_seconds=60)
     for _ in range(50):

@@ -188,7 +188,7 @@ async def test_a_collector_that_is_not_there_is_no_failure(noted: Any, caplog: p
     tracing.close()
 
 
-@pytest.mark.parametrize("endpoint", ["", "collector:4318", "grpc://x:4317", "http://", "file:///tmp/x"])
+@pytest.mark.parametrize("endpoint", ["", "collector:4318", "grpc://x:4317", "http://", "file:///tmp/x", "http://[::1"])
 def test_an_endpoint_is_a_url(endpoint: str) -> None:
     with pytest.raises(UsageError, match="--otlp-endpoint takes a URL"):
         otlp_tracing(endpoint)

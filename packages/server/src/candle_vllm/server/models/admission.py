@@ -28,7 +28,7 @@ _FADING = 0.9  # weight of earlier requests in the mean request time
 
 @dataclass
 class Place:
-    """A request's places in the engine, one for each of its sequences; the first call of `leave` frees them."""
+    """The admission of a request with all its sequences to the engine; the first call of `leave` ends it."""
 
     admission: Admission
     key: str
@@ -84,10 +84,10 @@ class Admission:
     Args:
         capacity: maximum number of sequences in the engine. A request with more than half of them counts as half, so
             that the request can start before the engine is empty; its further sequences wait inside the engine.
-        max_unfinished: maximum number of running and waiting sequences; further requests are refused with 503.
-        max_per_key: the same limit for each key; further requests of the key are refused with 429. None means half of
-            `max_unfinished` if the server has several keys.
-        refused: called for every refusal.
+        max_unfinished: maximum number of running and waiting sequences; further requests are refused with 503. A
+            request is always accepted while no other runs or waits.
+        max_per_key: the same limit for each key, with 429. None: half of `max_unfinished`, no limit for a single key.
+        refused: called with the reason of every refusal.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class Admission:
             sequences: number of its sequences, at least 1.
             priority: requests with a lower value enter first.
 
-        Raises:
-            HttpError: 503 or 429, with Retry-After, if too many sequences are running or waiting.
+        Raises HttpError 503 or 429, with Retry-After, if too many sequences are running or waiting, and RetiredError if
+        the model is unloaded or its engine dies while the request waits.
         """
         self._check_room(key, sequences)
         self._unfinished[key] += sequences
@@ -158,7 +158,7 @@ class Admission:
         self._queues.clear()
 
     def left(self, place: Place) -> None:
-        """Release a place; called by `Place.leave`."""
+        """Count a request as finished, and admit waiting ones; called by `Place.leave`."""
         self._running -= Counter({place.key: place.sequences})
         self._taken -= self._share(place.sequences)
         self._end(place.key, place.sequences)
@@ -182,7 +182,7 @@ class Admission:
             raise HttpError(503, message, "overloaded", self._retry_after(total))
 
     def _retry_after(self, unfinished: int) -> dict[str, str]:
-        """Return a header with the estimated seconds until the engine has finished `unfinished` sequences."""
+        """Return a header with the estimated seconds, 1 to 60, until the engine has finished `unfinished` sequences."""
         seconds = math.ceil(self._seconds * unfinished / self._capacity)
         return {"retry-after": str(max(1, min(seconds, MAX_RETRY_AFTER)))}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models from URLs (GGUF files and tar archives, before step 1): parallel range downloads, verification, storage.
+"""Models in tar archives and GGUF files at URLs (before step 1): parallel range downloads, verification, storage.
 
 A model's folder is prepared under another name, and renamed once it is complete and has its marker file. An interrupted
 download is resumed or repeated, and is never mistaken for a complete model. Archives are untrusted: only plain files
@@ -19,7 +19,7 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -58,13 +58,13 @@ class Archive(NamedTuple):
     sha256: str | None = None
 
     @classmethod
-    def of(cls, text: str, sha256: str | None = None) -> Archive | None:
+    def of(cls, text: str) -> Archive | None:
         """Parse a location with an optional suffix `#sha256=...`; None for a local path that is not an archive.
 
         Raises InvalidFileError if the checksum or the address is invalid.
         """
-        address, _, told = text.partition("#sha256=")
-        sha256 = (sha256 or told or "").lower() or None
+        address, mark, told = text.partition("#sha256=")
+        sha256 = told.lower() if mark else None
         if sha256 is not None and not _SUM.fullmatch(sha256):
             shown = without_secrets(address, alone=True)
             raise InvalidFileError(f"the SHA-256 of {shown} must have 64 hexadecimal digits, not {sha256!r:.80}")
@@ -119,13 +119,14 @@ class Archive(NamedTuple):
 
 
 def fetch_archive(archive: Archive, root: Path) -> Path:
-    """Return the folder of an archive's model below `root`; fetch and unpack the archive if the folder is missing.
+    """Return the folder of an archive's model below `root`; fetch and unpack the archive if the model is missing.
 
     Processes that need the same model wait for one download. Progress is reported to `candle_vllm.core.progress`.
 
     Raises:
-        ModelNotFoundError: the download failed; the next call resumes it.
-        InvalidFileError: the archive does not match its checksum, cannot be unpacked, or has no model.
+        ModelNotFoundError: the download failed; the next call resumes it if the server supports range requests.
+        InvalidFileError: the archive does not match its checksum, cannot be unpacked, or has not exactly one model; or
+            the model's folder has other files.
         OSError: the folder cannot be written.
     """
     if archive.is_in(root):  # also works on a read-only file system
@@ -184,7 +185,9 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
         offline: whether only stored models are used.
 
     Raises:
-        ModelNotFoundError, InvalidFileError: as `fetch_archive`.
+        ModelNotFoundError: as `fetch_archive`; or the address is no URL, the model is missing and `offline`, or its
+            folder cannot be written.
+        InvalidFileError: as `fetch_archive` and `Archive.of`.
     """
     archive = Archive.of(address)
     if archive is None or not archive.is_remote:
@@ -399,7 +402,8 @@ def _check_room(path: Path, nbytes: int) -> None:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar archive, plain or compressed with gzip, into an empty folder.
 
-    Raises InvalidFileError if it is unreadable or too large, or has a device, or a path or link that leads out of it.
+    Raises InvalidFileError if it is unreadable or exceeds a limit, has a path or link that leads out of it, or has a
+    member that is no folder, link or plain file, or occurs twice.
     """
     most = min(archive.stat().st_size * _MAX_RATIO + _SLACK, shutil.disk_usage(folder).free)
     try:
@@ -410,7 +414,7 @@ def unpack(archive: Path, folder: Path) -> None:
     except Refused as error:
         raise InvalidFileError(f"{archive.name}: {error}") from None
     except FileExistsError as error:
-        raise InvalidFileError(f"{archive.name} has {Path(error.filename).name!r} twice") from None
+        raise InvalidFileError(f"{archive.name} has {Path(error.filename2 or error.filename).name!r} twice") from None
     except UNREADABLE as error:
         raise InvalidFileError(f"{archive.name} cannot be unpacked ({type(error).__name__}: {error!s:.200})") from None
 
@@ -452,19 +456,3 @@ def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
     if links:
         name, target = next(iter(links.items()))
         raise Refused(f"its archive has {name!r:.100}, a link to {target!r:.100}, which is no file of it")
-
-
-def writable(roots: Sequence[Path]) -> Path:
-    """Return the first folder that is writable, created if necessary; otherwise raise the OSError of the last one."""
-    problem: OSError | None = None
-    for root in roots:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            probe = root / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            problem = error
-        else:
-            return root
-    raise problem or OSError("no folder was given")

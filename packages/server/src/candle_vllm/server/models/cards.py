@@ -140,13 +140,13 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: first name of the model.
         status: unloaded, waiting, loading, ready, draining or failed.
-        in_flight: requests that use the model, including requests in the queue of its engine.
-        running, waiting: sequences of these requests in the engine, and in its queue.
+        in_flight: requests that use the model, including requests in the queue before its engine.
+        running, waiting: sequences of these requests in the engine, and in the queue before it.
         waiting_for_load: requests that wait until the model is loaded.
         loaded_at: Unix time in seconds.
         load_seconds: duration of loading, including the time in which other models were unloaded.
         idle_seconds: seconds since its last use; null while it is in use or not loaded.
-        memory_bytes: size of weights, full cache with recurrent states, and the indexer of sparse attention.
+        memory_bytes: size of weights, full cache with recurrent states, and sparse-attention indexer; 0 if not loaded.
         state_bytes, index_bytes: the parts of `memory_bytes` for recurrent states, and for the indexer.
         error: reason why the model could not be loaded, or why its engine died.
     """
@@ -172,11 +172,11 @@ class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         active_model: the model for requests without a model name.
-        status: status of the active model: Idle, Loading, Ready, Switching or Error.
-        last_error: reason why a model could not be loaded, or why its engine died.
+        status: Switching if `switch_requested_at` is set; otherwise status of the active model: Idle, Loading (also
+            while it waits or drains), Ready or Error.
+        last_error: why a model could not be loaded or its engine died; of several models, the catalogue's first.
         in_flight_requests: requests that use a model.
-        switch_requested_at: Unix time in seconds of the request to make another model the active one; null without such
-            a request.
+        switch_requested_at: Unix time in seconds of a pending request to make another model the active one, or null.
         queue_lengths: number of requests that wait until a model is loaded, by model.
     """
 
@@ -190,7 +190,7 @@ class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
-    """Return a card for every name that a caller may use: active model first, adapters last (in a thread if many)."""
+    """Return a card per name of the models and adapters that a caller may use: active model first, adapters last."""
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     shown = (slot for slot in slots if caller.may_use(*slot.entry.names))
     found: list[Card] = [card for slot in shown for card in _cards(slot, slot.entry.name == manager.active)]
@@ -286,7 +286,7 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
         waits_for: "model" until the model is loaded, "place" until its engine has room for the sequences.
         key: label of its API key; "none" without a key.
         sequences: number of its sequences; 1 while it waits for the model.
-        priority: requests with a lower value run first.
+        priority: requests with a lower value run first; 0 while it waits for the model.
     """
 
     id: str
@@ -366,7 +366,7 @@ def anthropic_list(listed: Sequence[Card]) -> dict[str, object]:
     return {"data": data, "has_more": False, "first_id": ends[0], "last_id": ends[1]}
 
 
-# ---- bodies of `/v1/models/load`, `/unload` and `/select` ------------------------------------------------------------
+# ---- bodies of `/v1/models/add`, `/remove`, `/load`, `/unload` and `/select` -----------------------------------------
 
 
 class NewModelRequest(WireModel):

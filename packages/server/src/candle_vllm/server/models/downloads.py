@@ -42,7 +42,7 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
     """
     models, tag = source.gguf_models(names), named.tag
     if tag is None:
-        if not models or ("config.json" in names and any(name.endswith(".safetensors") for name in names)):
+        if not models or None in _models_in(names):
             source.choose_weights(names, None, named.repo)
             return None
         found = source.of_tag(models, source.USUAL) if len(models) > 1 else list(models)
@@ -102,8 +102,8 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
     """Ask the hub for the files of a model; download nothing.
 
     Raises:
-        PullError: the model does not exist, or the hub is unreachable.
-        CandleVllmError: it has no supported weights.
+        PullError: the name is invalid, the hub has no such model or file or refuses access, or it is not reached.
+        CandleVllmError: the model has no supported weights.
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
@@ -134,7 +134,7 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
 
 
 def refused_by_hub(settings: HubOptions, repo: str, error: Exception) -> PullError | None:
-    """Convert an error response of the hub to a PullError; None if the hub did not respond."""
+    """Convert an error response of the hub to a PullError; None without one, or for status 429 or 500 and above."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     refusal = source.hub_refusal(repo, settings.revision, error, settings.download_dir)
@@ -167,7 +167,7 @@ class Room(NamedTuple):
 
 
 def room_of(settings: ModelOptions, weight_bytes: int) -> Room:
-    """Compare the needs of a model of this size, with the smallest KV cache, to this machine's memory and disk."""
+    """Return the memory that weights of this size need with the smallest KV cache, and free memory and disk space."""
     from candle_vllm.core.devices import choose_device
     from candle_vllm.core.memory import free_memory
     from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE
@@ -189,7 +189,7 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
         name: its repository, followed by a tag for a GGUF file.
         size: bytes of its weights.
         modified: Unix time in seconds.
-        digest: SHA-256 of its weights, if the cache knows it.
+        digest: SHA-256 of its first weight file; None if the cache does not have it.
     """
 
     name: str
@@ -211,7 +211,7 @@ def downloaded(settings: HubOptions) -> list[Local]:
 
 
 def find_downloaded(settings: HubOptions, name: str) -> Local:
-    """Return the downloaded model of a name; ModelNotFoundError if it is not on this machine."""
+    """Return the downloaded model of a name; ModelNotFoundError if no model matches, or several do."""
     return find_among(downloaded(settings), name)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Inventory for operators (in threads): served and known models and downloads, their sizes, and whether they fit."""
+"""Inventory for operators (runs in a thread): served models, known names, downloads, sizes, and whether they fit."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class StockedModel(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: its first name.
-        size: bytes of its weight files; 0 if they are not on this machine.
+        size: bytes of its weights: in memory if it is loaded, otherwise of its files; 0 without files on this machine.
         needed: minimum memory in bytes; null if the size is unknown.
         fits: now, alone (if all others are unloaded) or never; null if it is loaded, or its size is unknown.
-        removable: whether it was downloaded, and can be removed together with its files.
+        removable: whether clients may remove it with its files: it was downloaded and is neither default nor active.
     """
 
     id: str

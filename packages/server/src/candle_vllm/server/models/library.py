@@ -21,10 +21,10 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         format: format of the files: gguf, safetensors or dummy.
         num_parameters: number of parameters; 0 if unknown.
-        quantization: quantization format, or data type of most weights.
-        context: maximum number of tokens of a prompt and its answer together.
+        quantization: quantization format, or data type of most weights; "" for an encoder.
+        context: maximum number of tokens of a prompt and its answer together; 0 for an encoder.
         file_bytes: size of the weight files.
-        tasks: "generate", or "embed" for every encoder, even if it only scores or classifies.
+        tasks: tasks of a loaded model; `describe` returns "generate", or "embed" for every encoder.
         tools, thinks: whether its output is parsed for tool calls, and for reasoning.
         sees: whether it accepts images; known only after it is loaded.
         template: its Jinja chat template; None without a template, or with several.

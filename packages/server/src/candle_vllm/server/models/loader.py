@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Loads a catalogue entry: checks the free memory, starts the engine, builds the API adapters and the admission.
 
-Runs before step 1 of a request's life, in a thread of the model manager. The functions import the engine when they are
-called, because the import takes seconds.
+Runs before step 1 of a request's life, mostly in a thread that the model switcher starts. The functions import the
+engine when they are called, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ModelLoader:
         self._images = images
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
-        """Find the model's files, download them if necessary, and read their headers.
+        """Find or download the model's files, read their headers, and compare their size with the memory.
 
         Raises:
             ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served even without other models.
@@ -89,7 +89,7 @@ def serve_engine(
     engine: ServedEngine, entry: ModelEntry, metrics: Metrics, adapters: Adapters | None = None,
     images: ImageSources | None = None,
 ) -> ServedModel:  # fmt: skip
-    """Build the served model of a loaded engine: watcher, API adapters and admission; `images` as in `ModelLoader`."""
+    """Build the served model of an engine, which is closed if this fails; `images` as in `ModelLoader`."""
     settings, info, name = entry.settings, engine.model_info, entry.names[0]
     admission = Admission(
         # the sequences of a full step, and a few that wait in the engine, so that every step is full
@@ -160,6 +160,7 @@ def _starter(settings: ModelOptions) -> Callable[[EngineConfig], ServedEngine]:
 def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     """Raise the errors that can be found without reading the weights, before other models are unloaded for this one."""
     from candle_vllm.core.assembly.draft import find_draft
+    from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU, choose_device
     from candle_vllm.core.memory import free_memory
@@ -172,7 +173,8 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     if not beside:
         return
     device = choose_device(config.device)
-    need = _copies(config, device) * (_weight_bytes(config) + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE))
+    cache = 0 if is_encoder(files) else config.kv_cache_memory or LEAST_CACHE
+    need = _copies(config, device) * (_weight_bytes(config) + WORKSPACE + cache)
     most = free_memory(device) + held_by(beside)
     if need > most:
         raise NoMemoryError(
@@ -190,8 +192,8 @@ def held_by(models: Sequence[ServedModel]) -> int:
 def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[str, Any]:
     """Return changes of a model's configuration by which it fits beside loaded models; NoRoomError if it cannot fit.
 
-    A CPU allocates caches only as they fill, so the full sizes of the other models' caches are subtracted from the free
-    memory. On a GPU they are allocated already.
+    A CPU allocates caches only as they fill, so the full sizes of the caches of the models on it are subtracted from
+    its free memory. On a GPU they are allocated already.
     """
     from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.opening import model_files
@@ -202,8 +204,8 @@ def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[s
     device = choose_device(config.device)
     copies = _copies(config, device)
     weights, keeps = _weight_bytes(config), not is_encoder(model_files(config))
-    infos = [] if device.type == "cuda" else [model.engine.model_info for model in beside]
-    promised = sum(info.kv_cache_bytes + info.index_bytes for info in infos)
+    infos = (model.engine.model_info for model in beside)
+    promised = sum(info.kv_cache_bytes + info.index_bytes for info in infos if device.type == info.device == "cpu")
     free = free_memory(device) - promised
     need = copies * (weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0))
     if need > free:

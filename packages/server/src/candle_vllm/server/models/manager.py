@@ -50,7 +50,7 @@ class ModelManager:
         catalogue: the models.
         load: loads a model; None if the caller has loaded the models, which then stay loaded.
         limits: limits and timeouts.
-        metrics: counts loads and waits.
+        metrics: counts loads, waits and refusals.
         adapters: the registry of LoRA adapters; None allows only the adapters in the models' settings.
 
     Attributes:
@@ -140,7 +140,7 @@ class ModelManager:
         await self.adapters.reach(name)
 
     def permit(self, name: str | None, caller: Caller) -> None:
-        """Raise HttpError 403 if a name belongs to a known model or adapter that the caller may not use."""
+        """Raise HttpError 403 if the caller may not use a name; if its models are limited, also raise as `find`."""
         if caller.models is None:
             return
         adapter = self.adapters.find(name)
@@ -153,7 +153,7 @@ class ModelManager:
 
         Raises:
             ModelNotServedError: no model or adapter has this name.
-            HttpError: 503 if too many requests wait, the wait takes too long, or the model cannot be loaded.
+            HttpError: 503 if too many requests wait, the wait is too long, the load fails, or the server shuts down.
             EngineDeadError: the model's engine has died and is not restarted.
             EngineSleepingError: the model finishes its requests before it sleeps.
         """
@@ -183,7 +183,7 @@ class ModelManager:
         return await self._wait(slot, self._limits.patience)
 
     async def start(self) -> ModelSlot:
-        """Load the default model, without a timeout; CandleVllmError if it cannot be loaded."""
+        """Load the active model, without a timeout; raises the loader's error if it cannot be loaded."""
         slot = self.slots[self.active]
         slot.awaited = True
         try:
@@ -242,7 +242,7 @@ class ModelManager:
         return slot
 
     async def unload(self, name: str | None) -> ModelSlot:
-        """Unload a model, if it is loaded, after its running requests; a later request loads it again."""
+        """Unload a loaded model after its running requests; HttpError 409 if models stay loaded, 503 on shutdown."""
         slot = self.find(name, exact=True)
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays", param="model")
@@ -276,8 +276,8 @@ class ModelManager:
         """Replace the catalogue; HttpError 409 if this manager does not unload models, UsageError as `Adapters.adopt`.
 
         A model with unchanged settings keeps its state, also if it has other aliases. A changed or removed model
-        finishes its running requests; its waiting requests wait for the new model of that name. A changed model that
-        was loaded is loaded again.
+        finishes its running requests. Requests that wait for a changed model wait for the new one, and those for a
+        removed model fail. A changed model that was loaded, selected or waited for is loaded.
         """
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays")
@@ -304,7 +304,7 @@ class ModelManager:
             if new is None:
                 old.refuse(ModelNotServedError(f"The model {old.entry.name!r} is not served any more.", "model"))
                 continue
-            wanted = old.model is not None or old.is_waited_for
+            wanted = old.model is not None or old.is_waited_for or old.entry.name == self._chosen
             new.waiters, old.waiters = old.waiters, new.waiters
             new.arrivals = old.arrivals  # the same dictionary, since each waiting request removes itself from it
             if wanted:
@@ -331,7 +331,7 @@ class ModelManager:
         self._revive(slot)
 
     def _revive(self, slot: ModelSlot) -> None:
-        """Load a model whose engine has died again, unless it died too often; a failed load counts as a death."""
+        """Reload a model whose engine has died, unless it died too often; a failed load counts as a death."""
         switcher = self._switcher
         if switcher is None or switcher.closing or slot.going or not slot.dead or slot.state is not ModelState.FAILED:
             return
@@ -342,21 +342,21 @@ class ModelManager:
     @property
     def loaded(self) -> list[ServedModel]:
         """The models in memory."""
-        return [slot.model for slot in self.slots.values() if slot.model is not None]
+        return [model for slot in self.slots.values() if (model := slot.model) is not None]  # also called in threads
 
     @property
     def is_healthy(self) -> bool:
-        """Whether no engine is dead, except engines that are restarted automatically."""
+        """Whether every engine is alive or is restarted automatically."""
         alive = all(model.engine.is_alive or model.entry.settings.has_own_process for model in self.loaded)
         return alive and not any(slot.given_up for slot in self.slots.values())
 
     async def close(self) -> None:
-        """Unload all models; refuse waiting requests and abort running ones."""
+        """Unload the models that this manager loaded; refuse waiting requests and abort running ones."""
         if self._switcher is not None:
             await self._switcher.close()
 
     async def warm(self, slot: ModelSlot) -> None:
-        """Load a model's pinned, warmup and not yet fetched adapters into its engine; log failures."""
+        """Load the model's adapters that are pinned, not yet looked up, or in `lora_warmup`; log failures."""
         pinned = [each.name for each in self.adapters.given(slot.entry.name) if each.pinned or not each.kind]
         for name in dict.fromkeys([*pinned, *slot.entry.settings.lora_warmup]):
             model, own = slot.model, f"{slot.entry.names[0]}:{name}"
@@ -378,7 +378,7 @@ class ModelManager:
             task.add_done_callback(self._warming.discard)
         if slot.dead and slot.state is ModelState.FAILED:  # proxies send no request to a server that is not ready
             asyncio.get_running_loop().call_later(self._limits.retry_seconds, self._revive, slot)
-        if slot.entry.name != self._chosen:
+        if slot.going or slot.entry.name != self._chosen:
             return
         if slot.state is ModelState.READY:
             self.active = slot.entry.name
@@ -428,8 +428,8 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
         priority: requests with a lower value run first; unless the operator allows priorities, a negative one is 0.
 
     Raises:
-        ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.reach`, `ModelManager.acquire`,
-            `RateLimits.admit` and `Admission.enter`.
+        ModelNotServedError, HttpError, EngineDeadError, EngineSleepingError: as `ModelManager.reach`,
+            `ModelManager.acquire`, `RateLimits.admit` and `Admission.enter`.
     """
     manager: ModelManager = scope["app"].state.manager
     caller = caller_of(scope)
@@ -450,6 +450,6 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
 
 
 async def enter(lease: Lease, caller: Caller, sequences: int, priority: int) -> Place:
-    """Wait for a place in a model's engine. Unless the operator allows priorities, a priority below 0 counts as 0."""
+    """Wait as `Admission.enter` does; unless the operator allows priorities, a priority below 0 counts as 0."""
     allowed = lease.model.entry.settings.enable_request_priority
     return await lease.model.admission.enter(caller.label, sequences, priority if allowed else max(priority, 0))

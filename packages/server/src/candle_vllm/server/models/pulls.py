@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _PIECE = 1 << 20  # bytes that are verified at a time
 _PAUSE = 0.2  # seconds between two reports
 _MAX_RUNNING = 8  # maximum number of running and waiting downloads
-_MAX_ENDED = 16  # maximum number of listed unsuccessful downloads
+_MAX_ENDED = 16  # maximum number of listed unsuccessful downloads when another begins
 
 
 # ---- one model, in a thread ------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def fetch(settings: ModelOptions, plan: downloads.Plan) -> downloads.Local:
     Progress is reported to `candle_vllm.core.progress`.
 
     Raises:
-        PullError: the disk is too small, or the download did not finish.
+        PullError: the disk is too small, the download did not finish, or the hub cache's folder is damaged.
         InvalidFileError: a file does not match its checksum; the file is removed.
     """
     here = sum(local.size for local in downloads.downloaded(settings) if local.name == plan.name)
@@ -226,7 +226,7 @@ class Pull:
     async def follow(self) -> AsyncIterator[Progress]:
         """Yield the progress until the download ends; the download continues if nobody follows it.
 
-        Raises CandleVllmError if the download failed or was stopped.
+        Raises the download's error if it failed, and PullError if it was stopped.
         """
         told = asyncio.Queue[Progress | None]()
         self._followers.add(told)
@@ -244,7 +244,7 @@ class Pull:
             raise PullError(f"{self.plan.name} was not downloaded completely: the download was stopped", "stopped")
 
     def tell(self, progress: Progress | None) -> None:
-        """Report progress to all followers, or None at the end. A late progress bar may report after the end."""
+        """Report progress to all followers, or None at the end; progress after a stop or a failure is ignored."""
         if progress is not None and self.state in ENDED:
             return
         if progress is not None:
@@ -275,6 +275,7 @@ class Pulls:
         self._fetched = fetched
         self._pulls: dict[str, Pull] = {}
         self._turn = asyncio.Lock()
+        self._planned = 0  # number of downloads whose files are being looked up
 
     @property
     def all(self) -> list[Pull]:
@@ -283,7 +284,7 @@ class Pulls:
 
     @property
     def is_full(self) -> bool:
-        return sum(pull.state not in ENDED for pull in self._pulls.values()) >= _MAX_RUNNING
+        return self._planned + sum(pull.state not in ENDED for pull in self._pulls.values()) >= _MAX_RUNNING
 
     async def begin(self, name: str) -> Pull:
         """Start or resume a download, or return the running download of the same model; raises as `plan_pull`."""
@@ -293,7 +294,11 @@ class Pulls:
             plan = downloads.plan_pull(settings, name)
             return plan, downloads.room_of(settings, plan.weight_bytes)
 
-        plan, room = await in_thread(look, "plan-pull")
+        self._planned += 1
+        try:
+            plan, room = await in_thread(look, "plan-pull")
+        finally:
+            self._planned -= 1
         running = self._pulls.get(plan.name)
         if running is not None and running.state not in (*ENDED, PullState.STOPPING):
             return running

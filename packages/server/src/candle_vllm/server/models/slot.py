@@ -27,11 +27,11 @@ class ModelState(enum.StrEnum):
     """State of a model."""
 
     UNLOADED = "unloaded"
-    WAITING = "waiting"  # requested; another model is being loaded or drained
+    WAITING = "waiting"  # requested; its load has not begun
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"  # running requests finish, new ones wait
-    FAILED = "failed"  # could not be loaded, or its engine died; a request tries again
+    FAILED = "failed"  # could not be loaded, or its engine died; a request loads it, after a failed load with a pause
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ class ModelSlot:
         idle: called when the last lease is released.
         in_flight: number of leases that are not released.
         waiters: requests that wait for the model, in order of arrival.
-        arrivals: description of each waiting request for operators.
+        arrivals: description of each waiting request, for operators and for the limit of each key.
         asked: whether the model is to be loaded even if no request waits for it.
         error, failed_at: reason why loading failed or the engine died; and `time.monotonic()` of a failed load.
         deaths: `time.monotonic()` of its engine's latest deaths, and of failed loads after them.
@@ -130,7 +130,7 @@ class ModelSlot:
         self.model, self.state = model, ModelState.READY
         self.last_used, self.loaded_at = time.monotonic(), time.time()
         self.error = self.failed_at = None
-        self.dead = False
+        self.dead = self.asked = False
 
     def rename(self, names: tuple[str, ...]) -> None:
         """Replace the names for clients; the first stays, because the model's metrics have it."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The model switcher: a single task that loads and unloads models, one after the other.
 
-Step 1 of a request's life, below the manager. A requested model is loaded beside others if there is memory for it; if
-not, the least recently used model finishes its requests and is unloaded.
+Step 1 of a request's life, below the manager. A requested model is loaded beside others if memory and `max_loaded`
+allow it; if not, the least recently used model, idle ones first, finishes its requests and is unloaded.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ModelSwitcher:
     """Loads and unloads the models of the slots.
 
     Args:
-        slots, load, metrics: the models, their loader, and the counters of loads.
+        slots, load, limits, metrics: the models, their loader, the manager's limits, and the counters of loads.
         settled: called with a slot when its model is ready, or could not be loaded.
         died: called with a slot and its model when the model's engine dies.
     """
@@ -123,7 +123,7 @@ class ModelSwitcher:
     @property
     def loaded(self) -> list[ServedModel]:
         """The models in memory."""
-        return [slot.model for slot in self._slots if slot.model is not None]
+        return [model for slot in self._slots if (model := slot.model) is not None]  # also called in threads
 
     def want(self, slot: ModelSlot, *, asked: bool = False) -> None:
         """Queue a model for loading because requests wait for it, or, with `asked`, even if no request waits."""
@@ -174,10 +174,7 @@ class ModelSwitcher:
             self.idle(slot)
 
     def let_go(self, model: ServedModel) -> asyncio.Task[None]:
-        """Begin to close the engine of a model that no slot has any more.
-
-        The returned task continues even if a caller that waits for it is cancelled.
-        """
+        """Return a task that closes the engine of a model that no slot has; wait for it with `asyncio.shield`."""
         name = model.entry.name
 
         async def leave() -> None:
@@ -264,7 +261,7 @@ class ModelSwitcher:
         if ours or not slot.awaited:
             logger.error("the model %s could not be loaded: %s", slot.entry.name, error, exc_info=ours)
         _forget_frames(error)
-        slot.state, slot.error, slot.failed_at = ModelState.FAILED, error, time.monotonic()
+        slot.state, slot.error, slot.failed_at, slot.asked = ModelState.FAILED, error, time.monotonic(), False
         self._metrics.model_failed(slot.entry.names[0])
         slot.refuse(load_failed(slot, self._limits.retry_seconds))
         self._settled(slot)
@@ -288,7 +285,7 @@ class ModelSwitcher:
         return min(slots, key=lambda slot: (slot.in_flight > 0, slot.last_used))
 
     async def _retire(self, slot: ModelSlot, reason: str) -> None:
-        """Let a model finish its requests, then unload it. Requests that arrive meanwhile wait for the next load."""
+        """Unload a model after its requests, at the latest after `drain_seconds`; new ones wait for the next load."""
         slot.state = ModelState.DRAINING
         try:
             async with asyncio.timeout(self._limits.drain_seconds):

@@ -2,7 +2,7 @@
 """Metrics: the counts of one application, the registry for `/metrics`, and the observers of requests.
 
 There are no globals: a process may have several applications, each with its own metrics. Counts that change with every
-token are plain numbers (`ModelMetrics`); events that happen at most once per request are prometheus-client's metrics.
+token are plain numbers (`ModelMetrics`); rarer events, such as refusals, are prometheus-client's metrics.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Metrics:
     """The counts of one application.
 
     Args:
-        observers: called with every engine request that has ended; their exceptions are logged and not raised.
+        observers: called with every engine request that has ended, except refused ones; their exceptions are logged.
 
     Attributes:
         registry: the registry for `render`.
@@ -159,7 +159,7 @@ class Observation:
     """The observers of one application, with its metrics."""
 
     def __init__(self, settings: LoggingOptions) -> None:
-        """Raises UsageError if traces are configured, but OpenTelemetry is not installed."""
+        """Raises UsageError if traces are configured, but the endpoint is no URL or OpenTelemetry is not installed."""
         self._tracing: Tracing | None = otlp_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
         observers: list[Observer] = []
         if settings.log_requests:

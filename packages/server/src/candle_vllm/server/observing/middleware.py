@@ -36,11 +36,11 @@ logger = logging.getLogger("candle_vllm.server.requests")
 
 
 class ObservingMiddleware:
-    """Adds `x-request-id` and `x-warning` to responses, logs and counts requests, and sets their `RequestContext`.
+    """Adds request ids and `x-warning` to responses, logs and counts requests, and sets their `RequestContext`.
 
     Args:
         metrics: metrics of the server.
-        log: whether each request is logged.
+        log: whether each request is logged; successful probes such as `/health` only at level DEBUG.
         unknown_fields: whether unknown fields cause a warning; otherwise they are refused.
     """
 

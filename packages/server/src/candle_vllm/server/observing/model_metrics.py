@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServedEngine(EngineLike, Protocol):
-    """The engine methods that the server needs, in addition to the API adapter's."""
+    """Interface of an engine for the server: `EngineLike`, which the API adapters need, and the methods below."""
 
     @property
     def is_alive(self) -> bool: ...
@@ -83,7 +83,7 @@ class EngineWatcher:
         self._model.detach(self)
 
     def read(self) -> EngineReading:
-        """Return the current statistics, or the last ones if the engine cannot return them."""
+        """Return the engine's state, with the last known statistics (or None) if it cannot return the current ones."""
         try:
             self._last = self._engine.stats()
         except CandleVllmError:
@@ -99,7 +99,7 @@ class ModelMetrics:
         max_model_len: maximum tokens of a request; limits the buckets of token counts.
         usage: table of token counts by key.
         refuse: called with the model and the reason when a request is refused.
-        observers: called with every request that has ended, in the thread in which it ended.
+        observers: called with every request that has ended, except refused ones, in the thread that calls `settle`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class ModelMetrics:
         self.ended: deque[RequestRecord] = deque()  # not yet in the sums; appended to without the lock
         self._usage = usage
         self._refuse = refuse
-        self._lock = threading.Lock()  # guards everything below
+        self._lock = threading.Lock()  # guards everything below; `_adapters` has its own lock for its rows
         self._live: set[RequestRecord] = set()
         self._tokens = UsageCounts()
         self._adapters = UsageTable(0)
@@ -200,7 +200,7 @@ class ModelMetrics:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _sum(self, engine: EngineReading | None) -> EngineStats:
-        """Return the sums over past engines and this one; callers use only the counters."""
+        """Return the sums over past engines and this one; callers use only the counters and histograms."""
         return combined(self._past if engine is None or engine.stats is None else [*self._past, engine.stats])
 
     def _add(self, record: RequestRecord) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The log of requests: one line for each engine request that has ended (after step 10 of a request's life).
+"""The log of requests: one line for each engine request that has ended and was not refused (after step 10).
 
 Prompts are logged only if the operator wants it, and truncated. Nothing that a client sends can begin a new line.
 """
@@ -44,7 +44,7 @@ class RequestLog:
 
 
 def request_fields(request: RequestRecord) -> dict[str, Any]:
-    """Return the logged fields of a request: names and numbers, nothing of its content. Times are milliseconds."""
+    """Return the logged fields of a request without prompt and answer: names, numbers, milliseconds, error message."""
     context, times = request.context, request.times
     seconds = request.ended - (request.first_token or request.ended)
     after_first = request.completion_tokens - request.info.count

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """RequestRecord: the counts and times of one engine request; and token counts of ended requests by model and key.
 
-It is updated during steps 3 to 10 of a request's life. Outputs are counted in the caller's event loop alone, so a token
+It is updated during steps 3 to 10 of a request's life. Outputs are counted only in the caller's event loop, so a token
 needs no lock (only the first one takes the model's lock); `drop` may be called by a finaliser in any thread. A scrape
 of the metrics reads the records, and adds the running requests to the ended ones.
 """
@@ -26,7 +26,7 @@ from candle_vllm.server.http.routing import RequestContext, Spender
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
-"""Label under which the keys beyond `MAX_KEYS` are counted together."""
+"""Label under which the keys or adapters beyond the maximum number are counted together."""
 
 
 class Counts(Protocol):
@@ -61,11 +61,11 @@ class RequestRecord:
         arrived, ended: `time.monotonic()` at which the server got the request and finished it; `ended` is 0 until then.
         first_token: time of its first token; None for an answer without tokens.
         prompt_tokens, cached_tokens: token counts as in `usage`.
-        tokens, sequence_times: for each sequence, its number of tokens and the engine's times, once it has ended.
+        tokens, sequence_times: for each sequence, its number of tokens and, once it has ended, the engine's times.
         finish_reasons: how each sequence ended; empty until all have ended.
         times: the engine's times of an ended request: from the first sequence that begins to the last that ends.
-        gaps: times between outputs.
-        failure: the error message.
+        gaps: times between outputs of a sequence.
+        failure: the error message, or None.
     """
 
     counts: Counts
@@ -150,7 +150,7 @@ class RequestRecord:
             self._forget(reason)
 
     def fail(self, error: Exception) -> None:
-        """End the unfinished sequences with an exception; a refusal before the first token counts only as refused."""
+        """End the unfinished sequences as failed or aborted; before the first token, count a refusal only as such."""
         reason = _refusal(error) if self.first_token is None else None
         if self.ended:
             return
@@ -251,7 +251,7 @@ class UsageCounts(msgspec.Struct, frozen=True):
 
 
 class UsageRow(msgspec.Struct, frozen=True):
-    """The counts of one API key with one model."""
+    """The counts of one API key with one model, or of one adapter, whose name is then `key`."""
 
     model: str
     key: str

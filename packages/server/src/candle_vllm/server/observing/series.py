@@ -31,7 +31,7 @@ Row = tuple[tuple[str, ...], float | Histogram]  # values of further labels, and
 
 @dataclass(frozen=True)
 class EngineReading:
-    """State of an engine: its statistics, the number of sequences that wait before it, and whether it is alive."""
+    """State of an engine: its statistics if known, the number of sequences that wait before it, whether it is alive."""
 
     stats: EngineStats | None
     queued: int
@@ -71,8 +71,8 @@ class Series:
     Attributes:
         kind: Prometheus's type.
         help: what is counted or measured, and in which unit.
-        buckets: upper bounds of a histogram, without the infinite one; if empty, the buckets of `token_buckets`.
-        read: returns the samples of a model's series.
+        buckets: upper bounds of a histogram, without the infinite one; empty for `token_buckets` or the engine's own.
+        read: returns the samples of a model's series; None for metrics of the server.
         values: returns the values that a successful request adds to a histogram; None adds no value.
     """
 
@@ -171,7 +171,7 @@ def _histogram(
     values: Callable[[RequestRecord], Iterable[float | None]] = lambda _: (),
     of: tuple[str, ...] = ("generate",),
 ) -> Series:
-    """A histogram to which successful requests of the operations `of` are added."""
+    """A histogram to which `ModelMetrics` adds `values` of successful requests of the operations `of`."""
     return Series(
         name, "histogram", MODEL, text, buckets, read=lambda model: [((), model.histograms[name])],
         values=lambda request: values(request) if request.info.operation in of else (),
@@ -268,7 +268,7 @@ TIME_PER_OUTPUT_TOKEN = _histogram(
 ALL_OPERATIONS = ("generate", "embed", "score", "classify")
 HISTOGRAMS: tuple[Series, ...] = (
     TO_FIRST_TOKEN,  # observed at the first token
-    INTER_TOKEN_LATENCY,
+    INTER_TOKEN_LATENCY,  # of all requests, also unsuccessful ones
     TIME_PER_OUTPUT_TOKEN,
     _histogram("vllm:request_time_per_output_token_seconds",
                "Mean time of a sequence's tokens after the first, seconds.", _BETWEEN_TOKENS, _per_token),

@@ -2,7 +2,7 @@
 """Tracing: a span in OpenTelemetry's terms for each engine request (after step 10 of a request's life).
 
 Off unless an endpoint is given; needs the extra `candle-vllm[telemetry]`. Spans are made when a request has ended. A
-bounded queue drops new spans while it is full, so that a slow or missing collector delays no request.
+bounded queue drops its oldest span when it is full, so that a slow or missing collector delays no request.
 """
 
 from __future__ import annotations
@@ -90,10 +90,13 @@ class Tracing:
 def otlp_tracing(endpoint: str) -> Tracing:
     """Return an observer that sends spans to a collector by OTLP over HTTP.
 
-    `endpoint` is its URL; without a path, it gets `/v1/traces`. Raises UsageError if it is no URL, or if OpenTelemetry
-    is not installed.
+    `endpoint` is the collector's URL; without a path, it gets `/v1/traces`. Raises UsageError if it is no http or https
+    URL, or if OpenTelemetry is not installed.
     """
-    parts = urlsplit(endpoint)
+    try:
+        parts = urlsplit(endpoint)
+    except ValueError:  # as of http://[
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(
             f"--otlp-endpoint takes a URL such as http://127.0.0.1:4318, not {without_secrets(endpoint)!r:.200}"
