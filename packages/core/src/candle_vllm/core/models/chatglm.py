@@ -88,6 +88,7 @@ def ignored(config: GlmConfig) -> list[str]:
 FAMILY = Family(
     hf={"ChatGLMModel": "glm", "ChatGLMForConditionalGeneration": "glm"},
     config_from_hf=config_from_hf,
+    config_from_gguf=glm4.config_from_gguf,
     build=Glm,
     weights=WEIGHTS,
     ignored=ignored,
