@@ -56,7 +56,6 @@ from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.cohere import CohereEmbedRequest, cohere_answer
 from candle_vllm.openai.protocol.embeddings import (
     MAX_DESCRIBED,
-    EmbeddingChatRequest,
     EmbeddingRequest,
     LlamaEmbedding,
     ModerationRequest,
@@ -314,12 +313,18 @@ async def test_texts_that_are_too_long_are_cut_where_that_is_asked_for() -> None
     assert caught.value.param == "truncate_prompt_tokens"
 
 
-def test_a_conversation_that_is_too_long_is_cut_where_that_is_asked_for() -> None:
-    body = {"messages": [{"role": "user", "content": "Hi"}]}
-    for more, cut in (({}, None), ({"truncate": True}, -1), ({"truncate_prompt_tokens": 5}, 5)):
-        asked = parse_embedding_request(body | more)
-        assert isinstance(asked, EmbeddingChatRequest)
-        assert asked.chat_fields()["truncate_prompt_tokens"] == cut
+async def test_a_conversation_that_is_too_long_is_cut_like_a_text() -> None:
+    engine = ScriptedEngine(max_model_len=16)
+    whole = {"messages": [{"role": "user", "content": "abcdefghijklmnopqrstuvwxyz"}]}
+    text = engine.render_messages(whole["messages"], add_generation_prompt=False)
+    ids = engine.tokenize(text, add_special_tokens=False)
+    for more in ({"truncate": True}, {"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": 16}):
+        for side, kept in ((None, ids[:16]), ("right", ids[:16]), ("left", ids[-16:])):
+            await OpenAIAdapter(engine).embed({**whole, **more, "truncation_side": side})
+            (prompt,) = engine.pooling_calls[-1].inputs
+            assert list(prompt["prompt_token_ids"]) == kept
+    with pytest.raises(InvalidParameterError, match="smaller truncation size"):
+        await OpenAIAdapter(engine).embed({**whole, "truncate_prompt_tokens": 17})
 
 
 async def test_a_conversation_needs_a_template() -> None:

@@ -182,9 +182,8 @@ class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
 
     def chat_fields(self) -> dict[str, Any]:
         """Return the validated fields that this request has in common with a chat request, with `max_tokens` 1."""
-        names = ("model", "messages", "add_special_tokens", *CutFields.model_fields, *TemplateFields.model_fields)
-        opened, cut = bool(self.add_generation_prompt), -1 if self.truncate else self.truncate_prompt_tokens
-        more = {"add_generation_prompt": opened, "max_tokens": 1, "truncate_prompt_tokens": cut}
+        names = ("model", "messages", "add_special_tokens", *TemplateFields.model_fields)
+        more = {"add_generation_prompt": bool(self.add_generation_prompt), "max_tokens": 1}
         return {name: getattr(self, name) for name in names} | more
 
 
