@@ -35,7 +35,7 @@ class CohereEmbedRequest(PoolingFields):
         input_type: what the texts are; the model's prompt for this type is prepended to each text.
         embedding_types: types of the vectors; None means floats, and for `/v1/embed` a plain list of float vectors.
         output_dimension: length of the vectors, for models trained for truncated vectors (Matryoshka).
-        truncate: end at which a text that is too long is truncated; Cohere's default is "END".
+        truncate: end at which a text that is too long is truncated; "NONE" refuses such a text, None means "END".
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -63,7 +63,7 @@ class CohereEmbedRequest(PoolingFields):
 
 
 class CohereEmbeddings(msgspec.Struct, frozen=True, kw_only=True):
-    """Embeddings by type, in the order of the texts."""
+    """Embeddings in the order of the texts: lists by type, or for `/v1/embed` without types one list."""
 
     id: str
     embeddings: dict[str, list[Any]] | list[Any]

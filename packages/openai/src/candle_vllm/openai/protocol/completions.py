@@ -68,9 +68,9 @@ class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     """Log-probabilities in OpenAI's older form: four lists with one entry per token.
 
     Attributes:
-        tokens: text of each token; `bytes:\\xe2\\x82` if its bytes are not whole characters.
+        tokens: text of each token; `bytes:\\xe2\\x82` for parts of characters, `token_id:5` where ids are requested.
         token_logprobs: log-probability of each token; null for the first token of an echoed prompt.
-        top_logprobs: map of text to log-probability, for the likeliest tokens and the chosen token.
+        top_logprobs: for each token, log-probabilities by text of the likeliest tokens and itself; null as above.
         text_offset: offset of each token in the choice's text, in characters.
     """
 

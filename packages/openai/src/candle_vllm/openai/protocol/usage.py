@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token counts of an answer."""
+"""Token counts and timings of an answer, the progress of its prompt, and the rendered prompt."""
 
 from __future__ import annotations
 
