@@ -94,9 +94,9 @@ class MessagesAdapter:
             return TokenCount(await self._adapter.count_tokens(lambda: reading.task))
 
     async def _unbound(self, task: Task) -> AnswerStream:
-        sampling = {name: value for name, value in task.sampling.items() if name != "max_tokens"}
+        unlimited = replace(task, sampling={**task.sampling, "max_tokens": None})
         try:
-            return await self._adapter.answer(lambda: replace(task, sampling=sampling))
+            return await self._adapter.answer(lambda: unlimited)
         except PromptTooLongError as error:
             error.param = "messages"
             raise
