@@ -52,7 +52,7 @@ class CompletionRequest(GenerationFields):
         if self.max_tokens == 0 and not self.echo:
             raise fields.invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
         for name in ("echo", "truncate_prompt_tokens") if self.suffix else ():
-            if getattr(self, name) not in (None, False):
+            if (value := getattr(self, name)) is not None and value is not False:
                 raise fields.invalid(name, "cannot be combined with suffix: leave one of them out")
         if len(self.prompts) * self.sequences > fields.MAX_CHOICES:
             raise fields.invalid("n", f"times the number of prompts must be at most {fields.MAX_CHOICES}")
