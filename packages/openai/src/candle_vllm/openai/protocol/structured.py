@@ -88,7 +88,7 @@ class Structure(WireModel):
     """One tagged part: JSON that follows the schema, between a begin text and an end text."""
 
     begin: str
-    content_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    content_schema: Annotated[dict[str, Any] | bool | None, BeforeValidator(check_depth)] = Field(None, alias="schema")
     end: str
 
 
@@ -217,7 +217,7 @@ class LlamaForms(WireModel):
     """
 
     grammar: Annotated[str, Field(max_length=core.MAX_GRAMMAR)] | None = None
-    json_schema: dict[str, Any] | None = None
+    json_schema: Annotated[dict[str, Any], BeforeValidator(check_depth)] | None = None
 
     def llama_form(self) -> tuple[str, StructuredOutputsParams] | None:
         """Return the field that is set and its constraint, or None; raises the error that pydantic reports."""
