@@ -591,6 +591,20 @@ async def test_the_wrong_task_names_the_right_route() -> None:
         await pool(ScriptedEngine(tasks=["generate"]))
 
 
+@pytest.mark.parametrize(
+    ("parse", "fields", "reason"),
+    [
+        (parse_classify_request, {"input": "a", "truncate": True}, "use truncate_prompt_tokens"),
+        (parse_classify_request, {"input": "a", "softmax": False}, "send use_activation"),
+        (partial(parse_body, CohereEmbedRequest), {"texts": ["a"], "truncate_prompt_tokens": 5}, "use truncate"),
+        (partial(parse_body, CohereEmbedRequest), {"texts": ["a"], "truncation_side": "left"}, "use truncate"),
+    ],
+)
+def test_a_refusal_names_the_field_that_the_route_has(parse: Any, fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedParameterError, match=reason):
+        parse(fields)
+
+
 def test_refused_names_have_reasons() -> None:
     assert all(refusal.reason and not refusal.reason.endswith(".") for refusal in POOLING_REFUSED_FIELDS.values())
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from candle_vllm.core.engine.outputs import EmbeddingOutput
 from candle_vllm.core.pooling import MAX_DIMENSIONS
 from candle_vllm.openai.protocol.embeddings import EmbeddingRequest
-from candle_vllm.openai.protocol.fields import Refusal
+from candle_vllm.openai.protocol.fields import CutFields, Refusal
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, Words
 
 _QUERY, _DOCUMENT = ("query", "retrieval.query"), ("document", "passage", "corpus", "retrieval.passage")
@@ -40,6 +40,7 @@ class CohereEmbedRequest(PoolingFields):
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name != "truncate"},
+        **dict.fromkeys(CutFields.model_fields, Refusal("use truncate")),
         "images": Refusal("the server takes text only", ([],)),
         "inputs": Refusal("send the texts in texts", ([],)),
         "max_tokens": Refusal("texts are truncated at the model's longest input only"),

@@ -228,7 +228,11 @@ class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
         add_special_tokens: whether special tokens are added to texts; None adds them.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = _without(POOLING_REFUSED_FIELDS, "use_activation", "activation")
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        **_without(POOLING_REFUSED_FIELDS, *CutFields.model_fields, *ActivationFields.model_fields),
+        "truncate": Refusal("use truncate_prompt_tokens", (False, "NONE")),
+        "softmax": Refusal("send use_activation", (True,)),
+    }
 
     input: Input
     add_special_tokens: bool | None = None
