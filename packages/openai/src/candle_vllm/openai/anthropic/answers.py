@@ -39,7 +39,7 @@ class ThinkingBlock(_Tagged, frozen=True, kw_only=True, tag="thinking"):
 class ToolUseBlock(_Tagged, frozen=True, kw_only=True, tag="tool_use"):
     """A call that the client has to execute; the client's result refers to its `id`.
 
-    If the answer was truncated, `input` has the part that was generated. Output that is not a JSON object is the value
+    If the answer was truncated, `input` has the values that were complete. Output that is no JSON object is the value
     of a member `INVALID_JSON`, so that no tool mistakes a part for the whole.
     """
 
