@@ -56,7 +56,6 @@ from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.cohere import CohereEmbedRequest, cohere_answer
 from candle_vllm.openai.protocol.embeddings import (
     MAX_DESCRIBED,
-    EmbeddingChatRequest,
     EmbeddingRequest,
     LlamaEmbedding,
     ModerationRequest,
@@ -314,12 +313,18 @@ async def test_texts_that_are_too_long_are_cut_where_that_is_asked_for() -> None
     assert caught.value.param == "truncate_prompt_tokens"
 
 
-def test_a_conversation_that_is_too_long_is_cut_where_that_is_asked_for() -> None:
-    body = {"messages": [{"role": "user", "content": "Hi"}]}
-    for more, cut in (({}, None), ({"truncate": True}, -1), ({"truncate_prompt_tokens": 5}, 5)):
-        asked = parse_embedding_request(body | more)
-        assert isinstance(asked, EmbeddingChatRequest)
-        assert asked.chat_fields()["truncate_prompt_tokens"] == cut
+async def test_a_conversation_that_is_too_long_is_cut_like_a_text() -> None:
+    engine = ScriptedEngine(max_model_len=16)
+    whole = {"messages": [{"role": "user", "content": "abcdefghijklmnopqrstuvwxyz"}]}
+    text = engine.render_messages(whole["messages"], add_generation_prompt=False)
+    ids = engine.tokenize(text, add_special_tokens=False)
+    for more in ({"truncate": True}, {"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": 16}):
+        for side, kept in ((None, ids[:16]), ("right", ids[:16]), ("left", ids[-16:])):
+            await OpenAIAdapter(engine).embed({**whole, **more, "truncation_side": side})
+            (prompt,) = engine.pooling_calls[-1].inputs
+            assert list(prompt["prompt_token_ids"]) == kept
+    with pytest.raises(InvalidParameterError, match="smaller truncation size"):
+        await OpenAIAdapter(engine).embed({**whole, "truncate_prompt_tokens": 17})
 
 
 async def test_a_conversation_needs_a_template() -> None:
@@ -584,6 +589,20 @@ async def test_the_wrong_task_names_the_right_route() -> None:
         await score(ScriptedEngine(tasks=("generate",)), text_1="a", text_2="b")
     with pytest.raises(InvalidParameterError, match="does not embed texts: use /v1/chat/completions"):
         await pool(ScriptedEngine(tasks=["generate"]))
+
+
+@pytest.mark.parametrize(
+    ("parse", "fields", "reason"),
+    [
+        (parse_classify_request, {"input": "a", "truncate": True}, "use truncate_prompt_tokens"),
+        (parse_classify_request, {"input": "a", "softmax": False}, "send use_activation"),
+        (partial(parse_body, CohereEmbedRequest), {"texts": ["a"], "truncate_prompt_tokens": 5}, "use truncate"),
+        (partial(parse_body, CohereEmbedRequest), {"texts": ["a"], "truncation_side": "left"}, "use truncate"),
+    ],
+)
+def test_a_refusal_names_the_field_that_the_route_has(parse: Any, fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedParameterError, match=reason):
+        parse(fields)
 
 
 def test_refused_names_have_reasons() -> None:

@@ -86,6 +86,7 @@ def test_nothing_behind_a_prompt_is_a_plain_continuation(suffix: str | None) -> 
         ({"suffix": "z"}, (), "suffix", "cannot fill in the middle"),
         ({"suffix": "z", "echo": True}, QWEN, "echo", "cannot be combined with suffix"),
         ({"suffix": "z", "truncate_prompt_tokens": 2}, QWEN, "truncate_prompt_tokens", "combined with suffix"),
+        ({"suffix": "z", "truncate_prompt_tokens": 0}, QWEN, "truncate_prompt_tokens", "combined with suffix"),
         ({"suffix": 5}, QWEN, "suffix", "must be a string"),
         ({"suffix": "z" * 5000}, QWEN, "max_tokens", "tokens"),
         ({"suffix": "z", "prompt": [5000]}, QWEN, "prompt", "out of vocabulary"),

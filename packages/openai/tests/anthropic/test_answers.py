@@ -229,6 +229,10 @@ async def test_the_contexts_end() -> None:
     assert message["stop_reason"] == "model_context_window_exceeded"
     usage = message["usage"]
     assert usage["input_tokens"] + usage["output_tokens"] == 100
+    for default in (5, 500):  # the request's limit replaces the model's, also where the context is shorter
+        engine = ScriptedEngine("x" * 500, max_model_len=100, default_sampling={"max_tokens": default})
+        usage = (await whole(engine, max_tokens=1000, tools=None))["usage"]
+        assert usage["input_tokens"] + usage["output_tokens"] == 100
     short = await whole(ScriptedEngine("x", max_model_len=100), max_tokens=1000)
     assert short["stop_reason"] == "end_turn"
 

@@ -176,6 +176,10 @@ def nested(levels: int) -> dict[str, Any]:
         ({"response_format": schema_format("{}")}, "response_format.json_schema.schema", "must be an object"),
         ({"response_format": schema_format(nested(MAX_SCHEMA_DEPTH + 1))},
          "response_format.json_schema.schema", "nested too deeply"),
+        ({"json_schema": nested(MAX_SCHEMA_DEPTH + 1)}, "json_schema", "nested too deeply"),
+        ({"response_format": {"type": "structural_tag", "triggers": ["a"], "structures": [
+            {"begin": "a", "schema": nested(MAX_SCHEMA_DEPTH + 1), "end": "b"}]}},
+         "response_format.structures.0.schema", "nested too deeply"),
         ({"response_format": schema_format(strikt=True)}, "response_format.json_schema.strikt", "'strict'"),
         ({"response_format": {"type": "structural_tag"}}, "response_format.format", "must be given"),
         ({"response_format": {"type": "structural_tag", "format": {}, "triggers": []}},

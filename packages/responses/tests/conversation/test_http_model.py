@@ -592,6 +592,7 @@ def test_whatever_a_chat_request_asks_for_can_be_asked_of_another_server() -> No
         "suffix",
         "echo_prompts",
         "scored_only",
+        "reserve",  # 0 for a conversation to embed
         "tell_ids",
         "tell_counts",
         "before",

@@ -247,7 +247,12 @@ class OpenAIAdapter(ExplainedAttributes):
         if parsed.chat_template is None and not self.model_info.has_chat_template:
             said = f"{self.model_info.name} has no chat template: send input, or start it with --chat-template"
             raise ChatTemplateError(said, "messages")
-        ready = await self._ready(lambda: read_chat(parse_chat_request(parsed.chat_fields())), bounded=True)
+
+        def read() -> Task:
+            task = read_chat(parse_chat_request(parsed.chat_fields()))
+            return replace(task, cut=parsed.cut("right"), reserve=0)
+
+        ready = await self._ready(read, bounded=True)
         prompt, images = ready.prepared.prompt, ready.prepared.images
         return await self._embedding.embed(parsed, {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}})
 

@@ -448,9 +448,9 @@ class TaskPreparation:
         return EchoedPrompt(text, first, tuple(ids))
 
     def _cut(self, task: Task, cut: Cut, ids: Sequence[int], *, text: bool) -> list[int]:
-        """Truncate a prompt, of a `text` or of given ids, as the task asks; one output token must fit behind it."""
+        """Truncate a prompt, of a `text` or of given ids, as the task asks."""
         around = self._engine.tokenize("", add_special_tokens=task.add_special_tokens) if text else ()
-        return list(cut.of(ids, self._engine.model_info.max_model_len - 1, around))
+        return list(cut.of(ids, self._engine.model_info.max_model_len - task.reserve, around))
 
     def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
         if not isinstance(prompt, str):

@@ -227,6 +227,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         scored_only: whether prompts are only scored, and nothing is generated.
         tell_ids, tell_counts: whether events have token ids, and whether a `Usage` precedes the events of every output.
         cut: how prompts are truncated; None refuses prompts that are too long.
+        reserve: number of output tokens for which a truncated prompt leaves room in the context.
         adapter: LoRA adapter that the request names in a field of its own; `model` contains its name too.
         lora: scales of LoRA adapters by llama.cpp id; None uses the named adapter, or the default scales.
         priority: lower values run first.
@@ -260,6 +261,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     tell_ids: bool = False
     tell_counts: bool = False
     cut: Cut | None = None
+    reserve: int = 1
     lora: Mapping[int, float] | None = None
     adapter: str | None = None
     priority: int = 0

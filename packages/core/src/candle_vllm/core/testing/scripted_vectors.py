@@ -134,7 +134,8 @@ class ScriptedVectors:
         """Return the checked tokens of every text."""
         items = as_prompts(inputs)
         special = call.get("add_special_tokens", True)
-        texts = [self.tokenize(text or "", special) if ids is None else ids for text, ids, _ in map(read_prompt, items)]
+        read = (read_prompt(item, sees=True) for item in items)
+        texts = [self.tokenize(text or "", special) if ids is None else ids for text, ids, _ in read]
         self._note(items, params, call)
         for number, ids in enumerate(texts):
             self._check_text(ids, number, len(texts))

@@ -94,9 +94,9 @@ class MessagesAdapter:
             return TokenCount(await self._adapter.count_tokens(lambda: reading.task))
 
     async def _unbound(self, task: Task) -> AnswerStream:
-        sampling = {name: value for name, value in task.sampling.items() if name != "max_tokens"}
+        unlimited = replace(task, sampling={**task.sampling, "max_tokens": None})
         try:
-            return await self._adapter.answer(lambda: replace(task, sampling=sampling))
+            return await self._adapter.answer(lambda: unlimited)
         except PromptTooLongError as error:
             error.param = "messages"
             raise
@@ -215,12 +215,12 @@ _Kind = Literal["text", "thinking"]
 class EventWriter:
     """Converts the events of one answer to Anthropic's events.
 
-    One block is closed before the next begins. White space between blocks is omitted, because clients send blocks back
-    in the next request, and this API refuses blank text blocks.
+    One block is closed before the next begins. No block is blank, and only the first may begin with white space,
+    because clients send blocks back in the next request, and Anthropic's API refuses blank text blocks.
 
     Args:
         show_thinking: whether thinking blocks have their text; otherwise they are empty.
-        context_bound: whether the context limits the answer, because `max_tokens` exceeds it.
+        context_bound: whether the context limits the answer, because prompt and `max_tokens` together exceed it.
     """
 
     def __init__(self, *, show_thinking: bool = True, context_bound: bool = False) -> None:

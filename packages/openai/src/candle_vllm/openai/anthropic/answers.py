@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 from candle_vllm.openai.errors import to_error
 from candle_vllm.openai.events import Usage as Counts
 
-# Thinking blocks have a signature that Anthropic verifies. Here it is a constant, which requests need not repeat.
+# Thinking blocks have a signature that Anthropic verifies. Here it is a constant, and requests may have any other.
 SIGNATURE = "Y2FuZGxlLXZsbG0gdGhvdWdodHMsIHVuc2lnbmVk"
 
 
@@ -39,7 +39,7 @@ class ThinkingBlock(_Tagged, frozen=True, kw_only=True, tag="thinking"):
 class ToolUseBlock(_Tagged, frozen=True, kw_only=True, tag="tool_use"):
     """A call that the client has to execute; the client's result refers to its `id`.
 
-    If the answer was truncated, `input` has the part that was generated. Output that is not a JSON object is the value
+    If the answer was truncated, `input` has the values that were complete. Output that is no JSON object is the value
     of a member `INVALID_JSON`, so that no tool mistakes a part for the whole.
     """
 
@@ -272,7 +272,7 @@ def anthropic_error(
     headers: Mapping[str, str] | None = None,
     request_id: str | None = None,
 ) -> ErrorResponse:
-    """Return a response with this status, for errors that the server itself finds: a missing key, a body too large."""
+    """Return a response with this status; a server calls it for errors that it finds itself, such as a missing key."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     details = _NO_THREADS if param == "thread" else msgspec.UNSET
     detail = ErrorDetail(type=kind, message=_with_field(message, param), param=param, details=details)

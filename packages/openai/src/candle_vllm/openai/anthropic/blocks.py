@@ -41,7 +41,7 @@ CacheControl = dict[str, Any]
 
 
 def type_of(value: Any) -> str:
-    """Return the `type` of an object; raises an error that pydantic reports if the object has no `type`."""
+    """Return the `type` of an object; raises an error that pydantic reports if it is not a string."""
     if isinstance(value, WireModel):
         return str(getattr(value, "type", ""))
     if not isinstance(value, dict):

@@ -205,7 +205,7 @@ class _Scan:
 
 
 def _escaped(text: str) -> tuple[str, int]:
-    """Return the replacement of the first escape or character, and its length, which is 0 if more text is needed."""
+    """Return what replaces the first escape or character, and the length of the latter; 0 if more text is needed."""
     if text[0] != "\\":
         return (_REPLACED if text[0] > "\x1f" else json.dumps(text[0])[1:-1]), 1
     if len(text) < 2 or (text[1] == "u" and len(text) < 6):

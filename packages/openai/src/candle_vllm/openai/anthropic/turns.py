@@ -29,7 +29,7 @@ def read_turns(system: blocks.SystemContent | None, messages: Sequence[Message])
     """Return the conversation, and whether its last message is the beginning of the answer (prefill).
 
     Raises:
-        InvalidParameterError: the conversation is empty, or has more messages than a task may have.
+        InvalidParameterError: the conversation is empty, or exceeds `MAX_MESSAGES` or, in one answer, `MAX_TOOL_CALLS`.
     """
     body = _Turns()
     last_user = max((index for index, one in enumerate(messages) if isinstance(one, UserMessage)), default=-1)
@@ -64,7 +64,7 @@ def _input(role: Literal["system", "user"], parts: Sequence[Part]) -> TaskMessag
 
 
 def _fill(turns: list[Turn]) -> bool:
-    """Return whether the last message is not empty; remove an empty one."""
+    """Remove the last message if it is empty; return whether it remains."""
     message = turns[-1].message
     if message.parts or message.thoughts:
         return True

@@ -90,7 +90,7 @@ class OllamaAdapter:
         return await self._adapter.continued(_unbound(task))
 
     async def _bounded(self, read: Callable[[Any], Task], request: _Generating) -> AnswerStream:
-        """Start an answer, which ends at the end of the context if `num_predict` exceeds the context."""
+        """Start an answer; without room for `num_predict` tokens, it ends at the end of the context."""
         try:
             return await self._adapter.answer(lambda: read(request))
         except PromptTooLongError as error:
@@ -111,7 +111,7 @@ class OllamaAdapter:
         )
 
     async def embeddings(self, request: wires.EmbeddingsRequest) -> answers.Vector:
-        """Return the embedding of one text, as the model computes it. Cancelling this coroutine aborts the request."""
+        """Return the embedding of one text, not scaled to length 1. Cancelling this coroutine aborts the request."""
         self._begun(request)
         made = await self._vectors(request.model, [request.prompt or ""], "prompt", normalize=False)
         return answers.Vector(cast("list[float]", made.data[0].embedding))
@@ -196,7 +196,7 @@ class OllamaAdapter:
         }
 
     def _thinking(self, request: _Generating) -> dict[str, Any]:
-        """Return the template's thinking variables; as in Ollama, `think` for a model without reasoning is an error."""
+        """Return the template's thinking variables; refuse to think with a model without reasoning."""
         think, variables = request.think, dict[str, Any]()
         if think is None:
             return variables
@@ -211,7 +211,7 @@ class OllamaAdapter:
 def read_messages(messages: Sequence[wires.Message]) -> tuple[TaskMessage, ...]:
     """Convert messages to the messages of a `Task`.
 
-    Calls have no ids in this API: a result belongs to the call that it names, or to the first call without a result.
+    A result belongs to the first call without a result that has its id and name, as far as the result gives them.
     """
     made, count = list[TaskMessage](), 0
     pending = deque[Call]()

@@ -33,7 +33,7 @@ class FunctionCalled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallMade(msgspec.Struct, frozen=True, kw_only=True):
-    """A complete call."""
+    """A call; its arguments are incomplete if the answer was truncated in it."""
 
     id: str
     function: FunctionCalled
@@ -83,7 +83,7 @@ class ChatLine(Line, frozen=True, kw_only=True):
 
 
 class GenerateLine(Line, frozen=True, kw_only=True):
-    """One line of a generate stream, or the whole answer; `context` lets the next request continue the answer."""
+    """One line of a generate stream, or the whole answer; `context` continues the conversation."""
 
     response: str
     thinking: str | UnsetType = UNSET

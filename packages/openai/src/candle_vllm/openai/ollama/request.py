@@ -76,7 +76,7 @@ REFUSED_GENERATE_FIELDS: Mapping[str, fields.Refusal] = {
 def seconds_of(value: float | str) -> float:
     """Convert `keep_alive` to seconds: a number of seconds, or a duration as Go writes it (`5m`, `1h30m`).
 
-    A negative or very long time means infinity. Raises ValueError for a value of another form.
+    A negative or very long time means infinity. Raises ValueError or OverflowError for any other value.
     """
     if isinstance(value, str):
         text = value.strip()
@@ -255,7 +255,7 @@ def _writable(name: str) -> str:
 
 
 class OfferedFunction(FunctionDefinition):
-    """A function that the model may call; unlike OpenAI, Ollama has no rule for its name."""
+    """A function that the model may call; its name may have characters that OpenAI refuses."""
 
     name: Annotated[str, AfterValidator(_writable)]
 
@@ -324,7 +324,7 @@ class ChatRequest(_Generating):
 
 
 class GenerateRequest(_Generating):
-    """A prompt to answer: `POST /api/generate`. A request without a prompt only loads the model.
+    """A prompt to answer: `POST /api/generate`. Without a prompt or suffix it only loads the model.
 
     Attributes:
         system: a system message before the prompt.

@@ -73,7 +73,7 @@ class Prediction(WireModel):
 class ChatCompletionRequest(TemplateFields, GenerationFields):
     """A conversation to continue.
 
-    `max_completion_tokens` and `max_tokens` are two names of one limit; without both, the context is the limit.
+    `max_completion_tokens` and `max_tokens` name one limit; without both, the default or the context is the limit.
     `include_reasoning: false` leaves the reasoning out of the answer; it is still generated and counted. With a
     `prediction`, usage counts the predicted tokens that are part of the answer. With `timings_per_token`, an answer and
     every chunk except a choice's first have llama.cpp's `timings`, measured by the engine only in the last chunk. With

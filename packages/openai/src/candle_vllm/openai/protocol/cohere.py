@@ -16,7 +16,7 @@ from pydantic import Field
 from candle_vllm.core.engine.outputs import EmbeddingOutput
 from candle_vllm.core.pooling import MAX_DIMENSIONS
 from candle_vllm.openai.protocol.embeddings import EmbeddingRequest
-from candle_vllm.openai.protocol.fields import Refusal
+from candle_vllm.openai.protocol.fields import CutFields, Refusal
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, Words
 
 _QUERY, _DOCUMENT = ("query", "retrieval.query"), ("document", "passage", "corpus", "retrieval.passage")
@@ -35,11 +35,12 @@ class CohereEmbedRequest(PoolingFields):
         input_type: what the texts are; the model's prompt for this type is prepended to each text.
         embedding_types: types of the vectors; None means floats, and for `/v1/embed` a plain list of float vectors.
         output_dimension: length of the vectors, for models trained for truncated vectors (Matryoshka).
-        truncate: end at which a text that is too long is truncated; Cohere's default is "END".
+        truncate: end at which a text that is too long is truncated; "NONE" refuses such a text, None means "END".
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name != "truncate"},
+        **dict.fromkeys(CutFields.model_fields, Refusal("use truncate")),
         "images": Refusal("the server takes text only", ([],)),
         "inputs": Refusal("send the texts in texts", ([],)),
         "max_tokens": Refusal("texts are truncated at the model's longest input only"),
@@ -63,7 +64,7 @@ class CohereEmbedRequest(PoolingFields):
 
 
 class CohereEmbeddings(msgspec.Struct, frozen=True, kw_only=True):
-    """Embeddings by type, in the order of the texts."""
+    """Embeddings in the order of the texts: lists by type, or for `/v1/embed` without types one list."""
 
     id: str
     embeddings: dict[str, list[Any]] | list[Any]

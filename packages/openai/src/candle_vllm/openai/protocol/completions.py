@@ -52,7 +52,7 @@ class CompletionRequest(GenerationFields):
         if self.max_tokens == 0 and not self.echo:
             raise fields.invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
         for name in ("echo", "truncate_prompt_tokens") if self.suffix else ():
-            if getattr(self, name) not in (None, False):
+            if (value := getattr(self, name)) is not None and value is not False:
                 raise fields.invalid(name, "cannot be combined with suffix: leave one of them out")
         if len(self.prompts) * self.sequences > fields.MAX_CHOICES:
             raise fields.invalid("n", f"times the number of prompts must be at most {fields.MAX_CHOICES}")
@@ -68,9 +68,9 @@ class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     """Log-probabilities in OpenAI's older form: four lists with one entry per token.
 
     Attributes:
-        tokens: text of each token; `bytes:\\xe2\\x82` if its bytes are not whole characters.
+        tokens: text of each token; `bytes:\\xe2\\x82` for parts of characters, `token_id:5` where ids are requested.
         token_logprobs: log-probability of each token; null for the first token of an echoed prompt.
-        top_logprobs: map of text to log-probability, for the likeliest tokens and the chosen token.
+        top_logprobs: for each token, log-probabilities by text of the likeliest tokens and itself; null as above.
         text_offset: offset of each token in the choice's text, in characters.
     """
 

@@ -17,7 +17,7 @@ from candle_vllm.openai.task import Call
 
 CUSTOM_INPUT = "input"  # name of the function's only argument
 MAX_GRAMMAR = 64 << 10  # characters
-_ANCHORS = re.compile(r"\A\^|(?<!\\)((?:\\\\)*)\$\Z")  # of an expression that matches whole texts anyhow
+_ANCHORS = re.compile(r"\A\^|(?<!\\)((?:\\\\)*)\$\Z")  # around a regex; `stand_in` adds both itself
 
 Syntax = Literal["lark", "regex"]
 
@@ -51,8 +51,8 @@ def custom_arguments(text: str) -> str:
 def custom_input(arguments: str) -> str:
     """Return the input text from the arguments of a `stand_in` function.
 
-    Models that were trained with the tool as a function use their own argument name (Codex's `apply_patch`: `patch`).
-    An `input` that is no text becomes JSON; null and any other form, such as truncated JSON, are returned unchanged.
+    The only argument may have another name, which models learned with the tool (Codex's `apply_patch`: `patch`). An
+    `input` that is no text becomes JSON. Arguments of any other form, such as truncated JSON, are returned unchanged.
     """
     try:
         value = decode_json(arguments)

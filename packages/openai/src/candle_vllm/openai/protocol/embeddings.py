@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of `/v1/embeddings` and `/v1/moderations`, vLLM's `/pooling` and `/classify`, and llama.cpp's form."""
+"""Wire types of `/v1/embeddings`, llama.cpp's `/embedding`, `/v1/moderations`, vLLM's `/pooling` and `/classify`."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class EmbeddingRequest(CutFields, PoolingFields):
     Attributes:
         encoding_format: "float" for vectors of numbers, "base64" for their bytes as text. With "bytes" the body of the
             response is the bytes of all vectors, and the header `metadata` has their offsets, their shapes and the
-            usage as JSON; "bytes_only" leaves this header out. Batches refuse both; the library returns base64.
+            usage as JSON; "bytes_only" leaves this header out. Batches refuse both; `embed` returns base64 for both.
         embed_dtype: type of the elements in base64 and bytes.
         endianness: byte order of these elements; "native" is "little".
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
-        pooling, embedding_type: which token positions are pooled; the second name is the Rust candle-vllm's. As in
+        pooling, embedding_type: pooling method, see `PoolingKind`; the second name is the Rust candle-vllm's. As in
             Jina's API, the second may be "float" or "base64" instead, and is then another name of `encoding_format`.
         normalize, normalized, use_activation: whether to scale vectors to length 1; null uses the model's setting. The
             second name is Jina's, the third vLLM's.
@@ -182,9 +182,8 @@ class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
 
     def chat_fields(self) -> dict[str, Any]:
         """Return the validated fields that this request has in common with a chat request, with `max_tokens` 1."""
-        names = ("model", "messages", "add_special_tokens", *CutFields.model_fields, *TemplateFields.model_fields)
-        opened, cut = bool(self.add_generation_prompt), -1 if self.truncate else self.truncate_prompt_tokens
-        more = {"add_generation_prompt": opened, "max_tokens": 1, "truncate_prompt_tokens": cut}
+        names = ("model", "messages", "add_special_tokens", *TemplateFields.model_fields)
+        more = {"add_generation_prompt": bool(self.add_generation_prompt), "max_tokens": 1}
         return {name: getattr(self, name) for name in names} | more
 
 
@@ -229,7 +228,11 @@ class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
         add_special_tokens: whether special tokens are added to texts; None adds them.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = _without(POOLING_REFUSED_FIELDS, "use_activation", "activation")
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        **_without(POOLING_REFUSED_FIELDS, *CutFields.model_fields, *ActivationFields.model_fields),
+        "truncate": Refusal("use truncate_prompt_tokens", (False, "NONE")),
+        "softmax": Refusal("send use_activation", (True,)),
+    }
 
     input: Input
     add_special_tokens: bool | None = None
@@ -291,7 +294,7 @@ def moderated(labels: Sequence[str], numbers: Sequence[float]) -> Moderated:
 
 
 class Classified(msgspec.Struct, frozen=True, kw_only=True):
-    """Class of one text: the likeliest label, and the probabilities of all labels in the order of the config."""
+    """Class of one text: the likeliest label, and all labels' probabilities, or logits if `use_activation` is false."""
 
     index: int
     label: str
@@ -339,7 +342,8 @@ class PoolingRequest(ActivationFields, EmbeddingRequest):
     """Texts to pool, in vLLM's form.
 
     Attributes:
-        task: what is computed, for a text or for each of its tokens; null uses the model's own task.
+        task: what is computed, for a text or for each of its tokens; null uses the model's own task. For vectors,
+            `use_activation` is another name of `normalize`.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _without(

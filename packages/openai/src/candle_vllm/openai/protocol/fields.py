@@ -34,7 +34,7 @@ MAX_CHOICES = 256  # prompts times n
 MAX_BAD_WORDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_BEAM_TOKENS = 1 << 12  # maximum tokens of a beam search: max_tokens x n x prompts
-MAX_LOGPROBS = 1 << 18  # log-probabilities of generated, or of prompt tokens: tokens x n x (logprobs + 1)
+MAX_LOGPROBS = 1 << 18  # log-probabilities of a request's generated tokens, or of its prompts' tokens
 Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 
@@ -195,7 +195,7 @@ def invalid(field: str, text: str) -> PydanticCustomError:
 
 
 def few_entries(most: int) -> BeforeValidator:
-    """Return a validator that refuses more than `most` entries: pydantic needs seconds to list a million errors."""
+    """Return a validator for objects of at most `most` entries: pydantic needs seconds to list a million errors."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
@@ -206,9 +206,9 @@ def few_entries(most: int) -> BeforeValidator:
 
 
 class WireModel(BaseModel):
-    """Base of request objects: exact types (no "1" for 1, no true for 1), finite numbers, no unknown names.
+    """Base of request objects: exact types (no "1" for 1, no true for 1), finite numbers, known names.
 
-    Its validator is built when the first such object is parsed, in a few milliseconds, not when the server starts.
+    If the operator allows unknown names, they give warnings. The validator is built when the first object is parsed.
     """
 
     model_config = ConfigDict(
@@ -340,7 +340,7 @@ class Cut(NamedTuple):
     """How prompts that are too long are truncated.
 
     Attributes:
-        tokens: maximum number of tokens that remain; -1 for the maximum that leaves room for one output token.
+        tokens: maximum number of tokens that remain; -1 for the longest prompt that the caller of `of` allows.
         side: side from which tokens are removed.
     """
 
@@ -350,7 +350,7 @@ class Cut(NamedTuple):
     def of(self, prompt: Sequence[int], context: int, around: Sequence[int] = ()) -> Sequence[int]:
         """Return the truncated prompt; InvalidParameterError if `tokens` exceeds `context`, the longest prompt.
 
-        `around` are the special tokens that the tokenizer puts around a text, which remain: those of an empty text.
+        `around` are the special tokens of an empty text. They remain if they are at the ends of the prompt and fit.
         """
         if self.tokens > context:
             raise InvalidParameterError(
@@ -377,7 +377,7 @@ class CutFields(WireModel):
 
     Attributes:
         truncate_prompt_tokens: maximum number of prompt tokens; -1 for the model's maximum.
-        truncation_side: the side from which tokens are removed.
+        truncation_side: side from which tokens are removed; null means right for texts to embed or classify, else left.
     """
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = None
@@ -395,7 +395,7 @@ class ModelFields(WireModel):
     Attributes:
         model: name of the model or of an adapter.
         lora_path: SGLang's field for the adapter; may be a list that repeats one name for every prompt. The name is
-            appended to the model's name (`model:adapter`).
+            appended to the model's name (`model:adapter`), or becomes it if the request names no model.
     """
 
     model: ModelName | None = None

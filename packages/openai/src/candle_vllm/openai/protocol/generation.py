@@ -194,7 +194,7 @@ LoraScales = Annotated[list[LoraScale], Field(max_length=_MAX_LORAS, fail_fast=T
 
 
 def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None:
-    """Return the scales by adapter id; adapters without an entry have scale 0. Raises `InvalidParameterError`."""
+    """Return the scales by adapter id; adapters without an entry have scale 0. Raises if one has two entries."""
     if given is None:
         return None
     scales = {each.id: each.scale for each in given}

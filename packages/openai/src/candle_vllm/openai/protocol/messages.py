@@ -31,7 +31,7 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Raise an error that names the part's type, if the server cannot read such parts."""
+        """Raise an error for an image, which only some roles may send, and for parts that the server cannot read."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _IMAGES:
             raise unsupported("type", "images can only be in messages of users and tools")
@@ -90,7 +90,6 @@ class RefusalPart(WireModel):
 
     @property
     def text(self) -> str:
-        """The refusal."""
         return self.refusal
 
 

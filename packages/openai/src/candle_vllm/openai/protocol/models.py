@@ -18,8 +18,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         root: the model's own name; `id` may be an alias of it.
         max_model_len: maximum number of tokens of prompt and output together.
         modalities: input types: text, and image if the model reads images.
-        tool_parser: format of the model's tool calls; null if the model calls no tools.
-        reasoning_parser: format of the model's reasoning; null if it is not separated from the answer.
+        tool_parser: format of the model's tool calls; absent if the model calls no tools.
+        reasoning_parser: format of the model's reasoning; absent if it is not separated from the answer.
         default_sampling: sampling values that apply if a request does not set them.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fields that requests for embeddings, classes and scores share, and their token counts."""
+"""Fields that requests for embeddings, classes and scores share, and the token counts of the responses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Words = Annotated[str, Field(min_length=1)]
 
 
 class PoolingFields(ModelFields):
-    """Fields of every request that generates no text. None always means absent; `user` has no effect."""
+    """Fields of every request for vectors, classes or scores. None always means absent; `user` has no effect."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = POOLING_REFUSED_FIELDS
 

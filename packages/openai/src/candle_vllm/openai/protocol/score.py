@@ -66,7 +66,7 @@ class ScoreRequest(ScoringFields):
         if not any(given == set(side) for side in _SIDES):
             ways = ", or ".join(" and ".join(side) for side in _SIDES)
             raise invalid(
-                min(given) if given else "text_1", f"is only one side of the pairs, which are given as {ways}"
+                min(given) if given else "text_1", f"is a side of the pairs, and exactly two are needed: {ways}"
             )
         left, right = self._lists()
         if len(left) not in (1, len(right)):

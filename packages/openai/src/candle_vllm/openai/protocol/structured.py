@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of OpenAI's `response_format` and vLLM's `structured_outputs` (step 2 of a request's life).
+"""Wire types of constraints on an answer: OpenAI's, vLLM's and llama.cpp's fields (step 2 of a request's life).
 
-Both are converted to core's `StructuredOutputsParams`, which checks limits and compiles the grammar.
+All are converted to core's `StructuredOutputsParams`, which checks types and limits; the grammar is compiled later.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Structure(WireModel):
     """One tagged part: JSON that follows the schema, between a begin text and an end text."""
 
     begin: str
-    content_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    content_schema: Annotated[dict[str, Any] | bool | None, BeforeValidator(check_depth)] = Field(None, alias="schema")
     end: str
 
 
@@ -147,7 +147,7 @@ class StructuredOutputs(WireModel):
     """vLLM's constraint on an answer: exactly one of `KINDS`.
 
     Attributes:
-        json_value: a JSON schema, as an object or as JSON text; a Python caller may pass a class with a schema.
+        json_value: a JSON schema, as a value or as JSON text; a Python caller may pass a class with a schema.
         disable_fallback: no effect, because there is only one backend.
     """
 
@@ -217,10 +217,10 @@ class LlamaForms(WireModel):
     """
 
     grammar: Annotated[str, Field(max_length=core.MAX_GRAMMAR)] | None = None
-    json_schema: dict[str, Any] | None = None
+    json_schema: Annotated[dict[str, Any], BeforeValidator(check_depth)] | None = None
 
     def llama_form(self) -> tuple[str, StructuredOutputsParams] | None:
-        """Return the field that is set and its constraint; raises the error that pydantic reports."""
+        """Return the field that is set and its constraint, or None; raises the error that pydantic reports."""
         if self.grammar and self.json_schema:
             raise invalid("grammar", "and json_schema exclude each other; give one of them")
         name = "grammar" if self.grammar else "json_schema"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A chat request's variables of the chat template, and its limit on reasoning (step 3 of a request's life)."""
+"""Fields by which messages are rendered to a prompt, and the limit on reasoning (step 3 of a request's life)."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class TemplateFields(WireModel):
         return next((name for name in _BUDGETS if getattr(self, name) is not None), "thinking.budget_tokens")
 
     def thinking_limit(self) -> ThinkingLimit | None:
-        """Return the limit on reasoning; raises if the names of the budget contradict each other."""
+        """Return the limit on reasoning; raises if budgets contradict each other, or a message has no budget."""
         given = {name: value for name in _BUDGETS if (value := getattr(self, name)) is not None}
         if isinstance(self.thinking, ThinkingSwitch) and self.thinking.budget_tokens is not None:
             given["thinking.budget_tokens"] = self.thinking.budget_tokens
@@ -141,7 +141,7 @@ def check_variables(kwargs: Mapping[str, Any]) -> None:
 
 
 def set_effort(kwargs: dict[str, Any], effort: str | None, field: str) -> None:
-    """Set the reasoning effort that `field` requests; raises if another variable contradicts it."""
+    """Set the reasoning effort of `field`, and the thinking switch by it; raises if a variable contradicts them."""
     if effort is not None:
         _agree(kwargs, field, "reasoning_effort", effort)
     if effort == "none":

@@ -67,7 +67,7 @@ class TokenizeContentRequest(WireModel):
     """A text to tokenize, in llama.cpp's form.
 
     Attributes:
-        add_special: whether to add the special tokens that the model expects around a text.
+        add_special: whether to add the special tokens that the model expects around a text; null means no.
         with_pieces: whether to return the text of each token.
     """
 

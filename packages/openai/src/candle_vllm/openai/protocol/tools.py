@@ -124,7 +124,6 @@ class Tool(fields.WireModel):
 
     @property
     def name(self) -> str:
-        """The tool's name."""
         return self.function.name
 
     def shown(self) -> dict[str, Any]:
@@ -207,7 +206,7 @@ ToolChoice = Annotated[
 
 
 def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path: str = "function.parameters") -> None:
-    """Refuse tools with equal names, and tools that are too large for a prompt; error paths are relative to `tools`.
+    """Refuse equal names, tools that are not JSON, and more than `MAX_TOOLS_SIZE`; error paths are relative to `tools`.
 
     Args:
         tools: for each tool, the path of its name (`0.function.name`), its name, and its form in the template.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token counts of an answer."""
+"""Token counts and timings of an answer, the progress of its prompt, and the rendered prompt."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         completion_tokens_details: present if at least one of its counts is known.
-        prompt_time_costs: milliseconds from the first work on the prompt to the first token; only in final counts.
-        completion_time_costs: milliseconds from the first token to the last; only in final counts.
+        prompt_time_costs: milliseconds from first work on a prompt to its first token, the longest; only at the end.
+        completion_time_costs: milliseconds from a choice's first token to its last, the longest; only at the end.
     """
 
     prompt_tokens: int
