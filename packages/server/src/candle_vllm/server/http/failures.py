@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Turn every failure of a request into a response in the error format of its API (steps 1 and 10 of its life).
+"""Turn failures of requests into responses or last events, in their API's error format (steps 1 and 10 of their life).
 
 Anthropic's routes use Anthropic's error format, Ollama's routes use Ollama's, and all others use OpenAI's.
 """
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 class FailureMiddleware:
-    """Turns exceptions that no route handles into responses, and shortens the error of a failed start.
+    """Turns exceptions that no exception handler takes into responses, and shortens the error of a failed start.
 
     A request that the end of the drain cancels gets a 503; a begun stream reports the shutdown itself (`EventStream`).
-
-    If the response has begun, the server closes the connection, so that the client sees that the answer is incomplete.
-    If its `__cause__` is a CandleVllmError, one line is logged; every other exception is raised to the server.
+    If an exception comes after the response has begun, uvicorn closes the connection, so that the client sees that the
+    answer is incomplete. An exception whose `__cause__` is a CandleVllmError is then logged in one line; every other
+    one, and every exception of a WebSocket or of the lifespan, is raised to uvicorn.
     """
 
     def __init__(self, app: ASGIApp) -> None:
