@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ HEAD_SECONDS = 30.0  # from the connection, or the first byte of a later request
 MAX_CONNECTIONS = 4096  # at the same time
 MAX_FILES = 1 << 16  # highest limit on open files that the process sets for itself
 CROWDED_SECONDS = 1.0  # time for a request head if a connection is opened while more than half of them are in use
-STALL_SECONDS = 60.0  # a client that reads nothing for so long is disconnected
+STALL_SECONDS, STALL_BYTES = 60.0, 32 << 10  # a client that reads less in this time is disconnected, if more waits
 UNDECODED = "candle_vllm.undecoded"  # key of a large WebSocket text in a received message, as bytes
 DRAINING = "candle_vllm.draining"  # extension of the scope: an event that is set when the server stops
 MAX_PIECES, PIECE_BYTES = 4096, 64  # maximum number of chunks of a body, plus one for each 64 bytes
@@ -46,7 +47,7 @@ _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](
 
 
 class _ReadInTime(asyncio.Protocol):
-    """Disconnects a client that reads nothing for `STALL_SECONDS`; its request is aborted."""
+    """Disconnects a client that reads less than `STALL_BYTES` in `STALL_SECONDS`; its request is aborted."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
@@ -54,7 +55,15 @@ class _ReadInTime(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._expect_reading()
+
+    def _expect_reading(self, most: float = math.inf) -> None:
+        """Disconnect a client for which more than `most` bytes wait; otherwise check again in `STALL_SECONDS`."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting > most:
+            self.transport.abort()
+        else:
+            self._stalled = self.loop.call_later(STALL_SECONDS, self._expect_reading, waiting - STALL_BYTES)
 
     def resume_writing(self) -> None:
         self._move_on()
