@@ -208,9 +208,11 @@ async def unless_disconnected(
 
 
 def _too_large(limit: int) -> HttpError:
+    large = limit >= 1 << 20  # smaller limits are no setting
+    size, advice = (f"{limit >> 20} MB", ", or raise --max-body-mb") if large else (f"{limit >> 10} KB", "")
     return HttpError(
         413,
-        f"The body is larger than {limit >> 20} MB. Send less, or raise --max-body-mb.",
+        f"The body is larger than {size}. Send less{advice}.",
         "request_too_large",
         {"connection": "close"},  # the rest of the body is not read
     )
