@@ -67,7 +67,7 @@ def split_arguments(text: str) -> tuple[str, ...]:
 
     If a quote is not closed, this raises a `UsageError` that does not repeat the text, which may hold a secret.
     """
-    if not any(mark in text for mark in " \t'\"\\"):
+    if "," in text and not any(mark in text for mark in " \t'\"\\"):
         return tuple(text.split(","))
     try:
         return tuple(shlex.split(text))
