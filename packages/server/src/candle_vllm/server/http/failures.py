@@ -177,7 +177,7 @@ _ROUTES_HERE = {"/generate": "/v1/completions", "/models/load": "/v1/models/load
 
 def _routing_error(request: Request, failure: HTTPException) -> HttpError:
     path, method = request.scope["path"][:200], request.method
-    methods = request.app.state.document.methods(route_path(request.scope))
+    methods = request.app.state.document.methods(route_path(request.scope)) or ["GET"]  # the web UI's files
     nearest = _ROUTES_HERE.get(path.rstrip("/"))
     under = "" if path.startswith(("/v1/", "/api/")) else "; the API is under /v1"
     twice = "; leave /v1 out of the base URL" if path.startswith("/v1/v1/") else under
