@@ -15,7 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineSleepingError, RequestAbortedError
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    EngineDeadError,
+    EngineOverloadedError,
+    EngineSleepingError,
+    RequestAbortedError,
+)
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
 from candle_vllm.openai.ollama.answers import Failure
@@ -165,7 +171,7 @@ def ollama_error_line(failure: Exception) -> bytes:
 
 def log_failure(what: str, failure: Exception) -> None:
     """Log a failure, unless the client, an abort or sleep caused it."""
-    if isinstance(failure, EngineDeadError | entries.StoreUnavailableError):
+    if isinstance(failure, EngineDeadError | EngineOverloadedError | entries.StoreUnavailableError):
         logger.error("%s: %s", what, failure)  # without a traceback: the cause is known, and ends many requests
     elif to_error(failure).status >= 500 and not isinstance(failure, (RequestAbortedError, EngineSleepingError)):
         logger.error("%s", what, exc_info=failure)
