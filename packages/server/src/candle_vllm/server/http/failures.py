@@ -74,13 +74,9 @@ class FailureMiddleware:
                 await response(scope, receive, note)
         except asyncio.CancelledError:
             if scope["type"] == "http" and not begun:
-                await refusal(scope, _stopped())(scope, receive, send)
-
-
-def _stopped() -> HttpError:
-    """Return the error of a request that the end of the drain cancels."""
-    message = "The server was stopped before the answer was complete."
-    return HttpError(503, message, "shutting_down", {"retry-after": "5"})
+                message = "The server was stopped before the answer was complete."
+                error = HttpError(503, message, "shutting_down", {"retry-after": "5"})
+                await refusal(scope, error)(scope, receive, send)
 
 
 def _brief(scope: Scope, message: Message) -> Message:
