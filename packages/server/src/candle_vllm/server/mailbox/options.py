@@ -158,8 +158,10 @@ class WebhookOptions:
             raise UsageError("webhook: give signing_secret or auth of type hmac, not both")
         if len(self.headers) > MAX_HEADERS:
             raise UsageError(f"webhook headers: at most {MAX_HEADERS} are allowed")
+        auths = (self.auth, WebhookAuth("hmac", self.signing_secret)) if self.signing_secret else (self.auth,)
+        taken = RESERVED_HEADERS | {name.lower() for auth in auths for name in auth.headers("", b"")}
         for name, value in self.headers.items():
-            if not HEADER_NAME.fullmatch(name) or name.lower() in RESERVED_HEADERS:
+            if not HEADER_NAME.fullmatch(name) or name.lower() in taken:
                 raise UsageError(f"webhook headers: {name!r:.80} cannot be set")
             if not HEADER_VALUE.fullmatch(value):
                 raise UsageError(f"webhook headers: the value of {name} must be printable ASCII, 1 to 1024 characters")
