@@ -86,7 +86,7 @@ def test_a_model_whose_template_shows_no_tools(start_mcp: Start, web: Any, caplo
             assert shown(engine) == []
         refused = client.post("/v1/chat/completions", json={**CHAT, "tool_choice": "required"})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
-    lines = [one for one in caplog.messages if "gets no tools of MCP servers" in one]
+    lines = [one for one in caplog.messages if "gets no MCP tools" in one]
     assert len(lines) == 1
 
 

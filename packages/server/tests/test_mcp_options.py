@@ -86,6 +86,7 @@ def test_the_server_of_the_command_comes_last(folder: Path) -> None:
     ("text", "arguments"),
     [
         ("a", ("a",)),
+        ("", ()),
         ("a,b,c", ("a", "b", "c")),
         ("a b,c", ("a", "b,c")),
         ("--name 'two words' x", ("--name", "two words", "x")),

@@ -154,7 +154,9 @@ def test_no_other_file_is_served(client: Any, path: str) -> None:
 
 def test_nothing_but_reading(client: Any) -> None:
     for path in public_paths():
-        assert client.post(path).status_code == 405
+        answer = client.post(path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+        assert answer.json()["error"]["message"].endswith("it supports GET.")
 
 
 def test_without_the_flag_the_root_is_json(start: Callable[..., Any]) -> None:

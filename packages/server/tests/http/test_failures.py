@@ -54,9 +54,10 @@ def test_an_event_of_a_failure_names_the_request(failure: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "lines"), [(StoreUnavailableError("The disk is full."), 1), (RuntimeError("x"), 2)]
+    ("failure", "lines"),
+    [(StoreUnavailableError("The disk is full."), 1), (EngineOverloadedError("full"), 1), (RuntimeError("x"), 2)],
 )
-def test_a_store_that_fails_is_one_line_of_the_log(
+def test_a_failure_of_many_requests_is_one_line_of_the_log(
     failure: Exception, lines: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     ollama_error_line(failure)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -15,7 +16,7 @@ import pytest
 
 from candle_vllm.server.http import protocol
 from packages.server.tests.server_fakes import PacedEngine
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, skip, until
 
 COMPLETION = {"model": "scripted", "prompt": "x"}
 
@@ -373,3 +374,31 @@ def test_requests_that_wait_for_the_one_before_are_counted(start) -> None:
     running = start(PacedEngine(["a"] * 10, first_pause=0.2))
     got = _answers(running.port, _request() + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 5000)
     assert got.count(b"HTTP/1.1 200") == 1 + protocol.MAX_PIPELINED
+
+
+async def test_a_client_that_reads_a_large_answer_slowly_stays_connected() -> None:
+    loop, size = asyncio.get_running_loop(), 64 << 20
+    lost: asyncio.Future[Exception | None] = loop.create_future()
+
+    class Writer(protocol._ReadInTime):
+        def connection_made(self, transport: Any) -> None:
+            self.loop, self.transport = loop, transport
+            transport.write(bytes(size))
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            lost.set_result(exc)
+
+    server = await loop.create_server(Writer, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2], limit=1 << 10)
+    for _ in range(3):  # the answer waits longer than `STALL_SECONDS`, but some of it is read in this time
+        await reader.readexactly(size // 32)
+        await asyncio.sleep(0.05)  # the system's buffers are filled again
+        await skip(protocol.STALL_SECONDS)
+        assert not lost.done()
+    for _ in range(2):
+        await asyncio.sleep(0.05)
+        await skip(protocol.STALL_SECONDS)
+    await until(lost.done)
+    writer.close()
+    server.close()

@@ -74,6 +74,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"headers": []}, "mapping"),
     ({"headers": {"a": 1}}, "mapping"),
     ({"headers": {"Content-Length": "3"}}, "cannot be set"),
+    ({"headers": {"authorization": "x"}, "auth": {"type": "bearer", "token": "t"}}, "'authorization' cannot be set"),
+    ({"headers": {"x-signature-256": "x"}, "signing_secret": "s"}, "cannot be set"),
     ({"headers": {"a": "b\r\nc: d"}}, "printable"),
     ({"headers": {"a": "${TOKEN}"}}, "secrets only"),
     ({"headers": {f"x-{number}": "1" for number in range(17)}}, "at most 16"),

@@ -120,6 +120,13 @@ async def test_an_answer_on_its_way_is_neither_deleted_nor_pushed(running, recei
     assert _refusal(pushed) == (400, "request_id", "invalid_value")
 
 
+async def test_a_large_request_for_a_push_learns_its_limit(running) -> None:
+    server = await running()
+    answer = await server.ask("POST", "/v1/mailbox/chatcmpl-1/webhook", json={"url": "x" * (64 << 10)})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["message"] == "The body is larger than 64 KB. Send less."
+
+
 WRONG_QUERIES = [
     ("?limit=0", "limit"), ("?limit=1001", "limit"), ("?limit=-1", "limit"), ("?limit=x", "limit"),
     ("?limit=", "limit"), ("?limit=%C2%B2", "limit"), ("?limit=1e2", "limit"), ("?after=nothing", "after"),

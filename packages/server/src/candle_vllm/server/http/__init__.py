@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""HTTP around the routes: limits, paths, API keys, request ids, server-sent events, and responses for failures."""
+"""HTTP around the routes: connections, TLS, paths, API keys, limits, streamed answers, and responses for failures."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Access checks: API keys, origins of web pages, and names in the Host header (step 1 of a request's life).
 
-All are pure ASGI middleware. Only /health, /v1/health, /ping, /ready and the web UI's files need no key. A browser
-cannot send a header from its address bar, so the documentation pages also accept the key as the password of HTTP Basic.
+If clients have keys, only /health, /v1/health, /ping, /ready and the web UI's files need none. A browser cannot send a
+header from its address bar, so the documentation pages also accept the key as the password of HTTP Basic.
 
-The check of keys uses only the method, the ASGI path and two headers, never the Host header or the raw URL. It takes
-the same time for every key of any length. Routes of operators can have keys of their own.
+The check of keys uses only the method, the ASGI path and two headers, never the Host header or the raw URL. Its time
+does not reveal the server's keys or their lengths. Routes of operators can have keys of their own.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ PAGES = ("/openapi.json", "/docs")  # and every path below /docs/
 
 
 class ApiKeyMiddleware:
-    """Passes on a request with a valid key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
+    """Requires a valid key, as `Authorization: Bearer KEY` or `x-api-key: KEY`, on paths that need one.
 
     Inner layers find the request's caller with `caller_of`; `/ready`, which needs no key, finds with `is_stranger`
-    whether a valid key was missing. If there are several keys, one key may have as many open requests and WebSockets
-    as half of the connections that the server allows.
+    whether a valid key was missing. If the keys of clients have several owners, one name or unnamed key may have as
+    many open requests and WebSockets as half of the connections that the server allows.
 
     Args:
         keys: keys of clients and of operators.
@@ -155,7 +155,7 @@ def _authorized(header: bytes, page: bool) -> bytes | None:
 ANY_ORIGIN = "*"
 _LONGEST_ORIGIN = 512  # characters; a name of the DNS has 253
 _PORTS = {"http": 80, "https": 443}
-# mDNS, names of ICANN and RFC 8375 for private networks, services of Kubernetes
+# RFC 6761, mDNS, names of ICANN and RFC 8375 for private networks, services of Kubernetes
 _PRIVATE_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".svc")
 
 
@@ -165,14 +165,14 @@ def origins(allowed: Sequence[str]) -> re.Pattern[str]:
 
 
 class OriginMiddleware:
-    """Refuses (403) requests of web pages of other origins, by their Origin header, which only browsers send.
+    """Refuses (403) requests of web pages of other origins, by the Origin header that browsers add.
 
-    A browser lets any page send simple requests to any address, and adds the page's origin. Such a request must not
-    even begin: the page could not read the answer, but the request would use the models.
+    A browser lets any page send simple requests to any address. Such a request must not even begin: the page could not
+    read the answer, but the request would use the models. The web UI's page is also refused where it would not work.
 
     Args:
         allowed: the origins of --cors-origin.
-        page: whether `/` is the web UI, which works only at an address whose origin is allowed.
+        page: whether `/` is the web UI, which works only at an address whose origin is allowed or the server's own.
     """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str], *, page: bool = False) -> None:
@@ -226,7 +226,7 @@ class HostMiddleware:
     """Refuses (403) requests whose Host is a public name: the owner of a name can make it resolve to this machine.
 
     For the browser, a page of that name (DNS rebinding) has the server's origin, and sends its GETs without Origin.
-    Used by servers without keys; on public paths, over TLS and over Unix sockets, every name is accepted.
+    Used if clients need no key. `_may_pass` accepts every name, for example on public paths and over TLS.
 
     Args:
         own: the name or address at which the server listens.
@@ -259,7 +259,7 @@ class HostMiddleware:
         await refusal(scope, error)(scope, receive, send)
 
     def _is_private(self, authority: str) -> bool:
-        """Whether no web page can have this name: an IP address, a name of this machine, or one outside public DNS."""
+        """Whether a Host may pass: an IP address, a private name, a name of this machine, or a host of `allowed`."""
         name = re.sub(r":[0-9]*$", "", authority).lower().removesuffix(".")
         private = "." not in name or name.endswith(_PRIVATE_NAMES)
         return private or _is_number(authority) or self._names.fullmatch(name) is not None
@@ -279,7 +279,7 @@ def _values(scope: Scope, name: bytes) -> list[str]:
 
 
 def _is_own(scope: Scope, origin: str) -> bool:
-    """Whether `origin` is this server's own, by evidence that no other page has, even if its name resolves to here.
+    """Whether `origin` is this server's own, by evidence that no page of another origin can produce.
 
     The evidence is one of: the address at which the connection arrived; an IP address in the Host header (behind a
     container's port), which no DNS server can redirect; `Sec-Fetch-Site` (behind a proxy), which a browser sends only

@@ -2,7 +2,7 @@
 """Read a request's body with a limit, and wait for an answer while watching the connection.
 
 Step 1 of a request's life. If the client disconnects, the wait for the answer is cancelled, which aborts the request in
-the engine.
+the engine, unless the answer is for the mailbox.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ T = TypeVar("T")
 class Held:
     """Counts the bytes of requests until they are tokenized: bodies, WebSocket messages, stored responses to continue.
 
-    The first 64 KB of each body or message do not count: other clients' requests cannot block one of usual size.
-    One key may use half of `most`, the maximum number of bytes. Large bodies are parsed one at a time (`apart`); keys
-    take turns. `pieces` has the connections that wait to read the next part of a large body or message.
+    Also counts the part of a stored file that is being sent. The first 64 KiB of a body or message do not count, so
+    that large requests never block one of usual size. One key may use half of `most`, the maximum number of bytes.
+    `pieces` has the connections that wait to read the next part of a large body or message.
     """
 
     def __init__(self, most: int) -> None:
@@ -54,7 +54,7 @@ class Held:
 
     @contextmanager
     def waiting(self, scope: Scope) -> Iterator[RequestBytes]:
-        """Count the current request's bytes until its prompt is tokenized: a parsed body takes at least as much memory.
+        """Count the current request's bytes until its prompt is tokenized, because its parsed body is still in memory.
 
         Raises HttpError 503 if there are too many bytes, also later when the request adds bytes.
         """
@@ -68,7 +68,7 @@ class Held:
     async def parse(self, caller: Caller, body: bytes, parse: Callable[[bytes], T]) -> T:
         """Parse a body, in a thread if it is large; its bytes, counted before, stay counted until the parser has ended.
 
-        The thread continues even if nobody waits for it any more. A CandleVllmError is raised without its traceback and
+        The thread continues even if nobody waits for it any more. Its CandleVllmError is raised without traceback and
         context, which would keep the body in memory. `this_request` then has the size of the body.
         """
         size = len(body)
@@ -118,12 +118,12 @@ class Pieces:
 async def parse_request(
     scope: Scope, receive: Receive, limit: int, parse: Callable[[bytes], T], *, typed: bool = True
 ) -> T:
-    """Return the parsed JSON body of a request; a body of more than `limit` bytes is refused before it is in memory.
+    """Return the parsed JSON body of a request; of a body of more than `limit` bytes, the rest is not read.
 
     `typed` requires the JSON content type, which web pages of other origins cannot send without a CORS preflight.
 
     Raises:
-        HttpError: 415 other content type, 400 invalid length, 413 too large, 408 too slow, 503 too many bytes (`Held`).
+        HttpError: 415 other content type, or compressed; 400 invalid length; 413 too large; 408 too slow; 503 `Held`.
         ClientGone: the client disconnected before the end of the body.
     """
     headers = dict(scope["headers"])
@@ -184,7 +184,7 @@ async def unless_disconnected(
 ) -> T:
     """Return the answer; a disconnect cancels it and raises ClientGone. The request's body must have been read.
 
-    `dropped` is called with an answer that is ready when the wait is cancelled, because nobody will use it.
+    `dropped` is called with an answer that is completed after a disconnect or a cancellation, and that nobody will use.
     """
     working = asyncio.ensure_future(answer)
     watching = asyncio.ensure_future(disconnected(receive))
@@ -208,9 +208,11 @@ async def unless_disconnected(
 
 
 def _too_large(limit: int) -> HttpError:
+    large = limit >= 1 << 20  # smaller limits are no setting
+    size, advice = (f"{limit >> 20} MB", ", or raise --max-body-mb") if large else (f"{limit >> 10} KB", "")
     return HttpError(
         413,
-        f"The body is larger than {limit >> 20} MB. Send less, or raise --max-body-mb.",
+        f"The body is larger than {size}. Send less{advice}.",
         "request_too_large",
         {"connection": "close"},  # the rest of the body is not read
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Errors of the server itself, not of `OpenAIAdapter` or the engine, in OpenAI's error format (step 1).
+"""Errors of the server itself, not of `OpenAIAdapter` or the engine (steps 1 and 10 of a request's life).
 
 Failures in `OpenAIAdapter` and the engine are converted by `candle_vllm.openai.to_error`.
 """
@@ -17,9 +17,9 @@ class HttpError(Exception):
 
     Attributes:
         status: HTTP status.
-        code: OpenAI's error code, for programs.
+        code: value of `code` in the body, for programs.
         headers: further response headers.
-        param: field or header at fault.
+        param: field, header or other parameter at fault, or None.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class HttpError(Exception):
 
     @property
     def body(self) -> bytes:
-        """The error in OpenAI's format."""
+        """The error in OpenAI's format, as JSON."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})

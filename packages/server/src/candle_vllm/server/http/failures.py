@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Turn every failure of a request into a response in the error format of its API (steps 1 and 10 of its life).
+"""Turn failures of requests into responses or last events, in their API's error format (steps 1 and 10 of their life).
 
 Anthropic's routes use Anthropic's error format, Ollama's routes use Ollama's, and all others use OpenAI's.
 """
@@ -15,7 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineSleepingError, RequestAbortedError
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    EngineDeadError,
+    EngineOverloadedError,
+    EngineSleepingError,
+    RequestAbortedError,
+)
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
 from candle_vllm.openai.ollama.answers import Failure
@@ -35,12 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 class FailureMiddleware:
-    """Turns exceptions that no route handles into responses, and shortens the error of a failed start.
+    """Turns exceptions that no exception handler takes into responses, and shortens the error of a failed start.
 
     A request that the end of the drain cancels gets a 503; a begun stream reports the shutdown itself (`EventStream`).
-
-    If the response has begun, the server closes the connection, so that the client sees that the answer is incomplete.
-    If its `__cause__` is a CandleVllmError, one line is logged; every other exception is raised to the server.
+    If an exception comes after the response has begun, uvicorn closes the connection, so that the client sees that the
+    answer is incomplete. An exception whose `__cause__` is a CandleVllmError is then logged in one line; every other
+    one, and every exception of a WebSocket or of the lifespan, is raised to uvicorn.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -68,13 +74,9 @@ class FailureMiddleware:
                 await response(scope, receive, note)
         except asyncio.CancelledError:
             if scope["type"] == "http" and not begun:
-                await refusal(scope, _stopped())(scope, receive, send)
-
-
-def _stopped() -> HttpError:
-    """Return the error of a request that the end of the drain cancels."""
-    message = "The server was stopped before the answer was complete."
-    return HttpError(503, message, "shutting_down", {"retry-after": "5"})
+                message = "The server was stopped before the answer was complete."
+                error = HttpError(503, message, "shutting_down", {"retry-after": "5"})
+                await refusal(scope, error)(scope, receive, send)
 
 
 def _brief(scope: Scope, message: Message) -> Message:
@@ -165,7 +167,7 @@ def ollama_error_line(failure: Exception) -> bytes:
 
 def log_failure(what: str, failure: Exception) -> None:
     """Log a failure, unless the client, an abort or sleep caused it."""
-    if isinstance(failure, EngineDeadError | entries.StoreUnavailableError):
+    if isinstance(failure, EngineDeadError | EngineOverloadedError | entries.StoreUnavailableError):
         logger.error("%s: %s", what, failure)  # without a traceback: the cause is known, and ends many requests
     elif to_error(failure).status >= 500 and not isinstance(failure, (RequestAbortedError, EngineSleepingError)):
         logger.error("%s", what, exc_info=failure)
@@ -177,7 +179,7 @@ _ROUTES_HERE = {"/generate": "/v1/completions", "/models/load": "/v1/models/load
 
 def _routing_error(request: Request, failure: HTTPException) -> HttpError:
     path, method = request.scope["path"][:200], request.method
-    methods = request.app.state.document.methods(route_path(request.scope))
+    methods = request.app.state.document.methods(route_path(request.scope)) or ["GET"]  # the web UI's files
     nearest = _ROUTES_HERE.get(path.rstrip("/"))
     under = "" if path.startswith(("/v1/", "/api/")) else "; the API is under /v1"
     twice = "; leave /v1 out of the base URL" if path.startswith("/v1/v1/") else under

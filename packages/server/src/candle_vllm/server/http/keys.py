@@ -41,7 +41,6 @@ class Key(NamedTuple):
 
     Attributes:
         digest: SHA-256 of the key.
-        caller: the caller who sends it.
         uses: whether it is valid for the routes of clients.
         manages: whether it is valid for the routes of operators.
         expires: Unix seconds; None means never.
@@ -77,7 +76,7 @@ class Keyring:
         return self._settings.has_api_keys or (operators and bool(self._settings.management_key))
 
     def find(self, given: bytes | None) -> Key | None:
-        """Return the key with this text, expired or not; the time does not depend on which key matches."""
+        """Return the key with this text, expired or not, or None. Every key is compared."""
         if given is None:
             return None
         digest = _digest(given)
@@ -85,7 +84,7 @@ class Keyring:
         return self._keys[matches.index(True)] if any(matches) else None
 
     def find_caller(self, caller: Caller) -> Key | None:
-        """Return a valid key of a caller for whom this process sends itself a request, or None."""
+        """Return a valid client key of a caller, for a batch or a WebSocket that is open already; otherwise None."""
         return next((key for key in self._keys if key.uses and key.is_valid and key.caller.key == caller.key), None)
 
     def callers(self) -> Iterable[Caller]:
@@ -114,7 +113,7 @@ class Keyring:
             seen = now
 
     async def reload(self, settings: AccessOptions | None = None) -> bool:
-        """Read the files again, and take the keys of `settings`, if given; return whether the keys are in use.
+        """Read the files again, and take the keys of `settings`, if given; return whether the new keys are in use.
 
         An invalid file, a first key and the removal of the last key are logged as errors; the old keys stay in use.
         """
@@ -167,7 +166,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """Read a file with one key per line; empty lines and lines that begin with # are skipped.
 
     Raises:
-        UsageError: the file cannot be read, has no key, or has a line that cannot be a key.
+        UsageError: the file cannot be read, has no key or more than `MAX_KEYS`, or has a line that cannot be a key.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -196,7 +195,7 @@ def read_named_keys(path: Path, limits: Limits) -> list[Key]:
         limits: limits of entries that do not set their own.
 
     Raises:
-        UsageError: the file cannot be read, has no key, or is invalid; the message names the line.
+        UsageError: the file cannot be read, has no key or more than `MAX_KEYS`, or is invalid.
     """
     content = mapping(read_yaml(path, secret=True), str(path))
     known_keys(content, ("keys",), str(path))
@@ -228,7 +227,8 @@ def _named(entry: Section, path: Path, defaults: Limits) -> list[Key]:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
         where = f"{path}{line_of(entry, 'name')}"
         raise UsageError(
-            f"{where}: name must have 1 to 64 letters, digits and . _ @ + -, and be no number, none or other"
+            f"{where}: name must have 1 to 64 letters, digits and . _ @ + -, begin with a letter or a digit, and be no "
+            "number, m with a number, none or other"
         )
 
     def wrong(field: str, reason: str) -> UsageError:

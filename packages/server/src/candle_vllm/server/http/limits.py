@@ -79,7 +79,7 @@ class Meter:
         return all(bucket.level(now) >= bucket.limit for bucket in self.buckets)
 
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
-        """Return the response headers about the limits, with OpenAI's names."""
+        """Return the response headers about the limits; for limits per minute, they have OpenAI's names."""
         headers: list[tuple[bytes, bytes]] = []
         for bucket in self.buckets:
             values = {
@@ -93,7 +93,7 @@ class Meter:
 
 
 class RateLimits:
-    """The meters of one application: one for the label of each key that has limits and sent a request.
+    """The meters of one application: one for each label of keys with limits, and one for all callers without a key.
 
     Args:
         default: limits of all callers without a key together.

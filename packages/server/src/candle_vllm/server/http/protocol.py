@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -26,12 +27,12 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import NOBODY, caller_of
 from candle_vllm.server.http.sse import WRITE_PART, WritePart
 
-MAX_HEAD = 64 << 10  # bytes of request line and headers, not counting the last read from the socket
+MAX_HEAD = 64 << 10  # bytes of an incomplete request besides its body: request line, headers, trailers, framing
 HEAD_SECONDS = 30.0  # from the connection, or the first byte of a later request, to the end of the head
 MAX_CONNECTIONS = 4096  # at the same time
 MAX_FILES = 1 << 16  # highest limit on open files that the process sets for itself
-CROWDED_SECONDS = 1.0  # time for a first request head while more than half of the connections are in use
-STALL_SECONDS = 60.0  # a client that reads nothing for so long is disconnected
+CROWDED_SECONDS = 1.0  # time for a request head if a connection is opened while more than half of them are in use
+STALL_SECONDS, STALL_BYTES = 60.0, 32 << 10  # least bytes that a client must read in this time while its buffer is full
 UNDECODED = "candle_vllm.undecoded"  # key of a large WebSocket text in a received message, as bytes
 DRAINING = "candle_vllm.draining"  # extension of the scope: an event that is set when the server stops
 MAX_PIECES, PIECE_BYTES = 4096, 64  # maximum number of chunks of a body, plus one for each 64 bytes
@@ -46,7 +47,7 @@ _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](
 
 
 class _ReadInTime(asyncio.Protocol):
-    """Disconnects a client that reads nothing for `STALL_SECONDS`; its request is aborted."""
+    """Disconnects a client that reads less than `STALL_BYTES` in `STALL_SECONDS`; its request is aborted."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
@@ -54,7 +55,15 @@ class _ReadInTime(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._expect_reading()
+
+    def _expect_reading(self, most: float = math.inf) -> None:
+        """Disconnect a client for which more than `most` bytes wait; otherwise check again in `STALL_SECONDS`."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting > most:
+            self.transport.abort()
+        else:
+            self._stalled = self.loop.call_later(STALL_SECONDS, self._expect_reading, waiting - STALL_BYTES)
 
     def resume_writing(self) -> None:
         self._move_on()
@@ -145,9 +154,9 @@ def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool)
 class _LimitedHttpToolsProtocol(HttpToolsProtocol):
     """Closes a connection whose request has too many bytes that are not body: headers, trailers, framing.
 
-    It also closes a connection whose body has too many small chunks, or is incomplete when the answer begins. uvicorn
-    refers only to the last of several pipelined requests; this class refers to all of them. When the client
-    disconnects, the request that is being answered is notified, and no error is sent in place of its answer.
+    It also closes a connection whose body has too many small chunks, or is incomplete when the answer begins. When the
+    client disconnects, all of its unanswered requests are notified; uvicorn notifies only the last of several pipelined
+    requests. An invalid request after unanswered ones gets no error: the connection ends after their answers.
     """
 
     _piece = b""  # the data that is being parsed
@@ -186,7 +195,7 @@ class _LimitedHttpToolsProtocol(HttpToolsProtocol):
         super().on_header(name, value.rstrip(b" \t"))  # llhttp strips only the blanks before a value; RFC 9110, 5.5
 
     def _leaves_upgrade(self) -> bool:
-        """Whether the request asks for an upgrade to a protocol that the server lacks (h2c), and may ignore."""
+        """Whether the request asks for an upgrade that the server does not support, such as h2c, and ignores."""
         parser = self.parser
         return parser.should_upgrade() and parser.get_method() != b"CONNECT" and not self._should_upgrade()
 
@@ -314,8 +323,8 @@ def http_protocol() -> type[asyncio.Protocol]:
     class TimedProtocol(_ReadInTime, _LimitedHttpToolsProtocol):
         """Closes a connection whose next request head is not complete within `HEAD_SECONDS`.
 
-        uvicorn's own timer runs between an answer and the next byte; this timer runs the rest of the time. When too
-        many connections are open, a new one replaces a silent one.
+        uvicorn's own timer runs between an answer and the next byte. This timer runs from the connection, or from the
+        first byte of a later head. When too many connections are open, `_make_place` closes one.
         """
 
         _late: asyncio.TimerHandle | None = None
@@ -472,7 +481,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
             self._hold(0)
 
     def send_receive_event_to_app(self) -> None:
-        """Queue the message for the route; a text that is not valid UTF-8 closes the connection, once."""
+        """Queue the message for the route, a large text undecoded; another text closes the connection if not UTF-8."""
         if self.curr_msg_data_type != "text" or self.close_sent:
             super().send_receive_event_to_app()
             return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The path, the method and the caller of a request, before the router sees it; its context for observers (step 1).
 
-The metrics of a generation need its HTTP request. Step 1 stores the request in a context variable, and step 4 reads it
-there, so that the layers between, which know no HTTP, need not pass it on.
+The metrics of a generation need its HTTP request. Step 1 stores the request in a context variable, and later steps read
+it there, so that the layers between, which know no HTTP, need not pass it on.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ acting_for: ContextVar[Caller | None] = ContextVar("acting_for", default=None)
 
 
 def caller_of(scope: Scope) -> Caller:
-    """Return the caller of a request, once its key has been checked."""
+    """Return the caller of a request, once its key has been checked; `NOBODY` if no key was needed."""
     return scope.get("state", {}).get("caller", NOBODY)
 
 
@@ -174,17 +174,17 @@ class RequestContext:
 
     @property
     def http_request_id(self) -> str:
-        """The `x-request-id` of the answer; empty outside a request."""
+        """The `x-request-id` of the answer; empty for a WebSocket."""
         return str(self.state.get("request_id", ""))
 
     @property
     def key_label(self) -> str:
-        """The label of the API key, which is not secret; never the key."""
+        """The label of the API key, which is not secret; `NO_KEY` without a key."""
         return caller_of(self.scope).label or NO_KEY
 
     @property
     def route(self) -> str:
-        """The template of the route, never the raw path."""
+        """The template of the route, never the raw path; `NO_ROUTE` without a route."""
         return str(getattr(self.scope.get("route"), "path", "") or NO_ROUTE)
 
     @property

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Server-sent events: an adapter's chunks -> bytes on the connection.
+"""Streamed answers: an adapter's chunks -> server-sent events or JSON lines on the connection.
 
-Step 10 of a request's life. Pure ASGI: chunks that are ready in one iteration of the event loop are sent in one write,
-keep-alives fill a silence, a failure in mid-stream is sent as an event, and a disconnect closes the chunks, which
-aborts the request in the engine. Slow clients, deadlines and the server's shutdown are handled here, for every API.
+Step 10 of a request's life. Pure ASGI: keep-alives fill a silence, a failure in mid-stream is sent as an event, and a
+disconnect closes the chunks, which aborts the request in the engine, unless its answer is for the mailbox. Slow
+clients, deadlines and the server's shutdown are handled here, for every API.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ WRITE_PART = "candle_vllm.write_part"
 """The ASGI extension by which the HTTP protocol of this server provides a `WritePart`."""
 
 WritePart = Callable[[bytes], bool]
-"""Writes a part of a response body, neither empty nor the last, at once; False if the client does not keep up.
+"""Writes a part of a response body, neither empty nor the last, at once; False if that is not possible now.
 
-The layers around a route see only the beginning and the end of a response, which are ASGI messages. Passing each part
-through the layers would take longer than all other work between the engine and the connection.
+The layers around a route see only ASGI messages: the beginning and the end of a response, and parts for a slow client.
+Passing each part through the layers would take longer than all other work between the engine and the connection.
 """
 
 
@@ -88,7 +88,7 @@ class EventStream(Response):
     """A response that sends each chunk as one event: the last stage of a chain (`Receiver` in core's `step/stream.py`).
 
     Chunks of a `PushStream` are written in the loop iteration in which they arrive. If the client does not keep up,
-    they wait; beyond `MAX_BUFFERED` bytes, the request's sink in core queues the outputs, up to `MAX_UNREAD`.
+    the chunks wait; beyond `MAX_BUFFERED` bytes, the request's sink in core queues the outputs, up to `MAX_UNREAD`.
 
     Args:
         chunks: a `PushStream` or an iterator. Its `aclose` is called at the end of the stream. Its `delivered`, if it

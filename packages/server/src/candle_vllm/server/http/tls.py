@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HTTPS: loads certificate and key into a TLS context before a model is loaded, and again when the files change.
+"""HTTPS: load certificate and key into a TLS context, and with --enable-ssl-refresh again when the files change.
 
 Below step 1 of a request's life.
 """
@@ -24,7 +24,7 @@ def tls_context(settings: ListenerOptions) -> ssl.SSLContext | None:
     """Return the context for TLS 1.2 and later with the operator's files, or None for a server without TLS.
 
     Raises:
-        UsageError: a file cannot be read, or key and certificate do not belong together.
+        UsageError: a file or ssl_ciphers cannot be used, or a setting needs another one that is not set.
     """
     if settings.ssl_certfile is None:
         for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"):
@@ -78,7 +78,7 @@ def _reason(error: OSError) -> str:
 
 
 async def refresh(context: ssl.SSLContext, settings: ListenerOptions) -> None:
-    """Load certificate and key again when one of the files was replaced; later connections use them."""
+    """Load certificate and key again when one of the files has changed; later connections use them."""
     paths = [path for path in (settings.ssl_certfile, settings.ssl_keyfile) if path is not None]
     known = [file_state(path) for path in paths]
     while True:

@@ -73,16 +73,16 @@ class WebhookAuth:
 
 
 def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
-    """Return `sha256=<hex>`: the HMAC of timestamp, dot and exact body, so that an old push cannot be replayed.
+    """Return `sha256=<hex>` or `sha512=<hex>`: the HMAC of timestamp, dot and exact body.
 
-    If `auth.signs` is "body", it is the HMAC of only the body.
+    With the timestamp, the receiver can refuse a replayed push. If `auth.signs` is "body", only the body is signed.
     """
     signed = body if auth.signs == "body" else timestamp.encode("ascii") + b"." + body
     return f"{auth.algorithm}={hmac.new(auth.secret.encode(), signed, getattr(hashlib, auth.algorithm)).hexdigest()}"
 
 
 def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
-    """Read the `auth` section of a webhook; UsageError for an unknown key, an invalid value, or an unset variable."""
+    """Read the `auth` section of a webhook; UsageError for an unknown key, a missing secret or an invalid value."""
     if not isinstance(section, Mapping):
         raise UsageError("webhook auth must be a mapping with a type")
     kind = checked("webhook auth type", lambda: Choice(tuple(_SECRETS)).check(section.get("type")))
@@ -106,7 +106,7 @@ def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
 def webhook_secret(name: str, value: Any, variables: Mapping[str, str]) -> str:
     """Read a secret of the `webhook` section, and replace its variables.
 
-    Raises UsageError if the secret is no text, is empty or too long, or has an unset variable.
+    Raises UsageError if a variable is not set, or the secret is not 1 to 4096 printable characters without spaces.
     """
     if not isinstance(value, str):
         raise UsageError(f"webhook {name} must be a text")
@@ -131,10 +131,10 @@ class WebhookOptions:
 
     Attributes:
         url: URL to which answers are pushed; None means that the operator has no webhook.
-        on_disconnect: whether to push the answer of a client that disconnected, if its request asked for the mailbox.
-        on_complete: whether to push every answer whose request asked for the mailbox.
+        on_disconnect: whether to push an answer if its client disconnected and its request has only X-Mailbox-Mode.
+        on_complete: whether to push every answer whose request has only X-Mailbox-Mode.
         retry_count: number of attempts after the first.
-        retry_delay_ms: pause before the first retry; it doubles for each further one.
+        retry_delay_ms: pause before the first retry (`wait_ms` in `webhook.py`).
         timeout_secs: time limit of one whole attempt.
         auth: authentication of the operator's pushes.
         headers: further headers of the operator's pushes.
@@ -158,13 +158,13 @@ class WebhookOptions:
             raise UsageError("webhook: give signing_secret or auth of type hmac, not both")
         if len(self.headers) > MAX_HEADERS:
             raise UsageError(f"webhook headers: at most {MAX_HEADERS} are allowed")
+        auths = (self.auth, WebhookAuth("hmac", self.signing_secret)) if self.signing_secret else (self.auth,)
+        taken = RESERVED_HEADERS | {name.lower() for auth in auths for name in auth.headers("", b"")}
         for name, value in self.headers.items():
-            if not HEADER_NAME.fullmatch(name) or name.lower() in RESERVED_HEADERS:
+            if not HEADER_NAME.fullmatch(name) or name.lower() in taken:
                 raise UsageError(f"webhook headers: {name!r:.80} cannot be set")
             if not HEADER_VALUE.fullmatch(value):
-                raise UsageError(
-                    f"webhook headers: the value of {name} must be printable ASCII, at most 1024 characters"
-                )
+                raise UsageError(f"webhook headers: the value of {name} must be printable ASCII, 1 to 1024 characters")
         for name, kind in _NUMBERS.items():
             checked(f"webhook {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
 
@@ -185,10 +185,10 @@ class MailboxOptions:
         max_records_per_key: maximum number of answers of one API key; beyond it, its oldest one is deleted.
         max_records: maximum number of all answers; beyond it, the key with most answers loses its oldest one.
         webhook: the operator's webhook and the retries of all webhooks.
-        webhook_allowed_hosts: hosts of clients' webhooks: `name` or `*.name`, with `:port` unless 80 or 443.
+        webhook_allowed_hosts: hosts of clients' webhooks: name, `*.name` or address, with `:port` unless 80 or 443.
         webhook_allow_private: whether hosts listed by their full name may have private or loopback addresses.
         webhook_allowed_headers: headers that clients may add to a push, in lower case.
-        max_deliveries: maximum number of pushes at the same time.
+        max_deliveries: maximum number of due pushes at the same time, and of further pushes that clients ask for.
     """
 
     url: str = field(repr=False)
@@ -238,7 +238,7 @@ def webhook_options(section: Mapping[str, Any], variables: Mapping[str, str]) ->
         variables: the environment, for `${NAME}` in a secret.
 
     Raises:
-        UsageError: an unknown key, a wrong value, a variable that is not set.
+        UsageError: an unknown key, a wrong value, a missing secret, a variable that is not set.
     """
     known_keys(section, [each.name for each in fields(WebhookOptions)], "webhook")
     values: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Wire types of the mailbox: the record of an answer, and errors.
 
-A record is made at step 10 of a request's life, when the answer is complete or has failed.
+A record is made at step 10 of a request's life, when the answer is complete or has failed, or earlier as `streaming`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One answer as clients and webhooks see it.
 
     Attributes:
-        request_id: the id of the answer, `chatcmpl-...`.
-        model: name of the model in the request.
+        request_id: the id of the answer, `chatcmpl-...` or `cmpl-...`.
+        model: first name of the model that answered.
         created: Unix seconds at which the record was made.
         status: state of the answer.
         response: the whole OpenAI answer, or the error envelope; absent while it streams and in lists.
@@ -55,14 +55,14 @@ class RecordList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MailboxError(HttpError):
-    """An error of the mailbox; `param` is a header, a query parameter or a field."""
+    """An error of the mailbox; `param` is a header, a parameter of the URL or a field."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(status, message, code, {"retry-after": "1"} if status == 503 else None, param=param)
 
 
 def invalid(param: str, text: str) -> MailboxError:
-    """Return the 400 for a header or field with an invalid value; `text` follows its name in the message."""
+    """Return the 400 for an invalid value of the parameter `param`; `text` follows its name in the message."""
     return MailboxError(400, f"{param} {text}", "invalid_value", param)
 
 
@@ -90,7 +90,7 @@ def settled(answer: msgspec.Struct | bytes | Exception, most: int) -> tuple[Stat
 
 
 def failure_body(message: str, code: str) -> bytes:
-    """An error envelope of the mailbox itself, as JSON."""
+    """Return an error envelope of the mailbox itself, as JSON."""
     return to_json_bytes(ErrorEnvelope(error=ErrorBody(message=message, type="server_error", code=code)))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Mailbox: the interface of the mailbox to the server's routes.
 
-At step 10 of a request's life, `keep` stores its answer, even if its client has disconnected. Before that, `begin`
+At step 10 of a request's life, `keep` stores its answer and queues its push, as its policy says. Before that, `begin`
 shows clients that the answer is being generated.
 """
 
@@ -68,7 +68,7 @@ class Mailbox:
     async def begin(self, policy: DeliveryPolicy, owner: str, request_id: str, model: str, limit_secs: float) -> None:
         """List an answer as `streaming`; called when its client has disconnected, or at once if it is always stored.
 
-        `limit_secs` is the time left for the request; if the server dies, the answer becomes an error after that time.
+        `limit_secs` is the time left for the request; if the server dies, the answer becomes an error a minute later.
         """
         if policy.mailbox is Mode.NEVER:
             return
@@ -84,10 +84,9 @@ class Mailbox:
         answer: msgspec.Struct | bytes | Exception,
         disconnected: bool,
     ) -> bool:
-        """Store or push an answer as its request asked; return whether it did either.
+        """Store an answer or queue its push, as its request asked; return whether either was done.
 
-        If the store fails, the failure is logged and the answer is lost: the request itself must not fail because of
-        it.
+        If the store fails, that is logged and the answer is lost: the request itself must not fail because of it.
 
         Args:
             owner: result of `owner(key)`.
@@ -121,6 +120,7 @@ class Mailbox:
 
         Raises:
             MailboxError: 404 no such answer, 400 invalid value, 502 not delivered, 503 too many running pushes.
+            StoreUnavailableError: the store fails.
         """
         push_target = self._push_target(url, bearer, headers)
         push = await self.store.get(owner, request_id)
@@ -139,7 +139,7 @@ class Mailbox:
 
     @contextlib.contextmanager
     def _place(self, owner: str) -> Iterator[None]:
-        """Occupy one of the slots for pushes, of which one owner has at most half."""
+        """Occupy one of the slots for pushes that clients ask for; one owner has at most half of the slots, or one."""
         most = self.options.max_deliveries
         if self._pushing.total() >= most or self._pushing[owner] >= max(1, most // 2):
             raise MailboxError(503, "Too many pushes are under way: try again later.", "overloaded")
@@ -155,7 +155,7 @@ class Mailbox:
             if name.lower() not in self.options.webhook_allowed_headers:
                 raise invalid(f"headers.{name:.64}", "is not a header that this server's operator allows")
             if not HEADER_VALUE.fullmatch(value):
-                raise invalid(f"headers.{name}", "must be printable ASCII, at most 1024 characters")
+                raise invalid(f"headers.{name}", "must be printable ASCII, 1 to 1024 characters")
         if bearer is not None:
             check_bearer("bearer_token", bearer)
         if url is not None:

@@ -2,7 +2,7 @@
 """MailboxStore: answers and their pending pushes, by the hash of the API key and the answer's id.
 
 An answer that its client may fetch is an entry of the kind `answer`, an answer that is only pushed is a `push`. The
-lease of a streaming answer is its request's deadline; any other lease is the time of the next push.
+lease of a streaming answer ends a minute after its request's deadline; any other lease ends when a push is due.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class StoredAnswer:
     Attributes:
         owner: hash of the API key.
         response: JSON; None while it streams.
-        expires: time of its deletion, or a streaming answer's deadline (ms since 1970).
+        expires: time of its deletion, or the end of a streaming answer's lease (ms since 1970).
         listed: whether its client may fetch it; otherwise it is only pushed.
-        push: whether it is to be pushed as soon as possible.
+        push: whether a push is pending; `put` makes it due at once.
         url: URL for the push; None is the operator's webhook.
         bearer: token for `url`, or None.
         attempts: number of failed attempts to push it.
@@ -75,7 +75,7 @@ class StoredAnswer:
 
 
 class MailboxStore:
-    """The stored answers. Calls raise `StoreUnavailableError` if the store does not answer in time."""
+    """The stored answers. Calls raise `StoreUnavailableError` if the store fails or does not answer in time."""
 
     def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
         place = Place(options.url, "mailbox", "mailbox", SETTING)
@@ -100,7 +100,7 @@ class MailboxStore:
         )  # fmt: skip
 
     async def get(self, owner: str, request_id: str) -> StoredAnswer | None:
-        """Return a listed answer."""
+        """Return a listed answer, or None."""
         found = await self.backend.get(ANSWER, owner, request_id)
         return None if found is None else _answer(found)
 
@@ -147,7 +147,7 @@ class MailboxStore:
             await self.backend.delete(PUSH, push.owner, push.request_id, holder=push.delivery_id)
 
     async def postpone(self, push: StoredAnswer, attempts: int, wait_ms: int) -> None:
-        """Make the push due again after `wait_ms`."""
+        """Make the push due again after `wait_ms`, and store the number of failed attempts."""
         await self.backend.move([push.held], self.now + wait_ms, msgspec.json.encode(push.about(attempts)))
 
 

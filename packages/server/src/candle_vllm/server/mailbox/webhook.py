@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Pushes to webhooks: `Sender` sends one as a signed HTTP request, `Deliverer` sends the due ones in the background.
+"""Pushes to webhooks: `Sender` sends one as an HTTP request, `Deliverer` sends the due ones in the background.
 
 The body is the same as that of `GET /v1/mailbox/{request_id}`. Only the status of the receiver's response matters. The
-queue of due pushes is the store itself: it is bounded like the store and survives a restart. One key has at most half
-of the running pushes, so that a slow receiver delays only its own key.
+queue of due pushes is the store itself: it is bounded like the store, and survives a restart if the store does. One key
+has at most half of the running pushes, or one, so that a slow receiver delays only its own key.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Outcome(Enum):
     DELIVERED = "delivered"
     FAILED = "failed"  # trying again may help
     REFUSED = "refused"  # trying again does not help
-    FORBIDDEN = "forbidden"  # nothing was sent: the address is not allowed
+    FORBIDDEN = "forbidden"  # nothing was sent: the URL or its address is not allowed, or there is no URL
 
 
 @dataclass(frozen=True)
@@ -299,6 +299,6 @@ class Deliverer:
 
 
 def wait_ms(delay_ms: int, retry: int) -> int:
-    """Return the wait before retry 1, 2, ...: doubled each time, plus or minus a quarter, so that retries spread."""
+    """Return the wait before retry 1, 2, ...: doubled up to an hour, plus or minus a quarter to spread retries."""
     spread = random.uniform(0.75, 1.25)  # noqa: S311
     return int(min(delay_ms * 2 ** (retry - 1), _MAX_WAIT_MS) * spread)

@@ -2,8 +2,8 @@
 """A chat request whose tools run here: turns of the model and calls between them, as one chat completion.
 
 Steps 2 to 10 of a request's life, once for each turn. The client does not get the calls as tool calls, because it would
-run them too; the last chunk and the whole answer list them as `mcp_calls`, without outputs. A stream has the text of
-every turn, because nobody knows beforehand which turn is the last; a whole answer has the text of the last turn.
+run them too; the chunk with the finish reason, or the whole answer, lists them as `mcp_calls`, without outputs. A
+stream has the text of every turn, a whole answer only that of the last turn, which nobody knows beforehand.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class WatchedTurns:
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[AnswerEvent]]:
-        """Yield the events of one turn. Turns after the first have ids and times of their own."""
+        """Yield the events of one turn. Turns after the first have ids and arrival times of their own."""
         assert isinstance(request, Task), "turns are asked for by tasks"
         self._turns += 1
         if self._turns > 1:
@@ -111,7 +111,7 @@ class ExecutionState:
         finish_reason: finish reason of the whole answer; "" while it is in progress.
         limit: the server's limit that ended the answer, or UNSET.
         turns: number of turns that have ended.
-        text, thoughts, logprobs: output of the last turn.
+        text, thoughts, logprobs: output of the latest turn.
     """
 
     def __init__(self, registry: ToolRegistry, *, reasons: bool, told: Told = Told()) -> None:  # noqa: B008 - immutable

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Add tools of MCP servers to chat requests without tools (steps 1 and 2 of a request's life).
 
-`tools: []`, `tool_choice: "none"` and a required form of the answer (`response_format`) leave them out. Calls are sent
-to the client like calls of its own tools, or run here (`--mcp-execute`).
+`tools: []`, `tool_choice: "none"` and, unless a call is required, a required form of the answer (`response_format`)
+leave them out. Calls are sent to the client like calls of its own tools, or run here (`--mcp-execute`).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _payload(body: bytes) -> dict[str, Any]:
 
 
 def _check_choice(choice: object, service: McpService) -> None:
-    """Raise InvalidParameterError if the request requires a call of a tool that a server has and models do not get."""
+    """Raise InvalidParameterError if the request requires a call of a tool that models do not get (`refusal`)."""
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if isinstance(name, str) and (why := service.refusal(name)) is not None:
@@ -174,7 +174,7 @@ def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) 
     if wire.tool_choice in (None, "auto"):
         if name not in service.warned:
             service.warned.add(name)
-            logger.info("the model %s gets no tools of MCP servers: its chat template does not support tools", name)
+            logger.info("the model %s gets no MCP tools: its prompts show none, or its calls cannot be parsed", name)
         return False
     if model.adapter.planner.choice.tools is None:
         raise InvalidParameterError(

@@ -63,11 +63,11 @@ def _command_server(settings: ToolOptions) -> Iterator[McpServerConfig]:
 
 
 def split_arguments(text: str) -> tuple[str, ...]:
-    """Split a text into arguments: at blanks as a shell does, or at commas if it has neither blanks nor quotes.
+    """Split a text into arguments: as a shell does, or at commas if it has no blanks, quotes or backslashes.
 
     If a quote is not closed, this raises a `UsageError` that does not repeat the text, which may hold a secret.
     """
-    if not any(mark in text for mark in " \t'\"\\"):
+    if "," in text and not any(mark in text for mark in " \t'\"\\"):
         return tuple(text.split(","))
     try:
         return tuple(shlex.split(text))

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class CountedRegistry(ToolRegistry):
-    """The tools of MCP servers.
+    """The tools of MCP servers, each as a `CountedTool`.
 
     Args:
         called: called when a call has ended.
@@ -99,7 +99,7 @@ class McpService:
         registry: the tools of all servers, by the names that models call.
         called: called when a call of a tool has ended, with the server's name and the status of the call.
         calls: number of running calls that clients made directly.
-        warned: models for which a warning was logged that they get no tools.
+        warned: models of which the log says that they get no tools.
 
     Raises:
         ConfigError: there are too many servers, or two with one name.
@@ -156,7 +156,7 @@ class McpService:
         return self._offer
 
     def refusal(self, name: str) -> str | None:
-        """Return why chat requests do not get the tool called `name`; None if they do, or no server has it."""
+        """Return why chat requests lack the tool `name`: no approval, or its server is not connected; or None."""
         if (entry := self.registry.entry(name)) is not None:
             approved = not self.options.execute or self.auto_approves(entry.definition)
             return None if approved else "mcp.json does not approve it (autoApprove)"
@@ -166,7 +166,7 @@ class McpService:
 
     @property
     def errors(self) -> Mapping[str, str | None]:
-        """Why a server has no tools now, by its name; a live view."""
+        """Why a server has no tools now, by its name, None for a server that is ready; a live view."""
         return _Errors(self._fleet)
 
     async def _connect(self) -> None:
