@@ -142,6 +142,12 @@ def test_patterns_that_cannot_be_checked(pattern: str) -> None:
     assert faults(of(a={"pattern": pattern}, b={"type": "null"}), {"a": "zz", "b": 1}) == ["b: 1 is not of type 'null'"]
 
 
+def test_elements_that_were_not_checked_are_not_counted() -> None:
+    counted = {"contains": {"type": "string", "pattern": "^(?=a)"}, "maxContains": 1}
+    assert faults(of(a=counted), {"a": ["b", "c"]}) == []
+    assert faults(of(a={"contains": {"const": "b"}, "maxContains": 1}), {"a": ["b", "b"]}) != []
+
+
 @contextmanager
 def quickly() -> Iterator[None]:
     """Within the time for a check; what other tests have left in memory is not walked through by collections here."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,19 @@ async def test_what_fails_before_its_first_byte_is_answered() -> None:
     assert start["status"] == 500
     assert json.loads(body["body"])["error"]["type"] == "server_error"
     assert b"secret" not in body["body"]
+
+
+@pytest.mark.parametrize("scope", [{"type": "lifespan"}, {"type": "websocket"}])
+async def test_a_cancelled_task_without_a_request_stays_cancelled(scope: dict[str, Any]) -> None:
+    async def app(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await FailureMiddleware(app)(scope, _nothing, _nothing)
+
+
+async def _nothing(*_: Any) -> Any:
+    raise AssertionError
 
 
 async def test_what_fails_later_is_cut() -> None:

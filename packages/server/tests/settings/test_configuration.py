@@ -280,6 +280,9 @@ def test_models_file_search_order(load, tmp_path: Path) -> None:
         ("name: near", "name: small", "two models are called 'small'"),
         ("- name: small", "- nam: small", "name of model 1 must be a text"),
         ("models:", "models: {", "not valid YAML"),
+        ("temperature: 0.25", "temperature: !!bool foo", "not valid YAML"),
+        ("temperature: 0.25", "temperature: !!timestamp foo", "not valid YAML"),
+        ("temperature: 0.25", 'temperature: !!float ""', "not valid YAML"),
         ("models:", "model:", "unknown key 'model' (did you mean models?)"),
     ],
 )

@@ -49,7 +49,9 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._usage_last = whole or request.include_usage
         self._usage_beside = request.continuous_usage
         self._told = told_of(request)
-        self._fields: dict[str, Any] = {"usage": None} if request.include_usage else {}  # of all but progress chunks
+        self._fields: dict[str, Any] = (
+            {"usage": None} if request.include_usage else {}
+        )  # of every chunk without progress
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """Convert events to chunks."""
@@ -59,7 +61,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
     def _written(self, event: Event) -> Chunk | None: ...
 
     def _counts(self, usage: Usage | Progress) -> Chunk | None:
-        """Return a chunk for progress or, if requested, the final usage; later chunks have the other counts."""
+        """Return a chunk for progress or for the requested final usage; keep other counts, which later chunks carry."""
         if isinstance(usage, Progress):
             beside = {} if self._timings is None else {"timings": wire_timings(usage.usage)}
             choice = replace(self._empty, index=usage.choice)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Tensor parallelism: a rank's part of a model, and the sums over ranks.
 
-A rank's model is the family's model with fewer heads, narrower feed-forward layers and a smaller vocabulary; families
-need no code for it. A rank's part of each tensor follows from the shapes of all ranks' models. If a rank has only some
-inputs of a matrix, the outputs are summed over the ranks: once after attention, once after the feed-forward layer. With
-expert parallelism each rank has some whole experts. Either all ranks have all tokens, and the experts' outputs are
+A rank's model is the family's model with fewer heads, narrower feed-forward layers and a smaller vocabulary; few
+families have code for it. A rank's part of each tensor follows from the shapes of all ranks' models. If a rank has only
+some inputs of a matrix, the outputs are summed over the ranks: once after attention, once after the feed-forward layer.
+With expert parallelism each rank has some whole experts. Either all ranks have all tokens, and the experts' outputs are
 summed; or each rank has a share of the tokens and sends them to their experts (`kernels/collectives/token_shares.py`).
 """
 
@@ -104,7 +104,7 @@ class Shard:
         """Return this rank's part of a tensor.
 
         Raises:
-            WeightsError: it would split a quantisation block.
+            WeightsError: the part would begin or end within a quantisation block.
         """
         cut = self.cuts.get(target)
         if cut is None:
@@ -114,7 +114,7 @@ class Shard:
         return stored.columns(cut.first, cut.last)
 
     def cut_adapter(self, adapter: FittedAdapter) -> FittedAdapter:
-        """Return this rank's part of an adapter: B and bias are cut by outputs, A by inputs (bias: first rank only)."""
+        """Return this rank's part of an adapter: outputs cut B and bias; inputs cut A, with the first rank's bias."""
         found: dict[str, dict[str, Delta]] = {}
         for path, deltas in adapter.deltas.items():
             if self.stage is not None and not self.stage.has(path):
@@ -130,7 +130,7 @@ class Shard:
         return dataclasses.replace(adapter, deltas=found)
 
     def join(self, decoder: Decoder) -> None:
-        """Make layers sum over ranks if a rank has a part of their inputs, and set the whole vocabulary's size.
+        """Connect layers to the collective (sums, vocabulary, tokens), and set the config's `vocab_size` to the whole.
 
         The weights must be loaded.
         """
@@ -153,7 +153,7 @@ class Shard:
             self._divide_tokens(whole)
 
     def _divide_tokens(self, decoder: Any) -> None:
-        """Make layers with experts divide a step's tokens among ranks, if `exchanges` says so or it sends less."""
+        """Make layers with experts divide tokens among ranks if `exchanges` is all_to_all, or auto and less is sent."""
         from candle_vllm.core.kernels.collectives.token_shares import TokenShares, least_step, rows_sent
 
         size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - models with experts have it
@@ -208,16 +208,16 @@ def shard_of(
         exchanges: how tokens are sent to whole experts; with "all_to_all", each rank has the whole shared expert.
 
     Raises:
-        ConfigError: the model cannot be divided in this way; the message has possible numbers of ranks, if any.
+        ConfigError: the model cannot be divided in this way; for a wrong number of ranks the message has possible ones.
     """
     size = collective.size
     if apart and getattr(config, "mixture", None) is None:
         raise ConfigError(f"{name} has no experts: leave enable_expert_parallel out", "enable_expert_parallel")
-    if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # not divided
+    if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # these layers are not divided
         if exchanges == "all_to_all":
             raise ConfigError(
                 f"all2all_backend='all_to_all' divides tokens among ranks, but the layers of {name} with a recurrent "
-                "state need all tokens on each rank: leave it out",
+                "state need all tokens on each rank: leave all2all_backend out",
                 "all2all_backend",
             )
         exchanges = "allgather_reducescatter"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Config of nomic-bert, GTE and jina v3 from config.json and GGUF metadata; see `nomic_bert.py`."""
+"""Config of nomic-bert, GTE (config.json only) and jina v3 from config.json and GGUF metadata; see `nomic_bert.py`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
     )
     size, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     position = fields.count("max_position_embeddings", 8192)
-    if fields.get("rotary_scaling_factor", float, None) is not None:  # it applies only beyond the trained positions
+    if fields.get("rotary_scaling_factor", float, None) is not None:  # scaling begins beyond the trained positions
         position = fields.count("max_trained_positions", 2048)
     types = fields.get("type_vocab_size", int, 2 if model_type == NOMIC else 1)
     plain = model_type != NOMIC or period
@@ -86,7 +86,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 def _rope(fields: Fields, head_dim: int, position: int) -> RopeConfig:
-    """Rotary settings; "ntk" in GTE's repositories raises the base and divides all frequencies, at any length."""
+    """Rotary settings; "ntk" in GTE's repositories multiplies the base and divides all frequencies by a factor."""
     scaling = fields.section("rope_scaling")
     if scaling.get("type", str, "") != "ntk":
         return rope_from_hf(fields, head_dim, position)
@@ -122,9 +122,10 @@ def _experts_of_gguf(fields: Fields, inner: int) -> dict[str, Any]:
 
 
 def _experts(fields: Fields, period: int, inner: int) -> dict[str, Any]:
-    """Expert settings of nomic v2, for every `period`-th layer; by default a token uses 2 of 8 experts."""
+    """Expert settings of nomic v2: layers 1, 1 + period and so on have experts; a token uses 2 of 8 by default."""
     if period < 2 or fields.get("type_vocab_size", int, 1) > 1:
-        raise UnsupportedModelError(f"{fields.path}: moe_every_n_layers below 2, or token types, are not implemented")
+        said = "moe_every_n_layers below 2 or type_vocab_size above 1 is not implemented"
+        raise UnsupportedModelError(f"{fields.path}: {said}")
     count, top = fields.count("num_experts", 8), fields.count("moe_top_k", 2)
     mixture = Mixture(experts=count, top_k=top, inner_size=inner, renormalise=False, activation="gelu")
     return {"mixture": mixture, "num_experts": count, "sparse_every": period}

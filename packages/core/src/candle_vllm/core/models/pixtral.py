@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Pixtral's vision encoder, with the projectors of Mistral 3 and LLaVA to embeddings of the text model.
 
-An image is one tile of any size. Each block is x + attention(norm(x)), then x + mlp(norm(x)), where queries and keys
-rotate by the row and the column of their patch; attention is over the whole image. Mistral 3 normalises the output,
-merges the patches of each cell by a matrix product, and projects cells; LLaVA projects patches.
-Sources: Agrawal et al., 2024, arXiv:2410.07073; Liu et al., 2023, arXiv:2310.03744 (LLaVA's projector).
-Shapes: T patches, E hidden, P elements of a patch, C cells, D head size.
+An image is one tile of whole cells, up to a longest side. Each block is x + attention(norm(x)), then x + mlp(norm(x)),
+where queries and keys rotate by the row and the column of their patch; attention is over the whole image. Mistral 3
+normalises the output, merges the patches of each cell by a matrix product, and projects cells; LLaVA projects patches.
+Sources: Agrawal et al., 2024, arXiv:2410.07073; Liu et al., 2023, arXiv:2310.03744 (LLaVA's projector). Shapes: T
+patches, E hidden, P elements of a patch, C cells, D head size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,13 +41,6 @@ from candle_vllm.core.vision.preprocessing import NOTHING, Cut, fit_rule, over
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 _EPS = 1e-5  # epsilon of the encoder's norms, which config.json leaves out
-_DEFAULTS = MappingProxyType(
-    {
-        "Mistral3ForConditionalGeneration": {"image_size": 1540, "patch_size": 14},
-        "LlavaForConditionalGeneration": {"image_size": 1024, "patch_size": 16},
-    }
-)
-"""Values of transformers' config classes for keys that `vision_config` may leave out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +83,7 @@ def config_from_hf(
     """Read `config.json` and `preprocessor_config.json` of Mistral 3, and of LLaVA with Pixtral's vision encoder."""
     name = fields.get("architectures", list)[0]
     merges = name == "Mistral3ForConditionalGeneration"
-    vision = Fields({**_DEFAULTS[name], **fields.section("vision_config").values}, fields.path)
+    vision = fields.section("vision_config")
     vision.choice("hidden_act", "gelu", "silu")
     rotation = vision.section("rope_parameters")
     layers = vision.count("num_hidden_layers", 24, most=MAX_LAYERS)
@@ -100,7 +92,7 @@ def config_from_hf(
         raise UnsupportedModelError(f"{fields.path}: vision_feature_layer is {last!r:.40}; implemented: -1, the last")
     if not merges:
         fields.choice("vision_feature_select_strategy", "default", "full")
-    patch, cell = vision.count("patch_size"), fields.count("spatial_merge_size", 2, most=64) if merges else 1
+    patch, cell = vision.count("patch_size", 16), fields.count("spatial_merge_size", 2, most=64) if merges else 1
     rotation.choice("rope_type", "axial", "axial", "default")
     text = fields.section("text_config")
     usual = DEFAULTS.get(text.get("model_type", str, "mistral"), DEFAULTS["mistral"])
@@ -122,9 +114,9 @@ def config_from_hf(
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> PixtralConfig:
-    """Read the metadata of llama.cpp's `mmproj` files of Pixtral and Mistral 3; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Pixtral and Mistral 3; keys begin with `clip.`."""
     if not Fields(fields.values, fields.path).get("clip.use_silu", bool, False):
-        raise UnsupportedModelError(f"{fields.path}: clip.use_silu is not true; towers of Pixtral have no other gate")
+        raise UnsupportedModelError(f"{fields.path}: clip.use_silu is not true; implemented: true")
     cell = fields.count("spatial_merge_size", 1, most=64)
     eps = fields.get("attention.layer_norm_epsilon", float, _EPS)
     numbers = {key: fields.get(key, list) for key in ("image_mean", "image_std")}
@@ -149,7 +141,8 @@ def _config(processor: Fields, *, patch: int, cell: int, **values: Any) -> Pixtr
     side = -(-rule.longest // rule.cell) * cell
     if side * side > MOST_PATCHES:
         raise InvalidFileError(
-            f"{processor.path}: images of {rule.longest} pixels have more than {MOST_PATCHES} patches of {patch}"
+            f"{processor.path}: images with a longest side of {rule.longest} pixels may have more than {MOST_PATCHES} "
+            f"patches of {patch} x {patch} pixels"
         )
     return PixtralConfig(activation="gelu", gated=True, patch=patch, side=side, cell=cell, rule=rule, **values)
 
@@ -228,7 +221,7 @@ class Pixtral:
         self.second = Linear(text, text, placement, bias=bias)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`; returns rows of the tables, which list the largest image's positions row by row."""
+        """See `Tower`; returns row numbers of the tables, which list the largest image's positions row by row."""
         del first, grid
         return Placed(places @ (self.config.side, 1))
 

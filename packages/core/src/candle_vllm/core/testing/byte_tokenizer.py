@@ -32,7 +32,7 @@ class ByteTokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
-        """Return UTF-8 bytes as ids; by default with the beginning token, and special tokens are recognized."""
+        """Return UTF-8 bytes as ids. By default the beginning token is first, and special tokens' names become ids."""
         ids = [self.bos_token_id] if add_special_tokens else []
         for part in self._split.split(text) if parse_special else (text,):
             if parse_special and part in self.special_tokens:

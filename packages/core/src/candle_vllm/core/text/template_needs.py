@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Find out what a chat template supports, by rendering small conversations when a model is loaded, and adapt messages.
 
-All APIs use the result: messages that a template cannot write are rewritten (`fit`, `fit_tools`), so that nothing is
-refused or lost, and equal conversations give equal prompts in every API.
+All APIs use the result: messages that a template cannot write are rewritten (`fit`, `fit_tools`), so that texts,
+calls and images reach the model, and equal conversations give equal prompts in every API.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import MAX_DEPTH, REASONING, ChatTemplate
 
 INVALID = "INVALID_JSON"
-"""The only key of an object for arguments that are no JSON object, so that no tool takes them for complete ones."""
+"""Key under which arguments that are no JSON object are kept as text, so that no tool takes them for complete ones."""
 
 NAME = "find_places"
 ARGUMENTS: Mapping[str, Any] = {"city": "Lisbon", "most": 7}
@@ -68,7 +68,7 @@ class Written:
     """Rendering of an assistant's message.
 
     Attributes:
-        head: the text before the message, which is also the text of a prompt for an answer.
+        head: the text before the message: the prompt for an answer, or the part of it that the message shares.
         text: the message, and the template's text after it.
     """
 
@@ -134,7 +134,7 @@ class TemplateProbe:
         return -1 not in places and places == sorted(places)
 
     def shows_images(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether an image in a tool result, the last message, is written as a user's; true if a user's is not."""
+        """Whether an image of a tool result, the last message, is written like a user's image, or both are left out."""
         tools = None if self._prompts[True] is None else _TOOLS
         mark = self._image_mark(tools) or self._image_mark(None)
         return not mark or self.writes([*messages[:-1], {**messages[-1], "content": _SEEN}], mark, tools=tools)
@@ -145,7 +145,7 @@ class TemplateProbe:
         return all(self._image_mark(_TOOLS if shown else None) for shown in kinds)
 
     def _image_mark(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        """Return what the template writes for an image part of a user's message; "" for none, or for JSON."""
+        """Return what the template writes for an image part of a user's message; "" for nothing, or for JSON of it."""
         seen = self._render([{**_ASK, "content": _SEEN}], tools)
         mark = "" if seen is None else seen.partition(CONTENT)[2].partition(RESULT)[0].strip()
         return "" if "type" in mark else mark
@@ -213,7 +213,7 @@ class TemplateNeeds:
 
     Attributes:
         writes_tools: the prompt contains the tools that a request offers.
-        ignores_tools: the prompt is the same with and without tools.
+        ignores_tools: tools never change the prompt, not with a system message either.
         writes_calls: the prompt contains earlier tool calls; otherwise a call becomes text of the assistant's message.
         writes_results: the prompt contains tool results; otherwise a result becomes text of the user's turn.
         image_parts: images may be parts of a content; otherwise the content is a text with the model's placeholders.
@@ -266,7 +266,7 @@ class TemplateNeeds:
 
 
 def template_needs(probe: TemplateProbe) -> TemplateNeeds:
-    """Find a template's features by twenty to thirty renderings of small conversations.
+    """Find a template's features by at most some 25 renderings of small conversations.
 
     If a template does not even write a user's message, only its support of tools can be tested.
     """
@@ -414,12 +414,12 @@ def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
 
 
 def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds, image: str = "") -> None:
-    """Rewrite messages, in place, to a form that the template supports; no text is lost.
+    """Rewrite messages, in place, to a form that the template supports; contents, reasoning, calls and images are kept.
 
     `image` is the model's placeholder of an image, for a template that takes no image parts.
 
-    Consecutive messages of one role become one, as in Anthropic's and Ollama's APIs: models expect alternating roles.
-    Users of different names stay apart, unless the template needs `roles_in_turn`.
+    Consecutive messages of one role become one, except tool results, as in Anthropic's and Ollama's APIs: models expect
+    alternating roles. Users of different names stay apart, unless the template needs `roles_in_turn`.
     """
     calls = any(message["role"] == "tool" or message.get("tool_calls") for message in rendered)
     said = [_as_said(message, needs) for message in rendered] if calls else rendered
@@ -473,12 +473,13 @@ def _late_as_user(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> I
 
 
 def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Merge consecutive messages of one role; add a user's text to a tool result if it may not follow the result."""
+    """Merge consecutive messages of a role but tool; where needed, drop empty answers, or add texts to results."""
     made = list[dict[str, Any]]()
     for message in messages:
         role, content = message["role"], message.get("content")
         last = made[-1] if made else None
-        if role == "assistant" and not needs.empty_answers and not content and not message.get("tool_calls"):
+        said = any(message.get(key) for key in ("content", "tool_calls", *REASONING))
+        if role == "assistant" and not needs.empty_answers and not said:
             continue
         alike = last is not None and role == last["role"] and role in ("system", "user", "assistant")
         if last and alike and (role != "user" or needs.roles_in_turn or last.get("name") == message.get("name")):
@@ -491,7 +492,7 @@ def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[d
 
 
 def _shown_by_users(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Move images of tool results to a user message: the next or a new one; the last one if none may follow results."""
+    """Move images of tool results to the next user message or a new one, or to the last if none may follow a result."""
     made, images = list[dict[str, Any]](), list[Any]()
     for message in (*messages, _message("", "")):
         role, content = message["role"], message.get("content")
@@ -534,13 +535,13 @@ def _joined(first: Any, second: Any, between: str = "\n") -> Any:
 
 
 def _parts(content: Any) -> list[Any]:
-    """Return a content as parts; the library accepts texts among them."""
+    """Return a content as parts; callers in Python may put plain texts among them."""
     parts = content if isinstance(content, (list, tuple)) else [content] if content else []
     return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
 def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Convert calls and their results to the supported form; split messages with several calls, or with content."""
+    """Convert calls and their results to the supported form; split messages with calls that it cannot hold."""
     made = list[dict[str, Any]]()
     left = list(reversed(messages))
     while left:
@@ -609,7 +610,7 @@ def _fitting_call(call: Mapping[str, Any], needs: TemplateNeeds) -> dict[str, An
 
 
 def _as_object(arguments: Any) -> dict[str, Any]:
-    """Convert arguments to an object: parse a text, also a truncated one; other values go under the key `INVALID`."""
+    """Convert arguments to an object: parse a text, also a truncated one; empty: {}; others go under `INVALID`."""
     if isinstance(arguments, str):
         for text in (arguments, *_closed(arguments)):
             try:

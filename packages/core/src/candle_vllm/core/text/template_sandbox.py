@@ -2,8 +2,9 @@
 """The Jinja environment in which chat templates run (step 3 of a request).
 
 Jinja's immutable sandbox prevents a template from reaching into Python. This sandbox also limits time and memory: the
-parsed template is rewritten so that every loop iteration, macro body, output, `~`, slice and comparison calls `Limits`.
-`Sandbox` checks calls and the operators + * ** % by `template_limits`; filters and tests come from `template_filters`.
+parsed template is rewritten so that every loop iteration, macro body, output, `~`, slice, key and comparison of
+variables calls `Limits`. `Sandbox` checks calls and the operators + * ** % by `template_limits`; filters and tests come
+from `template_filters`.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ class Limits(Extension):
     """Functions that the rewritten template calls. A template cannot name an extension, so it cannot replace them."""
 
     def tick(self, size: int = 0) -> bool:
-        """Count `size` characters of fixed text; return True, so that the call can be part of a condition."""
+        """Check the time, count `size` characters of fixed text, and return True, for use in conditions."""
         budget().spend(size)
         return True
 
     def emit(self, value: Any, size: int) -> Any:
-        """Count a value that will be written, and `size` characters of fixed text with it."""
+        """Count a text or container that will be written, and `size` characters of fixed text with it."""
         spent = budget()
         spent.spend(size)
         if isinstance(value, str):
@@ -213,7 +214,7 @@ class _Rewriter(NodeTransformer):
 
 
 def _is_flat(node: nodes.Expr) -> bool:
-    """Whether an expression is constant, perhaps a list of constants."""
+    """Whether an expression is a constant, or a list or tuple of constants."""
     items = node.items if isinstance(node, (nodes.List, nodes.Tuple)) else [node]
     return all(isinstance(item, nodes.Const) for item in items)
 

@@ -39,7 +39,7 @@ def _alike(body: Body, other: Body) -> bool:
 
 
 class _Kept(CallSink):
-    """Collects the calls of a text, which may turn out not to be calls."""
+    """Keeps the calls of a text until it is certain that the text consists of calls."""
 
     def __init__(self, tools: Schemas) -> None:
         super().__init__(nowhere, tools, call_id)
@@ -74,7 +74,7 @@ class _Kept(CallSink):
 
 
 def _is_closed(text: str) -> bool:
-    """Whether a list of calls is closed; surplus brackets after it are ignored."""
+    """Return False for a text that begins a list of calls and does not close it; "}" and ")" behind it are ignored."""
     return not text.lstrip(SPACE).startswith("[") or text.rstrip(SPACE + "})").endswith(("]", ">"))
 
 
@@ -82,7 +82,8 @@ def read_elsewhere(reader: Reader, calls: CallSink, ways: Iterable[Way]) -> Need
     """Parse calls in one of the formats `ways`.
 
     Returns:
-        -1 if calls were parsed; otherwise nothing was consumed, and the result is the number of examined characters.
+        -1 if calls were parsed; otherwise nothing was consumed, and the result is the number of characters that were
+        examined by the format that examined most.
     """
     reader.mark()
     most = 0

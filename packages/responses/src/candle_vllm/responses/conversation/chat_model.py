@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models that answer turns: an engine of this process, or any server with OpenAI's chat API."""
+"""The protocol of models that answer turns, and the model of an engine of this process (servers: `http_model.py`)."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 
 A turn gives `TurnStarted`, deltas of reasoning, text and calls as they are generated, with `TurnMeasured` between them
 if the request asks for token counts or progress, and `TurnFinished` with the whole message. Then each call gives
-`ApprovalRequested` if an approval is needed, `ToolStarted`, `ToolProgressed`, `ToolFinished`; the events of concurrent
-calls interleave. The last event is `ConversationFinished`. Errors of the model are exceptions of the iterator.
+`ApprovalRequested` if an approval is needed, `ToolStarted` and `ToolProgressed` if it runs, and `ToolFinished` unless
+it stays open; the events of concurrent calls interleave. The last event is `ConversationFinished`. Errors of the model
+are exceptions of the iterator.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class ReasoningDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A delta of the answer, with OpenAI's `logprobs` if requested; those of reasoning and calls have no `text`."""
+    """A delta of the answer, with OpenAI's `logprobs` if requested; for reasoning and calls `text` is empty."""
 
     text: str
     logprobs: tuple[Any, ...] = ()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Terminal features of the commands: line editor with history, progress spinner and colour.
 
-Before step 2 of a request's life and after step 10. prompt_toolkit and rich are imported only for a terminal.
+They run before step 2 of a request's life and after step 10. prompt_toolkit and rich are imported only for a terminal.
 """
 
 from __future__ import annotations
@@ -123,7 +123,10 @@ def keys_unseen() -> Iterator[None]:
 
 
 def line_reader(home: Path, commands: Sequence[str] = ()) -> ReadLine:
-    """Return a function that reads a text, or None at the end of input. The history is in `home`; Tab completes."""
+    """Return a function that reads a text, or None at the end of input (without an editor also on Ctrl+C).
+
+    The history is in `home`; Tab completes.
+    """
     if not sys.stdin.isatty():
         return _next_text
     if not sys.stdout.isatty():
@@ -216,7 +219,7 @@ def _is_open(text: str) -> bool:
 
 
 def _unquoted(text: str) -> str:
-    """Remove triple quotes; a "/" at the start of the quoted text is doubled, because it begins no command."""
+    """Remove triple quotes; a "/" at the start is escaped as "//", so that the chat does not take it for a command."""
     text = text.strip()
     if not text.startswith(_QUOTES) or _is_open(text):
         return text
@@ -230,7 +233,7 @@ def _next_text() -> str | None:
     try:
         while line := read_line("message"):
             text += line
-            if len(text) > MAX_TEXT:
+            if len(text.encode()) > MAX_TEXT:
                 raise UsageError(f"a message on standard input is larger than {MAX_TEXT >> 20} MB")
             if not _is_open(text):
                 return _unquoted(text)

@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 class FailureMiddleware:
     """Turns exceptions that no exception handler takes into responses, and shortens the error of a failed start.
 
-    A request that the end of the drain cancels gets a 503; a begun stream reports the shutdown itself (`EventStream`).
-    If an exception comes after the response has begun, uvicorn closes the connection, so that the client sees that the
-    answer is incomplete. An exception whose `__cause__` is a CandleVllmError is then logged in one line; every other
-    one, and every exception of a WebSocket or of the lifespan, is raised to uvicorn.
+    A request that is cancelled before its response, as at the end of the drain, gets a 503; a begun stream reports the
+    shutdown itself (`EventStream`). If an exception comes after the response has begun, uvicorn closes the connection,
+    so that the client sees that the answer is incomplete. An exception whose `__cause__` is a CandleVllmError is then
+    logged in one line; every other one, and every exception of a WebSocket or of the lifespan, is raised to uvicorn.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -77,10 +77,12 @@ class FailureMiddleware:
                 message = "The server was stopped before the answer was complete."
                 error = HttpError(503, message, "shutting_down", {"retry-after": "5"})
                 await refusal(scope, error)(scope, receive, send)
+            else:
+                raise
 
 
 def _brief(scope: Scope, message: Message) -> Message:
-    """Return the message of a failed start, without its traceback if the user caused the failure."""
+    """Return the message of a failed start, without its traceback for a CandleVllmError, whose message suffices."""
     failure = scope["app"].state.failure
     return {**message, "message": str(failure)} if isinstance(failure, CandleVllmError) else message
 
@@ -124,7 +126,7 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
 
 
 def refusal(scope: Scope, error: HttpError) -> Response:
-    """Return the response for an error of the server itself, in the format of the request's API."""
+    """Return the response for an HttpError of any status, in the format of the request's API."""
     if speaks_ollama(scope):
         headers = {"x-error-code": error.code, **error.headers}  # Ollama's errors have no field for the code
         return _response(to_json_bytes(Failure(str(error))), error.status, headers)

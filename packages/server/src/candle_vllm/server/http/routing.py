@@ -194,7 +194,7 @@ class RequestContext:
 
     @property
     def meter(self) -> Spender | None:
-        """The rate-limit meter that counts what the request uses; None if its key has no limits."""
+        """The rate-limit meter that counts what the request uses; None if its caller has no limits."""
         return self.state.get("meter")
 
     def first_of_request(self) -> bool:

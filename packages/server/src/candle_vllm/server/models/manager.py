@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The model manager: gives each request a loaded model, and then a place in the model's engine.
 
-Runs in step 1 of a request's life, after the request's field `model` has been read. Requests for the same model share
-one load, and its failure. The switcher loads and unloads the models. A turn is one request's right to use a model; it
-ends when the response is complete or the client has disconnected.
+It works in step 1 of a request's life, after the request's field `model` has been read. Requests for the same model
+share one load, and its failure. The switcher loads and unloads the models. A turn is one request's right to use a
+model; it ends when the response is complete or the client has disconnected.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ModelManager:
 
         Args:
             name: the model name in the request, or None.
-            exact: whether only a model's own names are valid, not the names of adapters.
+            exact: accept only a model's own names: no adapter, and no other name for a single model.
             caller: sender of the request; error messages do not list models that it may not use.
 
         Raises:

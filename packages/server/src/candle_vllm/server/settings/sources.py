@@ -51,7 +51,8 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
         known: settings that are used (None: all); errors in other settings and unknown variables become remarks.
 
     Raises:
-        UsageError: a used setting is invalid; a variable is a Kubernetes service link, or (without `known`) unknown.
+        UsageError: a used setting's variable is invalid; a variable is a Kubernetes service link, or (without `known`)
+            unknown.
     """
     options = {option.env: option for option in OPTIONS}
     values: dict[str, Any] = {}
@@ -63,8 +64,8 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
             continue
         if _KUBERNETES.fullmatch(name) and ("://" in text or name not in options):
             raise UsageError(
-                f"{name} in {title} looks like a Kubernetes service link of a service called candle-vllm: set "
-                "enableServiceLinks: false in the pod, or give the service another name"
+                f"{name} in {title} looks like a Kubernetes service link of a service whose name begins with "
+                "candle-vllm: set enableServiceLinks: false in the pod, or give the service another name"
             )
         spelled, option = f"{name} in {title}", options.get(name)
         if text.startswith("/path/to/") and not Path(text).exists():
@@ -152,7 +153,7 @@ def read_yaml(path: Path, *, secret: bool = False) -> Any:
     """Parse a YAML settings file, with its mappings as `Section`; if it is `secret`, no message repeats its content.
 
     Raises:
-        UsageError: it is unreadable or not YAML; the message names the line.
+        UsageError: it is unreadable, not YAML or has a key twice; the message names the line if it is known.
     """
     import yaml
 
@@ -179,7 +180,7 @@ def _loader() -> type[yaml.SafeLoader]:
         def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
             try:
                 return super().construct_object(node, deep)
-            except ValueError as error:  # a date such as 2026-02-30
+            except (ValueError, LookupError, AttributeError) as error:  # a date such as 2026-02-30, `!!bool foo`
                 raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -211,7 +212,7 @@ def merge(sources: Sequence[SettingsSource]) -> dict[str, Any]:
 
 
 def origins(sources: Sequence[SettingsSource]) -> dict[str, SettingsSource]:
-    """Return the source that decides each setting."""
+    """Return the source that decides each setting; UsageError if one source sets two rivals."""
     deciding: dict[str, SettingsSource] = {}
     taken: set[str] = set()
     for source in sources:

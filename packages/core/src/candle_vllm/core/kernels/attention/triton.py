@@ -2,10 +2,10 @@
 """Paged attention on a GPU (step 6 of a request's life): checks, and the choice of the kernel for each sequence.
 
 `triton_decode` computes the first `decodes` sequences of a step, which have one token each, `triton_prefill` the later
-sequences. So a token's kernel depends on the caller, not on the batch. No function waits for the GPU. With
-`DeviceRows.decoding` both kernels are launched for the largest step, and each reads on the device which sequences it
-computes. In the kernels, a tile is BLOCK_N consecutive positions of one sequence and one KV head, a split is some
-consecutive tiles of a sequence, and an item is one split of one KV head.
+sequences. So other sequences of the batch do not change which kernel computes a sequence. No function waits for the
+GPU. With `DeviceRows.decoding` both kernels are launched over all rows of a captured step, and each reads on the device
+which sequences it computes. In the kernels, a tile is BLOCK_N consecutive positions of one sequence and one KV head, a
+split is some consecutive tiles of a sequence, and an item is one split of one KV head.
 """
 
 from __future__ import annotations

@@ -69,9 +69,9 @@ def pair_tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Return magic + code, or 4 of 8 bits from `at` on, as dtype [ROWS, COLS], from spread words [ROWS, COLS / 2]."""
+    """Return magic + code (of 8 bits, 4 from `at` on) as dtype [ROWS, COLS], from spread words [ROWS, COLS / 2]."""
     BITS: tl.constexpr = 4 if LOW == 8 else LOW
-    # Constants: if masks are arguments, layouts are converted after the codes are extracted, at twice the cost.
+    # Masks are constants: with values as masks, Triton converts layouts after the extraction, in twice the time.
     MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
     word = moved(low, at + LOW * g, 0) & (((1 << BITS) - 1) * 0x00010001) | MAGIC
     if HIGH > 0:
@@ -120,7 +120,7 @@ def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WOR
 
 @triton.jit
 def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
-    """Return scale and offset of group g, or of a half if 16 weights share them; a weight is scale * code + offset."""
+    """Return scale and offset of group g, or of `half` if 16 weights share them; a weight is scale * code + offset."""
     NESTED: tl.constexpr = FORM.nested
     MINIMUM: tl.constexpr = FORM.minimum
     WIDTH: tl.constexpr = FORM.width
@@ -191,7 +191,7 @@ def _of_three(bit0, bit1, bit2, TABLE: tl.constexpr):
 
 @triton.jit
 def _of_two(bit0, bit1, TABLE: tl.constexpr):
-    FIRST: tl.constexpr = -(TABLE & 1)  # all bits set or all bits clear
+    FIRST: tl.constexpr = -(TABLE & 1)  # results for codes 0 to 3: words of all ones or all zeros
     SECOND: tl.constexpr = -(TABLE >> 1 & 1)
     THIRD: tl.constexpr = -(TABLE >> 2 & 1)
     FOURTH: tl.constexpr = -(TABLE >> 3 & 1)
@@ -233,7 +233,7 @@ def _scale(words, unit: tl.constexpr, part: tl.constexpr, OFFSET: tl.constexpr, 
 def code_pairs(
     codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Return magic + code, or 4 of 8 bits from `at` on, as dtype [ROWS, width]."""
+    """Return magic + code (4 bits of an 8-bit code, from `at` on) as dtype [ROWS, width]."""
     return pair_tile(codes[0], codes[1], at, g, FORM.low, FORM.high, dtype, ROWS, FORM.width)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 FEW = 64
-"""Maximum number of pairs for the kernels for few pairs, which decoding uses."""
+"""Maximum number of pairs for the kernels for few pairs, which decoding of few sequences uses unless `invariant`."""
 
 MOST_EXPERTS = 512
 """Maximum number of experts of a layer."""
@@ -105,7 +105,7 @@ class Pairs:
 
 
 ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
-"""Elements for a matrix in `ExpertsArguments.table`, laid out as a row of a plan (`cpu_runtime/operation.py`)."""
+"""int64 elements of a matrix in `ExpertsArguments.table`, laid out as a row of a plan (`cpu_runtime/operation.py`)."""
 
 
 class RouteArguments(NamedTuple):
@@ -149,7 +149,7 @@ class ExpertsArguments(NamedTuple):
 
     Attributes:
         starts: address of `starts` of `RouteArguments`.
-        table: address of int64 [X, matrices, ENTRY]: plan rows of linear operations, which write a row for each place.
+        table: address of int64 [X, matrices, ENTRY]: plans of linear operations; each writes a vector for each place.
         num_experts: X.
         matrices: number of matrices of an expert, whose tiles are assumed to cost the same when work is divided.
         picked: address of int64 [T * k]: the row of the activations for each place.
