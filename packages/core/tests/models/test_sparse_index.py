@@ -163,7 +163,7 @@ def test_the_plan_counts_what_a_choice_takes(eager: bool, folder: Path) -> None:
     scores = 2 * 4 * 64 * heads * context if eager else 16 * 4 * context  # of 64 queries in torch, else of 16 tokens
     positions = (8 if eager else 4) * 64 * TOP
     assert scores + positions <= plan.index_bytes < scores + positions + (1 << 18)
-    assert "for the choice of positions" in plan.message
+    assert "for the indexer" in plan.message
     bounded(plan)
     everything = changed_top(folder, 512)
     assert planned(everything).index_bytes == 0
