@@ -26,7 +26,7 @@ from candle_vllm.core.errors import (
     RequestError,
 )
 from candle_vllm.core.vllm.arguments import translated
-from candle_vllm.server.models.archives import Archive, fetch_archive, model_folder, writable
+from candle_vllm.server.models.archives import Archive, fetch_archive, model_folder
 
 logger = logging.getLogger("candle_vllm.cog")
 
@@ -95,13 +95,14 @@ def resolve_weights(weights: str) -> str:
     if weights.startswith("file://"):
         weights = weights.removeprefix("file://")
     try:
-        archive = Archive.of(weights, os.environ.get("COG_WEIGHTS_SHA256"))
+        checksum = os.environ.get("COG_WEIGHTS_SHA256")
+        archive = Archive.of(f"{weights.partition('#sha256=')[0]}#sha256={checksum}" if checksum else weights)
         if archive is not None:
             roots = [VOLUME / "vllm", CHECKPOINTS] if VOLUME.is_dir() else [CHECKPOINTS]
             for root in roots:
                 if archive.is_in(root):
                     return str(model_folder(archive.folder_in(root)))
-            return str(fetch_archive(archive, writable(roots)))
+            return str(fetch_archive(archive, _writable(roots)))
         path = Path(weights)
         if path.is_dir():
             if not any(path.iterdir()):
@@ -114,6 +115,22 @@ def resolve_weights(weights: str) -> str:
     raise UserError(
         "E1000", f"{weights!r:.200} is no folder or file here, no address of a tar archive and no Hugging Face id"
     )
+
+
+def _writable(roots: list[Path]) -> Path:
+    """Return the first folder that is writable, created if necessary; otherwise raise the OSError of the last one."""
+    problem = OSError("no folder was given")
+    for root in roots:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            probe = root / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problem = error
+        else:
+            return root
+    raise problem
 
 
 def gpus() -> int:

@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -401,4 +402,6 @@ async def test_a_client_that_reads_a_large_answer_slowly_stays_connected() -> No
         await skip(protocol.STALL_SECONDS)
     await until(lost.done)
     writer.close()
+    with suppress(ConnectionError):  # the server has reset the connection
+        await writer.wait_closed()
     server.close()

@@ -52,7 +52,8 @@ def prefixed(checkpoint: Checkpoint, *, tied: bool = False) -> Checkpoint:
     """
     if "embed_tokens.weight" not in checkpoint.tensors:
         table, head = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
-        if tied and head in checkpoint.tensors and table not in checkpoint.tensors:
+        named = any(name.startswith(f"{_PREFIX}layers.") for name in checkpoint.tensors)  # as in Llama, not GPT-2
+        if tied and named and head in checkpoint.tensors and table not in checkpoint.tensors:
             renamed = {table if name == head else name: tensor for name, tensor in checkpoint.tensors.items()}
             return checkpoint.with_tensors(renamed)
         return checkpoint
