@@ -11,7 +11,6 @@ Shapes: T patches of a tile, E hidden.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -30,9 +29,9 @@ from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS
-from candle_vllm.core.loading.views import computed
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
+from candle_vllm.core.models.internvl_tensors import joined_positions
 from candle_vllm.core.models.llama4_tower import Rows
 from candle_vllm.core.models.siglip import ACTIVATIONS, Block, check_tiles
 from candle_vllm.core.models.tower_family import Placed, TileRows, TowerConfig, TowerFamily, TowerStep, mark_of_cells
@@ -165,22 +164,8 @@ def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mappin
         if table in found:
             if token not in found:
                 raise WeightsError(f"{found[table].path}: tensor {token} is missing")
-            found[table] = _positions(found[table], found.pop(token), config)
+            found[table] = joined_positions(found[table], found.pop(token), None, config)
     return found
-
-
-def _positions(table: StoredTensor, token: StoredTensor, config: TowerConfig) -> StoredTensor:
-    """Positions [T + 1, E], with the class token's embedding added to the first row."""
-    shape = (config.side**2 + 1, config.hidden_size)
-    if (table.numel, token.numel) != (math.prod(shape), shape[1]):
-        return table  # the loader reports the wrong shape
-
-    def joined(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        rows = values.reshape(shape).copy()
-        rows[0] += token.load("F32").reshape(-1)
-        return rows
-
-    return computed(table, shape, joined, "F32")
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

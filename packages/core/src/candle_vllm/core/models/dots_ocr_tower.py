@@ -28,6 +28,7 @@ from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.glm4v_tower import Block, GlmTowerConfig
+from candle_vllm.core.models.paddleocr_tower import LastNorms
 from candle_vllm.core.models.qwen_vl import QwenTower, check_sizes, kernel, prepared, rule_of
 from candle_vllm.core.models.siglip import processor_of_gguf
 from candle_vllm.core.models.tower_family import TowerFamily, TowerStep, mark_of_cells
@@ -90,17 +91,6 @@ def _config(processor: Fields, said: Mapping[str, Any], *, patch: int, cell: int
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
-class LastNorms:
-    """The encoder's last norm, and the projection's norm of each patch: x [T, E] -> [T, E]."""
-
-    def __init__(self, config: GlmTowerConfig, placement: Placement) -> None:
-        self.last = RMSNorm(config.hidden_size, config.norm_eps, placement)
-        self.projection = LayerNorm(config.hidden_size, 1e-6, placement)
-
-    def __call__(self, x: Value) -> Value:
-        return self.projection(side_by_side(self.last(x)))  # a norm needs computed rows
-
-
 class DotsOcrTower(QwenTower):
     """The vision encoder: patches of an image to embeddings; see `Tower`."""
 
@@ -113,7 +103,7 @@ class DotsOcrTower(QwenTower):
         empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
         self._tables = placement.constant(empty), placement.constant(empty.copy())  # filled by `place`
         self.layers = [Block(config, self._tables, placement) for _ in range(config.num_layers)]
-        self.norm = LastNorms(config, placement)
+        self.norm = LastNorms(RMSNorm(size, config.norm_eps, placement), LayerNorm(size, 1e-6, placement))
         self.joined = Linear(joined, joined, placement, bias=True)
         self.projector = Linear(joined, config.text_size, placement, bias=True)
         self.mergers = []

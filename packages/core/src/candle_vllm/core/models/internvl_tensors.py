@@ -88,7 +88,7 @@ def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mappin
         if absent := [name for name in (token, bias) if table in found and name not in found]:
             raise WeightsError(f"{found[table].path}: tensor {absent[0]} is missing")
         if table in found:
-            found[table] = _positions(found[table], found.pop(token), found.pop(bias), config)
+            found[table] = joined_positions(found[table], found.pop(token), found.pop(bias), config)
     return found
 
 
@@ -99,16 +99,19 @@ def _scaled(stored: StoredTensor, factors: StoredTensor) -> StoredTensor:
     return computed(wide, stored.shape, lambda values: values, kind)
 
 
-def _positions(table: StoredTensor, token: StoredTensor, bias: StoredTensor, config: TowerConfig) -> StoredTensor:
+def joined_positions(
+    table: StoredTensor, token: StoredTensor, bias: StoredTensor | None, config: TowerConfig
+) -> StoredTensor:
     """Positions [T + 1, E]: the class token's embedding is added to row 0, the bias of patches to the other rows."""
     shape = (config.side**2 + 1, config.hidden_size)
-    if (table.numel, token.numel, bias.numel) != (math.prod(shape), shape[1], shape[1]):
+    if (table.numel, token.numel, (bias or token).numel) != (math.prod(shape), shape[1], shape[1]):
         return table  # the loader reports the wrong shape
 
     def joined(values: NDArray[np.float32]) -> NDArray[np.float32]:
         rows = values.reshape(shape).copy()
         rows[0] += token.load("F32").reshape(-1)
-        rows[1:] += bias.load("F32").reshape(-1)
+        if bias is not None:
+            rows[1:] += bias.load("F32").reshape(-1)
         return rows
 
     return computed(table, shape, joined, "F32")

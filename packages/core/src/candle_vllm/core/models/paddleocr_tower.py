@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -27,7 +27,7 @@ from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import GridPositions, centred
 from candle_vllm.core.models.qwen_vl import QwenTower, QwenTowerConfig, check_sizes, rule_of
 from candle_vllm.core.models.siglip import ACTIVATIONS, processor_of_gguf
-from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily, mark_of_cells
+from candle_vllm.core.models.tower_family import TowerFamily, mark_of_cells
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING
 
@@ -96,9 +96,8 @@ def _config(processor: Fields, said: Mapping[str, Any], *, patch: int, cell: int
 class LastNorms:
     """The encoder's last norm, and the projection's norm of each patch: x [T, E] -> [T, E]."""
 
-    def __init__(self, config: TowerConfig, placement: Placement) -> None:
-        self.last = LayerNorm(config.hidden_size, config.norm_eps, placement)
-        self.projection = LayerNorm(config.hidden_size, 1e-5, placement)
+    def __init__(self, last: Callable[[Value], Value], projection: Callable[[Value], Value]) -> None:
+        self.last, self.projection = last, projection
 
     def __call__(self, x: Value) -> Value:
         return self.projection(side_by_side(self.last(x)))  # a copy, because a norm cannot read a norm's result
@@ -110,7 +109,8 @@ class PaddleOcrTower(QwenTower):
     def __init__(self, config: QwenTowerConfig, placement: Placement) -> None:
         super().__init__(config, placement)
         self.positions = GridPositions(config.learned, config.hidden_size, placement, centred)
-        self.norm = LastNorms(config, placement)
+        last, projection = (LayerNorm(config.hidden_size, eps, placement) for eps in (config.norm_eps, 1e-5))
+        self.norm = LastNorms(last, projection)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
