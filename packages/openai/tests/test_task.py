@@ -208,16 +208,3 @@ def test_a_template_that_gathers_system_messages_does_not_take_them_where_they_s
     )
     assert template_needs(TemplateProbe(ChatTemplate(each, {}))).system_anywhere
     assert not template_needs(TemplateProbe(ChatTemplate(gathered, {}))).system_anywhere
-
-
-def test_reasoning_of_an_answer_without_a_text_is_kept() -> None:
-    """Also for a template that takes no empty answers."""
-    said = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "", "reasoning_content": "thought"},
-        {"role": "assistant", "content": ""},
-        {"role": "user", "content": "r"},
-    ]
-    fit(said, TemplateNeeds(empty_answers=False))
-    assert [each["role"] for each in said] == ["user", "assistant", "user"]
-    assert said[1]["reasoning_content"] == "thought"

@@ -414,7 +414,7 @@ def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
 
 
 def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds, image: str = "") -> None:
-    """Rewrite messages, in place, to a form that the template supports; contents, reasoning, calls and images are kept.
+    """Rewrite messages, in place, to a form that the template supports; contents, calls and images are kept.
 
     `image` is the model's placeholder of an image, for a template that takes no image parts.
 
@@ -478,8 +478,7 @@ def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[d
     for message in messages:
         role, content = message["role"], message.get("content")
         last = made[-1] if made else None
-        said = any(message.get(key) for key in ("content", "tool_calls", *REASONING))
-        if role == "assistant" and not needs.empty_answers and not said:
+        if role == "assistant" and not needs.empty_answers and not content and not message.get("tool_calls"):
             continue
         alike = last is not None and role == last["role"] and role in ("system", "user", "assistant")
         if last and alike and (role != "user" or needs.roles_in_turn or last.get("name") == message.get("name")):

@@ -77,7 +77,7 @@ class FailureMiddleware:
                 message = "The server was stopped before the answer was complete."
                 error = HttpError(503, message, "shutting_down", {"retry-after": "5"})
                 await refusal(scope, error)(scope, receive, send)
-            else:
+            elif scope["type"] != "http":
                 raise
 
 
