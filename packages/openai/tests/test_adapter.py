@@ -40,6 +40,7 @@ from candle_vllm.openai import (
     to_json_bytes,
 )
 from candle_vllm.openai import adapter as adapter_module
+from candle_vllm.openai import answers as answers_module
 from candle_vllm.openai.logprobs import CompletionLogprobsWriter, prompt_logprobs
 from candle_vllm.openai.protocol.fields import MAX_LOGPROBS
 from candle_vllm.openai.remarks import collect_remarks
@@ -558,7 +559,7 @@ async def test_long_answers_are_joined_beside_the_event_loop(call: str, monkeypa
         return join(chunks)
 
     monkeypatch.setattr(adapter_module, name, spy)
-    monkeypatch.setattr(adapter_module, "_MANY_CHUNKS", 5)
+    monkeypatch.setattr(answers_module, "_MANY_EVENTS", 5)
     fields = {"messages": HI} if call == "chat" else {"prompt": "x"}
     for text in ("a", "abcdefgh"):
         await getattr(OpenAIAdapter(ScriptedEngine(text)), call)(fields)

@@ -11,9 +11,8 @@ import importlib.metadata
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
@@ -38,7 +37,6 @@ from candle_vllm.openai.embedding import (
 )
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.events import Head
-from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol import embeddings, tokenizing
@@ -198,8 +196,7 @@ class OpenAIAdapter(ExplainedAttributes):
     @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     async def chat(self, request: ChatCompletionRequest | Fields) -> ChatCompletion:
         """Return the whole answer; a request with `stream` is refused. Cancelling this coroutine aborts the request."""
-        async with aclosing(await self._start_chat(request, whole=True)) as chunks:
-            return await _joined(join_chat, [chunk async for chunk in chunks])
+        return await (await self._start_chat(request, whole=True)).whole(join_chat)
 
     @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     async def chat_stream(self, request: ChatCompletionRequest | Fields) -> ChunkStream[ChatCompletionChunk]:
@@ -231,8 +228,7 @@ class OpenAIAdapter(ExplainedAttributes):
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete(self, request: CompletionRequest | Fields) -> Completion:
         """Return the whole answer; a request with `stream` is refused. Cancelling this coroutine aborts the request."""
-        async with aclosing(await self._start_completion(request, whole=True)) as chunks:
-            return await _joined(join_completion, [chunk async for chunk in chunks])
+        return await (await self._start_completion(request, whole=True)).whole(join_completion)
 
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete_stream(self, request: CompletionRequest | Fields) -> ChunkStream[Completion]:
@@ -397,16 +393,7 @@ class OpenAIAdapter(ExplainedAttributes):
         )
 
 
-T = TypeVar("T")
-U = TypeVar("U")
-
-_MANY_CHUNKS = 1000
 _STREAMED = "stream is true, but {0} returns the whole answer: call {0}_stream, or leave stream out"
-
-
-async def _joined(join: Callable[[list[T]], U], chunks: list[T]) -> U:
-    """Join chunks to the whole answer; many are joined in a thread, to keep the event loop free."""
-    return await apart(join, chunks) if len(chunks) > _MANY_CHUNKS else join(chunks)
 
 
 def _with_images(tokens: Sequence[int], images: Sequence[ImageInput]) -> Any:

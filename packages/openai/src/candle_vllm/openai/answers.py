@@ -6,24 +6,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
+
+from msgspec.structs import replace
 
 from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason, PositionLogprobs, TokenOutput
 from candle_vllm.core.engine.step.stream import PushStream, Receiver
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Progress, Text, Thought, Usage
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.task import Paths, Task
 
 ChunkT = TypeVar("ChunkT")
+WholeT = TypeVar("WholeT")
 _ChunkT_co = TypeVar("_ChunkT_co", covariant=True)
+
+_MANY_EVENTS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,6 +384,53 @@ class ChunkStream(PushStream[ChunkT]):
 
     def close(self) -> None:
         self.events.close()
+
+    async def whole(self, join: Callable[[list[ChunkT]], WholeT]) -> WholeT:
+        """Return the joined chunks at the end, instead of `push`; cancelling this coroutine aborts the request.
+
+        Deltas are joined before they are written; long answers in a thread, to keep the event loop free.
+        """
+        gathered = _Gathered()
+        async with aclosing(self):
+            self.events.push_written(gathered, lambda events: events, self.worded)
+            await gathered.ended
+        if gathered.error is not None:
+            raise gathered.error
+
+        def written() -> WholeT:
+            with self.worded():
+                return join([*self.first, *self.writer.write(_with_joined_deltas(gathered.events))])
+
+        return await apart(written) if len(gathered.events) > _MANY_EVENTS else written()
+
+
+class _Gathered:
+    """The last stage of a whole answer: one wake-up of its task, not one for each token."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.error: Exception | None = None
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def put(self, items: Sequence[Event]) -> None:
+        self.events += items
+
+    def end(self, error: Exception | None = None) -> None:
+        self.error = error
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+def _with_joined_deltas(events: Sequence[Event]) -> list[Event]:
+    """Join deltas of the same kind that follow each other, unless they have token ids or log-probabilities."""
+
+    def kind(event: Event) -> object:
+        if not isinstance(event, (Text, Thought, CallText)) or event.ids is not None or event.logprobs is not None:
+            return id(event)
+        return type(event), event.choice, event.call if isinstance(event, CallText) else None
+
+    runs: list[list[Any]] = [list(run) for _, run in itertools.groupby(events, kind)]
+    return [replace(run[0], text="".join(one.text for one in run)) if len(run) > 1 else run[0] for run in runs]
 
 
 @dataclasses.dataclass(eq=False)

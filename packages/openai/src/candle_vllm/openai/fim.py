@@ -7,7 +7,6 @@ A request is converted to a task that an `OpenAIAdapter` answers; the response h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
 from msgspec import UNSET, UnsetType
@@ -82,8 +81,7 @@ async def fim_answer(
     adapter: OpenAIAdapter, request: FimRequest, defaults: Mapping[str, Any] | None = None
 ) -> ChatCompletion:
     """Return the whole answer, joined from a stream's chunks. Cancelling this coroutine aborts the request."""
-    async with aclosing(await fim_stream(adapter, request, defaults)) as stream:
-        return join_chat([chunk async for chunk in stream])
+    return await (await fim_stream(adapter, request, defaults)).whole(join_chat)
 
 
 class _Writer:

@@ -377,7 +377,7 @@ async def llama_answer(
             stream = ChunkStream[LlamaText](await adapter.continued(task), writer)
             begun.append(await streams.enter_async_context(aclosing(stream)))
         for index, stream in enumerate(begun):
-            pieces = [piece async for piece in stream]
+            pieces = await stream.whole(list)
             ids = [token for piece in pieces for token in piece.tokens] if request.return_tokens else []
             probabilities = [one for piece in pieces for one in piece.completion_probabilities or ()]
             whole = replace(

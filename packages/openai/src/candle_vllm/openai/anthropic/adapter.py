@@ -8,7 +8,7 @@ whole message is joined from the events of a stream, so the two cannot differ.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -66,8 +66,7 @@ class MessagesAdapter:
 
     async def create(self, request: MessagesRequest | Fields) -> Message:
         """Return the whole answer; the request's `stream` is ignored. Cancelling this coroutine aborts the request."""
-        async with aclosing(await self.create_stream(request)) as events:
-            return join_message([event async for event in events])
+        return await (await self.create_stream(request)).whole(join_message)
 
     async def create_stream(self, request: MessagesRequest | Fields) -> MessageStream:
         """Submit the request and stream its events; close the stream to abort the request."""

@@ -10,7 +10,6 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
 from typing import Any, Literal, cast
 
 import msgspec
@@ -56,7 +55,7 @@ class OllamaAdapter:
 
     async def chat(self, request: wires.ChatRequest) -> answers.ChatLine:
         """Return the whole answer. Cancelling this coroutine aborts the request."""
-        return cast(answers.ChatLine, await self._whole(await self.chat_stream(request)))
+        return cast(answers.ChatLine, await (await self.chat_stream(request)).whole(answers.join_lines))
 
     async def chat_stream(self, request: wires.ChatRequest) -> LineStream:
         """Submit the request and stream its lines; close the stream to abort the request."""
@@ -66,7 +65,7 @@ class OllamaAdapter:
 
     async def generate(self, request: wires.GenerateRequest) -> answers.GenerateLine:
         """Return the whole answer. Cancelling this coroutine aborts the request."""
-        return cast(answers.GenerateLine, await self._whole(await self.generate_stream(request)))
+        return cast(answers.GenerateLine, await (await self.generate_stream(request)).whole(answers.join_lines))
 
     async def generate_stream(self, request: wires.GenerateRequest) -> LineStream:
         """Submit the request and stream its lines; close the stream to abort the request."""
@@ -115,10 +114,6 @@ class OllamaAdapter:
         self._begun(request)
         made = await self._vectors(request.model, [request.prompt or ""], "prompt", normalize=False)
         return answers.Vector(cast("list[float]", made.data[0].embedding))
-
-    async def _whole(self, stream: LineStream) -> answers.Line:
-        async with aclosing(stream) as lines:
-            return answers.join_lines([line async for line in lines])
 
     def _begun(self, request: Any) -> answers.Times:
         asked = None if request.options is None else request.options.num_ctx
