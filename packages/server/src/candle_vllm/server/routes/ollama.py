@@ -31,7 +31,7 @@ LATEST = ":latest"
 
 
 class OfModel(WireModel):
-    """The name of a model; `name` is the older name of `model`."""
+    """The name of a model, in one of two fields: `name` is the older name of the field `model`."""
 
     model: Name | None = None
     name: Name | None = None
@@ -60,7 +60,8 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
     """Return this server's name of a model or adapter: `name`, `name` without `:latest`, or the only model's name.
 
     Raises:
-        ModelNotServedError: nothing has that name, and `exact` is set or several models are served.
+        ModelNotServedError: nothing has that name; without `exact`, a single model may accept any (`Catalogue.find`).
+        HttpError: as `ModelManager.reach` raises it.
     """
     manager, caller = _manager(request), caller_of(request.scope)
     own = own_name(manager, name)
@@ -76,7 +77,7 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
 
 
 def own_name(manager: ModelManager, name: str) -> str:
-    """Return the name that a model of the catalogue has: `name`, or `name` without `:latest`; else `name`."""
+    """Return `name` without `:latest` if only that is the name of a model of the catalogue; otherwise `name`."""
     return next(filter(manager.catalogue.has, (name, name.removesuffix(LATEST))), name)
 
 
@@ -195,7 +196,7 @@ async def _loaded(request: Request, wire: Any, deadline: float) -> ollama.Times:
 
 
 def _keep(request: Request, wire: Any) -> None:
-    """Set for how long the model stays loaded, if the request has `keep_alive` and clients may unload models."""
+    """Set for how long the model stays loaded, if the request has `keep_alive` and its sender may unload models."""
     seconds = wire.keep_seconds
     if seconds is None:
         return
@@ -206,7 +207,7 @@ def _keep(request: Request, wire: Any) -> None:
 
 
 def _may_keep(request: Request) -> bool:
-    """Whether the API key opens operators' routes; without API keys, whether there are no management keys either."""
+    """Whether the request's key is valid for operators' routes; on a server without any keys, True."""
     without_key = not request.app.state.settings.management_key
     return request.scope.get("state", {}).get("manages", without_key)
 
