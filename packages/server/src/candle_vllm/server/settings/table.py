@@ -351,15 +351,15 @@ class StorageOptions(_Checked):
         Integer(1, MAX_DAYS), "how long a response is stored", "DAYS")] = 30
     responses_max_records: Annotated[int, own(RESPONSES,
         Integer(1, MAX_RECORDS), "most stored responses and conversations of all keys; the "
-        "oldest are deleted", "N")] = 10_000
+        "least recently used are deleted", "N")] = 10_000
     responses_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "most stored data of responses and conversations, in MB of 2^20 bytes; the oldest are "
-        "deleted", "MB")] = 256
+        Integer(1, MAX_MB), "most stored data of responses and conversations, in MB of 2^20 bytes; the least recently "
+        "used are deleted", "MB")] = 256
     files_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "most stored files of batches (docs/batches.md), in MB of 2^20 bytes; the oldest are "
+        Integer(1, MAX_MB), "most stored files (docs/batches.md), in MB of 2^20 bytes; the least recently used are "
         "deleted; with several keys, one key may have half", "MB")] = 256
     file_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "largest file of a batch, in MB of 2^20 bytes", "MB")] = 100
+        Integer(1, MAX_MB), "largest stored file, in MB of 2^20 bytes", "MB")] = 100
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
