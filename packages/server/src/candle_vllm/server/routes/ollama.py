@@ -13,7 +13,7 @@ from pydantic import model_validator
 from starlette.responses import Response
 
 from candle_vllm.openai import ollama, to_json_bytes
-from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
+from candle_vllm.openai.protocol.fields import ModelName, WireModel, invalid
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
@@ -31,14 +31,14 @@ LATEST = ":latest"
 
 
 class OfModel(WireModel):
-    """The name of a model, in one of two fields: `name` is the older name of the field `model`."""
+    """The name of a model, in `model` or in the older field `name`; Ollama's own client sends the other one empty."""
 
-    model: Name | None = None
-    name: Name | None = None
+    model: ModelName | None = None
+    name: ModelName | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.model is None) == (self.name is None):
+        if bool(self.model) == bool(self.name):
             raise invalid("model", "is needed: the name of a model (or name, not both)")
         return self
 
@@ -51,7 +51,7 @@ async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact:
     """Return the validated body, with this server's name of the model; raises what `served_name` raises."""
     wire = await answering.parsed(request, parse)
     named = getattr(wire, "model", None)
-    if named is None:
+    if not named:
         return wire
     return wire.model_copy(update={"model": await served_name(request, named, exact=exact)})
 
