@@ -329,6 +329,10 @@ def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
             client.copy("org/two", "default")
         with pytest.raises(ollama.ResponseError, match="was not downloaded by this server"):
             client.delete("second")  # a name that the operator gave
+        client.copy("one", "mine")
+        with pytest.raises(ollama.ResponseError, match="was not downloaded by this server"):
+            client.delete("default")  # which is no name of a copy
+        client.delete("mine")
         assert [model.model for model in client.list().models] == ["one", *names]
         with pytest.raises(ollama.ResponseError, match="'three:latest' is not served here; served models are: one"):
             client.chat("three:latest", HI)

@@ -167,7 +167,7 @@ async def ollama_delete(request: Request) -> Response:
     entry = manager.find(name, exact=True).entry
     pulled = await in_thread(lambda: _names_file(settings, name, entry), "find-model")
     entry = manager.find(name, exact=True).entry  # another request may have removed it
-    if not pulled and len(entry.names) > 1 and name not in entry.settings.served_model_name:  # operators' names stay
+    if not pulled and name in entry.names and name not in entry.settings.served_model_name:  # operators' names stay
         left = tuple(each for each in entry.names if each != name)
         _change(manager, entry, dataclasses.replace(entry, aliases=left))
         return Response()
