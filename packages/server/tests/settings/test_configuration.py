@@ -413,6 +413,14 @@ def test_prompts_cannot_be_logged_without_the_log() -> None:
             "models: [{name: a, hf_id: x/y, adapters: [{name: t, path: p}], params: {lora_modules: [s=q]}}]",
             "adapters and lora_modules are the same setting: give one",
         ),
+        (
+            "models:\n- name: a\n  hf_id: x/y\n  params:\n    tool_parser: hermes\n    tool_call_parser: mistral",
+            "line 6: tool_call_parser and tool_parser are the same setting: give one",
+        ),
+        (
+            "models: [{name: a, hf_id: x/y, adapters: [{name: t, lora_name: s, path: p}]}]",
+            "adapters: an adapter has 'name' twice",
+        ),
         ("default_model: b\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model 'b'"),
         ("default_model: [a]\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model ['a']"),
         ("models:\n- name: a\n  notes: 2026-02-30", "line 3: not valid YAML: day is out of range"),

@@ -82,6 +82,8 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
     for key, value in given.items():
         if key not in _KEYS:
             raise UsageError(f"{where}: an adapter has no {str(key)[:60]!r}{nearest(str(key), _KEYS)}")
+        if _KEYS[key] in values:
+            raise UsageError(f"{where}: an adapter has {_KEYS[key]!r} twice")
         values[_KEYS[key]] = value
     for key in ("name", "path"):
         value = values.get(key)

@@ -185,6 +185,8 @@ def _values(params: Mapping[Any, Any], title: str, folder: Path, section: Any) -
     for key, value in params.items():
         where = f"{title}{line_of(section, key)}"
         option = _yaml_option(key, where)
+        if option.name in values:
+            raise UsageError(f"{where}: {key} and {given_as[option.name]} are the same setting: give one")
         values[option.name] = _yaml_value(option, value, f"{where}: {key}", folder)
         given_as[option.name] = key
     return values, given_as
