@@ -390,7 +390,7 @@ def test_candle_vllm_s_limits_and_mailbox_are_read(tmp_path: Path) -> None:
 
 
 def test_null_sets_nothing_in_any_section(tmp_path: Path) -> None:
-    def read(mailbox: str) -> Any:
+    def read(mailbox: str) -> Configuration:
         (tmp_path / "models.yaml").write_text(
             "models: [{name: a, local_path: x, adapters: [{name: t, path: p, scale: null, pinned: null}]}]\n"
             f"mailbox: {{{mailbox}}}\n"
@@ -399,6 +399,7 @@ def test_null_sets_nothing_in_any_section(tmp_path: Path) -> None:
 
     assert read("retention_secs: null").mailbox is None
     made = read("url: sqlite, retention_secs: null, webhook: null, webhook_allowed_hosts: null")
+    assert made.mailbox is not None
     assert made.mailbox.retention_secs == 3600
     assert json.loads(made.settings.lora_modules[0])["scale"] == 0.0
 
