@@ -68,8 +68,9 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
     if manager.catalogue.has(own):
         manager.permit(own, caller)
         return own
-    for given in dict.fromkeys((name, name.removesuffix(LATEST))) if manager.adapters.bases() else ():
-        await manager.reach(given, caller)  # raises if the API key may not use the name
+    names = list(dict.fromkeys((name, name.removesuffix(LATEST)))) if manager.adapters.bases() else []
+    for given in [each for each in names if caller.may_use(*manager.adapters.spelled(each))] or names:
+        await manager.reach(given, caller)  # raises if the API key may use none of the names
         if manager.adapters.find(given) is not None:
             return given
     manager.permit(name, caller)
