@@ -60,7 +60,7 @@ async def create_moderation(request: Request) -> Response:
 )
 async def cohere_embed(request: Request) -> Response:
     """Embeddings of texts, in Cohere's form."""
-    parse, first = functools.partial(parse_body, CohereEmbedRequest), "/v1/" in request.url.path
+    parse, first = functools.partial(parse_body, CohereEmbedRequest), request.scope["route"].path == "/v1/embed"
     return await answer_with(
         request, parse, lambda model, wire: model.adapter.embed_cohere(wire, "1" if first else "2")
     )
