@@ -214,7 +214,10 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
         (last if flag == "--uds" else line).extend([] if foreign else ours)
         if row.idle or foreign:
             remarks.append(f"{flag} has no effect here: {row.answer}")
-    line += [f"{flag}={json.dumps(given)}" for flag, given in parts.items()]
+    for flag, given in parts.items():
+        if any(each.partition("=")[0] == flag for each in line):
+            raise UsageError(f"{flag} and {flag}.{next(iter(given))} are one setting: give one")
+        line.append(f"{flag}={json.dumps(given)}")
     return [*line, *last, *argv[end:]], remarks
 
 
