@@ -125,7 +125,7 @@ async def select_model(request: Request) -> Response:
     wanted: ModelRequest = await body_of(request, ModelRequest)
     manager: ModelManager = request.app.state.manager
     slot = manager.select(wanted.name)
-    ready = slot.model is not None
+    ready = manager.switch_requested_at is None
     answer = Selected("ready" if ready else "switching", slot.entry.name, len(slot.waiters))
     return json_answer(answer, 200 if ready else 202)
 
