@@ -79,7 +79,7 @@ def _flags(program: str) -> str:
         if row is not None:
             shown.setdefault((here(row), row.answer), []).append(flag)
         else:
-            what = helps.get(SHORT.get(flag, flag), "YAML file of flags: those given beside it win")
+            what = helps.get(SHORT.get(flag, flag), "YAML file of flags; flags on the command line precede it")
             shown.setdefault(("taken", what), []).append(flag)
     cells = ((" ".join(f"`{flag}`" for flag in flags), state, what) for (state, what), flags in shown.items())
     return _table(("Flags", "Here", "What"), cells)

@@ -9,11 +9,15 @@ from typing import Any
 
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
 from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
 from candle_vllm.server.answering import texts_of
+from candle_vllm.server.app import create_app
 from packages.server.tests.server_fakes import PacedEngine
 
 TEXTS = ["one", "two", "three and four"]
@@ -60,6 +64,14 @@ def test_errors_are_in_the_envelope(start: Callable[..., Any], path: str) -> Non
             error = client.post(path, json=body).json()["error"]
             assert (error["code"], error["type"]) == (code, "invalid_request_error")
         assert client.post(path, content=b"{}").status_code == 415
+
+
+def test_the_version_of_cohere_s_api_is_that_of_the_route() -> None:
+    """Not of the path at which another application mounts this one."""
+    with TestClient(Starlette(routes=[Mount("/v1/inner", app=create_app(PacedEngine()))])) as client:
+        for version in ("1", "2"):
+            answer = client.post(f"/v1/inner/v{version}/embed", json={"texts": ["a"], "input_type": "search_query"})
+            assert answer.json()["meta"]["api_version"]["version"] == version
 
 
 def test_a_full_engine_says_so(start: Callable[..., Any]) -> None:

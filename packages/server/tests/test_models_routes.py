@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,12 +24,14 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.progress import tell
 from candle_vllm.server import Settings
+from candle_vllm.server.app import create_app
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from packages.server.tests.server_fakes import FakeLoader
 from tests.trusted import trusted
-from tests.waiting import wait_for
+from tests.waiting import until, wait_for
 
 
 def _manager(loader: FakeLoader, **limits: Any) -> ModelManager:
@@ -121,6 +124,21 @@ def test_operators_load_unload_and_choose(start) -> None:
         assert (again.status_code, again.json()["status"]) == (200, "ready")
         status = client.get("/v1/models/status").json()
         assert (status["status"], status["switch_requested_at"], status["in_flight_requests"]) == ("Ready", None, 0)
+
+
+async def test_a_model_that_is_about_to_be_unloaded_is_not_selected_at_once() -> None:
+    manager = _manager(FakeLoader(room=1))
+    running = await manager.acquire("small")
+    other = asyncio.create_task(manager.acquire("org/large"))
+    await until(lambda: manager.slots["small"].state is ModelState.DRAINING)
+    transport = httpx.ASGITransport(create_app(manager))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        chosen = await client.post("/v1/models/select", json={"model": "small"})
+    assert (chosen.status_code, chosen.json()["status"]) == (202, "switching")
+    running.release()
+    (await other).release()
+    await until(lambda: manager.slots["small"].state is ModelState.READY)
+    await manager.close()
 
 
 @pytest.mark.parametrize("route", ["load", "unload", "select"])

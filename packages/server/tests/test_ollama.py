@@ -299,6 +299,16 @@ def test_a_model_stays_as_long_as_a_request_wants(start: Callable[..., Any]) -> 
     assert loader.loads == ["scripted"] * 2
 
 
+@pytest.mark.parametrize("named", [{"model": "", "name": "scripted"}, {"model": "scripted", "name": ""}])
+def test_an_empty_name_is_as_none(start: Callable[..., Any], named: dict[str, str]) -> None:
+    """Ollama's own client sends `model` and `name` with each request, one of them empty."""
+    with start().http() as client:
+        asked = {"system": "", "template": "", "options": None, **named}
+        assert client.post("/api/show", json=asked).json()["modelfile"].endswith("FROM scripted\n")
+        refused = client.post("/api/show", json={"model": "", "name": ""})
+        assert (refused.status_code, "the name of a model" in refused.text) == (400, True)
+
+
 def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
     names = ("org/two", "second")
     entries = [ModelEntry("one", Settings()), ModelEntry("org/two", Settings(served_model_name=names), names)]
@@ -319,6 +329,10 @@ def test_latest_is_no_part_of_a_name(start: Callable[..., Any]) -> None:
             client.copy("org/two", "default")
         with pytest.raises(ollama.ResponseError, match="was not downloaded by this server"):
             client.delete("second")  # a name that the operator gave
+        client.copy("one", "mine")
+        with pytest.raises(ollama.ResponseError, match="was not downloaded by this server"):
+            client.delete("default")  # which is no name of a copy
+        client.delete("mine")
         assert [model.model for model in client.list().models] == ["one", *names]
         with pytest.raises(ollama.ResponseError, match="'three:latest' is not served here; served models are: one"):
             client.chat("three:latest", HI)

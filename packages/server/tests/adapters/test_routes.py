@@ -504,7 +504,8 @@ def test_a_key_opens_the_models_and_adapters_that_it_is_bound_to(start: Start, t
         assert "other" not in told
         assert status("all", "base", lora=[{"id": 1, "scale": 1.0}]) == 200
         assert status("one", "base", "/api/chat") == 403
-        assert status("one", "poems", "/api/chat") == 200
+        assert [status("one", name, "/api/chat") for name in ("poems", "poems:latest")] == [200, 200]
+        assert [status("one", name, "/api/chat") for name in ("other:latest", "secret/tone:latest")] == [403, 403]
         assert listed("one") == ["acme/tone", "poems"]
         assert listed("base") == ["base"]
         assert listed("all") == ["base", "acme/tone", "other", "poems"]

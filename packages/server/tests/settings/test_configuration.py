@@ -389,6 +389,21 @@ def test_candle_vllm_s_limits_and_mailbox_are_read(tmp_path: Path) -> None:
     assert made.mailbox.url.endswith(".candle-vllm/mailbox.sqlite")
 
 
+def test_null_sets_nothing_in_any_section(tmp_path: Path) -> None:
+    def read(mailbox: str) -> Configuration:
+        (tmp_path / "models.yaml").write_text(
+            "models: [{name: a, local_path: x, adapters: [{name: t, path: p, scale: null, pinned: null}]}]\n"
+            f"mailbox: {{{mailbox}}}\n"
+        )
+        return load_configuration(SettingsSource("the command line"), {}, folder=tmp_path, home=tmp_path)
+
+    assert read("retention_secs: null").mailbox is None
+    made = read("url: sqlite, retention_secs: null, webhook: null, webhook_allowed_hosts: null")
+    assert made.mailbox is not None
+    assert made.mailbox.retention_secs == 3600
+    assert json.loads(made.settings.lora_modules[0])["scale"] == 0.0
+
+
 def test_prompts_cannot_be_logged_without_the_log() -> None:
     with pytest.raises(UsageError, match="set log_requests as well"):
         Settings(log_prompts=True)
@@ -412,6 +427,14 @@ def test_prompts_cannot_be_logged_without_the_log() -> None:
         (
             "models: [{name: a, hf_id: x/y, adapters: [{name: t, path: p}], params: {lora_modules: [s=q]}}]",
             "adapters and lora_modules are the same setting: give one",
+        ),
+        (
+            "models:\n- name: a\n  hf_id: x/y\n  params:\n    tool_parser: hermes\n    tool_call_parser: mistral",
+            "line 6: tool_call_parser and tool_parser are the same setting: give one",
+        ),
+        (
+            "models: [{name: a, hf_id: x/y, adapters: [{name: t, lora_name: s, path: p}]}]",
+            "adapters: an adapter has 'name' twice",
         ),
         ("default_model: b\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model 'b'"),
         ("default_model: [a]\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model ['a']"),

@@ -159,6 +159,10 @@ def test_a_flag_without_effect_is_named() -> None:
         ("--scheduling-policy lifo", "--scheduling-policy lifo is not supported: requests have priorities with"),
         ("--speculative-config.method", "--speculative-config.method: expected one argument"),
         ("--speculative-config nothing", "must be a JSON object, not 'nothing'"),
+        (
+            """--speculative-config '{"method": "ngram"}' --draft-max 4""",
+            "--speculative-config and --speculative-config.num_speculative_tokens are one setting: give one",
+        ),
         ("--spec-type draft-dflash", "--spec-type draft-dflash is not supported: --speculative-config for other ways"),
         ("a b", "unexpected argument 'b'"),
         ("--port 1 chat", "unexpected argument 'chat': the command comes first"),

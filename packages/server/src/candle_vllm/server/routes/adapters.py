@@ -44,7 +44,7 @@ class LoadAdapterRequest(WireModel):
     Attributes:
         lora_path: a PEFT folder, a GGUF adapter, or a name that a resolver knows.
         load_inplace: whether it may replace an adapter of the same name.
-        base_model_name: its base model; by default the first model that supports adapters.
+        base_model_name: its base model; by default the first that supports adapters, the default model first.
         is_3d_lora_weight: no effect, because an adapter's files say how they store experts.
     """
 
@@ -67,8 +67,8 @@ class NumberedAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: its number, which the field `lora` of a request uses.
-        path: name of its files, without their folder, which stays private.
-        scale: its scale in requests that do not set one.
+        path: name of its files without their folder, which stays private; or its name in its source.
+        scale: its scale in requests that name no adapter.
         name: its name, which the field `model` of a request uses.
     """
 
@@ -137,7 +137,7 @@ def _refuse_second(manager: ModelManager, slot: ModelSlot, wanted: LoadAdapterRe
 
 
 async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -> Adapter:
-    """Return an adapter whose files are on this machine; a resolver fetches missing files."""
+    """Return an adapter whose files are on this machine or are fetched by a resolver; HttpError 404 without files."""
     path, local = wanted.lora_path, Path(os.path.expanduser(wanted.lora_path))
     if await asyncio.to_thread(adapter_exists, local):
         return Adapter(name=wanted.lora_name, base=base, path=local, root=local.name)
@@ -182,7 +182,7 @@ def _changeable(request: Request) -> ModelManager:
 
 
 def _base(manager: ModelManager, name: str | None) -> ModelSlot:
-    """Return the model of this name, by default the first that supports adapters; HttpError 409 if it does not."""
+    """Return the named model, or `bases()[0]` for None; HttpError 409 if the named model does not support adapters."""
     slot = manager.slots[manager.adapters.bases()[0].name] if name is None else manager.find(name, exact=True)
     if not slot.entry.settings.enable_lora:
         raise HttpError(409, f"The model {slot.entry.names[0]!r} does not support adapters.", "adapters_off")
@@ -218,7 +218,7 @@ async def list_lora_adapters(request: Request) -> Response:
     errors=MODEL_ERRORS,
 )
 async def scale_lora_adapters(request: Request) -> Response:
-    """Set the scale of each adapter in requests that do not set one, in llama.cpp's form.
+    """Set the scale of each adapter in requests that name no adapter, in llama.cpp's form.
 
     An adapter that the body does not name gets the scale 0.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/embeddings`, `/v1/moderations`, `/v2/embed`, `/v1/score`, `/v1/rerank`: steps 1 and 10 of a request's life.
+"""Embeddings, moderations, scores and rankings, in the forms of several APIs: steps 1 and 10 of a request's life.
 
-`/score`, `/rerank`, `/v2/rerank` and `/reranking` are the same routes by the names of vLLM, Jina, Cohere and llama.cpp.
+`/score`, `/rerank`, `/v2/rerank` and `/reranking` are the paths of vLLM, Cohere and llama.cpp for the same routes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TEXTS_OR_CHAT = (EmbeddingRequest, wires.EmbeddingChatRequest)
 
 @route("POST /v1/embeddings", body=_TEXTS_OR_CHAT, example=_TEXT, answer=EmbeddingList, octets=True)
 async def create_embedding(request: Request) -> Response:
-    """Embeddings of texts; if the body has `content` instead of `input`, in llama.cpp's form."""
+    """Embeddings of texts or a conversation; if the body has `content` instead of `input`, in llama.cpp's form."""
     return await answer_with(request, parse_embedding_request, _embedded)
 
 
@@ -60,7 +60,7 @@ async def create_moderation(request: Request) -> Response:
 )
 async def cohere_embed(request: Request) -> Response:
     """Embeddings of texts, in Cohere's form."""
-    parse, first = functools.partial(parse_body, CohereEmbedRequest), "/v1/" in request.url.path
+    parse, first = functools.partial(parse_body, CohereEmbedRequest), request.scope["route"].path == "/v1/embed"
     return await answer_with(
         request, parse, lambda model, wire: model.adapter.embed_cohere(wire, "1" if first else "2")
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/files` and `/v1/batches`: stored files, and batches that answer their lines (steps 1 and 10).
+"""`/v1/files` and `/v1/batches`: stored files, and batches, whose requests are the lines of a file (steps 1 and 10).
 
 A caller sees only its own files and batches.
 """
@@ -35,8 +35,8 @@ from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, p
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
 MAX_LIST = 10_000
-DEFAULT_BATCHES, MAX_BATCHES = 20, 100  # of a list
-MAX_BODY = 64 << 10  # bytes of the request for a batch
+DEFAULT_BATCHES, MAX_BATCHES = 20, 100  # batches in one page of a list
+MAX_BODY = 64 << 10  # maximum bytes of the body that creates a batch
 _NAME = 200  # maximum characters of a stored file name
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
@@ -171,7 +171,7 @@ def _one_of(names: Sequence[str]) -> str:
 
 
 def safe_name(name: str) -> str:
-    """Return a file's name without folders and without unprintable characters."""
+    """Return a file's name without folders and unprintable characters, truncated; file.jsonl if nothing is left."""
     last = re.split(r"[/\\]", name)[-1]
     name = "".join(character for character in last if character.isprintable()).strip(" .")
     return name[:_NAME] or "file.jsonl"
@@ -196,8 +196,9 @@ async def _form(request: Request, limit: int, count: Callable[[int], None]) -> F
     """Read the form of a request; a file that is not small is written to the disk.
 
     Raises:
-        HttpError: 415 for another content type, 413 if it is too large, 408 if it is too slow; or from `count`.
-        InvalidBodyError: the body is not a form.
+        HttpError: 415 other content type; 400 invalid length; 413 too large; 408 too slow; or as `count` raises it.
+        ClientGone: the client disconnected before the end of the body.
+        InvalidBodyError: the body is not a form, or has too many files or fields.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "multipart/form-data":

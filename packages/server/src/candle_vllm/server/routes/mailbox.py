@@ -72,7 +72,7 @@ async def list_records(request: Request) -> Response:
 @route(
     "GET /v1/mailbox/{request_id}",
     answer=Record,
-    query={"auto_delete": {"enum": ["true", "false"], "default": "false", "description": "Delete it if complete."}},
+    query={"auto_delete": {"enum": ["true", "false"], "default": "false", "description": "Delete it if it has ended."}},
 )
 async def get_record(request: Request, request_id: str) -> Response:
     """One stored answer.
@@ -116,7 +116,7 @@ async def push_record(request: Request, request_id: str) -> Response:
 
 
 def _mailbox(request: Request) -> tuple[Mailbox, str]:
-    """Return the server's mailbox, and the caller as an owner in it; raises a 404 without a mailbox."""
+    """Return the server's mailbox, and the caller's owner id in it; MailboxError 404 without a mailbox."""
     mailbox: Mailbox | None = getattr(request.app.state, "mailbox", None)
     if mailbox is None:
         raise MailboxError(404, "This server has no mailbox: its operator turns it on with --mailbox.", "mailbox_off")

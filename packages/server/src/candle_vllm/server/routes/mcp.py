@@ -59,12 +59,12 @@ class McpServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: the server's name in mcp.json.
         transport: stdio, http or sse.
-        state: connecting, ready, failed (the connection is tried again), closed or disabled.
+        state: connecting, ready, failed, closed or disabled.
         error: why there is no connection, or null.
         protocol_version: the negotiated version, or null.
         tools_count: number of its tools.
         reconnects: number of connections after the first.
-        log: the last lines of its log.
+        log: the last lines of its log; empty if the client's key may not see them.
     """
 
     name: str
@@ -108,7 +108,8 @@ class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
     """The result of a call.
 
     Attributes:
-        status: completed; failed if the tool reports an error; invalid_arguments, timed_out or unavailable.
+        status: completed; failed if the tool failed or its output is refused; otherwise why there is no output:
+            invalid_arguments, timed_out, unavailable or unknown.
         content: the parts of the output.
         structured: structured content, or null.
         is_error: whether the tool failed or did not run.
@@ -128,7 +129,7 @@ class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
 async def list_mcp_servers(request: Request) -> Response:
     """The MCP servers and their states.
 
-    If the server has several API keys, only keys that open operators' routes get the logs, which may show other calls.
+    If API keys have several owners, only keys for operators' routes get the logs, which may show calls of others.
     """
     logged = request.scope.get("state", {}).get("manages", True) or not request.app.state.keys.are_several
     found = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/models` and `/v1/queues`: lists models; operators load, unload and select them, and see waiting requests.
+"""`/v1/models` and `/v1/queues`: lists of models; operators load, select, add and remove them, and see their queues.
 
 Step 1 of a request's life.
 """
@@ -50,7 +50,7 @@ _ANTHROPIC = "anthropic-version"  # a header that Anthropic's clients always sen
 
 
 class Selected(msgspec.Struct, frozen=True):
-    """The model that was made the default: ready, or still loading while requests for it wait."""
+    """The selected model: "ready" if it is the default now, "switching" if it becomes the default once it is loaded."""
 
     status: str
     model: str
@@ -59,7 +59,7 @@ class Selected(msgspec.Struct, frozen=True):
 
 @route("GET /v1/models", tag="models", answer=(LoadedCard, UnloadedCard, AdapterCard), listed=True, manages=False)
 async def list_models(request: Request) -> Response:
-    """All served names, the default first.
+    """The names of models and adapters that the caller may use, the default first.
 
     Anthropic's clients get Anthropic's list.
     """
@@ -78,7 +78,7 @@ async def models_status(request: Request) -> Response:
 
 @route("GET /v1/models/inventory", answer=Inventory, errors=(403,))
 async def models_inventory(request: Request) -> Response:
-    """Sizes of models and whether they fit, known names, and downloads."""
+    """Served models, models with a short name, and downloads: their sizes, and whether memory holds them."""
     state, manager = request.app.state, request.app.state.manager
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     settings = state.settings
@@ -118,14 +118,14 @@ async def unload_model(request: Request) -> Response:
     errors=MODEL_ERRORS,
 )
 async def select_model(request: Request) -> Response:
-    """Make a model the default, and begin to load it.
+    """Make a model the default once it is loaded, and begin to load it.
 
-    The status is 200 if it is ready, and 202 until then.
+    The status is 200 if it is loaded already, otherwise 202.
     """
     wanted: ModelRequest = await body_of(request, ModelRequest)
     manager: ModelManager = request.app.state.manager
     slot = manager.select(wanted.name)
-    ready = slot.model is not None
+    ready = manager.switch_requested_at is None
     answer = Selected("ready" if ready else "switching", slot.entry.name, len(slot.waiters))
     return json_answer(answer, 200 if ready else 202)
 

@@ -13,7 +13,7 @@ from pydantic import model_validator
 from starlette.responses import Response
 
 from candle_vllm.openai import ollama, to_json_bytes
-from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
+from candle_vllm.openai.protocol.fields import ModelName, WireModel, invalid
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
@@ -31,14 +31,14 @@ LATEST = ":latest"
 
 
 class OfModel(WireModel):
-    """The name of a model; `name` is the older name of `model`."""
+    """The name of a model, in `model` or in the older field `name`; Ollama's own client sends the other one empty."""
 
-    model: Name | None = None
-    name: Name | None = None
+    model: ModelName | None = None
+    name: ModelName | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.model is None) == (self.name is None):
+        if bool(self.model) == bool(self.name):
             raise invalid("model", "is needed: the name of a model (or name, not both)")
         return self
 
@@ -51,7 +51,7 @@ async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact:
     """Return the validated body, with this server's name of the model; raises what `served_name` raises."""
     wire = await answering.parsed(request, parse)
     named = getattr(wire, "model", None)
-    if named is None:
+    if not named:
         return wire
     return wire.model_copy(update={"model": await served_name(request, named, exact=exact)})
 
@@ -60,15 +60,17 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
     """Return this server's name of a model or adapter: `name`, `name` without `:latest`, or the only model's name.
 
     Raises:
-        ModelNotServedError: nothing has that name, and `exact` is set or several models are served.
+        ModelNotServedError: nothing has that name; without `exact`, a single model may accept any (`Catalogue.find`).
+        HttpError: as `ModelManager.reach` raises it.
     """
     manager, caller = _manager(request), caller_of(request.scope)
     own = own_name(manager, name)
     if manager.catalogue.has(own):
         manager.permit(own, caller)
         return own
-    for given in dict.fromkeys((name, name.removesuffix(LATEST))) if manager.adapters.bases() else ():
-        await manager.reach(given, caller)  # raises if the API key may not use the name
+    names = list(dict.fromkeys((name, name.removesuffix(LATEST)))) if manager.adapters.bases() else []
+    for given in [each for each in names if caller.may_use(*manager.adapters.spelled(each))] or names:
+        await manager.reach(given, caller)  # raises if the API key may use none of the names
         if manager.adapters.find(given) is not None:
             return given
     manager.permit(name, caller)
@@ -76,7 +78,7 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
 
 
 def own_name(manager: ModelManager, name: str) -> str:
-    """Return the name that a model of the catalogue has: `name`, or `name` without `:latest`; else `name`."""
+    """Return `name` without `:latest` if only that is the name of a model of the catalogue; otherwise `name`."""
     return next(filter(manager.catalogue.has, (name, name.removesuffix(LATEST))), name)
 
 
@@ -195,7 +197,7 @@ async def _loaded(request: Request, wire: Any, deadline: float) -> ollama.Times:
 
 
 def _keep(request: Request, wire: Any) -> None:
-    """Set for how long the model stays loaded, if the request has `keep_alive` and clients may unload models."""
+    """Set for how long the model stays loaded, if the request has `keep_alive` and its sender may unload models."""
     seconds = wire.keep_seconds
     if seconds is None:
         return
@@ -206,7 +208,7 @@ def _keep(request: Request, wire: Any) -> None:
 
 
 def _may_keep(request: Request) -> bool:
-    """Whether the API key opens operators' routes; without API keys, whether there are no management keys either."""
+    """Whether the request's key is valid for operators' routes; on a server without any keys, True."""
     without_key = not request.app.state.settings.management_key
     return request.scope.get("state", {}).get("manages", without_key)
 

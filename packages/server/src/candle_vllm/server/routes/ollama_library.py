@@ -78,7 +78,7 @@ class DeleteRequest(OfModel):
 
 
 class CopyRequest(WireModel):
-    """A further name for a model, until the server ends or reads models.yaml again."""
+    """The name `destination` for the model `source`, until the server ends or reads models.yaml again."""
 
     source: Name
     destination: Name
@@ -104,7 +104,7 @@ class PullLine(msgspec.Struct, frozen=True, kw_only=True):
 async def ollama_pull(request: Request) -> Response:
     """Fetch a model of Hugging Face, where the operator allows that.
 
-    The files are compared with the hub's checksums, and the model is served from then on.
+    The weights are compared with the hub's checksums, and the model is served from then on.
     """
     wire: PullRequest = await _allowed(request, PullRequest)
     pulls: Pulls = request.app.state.pulls
@@ -167,7 +167,7 @@ async def ollama_delete(request: Request) -> Response:
     entry = manager.find(name, exact=True).entry
     pulled = await in_thread(lambda: _names_file(settings, name, entry), "find-model")
     entry = manager.find(name, exact=True).entry  # another request may have removed it
-    if not pulled and len(entry.names) > 1 and name not in entry.settings.served_model_name:  # the operator's stay
+    if not pulled and name in entry.names and name not in entry.settings.served_model_name:  # operators' names stay
         left = tuple(each for each in entry.names if each != name)
         _change(manager, entry, dataclasses.replace(entry, aliases=left))
         return Response()
@@ -190,14 +190,14 @@ async def ollama_delete(request: Request) -> Response:
 
 
 def _names_file(settings: Settings, name: str, entry: ModelEntry) -> bool:
-    """Whether a pull of this name fetches the model, which Ollama's short names do, and a copy's name does not."""
+    """Whether the name is the model's own, or a short name of it such as `qwen3:0.6b`; a copy's name is neither."""
     with suppress(PullError, ModelNotFoundError):
         return name == entry.name or find_downloaded(settings, name).name == entry.name
     return False
 
 
 def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | None) -> None:
-    """Replace, add or remove a model of the catalogue; raises UsageError if two models would have the same name."""
+    """Replace, add or remove a model of the catalogue; raises as `Catalogue` and `ModelManager.adopt`."""
     catalogue = manager.catalogue
     entries, news = list(catalogue.entries), [] if new is None else [new]
     at = len(entries) if old is None else [each.name for each in entries].index(old.name)
@@ -224,7 +224,7 @@ def pulls_of(manager: ModelManager, settings: Settings) -> Pulls:
 
 
 def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) -> None:
-    """Serve a downloaded model, also under the name in the request if no other model has that name."""
+    """Serve a downloaded model, also by the name that the pull asked for, unless another model has that name."""
     old = manager.slots[local.name].entry if local.name in manager.slots else None
     new = old or served_entry(settings, local)
     try:
@@ -246,7 +246,7 @@ def _failed_line(failure: Exception) -> bytes:
 
 
 async def _allowed(request: Request, kind: type[WireModel]) -> Any:
-    """Return the validated body; HttpError 403 if the operator does not let clients change models."""
+    """Return the validated body; HttpError 403 without --allow-model-changes, or if the server is not guarded."""
     settings: Settings = request.app.state.settings
     wire = await parsed(request, ollama_parser(kind))
     if not settings.allow_model_changes or not settings.is_guarded:

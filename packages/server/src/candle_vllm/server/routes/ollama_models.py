@@ -53,11 +53,11 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tag(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that can be used.
+    """A model that can be used, or an adapter, with the size and details of its base model.
 
     Attributes:
         modified_at: time of loading; of the request if it is not loaded.
-        size: bytes of its weights; 0 if they are not on this machine yet.
+        size: bytes of the model's weights; 0 if they are not on this machine yet.
         digest: hash of the name, not of the weights.
     """
 
@@ -70,7 +70,7 @@ class Tag(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tags(msgspec.Struct, frozen=True):
-    """All models."""
+    """The models and adapters that the caller may use."""
 
     models: tuple[Tag, ...]
 
@@ -79,7 +79,7 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is loaded.
 
     Attributes:
-        size: bytes of its weights and of a full cache.
+        size: bytes of its weights, of a full cache and of the indexer of sparse attention.
         size_vram: the part of `size` on a GPU.
         expires_at: time at which it will be unloaded if nobody uses it; in the year 9999 if it stays loaded.
         context_length: maximum tokens of a prompt and its answer together.
@@ -141,7 +141,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 @route("GET /api/tags", answer=Tags)
 async def ollama_tags(request: Request) -> Response:
-    """All models."""
+    """The models and adapters that the caller may use."""
     manager: ModelManager = request.app.state.manager
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     sizes = await asyncio.to_thread(lambda: [_size(slot) for slot in slots])
@@ -268,7 +268,7 @@ def details(slot: ModelSlot) -> Details:
 
 
 def size_of(parameters: int) -> str:
-    """Format a number of parameters as Ollama does: 134.52M, 7.6B."""
+    """Format a number of parameters: 134.52M, 7.6B."""
     return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
 
 

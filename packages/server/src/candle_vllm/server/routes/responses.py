@@ -74,7 +74,7 @@ class Responders:
         Args:
             model: the loaded model; a request that generates has taken its turn at this model.
             name: the name in the request, which may be an adapter's.
-            memory: memory of the client's connection.
+            memory: memory of the client's WebSocket connection; None for a request over HTTP.
         """
         from candle_vllm.responses.api.responder import Responder, ResponderOptions
         from candle_vllm.responses.conversation.chat_model import InProcessModel
@@ -106,7 +106,7 @@ class Responders:
     errors=(*QUEUED, 409),
 )
 async def create_response(request: Request) -> HttpResponse:
-    """Answer with tools and memory: whole, streamed or in the background."""
+    """Answer an input, with tools and stored conversations: whole, streamed or in the background."""
     deadline = answering.deadline_of(request)
     wire = await answering.parsed(request, requests.parse_responses_request)
     if wire.background:
@@ -196,7 +196,7 @@ def detail_of(failure: Exception) -> ErrorDetail:
 
 
 async def _in_background(request: Request, wire: requests.ResponsesRequest, deadline: float) -> HttpResponse:
-    """Begin a response that outlives its client; a task of the application waits for its turn."""
+    """Begin a response that a disconnect does not end; a task of the application waits for its turn."""
     state = request.app.state
     refuse_headers(request.scope["headers"], NOT_HERE)
     responders: Responders = state.responders
@@ -252,7 +252,7 @@ async def _work(
 
 
 async def owner_of(request: HTTPConnection, wire: requests.PromptFields | requests.CompactRequest) -> str:
-    """Return the owner of the response; "" if no store is needed, because opening the store takes a moment."""
+    """Return the owner of the response; "" if the store is not needed, so that it is not opened."""
     responders: Responders = request.app.state.responders
     stored = isinstance(wire, requests.ResponsesRequest) and wire.store is not False
     given = wire.input if isinstance(wire.input, list) else ()
@@ -335,7 +335,7 @@ class ConfiguredServers:
     },
 )
 async def get_response(request: Request, response_id: str) -> HttpResponse:
-    """A response, or the events of one that runs in the background."""
+    """A response, or with stream=true the events of a background response."""
     store, owner = await store_access.store_and_owner(request)
     query = store_access.query_of(request, "stream", "starting_after", "include", "include_obfuscation")
     if store_access.switch_of(query, "include_obfuscation"):

@@ -3,7 +3,7 @@
 
 A text message is a `response.create` event: the body of `POST /v1/responses` with that `type`. The server sends the
 events of a stream, one per message. A response that is not stored can be continued on the same connection, from the
-connection's memory. If a continuation fails, the response that it continued is forgotten too.
+connection's memory. If a continuation fails, the memory drops the response that it continued.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from candle_vllm.server.store_access import silent_event
 
 router = APIRouter()
 MAX_WAITING = 16  # messages that wait for the responses to earlier messages
-MAX_WAITING_BYTES = 16 << 20  # bytes of the waiting messages, if there are several
+MAX_WAITING_BYTES = 16 << 20  # bytes of the waiting messages; one alone may have more
 MAX_SECONDS = 3600.0  # maximum age of a connection; a response that has begun by then is finished
 _CREATE = "response.create"
 _RESTART, _TOO_OLD, _TOO_MANY, _NOT_UTF8 = 1012, 1000, 1008, 1007  # close codes
@@ -60,7 +60,7 @@ async def respond(websocket: WebSocket) -> None:
 
 
 class _Connection:
-    """One WebSocket connection, from its first message to its last."""
+    """One WebSocket connection."""
 
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket
@@ -73,7 +73,7 @@ class _Connection:
         self._news = asyncio.Event()
         self._gone = False  # whether the client has disconnected
         self._stream: ResponseStream | None = None
-        self._number = 0  # of the last event of this response
+        self._number = 0  # sequence number of the latest event of the current response
         self._draining: asyncio.Event = websocket.scope.get("extensions", {}).get(DRAINING) or asyncio.Event()
 
     async def run(self) -> None:
@@ -194,7 +194,7 @@ class _Connection:
         self._stream = None
 
     async def _fill_silence(self) -> None:
-        """Send an event after `KEEP_ALIVE_SECONDS` without one: clients do not count the connection's own pings."""
+        """Send an event for each `KEEP_ALIVE_SECONDS` without one: clients do not count the connection's own pings."""
         with contextlib.suppress(WebSocketDisconnect):
             while True:
                 before = self._number

@@ -29,13 +29,13 @@ route = routing(router, functools.partial(Operation, tag="server"))
 
 
 class Standing(msgspec.Struct, frozen=True):
-    """The status of the server, in one word."""
+    """The status of the server: ok or dead."""
 
     status: str
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """Whether the default model can answer, and the progress while it is loaded."""
+    """The status of the default model, or "stopping"; `loading` is the progress while the model is being loaded."""
 
     status: str
     loading: LoadProgress | msgspec.UnsetType = msgspec.UNSET
@@ -73,10 +73,7 @@ async def usage(request: Request) -> Response:
 
 @route("GET /health /v1/health", answer=Standing, statuses=(200, 503), public=True)
 async def health(request: Request) -> JSONResponse:
-    """200 while the process can do its work.
-
-    503 after an engine has stopped that is not restarted automatically.
-    """
+    """200 while every engine runs or is restarted automatically, otherwise 503."""
     manager: ModelManager = request.app.state.manager
     if manager.is_healthy:
         return JSONResponse({"status": "ok"})
@@ -85,9 +82,9 @@ async def health(request: Request) -> JSONResponse:
 
 @route("GET /ready", answer=Readiness, statuses=(200, 503), public=True)
 async def ready(request: Request) -> JSONResponse:
-    """200 while the default model is loaded, or unloaded because it was idle.
+    """200 while the default model can answer, or was loaded before and is now unloaded.
 
-    The next request loads an idle model. Otherwise 503, with the reason.
+    The next request loads an unloaded model again. Otherwise 503, for example while the model loads or sleeps.
     Requests without a valid key, and keys that may not use the model, get only the status, because the progress may
     contain names of files.
     """

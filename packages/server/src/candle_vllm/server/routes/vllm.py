@@ -2,7 +2,7 @@
 """Routes of vLLM's server beside OpenAI's: load, settings, tokenizer, sleep, pooling and classes.
 
 Not a step of a request's life, except for `/pooling` and `/classify`. If several models are served, `?model=` or the
-body's `model` selects one.
+body's `model` selects one; `/sleep`, `/wake_up` and `/is_sleeping` without it are for every loaded model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Sleeping(msgspec.Struct, frozen=True):
-    """Whether a model sleeps."""
+    """Whether at least one of the models sleeps, or finishes its requests before it sleeps."""
 
     is_sleeping: bool
 
@@ -199,7 +199,7 @@ async def wake_up(request: Request) -> Response:
 
 @route("GET /is_sleeping", tag="operators", answer=Sleeping, errors=(404,), query=_EACH, manages=True)
 async def is_sleeping(request: Request) -> Response:
-    """Whether a loaded model sleeps."""
+    """Whether the named model, or any loaded model, sleeps."""
     asleep = any(slot.resting or engine.is_sleeping for slot, engine in _engines(request))
     return answering.json_answer(Sleeping(asleep))
 

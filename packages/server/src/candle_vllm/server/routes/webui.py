@@ -3,8 +3,8 @@
 
 Not a step of a request's life. The files are the same in every installation and reveal nothing about this one, so they
 need no key; the page's requests to the API do. Only names in the manifest are served: no path is made of client input.
-A page may load nothing from other hosts, may run only scripts that are files of this server, and may not be shown in a
-frame of another page.
+A page loads nothing from other hosts, runs only scripts that are files of this server, and is shown in no frame; only
+the preview of a model's code runs inline scripts, and is shown in a frame of this server's pages.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def public_paths() -> frozenset[str]:
 
 
 def read_bundle() -> dict[str, PageFile]:
-    """Return the files of the bundle by name, read once."""
+    """Read the files of the bundle, and return them by name."""
     bundle = {}
     for name in bundle_names():
         cache = _FOREVER if name.startswith("assets/") else _CHECKED

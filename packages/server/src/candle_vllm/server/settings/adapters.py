@@ -74,14 +74,16 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
     """Build an adapter from a mapping; raises `UsageError`, which names its position in the settings.
 
     Args:
-        given: name and path, optionally scale and pinned.
+        given: name and path, optionally scale and pinned, by the keys in `_KEYS`; `base_model_name` has no effect.
         where: position in the settings, for messages.
-        folder: folder that a relative path starts from.
+        folder: folder that a relative path starts from; None leaves the path relative.
     """
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in _KEYS:
             raise UsageError(f"{where}: an adapter has no {str(key)[:60]!r}{nearest(str(key), _KEYS)}")
+        if _KEYS[key] in values:
+            raise UsageError(f"{where}: an adapter has {_KEYS[key]!r} twice")
         values[_KEYS[key]] = value
     for key in ("name", "path"):
         value = values.get(key)

@@ -40,7 +40,7 @@ class ModelEntry:
     def is_as(self, other: ModelEntry) -> bool:
         """Whether a model that was loaded for this entry fits the other entry.
 
-        Settings of the process do not count, nor do names after the reported one.
+        Settings of the process do not count, nor do `aliases` after the first; the setting `served_model_name` does.
         """
         own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
         mine, theirs = self.settings, other.settings
@@ -48,7 +48,7 @@ class ModelEntry:
 
 
 class Catalogue:
-    """Lookup of models by name; UsageError for two models of one name, or another than the default called 'default'.
+    """Lookup of models by name; UsageError if two models share a name, or another than the default is called 'default'.
 
     `default` is the name of the model for requests that name no model; None means the first entry.
     """
@@ -71,10 +71,10 @@ class Catalogue:
         return name in self._by_name or name == ANY_MODEL or (name == DEMO and DEMO_NAME in self._by_name)
 
     def find(self, name: str | None, *, exact: bool = False) -> ModelEntry:
-        """Return the model of a request; a single model accepts every non-empty name, unless names are strict.
+        """Return the model of a request; None and `ANY_MODEL` mean the default model.
 
-        With `exact`, the name must be one of the model's names, as with strict names. Raises ModelNotServedError if no
-        model has this name.
+        A single model accepts every other name, unless `exact` is set, names are strict, or it supports adapters.
+        Otherwise raises ModelNotServedError if no model has this name.
         """
         if name in self._by_name:
             return self._by_name[name]

@@ -36,8 +36,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Split the command from its arguments; the default command is `serve`."""
-    if argv == ["-v"]:  # vLLM's and Ollama's; beside other flags it is llama.cpp's --verbose
+    """Split the command from its arguments; the default command is `serve`. Raises UsageError for an unknown one."""
+    if argv == ["-v"]:  # alone --version, as in vLLM and Ollama; beside other flags --verbose, as in llama.cpp
         argv = ["--version"]
     if not argv or argv[0].startswith("-"):
         return "serve", list(argv)
@@ -62,7 +62,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
     """Parse the command line into settings and the command's own values (`prompt`, `max_tokens`, ...).
 
     Raises:
-        UsageError: a flag is unknown, or a value is missing or invalid.
+        UsageError: a flag is unknown, an argument is unexpected, or a value is missing or invalid.
         SystemExit: after `--help` or `--version`.
     """
     takes = COMMANDS[command]
@@ -112,7 +112,7 @@ def _over_file(command: str, given: SettingsSource, path: Path | None) -> Settin
 
 
 def _maybe_model(text: str) -> bool:
-    """Whether an argument may be the model, at any position as in vLLM; a command's name or a sentence is a mistake."""
+    """Whether an argument may be the model: no flag, no name of a command, and no white space in it."""
     return not text.startswith("-") and text not in COMMANDS and not any(map(str.isspace, text))
 
 
@@ -135,7 +135,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     general.add_argument("-h", "--help", action="help", help="show this help and exit")
     general.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     if takes.names_model:
-        parser.add_argument("name", metavar="MODEL", help="as organisation/name:Q4_K_M, or of `list --known`")
+        parser.add_argument("name", metavar="MODEL", help="organisation/name:Q4_K_M, or a short name of `list --known`")
     if takes.needs_text:
         parser.add_argument(
             "prompt", metavar=takes.text, help=f"the {takes.text.lower()}; - reads it from standard input"
@@ -194,7 +194,7 @@ def _value(option: Option, given: Any) -> Any:
 
 
 def _in_full(command: str, argv: Sequence[str]) -> list[str]:
-    """Expand short forms: -m, -p for `serve` and `config`, and vLLM's `serve MODEL`."""
+    """Rewrite forms that argparse would not accept here: -m, -p, --help=GROUP, `serve MODEL` and --mcp-args -X."""
     end = argv.index("--") if "--" in argv else len(argv)
     found = [SHORT.get(text, text) if text != "-p" or command in ("serve", "config") else text for text in argv[:end]]
     if command == "generate":  # llama-cli has flags for the prompt, which is a positional argument here

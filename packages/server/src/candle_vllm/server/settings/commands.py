@@ -46,7 +46,7 @@ class Command:
         options: own options; they have no environment variable and no key in models.yaml.
         text: placeholder of its text, which is an argument; in brackets if the text may be left out, "" for no text.
         names_model: whether the model is an argument.
-        several: whether a flag may be followed by several values, as in vLLM; not beside a text.
+        several: whether a repeatable flag may be followed by several values, as in vLLM; not for a command with a text.
         whole: whether the function gets the whole configuration, not the settings of the default model.
         elsewhere: whether another server may have the model, so that a missing one is no error.
         hint: what to do instead of giving an argument that it does not take.
@@ -98,21 +98,21 @@ _TOKENS = BOUNDS["max_tokens"]
 _SYSTEM = _own("system", FreeText(least=0), "system message of the conversation", "TEXT")
 MAX_TOKENS = _own("max_tokens", _TOKENS, "most tokens of an answer", "N")
 _AS_JSON = _switch("as_json", "print one JSON object, not a table", "--json")
-_CONFIG = _own("config", FilePath(), "YAML file of flags: those given beside it win", "FILE")
+_CONFIG = _own("config", FilePath(), "YAML file of flags; flags on the command line precede it", "FILE")
 _SHARE = Number(0, 1, open_high=True)
 _BACKENDS = Choice(("openai", "openai-chat", "openai-embeddings", "vllm"))
 _LENGTHS = (
     _own("input_len", _TOKENS, "length of each prompt", "N", also=("--random-input-len",)),
     _own("output_len", _TOKENS, "length of each answer", "N", also=("--random-output-len",)),
 )
-_SEED = _own("seed", Integer(0, 1 << 32, units=False), "the same one makes the same requests", "N")
+_SEED = _own("seed", Integer(0, 1 << 32, units=False), "the same seed makes the same requests", "N")
 _DATA = (
     _own("dataset_name", Text(64), "random, sonnet, sharegpt, mt_bench, spec_bench, speed_bench or custom", "NAME"),
-    _own("dataset_path", FilePath(), "file of a data set that is not made here", "FILE"),
+    _own("dataset_path", FilePath(), "file of the data set; random and sonnet have none", "FILE"),
     _own("num_prompts", Integer(1, 10_000_000), "how many requests (1000)", "N"),
     *_LENGTHS,
     _own("random_prefix_len", Integer(0, 1 << 24), "tokens that all random prompts begin with", "N"),
-    _own("random_range_ratio", _SHARE, "random lengths are between 1 - X and 1 + X times these", "X"),
+    _own("random_range_ratio", _SHARE, "random lengths: 1 - X to 1 + X times --input-len and --output-len", "X"),
     _SEED,
 )
 _MEASURED = (
@@ -137,21 +137,21 @@ _ARRIVING = (
     _own("ramp_up_end_rps", Integer(1, 1_000_000), "requests a second at the end of the ramp", "N"),
     _own("max_concurrency", Integer(1, 100_000), "most requests at a time", "N"),
     _own("num_warmups", Integer(0, 1000), "warm-up requests, which are not counted", "N"),
-    _switch("ignore_eos", "answers go on to their length; random prompts have it always"),
+    _switch("ignore_eos", "answers go on to their length; always for random prompts"),
     _own("temperature", BOUNDS["temperature"], "of every request", "X"),
     _own("top_p", BOUNDS["top_p"], "of every request", "X"),
     _own("top_k", BOUNDS["top_k"], "of every request", "K"),
     _own("extra_body", FreeText(), "further fields of every request", "JSON"),
 )
 _FIGURES = (
-    _own("percentile_metrics", Text(64), "of ttft,tpot,itl,e2el", "NAMES"),
-    _own("metric_percentiles", Text(128), "such as 50,90,99 (99)", "NUMBERS"),
+    _own("percentile_metrics", Text(64), "metrics with percentiles, of ttft,tpot,itl,e2el", "NAMES"),
+    _own("metric_percentiles", Text(128), "the percentiles, such as 50,90,99 (99)", "NUMBERS"),
     _own("goodput", Text(128), "most milliseconds of a good request: ttft:200 tpot:50", "NAME:MS", repeat=True),
     _switch("save_result", "save the figures as JSON"),
     _switch("save_detailed", "save every request as well"),
-    _switch("append_result", "save them as one line more of the file"),
-    _own("result_dir", FilePath(), "where they are saved", "FOLDER"),
-    _own("result_filename", Text(255), "under which name", "NAME"),
+    _switch("append_result", "append the figures to the file as one line"),
+    _own("result_dir", FilePath(), "folder of the saved file", "FOLDER"),
+    _own("result_filename", Text(255), "name of the saved file", "NAME"),
     _own("metadata", Text(4096), "further fields of that file", "NAME=VALUE", repeat=True),
 )
 _TEXT = (
@@ -222,7 +222,7 @@ COMMANDS: Mapping[str, Command] = {
             *_LENGTHS,
             _own("batch_size", Integer(1, 4096), "requests at a time (8)", "N"),
             _N,
-            _own("num_iters_warmup", Integer(0, 1000), "rounds before (10)", "N"),
+            _own("num_iters_warmup", Integer(0, 1000), "rounds before the measured ones (10)", "N"),
             _own("num_iters", Integer(1, 10_000), "measured rounds (30)", "N"),
             _SEED,
             _OUTPUT_JSON,
@@ -242,7 +242,7 @@ COMMANDS: Mapping[str, Command] = {
                    "the requests, a line of JSON each: a file, or an http:// or https:// address", "FILE"),
             Option("output_file", "command", ("-o", "--output-file"), FreeText(4096), "where the answers go, in the "
                    "same order: a file, which is written anew, or an address, by PUT", "FILE"),
-            _own("output_tmp_dir", FilePath(), "where they are gathered before they go to an address", "FOLDER"),
+            _own("output_tmp_dir", FilePath(), "folder of the answers before they go to an address", "FOLDER"),
         )),
     "run": Command("chat with a model, which is downloaded first if necessary", "commands.library:run",
         (*_ANSWERING, REUSES), names_model=True, text="[PROMPT]", options=(_SYSTEM, MAX_TOKENS),
@@ -251,7 +251,7 @@ COMMANDS: Mapping[str, Command] = {
         "commands.library:pull", plus=(*_FETCHING, "device"), names_model=True),
     "list": Command("show the models that were fetched", "commands.library:list_models",
         plus=("download_dir", "log_level"),
-        options=(_switch("known", "the names that are known, and what they take"),)),
+        options=(_switch("known", "the short names, and the memory that each needs"),)),
     "show": Command("show what is known of a model", "commands.library:show", plus=(*_FETCHING, "device"),
         names_model=True),
     "rm": Command("remove a model that was fetched", "commands.library:rm", plus=("download_dir", "log_level"),

@@ -3,7 +3,7 @@
 
 Precedence: command line > `CANDLE_VLLM_*` > other environment variables > `.env` > models.yaml > `HF_TOKEN` >
 defaults. Sources above models.yaml apply to every model in it, except for the choice of the model, and for a served
-name or weight file, which only that model gets. An invalid file in the working folder stops only commands that need it.
+name or weight file, which only that model gets. An invalid file that no setting names stops only commands that need it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Configuration:
         again: loads the configuration again.
         entry_of: builds another entry from a section in the format of models.yaml; adds remarks or raises UsageError.
         remarks: warnings about settings without effect, or with a surprising effect.
-        unlisted: settings of models that are not in models.yaml, such as downloaded ones: without those of its entries.
+        unlisted: settings for models that have no entry in models.yaml, such as downloaded models.
     """
 
     settings: Settings

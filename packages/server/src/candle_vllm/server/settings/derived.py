@@ -135,7 +135,7 @@ def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
 
 
 def thinking_settings(settings: table.FormatOptions) -> dict[str, Any]:
-    """Return the limit on reasoning and the variables of the template, such as its switch, for an API adapter."""
+    """Return the reasoning budget and the variables of the chat template that are set, for an API adapter."""
     names = ("reasoning_budget", "reasoning_budget_message", "default_chat_template_kwargs")
     return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
@@ -287,7 +287,7 @@ def mailbox_options(
         section: `mailbox` of models.yaml, or None.
         variables: values for `${NAME}` in secrets.
         given: names of the settings that are set explicitly.
-        home: folder of the database for `--mailbox sqlite`.
+        home: the home folder; the database of `--mailbox sqlite` is `MAILBOX_FILE` in it.
 
     Raises:
         UsageError: a value is invalid, or a setting needs a mailbox that is off.

@@ -31,7 +31,7 @@ class Row(NamedTuple):
         answer: text of the message about the flag.
         becomes: arguments for each value: a text, in which `{}` stands for the value and which is empty if the value is
             the default here; or a function, whose ValueError gives the reason for a refusal. The key "" means the flag
-            without a value, `ANY` every other value. A missing value is refused with the answer.
+            without a value, `ANY` every other value. A value without an entry is refused with the answer.
         idle: whether accepted values have no effect, which is logged at startup.
         elsewhere: whether commands without the setting ignore the flag; otherwise they refuse it.
     """
@@ -186,7 +186,7 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
     """
     end = argv.index("--") if "--" in argv else len(argv)
     left, line, remarks = list(argv[:end]), list[str](), list[str]()
-    last: list[str] = []  # a socket counts, wherever it stands beside --host
+    last: list[str] = []  # the translation of --uds, which overrides --host at any position
     parts: dict[str, dict[str, Any]] = {}  # members of object values, by flag
     while left:
         text = left.pop(0)
@@ -214,7 +214,10 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
         (last if flag == "--uds" else line).extend([] if foreign else ours)
         if row.idle or foreign:
             remarks.append(f"{flag} has no effect here: {row.answer}")
-    line += [f"{flag}={json.dumps(given)}" for flag, given in parts.items()]
+    for flag, given in parts.items():
+        if any(each.partition("=")[0] == flag for each in line):
+            raise UsageError(f"{flag} and {flag}.{next(iter(given))} are one setting: give one")
+        line.append(f"{flag}={json.dumps(given)}")
     return [*line, *last, *argv[end:]], remarks
 
 
@@ -286,7 +289,7 @@ def lines_of(path: Path, known: Known) -> list[str]:
     """Convert a YAML file to flags, as vLLM's `--config` does: its keys are names of flags without the leading hyphens.
 
     Raises:
-        UsageError: the file is unreadable, or not a mapping of names to values.
+        UsageError: the file is unreadable or not a mapping, or a key or its value cannot be given there.
     """
     line: list[str] = []
     for key, value in mapping(read_yaml(path), str(path)).items():

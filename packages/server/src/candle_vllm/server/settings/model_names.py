@@ -21,7 +21,7 @@ class PullError(ModelNotFoundError):
 
     Attributes:
         code: reason for programs: no_such_name, no_such_model, no_access, no_such_file, hub_unreachable, offline,
-            disk_full, interrupted or stopped.
+            disk_full, interrupted, damaged or stopped.
     """
 
     def __init__(self, message: str, code: str) -> None:

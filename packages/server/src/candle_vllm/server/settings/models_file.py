@@ -15,7 +15,7 @@ from typing import Any
 from candle_vllm.core.config import DEMO
 from candle_vllm.core.setting_kinds import FilePath, Located, Text, nearest
 from candle_vllm.server.settings.adapters import make_spec, spec_text
-from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, line_of, mapping
+from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, line_of
 from candle_vllm.server.settings.original_keys import (
     MODEL_KEYS,
     given,
@@ -117,7 +117,7 @@ def _mailbox(content: Mapping[str, Any], path: Path, remarks: list[str]) -> Mapp
         return lot
     if lot is not None:
         raise UsageError(f"{path}: mailbox and parking_lot.mailbox both set up the mailbox: give one")
-    return mapping(content["mailbox"], f"{path}: mailbox")
+    return given(content["mailbox"], f"{path}: mailbox")
 
 
 def model_entry(
@@ -172,10 +172,10 @@ def model_entry(
 def _adapters(entry: Mapping[str, Any], title: str, folder: Path) -> tuple[str, ...]:
     """Convert a model's adapters to values of --lora-modules."""
     where = f"{title}{line_of(entry, 'adapters')}: adapters"
-    given = entry["adapters"]
-    if not isinstance(given, list):
+    found = entry["adapters"]
+    if not isinstance(found, list):
         raise UsageError(f"{where} must be a list of adapters, each with name and path")
-    return tuple(spec_text(make_spec(mapping(each, where), where, folder)) for each in given)
+    return tuple(spec_text(make_spec(given(each, where), where, folder)) for each in found)
 
 
 def _values(params: Mapping[Any, Any], title: str, folder: Path, section: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -185,6 +185,8 @@ def _values(params: Mapping[Any, Any], title: str, folder: Path, section: Any) -
     for key, value in params.items():
         where = f"{title}{line_of(section, key)}"
         option = _yaml_option(key, where)
+        if option.name in values:
+            raise UsageError(f"{where}: {key} and {given_as[option.name]} are the same setting: give one")
         values[option.name] = _yaml_value(option, value, f"{where}: {key}", folder)
         given_as[option.name] = key
     return values, given_as

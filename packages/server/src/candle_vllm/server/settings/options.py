@@ -55,10 +55,10 @@ class Option:
         in_yaml: whether it is allowed in `params` of a model in models.yaml.
         rivals: name of a set of settings of which one source may set only one.
         needs: a need or a further group. A command uses the setting only if its `Command.uses` lists this as well as
-            the setting's group; other commands reject the flags.
+            the setting's group, or its `Command.plus` names the setting; other commands reject the flags.
         default: value if it is not set; None leaves it to the engine, the model or the machine.
         engine: field of `EngineConfig` that receives its value.
-        unset: what None means, where nothing else tells it; `candle-vllm config` shows it.
+        unset: what an unset value means, if the default does not say it; `candle-vllm config` shows it.
         secret: whether its value is never shown.
         rate: what the setting limits for each API key, if it is such a limit.
     """
@@ -113,7 +113,7 @@ def switch(name: str, group: str, text: str, on: str = "", off: tuple[str, ...] 
 
 
 def own(group: str, kind: Kind, text: str, metavar: str = "", **more: Any) -> Told:
-    """Return a maker of a setting of the server, which the engine does not have."""
+    """Return a maker of a setting with this kind and help; `engine` takes both from `EngineConfig`."""
 
     def told(name: str, default: Any) -> Option:
         if isinstance(kind, Boolean):
@@ -149,7 +149,7 @@ def engine(
 
 
 class UsageError(ConfigError):
-    """A command line, environment variable or settings file is invalid."""
+    """A command line, environment variable, settings file or other setting is invalid."""
 
 
 class Section(dict[Any, Any]):

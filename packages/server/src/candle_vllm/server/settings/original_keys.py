@@ -109,7 +109,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
 
 
 def _device(value: Any, where: str) -> str:
-    """Translate a list of GPUs to `device`: an empty list means the CPU, [0] means "auto"."""
+    """Translate a list of GPUs to `device`: [] is "cpu", [0] is "auto", other lists are "cuda:N" joined by commas."""
     if not isinstance(value, list) or len(value) > _MAX_DEVICES:
         raise UsageError(f"{where} must be a list of at most {_MAX_DEVICES} whole numbers, not {value!r:.60}")
     numbers = [convert(_DEVICE_ID, number, where) for number in value]
@@ -214,7 +214,7 @@ def _part(lot: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
-    """Translate the webhook; a disabled webhook is ignored without a check."""
+    """Translate the webhook; {} for a disabled webhook, whose other keys are not checked."""
     for key in ("enabled", "sign_payload"):
         if key in section:
             section[key] = convert(Boolean(), section[key], f"{where}: {key}")

@@ -260,8 +260,8 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     presence_penalty: Annotated[float | None, own(SAMPLING,
         BOUNDS["presence_penalty"], "penalty for tokens that have occurred", "X", in_yaml=True)] = None
     repetition_penalty: Annotated[float | None, own(SAMPLING,
-        BOUNDS["repetition_penalty"], "divides the odds of tokens that have occurred; 1 turns it off", "X",
-        in_yaml=True)] = None
+        BOUNDS["repetition_penalty"], "divides positive and multiplies negative logits of tokens that have occurred; "
+        "1 turns it off", "X", in_yaml=True)] = None
 
     @property
     def has_own_process(self) -> bool:
@@ -292,8 +292,8 @@ class ManagerOptions(_Checked):
         Seconds(0, 86400), "how long a model may finish its requests before it is unloaded to make "
         "room for another", "SECONDS")] = 120
     allow_model_changes: Annotated[bool, own(MODELS,
-        Boolean(), "serve downloaded models, let clients pull, copy and delete models (/api/pull, /api/copy, "
-        "/api/delete), and let operators add, remove and reload them (/v1/models/add, remove, reload)")] = False
+        Boolean(), "serve downloaded models, and let operators pull, copy and delete models (/api/pull, /api/copy, "
+        "/api/delete), or add, remove and reload them (/v1/models/add, remove, reload)")] = False
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -314,7 +314,7 @@ class AdapterOptions(ModelOptions):
         "repository), s3=BUCKET/FOLDER or tar=https://HOST/{name}.tar.gz; repeatable, asked in order",
         "SOURCE", needs=SERVES)] = ()
     lora_allowed_bases: Annotated[tuple[str, ...], own(ADAPTERS,
-        Text(512), "base model that the configuration of such an adapter must name, * for any characters; repeatable",
+        Text(512), "base model that an adapter of a resolver must name, with * for any characters; repeatable",
         "PATTERN", needs=SERVES)] = ()
     lora_max_mb: Annotated[int, own(ADAPTERS,
         Integer(1, 1 << 20), "largest adapter to download, in MB of 2^20 bytes", "MB", needs=SERVES)] = 1024
@@ -348,18 +348,18 @@ class StorageOptions(_Checked):
         Secret(), "where responses and conversations are stored: memory (until the server ends), sqlite (in "
         f"~/.candle-vllm), {', '.join(SHORT_URLS)}, or off", "URL")] = "memory"
     responses_retention_days: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_DAYS), "how long a response is stored", "DAYS")] = 30
+        Integer(1, MAX_DAYS), "how long responses, files and batches are stored", "DAYS")] = 30
     responses_max_records: Annotated[int, own(RESPONSES,
         Integer(1, MAX_RECORDS), "most stored responses and conversations of all keys; the "
-        "oldest are deleted", "N")] = 10_000
+        "least recently used are deleted", "N")] = 10_000
     responses_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "most stored data of responses and conversations, in MB of 2^20 bytes; the oldest are "
-        "deleted", "MB")] = 256
+        Integer(1, MAX_MB), "most stored data of responses and conversations, in MB of 2^20 bytes; the least recently "
+        "used are deleted", "MB")] = 256
     files_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "most stored files of batches (docs/batches.md), in MB of 2^20 bytes; the oldest are "
+        Integer(1, MAX_MB), "most stored files (docs/batches.md), in MB of 2^20 bytes; the least recently used are "
         "deleted; with several keys, one key may have half", "MB")] = 256
     file_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "largest file of a batch, in MB of 2^20 bytes", "MB")] = 100
+        Integer(1, MAX_MB), "largest stored file, in MB of 2^20 bytes", "MB")] = 100
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -372,7 +372,7 @@ class ToolOptions(_Checked):
     mcp_command: Annotated[str | None, own(TOOLS,
         Text(), "program of an additional MCP server, called default", "PROGRAM", needs=SERVES)] = None
     mcp_args: Annotated[str | None, own(TOOLS,
-        Text(), "its arguments, as in a shell, or separated by commas: --mcp-args=--port,80", "ARGS",
+        Text(), "arguments of --mcp-command, as in a shell, or separated by commas: --mcp-args=--port,80", "ARGS",
         needs=SERVES, secret=True)] = None
     mcp_execute: Annotated[bool, own(TOOLS,
         Boolean(), "in chat requests without tools, run the calls of tools that mcp.json approves",
@@ -410,7 +410,7 @@ class AccessOptions(_Checked):
         FilePath(), "YAML file of API keys with names, expiry and limits; it is read again when it changes",
         "FILE")] = None
     management_key: Annotated[tuple[str, ...], own(HTTP,
-        Secret(), "key for loading and unloading models and for /metrics, which API keys then cannot do; repeatable",
+        Secret(), "key for operators' routes, such as /metrics, which API keys then do not open; repeatable",
         "KEY", unset="the API keys are accepted")] = ()
     max_queued_per_key: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 20), "most unfinished sequences of one API key; further requests are "
@@ -459,7 +459,7 @@ class ListenerOptions(AccessOptions):
     ssl_certfile: Annotated[Path | None, own(HTTP,
         FilePath(), "certificate chain in PEM, for HTTPS", "FILE")] = None
     ssl_keyfile: Annotated[Path | None, own(HTTP,
-        FilePath(), "its private key in PEM, without a password; may stand in the same file", "FILE")] = None
+        FilePath(), "private key in PEM, without a password; may stand in the file of the certificate", "FILE")] = None
     ssl_ca_certs: Annotated[Path | None, own(HTTP,
         FilePath(), "CA certificates in PEM that sign the certificates of clients", "FILE")] = None
     ssl_cert_reqs: Annotated[int, own(HTTP,
