@@ -74,7 +74,7 @@ class _Kept(CallSink):
 
 
 def _is_closed(text: str) -> bool:
-    """Return False for a text that begins a list of calls and does not close it; "}" and ")" behind it are ignored."""
+    """Whether a text begins no list of calls, or ends with "]" or a tag; "}" and ")" at the end are ignored."""
     return not text.lstrip(SPACE).startswith("[") or text.rstrip(SPACE + "})").endswith(("]", ">"))
 
 

@@ -76,7 +76,7 @@ class NamedJson:
         return (yield from self._arguments(reader, calls, name, given_id))
 
     def _head(self, reader: Reader) -> Need[tuple[str, str] | None]:
-        """Parse name and id, and the mark after them; return None if there is no mark."""
+        """Return name and id if `name_end`, "{" or a closer follows; only `name_end` is consumed. Otherwise None."""
         ends = markers(self.name_end, self.id_mark, "{", *self.closers)
         name, mark = yield from reader.name(ends)
         given_id = ""
@@ -171,7 +171,7 @@ def text_argument(name: str, schema: Mapping[str, Any]) -> str:
 
 
 def read_arguments(reader: Reader, calls: CallSink, name: str, stops: Markers) -> Need[None]:
-    """Parse a call's arguments up to one of the marks, which is not consumed."""
+    """Parse a call's arguments up to one of the marks, which is not consumed; an invalid name gives no call."""
     yield from reader.skip_space()
     start = yield from reader.peek()
     if calls.is_name(name) and (start or reader.whole):
@@ -209,7 +209,7 @@ class RawCode:
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Parse code after the opening mark; return False if no such tool is offered, or if the text is not code.
 
-        Text that was truncated is no call, because it could be the beginning of a call in another format.
+        Truncated text that may be the beginning of a call in another format is no call.
         """
         name = next((name for name in self.names if name in calls.tools), "")
         unclear = reader.ended and not reader.whole

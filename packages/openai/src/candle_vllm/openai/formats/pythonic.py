@@ -21,7 +21,7 @@ _SUM = re.compile(rf"{_STRING}(?:\s*\+\s*{_STRING})+", re.DOTALL)
 _ONE = re.compile(_STRING, re.DOTALL)
 _IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
 _OPEN, _CLOSE = "([{", ")]}"
-_BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow a keyword argument's string, and a string in a list or an object
+_BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow a keyword argument's string, and any other string
 _KEYS = re.compile(r"[^\s\"'()\[\]{},=\ud800-\udfff]*")
 _WORDS = {"true": "true", "false": "false", "null": "null"}
 _METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
@@ -34,7 +34,7 @@ class Pythonic:
     Attributes:
         closers: marks that may follow the calls.
         known_only: whether a call must have the name of a tool of the request; for calls without an opening mark.
-        listed: whether the grammar writes calls in a list.
+        listed: whether the grammar writes calls in a list, and the parser requires it with `known_only`.
     """
 
     closers: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class _Arguments:
         return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
-        """Parse text up to a comma, a closing bracket, or (unless `inside` a value) an equals sign; return both."""
+        """Return a text and "," or ")" after it, or "=" unless `inside` a value; "" at a special token or the end."""
         reader, parts, stack = self._reader, list[str](), list[str]()
         while True:
             yield from reader.match(_PLAIN, parts.append)

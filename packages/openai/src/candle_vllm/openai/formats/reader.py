@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Streamed text, for parsers that are written as if all of it were present; and detection of Markdown code.
 
-A parser is a generator: it `yield`s when it needs more text, and is resumed when more has arrived. Its decisions depend
-on the text and on whether the text has ended, never on how it was split; so every split gives the same result.
+A parser is a generator: it `yield`s when it needs more text, and is resumed when more arrives or the text ends. Its
+decisions depend on the text and its end, never on how it was split; so every split gives the same result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Markers:
         assert clash is None, f"one marker begins with another: {clash}"
         assert "" not in self.literals
         self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        self._reach = max(map(len, ordered), default=1) - 1  # maximum length of the beginning of a literal
+        self._reach = max(map(len, ordered), default=1) - 1  # maximum length of a proper beginning of a literal
         begun = "|".join(_beginnings(literal) for literal in ordered if len(literal) > 1)
         self._begun = re.compile(rf"(?:{begun})\Z") if begun else None
 

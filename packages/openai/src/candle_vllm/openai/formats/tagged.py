@@ -123,7 +123,7 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """Parse the arguments; return whether the call was closed, or the model ended its message by itself."""
+        """Parse the arguments; return False if they are incomplete."""
         shape, reader, emit = self._shape, self._reader, self._calls.arguments
         yield from reader.skip_space()
         if (yield from reader.peek()) == "{":
@@ -152,7 +152,7 @@ class _Arguments:
         return closed
 
     def _argument(self) -> Need[bool]:
-        """Parse one key and its value; False if the text was truncated inside."""
+        """Parse one key and its value; False if the text was truncated inside, or the key is too long."""
         shape, reader = self._shape, self._reader
         head, mark = yield from reader.name(markers(shape.key_end))
         declared = ""

@@ -201,7 +201,7 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any] | Non
 
 
 def _spelt(text: str, types: frozenset[str]) -> str | None:
-    """Return a value in the spelling of its type; None if the text is no such value."""
+    """Return the JSON of a text in the spelling of one of the types; None if it has none of them."""
     for kind, spelling in _SCALARS.items():
         if kind in types and spelling.fullmatch(text):
             return _number(text, kind == "integer") if kind in _NUMBERS else _WORDS.get(text, text)
@@ -239,7 +239,7 @@ def _number(text: str, whole: bool) -> str | None:
 
 
 def _depth(text: str) -> int:
-    """Return a lower bound of the nesting depth of brackets."""
+    """Return the nesting depth of brackets, including brackets in strings."""
     depth = most = 0
     for character in text:
         if character in "([{":
