@@ -29,7 +29,6 @@ class NamedJson:
         id_end: the mark between an id and the name after it (Solar).
         counted: whether a number follows the name, and both are the call's id: `functions.f:0` (Kimi).
         fenced: whether arguments are in a fenced code block (DeepSeek V3).
-        again: text that begins another call without an opening mark.
         closers: marks after the arguments.
         closed: number of `closers` that `grammar` writes.
     """
@@ -41,18 +40,15 @@ class NamedJson:
     id_end: str = ""
     counted: bool = False
     fenced: bool = False
-    again: tuple[str, ...] = ()
     closers: tuple[str, ...] = ()
     closed: int = 1
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse calls after the opening mark; return False, without any event, if there is no call."""
-        before = calls.count
-        while (yield from reader.attempt(self._call(reader, calls), back=calls.count > before)):
+        """Parse a call after the opening mark; return False, without any event, if there is no call."""
+        called = yield from self._call(reader, calls)
+        if called:
             yield from skip_closers(reader, self.closers)
-            if not self.again or not (yield from reader.take(*self.again)):
-                break
-        return calls.count > before
+        return called
 
     def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
         yield from reader.skip_space()

@@ -275,7 +275,7 @@ class CodeSpans:
     def add(self, text: str) -> None:
         for number, part in enumerate(text.split("\n")):
             if number:
-                self._end_line()
+                self.end_line()
             if len(self._head) < _HEAD:
                 self._head += part[: _HEAD - len(self._head)]
             self._size += len(part)
@@ -291,10 +291,6 @@ class CodeSpans:
         """Whether only white space precedes the next text on its line."""
         return self._size == len(self._head) and not self._head.strip()
 
-    def end_line(self) -> None:
-        """End the line: the next text begins a new line."""
-        self._end_line()
-
     def _opened(self) -> str:
         """Return the fence by which the current line opens a block; no backtick may follow a fence of backticks."""
         match = _FENCE.match(self._head)
@@ -302,7 +298,8 @@ class CodeSpans:
             return ""
         return match[1]
 
-    def _end_line(self) -> None:
+    def end_line(self) -> None:
+        """End the line: the next text begins a new line."""
         if not self._fence:
             self._fence = self._opened()
         else:

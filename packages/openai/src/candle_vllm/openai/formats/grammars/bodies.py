@@ -353,6 +353,4 @@ def named_json(body: NamedJson, context: Context) -> Block:
 
     rest = sequence(writer.rule(" | ".join(map(call, context.tools))), "" if end == '""' else end)
     before = sequence(given_id, mark(body.id_end)) if body.id_end else ""
-    if body.again and context.many:
-        rest = sequence(rest, f"({sequence(mark(body.again[0]), before, mark(lead), rest)})*")
     return Block("", sequence(before, mark(lead), rest)) if before else Block(lead, rest)
