@@ -179,6 +179,13 @@ def test_an_empty_fence(inside: str) -> None:
     assert (parsed.content, [call[1:] for call in parsed.calls]) == ("Ok", [("f2", "{}", True)])
 
 
+@pytest.mark.parametrize("name", ["a b!", r"\ud800", "x" * 300])
+def test_a_key_that_can_be_no_name_of_a_function_calls_none(name: str) -> None:
+    sample = next(one for one in SHORT if one.tools == "apertus")
+    text = f'<|tools_prefix|>[{{"{name}": {{}}}}]<|tools_suffix|>'
+    assert said(sample, text) == Parsed(text, "", ())
+
+
 def test_words_behind_a_name_are_text() -> None:
     sample = next(one for one in SHORT if one.tools == "mistral_v13")
     for text in ("[TOOL_CALLS]f2[ARGS]nullable", "[TOOL_CALLS]f2[ARGS]7 days", "[TOOL_CALLS]f2 [1]"):

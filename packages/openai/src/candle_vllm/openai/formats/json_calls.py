@@ -185,7 +185,7 @@ class _ObjectReader:
         reader, shape = self._reader, self._shape
         if shape.keyed and not self._name:
             self._name = key
-            return (yield from self._arguments())
+            return self._may_call() and (yield from self._arguments())
         mark = yield from reader.peek()
         if key in NAME_KEYS and not self._name and not self._begun:
             if mark == "{" and key == "function" and depth < _MOST_DEPTH:  # in OpenAI's form the call is one level down
