@@ -312,6 +312,24 @@ SPECIAL = {
 }
 
 
+@pytest.mark.parametrize(
+    ("tools", "text", "arguments"),
+    [
+        ("gemma4", "<|tool_call>call:f2{a:1<tool_call|> so: 1", {"a": 1}),
+        ("gemma4", "<|tool_call>call:f2{a:1,b<tool_call|> so: 1", {"a": 1}),
+        ("gemma4", "<|tool_call>call:f2{a}<tool_call|> so: 1", {}),
+        ("gemma4", "<|tool_call>call:f2{a:[1,{b:2<tool_call|> so: 1", {"a": [1, {"b": 2}]}),
+        ("lfm2", "<|tool_call_start|>[f2(a=1<|tool_call_end|> so: 1", {"a": 1}),
+        ("lfm2", "<|tool_call_start|>[f2(a=[1, {'b': 2<|tool_call_end|> so: 1", {"a": [1, {"b": 2}]}),
+        ("lfm2", "<|tool_call_start|>[f2(<|tool_call_end|> so: 1", {}),
+    ],
+)
+def test_a_closing_mark_ends_open_brackets(tools: str, text: str, arguments: dict[str, Any]) -> None:
+    sample = next(one for one in SHORT if one.tools == tools)
+    parsed = as_tokens(sample, text, SPECIAL[tools])
+    assert (parsed.content, parsed.values, parsed.calls[0][3]) == ("so: 1", [("f2", arguments)], True)
+
+
 @pytest.mark.parametrize("tools", SPECIAL)
 def test_a_call_of_special_tokens_in_thoughts_is_a_thought(tools: str) -> None:
     sample = next(one for one in SHORT if one.tools == tools)

@@ -82,7 +82,7 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """Parse the arguments; return whether the bracket was closed, or the model had finished."""
+        """Parse the arguments up to a bracket, a special token or the end; return False if they were truncated."""
         while True:
             text, end = yield from self._piece()
             key = ""
@@ -93,7 +93,7 @@ class _Arguments:
                 return False
             if text:
                 self._argument(key or self._next_key(), text)
-            if end in (")", ""):
+            if end not in (",", "="):
                 break
         self._calls.arguments("}" if self._keys else "{}")
         return True
@@ -110,7 +110,7 @@ class _Arguments:
         return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
-        """Return a text and "," or ")" after it, or "=" unless `inside` a value; "" at a special token or the end."""
+        """Return text and the mark after it: ",", ")", "=" unless `inside` a value, an unread special token, or ""."""
         reader, parts, stack = self._reader, list[str](), list[str]()
         while True:
             yield from reader.match(_PLAIN, parts.append)
@@ -124,7 +124,7 @@ class _Arguments:
                 yield from self._string(mark, parts, keyed=inside and not stack)
                 continue
             if "\ud800" <= mark <= "\udfff":  # a special token: the call has ended
-                return "".join(parts).strip(SPACE), ""
+                return "".join([*parts, *reversed(stack)]).strip(SPACE), mark
             reader.at += 1
             parts.append(mark)
             if mark in _OPEN:
