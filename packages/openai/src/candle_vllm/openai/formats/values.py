@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from candle_vllm.core.sampling.json_rules import TYPE_ALIASES
 from candle_vllm.openai.formats.json_text import is_json, mended
@@ -196,7 +197,9 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any] | Non
     start, *steps = reference.split("/")
     found: Any = root if start == "#" else None
     for step in steps[:_MOST_STEPS]:
-        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+        found = {str(index): one for index, one in enumerate(found)} if isinstance(found, list) else found
+        name = unquote(step).replace("~1", "/").replace("~0", "~")
+        found = found.get(name) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else None
 
 
