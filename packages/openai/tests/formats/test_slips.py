@@ -133,6 +133,7 @@ _F2 = '{"name": "f2", "arguments": {"city": "x"}}'
         ("hermes", f'<tool_call>{_F2}\n{{"name": "a b", "arguments": {{"name": "c"}}}}\n</tool_call>',
          '{"name": "a b", "arguments": {"name": "c"}}', 1),
         ("mistral", f'[TOOL_CALLS][{_F2}, {{"x": 1}}, {_F2}]', '{"x": 1}', 2),
+        ("mistral", f"[TOOL_CALLS][{_F2[:-2]}[/TOOL_CALLS]bye", "bye", 1),
         ("tool_calls_json", f"<tool_calls>\n{_F2}\n{{invalid json here}}\n{_F2}\n</tool_calls>",
          "{invalid json here}", 2),
         ("llama3_json", f'{_F2}; {{"name": "nope", "parameters": {{}}}}', '{"name": "nope", "parameters": {}}', 1),

@@ -98,13 +98,13 @@ class _Value:
                 if not (yield from self.string()):
                     return False
                 self._state = "colon" if self._state == "key" else "more"
-            elif character in "{[}],:":
-                reader.at += 1
-                self._structure(character)
             elif self._stops and (yield from self._stopped()):
                 return self._close()
             elif self._begun_stop():
                 return False
+            elif character in "{[}],:":
+                reader.at += 1
+                self._structure(character)
             else:
                 self._begin_value()
                 yield from self._word()
