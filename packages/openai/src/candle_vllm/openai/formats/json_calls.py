@@ -140,7 +140,7 @@ class _ObjectReader:
         self._early: list[str] | None = None  # arguments that precede the name
         self._begun = False
         self._whole = True
-        self._closed = False  # whether a closing bracket of the object was read
+        self._closed = False  # whether the object's last bracket was read
 
     def read(self) -> Need[bool]:
         """Parse the object; return whether it is a call."""
@@ -166,7 +166,7 @@ class _ObjectReader:
             mark = yield from reader.peek()
             if mark == "}":
                 reader.at += 1
-                self._closed = True
+                self._closed = depth == 1
                 return True
             if mark == ",":
                 reader.at += 1
