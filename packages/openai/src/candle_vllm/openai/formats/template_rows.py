@@ -149,7 +149,7 @@ def response_tools(template: Any) -> ToolFormat | str:
     field = _field(template, "tool_calls")
     if field is None:
         return "it has no field tool_calls"
-    opens = tuple(_marks(field, "open"))
+    opens = tuple(mark.strip() for mark in _marks(field, "open"))
     if not opens:
         return "its calls have no readable opening mark"
     kind = field.get("content", "text")
@@ -254,4 +254,4 @@ def _json_row(field: Mapping[str, Any], opens: tuple[str, ...]) -> ToolFormat | 
         name_key=keys["name"],
         arguments_key=keys["arguments"],
     )
-    return ToolFormat("response_template", opens=tuple(mark.strip() for mark in opens), bodies=(body,))
+    return ToolFormat("response_template", opens=opens, bodies=(body,))
