@@ -28,7 +28,7 @@ class Blocks:
         start: the mark before a block.
         thoughts, call: marks of reasoning and of calls.
         texts: marks of text; templates write the first of them.
-        ends: marks after a block.
+        ends: marks after a block; grammars write the first between blocks, the second after calls.
         body: format of a call.
     """
 

@@ -49,10 +49,10 @@ class Harmony:
     Attributes:
         start, channel, message: marks before a part, before its channel ("" without channels), and before its text.
         constrain: the mark before the kind of text, in a header.
-        ends: marks after a part.
+        ends: marks after a part; grammars write [0] between parts, [1] after an answer and [-1] after calls.
         reasoning: texts in the header of a reasoning part.
         role: the model's role.
-        people: recipients that are not functions.
+        people: recipients that are not functions; without channels, an answer is addressed to the last of them.
         name_space: prefix of a function's name.
         body: format of a call; None if it is a JSON object of arguments.
         body_open: the mark before `body`.

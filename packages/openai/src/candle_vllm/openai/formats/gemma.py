@@ -23,7 +23,7 @@ class Gemma:
 
     Attributes:
         quote: the mark around a string.
-        closers: marks that may follow the call.
+        closers: marks that may follow the call, and that end unclosed arguments; grammars write the first.
         prefix: text before the name.
         known_only: whether a call must have the name of a tool of the request; for calls without an opening mark.
     """

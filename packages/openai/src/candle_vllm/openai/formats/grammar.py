@@ -37,7 +37,7 @@ from candle_vllm.openai.formats.pythonic import Pythonic
 from candle_vllm.openai.formats.tagged import Tagged
 
 _LEADING = re.compile(r"\A<\|(begin\|>assistant|message_sep\|>)\Z|\A<(?!.*end)[^/]*tool.?(calls|requests)")
-_TRAILING = re.compile("tool.?(calls|requests)|calls.?>|message|end_of")
+_TRAILING = re.compile("tool.?(calls|requests)|calls.?>|message|end_of")  # strays after all calls; `_LEADING`: before
 _NONE = re.compile("(?!)")
 _FENCE = "```json"
 _WORD = re.compile(r"[\w :]+")  # marks that also occur in text without a call

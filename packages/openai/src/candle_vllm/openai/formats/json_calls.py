@@ -28,7 +28,7 @@ class JsonCalls:
     """One or more objects, each a call.
 
     Attributes:
-        closers: marks that may follow the calls, and that end unclosed arguments.
+        closers: marks that may follow the calls, and that end unclosed arguments; grammars write the first.
         known_only: whether a call must have an offered tool's name, and arguments; for calls without marks or in code.
         offered_only: whether a call must have the name of a tool of the request or a `silent` name, and an empty list
             is text; for a mark that is a common word.

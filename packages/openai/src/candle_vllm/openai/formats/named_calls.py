@@ -22,7 +22,7 @@ class NamedJson:
     """Calls that are a name, a mark, and arguments as JSON.
 
     Attributes:
-        before_name: texts that may precede the name and are not part of it (DeepSeek's type, Kimi's name space).
+        before_name: texts that may precede the name (DeepSeek's type, Kimi's name space); grammars write the first.
         name_end: the mark between name and arguments; "" if the arguments' bracket follows the name.
         between: marks that may follow `name_end`, before the arguments.
         id_mark: the mark between the name and an id before `name_end` (Mistral).

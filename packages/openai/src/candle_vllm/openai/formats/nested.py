@@ -25,7 +25,7 @@ class Nested:
         tag: mark before every tag, so that no text can be mistaken for a tag.
         call: tag of a call, which has a name.
         item: tag of a list's item.
-        closers: marks that may follow the calls.
+        closers: marks that may follow the calls; grammars write the first.
     """
 
     tag: str

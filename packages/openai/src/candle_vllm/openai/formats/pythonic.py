@@ -32,7 +32,7 @@ class Pythonic:
     """Calls with keyword arguments, in a list or on separate lines.
 
     Attributes:
-        closers: marks that may follow the calls.
+        closers: marks that may follow the calls; grammars write the first.
         known_only: whether a call must have the name of a tool of the request; for calls without an opening mark.
         listed: whether the grammar writes calls in a list, and the parser requires it with `known_only`.
     """

@@ -31,12 +31,12 @@ class Tagged:
         type_open, type_end: marks around the value's JSON type, which may precede `value_open`.
         value_end: mark after the value; valid only before another key, the end of the call, or the end of the text.
         call_end: mark after the last value.
-        closers: marks that may follow the calls.
+        closers: marks that may follow the calls; grammars write the first.
         head: pattern of the attributes in the key's tag; its groups are `key` and either `text` ("true" for a string,
             "false" for JSON) or `type` (a JSON type).
         newlines: whether the line breaks around a value are removed: the first, and the last if there was a first.
         text_open, text_end: marks around a text that may contain tags (XML's CDATA).
-        tight: spellings of `name_open` and `key_open` without a space, which models also write.
+        tight: spellings of `name_open` (the first) and `key_open` without a space, which models also write.
         known_only: whether a call must name an offered tool, and arguments or the end of the call must follow. This is
             for formats without an opening mark; `std::function<function=f>` is text.
     """
