@@ -152,6 +152,8 @@ def test_response_templates() -> None:
     )
     assert name(choose_layout(response_template=qwen35).tools) == "qwen3_coder"
     assert name(choose_layout(response_template=gemma).tools) == "gemma4"
+    spaced = field(open="\n<tool_call>\n", close="\n</tool_call>", content="json")
+    assert name(choose_layout(response_template=spaced).tools) == "hermes"
     function = {"name": "{content.tool_name}", "arguments": "{content.parameters}"}
     own = field(open="[[call]]", close="[[end]]", content="json", transform={"type": "function", "function": function})
     own["fields"]["thinking"] = {"open": "[[hm]]", "close": "[[so]]"}

@@ -86,6 +86,8 @@ def plain(tools: str) -> OutputParser:
 def test_what_lacks_its_end_is_text() -> None:
     for text in (f"<tool_call>{CALL[:-1]}", f"<tool_call>{CALL[:-2]}", "[f2(city='x'", f"<tool_call>{QWEN[:-20]}"):
         assert said("gemma4", text) == Parsed(text, "", ())
+    for text in (f'{CALL[:-1]} "x" {CALL}', f'{{"function": {CALL}'):
+        assert said("gemma4", text) == Parsed(text, "", ())
 
 
 def test_several_and_then_an_answer() -> None:

@@ -133,6 +133,7 @@ _F2 = '{"name": "f2", "arguments": {"city": "x"}}'
         ("hermes", f'<tool_call>{_F2}\n{{"name": "a b", "arguments": {{"name": "c"}}}}\n</tool_call>',
          '{"name": "a b", "arguments": {"name": "c"}}', 1),
         ("mistral", f'[TOOL_CALLS][{_F2}, {{"x": 1}}, {_F2}]', '{"x": 1}', 2),
+        ("mistral", f"[TOOL_CALLS][{_F2[:-2]}[/TOOL_CALLS]bye", "bye", 1),
         ("tool_calls_json", f"<tool_calls>\n{_F2}\n{{invalid json here}}\n{_F2}\n</tool_calls>",
          "{invalid json here}", 2),
         ("llama3_json", f'{_F2}; {{"name": "nope", "parameters": {{}}}}', '{"name": "nope", "parameters": {}}', 1),
@@ -177,6 +178,13 @@ def test_an_empty_fence(inside: str) -> None:
     sample = next(one for one in SHORT if one.tools == "deepseek_v3")
     parsed = said(sample, sample.text.replace(f"\n{SMALL}\n", inside or "\n"))
     assert (parsed.content, [call[1:] for call in parsed.calls]) == ("Ok", [("f2", "{}", True)])
+
+
+@pytest.mark.parametrize("name", ["a b!", r"\ud800", "x" * 300])
+def test_a_key_that_can_be_no_name_of_a_function_calls_none(name: str) -> None:
+    sample = next(one for one in SHORT if one.tools == "apertus")
+    text = f'<|tools_prefix|>[{{"{name}": {{}}}}]<|tools_suffix|>'
+    assert said(sample, text) == Parsed(text, "", ())
 
 
 def test_words_behind_a_name_are_text() -> None:
@@ -303,6 +311,24 @@ SPECIAL = {
     "gemma4": ["<|tool_call>", "<tool_call|>", '<|"|>'],
     "granite": ["<|tool_call|>"],
 }
+
+
+@pytest.mark.parametrize(
+    ("tools", "text", "arguments"),
+    [
+        ("gemma4", "<|tool_call>call:f2{a:1<tool_call|> so: 1", {"a": 1}),
+        ("gemma4", "<|tool_call>call:f2{a:1,b<tool_call|> so: 1", {"a": 1}),
+        ("gemma4", "<|tool_call>call:f2{a}<tool_call|> so: 1", {}),
+        ("gemma4", "<|tool_call>call:f2{a:[1,{b:2<tool_call|> so: 1", {"a": [1, {"b": 2}]}),
+        ("lfm2", "<|tool_call_start|>[f2(a=1<|tool_call_end|> so: 1", {"a": 1}),
+        ("lfm2", "<|tool_call_start|>[f2(a=[1, {'b': 2<|tool_call_end|> so: 1", {"a": [1, {"b": 2}]}),
+        ("lfm2", "<|tool_call_start|>[f2(<|tool_call_end|> so: 1", {}),
+    ],
+)
+def test_a_closing_mark_ends_open_brackets(tools: str, text: str, arguments: dict[str, Any]) -> None:
+    sample = next(one for one in SHORT if one.tools == tools)
+    parsed = as_tokens(sample, text, SPECIAL[tools])
+    assert (parsed.content, parsed.values, parsed.calls[0][3]) == ("so: 1", [("f2", arguments)], True)
 
 
 @pytest.mark.parametrize("tools", SPECIAL)

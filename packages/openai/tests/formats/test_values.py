@@ -187,6 +187,9 @@ TEXTUAL: dict[str, Any] = {"type": "object", "properties": {"zip": {"type": "str
     ("schema", "value"),
     [
         ({"$ref": "#/$defs/node", "$defs": {"node": TEXTUAL}}, "12345"),
+        ({"$ref": "#/$defs/a%20b%2525", "$defs": {"a b%25": TEXTUAL}}, "12345"),
+        ({"$ref": "#/$defs/1/anyOf/1", "$defs": {"1": {"anyOf": [{}, TEXTUAL]}}}, "12345"),
+        ({"$ref": "#/$defs/1/anyOf/2", "$defs": {"1": {"anyOf": [{}, TEXTUAL]}}}, 12345),
         ({"allOf": [{"properties": {"x": {}}}, TEXTUAL]}, "12345"),
         ({"anyOf": [TEXTUAL, {"type": "null"}]}, "12345"),
         ({"additionalProperties": {"type": "string"}}, "12345"),

@@ -28,7 +28,7 @@ class Blocks:
         start: the mark before a block.
         thoughts, call: marks of reasoning and of calls.
         texts: marks of text; templates write the first of them.
-        ends: marks after a block.
+        ends: marks after a block; grammars write the first between blocks, the second after calls.
         body: format of a call.
     """
 
@@ -65,7 +65,7 @@ class Blocks:
         return (self.thoughts, self.call, *self.texts)
 
     def _text(self, reader: Reader, output: Output) -> Need[None]:
-        """Parse a block's text and the mark that ends it."""
+        """Parse a block's text and the end mark after it; any other mark is not consumed."""
         sink = output.reasoning if output.thinking else output.content
         mark = yield from reader.until(markers(self.start, *self._kinds, *self.ends), sink)
         reader.put_back("" if mark in self.ends else mark)
@@ -82,7 +82,7 @@ class Blocks:
             yield from self._text(reader, output)
 
     def _header(self, reader: Reader, output: Output) -> Need[str]:
-        """Return the kind of the next block, after its header; "" at the end."""
+        """Parse the header of the next block and return the mark of its kind; "" at the end of the text."""
         while (yield from reader.take(self.start, *self.ends)):
             pass
         name: list[str] = []

@@ -27,9 +27,9 @@ class _Header(NamedTuple):
     """Header of a part.
 
     Attributes:
-        text: the header with its marks; "" without a header.
-        recipient: the recipient of the part; "" without one.
-        role: the author of the part; "" if it is not given.
+        text: the header up to `message`, with the marks in it; "" without a header.
+        recipient: the function to which the part is addressed; "" without one, and for `people`.
+        role: the author of the part; the model's role if it is not given.
         lead: the beginning of the part's text, if the header lacks its end mark and this text was read with it.
     """
 
@@ -49,10 +49,10 @@ class Harmony:
     Attributes:
         start, channel, message: marks before a part, before its channel ("" without channels), and before its text.
         constrain: the mark before the kind of text, in a header.
-        ends: marks after a part.
+        ends: marks after a part; grammars write [0] between parts, [1] after an answer and [-1] after calls.
         reasoning: texts in the header of a reasoning part.
         role: the model's role.
-        people: recipients that are not functions.
+        people: recipients that are not functions; without channels, an answer is addressed to the last of them.
         name_space: prefix of a function's name.
         body: format of a call; None if it is a JSON object of arguments.
         body_open: the mark before `body`.
@@ -105,7 +105,7 @@ class Harmony:
             output.part_ends()
 
     def _text(self, reader: Reader, stops: Markers, sink: Sink) -> Need[None]:
-        """Parse a part's text, and the mark that ends it."""
+        """Parse a part's text and the end mark after it; any other mark is not consumed."""
         mark = yield from reader.until(stops, sink)
         reader.put_back("" if mark in self.ends else mark)
 
@@ -144,7 +144,7 @@ class Harmony:
         return self._unended(begun, text)
 
     def _unended(self, begun: str, text: str) -> _Header:
-        """Return the header from a text without the mark that ends headers; text behind the header is its `lead`."""
+        """Split a text that lacks the mark `message` into a header and its `lead`, the text behind it."""
         if begun == _TO:
             return _Header(role=self.role, lead=begun + text)
         _, channel, rest = (begun + text).rpartition(self.channel or begun)
@@ -162,7 +162,7 @@ class Headed:
     """Functionary 3.2: parts that begin with `>>>`, a name and a line break; the name `all` marks the answer.
 
     The prompt ends with the first part's `>>>`. A later part may begin within a line, as templates write it, but not in
-    code, and it needs the name of an offered tool and arguments.
+    an answer's code. It needs the name `all` or that of an offered tool; within text, a call also needs arguments.
     """
 
     mark: str = ">>>"
@@ -185,7 +185,7 @@ class Headed:
 
 
 class _Parts:
-    """Parser of one message's parts; each method returns the name of the next part, or "" at the end."""
+    """Parser of one message's parts; each public method returns the name of the next part, or "" at the end."""
 
     def __init__(self, shape: Headed, reader: Reader, output: Output, tools: bool) -> None:
         self._shape = shape
@@ -236,7 +236,7 @@ class _Parts:
         return text_argument(name, self._output.calls.tools.get(name, {}))
 
     def _until_part(self, sink: Sink, code: CodeSpans | None = None, *, inside: bool = False) -> Need[str]:
-        """Parse text up to the next part; after an answer (`code`) or `inside` an argument, calls need arguments."""
+        """Parse text up to the next part; in an answer (`code`) or `inside` an argument, a call needs arguments."""
         reader, last = self._reader, ""
 
         def text(part: str) -> None:

@@ -68,8 +68,8 @@ def choose_layout(
     marks in its source; the model type. If none does and the chat template uses tools, calls are JSON.
 
     Args:
-        tool_parser, reasoning_parser: names of formats here, in vLLM, SGLang or the Rust candle-vllm; "none" turns
-            parsing off, and None and "auto" choose automatically.
+        tool_parser, reasoning_parser: names of formats here, in vLLM, SGLang or the Rust candle-vllm; "none", "off" and
+            "passthrough" turn parsing off, and None and "auto" choose automatically.
         template: the chat template, or several by name.
         response_template: response template of the tokenizer (`tokenizer_config.json`).
         model_type: type in `config.json`, or a GGUF file's architecture.
@@ -174,7 +174,7 @@ def _text(template: str | Mapping[str, str] | None) -> str:
 
 
 def _probe(template: str | Mapping[str, str] | None, compiled: ChatTemplate | None) -> TemplateProbe | None:
-    """Return a probe of the template; None if it cannot be compiled."""
+    """Return a probe of the template; None without a template, or if it cannot be compiled."""
     if compiled is None and template:
         try:
             compiled = ChatTemplate(template, dict.fromkeys(_SPECIAL, ""))

@@ -44,26 +44,25 @@ class _Kept(CallSink):
     def __init__(self, tools: Schemas) -> None:
         super().__init__(nowhere, tools, call_id)
         self._calls: list[tuple[str, str, list[str]]] = []
-        self._whole = True
+        self._whole = 0  # number of closed calls
         self.between = self.begin  # text between calls raises `CallBegins`, as an unknown name does
 
     @property
     def complete(self) -> bool:
         """Whether there are calls and all of them were closed."""
-        return bool(self._calls) and self._whole
+        return 0 < len(self._calls) == self._whole
 
     def begin(self, name: str, given_id: str = "") -> None:
         if name not in self.tools:
             raise CallBegins(name)
         self.count += 1
         self._calls.append((name, given_id, []))
-        self._whole = False
 
     def arguments(self, text: str) -> None:
         self._calls[-1][2].append(text)
 
     def end(self, whole: bool = True) -> None:
-        self._whole = whole
+        self._whole += whole
 
     def give(self, calls: CallSink) -> None:
         """Emit the collected calls."""
@@ -74,7 +73,7 @@ class _Kept(CallSink):
 
 
 def _is_closed(text: str) -> bool:
-    """Return False for a text that begins a list of calls and does not close it; "}" and ")" behind it are ignored."""
+    """Whether a text begins no list of calls, or ends with "]" or a tag; "}" and ")" at the end are ignored."""
     return not text.lstrip(SPACE).startswith("[") or text.rstrip(SPACE + "})").endswith(("]", ">"))
 
 

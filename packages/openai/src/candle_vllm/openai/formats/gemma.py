@@ -23,7 +23,7 @@ class Gemma:
 
     Attributes:
         quote: the mark around a string.
-        closers: marks that may follow the call.
+        closers: marks that may follow the call, and that end unclosed arguments; grammars write the first.
         prefix: text before the name.
         known_only: whether a call must have the name of a tool of the request; for calls without an opening mark.
     """
@@ -48,7 +48,7 @@ class Gemma:
                     reader.put_back(prefix + text + mark)
                 break
             calls.begin(name)
-            calls.end((yield from _Object(self.quote, reader, calls, name).read()))
+            calls.end((yield from _Object(self, reader, calls, name).read()))
             yield from reader.skip_space()
             yield from reader.take(",")
         if calls.count == before:
@@ -60,27 +60,28 @@ class Gemma:
 class _Object:
     """Parser of one call's arguments, after the opening bracket."""
 
-    def __init__(self, quote: str, reader: Reader, calls: CallSink, name: str) -> None:
-        self._quote = quote
+    def __init__(self, shape: Gemma, reader: Reader, calls: CallSink, name: str) -> None:
+        self._quote, self._closers = shape.quote, shape.closers
         self._reader = reader
         self._emit = calls.arguments
         self._schema = calls.tools.get(name, {})
 
     def read(self) -> Need[bool]:
-        """Parse the object; return whether it was closed, or the model had finished."""
+        """Parse the object; return whether it was closed, also by a closer, or the model had finished."""
         self._emit("{")
         return (yield from self._members("}", 1))
 
     def _members(self, close: str, depth: int) -> Need[bool]:
-        """Parse the entries of an object, or the items of a list, up to the closing bracket."""
+        """Parse the entries of an object, or the items of a list, up to the bracket `close` or a closer."""
         reader, between = self._reader, ""
         while True:
             yield from reader.skip_space()
-            mark = yield from reader.take(close, ",")
+            mark = yield from reader.take(close, ",", *self._closers)
             if mark == ",":
                 continue
             found = mark or (yield from reader.peek())
             if mark or (not found and reader.whole):
+                reader.put_back(mark if mark != close else "")
                 self._emit(close)
                 return True
             if not found or (close == "]" and found == "}"):
@@ -89,6 +90,8 @@ class _Object:
             if close == "}":
                 key = yield from self._key()
                 if key is None:
+                    if (yield from self._ends()):  # a key without a value
+                        continue
                     return False
                 between += json.dumps(key, ensure_ascii=False) + ": "
                 kinds = argument_kinds(self._schema, key) if depth == 1 else kinds
@@ -103,8 +106,15 @@ class _Object:
             key, mark = yield from reader.name(markers(self._quote))
             yield from reader.skip_space()
             return key if mark and (yield from reader.take(":")) else None
-        key, mark = yield from reader.name(markers(":"))
-        return key.strip(SPACE).strip("\"'") if mark else None
+        key, mark = yield from reader.name(markers(":", ",", "}", *self._closers))
+        reader.put_back(mark if mark != ":" else "")
+        return key.strip(SPACE).strip("\"'") if mark == ":" else None
+
+    def _ends(self) -> Need[bool]:
+        """Whether a comma, a closing bracket or a closer follows; it is not consumed."""
+        mark = yield from self._reader.take(",", "}", "]", *self._closers)
+        self._reader.put_back(mark)
+        return bool(mark)
 
     def _value(self, depth: int, kinds: Kinds) -> Need[bool]:
         reader = self._reader
@@ -120,8 +130,7 @@ class _Object:
             return (yield from self._members("}" if mark == "{" else "]", depth + 1))
         parts: list[str] = []
         yield from reader.match(_BARE, parts.append)
-        end = yield from reader.peek()
-        if not (end or reader.whole) or (end and end not in ",}]"):
+        if not (yield from self._ends()) and ((yield from reader.peek()) or not reader.whole):
             return False
         self._emit(to_json("".join(parts).strip(SPACE), kinds._replace(marked=True)))
         return True

@@ -37,7 +37,7 @@ from candle_vllm.openai.formats.pythonic import Pythonic
 from candle_vllm.openai.formats.tagged import Tagged
 
 _LEADING = re.compile(r"\A<\|(begin\|>assistant|message_sep\|>)\Z|\A<(?!.*end)[^/]*tool.?(calls|requests)")
-_TRAILING = re.compile("tool.?(calls|requests)|calls.?>|message|end_of")
+_TRAILING = re.compile("tool.?(calls|requests)|calls.?>|message|end_of")  # strays after all calls; `_LEADING`: before
 _NONE = re.compile("(?!)")
 _FENCE = "```json"
 _WORD = re.compile(r"[\w :]+")  # marks that also occur in text without a call
@@ -66,14 +66,14 @@ def tool_grammar(
         reasoning: the model's reasoning format; reasoning is free text.
         in_reasoning: whether the prompt has already opened the reasoning, with the first pair of marks.
         special: texts of the vocabulary's special tokens -> their ids.
-        own: texts of ordinary tokens -> their ids; forced marks consist of these tokens, so that the next prompt, which
-            has the same tokens, finds this answer in the cache.
+        own: texts of ordinary tokens -> their ids; in mode "required", marks consist of these tokens, so that the next
+            prompt, which has the same tokens, finds this answer in the cache.
         loose: tools whose arguments may be any object; in mode "auto", also all tools that are not strict and
             have no grammar.
         always: whether calls are constrained in mode "auto" even if no tool is strict.
 
     Returns:
-        None in mode "auto" if there is nothing to enforce: no tool is strict or has a grammar.
+        None in mode "auto" if no tool is strict or has a grammar (unless `always`), or if no text begins calls.
 
     Raises:
         UnsupportedParameterError: a schema requires what the format cannot express.
@@ -223,7 +223,7 @@ class _Message:
         return sequence(self._writer.mark(block.lead), block.rest)
 
     def _thoughts(self, behind: str = "") -> str:
-        """Return an expression of reasoning before calls or text; if calls begin with a fence, see `Writer.thought`."""
+        """Return an expression of reasoning before calls or text; before a fence, no quote may precede its end mark."""
         writer = self._writer
         thought = writer.thought if self._opening().startswith("`") else writer.until
         if self._open_close:
@@ -306,5 +306,5 @@ class _Message:
 
 
 def _is_tag(mark: str, body: Any) -> bool:
-    """Whether a mark is a tag that has a closing tag, which models always write."""
+    """Whether a mark is a tag with a closing tag; models do not omit such a mark."""
     return mark.startswith("<") and f"</{mark[1:]}" in getattr(body, "closers", ())

@@ -28,10 +28,10 @@ class JsonCalls:
     """One or more objects, each a call.
 
     Attributes:
-        closers: marks that may follow the calls, and that end unclosed arguments.
-        known_only: whether a call must have the name of a tool of the request, and arguments; for calls without marks.
-        offered_only: whether a call must have the name of a tool of the request, and an empty list is text; for a mark
-            that is a common word.
+        closers: marks that may follow the calls, and that end unclosed arguments; grammars write the first.
+        known_only: whether a call must have an offered tool's name, and arguments; for calls without marks or in code.
+        offered_only: whether a call must have the name of a tool of the request or a `silent` name, and an empty list
+            is text; for a mark that is a common word.
         silent: names of calls that are parsed, but not emitted, unless the request has such a tool.
         keyed: whether the object has one entry, the tool's name with its arguments (Apertus).
         listed: whether `grammar` writes calls in a list.
@@ -52,7 +52,7 @@ class JsonCalls:
     fenced: bool = False
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse calls after the opening mark; return False, without any event, if there is no call."""
+        """See `layout.Body.read`; an empty list, or a call of a `silent` name, may give True without any event."""
         before, found = calls.count, False
         yield from reader.skip_space()
         fence = "" if self.known_only else (yield from reader.take("```json", _FENCE))
@@ -140,7 +140,7 @@ class _ObjectReader:
         self._early: list[str] | None = None  # arguments that precede the name
         self._begun = False
         self._whole = True
-        self._closed = False  # whether its closing bracket was read
+        self._closed = False  # whether the object's last bracket was read
 
     def read(self) -> Need[bool]:
         """Parse the object; return whether it is a call."""
@@ -159,14 +159,14 @@ class _ObjectReader:
         return self._begun
 
     def _entries(self, depth: int = 1) -> Need[bool]:
-        """Parse the entries up to the closing bracket; return False if the text is not a call."""
+        """Parse the entries; return whether they end with the closing bracket, or with the text if a call has begun."""
         reader = self._reader
         while True:
             yield from reader.skip_space()
             mark = yield from reader.peek()
             if mark == "}":
                 reader.at += 1
-                self._closed = True
+                self._closed = depth == 1
                 return True
             if mark == ",":
                 reader.at += 1
@@ -185,7 +185,7 @@ class _ObjectReader:
         reader, shape = self._reader, self._shape
         if shape.keyed and not self._name:
             self._name = key
-            return (yield from self._arguments())
+            return self._may_call() and (yield from self._arguments())
         mark = yield from reader.peek()
         if key in NAME_KEYS and not self._name and not self._begun:
             if mark == "{" and key == "function" and depth < _MOST_DEPTH:  # in OpenAI's form the call is one level down

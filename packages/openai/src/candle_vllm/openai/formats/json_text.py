@@ -11,11 +11,11 @@ from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, Sink
 
 _NOTHING = Markers(())
 _LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair
-_FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of a pair that encodes one character
+_FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # the escape of a surrogate pair's first half
 
 
 def mended(text: str) -> str | None:
-    """Repair a text that is one JSON value; return None for any other text."""
+    """Repair a text that is one JSON object, list or string, but add no brackets; return None for any other text."""
     reader, parts = Reader(), list[str]()
     reader.feed(text)
     reader.end(False)
@@ -30,7 +30,7 @@ def mended(text: str) -> str | None:
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is one JSON value, without NaN."""
+    """Whether a text is one JSON value, without NaN and Infinity."""
     try:
         json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -45,7 +45,7 @@ def _no_constant(name: str) -> None:
 def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
     """Parse a quoted string, and emit the arguments in it, which are JSON inside JSON; return whether both are closed.
 
-    Empty text and null mean no arguments. Text that is not an object is emitted unchanged.
+    Empty text and null mean no arguments. Text after an object is left out; text without one is emitted left-stripped.
     """
     inner, held = Reader(), ""
     run = _read_inner(inner, sink)

@@ -50,12 +50,12 @@ def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
 
 
 def read_quoted(reader: Reader, sink: Sink, most: int = 1 << 30) -> Need[bool]:
-    """Parse a quoted string to JSON, in runs of characters and whole escapes; return whether it is closed."""
+    """Parse a string of at most `most` characters to JSON, in runs and whole escapes; return whether it is closed."""
     return (yield from _Value(reader, sink, _NOTHING, most).string())
 
 
 def number(text: str) -> str | None:
-    """Return a number as valid JSON: without leading zeros or plus, and with digits on both sides of the point."""
+    """Return a number as JSON: no leading zeros or plus, digits on both sides of the point; None for any other text."""
     match = _NUMBER.fullmatch(text)
     if match is None or not (match[2] or len(match[3] or "") > 1):
         return None
@@ -64,7 +64,7 @@ def number(text: str) -> str | None:
 
 
 def _plain(word: str) -> str:
-    """Return the JSON of a word without quotes: a number, a word of JSON or Python, or a string."""
+    """Return the JSON of a word without quotes: a number, a word of JSON, Python or JavaScript, or a string."""
     return _WORDS.get(word.lower()) or number(word) or json.dumps(word, ensure_ascii=False)
 
 
@@ -98,13 +98,13 @@ class _Value:
                 if not (yield from self.string()):
                     return False
                 self._state = "colon" if self._state == "key" else "more"
-            elif character in "{[}],:":
-                reader.at += 1
-                self._structure(character)
             elif self._stops and (yield from self._stopped()):
                 return self._close()
             elif self._begun_stop():
                 return False
+            elif character in "{[}],:":
+                reader.at += 1
+                self._structure(character)
             else:
                 self._begin_value()
                 yield from self._word()
@@ -176,7 +176,7 @@ class _Value:
         return True
 
     def _word(self) -> Need[None]:
-        """Parse a number, a word or an unquoted key, unless it is truncated; pass on any other character."""
+        """Pass on a number, word or unquoted key if it is complete, or else one character that is no special token."""
         parts: list[str] = []
         yield from self._reader.match(_WORD, parts.append)
         word = "".join(parts)
@@ -241,7 +241,7 @@ class _Value:
             yield
 
     def _begun_stop(self) -> bool:
-        """Whether the text was truncated inside a possible stop marker."""
+        """Whether the text was truncated inside a possible stop marker, which is then consumed."""
         reader = self._reader
         cut = bool(self._stops) and reader.ended and not reader.whole
         if not cut or self._stops.begun_at(reader.text, reader.at) != reader.at:

@@ -24,7 +24,7 @@ class Body(Protocol):
     """A format of tool calls."""
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse calls after the opening mark; return False, without any event, if there is no call."""
+        """Parse calls, after their opening mark if any; return False, without any event, if there is no call."""
         ...
 
 
@@ -49,10 +49,10 @@ class ReasoningFormat:
         open, close: the marks.
         others: further pairs of opening and closing marks.
         strays: marks that have no meaning for the parser, such as marks around an answer; the answer omits them.
-        answer: pairs of strays before and after the text of an answer.
+        answer: pairs of strays before and after the text of an answer; the first of a pair, if special, ends reasoning.
         flow: the format of whole messages, if messages are not text with marks.
         aliases: names of the format in other servers.
-        hints: texts in a chat template that indicate the format if the template writes no reasoning itself.
+        hints: texts in a chat template that indicate the format if no marks do; with `answer`, also beside its marks.
         model_types: types of models that write it, as in `config.json` and GGUF files.
     """
 
@@ -69,7 +69,7 @@ class ReasoningFormat:
 
     @property
     def pairs(self) -> dict[str, str]:
-        """Opening mark -> closing mark."""
+        """Opening mark -> closing mark; empty if there is a `flow`."""
         return {self.open: self.close, **dict(self.others)} if self.flow is None else {}
 
     def open_mark(self, prompt_tail: str, *, continued: bool = False) -> str:
@@ -108,17 +108,17 @@ class ToolFormat:
         opens: marks that begin calls.
         bodies: call formats that may follow such a mark; the first that matches is used.
         names: marks that begin both calls and their body, such as a function's tag without an enclosing tag.
-        named: the format after `names`, instead of `bodies`; it is stricter, because text may mention such a tag.
-        ends_thoughts: whether a call of an offered tool ends unclosed reasoning, because models write calls in it.
+        named: format of calls that begin with `names`, stricter because text may mention such a tag; None: `bodies`.
+        ends_thoughts: whether calls end unclosed reasoning; a call whose mark is text must have an offered tool's name.
         line_start: whether marks in `opens` that are not special tokens begin calls only at the beginning of a line.
-        on_lines: whether a call in reasoning begins only at the beginning of a line.
-        bare: format of calls without an opening mark; only at the beginning of a message.
+        on_lines: whether a call in reasoning whose mark is text begins only at the beginning of a line.
+        bare: format of calls without an opening mark, at the beginning of a message or after reasoning.
         unmarked: like `bare`, for models that omit the mark by mistake; grammars never write this format.
         bare_starts: first characters of calls without an opening mark.
         fenced: format of calls that some models write in a JSON code block instead of after a mark.
         strays, answer, flow: see `ReasoningFormat`.
         argument_tags: whether an argument is a tag with its name (`<path>`); special tokens of this form are text.
-        make_id: creates ids of calls without an id.
+        make_id: see `CallSink`.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no calls itself.
         model_types: types of models that write it, as in `config.json` and GGUF files.
@@ -183,7 +183,7 @@ class BoundLayout:
 
     @property
     def shown(self) -> dict[str, str]:
-        """Character -> text of the special token, for clients that want to see special tokens."""
+        """Character -> text of the special token."""
         return {character: self.names[index] for index, character in self.characters.items()}
 
 

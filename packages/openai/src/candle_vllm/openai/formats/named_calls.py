@@ -22,14 +22,13 @@ class NamedJson:
     """Calls that are a name, a mark, and arguments as JSON.
 
     Attributes:
-        before_name: texts that may precede the name and are not part of it (DeepSeek's type, Kimi's name space).
+        before_name: texts that may precede the name (DeepSeek's type, Kimi's name space); grammars write the first.
         name_end: the mark between name and arguments; "" if the arguments' bracket follows the name.
         between: marks that may follow `name_end`, before the arguments.
         id_mark: the mark between the name and an id before `name_end` (Mistral).
         id_end: the mark between an id and the name after it (Solar).
         counted: whether a number follows the name, and both are the call's id: `functions.f:0` (Kimi).
         fenced: whether arguments are in a fenced code block (DeepSeek V3).
-        again: text that begins another call without an opening mark.
         closers: marks after the arguments.
         closed: number of `closers` that `grammar` writes.
     """
@@ -41,18 +40,15 @@ class NamedJson:
     id_end: str = ""
     counted: bool = False
     fenced: bool = False
-    again: tuple[str, ...] = ()
     closers: tuple[str, ...] = ()
     closed: int = 1
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse calls after the opening mark; return False, without any event, if there is no call."""
-        before = calls.count
-        while (yield from reader.attempt(self._call(reader, calls), back=calls.count > before)):
+        """Parse a call after the opening mark; return False, without any event, if there is no call."""
+        called = yield from self._call(reader, calls)
+        if called:
             yield from skip_closers(reader, self.closers)
-            if not self.again or not (yield from reader.take(*self.again)):
-                break
-        return calls.count > before
+        return called
 
     def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
         yield from reader.skip_space()
@@ -76,7 +72,7 @@ class NamedJson:
         return (yield from self._arguments(reader, calls, name, given_id))
 
     def _head(self, reader: Reader) -> Need[tuple[str, str] | None]:
-        """Parse name and id, and the mark after them; return None if there is no mark."""
+        """Return name and id if `name_end`, "{" or a closer follows; only `name_end` is consumed. Otherwise None."""
         ends = markers(self.name_end, self.id_mark, "{", *self.closers)
         name, mark = yield from reader.name(ends)
         given_id = ""
@@ -171,7 +167,7 @@ def text_argument(name: str, schema: Mapping[str, Any]) -> str:
 
 
 def read_arguments(reader: Reader, calls: CallSink, name: str, stops: Markers) -> Need[None]:
-    """Parse a call's arguments up to one of the marks, which is not consumed."""
+    """Parse a call's arguments up to one of the marks, which is not consumed; an invalid name gives no call."""
     yield from reader.skip_space()
     start = yield from reader.peek()
     if calls.is_name(name) and (start or reader.whole):
@@ -209,7 +205,7 @@ class RawCode:
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Parse code after the opening mark; return False if no such tool is offered, or if the text is not code.
 
-        Text that was truncated is no call, because it could be the beginning of a call in another format.
+        Truncated text that may be the beginning of a call in another format is no call.
         """
         name = next((name for name in self.names if name in calls.tools), "")
         unclear = reader.ended and not reader.whole

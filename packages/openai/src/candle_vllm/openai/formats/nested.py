@@ -25,7 +25,7 @@ class Nested:
         tag: mark before every tag, so that no text can be mistaken for a tag.
         call: tag of a call, which has a name.
         item: tag of a list's item.
-        closers: marks that may follow the calls.
+        closers: marks that may follow the calls; grammars write the first.
     """
 
     tag: str
@@ -124,7 +124,7 @@ class _Arguments:
 
 
 def _scalar(text: str, kinds: Kinds) -> str:
-    """Convert a value without tags to JSON; empty text is an empty object or list if the schema requires one."""
+    """Convert a value without tags to JSON; empty text is an empty object or list if the schema names that type."""
     is_text = text.strip(SPACE) or text in kinds.listed or kinds.is_anything
     kind = "" if is_text else next((kind for kind in _EMPTY if kind in kinds.types), "")
     return _EMPTY.get(kind) or to_json(text, kinds)

@@ -40,13 +40,13 @@ class CallSink:
     Args:
         emit: receives events.
         tools: tools of the request, by name.
-        make_id: creates ids of calls without an id.
+        make_id: call index -> id, for calls whose id is missing, invalid or repeated.
         most: maximum number of calls; further calls are left out. None means no limit.
-        names: character that stands for a special token in the parser's input (see `layout`) -> the token's text.
+        names: character that stands for a special token in the parser's input (see `layout`) -> text in arguments.
 
     Attributes:
-        count: number of calls that have begun.
-        between: receives the text between two calls.
+        count: number of calls that have begun, including those left out.
+        between: receives a JSON object that is no call, between or behind calls (`JsonCalls`).
         may_begin: called before the next call begins; if it returns false, `CallBegins` is raised.
     """
 
@@ -111,7 +111,7 @@ class CallSink:
 
 
 class CallBegins(Exception):
-    """Raised by `CallSink.begin` if `may_begin` refuses the call; a probe for a call's name refuses every call."""
+    """Raised by `CallSink.begin` if `may_begin` refuses the call; also in `elsewhere`, if a text is not only calls."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -126,8 +126,7 @@ class Output:
 
     Args:
         tools: tools of the request, by name.
-        make_id: creates ids of calls.
-        most_calls: maximum number of calls; further calls are left out. None means no limit.
+        make_id, most_calls: see `make_id` and `most` of `CallSink`.
         shown: as `names` of `CallSink`, for the special tokens that the client wants to see in content and reasoning.
         names: see `CallSink`; also for marks that prove to be plain text.
 
@@ -178,7 +177,7 @@ class Output:
         self.part_ends()
 
     def part_ends(self) -> None:
-        """End the current part, because another kind of part follows."""
+        """End the current part; the next part may be of any kind."""
         self._content.separate()
         self._reasoning.separate()
 
@@ -228,7 +227,7 @@ class _Text:
 
     Args:
         emit: receives the text.
-        joined: inserted between two parts if the first ends without white space.
+        joined: inserted between two parts; white space at the end of the first part replaces it, unless it is "".
     """
 
     def __init__(self, emit: Callable[[str], None], joined: str = "") -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Incremental parser of reasoning and tool calls, for all formats (step 10 of a request's life).
 
-It receives a model's text in parts, and holds back only text that may be the beginning of a mark. However the text is
+It receives a model's text in parts, and holds back text whose meaning depends on what follows. However the text is
 split, the events add up to the same message.
 """
 
@@ -23,11 +23,11 @@ class OutputParser:
         layout: what the message may contain.
         tools: tools of the request: name -> schema of the arguments; None if calls are not parsed.
         in_reasoning: whether the prompt has opened the reasoning, with the layout's first pair of marks.
-        behind_reasoning: whether the prompt has closed the reasoning; leading white space then belongs to reasoning.
+        behind_reasoning: whether the prompt has closed the reasoning; leading white space is then left out.
         held: whether a grammar constrains calls.
         lazy: whether the grammar applies only from the beginning of a call; text outside the grammar is then no call.
         most_calls: maximum number of calls; further calls are left out. None means no limit.
-        make_id: creates ids of calls without an id; None uses the format's function.
+        make_id: see `CallSink`; None uses the format's function.
         shown, names: see `Output`.
     """
 

@@ -21,7 +21,7 @@ _SUM = re.compile(rf"{_STRING}(?:\s*\+\s*{_STRING})+", re.DOTALL)
 _ONE = re.compile(_STRING, re.DOTALL)
 _IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
 _OPEN, _CLOSE = "([{", ")]}"
-_BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow a keyword argument's string, and a string in a list or an object
+_BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow a keyword argument's string, and any other string
 _KEYS = re.compile(r"[^\s\"'()\[\]{},=\ud800-\udfff]*")
 _WORDS = {"true": "true", "false": "false", "null": "null"}
 _METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
@@ -32,9 +32,9 @@ class Pythonic:
     """Calls with keyword arguments, in a list or on separate lines.
 
     Attributes:
-        closers: marks that may follow the calls.
+        closers: marks that may follow the calls; grammars write the first.
         known_only: whether a call must have the name of a tool of the request; for calls without an opening mark.
-        listed: whether the grammar writes calls in a list.
+        listed: whether the grammar writes calls in a list, and the parser requires it with `known_only`.
     """
 
     closers: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """Parse the arguments; return whether the bracket was closed, or the model had finished."""
+        """Parse the arguments up to a bracket, a special token or the end; return False if they were truncated."""
         while True:
             text, end = yield from self._piece()
             key = ""
@@ -93,7 +93,7 @@ class _Arguments:
                 return False
             if text:
                 self._argument(key or self._next_key(), text)
-            if end in (")", ""):
+            if end not in (",", "="):
                 break
         self._calls.arguments("}" if self._keys else "{}")
         return True
@@ -110,7 +110,7 @@ class _Arguments:
         return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
-        """Parse text up to a comma, a closing bracket, or (unless `inside` a value) an equals sign; return both."""
+        """Return text and the mark after it: ",", ")", "=" unless `inside` a value, an unread special token, or ""."""
         reader, parts, stack = self._reader, list[str](), list[str]()
         while True:
             yield from reader.match(_PLAIN, parts.append)
@@ -124,7 +124,7 @@ class _Arguments:
                 yield from self._string(mark, parts, keyed=inside and not stack)
                 continue
             if "\ud800" <= mark <= "\udfff":  # a special token: the call has ended
-                return "".join(parts).strip(SPACE), ""
+                return "".join([*parts, *reversed(stack)]).strip(SPACE), mark
             reader.at += 1
             parts.append(mark)
             if mark in _OPEN:

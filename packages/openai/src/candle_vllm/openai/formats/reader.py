@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Streamed text, for parsers that are written as if all of it were present; and detection of Markdown code.
 
-A parser is a generator: it `yield`s when it needs more text, and is resumed when more has arrived. Its decisions depend
-on the text and on whether the text has ended, never on how it was split; so every split gives the same result.
+A parser is a generator: it `yield`s when it needs more text, and is resumed when more arrives or the text ends. Its
+decisions depend on the text and its end, never on how it was split; so every split gives the same result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Markers:
         assert clash is None, f"one marker begins with another: {clash}"
         assert "" not in self.literals
         self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        self._reach = max(map(len, ordered), default=1) - 1  # maximum length of the beginning of a literal
+        self._reach = max(map(len, ordered), default=1) - 1  # maximum length of a proper beginning of a literal
         begun = "|".join(_beginnings(literal) for literal in ordered if len(literal) > 1)
         self._begun = re.compile(rf"(?:{begun})\Z") if begun else None
 
@@ -275,7 +275,7 @@ class CodeSpans:
     def add(self, text: str) -> None:
         for number, part in enumerate(text.split("\n")):
             if number:
-                self._end_line()
+                self.end_line()
             if len(self._head) < _HEAD:
                 self._head += part[: _HEAD - len(self._head)]
             self._size += len(part)
@@ -291,10 +291,6 @@ class CodeSpans:
         """Whether only white space precedes the next text on its line."""
         return self._size == len(self._head) and not self._head.strip()
 
-    def end_line(self) -> None:
-        """End the line: the next text begins a new line."""
-        self._end_line()
-
     def _opened(self) -> str:
         """Return the fence by which the current line opens a block; no backtick may follow a fence of backticks."""
         match = _FENCE.match(self._head)
@@ -302,7 +298,8 @@ class CodeSpans:
             return ""
         return match[1]
 
-    def _end_line(self) -> None:
+    def end_line(self) -> None:
+        """End the line: the next text begins a new line."""
         if not self._fence:
             self._fence = self._opened()
         else:

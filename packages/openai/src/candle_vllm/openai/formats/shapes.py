@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Formats of calls that several rows of `table` use, and marks that rows share."""
+"""Formats of calls for the tables of formats and `elsewhere`, and marks that rows share."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ DEEPSEEK = NamedJson(
 DEEPSEEK_PLAIN = NamedJson(name_end="<｜tool▁sep｜>", closers=("<｜tool▁call▁end｜>",))
 
 
-def dsml(section: str, space: str = "") -> Tagged:
+def dsml(section: str, space: str = "") -> Tagged:  # `section`: the tag around all calls
     return Tagged(
         name_open=f'<｜DSML｜{space}invoke name="',
         name_end='">',
@@ -102,7 +102,7 @@ def dsml(section: str, space: str = "") -> Tagged:
     )
 
 
-def invokes(section: str, tag: str = "") -> Tagged:
+def invokes(section: str, tag: str = "") -> Tagged:  # `section`: the mark after all calls
     return Tagged(
         name_open=f'<{tag}invoke name="',
         name_end='">',

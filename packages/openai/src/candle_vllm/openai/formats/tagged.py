@@ -31,12 +31,12 @@ class Tagged:
         type_open, type_end: marks around the value's JSON type, which may precede `value_open`.
         value_end: mark after the value; valid only before another key, the end of the call, or the end of the text.
         call_end: mark after the last value.
-        closers: marks that may follow the calls.
+        closers: marks that may follow the calls; grammars write the first.
         head: pattern of the attributes in the key's tag; its groups are `key` and either `text` ("true" for a string,
             "false" for JSON) or `type` (a JSON type).
         newlines: whether the line breaks around a value are removed: the first, and the last if there was a first.
         text_open, text_end: marks around a text that may contain tags (XML's CDATA).
-        tight: spellings of `name_open` and `key_open` without a space, which models also write.
+        tight: spellings of `name_open` (the first) and `key_open` without a space, which models also write.
         known_only: whether a call must name an offered tool, and arguments or the end of the call must follow. This is
             for formats without an opening mark; `std::function<function=f>` is text.
     """
@@ -123,7 +123,7 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """Parse the arguments; return whether the call was closed, or the model ended its message by itself."""
+        """Parse the arguments; return False if they are incomplete."""
         shape, reader, emit = self._shape, self._reader, self._calls.arguments
         yield from reader.skip_space()
         if (yield from reader.peek()) == "{":
@@ -152,7 +152,7 @@ class _Arguments:
         return closed
 
     def _argument(self) -> Need[bool]:
-        """Parse one key and its value; False if the text was truncated inside."""
+        """Parse one key and its value; False if the text was truncated inside, or the key is too long."""
         shape, reader = self._shape, self._reader
         head, mark = yield from reader.name(markers(shape.key_end))
         declared = ""

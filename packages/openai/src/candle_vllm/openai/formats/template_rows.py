@@ -2,8 +2,8 @@
 """Choice of a row of the format tables: by a chat template's output, its marks, or a tokenizer's `response_template`.
 
 A response template (transformers 5) names fields of a message, each with its marks and its content's format. If it has
-the marks of a row, that row is chosen; for calls that are JSON between marks, a new row is made. Source: transformers,
-`utils/chat_parsing/response_templates.py`.
+the marks of a row, that row is chosen; for other calls that are JSON between marks, and for reasoning between other
+marks, a new row is made. Source: transformers, `utils/chat_parsing/response_templates.py`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def marked_tools(text: str) -> ToolFormat | None:
 
 
 def marked_reasoning(text: str) -> ReasoningFormat | None:
-    """Return the row with both its marks in the source of a template, or with one distinctive mark."""
+    """Return the row with both its marks, one distinctive mark, or else a hint in the source of a template, or None."""
     for row in _own_first(REASONING_FORMATS):
         for opening, closing in row.pairs.items():
             if (opening in text and closing in text) or ("/" in closing and (opening in text or closing in text)):
@@ -90,7 +90,7 @@ def _first_mark(row: ToolFormat, text: str) -> int:
 
 
 def _tool_marks(row: ToolFormat, text: str) -> int:
-    """Return the number of characters of a row's marks in a text; 0 if a mark that calls require is missing."""
+    """Return the length of a row's longest opening mark or hint in a text plus required marks; 0 if one is missing."""
     opens = [mark for mark in (*row.opens, *row.names, *row.hints) if mark in text and mark not in _COMMON]
     needed = list(_literals(row.bodies[0])) if row.bodies else []
     if any(hint in text for hint in row.hints):
@@ -149,7 +149,7 @@ def response_tools(template: Any) -> ToolFormat | str:
     field = _field(template, "tool_calls")
     if field is None:
         return "it has no field tool_calls"
-    opens = tuple(_marks(field, "open"))
+    opens = tuple(mark.strip() for mark in _marks(field, "open"))
     if not opens:
         return "its calls have no readable opening mark"
     kind = field.get("content", "text")
@@ -254,4 +254,4 @@ def _json_row(field: Mapping[str, Any], opens: tuple[str, ...]) -> ToolFormat | 
         name_key=keys["name"],
         arguments_key=keys["arguments"],
     )
-    return ToolFormat("response_template", opens=tuple(mark.strip() for mark in opens), bodies=(body,))
+    return ToolFormat("response_template", opens=opens, bodies=(body,))

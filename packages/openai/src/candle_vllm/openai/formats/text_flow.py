@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Messages that are text with marks: where reasoning and calls begin and end (step 10 of a request's life).
 
-A mark in quotes or in code is text. Text that was wrongly taken for a call is searched for marks again, up to a limit.
+Marks in quotes and code are text (see `_until_mark`). Text wrongly taken for a call is searched again, up to a limit.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class TextFlow:
         self._lazy = lazy
         self._code = CodeSpans()
         self._spelt = False  # a mark began no call: special tokens are text up to the next part
-        self._unclosed = False  # a call ended the reasoning, without its closing mark
+        self._unclosed = False  # the reasoning ended without its closing mark
         self._again = 0  # characters that were parsed again
 
     def run(self) -> Need[None]:
@@ -111,7 +111,7 @@ class TextFlow:
                 fresh = self._is_end(mark)
 
     def _is_end(self, mark: str) -> bool:
-        """Whether a mark ends unopened reasoning; after content it is text, as is an opening mark within a line."""
+        """Whether a mark ends a part: if special, or the end of unopened or unclosed reasoning. Else it is text."""
         if is_special(mark) or (mark not in self._pairs and (self._unclosed or not self._output.in_content)):
             self._unclosed = False
             self._part_ends()
@@ -148,7 +148,7 @@ class TextFlow:
             self._text(text)
 
     def _bare(self) -> Need[bool]:
-        """Parse calls without a mark at the beginning of the message; return whether there were any."""
+        """Parse calls without a mark at the beginning of a part; return whether there were any."""
         form, reader = self._form, self._reader
         body = None if form is None else form.bare or (None if self._lazy else form.unmarked)
         if form is None or body is None:
@@ -246,7 +246,7 @@ class TextFlow:
             parts += [*spaces, again]
 
     def _reasoning(self, opened: str) -> Need[None]:
-        """Parse reasoning up to its closing mark, or up to a call, before which models omit the closing mark."""
+        """Parse reasoning up to its closing mark, or up to a call or an answer's mark, before which models omit it."""
         reader, output, code = self._reader, self._output, CodeSpans()
         output.thinking = True
         yield from reader.skip_space()
@@ -273,7 +273,7 @@ class TextFlow:
         self._output.reasoning(self._output.spelt(text, self._silent))
 
     def _no_call_in_thoughts(self, mark: str, code: CodeSpans) -> Need[str]:
-        """Return a mark as text; "" if it begins a call of an offered tool, which is then not consumed."""
+        """Return a mark as text; "" for none, or if it begins a call of an offered tool, which is then not consumed."""
         form, reader = self._form, self._reader
         if not mark or form is None:
             return ""
@@ -308,7 +308,7 @@ class TextFlow:
         return ""
 
     def _until_mark(self, marks: Markers, sink: Sink, code: CodeSpans, always: str = "") -> Need[str]:
-        """Parse text up to a valid mark; marks in quotes are text, and marks in code too, except `always`."""
+        """Parse text up to a special token or a mark outside of quotes and code; in code, `always` and fences count."""
         reader = self._reader
         last = ""
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from candle_vllm.core.sampling.json_rules import TYPE_ALIASES
 from candle_vllm.openai.formats.json_text import is_json, mended
@@ -196,12 +197,14 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any] | Non
     start, *steps = reference.split("/")
     found: Any = root if start == "#" else None
     for step in steps[:_MOST_STEPS]:
-        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+        found = {str(index): one for index, one in enumerate(found)} if isinstance(found, list) else found
+        name = unquote(step).replace("~1", "/").replace("~0", "~")
+        found = found.get(name) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else None
 
 
 def _spelt(text: str, types: frozenset[str]) -> str | None:
-    """Return a value in the spelling of its type; None if the text is no such value."""
+    """Return the JSON of a text in the spelling of one of the types; None if it has none of them."""
     for kind, spelling in _SCALARS.items():
         if kind in types and spelling.fullmatch(text):
             return _number(text, kind == "integer") if kind in _NUMBERS else _WORDS.get(text, text)
@@ -239,7 +242,7 @@ def _number(text: str, whole: bool) -> str | None:
 
 
 def _depth(text: str) -> int:
-    """Return a lower bound of the nesting depth of brackets."""
+    """Return the nesting depth of brackets, including brackets in strings."""
     depth = most = 0
     for character in text:
         if character in "([{":

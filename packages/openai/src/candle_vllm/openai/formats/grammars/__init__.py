@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Grammars of tool calls, derived from the rows of `formats.table`: one module for each format of calls."""
+"""Grammars of tool calls and of messages with headers, for the formats in the rows of `formats.table`."""

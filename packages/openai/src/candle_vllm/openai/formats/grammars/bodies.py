@@ -71,7 +71,7 @@ class _TaggedCall(_Call[Tagged]):
         return self._value(quoted(key), schema, argument_kinds(self._tool.parameters, key))
 
     def _others(self, known: list[str], schema: Schema) -> str:
-        """Return the rule of additional entries."""
+        """Return the rule of one additional entry."""
         names = " | ".join(quoted(key) for key in known)
         key = self._writer.terminal(f"{_FREE_KEY} & ~({names})" if names else _FREE_KEY)
         kinds = argument_kinds(self._tool.parameters, "")  # no property has this name
@@ -149,7 +149,7 @@ class _TaggedCall(_Call[Tagged]):
         return self._writer.terminal(" | ".join([terminal, *(f"{SPACE} {word} {SPACE}" for word in words)]))
 
     def _word(self, branch: Branch) -> str | None:
-        """Return the terminal of a number or a word.
+        """Return the terminal of a number or a word; None for other values.
 
         Templates with line breaks or CDATA around values write values other than lists and objects as Python does.
         """
@@ -353,6 +353,4 @@ def named_json(body: NamedJson, context: Context) -> Block:
 
     rest = sequence(writer.rule(" | ".join(map(call, context.tools))), "" if end == '""' else end)
     before = sequence(given_id, mark(body.id_end)) if body.id_end else ""
-    if body.again and context.many:
-        rest = sequence(rest, f"({sequence(mark(body.again[0]), before, mark(lead), rest)})*")
     return Block("", sequence(before, mark(lead), rest)) if before else Block(lead, rest)

@@ -48,7 +48,7 @@ def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
         prefix: prefix of the names of its rules, in lower case.
 
     Raises:
-        UnsupportedParameterError: the grammar has a construct that cannot be rewritten for escaped text.
+        UnsupportedParameterError: the grammar is too long or has a construct that cannot be rewritten for escaped text.
     """
     kinds = _checked_tokens(definition)
     names = _Names(prefix, single=not _is_recursive(kinds))
@@ -67,7 +67,7 @@ def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
     """Return a terminal of a text that follows `definition`: its name, and lines of a grammar (see `json_rules`).
 
     Formats that write a text between marks search for the mark after it, and only a terminal can exclude this mark from
-    the text. UnsupportedParameterError if the grammar is recursive, or has a construct that terminals do not support.
+    the text. Raises UnsupportedParameterError if the grammar is too long or recursive, or has an unsupported construct.
     """
     kinds = _checked_tokens(definition)
     if _is_recursive(kinds):

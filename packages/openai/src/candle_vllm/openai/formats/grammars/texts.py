@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Terminals of unquoted strings, numbers and words, and JSON without closing tags in strings, for formats with tags."""
+"""Terminals of unquoted strings, numbers and words, and JSON whose strings contain none of a format's tags."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ _EMPTY = ("array", "object")  # types whose empty value `Nested` writes as an em
 
 
 def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
-    """Return a terminal of the unquoted strings that `branch` of `root` allows; callers add "" beside other values.
+    """Return a terminal of the unquoted strings that `branch` of `root` allows; of several values, callers add "".
 
-    The terminal excludes texts that the parser would read as a value of one of the JSON types `unlike`.
+    The terminal of free text excludes texts that the parser would read as a value of one of the JSON types `unlike`.
     """
     if branch.values is not None:
         return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))

@@ -108,10 +108,6 @@ class Writer:
         """Write a mark; names of special tokens, and of the model's `own` tokens, become these tokens."""
         return " ".join(self._marks.pieces(text))
 
-    def is_special(self, text: str) -> bool:
-        """Whether a mark begins with a special token."""
-        return bool(text) and is_token(self._literals.pieces(text)[0])
-
     def is_text(self, text: str) -> bool:
         """Whether a mark has no special token, so that a text may contain it."""
         return not any(map(is_token, self._literals.pieces(text)))
