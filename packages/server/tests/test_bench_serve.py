@@ -342,8 +342,8 @@ async def test_events_are_read_however_they_are_cut(way: str, size: int) -> None
         (b"HTTP/1.1 200 OK\r\n\r\ndata: {\n\n", "not JSON"),
         (b'HTTP/1.1 200 OK\r\n\r\ndata: {"error":{"message":"died"}}\n\n', "died"),
         (b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices":[{"text":"a"}]}\n\n', "before its last event"),
-        (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (2 << 20), "an event without end"),
-        (b"x" * (2 << 20), "a chunk without end"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (2 << 20), "an event is larger than 1 MB"),
+        (b"x" * (2 << 20), "the head or a chunk is larger than 1 MB"),
         (b"", "the connection was closed"),
     ],
 )
@@ -477,7 +477,7 @@ def test_files(folder: Path) -> None:
     path.write_text('{"prompt": "a"}')
     with pytest.raises(UsageError, match=r'line 1: {"turns": \[TEXT\]} is wanted'):
         make("mt_bench", path)
-    for text, message in (("[]", "has no request"), ("{", "is no JSON")):
+    for text, message in (("[]", "has no request"), ("{", "is not JSON")):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):
             make("sharegpt", path)

@@ -26,11 +26,11 @@ class AnswerClient(asyncio.Protocol):
     """One request and its response.
 
     Attributes:
-        sent: `time.monotonic()` when the request was sent.
-        done: future of the seconds from `sent` to the end of the response; NaN if the request failed.
+        sent: `time.monotonic()` when the request was sent; 0 before.
+        done: future of the seconds from `sent` to the end of the response; NaN if the request failed, or after `leave`.
         failure: reason of the failure, or None.
-        text: generated text, including reasoning and arguments of calls.
-        times: seconds from `sent` to each event with content.
+        text: deltas of the generated text, including reasoning and arguments of calls; filled by `EventClient`.
+        times: seconds from `sent` to the arrival of each delta in `text`.
         usage: usage of the response, if the server reports it.
     """
 
@@ -139,7 +139,7 @@ class AnswerClient(asyncio.Protocol):
 
     def _bound(self) -> None:
         if len(self._buffer) > BUFFER:
-            self.fail("a chunk without end")
+            self.fail("the head or a chunk is larger than 1 MB")
 
     def fail(self, why: str) -> None:
         if not self.done.done():
@@ -172,7 +172,7 @@ class EventClient(AnswerClient):
         data = (self._rest + data).replace(b"\r\n", b"\n")
         *events, self._rest = data.split(b"\n\n")
         if len(self._rest) > BUFFER:
-            self.fail("an event without end")
+            self.fail("an event is larger than 1 MB")
         for event in events:
             for line in event.split(b"\n"):
                 if line.startswith(b"data:"):
@@ -227,7 +227,7 @@ class WholeClient(AnswerClient):
 
 
 def _content(choice: Mapping[str, Any]) -> str:
-    """Return the text of a delta: of the answer, the reasoning, or the arguments of tool calls."""
+    """Return the text of a choice: content, reasoning and arguments of tool calls, or the text of a completion."""
     delta = choice.get("delta")
     if not isinstance(delta, dict):
         return choice.get("text") or ""

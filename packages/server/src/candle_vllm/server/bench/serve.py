@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`candle-vllm bench serve`: measures a server with OpenAI's API over HTTP, as `vllm bench serve` does.
 
-All requests are built before the first is sent. They are sent all at once, or at random times: the gaps follow a gamma
-distribution, and with burstiness 1 the arrivals are a Poisson process. Token counts come from the server's `usage`, or
-from a tokenizer if the server does not report it.
+All prompts are made before the first request is sent. Requests are sent at once, or at random times: the gaps follow a
+gamma distribution, and with burstiness 1 the arrivals are a Poisson process; `--max-concurrency` may delay them more.
+Token counts come from the server's `usage`, or from a tokenizer if the server does not report it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Load:
-    """The requests of a run, their target and their arrival rate."""
+    """What the requests of a run share, their arrival rate, and the maximum number of concurrent requests (`most`)."""
 
     target: Target
     endpoint: str
@@ -216,7 +216,7 @@ def read_ramp(strategy: str | None, start: int | None, end: int | None) -> Ramp 
 
 
 async def _run(load: Load, samples: Sequence[Sample], warmups: int) -> tuple[list[Seen], float]:
-    """Send all requests; return their results and the duration in seconds."""
+    """Send warm-up requests, then all samples; return the results of the samples, and their duration in seconds."""
     places = asyncio.Semaphore(load.most) if load.most else contextlib.nullcontext()
 
     async def one(sample: Sample, began: float) -> Seen:
