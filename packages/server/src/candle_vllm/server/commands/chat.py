@@ -39,7 +39,7 @@ from candle_vllm.server.settings.table import OPTIONS, AdapterOptions
 
 logger = logging.getLogger(__name__)
 
-_MAX_SAVED = 64 << 20  # bytes of a saved conversation
+_MAX_SAVED = 64 << 20  # maximum bytes of a file that /load reads
 _ALIASES = {"/reset": "/clear", "/?": "/help", "/bye": "/exit", "/quit": "/exit"}
 _SHOWN_TURNS, _SHOWN = 4, 200  # messages that /load shows, and maximum characters of each
 _MAX_STOPS, _MAX_STOP = 4, 1024  # maximum number of stop strings, and maximum characters of one
@@ -53,9 +53,9 @@ _OTHER_MODEL: dict[str, Any] = {"lora_modules": ()} | dict.fromkeys(
 
 
 def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | None = None) -> int:
-    """Run a conversation until /exit or the end of input; without a terminal, Ctrl+C between answers also ends it.
+    """Run a conversation until /exit or the end of input; return 1 if input is no terminal and a line failed, else 0.
 
-    Returns 1 if standard input is not a terminal and a line of the input failed, else 0.
+    Unless standard input and output are terminals, Ctrl+C between answers also ends it.
     """
     require_stdin()
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
@@ -212,9 +212,9 @@ class Chat:
         return [*self._start, *messages[len(self._start) + self._left_out :]]
 
     def _fitting(self, engine: InferenceEngine, messages: list[Message]) -> tuple[list[Message], int | None]:
-        """Return the messages that fit into the context beside an answer of up to a quarter of it, and `max_tokens`.
+        """Leave out the oldest messages until `max_tokens`, or a quarter of the context if that is less, are free.
 
-        Raises UsageError if the last message alone is too long.
+        Returns the messages, and a `max_tokens` that fits; raises UsageError if the last message fills the context.
         """
         context = engine.model_info.max_model_len
         wanted = min(self._max_tokens or context, max(1, context // 4))
@@ -226,7 +226,7 @@ class Chat:
         if length >= context:
             self._left_out = left_out
             raise UsageError(
-                f"this message, with what belongs to it, needs more than the context of {context} tokens: shorten it "
+                f"this message, with the system message, fills the context of {context} tokens: shorten it "
                 "or the message of /system; /clear starts over, and /set max_tokens says how long an answer may be"
             )
         if self._left_out > left_out:
@@ -238,7 +238,7 @@ class Chat:
 
     @staticmethod
     def _length(engine: InferenceEngine, messages: list[Message]) -> int:
-        """Return the number of tokens of the prompt; 2^62 if the engine refuses it as too long."""
+        """Return the number of tokens of the prompt without its images; 2^62 if the engine refuses it as too long."""
         try:
             return len(engine.tokenize(engine.apply_chat_template(messages), add_special_tokens=False))
         except PromptTooLongError:
@@ -247,7 +247,7 @@ class Chat:
     async def _answer(
         self, engine: InferenceEngine, messages: list[Message], max_tokens: int | None, parts: list[str]
     ) -> FinishReason | None:
-        """Print an answer and append its text to `parts`; return why it ended."""
+        """Print an answer, and append its text without the reasoning to `parts`; return why it ended."""
         first: float | None = None
         ended = None
         answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._uses())
@@ -324,7 +324,7 @@ class Chat:
         self._messages = [*self._start, *turns]
 
     def _model(self, rest: str) -> None:
-        """Switch the model. The old one is unloaded first, because both may not fit, and loaded again on a failure."""
+        """Switch adapter or model. The old model is unloaded first, as both may not fit, and restored on a failure."""
         if not rest:
             self.say(self.name)
             return
@@ -349,7 +349,7 @@ class Chat:
             self._fail(f"{failure}; {_NO_MODEL}")
 
     def _choose_adapter(self, name: str) -> bool:
-        """Select an adapter of --lora-modules, or no adapter by the model's name; return whether the name is known."""
+        """Select an adapter of --lora-modules, or deselect it by the model's name; return whether either was done."""
         if self._engine is None:
             return False
         if self._lora is not None and name == self._engine.model_info.name:
@@ -364,7 +364,7 @@ class Chat:
         return False
 
     def _uses(self) -> list[tuple[LoRARequest, float]]:
-        """Return the chosen adapter, or else those with a scale in `lora_modules`."""
+        """Return the chosen adapter with scale 1, or else the adapters of `lora_modules` that have a scale."""
         if self._lora is not None:
             return [(self._lora, 1.0)]
         specs = read_specs(self._settings.lora_modules)
@@ -487,7 +487,7 @@ def _path(text: str, command: str) -> Path:
 
 
 def _words(text: str, most: int, wanted: str) -> list[str]:
-    """Split a text as a shell does; UsageError for more than `most` words."""
+    """Split a text as a shell does, [""] if it is empty; UsageError for wrong quoting or over `most` words."""
     try:
         words = shlex.split(text)
     except ValueError:

@@ -55,7 +55,7 @@ def run_batch(
     Both are files or HTTP URLs; answers for a URL are first written to a file in `output_tmp_dir`.
 
     Raises:
-        CandleVllmError: a file or the model is not available.
+        CandleVllmError, OSError: an argument is wrong, or a file, a URL or the model is not available.
     """
     if input_file is None or output_file is None:
         raise UsageError(f"{'-i' if input_file is None else '-o'} FILE is missing: run-batch -i IN.jsonl -o OUT.jsonl")
@@ -138,7 +138,7 @@ def _fetched(url: httpx.URL) -> IO[bytes]:
 
 
 def _send(url: httpx.URL, path: Path) -> None:
-    """Upload the answers; if that fails, the CandleVllmError names the file that has them."""
+    """Upload the answers and remove their file; if that fails, the CandleVllmError names the file."""
     why = ""
     for pause in (0.0, *SENDING_PAUSES):
         time.sleep(pause)
@@ -161,7 +161,7 @@ def _send(url: httpx.URL, path: Path) -> None:
 
 
 async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], load: Load | None) -> None:
-    # There are no other clients, so no API keys and no limits are needed. A server's store has batches of that server.
+    # There are no other clients, so no keys or limits are needed; nor a store, whose batches would be continued.
     settings = dataclasses.replace(
         configuration.settings, host="127.0.0.1", api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
         max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE, responses_store=MEMORY,
