@@ -235,12 +235,12 @@ async def _arriving(load: Load, samples: Sequence[Sample]) -> AsyncIterator[Samp
     """Yield the requests at their arrival times, which are computed from the run's start: delays do not add up."""
     chance = random.Random(load.seed)  # noqa: S311
     at = time.monotonic()
-    for sent, sample in enumerate(samples, 1):
-        yield sample
-        rate = load.rate if load.ramp is None else load.ramp.rate(min(sent / max(len(samples) - 1, 1), 1.0))
-        if math.isfinite(rate):
+    for sent, sample in enumerate(samples):
+        rate = load.rate if load.ramp is None else load.ramp.rate(sent / max(len(samples) - 1, 1))
+        if sent and math.isfinite(rate):
             at += chance.gammavariate(load.burstiness, 1 / (rate * load.burstiness))
             await asyncio.sleep(at - time.monotonic())
+        yield sample
 
 
 async def _ask(load: Load, sample: Sample, began: float) -> Seen:
