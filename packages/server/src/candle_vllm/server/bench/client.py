@@ -85,7 +85,7 @@ class AnswerClient(asyncio.Protocol):
         if self._in_body and not self._chunked and self._left is None and exc is None:
             self._finish(time.monotonic())
         else:
-            self.fail(f"the connection was closed: {exc}")
+            self.fail("the connection was closed" + (f": {exc}" if exc else ""))
 
     def _begin(self, head: bytes) -> None:
         self._in_body = True
@@ -127,7 +127,7 @@ class AnswerClient(asyncio.Protocol):
     def _take(self, data: bytes, now: float) -> None:
         if b" 200" in self._status:
             self.received(data, now)
-        else:
+        elif data:  # empty if the head arrived alone
             self.fail(f"{self._status.decode('latin-1')}: {data[:300].decode('utf-8', 'replace')}")
 
     def _finish(self, now: float) -> None:
@@ -281,5 +281,5 @@ class Target:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await loop.create_connection(lambda: client, self._host, self._port, ssl=self.tls)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: the host is no name
             client.fail(f"no connection: {error or type(error).__name__}")

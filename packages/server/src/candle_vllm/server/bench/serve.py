@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import random
@@ -147,17 +148,11 @@ def bench_serve(
     extra = _extra(extra_body, ignore_eos, dataset_name, backend, temperature=temperature, top_p=top_p, top_k=top_k)
     kept = _pairs("--metadata", metadata)
     shape = Shape(input_len, output_len, random_prefix_len, random_range_ratio)
-    counted: list[Words] = []
     with httpx.Client(
         base_url=target.base_url, headers=headers, timeout=60, verify=target.tls or True, trust_env=False
     ) as http:
         name = served_model_name or model or _first_model(http)
-
-        def words() -> Words:
-            if not counted:
-                counted.append(ServerWords(http, name) if tokenizer is None else LocalWords(tokenizer))
-            return counted[0]
-
+        words = functools.cache(lambda: ServerWords(http, name) if tokenizer is None else LocalWords(tokenizer))
         samples = make_samples(dataset_name, dataset_path, num_prompts, shape, words, seed)
         load = Load(
             target, endpoint or ENDPOINTS[backend], backend, name, extra, rate, burstiness, max_concurrency, seed, ramp
@@ -166,7 +161,7 @@ def bench_serve(
             f"bench serve: {len(samples)} requests to {without_secrets(target.base_url)}{load.endpoint} for {name}\n"
         )
         seen, duration = asyncio.run(_run(load, samples, num_warmups))
-        seen = [_counted(each, counted) for each in seen]
+        seen = [_counted(each, words()) for each in seen]
     result = summary(seen, duration, metrics, percentiles, goals, streamed=load.streamed)
     sys.stdout.write(table(result))
     errors = [each.error for each in seen if each.error]
@@ -261,15 +256,11 @@ async def _ask(load: Load, sample: Sample, began: float) -> Seen:
     )
 
 
-def _counted(each: Seen, words: Sequence[Words]) -> Seen:
+def _counted(each: Seen, words: Words) -> Seen:
     """Count the tokens of an answer if its server did not report them."""
     if each.output_len or not each.text or each.error:
         return each
-    if not words:
-        raise CandleVllmError(
-            "the server reports no usage, so tokens cannot be counted: name a tokenizer with --tokenizer"
-        )
-    return dataclasses.replace(each, output_len=len(words[0].encode(each.text)))
+    return dataclasses.replace(each, output_len=len(words.encode(each.text)))
 
 
 def _number(value: Any) -> int | None:
