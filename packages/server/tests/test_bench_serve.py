@@ -356,6 +356,12 @@ async def test_what_is_no_whole_answer_is_a_failure(answer: bytes, failure: str)
     assert failure in (client.failure or "")
 
 
+def test_a_user_in_the_address_is_sent_with_each_request() -> None:
+    request = Target("http://me:p%40ss@127.0.0.1:9", {"authorization": "Bearer k"}).post("/", {})
+    assert b"\r\nauthorization: Basic bWU6cEBzcw==\r\n" in request  # as httpx sends it
+    assert b"Bearer" not in request
+
+
 async def test_a_refusal_is_told_however_it_is_cut() -> None:
     client, closed = EventClient(b""), EventClient(b"")
     for part in (b"HTTP/1.1 400 Bad\r\ncontent-length: 4\r\n\r\n", b"full"):  # as vLLM sends them

@@ -8,12 +8,13 @@ a content length, or up to the end of the connection.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import ssl
 import time
 from collections.abc import Mapping
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.settings.options import UsageError
@@ -239,7 +240,7 @@ class Target:
     """A server, by its base URL; UsageError if the URL is invalid.
 
     Args:
-        base_url: `http://` or `https://` with a host, and perhaps a port and a path prefix.
+        base_url: `http://` or `https://` with a host, and perhaps a user, a port and a path prefix.
         headers: headers of every request.
         insecure: whether certificates are not verified.
 
@@ -260,6 +261,9 @@ class Target:
         self.base_url = base_url.rstrip("/")
         self._host, self._netloc, self._prefix = parts.hostname, parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
         self._headers = dict(headers or {})
+        if parts.username or parts.password:
+            pair = unquote(f"{parts.username or ''}:{parts.password or ''}").encode()
+            self._headers["authorization"] = f"Basic {base64.b64encode(pair).decode()}"  # not a key, as in httpx
         self.tls: ssl.SSLContext | None = None
         if parts.scheme == "https":
             self.tls = ssl.create_default_context()
