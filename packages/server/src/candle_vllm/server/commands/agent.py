@@ -241,7 +241,6 @@ _MOST = 300  # characters of arguments or of a result on one line
 _ENDS = {
     "max_turns": "the maximum number of turns is reached (--max-turns)",
     "loop": "the model repeated the same calls",
-    "timeout": "the time limit was reached",
 }
 
 
@@ -287,7 +286,7 @@ class AgentDisplay:
             if not self._line_open:
                 self._began = time.perf_counter()
             self._text.show(said)
-            self._line_open = not said.thought or sys.stdout.isatty()
+            self._line_open |= not said.thought or sys.stdout.isatty()
 
     def _end_line(self) -> None:
         if self._line_open:
