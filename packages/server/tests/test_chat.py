@@ -259,6 +259,21 @@ def test_no_letter_is_lost_or_shown_twice(
     assert not written - seen - languages
 
 
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_reasoning_without_an_answer_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", screen := Screen())
+    monkeypatch.setenv("TERM", "dumb")
+    display = markdown.MarkdownDisplay(Console(file=screen, force_terminal=True, color_system=None, width=60))
+    display.show(Said("Hm", thought=True))
+    display.tell_rate(5, 1.0)
+    display.close()
+    assert screen.getvalue() == "Hm\n(5 tokens, 4.0 a second)\n"
+
+
 def test_an_old_history_keeps_its_newer_half(tmp_path: Path) -> None:
     from candle_vllm.server.commands.interactive import private_history
 
