@@ -274,6 +274,17 @@ def test_reasoning_without_an_answer_ends_its_line(monkeypatch: pytest.MonkeyPat
     assert screen.getvalue() == "Hm\n(5 tokens, 4.0 a second)\n"
 
 
+def test_remarks_cannot_move_the_cursor_beside_redirected_answers(
+    monkeypatch: pytest.MonkeyPatch, engine: PacedEngine, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "\x1b]0;title\x07"}]
+    (tmp_path / "t.json").write_text(json.dumps({"model": "m", "messages": messages}))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/load t.json\n")))
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    assert main(["chat", "--m", "first"]) == 0
+    assert "user: ]0;title\n" in screen.getvalue()
+
+
 def test_an_old_history_keeps_its_newer_half(tmp_path: Path) -> None:
     from candle_vllm.server.commands.interactive import private_history
 

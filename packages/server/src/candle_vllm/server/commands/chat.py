@@ -134,7 +134,7 @@ class Chat:
     def say(self, text: str) -> None:
         """Print a line that is not part of an answer: to standard error if answers are redirected."""
         stream = sys.stdout if sys.stdout.isatty() else sys.stderr
-        stream.write(terminal_safe(text) + "\n")
+        stream.write(terminal_safe(text, stream) + "\n")
         stream.flush()
 
     def ends_with(self, line: str) -> bool:

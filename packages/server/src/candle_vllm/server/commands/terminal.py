@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
@@ -185,9 +185,9 @@ def dimmed(text: str) -> str:
     return text if os.environ.get("TERM", "dumb") == "dumb" else f"\x1b[2m{text}\x1b[0m"
 
 
-def terminal_safe(text: str) -> str:
-    """If standard output is a terminal, remove control characters, which could move the cursor or set the title."""
-    if not sys.stdout.isatty():
+def terminal_safe(text: str, stream: TextIO | None = None) -> str:
+    """If the stream (default: stdout) is a terminal, remove control characters, which could move its cursor."""
+    if not (stream or sys.stdout).isatty():
         return text
     return "".join(char for char in text if char in "\n\t" or (char >= " " and not "\x7f" <= char <= "\x9f"))
 
