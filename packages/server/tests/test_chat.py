@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import markdown
 from candle_vllm.server.commands.chat import read_saved
-from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY, editor
+from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY, editor, line_reader
 from candle_vllm.server.commands.terminal import Said
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
@@ -283,6 +284,15 @@ def test_remarks_cannot_move_the_cursor_beside_redirected_answers(
     monkeypatch.setattr(sys, "stderr", screen := Screen())
     assert main(["chat", "--m", "first"]) == 0
     assert "user: ]0;title\n" in screen.getvalue()
+
+
+def test_a_long_text_in_triple_quotes_is_read_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b'"""' + b"x\n" * 200_000 + b'"""\nnext'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    began = time.process_time()
+    read = line_reader(Path())
+    assert (len(read() or ""), read(), read()) == (399_999, "next", None)
+    assert time.process_time() - began < 2
 
 
 def test_an_old_history_keeps_its_newer_half(tmp_path: Path) -> None:
