@@ -446,6 +446,17 @@ class TestOnAPipe:
         assert why in capsys.readouterr().err
 
 
+def test_a_message_that_ends_like_an_image_is_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = PacedEngine("I see.", sees=True)
+    monkeypatch.setattr(chat_module, "load_engine", lambda *_, **__: engine)
+    long, unknown = "Who draws " + "a" * 300 + ".png", "~nobody is in it.png"
+    talk(monkeypatch, capsys, long, unknown, "/image ~nobody/a.png")
+    assert asked(engine)[-1][1::2] == [long, unknown]
+
+
 class TestFullContext:
     @pytest.fixture
     def small(self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch) -> PacedEngine:

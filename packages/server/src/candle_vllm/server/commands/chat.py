@@ -178,7 +178,7 @@ class Chat:
         if self._engine is None or "image" not in self._engine.model_info.modalities:
             return False
         words = line.strip("'\" ").replace("\\ ", " ")
-        if not words.lower().endswith(_PICTURES) or not Path(words).expanduser().is_file():
+        if not words.lower().endswith(_PICTURES) or not os.path.isfile(os.path.expanduser(words)):
             return False
         self._image(words)
         return True
@@ -483,7 +483,7 @@ def _path(text: str, command: str) -> Path:
     path = _words(text, 1, f"{command} takes one file")[0] if text[:1] in ("'", '"') else text
     if not path:
         raise UsageError(f"{command} needs the name of a file")
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))
 
 
 def _words(text: str, most: int, wanted: str) -> list[str]:
