@@ -627,8 +627,9 @@ class TestCommands:
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
         (tmp_path / "other.txt").write_text("mine")
-        lines = ["A", "/save t.json", "B", "/save t.json", "/save other.txt", "/clear", "/load t.json", "C"]
-        out = talk(monkeypatch, capsys, *lines, "/save", "/load nowhere", "/load other.txt")
+        lines = ["A", "/save t.json", "B", "/save t.json", "/save other.txt", "/clear", "/save t.json", "/load t.json"]
+        out = talk(monkeypatch, capsys, *lines, "C", "/save", "/load nowhere", "/load other.txt")
+        assert "t.json exists and is not replaced: name another file" in out
         assert asked(engine)[-1] == ["S", "A", "Hello!", "B", "Hello!", "C"]
         assert (tmp_path / "t.json").stat().st_mode & 0o777 == 0o600
         assert (tmp_path / "other.txt").read_text() == "mine"

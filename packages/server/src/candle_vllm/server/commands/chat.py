@@ -431,7 +431,7 @@ class Chat:
 
     def _clear(self, _: str) -> None:
         self._messages = list(self._start)
-        self._left_out, self._images = 0, []
+        self._left_out, self._images, self._own_file = 0, [], None
         self.say("(new conversation)")
 
     def _regenerate(self, _: str) -> None:
