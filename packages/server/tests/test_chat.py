@@ -322,6 +322,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PacedEngine:
             raise ModelNotFoundError("there is no model missing")
         if settings.model == "huge":
             raise MemoryError
+        if settings.model == "locked":
+            raise PermissionError(13, "Permission denied", "locked")
         return engine
 
     monkeypatch.setattr(chat_module, "load_engine", load)
@@ -543,6 +545,13 @@ class TestCommands:
         assert "error: there is no model missing; going back" in out
         assert "no.gguf" in out
         assert "error: the memory ran out; going back" in out
+
+    def test_a_model_that_fails_in_any_way_gives_the_model_before_back(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = talk(monkeypatch, capsys, "/model locked", "B")
+        assert "error: [Errno 13] Permission denied: 'locked'; going back to the model before" in out
+        assert asked(engine) == [["S", "B"]]
 
     def test_an_adapter_answers_from_here_on_and_its_model_again(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -381,8 +381,9 @@ class Chat:
 
         try:
             self._engine = run_stoppable(self._runner, load, "load", InferenceEngine.close)
-        except (CandleVllmError, MemoryError) as error:
-            return f"error: {str(error) or 'the memory ran out'}"
+        except Exception as error:  # whatever it is, the model before must come back
+            logger.debug("the model cannot be loaded", exc_info=True)
+            return f"error: {str(error) or ('the memory ran out' if isinstance(error, MemoryError) else repr(error))}"
         except KeyboardInterrupt:
             return "(stopped)"
         return None
