@@ -74,13 +74,13 @@ def run_batch(
         try:
             with os.fdopen(descriptor, "wb") as made:
                 asyncio.run(_run(configuration, given, made, load))
+            _send(target, Path(name))
         except BaseException:
             if os.path.getsize(name):
                 sys.stderr.write(f"run-batch: the answers so far are in {name}\n")
             else:
                 os.unlink(name)
             raise
-    _send(target, Path(name))
     return 0
 
 
@@ -104,8 +104,8 @@ def _place(text: str) -> Path | httpx.URL:
 
 
 def _client() -> httpx.Client:
-    """Return an HTTP client that does not follow redirects, because the operator allowed only one URL."""
-    return httpx.Client(timeout=60, follow_redirects=False)
+    """Return an HTTP client for the one URL that the operator allowed: it follows no redirects, and accepts gzip."""
+    return httpx.Client(timeout=60, follow_redirects=False, headers={"accept-encoding": "gzip"})
 
 
 def _fetched(url: httpx.URL) -> IO[bytes]:
@@ -138,7 +138,7 @@ def _fetched(url: httpx.URL) -> IO[bytes]:
 
 
 def _send(url: httpx.URL, path: Path) -> None:
-    """Upload the answers and remove their file; if that fails, the CandleVllmError names the file."""
+    """Upload the answers and remove their file; CandleVllmError if that fails."""
     why = ""
     for pause in (0.0, *SENDING_PAUSES):
         time.sleep(pause)
@@ -154,7 +154,7 @@ def _send(url: httpx.URL, path: Path) -> None:
         why = f"it answered with {status}"
         if status < httpx.codes.INTERNAL_SERVER_ERROR and status != httpx.codes.TOO_MANY_REQUESTS:
             break
-    raise CandleVllmError(f"{without_secrets(str(url))} did not accept the answers ({why}): they are in {path}")
+    raise CandleVllmError(f"{without_secrets(str(url))} did not accept the answers ({why})")
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
