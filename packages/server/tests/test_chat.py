@@ -479,6 +479,24 @@ class TestFullContext:
         assert questions[0] not in sent
         assert len(json.loads((tmp_path / "t.json").read_text())["messages"]) == 17
 
+    def test_images_count_in_the_length_of_a_conversation(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        engine = PacedEngine("I see.", sees=True, max_model_len=600)
+        look = engine.look
+
+        def wide(ids: Any, images: Any, *args: Any, **options: Any) -> Any:
+            seen, inputs = look(ids, images, *args, **options)
+            return seen + seen[-1:] * 150 * len(inputs), inputs  # an image takes 150 tokens
+
+        monkeypatch.setattr(engine, "look", wide)
+        monkeypatch.setattr(chat_module, "load_engine", lambda *_, **__: engine)
+        Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+        out = talk(monkeypatch, capsys, *["/image a.png", "What?"] * 5)
+        assert out.count("I see.\n") == 5
+        assert "(the context is full: the oldest 4 messages are left out from here on)" in out
+
     def test_max_tokens_is_lowered_to_what_is_left(
         self, small: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -33,7 +33,7 @@ from candle_vllm.server.commands.terminal import Message, answer_pieces, require
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.commands import MAX_TOKENS
-from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing
+from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing, thinking_settings
 from candle_vllm.server.settings.options import SAMPLING, UsageError, convert
 from candle_vllm.server.settings.table import OPTIONS, AdapterOptions
 
@@ -236,11 +236,15 @@ class Chat:
         self.say(f"(max_tokens is {context - length} for this answer: the context of {context} has no room for more)")
         return self._sent(messages), context - length
 
-    @staticmethod
-    def _length(engine: InferenceEngine, messages: list[Message]) -> int:
-        """Return the number of tokens of the prompt without its images; 2^62 if the engine refuses it as too long."""
+    def _length(self, engine: InferenceEngine, messages: list[Message]) -> int:
+        """Return the number of tokens of the prompt, images included; 2^62 if the engine refuses it as too long."""
+        from candle_vllm.openai import OpenAIAdapter
+        from candle_vllm.openai.requests import parse_chat_request, read_chat
+
+        adapter = OpenAIAdapter(engine, **thinking_settings(self._settings))
+        task = read_chat(parse_chat_request({"messages": messages, **self._settings.default_sampling}))
         try:
-            return len(engine.tokenize(engine.apply_chat_template(messages), add_special_tokens=False))
+            return self._runner.run(adapter.count_tokens(lambda: task))
         except PromptTooLongError:
             return 1 << 62
 
