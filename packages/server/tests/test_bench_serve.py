@@ -156,6 +156,7 @@ RAMP = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "2", "--ramp-up-e
         (["--request-rate", "0"], "--request-rate must be a number above 0"),
         (["--request-rate", "nan"], "--request-rate must be a number above 0"),
         (["--extra-body", "[]"], "--extra-body must be a JSON object"),
+        (["--extra-body", "[" * 4000], "--extra-body must be a JSON object"),
         (["--header", "a\r\nb=c"], "--header"),
         (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1"], "belong together"),
         (["--ramp-up-strategy", "sine"], "--ramp-up-strategy"),
@@ -491,11 +492,16 @@ def test_files(folder: Path) -> None:
     path.write_text('{"prompt": "a"}')
     with pytest.raises(UsageError, match=r'line 1: {"turns": \[TEXT\]} is wanted'):
         make("mt_bench", path)
-    for text, message in (("[]", "has no request"), ("{", "is not JSON")):
+    deep = "[" * 100_000
+    for text, message in (("[]", "has no request"), ("{", "is not JSON"), (deep, "is not JSON: maximum recursion")):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):
             make("sharegpt", path)
-    for text, message in (("", "has no request"), ("x", "line 1: it is not JSON"), ("\n{}", "line 2: ")):
+    for text, message in (
+        ("", "has no request"),
+        *((x, "line 1: it is not JSON") for x in ("x", deep)),
+        ("\n{}", "line 2: "),
+    ):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):
             make("custom", path)

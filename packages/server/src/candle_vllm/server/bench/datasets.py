@@ -169,7 +169,7 @@ def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
     """Yield question and answer from the first two turns of each conversation that begins with two texts."""
     try:
         value = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     for entry in value if isinstance(value, list) else ():
         turns = entry.get("conversations", entry.get("conversation")) if isinstance(entry, dict) else None
@@ -186,7 +186,7 @@ def _lines(path: Path, name: str) -> Iterator[tuple[str, int | None]]:
             continue
         try:
             value: Any = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(f"{path}, line {number}: it is not JSON") from None
         entry = value if isinstance(value, Mapping) else {}
         if name in _QUESTIONS:

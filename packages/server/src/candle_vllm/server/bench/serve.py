@@ -289,7 +289,7 @@ def _extra(
         extra["ignore_eos"] = True  # answers to random prompts have no natural end
     try:
         more = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         more = None
     if not isinstance(more, dict):
         raise UsageError("--extra-body must be a JSON object")
