@@ -162,7 +162,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "served_model_name": Derived(list(names), "derived: the model's name"),
         "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
         "cpu_level": Derived(best_level().name, "derived: the best level of this CPU"),
-        "threads": Derived(default_threads(), "derived: one for each core that this process is allowed"),
+        "threads": Derived(default_threads(), "derived: one for each physical core, within the CPU quota"),
         "cpu_ranks": Derived(ranks, f"derived: {why}"),
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
@@ -175,7 +175,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         ),
         "max_loras": Derived(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
         "max_cpu_loras": Derived("as many as lora_memory holds", DEFAULT),
-        "lora_memory": Derived("a quarter of what is free, at most 4 GiB", DEFAULT),
+        "lora_memory": Derived("a quarter of what is free after loading, 64 MiB to 4 GiB", DEFAULT),
     }
     if config.kv_cache_memory is not None:
         found["kv_fraction"] = Derived("not used", "the KV cache's size is set")

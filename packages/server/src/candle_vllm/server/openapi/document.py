@@ -31,7 +31,7 @@ _MEANINGS: Mapping[int, str] = {
     429: "Too many requests of this API key or tool calls run or wait, or the key reached a limit",
     500: "The server failed on this request",
     502: "The webhook or the Hugging Face hub failed",
-    503: "Overloaded, shutting down, or the model cannot load now",
+    503: "Overloaded, shutting down, or the model or the store is not available now",
     529: "Overloaded",
     504: "The answer took longer than the operator allows",
 }
