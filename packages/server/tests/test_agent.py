@@ -293,6 +293,17 @@ def test_what_a_tool_says_cannot_move_the_cursor(capsys: pytest.CaptureFixture[s
     assert max(map(len, err.splitlines())) < 400
 
 
+def test_hidden_reasoning_does_not_join_two_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    display, message = AgentDisplay(), {"role": "assistant", "content": ""}
+    for number, text in enumerate(("One.", "Two."), 1):
+        display.show(events.TextDelta(text=text))
+        display.show(events.ReasoningDelta(text="hidden"))
+        usage = ConversationUsage()
+        ended = events.TurnFinished(number=number, message=message, finish_reason=FinishReason.STOP, usage=usage)
+        display.show(ended)
+    assert capsys.readouterr().out == "One.\nTwo.\n"
+
+
 AGENT = ("agent", "--tool-parser", "hermes", "x")
 
 

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import markdown
 from candle_vllm.server.commands.chat import read_saved
-from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY, editor
+from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY, editor, line_reader
 from candle_vllm.server.commands.terminal import Said
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
@@ -259,6 +260,41 @@ def test_no_letter_is_lost_or_shown_twice(
     assert not written - seen - languages
 
 
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_reasoning_without_an_answer_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", screen := Screen())
+    monkeypatch.setenv("TERM", "dumb")
+    display = markdown.MarkdownDisplay(Console(file=screen, force_terminal=True, color_system=None, width=60))
+    display.show(Said("Hm", thought=True))
+    display.tell_rate(5, 1.0)
+    display.close()
+    assert screen.getvalue() == "Hm\n(5 tokens, 4.0 a second)\n"
+
+
+def test_remarks_cannot_move_the_cursor_beside_redirected_answers(
+    monkeypatch: pytest.MonkeyPatch, engine: PacedEngine, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "\x1b]0;title\x07"}]
+    (tmp_path / "t.json").write_text(json.dumps({"model": "m", "messages": messages}))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/load t.json\n")))
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    assert main(["chat", "--m", "first"]) == 0
+    assert "user: ]0;title\n" in screen.getvalue()
+
+
+def test_a_long_text_in_triple_quotes_is_read_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b'"""' + b"x\n" * 200_000 + b'"""\nnext'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    began = time.process_time()
+    read = line_reader(Path())
+    assert (len(read() or ""), read(), read()) == (399_999, "next", None)
+    assert time.process_time() - began < 2
+
+
 def test_an_old_history_keeps_its_newer_half(tmp_path: Path) -> None:
     from candle_vllm.server.commands.interactive import private_history
 
@@ -286,6 +322,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PacedEngine:
             raise ModelNotFoundError("there is no model missing")
         if settings.model == "huge":
             raise MemoryError
+        if settings.model == "locked":
+            raise PermissionError(13, "Permission denied", "locked")
         return engine
 
     monkeypatch.setattr(chat_module, "load_engine", load)
@@ -410,6 +448,17 @@ class TestOnAPipe:
         assert why in capsys.readouterr().err
 
 
+def test_a_message_that_ends_like_an_image_is_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = PacedEngine("I see.", sees=True)
+    monkeypatch.setattr(chat_module, "load_engine", lambda *_, **__: engine)
+    long, unknown = "Who draws " + "a" * 300 + ".png", "~nobody is in it.png"
+    talk(monkeypatch, capsys, long, unknown, "/image ~nobody/a.png")
+    assert asked(engine)[-1][1::2] == [long, unknown]
+
+
 class TestFullContext:
     @pytest.fixture
     def small(self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch) -> PacedEngine:
@@ -429,6 +478,24 @@ class TestFullContext:
         assert (sent[0], sent[-1]) == ("S", questions[-1])
         assert questions[0] not in sent
         assert len(json.loads((tmp_path / "t.json").read_text())["messages"]) == 17
+
+    def test_images_count_in_the_length_of_a_conversation(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        engine = PacedEngine("I see.", sees=True, max_model_len=600)
+        look = engine.look
+
+        def wide(ids: Any, images: Any, *args: Any, **options: Any) -> Any:
+            seen, inputs = look(ids, images, *args, **options)
+            return seen + seen[-1:] * 150 * len(inputs), inputs  # an image takes 150 tokens
+
+        monkeypatch.setattr(engine, "look", wide)
+        monkeypatch.setattr(chat_module, "load_engine", lambda *_, **__: engine)
+        Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+        out = talk(monkeypatch, capsys, *["/image a.png", "What?"] * 5)
+        assert out.count("I see.\n") == 5
+        assert "(the context is full: the oldest 4 messages are left out from here on)" in out
 
     def test_max_tokens_is_lowered_to_what_is_left(
         self, small: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -496,6 +563,13 @@ class TestCommands:
         assert "error: there is no model missing; going back" in out
         assert "no.gguf" in out
         assert "error: the memory ran out; going back" in out
+
+    def test_a_model_that_fails_in_any_way_gives_the_model_before_back(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = talk(monkeypatch, capsys, "/model locked", "B")
+        assert "error: [Errno 13] Permission denied: 'locked'; going back to the model before" in out
+        assert asked(engine) == [["S", "B"]]
 
     def test_an_adapter_answers_from_here_on_and_its_model_again(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -580,8 +654,9 @@ class TestCommands:
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
         (tmp_path / "other.txt").write_text("mine")
-        lines = ["A", "/save t.json", "B", "/save t.json", "/save other.txt", "/clear", "/load t.json", "C"]
-        out = talk(monkeypatch, capsys, *lines, "/save", "/load nowhere", "/load other.txt")
+        lines = ["A", "/save t.json", "B", "/save t.json", "/save other.txt", "/clear", "/save t.json", "/load t.json"]
+        out = talk(monkeypatch, capsys, *lines, "C", "/save", "/load nowhere", "/load other.txt")
+        assert "t.json exists and is not replaced: name another file" in out
         assert asked(engine)[-1] == ["S", "A", "Hello!", "B", "Hello!", "C"]
         assert (tmp_path / "t.json").stat().st_mode & 0o777 == 0o600
         assert (tmp_path / "other.txt").read_text() == "mine"

@@ -317,7 +317,7 @@ def test_the_commands(command: Any) -> None:
     status, said, _ = command("pull", f"{REPO}:Q4_K_M")
     assert status == 0
     assert said.splitlines()[0] == f"{REPO}:Q4_K_M: 3 MB in 2 files"
-    assert said.splitlines()[-1].endswith(f"is the hub's current version; candle-vllm --m {REPO}:Q4_K_M serves it")
+    assert said.splitlines()[-1].endswith(f"as the hub has it; candle-vllm --m {REPO}:Q4_K_M serves it")
     assert f"{REPO}:Q4_K_M  3 MB" in command("list")[1]
     status, shown, _ = command("show", REPO)
     assert status == 0

@@ -177,10 +177,12 @@ class Shelf:
         self.statuses: list[int] = []  # of the next requests; 200 behind them
         self.asked: list[str] = []
         self.encoding = "identity"
+        self.accepted: str | None = None
         shelf = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                shelf.accepted = self.headers["accept-encoding"]
                 self._answer(shelf.files.get(self.path.partition("?")[0], b""))
 
             def do_PUT(self) -> None:
@@ -240,8 +242,8 @@ def test_files_behind_addresses(
         assert len(shelf.asked) == asked
         [kept] = tmp_path.glob("run-batch-*")
         said = capsys.readouterr().err
-        assert f"{shelf.url}/out did not accept the answers (it answered with {statuses[-1]}): " in said
-        assert f"they are in {kept}" in said
+        assert f"{shelf.url}/out did not accept the answers (it answered with {statuses[-1]})\n" in said
+        assert f"the answers so far are in {kept}" in said
         assert "secret" not in said
         assert len(kept.read_text().splitlines()) == 2
         kept.unlink()
@@ -262,6 +264,19 @@ def test_answers_of_a_run_that_is_interrupted_are_found(
     said = capsys.readouterr().err
     assert [path.read_bytes() for path in kept] == ([answers] if answers else [])
     assert all(f"the answers so far are in {path}" in said for path in kept)
+
+
+def test_answers_whose_upload_is_interrupted_are_found(
+    engine: PacedEngine, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_send", interrupted)
+    (tmp_path / "in").write_text(json.dumps(request("a")))
+    assert main(["run-batch", "-i", "in", "-o", f"{shelf.url}/out", "--output-tmp-dir", str(tmp_path)]) == 130
+    [kept] = tmp_path.glob("run-batch-*")
+    assert f"the answers so far are in {kept}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [404, 302])
@@ -291,6 +306,7 @@ def test_an_address_that_cannot_be_read(
     shelf.encoding = "zstd"
     assert main(["run-batch", "-i", f"{shelf.url}/in", "-o", "out"]) == 2
     assert "has a compression other than gzip" in capsys.readouterr().err
+    assert shelf.accepted == "gzip"  # what is asked for is not refused
     assert not (tmp_path / "out").exists()
 
 

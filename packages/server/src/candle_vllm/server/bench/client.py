@@ -8,12 +8,13 @@ a content length, or up to the end of the connection.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import ssl
 import time
 from collections.abc import Mapping
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.settings.options import UsageError
@@ -26,11 +27,11 @@ class AnswerClient(asyncio.Protocol):
     """One request and its response.
 
     Attributes:
-        sent: `time.monotonic()` when the request was sent.
-        done: future of the seconds from `sent` to the end of the response; NaN if the request failed.
+        sent: `time.monotonic()` when the request was sent; 0 before.
+        done: future of the seconds from `sent` to the end of the response; NaN if the request failed, or after `leave`.
         failure: reason of the failure, or None.
-        text: generated text, including reasoning and arguments of calls.
-        times: seconds from `sent` to each event with content.
+        text: deltas of the generated text, including reasoning and arguments of calls; filled by `EventClient`.
+        times: seconds from `sent` to the arrival of each delta in `text`.
         usage: usage of the response, if the server reports it.
     """
 
@@ -85,7 +86,7 @@ class AnswerClient(asyncio.Protocol):
         if self._in_body and not self._chunked and self._left is None and exc is None:
             self._finish(time.monotonic())
         else:
-            self.fail(f"the connection was closed: {exc}")
+            self.fail("the connection was closed" + (f": {exc}" if exc else ""))
 
     def _begin(self, head: bytes) -> None:
         self._in_body = True
@@ -127,7 +128,7 @@ class AnswerClient(asyncio.Protocol):
     def _take(self, data: bytes, now: float) -> None:
         if b" 200" in self._status:
             self.received(data, now)
-        else:
+        elif data:  # empty if the head arrived alone
             self.fail(f"{self._status.decode('latin-1')}: {data[:300].decode('utf-8', 'replace')}")
 
     def _finish(self, now: float) -> None:
@@ -139,7 +140,7 @@ class AnswerClient(asyncio.Protocol):
 
     def _bound(self) -> None:
         if len(self._buffer) > BUFFER:
-            self.fail("a chunk without end")
+            self.fail("the head or a chunk is larger than 1 MB")
 
     def fail(self, why: str) -> None:
         if not self.done.done():
@@ -172,7 +173,7 @@ class EventClient(AnswerClient):
         data = (self._rest + data).replace(b"\r\n", b"\n")
         *events, self._rest = data.split(b"\n\n")
         if len(self._rest) > BUFFER:
-            self.fail("an event without end")
+            self.fail("an event is larger than 1 MB")
         for event in events:
             for line in event.split(b"\n"):
                 if line.startswith(b"data:"):
@@ -227,7 +228,7 @@ class WholeClient(AnswerClient):
 
 
 def _content(choice: Mapping[str, Any]) -> str:
-    """Return the text of a delta: of the answer, the reasoning, or the arguments of tool calls."""
+    """Return the text of a choice: content, reasoning and arguments of tool calls, or the text of a completion."""
     delta = choice.get("delta")
     if not isinstance(delta, dict):
         return choice.get("text") or ""
@@ -239,7 +240,7 @@ class Target:
     """A server, by its base URL; UsageError if the URL is invalid.
 
     Args:
-        base_url: `http://` or `https://` with a host, and perhaps a port and a path prefix.
+        base_url: `http://` or `https://` with a host, and perhaps a user, a port and a path prefix.
         headers: headers of every request.
         insecure: whether certificates are not verified.
 
@@ -260,6 +261,9 @@ class Target:
         self.base_url = base_url.rstrip("/")
         self._host, self._netloc, self._prefix = parts.hostname, parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
         self._headers = dict(headers or {})
+        if parts.username or parts.password:
+            pair = unquote(f"{parts.username or ''}:{parts.password or ''}").encode()
+            self._headers["authorization"] = f"Basic {base64.b64encode(pair).decode()}"  # not a key, as in httpx
         self.tls: ssl.SSLContext | None = None
         if parts.scheme == "https":
             self.tls = ssl.create_default_context()
@@ -281,5 +285,5 @@ class Target:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await loop.create_connection(lambda: client, self._host, self._port, ssl=self.tls)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: the host is no name
             client.fail(f"no connection: {error or type(error).__name__}")

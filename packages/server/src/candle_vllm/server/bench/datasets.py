@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Data sets of `bench`: prompts and the lengths of their answers, in tokens.
 
-A `Words` object counts tokens: with the server's `/tokenize` and `/detokenize`, or with a tokenizer on this machine.
+A `Words` object counts tokens: by a server's `/tokenize`, a tokenizer on this machine or the engine of this process.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Sample:
 
     Attributes:
         prompt: text of the prompt.
-        prompt_len: length of the prompt in tokens; 0 if unknown.
-        output_len: maximum length of the answer in tokens; None leaves it to the server.
+        prompt_len: length of the prompt in tokens, without special tokens.
+        output_len: maximum length of the answer in tokens; None if neither the user nor the data set limits it.
     """
 
     prompt: str
@@ -69,7 +69,7 @@ class Shape:
     """Lengths of prompts and answers.
 
     Attributes:
-        input_len, output_len: lengths in tokens; None keeps the lengths of the data set.
+        input_len, output_len: lengths in tokens; None means those of the data set. Files ignore `input_len`.
         prefix_len: number of tokens that all random prompts share at the start.
         range_ratio: random lengths are between (1 - ratio) and (1 + ratio) times `input_len` and `output_len`.
     """
@@ -83,10 +83,10 @@ class Shape:
 def make_samples(
     name: str, path: Path | None, count: int, shape: Shape, words: Callable[[], Words], seed: int
 ) -> list[Sample]:
-    """Return `count` requests of a data set; UsageError if the data set does not exist, or is empty.
+    """Return `count` requests of a data set; the same `seed` gives the same requests.
 
-    `words` returns the tokenizer, and is called only if tokens must be counted. The same `seed` gives the same
-    requests.
+    UsageError if the name, the path or the file's content is invalid, OSError if the file cannot be read. `words`
+    returns the tokenizer; it is called after these checks.
     """
     chance = random.Random(seed)  # noqa: S311 - no secret
     if name == "hf":
@@ -148,7 +148,7 @@ def _random_text(words: Words, prefix: list[int], length: int, chance: random.Ra
 
 
 def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> list[Sample]:
-    """Return prompts of a poem's lines in random order, up to the wanted length."""
+    """Return prompts of `_PREFACE` and random lines of a poem, as many as the wanted length allows."""
     wanted = shape.input_len or 550
     sizes = [len(words.encode(line + "\n")) for line in _LINES]
     made = []
@@ -166,11 +166,11 @@ def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> li
 
 
 def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the first question of each conversation, and its answer, whose length is the length to generate."""
+    """Yield question and answer from the first two turns of each conversation that begins with two texts."""
     try:
         value = json.loads(_text(path))
-    except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from None
     for entry in value if isinstance(value, list) else ():
         turns = entry.get("conversations", entry.get("conversation")) if isinstance(entry, dict) else None
         both = [turn.get("value") for turn in turns[:2] if isinstance(turn, dict)] if isinstance(turns, list) else []
@@ -180,13 +180,13 @@ def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[str, int | None]]:
-    """Yield the prompt and the length of the answer, or None, of each line of JSON."""
+    """Yield the prompt of each line of JSON, and the maximum length of its answer, or None."""
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             value: Any = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(f"{path}, line {number}: it is not JSON") from None
         entry = value if isinstance(value, Mapping) else {}
         if name in _QUESTIONS:
@@ -234,7 +234,7 @@ class LocalWords:
 
 
 class ServerWords:
-    """The server's own `/tokenize` and `/detokenize`; CandleVllmError if it has no such routes.
+    """The server's own `/tokenize` and `/detokenize`; CandleVllmError if a request fails or returns nothing.
 
     `http` is a client of the server, which the caller closes; `model` is the model whose tokenizer is used.
     """

@@ -3,10 +3,10 @@
 
     ttft    time from sending the request to the first event with content
     tpot    time from the first event to the end of the answer / number of tokens after the first
-    itl     time between two events with content of one answer
+    itl     time between two consecutive events with content of one answer
     e2el    time from sending the request to the end of its answer
 
-Failed requests are counted, but do not enter latencies.
+Failed requests are only counted: tokens, rates and latencies are those of successful requests.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Seen:
     """Result of one request. Times are in seconds.
 
     Attributes:
-        start: time at which it was sent, relative to the first request.
+        start: time at which it was sent, relative to the start of the run.
         input_len, output_len: lengths in tokens.
-        latency: time from sending to the end of the answer.
+        latency: time from sending to the end of the answer; 0 if the request failed.
         times: times from sending to each event with content.
         text: the generated text.
         error: reason of the failure; empty if it succeeded.
@@ -128,7 +128,7 @@ def detail(seen: Sequence[Seen]) -> dict[str, Any]:
 
 
 def _latencies(name: str, milliseconds: Any, percentiles: Sequence[float]) -> dict[str, float | None]:
-    """Return the statistics of one metric; None without values, as for the tpot of answers with one token."""
+    """Return the statistics of one metric; each is None without values, as for the tpot of answers with one token."""
     ways: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
     ways |= {f"p{each:g}": partial(np.percentile, q=each) for each in percentiles}
     return {f"{way}_{name}_ms": float(of(milliseconds)) if len(milliseconds) else None for way, of in ways.items()}

@@ -140,7 +140,7 @@ def bench_speculation(
     skip_chat_template: bool = False,
     output_json: Path | None = None,
 ) -> int:
-    """Answer the prompts one by one, each alternately with and without draft tokens, and print the speedup.
+    """Answer each distinct prompt, one by one, alternately with and without draft tokens, and print the speedup.
 
     Returns 1 if any answers differ, else 0.
     """
@@ -159,7 +159,7 @@ def bench_speculation(
         ]
         result = _paired(engine, asked, pairs)
     sys.stdout.write(
-        f"Prompts: {len(asked)}, pairs: {pairs}, tokens behind the first: {result['output_tokens']}\n"
+        f"Prompts: {len(asked)}, pairs: {pairs}, tokens after the first: {result['output_tokens']}\n"
         f"Plain: {result['plain_tokens_per_second']:.2f} tokens/s\n"
         f"With drafts: {result['tokens_per_second']:.2f} tokens/s\n"
         f"Ratio, median of the pairs: {result['ratio']:.3f}\n"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`candle-vllm bench serve`: measures a server with OpenAI's API over HTTP, as `vllm bench serve` does.
 
-All requests are built before the first is sent. They are sent all at once, or at random times: the gaps follow a gamma
-distribution, and with burstiness 1 the arrivals are a Poisson process. Token counts come from the server's `usage`, or
-from a tokenizer if the server does not report it.
+All prompts are made before the first request is sent. Requests are sent at once, or at random times: the gaps follow a
+gamma distribution, and with burstiness 1 the arrivals are a Poisson process; `--max-concurrency` may delay them more.
+Token counts come from the server's `usage`, or from a tokenizer if the server does not report it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import random
@@ -57,7 +58,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Load:
-    """The requests of a run, their target and their arrival rate."""
+    """What the requests of a run share, their arrival rate, and the maximum number of concurrent requests (`most`)."""
 
     target: Target
     endpoint: str
@@ -147,17 +148,11 @@ def bench_serve(
     extra = _extra(extra_body, ignore_eos, dataset_name, backend, temperature=temperature, top_p=top_p, top_k=top_k)
     kept = _pairs("--metadata", metadata)
     shape = Shape(input_len, output_len, random_prefix_len, random_range_ratio)
-    counted: list[Words] = []
     with httpx.Client(
         base_url=target.base_url, headers=headers, timeout=60, verify=target.tls or True, trust_env=False
     ) as http:
         name = served_model_name or model or _first_model(http)
-
-        def words() -> Words:
-            if not counted:
-                counted.append(ServerWords(http, name) if tokenizer is None else LocalWords(tokenizer))
-            return counted[0]
-
+        words = functools.cache(lambda: ServerWords(http, name) if tokenizer is None else LocalWords(tokenizer))
         samples = make_samples(dataset_name, dataset_path, num_prompts, shape, words, seed)
         load = Load(
             target, endpoint or ENDPOINTS[backend], backend, name, extra, rate, burstiness, max_concurrency, seed, ramp
@@ -166,7 +161,7 @@ def bench_serve(
             f"bench serve: {len(samples)} requests to {without_secrets(target.base_url)}{load.endpoint} for {name}\n"
         )
         seen, duration = asyncio.run(_run(load, samples, num_warmups))
-        seen = [_counted(each, counted) for each in seen]
+        seen = [_counted(each, words()) for each in seen]
     result = summary(seen, duration, metrics, percentiles, goals, streamed=load.streamed)
     sys.stdout.write(table(result))
     errors = [each.error for each in seen if each.error]
@@ -216,7 +211,7 @@ def read_ramp(strategy: str | None, start: int | None, end: int | None) -> Ramp 
 
 
 async def _run(load: Load, samples: Sequence[Sample], warmups: int) -> tuple[list[Seen], float]:
-    """Send all requests; return their results and the duration in seconds."""
+    """Send warm-up requests, then all samples; return the results of the samples, and their duration in seconds."""
     places = asyncio.Semaphore(load.most) if load.most else contextlib.nullcontext()
 
     async def one(sample: Sample, began: float) -> Seen:
@@ -235,12 +230,12 @@ async def _arriving(load: Load, samples: Sequence[Sample]) -> AsyncIterator[Samp
     """Yield the requests at their arrival times, which are computed from the run's start: delays do not add up."""
     chance = random.Random(load.seed)  # noqa: S311
     at = time.monotonic()
-    for sent, sample in enumerate(samples, 1):
-        yield sample
-        rate = load.rate if load.ramp is None else load.ramp.rate(min(sent / max(len(samples) - 1, 1), 1.0))
-        if math.isfinite(rate):
+    for sent, sample in enumerate(samples):
+        rate = load.rate if load.ramp is None else load.ramp.rate(sent / max(len(samples) - 1, 1))
+        if sent and math.isfinite(rate):
             at += chance.gammavariate(load.burstiness, 1 / (rate * load.burstiness))
             await asyncio.sleep(at - time.monotonic())
+        yield sample
 
 
 async def _ask(load: Load, sample: Sample, began: float) -> Seen:
@@ -261,15 +256,11 @@ async def _ask(load: Load, sample: Sample, began: float) -> Seen:
     )
 
 
-def _counted(each: Seen, words: Sequence[Words]) -> Seen:
+def _counted(each: Seen, words: Words) -> Seen:
     """Count the tokens of an answer if its server did not report them."""
     if each.output_len or not each.text or each.error:
         return each
-    if not words:
-        raise CandleVllmError(
-            "the server reports no usage, so tokens cannot be counted: name a tokenizer with --tokenizer"
-        )
-    return dataclasses.replace(each, output_len=len(words[0].encode(each.text)))
+    return dataclasses.replace(each, output_len=len(words.encode(each.text)))
 
 
 def _number(value: Any) -> int | None:
@@ -298,7 +289,7 @@ def _extra(
         extra["ignore_eos"] = True  # answers to random prompts have no natural end
     try:
         more = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         more = None
     if not isinstance(more, dict):
         raise UsageError("--extra-body must be a JSON object")

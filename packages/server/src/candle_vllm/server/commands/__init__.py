@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The commands besides `serve`; they call the engine in this process, without HTTP."""
+"""The commands of `candle-vllm` besides `serve` and the benchmarks in `candle_vllm.server.bench`."""

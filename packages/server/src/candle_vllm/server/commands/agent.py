@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`candle-vllm agent`: answers one request on the terminal, with the tools of MCP servers.
 
-The answer goes to standard output, tool calls and questions for approval to standard error. Each turn enters the life
-of a request at step 2, or is sent to the server of `--base-url`.
+The answer goes to standard output, tool calls and questions for approval to standard error; with `--json`, answer and
+calls are events on standard output. Each turn enters the life of a request at step 2, or is sent to `--base-url`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ async def _carry_out(
 
 
 def _introduce(session: ResponsesSession) -> None:
-    """Print the available tools and MCP servers."""
+    """Print the MCP servers that are ready, the number of tools, and the servers' errors."""
     tools = len(session.list_openai_tools())
     statuses = session.fleet.status() if session.fleet is not None else []
     ready = [status.name for status in statuses if status.state == "ready"]
@@ -131,7 +131,7 @@ def _introduce(session: ResponsesSession) -> None:
         note("no MCP servers: name a file with --mcp-config, or put an mcp.json into this folder")
     for status in statuses:
         if status.error is not None:
-            note(f"{status.name} is not there: {status.error}")
+            note(f"{status.name} is not available: {status.error}")
 
 
 def _print_json(event: Event) -> None:
@@ -148,7 +148,7 @@ ReadLine = Callable[[str], Awaitable[str | None]]
 
 
 class TerminalApproval:
-    """An approval callback that asks the user; without a terminal it denies.
+    """An approval callback: asks the user about calls that are not approved already; without a terminal it denies them.
 
     Args:
         approved: names of tools that are approved in advance, with their server (`files__read`) or without (`read`);
@@ -241,7 +241,6 @@ _MOST = 300  # characters of arguments or of a result on one line
 _ENDS = {
     "max_turns": "the maximum number of turns is reached (--max-turns)",
     "loop": "the model repeated the same calls",
-    "timeout": "the time limit was reached",
 }
 
 
@@ -278,7 +277,7 @@ class AgentDisplay:
                 note(unfinished(reason) if cut else f"not finished: {_ENDS.get(reason, reason)}")
 
     def close(self) -> None:
-        """End the current output line, if the conversation ended within it."""
+        """On a terminal, end the current output line, if the conversation ended within it."""
         if sys.stdout.isatty():
             self._end_line()
 
@@ -287,7 +286,7 @@ class AgentDisplay:
             if not self._line_open:
                 self._began = time.perf_counter()
             self._text.show(said)
-            self._line_open = not said.thought or sys.stdout.isatty()
+            self._line_open |= not said.thought or sys.stdout.isatty()
 
     def _end_line(self) -> None:
         if self._line_open:
@@ -335,7 +334,7 @@ _MAX_WIDTH = 500  # maximum characters of a line
 def changes(call: ToolCall, definition: ToolDefinition) -> list[str]:
     """Return the diff lines of a call, "-" before removed and "+" before added lines; empty if they are unknown.
 
-    A file is compared with the file on this machine, which may differ from the tool's. Long output is truncated.
+    A file's new text is compared with the file on this machine, which may differ from the tool's. Long output is cut.
     """
     if definition.read_only:
         return []
@@ -368,7 +367,7 @@ def _difference(old: str, new: str, title: str) -> Iterator[str]:
     before, after = old.splitlines(), new.splitlines()
     yield title
     if max(len(before), len(after)) > _MAX_COMPARED:
-        yield f"{len(before)} lines go, {len(after)} come: too many to compare; the new ones are"
+        yield f"{len(before)} lines become {len(after)}: too many to compare; the new lines are"
         yield from (f"+{line}" for line in after)
     else:
         same = "(nothing changes)" if old == new else "(line ends change, and nothing else)"

@@ -7,7 +7,7 @@ token ids, never repeated, and the prefix cache is off, so that no result is reu
 
     ttft_s          from submission to the first token; median over the streams
     prefill_tok_s   prompt tokens of all streams / time until every stream has its first token
-    decode_tok_s    tokens of one stream after its first / time they took; median over the streams
+    decode_tok_s    tokens of one stream after its first output / time they took; median over the streams
     output_tok_s    output tokens of all streams / whole time of the round, prompts included
     load_s          creation of the engine: reading, repacking, compiling
     start_s         from the start of this process to the first token of the short request; null if unknown
@@ -80,7 +80,7 @@ def bench(
 
 
 def _check_room(engine: InferenceEngine, length: int, concurrency: int) -> None:
-    """Raise UsageError for requests that cannot all run at once."""
+    """Raise UsageError if a request exceeds the context, or if the KV cache cannot hold all requests at once."""
     longest, stats = engine.model_info.max_model_len, engine.stats()
     if length > longest:
         raise UsageError(

@@ -33,13 +33,13 @@ from candle_vllm.server.commands.terminal import Message, answer_pieces, require
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.commands import MAX_TOKENS
-from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing
+from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing, thinking_settings
 from candle_vllm.server.settings.options import SAMPLING, UsageError, convert
 from candle_vllm.server.settings.table import OPTIONS, AdapterOptions
 
 logger = logging.getLogger(__name__)
 
-_MAX_SAVED = 64 << 20  # bytes of a saved conversation
+_MAX_SAVED = 64 << 20  # maximum bytes of a file that /load reads
 _ALIASES = {"/reset": "/clear", "/?": "/help", "/bye": "/exit", "/quit": "/exit"}
 _SHOWN_TURNS, _SHOWN = 4, 200  # messages that /load shows, and maximum characters of each
 _MAX_STOPS, _MAX_STOP = 4, 1024  # maximum number of stop strings, and maximum characters of one
@@ -53,9 +53,9 @@ _OTHER_MODEL: dict[str, Any] = {"lora_modules": ()} | dict.fromkeys(
 
 
 def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | None = None) -> int:
-    """Run a conversation until /exit or the end of input; without a terminal, Ctrl+C between answers also ends it.
+    """Run a conversation until /exit or the end of input; return 1 if input is no terminal and a line failed, else 0.
 
-    Returns 1 if standard input is not a terminal and a line of the input failed, else 0.
+    Unless standard input and output are terminals, Ctrl+C between answers also ends it.
     """
     require_stdin()
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
@@ -134,7 +134,7 @@ class Chat:
     def say(self, text: str) -> None:
         """Print a line that is not part of an answer: to standard error if answers are redirected."""
         stream = sys.stdout if sys.stdout.isatty() else sys.stderr
-        stream.write(terminal_safe(text) + "\n")
+        stream.write(terminal_safe(text, stream) + "\n")
         stream.flush()
 
     def ends_with(self, line: str) -> bool:
@@ -178,7 +178,7 @@ class Chat:
         if self._engine is None or "image" not in self._engine.model_info.modalities:
             return False
         words = line.strip("'\" ").replace("\\ ", " ")
-        if not words.lower().endswith(_PICTURES) or not Path(words).expanduser().is_file():
+        if not words.lower().endswith(_PICTURES) or not os.path.isfile(os.path.expanduser(words)):
             return False
         self._image(words)
         return True
@@ -212,9 +212,9 @@ class Chat:
         return [*self._start, *messages[len(self._start) + self._left_out :]]
 
     def _fitting(self, engine: InferenceEngine, messages: list[Message]) -> tuple[list[Message], int | None]:
-        """Return the messages that fit into the context beside an answer of up to a quarter of it, and `max_tokens`.
+        """Leave out the oldest messages until `max_tokens`, or a quarter of the context if that is less, are free.
 
-        Raises UsageError if the last message alone is too long.
+        Returns the messages, and a `max_tokens` that fits; raises UsageError if the last message fills the context.
         """
         context = engine.model_info.max_model_len
         wanted = min(self._max_tokens or context, max(1, context // 4))
@@ -226,7 +226,7 @@ class Chat:
         if length >= context:
             self._left_out = left_out
             raise UsageError(
-                f"this message, with what belongs to it, needs more than the context of {context} tokens: shorten it "
+                f"this message, with the system message, fills the context of {context} tokens: shorten it "
                 "or the message of /system; /clear starts over, and /set max_tokens says how long an answer may be"
             )
         if self._left_out > left_out:
@@ -236,18 +236,22 @@ class Chat:
         self.say(f"(max_tokens is {context - length} for this answer: the context of {context} has no room for more)")
         return self._sent(messages), context - length
 
-    @staticmethod
-    def _length(engine: InferenceEngine, messages: list[Message]) -> int:
-        """Return the number of tokens of the prompt; 2^62 if the engine refuses it as too long."""
+    def _length(self, engine: InferenceEngine, messages: list[Message]) -> int:
+        """Return the number of tokens of the prompt, images included; 2^62 if the engine refuses it as too long."""
+        from candle_vllm.openai import OpenAIAdapter
+        from candle_vllm.openai.requests import parse_chat_request, read_chat
+
+        adapter = OpenAIAdapter(engine, **thinking_settings(self._settings))
+        task = read_chat(parse_chat_request({"messages": messages, **self._settings.default_sampling}))
         try:
-            return len(engine.tokenize(engine.apply_chat_template(messages), add_special_tokens=False))
+            return self._runner.run(adapter.count_tokens(lambda: task))
         except PromptTooLongError:
             return 1 << 62
 
     async def _answer(
         self, engine: InferenceEngine, messages: list[Message], max_tokens: int | None, parts: list[str]
     ) -> FinishReason | None:
-        """Print an answer and append its text to `parts`; return why it ended."""
+        """Print an answer, and append its text without the reasoning to `parts`; return why it ended."""
         first: float | None = None
         ended = None
         answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._uses())
@@ -324,7 +328,7 @@ class Chat:
         self._messages = [*self._start, *turns]
 
     def _model(self, rest: str) -> None:
-        """Switch the model. The old one is unloaded first, because both may not fit, and loaded again on a failure."""
+        """Switch adapter or model. The old model is unloaded first, as both may not fit, and restored on a failure."""
         if not rest:
             self.say(self.name)
             return
@@ -349,7 +353,7 @@ class Chat:
             self._fail(f"{failure}; {_NO_MODEL}")
 
     def _choose_adapter(self, name: str) -> bool:
-        """Select an adapter of --lora-modules, or no adapter by the model's name; return whether the name is known."""
+        """Select an adapter of --lora-modules, or deselect it by the model's name; return whether either was done."""
         if self._engine is None:
             return False
         if self._lora is not None and name == self._engine.model_info.name:
@@ -364,7 +368,7 @@ class Chat:
         return False
 
     def _uses(self) -> list[tuple[LoRARequest, float]]:
-        """Return the chosen adapter, or else those with a scale in `lora_modules`."""
+        """Return the chosen adapter with scale 1, or else the adapters of `lora_modules` that have a scale."""
         if self._lora is not None:
             return [(self._lora, 1.0)]
         specs = read_specs(self._settings.lora_modules)
@@ -381,8 +385,9 @@ class Chat:
 
         try:
             self._engine = run_stoppable(self._runner, load, "load", InferenceEngine.close)
-        except (CandleVllmError, MemoryError) as error:
-            return f"error: {str(error) or 'the memory ran out'}"
+        except Exception as error:  # whatever it is, the model before must come back
+            logger.debug("the model cannot be loaded", exc_info=True)
+            return f"error: {str(error) or ('the memory ran out' if isinstance(error, MemoryError) else repr(error))}"
         except KeyboardInterrupt:
             return "(stopped)"
         return None
@@ -431,7 +436,7 @@ class Chat:
 
     def _clear(self, _: str) -> None:
         self._messages = list(self._start)
-        self._left_out, self._images = 0, []
+        self._left_out, self._images, self._own_file = 0, [], None
         self.say("(new conversation)")
 
     def _regenerate(self, _: str) -> None:
@@ -483,11 +488,11 @@ def _path(text: str, command: str) -> Path:
     path = _words(text, 1, f"{command} takes one file")[0] if text[:1] in ("'", '"') else text
     if not path:
         raise UsageError(f"{command} needs the name of a file")
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))
 
 
 def _words(text: str, most: int, wanted: str) -> list[str]:
-    """Split a text as a shell does; UsageError for more than `most` words."""
+    """Split a text as a shell does, [""] if it is empty; UsageError for wrong quoting or over `most` words."""
     try:
         words = shlex.split(text)
     except ValueError:

@@ -55,7 +55,7 @@ class Effective:
 
     Attributes:
         value: value in JSON types; secrets are hidden.
-        source: its source, "default" if it is not set.
+        source: the source of a set value; for an unset one, "default" or a text that explains the value.
     """
 
     option: Option
@@ -64,7 +64,7 @@ class Effective:
 
 
 def config(configuration: Configuration, *, as_json: bool = False) -> int:
-    """Print the settings of the server's first model, and the names of the other models.
+    """Print the server's settings with those of its default model, the names of all models, and the mailbox.
 
     Raises:
         CandleVllmError: an error of `serve` that needs neither the weights nor the network to be found.
@@ -116,7 +116,7 @@ def effective(configuration: Configuration, derived: Mapping[str, Derived] | Non
 
 
 def check(configuration: Configuration) -> None:
-    """Raise the errors that `serve` would raise."""
+    """Raise errors of `serve` that are found without the weights and the network."""
     for entry in configuration.catalogue.entries:
         settings = entry.settings
         if entry is configuration.catalogue.default or settings.weight_path is None:
@@ -128,7 +128,7 @@ def check(configuration: Configuration) -> None:
     tls_context(settings)
     Keyring(settings)
     refuse_open_changes(settings)
-    open_manager(configuration.catalogue, settings)[1].close()  # sources of adapters and images, and of traces
+    open_manager(configuration.catalogue, settings)[1].close()  # checks sources of adapters and images, and tracing
 
 
 class Derived(NamedTuple):
@@ -162,7 +162,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "served_model_name": Derived(list(names), "derived: the model's name"),
         "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
         "cpu_level": Derived(best_level().name, "derived: the best level of this CPU"),
-        "threads": Derived(default_threads(), "derived: one for each core that this process is allowed"),
+        "threads": Derived(default_threads(), "derived: one for each physical core, within the CPU quota"),
         "cpu_ranks": Derived(ranks, f"derived: {why}"),
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
@@ -175,7 +175,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         ),
         "max_loras": Derived(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
         "max_cpu_loras": Derived("as many as lora_memory holds", DEFAULT),
-        "lora_memory": Derived("a quarter of what is free, at most 4 GiB", DEFAULT),
+        "lora_memory": Derived("a quarter of what is free after loading, 64 MiB to 4 GiB", DEFAULT),
     }
     if config.kv_cache_memory is not None:
         found["kv_fraction"] = Derived("not used", "the KV cache's size is set")

@@ -59,7 +59,7 @@ def has_colour(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def sign_of_life() -> Iterator[Callable[[], None]]:
-    """Context manager with a spinner until the yielded function is called, which is when the answer begins."""
+    """Context manager with a spinner, until the caller calls the yielded function because the answer begins."""
     if not sys.stdout.isatty():
         yield lambda: None
         return
@@ -228,14 +228,15 @@ def _unquoted(text: str) -> str:
 
 
 def _next_text() -> str | None:
-    """Read the next line of standard input, or all lines of a text in triple quotes."""
-    text = ""
+    """Read the next line of standard input, or a text in triple quotes; None at the end of input or on Ctrl+C."""
+    text, size = "", 0
     try:
         while line := read_line("message"):
             text += line
-            if len(text.encode()) > MAX_TEXT:
+            size += len(line.encode())
+            if size > MAX_TEXT:
                 raise UsageError(f"a message on standard input is larger than {MAX_TEXT >> 20} MB")
-            if not _is_open(text):
+            if (text == line or line.rstrip().endswith(_QUOTES)) and not _is_open(text):
                 return _unquoted(text)
     except KeyboardInterrupt:
         return None

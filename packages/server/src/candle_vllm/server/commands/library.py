@@ -30,7 +30,7 @@ _PATIENCE = 10.0  # seconds until the timeout of the request to the server
 
 
 def pull(settings: ModelOptions, name: str) -> int:
-    """Print the size of a model and whether it fits into memory, download it, and verify the hub's checksums."""
+    """Print the size of a model and whether it fits into memory, download it, and verify its weights' checksums."""
     _pulled(settings, name)
     return 0
 
@@ -56,7 +56,7 @@ def _pulled(settings: ModelOptions, name: str) -> Local:
     _say(f"{plan.name}: {room}")
     with progress_bar():
         local = fetch(settings, plan)
-    _say(f"{local.name}: is on this machine and is the hub's current version; candle-vllm --m {local.name} serves it")
+    _say(f"{local.name}: is on this machine as the hub has it; candle-vllm --m {local.name} serves it")
     return local
 
 
@@ -79,7 +79,7 @@ def rm(settings: HubOptions, name: str) -> int:
 
 
 def show(settings: AdapterOptions, name: str) -> int:
-    """Print the properties of a model: from its files if it is downloaded, else from the hub."""
+    """Print the properties of a model from its files, or its size by the hub if it is not on this machine."""
     rows: list[tuple[str, str]] = []
     if (chosen := _not_of_hub(settings, name)) is not None:
         rows += [("name", source_name(chosen, demo_model()))]
@@ -120,7 +120,7 @@ def run(
     system: str | None = None,
     max_tokens: int | None = None,
 ) -> int:
-    """Download a model if necessary, and run a conversation with it, or answer `prompt` after the text of a pipe."""
+    """Download a model if necessary, and chat with it, or answer `prompt`, preceded by the text of a pipe or a file."""
     from candle_vllm.server.commands.terminal import generate, is_piped, read_stdin
 
     if prompt != "-" and is_piped() and (text := read_stdin("prompt")):  # as in Ollama; generate reads "-"

@@ -116,6 +116,8 @@ class MarkdownDisplay(Display):
 
     def close(self) -> None:
         self._finish()
+        if self._thinking:  # there was no answer
+            self._console.out("")
         self._write_rate()
 
     def _take(self, line: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm quantize`: writes a model with merged adapters, or a single adapter, as a GGUF file; runs no request."""
+"""`candle-vllm quantize`: writes a model, perhaps with merged adapters, or an adapter as a GGUF file."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def run_batch(
     Both are files or HTTP URLs; answers for a URL are first written to a file in `output_tmp_dir`.
 
     Raises:
-        CandleVllmError: a file or the model is not available.
+        CandleVllmError, OSError: an argument is wrong, or a file, a URL or the model is not available.
     """
     if input_file is None or output_file is None:
         raise UsageError(f"{'-i' if input_file is None else '-o'} FILE is missing: run-batch -i IN.jsonl -o OUT.jsonl")
@@ -74,13 +74,13 @@ def run_batch(
         try:
             with os.fdopen(descriptor, "wb") as made:
                 asyncio.run(_run(configuration, given, made, load))
+            _send(target, Path(name))
         except BaseException:
             if os.path.getsize(name):
                 sys.stderr.write(f"run-batch: the answers so far are in {name}\n")
             else:
                 os.unlink(name)
             raise
-    _send(target, Path(name))
     return 0
 
 
@@ -104,8 +104,8 @@ def _place(text: str) -> Path | httpx.URL:
 
 
 def _client() -> httpx.Client:
-    """Return an HTTP client that does not follow redirects, because the operator allowed only one URL."""
-    return httpx.Client(timeout=60, follow_redirects=False)
+    """Return an HTTP client for the one URL that the operator allowed: it follows no redirects, and accepts gzip."""
+    return httpx.Client(timeout=60, follow_redirects=False, headers={"accept-encoding": "gzip"})
 
 
 def _fetched(url: httpx.URL) -> IO[bytes]:
@@ -138,7 +138,7 @@ def _fetched(url: httpx.URL) -> IO[bytes]:
 
 
 def _send(url: httpx.URL, path: Path) -> None:
-    """Upload the answers; if that fails, the CandleVllmError names the file that has them."""
+    """Upload the answers and remove their file; CandleVllmError if that fails."""
     why = ""
     for pause in (0.0, *SENDING_PAUSES):
         time.sleep(pause)
@@ -154,14 +154,14 @@ def _send(url: httpx.URL, path: Path) -> None:
         why = f"it answered with {status}"
         if status < httpx.codes.INTERNAL_SERVER_ERROR and status != httpx.codes.TOO_MANY_REQUESTS:
             break
-    raise CandleVllmError(f"{without_secrets(str(url))} did not accept the answers ({why}): they are in {path}")
+    raise CandleVllmError(f"{without_secrets(str(url))} did not accept the answers ({why})")
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
 
 
 async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], load: Load | None) -> None:
-    # There are no other clients, so no API keys and no limits are needed. A server's store has batches of that server.
+    # There are no other clients, so no keys or limits are needed; nor a store, whose batches would be continued.
     settings = dataclasses.replace(
         configuration.settings, host="127.0.0.1", api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
         max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE, responses_store=MEMORY,

@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from candle_vllm.core import InferenceEngine
     from candle_vllm.core.engine.requests import LoRARequest
 
-MAX_TEXT = 64 << 20  # bytes read from standard input
+MAX_TEXT = 64 << 20  # maximum bytes of a text on standard input
 
 Message = dict[str, Any]
 
@@ -38,7 +38,7 @@ def conversation(system: str | None, text: str) -> list[Message]:
 
 
 def unfinished(reason: FinishReason | None, at: str = "its token limit (--max-tokens, or the model's context)") -> str:
-    """Return a text that names the limit at which an answer was cut; "" for an answer that was not cut."""
+    """Return a text that names the limit that cut an answer (`at`: the token limit); "" if the answer was not cut."""
     if reason is None or not reason.cut:
         return ""
     limit = at if reason is FinishReason.LENGTH else reason.limit
@@ -62,7 +62,7 @@ async def answer_pieces(
     stop: Sequence[str] = (),
     uses: Sequence[tuple[LoRARequest, float]] = (),
 ) -> AsyncGenerator[Said, None]:
-    """Yield the deltas of the model's answer, with adapters by scale; closing the iterator aborts the request."""
+    """Yield the deltas of the model's answer with the adapters `uses`; closing the iterator aborts the request."""
     from candle_vllm.openai import OpenAIAdapter  # not needed for a plain prompt
     from candle_vllm.openai.events import Ended, Text, Thought, Usage
 
@@ -135,7 +135,7 @@ class Display:
             self._rate = dimmed(f"({tokens} tokens{rate})") + "\n"
 
     def close(self) -> None:
-        """End the line of the answer, if an answer was printed, and print the token rate."""
+        """End the line of the answer, if an answer has begun, and print the token rate."""
         sys.stdout.write("\n" if self._begun else "")
         self._write_rate()
 
@@ -181,13 +181,13 @@ def _decoded(data: bytes, name: str) -> str:
 
 
 def dimmed(text: str) -> str:
-    """Return a text in the terminal's faint style, if it supports it."""
+    """Return a text in the terminal's faint style; unchanged for a dumb terminal."""
     return text if os.environ.get("TERM", "dumb") == "dumb" else f"\x1b[2m{text}\x1b[0m"
 
 
-def terminal_safe(text: str) -> str:
-    """On a terminal, remove control characters, which could move the cursor or change the window title."""
-    if not sys.stdout.isatty():
+def terminal_safe(text: str, stream: TextIO | None = None) -> str:
+    """If the stream (default: stdout) is a terminal, remove control characters, which could move its cursor."""
+    if not (stream or sys.stdout).isatty():
         return text
     return "".join(char for char in text if char in "\n\t" or (char >= " " and not "\x7f" <= char <= "\x9f"))
 
@@ -248,7 +248,7 @@ async def _write(pieces: AsyncGenerator[Said, None]) -> None:
             async for piece in said:
                 display.show(piece)
                 ended = piece.ended
-    finally:  # the line that follows Ctrl+C or a failure replaces the current line of a terminal
+    finally:  # end the line: what is written after Ctrl+C or a failure would replace it on a terminal
         display.close()
     if text := unfinished(ended):
         sys.stderr.write(f"{text}\n")

@@ -28,10 +28,10 @@ _MEANINGS: Mapping[int, str] = {
     409: "The state of the model, the batch or the conversation does not allow it",
     413: "The body is too large",
     415: "The content type or the encoding of the body is not supported",
-    429: "Too many requests of this key wait, or it reached its limit per minute",
+    429: "Too many requests of this API key or tool calls run or wait, or the key reached a limit",
     500: "The server failed on this request",
     502: "The webhook or the Hugging Face hub failed",
-    503: "Overloaded, shutting down, or the model cannot load now",
+    503: "Overloaded, shutting down, or the model or the store is not available now",
     529: "Overloaded",
     504: "The answer took longer than the operator allows",
 }
@@ -92,7 +92,7 @@ class ApiDocument:
         return msgspec.json.encode(self.value)
 
     def methods(self, path: str) -> list[str]:
-        """Return the HTTP methods of the routes at a path."""
+        """Return the HTTP methods of the routes at a path, by the first template that matches it; empty for none."""
         routes = [route for router in self._routers for route in router.routes if isinstance(route, APIRoute)]
         first = next((route.path for route in routes if route.path_regex.match(path)), None)
         return sorted({method for route in routes if route.path == first for method in route.methods or ()})
@@ -103,7 +103,7 @@ def _components(operations: Sequence[Operation], guarded: bool) -> dict[str, Any
         "schemas": _schemas(operations),
         "headers": {
             "RequestId": {
-                "description": "The request's own x-request-id if all its characters are safe, else a new one.",
+                "description": "The request's own x-request-id if it matches the pattern, else a new one.",
                 "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
             },
             "RetryAfter": {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
@@ -189,7 +189,7 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
         content["application/x-ndjson"] = {"schema": _lines(operation)}
     if operation.octets:
         content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
-        what = "With encoding_format: bytes, the places and shapes of the vectors and the usage, as JSON."
+        what = "With encoding_format: bytes, the offsets and shapes of the vectors and the usage, as JSON."
         described["headers"]["metadata"] = {"description": what, "schema": {"type": "string"}}
     return described | {"content": content}
 
@@ -198,14 +198,14 @@ def _events(operation: Operation) -> Schema:
     # Without a type: for some tools this schema describes the stream, for others one event.
     return {
         "description": "With stream: true, server-sent events whose data is JSON. OpenAI's streams end with the data "
-        "[DONE]; a failed stream ends with an error instead.",
+        "[DONE]; in a failed stream, an error precedes or replaces it.",
         "x-event-data": operation.naming.one_of(operation.events),
     }
 
 
 def _lines(operation: Operation) -> Schema:
     return {
-        "description": "Without stream: false, lines of JSON. A failed stream ends with an error.",
+        "description": "Unless stream is false, lines of JSON. A failed stream ends with an error.",
         "x-line": operation.naming.one_of(operation.lines),
     }
 

@@ -78,7 +78,7 @@ class Naming:
 
 
 def _request_schema(kind: type[WireModel], schema: Schema) -> Schema:
-    """Add to a schema the fields that are not supported or have no effect, with the values accepted for them."""
+    """Add to a schema the fields that are not supported, with the accepted values, and those without effect."""
     properties = schema.setdefault("properties", {})
     for each in properties.values():
         each.pop("title", None)
@@ -92,7 +92,7 @@ def _request_schema(kind: type[WireModel], schema: Schema) -> Schema:
 
 
 def _answer_schema(kind: type[msgspec.Struct], schema: Schema) -> Schema:
-    """Adapt a schema to answers: fields with a default are always present, unless the default is UNSET."""
+    """Adapt a schema to answers: fields are always present, unless the default is UNSET or the type omits defaults."""
     if not kind.__struct_config__.omit_defaults:
         always = [field.encode_name for field in msgspec.structs.fields(kind) if field.default is not UNSET]
         schema["required"] = [*dict.fromkeys([*schema.get("required", ()), *always])]
@@ -174,7 +174,7 @@ class Operation:
 
     Attributes:
         tag: heading in the documentation pages.
-        answer: type of a successful answer's body; several mean one of them.
+        answer: type of a successful answer's body; several mean one of them, none a text, bytes or no body.
         statuses: statuses of successful answers.
         id: name of the operation in generated clients; by default the function's name.
         summary: one line; by default the first line of the function's docstring.
@@ -296,8 +296,8 @@ class Access:
     def manages(self, method: str | None, path: str) -> bool:
         """Whether only operators may send a request; a WebSocket has no method.
 
-        A path of a route for operators is theirs with every method, except methods of clients' routes at the same path
-        or, if the operators' route has path parameters, of any clients' route that matches. If both kinds of route
+        Every method at the path of an operators' route is for operators, except methods of clients' routes at the same
+        path or, if the operators' route has path parameters, of any clients' route that matches. If both kinds of route
         match path and method, only operators may send the request.
 
         Args:
