@@ -123,7 +123,11 @@ def test_variables_for_whatever_template_there_is(engine: InferenceEngine) -> No
     reads = "{{ mood }}{{ messages[0].content }}"
     for given in ({"mood": "so "}, {"chat_template_kwargs": {"mood": "so "}}):
         assert engine.apply_chat_template(MESSAGES, chat_template=reads, **given) == "so hi"
-    for wrong, said in ((5, "must be variables"), ({"tools": []}, "has 'tools', which is an argument of its own")):
+    for wrong, said in (
+        (5, "must be variables"),
+        ({"tools": []}, "has 'tools', which is an argument of its own"),
+        ({"mood": [{(1, 2): 3}]}, "chat_template_kwargs must be JSON data with string keys; this dict is not"),
+    ):
         with pytest.raises(InvalidParameterError, match=said):
             engine.chat(MESSAGES, params, chat_template_kwargs=wrong)
 

@@ -19,7 +19,7 @@ import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
-from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
+from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec, StateRoom, WindowRoom
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import MappedFile
 from candle_vllm.core.memory import (
@@ -368,7 +368,7 @@ E4B = _gemma4()
 def test_layers_with_a_window_take_what_it_sees(model: ModelConfig, all_pages: int, windows: int) -> None:
     config = EngineConfig(model="m", max_num_seqs=1)
     plans = [plan_cache(config, model, two, 1, Room(1 << 34, 0.5), rows=rows, drafts=3) for rows in (0, 512)]
-    assert [plan.page_bytes // MIB for plan in plans] == [all_pages, windows]
+    assert [plan.num_bytes // MIB for plan in plans] == [all_pages, windows]
     assert {plan.num_blocks * 64 for plan in plans} == {32768}
     assert "layers with a window of" in plans[1].message
 
@@ -390,9 +390,9 @@ def test_pages_and_blocks_stay_within_the_memory(mib: int, sequences: int, is_se
         assert found
         config = dataclasses.replace(config, kv_cache_memory=int(found[1]))
         plan = plan_cache(config, model, two, sequences, Room(1 << 34, 0.5), rows=512)
-        assert plan.page_bytes // MIB < 200
+        assert plan.num_bytes // MIB < 200
     assert config.kv_cache_memory is not None
-    assert plan.page_bytes <= config.kv_cache_memory
+    assert plan.num_bytes <= config.kv_cache_memory
     pages = plan.windows[0].pages if plan.windows else plan.num_blocks + 1
     assert pages - 1 >= min(plan.num_blocks, -(-(511 + 512 + 63) // 64)), "one sequence can always go on"
     assert plan.max_model_len == 32768 or not is_set
@@ -424,7 +424,7 @@ def test_where_all_layers_have_a_window_the_context_takes_nothing() -> None:
     model: Any = SimpleNamespace(max_position=1 << 20, num_layers=2, cache_specs=(PagedSpec(2, 64, 64, 512),) * 2)
     plan = plan_cache(config, model, two, 4, Room(1 << 34, 0.5), rows=256)
     assert (plan.max_model_len, plan.num_blocks * 64, plan.block_bytes) == (1 << 20, 4 << 20, 0)
-    assert 0 < plan.page_bytes == plan.windows[0].pages * 64 * 2 * 2 * 2 * 128 <= 4 * MIB
+    assert 0 < plan.num_bytes == plan.windows[0].pages * 64 * 2 * 2 * 2 * 128 <= 4 * MIB
     assert "layers with a window of 512 tokens keep" in plan.message
     small = dataclasses.replace(config, kv_cache_memory=MIB // 2)
     assert not plan_cache(small, model, two, 4, Room(1 << 34, 0.5), rows=256).windows, "its windows do not fit"
@@ -440,7 +440,7 @@ def test_each_window_has_pages_of_its_own() -> None:
         assert (narrow.window, wide.window) == (128, 4096)
         assert 1 + narrow.blocks(64) <= narrow.pages < wide.pages
         assert wide.pages >= 1 + wide.blocks(64)
-        assert plan.page_bytes <= (size or 1 << 33)
+        assert plan.num_bytes <= (size or 1 << 33)
     large: Any = SimpleNamespace(max_position=4096, num_layers=3, cache_specs=specs)
     plan = plan_cache(EngineConfig(model="m"), large, two, 2, Room(1 << 34, 0.5), rows=256)
     assert [room.window for room in plan.windows] == [128], "as many blocks as the wide window has are all"
@@ -460,5 +460,15 @@ def test_ranks_agree_on_the_pools() -> None:
     def plan(pools: int | None) -> CachePlan:
         return plan_cache(config, model, two, 2, Room(1 << 34, 0.5), rows=256, pools=pools)
 
-    assert [(room.window, room.pages) for room in agreed_plan(plan, ranks).windows] == [(128, 9)]
+    agreed = agreed_plan(plan, ranks)
+    assert [(room.window, room.pages) for room in agreed.windows] == [(128, 9)]
+    assert agreed.num_bytes == agreed.num_blocks * agreed.block_bytes + 9 * agreed.windows[0].page_bytes
     assert agreed_plan(plan, None) == plan(None)
+
+
+def test_states_that_ranks_agree_on_are_those_that_are_counted() -> None:
+    plan = CachePlan(100, 1000, 1024, "", states=StateRoom(8, 100, 2, 500, 300), windows=(WindowRoom(128, 4, 50, 70),))
+    agreed = plan.agreed(cast(Any, SimpleNamespace(least=lambda number: min(number, 6))))
+    assert plan.num_bytes == 100 * 1000 + 50 * 70 + plan.states.num_bytes
+    assert (plan.states.num_bytes, agreed.states.num_bytes) == (8 * 500 + 100 * 300, 6 * 500 + 6 * 300)
+    assert agreed.num_bytes == 6 * 1000 + 6 * 70 + agreed.states.num_bytes

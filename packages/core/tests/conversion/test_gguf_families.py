@@ -160,6 +160,9 @@ def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
         written(folder, words)
     with pytest.raises(UnsupportedModelError, match="gemma3n has four streams"):
         written(made("Gemma-3n", tmp_path / "streams", altup_num_inputs=3), words)
+    fixed = "laurel_rank 64, hidden_size_per_layer_input 256, num_kv_shared_layers 0, activation_sparsity_pattern 0.95"
+    with pytest.raises(UnsupportedModelError, match=f"gemma3n has {fixed} in the first 10 layers alone, and this"):
+        written(made("Gemma-3n", tmp_path / "fixed"), words)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ CHANGES = {  # as llama.cpp wants it
     "GLM-4 chat": {"hidden_size": 128},
     "Gemma-2 scale": {"attn_logit_softcapping": 50.0},
     "Nemotron-H biases": {"use_bias": False},
+    "Gemma-3n": {
+        "num_hidden_layers": 21,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"] * 7,
+        "num_kv_shared_layers": 1,
+        "laurel_rank": 64,
+        "hidden_size_per_layer_input": 256,
+        "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 11,
+    },
 }
 
 

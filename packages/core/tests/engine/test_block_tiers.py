@@ -363,6 +363,23 @@ def test_a_look_up_that_ends_during_a_step_is_waited_for() -> None:
     assert prefixes.is_ready("a", (), 1)
 
 
+def test_prompts_that_wait_share_the_threads_of_look_ups() -> None:
+    ends, nothing = threading.Event(), lambda *_: None
+    part: Any = SimpleNamespace(
+        reads=False, take=nothing, offer=nothing, may_have=nothing, left=nothing, is_ready=lambda *_: True
+    )
+    prefixes, before = (
+        OffloadedPrefixes(part, part, StatePool(1, 1, SIZE), lambda _: ends.wait()),
+        threading.active_count(),
+    )
+    assert not any(prefixes.is_ready(number, (), 1) for number in range(100))
+    assert threading.active_count() - before <= 4
+    prefixes.left(99)
+    ends.set()
+    wait_for(lambda: prefixes.take() or not prefixes.reads)
+    assert all(prefixes.is_ready(number, (), 1) for number in range(99))
+
+
 @needs_redis
 def test_redis_is_bounded_and_emptied(redis: tuple[str, Any]) -> None:
     store = RedisBlocks(redis[0], "a", 3 * 1040, 1000)

@@ -23,7 +23,7 @@ from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import Work
-from candle_vllm.core.loading.cache_specs import paged
+from candle_vllm.core.loading.cache_specs import StateRoom, paged
 from candle_vllm.core.memory import MIB, CachePlan
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.lazy_stream import LazyStream
@@ -90,7 +90,7 @@ def test_adapters_share_main_memory_with_a_cache_that_is_there_too(
     monkeypatch.setattr(engine_build, "available_memory", lambda: 4_000_000_000)
     monkeypatch.setattr(engine_build, "adapter_loader", lambda *_: None)
     there = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=torch.device(device)))
-    plan = CachePlan(2000, 1_000_000, 100, "", state_bytes=1_000_000_000)
+    plan = CachePlan(2000, 1_000_000, 100, "", states=StateRoom(1, 0, 0, 1_000_000_000))
     with caplog.at_level(logging.INFO):
         engine_build.adapter_store(EngineConfig(model="toy", enable_lora=True), there, object(), 4, plan)  # type: ignore[arg-type]
     assert f"adapters may take {megabytes} MB" in caplog.text

@@ -58,9 +58,11 @@ from packages.core.tests.models.families import (
     DEEPSEEK_INDEX,
     GLM_INDEX,
     GLM_MOE,
+    HY3,
     QWEN3_NEXT,
     QWEN35,
     QWEN_MOE,
+    STEP,
 )
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import write_tiny
@@ -224,6 +226,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
     "GLM-4.5": ("glm4_moe", "behind", {"head_dim": 32} | GLM_MOE),
+    "Hy3": ("hy_v3", "hy3", HY3),
     "DeepSeek-V3": ("deepseek_v3", "behind", DEEPSEEK),
     "DeepSeek-V3.2": ("deepseek_v32", "behind", DEEPSEEK_INDEX),
     "GLM-5": ("glm_moe_dsa", "behind", GLM_INDEX),
@@ -673,6 +676,9 @@ def test_models_without_such_a_layer_are_refused_by_name(folder: Path, head: Pat
     gemma = write_tiny(tmp_path / "gemma", "gemma2", head_dim=32, query_pre_attn_scalar=16)
     with pytest.raises(ModelLoadError, match="multi-token prediction layers of gemma2 are not implemented"):
         loaded(gemma, {"method": "mtp"})
+    step = write_tiny(tmp_path / "step", "step3p5", **STEP)
+    with pytest.raises(ModelLoadError, match="multi-token prediction layers of step3p5 are not implemented"):
+        loaded(step, {"method": "mtp"})
     with pytest.raises(ModelLoadError, match="architecture 'llama' is not an EAGLE-3 head"):
         loaded(folder, {"method": "eagle3", "model": str(write_toy_gguf(tmp_path / "toy.gguf"))})
     words = (folder / "tokenizer.json").read_text().replace("<|im_start|>", "<|turn|>")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,3 +142,31 @@ def test_places_that_never_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(NotReadyError, match=r"2 times \{'CPU': 1.0\}.* \{'CPU': 1.0\} free"):
         engine_of(model, 2, **RAY)
     assert len(removed) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "seen", "device"),
+    [
+        ("3", None, "cuda:3"),
+        ("1", "0, 1", "cuda:1"),
+        (" 1", "0,1", "cuda:1"),  # Ray divides its own value at commas alone
+        ("GPU-b", "GPU-a, GPU-b", "cuda:1"),
+        ("0", "GPU-a", None),
+        ("GPU-a", None, None),
+    ],
+)
+def test_the_gpu_of_the_first_rank(
+    monkeypatch: pytest.MonkeyPatch, given: str, seen: str | None, device: str | None
+) -> None:
+    ranks = ray_ranks.RayRanks.__new__(ray_ranks.RayRanks)
+    actor: Any = SimpleNamespace(device=SimpleNamespace(remote=lambda: given))
+    ranks._ray, ranks._actors = SimpleNamespace(get=lambda found: found), [actor]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    config = EngineConfig(model="m")
+    if device is not None:
+        assert ranks._with_gpu(config).device == device
+        return
+    with pytest.raises(ConfigError, match="the same value here and for `ray start`"):
+        ranks._with_gpu(config)

@@ -192,7 +192,7 @@ class NextTokens:
 
     Args:
         folder: the model, as transformers saves it.
-        layout: "behind" the last layer, or "mtp".
+        layout: "behind" the last layer, or "mtp"; "hy3" has other names behind the last layer, and gives back its norm.
     """
 
     def __init__(self, folder: Path, layout: str) -> None:
@@ -202,7 +202,8 @@ class NextTokens:
 
         options = {"dtype": torch.float32, "attn_implementation": "eager"}
         self.model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-        self.config, self.apart = self.model.config, layout == "mtp"
+        self.config, self.apart, hy3 = self.model.config, layout == "mtp", layout == "hy3"
+        self.gives_norm = layout != "behind"
         torch.manual_seed(3)
         self.layer = type(self.model.model.layers[-1])(self.config, self.config.num_hidden_layers - 1).eval()
         randomise(self.layer)
@@ -214,11 +215,17 @@ class NextTokens:
         layers = self.config.num_hidden_layers
         block, start = ("mtp.layers.0.", "mtp.") if self.apart else (f"model.layers.{layers}.",) * 2
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "fc")
-        names = names if self.apart else ("enorm", "hnorm", "shared_head.norm", "eh_proj")
+        last = "final_layernorm" if hy3 else "shared_head.norm"
+        names = names if self.apart else ("enorm", "hnorm", last, "eh_proj")
         parts = (*(distances if near_one else self.norms).values(), self.project)
         self.tensors = {block + name: tensor for name, tensor in _apart(self.layer.state_dict()).items()}
         self.tensors |= {f"{start}{name}.weight": tensor for name, tensor in zip(names, parts, strict=True)}
-        if not self.apart:  # as they are published: copies of the model's own
+        if hy3:
+            parts = {"e_score_correction_bias": "expert_bias", "gate.weight": "router.gate.weight"}
+            for old, new in parts.items():
+                self.tensors[f"{block}mlp.{new}"] = self.tensors.pop(f"{block}mlp.{old}")
+            self.tensors[f"{start}shared_head.weight"] = torch.randn(4, size)  # never used
+        elif not self.apart:  # as they are published: copies of the model's own
             self.tensors[f"{start}embed_tokens.weight"] = self.model.model.embed_tokens.weight.detach().clone()
             self.tensors[f"{start}shared_head.head.weight"] = self.model.lm_head.weight.detach().clone()
 
@@ -243,7 +250,7 @@ class NextTokens:
         out = self.layer(x[None], attention_mask=mask, position_ids=places, position_embeddings=turns)
         x = (out[0] if isinstance(out, tuple) else out)[0]
         normed = _normed(x, self.norms["last"], eps)
-        return normed @ self.model.lm_head.weight.T, normed if self.apart else x
+        return normed @ self.model.lm_head.weight.T, normed if self.gives_norm else x
 
     @torch.no_grad()
     def last(self, tokens: tuple[int, ...], guesses: tuple[int, ...]) -> torch.Tensor:

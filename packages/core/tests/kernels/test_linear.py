@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +17,20 @@ from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="Triton's kernels take the place of the reference")
+
+
+def test_the_interpreter_counts_from_the_import_of_triton() -> None:
+    """A tensor that is multiplied before the import does not decide for those after it."""
+    pytest.importorskip("triton")
+    code = """
+import sys
+from candle_vllm.core.kernels.dispatch import interpreted
+assert not interpreted() and "triton" not in sys.modules
+import triton
+assert interpreted()
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
 def matrix(rows: int) -> gguf_linear.GgufMatrix:

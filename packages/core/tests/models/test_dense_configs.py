@@ -19,7 +19,7 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, Wei
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.rope import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models import granite
+from candle_vllm.core.models import granite, modernbert
 from candle_vllm.core.models.llama import LlamaConfig
 from candle_vllm.core.models.registry import HF_FAMILIES, family_from_gguf, family_from_hf
 from packages.core.tests.models.dense_models import edited, folders, gguf_config
@@ -77,6 +77,7 @@ ABSENT = [
     ("Kimi Linear", "routed_scaling_factor"),
     ("Hy3", "router_scaling_factor"),
     ("Llama-4", "rope_parameters"),
+    ("gpt-oss", "rope_parameters"),
     ("Mixtral", "rope_parameters"),
     ("Phi-3.5-MoE", "rope_parameters"),
     ("MiniMax-M2", "rope_parameters"),
@@ -102,9 +103,10 @@ def test_an_absent_key_has_the_default_of_transformers(name: str, key: str) -> N
 
 
 @pytest.mark.parametrize("given", [{"rope_type": "default"}, None], ids=str)
-def test_rotary_settings_of_apertus_have_the_defaults_of_transformers(given: dict[str, Any] | None) -> None:
-    values = tiny_config("apertus").to_dict() | {"rope_parameters": given, "architectures": ["ApertusForCausalLM"]}
-    completed = CONFIG_MAPPING["apertus"].from_dict(copy.deepcopy(values)).to_dict()
+@pytest.mark.parametrize(("name", "owner"), [("apertus", "ApertusForCausalLM"), ("gpt_oss", "GptOssForCausalLM")])
+def test_rotary_settings_have_the_defaults_of_transformers(name: str, owner: str, given: dict[str, Any] | None) -> None:
+    values = tiny_config(name).to_dict() | {"rope_parameters": given, "architectures": [owner]}
+    completed = CONFIG_MAPPING[name].from_dict(copy.deepcopy(values)).to_dict()
     ours, theirs = (family_from_hf(each, Path("config.json"), impl="native")[1].rope for each in (values, completed))
     assert ours == theirs
 
@@ -121,6 +123,8 @@ def test_mistral_4_with_rotary_settings_of_before_transformers_5() -> None:
     old = new | {"rope_parameters": None, "rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     ours, theirs = (family_from_hf(values, Path("config.json"))[1] for values in (old, new))
     assert ours == theirs
+    with pytest.raises(InvalidFileError, match="rope_parameters is missing"):
+        family_from_hf(new | {"rope_parameters": None}, Path("config.json"))
 
 
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 4e4}
@@ -145,6 +149,30 @@ def test_rotary_settings_of_olmo_3(rope: dict[str, Any], local: tuple[str, float
     assert isinstance(config, LlamaConfig)
     assert config.local_rope is not None
     assert (config.local_rope.kind, config.local_rope.theta) == local
+
+
+@pytest.mark.parametrize(("name", "owner"), [("MiMo V2", "MiMoV2FlashForCausalLM"), ("Gemma-4", "Gemma4ForCausalLM")])
+def test_rotary_settings_that_are_no_kinds_of_layers_are_refused(name: str, owner: str) -> None:
+    """Otherwise they would be ignored; transformers refuses them or cannot build the model."""
+    row, said = ROWS[name], "rope_parameters is one for all layers, without full_attention"
+    values = tiny_config(row.model_type, **row.config).to_dict() | {"rope_parameters": YARN}
+    with pytest.raises(InvalidFileError, match=said):
+        family_from_hf(values | {"architectures": [owner]}, Path("config.json"))
+    encoder = Fields(CONFIG_MAPPING["modernbert"]().to_dict() | {"rope_parameters": YARN}, Path("config.json"))
+    with pytest.raises(InvalidFileError, match=said):
+        modernbert.config_from_hf(encoder, "modernbert", scores=False)
+
+
+def test_rotary_settings_of_early_lagunas() -> None:
+    """One for all layers, and others for layers with a window if the file has them."""
+    row, share = ROWS["Laguna"], {"partial_rotary_factor": 0.5}
+    plain = tiny_config(row.model_type, **row.config).to_dict() | {"architectures": ["LagunaForCausalLM"]}
+    for own, local in (({}, ("yarn", 4e4, 16)), ({"swa_rope_parameters": {"rope_theta": 5e3}}, ("default", 5e3, 16))):
+        config = family_from_hf(plain | share | {"rope_parameters": YARN} | own, Path("config.json"))[1]
+        assert isinstance(config, LlamaConfig)
+        assert (config.rope.kind, config.rope.theta, config.rope.dim) == ("yarn", 4e4, 16)
+        assert config.local_rope is not None
+        assert (config.local_rope.kind, config.local_rope.theta, config.local_rope.dim) == local
 
 
 def test_a_scale_of_phi_moe_that_is_no_number_is_named() -> None:

@@ -157,7 +157,7 @@ def test_the_plan_counts_what_a_choice_takes(eager: bool, folder: Path) -> None:
 
     def bounded(plan: memory.CachePlan) -> None:
         budget = (free - plan.index_bytes) // 2
-        assert budget - plan.block_bytes < plan.page_bytes <= budget
+        assert budget - plan.block_bytes < plan.num_bytes <= budget
 
     plan, heads, context = planned(folder), 16, 512
     scores = 2 * 4 * 64 * heads * context if eager else 16 * 4 * context  # of 64 queries in torch, else of 16 tokens

@@ -194,7 +194,8 @@ def test_a_model_without_pages(name: str, tmp_path: Path) -> None:
     folder, tokens = write_tiny(tmp_path, row.model_type, **row.config), some_tokens(40)
     model = load(folder)
     plan = plan_cache(EngineConfig(model=str(folder)), model.config, lambda _: 2, 64, Room(1 << 28, 0.4))
-    assert (paged(model.config.cache_specs), plan.page_bytes, plan.max_model_len) == ([], 0, 1 << 20)
+    assert (paged(model.config.cache_specs), plan.block_bytes, plan.max_model_len) == ([], 0, 1 << 20)
+    assert plan.num_bytes == plan.states.num_bytes > 0
     assert plan.num_blocks == 1 << 17
     greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     with InferenceEngine(str(folder), device="cpu", threads=1, block_size=BLOCK, kv_cache_memory=1 << 24) as engine:
@@ -215,7 +216,7 @@ def test_a_cut_context_counts_states(tmp_path: Path) -> None:
     for free in range(1 << 17, 1 << 20, 1 << 12):
         with contextlib.suppress(NoMemoryError):
             plan = plan_cache(config, model, lambda _: 2, 4, Room(free, 0.5))
-            assert plan.state_bytes
+            assert plan.states.num_bytes
             cut += [plan.warning] if plan.warning else []
     assert cut
     assert all(re.search(r"all of it takes [1-9]\d* MiB more than the", each) for each in cut), cut

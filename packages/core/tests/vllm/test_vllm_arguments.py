@@ -73,8 +73,10 @@ def test_a_template_may_be_a_file(tmp_path: Path) -> None:
     path.write_text("{{ messages[0].content }}")
     for given in (path, str(path)):
         assert translated("m", {"chat_template": given}).config.chat_template == "{{ messages[0].content }}"
-    with pytest.raises(ConfigError, match="neither a file nor Jinja"):
-        translated("m", {"chat_template": "nowhere.jinja"})
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    for wrong in ("nowhere.jinja", "a" * 300, "a\0", str(tmp_path), str(tmp_path / "latin")):
+        with pytest.raises(ConfigError, match="neither a file nor Jinja source: "):
+            translated("m", {"chat_template": wrong})
 
 
 def test_how_vectors_are_made() -> None:

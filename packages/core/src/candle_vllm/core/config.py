@@ -188,7 +188,7 @@ class SpeculativeConfig:
         prompt_lookup_min, prompt_lookup_max: minimum and maximum length of a match, in tokens.
         suffix_decoding_max_cached_requests: maximum number of past answers in the suffix cache; 0 turns the cache off.
         suffix_decoding_max_spec_factor: maximum number of draft tokens for each matched token; None is no limit.
-        suffix_decoding_min_token_prob: a draft ends before a token whose estimated probability is lower.
+        suffix_decoding_min_token_prob: a draft ends where the product of its tokens' probabilities is lower.
         model: draft model with the same vocabulary, or the head, in the form of `EngineConfig.model`.
         revision, weight_file: revision and weight file of `model`, as in `EngineConfig`.
         draft_min: minimum number of draft tokens of `model` in one step; shorter drafts are dropped.

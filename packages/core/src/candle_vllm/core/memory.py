@@ -60,9 +60,7 @@ class CachePlan:
         message: how the size was computed, for the log.
         warning: the reduced context, and the memory that the full context needs; empty if it was not reduced.
         states: size of the pool of layer states.
-        state_bytes: bytes of all states.
         windows: the page pools of layers with a window, one for each window.
-        window_bytes: bytes of all page pools.
         index_bytes: bytes outside the cache for the scores and positions of a sparse-attention index in a step.
     """
 
@@ -72,20 +70,19 @@ class CachePlan:
     message: str
     warning: str = ""
     states: StateRoom = NO_STATES
-    state_bytes: int = 0
     windows: tuple[WindowRoom, ...] = ()
-    window_bytes: int = 0
     index_bytes: int = 0
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of all blocks and page pools."""
-        return self.num_blocks * self.block_bytes + self.window_bytes
+    def num_bytes(self) -> int:
+        """Bytes of all blocks, page pools and states."""
+        return self.num_blocks * self.block_bytes + _window_bytes(self.windows) + self.states.num_bytes
 
     def agreed(self, ranks: Collective) -> CachePlan:
         """Return the largest plan that fits every rank."""
         blocks, longest = (ranks.least(number) for number in (self.num_blocks, self.max_model_len))
-        room = StateRoom(ranks.least(self.states.running), ranks.least(self.states.checkpoints), self.states.drafts)
+        running, checkpoints = ranks.least(self.states.running), ranks.least(self.states.checkpoints)
+        room = dataclasses.replace(self.states, running=running, checkpoints=checkpoints)
         windows = tuple(dataclasses.replace(each, pages=ranks.least(each.pages)) for each in self.windows)
         return dataclasses.replace(self, num_blocks=blocks, max_model_len=longest, states=room, windows=windows)
 
@@ -134,16 +131,14 @@ class _Division(NamedTuple):
     """Memory divided into states, page pools and blocks; `specs` are the caches in blocks, without a draft model's."""
 
     states: StateRoom
-    state_bytes: int
     of_states: str
     windows: tuple[WindowRoom, ...]
-    window_bytes: int
     specs: Sequence[PagedSpec]
     token_bytes: int
 
     def bytes_with(self, tokens: int) -> int:
         """Return the bytes of states, page pools, and blocks for `tokens` tokens."""
-        return self.state_bytes + self.window_bytes + tokens * self.token_bytes
+        return self.states.num_bytes + _window_bytes(self.windows) + tokens * self.token_bytes
 
 
 def plan_cache(
@@ -191,9 +186,8 @@ def plan_cache(
     per_sequence, most_sequences = -(-model.max_position // config.block_size), sequences
 
     def divide(total: int) -> _Division:
-        of_states = _plan_states(config, here, most_sequences, drafts, model.max_position, available, total)
-        running, left = of_states[0].running or most_sequences, max(0, total - of_states[1])
-        windows, window_bytes = (), 0
+        found, windows = _plan_states(config, here, most_sequences, drafts, model.max_position, available, total), ()
+        running, left = found[0].running or most_sequences, max(0, total - found[0].num_bytes)
         wanted = windows_of(model.cache_specs)[:pools] if rows else ()  # all pipeline stages have the same pools
         while wanted and not windows:
             rooms = [WindowRoom(window, min(rows, model.max_position) + drafts) for window in wanted]
@@ -205,22 +199,22 @@ def plan_cache(
                     block += size
                 else:
                     sizes[pool] += size
-            windows = _plan_windows(config, rooms, (sizes, block), running, left, per_sequence)
-            window_bytes = sum(room.pages * size for room, size in zip(windows, sizes))
+            rooms = [dataclasses.replace(room, page_bytes=size) for room, size in zip(rooms, sizes)]
+            windows = _plan_windows(config, rooms, block, running, left, per_sequence)
             wanted = wanted[:-1]  # for the largest window, one page per block may take less memory
         specs = [spec for spec in paged(here) if pool_of(spec, windows) is None]
         token_bytes = cache_bytes(specs, 1, element_bytes) + beside
-        return _Division(*of_states, windows, window_bytes, specs, token_bytes)
+        return _Division(*found, windows, specs, token_bytes)
 
     given, parts = budget, divide(budget)
-    windows, window_bytes, specs, token_bytes = parts.windows, parts.window_bytes, parts.specs, parts.token_bytes
-    sequences, budget = parts.states.running or sequences, max(0, budget - parts.state_bytes)
+    (states, of_states, windows, specs, token_bytes), window_bytes = parts, _window_bytes(parts.windows)
+    sequences, budget = states.running or sequences, max(0, budget - states.num_bytes)
     block_bytes = token_bytes * config.block_size
     affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # 0-byte blocks
     context, whole_bytes, more = model.max_position, 0, parts.bytes_with(per_sequence * config.block_size)
     if affordable < per_sequence:
         while more > whole_bytes:  # a larger cache has more checkpoints and window pages; suggestions are whole MiB
-            whole_bytes = -(-more // MIB) * MIB if parts.state_bytes or windows else more
+            whole_bytes = -(-more // MIB) * MIB if states.num_bytes or windows else more
             more = divide(whole_bytes).bytes_with(per_sequence * config.block_size)
         context = _shrunk_context(config, context, affordable, whole_bytes, room, given)
     num_blocks = min(affordable, per_sequence * sequences)
@@ -239,7 +233,7 @@ def plan_cache(
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}{of_token}{of_windows}; context "
-        f"{context:,}{parts.of_states}"
+        f"{context:,}{of_states}"
     )
     cut = ""
     if context < model.max_position:
@@ -252,8 +246,11 @@ def plan_cache(
             f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {takes}; if "
             f"that is intended, set max_model_len to {context} (--max-model-len {context})"
         )
-    pools_of = parts.states, parts.state_bytes, windows, window_bytes
-    return CachePlan(num_blocks, block_bytes, context, message, cut, *pools_of)
+    return CachePlan(num_blocks, block_bytes, context, message, cut, states, windows)
+
+
+def _window_bytes(windows: Iterable[WindowRoom]) -> int:
+    return sum(room.pages * room.page_bytes for room in windows)
 
 
 def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | None) -> CachePlan:
@@ -270,7 +267,7 @@ def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | Non
 def _plan_windows(
     config: EngineConfig,
     rooms: Sequence[WindowRoom],
-    sizes: tuple[Sequence[int], int],
+    block: int,
     sequences: int,
     budget: int,
     per_sequence: int,
@@ -279,20 +276,21 @@ def _plan_windows(
 
     Pools get the pages that all sequences read and write, and as many for cached prefixes. But if `max_model_len` is
     set, blocks for one sequence of full length, `per_sequence`, come first; otherwise pools get at least half of the
-    budget. `sizes` are the bytes of a page of each pool, and of a block of the layers without a pool.
+    budget. `block` are the bytes of a block of the layers without a pool.
     """
-    (pages, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
+    size, is_set = config.block_size, config.max_model_len is not None
     most, least, wanted = per_sequence * sequences, list[int](), list[int]()
     for room in rooms:
         least.append(min(per_sequence, room.blocks(size)))
         seen = sequences * min(per_sequence, room.blocks(size, 1)) * (1 + config.enable_prefix_caching)
         wanted.append(min(most, max(least[-1], seen + -(-room.rows // size))))
-    low, high = (sum(page * count for page, count in zip(pages, counts)) for counts in (least, wanted))
-    given = max(low if is_set else max(low, budget // 2), budget - per_sequence * block - sum(pages))
+    each = least, wanted, [1] * len(rooms)
+    low, high, unused = (sum(room.page_bytes * count for room, count in zip(rooms, counts)) for counts in each)
+    given = max(low if is_set else max(low, budget // 2), budget - per_sequence * block - unused)
     share = 1.0 if given >= high else max(0.0, (given - low) / (high - low))
     found = [dataclasses.replace(room, pages=1 + few + int((many - few) * share))
              for room, few, many in zip(rooms, least, wanted)]  # fmt: skip
-    taken = sum(room.pages * page for room, page in zip(found, pages))
+    taken = _window_bytes(found)
     blocks = most if taken <= budget else 0
     if block:
         blocks = max((budget - taken) // block, per_sequence if is_set else 0)
@@ -307,14 +305,14 @@ def _plan_states(
     longest: int,
     available: int,
     budget: int,
-) -> tuple[StateRoom, int, str]:
-    """Return the size of the state pool in a cache of `budget` bytes, its bytes, and a description of it.
+) -> tuple[StateRoom, str]:
+    """Return the size of the state pool in a cache of `budget` bytes, and a description of it.
 
     `longest` is the maximum number of tokens of a sequence; errors suggest at most `available` bytes for the cache.
     """
     parts = [part for spec in states(specs) for part in spec.parts]
     if not parts:
-        return NO_STATES, 0, ""
+        return NO_STATES, ""
     state = 4 * sum(math.prod(part.shape) for part in parts)
     whole = state + 4 * drafts * sum(part.inputs for part in parts)
     running, least = min(sequences, budget // 2 // whole), config.max_num_seqs or 1
@@ -331,7 +329,7 @@ def _plan_states(
     blocks = sequences * -(-longest // config.block_size)  # each block may end at a checkpoint
     checkpoints = min(kept // state, blocks) if config.enable_prefix_caching else 0
     said = f"; states: {running} of {_size(whole)} for sequences, and {checkpoints} checkpoints of {_size(state)}"
-    return StateRoom(running, checkpoints, drafts), running * whole + checkpoints * state, said
+    return StateRoom(running, checkpoints, drafts, whole, state), said
 
 
 def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:

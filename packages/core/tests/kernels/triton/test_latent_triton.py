@@ -179,6 +179,21 @@ def test_how_many_decode_is_a_number_on_the_device(
     assert torch.equal(step.run(replace(rows, decodes=decoding, decoding=None))[:count], wanted)
 
 
+def test_partial_results_are_bounded_for_any_number_of_rows(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's bits do not depend on the rows of a launch."""
+    assert triton_decode.PARTIALS // (triton_decode.splits(128, 2).splits * 128 * 512 * 4) == 64  # DeepSeek V3
+    step, sizes, empty = Step(device, (600, 3, 257), (1, 1, 1), heads=4), list[int](), torch.empty
+    wanted = step.run()
+    monkeypatch.setattr(triton_decode, "PARTIALS", 4 * 64 * 4 * 32 + 1)  # of one row
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, **given: sizes.append(math.prod(shape)) or empty(*shape, **given)
+    )
+    assert torch.equal(step.run(), wanted)
+    assert 64 * 4 * 32 in sizes
+
+
 @pytest.mark.parametrize("numbers", [torch.int32, torch.int64])
 def test_rows_are_written_to_their_slots(device: torch.device, numbers: torch.dtype) -> None:
     both = random(4, 7 + 20, dtype=torch.bfloat16).to(device)

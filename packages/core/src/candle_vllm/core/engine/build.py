@@ -153,7 +153,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store, open_objects=config.open_objects)
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, offloaded, sleeper)
-    engine.cache_bytes, engine.state_bytes = plan.page_bytes + plan.state_bytes, plan.state_bytes
+    engine.cache_bytes, engine.state_bytes = plan.num_bytes, plan.states.num_bytes
     engine.index_bytes = plan.index_bytes
     return engine
 
@@ -599,7 +599,7 @@ def adapter_store(
     plan: CachePlan | None = None,
 ) -> AdapterStore:
     """Build the adapter store for `most` adapters in a step; by default, it leaves memory for a cache on the CPU."""
-    in_main_memory = 0 if plan is None or loaded.placement.device.type == "cuda" else plan.page_bytes + plan.state_bytes
+    in_main_memory = 0 if plan is None or loaded.placement.device.type == "cuda" else plan.num_bytes
     left = max(0, available_memory() - in_main_memory)
     memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
     logger.info("adapters may take %.0f MB of memory", memory / 1e6)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,8 +15,7 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda or interpreted()
 
 
-@cache
 def interpreted() -> bool:
-    """Return whether Triton interprets its kernels; its import reads TRITON_INTERPRET, and the first result is kept."""
+    """Return whether Triton is imported and interprets its kernels, by TRITON_INTERPRET."""
     triton = sys.modules.get("triton")
     return triton is not None and bool(triton.knobs.runtime.interpret)

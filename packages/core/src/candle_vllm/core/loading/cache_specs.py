@@ -87,11 +87,19 @@ class StateRoom:
         running: number of slots for running sequences.
         checkpoints: number of slots for checkpoints, which follow those for running sequences.
         drafts: maximum number of draft tokens of a sequence in a step, whose inputs are stored.
+        running_bytes, checkpoint_bytes: bytes of one slot of each kind.
     """
 
     running: int
     checkpoints: int
     drafts: int
+    running_bytes: int = 0
+    checkpoint_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots."""
+        return self.running * self.running_bytes + self.checkpoints * self.checkpoint_bytes
 
     @property
     def slots(self) -> int:
@@ -110,11 +118,13 @@ class WindowRoom:
         window: window of these layers in tokens, including the query.
         rows: maximum number of rows of one sequence in all steps that are in flight at the same time.
         pages: number of pages of each of these layers; page 0 is unused.
+        page_bytes: bytes of a page of all these layers.
     """
 
     window: int
     rows: int
     pages: int = 0
+    page_bytes: int = 0
 
     def blocks(self, block_size: int, rows: int | None = None) -> int:
         """Return the maximum number of blocks that `rows` adjacent rows of a sequence access; None is `self.rows`."""

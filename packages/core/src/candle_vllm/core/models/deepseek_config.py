@@ -103,8 +103,9 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
     position = fields.count("max_position_embeddings")
     turning = fields
     if model_type == "mistral4":  # its partial_rotary_factor repeats qk_rope_head_dim
-        key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
-        nested = dict(fields.section(key).values) | {"partial_rotary_factor": 1.0}
+        # required, because transformers' default is a whole dict
+        key = "rope_scaling" if "rope_scaling" in fields and "rope_parameters" not in fields else "rope_parameters"
+        nested = dict(fields.get(key, dict)) | {"partial_rotary_factor": 1.0}
         turning = Fields({**fields.values, fields.prefix + key: nested}, fields.path, fields.prefix)
     rope = rope_from_hf(turning, rope_dim, position)
     q_rank, bias = fields.count("q_lora_rank", 0), fields.get("attention_bias", bool, False)

@@ -173,9 +173,24 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma3nConfig:
 
 
 def gguf_keys(config: Gemma3nConfig) -> dict[str, Any]:
-    """The GGUF metadata of a Gemma 3n in addition to the keys of every model."""
+    """The GGUF metadata of a Gemma 3n in addition to the keys of every model.
+
+    llama.cpp reads no key of AltUp, LAuReL, shared caches and sparsity: it has the numbers of the published models.
+    """
     if config.streams != 4 or not config.scales_output:
         raise UnsupportedModelError("llama.cpp's gemma3n has four streams, and a scale of the active one")
+    layers, cutoffs = config.num_layers, [each or 0.0 for each in config.deviations]
+    fixed = {
+        "altup_active_idx 0": config.active == 0,
+        "laurel_rank 64": config.rank == 64,
+        "hidden_size_per_layer_input 256": config.input_size == 256,
+        f"num_kv_shared_layers {max(layers - _OWNERS, 0)}": config.readers == max(layers - _OWNERS, 0),
+        f"activation_sparsity_pattern 0.95 in the first {_SPARSE[0]} layers alone": np.allclose(
+            cutoffs, [_SPARSE[1] * (layer < _SPARSE[0]) for layer in range(layers)], atol=1e-4
+        ),
+    }
+    if others := [name for name, is_so in fixed.items() if not is_so]:
+        raise UnsupportedModelError(f"llama.cpp's gemma3n has {', '.join(others)}, and this model has not")
     return gemma3_keys(config) | {
         "feed_forward_length": [config.intermediate_size] * config.num_layers,
         "altup.active_idx": config.active,

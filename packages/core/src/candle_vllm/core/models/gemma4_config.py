@@ -18,7 +18,7 @@ from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.experts import size_keys, sparse_in_gguf
 from candle_vllm.core.models.gemma_config import ROUNDED, gemma3_keys
-from candle_vllm.core.models.local_layers import by_layer
+from candle_vllm.core.models.local_layers import by_layer, rope_of_kind
 from candle_vllm.core.quantization.plain import rounded
 
 _PERIOD = 6  # every sixth layer has no window, if a config does not list the layers
@@ -197,7 +197,7 @@ def _shapes(fields: Fields, windows: Sequence[int | None], local: tuple[int, int
 
 def _rope(fields: Fields, kind: str, dim: int, position: int) -> RopeConfig:
     """The rotary settings of one kind of layer; `dim` is its D, `position` the model's context."""
-    stored = fields.section("rope_parameters").section(kind).values if "rope_parameters" in fields else _ROPES[kind]
+    stored = rope_of_kind(fields, kind) if "rope_parameters" in fields else _ROPES[kind]
     return rope_from_hf(Fields({"rope_parameters": dict(stored)}, fields.path), dim, position)
 
 

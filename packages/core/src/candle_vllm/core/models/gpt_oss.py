@@ -34,6 +34,9 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
+_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GptOssConfig(ModelConfig):
     """Config of gpt-oss.
@@ -54,7 +57,9 @@ def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
     for key, value in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if fields.get(key, float, value) != value:
             raise UnsupportedModelError(f"{fields.path}: {key} is {fields.get(key, float)}; implemented: {value}")
-    shared = shared_from_hf(fields, model_type)
+    scaled = "rope_parameters" in fields or "rope_scaling" in fields
+    usual = {"rope_theta": 150000.0} | ({} if scaled else {"rope_scaling": _ROPE})
+    shared = shared_from_hf(fields.with_defaults(**usual), model_type)
     layers, window = shared["num_layers"], fields.with_absent(sliding_window=128).get("sliding_window", int, None)
     experts = expert_count(fields, "num_local_experts", "num_experts")
     mixture = _mixture(experts, fields.count("num_experts_per_tok"), shared)

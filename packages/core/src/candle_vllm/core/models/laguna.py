@@ -51,9 +51,20 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         "wide_gate": _is_wide(fields),
         "sparse_layers": frozenset(range(dense_layers(fields, layers, 1), layers)),
     }
-    own |= ropes_by_kind(fields, shared["head_dim"], windows, (5e5, 0.5), (1e4, 1.0))
+    own |= ropes_by_kind(_by_kind(fields), shared["head_dim"], windows, (5e5, 0.5), (1e4, 1.0))
     heads = by_layer(fields, "num_attention_heads_per_layer", layers, shared["num_heads"], further=True)
     return _laguna(shared | own, heads, mixture)
+
+
+def _by_kind(fields: Fields) -> Fields:
+    """The config with `rope_parameters` by kind of layer; earlier files have one for all, and `swa_rope_parameters`."""
+    given = fields.section("rope_parameters").values
+    if not given or any(isinstance(value, dict) for value in given.values()):
+        return fields
+    share = {"partial_rotary_factor": fields.get("partial_rotary_factor", float, 1.0)}
+    local = fields.section("swa_rope_parameters").values or given
+    kinds = {"full_attention": share | dict(given), "sliding_attention": share | dict(local)}
+    return Fields({**fields.values, "rope_parameters": kinds}, fields.path)
 
 
 def _is_wide(fields: Fields) -> bool:

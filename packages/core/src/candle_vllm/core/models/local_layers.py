@@ -55,7 +55,7 @@ def with_ropes(fields: Fields, windows: Sequence[int | None]) -> Fields:
 
     `rope_scaling` applies to layers without a window.
     """
-    if "rope_parameters" in fields:
+    if any(isinstance(value, dict) for value in fields.section("rope_parameters").values.values()):
         return fields
     made: dict[str, dict[str, Any]] = {}
     names = {"rope_theta": ("rope_theta", 1e4), "partial_rotary_factor": ("partial_rotary_factors", 1.0)}
@@ -70,6 +70,14 @@ def with_ropes(fields: Fields, windows: Sequence[int | None]) -> Fields:
     return Fields({**fields.values, fields.prefix + "rope_parameters": made}, fields.path, fields.prefix)
 
 
+def rope_of_kind(fields: Fields, kind: str) -> Mapping[str, Any]:
+    """The settings of one kind of layer in `rope_parameters`; empty if absent."""
+    stored = fields.section("rope_parameters")
+    if stored.values and not any(isinstance(value, dict) for value in stored.values.values()):
+        raise InvalidFileError(f"{fields.path}: rope_parameters is one for all layers, without {kind}")
+    return stored.section(kind).values
+
+
 def ropes_by_kind(
     fields: Fields, head_dim: int, windows: Sequence[int | None], full: tuple[float, float], local: tuple[float, float]
 ) -> dict[str, Any]:
@@ -81,10 +89,10 @@ def ropes_by_kind(
         windows: window of each layer.
         full, local: base and rotated share of a head in layers without and with a window, without `rope_parameters`.
     """
-    position, stored = fields.count("max_position_embeddings"), fields.section("rope_parameters")
+    position = fields.count("max_position_embeddings")
     usual = {"full_attention": full, "sliding_attention": local}
     given = (
-        stored.section(kind).values or {"rope_theta": base, "partial_rotary_factor": share}
+        rope_of_kind(fields, kind) or {"rope_theta": base, "partial_rotary_factor": share}
         for kind, (base, share) in usual.items()
     )
     ropes = [rope_from_hf(Fields({"rope_parameters": dict(one)}, fields.path), head_dim, position) for one in given]

@@ -29,6 +29,7 @@ from candle_vllm.core.models.encoder_parts import (
 )
 from candle_vllm.core.models.encoder_stack import PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
+from candle_vllm.core.models.local_layers import rope_of_kind
 from candle_vllm.core.pooled_head import Dense
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
         raise UnsupportedModelError(f"{fields.path}: layer_types is {kinds!r:.80}, which is not implemented")
 
     def rope(kind: str, key: str, theta: float) -> RopeConfig:
-        own = {"rope_theta": fields.get(key, float, theta), **fields.section("rope_parameters").section(kind).values}
+        own = {"rope_theta": fields.get(key, float, theta), **rope_of_kind(fields, kind)}
         settings = Fields({"rope_parameters": own | dict(fields.section("rope_scaling").values)}, fields.path)
         return rope_from_hf(settings, sizes["hidden_size"] // sizes["num_heads"], position)
 

@@ -3,9 +3,9 @@
 
 At position p such a layer reads the embedding of token p + 1 and the output of the model's last norm at p. Both are
 normalised, projected to one vector, and pass a block like the model's own. A norm and a head predict token p + 2.
-The next draft starts from the layer's own result: before its norm in DeepSeek and GLM, after it in Qwen.
+The next draft starts from the layer's own result: before its norm in DeepSeek and GLM, after it in Qwen and Hy3.
 
-Only the first of several such layers is used, for all drafts. It follows the model's last layer (DeepSeek, GLM:
+Only the first of several such layers is used, for all drafts. It follows the model's last layer (DeepSeek, GLM, Hy3:
 `model.layers.{N}`; GGUF: `blk.{N}`, with `blk.{N}.nextn`), or has its own names (Qwen3-Next, Qwen3.5: `mtp`). In a
 model whose layers have recurrent states, this layer has attention, and its cache has only pages.
 Source: DeepSeek-AI, 2024, arXiv:2412.19437, section 2.2. Shapes: T tokens, E hidden.
@@ -68,6 +68,8 @@ _BEHIND = MappingProxyType(
         "own_embed": "embed_tokens",
     }
 )
+_HY3 = MappingProxyType({part: _BEHIND[part] for part in ("embedding_norm", "hidden_norm", "project")})
+_HY3 = MappingProxyType({**_HY3, "own_norm": "final_layernorm"})
 _APART = MappingProxyType(
     {
         "embedding_norm": "pre_fc_norm_embedding",
@@ -85,14 +87,16 @@ def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
         UnsupportedModelError: the checkpoint has no such layer, or such layers of its family are not implemented.
     """
     qwen = type(config) is Qwen3NextConfig  # not its subclasses, which have other blocks
-    if not (qwen or isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig))):
+    known = qwen or isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig))
+    if not known or config.model_type in ("step3p5", "step35"):  # whose layers have a window and other names
         raise UnsupportedModelError(f"multi-token prediction layers of {config.model_type} are not implemented")
-    tensors, last = checkpoint.tensors, config.num_layers
+    tensors, last, hy3 = checkpoint.tensors, config.num_layers, config.model_type == "hy_v3"
     if checkpoint.format == "gguf" and f"blk.{last}.nextn.eh_proj.weight" in tensors:
         names = {part: f"blk.{last}.nextn.{name.replace('.', '_')}" for part, name in _BEHIND.items()}
-        return Layout(f"blk.{last}.", names, given_back=qwen)
+        return Layout(f"blk.{last}.", names, given_back=qwen or hy3)
     if f"model.layers.{last}.eh_proj.weight" in tensors:
-        return Layout(f"model.layers.{last}.", {part: f"model.layers.{last}.{name}" for part, name in _BEHIND.items()})
+        names = {part: f"model.layers.{last}.{name}" for part, name in (_HY3 if hy3 else _BEHIND).items()}
+        return Layout(f"model.layers.{last}.", names, given_back=hy3)
     for start in ("mtp.", "model.mtp."):
         if f"{start}fc.weight" in tensors:
             names = {part: start + name for part, name in _APART.items()}
@@ -110,7 +114,8 @@ def layer_tensors(layout: Layout, checkpoint: Checkpoint, model: Sequence[Weight
     tensors, gguf = checkpoint.tensors, checkpoint.format == "gguf"
     names = {line.target: line.gguf if gguf else line.hf for line in model}
     shared = {f"own_{part}": str(names.get(f"{part}:weight")) for part in ("embed", "head")}
-    found = {name: tensor for name, tensor in tensors.items() if name.startswith(layout.block)}
+    unused = f"{layout.block}shared_head.weight"  # Hy3 has it, and predicts with the model's own
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(layout.block) and name != unused}
     for part, name in layout.names.items():
         stored, same = tensors.get(f"{name}.weight"), tensors.get(shared.get(part, ""))
         found.pop(f"{name}.weight", None)
@@ -128,8 +133,8 @@ def _is_copy(one: StoredTensor, other: StoredTensor) -> bool:
 
 def head_config(config: ModelConfig, layout: Layout, checkpoint: Checkpoint) -> ModelConfig:
     """The config of the layer, as if it were a model with one layer."""
-    routers = (f"{layout.block}mlp.gate.weight", f"{layout.block}ffn_gate_inp.weight")
-    sparse = any(name in checkpoint.tensors for name in routers)
+    routers = ("mlp.gate.weight", "mlp.router.gate.weight", "ffn_gate_inp.weight")
+    sparse = any(layout.block + name in checkpoint.tensors for name in routers)
     common: dict[str, Any] = {"num_layers": 1, "sliding_windows": (None,)}
     if isinstance(config, deepseek.DeepseekConfig):
         return dataclasses.replace(config, **common, dense_layers=0 if sparse else 1, extra_layers=0)

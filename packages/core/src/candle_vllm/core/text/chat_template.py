@@ -239,11 +239,11 @@ def _plain(name: str, value: Any, depth: int = 0) -> Any:
         return int.__int__(value)
     if isinstance(value, float):
         return float.__float__(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not any(isinstance(key, (Mapping, tuple)) for key in value):
         return {_plain(name, key, depth + 1): _plain(name, item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(name, item, depth + 1) for item in value]
-    raise InvalidParameterError(f"{name} must be JSON data; it has a {type(value).__name__}", name)
+    raise InvalidParameterError(f"{name} must be JSON data with string keys; this {type(value).__name__} is not", name)
 
 
 def _mark_ending(conversation: list[dict[str, Any]], template: str) -> str:

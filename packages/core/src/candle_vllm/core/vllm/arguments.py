@@ -217,10 +217,11 @@ def _template(value: Any) -> dict[str, Any]:
         return {}
     text = str(value)
     if len(text) < 4096 and "{" not in text and "\n" not in text:
-        path = Path(text)
-        if not path.is_file():
-            raise ConfigError(f"chat_template {text!r:.200} is neither a file nor Jinja source", "chat_template")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # ValueError: it is no path, or the file is not UTF-8
+            said = f"chat_template {text!r:.200} is neither a file nor Jinja source: {error!s:.200}"
+            raise ConfigError(said, "chat_template") from None
     return {"chat_template": text}
 
 

@@ -253,7 +253,7 @@ def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, d
         words = f"what is left of the GPU after loading, times kv_fraction; a token takes {token:,} B"
         left = Derived(words, "derived when the model is loaded")
         return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)
-    size, room = cache.page_bytes + cache.state_bytes, cache.num_blocks * config.block_size
+    size, room = cache.num_bytes, cache.num_blocks * config.block_size
     states = cache.states
     kept = f", {states.running} states and {states.checkpoints} checkpoints of states" if states.running else ""
     for pool in cache.windows:

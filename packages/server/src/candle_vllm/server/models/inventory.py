@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from candle_vllm.core.devices import choose_device
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.server.models.downloads import MIB, downloaded, find_among, room_of
 from candle_vllm.server.models.library import file_bytes
@@ -98,7 +99,7 @@ def take_stock(
 ) -> Inventory:
     """Return the inventory; `slots` are the served models in order, `changes` is whether clients may change them."""
     room = room_of(settings, 0)
-    held = held_by(manager.loaded)
+    held = held_by(manager.loaded, choose_device(settings.device or "auto"))
 
     def fits(needed: int) -> str:
         return "now" if needed <= room.free else "alone" if needed <= room.free + held else "never"

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -598,17 +599,17 @@ class OffloadedPrefixes:
 
     def __init__(self, blocks: OffloadedBlocks, states: OffloadedBlocks, pool: StatePool, look: _Look | None) -> None:
         self._blocks, self._states, self._pool, self._look = blocks, states, pool, look
-        self._looks: dict[object, threading.Thread | None] = {}  # by sequence; None once `take` has seen the end
+        self._looks: dict[object, Future[None] | None] = {}  # by sequence; None once `take` has seen the end
+        self._threads = ThreadPoolExecutor(_MOST_READERS, "candle-vllm-checkpoints-look")
         self._both = blocks, states
         pool.offer = states.offer
         self.offer, self.may_have = blocks.offer, blocks.may_have
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
         if self._look is not None and sequence not in self._looks:
-            thread = self._looks[sequence] = threading.Thread(target=self._look, args=(hashes,), daemon=True)
-            thread.start()
+            self._looks[sequence] = self._threads.submit(self._look, hashes)
         look = self._looks.get(sequence)
-        if look is not None and look.is_alive():
+        if look is not None and not look.done():
             return False
         there = (n for n in range(len(hashes), 0, -1) if self._is_within_reach(hashes[n - 1]))
         end = next(there, 0)
@@ -632,14 +633,14 @@ class OffloadedPrefixes:
 
     def take(self) -> None:
         for sequence, look in self._looks.items():
-            if look is not None and not look.is_alive():
+            if look is not None and look.done():
                 self._looks[sequence] = None
         for each in self._both:
             each.take()
 
     def wait(self, seconds: float) -> None:
         look = next((each for each in self._looks.values() if each is not None), None)
-        (look.join if look is not None else (self._states if self._states.reads else self._blocks).wait)(seconds)
+        (partial(wait, [look]) if look else (self._states if self._states.reads else self._blocks).wait)(seconds)
 
     def rest(self) -> None:
         for each in self._both:
@@ -650,6 +651,7 @@ class OffloadedPrefixes:
             each.reset()
 
     def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for each in self._both:
             each.close()
 

@@ -113,17 +113,16 @@ class RayRanks:
 
     def _with_gpu(self, config: EngineConfig) -> EngineConfig:
         """Set the first rank's device to the GPU that Ray assigned, by its number in this process."""
-        given = self._ray.get(self._actors[0].device.remote())
+        given = self._ray.get(self._actors[0].device.remote()).strip()
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if seen is None:
-            return dataclasses.replace(config, device=f"cuda:{given}")
-        if given not in seen.split(","):
+        visible = [*map(str, range(1 << 10))] if seen is None else [name.strip() for name in seen.split(",")]
+        if given not in visible:
             raise ConfigError(
-                f"Ray gave the first rank GPU {given}, and this process sees {seen} (CUDA_VISIBLE_DEVICES): leave that "
-                "variable out",
+                f"Ray gave the first rank GPU {given}, and this process sees {seen} (CUDA_VISIBLE_DEVICES): set that "
+                "variable to the same value here and for `ray start`, or leave it out of both",
                 _SETTING,
             )
-        return dataclasses.replace(config, device=f"cuda:{seen.split(',').index(given)}")
+        return dataclasses.replace(config, device=f"cuda:{visible.index(given)}")
 
     def close(self) -> None:
         """Close the listener, end the actors and their ranks, and free the placement group."""

@@ -140,7 +140,7 @@ def build_on_gpu(
     try:
         runner.allocate(plan.num_blocks, plan.states, plan.windows)
     except torch.OutOfMemoryError as error:
-        size = plan.page_bytes // MIB
+        size = plan.num_bytes // MIB
         raise NoMemoryError(
             f"a KV cache of {size} MiB leaves too little of the GPU's memory for captured steps: set "
             f"kv_cache_memory={size * 3 // 4 * MIB} (bytes), or a smaller `kv_fraction`, or cuda_graphs=False",

@@ -45,6 +45,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capabil
 _ROWS = 256  # maximum sequences of a launch, if each program counts the items
 _CHUNK = 256  # minimum number of keys of a split, except a sequence's last
 _MERGED = 8  # splits that the merging kernel reads together
+PARTIALS = 512 << 20  # maximum bytes of a launch's partial results; fewer may not occupy all multiprocessors
 
 
 # A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
@@ -301,7 +302,7 @@ def decode(
     rows_scaled = has_row_scales(key_cache, dim)
     size = _size(dim, q.element_size(), key_cache.element_size(), rows_scaled)
     shape = splits(next_power_of_2(dim), size, kv_heads, capability(q.device))
-    most = q.shape[0] if triton_items.ITEM_LIST else _ROWS
+    most = q.shape[0] if triton_items.ITEM_LIST else min(_ROWS, PARTIALS // (4 * shape.splits * heads * dim) or 1)
     rows = min(q.shape[0], most)
     values = torch.empty(rows, shape.splits, heads, dim, dtype=torch.float32, device=q.device)
     states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.attention import triton_items
-from candle_vllm.core.kernels.attention.triton_decode import merge_kernel, multiprocessors
+from candle_vllm.core.kernels.attention.triton_decode import PARTIALS, merge_kernel, multiprocessors
 from candle_vllm.core.kernels.attention.triton_items import (
     count_items,
     counted_item,
@@ -135,14 +135,14 @@ def splits(heads: int, bytes_per_number: int) -> Splits:
     """Return the division for a model's shape, which never depends on the batch.
 
     An item has as many heads as the registers have room for sums of 512 elements, because every item reads the cache
-    again. Not measured yet.
+    again. With many heads, a long sequence has 128 items: one for each multiprocessor. Not measured yet.
     """
     some = max(16, next_power_of_2(heads))
+    of_item = 16 if bytes_per_number == 4 else min(some, 32)
+    most = min(max(128 * of_item // some, 16), 64)
     if bytes_per_number == 4:
-        return Splits(min(some, 16), 16, 64, 8, 2, 1)
-    if some <= 16:
-        return Splits(16, 32, 64, 4, 2, 2)
-    return Splits(32, 32, 64, 8, 2, 1)
+        return Splits(of_item, 16, most, 8, 2, 1)
+    return Splits(of_item, 32, most, 4, 2, 2) if of_item == 16 else Splits(of_item, 32, most, 8, 2, 1)
 
 
 def decode(
@@ -162,7 +162,7 @@ def decode(
     """
     heads, latent = q_latent.shape[1:]
     shape = splits(heads, cache.element_size())
-    most = q_latent.shape[0] if triton_items.ITEM_LIST else _ROWS
+    most = len(q_latent) if triton_items.ITEM_LIST else min(_ROWS, PARTIALS // (4 * shape.splits * heads * latent) or 1)
     count = min(q_latent.shape[0], most)
     values = torch.empty(count, shape.splits, heads, latent, dtype=torch.float32, device=out.device)
     states = torch.empty(count, shape.splits, heads, 2, dtype=torch.float32, device=out.device)
