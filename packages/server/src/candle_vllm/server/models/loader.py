@@ -175,7 +175,7 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     device = choose_device(config.device)
     cache = 0 if is_encoder(files) else config.kv_cache_memory or LEAST_CACHE
     need = _copies(config, device) * (_weight_bytes(config) + WORKSPACE + cache)
-    most = free_memory(device) + held_by(beside)
+    most = free_memory(device) + held_by(beside, device)
     if need > most:
         raise NoMemoryError(
             f"{_called(settings)} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model"
@@ -183,10 +183,14 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
         )
 
 
-def held_by(models: Sequence[ServedModel]) -> int:
-    """Return the bytes that unloading these models frees; without KV caches on a CPU, which are allocated on demand."""
+def held_by(models: Sequence[ServedModel], device: Device) -> int:
+    """Return the bytes that unloading these models frees on a device of this type.
+
+    KV caches on a CPU do not count, because they are allocated on demand.
+    """
     infos = [(model, model.engine.model_info) for model in models]
-    return sum(model.memory if info.device != "cpu" else info.weight_bytes for model, info in infos)
+    there = [(model, info) for model, info in infos if info.device.partition(":")[0] == device.type]
+    return sum(info.weight_bytes if info.device == "cpu" else model.memory for model, info in there)
 
 
 def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[str, Any]:
