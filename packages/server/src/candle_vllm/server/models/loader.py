@@ -184,10 +184,7 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
 
 
 def held_by(models: Sequence[ServedModel], device: Device) -> int:
-    """Return the bytes that unloading these models frees on a device of this type.
-
-    KV caches on a CPU do not count, because they are allocated on demand.
-    """
+    """Return the bytes that unloading models frees on a device; on a CPU without KV caches, which fill on demand."""
     infos = [(model, model.engine.model_info) for model in models]
     there = [(model, info) for model, info in infos if info.device.partition(":")[0] == device.type]
     return sum(info.weight_bytes if info.device == "cpu" else model.memory for model, info in there)
