@@ -596,6 +596,7 @@ async def test_the_wrong_task_names_the_right_route() -> None:
     [
         (parse_classify_request, {"input": "a", "truncate": True}, "use truncate_prompt_tokens"),
         (parse_classify_request, {"input": "a", "softmax": False}, "send use_activation"),
+        (parse_pooling_request, {"input": "a", "softmax": False}, "send use_activation"),
         (partial(parse_body, CohereEmbedRequest), {"texts": ["a"], "truncate_prompt_tokens": 5}, "use truncate"),
         (partial(parse_body, CohereEmbedRequest), {"texts": ["a"], "truncation_side": "left"}, "use truncate"),
     ],

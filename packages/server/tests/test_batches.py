@@ -195,6 +195,26 @@ async def test_a_full_file_is_no_full_conversation() -> None:
     await files.close()
 
 
+async def test_a_store_that_is_being_opened_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, opened, open_backend = asyncio.Event(), list[Any](), store.open_backend
+
+    async def slowly(*given: Any) -> Any:
+        await go.wait()
+        opened.append(await open_backend(*given))
+        return opened[0]
+
+    monkeypatch.setattr(store, "open_backend", slowly)
+    files = store.BatchStore(store.FileOptions("memory"))
+    opening = asyncio.create_task(files.owner("key"))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(files.close())
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.gather(opening, closing)
+    with pytest.raises(StoreUnavailableError):
+        await opened[0].get("file", "a", "file-1")
+
+
 async def test_files_of_a_purpose_are_found_in_few_looks() -> None:
     asked: list[int] = []
 

@@ -171,11 +171,20 @@ async def test_logprobs_are_kept() -> None:
         [[{"id": "a", "function": {"name": "add", "arguments": '{"a": '}}],
          [{"id": "a", "function": {"name": "add", "arguments": "1}"}}],
          [{"id": "b", "function": {"name": "add", "arguments": '{"a": 2}'}}]],
+        [[{"id": "a", "function": {"name": "add"}}, {"id": "b", "function": {"name": "add"}}],
+         [{"id": "a", "function": {"arguments": '{"a": 1}'}}, {"id": "b", "function": {"arguments": '{"a": 2}'}}]],
+        [[{"id": "a", "function": {"name": "add", "arguments": '{"a": 1}'}},
+          {"id": "a", "function": {"name": "plus", "arguments": '{"a": 2}'}}]],
     ],
-    ids=["whole", "objects without index and id", "pieces without index and id", "all under index 0", "only ids"],
+    ids=["whole", "objects without index and id", "pieces without index and id", "all under index 0", "only ids",
+         "only ids, by turns", "one id for two tools"],
 )  # fmt: skip
 async def test_calls_of_all_kinds(deltas: list[Any]) -> None:
     def add(a: int) -> int:
+        """Adds."""
+        return a + 1
+
+    def plus(a: int) -> int:
         """Adds."""
         return a + 1
 
@@ -186,7 +195,7 @@ async def test_calls_of_all_kinds(deltas: list[Any]) -> None:
         return httpx2.Response(200, content=answers.pop(0), headers={"content-type": "text/event-stream"})
 
     model = HttpModel("http://server.test/v1", model="m", transport=httpx2.MockTransport(route))
-    result, _ = await said(model, tools=[add])
+    result, _ = await said(model, tools=[add, plus])
     assert [one.text for one in result.tool_calls] == ["2", "3"]
     assert result.final_message == "ok"
 

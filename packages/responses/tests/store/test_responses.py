@@ -453,7 +453,9 @@ async def test_other_urls_are_refused(url: str) -> None:
     await store.close()
 
 
-@pytest.mark.parametrize("path", ["~nobody-here/x.sqlite", f"{'a' * 300}/b/x.sqlite", f"{'a' * 300}/x.sqlite"])
+@pytest.mark.parametrize(
+    "path", ["~nobody-here/x.sqlite", f"{'a' * 300}/b/x.sqlite", f"{'a' * 300}/x.sqlite", "a%00b.sqlite"]
+)
 def test_a_file_that_cannot_be_there_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="cannot write the store"):
         connect_to(Place(f"sqlite:///{path}", "responses", "store", "setting"))

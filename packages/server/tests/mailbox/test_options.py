@@ -62,6 +62,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"signing_secret": ""}, "printable ASCII"),
     ({"signing_secret": 1}, "text"),
     ({"signing_secret": "s", "auth": {"type": "hmac", "secret": "s"}}, "not both"),
+    ({"signing_secret": "s", "auth": {"type": "api_key", "key": "k", "header": "x-signature-256"}}, "the signature"),
     ({"auth": "bearer"}, "mapping"),
     ({"auth": {"type": "basic"}}, "one of none, bearer"),
     ({"auth": {}}, "one of none, bearer"),

@@ -8,10 +8,11 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from candle_vllm.server import Settings
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.mailbox.service import Mailbox
-from candle_vllm.server.outliving import OutlivingAnswer, StoredForm, Wish
+from candle_vllm.server.outliving import MailboxWriter, OutlivingAnswer, StoredForm, Wish
 from candle_vllm.server.serve import bind
 from candle_vllm.server.settings import Address
 from packages.server.tests import running_server
@@ -291,6 +292,21 @@ async def test_a_client_is_waited_for_to_the_deadline_and_only_where_it_matters(
     took = time.monotonic() - begin
     assert took >= 0.15 if mode is Mode.ON_DISCONNECT else took < 20
     assert notes.kept == [True]
+
+
+async def test_the_end_of_the_server_waits_for_no_client() -> None:
+    async def chunks() -> AsyncIterator[str]:
+        yield "a"
+
+    notes, metrics = Notes(), SimpleNamespace(answer_stored=lambda _: None)
+    entry, form = SimpleNamespace(names=["m"]), StoredForm("chatcmpl-", lambda chunks: cast("Any", "".join(chunks)))
+    turn = SimpleNamespace(model=SimpleNamespace(entry=entry), release=lambda: None)
+    writer = MailboxWriter(cast("Any", notes), cast("Any", metrics))
+    wish = Wish(DeliveryPolicy(Mode.ON_DISCONNECT, Mode.NEVER), "", "1")
+    answer = writer.keep(wish, chunks(), form, cast("Any", turn), time.monotonic() + 600)
+    assert await answer._whole() == "a"
+    await asyncio.wait_for(writer.close(), 60)
+    assert (notes.kept, writer.busy) == ([True], False)
 
 
 @pytest.mark.parametrize("mode", [Mode.ON_DISCONNECT, Mode.ALWAYS])

@@ -68,6 +68,14 @@ async def test_what_arrives(sender, receiver, clock) -> None:
     assert (received.headers["idempotency-key"], received.headers["x-webhook-timestamp"]) == ("d1", "1700000000")
 
 
+async def test_the_operators_header_is_sent_once(sender, receiver) -> None:
+    message = Message(RECORD, "d1", parse_target(receiver.url), headers={"x-request-id": "client", "x-trace": "t"})
+    sent = sender(headers={"X-Request-Id": "operator"})._headers(message, b"")
+    assert [(name, value) for name, value in sent.items() if name.lower() in ("x-request-id", "x-trace")] == [
+        ("x-trace", "t"), ("X-Request-Id", "operator"),
+    ]  # fmt: skip
+
+
 STATUSES = [(200, "DELIVERED"), (204, "DELIVERED"), (299, "DELIVERED"), (301, "REFUSED"), (302, "REFUSED"),
             (307, "REFUSED"), (400, "REFUSED"), (401, "REFUSED"), (404, "REFUSED"), (410, "REFUSED"),
             (408, "FAILED"), (425, "FAILED"), (429, "FAILED"), (500, "FAILED"), (503, "FAILED")]  # fmt: skip

@@ -49,3 +49,10 @@ def test_caches_on_a_gpu_take_no_memory_of_the_cpu(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(memory, "free_memory", lambda _: 2 << 30)
     settings = Settings(model=str(write_toy_model(tmp_path)), device="cpu")
     assert room_beside(settings, _beside("cuda:0", 64 << 30))["kv_cache_memory"] >= LEAST_CACHE
+
+
+def test_a_model_on_a_gpu_leaves_no_memory_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 20)
+    settings = Settings(model=str(write_toy_model(tmp_path)), device="cpu")
+    with pytest.raises(NoMemoryError, match="and 1 MiB would be left without any other model"):
+        check_model(settings, _beside("cuda:0", 64 << 30))

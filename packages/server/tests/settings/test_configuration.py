@@ -281,6 +281,8 @@ def test_models_file_search_order(load, tmp_path: Path) -> None:
         ("- name: small", "- nam: small", "name of model 1 must be a text"),
         ("models:", "models: {", "not valid YAML"),
         ("temperature: 0.25", "temperature: !!bool foo", "not valid YAML"),
+        ("temperature: 0.25", "temperature: !!map 3", "line 7: not valid YAML: expected a mapping node"),
+        ("temperature: 0.25", "temperature: !!set [1]", "line 7: not valid YAML: expected a mapping node"),
         ("temperature: 0.25", "temperature: !!timestamp foo", "not valid YAML"),
         ("temperature: 0.25", 'temperature: !!float ""', "not valid YAML"),
         ("models:", "model:", "unknown key 'model' (did you mean models?)"),

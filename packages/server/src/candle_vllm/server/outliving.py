@@ -67,7 +67,7 @@ class MailboxWriter:
     def __init__(self, mailbox: Mailbox, metrics: Metrics) -> None:
         self._mailbox = mailbox
         self._metrics = metrics
-        self._works: set[Work[Any]] = set()
+        self._works: dict[Work[Any], OutlivingAnswer] = {}
 
     def wish(self, scope: Scope, wire: Any) -> tuple[Wish | None, Any]:
         """Return what a request asks of the mailbox, and the request changed accordingly: streamed, with token counts.
@@ -107,8 +107,8 @@ class MailboxWriter:
                 self._metrics.answer_stored(Outcome.OK if stored else Outcome.FAILED)
 
         work = Work(chunks, max(0.0, deadline - time.monotonic()), answer.take, end)
-        self._works.add(work)
-        work.task.add_done_callback(lambda _: self._works.discard(work))
+        self._works[work] = answer
+        work.task.add_done_callback(lambda _: self._works.pop(work))
         return answer
 
     @property
@@ -118,6 +118,8 @@ class MailboxWriter:
 
     async def close(self) -> None:
         """Stop reading; the mailbox gets an error in place of each incomplete answer."""
+        for answer in self._works.values():
+            answer.over.set()  # the end of a work is not cancelled
         await asyncio.gather(*(work.cancel() for work in self._works))
 
 
@@ -139,7 +141,7 @@ class OutlivingAnswer:
         self._made: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._delivered = False
         self._gone = asyncio.Event()  # set when the client disconnects before it has the whole answer
-        self._over = asyncio.Event()  # set when the client has the whole answer or has disconnected
+        self.over = asyncio.Event()  # set when the client has all or has disconnected, or is not waited for any more
         self._noting = asyncio.create_task(self._note())
 
     # ---- for the client ----------------------------------------------------------------------------------------------
@@ -163,13 +165,13 @@ class OutlivingAnswer:
     def delivered(self) -> None:
         """Record that the client was sent the last byte."""
         self._delivered = not self._gone.is_set()
-        self._over.set()
+        self.over.set()
 
     async def aclose(self) -> None:
         """Record that the client reads no more; the answer is still read to its end."""
         if not self._delivered:
             self._gone.set()
-        self._over.set()
+        self.over.set()
         with contextlib.suppress(RuntimeError):  # it is being read now
             await self._reader.aclose()
 
@@ -182,7 +184,7 @@ class OutlivingAnswer:
     async def finish(self, failure: Failure | None) -> bool | None:
         """End the answer for client and mailbox; return whether it was stored, or None if it need not be.
 
-        If that depends on whether the client got the answer, wait for the client until the deadline or a cancellation.
+        If that depends on whether the client got the answer, wait for `over` until the deadline.
         `failure` is the exception that ended the answer; None if the answer is complete.
         """
         self._noting.cancel()
@@ -191,9 +193,9 @@ class OutlivingAnswer:
         self._chunks.finish(made if isinstance(made, Exception) else None)
         wish = self._wish
         if Mode.ON_DISCONNECT in (wish.policy.mailbox, wish.policy.webhook):
-            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                    await self._over.wait()
+                    await self.over.wait()
         gone = not self._delivered
         stored = await self._mailbox.keep(wish.policy, wish.owner, self._id, self._model, made, disconnected=gone)
         wanted = wish.policy.mailbox.applies(gone) or wish.policy.webhook.applies(gone)

@@ -347,8 +347,8 @@ class PoolingRequest(ActivationFields, EmbeddingRequest):
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _without(
-        EMBEDDING_REFUSED_FIELDS, "activation", "use_activation"
-    ) | {"messages": Refusal("the texts are the input")}
+        EMBEDDING_REFUSED_FIELDS, *ActivationFields.model_fields
+    ) | {"messages": Refusal("the texts are the input"), "softmax": Refusal("send use_activation", (True,))}
     own_tasks: ClassVar[bool] = True
 
     task: PoolingTask | None = None

@@ -27,7 +27,7 @@ _FAILURES = ("error", "abort", "content_filter")  # OpenRouter, vLLM, OpenAI and
 
 class _Call:
     def __init__(self, given_id: str) -> None:
-        self.given_id = given_id
+        self.given_id, self.name = given_id, ""
         self.begun = False
         self.held: list[str] = []  # arguments that came before the name
 
@@ -147,16 +147,17 @@ class _Choice:
     def _name(self, number: int, name: str) -> list[Event]:
         """Return the beginning of a call, with the arguments that came before its name."""
         call = self._calls[number]
-        call.begun = True
+        call.begun, call.name = True, name
         events: list[Event] = [CallBegun(self._number, number, call.given_id, name)]
         return [*events, CallText(self._number, number, "".join(call.held))] if call.held else events
 
     def _index_of(self, call: dict[str, Any], name: str) -> int:
         """Return the index in `_calls` for a delta; a name with another id under a known index begins a new call."""
         index, given = call.get("index"), _text(call, "id") or ""
-        if not isinstance(index, int):  # a name begins a call, except with the id of the last one, which goes on
-            same = given != "" and bool(self._calls) and self._calls[-1].given_id == given
-            index = self._next_index if name and not same else max(self._next_index - 1, 0)
+        if not isinstance(index, int):  # the id of a call continues it; otherwise a name begins a call
+            begun = ((at, self._calls[number]) for at, number in self._indices.items() if given)
+            same = (at for at, one in begun if one.given_id == given and (not name or one.name in ("", name)))
+            index = next(same, self._next_index if name else max(self._next_index - 1, 0))
         self._next_index = max(self._next_index, index + 1)
         known = self._indices.get(index)
         if known is not None and not (name and given and given != self._calls[known].given_id):

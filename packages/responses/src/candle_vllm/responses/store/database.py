@@ -185,7 +185,7 @@ def _sqlite(url: URL, place: Place) -> Engine:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             logger.warning("created the folder %s for the %s", path.parent, place.title)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users cannot read the answers
-    except (OSError, RuntimeError) as error:  # RuntimeError: "~" names an unknown user
+    except (OSError, RuntimeError, ValueError) as error:  # "~" names an unknown user, or the path has a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot write the {place.title} {path}: {reason}", place.setting) from None
     made = create_engine(url.set(database=str(path)), connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True)

@@ -43,7 +43,8 @@ _VALUES = frozenset({"enum", "const", "default", "examples"})
 _UNCHECKED = frozenset({"$schema", "$id", "id", "patternProperties", "unevaluatedItems", "unevaluatedProperties"})
 _REFERENCES = frozenset({"$ref", "$dynamicRef", "$recursiveRef"})
 _PARTLY = _REFERENCES | {"format", "pattern", "uniqueItems"}  # a check may skip these, or what they refer to
-_NEGATING = frozenset({"not", "oneOf", "if"})  # these can refuse arguments because a part of them was not checked
+# keyword -> keyword with the part that makes it refuse arguments, if this part was not checked
+_NEGATING = {"not": "not", "oneOf": "oneOf", "if": "if", "maxContains": "contains"}
 
 Keyword = Callable[..., Iterator[Any] | None]
 
@@ -140,11 +141,7 @@ def _checkable(schema: Any, also: frozenset[str] = frozenset()) -> Any:
             result[key] = value
         elif key in _SCHEMAS_BY_NAME and isinstance(value, dict):
             result[key] = {name: _checkable(inner, also) for name, inner in value.items()}
-        elif (
-            key == "maxContains" and not also and _checkable(schema.get("contains"), _PARTLY) != schema.get("contains")
-        ):
-            continue  # an element that was not checked would count
-        elif key in _NEGATING and not also and _checkable(value, _PARTLY) != value:
+        elif key in _NEGATING and not also and _checkable(part := schema.get(_NEGATING[key]), _PARTLY) != part:
             if key == "oneOf" and "anyOf" not in schema:
                 result["anyOf"] = _checkable(value)
         elif key not in unchecked and (key not in _REFERENCES or (isinstance(value, str) and value.startswith("#"))):

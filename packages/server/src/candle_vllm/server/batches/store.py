@@ -89,8 +89,9 @@ class BatchStore:
 
     async def close(self) -> None:
         self._closed = True
-        if self._backend is not None:
-            await self._backend.close()
+        async with self._opening:  # `_open` may be running
+            if self._backend is not None:
+                await self._backend.close()
 
     async def owner(self, key: str) -> str:
         """Return the owner of the files and batches of an API key."""

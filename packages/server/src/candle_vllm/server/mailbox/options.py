@@ -159,7 +159,10 @@ class WebhookOptions:
         if len(self.headers) > MAX_HEADERS:
             raise UsageError(f"webhook headers: at most {MAX_HEADERS} are allowed")
         auths = (self.auth, WebhookAuth("hmac", self.signing_secret)) if self.signing_secret else (self.auth,)
-        taken = RESERVED_HEADERS | {name.lower() for auth in auths for name in auth.headers("", b"")}
+        own = [name.lower() for auth in auths for name in auth.headers("", b"")]
+        if len(own) > len(set(own)):
+            raise UsageError(f"webhook auth: {self.auth.header!r:.80} cannot be the header, which has the signature")
+        taken = RESERVED_HEADERS.union(own)
         for name, value in self.headers.items():
             if not HEADER_NAME.fullmatch(name) or name.lower() in taken:
                 raise UsageError(f"webhook headers: {name!r:.80} cannot be set")

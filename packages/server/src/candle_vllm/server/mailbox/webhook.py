@@ -164,7 +164,9 @@ class Sender:
             headers["Authorization"] = f"Bearer {message.bearer}"
         # Pushes to a client's own URL are not signed, because the client could replay them at the operator's receiver.
         own = self._options.own_headers(now, body) if message.target.trusted else {}
-        return {**message.headers, **headers, **own}
+        headers |= own
+        taken = {name.lower() for name in headers}
+        return {name: value for name, value in message.headers.items() if name.lower() not in taken} | headers
 
 
 async def _read_a_little(response: httpx.Response) -> None:

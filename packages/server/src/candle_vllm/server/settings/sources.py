@@ -185,7 +185,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
-            for key, _ in node.value:
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # the parent class refuses others
                 if not isinstance(key.value, str):
                     continue  # the parent class refuses a mapping or list as key
                 if key.value in seen:
@@ -199,8 +199,8 @@ def _loader() -> type[yaml.SafeLoader]:
         made = Section()
         yield made  # its content may refer to it
         made.line = node.start_mark.line + 1
-        made.lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key.value, str)}
         made.update(loader.construct_mapping(node))
+        made.lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key.value, str)}
 
     Loader.add_constructor("tag:yaml.org,2002:map", section)
     return Loader
