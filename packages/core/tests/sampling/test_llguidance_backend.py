@@ -102,6 +102,11 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
         ({"grammar": ARITHMETIC}, ["1+2=3\n", "a = b\n", "(a)=1\n\n(b )= c \n"], ["a=b", "a=(b)", "1a=2\n"]),
         ({"grammar": 'root ::= x ("cb" | "c") root | "."\nx ::= [ab]'}, ["bcbc.", "acbbc."], ["bcb", "cc."]),
         ({"grammar": 'root ::= x ("ccb")? root | "."\nx ::= [ac]'}, ["accc.", "accb."], ["accbb."]),
+        (
+            {"grammar": r'root ::= x "\xe9z" root | "."' + "\n" + r"x ::= [a\xc0-\xff]+"},
+            ["àéz.", "éaééz."],
+            ["éz.", "àé."],
+        ),
         ({"grammar": 'root ::= "(" [a-z]* "end" root ")" | "."'}, ["(enxend.)", "(endend.)"], ["(en.)", "(end)"]),
         ({"grammar": 'root ::= e\ne ::= "[" e "]" | w "a"\nw ::= "ab"+'}, ["aba", "[ababa]"], ["ab", "abba"]),
         (

@@ -25,7 +25,7 @@ MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the s
 _MAX_ROUNDS = 20  # over all rules; a grammar that needs more has terminals of one character
 _RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
 _BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
-_CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
+_CODES = re.compile(r"\\\\|\\x([89a-fA-F][0-9a-fA-F])|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 _SET_OPERATORS = re.compile(r"([&~-])\1")  # of classes in Rust's regular expressions
 _LITERAL = re.compile(r"(\\x..|\\.)|.", re.DOTALL)  # a character of the converter's literals
 
@@ -56,7 +56,7 @@ def gbnf_to_lark(text: str) -> str:
 
 def _character(code: re.Match[str]) -> str:
     """Spell a code as its character, or `\\xNN` if ASCII: the converter drops leading zeros of codes."""
-    if not (digits := code[1] or code[2]):
+    if not (digits := code[1] or code[2] or code[3]):
         return code[0]  # an escaped backslash
     character = chr(int(digits, 16))
     character.encode()  # refuses half a surrogate pair
