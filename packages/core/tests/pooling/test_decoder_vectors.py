@@ -38,6 +38,8 @@ from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.tiny import eager_logits, some_tokens, write_tiny
 from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.waiting import until
 
@@ -511,3 +513,15 @@ def test_a_tied_table_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
     with pytest.raises(ModelLoadError, match="embed_tokens"):
         load_model(EngineConfig(model=str(folder)), CPU, lambda *_: None)
+
+
+def test_a_family_that_is_tied_without_saying_so_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
+    folder, tokens = write_tiny(tmp_path / "m", "gemma2", **ROWS["Gemma-2"].config), some_tokens(24)
+    expected = eager_logits(folder, tokens, [len(tokens)])
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, folder / "model.safetensors")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "tie_word_embeddings"}))
+    assert np.array_equal(eager_logits(folder, tokens, [len(tokens)]), expected)
