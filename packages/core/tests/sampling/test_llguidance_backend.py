@@ -102,6 +102,8 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
         ({"grammar": ARITHMETIC}, ["1+2=3\n", "a = b\n", "(a)=1\n\n(b )= c \n"], ["a=b", "a=(b)", "1a=2\n"]),
         ({"grammar": 'root ::= x ("cb" | "c") root | "."\nx ::= [ab]'}, ["bcbc.", "acbbc."], ["bcb", "cc."]),
         ({"grammar": 'root ::= x ("ccb")? root | "."\nx ::= [ac]'}, ["accc.", "accb."], ["accbb."]),
+        ({"grammar": 'root ::= ("cac" | [ab] | x) root | "."\nx ::= "bc"'}, ["bcacb.", "bc."], ["cab.", "cbc."]),
+        ({"grammar": 'root ::= ("c" y | y) root | "."\ny ::= "cc" | "b"'}, ["ccc.", "cb."], ["c.", "ac."]),
         (
             {"grammar": r'root ::= x "\xe9z" root | "."' + "\n" + r"x ::= [a\xc0-\xff]+"},
             ["àéz.", "éaééz."],

@@ -105,7 +105,8 @@ def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
     """Return whether a terminal may be followed by a character with which it, or a longer literal, could also go on."""
     ends: dict[str | int, _Ends] = {rule.name: _Ends() for rule in rules}  # of rules, and of what is repeated
     after = {rule.name: 0 for rule in rules}
-    literals, classes = dict[str, int](), dict[int, int]()  # of rules with recursion: what may follow them
+    terminals = {rule.name for rule in rules if rule.rule_is_terminal and not _of_literals(rule.alternatives)}
+    literals, classes = dict[str, int](), dict[int, int]()  # not within terminals: what may follow them
     in_terminal = False
 
     def spread(node: gbnf.ASTNode, following: int) -> _Ends:
@@ -149,14 +150,14 @@ def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
     for _ in range(_MAX_ROUNDS):
         before = ends | {}, after | {}
         for rule in rules:
-            in_terminal = rule.rule_is_terminal
+            in_terminal = rule.name in terminals
             ends[rule.name] = spread(rule.alternatives, after[rule.name])
         if before == (ends, after):
-            terminals = [(ends[rule.name], after[rule.name]) for rule in rules if rule.rule_is_terminal]
-            if any(end.more & following for end, following in terminals):
+            others = [(ends[rule.name], after[rule.name]) for rule in rules if rule.name in terminals]
+            if any(end.more & following for end, following in others):
                 return True
             return _begin_literals(
-                literals, [*terminals, *((_Ends(False, *[code] * 3), classes[code]) for code in classes)]
+                literals, [*others, *((_Ends(False, *[code] * 3), classes[code]) for code in classes)]
             )
     return True
 
@@ -183,6 +184,12 @@ def _begin_literals(literals: Mapping[str, int], others: list[tuple[_Ends, int]]
             if length < len(value) and literals.get(value[:length], 0) & _codes(value[length:])[0]:
                 return True
     return False
+
+
+def _of_literals(node: gbnf.ASTNode) -> bool:
+    """Whether a rule is one literal, or one of several: it is compared as a literal, not as other terminals are."""
+    parts = node.children() if isinstance(node, gbnf.AlternativeNode) else [node]
+    return all(isinstance(part, gbnf.LiteralNode) for part in parts)
 
 
 def _codes(literal: str) -> list[int]:
