@@ -7,6 +7,7 @@ import asyncio
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.errors import ConfigError, ModelLoadError
+from candle_vllm.core.loading.trunks import prefixed
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums
@@ -525,3 +527,9 @@ def test_a_family_that_is_tied_without_saying_so_may_be_stored_as_the_head_alone
     config = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in config.items() if key != "tie_word_embeddings"}))
     assert np.array_equal(eager_logits(folder, tokens, [len(tokens)]), expected)
+
+
+def test_the_head_of_a_draft_is_no_table() -> None:
+    names = ("fc.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight")
+    draft: Any = SimpleNamespace(tensors=dict.fromkeys(names))
+    assert prefixed(draft, tied=True) is draft
