@@ -167,19 +167,18 @@ class AdapterPlaces:
         if spot.view is None or isinstance(spot.view, ColumnOrder):  # A's columns are reordered instead
             return np.arange(total)
         upright, turned = np.arange(2 * total).reshape(total, 2), np.arange(2 * total).reshape(2, total)
-        seen = _seen(spot, upright, config)
+        seen = _seen(spot.view, spot.path, upright, config)
         if seen is not None and seen.ndim == 2 and seen.shape[1] == 2 and (seen == seen[:, :1] + [0, 1]).all():
             return seen[:, 0] // 2
-        seen = _seen(spot, turned, config)
+        seen = _seen(spot.view, spot.path, turned, config)
         if seen is not None and seen.ndim == 2 and seen.shape[1] == 2 and (seen == seen[:, :1] + [0, total]).all():
             return seen[:, 0]
         return None
 
 
-def _seen(spot: Spot, numbers: np.ndarray, config: Any) -> np.ndarray | None:
-    assert spot.view is not None
+def _seen(view: View, name: str, numbers: np.ndarray, config: Any) -> np.ndarray | None:
     try:  # a view may read the layer's number in the tensor's name
-        return spot.view(constant(spot.path, numbers, Path()), config).load("F32").astype(np.int64)
+        return view(constant(name, numbers, Path()), config).load("F32").astype(np.int64)
     except WeightsError:
         return None
 

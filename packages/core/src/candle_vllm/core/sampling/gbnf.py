@@ -107,7 +107,6 @@ def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
     after = {rule.name: 0 for rule in rules}
     terminals = {rule.name for rule in rules if rule.rule_is_terminal and not _of_literals(rule.alternatives)}
     literals, classes = dict[str, int](), dict[int, int]()  # not within terminals: what may follow them
-    in_terminal = False
 
     def spread(node: gbnf.ASTNode, following: int) -> _Ends:
         """Return the ends of `node`, and add what may follow each rule in it to `after`."""
