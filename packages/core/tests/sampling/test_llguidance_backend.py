@@ -18,6 +18,7 @@ from llguidance import LLMatcher, LLTokenizer
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.sampling import llguidance_backend, llguidance_grammar
 from candle_vllm.core.sampling.device_edits import mask_flags
+from candle_vllm.core.sampling.gbnf import gbnf_to_lark
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -133,6 +134,13 @@ def test_kinds(takes: Taker, form: dict[str, Any], right: list[str], wrong: list
         assert takes(text, **form), text
     for text in wrong:
         assert not takes(text, **form), text
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_many_levels_of_rules_keep_terminals_of_several_characters(step: int) -> None:
+    levels = [f'e{n} ::= e{n + 1} ("{n}-" e{n + 1})*' for n in range(40)][::step]
+    text = "\n".join(['root ::= (e0 "\\n")+', *levels, 'e40 ::= "(" e0 ")" | word', "word ::= [a-z]+"])
+    assert "WORD_42: /[a-z]/+" in gbnf_to_lark(text)
 
 
 def test_whitespace(takes: Taker) -> None:

@@ -146,9 +146,9 @@ def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
             first |= part.first
         return _Ends(empty, first, more | (first if empty else 0), every)
 
-    for _ in range(_MAX_ROUNDS):
+    for number in range(_MAX_ROUNDS):  # ends spread from the leaves, what may follow spreads from the root
         before = ends | {}, after | {}
-        for rule in rules:
+        for rule in rules[:: -1 if number % 2 else 1]:
             in_terminal = rule.name in terminals
             ends[rule.name] = spread(rule.alternatives, after[rule.name])
         if before == (ends, after):
