@@ -258,7 +258,7 @@ def test_wrong_shapes_are_refused(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         fitted(write_adapter(tmp_path / "a", shapes), base)
-    assert not any(total == 48 for *_, total in base.places._orders)  # the order of refused rows takes no memory
+    assert not any(total == 48 for *_, total, _ in base.places._orders)  # the order of refused rows takes no memory
 
 
 def test_a_rank_that_is_not_the_one_that_is_said_is_refused(tmp_path: Path, base: AdapterBase) -> None:

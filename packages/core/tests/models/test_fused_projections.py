@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from candle_vllm.core.assembly.adapter_base import adapter_base
+from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.loading.source import resolve
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import CONVERTERS, Tensors, export_gguf
 from packages.core.tests.models.tiny import eager_logits, error, recorded_logits, some_tokens, spread, write_tiny
@@ -56,3 +59,20 @@ def test_quantised_rows_run_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fused = export_gguf(folder, tmp_path / "fused.gguf", fuse("Llama", monkeypatch), quantization="Q8_0")
     ours, wanted = (recorded_logits(path, TOKENS, [len(TOKENS)]) for path in (fused, apart))
     assert spread(ours, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma-4", "Laguna", "Step 3.5"])
+def test_adapters_of_one_matrix_have_the_heads_of_their_layer(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny(tmp_path / "source", ROWS[name].model_type, **ROWS[name].config)
+    path = str(export_gguf(folder, tmp_path / "fused.gguf", fuse(name, monkeypatch)))
+    base = adapter_base(resolve(path), EngineConfig(model=path))
+    with open_gguf(path) as checkpoint:
+        stored = {key: one.shape[0] for key, one in checkpoint.tensors.items() if key.endswith("attn_qkv.weight")}
+    assert len(stored) > 1
+    for key, total in stored.items():
+        spots = base.places.find(key, "gguf")
+        rows = [base.places.rows(spot, total, "gguf") for spot in spots]
+        assert [len(each) for each in rows] == [spot.shape[0] for spot in spots]
+        assert [*np.sort(np.concatenate(rows))] == [*range(total)]

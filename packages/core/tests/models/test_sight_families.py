@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
@@ -812,6 +812,12 @@ def test_what_llava_says_of_its_tower(folders: Callable[[str], Path], tmp_path: 
         given = Fields(dict(processor.values) | changed, tmp_path)
         with pytest.raises(InvalidFileError, match=message):
             clip_tower.FAMILY.config_from_hf(Fields(config, tmp_path), given, 64, {})
+    padded = Fields(dict(processor.values) | {"do_pad": True}, tmp_path)  # to a square, as LlavaImageProcessor can
+    with pytest.raises(UnsupportedModelError, match="do_pad is true, which is not implemented"):
+        clip_tower.FAMILY.config_from_hf(Fields(config, tmp_path), padded, 64, {})
+    usual = Fields(config | {"vision_config": {"model_type": "clip_vision_model"}}, tmp_path)
+    made, known = clip_tower.FAMILY.config_from_hf(usual, Fields({}, tmp_path), 64, {}), CLIPVisionConfig()
+    assert (made.hidden_size, made.num_heads, made.patch) == (768, known.num_attention_heads, known.patch_size)
     whole = Fields(dict(processor.values) | {"size": 24, "do_center_crop": False}, tmp_path)
     rule = clip_tower.FAMILY.config_from_hf(Fields(config, tmp_path), whole, 64, {}).rule
     assert rule.tiles(picture_of(PICTURES[0])).shape == (1, 24, 24, 3)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,13 @@ from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.errors import ConfigError, ModelLoadError
+from candle_vllm.core.loading.trunks import prefixed
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.tiny import eager_logits, some_tokens, write_tiny
 from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.waiting import until
 
@@ -511,3 +515,21 @@ def test_a_tied_table_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
     with pytest.raises(ModelLoadError, match="embed_tokens"):
         load_model(EngineConfig(model=str(folder)), CPU, lambda *_: None)
+
+
+def test_a_family_that_is_tied_without_saying_so_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
+    folder, tokens = write_tiny(tmp_path / "m", "gemma2", **ROWS["Gemma-2"].config), some_tokens(24)
+    expected = eager_logits(folder, tokens, [len(tokens)])
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, folder / "model.safetensors")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "tie_word_embeddings"}))
+    assert np.array_equal(eager_logits(folder, tokens, [len(tokens)]), expected)
+
+
+def test_the_head_of_a_draft_is_no_table() -> None:
+    names = ("fc.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight")
+    draft: Any = SimpleNamespace(tensors=dict.fromkeys(names))
+    assert prefixed(draft, tied=True) is draft

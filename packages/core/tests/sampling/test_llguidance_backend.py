@@ -18,6 +18,7 @@ from llguidance import LLMatcher, LLTokenizer
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.sampling import llguidance_backend, llguidance_grammar
 from candle_vllm.core.sampling.device_edits import mask_flags
+from candle_vllm.core.sampling.gbnf import gbnf_to_lark
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -102,6 +103,13 @@ def takes(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> Taker:
         ({"grammar": ARITHMETIC}, ["1+2=3\n", "a = b\n", "(a)=1\n\n(b )= c \n"], ["a=b", "a=(b)", "1a=2\n"]),
         ({"grammar": 'root ::= x ("cb" | "c") root | "."\nx ::= [ab]'}, ["bcbc.", "acbbc."], ["bcb", "cc."]),
         ({"grammar": 'root ::= x ("ccb")? root | "."\nx ::= [ac]'}, ["accc.", "accb."], ["accbb."]),
+        ({"grammar": 'root ::= ("cac" | [ab] | x) root | "."\nx ::= "bc"'}, ["bcacb.", "bc."], ["cab.", "cbc."]),
+        ({"grammar": 'root ::= ("c" y | y) root | "."\ny ::= "cc" | "b"'}, ["ccc.", "cb."], ["c.", "ac."]),
+        (
+            {"grammar": r'root ::= x "\xe9z" root | "."' + "\n" + r"x ::= [a\xc0-\xff]+"},
+            ["àéz.", "éaééz."],
+            ["éz.", "àé."],
+        ),
         ({"grammar": 'root ::= "(" [a-z]* "end" root ")" | "."'}, ["(enxend.)", "(endend.)"], ["(en.)", "(end)"]),
         ({"grammar": 'root ::= e\ne ::= "[" e "]" | w "a"\nw ::= "ab"+'}, ["aba", "[ababa]"], ["ab", "abba"]),
         (
@@ -126,6 +134,13 @@ def test_kinds(takes: Taker, form: dict[str, Any], right: list[str], wrong: list
         assert takes(text, **form), text
     for text in wrong:
         assert not takes(text, **form), text
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_many_levels_of_rules_keep_terminals_of_several_characters(step: int) -> None:
+    levels = [f'e{n} ::= e{n + 1} ("{n}-" e{n + 1})*' for n in range(40)][::step]
+    text = "\n".join(['root ::= (e0 "\\n")+', *levels, 'e40 ::= "(" e0 ")" | word', "word ::= [a-z]+"])
+    assert "WORD_42: /[a-z]/+" in gbnf_to_lark(text)
 
 
 def test_whitespace(takes: Taker) -> None:

@@ -128,6 +128,7 @@ SCHEMAS: dict[str, Any] = {
     "few": FEW | {"minItems": 6},
     "range": unique({"type": "integer", "minimum": -2, "maximum": 30}, minItems=33),
     "enum": unique({"enum": ["a", "ab", "b", 'a"', 1, 12, None, True, "\\"]}, minItems=5),
+    "impossible options": unique({"anyOf": [False, False, {"type": "string", "maxLength": 1}]}, minItems=2),
     "numbers": unique({"type": "number"}, minItems=2),
     "numbers and others": unique({"type": ["number", "string", "boolean"]}, minItems=2),
     "in an object": {"type": "object", "properties": {"k": TEXTS, "o": {"items": {"type": "string"}}},

@@ -194,6 +194,14 @@ def test_an_open_image_that_is_damaged_is_refused() -> None:
         picture_of(damaged, name="p")
 
 
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_exif_data_that_cannot_be_read_is_ignored(form: str) -> None:
+    made = io.BytesIO()
+    Image.new("RGB", (30, 20), (1, 2, 3)).save(made, form, exif=b"Exif\0\0none", lossless=True)
+    for given in (made.getvalue(), Image.open(made)):
+        assert picture_of(given).pixels.shape == (20, 30, 3)
+
+
 def test_parts_name_one_picture(tmp_path: Any) -> None:
     data = stored()
     url = "data:image/png;base64," + base64.b64encode(data).decode()

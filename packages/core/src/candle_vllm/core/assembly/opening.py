@@ -118,7 +118,7 @@ def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto") -> O
             if tower is not None and tower_family(config) is None:
                 left, tower = len(tower.tensors), None
                 logger.info("%s: the vision tower (%d tensors) is not supported and not loaded", stored.path, left)
-            tied = config.get("tie_word_embeddings") is True
+            tied = config.get("tie_word_embeddings") is not False  # Gemma's configs leave out the default, true
             named, scales = split_cache_scales(prefixed(text_model, tied=tied))
             return Opened(files, read_quantised(named, config, files.config), {}, scales, tower)
         except BaseException:

@@ -74,7 +74,7 @@ class AdapterPlaces:
             "safetensors": dataclasses.replace(config, interleaved_rotary=False) if pairs else config,
             "gguf": dataclasses.replace(config, interleaved_rotary=True) if pairs else config,
         }
-        self._orders: dict[tuple[Any, Format, int], np.ndarray] = {}
+        self._orders: dict[tuple[Any, Format, int, int], np.ndarray] = {}
 
     @functools.cached_property
     def _hf(self) -> Mapping[str, list[Spot]]:
@@ -148,7 +148,7 @@ class AdapterPlaces:
         Raises:
             WeightsError: the spot's view does not select rows of a matrix with `total` rows.
         """
-        key = (spot.view, format, total)
+        key = (spot.view, format, total, spot.shape[0])  # layers with different heads share a view
         order = self._orders.get(key)
         if order is None:
             order = self._order(spot, total, self._configs[format])
@@ -167,18 +167,18 @@ class AdapterPlaces:
         if spot.view is None or isinstance(spot.view, ColumnOrder):  # A's columns are reordered instead
             return np.arange(total)
         upright, turned = np.arange(2 * total).reshape(total, 2), np.arange(2 * total).reshape(2, total)
-        seen = _seen(spot.view, upright, config)
+        seen = _seen(spot.view, spot.path, upright, config)
         if seen is not None and seen.ndim == 2 and seen.shape[1] == 2 and (seen == seen[:, :1] + [0, 1]).all():
             return seen[:, 0] // 2
-        seen = _seen(spot.view, turned, config)
+        seen = _seen(spot.view, spot.path, turned, config)
         if seen is not None and seen.ndim == 2 and seen.shape[1] == 2 and (seen == seen[:, :1] + [0, total]).all():
             return seen[:, 0]
         return None
 
 
-def _seen(view: View, numbers: np.ndarray, config: Any) -> np.ndarray | None:
-    try:
-        return view(constant("rows", numbers, Path()), config).load("F32").astype(np.int64)
+def _seen(view: View, name: str, numbers: np.ndarray, config: Any) -> np.ndarray | None:
+    try:  # a view may read the layer's number in the tensor's name
+        return view(constant(name, numbers, Path()), config).load("F32").astype(np.int64)
     except WeightsError:
         return None
 

@@ -53,7 +53,8 @@ def prefixed(checkpoint: Checkpoint, *, tied: bool = False) -> Checkpoint:
     if "embed_tokens.weight" not in checkpoint.tensors:
         table, head = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
         named = any(name.startswith(f"{_PREFIX}layers.") for name in checkpoint.tensors)  # as in Llama, not GPT-2
-        if tied and named and head in checkpoint.tensors and table not in checkpoint.tensors:
+        known = {table, "fc.weight", f"{_PREFIX}fc.weight"}  # fc: an EAGLE-3 head, which shares its target's table
+        if tied and named and head in checkpoint.tensors and known.isdisjoint(checkpoint.tensors):
             renamed = {table if name == head else name: tensor for name, tensor in checkpoint.tensors.items()}
             return checkpoint.with_tensors(renamed)
         return checkpoint

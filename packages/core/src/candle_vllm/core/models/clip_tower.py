@@ -70,20 +70,20 @@ def config_from_hf(
     """Read `config.json` and `preprocessor_config.json` of LLaVA with CLIP's vision encoder."""
     vision = fields.section("vision_config")
     fields.choice("vision_feature_select_strategy", "default", "default")
-    stored = vision.count("num_hidden_layers", 24, most=MAX_LAYERS)
+    stored = vision.count("num_hidden_layers", 12, most=MAX_LAYERS)
     last = fields.values.get("vision_feature_layer", -2)
     layers = last[0] if isinstance(last, list) and len(last) == 1 else last
     if not isinstance(layers, int) or not -stored <= layers <= stored or layers in (0, -stored - 1):
         raise UnsupportedModelError(f"{fields.path}: vision_feature_layer is {last!r:.40}, not one layer of {stored}")
-    patch = vision.count("patch_size", 14)
-    side = vision.count("image_size", 336) // patch
+    patch = vision.count("patch_size", 32)
+    side = vision.count("image_size", 224) // patch
     rule = crop_rule(over(processor, said))
     check_tiles(processor, rule.tile, patch, side, 1)
     return ClipTowerConfig(
-        hidden_size=vision.count("hidden_size", 1024),
-        intermediate_size=vision.count("intermediate_size", 4096),
+        hidden_size=vision.count("hidden_size", 768),
+        intermediate_size=vision.count("intermediate_size", 3072),
         num_layers=layers if layers > 0 else stored + 1 + layers,
-        num_heads=vision.count("num_attention_heads", 16),
+        num_heads=vision.count("num_attention_heads", 12),
         norm_eps=vision.get("layer_norm_eps", float, 1e-5),
         activation=_ACTIVATIONS[vision.choice("hidden_act", "quick_gelu", *_ACTIVATIONS)],
         projector_activation=ACTIVATIONS[fields.choice("projector_hidden_act", "gelu", *ACTIVATIONS)],

@@ -25,7 +25,7 @@ MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the s
 _MAX_ROUNDS = 20  # over all rules; a grammar that needs more has terminals of one character
 _RULE = re.compile(r"^(?=[ \t]*+[\w-]++[ \t]*+::=)", re.MULTILINE)
 _BREAK = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*+|\r?\n')  # takes linear time
-_CODES = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
+_CODES = re.compile(r"\\\\|\\x([89a-fA-F][0-9a-fA-F])|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 _SET_OPERATORS = re.compile(r"([&~-])\1")  # of classes in Rust's regular expressions
 _LITERAL = re.compile(r"(\\x..|\\.)|.", re.DOTALL)  # a character of the converter's literals
 
@@ -56,7 +56,7 @@ def gbnf_to_lark(text: str) -> str:
 
 def _character(code: re.Match[str]) -> str:
     """Spell a code as its character, or `\\xNN` if ASCII: the converter drops leading zeros of codes."""
-    if not (digits := code[1] or code[2]):
+    if not (digits := code[1] or code[2] or code[3]):
         return code[0]  # an escaped backslash
     character = chr(int(digits, 16))
     character.encode()  # refuses half a surrogate pair
@@ -105,8 +105,8 @@ def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
     """Return whether a terminal may be followed by a character with which it, or a longer literal, could also go on."""
     ends: dict[str | int, _Ends] = {rule.name: _Ends() for rule in rules}  # of rules, and of what is repeated
     after = {rule.name: 0 for rule in rules}
-    literals, classes = dict[str, int](), dict[int, int]()  # of rules with recursion: what may follow them
-    in_terminal = False
+    terminals = {rule.name for rule in rules if rule.rule_is_terminal and not _of_literals(rule.alternatives)}
+    literals, classes = dict[str, int](), dict[int, int]()  # not within terminals: what may follow them
 
     def spread(node: gbnf.ASTNode, following: int) -> _Ends:
         """Return the ends of `node`, and add what may follow each rule in it to `after`."""
@@ -146,17 +146,17 @@ def _may_end_early(rules: list[gbnf.RuleNode]) -> bool:
             first |= part.first
         return _Ends(empty, first, more | (first if empty else 0), every)
 
-    for _ in range(_MAX_ROUNDS):
+    for number in range(_MAX_ROUNDS):  # ends spread from the leaves, what may follow spreads from the root
         before = ends | {}, after | {}
-        for rule in rules:
-            in_terminal = rule.rule_is_terminal
+        for rule in rules[:: -1 if number % 2 else 1]:
+            in_terminal = rule.name in terminals
             ends[rule.name] = spread(rule.alternatives, after[rule.name])
         if before == (ends, after):
-            terminals = [(ends[rule.name], after[rule.name]) for rule in rules if rule.rule_is_terminal]
-            if any(end.more & following for end, following in terminals):
+            others = [(ends[rule.name], after[rule.name]) for rule in rules if rule.name in terminals]
+            if any(end.more & following for end, following in others):
                 return True
             return _begin_literals(
-                literals, [*terminals, *((_Ends(False, *[code] * 3), classes[code]) for code in classes)]
+                literals, [*others, *((_Ends(False, *[code] * 3), classes[code]) for code in classes)]
             )
     return True
 
@@ -183,6 +183,12 @@ def _begin_literals(literals: Mapping[str, int], others: list[tuple[_Ends, int]]
             if length < len(value) and literals.get(value[:length], 0) & _codes(value[length:])[0]:
                 return True
     return False
+
+
+def _of_literals(node: gbnf.ASTNode) -> bool:
+    """Whether a rule is one literal, or one of several: it is compared as a literal, not as other terminals are."""
+    parts = node.children() if isinstance(node, gbnf.AlternativeNode) else [node]
+    return all(isinstance(part, gbnf.LiteralNode) for part in parts)
 
 
 def _codes(literal: str) -> list[int]:

@@ -32,7 +32,8 @@ def _types_at(facts: Facts, place: Place, known: dict[int, Any], depth: int = 0)
     found, narrow = known[key] = TYPES, False
     for schema, base in facts.parts(place):
         if schema is False:
-            return frozenset(), False
+            known[key] = frozenset(), False
+            return known[key]
         found &= types_of(schema)
         narrow |= FRACTION in types_of(schema) and not _NARROWING.isdisjoint(schema)
         if (values := values_of(schema)) is not None:

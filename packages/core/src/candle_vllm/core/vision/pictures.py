@@ -168,7 +168,9 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
             _check_size(*image.size, limits, name)
             try:
                 image.load()
-                return _picture(image, image.getexif().get(_ORIENTATION, 1))  # the caller opened it: EXIF is trusted
+                with contextlib.suppress(Exception):  # EXIF data that cannot be read is ignored, as in a file
+                    return _picture(image, image.getexif().get(_ORIENTATION, 1))
+                return _picture(image, 1)
             except Exception:  # as in `decode_picture`
                 raise InvalidParameterError(f"{name}: the image is damaged: it could not be decoded", name) from None
     raise InvalidParameterError(

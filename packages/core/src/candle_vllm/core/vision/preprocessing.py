@@ -483,7 +483,7 @@ def crop_rule(fields: Fields) -> StretchRule:
         InvalidFileError, UnsupportedModelError: as `tile_rule`.
     """
     crops = fields.get("do_center_crop", bool, True)
-    _require_usual(Fields({**fields.values, "do_center_crop": False}, fields.path))
+    _require_usual(Fields({**fields.values, "do_center_crop": False}, fields.path), ("do_pad", False))
 
     def side(key: str, *names: str) -> int:
         value = fields.values.get(key, 224)
@@ -548,8 +548,8 @@ def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64],
     return np.argsort(window, kind="stable"), np.bincount(window)
 
 
-def _require_usual(fields: Fields) -> None:
-    for name, usual in (("do_resize", True), ("do_convert_rgb", True), ("do_center_crop", False)):
+def _require_usual(fields: Fields, *others: tuple[str, bool]) -> None:
+    for name, usual in (("do_resize", True), ("do_convert_rgb", True), ("do_center_crop", False), *others):
         if bool(fields.get(name, bool, usual)) != usual:
             said = "false" if usual else "true"
             raise UnsupportedModelError(f"{fields.path}: {name} is {said}, which is not implemented")
