@@ -110,6 +110,7 @@ def test_the_list_of_hosts(url: str, patterns: tuple[str, ...], allowed: bool) -
         "*.",
         "*.com",
         "*.1.2.3.4",
+        "*.[::ffff:1.2.3.4]",
         "A.example",
         "http://a.example",
         "a.example/",

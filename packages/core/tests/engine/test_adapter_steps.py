@@ -430,15 +430,18 @@ def test_preempted_sequences_go_on_with_their_adapters(folder: Path) -> None:
 
 def test_layers_of_another_package_have_sites() -> None:
     class Block:
-        def __init__(self) -> None:
-            self.up = Linear(4, 8, SHAPES)
+        def __init__(self, model: Model) -> None:
+            self.model, self.up = model, Linear(4, 8, SHAPES)
 
         def __call__(self, x: Any) -> Any:
             return self.up(x)
 
     class Model:
         def __init__(self) -> None:
-            self.layers = [Block()]
+            self.layers = [Block(self)]
+
+        def __call__(self, x: Any) -> Any:
+            return self.layers[0](x)
 
     model = Model()
     assert list(number_places(model)) == ["layers.0.up"]

@@ -467,9 +467,12 @@ def test_lines_refuse_what_is_no_message() -> None:
 @pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ECONNRESET])
 def test_a_connection_that_broke_has_ended(number: int) -> None:
     """However the system reports it; only a deadline of the caller is a `TimeoutError`."""
-    broken: Any = SimpleNamespace(recv_into=Mock(side_effect=OSError(number, os.strerror(number))))
+    failure = Mock(side_effect=OSError(number, os.strerror(number)))
+    broken: Any = SimpleNamespace(recv_into=failure, sendall=failure)
     with pytest.raises(EOFError):
         Line(broken).receive(ToRank)
+    with pytest.raises(ConnectionError, match=f"Errno {number}"):
+        Line(broken).send(Ready(0))
     near, far = socket.socketpair()
     with near, far, pytest.raises(TimeoutError):
         read_exactly(far, 1, time.monotonic() + 0.01)

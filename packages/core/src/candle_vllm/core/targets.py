@@ -111,7 +111,7 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(
             f"must be host names in lower case, like example.com, *.example.com or host:8443, not {pattern!r:.80}"
         )
-    if match["any"] and ("." not in match["host"] or ip_address(match["host"]) is not None):
+    if match["any"] and ("." not in match["host"] or ip_address(match["host"].strip("[]")) is not None):
         raise ValueError(f"must have a name with a dot after *., not {pattern!r:.80}")
 
 

@@ -26,7 +26,10 @@ LayerCache: TypeAlias = PagedCache | tuple[StateCache, ...]
 
 
 def tensors_in(*roots: object) -> list[torch.Tensor]:
-    """Return every tensor of layers once, in the same order for every model that is built alike."""
+    """Return every tensor of layers once, in the same order for every model that is built alike.
+
+    Layers of other packages are callable objects, see `layers/adapters.py`.
+    """
     return list(_tensors(roots, set()))
 
 
@@ -41,7 +44,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
             yield from _tensors(each, seen)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()), seen)
-    elif type(value).__module__.startswith(_OURS) and not isinstance(value, type):
+    elif (type(value).__module__.startswith(_OURS) or callable(value)) and not isinstance(value, type):
         seen.add(id(value))
         if dataclasses.is_dataclass(value):
             yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)], seen)

@@ -63,17 +63,20 @@ def linears_in(layers: object) -> Iterator[Linear]:
             yield from (layer.gate_up, layer.down)
 
 
-def _layers(layer: object, path: str) -> Iterator[tuple[str, object]]:
-    """Yield the path and the layer of each `Linear`, `Router`, `ExpertMLPs` and `Embedding`."""
+def _layers(layer: object, path: str, above: tuple[object, ...] = ()) -> Iterator[tuple[str, object]]:
+    """Yield the path and the layer of each `Linear`, `Router`, `ExpertMLPs` and `Embedding`.
+
+    `above` are the objects that contain `layer`; a layer of another package may refer to one of them.
+    """
     if isinstance(layer, (Linear, Router, ExpertMLPs, Embedding)):
         yield path, layer
     elif isinstance(layer, (list, tuple)):
         for number, each in enumerate(layer):
-            yield from _layers(each, f"{path}.{number}")
-    elif not path or _may_have_layers(layer):
+            yield from _layers(each, f"{path}.{number}", above)
+    elif not path or (_may_have_layers(layer) and not any(layer is each for each in above)):
         for name, each in getattr(layer, "__dict__", {}).items():
             if not name.startswith("_"):
-                yield from _layers(each, f"{path}.{name}" if path else name)
+                yield from _layers(each, f"{path}.{name}" if path else name, (*above, layer))
 
 
 def _may_have_layers(value: object) -> bool:

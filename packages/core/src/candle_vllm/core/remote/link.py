@@ -147,7 +147,8 @@ class RemoteLink:
         pieces: list[TokenOutput] = []
         for data in self._process.received(_MAX_AT_ONCE):
             self._take(data, pieces)
-        if not pieces and (self._process.alive in events or not events) and not self._process.has_more():
+        silent = not pieces and self._failure is None
+        if silent and (self._process.alive in events or not events) and not self._process.has_more():
             self._process.check()
         return pieces
 

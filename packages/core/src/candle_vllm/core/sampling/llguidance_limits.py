@@ -68,7 +68,7 @@ def _ends_in_time(text: str) -> bool:
 
     The compiler's errors are reported when the grammars are compiled in this process.
     """
-    if getattr(sys, "frozen", False):  # `sys.executable` is not Python
+    if getattr(sys, "frozen", False) or not sys.executable:  # it is not Python, or unknown
         return True
     known = _TOKEN.sub("<[256]>", text)  # a special token of the trial's vocabulary of bytes
     program = [sys.executable, "-P", "-c", _TRIAL, json.dumps(dict(_LIMITS)), str(MOST_COMPILING)]

@@ -287,14 +287,17 @@ class Line:
         self._sending = threading.Lock()  # steps and adapters have threads of their own
 
     def send(self, message: ToRank | FromRank | FromSide | ToSide) -> None:
-        """Send a message; raises OSError if the other end has gone, ValueError if the message is too long."""
+        """Send a message; raises ConnectionError if the other end has gone, ValueError if the message is too long."""
         self.send_encoded(encoded(message))
 
     def send_encoded(self, data: bytes) -> None:
         """Send a message from `encoded`, which may be sent over several connections."""
         with self._sending:
             tag = b"" if self._keys is None else _tag(self._keys[0], next(self._sent), data)
-            self.socket.sendall(len(data).to_bytes(4, "little") + data + tag)
+            try:
+                self.socket.sendall(len(data).to_bytes(4, "little") + data + tag)
+            except OSError as error:  # see `read_exactly`
+                raise ConnectionError(*error.args) from None
 
     def receive(self, kind: type[_Message] | Any) -> _Message:
         """Wait for a message.

@@ -263,10 +263,8 @@ class Ranks:
             for other in self._others.values():
                 if self._ring is None or other.process is None:
                     other.line.send_encoded(data)
-        except TimeoutError as error:
+        except OSError as error:
             raise self.dead(str(error)) from None
-        except OSError:
-            raise self.dead() from None
 
     def broadcast_beside(self, message: rank_line.ToSide) -> None:
         """Broadcast to all other ranks outside of steps; ignore ranks that have gone."""

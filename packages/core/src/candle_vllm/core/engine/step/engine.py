@@ -226,6 +226,7 @@ class Engine:
         if self.offloaded is not None:
             self.offloaded.take()
         self._waits_since, changes = -1, -1 if self.adapters is None else self.adapters.changes
+        began = time.perf_counter()  # in Python 3.11 on Windows, `time.monotonic` counts in units of 16 ms
         flight = self._launch(outputs)
         if flight is not None:
             self._flights.append(flight)
@@ -237,7 +238,7 @@ class Engine:
         if flight is None or len(self._flights) == self._max_flights:
             outputs += self._collect()
         if (drafter := self._drafter) is not None and flight is not None and not drafter.rests(len(flight.lives)):
-            self._propose_drafts(drafter, flight, time.monotonic() - flight.began)
+            self._propose_drafts(drafter, flight, time.perf_counter() - began)
         return outputs
 
     def _encode(self, images: ImageStore, outputs: list[TokenOutput]) -> bool:
