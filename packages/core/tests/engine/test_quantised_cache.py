@@ -27,6 +27,7 @@ from packages.core.tests.toy_adapter import write_adapter
 TYPES = {
     "q8_0": {"kv_cache_dtype": "q8_0"},
     "q4_0": {"kv_cache_dtype": "q4_0"},
+    "q6_0": {"kv_cache_dtype": "q6_0"},
     "q5_1": {"kv_cache_dtype": "q5_1"},
     "q8_0,q4_0": {"key_cache_dtype": "q8_0", "value_cache_dtype": "q4_0"},
     "q8_0,q5_1": {"key_cache_dtype": "q8_0", "value_cache_dtype": "q5_1"},
@@ -110,7 +111,7 @@ def test_from_the_prefix_cache_and_after_preemption(
 ) -> None:
     """Blocks that others wrote, and a cache of so few blocks that somebody has to begin again."""
     keys, values = (
-        {"q8_0": 64 + 4, "q4_0": 32 + 4, "q5_1": 40 + 8}[types.get(name) or types["kv_cache_dtype"]]
+        {"q8_0": 64 + 4, "q6_0": 48 + 4, "q4_0": 32 + 4, "q5_1": 40 + 8}[types.get(name) or types["kv_cache_dtype"]]
         for name in ("key_cache_dtype", "value_cache_dtype")
     )
     memory = 16 * 16 * 2 * 2 * (keys + values)  # of 16 blocks of 16 tokens, in two layers of two heads

@@ -90,11 +90,11 @@ def decoded_keys(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
     codes = codes.reshape(*places, -1, strip, 4).swapaxes(-3, -2)  # [..., W, words, 4]
     halves = scales.copy().view(np.float16).reshape(*places, -1, strip, 2).swapaxes(-3, -2).astype(np.float32)
     if kind.has_halves:
-        words = codes.reshape(*places, strip, dim // 32, -1, 4)  # a block has a fifth word if codes have fifth bits
+        words = codes.reshape(*places, strip, dim // 32, -1, 4)  # a block has a further word for each plane
         codes = np.stack([words[..., :4, :] & 15, words[..., :4, :] >> 4], -2)  # [..., W, blocks, 4, half, 4]
-        if kind.has_fifths:
-            bits = words[..., 4:, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [..., W, blocks, 8, 4]
-            codes = codes.reshape(bits.shape) | bits << 4
+        codes = codes.reshape(*words.shape[:-2], 8, 4)
+        for n in range(kind.planes):
+            codes |= (words[..., 4 + n : 5 + n, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1) << 4 + n
     codes = codes.reshape(*places, strip, -1, 32).astype(np.float32) - kind.bias
     if kind.has_minima:
         numbers = codes * halves[..., :1] + halves[..., 1:]
@@ -109,13 +109,13 @@ def decoded_values(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor
     codes, scales = np.split(cache, [16 * code_bytes(kind, dim)], -1)
     halves = scales.copy().view(np.float16).reshape(*places, dim // 32, -1, 16, 1).astype(np.float32)
     codes = codes.reshape(*places, dim // 32, -1)
-    codes, bits = (codes[..., :256], codes[..., 256:]) if kind.has_fifths else (codes, None)
+    codes, *planes = np.split(codes, range(256, codes.shape[-1], 64), -1) if kind.planes else [codes]
     codes = codes.reshape(*places, dim // 32, 4, -1, 4)
     if kind.has_halves:
         codes = np.concatenate([codes & 15, codes >> 4], -2)
     codes = codes.swapaxes(-1, -2).reshape(*places, dim // 32, 16, 32)
-    if bits is not None:
-        codes = codes | np.unpackbits(bits, axis=-1, bitorder="little").reshape(codes.shape) << 4
+    for n, bits in enumerate(planes):
+        codes = codes | np.unpackbits(bits, axis=-1, bitorder="little").reshape(codes.shape) << 4 + n
     numbers = (codes.astype(np.float32) - kind.bias) * halves[..., 0, :, :]
     if kind.has_minima:
         numbers += halves[..., 1, :, :]

@@ -79,13 +79,14 @@ class CacheType(NamedTuple):
         return "cuda" if self.element else "cpu" if self.bits < 16 else ""
 
 
-KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q5_1", "q4_0"]
+KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q6_0", "q5_1", "q4_0"]
 CACHE_TYPES: Mapping[str, CacheType] = MappingProxyType({
     "auto": CacheType(names=("bf16", "bfloat16")),
     "fp8": CacheType(element="float8_e4m3fn", capability=(8, 9), names=("fp8_e4m3", "e4m3")),
     "fp8_per_token_head": CacheType(element="float8_e4m3fn", row_scales=True),
     "int8_per_token_head": CacheType(element="int8", row_scales=True, names=("int8",)),
     "q8_0": CacheType(8, names=("turbo8", "k8v4")),
+    "q6_0": CacheType(6),
     "q5_1": CacheType(5, minima=True),
     "q4_0": CacheType(4, names=("turbo4", "4bit")),
 })  # fmt: skip

@@ -46,7 +46,7 @@ class CacheKind(int):
 
     @property
     def bits(self) -> int:
-        """Bits of an element's code: 16, 8, 5 or 4. Fifth bits are stored apart from the lowest four."""
+        """Bits of an element's code: 16, 8, or 4 to 7. Bits beyond the lowest four are stored apart, see `planes`."""
         return self % 32
 
     @property
@@ -65,9 +65,9 @@ class CacheKind(int):
         return self.bits < 8
 
     @property
-    def has_fifths(self) -> bool:
-        """Whether codes have 5 bits."""
-        return self.bits == 5
+    def planes(self) -> int:
+        """Number of planes of a block: each has one bit of every code, beginning with bit 4."""
+        return self.bits - 4 if self.has_halves else 0
 
     @property
     def bias(self) -> int:

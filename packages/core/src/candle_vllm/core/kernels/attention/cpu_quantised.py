@@ -2,19 +2,19 @@
 """Emitted code for a quantised KV cache on the CPU, in blocks of 32 elements of a key or value (terms: `cpu_cache.py`).
 
 An element is scale * (code - bias) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 (GGUF's
-are signed) and 4 bits in q4_0. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum; see
-`CacheKind`. The layout suits an instruction that adds four products of bytes in each of 16 lanes of 4-byte words:
+are signed), 6 bits in q6_0 and 4 bits in q4_0. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum;
+see `CacheKind`. The layout suits an instruction that adds four products of bytes in each of 16 lanes of 4-byte words:
 
 - a strip of keys: words of 4 dimensions, [D / 4, W] (q8_0), or of 8 dimensions, [D / 8, W], the first four in the low
   halves of the bytes (q4_0); then the scales of two blocks as one word, [D / 64 rounded up, W];
 - a tile of values: [D / 32, 4, 32, 4] bytes, four positions of a dimension adjacent (q8_0), or [D / 32, 4, 16, 4] with
   dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
 
-Codes of 5 bits have the layout of q4_0, and a word of fifth bits after each block's codes: for keys [D / 32, 4 + 1, W],
-dimension 4 k + j at bit 8 j + k; for values [16] after the block's 256 bytes, dimension i at bit i. A scale and minimum
-are one word for keys, [D / 32, W], and [D / 32, 2, 16] for values. A key's minimum is multiplied by the sum of a
-query's codes. The values' minima times a row's probabilities are summed in order of position in each lane, then over
-the lanes.
+Codes of 5 to 7 bits have the layout of q4_0, and after each block's codes one to three planes, a word for each bit
+above the fourth: for keys [D / 32, 4 + planes, W], dimension 4 k + j at bit 8 j + k; for values [planes, 16] after the
+block's 256 bytes, dimension i at bit i. A scale and minimum are one word for keys, [D / 32, W], and [D / 32, 2, 16] for
+values. A key's minimum is multiplied by the sum of a query's codes. The values' minima times a row's probabilities are
+summed in order of position in each lane, then over the lanes.
 
 No two positions share a byte, because two threads may write them. A query is int8 [D], then the blocks' float32 scales
 [D / 32], then the int32 sums of their codes [D / 32]. For each row and block of values, a chunk's probabilities times
@@ -58,23 +58,25 @@ _LARGEST_WEIGHT = 16383.0
 _LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are treated as zeros
 
 
-def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[Any]:
-    """Unpack words to four codes in each lane; `fifths` has the low and the high halves' fifth bits, at bit 4."""
+def _halves(e: Emitter, codes: Any, kind: CacheKind, planes: list[list[Any]]) -> list[Any]:
+    """Unpack words to four codes in each lane; a plane has its bits for the low halves and for the high halves."""
     if not kind.has_halves:
         return [codes]
     low, b = e.constant(I32, 0x0F0F0F0F), e.b
     halves = [b.and_(codes, low), b.and_(b.lshr(codes, e.constant(I32, 4)), low)]
-    return [b.or_(half, fifth) for half, fifth in zip(halves, fifths)] if kind.has_fifths else halves
+    for plane in planes:
+        halves = [b.or_(half, bits) for half, bits in zip(halves, plane)]
+    return halves
 
 
-def _fifths_of_keys(e: Emitter, bits: Any) -> list[Any]:
-    """Return the lowest bit, and the second lowest, of each byte as fifth bits of codes in low and in high halves."""
-    b, fifth = e.b, e.constant(I32, 0x10101010)
-    return [b.and_(b.shl(bits, e.constant(I32, left)), fifth) for left in (4, 3)]
+def _plane_of_keys(e: Emitter, bits: Any, number: int) -> list[Any]:
+    """Move the lowest bit of each byte, and the second lowest, to bit 4 + `number`, for low and for high halves."""
+    b, own = e.b, e.constant(I32, 0x10101010 << number)
+    return [b.and_(b.shl(bits, e.constant(I32, left + number)), own) for left in (4, 3)]
 
 
-def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
-    """Load the fifth bits of four positions: of dimension i in lane i of the first vector, of i + 16 in the second."""
+def _plane_of_values(e: Emitter, at: Any, number: int) -> list[Any]:
+    """Load a plane's bits of four positions: of dimension i in lane i of the first vector, of i + 16 in the second."""
     b, found = e.b, []
     words = e.load(at, vector(I8, LANES))
     own = ir.Constant(vector(I8, 4 * LANES), [1 << (lane & 7) for lane in range(LANES) for _ in range(4)])
@@ -82,8 +84,8 @@ def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
         order = [4 * position + first + (lane >> 3) for lane in range(LANES) for position in range(4)]
         spread = b.shuffle_vector(words, words, ir.Constant(vector(I32, 4 * LANES), order))
         there = b.icmp_unsigned("!=", b.and_(spread, own), e.zeros(I8, 4 * LANES))
-        fifth = b.select(there, e.constant(I8, 16, 4 * LANES), e.zeros(I8, 4 * LANES))
-        found.append(b.bitcast(fifth, vector(I32)))
+        bits = b.select(there, e.constant(I8, 16 << number, 4 * LANES), e.zeros(I8, 4 * LANES))
+        found.append(b.bitcast(bits, vector(I32)))
     return found
 
 
@@ -97,7 +99,7 @@ def _in_turn(kind: CacheKind, isa: Isa) -> bool:
 
 def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: CacheKind, isa: Isa) -> Any:
     """Return total[lane] + the sum of products of the lane's bytes of `codes` and of `words`."""
-    if not isa & Isa.AVX2 or isa & (Isa.AVX_VNNI | Isa.VNNI):
+    if not isa & Isa.AVX2 or isa & (Isa.AVX_VNNI | Isa.VNNI) or kind.bits > 5:
         for code, word in zip(codes, words):
             total = e.dot_u8_i8(total, code, word, isa, largest=(1 << kind.bits) - 1)
         return total
@@ -113,8 +115,8 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     b = e.b
     queries, tiles_at, coming_at, stride, scores = args
     parts = 1 + kind.has_halves
-    words = BLOCK // (4 * parts)  # words of a block, without fifth bits
-    lines = words + kind.has_fifths
+    words = BLOCK // (4 * parts)  # words of a block, without planes
+    lines = words + kind.planes
     scales = b.mul(stride, e.int64(d // BLOCK * lines))
     for row in range(m):
         for n in range(TILES):
@@ -151,11 +153,11 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             totals, bits = state[: m * TILES], state[m * TILES :]
             line = b.mul(b.add(first, index), stride)
             at = b.add(queries, b.add(b.mul(number, e.int64(BLOCK)), b.mul(index, e.int64(4 * parts))))
-            fifths = [_fifths_of_keys(e, each) for each in bits] or [[]] * TILES
+            planes = [[_plane_of_keys(e, each, n) for n, each in enumerate(bits[tile::TILES])] for tile in range(TILES)]
             for tile in coming:
                 e.prefetch(b.add(tile, line))
             loaded = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
-            keys = [_halves(e, codes, kind, each) for codes, each in zip(loaded, fifths)]
+            keys = [_halves(e, codes, kind, each) for codes, each in zip(loaded, planes)]
             for part in range(parts):
                 rows = [e.splat(e.load(at, I32, 2 * d * row + 4 * part)) for row in range(m)]
                 totals = [
@@ -166,8 +168,8 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             return totals + [b.lshr(each, e.constant(I32, 2)) for each in bits]
 
         sums, begin, place = begins(number)
-        last = b.mul(b.add(first, e.int64(words)), stride)
-        bits = [e.load(b.add(tile, last), vector(I32)) for tile in tiles] if kind.has_fifths else []
+        planes = [b.mul(b.add(first, e.int64(words + n)), stride) for n in range(kind.planes)]
+        bits = [e.load(b.add(tile, plane), vector(I32)) for plane in planes for tile in tiles]
         totals = e.loop(e.int64(words), [begin[row] for row in range(m) for _ in range(TILES)] + bits, word)
         for tile in coming:
             e.prefetch(b.add(tile, place))
@@ -188,11 +190,10 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             for start in range(0, words, 2):
                 codes = list[Any]()
                 for index in (start, start + 1):
-                    fifths = list[Any]()
-                    if kind.has_fifths:
-                        bits = e.load(b.add(tile, lines_at[-1]), vector(I32))
-                        fifths = _fifths_of_keys(e, b.lshr(bits, e.constant(I32, 2 * index)))
-                    codes += _halves(e, e.load(b.add(tile, lines_at[index]), vector(I32)), kind, fifths)
+                    bits = [e.load(b.add(tile, line), vector(I32)) for line in lines_at[words:]]
+                    bits = [b.lshr(each, e.constant(I32, 2 * index)) for each in bits]
+                    planes = [_plane_of_keys(e, each, n) for n, each in enumerate(bits)]
+                    codes += _halves(e, e.load(b.add(tile, lines_at[index]), vector(I32)), kind, planes)
                 for row in range(m):
                     at = range(8 * start, 8 * start + 16, 4)
                     four = [e.splat(e.load(of_block, I32, 2 * d * row + offset)) for offset in at]
@@ -217,7 +218,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     exact, weights, tiles_at, coming_at, keys, partials = args
     count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
     vectors = 1 if kind.has_halves else 2  # vectors of a group of four positions
-    whole_codes = 64 * (LANES // 4) * vectors  # bytes of a tile's block, without fifth bits
+    whole_codes = 64 * (LANES // 4) * vectors  # bytes of a tile's block, without planes
     tile_codes = LANES * code_bytes(kind, BLOCK)
     halves_of_block = 4 * LANES if kind.has_minima else 2 * LANES  # in bytes
     scales = d // BLOCK * tile_codes
@@ -285,11 +286,10 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
 
             def unpacked(group: int) -> list[Any]:
                 """Load the codes of four positions, of dimensions 0 to 15 and of 16 to 31."""
-                fifths = list[Any]()
-                if kind.has_fifths:
-                    fifths = _fifths_of_values(e, b.add(codes, e.int64(whole_codes + LANES * group)))
+                starts = [whole_codes + 4 * LANES * n + LANES * group for n in range(kind.planes)]
+                planes = [_plane_of_values(e, b.add(codes, e.int64(at)), n) for n, at in enumerate(starts)]
                 loaded = [e.load(codes, vector(I32), 64 * (vectors * group + n)) for n in range(vectors)]
-                return [part for each in loaded for part in _halves(e, each, kind, fifths)]
+                return [part for each in loaded for part in _halves(e, each, kind, planes)]
 
             groups = range(LANES // 4)
             places = [(4 * row + 2 * low, PROBABILITY_STRIDE * row + CHUNK * low) for row in range(m) for low in (0, 1)]
@@ -421,20 +421,21 @@ def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) ->
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         halves, codes = _block_codes(e, args[0], kind_)
-        words, fifths = [], []
+        words, planes = [], []
         for each in codes:
             four = b.bitcast(b.trunc(each, vector(I8)), vector(I32, 4))
             words += [b.extract_element(four, ir.Constant(I32, n)) for n in range(4)]
-        if kind_.has_fifths:
+        for n in range(kind_.planes):
             every = ir.Constant(I32, 0)
             for k, word in enumerate(words):
-                fifth = b.and_(b.lshr(word, ir.Constant(I32, 4)), ir.Constant(I32, 0x01010101))
-                every = b.or_(every, b.shl(fifth, ir.Constant(I32, k)))
-            words, fifths = [b.and_(word, ir.Constant(I32, 0x0F0F0F0F)) for word in words], [every]
+                bit = b.and_(b.lshr(word, ir.Constant(I32, 4 + n)), ir.Constant(I32, 0x01010101))
+                every = b.or_(every, b.shl(bit, ir.Constant(I32, k)))
+            planes.append(every)
         if kind_.has_halves:
+            words = [b.and_(word, ir.Constant(I32, 0x0F0F0F0F)) for word in words]
             words = [b.or_(low, b.shl(high, ir.Constant(I32, 4))) for low, high in zip(words[::2], words[1::2])]
         at = args[1]
-        for word in words + fifths:
+        for word in words + planes:
             e.store(at, word)
             at = b.add(at, args[2])
         for n, half in enumerate(halves):
@@ -445,21 +446,22 @@ def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) ->
 
 
 @intrinsic(prefer_literal=True)
-def quantise_value(_: Any, x: Any, to: Any, fifths: Any, scale: Any, kind: Any) -> Any:
-    """Quantise a block of a value: write codes to every fourth byte from `to` on, fifth bits as a word to `fifths`, the
-    fp16 scale to `scale`, and an fp16 minimum 32 bytes further."""
+def quantise_value(_: Any, x: Any, to: Any, planes: Any, scale: Any, kind: Any) -> Any:
+    """Quantise a block of a value: write codes to every fourth byte from `to` on, each plane as a word to `planes`, 64
+    bytes apart, the fp16 scale to `scale`, and an fp16 minimum 32 bytes further."""
     signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         halves, codes = _block_codes(e, args[0], kind_)
-        if kind_.has_fifths:
-            fives = [b.icmp_unsigned(">", code, e.constant(I32, 15)) for code in codes]
-            low, high = (b.zext(b.bitcast(each, I16), I32) for each in fives)
-            e.store(args[2], b.or_(low, b.shl(high, ir.Constant(I32, 16))))
-            codes = [b.and_(code, e.constant(I32, 15)) for code in codes]
+        for n in range(kind_.planes):
+            own = e.constant(I32, 16 << n)
+            bits = [b.icmp_unsigned("==", b.and_(code, own), own) for code in codes]
+            low, high = (b.zext(b.bitcast(each, I16), I32) for each in bits)
+            e.store(args[2], b.or_(low, b.shl(high, ir.Constant(I32, 16))), 4 * LANES * n)
         if kind_.has_halves:
+            codes = [b.and_(code, e.constant(I32, 15)) for code in codes]
             codes = [b.or_(codes[0], b.shl(codes[1], e.constant(I32, 4)))]
         spread = ir.Constant(vector(I32, 64), [i // 4 if i % 4 == 0 else LANES for i in range(64)])
         mask = ir.Constant(vector(ir.IntType(1), 64), [1, 0, 0, 0] * LANES)

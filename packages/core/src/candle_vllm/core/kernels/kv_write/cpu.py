@@ -199,21 +199,21 @@ def _write_key_blocks(
 
 @njit(inline="always")
 def _write_value_blocks(
-    row: int, dim: int, cache: int, place: int, size: int, codes: int, kind: int, fifths: int, minima: int
+    row: int, dim: int, cache: int, place: int, size: int, codes: int, kind: int, planes: int, minima: int
 ) -> None:
     """Quantise a row of floats to the value of slot `place`; a value has `size` bytes, of which `codes` are codes.
 
-    `fifths` and `minima` are 1 if codes have a fifth bit, and if blocks have a minimum; otherwise 0.
+    `planes` is the number of planes of a block; `minima` is 1 if blocks have a minimum, otherwise 0.
     """
     within = place & (LANES - 1)
     tile = cache + size * (place & -LANES)
     step = codes * LANES // (dim // BLOCK)
-    whole = step - 4 * LANES * fifths  # the fifth bits follow the nibbles
+    whole = step - 4 * LANES * planes  # the planes follow the nibbles
     to = tile + (whole >> 2) * (within >> 2) + (within & 3)
     for n in range(dim // BLOCK):
         scale = tile + codes * LANES + 2 * LANES * (1 + minima) * n + 2 * within
-        fifths_at = tile + step * n + whole + 4 * within
-        quantise_value(row + 4 * BLOCK * n, to + step * n, fifths_at, scale, kind)
+        planes_at = tile + step * n + whole + 4 * within
+        quantise_value(row + 4 * BLOCK * n, to + step * n, planes_at, scale, kind)
 
 
 @njit(inline="always")
@@ -233,7 +233,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
     ASKS = plain_keys and plain_values
     # Bytes of the codes of 64 elements, because the head size is known only when the operation runs.
     key_codes, value_codes = code_bytes(keys, 64), code_bytes(values, 64)
-    key_minima, value_minima, fifths = int(keys.has_minima), int(values.has_minima), int(values.has_fifths)
+    key_minima, value_minima, planes = int(keys.has_minima), int(values.has_minima), values.planes
 
     def rotate_and_write(row, thread, threads):
         given = read(WriteArguments, row)
@@ -300,7 +300,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                         codes = value_codes * dim // 64
                         size = codes + 2 * blocks * (1 + value_minima)
                         _write_value_blocks(
-                            floats, dim, given.value_cache, place, size, codes, values_as, fifths, value_minima
+                            floats, dim, given.value_cache, place, size, codes, values_as, planes, value_minima
                         )
             unit += 1
             h += 1
