@@ -29,7 +29,7 @@ from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner, EagerTower, StageRunner
-from candle_vllm.core.engine.runners.images import ImageStore, TowerRunner
+from candle_vllm.core.engine.runners.images import ImageStore, TowerRunner, tiles_of
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.engine.step.engine import Engine
@@ -73,7 +73,7 @@ def require_embeddings(
     try:
         runner: TowerRunner = EagerTower(tower, CPU) if eager else RecordedTower(tower, team)
         for image, expected in zip([*images, images[0]], [*wanted, wanted[0]], strict=True):
-            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            found, _ = finished(runner, tiles_of(image))
             assert found.shape == expected.shape
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
         if isinstance(runner, RecordedTower):

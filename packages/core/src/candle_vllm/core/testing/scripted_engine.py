@@ -212,7 +212,7 @@ class ScriptedEngine(ScriptedVectors):
         shown = [picture_of(image, name=name) for image, name in zip(images, names or ["image"] * len(images))]
         self.pictures += shown
         return list(token_ids), tuple(
-            ImageInput(key=each.digest, tiles=each.pixels.tobytes(), shape=(1, each.height, each.width))
+            ImageInput(key=each.digest, tiles=each.pixels.tobytes(), sizes=((each.height, each.width),))
             for each in shown
         )
 

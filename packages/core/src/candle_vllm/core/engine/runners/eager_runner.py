@@ -7,7 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -297,7 +297,7 @@ class EagerTower:
     def __init__(self, tower: Tower, device: torch.device | Device) -> None:
         self._tower, self._device = tower, torch.device(device)
 
-    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+    def embeddings(self, tiles: Collection[NDArray[np.uint8]]) -> Encoding:
         tower, config = self._tower, self._tower.config
         made: list[NDArray[np.float32]] = []
         for tile in tiles:

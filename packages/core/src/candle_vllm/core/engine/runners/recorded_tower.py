@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,13 +103,13 @@ class RecordedTower:
             made.append(_Join(_piece(recorder, 0, recorder.num_rows, False, (each, 0)), given.rows, found.rows))
         return made
 
-    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+    def embeddings(self, tiles: Collection[NDArray[np.uint8]]) -> Encoding:
         config, clock = self._config, _Clock()
-        cells = math.prod(tiles.shape[1:3]) // config.cell_pixels**2
-        made = np.empty((len(tiles), cells, config.vectors * config.text_size), np.float32)
-        for tile, target in zip(tiles, made):
+        ends = np.cumsum([math.prod(tile.shape[:2]) // config.cell_pixels**2 for tile in tiles])
+        made = np.empty((ends[-1], config.vectors * config.text_size), np.float32)
+        for tile, target in zip(tiles, np.split(made, ends[:-1])):
             yield from self._encode(tile, target, clock)
-        return made.reshape(-1, made.shape[2])
+        return made
 
     def _encode(self, tile: NDArray[np.uint8], target: NDArray[np.float32], clock: _Clock) -> Iterator[None]:
         """Write the embeddings of a tile to `target`, [cells, vectors * text size]."""
