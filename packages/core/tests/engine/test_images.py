@@ -27,7 +27,8 @@ class Tower:
         self.begun: list[int] = []
         self.closed = 0
 
-    def embeddings(self, tiles: Collection[NDArray[np.uint8]]) -> Encoding:
+    def embeddings(self, tiles: Collection[NDArray[np.uint8]], whole: tuple[int, int] = (0, 0)) -> Encoding:
+        del whole
         shade = int(next(iter(tiles))[0, 0, 0])
         self.begun.append(shade)
         try:
@@ -42,7 +43,7 @@ class Tower:
 
 
 def image(shade: int, tiles: int = 1) -> ImageInput:
-    return ImageInput(key=bytes([shade] * 32), tiles=bytes([shade] * 12 * tiles), sizes=((2, 2),) * tiles)
+    return ImageInput(key=bytes([shade] * 32), tiles=bytes([shade] * 12 * tiles), sizes=((2, 2),) * tiles, whole=(2, 2))
 
 
 def sequence(*shades: int) -> Sequence:

@@ -44,6 +44,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Lfm2VlForConditionalGeneration": {"lfm2": "Lfm2ForCausalLM"},
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
+        "LlavaOnevisionForConditionalGeneration": {"qwen2": "Qwen2ForCausalLM"},
         "Glm46VForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
@@ -170,7 +171,7 @@ _PARTS = (
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""
-_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
+_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*|image_newline)")
 
 
 def text_fields(

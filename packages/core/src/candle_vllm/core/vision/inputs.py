@@ -18,6 +18,7 @@ class ImageInput(ShownStruct, frozen=True, kw_only=True, weakref=True):
         key: SHA-256 of the pixels and of the preprocessing; images with equal keys have equal embeddings.
         tiles: bytes of uint8 [h, w, 3] of one tile after the other.
         sizes: height h and width w of each tile.
+        whole: height and width of the image before it was cut.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"key", "tiles"})
@@ -25,6 +26,7 @@ class ImageInput(ShownStruct, frozen=True, kw_only=True, weakref=True):
     key: builtins.bytes
     tiles: builtins.bytes
     sizes: tuple[tuple[int, int], ...]
+    whole: tuple[int, int]
 
     def __post_init__(self) -> None:
         counts = [3 * math.prod(size) if min(size) > 0 else 0 for size in self.sizes]

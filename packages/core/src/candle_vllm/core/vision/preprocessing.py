@@ -39,6 +39,7 @@ class Cut(NamedTuple):
         rows, columns: size of the grid of tiles; 0 for an image of one tile.
         height, width: size of a tile in pixels.
         last: height and width of the last tile, if its size is another.
+        shown, joined: see `GridRule`.
     """
 
     rows: int
@@ -46,6 +47,8 @@ class Cut(NamedTuple):
     height: int
     width: int
     last: tuple[int, int] | None = None
+    shown: tuple[int, int] | None = None
+    joined: tuple[int, int] | None = None
 
     @property
     def tiles(self) -> int:
@@ -378,6 +381,58 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return _tiled(canvas, picture.pixels, cut, self.resample)
 
 
+class GridRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rule of LLaVA-OneVision: the whole image as a square tile, then a grid of tiles with the image in its middle.
+
+    The grid is the one that shows most of the image's pixels; of several, the smallest, then the first. The image is in
+    the middle `Cut.shown` rows and columns of its cells, whose embeddings become `Cut.joined` rows and columns.
+
+    Attributes:
+        tile: pixels of a tile's side.
+        cell: pixels of a cell's side; pixels of a tile beyond whole cells are not read.
+        grids: numbers of rows and columns of the grids.
+        most: above 1.21 times the cells of this number of tiles, embeddings are interpolated to that many.
+        resample: Pillow's code of the resampling filter.
+        normalisation: normalisation of the pixels.
+    """
+
+    tile: int
+    cell: int
+    grids: tuple[tuple[int, int], ...]
+    most: int
+    resample: int
+    normalisation: Normalisation
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`."""
+        _require_ratio(height, width)
+
+        def unused(grid: tuple[int, int]) -> tuple[int, int]:
+            scale = min(self.tile * grid[1] / width, self.tile * grid[0] / height)
+            return -min(int(width * scale) * int(height * scale), height * width), math.prod(grid)
+
+        (rows, columns), side = min(self.grids, key=unused), self.tile // self.cell
+        high, wide = rows * side, columns * side
+        if width / height > wide / high:
+            high -= (high - int(round(height * (wide / width), 7))) // 2 * 2
+        else:
+            wide -= (wide - int(round(width * (high / height), 7))) // 2 * 2
+        ratio = math.sqrt(high * wide / (self.most * side**2))
+        found = (int(high // ratio), int(wide // ratio)) if ratio > 1.1 else (high, wide)
+        return Cut(rows, columns, side * self.cell, side * self.cell, shown=(high, wide), joined=found)
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        cut, tile, sides = self.cut(picture.height, picture.width), self.tile, (picture.height, picture.width)
+        canvas = np.zeros((tile * cut.rows, tile * cut.columns, 3), np.uint8)
+        scale = min(most / side for most, side in zip(canvas.shape, sides))
+        high, wide = (min(math.ceil(side * scale), most) for side, most in zip(sides, canvas.shape))
+        top, left = (canvas.shape[0] - high) // 2, (canvas.shape[1] - wide) // 2
+        canvas[top : top + high, left : left + wide] = _resized(picture.pixels, high, wide, self.resample)
+        parts = [_resized(picture.pixels, tile, tile, self.resample)[None], _grid(canvas, cut._replace(height=tile))]
+        return np.ascontiguousarray(np.concatenate(parts)[:, : cut.height, : cut.width])
+
+
 def _require_ratio(height: int, width: int) -> None:
     if max(height, width) > _MOST_RATIO * min(height, width):
         said = f"{width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
@@ -404,7 +459,7 @@ def _grid(canvas: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
     return grid.reshape(-1, tile, tile, 3)
 
 
-Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule
+Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule | GridRule
 """Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
 - `normalisation`: normalisation of the pixels,

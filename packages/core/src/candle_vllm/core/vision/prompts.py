@@ -53,6 +53,8 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
 
     def embeddings(self, cut: Cut) -> int:
         """Number of embeddings of an image with this grid."""
+        if cut.joined is not None:
+            return math.prod(cut.cells(self.cell)) + cut.joined[0] * (cut.joined[1] + 1)
         last = math.prod(side // self.cell for side in cut.last or (cut.height, cut.width))
         return (cut.tiles - 1) * math.prod(cut.cells(self.cell)) + last
 
@@ -154,7 +156,8 @@ class VisionInput:
         how = msgspec.json.encode(self.parts.rule)
         key = hashlib.sha256(len(how).to_bytes(8, "little") + how + picture.digest).digest()
         sizes = tuple((tile.shape[0], tile.shape[1]) for tile in tiles)
-        return ImageInput(key=key, tiles=b"".join(tile.tobytes() for tile in tiles), sizes=sizes)
+        joined, whole = b"".join(tile.tobytes() for tile in tiles), (picture.height, picture.width)
+        return ImageInput(key=key, tiles=joined, sizes=sizes, whole=whole)
 
     def grid(self, image: ImageInput) -> tuple[int, int] | None:
         """Return rows and columns of an image's embeddings; None for a model without M-RoPE."""
@@ -169,8 +172,7 @@ class VisionInput:
                 of an image are not consecutive.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
-        cell = self.parts.cell
-        counts = [sum((height // cell) * (width // cell) for height, width in image.sizes) for image in images]
+        counts = [self.parts.embeddings(self.parts.rule.cut(*image.whole)) for image in images]
         if len(marks) != sum(counts):
             raise InvalidParameterError(
                 f"image: {sum(counts)} embeddings of {len(images)} images, and {len(marks)} placeholders", "image"

@@ -29,8 +29,11 @@ class TowerRunner(Protocol):
     fatal: tuple[type[Exception], ...]
     """See `ModelRunner`."""
 
-    def embeddings(self, tiles: Collection[NDArray[np.uint8]]) -> Encoding:
-        """Encode tiles [h, w, 3] to rows of `EmbeddedRows.vectors`; yields between parts, so that steps can run."""
+    def embeddings(self, tiles: Collection[NDArray[np.uint8]], whole: tuple[int, int] = (0, 0)) -> Encoding:
+        """Encode tiles [h, w, 3] to rows of `EmbeddedRows.vectors`; yields between parts, so that steps can run.
+
+        `whole` is the height and width of the image before it was cut, for encoders that join the tiles of a grid.
+        """
         ...
 
 
@@ -110,7 +113,7 @@ class ImageStore:
             if given is None:
                 return False
             self._wanted.remove(given.key)
-            self._encoding = given.key, self._runner.embeddings(tiles_of(given))
+            self._encoding = given.key, self._runner.embeddings(tiles_of(given), given.whole)
         key, encoding = self._encoding
         begun = time.perf_counter()
         try:
