@@ -37,6 +37,7 @@ from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
+from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
@@ -266,7 +267,7 @@ class Ours:
         assert loaded.vision is not None
         ids = loaded.tokenizer.encode(marked(family), add_special_tokens=False)
         _, (image,) = loaded.vision.look(ids, [pixels])
-        self.tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+        self.tiles = tiles_of(image)
         tower = loaded.tower.tower
         self._runner = EagerTower(tower, cpu) if exact else RecordedTower(tower, ThreadTeam(threads))
 
@@ -294,9 +295,9 @@ def equal(given: argparse.Namespace, folder: Path, files: dict[str, Any], pixels
         f"{len(made.prompt_token_ids)} tokens of prompt; our embeddings {embeddings.shape} differ from exact: {error}"
     )
     compare(given, folder, files, made, embeddings)
-    if given.family == "qwen2vl" and exact.tiles.shape[1:] != pixels.shape:
-        np.save(folder / "pixels.npy", exact.tiles[0])
-        print(f"the image resized before, as transformers does it, to {exact.tiles.shape[2]}x{exact.tiles.shape[1]}:")
+    if given.family == "qwen2vl" and exact.tiles[0].shape != pixels.shape:
+        np.save(folder / "pixels.npy", tile := exact.tiles[0])
+        print(f"the image resized before, as transformers does it, to {tile.shape[1]}x{tile.shape[0]}:")
         compare(given, folder, files, made, embeddings)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,8 +27,9 @@ class Tower:
         self.begun: list[int] = []
         self.closed = 0
 
-    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
-        shade = int(tiles[0, 0, 0, 0])
+    def embeddings(self, tiles: Collection[NDArray[np.uint8]], whole: tuple[int, int] = (0, 0)) -> Encoding:
+        del whole
+        shade = int(next(iter(tiles))[0, 0, 0])
         self.begun.append(shade)
         try:
             yield
@@ -41,7 +43,7 @@ class Tower:
 
 
 def image(shade: int, tiles: int = 1) -> ImageInput:
-    return ImageInput(key=bytes([shade] * 32), tiles=bytes([shade] * 12 * tiles), shape=(tiles, 2, 2))
+    return ImageInput(key=bytes([shade] * 32), tiles=bytes([shade] * 12 * tiles), sizes=((2, 2),) * tiles, whole=(2, 2))
 
 
 def sequence(*shades: int) -> Sequence:

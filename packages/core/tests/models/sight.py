@@ -7,7 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner, EagerTower, StageRunner
-from candle_vllm.core.engine.runners.images import ImageStore, TowerRunner
+from candle_vllm.core.engine.runners.images import ImageStore, TowerRunner, tiles_of
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.engine.step.engine import Engine
@@ -53,9 +53,11 @@ def nbytes(tower: RecordedTower) -> int:
     return sum(each.nbytes for recorder in (tower._tile, tower._cells) for each in recorder.allocated)
 
 
-def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:
+def finished(
+    runner: TowerRunner, tiles: Collection[NDArray[np.uint8]], whole: tuple[int, int] = (0, 0)
+) -> tuple[NDArray[np.float32], int]:
     """What a tower gives, and in how many pieces before that."""
-    encoding, pieces = runner.embeddings(tiles), 0
+    encoding, pieces = runner.embeddings(tiles, whole), 0
     while True:
         try:
             next(encoding)
@@ -73,7 +75,7 @@ def require_embeddings(
     try:
         runner: TowerRunner = EagerTower(tower, CPU) if eager else RecordedTower(tower, team)
         for image, expected in zip([*images, images[0]], [*wanted, wanted[0]], strict=True):
-            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            found, _ = finished(runner, tiles_of(image), image.whole)
             assert found.shape == expected.shape
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
         if isinstance(runner, RecordedTower):

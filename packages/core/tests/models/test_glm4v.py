@@ -24,6 +24,7 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
+from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.models import glm4v_tower, paddleocr_tower
@@ -392,7 +393,7 @@ def test_a_tower_may_be_quantised_as_it_is_loaded(folder: Path) -> None:
     assert found.tower is not None
     cpu = choose_device("cpu")
     image = exact.tower.vision.look([PAD], PICTURES[:1])[1][0]
-    tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+    tiles = tiles_of(image)
     ours, wanted = (finished(EagerTower(each.tower.tower, cpu), tiles)[0] for each in (found, exact) if each.tower)
     assert 0 < np.abs(ours - wanted).max() < 0.1 * np.abs(wanted).max()
 

@@ -26,6 +26,7 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
+from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.models.internvl_tower import FAMILY
@@ -143,7 +144,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     counts = [int(count) for count in given["num_patches"]]
     wanted = [each.reshape(-1, 64).numpy() for each in expected.split(counts)]
     images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    assert [image.shape[0] for image in images] == counts
+    assert [len(image.sizes) for image in images] == counts
     require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
@@ -274,7 +275,7 @@ def test_the_number_of_tiles_may_be_set(folder: Path) -> None:
         loaded = loaded_from(folder, mm_processor_kwargs=said)
         assert loaded.tower is not None
         ids, images = loaded.tower.vision.look([PAD], PICTURES[1:2])
-        assert (len(ids), images[0].shape[0]) == (2 + 4 * count, count)
+        assert (len(ids), len(images[0].sizes)) == (2 + 4 * count, count)
         assert (ids[0], ids[-1]) == (START, END)
     with pytest.raises(ConfigError, match="min_patches is 5, more than max_patches, 4"):
         loaded_from(folder, mm_processor_kwargs={"min_patches": 5})
@@ -389,7 +390,7 @@ def embeddings(folder: Path, **settings: Any) -> NDArray[np.float32]:
     loaded = loaded_from(folder, op_by_op=True, **settings)
     assert loaded.tower is not None
     image = loaded.tower.vision.look([PAD], PICTURES[:1])[1][0]
-    tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+    tiles = tiles_of(image)
     return finished(EagerTower(loaded.tower.tower, choose_device("cpu")), tiles)[0]
 
 

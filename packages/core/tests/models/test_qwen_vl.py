@@ -33,7 +33,7 @@ from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import TowerRunner
+from candle_vllm.core.engine.runners.images import TowerRunner, tiles_of
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.engine.step.batch import rotary_positions
 from candle_vllm.core.engine.step.live import LiveSequence
@@ -784,7 +784,7 @@ def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) ->
             found = loaded.tower.tower
             runner: TowerRunner = EagerTower(found, cpu) if eager else RecordedTower(found, team)
             for image in wanted.vision.look([PAD] * 2, PICTURES[:2])[1]:
-                tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+                tiles = tiles_of(image)
                 ours, theirs = finished(runner, tiles)[0], finished(EagerTower(wanted.tower.tower, cpu), tiles)[0]
                 error = np.square(ours - theirs).mean() / np.square(theirs).mean()
                 assert (0.0 if eager else 1e-12) <= error < most**2

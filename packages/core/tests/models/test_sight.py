@@ -26,7 +26,7 @@ from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine import build
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import TowerRunner
+from candle_vllm.core.engine.runners.images import TowerRunner, tiles_of
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import (
     ConfigError,
@@ -84,7 +84,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
         features = theirs.model.get_image_features(pixels, mask).pooler_output
         expected = np.concatenate([np.asarray(each).reshape(-1, 64) for each in features])
     tiles = np.concatenate([
-        np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+        tiles_of(image)
         for image in loaded.tower.vision.look([260] * 3, PICTURES)[1]
     ])  # fmt: skip
     team = ThreadTeam(2)

@@ -32,7 +32,7 @@ from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.drafts.draft_model import DraftModel
 from candle_vllm.core.engine.runners import recorded_tower
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import TowerRunner
+from candle_vllm.core.engine.runners.images import TowerRunner, tiles_of
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import (
     ConfigError,
@@ -299,7 +299,7 @@ def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: C
         tower = loaded.tower.tower
         runner: TowerRunner = EagerTower(tower, choose_device("cpu")) if eager else RecordedTower(tower, team)
         for picture, image, place in zip(PICTURES, images, places):
-            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            found, _ = finished(runner, tiles_of(image))
             expected = their_features(name, folder, model, picture)
             assert found.shape == expected.shape == (len(place), 64)
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
@@ -317,7 +317,7 @@ def test_others_wait_for_an_operation_where_a_layer_takes_long(
     loaded = load(folders(name), max_images=64)
     assert loaded.tower is not None
     image = loaded.tower.vision.look([loaded.tower.vision.parts.asks], PICTURES[:1])[1][0]
-    tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+    tiles = tiles_of(image)
     team, found, pieces = ThreadTeam(2), list[NDArray[np.float32]](), list[int]()
     try:
         runner = RecordedTower(loaded.tower.tower, team)

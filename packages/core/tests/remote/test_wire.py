@@ -260,7 +260,7 @@ def test_a_step_is_one_message_and_a_piece_that_fits_none_is_refused(monkeypatch
 
 def test_images_that_are_too_many_for_a_message_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "MAX_FRAME", 1000)
-    image = ImageInput(key=bytes(32), tiles=bytes(3 * 400), shape=(1, 20, 20))
+    image = ImageInput(key=bytes(32), tiles=bytes(3 * 400), sizes=((20, 20),), whole=(20, 20))
     request = GenerationRequest(request_id="1", prompt_token_ids=(1,), params=SamplingParams(), images=(image, image))
     with pytest.raises(InvalidParameterError, match="image: the 2 images of the request take") as caught:
         payloads._written(Submit(request))

@@ -196,7 +196,7 @@ def test_areas_are_those_of_transformers(config: dict[str, Any]) -> None:
         pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         expected = theirs(images=[Image.fromarray(pixels)], return_tensors="np")
         tiles = rule.tiles(picture_of(pixels))
-        assert (1, *tiles.shape[1:3]) == (1, *rule.cut(height, width)[2:])
+        assert (1, *tiles.shape[1:3]) == (1, *rule.cut(height, width)[2:4])
         assert expected["image_grid_thw"].tolist() == [[1, tiles.shape[1] // patch, tiles.shape[2] // patch]]
         assert max(tiles.shape) <= rule.longest
         assert tiles.size <= rule.most_cells * 3 * rule.cell**2

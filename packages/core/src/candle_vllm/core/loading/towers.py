@@ -41,8 +41,10 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "InternVLForConditionalGeneration": _INTERNVL,
         "KimiK25ForConditionalGeneration": _KIMI,
         "Kimi_K25ForConditionalGeneration": _KIMI,  # the spelling of transformers
+        "Lfm2VlForConditionalGeneration": {"lfm2": "Lfm2ForCausalLM"},
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
+        "LlavaOnevisionForConditionalGeneration": {"qwen2": "Qwen2ForCausalLM"},
         "Glm46VForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
@@ -102,6 +104,11 @@ _GEMMA4 = MappingProxyType(
     }
 )
 
+_LFM2 = MappingProxyType({
+    "vocab_size": 65536, "hidden_size": 2560, "intermediate_size": 12288, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000, "norm_eps": 1e-5,
+})  # fmt: skip
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen2_vl_text": _QWEN2_VL,
@@ -116,6 +123,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "query_pre_attn_scalar": 256,
         },
         "gemma4_text": _GEMMA4,
+        "lfm2": _LFM2,
         "glm4v_text": {"partial_rotary_factor": 1.0},
         "glm4v_moe_text": {"partial_rotary_factor": 1.0},
         "glm_ocr_text": {"partial_rotary_factor": 1.0, "attention_bias": False},
@@ -163,7 +171,7 @@ _PARTS = (
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""
-_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
+_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*|image_newline)")
 
 
 def text_fields(

@@ -6,6 +6,7 @@ Shapes: n patches, E hidden, k neighbours of a patch along an axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -22,7 +23,7 @@ k arrays [n] of rows in the learned grid, and k arrays [n] of their weights."""
 
 
 class GridPositions:
-    """A table of positions [side * side, E]; `neighbours` is `linear`, `centred` or `cubic`."""
+    """A table of positions [side * side, E]; `neighbours` is `linear`, `centred`, `smooth` or `cubic`."""
 
     def __init__(self, side: int, size: int, placement: Placement, neighbours: Neighbours) -> None:
         self.side, self.weight = side, placement.empty(side**2, size)
@@ -58,6 +59,21 @@ def centred(places: NDArray[np.int64], count: int, side: int) -> tuple[list[NDAr
     below = np.floor(at)
     share = (at - below).astype(np.float32)
     return [np.clip(below + step, 0, side - 1).astype(np.int64) for step in (0, 1)], [1 - share, share]
+
+
+def smooth(places: NDArray[np.int64], count: int, side: int) -> tuple[list[NDArray[np.int64]], list[Floats]]:
+    """As `centred`, but where the image's grid is coarser, a mean over what a patch covers (antialiasing).
+
+    The weights are a triangle's, which is as wide as two patches of the image's grid, or of the learned grid if those
+    are larger.
+    """
+    reach = max(side / count, 1.0)
+    at = (places + 0.5) / count * side - 0.5
+    first = np.floor(at - reach).astype(np.int64) + 1
+    indices = [first + step for step in range(math.ceil(2 * reach))]
+    shares = [np.maximum(1 - np.abs(each - at) / reach, 0) * ((each >= 0) & (each < side)) for each in indices]
+    total = np.add.reduce(shares)
+    return [np.clip(each, 0, side - 1) for each in indices], [(each / total).astype(np.float32) for each in shares]
 
 
 def cubic(places: NDArray[np.int64], count: int, side: int) -> tuple[list[NDArray[np.int64]], list[Floats]]:

@@ -47,9 +47,9 @@ class Lfm2Config(LlamaConfig):
 
 def config_from_hf(fields: Fields, model_type: str) -> Lfm2Config:
     """Read `config.json` of lfm2 and lfm2_moe."""
-    usual = {"rope_theta": 1e6, "tie_word_embeddings": True}
-    older = {key: fields.values[name] for name, key in _OLDER.items() if name in fields}
-    known = Fields({**usual, **fields.values, **older}, fields.path)
+    usual, at = fields.with_absent(rope_theta=1e6, tie_word_embeddings=True), fields.prefix
+    older = {at + key: fields.values[at + name] for name, key in _OLDER.items() if name in fields}
+    known = Fields({**usual.values, **older}, fields.path, at)
     shared = shared_from_hf(known, model_type, eps="norm_eps")
     layers, mixture, dense = shared["num_layers"], None, shared["num_layers"]
     if model_type == "lfm2_moe":
@@ -83,7 +83,7 @@ def _adjusted(fields: Fields) -> int:
     if not fields.get("block_auto_adjust_ff_dim", bool, True):
         return size
     size, key = int(2 * size / 3), "block_ffn_dim_multiplier"
-    if key in fields.values and key not in fields:  # the multiplier is null
+    if fields.prefix + key in fields.values and key not in fields:  # the multiplier is null
         return Fields({key: size}, fields.path).count(key)
     size, unit = int(max(0, min(fields.get(key, float, 1.0) * size, 1 << 30))), fields.count("block_multiple_of", 256)
     return Fields({key: -(-size // unit) * unit}, fields.path).count(key)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -248,6 +248,20 @@ class Tower(Protocol):
     def project(self, cells: Value) -> Value:
         """Embeddings [C, text size] of cells [C, cell size]."""
         ...
+
+
+@runtime_checkable
+class JoiningTower(Tower, Protocol):
+    """A vision encoder that joins the embeddings of a grid of tiles to rows of the whole image."""
+
+    def join(self, made: NDArray[np.float32], whole: tuple[int, int]) -> NDArray[np.float32]:
+        """Embeddings of an image of this height and width, from those of all its tiles [C, text size]."""
+        ...
+
+
+def joined(tower: Tower, made: NDArray[np.float32], whole: tuple[int, int]) -> NDArray[np.float32]:
+    """The embeddings of an image; see `JoiningTower`."""
+    return tower.join(made, whole) if isinstance(tower, JoiningTower) else made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -212,8 +212,8 @@ class ScriptedEngine(ScriptedVectors):
         shown = [picture_of(image, name=name) for image, name in zip(images, names or ["image"] * len(images))]
         self.pictures += shown
         return list(token_ids), tuple(
-            ImageInput(key=each.digest, tiles=each.pixels.tobytes(), shape=(1, each.height, each.width))
-            for each in shown
+            ImageInput(key=each.digest, tiles=each.pixels.tobytes(), sizes=(size,), whole=size)
+            for each, size in zip(shown, [(each.height, each.width) for each in shown])
         )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:

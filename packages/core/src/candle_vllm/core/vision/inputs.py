@@ -16,16 +16,19 @@ class ImageInput(ShownStruct, frozen=True, kw_only=True, weakref=True):
 
     Attributes:
         key: SHA-256 of the pixels and of the preprocessing; images with equal keys have equal embeddings.
-        tiles: bytes of uint8 [N, h, w, 3].
-        shape: N, h and w.
+        tiles: bytes of uint8 [h, w, 3] of one tile after the other.
+        sizes: height h and width w of each tile.
+        whole: height and width of the image before it was cut.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"key", "tiles"})
 
     key: builtins.bytes
     tiles: builtins.bytes
-    shape: tuple[int, int, int]
+    sizes: tuple[tuple[int, int], ...]
+    whole: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if len(self.key) != 32 or min(self.shape) < 1 or 3 * math.prod(self.shape) != len(self.tiles):
-            raise InvalidParameterError(f"an image of {list(self.shape)} has {len(self.tiles)} bytes", "image")
+        counts = [3 * math.prod(size) if min(size) > 0 else 0 for size in self.sizes]
+        if len(self.key) != 32 or not counts or not all(counts) or sum(counts) != len(self.tiles):
+            raise InvalidParameterError(f"an image of {list(self.sizes)} has {len(self.tiles)} bytes", "image")

@@ -38,12 +38,17 @@ class Cut(NamedTuple):
     Attributes:
         rows, columns: size of the grid of tiles; 0 for an image of one tile.
         height, width: size of a tile in pixels.
+        last: height and width of the last tile, if its size is another.
+        shown, joined: see `GridRule`.
     """
 
     rows: int
     columns: int
     height: int
     width: int
+    last: tuple[int, int] | None = None
+    shown: tuple[int, int] | None = None
+    joined: tuple[int, int] | None = None
 
     @property
     def tiles(self) -> int:
@@ -170,7 +175,8 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         ratio = max(height / self.longest, width / self.longest)
         if ratio > 1:
             height, width = max(math.floor(height / ratio), 1), max(math.floor(width / ratio), 1)
-        return Cut(0, 0, *(-(-side // self.cell) * self.cell for side in (height, width)))
+        height, width = (-(-side // self.cell) * self.cell for side in (height, width))
+        return Cut(0, 0, height, width)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
@@ -242,7 +248,8 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         normalisation: normalisation of the pixels.
         fills: Gemma 4's rule: every image, small ones too, is scaled to `most` pixels, and its sides are rounded down.
         grows: GLM-4V's and PaddleOCR's rule: an image with a side shorter than a cell is first enlarged until this side
-            is a cell; pixels of the other side are "cut" or "rounded" to whole ones.
+            is a cell; pixels of the other side are "cut" or "rounded" to whole ones. In LFM2-VL's rule the other side
+            is "kept".
     """
 
     cell: int
@@ -251,7 +258,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     resample: int
     normalisation: Normalisation
     fills: bool = False
-    grows: Literal["", "cut", "rounded"] = ""
+    grows: Literal["", "cut", "rounded", "kept"] = ""
 
     @property
     def longest(self) -> int:
@@ -286,10 +293,10 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
             return rows * self.cell, columns * self.cell
         _require_ratio(height, width)
         cell, sides = self.cell, (height, width)
-        if self.grows and min(sides) < cell:
+        if self.grows in ("cut", "rounded") and min(sides) < cell:
             whole = int if self.grows == "cut" else round
             height, width = sides = tuple(whole(side * (cell / min(sides))) for side in sides)
-        near = [round(side / cell) * cell for side in sides]
+        near = [max(round(side / cell), self.grows == "kept") * cell for side in sides]
         if math.prod(near) > self.most:
             shrunk = math.sqrt(height * width / self.most)
             near = [max(cell, math.floor(side / shrunk / cell) * cell) for side in sides]
@@ -315,6 +322,8 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         least: minimum number of tiles of a canvas.
         stretches: InternVL's rule: the image fills the canvas with the nearest ratio of width to height; of several,
             the last one that has less than twice the image's pixels, else the first.
+        whole: LFM2-VL's rule: the tile of the whole image has nearly its shape, by this rule.
+        alone: an image of up to this many pixels, its sides rounded to cells of `whole`, has only that tile.
     """
 
     tile: int
@@ -324,6 +333,8 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     normalisation: Normalisation
     least: int = 1
     stretches: bool = False
+    whole: AreaRule | None = None
+    alone: int = 0
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`; scales are compared in fp32, as in transformers."""
@@ -341,12 +352,20 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
             found = scales[scales >= 1]
             scale = found.min() if len(found) and not self.grows else scales.max()
             rows, columns = min((each for each, one in zip(sides, scales) if one == scale), key=math.prod)
-        return Cut(*((0, 0) if rows == columns == 1 else (rows, columns)), self.tile, self.tile)
+        grid = Cut(*((0, 0) if rows == columns == 1 else (rows, columns)), self.tile, self.tile)
+        if self.whole is None:
+            return grid
+        whole, cell = self.whole.cut(height, width), self.whole.cell
+        small = math.prod(round(side / cell) * cell for side in (height, width)) <= self.alone
+        return whole if small or not grid.rows else grid._replace(last=whole[2:4])
 
-    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+    def tiles(self, picture: Picture) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
         """See `Rule`."""
         cut, tile = self.cut(picture.height, picture.width), self.tile
         rows, columns = max(cut.rows, 1), max(cut.columns, 1)
+        if self.whole is not None:
+            canvas = _resized(picture.pixels, tile * rows, tile * columns, self.resample) if cut.rows else None
+            return [*(() if canvas is None else _grid(canvas, cut)), *self.whole.tiles(picture)]
         if self.stretches:
             canvas = _resized(picture.pixels, tile * rows, tile * columns, self.resample)
             return _tiled(canvas, picture.pixels, cut, self.resample)
@@ -360,6 +379,58 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
             wide = max(min(math.floor(picture.width * (high / picture.height)), wide), 1)
         canvas[:high, :wide] = _resized(picture.pixels, high, wide, self.resample)
         return _tiled(canvas, picture.pixels, cut, self.resample)
+
+
+class GridRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rule of LLaVA-OneVision: the whole image as a square tile, then a grid of tiles with the image in its middle.
+
+    The grid is the one that shows most of the image's pixels; of several, the smallest, then the first. The image is in
+    the middle `Cut.shown` rows and columns of its cells, whose embeddings become `Cut.joined` rows and columns.
+
+    Attributes:
+        tile: pixels of a tile's side.
+        cell: pixels of a cell's side; pixels of a tile beyond whole cells are not read.
+        grids: numbers of rows and columns of the grids.
+        most: above 1.21 times the cells of this number of tiles, embeddings are interpolated to that many.
+        resample: Pillow's code of the resampling filter.
+        normalisation: normalisation of the pixels.
+    """
+
+    tile: int
+    cell: int
+    grids: tuple[tuple[int, int], ...]
+    most: int
+    resample: int
+    normalisation: Normalisation
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`."""
+        _require_ratio(height, width)
+
+        def unused(grid: tuple[int, int]) -> tuple[int, int]:
+            scale = min(self.tile * grid[1] / width, self.tile * grid[0] / height)
+            return -min(int(width * scale) * int(height * scale), height * width), math.prod(grid)
+
+        (rows, columns), side = min(self.grids, key=unused), self.tile // self.cell
+        high, wide = rows * side, columns * side
+        if width / height > wide / high:
+            high -= (high - int(round(height * (wide / width), 7))) // 2 * 2
+        else:
+            wide -= (wide - int(round(width * (high / height), 7))) // 2 * 2
+        ratio = math.sqrt(high * wide / (self.most * side**2))
+        found = (int(high // ratio), int(wide // ratio)) if ratio > 1.1 else (high, wide)
+        return Cut(rows, columns, side * self.cell, side * self.cell, shown=(high, wide), joined=found)
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        cut, tile, sides = self.cut(picture.height, picture.width), self.tile, (picture.height, picture.width)
+        canvas = np.zeros((tile * cut.rows, tile * cut.columns, 3), np.uint8)
+        scale = min(most / side for most, side in zip(canvas.shape, sides))
+        high, wide = (min(math.ceil(side * scale), most) for side, most in zip(sides, canvas.shape))
+        top, left = (canvas.shape[0] - high) // 2, (canvas.shape[1] - wide) // 2
+        canvas[top : top + high, left : left + wide] = _resized(picture.pixels, high, wide, self.resample)
+        parts = [_resized(picture.pixels, tile, tile, self.resample)[None], _grid(canvas, cut._replace(height=tile))]
+        return np.ascontiguousarray(np.concatenate(parts)[:, : cut.height, : cut.width])
 
 
 def _require_ratio(height: int, width: int) -> None:
@@ -377,18 +448,23 @@ def _resized(pixels: NDArray[np.uint8], height: int, width: int, resample: int) 
 
 def _tiled(canvas: NDArray[np.uint8], whole: NDArray[np.uint8], cut: Cut, resample: int) -> NDArray[np.uint8]:
     """Cut a canvas into square tiles, row by row, followed by `whole` as one tile unless the canvas is one tile."""
+    made = _grid(canvas, cut)
+    return np.concatenate([made, _resized(whole, cut.height, cut.width, resample)[None]]) if cut.rows else made
+
+
+def _grid(canvas: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
+    """Cut a canvas into square tiles, row by row."""
     tile = cut.height
     grid = canvas.reshape(max(cut.rows, 1), tile, max(cut.columns, 1), tile, 3).swapaxes(1, 2)
-    made = grid.reshape(-1, tile, tile, 3)
-    return np.concatenate([made, _resized(whole, tile, tile, resample)[None]]) if cut.rows else made
+    return grid.reshape(-1, tile, tile, 3)
 
 
-Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule
+Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule | GridRule
 """Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
 - `normalisation`: normalisation of the pixels,
 - `cut(height, width)`: the `Cut` of an image of this size, or an `InvalidParameterError`,
-- `tiles(picture)`: the tiles of that `Cut`, uint8 [N, h, w, 3].
+- `tiles(picture)`: the tiles of that `Cut`, each uint8 [h, w, 3].
 """
 
 

@@ -52,8 +52,11 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
     blank: int | None = None
 
     def embeddings(self, cut: Cut) -> int:
-        """Number of embeddings of one tile of an image with this grid."""
-        return math.prod(cut.cells(self.cell))
+        """Number of embeddings of an image with this grid."""
+        if cut.joined is not None:
+            return math.prod(cut.cells(self.cell)) + cut.joined[0] * (cut.joined[1] + 1)
+        last = math.prod(side // self.cell for side in cut.last or (cut.height, cut.width))
+        return (cut.tiles - 1) * math.prod(cut.cells(self.cell)) + last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,7 @@ class VisionInput:
                     cut = self.parts.rule.cut(picture.height, picture.width)
                 except InvalidParameterError as error:  # which does not know the image's name
                     raise InvalidParameterError(f"{name}: {error}", name) from None
-                least = len(expanded) + cut.tiles * self.parts.embeddings(cut)
+                least = len(expanded) + self.parts.embeddings(cut)
                 if most_tokens is None or least < most_tokens:  # otherwise the prompt is refused below
                     self._join(expanded, self.words(cut))
                     least = len(expanded)
@@ -152,11 +155,14 @@ class VisionInput:
         tiles = self.parts.rule.tiles(picture)
         how = msgspec.json.encode(self.parts.rule)
         key = hashlib.sha256(len(how).to_bytes(8, "little") + how + picture.digest).digest()
-        return ImageInput(key=key, tiles=tiles.tobytes(), shape=(tiles.shape[0], tiles.shape[1], tiles.shape[2]))
+        sizes = tuple((tile.shape[0], tile.shape[1]) for tile in tiles)
+        joined, whole = b"".join(tile.tobytes() for tile in tiles), (picture.height, picture.width)
+        return ImageInput(key=key, tiles=joined, sizes=sizes, whole=whole)
 
     def grid(self, image: ImageInput) -> tuple[int, int] | None:
         """Return rows and columns of an image's embeddings; None for a model without M-RoPE."""
-        return (image.shape[1] // self.parts.cell, image.shape[2] // self.parts.cell) if self.parts.turned else None
+        rows, columns = image.sizes[0]
+        return (rows // self.parts.cell, columns // self.parts.cell) if self.parts.turned else None
 
     def places(self, ids: Sequence[int], images: Sequence[ImageInput]) -> list[NDArray[np.int64]]:
         """Return the positions of each image's embeddings in a prompt.
@@ -166,8 +172,7 @@ class VisionInput:
                 of an image are not consecutive.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
-        cell = self.parts.cell
-        counts = [image.shape[0] * (image.shape[1] // cell) * (image.shape[2] // cell) for image in images]
+        counts = [self.parts.embeddings(self.parts.rule.cut(*image.whole)) for image in images]
         if len(marks) != sum(counts):
             raise InvalidParameterError(
                 f"image: {sum(counts)} embeddings of {len(images)} images, and {len(marks)} placeholders", "image"

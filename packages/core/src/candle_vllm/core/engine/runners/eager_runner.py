@@ -7,7 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading import cache_specs
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
 from candle_vllm.core.models.stack import DecoderStack, layers_here
-from candle_vllm.core.models.tower_family import Tower, TowerStep
+from candle_vllm.core.models.tower_family import Tower, TowerStep, joined
 from candle_vllm.core.sampling.state import SamplingState
 
 
@@ -297,7 +297,7 @@ class EagerTower:
     def __init__(self, tower: Tower, device: torch.device | Device) -> None:
         self._tower, self._device = tower, torch.device(device)
 
-    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+    def embeddings(self, tiles: Collection[NDArray[np.uint8]], whole: tuple[int, int] = (0, 0)) -> Encoding:
         tower, config = self._tower, self._tower.config
         made: list[NDArray[np.float32]] = []
         for tile in tiles:
@@ -319,7 +319,7 @@ class EagerTower:
             with _computing(self._device):
                 found = torch.cat([tower.project(tower.cells(tower.norm(x))), *deep], 1)
                 made.append(rows.in_order(found.float().cpu().numpy()))
-        return np.concatenate(made)
+        return joined(tower, np.concatenate(made), whole)
 
 
 class EagerHead(EagerRunner):

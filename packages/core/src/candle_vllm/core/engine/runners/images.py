@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -29,9 +29,19 @@ class TowerRunner(Protocol):
     fatal: tuple[type[Exception], ...]
     """See `ModelRunner`."""
 
-    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
-        """Encode tiles [N, h, w, 3] to rows of `EmbeddedRows.vectors`; yields between parts, so that steps can run."""
+    def embeddings(self, tiles: Collection[NDArray[np.uint8]], whole: tuple[int, int] = (0, 0)) -> Encoding:
+        """Encode tiles [h, w, 3] to rows of `EmbeddedRows.vectors`; yields between parts, so that steps can run.
+
+        `whole` is the height and width of the image before it was cut, for encoders that join the tiles of a grid.
+        """
         ...
+
+
+def tiles_of(image: ImageInput) -> list[NDArray[np.uint8]]:
+    """Return the tiles of an image, each [h, w, 3]."""
+    ends = np.cumsum([3 * height * width for height, width in image.sizes])
+    parts = np.split(np.frombuffer(image.tiles, np.uint8), ends[:-1])
+    return [part.reshape(*size, 3) for part, size in zip(parts, image.sizes)]
 
 
 class ImageStore:
@@ -103,8 +113,7 @@ class ImageStore:
             if given is None:
                 return False
             self._wanted.remove(given.key)
-            tiles = np.frombuffer(given.tiles, np.uint8).reshape(*given.shape, 3)
-            self._encoding = given.key, self._runner.embeddings(tiles)
+            self._encoding = given.key, self._runner.embeddings(tiles_of(given), given.whole)
         key, encoding = self._encoding
         begun = time.perf_counter()
         try:

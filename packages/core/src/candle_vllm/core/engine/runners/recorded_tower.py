@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Recorder, Ste
 from candle_vllm.core.kernels.cpu_runtime.team import PART_CODE, ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
 from candle_vllm.core.kernels.recorded import Recorded
-from candle_vllm.core.models.tower_family import Tower, TowerStep
+from candle_vllm.core.models.tower_family import Tower, TowerStep, joined
 
 _PIECE = 0.03  # maximum seconds of encoding between two steps, as predicted
 _SLOWEST = 2e10  # assumed multiplications and additions a second before any measurement
@@ -45,7 +45,7 @@ class RecordedTower:
 
     def __init__(self, tower: Tower, team: ThreadTeam) -> None:
         config = self._config = tower.config
-        self._place, self._cells_of = tower.place, tower.cells
+        self._tower, self._place, self._cells_of = tower, tower.place, tower.cells
         level, most = host_isa(), config.patches // config.cell**2
         tiles, cells = (
             StepLimits(tokens=rows, sequences=windows, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
@@ -103,13 +103,13 @@ class RecordedTower:
             made.append(_Join(_piece(recorder, 0, recorder.num_rows, False, (each, 0)), given.rows, found.rows))
         return made
 
-    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+    def embeddings(self, tiles: Collection[NDArray[np.uint8]], whole: tuple[int, int] = (0, 0)) -> Encoding:
         config, clock = self._config, _Clock()
-        cells = math.prod(tiles.shape[1:3]) // config.cell_pixels**2
-        made = np.empty((len(tiles), cells, config.vectors * config.text_size), np.float32)
-        for tile, target in zip(tiles, made):
+        ends = np.cumsum([math.prod(tile.shape[:2]) // config.cell_pixels**2 for tile in tiles])
+        made = np.empty((ends[-1], config.vectors * config.text_size), np.float32)
+        for tile, target in zip(tiles, np.split(made, ends[:-1])):
             yield from self._encode(tile, target, clock)
-        return made.reshape(-1, made.shape[2])
+        return joined(self._tower, made, whole)
 
     def _encode(self, tile: NDArray[np.uint8], target: NDArray[np.float32], clock: _Clock) -> Iterator[None]:
         """Write the embeddings of a tile to `target`, [cells, vectors * text size]."""
