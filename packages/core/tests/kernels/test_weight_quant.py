@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from gguf import quants
 
-from candle_vllm.core.kernels.weight_quant import quantiser, reference
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.weight_quant import quantiser
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TABLES, TYPES
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from packages.core.tests.kernels import weight_quant_reference as reference
 
 KINDS = [GGMLQuantizationType[name] for name in TYPES]
 
@@ -171,12 +173,10 @@ def demo_matrix() -> np.ndarray:
         return checkpoint.tensors["blk.10.ffn_up.weight"].load().reshape(-1, 256)
 
 
-def test_without_numba_numpy_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, kind = weights((4, 256)), GGMLQuantizationType.Q4_K
-    compiled, _ = run(x, kind)
+def test_without_kernels_an_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("candle_vllm.core.kernels.weight_quant.can_compile", lambda: False)
-    assert quantiser(kind).__module__.endswith("reference")
-    assert np.array_equal(run(x, kind)[0], compiled)
+    with pytest.raises(ConfigError, match=r"weights cannot be quantised: .*candle-vllm-core\[compile\]"):
+        quantiser(GGMLQuantizationType.Q4_K)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

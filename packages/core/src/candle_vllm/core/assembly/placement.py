@@ -261,13 +261,10 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
 
 def matrix_obstacle(checkpoint: Checkpoint) -> str | None:
     """Return why the compiled CPU kernels cannot multiply a checkpoint's matrices; None if they can."""
-    from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
+    from candle_vllm.core.kernels.cpu_runtime.kernel_cache import NO_KERNELS, can_compile
 
     if not can_compile():
-        return (
-            "this package has no precompiled CPU kernels, and Numba, which compiles them, is not installed (pip "
-            "install 'candle-vllm-core[compile]')"
-        )
+        return NO_KERNELS
     for tensor in checkpoint.tensors.values():
         if len(tensor.shape) >= 2 and not _has_kernel(tensor):
             return f"{tensor.name} is {tensor.type_name} {list(tensor.shape)}, which has no kernel"

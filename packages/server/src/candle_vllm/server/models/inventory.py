@@ -98,8 +98,6 @@ def take_stock(
     manager: ModelManager, slots: Sequence[ModelSlot], settings: ModelOptions, pulls: Sequence[Pull], *, changes: bool
 ) -> Inventory:
     """Return the inventory; `slots` are the served models in order, `changes` is whether clients may change them."""
-    from candle_vllm.core.devices import choose_device
-
     room = room_of(settings, 0)
     held = held_by(manager.loaded, choose_device(settings.device or "auto"))
 

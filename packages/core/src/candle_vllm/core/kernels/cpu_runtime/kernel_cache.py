@@ -91,6 +91,12 @@ def has_compiler() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+NO_KERNELS = (
+    "this package has no precompiled CPU kernels, and Numba, which compiles them, is not installed (pip install "
+    "'candle-vllm-core[compile]')"
+)
+
+
 @cache
 def can_compile() -> bool:
     """Whether kernels can run: precompiled code for this CPU's level, or a compiler, is available."""

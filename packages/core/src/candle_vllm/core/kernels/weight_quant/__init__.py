@@ -18,27 +18,25 @@ ggml's `ggml-common.h`. Each block depends only on its own elements and their co
 With an importance matrix, an element's weight in these searches is importance * root(2 * mean square + x^2) instead,
 with the importance of the element's column and the mean square of the element's block.
 
-`reference.py` is the reference in numpy; `cpu.py` is compiled, and gives the same bytes on every CPU.
-Source: llama.cpp's `ggml-quants.c`.
+`cpu.py` is compiled, and gives the same bytes on every CPU. Source: llama.cpp's `ggml-quants.c`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import NO_KERNELS, can_compile
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.kernels.weight_quant.searches import TYPES, Quantise
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
-    """Return the function that quantises blocks: compiled if possible, otherwise numpy, which is many times slower."""
+    """Return the compiled function that quantises blocks; raises ConfigError if kernels cannot run."""
     assert ggml_type.name in TYPES
     if not can_compile():
-        from candle_vllm.core.kernels.weight_quant import reference
-
-        return reference.quantiser(ggml_type)
+        raise ConfigError(f"weights cannot be quantised: {NO_KERNELS}", "isq")
     compiled = c_function("weight_quant.cpu:make_quantise", 6, ggml_type)
 
     def quantise(x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`kernels/weight_quant` in numpy: its searches have the same results as the compiled functions, bit for bit.
+"""`kernels/weight_quant` in numpy, with which tests compare the kernels: searches have equal results, bit for bit.
 
 Searches get x float32 [G, n], a group in each row; all sums go from a group's first element to its last, in float32.
 """
