@@ -15,18 +15,22 @@ import ssl
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from uvicorn.server import ServerState
 
 from candle_vllm.server.bench.client import Target, WholeClient
 from candle_vllm.server.cli import main
 from candle_vllm.server.http import tls
+from candle_vllm.server.http.protocol import http_protocol
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.running_server import Running
@@ -104,6 +108,34 @@ def test_a_real_client_checks_the_certificate(files: Path) -> None:
             assert client.get(running.url + "/health").status_code == 200
     finally:
         running.stop()
+
+
+async def test_a_large_answer_waits_until_the_client_reads(files: Path) -> None:
+    size, sent = 32 << 20, asyncio.Event()
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": b"ab" * (size // 2)})
+        sent.set()
+
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    config.load()
+    made, state, loop = http_protocol(), ServerState(), asyncio.get_running_loop()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files / "server.pem", files / "server.key")
+    server = await loop.create_server(
+        lambda: made(config=config, server_state=state, app_state={}),  # type: ignore[call-arg]
+        "127.0.0.1", 0, ssl=context,
+    )  # fmt: skip
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2], ssl=trusting(files))
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    await asyncio.sleep(0.3)
+    assert not sent.is_set()
+    assert await reader.readexactly(size) == b"ab" * (size // 2)
+    await asyncio.wait_for(sent.wait(), 60)
+    writer.close()
+    server.close()
 
 
 def test_a_server_is_measured_over_https(

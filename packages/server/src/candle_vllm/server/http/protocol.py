@@ -14,6 +14,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import httptools
@@ -33,6 +34,7 @@ MAX_CONNECTIONS = 4096  # at the same time
 MAX_FILES = 1 << 16  # highest limit on open files that the process sets for itself
 CROWDED_SECONDS = 1.0  # time for a request head if a connection is opened while more than half of them are in use
 STALL_SECONDS, STALL_BYTES = 60.0, 32 << 10  # least bytes that a client must read in this time while its buffer is full
+TLS_PART = 64 << 10  # bytes of a body after which the server waits until a TLS client has read enough
 UNDECODED = "candle_vllm.undecoded"  # key of a large WebSocket text in a received message, as bytes
 DRAINING = "candle_vllm.draining"  # extension of the scope: an event that is set when the server stops
 MAX_PIECES, PIECE_BYTES = 4096, 64  # maximum number of chunks of a body, plus one for each 64 bytes
@@ -99,11 +101,12 @@ def most_connections() -> int:
 
 def _part_writer(cycle: RequestResponseCycle) -> WritePart:
     """Return the `WritePart` of one uvicorn response; uvicorn adds the framing of each part."""
+    send = cycle.send
 
     def write(data: bytes) -> bool:
         if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
             return False
-        sending = cycle.send({"type": "http.response.body", "body": data, "more_body": True})
+        sending = send({"type": "http.response.body", "body": data, "more_body": True})
         try:
             sending.send(None)  # it suspends only if the client does not keep up
         except StopIteration:
@@ -111,6 +114,15 @@ def _part_writer(cycle: RequestResponseCycle) -> WritePart:
         raise RuntimeError("a part of an answer was not written at once")
 
     return write
+
+
+async def _send_parts(send: Any, message: Any) -> None:
+    """Send a body in parts: a TLS transport takes any write at once, and drops the rest when the connection ends."""
+    rest = memoryview(message.get("body", b""))
+    while len(rest) > TLS_PART:
+        await send({**message, "body": rest[:TLS_PART], "more_body": True})
+        rest = rest[TLS_PART:]
+    await send({**message, "body": rest})
 
 
 class _UnknownLength(int):
@@ -230,6 +242,8 @@ class _LimitedHttpToolsProtocol(HttpToolsProtocol):
         cycle = self.cycle
         extensions: dict[str, Any] = {WRITE_PART: _part_writer(cycle)}
         cycle.scope["extensions"] = extensions
+        if self.scheme == "https":
+            cycle.send = partial(_send_parts, cycle.send)
         if not self.pipeline:
             self._answering = cycle
         # An answer before the end of the body closes the connection, and has `Connection: close`.
