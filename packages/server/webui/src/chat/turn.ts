@@ -7,7 +7,7 @@ import { errorInfo, isAbort, isRefusal, sayable } from "../api/http.ts";
 import type { ChatChunk, McpResult, McpTool } from "../api/types.ts";
 import { StepWriter } from "./accumulate.ts";
 import { readArguments } from "./arguments.ts";
-import { type AssistantMessage, emptyStep, type Step, type ToolCall } from "./types.ts";
+import { type AssistantMessage, emptyStep, isWhole, type Step, type ToolCall } from "./types.ts";
 
 export const MAX_ROUNDS = 16; // requests of one turn before it pauses
 export const MAX_CALLS = 32; // of one step
@@ -211,9 +211,6 @@ function closeCalls(message: AssistantMessage): void {
     if (call.state === "approved") call.state = "waiting";
   }
 }
-
-/** Only what ended as answers do is known to be all that was meant. */
-const isWhole = (step: Step): boolean => step.finish === "stop" || step.finish === "tool_calls";
 
 function argumentsOf(call: ToolCall): object {
   const given = readArguments(call.arguments, {});

@@ -116,6 +116,9 @@ export interface Prompt {
 
 export const emptyStep = (): Step => ({ reasoning: "", text: "", calls: [] });
 
+/** Whether the model ended its step, so that nothing is missing. */
+export const isWhole = (step: Step): boolean => step.finish === "stop" || step.finish === "tool_calls";
+
 /** The text of a question with its files, or of an answer without thoughts and tools. */
 export function textOf(message: Message): string {
   if (message.role === "user") return withFiles(message);

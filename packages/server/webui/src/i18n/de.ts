@@ -81,7 +81,7 @@ export const de: Texts = {
 
   messages: "Nachrichten", you: "Du", answerOf: (model) => (model ? `Antwort von ${model}` : "Antwort"), message: "Nachricht",
   placeholder: "Nachricht schreiben", send: "Senden", stop: "Anhalten", answering: "Antwortet…", readingPrompt: (percent) => `Liest den Prompt: ${percent} %`, stopped: "Angehalten.",
-  emptyAnswer: "Das Modell hat mit nichts geantwortet.", cutOff: "Die Antwort hat die Token-Grenze erreicht.", answerFailed: "Die Antwort ist fehlgeschlagen.", approvalNeeded: "Ein Werkzeug wartet auf deine Zustimmung.",
+  emptyAnswer: "Das Modell hat mit nichts geantwortet.", cutOff: "Die Antwort hat die Token-Grenze erreicht.", endedBy: (reason) => `Die Antwort endete vorzeitig (${reason}).`, answerFailed: "Die Antwort ist fehlgeschlagen.", approvalNeeded: "Ein Werkzeug wartet auf deine Zustimmung.",
   mayBeWrong: "Antworten können falsch sein. Prüfe, was wichtig ist.", toEnd: "Zur neuesten Nachricht",
   earlier: (count) => `${count} frühere Nachrichten zeigen`,
   copy: "Kopieren", copied: "Kopiert", copyFailed: "Kopieren ging nicht", copyCode: "Code kopieren", copyMessage: "Nachricht kopieren",

@@ -83,7 +83,7 @@ export const en = {
 
   messages: "Messages", you: "You", answerOf: (model: string) => (model ? `Answer of ${model}` : "Answer"), message: "Message",
   placeholder: "Write a message", send: "Send", stop: "Stop", answering: "Answering…", readingPrompt: (percent: string) => `Reading the prompt: ${percent} %`, stopped: "Stopped.",
-  emptyAnswer: "The model returned an empty answer.", cutOff: "The answer reached the token limit.", answerFailed: "The answer failed.", approvalNeeded: "A tool waits for your approval.",
+  emptyAnswer: "The model returned an empty answer.", cutOff: "The answer reached the token limit.", endedBy: (reason: string) => `The answer ended early (${reason}).`, answerFailed: "The answer failed.", approvalNeeded: "A tool waits for your approval.",
   mayBeWrong: "Answers can be wrong. Check what matters.", toEnd: "Go to the newest message",
   earlier: (count: number) => `Show ${count} earlier messages`,
   copy: "Copy", copied: "Copied", copyFailed: "Could not copy", copyCode: "Copy code", copyMessage: "Copy message",

@@ -4,7 +4,7 @@
 import { useState } from "preact/hooks";
 import type { ErrorInfo } from "../api/http.ts";
 import { sizeOf } from "../chat/files.ts";
-import { type AssistantMessage, type Step, textOf } from "../chat/types.ts";
+import { type AssistantMessage, isWhole, type Step, textOf } from "../chat/types.ts";
 import { formatNumber, formatSeconds, kibibytes, t } from "../i18n/index.ts";
 import { Markdown } from "../markdown/Markdown.tsx";
 import { isLoading, models } from "../state/models.ts";
@@ -119,9 +119,10 @@ function Failure({ chat, message, error }: FailureProps) {
 
 /** Why an answer is not whole, and whether it can go on. */
 function endingOf(message: AssistantMessage): { why: string; goesOn: boolean } | undefined {
-  const finish = message.steps.at(-1)?.finish;
+  const last = message.steps.at(-1);
+  const early = last?.finish && !isWhole(last) ? (last.finish === "length" ? t.value.cutOff : t.value.endedBy(last.finish)) : undefined;
   const isEmpty = message.state === "done" && message.steps.every((step) => !step.text && !step.calls.length);
-  const why = message.state === "stopped" ? t.value.stopped : finish === "length" ? t.value.cutOff : isEmpty ? t.value.emptyAnswer : undefined;
+  const why = message.state === "stopped" ? t.value.stopped : early ?? (isEmpty ? t.value.emptyAnswer : undefined);
   return why && !message.error ? { why, goesOn: !isEmpty } : undefined;
 }
 
