@@ -49,7 +49,10 @@ def test_lines_of_an_answer_end_where_the_model_ended_them(chat: Any) -> None:
 
 
 def test_the_page_says_how_an_answer_ended_that_the_model_did_not_end(chat: Any) -> None:
-    choices = '[{"index": 0, "delta": {"content": "It is "}}]', '[{"index": 0, "delta": {}, "finish_reason": "refusal"}]'
+    choices = (
+        '[{"index": 0, "delta": {"content": "It is "}}]',
+        '[{"index": 0, "delta": {}, "finish_reason": "refusal"}]',
+    )
     body = "".join(f'data: {{"choices": {each}}}\n\n' for each in choices) + "data: [DONE]\n\n"
     chat.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
     say(chat, "What is it?")
