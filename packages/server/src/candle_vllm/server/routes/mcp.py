@@ -29,6 +29,7 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.openapi.operation import Operation, routing
 
 if TYPE_CHECKING:
+    from candle_vllm.server.http.keys import Keyring
     from candle_vllm.server.mcp.service import McpService
 
 MAX_CALLS = 32  # maximum number of calls that run at the same time, for all clients together
@@ -128,9 +129,11 @@ class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
 async def list_mcp_servers(request: Request) -> Response:
     """The MCP servers and their states.
 
-    If the server has several API keys, only keys that open operators' routes get the logs, which may show other calls.
+    If clients need no key or have several, only keys that open operators' routes get the logs, which show all calls.
     """
-    logged = request.scope.get("state", {}).get("manages", True) or not request.app.state.keys.are_several
+    keys: Keyring = request.app.state.keys
+    alone = keys.guards(operators=False) and not keys.are_several
+    logged = alone or request.scope.get("state", {}).get("manages", True)
     found = [
         McpServerInfo(
             name=one.name,
