@@ -76,7 +76,7 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
     Args:
         given: name and path, optionally scale and pinned.
         where: position in the settings, for messages.
-        folder: folder that a relative path starts from.
+        folder: folder that a relative path starts from, if it begins with a dot or exists there.
     """
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -100,7 +100,9 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
     if not isinstance(pinned, bool):
         raise UsageError(f"{where}: pinned of {values['name']!r:.100} must be true or false")
     path = os.path.expanduser(values["path"])  # leaves an unknown user's folder as it is
-    return AdapterSpec(values["name"], path if folder is None else str(folder / path), float(scale), pinned)
+    if folder is not None and (path.startswith(".") or os.path.exists(folder / path)):  # else --lora-resolver's name
+        path = str(folder / path)
+    return AdapterSpec(values["name"], path, float(scale), pinned)
 
 
 def spec_text(spec: AdapterSpec) -> str:
