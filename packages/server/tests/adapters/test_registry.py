@@ -507,7 +507,8 @@ def test_models_yaml_has_the_adapters_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "tone").mkdir()
     path.write_text(
         "models:\n- name: base\n  hf_id: org/base\n  adapters:\n  - {name: tone, path: tone, pinned: true}\n"
-        "  - {name: poems, path: /srv/poems.gguf, scale: 0.5}\n  - {name: sql, path: acme/sql}\n  params: {lora_warmup: [poems]}\n"
+        "  - {name: poems, path: /srv/poems.gguf, scale: 0.5}\n  - {name: sql, path: acme/sql}\n"
+        "  params: {lora_warmup: [poems]}\n"
     )
     source = read_models_file(path).models["base"]
     settings = Settings(**source.values)
