@@ -132,10 +132,11 @@ class ModelSlot:
         self.error = self.failed_at = None
         self.dead = self.asked = False
 
-    def rename(self, names: tuple[str, ...]) -> None:
-        """Replace the names for clients; the first stays, because the model's metrics have it."""
-        assert names[0] == self.entry.names[0]
-        self.entry = dataclasses.replace(self.entry, aliases=names)
+    def rename(self, entry: ModelEntry) -> None:
+        """Take the names for clients from another entry; the first stays, because the model's metrics have it."""
+        assert entry.names[0] == self.entry.names[0]
+        settings = dataclasses.replace(self.entry.settings, served_model_name=entry.settings.served_model_name)
+        self.entry = dataclasses.replace(self.entry, settings=settings, aliases=entry.names)
         if self.model is not None:
             self.model.rename(self.entry)
 
