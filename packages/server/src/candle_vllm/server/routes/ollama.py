@@ -172,7 +172,9 @@ async def _generated(request: Request, api: answering.GenerationApi) -> Response
     wire = await ollama_body(request, api.parse)
     chats = api is CHAT
     if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
-        await _manager(request).unload(_manager(request).find(wire.model).entry.name)  # it may name an adapter
+        async with answering.in_time(deadline, request):
+            base = _manager(request).find(wire.model).entry.name  # the request may name an adapter
+            await unless_disconnected(_manager(request).unload(base), request.receive)
         now = time.perf_counter_ns()
         return answering.json_answer(
             ollama.loaded_line(wire.model, ollama.Times(wire.received, now), "unload", chat=chats)
