@@ -117,6 +117,9 @@ def test_thoughts_stand_apart(start: Callable[..., Any]) -> None:
         assert client.generate("scripted", "Hi", think=True).thinking == "Let me see."
         hidden = client.generate("scripted", "Hi", think=False)
     assert (hidden.thinking, hidden.response) == (None, "Four.")
+    with running.http() as http:
+        raw = {"model": "scripted", "prompt": "Hi", "raw": True, "think": True, "stream": False}
+        assert "think has no effect" in http.post("/api/generate", json=raw).headers["x-warning"]
     assert "<think>Let me see.</think>Four." in running.engine.detokenize(list(hidden.context or ()), False)
     with client_of(start()) as client, pytest.raises(ollama.ResponseError, match="does not support thinking"):
         client.chat(**ASK, think=True)
