@@ -37,7 +37,7 @@ def route_path(scope: Scope) -> str:
 class HeadMiddleware:
     """Answers HEAD wherever there is a route for GET, for load balancers and uptime checks.
 
-    The routes see a GET, and `is_head` where it matters; the HTTP protocol, which knows of the HEAD, sends no body.
+    The routes see a GET; the HTTP protocol, which knows that it was a HEAD, sends no body.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -47,17 +47,12 @@ class HeadMiddleware:
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
-        scope.setdefault("state", {})["head"] = True
+        scope.setdefault("state", {})["head"] = True  # a GET with an effect checks this
         asked = {**scope, "method": "GET"}
         try:
             await self._app(asked, receive, send)
         finally:
             scope["route"] = asked.get("route")  # for the layers with metrics
-
-
-def is_head(scope: Scope) -> bool:
-    """Whether a request that a route sees as a GET is a HEAD, which must have no effect."""
-    return scope.get("state", {}).get("head", False)
 
 
 class PrefixMiddleware:

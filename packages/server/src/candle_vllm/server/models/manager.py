@@ -242,10 +242,7 @@ class ModelManager:
         return slot
 
     async def unload(self, name: str | None) -> ModelSlot:
-        """Unload a loaded model after its running requests; HttpError 409 if models stay loaded, 503 on shutdown.
-
-        A cancelled wait does not keep the model loaded.
-        """
+        """Unload a loaded model after its running requests; HttpError 409 if models stay loaded, 503 on shutdown."""
         slot = self.find(name, exact=True)
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays", param="model")

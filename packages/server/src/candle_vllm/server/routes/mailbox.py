@@ -19,7 +19,7 @@ from candle_vllm.openai.protocol.fields import WireModel, few_entries
 from candle_vllm.responses.store.entries import MAX_ID, is_id
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.body import parse_request, unless_disconnected
-from candle_vllm.server.http.routing import caller_of, is_head
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.record import MailboxError, Record, RecordList, Status, invalid, not_found
 from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 from candle_vllm.server.store_access import limit_and_after, query_of, switch_of
@@ -84,7 +84,7 @@ async def get_record(request: Request, request_id: str) -> Response:
     found = await mailbox.store.get(owner, request_id) if is_id(request_id) else None
     if found is None:
         raise not_found(request_id)
-    if deletes and found.status is not Status.STREAMING and not is_head(request.scope):
+    if deletes and found.status is not Status.STREAMING and not getattr(request.state, "head", False):
         await mailbox.store.remove(owner, request_id)
     return json_answer(found.record)
 

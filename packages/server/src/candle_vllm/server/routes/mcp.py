@@ -29,7 +29,6 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.openapi.operation import Operation, routing
 
 if TYPE_CHECKING:
-    from candle_vllm.server.http.keys import Keyring
     from candle_vllm.server.mcp.service import McpService
 
 MAX_CALLS = 32  # maximum number of calls that run at the same time, for all clients together
@@ -131,9 +130,8 @@ async def list_mcp_servers(request: Request) -> Response:
 
     If clients need no key or have several, only keys that open operators' routes get the logs, which show all calls.
     """
-    keys: Keyring = request.app.state.keys
-    alone = keys.guards(operators=False) and not keys.are_several
-    logged = alone or request.scope.get("state", {}).get("manages", True)
+    keys, manages = request.app.state.keys, getattr(request.state, "manages", True)
+    logged = manages or (keys.guards(operators=False) and not keys.are_several)
     found = [
         McpServerInfo(
             name=one.name,

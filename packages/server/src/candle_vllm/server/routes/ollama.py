@@ -171,7 +171,7 @@ async def _generated(request: Request, api: answering.GenerationApi) -> Response
     deadline = answering.deadline_of(request)
     wire = await ollama_body(request, api.parse)
     chats = api is CHAT
-    if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
+    if wire.loads and wire.keep_seconds == 0 and getattr(request.state, "manages", True):
         async with answering.in_time(deadline, request):
             base = _manager(request).find(wire.model).entry.name  # the request may name an adapter
             await unless_disconnected(_manager(request).unload(base), request.receive)
@@ -201,15 +201,10 @@ def _keep(request: Request, wire: Any) -> None:
     seconds = wire.keep_seconds
     if seconds is None:
         return
-    if not _may_keep(request):
+    if not getattr(request.state, "manages", True):  # without keys for anything, everybody may
         remark(["keep_alive has no effect: only operators, who have keys of their own, may unload models"])
     elif not _manager(request).keep(wire.model, seconds):
         remark(["keep_alive has no effect: the model of this server stays loaded"])
-
-
-def _may_keep(request: Request) -> bool:
-    """Whether the request could use operators' routes: by its API key, or because no route needs a key."""
-    return request.scope.get("state", {}).get("manages", True)
 
 
 def _manager(request: Request) -> ModelManager:

@@ -167,16 +167,12 @@ async def sleep(request: Request) -> Response:
     for slot in slots:
         slot.resting += 1
     try:
-        await unless_disconnected(_idle(slots), request.receive)
+        while any(slot.in_flight for slot in slots):  # also requests that have not reached the engine
+            await unless_disconnected(asyncio.sleep(_LOOK), request.receive)
         return await _each_engine(request, lambda engine: engine.sleep(int(level), mode))
     finally:
         for slot in slots:
             slot.resting -= 1
-
-
-async def _idle(slots: list[ModelSlot]) -> None:
-    while any(slot.in_flight for slot in slots):  # also requests that have not reached the engine
-        await asyncio.sleep(_LOOK)
 
 
 @route(

@@ -100,8 +100,7 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
     if not isinstance(pinned, bool):
         raise UsageError(f"{where}: pinned of {values['name']!r:.100} must be true or false")
     path = os.path.expanduser(values["path"])  # leaves an unknown user's folder as it is
-    if folder is not None and (path.startswith(".") or os.path.exists(folder / path)):  # else --lora-resolver's name
-        path = str(folder / path)
+    path = str(folder / path) if folder and (path.startswith(".") or os.path.exists(folder / path)) else path
     return AdapterSpec(values["name"], path, float(scale), pinned)
 
 

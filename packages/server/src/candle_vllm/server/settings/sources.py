@@ -97,11 +97,10 @@ _ADAPTER = re.compile(r'\s*{(?:"(?:\\.|[^"\\])*"|[^"{}])*}\s*|[^,]+')  # JSON, w
 
 
 def _variable(option: Option, text: str, spelled: str) -> Any:
-    in_json = option.name == "lora_modules" and "{" in text
-    pieces = (_ADAPTER.findall(text) if in_json else text.split(",")) if option.repeat else [text]
-    parts = [part.strip() for part in pieces] if option.repeat else pieces
-    converted = [convert(option.kind, part, spelled) for part in parts]
-    return tuple(converted) if option.repeat else converted[0]
+    if not option.repeat:
+        return convert(option.kind, text, spelled)
+    parts = _ADAPTER.findall(text) if option.name == "lora_modules" else text.split(",")
+    return tuple(convert(option.kind, part.strip(), spelled) for part in parts)
 
 
 def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
