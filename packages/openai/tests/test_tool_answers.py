@@ -281,6 +281,15 @@ async def test_hidden_thoughts_are_not_in_log_probabilities_either() -> None:
     assert "Hm" not in str(await chunks(made, **fields))
 
 
+async def test_reasoning_that_begins_and_ends_in_one_output_is_hidden_as_well() -> None:
+    """As with speculation. The tokens of the answer in this output are hidden, too: their number is not known."""
+    made = adapter(["<think>Hm</think>Hel", "lo"], reasoning_parser="think")
+    answer = await whole(made, include_reasoning=False, logprobs=True)
+    assert answer.choices[0].message.content == "Hello"
+    assert [entry.token for entry in answer.choices[0].logprobs.content][:2] == ["l", "o"]
+    assert answer.usage.completion_tokens_details.reasoning_tokens == len("<think>Hm</think>Hel")
+
+
 async def test_names_in_errors_are_short() -> None:
     with pytest.raises(RequestError) as caught:
         await adapter([""]).chat({"messages": HI, "x" * 60_000: 1})

@@ -862,6 +862,17 @@ def test_lines_of_one_key_that_never_end_leave_places(start: Callable[..., Any])
     assert len(engine._live) == 2
 
 
+def test_the_lines_at_a_time_follow_the_models_that_are_loaded_now(start: Callable[..., Any]) -> None:
+    engine = PacedEngine("abc" * 20, pause=0.02)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=8)
+    client = start(engine).openai()
+    for most in (8, 2, 12):
+        engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=most)
+        batch = begin(client, *(line(str(n)) for n in range(9)))
+        wait_for(lambda most=most: len(engine._live) == most // 2)
+        assert ended(client, batch).status == "completed"
+
+
 def test_one_key_has_half_of_the_store(start: Callable[..., Any]) -> None:
     engine = PacedEngine("abc", pause=0.05)
     engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=2)

@@ -184,6 +184,16 @@ def test_a_user_error_is_one_line_and_status_2(
     assert message in error
 
 
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a container that runs as a number which has no entry in its passwd."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert main(["config", "--m", "org/name"]) == 0
+    assert "org/name" in capsys.readouterr().out
+
+
 def test_no_traceback_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(settings: Settings, **changes: Any) -> None:
         raise ModelNotFoundError("no such model")

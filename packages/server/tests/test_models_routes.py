@@ -105,6 +105,16 @@ def test_the_list_shows_every_name_and_what_is_loaded(start) -> None:
     assert [model.id for model in running.openai().models.list()] == ["small", "tiny", "org/large", "broken"]
 
 
+def test_who_unloads_waits_no_longer_than_for_any_answer(start) -> None:
+    loader = FakeLoader()
+    with start(_manager(loader), request_timeout=1).http() as client:
+        loader.gate.clear()
+        assert client.post("/v1/models/select", json={"model": "org/large"}).status_code == 202  # is loaded first
+        asked = (("/v1/models/unload", {}), ("/api/generate", {"keep_alive": 0}))
+        assert [client.post(path, json={"model": "small", **more}).status_code for path, more in asked] == [504] * 2
+        loader.gate.set()
+
+
 def test_operators_load_unload_and_choose(start) -> None:
     loader = FakeLoader()
     with start(_manager(loader)).http() as client:

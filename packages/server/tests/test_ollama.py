@@ -9,7 +9,9 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from msgspec.structs import replace
 from candle_vllm.core.errors import EngineOverloadedError, NotReadyError
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server import Settings, create_app
+from candle_vllm.server.models import downloads
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.routes.ollama_library import refuse_open_changes
 from candle_vllm.server.serve import bind, bind_second, make_server
@@ -114,6 +117,9 @@ def test_thoughts_stand_apart(start: Callable[..., Any]) -> None:
         assert client.generate("scripted", "Hi", think=True).thinking == "Let me see."
         hidden = client.generate("scripted", "Hi", think=False)
     assert (hidden.thinking, hidden.response) == (None, "Four.")
+    with running.http() as http:
+        raw = {"model": "scripted", "prompt": "Hi", "raw": True, "think": True, "stream": False}
+        assert "think has no effect" in http.post("/api/generate", json=raw).headers["x-warning"]
     assert "<think>Let me see.</think>Four." in running.engine.detokenize(list(hidden.context or ()), False)
     with client_of(start()) as client, pytest.raises(ollama.ResponseError, match="does not support thinking"):
         client.chat(**ASK, think=True)
@@ -419,6 +425,29 @@ def test_a_model_is_deleted_by_the_name_of_its_pull(changing: Callable[..., Any]
             assert [model.model for model in client.list().models] == ["scripted"]
             with pytest.raises(ollama.ResponseError, match="not served"):
                 client.delete(name)
+
+
+def test_models_of_one_repository_are_deleted_one_after_the_other(
+    changing: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, together = downloads._repos, list[int]()
+
+    def slow(settings: Any) -> Any:
+        together.append(1)
+        time.sleep(0.1)
+        assert len(together) == 1
+        repos = list(found(settings))
+        together.pop()
+        return repos
+
+    names = [f"{REPO}:Q4_K_M", f"{REPO}:Q8_0"]
+    with client_of(changing()) as client:
+        for name in names:
+            client.pull(name)
+        monkeypatch.setattr(downloads, "_repos", slow)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(client.delete, names))
+        assert [model.model for model in client.list().models] == ["scripted"]
 
 
 def test_a_pull_that_fails_says_why(changing: Callable[..., Any], fake_hub: Any) -> None:

@@ -76,6 +76,20 @@ async def test_models_come_and_go_and_those_that_are_as_before_stay(served: Serv
         await served.manager.acquire("c")
 
 
+async def test_a_model_with_one_name_more_or_less_stays_loaded(served: Served) -> None:
+    (await served.manager.acquire("b")).release()
+    for before, now in (("b", "[b, second]"), ("[b, second]", "[b, third]"), ("[b, third]", "b")):
+        if "served_model_name" in served.path.read_text():
+            changes = await served.change(f"served_model_name: {before}}}", f"served_model_name: {now}}}")
+        else:
+            changes = await served.change("hf_id: x/b}", f"hf_id: x/b, params: {{served_model_name: {now}}}}}")
+        assert changes.changed == ("b",)
+        entry = served.manager.find("b").entry
+        assert entry.names == entry.settings.served_model_name  # whose names /api/delete leaves
+        (await served.manager.acquire(entry.names[-1])).release()
+    assert served.loader.loads == ["b"]
+
+
 async def test_what_a_removed_model_was_asked_is_finished_by_it(served: Served) -> None:
     lease = await served.manager.acquire("b")
     await served.change("- {name: b, hf_id: x/b}\n", "")

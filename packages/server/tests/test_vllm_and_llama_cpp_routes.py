@@ -17,6 +17,11 @@ import msgspec
 import pytest
 
 from candle_vllm.core.testing.scripted_engine import ScriptedEngine
+from candle_vllm.server import Settings
+from candle_vllm.server.models.loader import serve_engine
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.settings.catalogue import ModelEntry
 from packages.server.tests.running_server import paths_of
 from packages.server.tests.server_fakes import PacedEngine
 
@@ -264,6 +269,32 @@ def test_a_model_finishes_what_waits_before_it_sleeps(start: Callable[..., Any])
             assert (
                 other.post("/wake_up").status_code == other.post("/v1/chat/completions", json=body).status_code == 200
             )
+
+
+def test_an_operator_who_leaves_ends_the_wait_before_sleep(start: Callable[..., Any]) -> None:
+    """Only their own: while another operator waits, new requests are refused."""
+    metrics, engine = Metrics(), PacedEngine(["a"] * 400, pause=0.05)
+    manager = ModelManager.of_loaded(serve_engine(engine, ModelEntry("scripted", Settings()), metrics), metrics)
+    running, body, [slot] = start(manager), {"messages": MESSAGES, "max_tokens": 1}, manager.slots.values()
+
+    def status() -> int:
+        with running.http() as client:
+            return client.post("/v1/chat/completions", json=body).status_code
+
+    def second() -> bool:
+        running.leave("/sleep?mode=wait", {}, lambda: slot.resting == 2)
+        running.wait_for(lambda: slot.resting == 1)
+        assert status() == 503
+        return True
+
+    with running.http() as client:
+        asked = {**body, "max_tokens": 400, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
+            next(lines := answer.iter_lines())  # closing the iterator would close the answer
+            running.leave("/sleep?mode=wait", {}, lambda: slot.resting and second())
+            running.wait_for(lambda: not slot.resting)
+            assert status() == 200
+            next(lines)
 
 
 def pieces(answer: httpx.Response) -> list[dict[str, Any]]:

@@ -174,6 +174,26 @@ async def _read(stream: TokenStream) -> list[str]:
     return [piece.text async for piece in stream]
 
 
+@pytest.mark.parametrize("more", [False, True])
+async def test_a_held_receiver_gets_one_end(monkeypatch: pytest.MonkeyPatch, more: bool) -> None:
+    """Also if it is held again, or if the engine goes on behind more outputs than may wait."""
+    monkeypatch.setattr(stream_module, "MAX_UNREAD", 4)
+    stream, sink = _stream()
+    found = Noting()
+    stream.push(found)
+    stream.hold(True)
+    for number in range(9 if more else 2):
+        sink.put(_piece(str(number)))
+    if not more:
+        sink.put(_piece("last", FinishReason.STOP))
+    for held in (False, True, False):
+        stream.hold(held)
+    if more:
+        sink.put(_piece("last", FinishReason.STOP))
+    assert found.texts == (list("01234") if more else ["0", "1", "last"])
+    assert len(found.ends) == 1
+
+
 @pytest.mark.parametrize("begun", [False, True])
 async def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
     monkeypatch.setattr(stream_module, "MAX_UNREAD", 4)

@@ -241,5 +241,9 @@ async def test_nothing_is_answered_in_a_conversation_that_is_full() -> None:
         with pytest.raises(StoreLimitError, match="full") as refusal:
             await kept.conversation_items("a", name)
         assert refusal.value.param == "conversation"
+        name = (await Conversations(kept).create("a", ConversationCreateRequest.model_validate({"items": [USER]}))).id
+        assert len(await kept.conversation_items("a", name)) == 1
+        with pytest.raises(StoreLimitError, match="full"):
+            await kept.conversation_items("a", name, 1)  # the request's item has room, but not its answer
     finally:
         await kept.close()

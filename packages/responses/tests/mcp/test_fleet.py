@@ -140,10 +140,14 @@ async def test_a_failure_that_stays_is_logged_once(scripted: Scripted, caplog: p
 
 
 async def test_tools_of_a_server_that_comes_later(scripted: Scripted, tmp_path: Path) -> None:
-    async with McpFleet([scripted("plain", name="one", cwd=str(tmp_path / "later"))]) as fleet:
-        assert names(fleet.registry) == []
+    """As if it had come at once: the order of the configuration does not depend on who is faster."""
+    late = scripted("plain", name="one", cwd=str(tmp_path / "later"))
+    async with McpFleet([late, scripted("plain", name="two")]) as fleet:
+        second = names(fleet.registry)
+        assert [name.partition("__")[0] for name in second] == ["two", "two"]
         (tmp_path / "later").mkdir()
-        await until(lambda: len(names(fleet.registry)) == 2)
+        await until(lambda: len(names(fleet.registry)) == 4)
+        assert names(fleet.registry)[2:] == second
         assert fleet.status()[0].state == "ready"
 
 

@@ -60,6 +60,8 @@ def test_a_servers_tools_are_replaced_together() -> None:
     assert names(registry) == ["now", "last", "x__c", "x__a", "y__a"]
     registry.replace("x", [])
     assert names(registry) == ["now", "last", "y__a"]
+    registry.replace("x", [FakeTool("x__b", server="x")])
+    assert names(registry) == ["now", "last", "x__b", "y__a"]  # where it was: the order is part of cached prompts
 
 
 def test_patterns_choose() -> None:

@@ -101,6 +101,7 @@ async def test_auto_delete_and_delete(running) -> None:
     for number in range(3):
         await server.keep(number)
     assert (await server.ask("GET", "/v1/mailbox/chatcmpl-0?auto_delete=false")).status_code == 200
+    assert (await server.ask("HEAD", "/v1/mailbox/chatcmpl-0?auto_delete=true")).status_code == 200  # deletes nothing
     assert (await server.ask("GET", "/v1/mailbox/chatcmpl-0?auto_delete=true")).status_code == 200
     assert _refusal(await server.ask("GET", "/v1/mailbox/chatcmpl-0")) == (404, "request_id", "not_found")
     response = await server.ask("DELETE", "/v1/mailbox/chatcmpl-1")

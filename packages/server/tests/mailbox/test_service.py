@@ -15,7 +15,7 @@ from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request
 from candle_vllm.openai.errors import GenerationFailedError
-from candle_vllm.responses.store.entries import Entry
+from candle_vllm.responses.store.entries import Entry, StoreUnavailableError
 from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, read_policy
@@ -322,6 +322,22 @@ async def test_a_failure_that_nobody_foresaw_does_not_end_the_purging(open_mailb
     await open_mailbox()
     await until(lambda: len(calls) >= 2)
     assert "not foreseen" in caplog.text
+
+
+async def test_a_push_whose_end_the_store_did_not_record_is_counted_once(open_mailbox, receiver, monkeypatch) -> None:
+    monkeypatch.setattr("candle_vllm.server.mailbox.webhook.LEASE_MARGIN_SECONDS", 0.2)
+    mailbox, ends = await open_mailbox({"timeout_secs": 1.0}), list[bool]()
+    settle, mailbox.pushed = mailbox.store.settle, ends.append
+
+    async def fail(push: Any) -> None:
+        mailbox.store.settle = settle
+        raise StoreUnavailableError("the disk is full")
+
+    mailbox.store.settle = fail
+    await _keep(mailbox, DeliveryPolicy(NEVER, GONE, receiver.url))
+    await _no_push_left(mailbox)
+    await until(lambda: ends)
+    assert (len(receiver.received), ends) == (2, [True])
 
 
 async def test_who_asked_is_told_how_pushes_end(open_mailbox, receiver) -> None:

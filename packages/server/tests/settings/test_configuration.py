@@ -104,7 +104,8 @@ def test_repeatable_flags_and_lists_in_variables(load) -> None:
 
 def test_adapters_in_json_in_a_variable(load) -> None:
     one, two = '{"name": "a", "path": "/x"}', '{"name":"b","path":"/y,z","scale":2}'
-    for text, expected in ((one, (one,)), (f"{one}, {two}", (one, two)), ("a=/x,b=/y", ("a=/x", "b=/y"))):
+    for text, expected in ((one, (one,)), (f"{one}, {two}", (one, two)), ("a=/x,b=/y", ("a=/x", "b=/y")),
+                           (f"c=/x{{1}},{two} ,d=/w", ("c=/x{1}", two, "d=/w"))):  # fmt: skip
         assert load(env={"CANDLE_VLLM_LORA_MODULES": text}).lora_modules == expected
 
 

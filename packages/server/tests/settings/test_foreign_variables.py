@@ -91,6 +91,10 @@ def test_of_two_names_for_one_setting(load: Load) -> None:
     assert made.settings.api_key == ("b",)
     assert made.remarks == ("API_KEY in the environment is not used: VLLM_API_KEY sets the key",)
     assert load(API_KEY="a", VLLM_API_KEY="a").remarks == ()
+    assert load(LLAMA_API_KEY="a,").settings.api_key == ("a",)  # as llama-server reads it
+    for wrong in (",", "a, b"):
+        with pytest.raises(UsageError, match="LLAMA_API_KEY in the environment"):
+            load(LLAMA_API_KEY=wrong)
     llama = load(LLAMA_API_KEY="a,b", LLAMA_ARG_HOST="0.0.0.0")
     assert (llama.settings.api_key, llama.settings.host, llama.remarks) == (("a", "b"), "0.0.0.0", ())
 

@@ -113,7 +113,7 @@ class ChoiceReader:
         else:
             before = parser.in_reasoning
             parsed = self._parsed(parser, output)
-            thought = before or parser.in_reasoning
+            thought = before or parser.in_reasoning or any(getattr(one, "kind", "") == "reasoning" for one in parsed)
             self.reasoning_tokens += len(output.token_ids) if thought else 0
             if thought and not self._plan.show_reasoning:
                 logprobs = None

@@ -64,7 +64,7 @@ def _run(argv: Sequence[str]) -> int:
 
             command, rest = split_command(argv)
             given, own = parse(command, rest)
-            places = {"folder": Path.cwd(), "home": Path.home()}
+            places = {"folder": Path.cwd(), "home": Path(os.path.expanduser("~"))}  # "~" for a user without a home
             configuration = load_configuration(given, os.environ, **places, command=command, remote="base_url" in own)
             settings = configuration.settings
             debug = settings.log_level == "debug"

@@ -71,6 +71,8 @@ class OllamaAdapter:
         """Submit the request and stream its lines; close the stream to abort the request."""
         times = self._begun(request)
         if request.raw or request.suffix or not self._adapter.model_info.has_chat_template:
+            if request.think:
+                remark(["think has no effect: without a chat template, the prompt decides whether the model thinks"])
             answer = await self._raw(request)
         else:
             answer = await self._bounded(self._prompt_task, request)

@@ -199,17 +199,17 @@ class ResponseStore:
             if not queue.waiting:
                 self._queues.pop(name, None)
 
-    async def conversation_items(self, owner: str, conversation_id: str) -> list[stored.Item]:
+    async def conversation_items(self, owner: str, conversation_id: str, more: int = 0) -> list[stored.Item]:
         """Return the items of a conversation, the oldest first.
 
-        Raises NotStoredError if this owner has no such conversation, and StoreLimitError if it is too full for an
-        answer.
+        Raises NotStoredError if this owner has no such conversation, and StoreLimitError if it is too full for `more`
+        items of a request and an answer.
         """
         store = await self.backend()
         with blaming("conversation"):
             name = stored.checked_id("Conversation", conversation_id)
             parts = await store.parts(stored.CONVERSATION, owner, name) or []
-        if len(parts) >= self.options.max_items:
+        if len(parts) + more >= self.options.max_items:
             message = f"The conversation {conversation_id!r:.80} is full: delete items of it, or begin another."
             raise stored.StoreLimitError(message, "conversation")
         this_request().add(sum(part.size for part in parts))

@@ -241,7 +241,8 @@ async def _history(
     if previous is not None:
         items = [*await store.history(owner, previous), *recent]
     else:
-        items = await store.conversation_items(owner, request.conversation_id or "")
+        more = 1 if isinstance(request.input, str) else len(request.input or ())
+        items = await store.conversation_items(owner, request.conversation_id or "", more)
     return await apart(lambda: [Placed(_checked(item, field), field) for item in items])
 
 

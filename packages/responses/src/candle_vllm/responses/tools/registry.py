@@ -92,7 +92,7 @@ class ToolRegistry:
         raise InvalidParameterError(f"there is no tool {name!r:.100} to remove", "tools")
 
     def replace(self, server: str, tools: Sequence[Tool]) -> tuple[str, ...]:
-        """Replace all tools of a server; an empty list removes the server.
+        """Replace all tools of a server; without tools, it keeps its place in the order.
 
         A tool whose name a function or another server's tool has gets a name with a hash. A tool that cannot be offered
         (the second of one name, an invalid schema) is left out, with a warning in the log. Returns the
@@ -112,10 +112,7 @@ class ToolRegistry:
             original = tool.definition.original_name or tool.definition.name
             left_out.append(original)
             logger.warning("the tool %.100r of the MCP server %.100r is left out: %s", original, server, fault)
-        if group:
-            self._groups[server] = group
-        else:
-            self._groups.pop(server, None)
+        self._groups[server] = group
         self._revision += 1
         return tuple(left_out)
 

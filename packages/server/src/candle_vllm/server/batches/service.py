@@ -200,7 +200,8 @@ class Batches:
             asker.set("" if caller is None else caller.label)  # the task may have been started by another key's request
             if self._application is None:
                 self._application = await self._closing.enter_async_context(asked_here(self._app))
-            if self._places is None:
+            if self._places is None or len(self._running) == 1:  # no line has a slot: other models may be loaded now
+                self._places_of.clear()
                 self._width = max(1, self._count_places() // 2)
                 self._places = asyncio.Semaphore(self._width)
             await run.work(self._application, caller, partial(self._place, run.held.owner), self._width)

@@ -67,10 +67,11 @@ class ApiKeyMiddleware:
         manages = self._access.manages(scope.get("method"), routed_path(scope))
         guarded = self._keys.guards(operators=manages)
         if not guarded or path in self._access.public:
+            scope.setdefault("state", {})["manages"] = False
             if path == READY and guarded:
                 key = self._keys.find(_given(scope, page=False))
                 known = {"caller": key.caller} if key is not None and key.is_valid else {"stranger": True}
-                scope.setdefault("state", {}).update(known)
+                scope["state"].update(known)
             await self._app(scope, receive, send)
             return
         page = _is_page(scope.get("method", ""), path)

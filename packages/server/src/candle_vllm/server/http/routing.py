@@ -47,6 +47,7 @@ class HeadMiddleware:
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
+        scope.setdefault("state", {})["head"] = True  # a GET with an effect checks this
         asked = {**scope, "method": "GET"}
         try:
             await self._app(asked, receive, send)

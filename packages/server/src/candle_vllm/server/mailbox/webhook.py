@@ -286,10 +286,10 @@ class Deliverer:
                 await self._store.postpone(push, failed, wait)
                 return
             detail += ", and its record expires before the next attempt"
+        await self._store.settle(push)  # first: if the store fails, the push is sent again, and ends then
         if attempt.outcome is not Outcome.DELIVERED:
             logger.warning("pushes of %s are no longer attempted: %s", push.request_id, detail)
         self._pushed(attempt.outcome is Outcome.DELIVERED)
-        await self._store.settle(push)
 
     def _target(self, url: str | None) -> Target:
         """Return the target: a client's URL, checked again, or the operator's webhook; raises `ForbiddenTarget`."""

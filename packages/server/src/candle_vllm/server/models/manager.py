@@ -291,7 +291,7 @@ class ModelManager:
             slots[entry.name] = old
             if old.entry.names != entry.names:
                 renamed.add(entry.name)
-                old.rename(entry.names)
+                old.rename(entry)
         gone = [slot for name, slot in before.items() if slots.get(name) is not slot]
         if self.active == self.catalogue.default.name or self.active not in slots:
             self.active = catalogue.default.name

@@ -275,6 +275,7 @@ class Pulls:
         self._fetched = fetched
         self._pulls: dict[str, Pull] = {}
         self._turn = asyncio.Lock()
+        self.removing = asyncio.Lock()  # held while models are removed: they may be files of one repository
         self._planned = 0  # number of downloads whose files are being looked up
 
     @property

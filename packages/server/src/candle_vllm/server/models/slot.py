@@ -84,7 +84,7 @@ class ModelSlot:
         progress: current stage and progress of loading.
         awaited: whether the server's start waits for the model, and reports its failure itself.
         going: whether the model left the catalogue, so that it is unloaded when its last lease is released.
-        resting: whether it finishes its requests and then sleeps, so that new ones are refused.
+        resting: number of operators' requests that wait for it to finish its requests and sleep; new ones are refused.
         timer: unloads the model after its idle time.
         described: description from the model's files, read at the first request for it.
         keep_seconds: idle time that the latest request set; None is the manager's `idle_seconds`.
@@ -109,7 +109,7 @@ class ModelSlot:
     awaited: bool = False
     timer: asyncio.TimerHandle | None = None
     going: bool = False
-    resting: bool = False
+    resting: int = 0
     keep_seconds: float | None = None
     described: Description | None = None
 
@@ -132,10 +132,11 @@ class ModelSlot:
         self.error = self.failed_at = None
         self.dead = self.asked = False
 
-    def rename(self, names: tuple[str, ...]) -> None:
-        """Replace the names for clients; the first stays, because the model's metrics have it."""
-        assert names[0] == self.entry.names[0]
-        self.entry = dataclasses.replace(self.entry, aliases=names)
+    def rename(self, entry: ModelEntry) -> None:
+        """Take the names for clients from another entry; the first stays, because the model's metrics have it."""
+        assert entry.names[0] == self.entry.names[0]
+        settings = dataclasses.replace(self.entry.settings, served_model_name=entry.settings.served_model_name)
+        self.entry = dataclasses.replace(self.entry, settings=settings, aliases=entry.names)
         if self.model is not None:
             self.model.rename(self.entry)
 

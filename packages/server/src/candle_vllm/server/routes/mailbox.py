@@ -84,7 +84,7 @@ async def get_record(request: Request, request_id: str) -> Response:
     found = await mailbox.store.get(owner, request_id) if is_id(request_id) else None
     if found is None:
         raise not_found(request_id)
-    if deletes and found.status is not Status.STREAMING:
+    if deletes and found.status is not Status.STREAMING and not getattr(request.state, "head", False):
         await mailbox.store.remove(owner, request_id)
     return json_answer(found.record)
 

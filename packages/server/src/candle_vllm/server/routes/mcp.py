@@ -129,9 +129,10 @@ class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
 async def list_mcp_servers(request: Request) -> Response:
     """The MCP servers and their states.
 
-    If API keys have several owners, only keys for operators' routes get the logs, which may show calls of others.
+    If clients need no key or have several, only keys that open operators' routes get the logs, which show all calls.
     """
-    logged = request.scope.get("state", {}).get("manages", True) or not request.app.state.keys.are_several
+    keys, manages = request.app.state.keys, getattr(request.state, "manages", True)
+    logged = manages or (keys.guards(operators=False) and not keys.are_several)
     found = [
         McpServerInfo(
             name=one.name,

@@ -15,7 +15,8 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.server.answering import body_of, json_answer
+from candle_vllm.server.answering import body_of, deadline_of, in_time, json_answer
+from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.loop_threads import in_thread
@@ -100,13 +101,14 @@ async def load_model(request: Request) -> Response:
     body=ModelRequest,
     example={"model": "default"},
     answer=SlotStatus,
-    errors=(*MODEL_ERRORS, 409),
+    errors=(*MODEL_ERRORS, 409, 504),
 )
 async def unload_model(request: Request) -> Response:
     """Unload a model after its running requests; responds when it is unloaded."""
-    wanted: ModelRequest = await body_of(request, ModelRequest)
+    deadline, wanted = deadline_of(request), await body_of(request, ModelRequest)
     manager: ModelManager = request.app.state.manager
-    return json_answer(slot_status(await manager.unload(wanted.name)))
+    async with in_time(deadline, request):
+        return json_answer(slot_status(await unless_disconnected(manager.unload(wanted.name), request.receive)))
 
 
 @route(

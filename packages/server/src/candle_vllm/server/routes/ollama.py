@@ -173,8 +173,10 @@ async def _generated(request: Request, api: answering.GenerationApi) -> Response
     deadline = answering.deadline_of(request)
     wire = await ollama_body(request, api.parse)
     chats = api is CHAT
-    if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
-        await _manager(request).unload(_manager(request).find(wire.model).entry.name)  # it may name an adapter
+    if wire.loads and wire.keep_seconds == 0 and getattr(request.state, "manages", True):
+        async with answering.in_time(deadline, request):
+            base = _manager(request).find(wire.model).entry.name  # the request may name an adapter
+            await unless_disconnected(_manager(request).unload(base), request.receive)
         now = time.perf_counter_ns()
         return answering.json_answer(
             ollama.loaded_line(wire.model, ollama.Times(wire.received, now), "unload", chat=chats)
@@ -201,16 +203,10 @@ def _keep(request: Request, wire: Any) -> None:
     seconds = wire.keep_seconds
     if seconds is None:
         return
-    if not _may_keep(request):
+    if not getattr(request.state, "manages", True):  # without keys for anything, everybody may
         remark(["keep_alive has no effect: only operators, who have keys of their own, may unload models"])
     elif not _manager(request).keep(wire.model, seconds):
         remark(["keep_alive has no effect: the model of this server stays loaded"])
-
-
-def _may_keep(request: Request) -> bool:
-    """Whether the request's key is valid for operators' routes; on a server without any keys, True."""
-    without_key = not request.app.state.settings.management_key
-    return request.scope.get("state", {}).get("manages", without_key)
 
 
 def _manager(request: Request) -> ModelManager:

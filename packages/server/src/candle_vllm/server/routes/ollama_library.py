@@ -163,30 +163,31 @@ async def ollama_delete(request: Request) -> Response:
     """
     wire: DeleteRequest = await _allowed(request, DeleteRequest)
     manager: ModelManager = request.app.state.manager
-    settings, name = request.app.state.settings, own_name(manager, wire.named)
-    entry = manager.find(name, exact=True).entry
-    pulled = await in_thread(lambda: _names_file(settings, name, entry), "find-model")
-    entry = manager.find(name, exact=True).entry  # another request may have removed it
-    if not pulled and name in entry.names and name not in entry.settings.served_model_name:  # operators' names stay
-        left = tuple(each for each in entry.names if each != name)
-        _change(manager, entry, dataclasses.replace(entry, aliases=left))
-        return Response()
-    try:
-        local = await in_thread(lambda: find_downloaded(settings, entry.name), "find-model")
+    async with request.app.state.pulls.removing:
+        settings, name = request.app.state.settings, own_name(manager, wire.named)
         entry = manager.find(name, exact=True).entry
-    except ModelNotFoundError:
-        message = f"The model {name!r} was not downloaded by this server, so its files cannot be deleted."
-        raise HttpError(409, message, "model_stays", param="model") from None
-    if entry.name in (manager.catalogue.default.name, manager.active):
-        raise HttpError(
-            409,
-            f"The model {entry.name!r} is the default or the active model, which cannot be deleted.",
-            "model_stays",
-            param="model",
-        )
-    _change(manager, entry, None)
-    await in_thread(lambda: remove(settings, local), "remove-model")
-    return Response()
+        pulled = await in_thread(lambda: _names_file(settings, name, entry), "find-model")
+        entry = manager.find(name, exact=True).entry  # another request may have removed it
+        if not pulled and name in entry.names and name not in entry.settings.served_model_name:  # operators' names stay
+            left = tuple(each for each in entry.names if each != name)
+            _change(manager, entry, dataclasses.replace(entry, aliases=left))
+            return Response()
+        try:
+            local = await in_thread(lambda: find_downloaded(settings, entry.name), "find-model")
+            entry = manager.find(name, exact=True).entry
+        except ModelNotFoundError:
+            message = f"The model {name!r} was not downloaded by this server, so its files cannot be deleted."
+            raise HttpError(409, message, "model_stays", param="model") from None
+        if entry.name in (manager.catalogue.default.name, manager.active):
+            raise HttpError(
+                409,
+                f"The model {entry.name!r} is the default or the active model, which cannot be deleted.",
+                "model_stays",
+                param="model",
+            )
+        _change(manager, entry, None)
+        await in_thread(lambda: remove(settings, local), "remove-model")
+        return Response()
 
 
 def _names_file(settings: Settings, name: str, entry: ModelEntry) -> bool:

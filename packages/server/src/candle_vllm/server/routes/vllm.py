@@ -21,6 +21,7 @@ from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadErro
 from candle_vllm.openai.embedding import parse_classify_request, parse_pooling_request
 from candle_vllm.openai.protocol.embeddings import ClassifiedList, ClassifyRequest, PooledList, PoolingRequest
 from candle_vllm.server import answering
+from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.manager import ModelManager
@@ -164,14 +165,14 @@ async def sleep(request: Request) -> Response:
         raise HttpError(400, f"mode {mode!r:.40}: {' or '.join(MODES)}.", "wrong_mode")
     slots = [slot for slot, _ in _engines(request)] if mode == "wait" else []
     for slot in slots:
-        slot.resting = True
+        slot.resting += 1
     try:
         while any(slot.in_flight for slot in slots):  # also requests that have not reached the engine
-            await asyncio.sleep(_LOOK)
+            await unless_disconnected(asyncio.sleep(_LOOK), request.receive)
         return await _each_engine(request, lambda engine: engine.sleep(int(level), mode))
     finally:
         for slot in slots:
-            slot.resting = False
+            slot.resting -= 1
 
 
 @route(
@@ -200,7 +201,7 @@ async def wake_up(request: Request) -> Response:
 @route("GET /is_sleeping", tag="operators", answer=Sleeping, errors=(404,), query=_EACH, manages=True)
 async def is_sleeping(request: Request) -> Response:
     """Whether the named model, or any loaded model, sleeps."""
-    asleep = any(slot.resting or engine.is_sleeping for slot, engine in _engines(request))
+    asleep = any(slot.resting > 0 or engine.is_sleeping for slot, engine in _engines(request))
     return answering.json_answer(Sleeping(asleep))
 
 

@@ -76,7 +76,7 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
     Args:
         given: name and path, optionally scale and pinned, by the keys in `_KEYS`; `base_model_name` has no effect.
         where: position in the settings, for messages.
-        folder: folder that a relative path starts from; None leaves the path relative.
+        folder: folder that a relative path starts from, if it begins with a dot or exists there.
     """
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -102,7 +102,8 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
     if not isinstance(pinned, bool):
         raise UsageError(f"{where}: pinned of {values['name']!r:.100} must be true or false")
     path = os.path.expanduser(values["path"])  # leaves an unknown user's folder as it is
-    return AdapterSpec(values["name"], path if folder is None else str(folder / path), float(scale), pinned)
+    path = str(folder / path) if folder and (path.startswith(".") or os.path.exists(folder / path)) else path
+    return AdapterSpec(values["name"], path, float(scale), pinned)
 
 
 def spec_text(spec: AdapterSpec) -> str:

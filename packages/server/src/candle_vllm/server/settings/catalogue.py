@@ -42,7 +42,7 @@ class ModelEntry:
 
         Settings of the process do not count, nor do `aliases` after the first; the setting `served_model_name` does.
         """
-        own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
+        own = {option.name for option in OPTIONS if option.in_yaml or option.group == MODEL} - {"served_model_name"}
         mine, theirs = self.settings, other.settings
         return self.names[0] == other.names[0] and all(getattr(mine, name) == getattr(theirs, name) for name in own)
 

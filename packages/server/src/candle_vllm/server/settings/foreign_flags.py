@@ -125,7 +125,7 @@ def _scaled(text: str) -> list[str]:
 
 def _adapter(path: str, scale: float) -> list[str]:
     if not path:
-        raise ValueError("has no file before the scale")
+        raise ValueError("has an adapter without a file")
     given = {"name": Path(path).stem if path.endswith(".gguf") else Path(path).name, "path": path, "scale": scale}
     return ["--enable-lora", "--lora-modules", json.dumps(given)]
 

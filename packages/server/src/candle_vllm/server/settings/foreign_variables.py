@@ -109,7 +109,8 @@ def _value(name: str, setting: str, text: str, remarks: list[str]) -> Any:
         gib = "G" if name == "VLLM_CPU_KVCACHE_SPACE" else ""
         value = convert(BY_NAME[setting].kind, text + gib, spelled)
         if setting == "api_key":  # a single key, which may contain commas; llama.cpp's variable may have several
-            return tuple(value.split(",")) if name == "LLAMA_API_KEY" else (value,)
+            keys = list(filter(None, value.split(","))) or [""] if name == "LLAMA_API_KEY" else [value]
+            return tuple(convert(BY_NAME[setting].kind, key, spelled) for key in keys)
         return value
     except UsageError as error:
         if name not in ("PORT", "HF_HUB_OFFLINE"):

@@ -93,15 +93,14 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
     return SettingsSource(title, values, given_as, tuple(remarks))
 
 
-_BEFORE_OBJECT = re.compile(r",(?=\s*{)")
+_ADAPTER = re.compile(r'\s*{(?:"(?:\\.|[^"\\])*"|[^"{}])*}\s*|[^,]+')  # JSON, which may have commas, or name=path
 
 
 def _variable(option: Option, text: str, spelled: str) -> Any:
-    in_json = option.name == "lora_modules" and text.lstrip().startswith("{")
-    pieces = (_BEFORE_OBJECT.split(text) if in_json else text.split(",")) if option.repeat else [text]
-    parts = [part.strip() for part in pieces] if option.repeat else pieces
-    converted = [convert(option.kind, part, spelled) for part in parts]
-    return tuple(converted) if option.repeat else converted[0]
+    if not option.repeat:
+        return convert(option.kind, text, spelled)
+    parts = _ADAPTER.findall(text) if option.name == "lora_modules" else text.split(",")
+    return tuple(convert(option.kind, part.strip(), spelled) for part in parts)
 
 
 def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:

@@ -78,12 +78,13 @@ class Unread(Generic[T]):
         self._errors.clear()
         self.end()
 
-    def pour(self, receiver: Receiver[T], is_held: Callable[[], bool]) -> None:
-        """Push the queued items and the end to `receiver`, until `is_held` returns True."""
+    def pour(self, receiver: Receiver[T], is_held: Callable[[], bool]) -> bool:
+        """Push the queued items and the end to `receiver`, until `is_held` returns True; return whether all ended."""
         while self._items and not is_held():
             receiver.put((self._items.popleft(),))
         if self._ended and not self._items:
             receiver.end(self._errors.pop() if self._errors else None)
+        return self._ended and not self._items
 
     async def take(self) -> T:
         """Return the next item; at the end raise its error once, then `StopAsyncIteration`."""
@@ -190,8 +191,10 @@ class RequestSink:
     def hold(self, held: bool) -> None:
         """Queue outputs if `held`, as before `start`; otherwise push the queued outputs and all later ones."""
         self._held = held
-        if not held:
-            self._kept.pour(self._receiver, lambda: self._held or self._receiver is self._kept)  # or closed
+        if not held and self._kept.pour(
+            self._receiver, lambda: self._held or self._receiver is self._kept
+        ):  # or closed
+            self._receiver = self._kept  # nothing may follow the end, even if the engine generates more
 
     def close(self, *, dropped: bool = False) -> None:
         """Abort the request unless it has finished; push no further output. A finaliser sets `dropped`."""
