@@ -434,7 +434,7 @@ def test_a_type_that_a_repository_does_not_have_is_told_the_others(hub: FakeHub,
 
 def test_files_and_the_demo_model_are_shown_and_run_as_they_are_served(command: Any, tmp_path: Path) -> None:
     status, shown, _ = command("show", "demo")
-    assert (status, "quantization     Q4_1" in shown, "capabilities     completion, tools\n" in shown) == (
+    assert (status, "quantization     Q4_1" in shown, "capabilities     completion\n" in shown) == (
         0,
         True,
         True,

@@ -278,6 +278,7 @@ def test_models_file_search_order(load, tmp_path: Path) -> None:
         ("mem: 64", "mem: 64, kv_fraction: 0.2", "mem and kv_fraction both set the KV cache size"),
         ("hf_id: org/small", "local_path: a\n    hf_id: b", "give exactly one of hf_id and local_path"),
         ("hf_id: org/small", "hf_it: b", "unknown key 'hf_it' (did you mean hf_id?)"),
+        ("hf_id: org/small", "model: b", "unknown key 'model'; known: name, hf_id, local_path"),
         ("name: near", "name: small", "two models are called 'small'"),
         ("- name: small", "- nam: small", "name of model 1 must be a text"),
         ("models:", "models: {", "not valid YAML"),

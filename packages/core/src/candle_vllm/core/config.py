@@ -390,10 +390,11 @@ class EngineConfig(ExplainedSettings):
                                  "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch",
                                  '"torch_flash" is the FlashAttention inside torch, "flash_attn" the package of that '
                                  'name, "torch" the reference.'] = "auto"
-    kv_cache_dtype: Annotated[KvCacheDType, _CACHE, "type of keys and values: auto (that of activations); on the CPU "
-                              f"{_CPU_NAMES}; on a GPU int8_per_token_head or fp8_per_token_head, with a scale "
-                              "for each token and head, or fp8, scaled as the checkpoint says, else by 1",
-                              '"auto" is bf16 on the CPU, whose other types have these bits per element, scales '
+    kv_cache_dtype: Annotated[KvCacheDType, _CACHE, "type of keys and values: auto (bf16 on the CPU, that of "
+                              f"activations on a GPU); on the CPU {_CPU_NAMES}; on a GPU int8_per_token_head or "
+                              "fp8_per_token_head, with a scale for each token and head, or fp8, scaled as the "
+                              "checkpoint says, else by 1",
+                              'Types of the CPU have these bits per element, scales '
                               f'included: {_CPU_BITS}. "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 on; '
                               "in the per_token_head types D elements of a head take D + 4 bytes, on any GPU. To save "
                               "memory on the CPU, use q8_0 for keys and q5_1 or q4_0 for values: SmolLM2-135M's "

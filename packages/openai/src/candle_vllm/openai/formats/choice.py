@@ -52,6 +52,11 @@ class Choice:
         """The layout with both formats."""
         return Layout(self.reasoning, self.tools)
 
+    @property
+    def shows_tools(self) -> bool:
+        """Whether prompts show the tools of a request, and calls can be parsed."""
+        return self.tools is not None and (self.needs is None or self.needs.writes_tools)
+
 
 def choose_layout(
     *,

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 
 import msgspec
 
-from candle_vllm.core.errors import CandleVllmError, RequestError
+from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
 from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.store import entries as stored
@@ -140,7 +140,8 @@ class ResponseStore:
 
         Raises:
             NotStoredError: the response, or one before it, is not stored; `param` is previous_response_id.
-            StoreLimitError: the response is still running, or the history is too large.
+            InvalidParameterError: the response is still running.
+            StoreLimitError: the history is too large.
         """
         store, what = await self.backend(), stored.checked_id("Previous response", response_id, _PREVIOUS)
         most, most_size = self.options.max_chain, self.options.max_chain_bytes
@@ -150,9 +151,7 @@ class ResponseStore:
         missing = chain[-1].follows if chain else response_id
         if chain and chain[-1].active:
             name, status = chain[-1].id, chain[-1].status
-            raise stored.StoreLimitError(
-                f"The response {name!r} is still {status}: wait until it has ended.", _PREVIOUS
-            )
+            raise InvalidParameterError(f"The response {name!r} is still {status}: wait until it has ended.", _PREVIOUS)
         if len(chain) > most or sum(each.size for each in chain) > most_size:
             raise stored.StoreLimitError(
                 f"The chain of previous responses is too long: at most {most} responses and {most_size} bytes are "

@@ -20,7 +20,7 @@ class NotStoredError(RequestError):
 
 
 class StoreLimitError(RequestError):
-    """The data exceeds a limit of the store, or a response cannot be continued because it still runs."""
+    """The data exceeds a limit of the store."""
 
 
 class StoreFullError(StoreLimitError):

@@ -56,12 +56,6 @@ async def answer_with_tools(request: Request, service: McpService, api: Generati
     return await answer_parsed(request, api, await _checked(payload), deadline)
 
 
-def shows_tools(model: ServedModel) -> bool:
-    """Whether the model's prompts show the tools of a request, and its calls can be parsed."""
-    choice = model.adapter.planner.choice
-    return choice.tools is not None and (choice.needs is None or choice.needs.writes_tools)
-
-
 async def _answer(
     request: Request, service: McpService, api: GenerationApi, payload: dict[str, Any], offer: Offer, deadline: float
 ) -> Response:
@@ -168,7 +162,7 @@ def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) 
     """
     if wire.tool_choice in (None, "auto") and wire.structured() is not None:
         return False
-    if shows_tools(model):
+    if model.adapter.planner.choice.shows_tools:
         return True
     name = model.entry.names[0]
     if wire.tool_choice in (None, "auto"):

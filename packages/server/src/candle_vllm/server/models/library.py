@@ -25,7 +25,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
         context: maximum number of tokens of a prompt and its answer together; 0 for an encoder.
         file_bytes: size of the weight files.
         tasks: tasks of a loaded model; `describe` returns "generate", or "embed" for every encoder.
-        tools, thinks: whether its output is parsed for tool calls, and for reasoning.
+        tools: whether its prompts show tools and its output is parsed for calls.
+        thinks: whether its output is parsed for reasoning.
         sees: whether it accepts images; known only after it is loaded.
         template: its Jinja chat template; None without a template, or with several.
         sampling: the sampling parameters in its files.
@@ -102,7 +103,7 @@ def describe(settings: ModelOptions) -> Description:
         quantization=(model.quantization or str(model.dtype)).partition(" ")[0],
         context=model.config.max_position,
         file_bytes=size,
-        tools=choice.tools is not None,
+        tools=choice.shows_tools,
         thinks=choice.reasoning is not None,
         template=template if isinstance(template, str) else None,
         sampling=dict(model.default_sampling),

@@ -239,7 +239,7 @@ def _description(slot: ModelSlot) -> Description | None:
         context=info.max_model_len,
         file_bytes=info.weight_bytes,
         tasks=info.tasks,
-        tools=choice.tools is not None,
+        tools=choice.shows_tools,
         thinks=choice.reasoning is not None,
         sees="image" in info.modalities,
         template=template if isinstance(template, str) else None,

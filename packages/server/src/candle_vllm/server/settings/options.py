@@ -173,10 +173,11 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
-    """Raise UsageError for the first unknown key, with its line and the nearest known key."""
+    """Raise UsageError for the first unknown key, with its line and the nearest known key, or all known keys."""
     for key in keys:
         if key not in known:
-            raise UsageError(f"{where}{line_of(keys, key)}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
+            hint = nearest(str(key), known) or f"; known: {', '.join(known)}"
+            raise UsageError(f"{where}{line_of(keys, key)}: unknown key {str(key)[:60]!r}{hint}")
 
 
 def convert(kind: Kind, value: Any, spelled: str) -> Any:
