@@ -100,7 +100,9 @@ def _rule(fields: Fields, processor: Fields, patch: int) -> GridRule:
     ratio = fields.get("vision_aspect_ratio", str, "anyres_max_9")
     if (most := re.fullmatch(r"anyres_max_([1-9]\d?)", ratio)) is None:
         raise UnsupportedModelError(f"{fields.path}: vision_aspect_ratio is {ratio!r:.40}; implemented: anyres_max_9")
-    shared = crop_rule(Fields({"size": _SIZE, **processor.values, "do_center_crop": False}, processor.path))
+    shared = crop_rule(
+        Fields({"size": _SIZE, **processor.values, "do_center_crop": False, "do_pad": False}, processor.path)
+    )
     given, tile = processor.get("image_grid_pinpoints", list, _GRIDS), shared.tile
     grids = [
         (each[0] // tile, each[1] // tile)
