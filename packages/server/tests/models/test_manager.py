@@ -280,7 +280,6 @@ async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back(caplog: pytes
     assert manager.slots["a"].state is ModelState.UNLOADED
     (await manager.acquire("a")).release()
     assert loader.loads == ["a", "a"]
-    assert caplog.text.count("loaded a in ") == 2  # the engine's own line has the name of the files
 
 
 async def test_operators_load_unload_and_choose() -> None:

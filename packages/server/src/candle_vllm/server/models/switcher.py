@@ -239,7 +239,6 @@ class ModelSwitcher:
             return
         slot.load_seconds = time.monotonic() - started
         self._metrics.model_loaded(slot.entry.names[0], slot.load_seconds)
-        logger.info("loaded %s in %.1f s", slot.entry.name, slot.load_seconds)
         self._settle(slot, model)
 
     async def _load_beside(self, slot: ModelSlot) -> ServedModel:
