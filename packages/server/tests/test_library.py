@@ -275,8 +275,10 @@ def test_whether_it_fits_is_said(settings: Settings) -> None:
 
 def test_a_model_is_described_by_its_files(tmp_path: Path) -> None:
     folder = write_toy_model(tmp_path / "toy")
-    known = describe(Settings(model=str(folder), tool_parser="hermes"))
+    (tmp_path / "tools.jinja").write_text("{{ tools | tojson }}{{ messages }}")
+    known = describe(Settings(model=str(folder), tool_parser="hermes", chat_template=tmp_path / "tools.jinja"))
     assert (known.format, known.architecture, known.tasks, known.tools) == ("safetensors", "llama", ("generate",), True)
+    assert not describe(Settings(model=str(folder), tool_parser="hermes")).tools  # its template does not show them
     assert (
         known.file_bytes
         == file_bytes(Settings(model=str(folder)))

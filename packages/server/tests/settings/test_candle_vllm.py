@@ -96,7 +96,8 @@ def test_prompts_that_are_not_cut(load: Load) -> None:
 @pytest.mark.parametrize("name", ["turbo3", "k3v4"])
 def test_a_compressed_cache_is_refused_with_what_there_is(load: Load, name: str) -> None:
     with pytest.raises(
-        UsageError, match=r"must be one of auto, fp8, .*, q8_0, q5_1, q4_0: the cache has 16 bits per element, or 8 "
+        UsageError,
+        match=r"must be one of auto, fp8, .*, q8_0, q6_0, q5_1, q4_0: the cache has 16 bits per element, or 8 ",
     ):
         load(f"--kvcache-dtype {name}")
 

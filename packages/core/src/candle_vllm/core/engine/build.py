@@ -623,7 +623,8 @@ def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
 
     fewer = max(limits.sequences, limits.tokens // 4)
     way = f"set max_num_batched_tokens={fewer}" if fewer < limits.tokens else "take fewer `threads`"
-    compiler = _COMPILER_BYTES if is_first_start() else 0  # the compiler ends the process if memory runs out
+    with room_for("the engine", 0):
+        compiler = _COMPILER_BYTES if is_first_start() else 0  # the compiler ends the process if memory runs out
     what = f"the rows of a step of {limits.tokens} tokens" + (", and for compiling its kernels" if compiler else "")
     return room_for(what, compiler, "max_num_batched_tokens", lambda _: way)
 
