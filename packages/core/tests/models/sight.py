@@ -7,7 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -95,6 +95,33 @@ def require_same_when_cached(engine: InferenceEngine, prompts: list[Any], alone:
 def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:
     asked = SamplingParams(**{"max_tokens": 8, "temperature": 0, "ignore_eos": True} | params)
     return [tuple(each.outputs[0].token_ids) for each in engine.generate(prompts, asked, use_tqdm=False)]
+
+
+def answers_alone(folder: Path, prompts: list[Any]) -> list[tuple[int, ...]]:
+    """Different answers to prompts of one step each, nothing cached."""
+    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
+        found = [answers(engine, [prompt])[0] for prompt in prompts]
+    assert len(set(found)) == len(found)
+    return found
+
+
+def require_logits(
+    folder: Path, prompt: Any, wanted: Callable[[torch.Tensor], Any], *, eager: bool, tokens: int = 512, **settings: Any
+) -> None:
+    """The log-probabilities of a prompt and its answer are `wanted`'s [T, V] for ids [1, T]."""
+    settings |= {"op_by_op": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
+    with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
+        params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
+        found = engine.generate(prompt, params, use_tqdm=False)[0]
+    answer = found.outputs[0]
+    everything = [*found.prompt_token_ids, *answer.token_ids]
+    with torch.inference_mode():
+        expected = np.asarray(wanted(torch.tensor([everything[:-1]])))
+    assert found.prompt_logprobs is not None
+    assert answer.logprobs is not None
+    ours = [each.chosen.logprob for each in [*found.prompt_logprobs[1:], *answer.logprobs] if each is not None]
+    apart = np.abs(np.array(ours) - expected[np.arange(len(ours)), everything[1:]])
+    assert apart.max() < (1e-4 if eager else 0.1)  # keys and values are bfloat16 in the compiled steps
 
 
 def prompt_error(found: GenerationOutput, logits: torch.Tensor) -> float:

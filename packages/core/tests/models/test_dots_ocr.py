@@ -23,7 +23,7 @@ from transformers.models.dots3_note.configuration_dots3_note import Dots3NoteVis
 from transformers.models.dots3_note.modeling_dots3_note import Dots3NoteVisionModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -32,9 +32,11 @@ from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
     answers,
+    answers_alone,
     answers_of_a_gpu,
     answers_op_by_op,
     require_embeddings,
+    require_logits,
     require_same,
     require_same_when_cached,
 )
@@ -143,28 +145,14 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
 
 @pytest.mark.parametrize(("eager", "tokens"), few([(e, t) for e in (True, False) for t in (512, 23)], (True, 23)))
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Theirs) -> None:
-    settings: dict[str, Any] = {"op_by_op": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
-    with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
-        params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
-        found = engine.generate(PROMPTS[0], params, use_tqdm=False)[0]
-    answer = found.outputs[0]
-    everything = [*found.prompt_token_ids, *answer.token_ids]
-    expected = theirs.logits(everything[:-1], PICTURES[:2])
-    assert found.prompt_logprobs is not None
-    assert answer.logprobs is not None
-    ours = [each.chosen.logprob for each in [*found.prompt_logprobs[1:], *answer.logprobs] if each is not None]
-    wanted = [expected[place, token] for place, token in enumerate(everything[1:])]
-    # keys and values are bfloat16 in the compiled steps
-    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.1)
+    require_logits(
+        folder, PROMPTS[0], lambda ids: theirs.logits(ids[0].tolist(), PICTURES[:2]), eager=eager, tokens=tokens
+    )
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[tuple[int, ...]]:
-    """Answers to prompts of one step each, nothing cached."""
-    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
-        found = [answers(engine, [prompt])[0] for prompt in PROMPTS]
-        assert len(set(found)) == len(found)
-        return found
+    return answers_alone(folder, PROMPTS)
 
 
 @pytest.mark.parametrize("tokens", few([512, 17], 17))

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
@@ -33,10 +33,12 @@ from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.sight import (
     answers,
+    answers_alone,
     answers_of_a_gpu,
     answers_op_by_op,
     finished,
     require_embeddings,
+    require_logits,
     require_same,
     require_same_when_cached,
 )
@@ -150,31 +152,17 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("tokens", [512, 23])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
-    settings: dict[str, Any] = {"op_by_op": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
-    with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
-        params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
-        found = engine.generate(prompts(folder)[0], params, use_tqdm=False)[0]
-    answer = found.outputs[0]
-    everything = [*found.prompt_token_ids, *answer.token_ids]
-    ids = torch.tensor([everything[:-1]])
-    with torch.inference_mode():
-        given = their_pixels(folder, PICTURES[:2]) | {"mm_token_type_ids": (ids == PAD).int()}
-        expected = theirs(input_ids=ids, **given).logits[0].log_softmax(-1).numpy()
-    assert found.prompt_logprobs is not None
-    assert answer.logprobs is not None
-    ours = [each.chosen.logprob for each in [*found.prompt_logprobs[1:], *answer.logprobs] if each is not None]
-    wanted = [expected[place, token] for place, token in enumerate(everything[1:])]
-    # keys and values are bfloat16 in the compiled steps
-    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.1)
+    pixels = their_pixels(folder, PICTURES[:2])
+
+    def wanted(ids: torch.Tensor) -> torch.Tensor:
+        return theirs(input_ids=ids, **pixels, mm_token_type_ids=(ids == PAD).int()).logits[0].log_softmax(-1)
+
+    require_logits(folder, prompts(folder)[0], wanted, eager=eager, tokens=tokens)
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[tuple[int, ...]]:
-    """Answers to prompts of one step each, nothing cached."""
-    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
-        found = [answers(engine, [prompt])[0] for prompt in prompts(folder)]
-        assert len(set(found)) == len(found)
-        return found
+    return answers_alone(folder, prompts(folder))
 
 
 @pytest.mark.one_of_each(2)

@@ -36,10 +36,12 @@ from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.sight import (
     answers,
+    answers_alone,
     answers_of_a_gpu,
     answers_op_by_op,
     finished,
     require_embeddings,
+    require_logits,
     require_same,
     require_same_when_cached,
 )
@@ -153,7 +155,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
 @pytest.mark.parametrize("tokens", [512, 23])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     # keys and values are bfloat16 in the compiled steps
-    assert logits_error(folder, theirs, op_by_op=eager, max_num_batched_tokens=tokens) < (1e-4 if eager else 0.1)
+    require_theirs(folder, theirs, eager=eager, tokens=tokens)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -161,7 +163,7 @@ def test_other_text_models_have_the_logits_of_transformers(name: str, tmp_path: 
     """InternVL 2.5 is published with InternLM 2, a Llama with other names."""
     folder = write(tmp_path, name)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    assert logits_error(folder, model, op_by_op=True) < 1e-4
+    require_theirs(folder, model, eager=True)
     if name == "internvl llama":
         (made := tmp_path / "original").mkdir()
         write_original(folder, made)
@@ -171,33 +173,22 @@ def test_other_text_models_have_the_logits_of_transformers(name: str, tmp_path: 
         config["llm_config"], text = internlm2(config["llm_config"], text)
         save_file(stored | {at + part: each for part, each in text.items()}, made / "model.safetensors")
         (made / "config.json").write_text(json.dumps(config))
-        assert logits_error(made, model, op_by_op=True) < 1e-4
+        require_theirs(made, model, eager=True)
 
 
-def logits_error(folder: Path, theirs: Any, **settings: Any) -> float:
-    """Largest difference of log-probabilities, of a prompt with two pictures and of its answer."""
-    with InferenceEngine(folder, enable_prefix_caching=False, max_model_len=512, max_num_seqs=8, **settings) as engine:
-        params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
-        found = engine.generate(PROMPTS[0], params, use_tqdm=False)[0]
-    answer = found.outputs[0]
-    everything = [*found.prompt_token_ids, *answer.token_ids]
-    with torch.inference_mode():
-        pixels = their_tiles(PICTURES[:2])["pixel_values"]
-        expected = theirs(input_ids=torch.tensor([everything[:-1]]), pixel_values=pixels).logits[0].log_softmax(-1)
-    assert found.prompt_logprobs is not None
-    assert answer.logprobs is not None
-    ours = [each.chosen.logprob for each in [*found.prompt_logprobs[1:], *answer.logprobs] if each is not None]
-    wanted = [float(expected[place, token]) for place, token in enumerate(everything[1:])]
-    return float(np.abs(np.array(ours) - np.array(wanted)).max())
+def require_theirs(folder: Path, theirs: Any, **settings: Any) -> None:
+    """Of a prompt with two pictures."""
+    pixels = their_tiles(PICTURES[:2])["pixel_values"]
+
+    def wanted(ids: torch.Tensor) -> torch.Tensor:
+        return theirs(input_ids=ids, pixel_values=pixels).logits[0].log_softmax(-1)
+
+    require_logits(folder, PROMPTS[0], wanted, max_model_len=512, **settings)
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[tuple[int, ...]]:
-    """Answers to prompts of one step each, nothing cached."""
-    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
-        found = [answers(engine, [prompt])[0] for prompt in PROMPTS]
-        assert len(set(found)) == len(found)
-        return found
+    return answers_alone(folder, PROMPTS)
 
 
 @pytest.mark.one_of_each(2)

@@ -33,9 +33,11 @@ from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import LFM2
 from packages.core.tests.models.sight import (
     answers,
+    answers_alone,
     answers_of_a_gpu,
     answers_op_by_op,
     require_embeddings,
+    require_logits,
     require_same,
     require_same_when_cached,
 )
@@ -248,33 +250,20 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("tokens", [512, 23])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any, images: Any) -> None:
-    settings: dict[str, Any] = {"op_by_op": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
-    params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
-    with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
-        found = engine.generate(PROMPTS[0], params, use_tqdm=False)[0]
-    answer = found.outputs[0]
-    everything = [*found.prompt_token_ids, *answer.token_ids]
     rule = FAMILY.config_from_hf(
         Fields(json.loads((folder / "config.json").read_text()), folder), Fields(IMAGES, folder), 64, {}
     ).rule
-    with torch.inference_mode():
-        pixels = their_pixels(PICTURES[:2], rule, images)
-        expected = theirs(input_ids=torch.tensor([everything[:-1]]), **pixels).logits[0].log_softmax(-1).numpy()
-    assert found.prompt_logprobs is not None
-    assert answer.logprobs is not None
-    ours = [each.chosen.logprob for each in [*found.prompt_logprobs[1:], *answer.logprobs] if each is not None]
-    wanted = [expected[place, token] for place, token in enumerate(everything[1:])]
-    # keys and values are bfloat16 in the compiled steps
-    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.1)
+    pixels = their_pixels(PICTURES[:2], rule, images)
+
+    def wanted(ids: torch.Tensor) -> torch.Tensor:
+        return theirs(input_ids=ids, **pixels).logits[0].log_softmax(-1)
+
+    require_logits(folder, PROMPTS[0], wanted, eager=eager, tokens=tokens)
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[tuple[int, ...]]:
-    """Answers to prompts of one step each, nothing cached."""
-    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
-        found = [answers(engine, [prompt])[0] for prompt in PROMPTS]
-        assert len(set(found)) == len(found)
-        return found
+    return answers_alone(folder, PROMPTS)
 
 
 @pytest.mark.parametrize("tokens", few([512, 64, 31, 23, 17, 13, 11, 9], 512, 11))

@@ -61,12 +61,14 @@ from packages.core.tests.models.peft_adapters import randomise as randomise_adap
 from packages.core.tests.models.published_configs import CONFIGS
 from packages.core.tests.models.sight import (
     answers,
+    answers_alone,
     answers_of_a_gpu,
     answers_op_by_op,
     answers_without_torch,
     finished,
     prompt_error,
     require_embeddings,
+    require_logits,
     require_same,
 )
 from packages.core.tests.models.tiny import SMALL, randomise
@@ -264,22 +266,12 @@ def test_positions_are_those_of_transformers(chunks: list[int], text: str, folde
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("tokens", [512, 23])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
-    settings: dict[str, Any] = {"op_by_op": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
-    with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
-        params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
-        found = engine.generate(PROMPT, params, use_tqdm=False)[0]
-    answer = found.outputs[0]
-    everything = [*found.prompt_token_ids, *answer.token_ids]
-    ids = torch.tensor([everything[:-1]])
-    with torch.inference_mode():
-        given = their_pixels(folder, PICTURES[:2]) | {"mm_token_type_ids": (ids == PAD).int()}
-        expected = theirs(input_ids=ids, **given).logits[0].log_softmax(-1).numpy()
-    assert found.prompt_logprobs is not None
-    assert answer.logprobs is not None
-    ours = [each.chosen.logprob for each in [*found.prompt_logprobs[1:], *answer.logprobs] if each is not None]
-    wanted = [expected[place, token] for place, token in enumerate(everything[1:])]
-    # keys and values are bfloat16 in the compiled steps
-    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.1)
+    pixels = their_pixels(folder, PICTURES[:2])
+
+    def wanted(ids: torch.Tensor) -> torch.Tensor:
+        return theirs(input_ids=ids, **pixels, mm_token_type_ids=(ids == PAD).int()).logits[0].log_softmax(-1)
+
+    require_logits(folder, PROMPT, wanted, eager=eager, tokens=tokens)
 
 
 @pytest.mark.one_of_each
@@ -302,11 +294,7 @@ def test_vectors_are_those_of_transformers(eager: bool, folder: Path, theirs: An
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[tuple[int, ...]]:
-    """Answers to prompts of one step each, nothing cached."""
-    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
-        found = [answers(engine, [prompt])[0] for prompt in PROMPTS]
-        assert len(set(found)) == len(found)
-        return found
+    return answers_alone(folder, PROMPTS)
 
 
 @pytest.mark.parametrize(

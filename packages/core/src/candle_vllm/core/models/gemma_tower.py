@@ -17,14 +17,14 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import plus_one, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.siglip import (
-    ACTIVATIONS,
+    SMALL,
     Siglip,
     config_of_tiles,
     gguf_values,
+    hf_values,
     names,
     prepared,
     processor_of_gguf,
@@ -51,12 +51,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
         stretch_rule(processor),
         pooled=True,
         whole=True,
-        hidden_size=vision.count("hidden_size", 768),
-        intermediate_size=vision.count("intermediate_size", 3072),
-        num_layers=vision.count("num_hidden_layers", 12, most=MAX_LAYERS),
-        num_heads=vision.count("num_attention_heads", 12),
-        norm_eps=vision.get("layer_norm_eps", float, 1e-6),
-        activation=ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
+        **hf_values(vision.with_defaults(**SMALL)),
         patch=patch,
         side=side,
         cell=side // row,

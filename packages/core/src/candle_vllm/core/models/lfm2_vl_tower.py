@@ -29,12 +29,11 @@ from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import GridPositions, smooth
-from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, Block, gguf_values, processor_of_gguf
+from candle_vllm.core.models.siglip import MOST_PATCHES, SMALL, Block, gguf_values, hf_values, processor_of_gguf
 from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, AreaRule, CanvasRule, Cut, area_rule, over
@@ -82,12 +81,7 @@ def config_from_hf(
         raise InvalidFileError(f"{fields.path}: num_patches is {positions}, not a square number")
     return _config(
         over(processor, said),
-        hidden_size=vision.count("hidden_size", 768),
-        intermediate_size=vision.count("intermediate_size", 3072),
-        num_layers=vision.count("num_hidden_layers", 12, most=MAX_LAYERS),
-        num_heads=vision.count("num_attention_heads", 12),
-        norm_eps=vision.get("layer_norm_eps", float, 1e-6),
-        activation=ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
+        **hf_values(vision.with_defaults(**SMALL)),
         patch=vision.count("patch_size", 16),
         cell=fields.count("downsample_factor", 2, most=64),
         learned=learned,

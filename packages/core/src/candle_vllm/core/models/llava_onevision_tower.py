@@ -26,12 +26,11 @@ from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import centred
-from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, Block
+from candle_vllm.core.models.siglip import ACTIVATIONS, LARGE, MOST_PATCHES, Block, hf_values
 from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut, GridRule, crop_rule, over
@@ -79,12 +78,7 @@ def config_from_hf(
             f"and at most {MOST_PATCHES} are supported"
         )
     return LlavaOnevisionTowerConfig(
-        hidden_size=vision.count("hidden_size", 1152),
-        intermediate_size=vision.count("intermediate_size", 4304),
-        num_layers=vision.count("num_hidden_layers", 26, most=MAX_LAYERS),
-        num_heads=vision.count("num_attention_heads", 16),
-        norm_eps=vision.get("layer_norm_eps", float, 1e-6),
-        activation=ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
+        **hf_values(vision.with_defaults(**LARGE)),
         projector_activation=ACTIVATIONS[fields.choice("projector_hidden_act", "gelu", *ACTIVATIONS)],
         projector_bias=fields.get("multimodal_projector_bias", bool, True),
         tiles=1 + max(rows * columns for rows, columns in rule.grids),

@@ -26,7 +26,7 @@ from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import GridPositions, centred
 from candle_vllm.core.models.qwen_vl import QwenTower, QwenTowerConfig, check_sizes, rule_of
-from candle_vllm.core.models.siglip import ACTIVATIONS, processor_of_gguf
+from candle_vllm.core.models.siglip import LARGE, hf_values, processor_of_gguf
 from candle_vllm.core.models.tower_family import TowerFamily, mark_of_cells
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING
@@ -46,12 +46,7 @@ def config_from_hf(
     return _config(
         Fields({"size": _EDGES, **processor.values}, processor.path),
         said,
-        hidden_size=vision.count("hidden_size", 1152),
-        intermediate_size=vision.count("intermediate_size", 4304),
-        activation=ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
-        num_layers=vision.count("num_hidden_layers", 27, most=MAX_LAYERS),
-        num_heads=vision.count("num_attention_heads", 16),
-        norm_eps=vision.get("layer_norm_eps", float, 1e-6),
+        **hf_values(vision.with_defaults(**LARGE | {"num_hidden_layers": 27})),
         learned=vision.count("image_size", 384) // patch,
         patch=patch,
         cell=cell,

@@ -41,28 +41,42 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu_pytorch_tanh": "
 MOST_PATCHES = 1 << 14  # maximum number of patches of a tile
 _DEFAULTS = MappingProxyType({"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12})
 """Values of transformers' config classes for keys that published configs leave out of `vision_config`."""
+SMALL = MappingProxyType(
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+)
+"""The same values of SigLIP and SigLIP 2."""
+LARGE = MappingProxyType(
+    {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16}
+)
+"""The same values of LLaVA-OneVision."""
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
     """Read `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
     processor = over(processor, said)
-    section = fields.section("vision_config")
-    vision = Fields({**_DEFAULTS, **section.values}, fields.path)
+    vision = fields.section("vision_config")
     patch = vision.count("patch_size", 32)
     return config_of_tiles(
         processor,
         tile_rule(processor),
-        hidden_size=vision.count("hidden_size"),
-        intermediate_size=vision.count("intermediate_size"),
-        num_layers=vision.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=vision.count("num_attention_heads", 16),
-        norm_eps=vision.get("layer_norm_eps", float, 1e-6),
-        activation=ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
+        **hf_values(vision.with_absent(**_DEFAULTS).with_defaults(num_attention_heads=16)),
         patch=patch,
         side=vision.count("image_size", 224) // patch,
         cell=fields.count("scale_factor", 2, most=64),
         text_size=text_size,
     )
+
+
+def hf_values(vision: Fields) -> dict[str, Any]:
+    """The fields of a `TowerConfig` in SigLIP's `vision_config`, which must have the sizes."""
+    return {
+        "hidden_size": vision.count("hidden_size"),
+        "intermediate_size": vision.count("intermediate_size"),
+        "num_layers": vision.count("num_hidden_layers", most=MAX_LAYERS),
+        "num_heads": vision.count("num_attention_heads"),
+        "norm_eps": vision.get("layer_norm_eps", float, 1e-6),
+        "activation": ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
+    }
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:

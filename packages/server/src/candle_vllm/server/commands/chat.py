@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -36,6 +36,9 @@ from candle_vllm.server.settings.commands import MAX_TOKENS
 from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing, thinking_settings
 from candle_vllm.server.settings.options import SAMPLING, UsageError, convert
 from candle_vllm.server.settings.table import OPTIONS, AdapterOptions
+
+if TYPE_CHECKING:
+    from candle_vllm.openai import OpenAIAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -216,10 +219,12 @@ class Chat:
 
         Returns the messages, and a `max_tokens` that fits; raises UsageError if the last message fills the context.
         """
-        context = engine.model_info.max_model_len
+        from candle_vllm.openai import OpenAIAdapter
+
+        context, adapter = engine.model_info.max_model_len, OpenAIAdapter(engine, **thinking_settings(self._settings))
         wanted = min(self._max_tokens or context, max(1, context // 4))
         left_out, last = self._left_out, len(messages) - len(self._start) - 1
-        while (length := self._length(engine, self._sent(messages))) + wanted > context and self._left_out < last:
+        while (length := self._length(adapter, self._sent(messages))) + wanted > context and self._left_out < last:
             self._left_out += 1
             while self._left_out < last and messages[len(self._start) + self._left_out]["role"] != "user":
                 self._left_out += 1
@@ -236,12 +241,10 @@ class Chat:
         self.say(f"(max_tokens is {context - length} for this answer: the context of {context} has no room for more)")
         return self._sent(messages), context - length
 
-    def _length(self, engine: InferenceEngine, messages: list[Message]) -> int:
+    def _length(self, adapter: OpenAIAdapter, messages: list[Message]) -> int:
         """Return the number of tokens of the prompt, images included; 2^62 if the engine refuses it as too long."""
-        from candle_vllm.openai import OpenAIAdapter
         from candle_vllm.openai.requests import parse_chat_request, read_chat
 
-        adapter = OpenAIAdapter(engine, **thinking_settings(self._settings))
         task = read_chat(parse_chat_request({"messages": messages, **self._settings.default_sampling}))
         try:
             return self._runner.run(adapter.count_tokens(lambda: task))

@@ -73,12 +73,12 @@ class FailureMiddleware:
                 response = await answer_failure(Request(scope), failure)
                 await response(scope, receive, note)
         except asyncio.CancelledError:
-            if scope["type"] == "http" and not begun:
+            if scope["type"] != "http":
+                raise
+            if not begun:  # a begun answer ends as it is; uvicorn would log a traceback of the cancellation
                 message = "The server was stopped before the answer was complete."
                 error = HttpError(503, message, "shutting_down", {"retry-after": "5"})
                 await refusal(scope, error)(scope, receive, send)
-            elif scope["type"] != "http":
-                raise
 
 
 def _brief(scope: Scope, message: Message) -> Message:

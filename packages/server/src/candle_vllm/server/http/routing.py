@@ -34,6 +34,11 @@ def route_path(scope: Scope) -> str:
     return routed_path(scope).removesuffix("\n")
 
 
+def may_manage(scope: Scope) -> bool:
+    """Whether the request's key is valid for operators' routes; on a server without any keys, True."""
+    return scope.get("state", {}).get("manages", True)
+
+
 class HeadMiddleware:
     """Answers HEAD wherever there is a route for GET, for load balancers and uptime checks.
 

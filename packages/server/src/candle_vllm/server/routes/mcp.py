@@ -26,6 +26,7 @@ from candle_vllm.responses.tools.tool import ContentPart, ToolCall, ToolResult
 from candle_vllm.server.answering import body_of, deadline_of, in_time, json_answer
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import may_manage
 from candle_vllm.server.openapi.operation import Operation, routing
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ async def list_mcp_servers(request: Request) -> Response:
 
     If clients need no key or have several, only keys that open operators' routes get the logs, which show all calls.
     """
-    keys, manages = request.app.state.keys, getattr(request.state, "manages", True)
-    logged = manages or (keys.guards(operators=False) and not keys.are_several)
+    keys = request.app.state.keys
+    logged = may_manage(request.scope) or (keys.guards(operators=False) and not keys.are_several)
     found = [
         McpServerInfo(
             name=one.name,

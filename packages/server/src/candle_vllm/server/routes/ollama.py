@@ -18,7 +18,7 @@ from candle_vllm.openai.remarks import remark
 from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.failures import ollama_error_line
-from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.http.routing import caller_of, may_manage
 from candle_vllm.server.http.sse import lines_form
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
@@ -173,7 +173,7 @@ async def _generated(request: Request, api: answering.GenerationApi) -> Response
     deadline = answering.deadline_of(request)
     wire = await ollama_body(request, api.parse)
     chats = api is CHAT
-    if wire.loads and wire.keep_seconds == 0 and getattr(request.state, "manages", True):
+    if wire.loads and wire.keep_seconds == 0 and may_manage(request.scope):
         async with answering.in_time(deadline, request):
             base = _manager(request).find(wire.model).entry.name  # the request may name an adapter
             await unless_disconnected(_manager(request).unload(base), request.receive)
@@ -203,7 +203,7 @@ def _keep(request: Request, wire: Any) -> None:
     seconds = wire.keep_seconds
     if seconds is None:
         return
-    if not getattr(request.state, "manages", True):  # without keys for anything, everybody may
+    if not may_manage(request.scope):
         remark(["keep_alive has no effect: only operators, who have keys of their own, may unload models"])
     elif not _manager(request).keep(wire.model, seconds):
         remark(["keep_alive has no effect: the model of this server stays loaded"])

@@ -640,7 +640,10 @@ class OffloadedPrefixes:
 
     def wait(self, seconds: float) -> None:
         look = next((each for each in self._looks.values() if each is not None), None)
-        (partial(wait, [look]) if look else (self._states if self._states.reads else self._blocks).wait)(seconds)
+        if look is not None:
+            wait([look], seconds)
+        else:
+            (self._states if self._states.reads else self._blocks).wait(seconds)
 
     def rest(self) -> None:
         for each in self._both:

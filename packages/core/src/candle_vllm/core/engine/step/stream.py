@@ -191,10 +191,11 @@ class RequestSink:
     def hold(self, held: bool) -> None:
         """Queue outputs if `held`, as before `start`; otherwise push the queued outputs and all later ones."""
         self._held = held
-        if not held and self._kept.pour(
-            self._receiver, lambda: self._held or self._receiver is self._kept
-        ):  # or closed
-            self._receiver = self._kept  # nothing may follow the end, even if the engine generates more
+        if held:
+            return
+        closed = self._kept  # `close` makes it the receiver
+        if closed.pour(self._receiver, lambda: self._held or self._receiver is closed):
+            self._receiver = closed  # nothing may follow the end, even if the engine generates more
 
     def close(self, *, dropped: bool = False) -> None:
         """Abort the request unless it has finished; push no further output. A finaliser sets `dropped`."""
