@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -200,7 +201,8 @@ class Shelf:
                 self.send_header("content-length", str(len(body)))
                 self.send_header("content-encoding", shelf.encoding)
                 self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(ConnectionError):  # the client leaves after a status or a length it refuses
+                    self.wfile.write(body)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
