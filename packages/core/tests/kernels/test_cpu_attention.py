@@ -91,10 +91,12 @@ def decoded_keys(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
     halves = scales.copy().view(np.float16).reshape(*places, -1, strip, 2).swapaxes(-3, -2).astype(np.float32)
     if kind.has_halves:
         words = codes.reshape(*places, strip, dim // 32, -1, 4)  # a block has a further word for each plane
-        codes = np.stack([words[..., :4, :] & 15, words[..., :4, :] >> 4], -2)  # [..., W, blocks, 4, half, 4]
+        codes = np.zeros((*words.shape[:-2], 4, 2, 4), np.uint8)  # [..., W, blocks, 4, half, 4]
+        if kind.low:
+            codes = np.stack([words[..., :4, :] & 15, words[..., :4, :] >> 4], -2)
         codes = codes.reshape(*words.shape[:-2], 8, 4)
-        for n in range(kind.planes):
-            codes |= (words[..., 4 + n : 5 + n, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1) << 4 + n
+        for bit, at in zip(range(kind.low, kind.bits), range(-kind.planes, 0)):
+            codes |= (words[..., at, :][..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1) << bit
     codes = codes.reshape(*places, strip, -1, 32).astype(np.float32) - kind.bias
     if kind.has_minima:
         numbers = codes * halves[..., :1] + halves[..., 1:]
@@ -109,13 +111,13 @@ def decoded_values(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor
     codes, scales = np.split(cache, [16 * code_bytes(kind, dim)], -1)
     halves = scales.copy().view(np.float16).reshape(*places, dim // 32, -1, 16, 1).astype(np.float32)
     codes = codes.reshape(*places, dim // 32, -1)
-    codes, *planes = np.split(codes, range(256, codes.shape[-1], 64), -1) if kind.planes else [codes]
-    codes = codes.reshape(*places, dim // 32, 4, -1, 4)
+    codes, *planes = np.split(codes, range(256 * (kind.low > 0), codes.shape[-1], 64), -1) if kind.planes else [codes]
+    codes = (codes if kind.low else np.zeros((*codes.shape[:-1], 256), np.uint8)).reshape(*places, dim // 32, 4, -1, 4)
     if kind.has_halves:
         codes = np.concatenate([codes & 15, codes >> 4], -2)
     codes = codes.swapaxes(-1, -2).reshape(*places, dim // 32, 16, 32)
     for n, bits in enumerate(planes):
-        codes = codes | np.unpackbits(bits, axis=-1, bitorder="little").reshape(codes.shape) << 4 + n
+        codes = codes | np.unpackbits(bits, axis=-1, bitorder="little").reshape(codes.shape) << kind.low + n
     numbers = (codes.astype(np.float32) - kind.bias) * halves[..., 0, :, :]
     if kind.has_minima:
         numbers += halves[..., 1, :, :]
@@ -589,13 +591,14 @@ def test_supported() -> None:
 
 KINDS = {name: CacheKind.of(row.bits, row.minima) for name, row in CACHE_TYPES.items() if row.device != "cuda"}
 QUANTISED = [(kind, kind) for kind in KINDS.values() if kind.is_quantised]
+OTHERS = [(CacheKind.of(bits, minima),) * 2 for bits, minima in ((7, False), (3, False), (2, True))]  # without a name
 MIXED = [(keys, values) for keys in KINDS.values() for values in KINDS.values() if keys != values]
 USUAL = [(KINDS["q8_0"], BF16), (KINDS["q8_0"], KINDS["q5_1"])]
 READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
 
 
 @pytest.mark.one_of_each(2)
-@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *MIXED], *QUANTISED))
+@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *MIXED, *OTHERS], *QUANTISED))
 @pytest.mark.parametrize("dim", few([32, 64, 96, 128, 256, 512], 64))
 def test_quantised_caches(teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, dim: int) -> None:
     """Of what the caches hold nothing is lost but the rounding of weights, in chunks of every size, split and not."""
@@ -613,7 +616,7 @@ def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], kinds: t
 
 
 @pytest.mark.parametrize("isa", few([host_isa(), *READERS], host_isa()))
-@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *USUAL], *QUANTISED))
+@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *USUAL, *OTHERS], *QUANTISED))
 def test_no_bit_of_a_quantised_cache_depends_on_how_it_is_read(
     teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, isa: Isa
 ) -> None:
@@ -658,7 +661,7 @@ def test_what_all_keys_have_in_common_is_not_rounded(
 
 
 @pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("kind", [kind for kind, _ in QUANTISED])
+@pytest.mark.parametrize("kind", [kind for kind, _ in (*QUANTISED, *OTHERS)])
 @pytest.mark.parametrize("block", [16, 32, 128])
 def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kind: CacheKind, block: int) -> None:
     """Of the numbers as they are: blocks of zeros, of one number far from the others, and of large ones too."""

@@ -46,7 +46,7 @@ class CacheKind(int):
 
     @property
     def bits(self) -> int:
-        """Bits of an element's code: 16, 8, or 4 to 7. Bits beyond the lowest four are stored apart, see `planes`."""
+        """Bits of an element's code: 16, 8, or 2 to 7; `low` and `planes` say how bits are stored."""
         return self % 32
 
     @property
@@ -61,13 +61,18 @@ class CacheKind(int):
 
     @property
     def has_halves(self) -> bool:
-        """Whether a byte contains the lowest 4 bits of two codes."""
+        """Whether a code has less than 8 bits, so that a lane's byte is read from half a byte or from planes."""
         return self.bits < 8
 
     @property
+    def low(self) -> int:
+        """The lowest bits of a code that are stored together: 8, 4 (two codes in a byte), or 0."""
+        return min(self.bits & ~3, 8)
+
+    @property
     def planes(self) -> int:
-        """Number of planes of a block: each has one bit of every code, beginning with bit 4."""
-        return self.bits - 4 if self.has_halves else 0
+        """Number of planes of a block: each has one bit of every code, beginning with bit `low`."""
+        return self.bits - self.low if self.is_quantised else 0
 
     @property
     def bias(self) -> int:

@@ -12,9 +12,9 @@ see `CacheKind`. The layout suits an instruction that adds four products of byte
 
 Codes of 5 to 7 bits have the layout of q4_0, and after each block's codes one to three planes, a word for each bit
 above the fourth: for keys [D / 32, 4 + planes, W], dimension 4 k + j at bit 8 j + k; for values [planes, 16] after the
-block's 256 bytes, dimension i at bit i. A scale and minimum are one word for keys, [D / 32, W], and [D / 32, 2, 16] for
-values. A key's minimum is multiplied by the sum of a query's codes. The values' minima times a row's probabilities are
-summed in order of position in each lane, then over the lanes.
+block's 256 bytes, dimension i at bit i. Codes of 2 and 3 bits are stored in planes only. A scale and minimum are one
+word for keys, [D / 32, W], and [D / 32, 2, 16] for values. A key's minimum is multiplied by the sum of a query's codes.
+The values' minima times a row's probabilities are summed in order of position in each lane, then over the lanes.
 
 No two positions share a byte, because two threads may write them. A query is int8 [D], then the blocks' float32 scales
 [D / 32], then the int32 sums of their codes [D / 32]. For each row and block of values, a chunk's probabilities times
@@ -59,24 +59,25 @@ _LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are tr
 
 
 def _halves(e: Emitter, codes: Any, kind: CacheKind, planes: list[list[Any]]) -> list[Any]:
-    """Unpack words to four codes in each lane; a plane has its bits for the low halves and for the high halves."""
+    """Unpack words (None without bits in `kind.low`) to four codes in each lane; a plane has bits of both halves."""
     if not kind.has_halves:
         return [codes]
     low, b = e.constant(I32, 0x0F0F0F0F), e.b
-    halves = [b.and_(codes, low), b.and_(b.lshr(codes, e.constant(I32, 4)), low)]
-    for plane in planes:
-        halves = [b.or_(half, bits) for half, bits in zip(halves, plane)]
-    return halves
+    parts = list(planes)
+    if kind.low:
+        parts.insert(0, [b.and_(codes, low), b.and_(b.lshr(codes, e.constant(I32, 4)), low)])
+    return [reduce(b.or_, half) for half in zip(*parts)]
 
 
-def _plane_of_keys(e: Emitter, bits: Any, number: int) -> list[Any]:
-    """Move the lowest bit of each byte, and the second lowest, to bit 4 + `number`, for low and for high halves."""
-    b, own = e.b, e.constant(I32, 0x10101010 << number)
-    return [b.and_(b.shl(bits, e.constant(I32, left + number)), own) for left in (4, 3)]
+def _plane_of_keys(e: Emitter, bits: Any, to: int) -> list[Any]:
+    """Move the lowest bit of each byte, and the second lowest, to bit `to`, for low and for high halves."""
+    b, own = e.b, e.constant(I32, 0x01010101 << to)
+    second = b.shl(bits, e.constant(I32, to - 1)) if to else b.lshr(bits, e.constant(I32, 1))
+    return [b.and_(b.shl(bits, e.constant(I32, to)), own), b.and_(second, own)]
 
 
-def _plane_of_values(e: Emitter, at: Any, number: int) -> list[Any]:
-    """Load a plane's bits of four positions: of dimension i in lane i of the first vector, of i + 16 in the second."""
+def _plane_of_values(e: Emitter, at: Any, to: int) -> list[Any]:
+    """Load a plane's bits of four positions to bit `to`: of dimension i in lane i, of i + 16 in the second vector."""
     b, found = e.b, []
     words = e.load(at, vector(I8, LANES))
     own = ir.Constant(vector(I8, 4 * LANES), [1 << (lane & 7) for lane in range(LANES) for _ in range(4)])
@@ -84,7 +85,7 @@ def _plane_of_values(e: Emitter, at: Any, number: int) -> list[Any]:
         order = [4 * position + first + (lane >> 3) for lane in range(LANES) for position in range(4)]
         spread = b.shuffle_vector(words, words, ir.Constant(vector(I32, 4 * LANES), order))
         there = b.icmp_unsigned("!=", b.and_(spread, own), e.zeros(I8, 4 * LANES))
-        bits = b.select(there, e.constant(I8, 16 << number, 4 * LANES), e.zeros(I8, 4 * LANES))
+        bits = b.select(there, e.constant(I8, 1 << to, 4 * LANES), e.zeros(I8, 4 * LANES))
         found.append(b.bitcast(bits, vector(I32)))
     return found
 
@@ -116,7 +117,9 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     queries, tiles_at, coming_at, stride, scores = args
     parts = 1 + kind.has_halves
     words = BLOCK // (4 * parts)  # words of a block, without planes
-    lines = words + kind.planes
+    whole = words if kind.low else 0  # of which so many are stored
+    lines = whole + kind.planes
+    bits_of = range(kind.low, kind.bits)  # of the planes
     scales = b.mul(stride, e.int64(d // BLOCK * lines))
     for row in range(m):
         for n in range(TILES):
@@ -153,10 +156,11 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             totals, bits = state[: m * TILES], state[m * TILES :]
             line = b.mul(b.add(first, index), stride)
             at = b.add(queries, b.add(b.mul(number, e.int64(BLOCK)), b.mul(index, e.int64(4 * parts))))
-            planes = [[_plane_of_keys(e, each, n) for n, each in enumerate(bits[tile::TILES])] for tile in range(TILES)]
-            for tile in coming:
-                e.prefetch(b.add(tile, line))
-            loaded = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
+            planes = [[_plane_of_keys(e, *each) for each in zip(bits[n::TILES], bits_of)] for n in range(TILES)]
+            if kind.low:
+                for tile in coming:
+                    e.prefetch(b.add(tile, line))
+            loaded = [e.load(b.add(tile, line), vector(I32)) if kind.low else None for tile in tiles]
             keys = [_halves(e, codes, kind, each) for codes, each in zip(loaded, planes)]
             for part in range(parts):
                 rows = [e.splat(e.load(at, I32, 2 * d * row + 4 * part)) for row in range(m)]
@@ -168,7 +172,7 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             return totals + [b.lshr(each, e.constant(I32, 2)) for each in bits]
 
         sums, begin, place = begins(number)
-        planes = [b.mul(b.add(first, e.int64(words + n)), stride) for n in range(kind.planes)]
+        planes = [b.mul(b.add(first, e.int64(whole + n)), stride) for n in range(kind.planes)]
         bits = [e.load(b.add(tile, plane), vector(I32)) for plane in planes for tile in tiles]
         totals = e.loop(e.int64(words), [begin[row] for row in range(m) for _ in range(TILES)] + bits, word)
         for tile in coming:
@@ -190,10 +194,11 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             for start in range(0, words, 2):
                 codes = list[Any]()
                 for index in (start, start + 1):
-                    bits = [e.load(b.add(tile, line), vector(I32)) for line in lines_at[words:]]
+                    bits = [e.load(b.add(tile, line), vector(I32)) for line in lines_at[whole:]]
                     bits = [b.lshr(each, e.constant(I32, 2 * index)) for each in bits]
-                    planes = [_plane_of_keys(e, each, n) for n, each in enumerate(bits)]
-                    codes += _halves(e, e.load(b.add(tile, lines_at[index]), vector(I32)), kind, planes)
+                    planes = [_plane_of_keys(e, *each) for each in zip(bits, bits_of)]
+                    loaded = e.load(b.add(tile, lines_at[index]), vector(I32)) if kind.low else None
+                    codes += _halves(e, loaded, kind, planes)
                 for row in range(m):
                     at = range(8 * start, 8 * start + 16, 4)
                     four = [e.splat(e.load(of_block, I32, 2 * d * row + offset)) for offset in at]
@@ -218,7 +223,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     exact, weights, tiles_at, coming_at, keys, partials = args
     count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
     vectors = 1 if kind.has_halves else 2  # vectors of a group of four positions
-    whole_codes = 64 * (LANES // 4) * vectors  # bytes of a tile's block, without planes
+    whole_codes = 64 * (LANES // 4) * vectors if kind.low else 0  # bytes of a tile's block, without planes
     tile_codes = LANES * code_bytes(kind, BLOCK)
     halves_of_block = 4 * LANES if kind.has_minima else 2 * LANES  # in bytes
     scales = d // BLOCK * tile_codes
@@ -287,8 +292,9 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             def unpacked(group: int) -> list[Any]:
                 """Load the codes of four positions, of dimensions 0 to 15 and of 16 to 31."""
                 starts = [whole_codes + 4 * LANES * n + LANES * group for n in range(kind.planes)]
-                planes = [_plane_of_values(e, b.add(codes, e.int64(at)), n) for n, at in enumerate(starts)]
-                loaded = [e.load(codes, vector(I32), 64 * (vectors * group + n)) for n in range(vectors)]
+                planes = [_plane_of_values(e, b.add(codes, e.int64(at)), kind.low + n) for n, at in enumerate(starts)]
+                offsets = [64 * (vectors * group + n) for n in range(vectors)]
+                loaded = [e.load(codes, vector(I32), at) if kind.low else None for at in offsets]
                 return [part for each in loaded for part in _halves(e, each, kind, planes)]
 
             groups = range(LANES // 4)
@@ -425,17 +431,17 @@ def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) ->
         for each in codes:
             four = b.bitcast(b.trunc(each, vector(I8)), vector(I32, 4))
             words += [b.extract_element(four, ir.Constant(I32, n)) for n in range(4)]
-        for n in range(kind_.planes):
+        for n in range(kind_.low, kind_.low + kind_.planes):
             every = ir.Constant(I32, 0)
             for k, word in enumerate(words):
-                bit = b.and_(b.lshr(word, ir.Constant(I32, 4 + n)), ir.Constant(I32, 0x01010101))
+                bit = b.and_(b.lshr(word, ir.Constant(I32, n)), ir.Constant(I32, 0x01010101))
                 every = b.or_(every, b.shl(bit, ir.Constant(I32, k)))
             planes.append(every)
         if kind_.has_halves:
             words = [b.and_(word, ir.Constant(I32, 0x0F0F0F0F)) for word in words]
             words = [b.or_(low, b.shl(high, ir.Constant(I32, 4))) for low, high in zip(words[::2], words[1::2])]
         at = args[1]
-        for word in words + planes:
+        for word in (words if kind_.low else []) + planes:
             e.store(at, word)
             at = b.add(at, args[2])
         for n, half in enumerate(halves):
@@ -456,7 +462,7 @@ def quantise_value(_: Any, x: Any, to: Any, planes: Any, scale: Any, kind: Any) 
         e = Emitter(b)
         halves, codes = _block_codes(e, args[0], kind_)
         for n in range(kind_.planes):
-            own = e.constant(I32, 16 << n)
+            own = e.constant(I32, 1 << kind_.low + n)
             bits = [b.icmp_unsigned("==", b.and_(code, own), own) for code in codes]
             low, high = (b.zext(b.bitcast(each, I16), I32) for each in bits)
             e.store(args[2], b.or_(low, b.shl(high, ir.Constant(I32, 16))), 4 * LANES * n)
@@ -465,7 +471,7 @@ def quantise_value(_: Any, x: Any, to: Any, planes: Any, scale: Any, kind: Any) 
             codes = [b.or_(codes[0], b.shl(codes[1], e.constant(I32, 4)))]
         spread = ir.Constant(vector(I32, 64), [i // 4 if i % 4 == 0 else LANES for i in range(64)])
         mask = ir.Constant(vector(ir.IntType(1), 64), [1, 0, 0, 0] * LANES)
-        for n, each in enumerate(codes):
+        for n, each in enumerate(codes if kind_.low else []):
             wide = b.shuffle_vector(b.trunc(each, vector(I8)), e.zeros(I8), spread)
             e.store_masked(b.add(args[1], e.int64(64 * n)), wide, mask)
         for n, half in enumerate(halves):
