@@ -134,6 +134,20 @@ def test_batching_caching_and_chunking_change_no_token(
         assert all(o.num_cached_tokens == (len(o.prompt_token_ids) - 1) // size * size for o in warm)
 
 
+def test_the_tokens_of_each_step_are_counted(toy_model: Path) -> None:
+    """A prompt of 20 tokens in chunks of 8, then one token at a time; two texts decode together."""
+    with make(toy_model, max_num_batched_tokens=8, max_num_seqs=8, enable_prefix_caching=False) as engine:
+        engine.generate([list(range(1, 21))], params_of(4), use_tqdm=False)
+        counted = engine.stats().step_tokens
+        assert (counted.counts[:2], sum(counted.counts), counted.total) == ([3, 3], engine.stats().steps, 23)
+        engine.generate([[1, 2], [3, 4, 5]], params_of(3), use_tqdm=False)
+        assert engine.stats().step_tokens.total == 23 + 5 + 4
+
+
+def params_of(most: int) -> SamplingParams:
+    return SamplingParams(max_tokens=most, temperature=0, ignore_eos=True)
+
+
 def test_preemption_changes_no_token(toy_model: Path, alone: list[tuple[int, ...]]) -> None:
     config = toy_config()
     per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 2  # bf16

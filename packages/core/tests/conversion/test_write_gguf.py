@@ -31,6 +31,7 @@ from tests.common_run import few
 
 TOKENS = some_tokens(40)
 UNSAYABLE = {  # what there is no key for
+    "OLMo biases": "qkv_bias, output_bias",
     "OLMo 2 biases": "qkv_bias, output_bias",
     "Gemma-4 biases": "attention_bias",
     "Gemma-2 scale": "query_scale",

@@ -786,6 +786,16 @@ def _kimi_linear(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors
     return found
 
 
+def _olmo(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Norms without weights, the clip of q, k and v, and rows of q and k in pairs of neighbours."""
+    writer.add_layer_norm_eps(1e-5)
+    if config["clip_qkv"] is not None:
+        writer.add_clamp_kqv(config["clip_qkv"])
+    dim = config["hidden_size"] // config["num_attention_heads"]
+    turned = {name: interleaved(data, dim) for name, data in tensors.items() if "q_proj" in name or "k_proj" in name}
+    return {**tensors, **turned}
+
+
 def _olmo2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """OLMo 2 and 3 and EXAONE 4: windows, and the scaling of layers without one."""
     rope = config["rope_parameters"].get("full_attention", config["rope_parameters"])
@@ -1074,6 +1084,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "muse-glimmer": _muse_glimmer,
     "exaone": _olmo2,
     "internlm2": _llama,
+    "olmo": _olmo,
     "olmo2": _olmo2,
     "exaone4": _olmo2,
     "olmoe": lambda writer, config, tensors: _experts(writer, config, tensors),

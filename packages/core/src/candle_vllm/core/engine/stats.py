@@ -136,6 +136,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         generation_tokens: tokens of all outputs, since the start.
         finished: sequences by finish reason, since the start.
         preemptions, steps: counts since the start.
+        step_tokens: the number of tokens of each step, of prompts and decoded ones, draft tokens included.
         drafts, draft_tokens, accepted_draft_tokens: drafts (one for each sequence and step), draft tokens, and accepted
             draft tokens, since the start.
         accepted_per_position: number of accepted draft tokens at each position of a draft.
@@ -184,6 +185,10 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         "Accepted draft tokens, by position in the draft.", label="position")] = ()
     step_seconds: Annotated[tuple[float, ...], Stat("constant")] = ()
     steps: Annotated[int, Stat("counter", "candle_vllm:engine_steps_total", "Steps of the engine.")]
+    step_tokens: Annotated[Histogram, Stat(
+        "counter", "candle_vllm:engine_step_tokens",
+        "Tokens of a step: of prompts, decoded ones and draft tokens.")] = msgspec.field(
+            default_factory=lambda: Histogram((1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)))
     adapters: Annotated[int, Stat(
         "shared", "candle_vllm:lora_adapters", "LoRA adapters of the engine.", when="max_adapters")] = 0
     adapters_in_memory: Annotated[int, Stat(

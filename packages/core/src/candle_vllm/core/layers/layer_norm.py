@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
@@ -14,12 +16,15 @@ from candle_vllm.core.loading.weights import Parameter
 class LayerNorm:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension of x [T, size]; the arithmetic is fp32.
 
-    Source: Ba, Kiros and Hinton, 2016, arXiv:1607.06450.
+    Without `weighted` the weight is 1. Source: Ba, Kiros and Hinton, 2016, arXiv:1607.06450.
     """
 
-    def __init__(self, size: int, eps: float, placement: Placement, *, bias: bool = True) -> None:
+    def __init__(
+        self, size: int, eps: float, placement: Placement, *, weighted: bool = True, bias: bool = True
+    ) -> None:
         self.eps = eps
-        self.weight = placement.empty(size)
+        self.weight = placement.empty(size) if weighted else placement.constant(np.ones(size, np.float32))
+        self._weighted = weighted
         self.bias = placement.empty(size) if bias else None
 
     def __call__(self, x: Value) -> Value:
@@ -32,7 +37,7 @@ class LayerNorm:
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
-        found: dict[str, Parameter] = {"weight": TensorParameter(self.weight)}
+        found: dict[str, Parameter] = {"weight": TensorParameter(self.weight)} if self._weighted else {}
         return found if self.bias is None else {**found, "bias": TensorParameter(self.bias)}
 
 

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
+from candle_vllm.core.kernels.scale_cap import clamp_
 from candle_vllm.core.kernels.side_by_side import first_of_heads
 from candle_vllm.core.kernels.silu_mul import gated
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
-from candle_vllm.core.layers.layer_norm import HeadLayerNorm
+from candle_vllm.core.layers.layer_norm import HeadLayerNorm, LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.moe import Mixture, SparseMLP
@@ -49,6 +50,7 @@ class LlamaConfig(ModelConfig):
 
     Attributes:
         qkv_bias, output_bias, mlp_bias: which projections have biases.
+        qkv_clip: maximum magnitude of q, k and v before the rotation (`olmo.py`); None for no limit.
         qk_norm: q and k are RMS-normalised per head before the rotation.
         norms_behind: these norms follow the rotation (`hunyuan.py`).
         whole_norms: q and k are normalised over all heads at once (`olmoe.py`), so heads cannot be divided among ranks.
@@ -73,6 +75,7 @@ class LlamaConfig(ModelConfig):
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    qkv_clip: float | None = None
     qk_norm: bool = False
     norms_behind: bool = False
     whole_norms: bool = False
@@ -200,6 +203,7 @@ class Attention:
         self.head_dim = dim
         shards = dict[str, int](zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(inputs or config.hidden_size, shards, placement, bias=config.qkv_bias)
+        self.clip = config.qkv_clip
         self.gate_kind: GateKind | None = config.gate
         gates = heads * dim if config.wide_gate else heads
         self.gate = None if config.gate is None else Linear(config.hidden_size, gates, placement)
@@ -214,14 +218,16 @@ class Attention:
         of_heads = (None, None) if self.whole else norms
         window = config.sliding_windows[layer]
         turns = None if layer in config.unrotated_layers else rotary
-        bias = None if self.qkv.bias is None or config.qk_norm else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])]
+        changed = config.qk_norm or self.clip is not None  # the bias is then no longer the part that all keys share
+        bias = None if self.qkv.bias is None or changed else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])]
         scale = config.attention_scale
         options: dict[str, Any] = {"window": window, "scale": scale, "key_bias": bias}
         options["sinks"] = placement.empty(heads) if layer in config.sink_layers else None
         self.attend = PagedAttention(layer, dim, turns, *of_heads, **options, norms_behind=config.norms_behind)
 
     def __call__(self, x: Value, step: StepInput) -> Value:
-        parts = self.qkv(x).split(self.sizes, dim=-1)
+        qkv = self.qkv(x)
+        parts = (qkv if self.clip is None else clamp_(qkv, -self.clip, self.clip)).split(self.sizes, dim=-1)
         if self.whole and self.q_norm is not None and self.k_norm is not None:  # each has one head with all elements
             q, k = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, self.sizes[:2]))
             parts = (self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), parts[2])
@@ -248,9 +254,9 @@ class Block:
     """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
+        self.attention_norm: RMSNorm | LayerNorm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.attention = self.mixer(config, layer, rotary, placement)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
+        self.mlp_norm: RMSNorm | LayerNorm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.mlp = self.feed_forward(config, layer, placement)
 
     def feed_forward(self, config: Any, layer: int, placement: Placement) -> Callable[[Value], Value]:

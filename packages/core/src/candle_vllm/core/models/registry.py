@@ -58,6 +58,7 @@ FAMILIES = (
     "mamba",
     "jamba",
     "kimi_linear",
+    "olmo",
     "olmo2",
     "olmoe",
     "minimax_m2",

@@ -23,7 +23,7 @@ from candle_vllm.core.engine.outputs import FinishReason, TokenOutput, joined
 from candle_vllm.core.engine.runners.images import ImageStore
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
-from candle_vllm.core.engine.stats import EngineStats
+from candle_vllm.core.engine.stats import STATS, EngineStats, Histogram
 from candle_vllm.core.engine.step.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.step.live import Live, LiveSequence
 from candle_vllm.core.engine.step.pooled import PooledText
@@ -108,6 +108,7 @@ class Engine:
         self.draft_failures: dict[type[Exception], str] = {}
         self._last_logged: dict[type[Exception], float] = {}  # when a drafting failure was logged last
         self._counts = Counter(steps=0, prompt_tokens=0, cached_prompt_tokens=0, generation_tokens=0)
+        self._step_tokens: Histogram = STATS["step_tokens"].zero.copy()
         self._finished: Counter[str] = Counter()
         self._left: list[TokenOutput] = []  # outputs of a `sleep` that failed, for the next step
         self._waits_since = -1  # `AdapterStore.changes` when all sequences began to wait for adapters; -1 otherwise
@@ -291,7 +292,7 @@ class Engine:
         """Return the current counters and gauges."""
         parts = (self.scheduler, self.offloaded, self.images, self._drafter)
         level = 0 if self.sleeper is None else self.sleeper.level
-        own = {**self._counts, "finished": self._finished, "sleep_level": level}
+        own = {**self._counts, "finished": self._finished, "step_tokens": self._step_tokens, "sleep_level": level}
         return EngineStats.snapshot(own, *(part.stats() for part in parts if part is not None))
 
     def _launch(self, outputs: list[TokenOutput]) -> _Flight | None:
@@ -351,6 +352,7 @@ class Engine:
         """
         self._counts["steps"] += 1
         step, batch = flight.step, flight.batch
+        self._step_tokens.observe(sum([run.count for run in step]))
         if flight.ahead:
             for live in flight.lives:
                 live.sequence.num_ahead -= 1
