@@ -30,7 +30,7 @@ from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import centred
-from candle_vllm.core.models.siglip import ACTIVATIONS, LARGE, MOST_PATCHES, Block, hf_values
+from candle_vllm.core.models.siglip import ACTIVATIONS, LARGE, MOST_PATCHES, SMALL, Block, hf_values
 from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut, GridRule, crop_rule, over
@@ -40,6 +40,8 @@ from candle_vllm.core.vision.preprocessing import NOTHING, Cut, GridRule, crop_r
 _MOST_TILES = 64
 _GRIDS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 _SIZE = {"height": 384, "width": 384}
+_LARGE = {**LARGE, "patch_size": 14, "image_size": 384}
+"""The `vision_config` of a config without one, as in transformers; SigLIP's defaults complete one that is there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,20 +67,20 @@ def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> LlavaOnevisionTowerConfig:
     """Read `config.json` and `preprocessor_config.json`."""
-    vision = fields.section("vision_config")
+    vision = fields.with_defaults(vision_config=_LARGE).section("vision_config")
     fields.choice("vision_feature_select_strategy", "full", "full")
     if (layer := fields.values.get("vision_feature_layer", -1)) not in (-1, [-1]):
         raise UnsupportedModelError(f"{fields.path}: vision_feature_layer is {layer!r:.40}; implemented: -1, the last")
-    patch = vision.count("patch_size", 14)
+    patch = vision.count("patch_size", 16)
     rule = _rule(fields, over(processor, said), patch)
-    side = vision.count("image_size", 384) // patch
+    side = vision.count("image_size", 224) // patch
     if not 0 < side**2 <= MOST_PATCHES or rule.tile // patch != side:
         raise InvalidFileError(
             f"{processor.path}: tiles of {rule.tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
             f"and at most {MOST_PATCHES} are supported"
         )
     return LlavaOnevisionTowerConfig(
-        **hf_values(vision.with_defaults(**LARGE)),
+        **hf_values(vision.with_defaults(**SMALL)),
         projector_activation=ACTIVATIONS[fields.choice("projector_hidden_act", "gelu", *ACTIVATIONS)],
         projector_bias=fields.get("multimodal_projector_bias", bool, True),
         tiles=1 + max(rows * columns for rows, columns in rule.grids),
