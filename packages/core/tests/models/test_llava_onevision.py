@@ -165,6 +165,17 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
+def test_steps_run_between_the_rows_of_a_large_image(folder: Path) -> None:
+    """All rows of an image of 36 tiles take more than a second in a model of a usual size."""
+    loaded = loaded_from(folder, op_by_op=True)
+    assert loaded.tower is not None
+    _, images = loaded.tower.vision.look([PAD], PICTURES[:1])
+    made = np.zeros((len(images[0].sizes) * 9, loaded.tower.tower.config.text_size), np.float32)
+    rule = loaded.tower.vision.parts.rule
+    joined = loaded.tower.tower.join(made, images[0].whole)  # type: ignore[attr-defined]
+    assert sum(1 for _ in joined) == rule.cut(*images[0].whole).joined[0]
+
+
 @pytest.mark.parametrize(("eager", "tokens"), few([(e, t) for e in (True, False) for t in (512, 23)], (True, 23)))
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2])

@@ -31,7 +31,7 @@ from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import centred
 from candle_vllm.core.models.siglip import ACTIVATIONS, LARGE, MOST_PATCHES, SMALL, Block, hf_values
-from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.tower_family import Joining, Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut, GridRule, crop_rule, over
 
@@ -165,15 +165,17 @@ class LlavaOnevisionTower:
         """See `Tower`."""
         return self.second(activation(self.first(cells), self.config.projector_activation))
 
-    def join(self, made: NDArray[np.float32], whole: tuple[int, int]) -> NDArray[np.float32]:
+    def join(self, made: NDArray[np.float32], whole: tuple[int, int]) -> Joining:
         """See `JoiningTower`."""
         rule = self.config.rule
         assert isinstance(rule, GridRule)
-        return join_grid(made, rule.cut(*whole), self.config.side, on_host(self.newline.weight))
+        return (yield from join_grid(made, rule.cut(*whole), self.config.side, on_host(self.newline.weight)))
 
 
-def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[np.float32]) -> NDArray[np.float32]:
+def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[np.float32]) -> Joining:
     """Rows of the embeddings that show an image, each followed by `newline`, after those of the whole image's tile.
+
+    Yields after each row: all rows of a large image take a second.
 
     Args:
         made: embeddings of all tiles [tiles * side * side, text size].
@@ -186,8 +188,9 @@ def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[n
     size, (high, wide), shape = made.shape[1], cut.shown, cut.joined
     tiles = made[side**2 :].reshape(cut.rows, cut.columns, side, side, size)
     top, left = (cut.rows * side - high) // 2, (cut.columns * side - wide) // 2
-    found = np.empty((shape[0], shape[1] + 1, size), np.float32)
-    found[:, -1] = newline
+    whole = np.empty((side**2 + shape[0] * (shape[1] + 1), size), np.float32)
+    whole[: side**2] = made[: side**2]
+    found = whole[side**2 :].reshape(shape[0], shape[1] + 1, size)
 
     def line(row: int) -> NDArray[np.float32]:
         """Row of the embeddings that show the image, [wide, text size]."""
@@ -197,12 +200,14 @@ def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[n
     rows, shares = centred(np.arange(shape[0]), shape[0], high)
     columns, parts = centred(np.arange(shape[1]), shape[1], wide)
     for row in range(shape[0]):
+        found[row, -1] = newline
         if shape == cut.shown:
             found[row, :-1] = line(row)
-            continue
-        mixed = np.add.reduce([line(near[row]) * share[row] for near, share in zip(rows, shares)])
-        found[row, :-1] = np.add.reduce([mixed[near] * part[:, None] for near, part in zip(columns, parts)])
-    return np.concatenate([made[: side**2], found.reshape(-1, size)])
+        else:
+            mixed = np.add.reduce([line(near[row]) * share[row] for near, share in zip(rows, shares)])
+            found[row, :-1] = np.add.reduce([mixed[near] * part[:, None] for near, part in zip(columns, parts)])
+        yield
+    return whole
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
