@@ -109,6 +109,9 @@ def test_rotary_settings_have_the_defaults_of_transformers(name: str, owner: str
     completed = CONFIG_MAPPING[name].from_dict(copy.deepcopy(values)).to_dict()
     ours, theirs = (family_from_hf(each, Path("config.json"), impl="native")[1].rope for each in (values, completed))
     assert ours == theirs
+    if name == "gpt_oss":
+        seeing = {"architectures": ["InternVLForConditionalGeneration"], "text_config": values, "vision_config": {}}
+        assert family_from_hf(seeing, Path("config.json"))[1].rope == theirs
 
 
 def test_a_null_window_is_no_window() -> None:

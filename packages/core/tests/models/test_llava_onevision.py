@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionConfig
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
@@ -165,6 +165,17 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
+def test_steps_run_between_the_rows_of_a_large_image(folder: Path) -> None:
+    """All rows of an image of 36 tiles take more than a second in a model of a usual size."""
+    loaded = loaded_from(folder, op_by_op=True)
+    assert loaded.tower is not None
+    _, images = loaded.tower.vision.look([PAD], PICTURES[:1])
+    made = np.zeros((len(images[0].sizes) * 9, loaded.tower.tower.config.text_size), np.float32)
+    rule = loaded.tower.vision.parts.rule
+    joined = loaded.tower.tower.join(made, images[0].whole)  # type: ignore[attr-defined]
+    assert sum(1 for _ in joined) == rule.cut(*images[0].whole).joined[0]
+
+
 @pytest.mark.parametrize(("eager", "tokens"), few([(e, t) for e in (True, False) for t in (512, 23)], (True, 23)))
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2])
@@ -245,8 +256,22 @@ def test_the_published_config_is_read() -> None:
     path = Path("config.json")
     tower = FAMILY.config_from_hf(Fields(PUBLISHED, path), Fields({}, path), 896, {})
     assert (tower.hidden_size, tower.num_layers, tower.side, tower.tiles) == (1152, 26, 27, 37)
+    absent = FAMILY.config_from_hf(Fields(PUBLISHED | {"vision_config": None}, path), Fields({}, path), 896, {})
+    assert absent == tower
     family, text = family_from_hf(PUBLISHED, path)
     assert (family.hf.get("Qwen2ForCausalLM"), text.hidden_size, text.num_layers) == ("qwen2", 896, 24)
+
+
+def test_a_vision_config_without_sizes_has_those_of_siglip() -> None:
+    path, known = Path("config.json"), SiglipVisionConfig()
+    fields = Fields(PUBLISHED | {"vision_config": {"model_type": "siglip_vision_model"}}, path)
+    images = {"size": {"height": 224, "width": 224}, "image_grid_pinpoints": [[224, 448]]}
+    tower = FAMILY.config_from_hf(fields, Fields(images, path), 896, {})
+    sizes = tower.hidden_size, tower.intermediate_size, tower.num_layers, tower.num_heads, tower.patch
+    assert sizes == (
+        known.hidden_size, known.intermediate_size, known.num_hidden_layers, known.num_attention_heads,
+        known.patch_size,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

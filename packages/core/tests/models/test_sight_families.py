@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
@@ -818,6 +818,10 @@ def test_what_llava_says_of_its_tower(folders: Callable[[str], Path], tmp_path: 
     usual = Fields(config | {"vision_config": {"model_type": "clip_vision_model"}}, tmp_path)
     made, known = clip_tower.FAMILY.config_from_hf(usual, Fields({}, tmp_path), 64, {}), CLIPVisionConfig()
     assert (made.hidden_size, made.num_heads, made.patch) == (768, known.num_attention_heads, known.patch_size)
+    absent, large = Fields(config | {"vision_config": None}, tmp_path), LlavaConfig().vision_config
+    sizes = {"size": {"shortest_edge": large.image_size}, "crop_size": large.image_size}
+    made = clip_tower.FAMILY.config_from_hf(absent, Fields(sizes, tmp_path), 64, {})
+    assert (made.hidden_size, made.num_heads, made.patch) == (1024, large.num_attention_heads, large.patch_size)
     whole = Fields(dict(processor.values) | {"size": 24, "do_center_crop": False}, tmp_path)
     rule = clip_tower.FAMILY.config_from_hf(Fields(config, tmp_path), whole, 64, {}).rule
     assert rule.tiles(picture_of(PICTURES[0])).shape == (1, 24, 24, 3)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
@@ -74,9 +75,15 @@ def without_head(
         config: the configuration that was read.
         known: classes with an output layer.
         tensors: tensors of the checkpoint, after `prefixed`; None if they are not known.
+
+    Raises:
+        WeightsError: the embeddings are not tied, and only the head is stored, which `prefixed` renamed.
     """
-    headless = tensors is not None and not any(stored.startswith("lm_head.") for stored in tensors)
-    bare = tensors is not None and any(tensor.name != stored for stored, tensor in tensors.items())
+    tensors = tensors or {}
+    headless = bool(tensors) and not any(stored.startswith("lm_head.") for stored in tensors)
+    bare = any(tensor.name != stored for stored, tensor in tensors.items())
+    if headless and not config.tie_embeddings and any(each.name == "lm_head.weight" for each in tensors.values()):
+        raise WeightsError(f"tensor {_PREFIX}embed_tokens.weight is missing, and the embeddings are not tied")
     if decoder_class(name, known) != name or (bare and headless and not config.tie_embeddings):
         return dataclasses.replace(config, tie_embeddings=True, has_head=False)
     return config

@@ -64,11 +64,18 @@ class ClipTowerConfig(TowerConfig):
         return super().step_bytes(threads) + 256 * 4 * 2 * self.text_size
 
 
+_LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "patch_size": 14, "image_size": 336,
+}  # fmt: skip
+"""The `vision_config` of a config without one, as in transformers; CLIP's defaults complete one that is there."""
+
+
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> ClipTowerConfig:
     """Read `config.json` and `preprocessor_config.json` of LLaVA with CLIP's vision encoder."""
-    vision = fields.section("vision_config")
+    vision = fields.with_defaults(vision_config=_LARGE).section("vision_config")
     fields.choice("vision_feature_select_strategy", "default", "default")
     stored = vision.count("num_hidden_layers", 12, most=MAX_LAYERS)
     last = fields.values.get("vision_feature_layer", -2)

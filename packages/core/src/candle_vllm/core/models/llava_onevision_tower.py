@@ -30,8 +30,8 @@ from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import centred
-from candle_vllm.core.models.siglip import ACTIVATIONS, LARGE, MOST_PATCHES, Block, hf_values
-from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.siglip import ACTIVATIONS, LARGE, MOST_PATCHES, SMALL, Block, hf_values
+from candle_vllm.core.models.tower_family import Joining, Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut, GridRule, crop_rule, over
 
@@ -40,6 +40,8 @@ from candle_vllm.core.vision.preprocessing import NOTHING, Cut, GridRule, crop_r
 _MOST_TILES = 64
 _GRIDS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 _SIZE = {"height": 384, "width": 384}
+_LARGE = {**LARGE, "patch_size": 14, "image_size": 384}
+"""The `vision_config` of a config without one, as in transformers; SigLIP's defaults complete one that is there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,20 +67,20 @@ def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> LlavaOnevisionTowerConfig:
     """Read `config.json` and `preprocessor_config.json`."""
-    vision = fields.section("vision_config")
+    vision = fields.with_defaults(vision_config=_LARGE).section("vision_config")
     fields.choice("vision_feature_select_strategy", "full", "full")
     if (layer := fields.values.get("vision_feature_layer", -1)) not in (-1, [-1]):
         raise UnsupportedModelError(f"{fields.path}: vision_feature_layer is {layer!r:.40}; implemented: -1, the last")
-    patch = vision.count("patch_size", 14)
+    patch = vision.count("patch_size", 16)
     rule = _rule(fields, over(processor, said), patch)
-    side = vision.count("image_size", 384) // patch
+    side = vision.count("image_size", 224) // patch
     if not 0 < side**2 <= MOST_PATCHES or rule.tile // patch != side:
         raise InvalidFileError(
             f"{processor.path}: tiles of {rule.tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
             f"and at most {MOST_PATCHES} are supported"
         )
     return LlavaOnevisionTowerConfig(
-        **hf_values(vision.with_defaults(**LARGE)),
+        **hf_values(vision.with_defaults(**SMALL)),
         projector_activation=ACTIVATIONS[fields.choice("projector_hidden_act", "gelu", *ACTIVATIONS)],
         projector_bias=fields.get("multimodal_projector_bias", bool, True),
         tiles=1 + max(rows * columns for rows, columns in rule.grids),
@@ -163,15 +165,17 @@ class LlavaOnevisionTower:
         """See `Tower`."""
         return self.second(activation(self.first(cells), self.config.projector_activation))
 
-    def join(self, made: NDArray[np.float32], whole: tuple[int, int]) -> NDArray[np.float32]:
+    def join(self, made: NDArray[np.float32], whole: tuple[int, int]) -> Joining:
         """See `JoiningTower`."""
         rule = self.config.rule
         assert isinstance(rule, GridRule)
-        return join_grid(made, rule.cut(*whole), self.config.side, on_host(self.newline.weight))
+        return (yield from join_grid(made, rule.cut(*whole), self.config.side, on_host(self.newline.weight)))
 
 
-def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[np.float32]) -> NDArray[np.float32]:
+def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[np.float32]) -> Joining:
     """Rows of the embeddings that show an image, each followed by `newline`, after those of the whole image's tile.
+
+    Yields after each row: all rows of a large image take a second.
 
     Args:
         made: embeddings of all tiles [tiles * side * side, text size].
@@ -184,8 +188,9 @@ def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[n
     size, (high, wide), shape = made.shape[1], cut.shown, cut.joined
     tiles = made[side**2 :].reshape(cut.rows, cut.columns, side, side, size)
     top, left = (cut.rows * side - high) // 2, (cut.columns * side - wide) // 2
-    found = np.empty((shape[0], shape[1] + 1, size), np.float32)
-    found[:, -1] = newline
+    whole = np.empty((side**2 + shape[0] * (shape[1] + 1), size), np.float32)
+    whole[: side**2] = made[: side**2]
+    found = whole[side**2 :].reshape(shape[0], shape[1] + 1, size)
 
     def line(row: int) -> NDArray[np.float32]:
         """Row of the embeddings that show the image, [wide, text size]."""
@@ -195,12 +200,14 @@ def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[n
     rows, shares = centred(np.arange(shape[0]), shape[0], high)
     columns, parts = centred(np.arange(shape[1]), shape[1], wide)
     for row in range(shape[0]):
+        found[row, -1] = newline
         if shape == cut.shown:
             found[row, :-1] = line(row)
-            continue
-        mixed = np.add.reduce([line(near[row]) * share[row] for near, share in zip(rows, shares)])
-        found[row, :-1] = np.add.reduce([mixed[near] * part[:, None] for near, part in zip(columns, parts)])
-    return np.concatenate([made[: side**2], found.reshape(-1, size)])
+        else:
+            mixed = np.add.reduce([line(near[row]) * share[row] for near, share in zip(rows, shares)])
+            found[row, :-1] = np.add.reduce([mixed[near] * part[:, None] for near, part in zip(columns, parts)])
+        yield
+    return whole
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -250,18 +250,24 @@ class Tower(Protocol):
         ...
 
 
+Joining: TypeAlias = Generator[None, None, NDArray[np.float32]]
+
+
 @runtime_checkable
 class JoiningTower(Tower, Protocol):
     """A vision encoder that joins the embeddings of a grid of tiles to rows of the whole image."""
 
-    def join(self, made: NDArray[np.float32], whole: tuple[int, int]) -> NDArray[np.float32]:
-        """Embeddings of an image of this height and width, from those of all its tiles [C, text size]."""
+    def join(self, made: NDArray[np.float32], whole: tuple[int, int]) -> Joining:
+        """Embeddings of an image of this height and width, from those of all its tiles [C, text size].
+
+        Yields between rows, so that steps can run.
+        """
         ...
 
 
-def joined(tower: Tower, made: NDArray[np.float32], whole: tuple[int, int]) -> NDArray[np.float32]:
+def joined(tower: Tower, made: NDArray[np.float32], whole: tuple[int, int]) -> Joining:
     """The embeddings of an image; see `JoiningTower`."""
-    return tower.join(made, whole) if isinstance(tower, JoiningTower) else made
+    return (yield from tower.join(made, whole)) if isinstance(tower, JoiningTower) else made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -319,7 +319,7 @@ class EagerTower:
             with _computing(self._device):
                 found = torch.cat([tower.project(tower.cells(tower.norm(x))), *deep], 1)
                 made.append(rows.in_order(found.float().cpu().numpy()))
-        return joined(tower, np.concatenate(made), whole)
+        return (yield from joined(tower, np.concatenate(made), whole))
 
 
 class EagerHead(EagerRunner):

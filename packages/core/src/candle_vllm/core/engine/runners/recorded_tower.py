@@ -109,7 +109,7 @@ class RecordedTower:
         made = np.empty((ends[-1], config.vectors * config.text_size), np.float32)
         for tile, target in zip(tiles, np.split(made, ends[:-1])):
             yield from self._encode(tile, target, clock)
-        return joined(self._tower, made, whole)
+        return (yield from joined(self._tower, made, whole))
 
     def _encode(self, tile: NDArray[np.uint8], target: NDArray[np.float32], clock: _Clock) -> Iterator[None]:
         """Write the embeddings of a tile to `target`, [cells, vectors * text size]."""
