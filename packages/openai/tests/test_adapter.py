@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import threading
+import weakref
 from functools import partial
 from typing import Any
 
@@ -561,9 +563,10 @@ async def test_long_answers_are_joined_beside_the_event_loop(call: str, monkeypa
     monkeypatch.setattr(adapter_module, name, spy)
     monkeypatch.setattr(answers_module, "_MANY_EVENTS", 5)
     fields = {"messages": HI} if call == "chat" else {"prompt": "x"}
-    for text in ("a", "abcdefgh"):
-        await getattr(OpenAIAdapter(ScriptedEngine(text)), call)(fields)
-    assert [thread is threading.main_thread() for thread in joined] == [True, False]
+    logprobs = {"logprobs": True} if call == "chat" else {"logprobs": 0}
+    for text, more in (("a", {}), ("abcdefgh", {}), ("a", logprobs), ("a", {"prompt_logprobs": 0})):
+        await getattr(OpenAIAdapter(ScriptedEngine(text)), call)(fields | more)
+    assert [thread is threading.main_thread() for thread in joined] == [True, False, False, False]
 
 
 async def test_one_wrong_prompt_aborts_the_others() -> None:
@@ -602,6 +605,19 @@ async def test_closing_a_stream_aborts_begun_or_not(prompt: object) -> None:
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
     assert len(engine.aborted) == len(engine.requests) > 1
+
+
+async def test_a_failed_whole_answer_leaves_no_cycle() -> None:
+    """A cycle would keep the request and its events until the next garbage collection."""
+    gc.disable()
+    try:
+        with pytest.raises(GenerationFailedError) as caught:
+            await complete(ScriptedEngine("abc", fail_after=2, failure="boom"), prompt="a")
+        error = weakref.ref(caught.value)
+        del caught
+        assert error() is None
+    finally:
+        gc.enable()
 
 
 async def test_cancelling_a_whole_answer_aborts() -> None:

@@ -84,6 +84,7 @@ def test_servers(start_mcp: Start, web: HttpMcpServer, tmp_path: Path) -> None:
         ({"api_key": ("one",), "management_key": ("operator",)}, True),
         ({"api_key": ("one", "other"), "management_key": ("operator",)}, False),
         ({"management_key": ("operator",)}, False),  # clients need no key, so anybody may have made the calls
+        ({"management_key": ("one",)}, True),
     ],
 )
 def test_a_log_may_tell_of_the_calls_of_other_keys(

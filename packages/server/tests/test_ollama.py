@@ -355,13 +355,12 @@ def test_who_cannot_unload_is_told(start: Callable[..., Any]) -> None:
 
 def test_a_key_that_opens_no_routes_of_operators_unloads_nothing(start: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("keys: [{name: a, key: client}, {name: b, key: operator, manages: true}]")
-    running = start(
-        ModelManager(Catalogue([ModelEntry("scripted", Settings())]), FakeLoader()), api_keys_file=tmp_path / "keys"
-    )
-    for key, said, loaded in (("client", "load", 1), ("operator", "unload", 0)):
-        with client_of(running, headers={"authorization": f"Bearer {key}"}) as client:
-            assert client.generate("scripted", "", keep_alive=0).done_reason == said
-            assert len(client.ps().models) == loaded
+    for keys in ({"api_keys_file": tmp_path / "keys"}, {"management_key": ("operator",)}):
+        running = start(ModelManager(Catalogue([ModelEntry("scripted", Settings())]), FakeLoader()), **keys)
+        for key, said, loaded in (("client", "load", 1), ("operator", "unload", 0)):
+            with client_of(running, headers={"authorization": f"Bearer {key}"}) as client:
+                assert client.generate("scripted", "", keep_alive=0).done_reason == said
+                assert len(client.ps().models) == loaded
 
 
 # ---- changing which models there are ---------------------------------------------------------------------------------

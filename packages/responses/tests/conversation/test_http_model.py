@@ -175,9 +175,12 @@ async def test_logprobs_are_kept() -> None:
          [{"id": "a", "function": {"arguments": '{"a": 1}'}}, {"id": "b", "function": {"arguments": '{"a": 2}'}}]],
         [[{"id": "a", "function": {"name": "add", "arguments": '{"a": 1}'}},
           {"id": "a", "function": {"name": "plus", "arguments": '{"a": 2}'}}]],
+        [[{"id": "a", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+         [{"id": "a", "function": {"name": "plus", "arguments": '{"a": '}}],
+         [{"id": "a", "function": {"arguments": "2}"}}]],
     ],
     ids=["whole", "objects without index and id", "pieces without index and id", "all under index 0", "only ids",
-         "only ids, by turns", "one id for two tools"],
+         "only ids, by turns", "one id for two tools", "one id for two tools, in pieces"],
 )  # fmt: skip
 async def test_calls_of_all_kinds(deltas: list[Any]) -> None:
     def add(a: int) -> int:

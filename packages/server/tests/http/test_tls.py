@@ -30,7 +30,7 @@ from uvicorn.server import ServerState
 from candle_vllm.server.bench.client import Target, WholeClient
 from candle_vllm.server.cli import main
 from candle_vllm.server.http import tls
-from candle_vllm.server.http.protocol import http_protocol
+from candle_vllm.server.http.protocol import TLS_PART, http_protocol
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.running_server import Running
@@ -132,6 +132,8 @@ async def test_a_large_answer_waits_until_the_client_reads(files: Path) -> None:
     await reader.readuntil(b"\r\n\r\n")
     await asyncio.sleep(0.3)
     assert not sent.is_set()
+    (connection,) = state.connections
+    assert connection.transport.get_write_buffer_size() < 3 * TLS_PART
     assert await reader.readexactly(size) == b"ab" * (size // 2)
     await asyncio.wait_for(sent.wait(), 60)
     writer.close()

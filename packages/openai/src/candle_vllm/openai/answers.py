@@ -388,20 +388,22 @@ class ChunkStream(PushStream[ChunkT]):
     async def whole(self, join: Callable[[list[ChunkT]], WholeT]) -> WholeT:
         """Return the joined chunks at the end, instead of `push`; cancelling this coroutine aborts the request.
 
-        Deltas are joined before they are written; long answers in a thread, to keep the event loop free.
+        Deltas are joined before they are written; in a thread if there are many, or log-probabilities.
         """
         gathered = _Gathered()
         async with aclosing(self):
             self.events.push_written(gathered, lambda events: events, self.worded)
             await gathered.ended
-        if gathered.error is not None:
-            raise gathered.error
+        if gathered.errors:
+            raise gathered.errors.pop()  # its traceback refers to this frame
 
         def written() -> WholeT:
             with self.worded():
                 return join([*self.first, *self.writer.write(_with_joined_deltas(gathered.events))])
 
-        return await apart(written) if len(gathered.events) > _MANY_EVENTS else written()
+        logprobs = (getattr(one, "logprobs", None) or getattr(one, "prompt_logprobs", None) for one in gathered.events)
+        large = len(gathered.events) > _MANY_EVENTS or any(logprobs)
+        return await apart(written) if large else written()
 
 
 class _Gathered:
@@ -409,14 +411,14 @@ class _Gathered:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.error: Exception | None = None
+        self.errors: list[Exception] = []
         self.ended = asyncio.get_running_loop().create_future()
 
     def put(self, items: Sequence[Event]) -> None:
         self.events += items
 
     def end(self, error: Exception | None = None) -> None:
-        self.error = error
+        self.errors += [] if error is None else [error]
         if not self.ended.done():
             self.ended.set_result(None)
 

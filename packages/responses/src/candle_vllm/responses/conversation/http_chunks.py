@@ -154,8 +154,8 @@ class _Choice:
     def _index_of(self, call: dict[str, Any], name: str) -> int:
         """Return the index in `_calls` for a delta; a name with another id under a known index begins a new call."""
         index, given = call.get("index"), _text(call, "id") or ""
-        if not isinstance(index, int):  # the id of a call continues it; otherwise a name begins a call
-            begun = ((at, self._calls[number]) for at, number in self._indices.items() if given)
+        if not isinstance(index, int):  # an id continues the last call that has it; otherwise a name begins a call
+            begun = ((at, self._calls[number]) for at, number in reversed(self._indices.items()) if given)
             same = (at for at, one in begun if one.given_id == given and (not name or one.name in ("", name)))
             index = next(same, self._next_index if name else max(self._next_index - 1, 0))
         self._next_index = max(self._next_index, index + 1)

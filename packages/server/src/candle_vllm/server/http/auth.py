@@ -67,11 +67,12 @@ class ApiKeyMiddleware:
         manages = self._access.manages(scope.get("method"), routed_path(scope))
         guarded = self._keys.guards(operators=manages)
         if not guarded or path in self._access.public:
-            scope.setdefault("state", {})["manages"] = False
+            key = self._keys.find(_given(scope, page=False))
+            known = key if key is not None and key.is_valid else None
+            state = scope.setdefault("state", {})
+            state["manages"] = known is not None and known.manages
             if path == READY and guarded:
-                key = self._keys.find(_given(scope, page=False))
-                known = {"caller": key.caller} if key is not None and key.is_valid else {"stranger": True}
-                scope["state"].update(known)
+                state.update({"stranger": True} if known is None else {"caller": known.caller})
             await self._app(scope, receive, send)
             return
         page = _is_page(scope.get("method", ""), path)

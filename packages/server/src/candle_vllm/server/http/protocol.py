@@ -185,6 +185,8 @@ class _LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.scheme == "https":
+            transport.set_write_buffer_limits(TLS_PART)  # as over TCP; at the end, the unsent rest has 30 s
         self._unread = _UnreadTransport(transport, lambda: self._linger(transport))
 
     def data_received(self, data: bytes) -> None:
