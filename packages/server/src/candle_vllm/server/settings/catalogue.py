@@ -40,7 +40,7 @@ class ModelEntry:
     def is_as(self, other: ModelEntry) -> bool:
         """Whether a model that was loaded for this entry fits the other entry.
 
-        Settings of the process do not count, nor do `aliases` after the first; the setting `served_model_name` does.
+        Settings of the process do not count, nor do names after the first.
         """
         own = {option.name for option in OPTIONS if option.in_yaml or option.group == MODEL} - {"served_model_name"}
         mine, theirs = self.settings, other.settings
