@@ -369,6 +369,11 @@ async def test_a_refusal_is_told_however_it_is_cut() -> None:
         client.data_received(part)
     closed.connection_lost(None)
     assert (client.failure, closed.failure) == ("HTTP/1.1 400 Bad: full", "the connection was closed")
+    for head in (b"content-length: 4", b"transfer-encoding: chunked"):
+        cut = EventClient(b"")
+        cut.data_received(b"HTTP/1.1 503 Busy\r\n" + head + b"\r\n\r\n")
+        cut.connection_lost(ConnectionResetError())
+        assert cut.failure == "HTTP/1.1 503 Busy"
     nowhere = EventClient(b"")
     await Target("http://a..b").send(nowhere)
     assert "no connection: " in (nowhere.failure or "")

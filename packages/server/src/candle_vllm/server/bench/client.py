@@ -83,7 +83,8 @@ class AnswerClient(asyncio.Protocol):
         self._bound()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._in_body and not self._chunked and self._left is None and exc is None:
+        whole = not self._chunked and self._left is None and exc is None
+        if self._in_body and (whole or b" 200" not in self._status):
             self._finish(time.monotonic())
         else:
             self.fail("the connection was closed" + (f": {exc}" if exc else ""))
