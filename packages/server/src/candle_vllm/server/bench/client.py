@@ -83,8 +83,7 @@ class AnswerClient(asyncio.Protocol):
         self._bound()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        whole = not self._chunked and self._left is None and exc is None
-        if self._in_body and (whole or b" 200" not in self._status):
+        if self._in_body and (b" 200" not in self._status or not (self._chunked or self._left is not None or exc)):
             self._finish(time.monotonic())
         else:
             self.fail("the connection was closed" + (f": {exc}" if exc else ""))
