@@ -340,6 +340,7 @@ async def test_events_are_read_however_they_are_cut(way: str, size: int) -> None
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", "cannot be read"),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n-5\r\n", "cannot be read"),
         (b"HTTP/1.1 200 OK\r\n\r\ndata: {\n\n", "not JSON"),
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: " + b"[" * 100_000 + b"\n\n", "not JSON"),
         (b'HTTP/1.1 200 OK\r\n\r\ndata: {"error":{"message":"died"}}\n\n', "died"),
         (b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices":[{"text":"a"}]}\n\n', "before its last event"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (2 << 20), "an event is larger than 1 MB"),
@@ -369,17 +370,24 @@ async def test_a_refusal_is_told_however_it_is_cut() -> None:
         client.data_received(part)
     closed.connection_lost(None)
     assert (client.failure, closed.failure) == ("HTTP/1.1 400 Bad: full", "the connection was closed")
+    for head in (b"content-length: 4", b"transfer-encoding: chunked"):
+        cut = EventClient(b"")
+        cut.data_received(b"HTTP/1.1 503 Busy\r\n" + head + b"\r\n\r\n")
+        cut.connection_lost(ConnectionResetError())
+        assert cut.failure == "HTTP/1.1 503 Busy"
     nowhere = EventClient(b"")
     await Target("http://a..b").send(nowhere)
     assert "no connection: " in (nowhere.failure or "")
 
 
 async def test_answers_that_are_no_stream() -> None:
-    good, wrong = WholeClient(b""), WholeClient(b"")
+    good, wrong, deep = WholeClient(b""), WholeClient(b""), WholeClient(b"")
     good.data_received(b'HTTP/1.1 200 OK\r\ncontent-length: 29\r\n\r\n{"usage":{"prompt_tokens":7}}')
     wrong.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n{")
     assert (good.whole(), good.usage) == (True, {"prompt_tokens": 7})
-    assert (wrong.whole(), wrong.failure) == (False, "the answer is not JSON")
+    deep.data_received(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000)
+    for client in (wrong, deep):
+        assert (client.whole(), client.failure) == (False, "the answer is not JSON")
 
 
 def test_a_server_without_usage_or_tokenizer_is_told_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

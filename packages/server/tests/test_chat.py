@@ -612,7 +612,8 @@ class TestCommands:
         path = tmp_path / "my models" / "a b.gguf"
         path.write_bytes(b"x")
         lines = ["/model org/name q4.gguf", f"/model {path}", f'/model "{path}"', "/model '~/my models/a b.gguf'"]
-        out = talk(monkeypatch, capsys, *lines, "/model org/name", "/model a b c", '/model "open', '/model ""')
+        wrong = ["/model a b c", '/model "open', '/model ""', "/model ~nobody/m"]
+        out = talk(monkeypatch, capsys, *lines, "/model org/name", *wrong)
         assert asked_for == [
             ("first", None),
             ("org/name", "q4.gguf"),
@@ -622,6 +623,7 @@ class TestCommands:
         assert weights == [Path("first.imatrix"), *[None] * 5]
         assert out.count("error: /model takes MODEL and FILE: ") == 2
         assert "error: /model takes a model" in out
+        assert "RuntimeError" not in out
 
     def test_nothing_typed_ends_the_chat_with_a_traceback(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -192,6 +192,7 @@ def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, capsys: p
         Path.home()
     assert main(["config", "--m", "org/name"]) == 0
     assert "org/name" in capsys.readouterr().out
+    assert Path.home() == Path("/")  # which the chat's history, the hub's folder and the caches read
 
 
 def test_no_traceback_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import re
@@ -87,6 +88,11 @@ async def test_a_model_with_one_name_more_or_less_stays_loaded(served: Served) -
         entry = served.manager.find("b").entry
         assert entry.names == entry.settings.served_model_name  # whose names /api/delete leaves
         (await served.manager.acquire(entry.names[-1])).release()
+    copied = dataclasses.replace(served.manager.find("b").entry, aliases=("b", "copy"))  # as /api/copy makes it
+    entries = [copied if slot.entry.name == "b" else slot.entry for slot in served.manager.slots.values()]
+    served.manager.adopt(Catalogue(entries, served.manager.catalogue.default.name))
+    assert (await served.change("served_model_name: b}", "served_model_name: [b, copy]}")).changed == ()
+    assert served.manager.find("copy").entry.settings.served_model_name == ("b", "copy")
     assert served.loader.loads == ["b"]
 
 

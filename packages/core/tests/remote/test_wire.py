@@ -132,8 +132,10 @@ def test_the_reason_that_a_process_sent_before_its_end_is_reported(monkeypatch: 
             monkeypatch.setattr(link._process, name, value, raising=False)
         messages[:] = [encode(Ended("no memory"))]
         link.step()
-        with pytest.raises(EngineDeadError, match="no memory"):
-            link.step()
+        monkeypatch.setattr(link._process, "send", fate)
+        for act in (link.step, link.reset_prefix_cache, lambda: link.abort("a")):
+            with pytest.raises(EngineDeadError, match="no memory"):
+                act()
 
 
 def test_a_piece_with_everything_in_it() -> None:

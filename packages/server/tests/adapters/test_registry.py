@@ -505,9 +505,12 @@ def test_two_adapters_of_one_name_are_refused() -> None:
 def test_models_yaml_has_the_adapters_of_a_model(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     (tmp_path / "tone").mkdir()
+    (tmp_path / "jina").mkdir()
+    (tmp_path / "jina/config.json").write_text('{"lora_adaptations": ["match"]}')
     path.write_text(
         "models:\n- name: base\n  hf_id: org/base\n  adapters:\n  - {name: tone, path: tone, pinned: true}\n"
         "  - {name: poems, path: /srv/poems.gguf, scale: 0.5}\n  - {name: sql, path: acme/sql}\n"
+        "  - {name: match, path: jina/match}\n"
         "  params: {lora_warmup: [poems]}\n"
     )
     source = read_models_file(path).models["base"]
@@ -517,6 +520,7 @@ def test_models_yaml_has_the_adapters_of_a_model(tmp_path: Path) -> None:
     assert [(each.name, each.path, each.scale, each.pinned) for each in specs] == [
         ("tone", str(tmp_path / "tone"), 0.0, True), ("poems", "/srv/poems.gguf", 0.5, False),
         ("sql", "acme/sql", 0.0, False),  # of --lora-resolver, as with --lora-modules
+        ("match", str(tmp_path / "jina/match"), 0.0, False),  # a task of the model in the folder
     ]  # fmt: skip
     for wrong in ("x", "[x]", "[{name: a}]", "[{name: a, path: b, rank: 3}]"):
         path.write_text(f"models:\n- {{name: base, hf_id: org/base, adapters: {wrong}}}\n")

@@ -758,7 +758,8 @@ def test_two_that_fetch_the_same_leave_one(cache: DiskCache, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "local", "local=", "local=/none/there", "hf=", "s3", "s3=", "tar", "tar=https://x/y.tar", "git=x",
+    "spec", ["", "local", "local=", "local=/none/there", "local=~nobody", "hf=", "s3", "s3=", "tar",
+             "tar=https://x/y.tar", "git=x",
              "tar=file:///{name}", "tar=/{name}", "tar=https://{name}.host/x", "tar=https://{name}.host/{name}",
              "tar=https://{name}@host/{name}", "tar=https://host{revision}/{name}", "tar=https:///{name}",
              "tar=https://host/x?{name}", "tar=https://host/{name}?{revision}", "tar=https://host/{name}#{name}",

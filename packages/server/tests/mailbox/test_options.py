@@ -46,7 +46,16 @@ def test_names_of_headers() -> None:
     assert WebhookAuth("hmac", "s", "X-Hub").header_name == "X-Hub"
 
 
+def test_null_sets_nothing() -> None:
+    nothing = {"url": None, "retry_count": None, "auth": None, "headers": None, "signing_secret": None}
+    assert webhook_options(nothing, {}) == WebhookOptions()
+    auth = {"type": "api_key", "key": "k", "header": None, "algorithm": None}
+    assert webhook_options({"auth": auth}, {}).auth == WebhookAuth("api_key", "k")
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"auth": {"type": None}}, "one of none, bearer"),
+    ({"auth": {"type": "bearer", "token": None}}, "needs its secret"),
     ({"ulr": "x"}, "did you mean url"),
     ({"url": "ftp://x"}, "https://"),
     ({"url": "https://x/${TOKEN}"}, "secrets only"),

@@ -51,6 +51,8 @@ def _run(argv: Sequence[str]) -> int:
 
         debug = False
         collect_seldom()
+        if os.path.expanduser("~") == "~":  # the user has no home folder: "/", as containers set it
+            os.environ["HOME"] = "/"
         for number, name in ((1, "stdout"), (2, "stderr")):
             if getattr(sys, name) is None:  # it is closed: what is written must not go to a socket with its number
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -64,7 +66,7 @@ def _run(argv: Sequence[str]) -> int:
 
             command, rest = split_command(argv)
             given, own = parse(command, rest)
-            places = {"folder": Path.cwd(), "home": Path(os.path.expanduser("~"))}  # "~" for a user without a home
+            places = {"folder": Path.cwd(), "home": Path.home()}
             configuration = load_configuration(given, os.environ, **places, command=command, remote="base_url" in own)
             settings = configuration.settings
             debug = settings.log_level == "debug"

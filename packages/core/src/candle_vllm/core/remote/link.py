@@ -99,7 +99,7 @@ class RemoteLink:
         payload = prepared[0]
         live = _Live(payload.request, payload.ticket, set(range(payload.request.params.n)))
         self._by_ticket[payload.ticket] = self._by_id[payload.request.request_id] = live
-        self._process.send(payload.data)
+        self._send(payload.data)
 
     def abort(self, request_id: str) -> list[TokenOutput]:
         """Send an abort to the child; make the last outputs here, and ignore the child's outputs."""
@@ -107,7 +107,7 @@ class RemoteLink:
         if live is None:
             return []
         self._forget(live)
-        self._process.send(wire.encode(wire.Abort(live.ticket)))
+        self._send(wire.encode(wire.Abort(live.ticket)))
         length = len(live.request.prompt_token_ids)
         return [
             TokenOutput(request_id=request_id, index=index, finish_reason=FinishReason.ABORT, num_prompt_tokens=length)
@@ -116,7 +116,7 @@ class RemoteLink:
 
     def reset_prefix_cache(self) -> None:
         """Send a reset to the child, which reads it before later requests."""
-        self._process.send(wire.encode(wire.Reset()))
+        self._send(wire.encode(wire.Reset()))
 
     def sleep(self, level: int) -> list[TokenOutput]:
         """Not used: `RemoteThread` sends a message and waits for the answer."""
@@ -129,6 +129,11 @@ class RemoteLink:
     def call(self, number: int, data: bytes, answer: Future[Any]) -> None:
         """Send a call; `answer` is set when the child has answered."""
         self._calls[number] = answer
+        self._send(data)
+
+    def _send(self, data: bytes) -> None:
+        if self._failure is not None:  # the child may have ended, but its reason is known
+            raise self._failure
         self._process.send(data)
 
     # ---- receiving ---------------------------------------------------------------------------------------------------

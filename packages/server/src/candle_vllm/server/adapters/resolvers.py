@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -71,7 +72,7 @@ def read_source(spec: str, settings: HubOptions, cache: DiskCache, limits: sourc
     kind, equals, place = spec.partition("=")
     shown = without_secrets(spec, alone=True)
     if kind == "local" and place:
-        folder = Path(place).expanduser()
+        folder = Path(os.path.expanduser(place))
         if not folder.is_dir():
             raise UsageError(f"--lora-resolver {shown!r:.200}: there is no such folder")
         return sources.LocalSource(folder, limits)

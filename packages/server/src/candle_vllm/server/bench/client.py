@@ -83,7 +83,7 @@ class AnswerClient(asyncio.Protocol):
         self._bound()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._in_body and not self._chunked and self._left is None and exc is None:
+        if self._in_body and (b" 200" not in self._status or not (self._chunked or self._left is not None or exc)):
             self._finish(time.monotonic())
         else:
             self.fail("the connection was closed" + (f": {exc}" if exc else ""))
@@ -185,7 +185,7 @@ class EventClient(AnswerClient):
             return
         try:
             chunk = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.fail(f"an event is not JSON: {data[:200]!r}")
             return
         if not isinstance(chunk, dict) or chunk.get("error"):
@@ -220,7 +220,7 @@ class WholeClient(AnswerClient):
         """Whether the request succeeded with a JSON response; reads its usage."""
         try:
             value = json.loads(b"".join(self._body)) if self.failure is None else None
-        except ValueError:
+        except (ValueError, RecursionError):
             self.failure = "the answer is not JSON"
             value = None
         self.usage = (value.get("usage") or {}) if isinstance(value, dict) else {}

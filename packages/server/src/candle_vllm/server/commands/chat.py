@@ -338,8 +338,8 @@ class Chat:
         if self._choose_adapter(rest):
             self.say(f"{self.name} answers from here on")
             return
-        whole = Path(rest).expanduser()  # a path may contain spaces
-        model, *file = [str(whole)] if whole.exists() else _words(rest, 2, "/model takes MODEL and FILE")
+        whole = os.path.expanduser(rest)  # a path may contain spaces
+        model, *file = [whole] if os.path.exists(whole) else _words(rest, 2, "/model takes MODEL and FILE")
         if not model:
             raise UsageError("/model takes a model: an id, a folder or a .gguf file")
         model = os.path.expanduser(model)

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from candle_vllm.core.setting_kinds import Boolean, Choice, Integer, Kind, Number, Secret, Text
 from candle_vllm.core.targets import check_pattern, parse_target
 from candle_vllm.server.settings.options import UsageError, known_keys
+from candle_vllm.server.settings.original_keys import given
 
 HEADER_VALUE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,1022}[\x21-\x7e])?", re.ASCII)
 MAX_HEADERS = 16
@@ -83,8 +84,7 @@ def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
 
 def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
     """Read the `auth` section of a webhook; UsageError for an unknown key, a missing secret or an invalid value."""
-    if not isinstance(section, Mapping):
-        raise UsageError("webhook auth must be a mapping with a type")
+    section = given(section, "webhook auth")
     kind = checked("webhook auth type", lambda: Choice(tuple(_SECRETS)).check(section.get("type")))
     secret = _SECRETS[kind]
     known = ["type"] + ([secret] if secret else [])
@@ -232,17 +232,18 @@ _SIZES: Mapping[str, Kind] = {
 _FIELDS: Mapping[str, Kind] = {**_NUMBERS, "url": Text(2048), "on_disconnect": Boolean(), "on_complete": Boolean()}
 
 
-def webhook_options(section: Mapping[str, Any], variables: Mapping[str, str]) -> WebhookOptions:
+def webhook_options(section: Any, variables: Mapping[str, str]) -> WebhookOptions:
     """Read the `webhook` section of a settings file.
 
     Args:
         section: `{url, on_disconnect, on_complete, retry_count, retry_delay_ms, timeout_secs, auth, headers,
-            signing_secret}`, all optional.
+            signing_secret}`, all optional; a null value sets nothing, in `auth` too.
         variables: the environment, for `${NAME}` in a secret.
 
     Raises:
         UsageError: an unknown key, a wrong value, a missing secret, a variable that is not set.
     """
+    section = given(section, "mailbox: webhook")
     known_keys(section, [each.name for each in fields(WebhookOptions)], "webhook")
     values: dict[str, Any] = {}
     for key, value in section.items():

@@ -291,7 +291,7 @@ class ModelManager:
             slots[entry.name] = old
             if old.entry.names != entry.names:
                 renamed.add(entry.name)
-                old.rename(entry)
+            old.rename(entry)  # also to names that are equal, but are the operator's now, who alone may remove them
         gone = [slot for name, slot in before.items() if slots.get(name) is not slot]
         if self.active == self.catalogue.default.name or self.active not in slots:
             self.active = catalogue.default.name

@@ -102,7 +102,10 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
     if not isinstance(pinned, bool):
         raise UsageError(f"{where}: pinned of {values['name']!r:.100} must be true or false")
     path = os.path.expanduser(values["path"])  # leaves an unknown user's folder as it is
-    path = str(folder / path) if folder and (path.startswith(".") or os.path.exists(folder / path)) else path
+    if folder is not None:
+        from candle_vllm.core.models.jina_tasks import adapter_exists  # only for models.yaml, as it takes a while
+
+        path = str(folder / path) if path.startswith(".") or adapter_exists(folder / path) else path
     return AdapterSpec(values["name"], path, float(scale), pinned)
 
 

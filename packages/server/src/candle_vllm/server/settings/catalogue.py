@@ -38,10 +38,7 @@ class ModelEntry:
         return tuple(dict.fromkeys((*self.aliases, self.name)))
 
     def is_as(self, other: ModelEntry) -> bool:
-        """Whether a model that was loaded for this entry fits the other entry.
-
-        Settings of the process do not count, nor do `aliases` after the first; the setting `served_model_name` does.
-        """
+        """Whether a model loaded for this entry fits the other; later names and settings of the process may differ."""
         own = {option.name for option in OPTIONS if option.in_yaml or option.group == MODEL} - {"served_model_name"}
         mine, theirs = self.settings, other.settings
         return self.names[0] == other.names[0] and all(getattr(mine, name) == getattr(theirs, name) for name in own)

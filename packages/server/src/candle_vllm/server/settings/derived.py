@@ -26,7 +26,7 @@ from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import table
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.model_names import named_model
-from candle_vllm.server.settings.options import UsageError, known_keys, mapping
+from candle_vllm.server.settings.options import UsageError, known_keys
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
@@ -309,7 +309,7 @@ def mailbox_options(
         if name in section:
             values[name] = _texts(name, section[name])
     if "webhook" in section:
-        values["webhook"] = webhook_options(mapping(section["webhook"], "mailbox: webhook"), variables)
+        values["webhook"] = webhook_options(section["webhook"], variables)
     for name, field in _FROM_SETTINGS.items():
         if name in given:
             values[field] = getattr(settings, name)
