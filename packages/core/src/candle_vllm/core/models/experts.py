@@ -122,7 +122,7 @@ def sparse_in_gguf(checkpoint: Checkpoint, layers: int) -> frozenset[int]:
 
 
 def without_next_tokens(fields: Fields, layers: int) -> int:
-    """GGUF's number of layers without the multi-token prediction layers, which are not run."""
+    """GGUF's number of layers without the multi-token prediction layers, which only a draft head runs."""
     count = fields.get("nextn_predict_layers", int, 0)
     if not 0 <= count < layers:
         raise InvalidFileError(

@@ -2,7 +2,7 @@
 """`candle-vllm config`: print every setting with its value and its source, without reading weights.
 
 Settings that are not set get the value that applies: from the model's files, if they are on this machine, or from the
-machine. Settings that `serve` refuses are refused here.
+machine. Settings that `serve` refuses before it reads the weights are refused here.
 """
 
 from __future__ import annotations

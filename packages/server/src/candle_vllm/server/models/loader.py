@@ -211,7 +211,7 @@ def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[s
     if need > free:
         raise NoRoomError(
             f"{_called(settings)} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
-            f"{len(beside)} loaded models (a smaller --mem leaves more)"
+            f"{len(beside)} loaded models (a smaller --mem of the loaded models leaves more for this one)"
         )
     if config.kv_cache_memory is not None or device.type == "cuda" or not keeps:
         return {}
