@@ -488,8 +488,7 @@ def copy_query(_: Any, to: Any, source: Any, dim: Any, wide: Any) -> Any:
 def place_of(slot: int, head: int, shift: int, stretch_step: int) -> int:
     """Return the offset of a head's slot from the beginning of the layer's cache, in slots.
 
-    S is 1 << shift; `stretch_step` is the number of slots from one stretch to the next. Gaps between
-    heads (`cpu_cache.head_gap`) are not included: the caller adds them.
+    S is 1 << shift; `stretch_step`: slots from one stretch to the next. The caller adds the heads' gaps, `head_gap`.
     """
     bits = max(shift, STRETCH_SHIFT)
     return (slot >> bits) * stretch_step + (head << bits) + (slot & ((1 << bits) - 1))

@@ -213,9 +213,7 @@ class Repacking:
 def repacking_of(
     fitted: FittedAdapter, tensors: Collection[StoredTensor], places: Places, dtype: NumberType, most: int
 ) -> Repacking | None:
-    """Record the packing of adapters of the kind of `fitted`.
-
-    Return None if the packing depends on more than the kind (biases, DoRA, mixed types) or exceeds `most` indices.
+    """Record the packing of adapters of `fitted`'s kind; None if it depends on more than the kind, or exceeds `most`.
 
     Args:
         tensors: all tensors of the adapter's file.
