@@ -179,7 +179,7 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     if need > most:
         raise NoMemoryError(
             f"{_called(settings)} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model"
-            ": lower --mem, or choose a smaller quantisation"
+            f": {'lower --mem, or ' if cache and config.kv_cache_memory else ''}choose a smaller quantisation"
         )
 
 
