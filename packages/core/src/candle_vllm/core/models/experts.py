@@ -63,7 +63,10 @@ def dense_layers(fields: Fields, layers: int, usual: int) -> int:
     kinds = fields.get("mlp_layer_types", list, [])
     dense = [*kinds, "sparse"].index("sparse") if kinds else fields.get("first_k_dense_replace", int, usual)
     if kinds and kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
-        raise UnsupportedModelError(f"{fields.path}: mlp_layer_types must name the dense layers first, then the others")
+        raise UnsupportedModelError(
+            f"{fields.path}: mlp_layer_types must have one entry for each of the {layers} layers: dense for the first "
+            "ones, then sparse"
+        )
     return dense
 
 
