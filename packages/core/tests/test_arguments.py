@@ -101,7 +101,7 @@ def test_methods(engine: InferenceEngine, method: str, name: str, said: str) -> 
         ("max_new_tokens", "it is called max_tokens"),
         ("tool_choice", "enforces a tool_choice"),
         ("functions", "it is called tools"),
-        ("reasoning_effort", "and the model's chat template does not read it; other variables go to"),
+        ("reasoning_effort", "and the model's chat template does not read it; to pass it anyway, use"),
         ("foo", "and the model's chat template does not read it"),
         ("chat_template_content_format", "parts of a content are always joined"),
         ("tokenize", "engine.tokenize"),

@@ -35,6 +35,7 @@ from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import DEVICE, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 from packages.core.tests.toy_adapter import write_adapter
+from packages.core.tests.toy_encoder import write_toy_encoder
 from packages.core.tests.toy_sight import write_toy_sight
 from packages.server.tests.server_fakes import PacedEngine
 from packages.server.tests.terminals import Terminal
@@ -714,6 +715,50 @@ def test_config_says_what_does_not_fit_a_gpu(
     assert "of 1024 MiB that are free on cuda:0, 1024 MiB are reserved for activations" in shown["gpu_layers"]["from"]
     shown = _config(capsys, "--m", model, "--device", "cuda", "--cpu-offload-gb", "0")
     assert (shown["gpu_layers"]["value"], shown["cpu_offload_gb"]["from"][:16]) == (2, "the command line")
+
+
+_LEFT = "what is left of the GPU after loading, "
+_SIZED = {"mem": (1024, "the command line (--mem)"), "kv_cache_memory_bytes": (1 << 30, "derived from mem")}
+_OFF = "the KV cache's size is set"
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"kv_fraction": (0.9, "default on cuda"), "cpu_ranks": ("not used", "default on cuda")}),
+        (["--mem", "1024"], _SIZED | dict.fromkeys(("kv_fraction", "gpu_memory_utilization"), ("not used", _OFF))),
+        (["--kv-cache-memory-bytes", "1G"], {"mem": (1024, "MiB, derived from kv_cache_memory_bytes")}),
+        (["--gpu-memory-utilization", "0.5"], {"kv_fraction": ("not used", "gpu_memory_utilization is set")}),
+    ],
+)
+def test_config_of_a_gpus_memory(
+    arguments: list[str], expected: dict[str, tuple[object, str]], here: bool, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("torch")
+    from candle_vllm.core.assembly import offload, placement
+    from candle_vllm.core.devices import Device
+    from candle_vllm.server.commands import config as command
+
+    monkeypatch.setattr(command, "choose_device", lambda _: Device("cuda:0"))
+    monkeypatch.setattr(placement, "device_dtype", lambda *_: "BF16")
+    monkeypatch.setattr(offload, "gpu_memory", lambda _: (64 << 30, 80 << 30))
+    model = str(write_toy_model(tmp_path / "toy")) if here else "nobody/nothing"
+    shown = _config(capsys, "--m", model, "--device", "cuda", *arguments)
+    assert {name: (shown[name]["value"], shown[name]["from"]) for name in expected} == expected
+    if not here:
+        fits = {name: shown[name]["value"] for name in ("cpu_experts", "cpu_offload_gb", "gpu_layers")}
+        assert list(fits.values()) == ["as many as do not fit", "as much as does not fit", "as many as fit"]
+    elif "mem" not in expected:
+        of_what = "within gpu_memory_utilization" if arguments else "times kv_fraction"
+        assert shown["mem"]["value"].startswith(f"{_LEFT}{of_what}; a token takes ")
+
+
+def test_config_of_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _config(capsys, "--m", str(write_toy_encoder(tmp_path / "encoder")), "--device", "cpu")
+    unused = [name for name in shown if "is an encoder and generates no text" in shown[name]["from"]]
+    assert {"mem", "kv_fraction", "gpu_memory_utilization", "gpu_layers", "cpu_experts", "cpu_offload_gb"} <= {*unused}
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing:Q4_K_M", "nobody/nothing:FILE.gguf"])

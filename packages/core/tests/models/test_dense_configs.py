@@ -298,9 +298,12 @@ def test_a_wrong_config_names_file_and_key(
 @pytest.mark.parametrize(
     ("row", "change", "message"),
     [
-        ("MiMo V2", {"mlp_layer_types": ["dense"] * 4}, "must describe 3 layers"),
-        ("MiMo V2", {"mlp_layer_types": ["dense", "spares", "sparse"]}, "must describe 3 layers"),
-        ("MiMo V2", {"mlp_layer_types": [[], "dense", "dense"]}, "must describe 3 layers"),
+        ("MiMo V2", {"mlp_layer_types": ["dense"] * 4}, "dense or sparse, .* for each of the 3 layers"),
+        ("MiMo V2", {"mlp_layer_types": ["dense", "spares", "sparse"]}, "dense or sparse, .* for each of the 3 layers"),
+        ("MiMo V2", {"mlp_layer_types": [[], "dense", "dense"]}, "dense or sparse, .* for each of the 3 layers"),
+        ("Laguna wide gates", {"mlp_layer_types": ["dense"]}, "one entry for each of the 2 layers: dense"),
+        ("Laguna wide gates", {"mlp_layer_types": ["sparse", "dense"]}, "one entry for each of the 2 layers: dense"),
+        ("Laguna wide gates", {"mlp_layer_types": ["dense", "spares"]}, "one entry for each of the 2 layers: dense"),
         ("Nemotron-H", {"layers_block_type": [["mamba"]] * 5}, "layers other than mamba"),
     ],
 )

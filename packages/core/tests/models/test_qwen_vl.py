@@ -881,8 +881,8 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
         refused(WeightsError, r"visual\.deepstack_merger_list\.2", tower(deepstack_visual_indexes=[0, 1, 2]))
         refused(WeightsError, r"unexpected .*deepstack_merger_list\.1", tower(deepstack_visual_indexes=[0]))
         refused(WeightsError, "visual.pos_embed.weight has shape", tower(num_position_embeddings=16))
-    refused(InvalidFileError, "3 heads cannot share hidden_size 32", tower(num_heads=3))
-    refused(InvalidFileError, "head size 2 must be a multiple of 4", tower(num_heads=16))
+    refused(InvalidFileError, "^vision encoder: 3 heads cannot share hidden_size 32", tower(num_heads=3))
+    refused(InvalidFileError, "^vision encoder: head size 2 must be a multiple of 4", tower(num_heads=16))
     refused(
         InvalidFileError,
         "the sections of rotary positions are missing",

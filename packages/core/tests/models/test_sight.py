@@ -266,7 +266,11 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
 
     refused(WeightsError, r"vision_model\.encoder\.layers\.2", vision_config=vision | {"num_hidden_layers": 3})
     refused(InvalidFileError, "tiles of 32 pixels", vision_config=vision | {"image_size": 64})
-    refused(InvalidFileError, "5 heads cannot share hidden_size 48", vision_config=vision | {"num_attention_heads": 5})
+    refused(
+        InvalidFileError,
+        "^vision encoder: 5 heads cannot share hidden_size 48",
+        vision_config=vision | {"num_attention_heads": 5},
+    )
     refused(UnsupportedModelError, "hidden_act", vision_config=vision | {"hidden_act": "swish"})
     made = changed(folder, tmp_path)
     (made / "preprocessor_config.json").unlink()

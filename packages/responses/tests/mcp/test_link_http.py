@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +96,34 @@ async def test_public_addresses_alone(
     async with McpLink(config(url=f"http://mcp.example:{server.port}/mcp"), public_only=True) as link:
         assert said(await link.call("echo", {"text": "by name"})) == "by name"
     assert set(asked) == {"mcp.example"}
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (None, r"its name cannot be looked up now \(DNS failure or timeout\)"),
+        (socket.gaierror(socket.EAI_AGAIN, "again"), r"its name cannot be looked up now \(DNS failure or timeout\)"),
+        (socket.gaierror(socket.EAI_NONAME, "unknown"), "its name has no address"),
+    ],
+)
+async def test_a_name_that_cannot_be_looked_up(
+    failure: OSError | None, message: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = threading.Event()
+
+    def look_up(host: str, port: int) -> list[str]:
+        if failure is not None:
+            raise failure
+        done.wait()
+        return []
+
+    monkeypatch.setattr(http, "look_up", look_up)
+    monkeypatch.setattr(http, "_RESOLVE_SECONDS", 0.05)
+    try:
+        with pytest.raises(McpServerError, match=message):
+            await McpLink(config(url="http://mcp.example/mcp"), public_only=True).start()
+    finally:
+        done.set()
 
 
 async def test_a_good_server(good: Any, config: Config, era: str) -> None:

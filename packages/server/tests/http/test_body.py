@@ -291,10 +291,10 @@ async def test_a_refused_body_is_not_kept_by_its_error() -> None:
 def test_one_key_has_half_of_what_is_held() -> None:
     held, alice, bob = Held(10), Caller("alice", "a"), Caller("bob", "b")
     held.add(alice, 5)
-    with pytest.raises(HttpError):
+    with pytest.raises(HttpError, match="Your key has no memory left for waiting bodies"):
         held.add(alice, 1)
     held.add(bob, 4)
-    with pytest.raises(HttpError):
+    with pytest.raises(HttpError, match="The server has no memory left for waiting bodies"):
         held.add(bob, 2)
     held.add(alice, -5)
     held.add(bob, 1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,5 +55,7 @@ def test_caches_on_a_gpu_take_no_memory_of_the_cpu(tmp_path: Path, monkeypatch: 
 def test_a_model_on_a_gpu_leaves_no_memory_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 20)
     settings = Settings(model=str(write_toy_model(tmp_path)), device="cpu")
-    with pytest.raises(NoMemoryError, match="and 1 MiB would be left without any other model"):
+    with pytest.raises(NoMemoryError, match="and 1 MiB would be left without any other model: choose a smaller quant"):
         check_model(settings, _beside("cuda:0", 64 << 30))
+    with pytest.raises(NoMemoryError, match="any other model: lower --mem, or choose a smaller quantisation"):
+        check_model(dataclasses.replace(settings, mem=64), _beside("cuda:0", 64 << 30))

@@ -233,7 +233,7 @@ def refuse_lost(
         if name not in taken:
             said = unknown_name(owner, name, taken, within)
             if not said.startswith(f"{owner} has no argument {name[:60]!r}:"):
-                said += ", and the model's chat template does not read it; other variables go to chat_template_kwargs"
+                said += ", and the model's chat template does not read it; to pass it anyway, use chat_template_kwargs"
             raise TypeError(said)
 
 

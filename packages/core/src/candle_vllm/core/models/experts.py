@@ -63,7 +63,10 @@ def dense_layers(fields: Fields, layers: int, usual: int) -> int:
     kinds = fields.get("mlp_layer_types", list, [])
     dense = [*kinds, "sparse"].index("sparse") if kinds else fields.get("first_k_dense_replace", int, usual)
     if kinds and kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
-        raise UnsupportedModelError(f"{fields.path}: mlp_layer_types must name the dense layers first, then the others")
+        raise UnsupportedModelError(
+            f"{fields.path}: mlp_layer_types must have one entry for each of the {layers} layers: dense for the first "
+            "ones, then sparse"
+        )
     return dense
 
 
@@ -122,7 +125,7 @@ def sparse_in_gguf(checkpoint: Checkpoint, layers: int) -> frozenset[int]:
 
 
 def without_next_tokens(fields: Fields, layers: int) -> int:
-    """GGUF's number of layers without the multi-token prediction layers, which are not run."""
+    """GGUF's number of layers without the multi-token prediction layers, which only a draft head runs."""
     count = fields.get("nextn_predict_layers", int, 0)
     if not 0 <= count < layers:
         raise InvalidFileError(

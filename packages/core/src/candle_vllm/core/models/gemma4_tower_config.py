@@ -37,10 +37,10 @@ class Gemma4TowerConfig(TowerConfig):
         super().__post_init__()
         if self.num_layers and self.hidden_size // self.num_heads % 4:
             raise InvalidFileError(
-                f"vision_config: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
+                f"vision encoder: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
             )
         if not 0 < self.theta <= 1e9:
-            raise InvalidFileError(f"vision_config: rope_theta is {self.theta}; it must be above 0 and at most 1e9")
+            raise InvalidFileError(f"vision encoder: rope_theta is {self.theta}; it must be above 0 and at most 1e9")
 
 
 def config_from_hf(

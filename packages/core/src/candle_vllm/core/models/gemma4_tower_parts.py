@@ -89,7 +89,7 @@ class Positions:
     def __init__(self, config: TowerConfig, placement: Placement) -> None:
         if config.learned < config.side:
             raise InvalidFileError(
-                f"vision_config: {config.learned} learned positions are too few for a side of {config.side} patches"
+                f"vision encoder: {config.learned} learned positions are too few for a side of {config.side} patches"
             )
         self.weight = placement.empty(2 * config.learned, config.hidden_size)
 

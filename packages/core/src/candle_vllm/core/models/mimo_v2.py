@@ -51,7 +51,10 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     usual = fields.get("moe_layer_freq", list, [n > 0 for n in range(layers)])
     kinds = fields.get("mlp_layer_types", list, usual)
     if len(kinds) != layers or any(kind not in ("dense", "sparse", 0, 1) for kind in kinds):
-        raise InvalidFileError(f"{fields.path}: mlp_layer_types or moe_layer_freq must describe {layers} layers")
+        raise InvalidFileError(
+            f"{fields.path}: mlp_layer_types must have dense or sparse, or moe_layer_freq 0 or 1, for each of the "
+            f"{layers} layers"
+        )
     mixture = sigmoids_from_hf(fields)
     own = {
         "sliding_windows": windows,

@@ -52,9 +52,9 @@ class AxialConfig(TowerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_dim % 4:
-            raise InvalidFileError(f"vision_config: head size {self.head_dim} must be a multiple of 4")
+            raise InvalidFileError(f"vision encoder: head size {self.head_dim} must be a multiple of 4")
         if not self.theta > 0:
-            raise InvalidFileError(f"vision_config: rope_theta is {self.theta}; it must be above 0")
+            raise InvalidFileError(f"vision encoder: rope_theta is {self.theta}; it must be above 0")
 
     @property
     def head_dim(self) -> int:

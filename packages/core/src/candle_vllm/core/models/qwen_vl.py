@@ -63,7 +63,7 @@ class QwenTowerConfig(TowerConfig):
         super().__post_init__()
         if self.hidden_size // self.num_heads % 4:
             raise InvalidFileError(
-                f"vision_config: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
+                f"vision encoder: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
             )
 
 

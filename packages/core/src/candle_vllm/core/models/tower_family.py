@@ -66,9 +66,11 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise InvalidFileError(f"vision_config: {self.num_heads} heads cannot share hidden_size {self.hidden_size}")
+            raise InvalidFileError(
+                f"vision encoder: {self.num_heads} heads cannot share hidden_size {self.hidden_size}"
+            )
         if not 0 < self.norm_eps < 1:
-            raise InvalidFileError(f"vision_config: the epsilon of its norms is {self.norm_eps}, not between 0 and 1")
+            raise InvalidFileError(f"vision encoder: the epsilon of its norms is {self.norm_eps}, not between 0 and 1")
 
     @property
     def patches(self) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import warnings
 from collections.abc import AsyncIterator, Callable
 from functools import cache
@@ -223,7 +224,7 @@ class PublicTransport(httpx2.AsyncBaseTransport):
         self._inner = httpx2.AsyncHTTPTransport(verify=_tls(trust_env=False), trust_env=False)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send one request; httpx2.ConnectError if the host has no address, or one that is not public."""
+        """Send one request; httpx2.ConnectError if the host has no address, or an address that is not public."""
         url = request.url
         *others, last = await _public_addresses(url, request)
         request.extensions = {**request.extensions, "sni_hostname": url.host}
@@ -252,10 +253,10 @@ async def _public_addresses(url: httpx2.URL, request: httpx2.Request) -> list[st
     try:
         async with asyncio.timeout(_RESOLVE_SECONDS):
             found = await asyncio.to_thread(look_up, host, port)
-    except (OSError, UnicodeError):
-        found = []
-    if not found:
-        raise httpx2.ConnectError("its name has no address", request=request)
+    except (OSError, UnicodeError) as error:
+        later = isinstance(error, TimeoutError) or getattr(error, "errno", None) == socket.EAI_AGAIN
+        why = "cannot be looked up now (DNS failure or timeout)" if later else "has no address"
+        raise httpx2.ConnectError(f"its name {why}", request=request) from None
     if not all(is_allowed(address, private=False) for address in found):
         raise httpx2.ConnectError("its address is not public", request=request)
     return found[:_MAX_ADDRESSES]

@@ -2,7 +2,7 @@
 """`candle-vllm config`: print every setting with its value and its source, without reading weights.
 
 Settings that are not set get the value that applies: from the model's files, if they are on this machine, or from the
-machine. Settings that `serve` refuses are refused here.
+machine. Settings that `serve` refuses before it reads the weights are refused here.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ class Derived(NamedTuple):
     source: str
 
 
-_ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")  # settings about weights that are not on the GPU
+_ELSEWHERE = {  # settings about weights that are not on the GPU
+    "cpu_experts": "as many as do not fit", "cpu_offload_gb": "as much as does not fit", "gpu_layers": "as many as fit"
+}  # fmt: skip
 
 
 def derived(configuration: Configuration) -> dict[str, Derived]:
@@ -151,11 +153,13 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
             found[option.name] = Derived(plain(value), DEFAULT)
     device = choose_device(config.device)
     sequences, tokens = step_size(config, device)
-    divided = plan_ranks(config.cpu_ranks, config.threads or default_threads()) if device.type == "cpu" else None
-    ranks = 1 if divided is None else len(divided.each)
-    why = "one for each NUMA node that this process may use"
-    if config.cpu_ranks is not None:
-        why = "tensor_parallel_size, without a GPU"
+    ranks = Derived("not used", "default on cuda")
+    if device.type == "cpu":
+        divided = plan_ranks(config.cpu_ranks, config.threads or default_threads())
+        why = "one for each NUMA node that this process may use"
+        if config.cpu_ranks is not None:
+            why = "tensor_parallel_size, without a GPU"
+        ranks = Derived(1 if divided is None else len(divided.each), f"derived: {why}")
     share = DEFAULTS[device.type].share
     found |= {
         "model": Derived(config.model, "default: the demo model"),
@@ -163,22 +167,25 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
         "cpu_level": Derived(best_level().name, "derived: the best level of this CPU"),
         "threads": Derived(default_threads(), "derived: one for each physical core, within the CPU quota"),
-        "cpu_ranks": Derived(ranks, f"derived: {why}"),
+        "cpu_ranks": ranks,
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
         "kv_fraction": Derived(share, f"default on {device.type}"),
-        **dict.fromkeys(
-            _ELSEWHERE,
-            Derived("not used", "default on cpu: all weights are in main memory")
-            if device.type == "cpu"
-            else Derived("as much as does not fit", "default on cuda"),
-        ),
+        **{name: Derived(words, "default on cuda") for name, words in _ELSEWHERE.items()},
         "max_loras": Derived(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
         "max_cpu_loras": Derived("as many as lora_memory holds", DEFAULT),
         "lora_memory": Derived("a quarter of what is free after loading, 64 MiB to 4 GiB", DEFAULT),
     }
-    if config.kv_cache_memory is not None:
-        found["kv_fraction"] = Derived("not used", "the KV cache's size is set")
+    if device.type == "cpu":
+        found |= dict.fromkeys(_ELSEWHERE, Derived("not used", "default on cpu: all weights are in main memory"))
+    sizes: dict[str, Derived] = {}
+    if (size := config.kv_cache_memory) is not None:
+        unused = Derived("not used", "the KV cache's size is set")
+        found |= dict.fromkeys(("kv_fraction", "gpu_memory_utilization"), unused)
+        sizes["mem"] = Derived(size >> 20, "MiB, derived from kv_cache_memory_bytes")
+        sizes["kv_cache_memory_bytes"] = Derived(size, "derived from mem")
+    elif device.type == "cuda" and config.gpu_memory_utilization is not None:
+        found["kv_fraction"] = Derived("not used", "gpu_memory_utilization is set")
     if config.download_dir is None:
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -193,8 +200,8 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
             raise
         here = f"candle-vllm show {config.model} compares its size with the memory, candle-vllm pull fetches it"
         later = Derived("unknown", f"derived: the model is not on this machine yet; {here}")
-        return found | dict.fromkeys(_OF_MODEL, later)
-    return found | _of_model(settings, config, files, device)
+        return found | dict.fromkeys(_OF_MODEL, later) | sizes
+    return found | sizes | _of_model(settings, config, files, device)
 
 
 _OF_MODEL = (
@@ -216,7 +223,8 @@ def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, d
     own = Derived("the model's own", f"derived from {files.name}")
     if is_encoder(files):
         none = Derived("none", f"derived: {files.name} is an encoder and generates no text")
-        return dict.fromkeys(_OF_MODEL, none) | {"tokenizer": own}
+        unused = (*_OF_MODEL, *_ELSEWHERE, "kv_fraction", "gpu_memory_utilization")
+        return dict.fromkeys(unused, none) | {"tokenizer": own}
     opened = open_model(files, device, config.model_impl)
     with opened.checkpoint:
         model = describe_model(config, device, opened)
@@ -250,9 +258,10 @@ def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, d
     if cache is None:
         element_bytes = device_element_bytes(config, ELEMENTS[model.placement.dtype].itemsize)
         token = cache_bytes(model.config.cache_specs, 1, element_bytes)
-        words = f"what is left of the GPU after loading, times kv_fraction; a token takes {token:,} B"
+        limit = "times kv_fraction" if config.gpu_memory_utilization is None else "within gpu_memory_utilization"
+        words = f"what is left of the GPU after loading, {limit}; a token takes {token:,} B"
         left = Derived(words, "derived when the model is loaded")
-        return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)
+        return found | ({} if config.kv_cache_memory else dict.fromkeys(("mem", "kv_cache_memory_bytes"), left))
     size, room = cache.num_bytes, cache.num_blocks * config.block_size
     states = cache.states
     kept = f", {states.running} states and {states.checkpoints} checkpoints of states" if states.running else ""

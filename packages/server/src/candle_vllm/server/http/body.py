@@ -46,7 +46,8 @@ class Held:
         if size > 0:
             total = sum(self._by_key.values()) + size
             if total > self._most or (caller.label and mine > self._most // 2):
-                message = "The server has no memory left for waiting bodies (--max-held-mb). Try again soon."
+                who = "The server" if total > self._most else "Your key"
+                message = f"{who} has no memory left for waiting bodies (--max-held-mb). Try again soon."
                 raise HttpError(503, message, "overloaded", {"retry-after": "1"})
         self._by_key[caller.label] = mine
         if not mine:

@@ -39,7 +39,8 @@ def tls_context(settings: ListenerOptions) -> ssl.SSLContext | None:
         try:
             context.load_verify_locations(settings.ssl_ca_certs)
         except OSError as error:
-            raise UsageError(f"ssl_ca_certs {settings.ssl_ca_certs} cannot be used: {_reason(error)}") from None
+            reason = _reason(error, "it has no certificate in PEM form")
+            raise UsageError(f"ssl_ca_certs {settings.ssl_ca_certs} cannot be used: {reason}") from None
     elif settings.ssl_cert_reqs:
         raise UsageError("ssl_cert_reqs needs ssl_ca_certs, the clients' CA certificates")
     context.verify_mode = ssl.VerifyMode(settings.ssl_cert_reqs)
@@ -65,16 +66,16 @@ def load_chain(context: ssl.SSLContext, settings: ListenerOptions) -> None:
             if path is not None and not os.access(path, os.R_OK):
                 raise UsageError(f"cannot read {path}") from None
         files = f"{certificate}" + (f" with the key {key}" if key else "")
-        raise UsageError(f"ssl_certfile {files} cannot be used: {_reason(error)}") from None
+        # How OpenSSL reports these cases differs from version to version.
+        cases = "a file is not PEM, the certificate or the private key is missing (ssl_keyfile names its file), or "
+        reason = _reason(error, cases + "the key has a password")
+        raise UsageError(f"ssl_certfile {files} cannot be used: {reason}") from None
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError, otherwise: str) -> str:
     if not isinstance(error, ssl.SSLError):
         return error.strerror or "it cannot be read"
-    if error.reason == "KEY_VALUES_MISMATCH":
-        return "the key belongs to another certificate"
-    # How OpenSSL reports these three cases differs from version to version.
-    return "it is not PEM, there is no private key in it (ssl_keyfile names its file), or the key has a password"
+    return "the key belongs to another certificate" if error.reason == "KEY_VALUES_MISMATCH" else otherwise
 
 
 async def refresh(context: ssl.SSLContext, settings: ListenerOptions) -> None:

@@ -62,13 +62,13 @@ class Mailbox:
         await self.store.close()
 
     def owner(self, key: str) -> str:
-        """Return the owner that an API key stands for; "" without keys: all requests then have the same owner."""
+        """Return the owner that an API key stands for; without keys, `key` is "" and all requests have one owner."""
         return self.store.owner(key)
 
     async def begin(self, policy: DeliveryPolicy, owner: str, request_id: str, model: str, limit_secs: float) -> None:
         """List an answer as `streaming`; called when its client has disconnected, or at once if it is always stored.
 
-        `limit_secs` is the time left for the request; if the server dies, the answer becomes an error a minute later.
+        `limit_secs` is the time left for the request; if the server dies, the answer is an error a minute after it.
         """
         if policy.mailbox is Mode.NEVER:
             return
@@ -178,7 +178,7 @@ class Mailbox:
             logger.error("the answer %s could not be stored: %s", answer.request_id, error.__cause__ or error)
             return False
         if dropped:
-            logger.warning("the mailbox was full: %d of its oldest records made room", dropped)
+            logger.warning("%d older records made room: the mailbox, or the key's part of it, was full", dropped)
         return True
 
     async def _drop(self, owner: str, request_id: str) -> None:

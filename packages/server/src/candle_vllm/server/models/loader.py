@@ -179,7 +179,7 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     if need > most:
         raise NoMemoryError(
             f"{_called(settings)} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model"
-            ": lower --mem, or choose a smaller quantisation"
+            f": {'lower --mem, or ' if cache and config.kv_cache_memory else ''}choose a smaller quantisation"
         )
 
 
@@ -211,7 +211,7 @@ def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[s
     if need > free:
         raise NoRoomError(
             f"{_called(settings)} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
-            f"{len(beside)} loaded models (a smaller --mem leaves more)"
+            f"{len(beside)} loaded models (a smaller --mem of the loaded models leaves more for this one)"
         )
     if config.kv_cache_memory is not None or device.type == "cuda" or not keeps:
         return {}

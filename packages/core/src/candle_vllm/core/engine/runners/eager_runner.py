@@ -33,7 +33,7 @@ from candle_vllm.core.sampling.state import SamplingState
 
 
 class CacheParts:
-    """Blocks and state slots of caches of tensors, for a `BlockMemory`."""
+    """Mix-in for a `BlockMemory` whose caches are torch tensors: finds the bytes of a block or of a state slot."""
 
     caches: tuple[Any, ...]
     page_of: Ints
@@ -181,7 +181,7 @@ def layer_caches_of(
     Args:
         blocks: number of blocks, and tokens of a block.
         empty: allocates a tensor of a shape, in the type of keys unless `dtype` is given.
-        beside: extra elements after each key and value, see `kernels/kv_write/scaled_rows.py`.
+        beside: extra elements per key and value, which widen its row; `kv_write/scaled_rows.py` has their layout.
         room: number of slots for layer states.
         state_dtype: type of layer states that are not `exact` (`StatePart`); None for the type of keys.
         windows: page pools of layers with a window.

@@ -2,8 +2,8 @@
 """The emitted inner loops of paged attention on the CPU: scores, softmax, values, merge (step 6 of a request's life).
 
 Terms: see `cpu_cache.py`. A strip of bfloat16 keys is [D/2, W, 2]: a 64-byte load has the same pair of dimensions of
-the 16 keys of a tile. A strip of 64 is read sequentially, because the hardware prefetcher follows only sequential
-reads. The values of a tile are [8, D, 2]: a load has 16 dimensions of a pair of positions.
+the 16 keys of a tile. Four tiles are read together: in a strip of 64 slots such reads are sequential, as the hardware
+prefetcher needs. The values of a tile are [8, D, 2]: a load has 16 dimensions of a pair of positions.
 
 D is any even number from 16 to 512. If it is not a multiple of 16, the last 16 dimensions of a row are computed as one
 vector, which overlaps the previous vector.
@@ -37,7 +37,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emi
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2(NOTHING - NOTHING) is 1 and not NaN
-_RUN = 8  # maximum pairs of dimensions that are read from some tiles before other tiles, if registers are few
+_RUN = 8  # if registers are too few for all tiles: maximum pairs of dimensions of one group, before the next group
 _BLOCKS = 5  # maximum vectors of 16 dimensions whose sums are held in registers, if there are 32 of 512 bits
 
 
@@ -488,7 +488,7 @@ def copy_query(_: Any, to: Any, source: Any, dim: Any, wide: Any) -> Any:
 def place_of(slot: int, head: int, shift: int, stretch_step: int) -> int:
     """Return the offset of a head's slot from the beginning of the layer's cache, in slots.
 
-    S is 1 << shift; `stretch_step` is the number of slots from one stretch to the next. The caller adds the head gaps.
+    S is 1 << shift; `stretch_step`: slots from one stretch to the next. The caller adds the heads' gaps, `head_gap`.
     """
     bits = max(shift, STRETCH_SHIFT)
     return (slot >> bits) * stretch_step + (head << bits) + (slot & ((1 << bits) - 1))

@@ -254,8 +254,8 @@ class Tiles:
 def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int) -> Tiles:
     """Choose by the shape of a head and the GPU alone, never by the batch.
 
-    Not measured yet: the largest tiles that do not spill registers and, except on data-centre GPUs, fit in 99 KiB of
-    shared memory. Of five pipeline stages two or three load tiles; reading the block table takes the others.
+    Not measured yet: the largest tiles that do not spill registers and, except on Hopper and data-centre Blackwell, fit
+    in 99 KiB of shared memory. Of five pipeline stages, two or three load tiles; the others read the block table.
     """
     if bytes_per_number == 4 or capability < TENSOR_CORES:
         warps = 4 if padded_dim > 128 and bytes_per_number != 4 else 8

@@ -213,7 +213,7 @@ class Repacking:
 def repacking_of(
     fitted: FittedAdapter, tensors: Collection[StoredTensor], places: Places, dtype: NumberType, most: int
 ) -> Repacking | None:
-    """Record the packing of adapters of the kind of `fitted`; None if it depends on more, or takes too many indices.
+    """Record the packing of adapters of `fitted`'s kind; None if it depends on more than the kind, or exceeds `most`.
 
     Args:
         tensors: all tensors of the adapter's file.

@@ -173,7 +173,7 @@ CHUNK_BYTES = 4 * CHUNK
 MAXIMA_BYTES = 4 * LANES  # bytes of the maxima of one chunk
 EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
 MAXIMA_AT = WEIGHTS_AT + CHUNK_BYTES
-SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # offset of the chunks' sums, without the size of all maxima
+SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # plus chunks * MAXIMA_BYTES: offset of the chunks' sums, which follow the maxima
 
 
 def workspace_bytes(vocabulary: int) -> int:

@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.sampling.contract import (
     TAIL_AT,
 )
 
-_VALUES_AT = SUMS_AT  # offset of the copied logits, without the size of the maxima and the sums
+_VALUES_AT = SUMS_AT  # plus chunks * (MAXIMA_BYTES + 8): offset of the copied logits
 ALL = 1 << 40  # more ties than a row can have
 LOG2_E = math.log2(math.e)
 LOWEST = np.float32(np.finfo(np.float32).min)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Constants of the searches for scales and minima, by type; shared by `cpu.py` and `reference.py`."""
+"""Constants of the searches for scales and minima, by type; for `cpu.py`, `cpu_search.py` and the tests' reference."""
 
 from __future__ import annotations
 
