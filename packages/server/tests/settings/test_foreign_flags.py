@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.foreign_names import foreign_tables
+from candle_vllm.core.loading.quantised import collected
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import flag_commands, parse, split_command
@@ -34,6 +35,11 @@ def test_what_exists_here_is_not_in_the_table() -> None:
     known = {flag for flag, commands in flag_commands().items() if not spoken.issuperset(commands)}
     assert set(foreign_flags()) & {*known, "--version", "--help", "-h"} == set()
     assert set(FOREIGN_COMMANDS).isdisjoint(COMMANDS)
+
+
+def test_every_format_of_checkpoints_is_a_value_of_vllms_flag() -> None:
+    row = next(row for row in foreign_tables()["Flags"] if "--quantization" in row[0].split())
+    assert {*collected("METHODS"), "gguf"} == {value.strip().rstrip(":") for value in row[1].split(";")}
 
 
 def test_no_flag_stands_in_two_rows() -> None:
