@@ -607,10 +607,10 @@ def test_quantised_caches(teams: dict[int, ThreadTeam], keys: CacheKind, values:
         check(model, teams[2], [700, 41, 90], [1, 41, 30])
 
 
-@pytest.mark.parametrize("kinds", QUANTISED)
-def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], kinds: tuple[CacheKind, CacheKind]) -> None:
+@pytest.mark.parametrize(("keys", "values"), few(QUANTISED, *[(KINDS[name],) * 2 for name in ("q8_0", "q5_1")]))
+def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind) -> None:
     sinks = torch.tensor([-200.0, -1.0, 0.0, 0.7, 3.0, 9.0])
-    model = Model(heads=6, kv_heads=2, kinds=kinds, window=50, softcap=5.0, sinks=sinks)
+    model = Model(heads=6, kv_heads=2, kinds=(keys, values), window=50, softcap=5.0, sinks=sinks)
     check(model, teams[2], [700, 41, 90], [1, 41, 30])
     check(dataclasses.replace(model, slopes=SLOPES), teams[2], [700, 41, 90], [1, 41, 30])
 
