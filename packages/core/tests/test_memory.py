@@ -19,7 +19,7 @@ import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
-from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec, StateRoom, WindowRoom
+from candle_vllm.core.loading.cache_specs import NO_STATES, PagedSpec, SharedKVSpec, StateRoom, WindowRoom
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import MappedFile
 from candle_vllm.core.memory import (
@@ -472,3 +472,13 @@ def test_states_that_ranks_agree_on_are_those_that_are_counted() -> None:
     assert plan.num_bytes == 100 * 1000 + 50 * 70 + plan.states.num_bytes
     assert (plan.states.num_bytes, agreed.states.num_bytes) == (8 * 500 + 100 * 300, 6 * 500 + 6 * 300)
     assert agreed.num_bytes == 6 * 1000 + 6 * 70 + agreed.states.num_bytes
+
+
+def test_a_stage_without_states_agrees_to_the_states_of_the_others() -> None:
+    def agreed(own: StateRoom, least: int) -> StateRoom:
+        ranks = cast(Any, SimpleNamespace(least=lambda number: min(number, least)))
+        return CachePlan(100, 1000, 1024, "", states=own).agreed(ranks).states
+
+    assert (agreed(NO_STATES, 6).running, agreed(NO_STATES, 6).num_bytes) == (6, 0)
+    assert agreed(NO_STATES, 1 << 50) == NO_STATES
+    assert agreed(StateRoom(8, 100, 2, 500, 300), 1 << 50) == StateRoom(8, 100, 2, 500, 300)

@@ -19,6 +19,8 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, pids, seeing, until_gone
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.tiny import write_tiny
 from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight
 
@@ -151,6 +153,18 @@ def test_a_stage_that_dies_ends_the_engine_by_name(model: Path) -> None:
         kill = partial(os.kill, found[0], signal.SIGKILL)
         dies(engine, kill, "rank 1 has ended (killed by SIGKILL)", prompts=4)
     until_gone(found)
+
+
+@pytest.mark.parametrize("kinds", [("linear_attention", "full_attention"), ("full_attention", "linear_attention")])
+def test_a_stage_may_have_no_layers_with_states(kinds: tuple[str, str], tmp_path: Path) -> None:
+    row = ROWS["Qwen3.5"]
+    folder = write_tiny(tmp_path / "model", row.model_type, **{**row.config, "layer_types": list(kinds)})
+    found = []
+    for stages in (1, 2):
+        with engine_of(folder, 1, pipeline_parallel_size=stages, max_model_len=64) as engine:
+            outputs = engine.generate([[5, 6, 7, 8], [9, 3]], GREEDY, use_tqdm=False)
+            found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1]
 
 
 @pytest.mark.every_case
