@@ -20,6 +20,7 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.models import llava_onevision_tower
 from candle_vllm.core.models.llava_onevision_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
@@ -165,15 +166,19 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
-def test_steps_run_between_the_rows_of_a_large_image(folder: Path) -> None:
+@pytest.mark.parametrize(("piece", "steps"), [(0.0, True), (300.0, False)])
+def test_steps_run_between_the_rows_of_a_large_image(
+    piece: float, steps: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All rows of an image of 36 tiles take more than a second in a model of a usual size."""
+    monkeypatch.setattr(llava_onevision_tower, "_PIECE", piece)
     loaded = loaded_from(folder, op_by_op=True)
     assert loaded.tower is not None
     _, images = loaded.tower.vision.look([PAD], PICTURES[:1])
     made = np.zeros((len(images[0].sizes) * 9, loaded.tower.tower.config.text_size), np.float32)
     rule = loaded.tower.vision.parts.rule
     joined = loaded.tower.tower.join(made, images[0].whole)  # type: ignore[attr-defined]
-    assert sum(1 for _ in joined) == rule.cut(*images[0].whole).joined[0]
+    assert sum(1 for _ in joined) == steps * rule.cut(*images[0].whole).joined[0]
 
 
 @pytest.mark.parametrize(("eager", "tokens"), few([(e, t) for e in (True, False) for t in (512, 23)], (True, 23)))

@@ -822,6 +822,9 @@ def test_what_llava_says_of_its_tower(folders: Callable[[str], Path], tmp_path: 
     sizes = {"size": {"shortest_edge": large.image_size}, "crop_size": large.image_size}
     made = clip_tower.FAMILY.config_from_hf(absent, Fields(sizes, tmp_path), 64, {})
     assert (made.hidden_size, made.num_heads, made.patch) == (1024, large.num_attention_heads, large.patch_size)
+    for vision in (None, {}, {"hidden_size": 64}):
+        told = {"architectures": ["LlavaForConditionalGeneration"], "vision_config": vision}
+        assert tower_family(told) is clip_tower.FAMILY
     whole = Fields(dict(processor.values) | {"size": 24, "do_center_crop": False}, tmp_path)
     rule = clip_tower.FAMILY.config_from_hf(Fields(config, tmp_path), whole, 64, {}).rule
     assert rule.tiles(picture_of(PICTURES[0])).shape == (1, 24, 24, 3)

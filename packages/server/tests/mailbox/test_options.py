@@ -49,6 +49,7 @@ def test_names_of_headers() -> None:
 def test_null_sets_nothing() -> None:
     nothing = {"url": None, "retry_count": None, "auth": None, "headers": None, "signing_secret": None}
     assert webhook_options(nothing, {}) == WebhookOptions()
+    assert webhook_options({"headers": {"X-Team": None, "X-Unit": "a"}}, {}).headers == {"X-Unit": "a"}
     auth = {"type": "api_key", "key": "k", "header": None, "algorithm": None}
     assert webhook_options({"auth": auth}, {}).auth == WebhookAuth("api_key", "k")
 

@@ -52,7 +52,7 @@ def _run(argv: Sequence[str]) -> int:
         debug = False
         collect_seldom()
         if os.path.expanduser("~") == "~":  # the user has no home folder: "/", as containers set it
-            os.environ["HOME"] = "/"
+            os.environ["HOME" if os.name == "posix" else "USERPROFILE"] = os.path.abspath("/")
         for number, name in ((1, "stdout"), (2, "stderr")):
             if getattr(sys, name) is None:  # it is closed: what is written must not go to a socket with its number
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,10 +173,13 @@ class LlavaOnevisionTower:
         return (yield from join_grid(made, rule.cut(*whole), self.config.side, on_host(self.newline.weight)))
 
 
+_PIECE = 0.03  # seconds of work between two steps of other requests
+
+
 def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[np.float32]) -> Joining:
     """Rows of the embeddings that show an image, each followed by `newline`, after those of the whole image's tile.
 
-    Yields after each row: all rows of a large image take a second.
+    Yields after a row if `_PIECE` is over: all rows of a large image take a second, all rows of a small one nothing.
 
     Args:
         made: embeddings of all tiles [tiles * side * side, text size].
@@ -199,6 +203,7 @@ def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[n
 
     rows, shares = centred(np.arange(shape[0]), shape[0], high)
     columns, parts = centred(np.arange(shape[1]), shape[1], wide)
+    began = time.perf_counter()
     for row in range(shape[0]):
         found[row, -1] = newline
         if shape == cut.shown:
@@ -206,7 +211,9 @@ def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[n
         else:
             mixed = np.add.reduce([line(near[row]) * share[row] for near, share in zip(rows, shares)])
             found[row, :-1] = np.add.reduce([mixed[near] * part[:, None] for near, part in zip(columns, parts)])
-        yield
+        if time.perf_counter() - began > _PIECE:
+            yield
+            began = time.perf_counter()
     return whole
 
 

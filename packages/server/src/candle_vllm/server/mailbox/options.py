@@ -261,7 +261,8 @@ def webhook_options(section: Any, variables: Mapping[str, str]) -> WebhookOption
 
 
 def _headers(section: Any) -> dict[str, str]:
-    if not isinstance(section, Mapping) or not all(isinstance(part, str) for item in section.items() for part in item):
+    section = given(section, "webhook headers")
+    if not all(isinstance(part, str) for item in section.items() for part in item):
         raise UsageError("webhook headers must be a mapping of names to texts")
     if any("${" in value for value in section.values()):
         raise UsageError("webhook headers: ${NAME} may stand in secrets only; use auth of type api_key")

@@ -209,9 +209,10 @@ def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[s
     free = free_memory(device) - promised
     need = copies * (weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0))
     if need > free:
+        own = "this model or of " if keeps and config.kv_cache_memory else ""
         raise NoRoomError(
             f"{_called(settings)} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
-            f"{len(beside)} loaded models (a smaller --mem of the loaded models leaves more for this one)"
+            f"{len(beside)} loaded models (a smaller --mem of {own}the loaded models leaves more for this one)"
         )
     if config.kv_cache_memory is not None or device.type == "cuda" or not keeps:
         return {}
