@@ -96,9 +96,9 @@ class Fields:
         return Fields(self.get(key, dict, {}), self.path)
 
     def with_defaults(self, **values: Any) -> Fields:
-        """Return these fields with values for the keys, prefix included, that are absent or null."""
+        """Return these fields with values for the keys, without the prefix, that are absent or null."""
         given = {key: value for key, value in self.values.items() if value is not None}
-        return Fields(values | given, self.path, self.prefix)
+        return Fields(given, self.path, self.prefix).with_absent(**values)
 
     def with_absent(self, **values: Any) -> Fields:
         """Return these fields with values for the keys, without the prefix, that are absent; null stays null."""

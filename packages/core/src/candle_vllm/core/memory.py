@@ -49,7 +49,7 @@ def _size(count: float) -> str:
     return f"{count / MIB:.0f} MiB" if count >= 10 * MIB else f"{count / 1024:.0f} KiB"
 
 
-_UNBOUNDED = 1 << 40  # slots of a rank without states
+_UNBOUNDED = 1 << 40  # state slots that a rank without states, such as a stage of attention layers, agrees to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,10 @@ class CachePlan:
     def agreed(self, ranks: Collective) -> CachePlan:
         """Return the largest plan that fits every rank."""
         blocks, longest = (ranks.least(number) for number in (self.num_blocks, self.max_model_len))
-        bound = 0 if self.states.running_bytes else _UNBOUNDED  # a stage may have no layers with states
-        running, checkpoints = (ranks.least(each | bound) for each in (self.states.running, self.states.checkpoints))
-        some = running < _UNBOUNDED
-        room = dataclasses.replace(self.states, running=running * some, checkpoints=checkpoints * some)
+        own = (self.states.running, self.states.checkpoints) if self.states.running_bytes else (_UNBOUNDED, _UNBOUNDED)
+        running, checkpoints = map(ranks.least, own)
+        some = running < _UNBOUNDED  # a rank of this model has states
+        room = dataclasses.replace(self.states, running=running, checkpoints=checkpoints) if some else self.states
         windows = tuple(dataclasses.replace(each, pages=ranks.least(each.pages)) for each in self.windows)
         return dataclasses.replace(self, num_blocks=blocks, max_model_len=longest, states=room, windows=windows)
 

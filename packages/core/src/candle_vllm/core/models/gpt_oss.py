@@ -59,7 +59,6 @@ def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
             raise UnsupportedModelError(f"{fields.path}: {key} is {fields.get(key, float)}; implemented: {value}")
     scaled = "rope_parameters" in fields or "rope_scaling" in fields
     usual = {"rope_theta": 150000.0} | ({} if scaled else {"rope_scaling": _ROPE})
-    usual = {fields.prefix + key: value for key, value in usual.items()}
     shared = shared_from_hf(fields.with_defaults(**usual), model_type)
     layers, window = shared["num_layers"], fields.with_absent(sliding_window=128).get("sliding_window", int, None)
     experts = expert_count(fields, "num_local_experts", "num_experts")

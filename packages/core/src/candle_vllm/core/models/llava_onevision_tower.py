@@ -179,7 +179,7 @@ _PIECE = 0.03  # seconds of work between two steps of other requests
 def join_grid(made: NDArray[np.float32], cut: Cut, side: int, newline: NDArray[np.float32]) -> Joining:
     """Rows of the embeddings that show an image, each followed by `newline`, after those of the whole image's tile.
 
-    Yields after a row if `_PIECE` is over: all rows of a large image take a second, all rows of a small one nothing.
+    Yields after each `_PIECE` of work, because joining a large image takes more than a second.
 
     Args:
         made: embeddings of all tiles [tiles * side * side, text size].

@@ -154,8 +154,6 @@ def tower_family(config: Mapping[str, Any]) -> TowerFamily | None:
     named = names[0] if isinstance(names, list) and len(names) == 1 else None
     vision = config.get("vision_config")
     seen = vision.get("model_type") if isinstance(vision, dict) else None
-    if named == "LlavaForConditionalGeneration":
-        seen = seen or "clip_vision_model"  # transformers' default
     return next((each for each in _towers() if named in each.hf and (not each.seen or seen in each.seen)), None)
 
 

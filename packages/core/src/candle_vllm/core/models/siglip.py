@@ -44,11 +44,11 @@ _DEFAULTS = MappingProxyType({"hidden_size": 1152, "intermediate_size": 3072, "n
 SMALL = MappingProxyType(
     {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 )
-"""The same values of SigLIP and SigLIP 2."""
+"""Defaults of transformers for SigLIP and SigLIP 2."""
 LARGE = MappingProxyType(
     {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16}
 )
-"""The same values of LLaVA-OneVision."""
+"""Defaults of transformers for the vision encoder of LLaVA-OneVision."""
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:

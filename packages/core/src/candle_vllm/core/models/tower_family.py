@@ -281,7 +281,8 @@ class TowerFamily:
     Attributes:
         name: name of the family's module, such as "siglip".
         hf: `architectures` in config.json of the multimodal models, with their model_type.
-        seen: supported values of model_type in `vision_config`; empty if the architecture is enough.
+        seen: supported values of model_type in `vision_config`, None if it may be absent; empty if the architecture is
+            enough.
         gguf: `clip.projector_type` of GGUF files.
         settings: keys of preprocessor_config.json that an operator may override.
         config_from_hf: reads a config from config.json, preprocessor_config.json, the text model's hidden size, and the
@@ -300,7 +301,7 @@ class TowerFamily:
 
     name: str
     hf: Mapping[str, str]
-    seen: tuple[str, ...] = ()
+    seen: tuple[str | None, ...] = ()
     gguf: tuple[str, ...] = ()
     settings: tuple[str, ...]
     config_from_hf: Callable[[Fields, Fields, int, Mapping[str, Any]], TowerConfig]
