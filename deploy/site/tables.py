@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fill the tables of pages from the code: routes, metrics, other programs' flags and variables, fields of requests.
+"""Fill the tables of pages from the code: settings, routes, metrics, other programs' flags, fields of requests.
 
 A table stands in a page between `<!-- table: NAME -->` and `<!-- end of table -->`. The fields of `EngineSettings`,
 which type checkers must find in the source, are generated from `EngineConfig`.
@@ -14,15 +14,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from candle_vllm.core.foreign_names import flags_of, foreign_tables
+from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai.protocol.fields import COMPLETION_REFUSED_FIELDS, REFUSED_FIELDS, Refusal
 from candle_vllm.server.app import OPERATIONS
 from candle_vllm.server.observing import series
 from candle_vllm.server.settings.command_line import SHORT
 from candle_vllm.server.settings.foreign_flags import ANY, Row, foreign_flags
+from candle_vllm.server.settings.options import GROUPS, SAMPLING, Option
 from candle_vllm.server.settings.table import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
+    "docs/configuration.md",
     "docs/coming-from-vllm.md",
     "docs/coming-from-llama-cpp.md",
     "docs/coming-from-ollama.md",
@@ -68,6 +71,29 @@ def here(row: Row) -> str:
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |".replace("| --- ", "|---").replace("--- |", "---|") for line in lines)
+
+
+def _settings(group: str) -> str:
+    rows = (
+        (
+            " ".join(f"`{flag}`" for flag in (*option.flags, *option.constants)),
+            f"`{option.env}`",
+            f"`{option.name}`" if option.in_yaml else "–",
+            _default(option),
+            option.help,
+        )
+        for option in OPTIONS
+        if option.group == group
+    )
+    return _table(("Flag", "Variable", "models.yaml", "Default", "Meaning"), rows)
+
+
+def _default(option: Option) -> str:
+    if option.group == SAMPLING:
+        return f"the model's, else {getattr(SamplingParams().filled(DEFAULT_SAMPLING), option.name):g}"
+    if option.usual == option.unset:
+        return option.unset or "–"
+    return f"`{str(option.usual).lower() if isinstance(option.usual, bool) else option.usual}`"
 
 
 def _flags(program: str) -> str:
@@ -134,6 +160,7 @@ def _fields(fields: Mapping[str, Refusal], idle: bool) -> str:
 
 _CHAT_ONLY = {name: field for name, field in COMPLETION_REFUSED_FIELDS.items() if name not in REFUSED_FIELDS}
 TABLES: Mapping[str, Callable[[], str]] = {
+    **{f"settings of {group}": lambda group=group: _settings(group) for group in GROUPS},
     **{f"flags of {program}": lambda program=program: _flags(program) for program in PROGRAMS},
     **{f"routes of {tag}": lambda tag=tag: _routes(tag) for tag in {each.tag for each in OPERATIONS.values()}},
     "metrics of a loaded model": lambda: _metrics(series.GAUGES),

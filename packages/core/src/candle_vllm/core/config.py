@@ -472,31 +472,29 @@ class EngineConfig(ExplainedSettings):
                                   "only."] = None
     enable_lora: Annotated[bool, Boolean(), "serve LoRA adapters beside the model: requests name them "
                            "(docs/lora.md)"] = False
-    max_loras: Annotated[int | None, Integer(1, 4096),
-                         "most different adapters in one step; default: as many as sequences, on a GPU 8",
-                         "Nothing is padded, so a larger number costs nothing."] = None
+    max_loras: Annotated[int | None, Integer(1, 4096), "most different adapters in one step",
+                         "None is as many as sequences, on a GPU 8. Nothing is padded, so a larger number costs "
+                         "nothing."] = None
     max_lora_rank: Annotated[int, Integer(1, 4096), "adapters of a higher rank are refused",
                              "Adapters keep their own ranks; the limit only protects memory."] = 256
-    max_cpu_loras: Annotated[int | None, Integer(1, 1 << 20),
-                             "most adapters in memory; default: as many as lora_memory holds",
-                             "The least recently used adapters are evicted first and loaded again when a request names "
-                             "them."] = None
-    lora_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for adapters in memory; default: a quarter of "
-                           "the memory that is free after loading, at most 4 GiB"] = None
+    max_cpu_loras: Annotated[int | None, Integer(1, 1 << 20), "most adapters in memory",
+                             "None is as many as lora_memory holds. The least recently used adapters are evicted first "
+                             "and loaded again when a request names them."] = None
+    lora_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for adapters in memory",
+                           "None is a quarter of what is free after loading, 64 MiB to 4 GiB."] = None
     lora_dtype: Annotated[LoraDType, Choice((*_DTYPES, "int8"), _DTYPE_ALIASES), "type of adapters in memory: auto, "
                           "f32, bf16, f16 or int8",
                           'On the CPU "auto" is int8 where the base\'s matrices are quantised, f32 where they are F32, '
                           "else bf16. f16 is for GPUs, where adapters have the type of activations."] = "auto"
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
-    threads: Annotated[int | None, Integer(1, 1024), "CPU threads; default: one per allowed physical core",
-                       "On a GPU they load weights, and compute the experts that stay in main memory."] = None
+    threads: Annotated[int | None, Integer(1, 1024), "CPU threads",
+                       "None is one for each physical core, within a container's quota. On a GPU they load weights, "
+                       "and compute the experts that stay in main memory."] = None
     cpu_ranks: Annotated[int | None, Integer(1, 64),
                          "groups of CPU threads, each with its rows of every matrix in the memory of its own NUMA "
-                         "node; default: one for each node",
-                         "On Linux, nodes count whose CPUs this process may use; elsewhere there is one node. Answers "
-                         "have the same bits (docs/scaling.md)."
-                         ] = None
+                         "node", "None is one for each node. On Linux, nodes count whose CPUs this process may use; "
+                         "elsewhere there is one node. Answers have the same bits (docs/scaling.md)."] = None
     cpu_level: Annotated[CpuLevel | None, Choice(get_args(CpuLevel)),
                          "instruction set that the kernels use: " + ", ".join(get_args(CpuLevel)),
                          "Default: the best one of this CPU that the kernels know. It must not be below that of "

@@ -138,9 +138,7 @@ class Derived(NamedTuple):
     source: str
 
 
-_ELSEWHERE = {  # settings about weights that are not on the GPU
-    "cpu_experts": "as many as do not fit", "cpu_offload_gb": "as much as does not fit", "gpu_layers": "as many as fit"
-}  # fmt: skip
+_ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")  # settings about weights that are not on the GPU
 
 
 def derived(configuration: Configuration) -> dict[str, Derived]:
@@ -171,10 +169,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
         "kv_fraction": Derived(share, f"default on {device.type}"),
-        **{name: Derived(words, "default on cuda") for name, words in _ELSEWHERE.items()},
         "max_loras": Derived(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
-        "max_cpu_loras": Derived("as many as lora_memory holds", DEFAULT),
-        "lora_memory": Derived("a quarter of what is free after loading, 64 MiB to 4 GiB", DEFAULT),
     }
     if device.type == "cpu":
         found |= dict.fromkeys(_ELSEWHERE, Derived("not used", "default on cpu: all weights are in main memory"))

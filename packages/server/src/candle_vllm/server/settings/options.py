@@ -58,7 +58,7 @@ class Option:
             the setting's group, or its `Command.plus` names the setting; other commands reject the flags.
         default: value if it is not set; None leaves it to the engine, the model or the machine.
         engine: field of `EngineConfig` that receives its value.
-        unset: what an unset value means, if the default does not say it; `candle-vllm config` shows it.
+        unset: the default in words, where it is no value: for `--help`, docs/configuration.md and `candle-vllm config`.
         secret: whether its value is never shown.
         rate: what the setting limits for each API key, if it is such a limit.
     """
@@ -83,6 +83,12 @@ class Option:
     @property
     def env(self) -> str:
         return ENV_PREFIX + self.name.upper()
+
+    @property
+    def usual(self) -> Any:
+        """The value of a setting that is not set, or `unset`."""
+        defaults = (self.default, SETTINGS[self.engine].default if self.engine else None)
+        return next((value for value in defaults if value not in (None, ())), self.unset)
 
 
 def shown(option: Option, value: Any) -> Any:

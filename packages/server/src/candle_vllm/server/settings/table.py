@@ -95,25 +95,25 @@ class SourceOptions(_Checked):
     """Which model, and which of its files."""
 
     model: Annotated[str | None, own(MODEL,
-        Text(), "Hugging Face id, folder, .gguf file, address, name in models.yaml, or demo (default)", "MODEL",
-        flags=("--m", "--model"), rivals="model source")] = None
+        Text(), "Hugging Face id, folder, .gguf file, address, name in models.yaml, or demo", "MODEL",
+        flags=("--m", "--model"), rivals="model source", unset="the demo model")] = None
     weight_path: Annotated[Path | None, own(MODEL,
         FilePath(), "folder with the model's files", "DIR", flags=("--w", "--weight-path"),
         rivals="model source")] = None
     weight_file: Annotated[str | None, own(MODEL,
         Text(), "weight file inside the model's folder or repository; alone, a .gguf file", "FILE",
-        flags=("--f", "--weight-file"))] = None
-    revision: Annotated[str | None, engine(MODEL, "REV")] = None
+        flags=("--f", "--weight-file"), unset="the model's only one")] = None
+    revision: Annotated[str | None, engine(MODEL, "REV", unset="the repository's main branch")] = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FormatOptions(_Checked):
     """Names of a model, and the format of its conversations and images."""
 
-    tokenizer: Annotated[Path | None, engine(MODEL, "DIR")] = None
+    tokenizer: Annotated[Path | None, engine(MODEL, "DIR", unset="the model's")] = None
     chat_template: Annotated[Path | str | None, own(MODEL,
         TemplateFile(), "Jinja chat template to use instead: a file, its text, or chatml", "FILE", in_yaml=True,
-        needs=SAMPLING)] = None
+        needs=SAMPLING, unset="the model's")] = None
     pooling: Annotated[TextPooling | None, engine(MODEL, "KIND", needs=SERVES)] = None
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
         needs=SAMPLING)] = None
@@ -123,25 +123,25 @@ class FormatOptions(_Checked):
         JsonObject(), "variables of the chat template, as JSON, where a request does not set them "
         """(chat_template_kwargs): '{"enable_thinking": false}'""", "JSON", in_yaml=True, needs=SAMPLING)] = None
     tool_parser: Annotated[str | None, own(MODEL,
-        Text(128), "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files",
-        "NAME", in_yaml=True, flags=("--tool-parser", "--tool-call-parser", "--enforce-parser"), needs=CALLS)] = None
+        Text(128), "format of the model's tool calls (docs/tool-calling.md)", "NAME", in_yaml=True, needs=CALLS,
+        flags=("--tool-parser", "--tool-call-parser", "--enforce-parser"), unset="chosen by the model's files")] = None
     open_objects: Annotated[bool, engine(MODEL, needs=CALLS)] = False
     reasoning_parser: Annotated[str | None, own(MODEL,
-        Text(128), "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
-        needs=SAMPLING)] = None
+        Text(128), "format of the model's reasoning", "NAME", in_yaml=True, needs=SAMPLING,
+        unset="chosen by the model's files")] = None
     reasoning_budget: Annotated[int | None, own(MODEL,
         BOUNDS["thinking_token_budget"], "default limit of reasoning tokens; -1 is no limit", "N",
-        in_yaml=True, needs=SAMPLING)] = None
+        in_yaml=True, needs=SAMPLING, unset="no limit")] = None
     reasoning_budget_message: Annotated[str | None, own(MODEL,
         Text(MAX_MESSAGE), "text that ends the reasoning when its budget is used up", "TEXT", in_yaml=True,
-        needs=SAMPLING)] = None
+        needs=SAMPLING, unset="the model makers'")] = None
     served_model_name: Annotated[tuple[str, ...], own(MODEL,
         Text(512), "name of the model for clients; repeatable, the first is reported", "NAME", in_yaml=True,
-        needs=SERVES)] = ()
+        needs=SERVES, unset="the model's own name")] = ()
     strict_model_names: Annotated[bool, own(MODEL,
         Boolean(), "refuse requests that name another model, even if only one model is served", needs=SERVES)] = False
     models_config: Annotated[Path | None, own(MODEL,
-        FilePath(), "models.yaml; else ~/.candle-vllm/models.yaml, else ./models.yaml", "FILE")] = None
+        FilePath(), "models and their settings", "FILE", unset="~/.candle-vllm/models.yaml, else ./models.yaml")] = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -151,10 +151,10 @@ class HubOptions(SourceOptions):
     hf_token: Annotated[str | None, own(MODEL,
         Secret(), "name of the environment variable that holds the Hugging Face token, or the token itself (hf_...)",
         "NAME|TOKEN", engine="hf_token", rivals="Hugging Face token",
-        unset="the token of `hf auth login`, if there is one")] = None
+        unset="HF_TOKEN, else the token of `hf auth login`")] = None
     hf_token_path: Annotated[Path | None, own(MODEL,
         FilePath(), "file that holds the Hugging Face token", "FILE", rivals="Hugging Face token")] = None
-    download_dir: Annotated[Path | None, engine(MODEL, "DIR")] = None
+    download_dir: Annotated[Path | None, engine(MODEL, "DIR", unset="Hugging Face's cache")] = None
     offline: Annotated[bool, engine(MODEL, in_yaml=False)] = False
 
 
@@ -188,11 +188,11 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     data_parallel_size: Annotated[int | None, engine(DEVICE, "N",
         text="replicas of the model behind one address, each in its own process, on its own GPU or share of the CPU "
         "threads (docs/scaling.md)", needs=SERVES)] = None
-    cpu_experts: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as do not fit; all: all layers",
-        reading={"auto": True, "whole": True})] = None
-    cpu_offload_gb: Annotated[float | None, engine(DEVICE, "GIB", more="; default: as much as does not fit")] = None
-    gpu_layers: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as fit; all: the model must fit",
-        reading={"auto": True, "whole": True}, flags=("--gpu-layers", "--n-gpu-layers"))] = None
+    cpu_experts: Annotated[int | None, engine(DEVICE, "N", more="; auto: the default; all: all layers",
+        reading={"auto": True, "whole": True}, unset="as many as do not fit")] = None
+    cpu_offload_gb: Annotated[float | None, engine(DEVICE, "GIB", unset="as much as does not fit")] = None
+    gpu_layers: Annotated[int | None, engine(DEVICE, "N", more="; auto: the default; all: the model must fit",
+        reading={"auto": True, "whole": True}, flags=("--gpu-layers", "--n-gpu-layers"), unset="as many as fit")] = None
     dtype: Annotated[str | None, engine(DEVICE, "TYPE")] = None
     op_by_op: Annotated[bool, engine(DEVICE, on="--op-by-op")] = False
     attention_backend: Annotated[str | None, engine(DEVICE, "NAME")] = None
@@ -217,11 +217,12 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     engine_process: Annotated[bool, own(DEVICE,
         Boolean(), "run the engine in its own process, which is restarted when it dies", in_yaml=True,
         needs=SERVES)] = False
-    threads: Annotated[int | None, engine(DEVICE, "N")] = None
-    cpu_ranks: Annotated[int | None, engine(DEVICE, "N", more=", as with auto", reading={"auto": True})] = None
-    cpu_level: Annotated[str | None, engine(DEVICE, "LEVEL")] = None
+    threads: Annotated[int | None, engine(DEVICE, "N", unset="one for each physical core, within the CPU quota")] = None
+    cpu_ranks: Annotated[int | None, engine(DEVICE,
+        "N", more="; auto: the default", reading={"auto": True}, unset="one for each NUMA node")] = None
+    cpu_level: Annotated[str | None, engine(DEVICE, "LEVEL", unset="the best of this CPU")] = None
     max_model_len: Annotated[int | None, engine(LIMITS,
-        "N", more="; auto: as many as the model allows and memory holds", reading={"auto": True})] = None
+        "N", more="; auto: the default", reading={"auto": True}, unset="as many as the model and memory allow")] = None
     yarn_scaling_factor: Annotated[float | None, engine(LIMITS, "FACTOR", unset="off")] = None
     max_num_seqs: Annotated[int | None, engine(LIMITS, "N", needs=BATCHES)] = None
     prefill_chunk_size: Annotated[int | None, engine(LIMITS,
@@ -238,10 +239,11 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
         engine="prompt_cache_url", needs=REUSES)] = None
     prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", needs=REUSES)] = None
     speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON", unset="suffix on the CPU")] = None
-    max_loras: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
+    max_loras: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS, unset="max_num_seqs, on a GPU 8")] = None
     max_lora_rank: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
-    max_cpu_loras: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
-    lora_memory: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", needs=ADAPTERS)] = None
+    max_cpu_loras: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS, unset="what lora_memory holds")] = None
+    lora_memory: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", needs=ADAPTERS,
+        unset="a quarter of what is free after loading, 64 MiB to 4 GiB")] = None
     lora_dtype: Annotated[str | None, engine(LIMITS, "TYPE", needs=ADAPTERS)] = None
     max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", needs=SERVES)] = None
     seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, needs=SAMPLING,
@@ -280,10 +282,9 @@ class ManagerOptions(_Checked):
     """Limits on several models, and whether clients may change them."""
 
     max_loaded_models: Annotated[int | None, own(MODELS,
-        Integer(1, 1024), "most models in memory; default: as many as fit", "N", unset="as many as fit")] = None
+        Integer(1, 1024), "most models in memory", "N", unset="as many as fit")] = None
     idle_unload_secs: Annotated[int | None, own(MODELS,
-        Seconds(1, 1 << 24), "unload a model after this time without a request; "
-        "default: models stay", "SECONDS", unset="never")] = None
+        Seconds(1, 1 << 24), "unload a model after this time without a request", "SECONDS", unset="never")] = None
     queue_size: Annotated[int, own(MODELS,
         Integer(1, 1 << 16), "most requests that may wait for a model to load, for each model", "N")] = 256
     model_wait_timeout: Annotated[int, own(MODELS,
@@ -312,17 +313,17 @@ class AdapterOptions(ModelOptions):
     lora_resolver: Annotated[tuple[str, ...], own(ADAPTERS,
         Text(), "where to look for an unknown adapter that a request names: local=DIR, hf=org/* (just hf is every "
         "repository), s3=BUCKET/FOLDER or tar=https://HOST/{name}.tar.gz; repeatable, asked in order",
-        "SOURCE", needs=SERVES)] = ()
+        "SOURCE", needs=SERVES, unset="none: an unknown name is refused with 404")] = ()
     lora_allowed_bases: Annotated[tuple[str, ...], own(ADAPTERS,
         Text(512), "base model that an adapter of a resolver must name, with * for any characters; repeatable",
-        "PATTERN", needs=SERVES)] = ()
+        "PATTERN", needs=SERVES, unset="any base")] = ()
     lora_max_mb: Annotated[int, own(ADAPTERS,
         Integer(1, 1 << 20), "largest adapter to download, in MB of 2^20 bytes", "MB", needs=SERVES)] = 1024
     lora_fetch_timeout: Annotated[int, own(ADAPTERS,
         Seconds(1, 86400), "how long the download of an adapter may take", "SECONDS", needs=SERVES)] = 120
     lora_cache_dir: Annotated[Path | None, own(ADAPTERS,
-        FilePath(), "folder for downloaded adapters; default: adapters in --download-dir, or "
-        "~/.cache/candle-vllm/adapters", "DIR", needs=SERVES)] = None
+        FilePath(), "folder for downloaded adapters", "DIR", needs=SERVES,
+        unset="adapters in --download-dir, or ~/.cache/candle-vllm/adapters")] = None
     lora_cache_bytes: Annotated[int, own(ADAPTERS,
         Integer(1 << 20, 1 << 50), "most bytes of downloaded adapters on disk; the least recently used are deleted; 4G "
         "is 4 * 2^30", "BYTES", needs=SERVES)] = 10 << 30
@@ -337,11 +338,12 @@ class StorageOptions(_Checked):
 
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "store answers for clients that ask for it: sqlite (in ~/.candle-vllm), " + " or ".join(SHORT_URLS),
-        "URL", unset="off")] = None
+        "URL", unset="off: nothing is stored")] = None
     mailbox_retention_secs: Annotated[int, own(MAILBOX,
         Seconds(1, 30 * 86400), "how long a finished answer is stored", "SECONDS")] = 3600
     webhook_allowed_hosts: Annotated[tuple[str, ...], own(MAILBOX,
-        Text(512), "host to which answers may be pushed (webhooks), or *.example.com; repeatable", "HOST")] = ()
+        Text(512), "host to which answers may be pushed (webhooks), or *.example.com; repeatable", "HOST",
+        unset="none: clients may name no webhook")] = ()
     webhook_allow_private: Annotated[bool, own(MAILBOX,
         Boolean(), "allow private addresses for hosts that are listed by name")] = False
     responses_store: Annotated[str, own(RESPONSES,
@@ -367,8 +369,8 @@ class ToolOptions(_Checked):
     """MCP servers, and the limits on their tools."""
 
     mcp_config: Annotated[Path | None, own(TOOLS,
-        FilePath(), "file with the MCP servers (docs/mcp.md); else ~/.candle-vllm/mcp.json, else ./mcp.json",
-        "FILE")] = None
+        FilePath(), "file with the MCP servers (docs/mcp.md)", "FILE",
+        unset="~/.candle-vllm/mcp.json, else ./mcp.json")] = None
     mcp_command: Annotated[str | None, own(TOOLS,
         Text(), "program of an additional MCP server, called default", "PROGRAM", needs=SERVES)] = None
     mcp_args: Annotated[str | None, own(TOOLS,
@@ -487,7 +489,7 @@ class RequestOptions(_Checked):
         Integer(1, 1 << 20), "most request bodies and messages in memory that are unparsed or whose requests wait, in "
         "MB of 2^20 bytes; one API key may have half; further requests are refused with 503", "MB")] = 512
     allowed_media_domains: Annotated[tuple[str, ...], engine(HTTP, "HOST", more="; several with commas; repeatable",
-        in_yaml=False)] = ()
+        in_yaml=False, unset="none: nothing is fetched")] = ()
     allowed_local_media_path: Annotated[Path | None, engine(HTTP, "DIR", in_yaml=False)] = None
     enable_request_priority: Annotated[bool, own(HTTP,
         Boolean(), "let clients raise the priority of their requests (`priority`)")] = False
@@ -518,7 +520,7 @@ class LoggingOptions(_Checked):
         "FILE", constants={"--log": Path("candle-vllm.log")}, needs=SERVES)] = None
     otlp_endpoint: Annotated[str | None, own(LOGGING,
         Text(2048), "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs "
-        "candle-vllm[telemetry]", "URL", needs=SERVES, unset="off")] = None
+        "candle-vllm[telemetry]", "URL", needs=SERVES, unset="off: no traces")] = None
     log_level: Annotated[str, own(LOGGING, _LEVELS, "debug, info, warning or error", "LEVEL")] = "info"
 # fmt: on
 
