@@ -104,7 +104,7 @@ class SourceOptions(_Checked):
 
     model: Annotated[str | None, own(MODEL,
         Text(), "Hugging Face id, folder, .gguf file, address, name in models.yaml, or demo", "MODEL",
-        flags=("--m", "--model"), rivals="model source", unset="the demo model")] = None
+        flags=("--m", "--model"), rivals="model source", unset="the default of models.yaml, else demo")] = None
     weight_path: Annotated[Path | None, own(MODEL,
         FilePath(), "folder with the model's files", "DIR", flags=("--w", "--weight-path"),
         rivals="model source")] = None
