@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from candle_vllm.core.foreign_names import flags_of, foreign_tables
-from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai.protocol.fields import COMPLETION_REFUSED_FIELDS, REFUSED_FIELDS, Refusal
 from candle_vllm.server.app import OPERATIONS
 from candle_vllm.server.observing import series
 from candle_vllm.server.settings.command_line import SHORT
 from candle_vllm.server.settings.foreign_flags import ANY, Row, foreign_flags
-from candle_vllm.server.settings.options import GROUPS, SAMPLING, Option
+from candle_vllm.server.settings.options import GROUPS, Option
 from candle_vllm.server.settings.table import OPTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -89,8 +88,6 @@ def _settings(group: str) -> str:
 
 
 def _default(option: Option) -> str:
-    if option.group == SAMPLING:
-        return f"the model's, else {getattr(SamplingParams().filled(DEFAULT_SAMPLING), option.name):g}"
     if option.usual == option.unset:
         return option.unset or "–"
     return f"`{str(option.usual).lower() if isinstance(option.usual, bool) else option.usual}`"

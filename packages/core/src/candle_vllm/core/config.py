@@ -489,8 +489,8 @@ class EngineConfig(ExplainedSettings):
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads",
-                       "None is one for each physical core, within a container's quota. On a GPU they load weights, "
-                       "and compute the experts that stay in main memory."] = None
+                       "None is one for each usable physical core, within a container's quota. On a GPU they load "
+                       "weights, and compute the experts that stay in main memory."] = None
     cpu_ranks: Annotated[int | None, Integer(1, 64),
                          "groups of CPU threads, each with its rows of every matrix in the memory of its own NUMA "
                          "node", "None is one for each node. On Linux, nodes count whose CPUs this process may use; "

@@ -168,7 +168,7 @@ class _Version(argparse.Action):
 
 
 def _add(group: argparse._ArgumentGroup, option: Option, takes: Command) -> None:
-    text = option.help + (f" (default: {option.usual})" if option.flags and option.usual not in ("", False) else "")
+    text = option.help + (f" (default: {option.usual})" if option.flags and option.usual != "" else "")
     if option.flags:
         several: dict[str, Any] = {"action": "extend", "nargs": "+"} if takes.several else {"action": "append"}
         given: dict[str, Any] = several if option.repeat else {"action": "store"}

@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_type_hints
 
 from candle_vllm.core.config import CACHE_ALIASES, ISQ_NAMES
 from candle_vllm.core.pooling import TextPooling
-from candle_vllm.core.sampling.params import BOUNDS
+from candle_vllm.core.sampling.params import BOUNDS, DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
 from candle_vllm.core.setting_kinds import (
     Boolean,
@@ -55,6 +55,7 @@ from candle_vllm.server.settings.options import (
     Address,
     Option,
     Rate,
+    Told,
     UsageError,
     engine,
     own,
@@ -65,6 +66,13 @@ from candle_vllm.server.settings.options import (
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _CACHE = {"aliases": CACHE_ALIASES}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
+_SAMPLED = SamplingParams().filled(DEFAULT_SAMPLING)
+
+
+def _sampler(name: str, text: str, metavar: str = "X") -> Told:
+    """Return a maker of a default for requests; if it is not set, the model's files decide, else llama.cpp's value."""
+    unset = f"the model's, else {getattr(_SAMPLED, name):g}"
+    return own(SAMPLING, BOUNDS[name], text, metavar, in_yaml=True, unset=unset)
 
 
 # fmt: off
@@ -96,7 +104,7 @@ class SourceOptions(_Checked):
 
     model: Annotated[str | None, own(MODEL,
         Text(), "Hugging Face id, folder, .gguf file, address, name in models.yaml, or demo", "MODEL",
-        flags=("--m", "--model"), rivals="model source", unset="the demo model")] = None
+        flags=("--m", "--model"), rivals="model source", unset="the default of models.yaml, else demo")] = None
     weight_path: Annotated[Path | None, own(MODEL,
         FilePath(), "folder with the model's files", "DIR", flags=("--w", "--weight-path"),
         rivals="model source")] = None
@@ -141,7 +149,8 @@ class FormatOptions(_Checked):
     strict_model_names: Annotated[bool, own(MODEL,
         Boolean(), "refuse requests that name another model, even if only one model is served", needs=SERVES)] = False
     models_config: Annotated[Path | None, own(MODEL,
-        FilePath(), "models and their settings", "FILE", unset="~/.candle-vllm/models.yaml, else ./models.yaml")] = None
+        FilePath(), "file with models and their settings", "FILE",
+        unset="~/.candle-vllm/models.yaml, else ./models.yaml")] = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -217,7 +226,8 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     engine_process: Annotated[bool, own(DEVICE,
         Boolean(), "run the engine in its own process, which is restarted when it dies", in_yaml=True,
         needs=SERVES)] = False
-    threads: Annotated[int | None, engine(DEVICE, "N", unset="one for each physical core, within the CPU quota")] = None
+    threads: Annotated[int | None, engine(DEVICE, "N",
+        unset="one for each usable physical core, within the CPU quota")] = None
     cpu_ranks: Annotated[int | None, engine(DEVICE,
         "N", more="; auto: the default", reading={"auto": True}, unset="one for each NUMA node")] = None
     cpu_level: Annotated[str | None, engine(DEVICE, "LEVEL", unset="the best of this CPU")] = None
@@ -248,22 +258,18 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", needs=SERVES)] = None
     seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, needs=SAMPLING,
         unset="random for each request")] = None
-    temperature: Annotated[float | None, own(SAMPLING, BOUNDS["temperature"], "0 is greedy", "X", in_yaml=True)] = None
-    top_p: Annotated[float | None, own(SAMPLING,
-        BOUNDS["top_p"], "keep the most likely tokens up to this sum of "
-        "probabilities", "X", in_yaml=True)] = None
-    top_k: Annotated[int | None, own(SAMPLING,
-        BOUNDS["top_k"], "keep the K most likely tokens; 0 or -1 keeps all", "K", in_yaml=True)] = None
-    min_p: Annotated[float | None, own(SAMPLING,
-        BOUNDS["min_p"], "drop tokens whose probability is below this share of the most "
-        "likely token's", "X", in_yaml=True)] = None
-    frequency_penalty: Annotated[float | None, own(SAMPLING,
-        BOUNDS["frequency_penalty"], "penalty for each earlier occurrence of a token", "X", in_yaml=True)] = None
-    presence_penalty: Annotated[float | None, own(SAMPLING,
-        BOUNDS["presence_penalty"], "penalty for tokens that have occurred", "X", in_yaml=True)] = None
-    repetition_penalty: Annotated[float | None, own(SAMPLING,
-        BOUNDS["repetition_penalty"], "divides positive and multiplies negative logits of tokens that have occurred; "
-        "1 turns it off", "X", in_yaml=True)] = None
+    temperature: Annotated[float | None, _sampler("temperature", "0 is greedy")] = None
+    top_p: Annotated[float | None, _sampler(
+        "top_p", "keep the most likely tokens up to this sum of probabilities")] = None
+    top_k: Annotated[int | None, _sampler("top_k", "keep the K most likely tokens; 0 or -1 keeps all", "K")] = None
+    min_p: Annotated[float | None, _sampler(
+        "min_p", "drop tokens whose probability is below this share of the most likely token's")] = None
+    frequency_penalty: Annotated[float | None, _sampler(
+        "frequency_penalty", "penalty for each earlier occurrence of a token")] = None
+    presence_penalty: Annotated[float | None, _sampler(
+        "presence_penalty", "penalty for tokens that have occurred")] = None
+    repetition_penalty: Annotated[float | None, _sampler("repetition_penalty",
+        "divides positive and multiplies negative logits of tokens that have occurred; 1 turns it off")] = None
 
     @property
     def has_own_process(self) -> bool:
