@@ -35,6 +35,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime import machine_code
 from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level, links_here
 from candle_vllm.core.progress import tell
+from candle_vllm.core.threads import collector_paused
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ def _travelling() -> Path:
     return TRAVELLING / host_level().name
 
 
+@collector_paused()
 def compile_image(function: Callable[..., None], level: Level) -> bytes:
     """Compile a function to an image; to an object file if `links_here` is false, or ARM64 code cannot be linked."""
     from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function

@@ -43,7 +43,6 @@ from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
     note_asked,
 )
 from candle_vllm.core.kernels.cpu_runtime.level import Level, best_level, bytes_ahead, choose_level, host_level
-from candle_vllm.core.threads import collector_paused
 
 NUMBERS = 2  # index in a plan row: the address of the step's numbers
 FIRST_ARGUMENT = 3
@@ -138,9 +137,8 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     helper = _second_process([*(",".join(map(str, named)) for named in reversed(missing)), *later])
     token = WANTED.set(tuple(kept_name(named_function(*named)[0], host_level()) for named in missing))
     try:
-        with collector_paused():
-            for named in missing:
-                _address(*named)
+        for named in missing:
+            _address(*named)
     except BaseException:
         if helper is not None:
             helper.kill()

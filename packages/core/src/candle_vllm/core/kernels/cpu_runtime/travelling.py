@@ -35,7 +35,6 @@ from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind
 from candle_vllm.core.kernels.weight_quant.searches import TYPES
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
-from candle_vllm.core.threads import collector_paused
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
@@ -138,12 +137,11 @@ def keep_here(named: Sequence[str]) -> None:
     """Compile operations that this machine's cache lacks; each of `named` is "code,constant,..."."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = kernel_cache.kernel_cache()
-    with collector_paused():
-        for text in named:
-            code, *constants = text.split(",")
-            name, make = named_function(code, *map(int, constants))
-            if folder is not None and kernel_cache.is_missing(name):
-                kernel_cache.keep_kernel(folder, name, host_level(), kernel_cache.compile_image(make(), host_level()))
+    for text in named:
+        code, *constants = text.split(",")
+        name, make = named_function(code, *map(int, constants))
+        if folder is not None and kernel_cache.is_missing(name):
+            kernel_cache.keep_kernel(folder, name, host_level(), kernel_cache.compile_image(make(), host_level()))
 
 
 def _end_with_parent() -> None:
@@ -165,13 +163,12 @@ def write(level: Level, folder: Path) -> None:
     kernel_cache.keep_imports({code.partition(":")[0] for code, _ in functions(level.isa)}, into)
     for path in set(folder.iterdir()) - {folder / kernel_cache.kept_name(name, level) for name in wanted}:
         path.unlink()
-    with collector_paused():
-        for number, (name, make) in enumerate(wanted.items(), 1):
-            kernel_cache.keep_kernel(folder, name, level, kernel_cache.compile_image(make(), level))
-            if not (folder / kernel_cache.kept_name(name, level)).exists():
-                raise SystemExit(f"the kernel {name} was not written to {folder}")
-            if number % 20 == 0 or number == len(wanted):
-                sys.stderr.write(f"{level.name}: {number} of {len(wanted)} functions\n")
+    for number, (name, make) in enumerate(wanted.items(), 1):
+        kernel_cache.keep_kernel(folder, name, level, kernel_cache.compile_image(make(), level))
+        if not (folder / kernel_cache.kept_name(name, level)).exists():
+            raise SystemExit(f"the kernel {name} was not written to {folder}")
+        if number % 20 == 0 or number == len(wanted):
+            sys.stderr.write(f"{level.name}: {number} of {len(wanted)} functions\n")
 
 
 def main(given: Sequence[str] | None = None) -> None:
