@@ -115,8 +115,8 @@ def command_lines() -> list[object]:
     """Every `candle-vllm` command line in a code block of a document."""
     found = []
     for path in ALL:
-        blocks = re.findall(r"^```(?:sh)?\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-        for line in "".join(blocks).splitlines():
+        blocks = re.findall(r"^```(.*)\n((?s:.*?))^```$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        for line in "".join(block for language, block in blocks if language in ("", "sh")).splitlines():
             if match := re.match(r"(?:pip install uv && )?(?:uv run )?candle-vllm\b(.*)", line):
                 found.append(pytest.param(match[1], id=f"{path.relative_to(ROOT)}:{match[1].strip()[:40]}"))
     return found
