@@ -184,6 +184,11 @@ def test_vectors_and_scores(llm: LLM, engine: InferenceEngine) -> None:
     assert llm.score("a", "b")[0].prompt_token_ids == engine.tokenize("a") + engine.tokenize("b")
     with pytest.raises(InvalidParameterError, match="not 2 and 3"):
         llm.score(["a", "b"], ["c", "d", "e"])
+    with pytest.raises(InvalidParameterError, match="not 1 and 0 texts"):
+        llm.score("a", [])
+    for other in ({"prompt": "a"}, 5):
+        with pytest.raises(InvalidParameterError, match="a pair must be two texts"):
+            llm.score(other, "b")  # type: ignore[arg-type]
     with pytest.raises(InvalidParameterError, match="2 inputs need as many params, not 1"):
         llm.embed(["a", "b"], pooling_params=params[:1])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Self
@@ -376,15 +376,16 @@ class LLM(ExplainedAttributes):
         """
         refuse_given("score", tokenization_kwargs=tokenization_kwargs or None)
         refuse_given("score", pooling_params=pooling_params, chat_template=chat_template)
-        first = [data_1] if isinstance(data_1, str) else list(data_1)
-        second = [data_2] if isinstance(data_2, str) else list(data_2)
-        if len(first) == 1:
-            first *= len(second)
-        if not second or len(first) != len(second):
+        first, second = (
+            [each] if isinstance(each, (str, Mapping)) or not isinstance(each, Iterable) else list(each)
+            for each in (data_1, data_2)
+        )
+        if not second or len(first) not in (1, len(second)):
             raise InvalidParameterError(
                 f"score takes one text and a list, or lists of equal length, not {len(first)} and {len(second)} texts",
                 "data_2",
             )
+        first *= len(second) // len(first)
         outputs = self.engine.score(list(zip(first, second, strict=True)), use_tqdm=use_tqdm, lora_request=lora_request)
         return [
             ScoringRequestOutput(str(number), ScoringOutput(each.score), list(each.prompt_token_ids))
