@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import (
+    LLM,
     ConfigError,
     EngineConfig,
     InferenceEngine,
@@ -224,5 +225,6 @@ def test_a_key_that_is_no_token_is_named_as_a_key() -> None:
 
 @pytest.mark.parametrize("model", [None, "", 5])
 def test_what_is_no_model_is_said(model: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^model"):
-        InferenceEngine(model)
+    for engine in (InferenceEngine, LLM):
+        with pytest.raises(ConfigError, match=r"^model"):
+            engine(model)
