@@ -358,7 +358,7 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         (lambda llm: llm.embed("a", tokenization_kwargs={"truncate_prompt_tokens": -1}), "never truncated"),
         (lambda llm: llm.score("a", "b", pooling_params=PoolingParams()), "files set the activation of scores"),
         (lambda llm: llm.encode("a", pooling_task="score"), "for pairs of texts use score"),
-        (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
+        (lambda llm: llm.generate("a", {"temperature": 0}), r"not dict: write SamplingParams\(temperature=\.\.\.\)"),
         (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "the model takes text only"),
         (lambda llm: llm.generate(["a", "b"], priority=1.5), "priority must be a whole number"),
         (lambda llm: llm.generate(["a", "b"], priority=np.array([1, 0])), "priority must be a whole number"),

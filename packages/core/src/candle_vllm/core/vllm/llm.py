@@ -25,7 +25,7 @@ from candle_vllm.core.engine.outputs import EmbeddingOutput as Embedding
 from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
 from candle_vllm.core.engine.step.stream import Bar
-from candle_vllm.core.engine_front import FITTED, EngineFront
+from candle_vllm.core.engine_front import FITTED, EngineFront, no_params
 from candle_vllm.core.errors import ConfigError, InvalidParameterError
 from candle_vllm.core.inference_engine import InferenceEngine
 from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
@@ -79,8 +79,7 @@ class Defaults:
         if params is None:
             return self.sampling_params()
         if not isinstance(params, SamplingParams):
-            said = f"sampling_params must be SamplingParams, not {type(params).__name__}"
-            raise InvalidParameterError(said, "sampling_params")
+            raise no_params(params)
         seed = None if params.seed == -1 else params.seed  # as in vLLM
         return replace(params.filled({}), output_kind=RequestOutputKind.CUMULATIVE, seed=seed)
 
