@@ -204,6 +204,7 @@ def test_the_pooler_of_a_model_holds_in_every_call(tmp_path: Path) -> None:
         first, second = (vector(text) for text in ("hello", "bye"))
         assert np.linalg.norm(first) > 1.1
         unit = vector("hello", PoolingParams(normalize=True))
+        assert vector("hello", PoolingParams(use_activation=True)).tolist() == unit.tolist()
         assert unit == pytest.approx(first / np.linalg.norm(first), rel=1e-5)
         (each,) = llm.embed(["hello"], pooling_params=[PoolingParams(normalize=True)], use_tqdm=False)
         assert each.outputs.embedding == unit.tolist()
@@ -246,6 +247,8 @@ def test_the_activation_of_a_pooler_holds_for_classes(tmp_path: Path) -> None:
         probs = np.array(classifier.classify("a b", pooling_params=active, use_tqdm=False)[0].outputs.probs)
         assert np.exp(logits) / np.exp(logits).sum() == pytest.approx(probs, rel=1e-5)
         assert classifier.encode("a b", pooling_task="classify")[0].outputs.data.tolist() == logits.tolist()
+    with LLM(folder, threads=1, pooler_config={"normalize": False}) as classifier:  # of vectors only
+        assert classifier.classify("a b", use_tqdm=False)[0].outputs.probs == probs.tolist()
 
 
 def test_vectors_of_tokens_are_not_one_vector(tmp_path: Path, llm: LLM) -> None:

@@ -294,10 +294,8 @@ def _pooling_params(value: Any) -> PoolingParams:
             continue
         if name in ("pooling_type", "seq_pooling_type"):
             made["pooling"] = str(said).lower()
-        elif name in ("normalize", "use_activation"):  # vLLM's older name, and its newer one
-            made["use_activation"] = said
-        elif name == "dimensions":
-            made["dimensions"] = said
+        elif name in ("normalize", "use_activation", "dimensions"):
+            made[name] = said
         elif name != "enable_chunked_processing" or said is not False:
             raise ConfigError(f"pooler_config has {name!r:.60}, which is not supported", "pooler_config")
     return PoolingParams(**made)

@@ -125,7 +125,9 @@ class Opened:
         own = PoolingParams(use_activation=self.pooling.use_activation) if classes else self.pooling
         if not isinstance(given, PoolingParams):
             return given or own
-        return replace(own, **{name: value for name, value in asdict(given).items() if value is not None})
+        told = {name: value for name, value in asdict(given).items() if value is not None}
+        # of vectors, `use_activation` is vLLM's newer name of `normalize`
+        return replace(own, **({"normalize": None} if "use_activation" in told else {}) | told)
 
     def close(self) -> None:
         """Close the engine if it was created here."""
