@@ -121,6 +121,7 @@ def test_a_package_lists_its_public_names(part: str) -> None:
     [
         ("from candle_vllm import LLMEngine", ": the name here is InferenceEngine"),
         ("from candle_vllm import GuidedDecodingParams", ": the name here is StructuredOutputsParams"),
+        ("from candle_vllm import PoolingOutput", ": vLLM's classes of outputs are in candle_vllm.core.vllm.outputs"),
         ("from candle_vllm import InferenceEngin", r" \(did you mean InferenceEngine\?\)"),
         ("from candle_vllm.core import Llama", ": the name here is InferenceEngine"),
         ("from candle_vllm import EngineBuilder", ": the name here is InferenceEngine"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import (
+    LLM,
     ConfigError,
     EngineConfig,
     InferenceEngine,
@@ -183,8 +184,12 @@ def test_what_is_so_anyway_may_be_said() -> None:
         "limit_mm_per_prompt": {},
     }
     assert EngineConfig(model="m", **settings) == EngineConfig(model="m")
-    params: dict[str, Any] = {"detokenize": False, "skip_clone": True}
+    params: dict[str, Any] = {"detokenize": False, "skip_clone": True, "guided_decoding": None, "best_of": None}
     assert SamplingParams(**params) == SamplingParams()
+    pooling: dict[str, Any] = {"softmax": None, "requires_token_ids": False, "skip_reading_prefix_cache": None}
+    assert PoolingParams(**pooling) == PoolingParams()
+    form: dict[str, Any] = {"disable_fallback": False, "whitespace_pattern": None}
+    assert StructuredOutputsParams(regex="a", **form) == StructuredOutputsParams(regex="a")
 
 
 def test_what_has_no_effect_is_taken_with_a_remark(caplog: pytest.LogCaptureFixture) -> None:
@@ -224,5 +229,6 @@ def test_a_key_that_is_no_token_is_named_as_a_key() -> None:
 
 @pytest.mark.parametrize("model", [None, "", 5])
 def test_what_is_no_model_is_said(model: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^model"):
-        InferenceEngine(model)
+    for engine in (InferenceEngine, LLM):
+        with pytest.raises(ConfigError, match=r"^model"):
+            engine(model)

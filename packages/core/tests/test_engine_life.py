@@ -93,3 +93,19 @@ def test_a_forked_child_leaves_the_engines_process_alone(toy_model: Path) -> Non
         assert _in_child(lambda: engine.generate("abc", GREEDY)).startswith("dead: the engine belongs to another")
         assert _in_child(engine.close) == "None"
         assert engine.generate("abc", GREEDY, use_tqdm=False)[0].token_ids
+
+
+def test_a_failed_engine_keeps_nothing_of_the_calls_that_it_refuses(toy_model: Path) -> None:
+    """An error that is raised again would keep the frames of every caller, with their prompts."""
+
+    def fail(tokens: tuple[int, ...], row: object) -> None:
+        raise SystemExit("over")
+
+    def refused(params: SamplingParams) -> list[str]:
+        with pytest.raises(EngineDeadError, match="the engine has stopped: SystemExit: over") as info:
+            engine.generate("abc", params, use_tqdm=False)
+        return [entry.name for entry in info.traceback]
+
+    with InferenceEngine(str(toy_model), threads=1, block_size=32) as engine:
+        refused(SamplingParams(logits_processors=[fail]))
+        assert refused(GREEDY) == refused(GREEDY)

@@ -733,6 +733,7 @@ def test_processors_of_the_users_own(engine: InferenceEngine) -> None:
         (lambda tokens, row: None, "float32 array of"),
         (lambda tokens, row: row * np.float32("nan"), "without NaN and infinity"),
         (lambda tokens, row: row + np.float32("inf"), "without NaN and infinity"),
+        (lambda tokens, row: row - np.float32("inf"), "no token may be chosen"),
     ],
 )
 def test_a_processor_that_fails_fails_its_own_request(engine: InferenceEngine, process: Any, says: str) -> None:

@@ -184,6 +184,11 @@ def test_vectors_and_scores(llm: LLM, engine: InferenceEngine) -> None:
     assert llm.score("a", "b")[0].prompt_token_ids == engine.tokenize("a") + engine.tokenize("b")
     with pytest.raises(InvalidParameterError, match="not 2 and 3"):
         llm.score(["a", "b"], ["c", "d", "e"])
+    with pytest.raises(InvalidParameterError, match="not 1 and 0 texts"):
+        llm.score("a", [])
+    for other in ({"prompt": "a"}, 5):
+        with pytest.raises(InvalidParameterError, match="a pair must be two texts"):
+            llm.score(other, "b")  # type: ignore[arg-type]
     with pytest.raises(InvalidParameterError, match="2 inputs need as many params, not 1"):
         llm.embed(["a", "b"], pooling_params=params[:1])
 
@@ -199,6 +204,7 @@ def test_the_pooler_of_a_model_holds_in_every_call(tmp_path: Path) -> None:
         first, second = (vector(text) for text in ("hello", "bye"))
         assert np.linalg.norm(first) > 1.1
         unit = vector("hello", PoolingParams(normalize=True))
+        assert vector("hello", PoolingParams(use_activation=True)).tolist() == unit.tolist()
         assert unit == pytest.approx(first / np.linalg.norm(first), rel=1e-5)
         (each,) = llm.embed(["hello"], pooling_params=[PoolingParams(normalize=True)], use_tqdm=False)
         assert each.outputs.embedding == unit.tolist()
@@ -241,6 +247,8 @@ def test_the_activation_of_a_pooler_holds_for_classes(tmp_path: Path) -> None:
         probs = np.array(classifier.classify("a b", pooling_params=active, use_tqdm=False)[0].outputs.probs)
         assert np.exp(logits) / np.exp(logits).sum() == pytest.approx(probs, rel=1e-5)
         assert classifier.encode("a b", pooling_task="classify")[0].outputs.data.tolist() == logits.tolist()
+    with LLM(folder, threads=1, pooler_config={"normalize": False}) as classifier:  # of vectors only
+        assert classifier.classify("a b", use_tqdm=False)[0].outputs.probs == probs.tolist()
 
 
 def test_vectors_of_tokens_are_not_one_vector(tmp_path: Path, llm: LLM) -> None:
@@ -353,7 +361,7 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         (lambda llm: llm.embed("a", tokenization_kwargs={"truncate_prompt_tokens": -1}), "never truncated"),
         (lambda llm: llm.score("a", "b", pooling_params=PoolingParams()), "files set the activation of scores"),
         (lambda llm: llm.encode("a", pooling_task="score"), "for pairs of texts use score"),
-        (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
+        (lambda llm: llm.generate("a", {"temperature": 0}), r"not dict: write SamplingParams\(temperature=\.\.\.\)"),
         (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "the model takes text only"),
         (lambda llm: llm.generate(["a", "b"], priority=1.5), "priority must be a whole number"),
         (lambda llm: llm.generate(["a", "b"], priority=np.array([1, 0])), "priority must be a whole number"),

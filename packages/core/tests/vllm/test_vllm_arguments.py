@@ -47,6 +47,11 @@ from candle_vllm.core.vllm.arguments import translated
         ({"swap_space": 4, "compilation_config": 3, "max_seq_len_to_capture": 1024}, {}),
         ({"num_scheduler_steps": 8, "structured_outputs_config": {"backend": "xgrammar"}}, {}),
         ({"served_model_name": "m"}, {}),
+        ({"offload_group_size": 0, "offload_num_in_group": 1, "offload_prefetch_step": 1, "offload_params": None}, {}),
+        ({"prefix_caching_hash_algo": "sha256", "num_gpu_blocks_override": None, "worker_extension_cls": ""}, {}),
+        ({"max_num_partial_prefills": 1, "scheduler_reserve_full_isl": True, "stream_interval": 1}, {}),
+        ({"mm_processor_cache_gb": 4, "video_pruning_rate": 0.0, "code_revision": None}, {}),
+        ({"kv_offloading_backend": "native", "ignore_patterns": ["original/**/*"], "mamba_cache_mode": "none"}, {}),
         ({"use_v2_block_manager": True, "worker_use_ray": False, "disable_async_output_proc": True}, {}),
         (
             {"pipeline_parallel_size": 1, "trust_remote_code": True, "runner": "pooling", "disable_log_stats": False},

@@ -127,7 +127,7 @@ class EngineFront(ABC):
             InvalidParameterError: `params` is no SamplingParams, or is for AsyncLLM only.
         """
         if not isinstance(params, (SamplingParams, type(None))):
-            raise _no_params(params)
+            raise no_params(params)
         params = params or SamplingParams()
         if params.output_kind is not RequestOutputKind.CUMULATIVE:
             said = "output_kind is for AsyncLLM: generate returns whole outputs, stream and generate_stream deltas"
@@ -870,14 +870,14 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 
 def _each_params(params: Any) -> list[SamplingParams | None]:
     if isinstance(params, (str, Mapping)) or not isinstance(params, Iterable):
-        raise _no_params(params)
+        raise no_params(params)
     return list(params)
 
 
-def _no_params(given: Any) -> InvalidParameterError:
+def no_params(given: Any) -> InvalidParameterError:
+    """Return the error for something else than `SamplingParams`; for a dict it says how to write them."""
     hint = ""
     if isinstance(given, Mapping) and all(isinstance(name, str) for name in given):
         hint = f": write SamplingParams({', '.join(f'{name:.40}=...' for name in list(given)[:3])})"
-    return InvalidParameterError(
-        f"sampling_params must be SamplingParams, not {type(given).__name__}{hint}", "sampling_params"
-    )
+    said = f"sampling_params must be SamplingParams, not {type(given).__name__}{hint}"
+    return InvalidParameterError(said, "sampling_params")

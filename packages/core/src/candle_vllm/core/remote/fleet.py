@@ -146,7 +146,7 @@ class Fleet:
         self._most = config.max_queued_requests
         self._lock = threading.RLock()  # guards the replicas' state and their statistics
         self._closed = threading.Event()
-        self._dead: EngineDeadError | None = None
+        self._dead: str | None = None  # the message of the error
         self._callbacks: list[Callable[[], None]] = []
         self._deaths: list[list[float]] = [[] for _ in self._configs]
         self._restarts = [0] * len(self._configs)
@@ -244,7 +244,7 @@ class Fleet:
         while True:
             number = self._router.give(name, hashes, len(request.prompt_token_ids), count, refused, self._most)
             if number is None:
-                raise self._dead or EngineDeadError("the engine is closed")
+                raise EngineDeadError(self._dead or "the engine is closed")
             try:
                 self._replicas[number].submit(prepared, sink)
                 return
@@ -273,7 +273,7 @@ class Fleet:
                 return replica.check_structured_outputs(params)
             except EngineDeadError:
                 continue
-        raise self._dead or EngineDeadError("the engine is closed")
+        raise EngineDeadError(self._dead or "the engine is closed")
 
     # ---- sleep -------------------------------------------------------------------------------------------------------
 
@@ -416,7 +416,7 @@ class Fleet:
                 if not isinstance(answer.exception(), EngineDeadError):
                     said.append(answer)
         if not said:
-            raise self._dead or EngineDeadError("the engine is closed")
+            raise EngineDeadError(self._dead or "the engine is closed")
         return [answer.result() for answer in said]
 
     def _watch(self, number: int, replica: Replica) -> None:
@@ -433,7 +433,7 @@ class Fleet:
             self._router.lost(number)
             callbacks: list[Callable[[], None]] = []
             if not any(self._up):
-                self._dead = EngineDeadError(f"all {len(self._up)} engine processes have ended")
+                self._dead = f"all {len(self._up)} engine processes have ended"
                 callbacks, self._callbacks = self._callbacks, []
             else:
                 thread = threading.Thread(target=self._restart, args=(number,), name=f"replica-{number}", daemon=True)

@@ -269,7 +269,7 @@ class RemoteThread(EngineThread):
         answer: Future[Any] = Future()
         with self._wake:
             if self._dead is not None or self._closing:
-                raise self._dead or EngineDeadError("the engine is closed")
+                raise EngineDeadError(self._dead or "the engine is closed")
             if len(self._calls) >= self._max_sequences:
                 raise EngineOverloadedError(f"{len(self._calls)} calls to the engine are waiting: try again later")
             self._calls.add(answer)
@@ -282,7 +282,7 @@ class RemoteThread(EngineThread):
                 f"{what} could not be {done} within {CALL_TIMEOUT:.0f} s: try again later"
             ) from None
         except CancelledError:
-            raise self._dead or EngineDeadError("the engine is closed") from None
+            raise EngineDeadError(self._dead or "the engine is closed") from None
         finally:
             with self._wake:
                 self._calls.discard(answer)

@@ -123,8 +123,8 @@ def _rows_on_gpu(
 LOGPROB_CHUNK = 1 << 22  # number of logits of a chunk for prompt_logprobs: 16 MB
 _BROKEN = "the model gave NaN or infinite logits for this sequence; its files or its data type may be at fault"
 _NOTHING = (
-    "no token may be chosen: together, allowed_token_ids, bad_words, min_tokens and any grammar forbid every token; "
-    "relax one of them"
+    "no token may be chosen: together, allowed_token_ids, bad_words, min_tokens, logits_processors and any grammar "
+    "forbid every token; relax one of them"
 )
 
 

@@ -61,7 +61,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
         if rest:
             raise ConfigError(f"pass an EngineConfig or arguments, not both: {', '.join(rest)}")
         return Translated(model, pooling, quantization, generation, sampling)
-    settings: dict[str, Any] = {"seed": 0}
+    settings: dict[str, Any] = {"model": model, "seed": 0}
     if pooling.pooling in get_args(TextPooling):  # scores have no parameters
         settings["pooling"] = pooling.pooling
     for name, value in sorted(rest.items(), key=lambda item: item[0] in _TRANSLATED):  # last, so that they win
@@ -72,7 +72,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
             settings[name] = value
     if settings.get("tokenizer") == str(model):
         del settings["tokenizer"]
-    return Translated(EngineConfig(model=str(model), **settings), pooling, quantization, generation, sampling)
+    return Translated(EngineConfig(**settings), pooling, quantization, generation, sampling)
 
 
 def check_quantization(said: str | None, stored: str | None) -> None:
@@ -294,10 +294,8 @@ def _pooling_params(value: Any) -> PoolingParams:
             continue
         if name in ("pooling_type", "seq_pooling_type"):
             made["pooling"] = str(said).lower()
-        elif name in ("normalize", "use_activation"):  # vLLM's older name, and its newer one
-            made["use_activation"] = said
-        elif name == "dimensions":
-            made["dimensions"] = said
+        elif name in ("normalize", "use_activation", "dimensions"):
+            made[name] = said
         elif name != "enable_chunked_processing" or said is not False:
             raise ConfigError(f"pooler_config has {name!r:.60}, which is not supported", "pooler_config")
     return PoolingParams(**made)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,7 @@ from candle_vllm.core.engine.outputs import EmbeddingOutput as Embedding
 from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
 from candle_vllm.core.engine.step.stream import Bar
-from candle_vllm.core.engine_front import FITTED, EngineFront
+from candle_vllm.core.engine_front import FITTED, EngineFront, no_params
 from candle_vllm.core.errors import ConfigError, InvalidParameterError
 from candle_vllm.core.inference_engine import InferenceEngine
 from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
@@ -79,8 +79,7 @@ class Defaults:
         if params is None:
             return self.sampling_params()
         if not isinstance(params, SamplingParams):
-            said = f"sampling_params must be SamplingParams, not {type(params).__name__}"
-            raise InvalidParameterError(said, "sampling_params")
+            raise no_params(params)
         seed = None if params.seed == -1 else params.seed  # as in vLLM
         return replace(params.filled({}), output_kind=RequestOutputKind.CUMULATIVE, seed=seed)
 
@@ -126,7 +125,9 @@ class Opened:
         own = PoolingParams(use_activation=self.pooling.use_activation) if classes else self.pooling
         if not isinstance(given, PoolingParams):
             return given or own
-        return replace(own, **{name: value for name, value in asdict(given).items() if value is not None})
+        told = {name: value for name, value in asdict(given).items() if value is not None}
+        # of vectors, `use_activation` is vLLM's newer name of `normalize`
+        return replace(own, **({"normalize": None} if "use_activation" in told else {}) | told)
 
     def close(self) -> None:
         """Close the engine if it was created here."""
@@ -376,15 +377,16 @@ class LLM(ExplainedAttributes):
         """
         refuse_given("score", tokenization_kwargs=tokenization_kwargs or None)
         refuse_given("score", pooling_params=pooling_params, chat_template=chat_template)
-        first = [data_1] if isinstance(data_1, str) else list(data_1)
-        second = [data_2] if isinstance(data_2, str) else list(data_2)
-        if len(first) == 1:
-            first *= len(second)
-        if not second or len(first) != len(second):
+        first, second = (
+            [each] if isinstance(each, (str, Mapping)) or not isinstance(each, Iterable) else list(each)
+            for each in (data_1, data_2)
+        )
+        if not second or len(first) not in (1, len(second)):
             raise InvalidParameterError(
                 f"score takes one text and a list, or lists of equal length, not {len(first)} and {len(second)} texts",
                 "data_2",
             )
+        first *= len(second) // len(first)
         outputs = self.engine.score(list(zip(first, second, strict=True)), use_tqdm=use_tqdm, lora_request=lora_request)
         return [
             ScoringRequestOutput(str(number), ScoringOutput(each.score), list(each.prompt_token_ids))

@@ -226,8 +226,8 @@ class LiveSequence(Live):
         grammar = self.state.grammar
         failure = None if grammar is None else grammar.failure
         if failure is None and sampled.by_request:
-            field = "allowed_token_ids" if grammar is None else "structured_outputs"
-            field = field if self.state.failure is None else "logits_processors"
+            by_code = self.state.failure is not None or (grammar is None and self.request.params.logits_processors)
+            field = "logits_processors" if by_code else "allowed_token_ids" if grammar is None else "structured_outputs"
             failure = RequestError(f"{field}: {sampled.error}", field)
         return self.end(FinishReason.ERROR, failure or sampled.error)
 

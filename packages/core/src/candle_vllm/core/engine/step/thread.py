@@ -192,7 +192,7 @@ class EngineThread:
         self._answers: set[Future[None]] = set()
         self._sleep_lock = threading.Lock()  # serialises `sleep` and `wake_up`
         self._closing = False
-        self._dead: EngineDeadError | None = None
+        self._dead: str | None = None  # the message: an error that is raised again keeps the frames of every caller
         self._owner = os.getpid()
         self._thread = threading.Thread(target=self._run, name="candle-vllm-engine", daemon=True)
         with deep_stacks():
@@ -215,7 +215,7 @@ class EngineThread:
         request_id = prepared[0].request.request_id
         with self._wake:
             if self._dead is not None or self._closing:
-                raise self._dead or EngineDeadError("the engine is closed")
+                raise EngineDeadError(self._dead or "the engine is closed")
             if self._asleep:
                 raise EngineSleepingError(SLEEPS)
             if request_id in self._clients:
@@ -245,7 +245,7 @@ class EngineThread:
         """Clear the prefix cache before the next step and before every later request."""
         with self._wake:
             if self._dead is not None or self._closing:
-                raise self._dead or EngineDeadError("the engine is closed")
+                raise EngineDeadError(self._dead or "the engine is closed")
             self._command(self._engine.reset_prefix_cache)
 
     @property
@@ -309,13 +309,13 @@ class EngineThread:
 
         with self._wake:
             if self._dead is not None or self._closing:
-                raise self._dead or EngineDeadError("the engine is closed")
+                raise EngineDeadError(self._dead or "the engine is closed")
             self._answers.add(answer)
             self._command(command)
         try:
             answer.result()
         except CancelledError:
-            raise self._dead or EngineDeadError("the engine is closed") from None
+            raise EngineDeadError(self._dead or "the engine is closed") from None
         finally:
             with self._wake:
                 self._answers.discard(answer)
@@ -420,11 +420,11 @@ class EngineThread:
     def _end(self, error: EngineDeadError) -> None:
         """Refuse further requests, and send the error to every caller that still waits."""
         with self._wake:
-            self._dead = error
+            self._dead = str(error)
             clients, self._clients = list(self._clients.values()), {}
             self._live_sequences = 0
             answers = list(self._answers)
         for answer in answers:
             answer.cancel()
         for client in clients:
-            self._put(client.sink, error)
+            self._put(client.sink, EngineDeadError(str(error)))
