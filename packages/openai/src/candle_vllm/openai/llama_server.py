@@ -345,7 +345,7 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
     ends = adapter.model_info.eos_token_ids if params.ignore_eos else ()  # null is llama.cpp's minus infinity
     biases: dict[int, float | None] = {**(params.logit_bias or {}), **dict.fromkeys(ends)}
     return shared | {
-        "n_predict": -1 if params.max_tokens is None or request.n_predict == 0 else params.max_tokens,
+        "n_predict": 0 if task.scored_only else -1 if params.max_tokens is None else params.max_tokens,
         "seed": -1 if params.seed is None else params.seed,
         "repeat_penalty": params.repetition_penalty,
         "stop": params.stop_strings,
