@@ -331,6 +331,7 @@ def test_every_sampling_field_arrives() -> None:
 def test_logprob_counts() -> None:
     assert to_sampling_params(chat(logprobs=True), {}).logprobs == 0
     assert to_sampling_params(chat(logprobs=False), {}).logprobs is None
+    assert to_sampling_params(chat(top_logprobs=0), {}).logprobs is None  # 0 is vLLM's default
     assert to_sampling_params(completion(logprobs=0), {}).logprobs == 0
     scored = to_sampling_params(completion(logprobs=2, echo=True, max_tokens=0, prompt_logprobs=1), {})
     assert (scored.logprobs, scored.prompt_logprobs, scored.max_tokens) == (2, 2, 1)
