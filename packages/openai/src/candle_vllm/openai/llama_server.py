@@ -50,7 +50,7 @@ _REFUSED: Mapping[str, fields.Refusal] = {
     "t_max_prompt_ms": fields.Refusal("a prompt is always read whole", idle=True),
     "t_max_predict_ms": fields.Refusal("n_predict bounds an answer", idle=True),
     "n_indent": fields.Refusal("stop ends an answer", idle=True),
-    **{name: fields.REFUSED_FIELDS[name] for name in ("n_cache_reuse", "backend_sampling", "samplers")},
+    **{n: fields.REFUSED_FIELDS[n] for n in ("n_cache_reuse", "backend_sampling", "samplers", "slot_id", "tfs_z")},
 }
 
 _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
@@ -441,8 +441,6 @@ class _Writer:
                     made.append(LlamaText(content="", prompt_progress=wire_progress(event), timings=timings))
                 case Usage() if self._running is not None:
                     self._timings = self._running.of(event)
-                case _:
-                    pass
         return made
 
     def _piece(self) -> LlamaText:
