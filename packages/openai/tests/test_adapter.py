@@ -464,7 +464,7 @@ async def test_submission_errors_come_before_the_stream() -> None:
         await OpenAIAdapter(ScriptedEngine(has_chat_template=False)).chat(parse_chat_request({"messages": HI}))
     with pytest.raises(InvalidParameterError, match="out of vocabulary: the model's ids are 0 to 259"):
         await adapter.complete(parse_completion_request({"prompt": [260], "echo": True}))
-    with pytest.raises(InvalidParameterError, match="empty prompt"):
+    with pytest.raises(InvalidParameterError, match="prompt: the prompt is empty"):
         await adapter.complete(parse_completion_request({"prompt": "", "add_special_tokens": False}))
 
 

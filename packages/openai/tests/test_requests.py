@@ -331,6 +331,7 @@ def test_every_sampling_field_arrives() -> None:
 def test_logprob_counts() -> None:
     assert to_sampling_params(chat(logprobs=True), {}).logprobs == 0
     assert to_sampling_params(chat(logprobs=False), {}).logprobs is None
+    assert to_sampling_params(chat(top_logprobs=0), {}).logprobs is None  # 0 is vLLM's default
     assert to_sampling_params(completion(logprobs=0), {}).logprobs == 0
     scored = to_sampling_params(completion(logprobs=2, echo=True, max_tokens=0, prompt_logprobs=1), {})
     assert (scored.logprobs, scored.prompt_logprobs, scored.max_tokens) == (2, 2, 1)
@@ -463,13 +464,15 @@ def test_llama_cpps_samplers_are_refused_by_name(name: str) -> None:
 def test_llama_cpps_own_route_takes_them_too() -> None:
     given = LlamaCompletionRequest.model_validate({"prompt": "x", **SAMPLERS, "repeat_penalty": 1.2}).sampling()
     assert given == {**SAMPLERS, "repetition_penalty": 1.2, "max_tokens": None}
+    older = {"slot_id": -1, "tfs_z": 1.0, "typ_p": 0.9}
+    assert LlamaCompletionRequest.model_validate({"prompt": "x", **older}).sampling()["typical_p"] == 0.9
     none = LlamaCompletionRequest.model_validate({"prompt": "x", "dry_sequence_breakers": []}).sampling()
     assert none["dry_sequence_breakers"] == []  # no breakers, and not the usual ones
 
 
 def test_names_of_other_servers() -> None:
-    params = to_sampling_params(chat(repeat_penalty=1.3, mirostat_mode=2, tfs_z=1, top_a=0), {})
-    assert (params.repetition_penalty, params.mirostat) == (1.3, 2)
+    params = to_sampling_params(chat(repeat_penalty=1.3, mirostat_mode=2, tfs_z=1, top_a=0, typ_p=0.9), {})
+    assert (params.repetition_penalty, params.mirostat, params.typical_p) == (1.3, 2, 0.9)
     assert [chat(**{name: 7}).seed for name in ("random_seed", "sampling_seed")] == [7, 7]
     assert chat(repeat_penalty=1.3, repetition_penalty=1.3).repetition_penalty == 1.3
     assert refusal(chat, repeat_penalty=1.3, repetition_penalty=1.2)[0] == "repeat_penalty"

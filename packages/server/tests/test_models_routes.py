@@ -288,6 +288,9 @@ def test_the_list_for_anthropic_s_clients(start) -> None:
         assert [model.id for model in client.models.list()] == ["small", "tiny", "org/large", "broken"]
         model = client.models.retrieve("tiny")
         assert (model.type, model.display_name, model.created_at.year) == ("model", "tiny", 1970)
+        with pytest.raises(anthropic.NotFoundError) as refusal:
+            client.models.retrieve("nothing")
+    assert refusal.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
 
 
 def test_who_waits_is_told_without_what_is_asked(start) -> None:

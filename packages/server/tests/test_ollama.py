@@ -24,6 +24,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.errors import EngineOverloadedError, NotReadyError
 from candle_vllm.core.testing.toy_model import write_toy_model
+from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.models import downloads
 from candle_vllm.server.models.manager import ModelManager
@@ -89,6 +90,19 @@ def test_a_context_is_gone_on_from(start: Callable[..., Any]) -> None:
     assert "Two" in sent[1]
     assert sent[2].endswith("Raw")
     assert "user" not in sent[2]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "left"), [("<|im_start|>", "<|im_start|>user\nTwo"), ("<|im_start|>user", "\nTwo")]
+)
+def test_a_context_is_followed_by_whole_turns(start: Callable[..., Any], beginning: str, left: str) -> None:
+    """A beginning-of-sequence token is left out behind a context, and a token that begins every turn is not."""
+    running = start(PacedEngine("Good day!"))
+    running.engine.chat_conventions = ChatConventions(token_names={"bos_token": beginning})
+    with client_of(running) as client:
+        client.generate("scripted", "Two", context=[1, 2, 3])
+    prompt = running.engine.requests[0].prompt_token_ids
+    assert running.engine.detokenize(prompt[3:], False).startswith(left)
 
 
 def test_tools_are_called_and_answered(start: Callable[..., Any]) -> None:

@@ -368,7 +368,8 @@ def test_an_editor_fills_a_gap(start: Callable[..., Any]) -> None:
         streamed = pieces(client.post("/infill", json={**EDITOR, "stream": True}))
         assert [piece["content"] for piece in streamed] == ["    return ", "a + b", ""]
         assert [piece["stop"] for piece in streamed] == [False, False, True]
-        assert client.post("/infill", json={**EDITOR, "n_predict": 0}).json()["content"] == ""
+        nothing = client.post("/infill", json={**EDITOR, "n_predict": 0}).json()
+        assert (nothing["content"], nothing["generation_settings"]["n_predict"]) == ("", 0)
 
 
 def test_a_gap_in_mistrals_words(start: Callable[..., Any]) -> None:

@@ -35,12 +35,15 @@ def rendered(*messages: dict[str, Any]) -> list[dict[str, Any]]:
     return template_messages(read_chat(parse_chat_request({"messages": list(messages)})).messages)
 
 
+SPOKEN = {"type": "output_text", "text": "ok", "annotations": [], "logprobs": []}
+
+
 def test_template_form() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
     assert rendered(
         {"role": "developer", "content": "be kind"},
         {"role": "user", "content": parts, "name": "Ann"},
-        {"role": "assistant", "content": "ok", "reasoning": "hm"},
+        {"role": "assistant", "content": [SPOKEN], "reasoning": "hm"},
         calls("x", "y"),
         result("y"),
         result("x"),
@@ -196,7 +199,7 @@ def test_refusals_name_the_place(messages: list[Any], param: str, message: str) 
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["input_audio", "file", "image_base64", "video_url"])
+@pytest.mark.parametrize("kind", ["input_audio", "file", "image_base64", "video_url", "thinking"])
 def test_parts_that_are_no_text_are_unsupported(kind: str) -> None:
     parts = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "http://x"}}]
     with pytest.raises(UnsupportedParameterError, match=f"'{kind}' parts are not supported") as caught:

@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 import pytest
+from openai.types.responses import ResponseCustomToolCall, ResponseFunctionToolCall
 from openai.types.responses.input_token_count_params import InputTokenCountParams
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
 from openresponses_types.types import CreateResponseBody
@@ -132,6 +133,14 @@ def test_a_compaction_takes_as_many_items_as_a_request() -> None:
 def test_fields_of_newer_clients_have_no_effect() -> None:
     given = {"completion_window": "soonest"}
     assert parse_responses_request({**HI, "background_options": given}).background_options == given
+
+
+def test_calls_as_the_clients_model_dump_writes_them() -> None:
+    call = ResponseFunctionToolCall(type="function_call", call_id="c1", name="f", arguments="{}")
+    custom = ResponseCustomToolCall(type="custom_tool_call", call_id="c2", name="g", input="x", async_=True)
+    given = [call.model_dump(), custom.model_dump()]
+    assert [one["async_"] for one in given] == [None, True]
+    assert [one.call_id for one in parse_responses_request({"input": given}).input] == ["c1", "c2"]  # type: ignore[union-attr]
 
 
 def test_counting_takes_no_sampling_fields() -> None:

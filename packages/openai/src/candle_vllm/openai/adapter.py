@@ -367,7 +367,7 @@ class OpenAIAdapter(ExplainedAttributes):
         images: Sequence[ImageInput] = (),
     ) -> TokenStream:
         if not prompt:
-            raise InvalidParameterError(f"{field} gives an empty prompt; it needs at least one token", field)
+            raise InvalidParameterError(f"{field}: the prompt is empty; it needs at least one token", field)
         if params.cache_salt is not None and self._salted is not None:
             params = replace(params, cache_salt=self._salted(params.cache_salt))
         more = self._names.options(task.model, task.lora, task.adapter) | {"priority": task.priority}

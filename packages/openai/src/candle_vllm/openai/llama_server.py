@@ -50,7 +50,7 @@ _REFUSED: Mapping[str, fields.Refusal] = {
     "t_max_prompt_ms": fields.Refusal("a prompt is always read whole", idle=True),
     "t_max_predict_ms": fields.Refusal("n_predict bounds an answer", idle=True),
     "n_indent": fields.Refusal("stop ends an answer", idle=True),
-    **{name: fields.REFUSED_FIELDS[name] for name in ("n_cache_reuse", "backend_sampling", "samplers")},
+    **{n: fields.REFUSED_FIELDS[n] for n in ("n_cache_reuse", "backend_sampling", "samplers", "slot_id", "tfs_z")},
 }
 
 _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
@@ -345,7 +345,7 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
     ends = adapter.model_info.eos_token_ids if params.ignore_eos else ()  # null is llama.cpp's minus infinity
     biases: dict[int, float | None] = {**(params.logit_bias or {}), **dict.fromkeys(ends)}
     return shared | {
-        "n_predict": -1 if params.max_tokens is None or request.n_predict == 0 else params.max_tokens,
+        "n_predict": 0 if task.scored_only else -1 if params.max_tokens is None else params.max_tokens,
         "seed": -1 if params.seed is None else params.seed,
         "repeat_penalty": params.repetition_penalty,
         "stop": params.stop_strings,
@@ -441,8 +441,6 @@ class _Writer:
                     made.append(LlamaText(content="", prompt_progress=wire_progress(event), timings=timings))
                 case Usage() if self._running is not None:
                     self._timings = self._running.of(event)
-                case _:
-                    pass
         return made
 
     def _piece(self) -> LlamaText:

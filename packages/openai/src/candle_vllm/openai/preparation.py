@@ -458,12 +458,12 @@ class TaskPreparation:
         return prompt
 
     def _behind(self, task: Task, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokenize a prompt and put the tokens of `before` first; the text then has no beginning-of-sequence token."""
+        """Tokenize a prompt behind the tokens of `before`, then without a token that begins sequences but not turns."""
         if not task.before:
             return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
         self._check_known(task.before, "context")
         beginning = self._engine.chat_conventions.token_names.get("bos_token")
-        text = text.removeprefix(beginning) if beginning else text
+        text = text.removeprefix(beginning) if beginning and text.count(beginning) == 1 else text
         return [*task.before, *self._engine.tokenize(text, add_special_tokens=False)]
 
     def _check_known(self, ids: Sequence[int], field: str = "prompt") -> None:

@@ -109,7 +109,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
             raise invalid(
                 "max_tokens", "is the older name of max_completion_tokens; give only one of them, or the same value"
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs: true")
         if self.add_generation_prompt and self.continue_final_message:
             raise invalid("continue_final_message", "and add_generation_prompt exclude each other")

@@ -103,6 +103,7 @@ _Offered: Any = create_model("_Offered", __base__=fields.WireModel, **_numbers)
 OTHER_NAMES: Mapping[str, str] = {
     "repeat_penalty": "repetition_penalty",
     "mirostat_mode": "mirostat",
+    "typ_p": "typical_p",
     "speculative.n_max": "num_speculative_tokens",
     "random_seed": "seed",
     "sampling_seed": "seed",

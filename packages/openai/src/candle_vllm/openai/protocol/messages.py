@@ -14,18 +14,18 @@ from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOL_CALLS, Name, 
 from candle_vllm.openai.task import Call
 from candle_vllm.openai.task import ImagePart as Image
 
-_OTHER_PARTS = frozenset({
-    "image_base64", "input_audio", "audio_url", "video_url", "file", "input_file",
-})  # fmt: skip
+_OTHER_PARTS = frozenset({"image_base64", "input_audio", "audio_url", "video_url", "file", "input_file", "thinking"})
 _IMAGES = ("image_url", "input_image")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class TextPart(WireModel):
-    """A text part of a message's content; cache marks have no effect, because every full block is cached."""
+    """A text part of a message's content; cache marks and the other fields of `output_text` have no effect."""
 
-    type: Literal["text", "input_text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
 

@@ -160,7 +160,7 @@ class _DirectCaller(WireModel):
 
 
 class _CallItem(WireModel):
-    """A call of an earlier answer; `async` and `caller`, which calls of OpenAI's models have, have no effect."""
+    """A call of an earlier answer; `async`, in OpenAI's `model_dump()` `async_`, and `caller` have no effect."""
 
     id: ItemId | None = None
     call_id: Name
@@ -169,6 +169,8 @@ class _CallItem(WireModel):
     status: Status | None = None
     caller: _DirectCaller | None = None
     runs_async: bool | None = Field(default=None, alias="async")
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {"async_": Refusal("the name is 'async'", (True, False))}
 
 
 class FunctionCallItem(_CallItem):
@@ -340,9 +342,7 @@ def _known_kind(value: Any) -> Any:
     if isinstance(kind, str) and kind in _HOSTED_CALLS:
         remark([f"items of the type {kind!r} have no effect: this server does not have the tool"])
     if isinstance(kind, str) and kind in _HOSTED_ITEMS:
-        raise unsupported(
-            "type", f"{kind!r} is an item of a tool or a service that this server does not have; leave it out"
-        )
+        raise unsupported("type", f"{kind!r} is an item of a service that this server does not have; leave it out")
     if kind is not None and (not isinstance(kind, str) or kind not in _KINDS):
         raise invalid("type", f"must be one of {', '.join(_KINDS)}, not {kind!r:.60}")
     return value

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Turn failures of requests into responses or last events, in their API's error format (steps 1 and 10 of their life).
 
-Anthropic's routes use Anthropic's error format, Ollama's routes use Ollama's, and all others use OpenAI's.
+Anthropic's routes and clients use Anthropic's error format, Ollama's routes use Ollama's, and all others use OpenAI's.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
     if isinstance(failure, CandleVllmError):
         speak_in_flags(failure)
     log_failure(f"{request.method} {request.scope['path'][:200]!r} failed", failure)
-    if _speaks_anthropic(request.scope):
+    if speaks_anthropic(request.scope):
         theirs = to_anthropic_error(failure, request_id=_request_id(request.scope))
         return _response(to_json_bytes(theirs.body), theirs.status, theirs.headers)
     error = to_error(failure)
@@ -130,7 +130,7 @@ def refusal(scope: Scope, error: HttpError) -> Response:
     if speaks_ollama(scope):
         headers = {"x-error-code": error.code, **error.headers}  # Ollama's errors have no field for the code
         return _response(to_json_bytes(Failure(str(error))), error.status, headers)
-    if not _speaks_anthropic(scope):
+    if not speaks_anthropic(scope):
         return error.response
     status = 529 if error.code == "overloaded" else error.status
     theirs = anthropic_error(
@@ -197,9 +197,10 @@ def _routing_error(request: Request, failure: HTTPException) -> HttpError:
     return HttpError(failure.status_code, message, code, headers)
 
 
-def _speaks_anthropic(scope: Scope) -> bool:
-    path = route_path(scope)
-    return path == ANTHROPIC or path.startswith(ANTHROPIC + "/")
+def speaks_anthropic(scope: Scope) -> bool:
+    """Whether a request is for Anthropic's API; on the routes of models, a header tells its clients from OpenAI's."""
+    path, named = f"{route_path(scope)}/", b"anthropic-version" in dict(scope["headers"])
+    return path.startswith(f"{ANTHROPIC}/") or (named and path.startswith("/v1/models/"))
 
 
 def speaks_ollama(scope: Scope) -> bool:

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from candle_vllm.server.answering import body_of, deadline_of, in_time, json_answer
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.failures import speaks_anthropic
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.cards import (
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="operators", manages=True))
 
-_ANTHROPIC = "anthropic-version"  # a header that Anthropic's clients always send
-
 
 class Selected(msgspec.Struct, frozen=True):
     """The selected model: "ready" if it is the default now, "switching" if it becomes the default once it is loaded."""
@@ -65,7 +64,7 @@ async def list_models(request: Request) -> Response:
     Anthropic's clients get Anthropic's list.
     """
     listed = await cards(request.app.state.manager, caller_of(request.scope))
-    if _ANTHROPIC in request.headers:
+    if speaks_anthropic(request.scope):
         return json_answer(anthropic_list(listed))
     most = str(request.app.state.settings.max_body_mb << 20)  # the web UI keeps its requests with images below this
     return json_answer({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
@@ -209,7 +208,7 @@ async def get_model(request: Request, model_id: str) -> Response:
     listed = await cards(request.app.state.manager, caller_of(request.scope))
     for card in listed:
         if card.id == model_id:
-            return json_answer(anthropic_card(card) if _ANTHROPIC in request.headers else card)
+            return json_answer(anthropic_card(card) if speaks_anthropic(request.scope) else card)
     served = ", ".join(card.id for card in listed)[:1000]
     message = f"The model {model_id!r:.200} does not exist here; served models are: {served}."
     raise HttpError(404, message, "model_not_found", param="model")
