@@ -172,6 +172,12 @@ def test_what_a_grammar_accepts_is_read_as_what_was_meant(name: str, union: str)
         ({}, "yes", "yes"),
         ({}, "null", None),
         ({"minLength": 1}, "nil", "nil"),
+        # An alternative without a type allows everything, as in pydantic's schema of `Any | None`.
+        ({"anyOf": [{}, {"type": "null"}]}, '{"b": [1]}', {"b": [1]}),
+        ({"anyOf": [{}, {"type": "null"}]}, "</b> 5", "</b> 5"),
+        ({"oneOf": [{"type": "integer"}, {"description": "anything"}]}, "true", True),
+        ({"anyOf": [{"type": "null"}, {"properties": {}}]}, "{}", {}),
+        ({"type": "string", "anyOf": [{"pattern": "^a"}, {"maxLength": 3}]}, "5", "5"),
     ],
 )  # fmt: skip
 def test_a_value_by_its_schema(schema: dict[str, Any], text: str, value: object) -> None:
