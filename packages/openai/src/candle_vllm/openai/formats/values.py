@@ -162,7 +162,7 @@ def schema_kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
     types, listed = set[str](), set[str]()
     for part in _parts(schema, root):
         options = [one for name in ("anyOf", "oneOf") for one in _listed(part.get(name)) if isinstance(one, Mapping)]
-        if "type" not in part and not all(_TELLING & one.keys() for one in options):
+        if not part or ("type" not in part and not all(_TELLING & one.keys() for one in options)):
             return ANYTHING
         named = {TYPE_ALIASES.get(kind, kind) for kind in _listed(part.get("type")) if isinstance(kind, str)}
         if "const" in part or isinstance(part.get("enum"), list):
