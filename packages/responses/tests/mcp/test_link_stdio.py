@@ -20,6 +20,7 @@ from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.tool import (
     ContentPart,
+    ToolArgumentsError,
     ToolError,
     ToolOutput,
     ToolProgress,
@@ -413,6 +414,18 @@ async def test_a_reply_that_is_no_message_fails_its_call_at_once(scripted: Scrip
         with pytest.raises(ToolError, match="not a message of the protocol: on standard output") as failure:
             await link.call("echo", {"text": line.encode().hex()})
         assert not isinstance(failure.value, ToolTimedOutError)
+        assert link.reconnects == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [({"text": "cut \ud83d"}, "surrogates not allowed"), ({"text": b"\xff"}, "bytes"), ([1], "sequence")],
+)
+async def test_arguments_that_are_not_json_leave_the_connection(scripted: Scripted, arguments: Any, why: str) -> None:
+    async with McpLink(scripted("good")) as link:
+        with pytest.raises(ToolArgumentsError, match=f"the arguments must be JSON: .*{why}"):
+            await link.call("echo", arguments)
+        assert said(await link.call("echo", {"text": "fine"})) == "fine"
         assert link.reconnects == 0
 
 

@@ -189,7 +189,7 @@ class StdioServer:
 
     async def _write(self, process: Process, outgoing: Any, session: Any, reader: asyncio.Task[None]) -> None:
         assert process.stdin is not None
-        with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError, OSError):
+        with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError, OSError, ValueError):
             async with outgoing:
                 async for message in outgoing:
                     text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
