@@ -92,6 +92,7 @@ def test_a_stream(start_mcp: Start, web: Any, tmp_path: Path, forced: bool) -> N
 def test_progress_with_each_turns_prompt(start_mcp: Start, web: Any) -> None:
     engine = PacedEngine(turns("Wait." + ECHO, "Done."))
     body = {**CHAT, "stream": True, "return_progress": True, "verbose": True, "timings_per_token": True}
+    body |= {"return_tokens_as_token_ids": True, "logprobs": True}
     with start_mcp(engine, [web.config()], execute=True).http() as client:
         answer = client.post("/v1/chat/completions", json=body)
     chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
@@ -100,7 +101,7 @@ def test_progress_with_each_turns_prompt(start_mcp: Start, web: Any) -> None:
     assert reports == [0, first, 0, second]
     assert "prompt_progress" in chunks[0]
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "Wait.\n\nDone."
-    for name in ("verbose", "timings_per_token"):
+    for name in ("verbose", "timings_per_token", "return_tokens_as_token_ids"):
         assert f"{name} has no effect" in answer.headers["x-warning"]
 
 
@@ -217,6 +218,15 @@ def test_log_probabilities_and_thoughts_come_through(start_mcp: Start, web: Any)
     engine._script = turns("<think>A</think>" + ECHO, "<think>B</think>Done")
     chunks = [one.choices[0].delta for one in ask(running.openai(), stream=True)]
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in chunks) == "AB"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stop_string_of_the_last_turn_is_named(start_mcp: Start, web: Any, stream: bool) -> None:
+    running = start_mcp(PacedEngine(turns(ECHO, "Done")), [web.config()], execute=True)
+    answer = ask(running.openai(), stop=["D"], stream=stream)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    assert len(choices[-1].mcp_calls) == 1
+    assert (choices[-1].finish_reason, choices[-1].stop_reason) == ("stop", "D")
 
 
 def test_a_forced_call_is_forced_once(start_mcp: Start, web: Any) -> None:

@@ -172,10 +172,17 @@ def test_what_a_grammar_accepts_is_read_as_what_was_meant(name: str, union: str)
         ({}, "yes", "yes"),
         ({}, "null", None),
         ({"minLength": 1}, "nil", "nil"),
+        # An alternative without a type allows everything, as in pydantic's `Any | None` and `JsonValue | None`.
+        ({"anyOf": [{"$ref": "#/$defs/JsonValue"}, {"type": "null"}]}, "[1]", [1]),
+        ({"anyOf": [{}, {"type": "null"}]}, '{"b": [1]}', {"b": [1]}),
+        ({"anyOf": [{}, {"type": "null"}]}, "</b> 5", "</b> 5"),
+        ({"oneOf": [{"type": "integer"}, {"description": "anything"}]}, "true", True),
+        ({"anyOf": [{"type": "null"}, {"properties": {}}]}, "{}", {}),
+        ({"type": "string", "anyOf": [{"pattern": "^a"}, {"maxLength": 3}]}, "5", "5"),
     ],
 )  # fmt: skip
 def test_a_value_by_its_schema(schema: dict[str, Any], text: str, value: object) -> None:
-    whole = {"properties": {"a": schema}, "$defs": {"level": {"enum": ["nil", "low"]}}}
+    whole = {"properties": {"a": schema}, "$defs": {"level": {"enum": ["nil", "low"]}, "JsonValue": {}}}
     read = json.loads(to_json(text, argument_kinds(whole, "a")))
     assert (read, type(read)) == (value, type(value))
 

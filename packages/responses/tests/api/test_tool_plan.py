@@ -139,6 +139,23 @@ def test_choices(choice: Any, chosen: Choice) -> None:
     assert (later.mode, later.named) == ("none" if chosen.mode == "none" else "auto", None)
 
 
+@pytest.mark.parametrize(
+    ("choice", "why"),
+    [
+        ({"type": "custom", "name": "f"}, "tool_choice.name cannot be 'f': its type is 'function'"),
+        ({"type": "function", "name": "s__t"}, "tool_choice.name cannot be 's__t': its type is 'mcp'"),
+        ({"type": "function", "name": "h"}, "tool_choice.name cannot be 'h': its type is 'custom'"),
+        ({"type": "function", "name": "fx"}, "tool_choice.name must name one of the request's tools, not 'fx'; did "
+         "you mean 'f'?"),
+        ({"type": "function", "name": "tx"}, "tool_choice.name must name one of the request's tools, not 'tx'"),
+    ],
+)  # fmt: skip
+def test_a_choice_that_names_no_tool_of_its_type(choice: Any, why: str) -> None:
+    with pytest.raises(InvalidParameterError) as failure:
+        planned(FUNCTION, NAMESPACE, SERVER, choice=choice)
+    assert str(failure.value) == why
+
+
 def test_a_name_in_two_namespaces_must_be_told_apart() -> None:
     other = {**NAMESPACE, "name": "m"}
     with pytest.raises(InvalidParameterError, match="several namespaces"):

@@ -137,6 +137,12 @@ class Server:
     def call_huge(self, request: Any, message: dict[str, Any]) -> None:
         self.text(request, "x" * 11 * MEGA if message["params"]["arguments"]["text"] == "huge" else "small")
 
+    def call_line(self, request: Any, message: dict[str, Any]) -> None:
+        """The line that the arguments have in hexadecimal digits, with the id of the request in it."""
+        line = bytes.fromhex(message["params"]["arguments"]["text"]).replace(b"ID", str(request).encode())
+        sys.stdout.buffer.write(line + b"\n")
+        sys.stdout.buffer.flush()
+
     def call_huge_id_last(self, request: Any, message: dict[str, Any]) -> None:
         content = [{"type": "text", "text": "x" * 11 * MEGA}]
         self.write(json.dumps({"result": {"id": 99, "content": content}, "jsonrpc": "2.0", "id": request}))

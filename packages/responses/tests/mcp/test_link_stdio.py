@@ -20,6 +20,7 @@ from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.tool import (
     ContentPart,
+    ToolArgumentsError,
     ToolError,
     ToolOutput,
     ToolProgress,
@@ -91,10 +92,13 @@ async def test_bad_parts_of_lists_and_results_are_left_out_by_themselves(scripte
             {"content": {"type": "text", "text": "the text"}}, {"content": "the text"},
             {"content": None, "structuredContent": {"a": "the text"}},
             {"content": [], "structuredContent": ["the text"]},  # as servers of the newer era may send it
+            {"content": [{"type": "text", "text": "the text", "annotations": {"priority": 9}, "_meta": []}]},
         ):  # fmt: skip
             output = await link.call("echo", {"text": json.dumps(fields)})
             assert "the text" in said(output)
             assert not output.is_error
+        nothing = await link.call("echo", {"text": json.dumps({"content": None})})
+        assert (nothing.content, nothing.is_error) == ((), False)
 
 
 async def test_progress(scripted: Scripted) -> None:
@@ -376,6 +380,53 @@ async def test_rubbish_between_messages(scripted: Scripted) -> None:
             assert said(await link.call("echo", {"text": "x"})) == "x"
         assert link.reconnects == 0
         assert "not a message of the protocol: on standard output: Listening..." in link.log_lines()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"jsonrpc": "2.0", "id": ID, "result": {"content": [{"type": "text", "text": "cut \\ud83d"}]}}', "cut ?"),
+        ('{"jsonrpc": "2.0", "id": ID, "result": {"content": [{"type": "text", "text": "caf\udce9"}]}}', "caf\ufffd"),
+        ('\ufeff{"jsonrpc": "2.0", "id": ID, "result": {"content": [{"type": "text", "text": "marked"}]}}', "marked"),
+    ],
+)
+async def test_a_reply_that_is_not_quite_json(scripted: Scripted, line: str, told: str) -> None:
+    """JavaScript cuts texts in the middle of characters, and programs write bytes that are not UTF-8."""
+    async with McpLink(scripted("line")) as link:
+        assert said(await link.call("echo", {"text": line.encode("utf-8", "surrogateescape").hex()})) == told
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f'{{"jsonrpc": "2.0", "id": ID, "result": {wrong}}}' for wrong in ("null", "[1]", '"done"')),
+        '{"jsonrpc": "2.0", "id": ID, "error": "it went wrong"}',
+        '{"id": ID, "result": {"content": []}}',
+        '{"jsonrpc": "2.0", "id": ID, "result": {"content": [], "structuredContent": '
+        + '{"a": ' * 300
+        + "1}" * 301
+        + "}",
+        '{"result": 3, "jsonrpc": "2.0", "id": ID}',
+    ],
+)
+async def test_a_reply_that_is_no_message_fails_its_call_at_once(scripted: Scripted, line: str) -> None:
+    async with McpLink(scripted("line")) as link:
+        with pytest.raises(ToolError, match="not a message of the protocol: on standard output") as failure:
+            await link.call("echo", {"text": line.encode().hex()})
+        assert not isinstance(failure.value, ToolTimedOutError)
+        assert link.reconnects == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [({"text": "cut \ud83d"}, "surrogates not allowed"), ({"text": b"\xff"}, "bytes"), ([1], "sequence")],
+)
+async def test_arguments_that_are_not_json_leave_the_connection(scripted: Scripted, arguments: Any, why: str) -> None:
+    async with McpLink(scripted("good")) as link:
+        with pytest.raises(ToolArgumentsError, match=f"the arguments must be JSON: .*{why}"):
+            await link.call("echo", arguments)
+        assert said(await link.call("echo", {"text": "fine"})) == "fine"
+        assert link.reconnects == 0
 
 
 async def test_nothing_but_rubbish(scripted: Scripted, notes: Any) -> None:

@@ -17,7 +17,10 @@ from candle_vllm.openai.formats.json_value import number
 
 _MOST_STEPS = 64  # parts of a schema that are examined for one argument
 _MOST_LISTED = 1 << 16  # strings of one enumeration
-_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+_TYPES = {
+    bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object", type(None): "null",
+}  # fmt: skip
+_TELLING = frozenset({"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"})  # keywords that restrict the type
 _INTEGER = r"-?(?:0|[1-9][0-9]*)"
 SPELLINGS: Mapping[str, str] = {
     "null": "null|None",
@@ -158,12 +161,14 @@ def schema_kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
     """Return the values that a schema allows; its references are relative to `root`."""
     types, listed = set[str](), set[str]()
     for part in _parts(schema, root):
-        kinds = part.get("type")
-        named = {TYPE_ALIASES.get(kind, kind) for kind in _listed(kinds) if isinstance(kind, str)}
+        options = [one for name in ("anyOf", "oneOf") for one in _listed(part.get(name)) if isinstance(one, Mapping)]
+        if not part or ("type" not in part and not all(_TELLING & one.keys() for one in options)):
+            return ANYTHING
+        named = {TYPE_ALIASES.get(kind, kind) for kind in _listed(part.get("type")) if isinstance(kind, str)}
         if "const" in part or isinstance(part.get("enum"), list):
             values = [part["const"]] if "const" in part else part["enum"][:_MOST_LISTED]
             listed.update(value for value in values if isinstance(value, str))
-            named = (named or {_type_of(value) for value in values}) - {"string"}
+            named = (named or {_TYPES.get(type(value), "string") for value in values}) - {"string"}
         types |= named
     if not types and not listed:
         return ANYTHING
@@ -187,10 +192,6 @@ def _parts(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mappi
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _type_of(value: Any) -> str:
-    return "null" if value is None else _TYPES.get(type(value), "string")
 
 
 def _resolve(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -234,11 +235,9 @@ def _number(text: str, whole: bool) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
-    if isinstance(value, int):
+    if isinstance(value, int) or not whole:
         return text
-    if whole:
-        return str(int(value)) if value.is_integer() and abs(value) < 1 << 53 else None
-    return text
+    return str(int(value)) if value.is_integer() and abs(value) < 1 << 53 else None
 
 
 def _depth(text: str) -> int:

@@ -202,10 +202,9 @@ def _rule(tool: wire_tools.McpTool, definition: ToolDefinition) -> Rule:
     if isinstance(wish, wire_tools.ApprovalFilter):
         if wish.always is not None and _matches(wish.always, definition):
             return "always"
-        never = wish.never
-        if never is None or (never.tool_names, never.read_only) == (None, None):  # an empty filter approves nothing
-            return "always"
-        return "never" if _matches(never, definition) else "always"
+        never = wish.never or wire_tools.ToolFilter()
+        given = (never.tool_names, never.read_only) != (None, None)  # an empty filter approves nothing
+        return "never" if given and _matches(never, definition) else "always"
     return wish or "always"
 
 
@@ -241,9 +240,12 @@ def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> li
     else:
         assert isinstance(reference, wire_tools.NamedToolChoice)
         field, wanted = f"{path}.name", reference.name
-        found = [name for name, tool in tools.items() if _is_named(name, tool, reference)]
+        same = {name: tool for name, tool in tools.items() if tool.kind == reference.type}
+        found = [name for name, tool in same.items() if _is_named(name, tool, reference)]
         found = [wanted] if wanted in found else found  # the model's own name is never ambiguous
-        known = [tool.name for tool in tools.values()]
+        known = [tool.name for tool in same.values()]
+        kinds = [tool.kind for name, tool in tools.items() if name not in same and wanted in (name, tool.name)]
+        why = f"its type is {kinds[0]!r}" if kinds else None
     if not found:
         near = difflib.get_close_matches(wanted, known, n=1)
         advice = f"; did you mean {near[0]!r:.80}?" if near else ""
@@ -257,8 +259,6 @@ def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> li
 
 
 def _is_named(name: str, tool: PlannedTool, reference: wire_tools.NamedToolChoice) -> bool:
-    if tool.kind != reference.type:
-        return False
     if reference.namespace is not None:
         return (tool.namespace, tool.name) == (reference.namespace, reference.name)
     return reference.name in (name, tool.name)

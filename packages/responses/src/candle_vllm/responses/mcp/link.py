@@ -9,6 +9,7 @@ session has not run; it is repeated once, in a new session.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from candle_vllm.responses.tools.schemas import MAX_SCHEMA, ArgumentsChecker
 from candle_vllm.responses.tools.tool import (
     ContentPart,
     Report,
+    ToolArgumentsError,
     ToolDefinition,
     ToolError,
     ToolOutput,
@@ -67,7 +69,7 @@ class McpLink:
     ) -> None:
         self.config = config
         self.name = config.name
-        self._on_tools_changed = on_tools_changed
+        self._on_tools_changed = on_tools_changed or (lambda _: None)
         self._peer = Peer(config, server, auth=http_auth(config), public_only=public_only)
         self._checks = OutputChecks()
         self._supervisor = Supervisor(self._peer, changed=self._tools_changed)
@@ -177,8 +179,13 @@ class McpLink:
         Raises:
             ToolUnavailableError: there is no connection, it was lost during the call, or too many calls run.
             ToolTimedOutError: the timeout has expired; the server was notified.
+            ToolArgumentsError: the arguments are not JSON.
             ToolError: the tool does not exist, or the server refused the call or violated the protocol.
         """
+        try:
+            json.dumps(dict(arguments), ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ToolArgumentsError(f"the arguments must be JSON: {error!s:.200}") from None
         seconds = self.config.timeout if timeout is None else timeout
         deadline = asyncio.get_running_loop().time() + seconds
         repeated = False
@@ -227,8 +234,7 @@ class McpLink:
 
     def _tools_changed(self, listed: ToolList) -> None:
         self._checks.keep(set(listed.tools))
-        if self._on_tools_changed is not None:
-            self._on_tools_changed(self)
+        self._on_tools_changed(self)
 
     async def _connected(self, seconds: float) -> McpConnection:
         """Return the current connection; without one, request one and wait for it."""
@@ -344,7 +350,6 @@ class OutputChecks:
             if len(msgspec.json.encode(schema)) > MAX_SCHEMA:
                 return None  # a schema of that size is not used
             known = self._checkers[tool.name] = (schema, ArgumentsChecker(schema, tool.name))
-        faults = await asyncio.to_thread(known[1].faults, structured)
-        if not faults:
-            return None
-        return f"The tool ran, but its output does not fit the schema that its server declares: {'; '.join(faults)}"
+        told = "; ".join(await asyncio.to_thread(known[1].faults, structured))
+        sentence = "The tool ran, but its output does not fit the schema that its server declares"
+        return f"{sentence}: {told}" if told else None

@@ -132,11 +132,7 @@ class Peer:
 def leaf(error: BaseException) -> BaseException:
     """Return the most informative error of a group; another error stays unchanged."""
     leaves = list(_leaves(error))
-    for kind in _INFORMATIVE:
-        for one in leaves:
-            if isinstance(one, kind):
-                return one
-    return leaves[0]
+    return next((one for kind in _INFORMATIVE for one in leaves if isinstance(one, kind)), leaves[0])
 
 
 def _leaves(error: BaseException) -> Iterable[BaseException]:

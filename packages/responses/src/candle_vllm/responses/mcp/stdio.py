@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import anyio
 from mcp.shared.message import SessionMessage
-from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, jsonrpc_message_adapter
-from pydantic import ValidationError
+from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, JSONRPCMessage, jsonrpc_message_adapter
 
 from candle_vllm.responses.mcp import processes
 from candle_vllm.responses.mcp.peer import Peer
@@ -40,9 +39,9 @@ _LAST_LINES = 20  # lines of standard error that are searched for its error
 _WORDS = 300  # characters of the line that reports the error
 _ERROR = re.compile(r"error|exception|fatal|panic|cannot|could not|failed", re.IGNORECASE)
 _GROUP = re.compile(r"\A\s+[|+] ?")  # before each line of a Python exception group's traceback
-_NUMBER_OR_TEXT = rb'(-?\d{1,18}|"[^"\\]{1,100}")'
-_ID_AT_START = re.compile(  # of an answer: a request has a method behind its id
-    rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb'\s*,(?!\s*"method")'
+_NUMBER_OR_TEXT = rb'(-?(?:0|[1-9]\d{0,17})|"[ !#-\[\]-~]{1,100}")'
+_ID_AT_START = re.compile(  # of a response
+    rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb'\s*,\s*"(?:result|error)"'
 )
 _ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*\}\s*$")
 
@@ -152,28 +151,27 @@ class StdioServer:
 
     def _message(self, line: bytes | OversizedLine) -> SessionMessage | Exception | None:
         if isinstance(line, OversizedLine):
-            return self._refusal(line)
+            refused = self._refused(line, f"the reply has {line.size} bytes; at most {MAX_MESSAGE} are read")
+            if refused is None:
+                self._fault = f"it sent a message of {line.size} bytes; at most {MAX_MESSAGE} are read"
+            return refused
         if not line.strip():
             return None
         try:
-            return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
-        except (ValidationError, ValueError, RecursionError):
-            return ValueError(f"on standard output: {line[:200].decode(errors='replace')}")
+            return SessionMessage(_parsed(line))
+        except (ValueError, RecursionError):
+            told = f"on standard output: {line[:200].decode(errors='replace')}"
+            whole = OversizedLine(line[:_KEPT], line[-_KEPT:], len(line))
+            return self._refused(whole, f"not a message of the protocol: {told}") or ValueError(told)
 
-    def _refusal(self, line: OversizedLine) -> SessionMessage | None:
-        """Convert an oversized response to an error of its request; if its id is not found, the connection ends."""
+    def _refused(self, line: OversizedLine, why: str) -> SessionMessage | None:
+        """Convert a response that cannot be read to an error of its request; None if its id is not found."""
         found = _ID_AT_START.match(line.head) or _ID_AT_END.search(line.tail)
-        try:
-            answered = None if found is None else json.loads(found[1])
-        except ValueError:  # no JSON, such as 007
-            answered = None
-        if answered is None:
-            self._fault = f"it sent a message of {line.size} bytes; at most {MAX_MESSAGE} are read"
+        if found is None:
             return None
-        text = f"the reply has {line.size} bytes; at most {MAX_MESSAGE} are read"
-        self._log(text)
-        error = ErrorData(code=INTERNAL_ERROR, message=text)
-        return SessionMessage(JSONRPCError(jsonrpc="2.0", id=answered, error=error))
+        self._log(why)
+        error = ErrorData(code=INTERNAL_ERROR, message=why)
+        return SessionMessage(JSONRPCError(jsonrpc="2.0", id=json.loads(found[1]), error=error))
 
     async def _read_errors(self, process: Process) -> None:
         assert process.stderr is not None
@@ -191,7 +189,7 @@ class StdioServer:
 
     async def _write(self, process: Process, outgoing: Any, session: Any, reader: asyncio.Task[None]) -> None:
         assert process.stdin is not None
-        with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError, OSError):
+        with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError, OSError, ValueError):
             async with outgoing:
                 async for message in outgoing:
                     text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
@@ -202,8 +200,17 @@ class StdioServer:
         session.close()  # the pipe is broken: no response will come
 
 
+def _parsed(line: bytes) -> JSONRPCMessage:
+    """Parse a message; bytes that are not UTF-8 and halves of surrogate pairs, as of a cut text, are replaced."""
+    try:
+        return jsonrpc_message_adapter.validate_json(line, by_name=False)
+    except ValueError:
+        text = json.dumps(json.loads(line.decode("utf-8-sig", "replace")), ensure_ascii=False)
+        return jsonrpc_message_adapter.validate_json(text.encode("utf-8", "replace"), by_name=False)
+
+
 class OversizedLine(NamedTuple):
-    """The head and tail of a line that exceeds the limit, and its size."""
+    """The head and tail of a line that exceeds the limit or is no message, and its size."""
 
     head: bytes
     tail: bytes
@@ -218,12 +225,7 @@ class LineSplitter:
         self._parts: list[bytes] = []
         self._head = b""
         self._tail = b""
-        self._size = 0
-
-    @property
-    def pending(self) -> int:
-        """Bytes of the line that has not ended yet."""
-        return self._size
+        self.pending = 0  # bytes of the line that has not ended yet
 
     def feed(self, chunk: bytes) -> Iterator[bytes | OversizedLine]:
         """Yield the lines that end within a chunk."""
@@ -234,21 +236,18 @@ class LineSplitter:
         self._add(rest)
 
     def _add(self, piece: bytes) -> None:
-        self._size += len(piece)
-        if self._size <= self._limit:
+        self.pending += len(piece)
+        if self.pending <= self._limit:
             self._parts.append(piece)
             return
-        if self._parts or not self._head:
-            whole = b"".join([*self._parts, piece])
-            self._parts.clear()
-            self._head, self._tail = whole[:_KEPT], whole[-_KEPT:]
-        else:
-            self._head += piece[: max(0, _KEPT - len(self._head))]
-            self._tail = (self._tail + piece[-_KEPT:])[-_KEPT:]
+        whole = b"".join([*self._parts, piece])
+        self._parts.clear()
+        self._head = (self._head + whole[:_KEPT])[:_KEPT]
+        self._tail = (self._tail + whole[-_KEPT:])[-_KEPT:]
 
     def _take(self) -> bytes | OversizedLine:
-        line = OversizedLine(self._head, self._tail, self._size) if self._head else b"".join(self._parts)
+        line = OversizedLine(self._head, self._tail, self.pending) if self._head else b"".join(self._parts)
         self._parts.clear()
         self._head = self._tail = b""
-        self._size = 0
+        self.pending = 0
         return line

@@ -7,7 +7,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import anyio
@@ -100,8 +99,8 @@ _LEFT_OUT = {"type": "text", "text": ""}  # replaces each further block, so that
 _MAX_NOTES = 20
 _ERA = "2025-11-25"  # the protocol version with the strictest formats
 _OBJECT = "object"
-_SHOWN = ("title", "description", "icons", "annotations", "execution", "outputSchema", "_meta")
-"""Optional fields of a tool."""
+_SHOWN = ("title", "description", "icons", "annotations", "execution", "outputSchema", "_meta", "size")
+"""Optional fields of a tool or a block."""
 
 
 def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
@@ -125,6 +124,8 @@ def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
         content = {"type": "text", "text": content}
     if isinstance(content, dict):
         result["content"] = [content]
+    elif content is None and "content" in result:  # an empty list of Go
+        result["content"] = []
     if isinstance(tools := result.get("tools"), list):
         notes: list[str] = []
         mended = [_mended_tool(tool, notes.append) for tool in tools[:MAX_MENDED]]
@@ -174,8 +175,10 @@ _PLAIN = {"name": "a", "inputSchema": {"type": _OBJECT}}
 
 
 def _mended_block(block: Any) -> Any:
-    if isinstance(block, dict) and _fault("tools/call", {"content": [block]}) is None:
-        return block
+    if isinstance(block, dict):
+        for one in (block, {name: value for name, value in block.items() if name not in _SHOWN}):
+            if _fault("tools/call", {"content": [one]}) is None:
+                return one
     kind = block.get("type") if isinstance(block, dict) else type(block).__name__
     return {"type": "text", "text": f"[content of the kind {str(kind)[:50]!r}, which is not understood]"}
 
@@ -245,7 +248,5 @@ class WatchedStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()

@@ -23,7 +23,7 @@ from candle_vllm.core.engine.requests import arrived
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.chat_answers import Told, told_of, wire_progress, wire_usage
-from candle_vllm.openai.events import Begun, Head, Progress
+from candle_vllm.openai.events import Begun, Ended, Head, Progress
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.events import Usage as Counts
 from candle_vllm.openai.protocol.chat import (
@@ -69,6 +69,7 @@ class WatchedTurns:
 
     Attributes:
         head: head of the first turn, once it has begun.
+        stop: stop string or stop token id that ended the last turn, or None.
         entered: set when the engine has accepted the first turn.
         eyes: image input of the model (`eyes_of`).
     """
@@ -77,6 +78,7 @@ class WatchedTurns:
         self._model = model
         self._turns = 0
         self.head: Head | None = None
+        self.stop: str | int | None = None
         self.entered = asyncio.Event()
         self.eyes = eyes_of(model)
 
@@ -96,6 +98,8 @@ class WatchedTurns:
         async for event in events:
             if self.head is None and isinstance(event, (Begun, Progress)):
                 self.head = event.head
+            if isinstance(event, Ended):
+                self.stop = event.stop
             yield event
 
 
@@ -144,13 +148,10 @@ class ExecutionState:
                 result = event.result
                 self._note(result.call, result.status, result.seconds, result.server)
             case ConversationFinished():
-                reason = event.result.stop_reason
-                if isinstance(reason, FinishReason):
+                if isinstance(reason := event.result.stop_reason, FinishReason):
                     self.end(reason)
                 else:
                     self.end(FinishReason.LENGTH, limit=reason)
-            case _:
-                pass
 
     def end(self, reason: FinishReason, limit: str | UnsetType = UNSET) -> None:
         """End the conversation."""
@@ -314,6 +315,7 @@ async def executed(execution: Execution) -> ChatCompletion:
             content=content, reasoning_content=state.thoughts or UNSET, reasoning=state.thoughts or UNSET
         ),
         finish_reason=state.finish_reason,
+        stop_reason=execution.turns.stop,
         logprobs=ChatLogprobs(tuple(state.logprobs)) if state.logprobs else None,
         mcp_calls=state.calls,
         mcp_limit=state.limit,
@@ -368,8 +370,6 @@ class ExecutedStream:
                 self._ready.append(self._chunk((choice,), self._no_usage, prompt_progress=wire_progress(counts)))
             case TurnFinished():
                 self._spoke, self._turn_spoke = self._spoke or self._turn_spoke, False
-            case _:
-                pass
 
     def _begin(self) -> None:
         if not self._begun:
@@ -390,7 +390,7 @@ class ExecutedStream:
                 index=0,
                 delta=ChatDelta(),
                 finish_reason=state.finish_reason,
-                stop_reason=None,
+                stop_reason=self._execution.turns.stop,
                 mcp_calls=state.calls,
                 mcp_limit=state.limit,
             )

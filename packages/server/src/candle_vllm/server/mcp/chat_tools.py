@@ -192,5 +192,5 @@ def _check_executable(wire: ChatCompletionRequest) -> None:
     for field, asked in wrong.items():
         if asked:
             raise UnsupportedParameterError(f"{field} {_NOT_TOGETHER}", field)
-    idle = [name for name in ("timings_per_token", "verbose") if getattr(wire, name)]
+    idle = [name for name in ("timings_per_token", "verbose", "return_tokens_as_token_ids") if getattr(wire, name)]
     remark(f"{name} has no effect on an answer whose tools run in the server" for name in idle)
