@@ -635,6 +635,9 @@ ROWS: Mapping[str, Row] = {
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
     "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", common=False),
     "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
+    "Gemma-4 shared keys as values": Row(
+        "gemma4_text", GEMMA4_E4B | {"attention_k_eq_v": True}, "gemma4", common=False
+    ),
     "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, "gemma4", undecided=0.1),
     "Gemma-4 biases": Row("gemma4_text", GEMMA4 | {"attention_bias": True, "attention_k_eq_v": True}, common=False),
     "Gemma-4 unified": Row("gemma4_unified_text", GEMMA4 | {"tie_word_embeddings": False}, common=False),
