@@ -52,7 +52,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
         raise InvalidFileError(f"{fields.path}: moe_layers names layers that the model does not have")
     chunk = fields.get("attention_chunk_size", int, _CHUNK)
     tuning = fields.values.get(f"{fields.prefix}attn_temperature_tuning", True)  # 4 in older files
-    own = {
+    own: dict[str, Any] = {
         "intermediate_size": fields.count("intermediate_size_mlp", 16384),
         "sliding_windows": tuple(chunk if kind == "chunked_attention" else None for kind in kinds),
         "unrotated_layers": frozenset(layer for layer in range(layers) if not turned[layer]),
