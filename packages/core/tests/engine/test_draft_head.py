@@ -677,7 +677,8 @@ def test_models_without_such_a_layer_are_refused_by_name(folder: Path, head: Pat
     gemma = write_tiny(tmp_path / "gemma", "gemma2", head_dim=32, query_pre_attn_scalar=16)
     with pytest.raises(ModelLoadError, match="multi-token prediction layers of gemma2 are not implemented"):
         loaded(gemma, {"method": "mtp"})
-    for kind, keys in (("step3p5", STEP), ("nemotron_h", NEMOTRON_H)):
+    kinds: dict[str, dict[str, Any]] = {"step3p5": STEP, "nemotron_h": NEMOTRON_H}
+    for kind, keys in kinds.items():
         other = write_tiny(tmp_path / kind, kind, **keys)
         with pytest.raises(ModelLoadError, match=f"multi-token prediction layers of {kind} are not implemented"):
             loaded(other, {"method": "mtp"})
