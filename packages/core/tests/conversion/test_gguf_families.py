@@ -158,6 +158,8 @@ def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
     folder = made("Gemma-2", tmp_path / "m", attn_logit_softcapping=None)
     with pytest.raises(UnsupportedModelError, match=r"gemma2 needs attn_logit_softcapping, which"):
         written(folder, words)
+    with pytest.raises(UnsupportedModelError, match="llama4 has experts, and this model has none"):
+        written(made("Llama-4 Guard", tmp_path / "guard"), words)
     with pytest.raises(UnsupportedModelError, match="gemma3n has four streams"):
         written(made("Gemma-3n", tmp_path / "streams", altup_num_inputs=3), words)
     fixed = "laurel_rank 64, hidden_size_per_layer_input 256, num_kv_shared_layers 0, activation_sparsity_pattern 0.95"

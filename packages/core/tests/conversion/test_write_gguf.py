@@ -52,6 +52,7 @@ UNSAYABLE = {  # what there is no key for
     "Falcon Mamba epsilon": "mamba",
 }
 LLAMA_CPP = (
+    "Llama-4 Guard",
     "Gemma-3n own keys",
     "Qwen2-MoE sparse steps",
     "Qwen3-MoE window",

@@ -59,6 +59,7 @@ from packages.core.tests.models.families import (
     GLM_INDEX,
     GLM_MOE,
     HY3,
+    NEMOTRON_H,
     QWEN3_NEXT,
     QWEN35,
     QWEN_MOE,
@@ -676,9 +677,11 @@ def test_models_without_such_a_layer_are_refused_by_name(folder: Path, head: Pat
     gemma = write_tiny(tmp_path / "gemma", "gemma2", head_dim=32, query_pre_attn_scalar=16)
     with pytest.raises(ModelLoadError, match="multi-token prediction layers of gemma2 are not implemented"):
         loaded(gemma, {"method": "mtp"})
-    step = write_tiny(tmp_path / "step", "step3p5", **STEP)
-    with pytest.raises(ModelLoadError, match="multi-token prediction layers of step3p5 are not implemented"):
-        loaded(step, {"method": "mtp"})
+    kinds: dict[str, dict[str, Any]] = {"step3p5": STEP, "nemotron_h": NEMOTRON_H}
+    for kind, keys in kinds.items():
+        other = write_tiny(tmp_path / kind, kind, **keys)
+        with pytest.raises(ModelLoadError, match=f"multi-token prediction layers of {kind} are not implemented"):
+            loaded(other, {"method": "mtp"})
     with pytest.raises(ModelLoadError, match="architecture 'llama' is not an EAGLE-3 head"):
         loaded(folder, {"method": "eagle3", "model": str(write_toy_gguf(tmp_path / "toy.gguf"))})
     words = (folder / "tokenizer.json").read_text().replace("<|im_start|>", "<|turn|>")

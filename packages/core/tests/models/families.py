@@ -182,6 +182,7 @@ LLAMA4 = {
     "num_local_experts": 6,
     "interleave_moe_layer_step": 2,
 }
+LLAMA_GUARD4 = {"moe_layers": [], "interleave_moe_layer_step": 0, "num_local_experts": 0, "num_experts_per_tok": 0}
 LLAMA4_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 LLAMA4_CHUNKS = {"attention_chunk_size": 16, "floor_scale": 24, "attn_scale": 0.3, "interleave_moe_layer_step": 1}
 LLAMA4_CHUNKS |= {"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3, "use_qk_norm": False, "attention_bias": True}
@@ -628,11 +629,15 @@ ROWS: Mapping[str, Row] = {
     "Llama-4": Row("llama4_text", LLAMA4, "llama4", undecided=0.1),
     "Llama-4 chunks": Row("llama4_text", LLAMA4 | LLAMA4_CHUNKS, undecided=0.1),
     "Llama-4 yarn": Row("llama4_text", LLAMA4 | {"rope_parameters": LLAMA4_YARN}, undecided=0.1, common=False),
+    "Llama-4 Guard": Row("llama4_text", LLAMA4 | LLAMA_GUARD4, common=False),
     "Gemma-3n": Row("gemma3n_text", GEMMA3N, "gemma3n"),
     "Gemma-3n own keys": Row("gemma3n_text", GEMMA3N | GEMMA3N_OWN, common=False),
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
     "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", common=False),
     "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
+    "Gemma-4 shared keys as values": Row(
+        "gemma4_text", GEMMA4_E4B | {"attention_k_eq_v": True}, "gemma4", common=False
+    ),
     "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, "gemma4", undecided=0.1),
     "Gemma-4 biases": Row("gemma4_text", GEMMA4 | {"attention_bias": True, "attention_k_eq_v": True}, common=False),
     "Gemma-4 unified": Row("gemma4_unified_text", GEMMA4 | {"tie_word_embeddings": False}, common=False),

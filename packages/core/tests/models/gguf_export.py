@@ -685,10 +685,10 @@ def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
 
 
 def _nemotron_h(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    """Feed-forward layers alone have a width."""
+    """Feed-forward layers alone have a width; behind the last layer is one of both kinds for predicting tokens."""
     widths = {"mlp": config["intermediate_size"], "moe": config["moe_intermediate_size"]}
     writer.add_feed_forward_length([widths.get(kind, 0) for kind in config["layers_block_type"]])
-    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
     made = {name.replace("model.layers", "backbone.layers"): x for name, x in _mamba(writer, config, tensors).items()}
     if "moe" not in config["layers_block_type"]:
         return made
@@ -720,7 +720,13 @@ def _nemotron_h(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors)
             found[name] = data
     if config.get("moe_latent_size"):
         writer.add_moe_latent_size(config["moe_latent_size"])
-    return found
+    layers, kinds = config["num_hidden_layers"], config["layers_block_type"]
+    heads = [config["num_key_value_heads"] * (kind == "full_attention") for kind in kinds]
+    writer.add_nextn_predict_layers(1)
+    writer.add_block_count(layers + 1)
+    writer.add_head_count_kv([*heads, config["num_key_value_heads"]])
+    writer.add_feed_forward_length([*(widths.get(kind, 0) for kind in kinds), config["moe_intermediate_size"]])
+    return found | {f"blk.{layers}.nextn.enorm.weight": np.ones(config["hidden_size"], np.float32)}
 
 
 def _falcon_h1(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:

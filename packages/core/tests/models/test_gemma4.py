@@ -89,7 +89,7 @@ def test_sizes_of_full_layers_are_told_in_two_ways() -> None:
         sizes = {str(n).zfill(digits): {"head_dim": 384, "num_key_value_heads": 2} for n in full}
         assert read(**wide, per_layer_config=sizes) == older
     assert [older.shapes[n] for n in (0, full[0])] == [(8, 256), (2, 384)]
-    assert older.keys_as_values == frozenset(full)
+    assert older.keys_as_values == frozenset(full[:3]), "the others have neither keys nor values"
     apart = read(num_key_value_heads=8, global_head_dim=384, num_global_key_value_heads=2)
     assert {heads for heads, _ in apart.shapes} == {8}, "the number counts where keys are values"
 

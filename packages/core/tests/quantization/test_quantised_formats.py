@@ -490,10 +490,10 @@ def test_files_beside_the_config_have_names_that_are_looked_for(tmp_path: Path) 
     assert {path.name for path in tmp_path.glob(quantised.BESIDE)} == files.keys()
 
 
-@pytest.mark.parametrize("algorithm", ["MIXED_PRECISION", "W4A16_NVFP4"])
+@pytest.mark.parametrize("algorithm", ["MIXED_PRECISION", "W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN"])
 def test_modelopt_quantises_layers_in_different_formats(algorithm: str, tmp_path: Path) -> None:
     """As NVIDIA's Nemotron 3 Super, whose attention is in FP8 and whose experts are in NVFP4."""
-    each = {"a": nvfp4(numbers(8, 32)), "b": fp8(numbers(8, 32))}
+    each = {"a": nvfp4(numbers(8, 32)), "b": fp8(numbers(8, 32)), "c": fp8(numbers(8, 32), channel=True)}
     parts = {f"{name}{end}": part for name, written in each.items() for end, part in written.parts.items()}
     stored = open_safetensors(write_safetensors(tmp_path / "m.safetensors", parts))
     config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": algorithm}}

@@ -38,7 +38,7 @@ class Gemma4Config(ModelConfig):
     Attributes:
         groups, head_dims: for each layer, the number of query heads that share a key-value head, and D.
         sources: for each layer, the layer whose key-value cache it reads: itself or an earlier layer.
-        keys_as_values: layers whose values are their keys before the norm and the rotation.
+        keys_as_values: layers with own caches whose values are their keys before the norm and the rotation.
         widths: for each layer, the factor of `intermediate_size` in its dense MLP.
         local_rope: rotary settings of layers with a window.
         embedding_scale, input_scale: factors of the embedding table and of the table of per-layer embeddings.
@@ -158,7 +158,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
         "groups": groups_of(shared["num_heads"], heads, fields),
         "head_dims": dims,
         "sources": sources,
-        "keys_as_values": frozenset(n for n, window in enumerate(windows) if twice and window is None),
+        "keys_as_values": frozenset(n for n in set(sources) if twice and windows[n] is None),
         "widths": tuple(1 if layer == source else wide for layer, source in enumerate(sources)),
         "embedding_scale": rounded(math.sqrt(shared["hidden_size"]), stored),
         "input_scale": rounded(math.sqrt(max(size, 0)), stored),

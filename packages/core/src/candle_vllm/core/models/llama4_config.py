@@ -41,8 +41,10 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
     every = fields.count("no_rope_layer_interval", 4)
     turned = fields.get("no_rope_layers", list, []) or [(n + 1) % every for n in range(layers)]
     kinds = fields.get("layer_types", list, ["chunked_attention" if each else "full_attention" for each in turned])
-    step = fields.count("interleave_moe_layer_step", 1)
-    sparse = fields.get("moe_layers", list, [*range(step - 1, layers, step)])
+    sparse = fields.get("moe_layers", list, None)
+    if sparse is None:
+        step = fields.count("interleave_moe_layer_step", 1)
+        sparse = [*range(step - 1, layers, step)]
     known = all(kind in ("chunked_attention", "full_attention") for kind in kinds)
     if len(kinds) != layers or len(turned) < layers or not known:
         raise InvalidFileError(f"{fields.path}: layer_types and no_rope_layers must describe {layers} layers")
@@ -50,7 +52,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
         raise InvalidFileError(f"{fields.path}: moe_layers names layers that the model does not have")
     chunk = fields.get("attention_chunk_size", int, _CHUNK)
     tuning = fields.values.get(f"{fields.prefix}attn_temperature_tuning", True)  # 4 in older files
-    own = {
+    own: dict[str, Any] = {
         "intermediate_size": fields.count("intermediate_size_mlp", 16384),
         "sliding_windows": tuple(chunk if kind == "chunked_attention" else None for kind in kinds),
         "unrotated_layers": frozenset(layer for layer in range(layers) if not turned[layer]),
@@ -59,6 +61,8 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
         "same_length": fields.get("use_qk_norm", bool, True),
         "temperature": (fields.count("floor_scale", 8192), fields.get("attn_scale", float, 0.1)) if tuning else None,
     }
+    if not sparse:  # Llama Guard 4, whose counts of experts are 0
+        return Llama4Config(**shared | own, interleaved_rotary=True)
     top = fields.count("num_experts_per_tok", 1)
     return _config(fields, shared | own, frozenset(sparse), (fields.count("num_local_experts"), top, inner))
 
@@ -100,7 +104,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:
 
 def gguf_keys(config: Llama4Config) -> dict[str, Any]:
     """The GGUF metadata of a Llama 4 in addition to the keys of every model."""
-    assert config.mixture is not None
+    if config.mixture is None:
+        raise UnsupportedModelError("llama.cpp's llama4 has experts, and this model has none")
     step = config.num_layers // max(1, len(config.sparse_layers))
     if config.sparse_layers != frozenset(range(step - 1, config.num_layers, step)):
         raise UnsupportedModelError("llama.cpp's llama4 has experts in every layer, or in every nth")

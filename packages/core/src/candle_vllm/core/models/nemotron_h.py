@@ -26,7 +26,8 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, gguf_projection, pair
 from candle_vllm.core.models.experts import ungrouped
-from candle_vllm.core.models.family import LAYER_NORM_EPS, MAMBA_BIASES, Architecture, Family
+from candle_vllm.core.models.family import MAMBA_BIASES, Architecture, Family
+from candle_vllm.core.models.glm4_moe import later_layers
 from candle_vllm.core.models.llama import Attention
 from candle_vllm.core.models.mamba2 import Mamba2Mixer, mixer_names
 from candle_vllm.core.models.nemotron_h_config import NemotronHConfig, config_from_gguf, config_from_hf, gguf_keys
@@ -152,6 +153,12 @@ WEIGHTS = [
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]
 
+
+def ignored(config: NemotronHConfig) -> list[str]:
+    """Names that Llama ignores, and GGUF's multi-token prediction layer, which follows the last layer."""
+    return [*llama.ignored(config), *later_layers(config.num_layers)]
+
+
 FAMILY = Family(
     hf={"NemotronHForCausalLM": "nemotron_h"},
     gguf=("nemotron_h", "nemotron_h_moe"),
@@ -159,9 +166,9 @@ FAMILY = Family(
     config_from_gguf=config_from_gguf,
     build=NemotronH,
     weights=WEIGHTS,
-    ignored=llama.ignored,
+    ignored=ignored,
     as_gguf={
-        name: Architecture(name=name, more=gguf_keys, eps=LAYER_NORM_EPS, otherwise=ungrouped, unread=MAMBA_BIASES)
+        name: Architecture(name=name, more=gguf_keys, otherwise=ungrouped, unread=MAMBA_BIASES)
         for name in ("nemotron_h", "nemotron_h_moe")
     },
 )

@@ -14,7 +14,7 @@ from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.cache_specs import CacheSpec, StateSpec
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.experts import expert_count, routed_keys, sparse_in_gguf
+from candle_vllm.core.models.experts import expert_count, routed_keys, sparse_in_gguf, without_next_tokens
 from candle_vllm.core.models.llama import LlamaConfig
 from candle_vllm.core.models.mamba2 import MambaSizes, mamba_keys, sizes_from_gguf, sizes_from_hf
 
@@ -108,8 +108,9 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
 
     In the file, only layers with attention have key-value heads, and only layers with an MLP or experts have a width.
     """
-    layers, mixture = fields.count("block_count"), None
-    heads, widths = (_by_layer(fields, name, layers) for name in ("attention.head_count_kv", "feed_forward_length"))
+    stored, mixture = fields.count("block_count"), None
+    layers, lists = without_next_tokens(fields, stored), ("attention.head_count_kv", "feed_forward_length")
+    heads, widths = (_by_layer(fields, name, stored)[:layers] for name in lists)
     sparse = sparse_in_gguf(checkpoint, layers)
     dense = [0] + [width for layer, width in enumerate(widths) if layer not in sparse]
     one = {"attention.head_count_kv": max(heads) or 1, "feed_forward_length": max(dense) or 1}
@@ -117,7 +118,11 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
         raise UnsupportedModelError(f"{fields.path}: {' and '.join(one)} must have one number, or 0, for each layer")
     usual = {fields.prefix + name: number for name, number in one.items()}
     fields = Fields({**fields.values, **usual}, fields.path, fields.prefix)
-    shared = shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon")
+    eps = "attention.layer_norm_rms_epsilon"
+    if eps not in fields:  # in files of earlier versions of `candle-vllm quantize`
+        eps = "attention.layer_norm_epsilon"
+    shared = shared_from_gguf(fields, checkpoint, eps=eps)
+    shared |= {"num_layers": layers, "sliding_windows": (None,) * layers}
     kinds: list[Kind] = [
         "moe" if layer in sparse else "mlp" if width else "attention" if count else "mamba"
         for layer, (count, width) in enumerate(zip(heads, widths))

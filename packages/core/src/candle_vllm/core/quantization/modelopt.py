@@ -16,7 +16,7 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
     """Read the layers of `quant_method` modelopt; the config may quantise only the KV cache."""
     if "quant_algo" not in config and "kv_cache_quant_algo" in config:
         return
-    config.choice("quant_algo", "", "NVFP4", "FP8", "W4A16_NVFP4", "MIXED_PRECISION")
+    config.choice("quant_algo", "", "NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_NVFP4", "MIXED_PRECISION")
     for parts in layers_with(stored, ".weight_scale_2"):
         yield parts, nvfp4_tensor(parts, divided=False)
     yield from fp8.layers(Fields({}, config.path), stored)
