@@ -173,6 +173,13 @@ def test_mistakes_on_the_command_line(load, line: str, message: str) -> None:
         load(line)
 
 
+@pytest.mark.parametrize("name", [".env", "models.yaml", "models.yml"])
+def test_a_link_to_a_missing_file_is_not_ignored(load, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder" / name).symlink_to("missing")
+    with pytest.raises(UsageError, match=f"cannot read .*{re.escape(name)}: No such file or directory"):
+        load()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs /dev/fd")
 def test_models_yaml_may_be_a_pipe(load) -> None:
     reading, writing = os.pipe()

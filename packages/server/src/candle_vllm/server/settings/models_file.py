@@ -60,7 +60,7 @@ def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsF
         return read_models_file(folder / explicit)
     for base in (home / ".candle-vllm", folder):
         for name in ("models.yaml", "models.yml"):
-            if (base / name).is_file():
+            if (base / name).exists() or (base / name).is_symlink():
                 return read_models_file(base / name)
     return None
 
