@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.config import demo_model
-from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.errors import ConfigError, InvalidFileError, ModelNotFoundError
 from candle_vllm.core.loading.source import tag_of
 from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.testing.toy_model import write_toy_model
@@ -215,6 +216,13 @@ def test_a_damaged_folder_of_the_cache_is_named(hub: FakeHub, settings: Settings
     with pytest.raises(PullError, match=r"damaged \(.*missing commit.*v2.*: remove .*org--model-GGUF$") as caught:
         fetch(settings, plan_pull(settings, REPO))
     assert caught.value.code == "damaged"
+
+
+def test_a_file_where_the_folder_for_downloads_should_be_is_named(settings: Settings) -> None:
+    assert settings.download_dir is not None
+    settings.download_dir.write_text("")
+    with pytest.raises(ConfigError, match=f"download_dir: {re.escape(str(settings.download_dir))} is not a folder"):
+        downloaded(settings)
 
 
 async def test_work_in_a_thread_may_raise_anything() -> None:

@@ -69,6 +69,15 @@ def test_a_name_that_is_nearly_right_is_said(
     assert (f"(did you mean {meant}?)" in str(caught.value)) == (meant is not None)
 
 
+def test_a_cache_that_is_a_loop_of_links_has_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(model: str, **options: Any) -> str:
+        raise RuntimeError("Symlink loop")  # as `Path.resolve` of Python before 3.13
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelNotFoundError, match="is not in the cache"):
+        resolve("Qwen/Qwen-4B", cache_dir=tmp_path, offline=True)
+
+
 def test_of_a_repository_that_is_not_there_the_caches_names_are_said(
     tmp_path: Path, hub: Callable[[list[str]], FakeHub]
 ) -> None:

@@ -110,6 +110,20 @@ def test_a_real_client_checks_the_certificate(files: Path) -> None:
         running.stop()
 
 
+def test_ps_trusts_the_servers_own_certificate_alone(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    running = Running(PacedEngine(), serving(files))
+    try:
+        for name, status, told in (
+            ("server.pem", 0, "scripted"), ("stranger.pem", 2, "CERTIFICATE_VERIFY_FAILED"),
+            ("gone.pem", 2, "cannot read"), ("text.pem", 2, "does not contain a certificate"),
+        ):  # fmt: skip
+            found = main(["ps", "--port", str(running.port), "--ssl-certfile", str(files / name)])
+            written = capsys.readouterr()
+            assert (found, told in written.out + written.err) == (status, True), written
+    finally:
+        running.stop()
+
+
 async def test_a_large_answer_waits_until_the_client_reads(files: Path) -> None:
     size, sent = 32 << 20, asyncio.Event()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -160,7 +162,7 @@ def test_no_setting_shows_the_secrets_of_an_address() -> None:
         ("--max-tokns 3", "unknown flag --max-tokns"),
         ("--h http://x:1 --p 2", "name two ports"),
         ("--m default", "needs a models.yaml"),
-        ("--models-config no.yaml", "no.yaml does not exist"),
+        ("--models-config no.yaml", "no.yaml: No such file or directory"),
         ("--hf-token NOT_SET_ANYWHERE", "NOT_SET_ANYWHERE, which is not set"),
         ("--hf-token a-b", "begins with hf_"),
         ("--hf-token-path no-such", "cannot read the Hugging Face token"),
@@ -169,6 +171,22 @@ def test_no_setting_shows_the_secrets_of_an_address() -> None:
 def test_mistakes_on_the_command_line(load, line: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         load(line)
+
+
+@pytest.mark.parametrize("name", [".env", "models.yaml", "models.yml"])
+def test_a_link_to_a_missing_file_is_not_ignored(load, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder" / name).symlink_to("missing")
+    with pytest.raises(UsageError, match=f"cannot read .*{re.escape(name)}: No such file or directory"):
+        load()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs /dev/fd")
+def test_models_yaml_may_be_a_pipe(load) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, MODELS.encode())
+    os.close(writing)
+    with os.fdopen(reading):
+        assert load(f"--models-config /dev/fd/{reading}").weight_file == "small.gguf"
 
 
 @pytest.mark.parametrize(

@@ -515,7 +515,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, allow: str
         folder = huggingface_hub.snapshot_download(
             model, revision=revision, cache_dir=cache_dir, allow_patterns=[], local_files_only=True
         )
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (LocalEntryNotFoundError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise (HubUnreachableError if allow is None else ModelNotFoundError)(
             f"{model} (revision {revision or 'main'}) is not in the cache{_in_cache(model, cache_dir)} and the hub was "
             f"not reached: {allow or 'connect to the network'} or pass a folder or .gguf file"

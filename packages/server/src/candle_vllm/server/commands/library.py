@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import ssl
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ from candle_vllm.server.settings.catalogue import source_name
 from candle_vllm.server.settings.derived import model_source, refuse_missing
 from candle_vllm.server.settings.model_names import KNOWN, named_model, read_name
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.sources import read_small
 from candle_vllm.server.settings.table import AdapterOptions, HubOptions, ListenerOptions, ModelOptions
 
 _PATIENCE = 10.0  # seconds until the timeout of the request to the server
@@ -38,8 +40,7 @@ def pull(settings: ModelOptions, name: str) -> int:
 def _not_of_hub(settings: AdapterOptions, name: str) -> AdapterOptions | None:
     """Return the settings for the demo model, a file, a folder or a URL; None for a model of the hub."""
     path = (name.endswith(".gguf") and ":" not in name) or name.startswith(("/", "./", "../", "~"))
-    path = path or os.path.exists(name)
-    if not (path or is_demo(name) or "://" in named_model(name)):
+    if not (path or os.path.exists(name) or is_demo(name) or "://" in named_model(name)):
         return None
     chosen = dataclasses.replace(settings, model=name)
     model_source(chosen, fetch=False)
@@ -80,9 +81,8 @@ def rm(settings: HubOptions, name: str) -> int:
 
 def show(settings: AdapterOptions, name: str) -> int:
     """Print the properties of a model from its files, or its size by the hub if it is not on this machine."""
-    rows: list[tuple[str, str]] = []
     if (chosen := _not_of_hub(settings, name)) is not None:
-        rows += [("name", source_name(chosen, demo_model()))]
+        rows = [("name", source_name(chosen, demo_model()))]
         if amount := file_bytes(chosen):
             rows += [("on this machine", size(amount)), ("memory", str(room_of(settings, amount)))]
         return _shown(chosen, rows)
@@ -90,12 +90,11 @@ def show(settings: AdapterOptions, name: str) -> int:
         local = find_downloaded(settings, name)
     except ModelNotFoundError:
         plan = plan_pull(settings, name)
-        rows += [("name", plan.name), ("on this machine", "no"), ("to fetch", size(plan.total))]
+        rows = [("name", plan.name), ("on this machine", "no"), ("to fetch", size(plan.total))]
         rows += [("memory", str(room_of(settings, plan.weight_bytes)))]
         _table(None, rows)
         return 0
-    rows += [("name", local.name), ("on this machine", size(local.size))]
-    rows += [("memory", str(room_of(settings, local.size)))]
+    rows = [("name", local.name), ("on this machine", size(local.size)), ("memory", str(room_of(settings, local.size)))]
     return _shown(local.settings(settings), rows)
 
 
@@ -147,8 +146,10 @@ def ps(settings: ListenerOptions) -> int:
     headers = {"authorization": f"Bearer {settings.api_key[0]}"} if settings.api_key else {}
     transport = None if address.unix_path is None else httpx.HTTPTransport(uds=str(address.unix_path))
     base = "http://localhost" if address.unix_path is not None else address.url
+    tls = ssl.create_default_context(cadata=read_small(settings.ssl_certfile) if settings.ssl_certfile else None)
+    tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the server's certificate, whoever has signed it
     try:
-        with httpx.Client(base_url=base, transport=transport, timeout=_PATIENCE, trust_env=False) as client:
+        with httpx.Client(base_url=base, transport=transport, verify=tls, timeout=_PATIENCE, trust_env=False) as client:
             answer = client.get("/api/ps", headers=headers)
     except httpx.HTTPError as error:
         raise UsageError(f"no server answers at {address.url} ({error}): name it with --host and --port") from None

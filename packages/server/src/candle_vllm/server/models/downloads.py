@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.core.errors import ConfigError, ModelNotFoundError
 from candle_vllm.core.loading import source
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.settings.derived import cache_folder
@@ -254,6 +254,8 @@ def _repos(settings: HubOptions) -> Iterator[CachedRepoInfo]:
         yield from (repo for repo in scan_cache_dir(settings.download_dir).repos if repo.repo_type == "model")
     except CacheNotFound:
         return
+    except (ValueError, RuntimeError) as error:  # a file; a loop of links
+        raise ConfigError(f"download_dir: {cache_folder(settings)} is not a folder", "download_dir") from error
 
 
 def damage(settings: HubOptions, folder: Path) -> str:

@@ -172,7 +172,7 @@ On a pipe every line is a message or a command, and what stands between \"\"\" a
 lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
 """
 _PS_EPILOG = """\
---host and --port are the address of the running server, --api-key is one of its API keys, not a management key.
+--host, --port and --ssl-certfile are the running server's, --api-key is one of its API keys, not a management key.
 """
 _BENCH = (MODEL, DEVICE, LIMITS, LOGGING)
 _ANSWERING = (*_BENCH, SAMPLING)
@@ -257,7 +257,7 @@ COMMANDS: Mapping[str, Command] = {
     "rm": Command("remove a model that was fetched", "commands.library:rm", plus=("download_dir", "log_level"),
         names_model=True),
     "ps": Command("show what a running server has in memory", "commands.library:ps",
-        plus=("host", "port", "api_key", "log_level"), epilog=_PS_EPILOG),
+        plus=("host", "port", "api_key", "ssl_certfile", "log_level"), epilog=_PS_EPILOG),
     "quantize": Command("write the model as a GGUF file, quantised or plain", "commands.quantize:quantize",
         (MODEL, LOGGING), plus=("chat_template",), hint="candle-vllm quantize --m MODEL --isq q4k --out FILE.gguf",
         options=(

@@ -57,13 +57,10 @@ class ModelsFile:
 def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsFile | None:
     """Read the models.yaml that applies: the given one, else the first in ~/.candle-vllm and the working folder."""
     if explicit is not None:
-        path = folder / explicit
-        if not path.is_file():
-            raise UsageError(f"models file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
-        return read_models_file(path)
+        return read_models_file(folder / explicit)
     for base in (home / ".candle-vllm", folder):
         for name in ("models.yaml", "models.yml"):
-            if (base / name).is_file():
+            if (base / name).exists() or (base / name).is_symlink():
                 return read_models_file(base / name)
     return None
 

@@ -104,11 +104,11 @@ def _variable(option: Option, text: str, spelled: str) -> Any:
 
 
 def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
-    """Read the assignments of a `.env` file; returns {} if it does not exist. `${...}` is not expanded.
+    """Read the assignments of a `.env` file; returns {} without one, or for a folder. `${...}` is not expanded.
 
     An invalid line or file is a UsageError; if `wrong` is given, it is skipped, and its message added to `wrong`.
     """
-    if not path.is_file():
+    if path.is_dir() or not (path.exists() or path.is_symlink()):  # some name a virtual environment .env
         return {}
     import io
 
