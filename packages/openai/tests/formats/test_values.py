@@ -178,13 +178,32 @@ def test_what_a_grammar_accepts_is_read_as_what_was_meant(name: str, union: str)
         ({"anyOf": [{}, {"type": "null"}]}, "</b> 5", "</b> 5"),
         ({"oneOf": [{"type": "integer"}, {"description": "anything"}]}, "true", True),
         ({"anyOf": [{"type": "null"}, {"properties": {}}]}, "{}", {}),
+        ({"anyOf": [True, {"type": "null"}]}, "5", 5),
+        ({"anyOf": [{"$ref": "#/$defs/told"}, {"type": "null"}]}, "5", 5),
         ({"type": "string", "anyOf": [{"pattern": "^a"}, {"maxLength": 3}]}, "5", "5"),
+        ({"type": "string", "allOf": [{}]}, "5", "5"),
+        ({"type": "string", "$ref": "#/$defs/JsonValue"}, "5", "5"),
+        ({"type": "string", "allOf": [{"anyOf": [{"pattern": "a"}, {"pattern": "5"}]}]}, "5", "5"),
+        ({"enum": ["4", "5"], "anyOf": [{"title": "a"}]}, "5", "5"),
     ],
 )  # fmt: skip
 def test_a_value_by_its_schema(schema: dict[str, Any], text: str, value: object) -> None:
-    whole = {"properties": {"a": schema}, "$defs": {"level": {"enum": ["nil", "low"]}, "JsonValue": {}}}
+    whole = {
+        "properties": {"a": schema},
+        "$defs": {"level": {"enum": ["nil", "low"]}, "JsonValue": {}, "told": {"title": "any"}},
+    }
     read = json.loads(to_json(text, argument_kinds(whole, "a")))
     assert (read, type(read)) == (value, type(value))
+
+
+def test_parts_of_an_object_that_repeat_an_argument_do_not_widen_its_type() -> None:
+    own = {"type": "object", "properties": {"a": {"type": "string"}}}
+    for more in (
+        {"anyOf": [{"properties": {"a": {"pattern": "5"}}, "required": ["a"]}, {"required": ["b"]}]},
+        {"allOf": [{"properties": {"a": {"description": "a text"}}}]},
+        {"oneOf": [{"properties": {"a": {"minLength": 1}}}]},
+    ):
+        assert to_json("5", argument_kinds(own | more, "a")) == '"5"'
 
 
 TEXTUAL: dict[str, Any] = {"type": "object", "properties": {"zip": {"type": "string"}}}

@@ -407,6 +407,7 @@ async def test_a_reply_that_is_not_quite_json(scripted: Scripted, line: str, tol
         + "1}" * 301
         + "}",
         '{"result": 3, "jsonrpc": "2.0", "id": ID}',
+        '{"id": ID, "jsonrpc": "2.0", "result": null}',
     ],
 )
 async def test_a_reply_that_is_no_message_fails_its_call_at_once(scripted: Scripted, line: str) -> None:
@@ -419,7 +420,13 @@ async def test_a_reply_that_is_no_message_fails_its_call_at_once(scripted: Scrip
 
 @pytest.mark.parametrize(
     ("arguments", "why"),
-    [({"text": "cut \ud83d"}, "surrogates not allowed"), ({"text": b"\xff"}, "bytes"), ([1], "sequence")],
+    [
+        ({"text": "cut \ud83d"}, "surrogates not allowed"),
+        ({"text": b"\xff"}, "utf-8"),
+        ([1], "sequence"),
+        ({"text": float("nan")}, "JSON compliant"),
+        ({"text": object()}, "serialize"),
+    ],
 )
 async def test_arguments_that_are_not_json_leave_the_connection(scripted: Scripted, arguments: Any, why: str) -> None:
     async with McpLink(scripted("good")) as link:

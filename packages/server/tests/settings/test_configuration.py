@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import select
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,6 +179,20 @@ def test_a_link_to_a_missing_file_is_not_ignored(load, tmp_path: Path, name: str
     (tmp_path / "folder" / name).symlink_to("missing")
     with pytest.raises(UsageError, match=f"cannot read .*{re.escape(name)}: No such file or directory"):
         load()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+def test_a_pipe_into_which_no_program_writes_is_refused(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "folder" / ".env")
+    monkeypatch.setattr(select, "select", lambda *_: ([], [], []))  # as after half a minute
+    with pytest.raises(UsageError, match=r"\.env: no program writes to this pipe"):
+        load()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links to devices")
+def test_dev_null_masks_a_models_yaml(load, tmp_path: Path) -> None:
+    (tmp_path / "folder" / "models.yaml").symlink_to("/dev/null")
+    assert load().models_config is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs /dev/fd")

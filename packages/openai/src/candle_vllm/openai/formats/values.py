@@ -96,7 +96,7 @@ def sub_schema(schema: Mapping[str, Any], key: str | None, root: Mapping[str, An
             own.append(properties[key])
         elif not part.get("patternProperties"):
             others.append(part.get("additionalProperties"))
-    return {"anyOf": [one for one in own or others if isinstance(one, Mapping)]}
+    return {"allOf": [one for one in own or others if isinstance(one, Mapping)]}
 
 
 def escaped(text: str) -> str:
@@ -130,13 +130,10 @@ def to_json(text: str, kinds: Kinds) -> str:
 
 def _quoted(text: str) -> str | None:
     """Return the content of a JSON string; None for any other text."""
-    if not (len(text) > 1 and text[0] == text[-1] == '"'):
-        return None
     try:
-        value = json.loads(text)
+        return json.loads(text) if text[:1] == '"' else None
     except ValueError:
         return None
-    return value if isinstance(value, str) else None
 
 
 def python_value(text: str) -> str | None:
@@ -160,9 +157,10 @@ def _valid_escape(match: re.Match[str]) -> str:
 def schema_kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
     """Return the values that a schema allows; its references are relative to `root`."""
     types, listed = set[str](), set[str]()
+    whole = [schema, *(one for one in _listed(schema.get("allOf")) if isinstance(one, Mapping))]
+    typed = any({"type", "enum", "const"} & one.keys() for one in whole)
     for part in _parts(schema, root):
-        options = [one for name in ("anyOf", "oneOf") for one in _listed(part.get(name)) if isinstance(one, Mapping)]
-        if not part or ("type" not in part and not all(_TELLING & one.keys() for one in options)):
+        if not typed and any(_is_untyped(one, root) for name in ("anyOf", "oneOf") for one in _listed(part.get(name))):
             return ANYTHING
         named = {TYPE_ALIASES.get(kind, kind) for kind in _listed(part.get("type")) if isinstance(kind, str)}
         if "const" in part or isinstance(part.get("enum"), list):
@@ -173,6 +171,12 @@ def schema_kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
     if not types and not listed:
         return ANYTHING
     return Kinds(frozenset(types - {"string"}), "string" in types, frozenset(listed))
+
+
+def _is_untyped(option: Any, root: Mapping[str, Any]) -> bool:
+    if isinstance(option, Mapping) and isinstance(reference := option.get("$ref"), str):
+        option = _resolve(reference, root)
+    return option is True or (isinstance(option, Mapping) and not _TELLING & option.keys())
 
 
 def _parts(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

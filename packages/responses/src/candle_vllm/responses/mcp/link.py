@@ -17,6 +17,7 @@ import anyio
 import msgspec
 from mcp import Client, MCPError
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from candle_vllm.responses.mcp.connection import ConnectionLostError, McpConnection
 from candle_vllm.responses.mcp.http import http_auth
@@ -183,7 +184,8 @@ class McpLink:
             ToolError: the tool does not exist, or the server refused the call or violated the protocol.
         """
         try:
-            json.dumps(dict(arguments), ensure_ascii=False).encode()
+            sent = to_jsonable_python(dict(arguments), inf_nan_mode="constants")
+            json.dumps(sent, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise ToolArgumentsError(f"the arguments must be JSON: {error!s:.200}") from None
         seconds = self.config.timeout if timeout is None else timeout

@@ -40,8 +40,10 @@ _WORDS = 300  # characters of the line that reports the error
 _ERROR = re.compile(r"error|exception|fatal|panic|cannot|could not|failed", re.IGNORECASE)
 _GROUP = re.compile(r"\A\s+[|+] ?")  # before each line of a Python exception group's traceback
 _NUMBER_OR_TEXT = rb'(-?(?:0|[1-9]\d{0,17})|"[ !#-\[\]-~]{1,100}")'
+_VERSION = rb'(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?'
+_BEGINS = re.compile(rb'\s*\{\s*"(?:result|error)"')  # a response whose id comes last
 _ID_AT_START = re.compile(  # of a response
-    rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb'\s*,\s*"(?:result|error)"'
+    rb"\s*\{\s*" + _VERSION + rb'"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,\s*" + _VERSION + rb'"(?:result|error)"'
 )
 _ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*\}\s*$")
 
@@ -166,7 +168,7 @@ class StdioServer:
 
     def _refused(self, line: OversizedLine, why: str) -> SessionMessage | None:
         """Convert a response that cannot be read to an error of its request; None if its id is not found."""
-        found = _ID_AT_START.match(line.head) or _ID_AT_END.search(line.tail)
+        found = _ID_AT_START.match(line.head) or (_BEGINS.match(line.head) and _ID_AT_END.search(line.tail))
         if found is None:
             return None
         self._log(why)

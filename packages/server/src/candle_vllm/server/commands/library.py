@@ -25,7 +25,6 @@ from candle_vllm.server.settings.catalogue import source_name
 from candle_vllm.server.settings.derived import model_source, refuse_missing
 from candle_vllm.server.settings.model_names import KNOWN, named_model, read_name
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.sources import read_small
 from candle_vllm.server.settings.table import AdapterOptions, HubOptions, ListenerOptions, ModelOptions
 
 _PATIENCE = 10.0  # seconds until the timeout of the request to the server
@@ -144,10 +143,13 @@ def ps(settings: ListenerOptions) -> int:
 
     address = settings.address
     headers = {"authorization": f"Bearer {settings.api_key[0]}"} if settings.api_key else {}
-    transport = None if address.unix_path is None else httpx.HTTPTransport(uds=str(address.unix_path))
-    base = "http://localhost" if address.unix_path is not None else address.url
-    tls = ssl.create_default_context(cadata=read_small(settings.ssl_certfile) if settings.ssl_certfile else None)
+    try:
+        tls = ssl.create_default_context(cafile=settings.ssl_certfile)
+    except OSError as error:
+        raise UsageError(f"ssl_certfile {settings.ssl_certfile} cannot be used: {error}") from None
     tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the server's certificate, whoever has signed it
+    transport = None if address.unix_path is None else httpx.HTTPTransport(uds=str(address.unix_path), verify=tls)
+    base = address.url if address.unix_path is None else f"http{'s' * address.tls}://localhost"
     try:
         with httpx.Client(base_url=base, transport=transport, verify=tls, timeout=_PATIENCE, trust_env=False) as client:
             answer = client.get("/api/ps", headers=headers)

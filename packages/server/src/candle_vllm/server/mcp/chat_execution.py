@@ -86,7 +86,7 @@ class WatchedTurns:
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[AnswerEvent]]:
         """Yield the events of one turn. Turns after the first have ids and arrival times of their own."""
         assert isinstance(request, Task), "turns are asked for by tasks"
-        self._turns += 1
+        self._turns, self.stop = self._turns + 1, None
         if self._turns > 1:
             request = replace(request, request_id=None)
             arrived.set(time.monotonic())
@@ -315,7 +315,7 @@ async def executed(execution: Execution) -> ChatCompletion:
             content=content, reasoning_content=state.thoughts or UNSET, reasoning=state.thoughts or UNSET
         ),
         finish_reason=state.finish_reason,
-        stop_reason=execution.turns.stop,
+        stop_reason=execution.turns.stop if state.limit is UNSET else None,
         logprobs=ChatLogprobs(tuple(state.logprobs)) if state.logprobs else None,
         mcp_calls=state.calls,
         mcp_limit=state.limit,
@@ -390,7 +390,7 @@ class ExecutedStream:
                 index=0,
                 delta=ChatDelta(),
                 finish_reason=state.finish_reason,
-                stop_reason=self._execution.turns.stop,
+                stop_reason=self._execution.turns.stop if state.limit is UNSET else None,
                 mcp_calls=state.calls,
                 mcp_limit=state.limit,
             )

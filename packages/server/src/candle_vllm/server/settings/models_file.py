@@ -58,11 +58,9 @@ def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsF
     """Read the models.yaml that applies: the given one, else the first in ~/.candle-vllm and the working folder."""
     if explicit is not None:
         return read_models_file(folder / explicit)
-    for base in (home / ".candle-vllm", folder):
-        for name in ("models.yaml", "models.yml"):
-            if (base / name).exists() or (base / name).is_symlink():
-                return read_models_file(base / name)
-    return None
+    paths = [base / name for base in (home / ".candle-vllm", folder) for name in ("models.yaml", "models.yml")]
+    found = [path for path in paths if (path.exists() or path.is_symlink()) and not path.is_char_device()]  # /dev/null
+    return read_models_file(found[0]) if found else None
 
 
 def read_models_file(path: Path) -> ModelsFile:

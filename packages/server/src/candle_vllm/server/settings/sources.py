@@ -7,7 +7,11 @@ unknown name is an error with the nearest known name, or a remark if only some s
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import select
+import stat
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,8 +114,6 @@ def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
     """
     if path.is_dir() or not (path.exists() or path.is_symlink()):  # some name a virtual environment .env
         return {}
-    import io
-
     from dotenv.parser import parse_stream
 
     assignments: dict[str, str] = {}
@@ -137,7 +139,11 @@ def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
 def read_small(path: Path) -> str:
     """Read a settings file of at most a megabyte; UsageError, also for a missing file."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                if not select.select([file], [], [], 30)[0]:  # seconds
+                    raise UsageError(f"cannot read {path}: no program writes to this pipe")
+                os.set_blocking(file.fileno(), True)
             content = file.read(_MAX_FILE + 1)
         if len(content) > _MAX_FILE:
             raise UsageError(f"{path} is larger than {_MAX_FILE >> 20} MB")
