@@ -126,7 +126,7 @@ class Opened:
         if not isinstance(given, PoolingParams):
             return given or own
         told = {name: value for name, value in asdict(given).items() if value is not None}
-        # of vectors, `use_activation` is vLLM's newer name of `normalize`
+        # vLLM has two names for one parameter of vectors: `use_activation` of a call replaces the engine's `normalize`.
         return replace(own, **({"normalize": None} if "use_activation" in told else {}) | told)
 
     def close(self) -> None:

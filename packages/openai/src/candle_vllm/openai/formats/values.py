@@ -20,7 +20,7 @@ _MOST_LISTED = 1 << 16  # strings of one enumeration
 _TYPES = {
     bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object", type(None): "null",
 }  # fmt: skip
-_TELLING = frozenset({"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"})  # keywords that restrict the type
+_TYPING = frozenset({"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"})  # keywords that restrict the type
 _INTEGER = r"-?(?:0|[1-9][0-9]*)"
 SPELLINGS: Mapping[str, str] = {
     "null": "null|None",
@@ -176,7 +176,7 @@ def schema_kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
 def _is_untyped(option: Any, root: Mapping[str, Any]) -> bool:
     if isinstance(option, Mapping) and isinstance(reference := option.get("$ref"), str):
         option = _resolve(reference, root)
-    return option is True or (isinstance(option, Mapping) and not _TELLING & option.keys())
+    return option is True or (isinstance(option, Mapping) and not _TYPING & option.keys())
 
 
 def _parts(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

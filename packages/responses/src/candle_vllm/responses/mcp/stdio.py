@@ -41,7 +41,7 @@ _ERROR = re.compile(r"error|exception|fatal|panic|cannot|could not|failed", re.I
 _GROUP = re.compile(r"\A\s+[|+] ?")  # before each line of a Python exception group's traceback
 _NUMBER_OR_TEXT = rb'(-?(?:0|[1-9]\d{0,17})|"[ !#-\[\]-~]{1,100}")'
 _VERSION = rb'(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?'
-_BEGINS = re.compile(rb'\s*\{\s*"(?:result|error)"')  # a response whose id comes last
+_RESPONSE = re.compile(rb'\s*\{\s*"(?:result|error)"')  # a response whose id comes last
 _ID_AT_START = re.compile(  # of a response
     rb"\s*\{\s*" + _VERSION + rb'"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,\s*" + _VERSION + rb'"(?:result|error)"'
 )
@@ -168,7 +168,7 @@ class StdioServer:
 
     def _refused(self, line: OversizedLine, why: str) -> SessionMessage | None:
         """Convert a response that cannot be read to an error of its request; None if its id is not found."""
-        found = _ID_AT_START.match(line.head) or (_BEGINS.match(line.head) and _ID_AT_END.search(line.tail))
+        found = _ID_AT_START.match(line.head) or (_RESPONSE.match(line.head) and _ID_AT_END.search(line.tail))
         if found is None:
             return None
         self._log(why)
