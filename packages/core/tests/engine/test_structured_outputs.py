@@ -359,6 +359,7 @@ def test_the_front_door(toy_model: Path) -> None:
                 call()
             assert caught.value.param == "structured_outputs"
     new = {thread.name for thread in set(threading.enumerate()) - before}
+    new -= {"candle-vllm-compiling"}  # awaits the second process of a first start, which may outlive the engine
     assert not [name for name in new if name.startswith("candle-vllm")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 from threading import Thread
 
 import numpy as np
@@ -24,10 +25,11 @@ from candle_vllm.core.kernels.lora.pack import pack_adapter, quantise
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.kernels.plain_linear import pack
 from packages.core.tests.kernels.lora_field import add, fitted, low_rank, stored
+from tests.common_run import few
 
 ISAS = [Isa.GENERIC, host_isa()] if host_isa() & Isa.BF16 else [Isa.GENERIC]
-each_isa = pytest.mark.parametrize("isa", ISAS, ids=str)
-each_type = pytest.mark.parametrize("dtype", ["F32", "BF16", "I8"])
+COMMON = [(Isa.GENERIC, "F32"), (ISAS[-1], "BF16"), (Isa.GENERIC, "I8"), (ISAS[-1], "I8")]
+each_form = pytest.mark.parametrize(("isa", "dtype"), few(itertools.product(ISAS, ["F32", "BF16", "I8"]), *COMMON))
 TOLERANCE = {"F32": 1e-6, "BF16": 5e-3, "I8": 1e-5}  # of BF16 the reference rounds inputs too; of I8 ties differ
 PLACES = {"layer": (Place(1, 96, {"q.": (0, 0, 40), "k.": (0, 40, 53), "v.": (0, 53, 123)}),)}
 
@@ -67,8 +69,7 @@ def random_rows(generator: np.random.Generator, rows: int, place: Place) -> tupl
     return x, y
 
 
-@each_isa
-@each_type
+@each_form
 @pytest.mark.parametrize("ranks", [(1, 4, 6), (8, 12, 16), (24, 64, 256)], ids=str)
 def test_every_rank_adds_what_the_reference_adds(team, isa, dtype, ranks):
     generator = np.random.default_rng(sum(ranks))
@@ -89,8 +90,7 @@ def test_every_rank_adds_what_the_reference_adds(team, isa, dtype, ranks):
         assert distance(found, wanted, wanted - y) < TOLERANCE[dtype]
 
 
-@each_isa
-@each_type
+@each_form
 @pytest.mark.parametrize("columns", [1, 31, 33, 576])
 def test_odd_widths(team, isa, dtype, columns):
     generator = np.random.default_rng(columns)
@@ -102,8 +102,7 @@ def test_odd_widths(team, isa, dtype, columns):
     assert distance(found, wanted, wanted - y) < TOLERANCE[dtype]
 
 
-@each_isa
-@each_type
+@each_form
 @pytest.mark.parametrize("columns", [96, 2080, 4128])  # some, a few more than, and twice the columns of 4 spans
 def test_a_row_has_the_bits_that_it_has_alone(team, isa, dtype, columns):
     generator, lone = np.random.default_rng(5), ThreadTeam(1)
@@ -126,7 +125,7 @@ def test_a_row_has_the_bits_that_it_has_alone(team, isa, dtype, columns):
     lone.close()
 
 
-@each_isa
+@pytest.mark.parametrize("isa", few(ISAS, ISAS[-1]), ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_added_within_the_product_as_behind_it(team, isa, rows):
     """Whoever makes columns of the model's product adds to them, so nobody waits in between."""
@@ -150,7 +149,7 @@ def test_added_within_the_product_as_behind_it(team, isa, rows):
     lone.close()
 
 
-@each_type
+@pytest.mark.parametrize("dtype", few(["F32", "BF16", "I8"], "BF16", "I8"))
 @pytest.mark.parametrize(("rows", "columns"), [(64, 96), (4, 4128)])
 def test_what_two_threads_do_at_once_is_the_same(dtype, rows, columns):
     """More threads than cores: some come so late that others do their share as well."""
@@ -194,7 +193,7 @@ def test_no_rank_takes_more_blocks_than_the_memory_for_the_largest_rank_has():
     assert all(count_blocks(rank) <= most_blocks(most) for most in range(1, 1025) for rank in range(0, most + 1, 4))
 
 
-@each_type
+@pytest.mark.parametrize("dtype", few(["F32", "BF16", "I8"], "I8"))
 def test_every_cpu_adds_the_same(team, dtype):
     generator = np.random.default_rng(9)
     (place,) = PLACES["layer"]
@@ -208,8 +207,7 @@ def test_every_cpu_adds_the_same(team, dtype):
 EVEN = {"layer": (Place(2, 96, {"q.": (0, 0, 41), "k.": (0, 41, 82), "v.": (0, 82, 123)}),)}
 
 
-@each_isa
-@each_type
+@each_form
 def test_dora_biases_and_whole_matrices(team, isa, dtype):
     generator = np.random.default_rng(8)
     place = EVEN["layer"][0]
@@ -278,7 +276,7 @@ def test_whole_numbers_are_those_of_the_reference(kind, columns, groups):
     assert error.max() < 0.5 * 1.01 / 127
 
 
-@each_isa
+@pytest.mark.parametrize("isa", few(ISAS, ISAS[-1]), ids=str)
 def test_products_of_whole_numbers_are_near(team, isa):
     """Within a hundredth of what bfloat16 adds, and two where some numbers are much larger than others."""
     generator = np.random.default_rng(3)

@@ -32,6 +32,7 @@ from candle_vllm.core.kernels.plain_linear import pack as pack_plain
 from candle_vllm.core.kernels.scaled_linear import cpu
 from packages.core.tests.kernels import plain_reference as plain_reference
 from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
+from tests.common_run import few
 
 # The generic path runs everywhere; BF16 and AMX only where the CPU has them.
 ISAS = [Isa.GENERIC, *[isa for isa in (Isa.BF16, Isa.BF16 | Isa.AMX) if host_isa() & isa == isa]]
@@ -315,13 +316,13 @@ def test_sums_within_a_span_are_those_of_bfloat16_weights(rows, lone_thread):
     assert same_bits(multiply(lone_thread, pack(found), x), out)
 
 
-def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypatch):
+@pytest.mark.parametrize("limit", few(["_CACHED_BYTES", "_MOST_BYTES"], "_MOST_BYTES"))
+def test_weights_larger_than_the_cache_are_taken_in_turns(limit, lone_thread, monkeypatch):
     matrix, x = packed(ScaledKind.E4M3, 63, 301), activations(20, 301)
     whole = multiply(lone_thread, matrix, x)
-    for name in ("_CACHED_BYTES", "_MOST_BYTES"):
-        monkeypatch.setattr(cpu, name, 1)
-        make_anew(monkeypatch, cpu, f"turns{name}")
-        assert same_bits(multiply(lone_thread, matrix, x), whole)
+    monkeypatch.setattr(cpu, limit, 1)
+    make_anew(monkeypatch, cpu, f"turns{limit}")
+    assert same_bits(multiply(lone_thread, matrix, x), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11])
