@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ThinkingLimit, ToolUse, text_of
+from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ToolUse, text_of
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
@@ -62,13 +62,6 @@ def _images_in(message: Mapping[str, Any]) -> int:
     return sum(kind in ("image_url", "input_image") for kind in kinds)
 
 
-def _limit(thinking: ThinkingLimit | None) -> dict[str, Any]:
-    if thinking is None:
-        return {}
-    message = {} if thinking.message is None else {"reasoning_budget_message": thinking.message}
-    return {"thinking_token_budget": thinking.tokens, **message}
-
-
 def chat_message(message: Message) -> ChatMessage:
     """Convert a message of a task to OpenAI's format; content is null if the message has only reasoning or calls."""
     content = _content(message.parts)
@@ -114,7 +107,8 @@ def chat_request(task: Task) -> dict[str, Any]:
         "parallel_tool_calls": None if use.parallel or use.named is not None else False,
         **_form(task.form),
         "reasoning_effort": effort,
-        **_limit(task.thinking),
+        "thinking_token_budget": None if task.thinking is None else task.thinking.tokens,
+        "reasoning_budget_message": None if task.thinking is None else task.thinking.message,
         "chat_template_kwargs": variables or None,
         "chat_template": task.chat_template,
         "documents": None if task.documents is None else list(task.documents),
@@ -187,19 +181,29 @@ def _free_choice(choice: Any) -> Any:
     return "none" if choice == "none" else "auto"
 
 
+def allowed_names(request: Task | Mapping[str, Any]) -> Collection[str] | None:
+    """Return the names of the tools that a request's tool choice lets the model call; None means all."""
+    if isinstance(request, Task):
+        return {tool.name for tool in request.tools.tools}
+    try:
+        chosen = request["tool_choice"]["allowed_tools"]["tools"]
+        return {(one.get("function") or one["custom"])["name"] for one in chosen}
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
 def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
     """Return the names of the caller's tools; InvalidParameterError if one is missing or a tool here has it."""
     names: set[str] = set()
     for number, tool in enumerate(client_tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
+        field = f"tools.{number}.function.name"
         if not isinstance(name, str):
-            raise InvalidParameterError(f"tools.{number}.function.name must be a text", f"tools.{number}.function.name")
+            raise InvalidParameterError(f"{field} must be a text", field)
         if tools.find(name) is not None:
-            raise InvalidParameterError(
-                f"tools.{number}.function.name {name!r:.80} is the name of a tool that runs here: rename one of them",
-                f"tools.{number}.function.name",
-            )
+            said = f"{field} {name!r:.80} is the name of a tool that runs here: rename one of them"
+            raise InvalidParameterError(said, field)
         names.add(name)
     return frozenset(names)
 
@@ -225,8 +229,7 @@ def _checked_message(message: Any, place: int) -> ChatMessage:
         checked = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidParameterError(f"{where} must be JSON: {error!s:.200}", where) from None
-    call_id = checked.get("tool_call_id")
-    if call_id is not None and not isinstance(call_id, str):
+    if not isinstance(checked.get("tool_call_id"), str | None):
         raise InvalidParameterError(f"{where}.tool_call_id must be a text", f"{where}.tool_call_id")
     return checked
 
