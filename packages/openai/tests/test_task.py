@@ -18,7 +18,7 @@ from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.fields import Cut
 from candle_vllm.openai.requests import read_chat
-from candle_vllm.openai.task import template_messages
+from candle_vllm.openai.task import Call, Message, Paths, Task, template_messages
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 MESSAGES: list[dict[str, Any]] = [
@@ -114,6 +114,11 @@ async def test_results_are_shown_in_the_order_of_their_calls() -> None:
     await OpenAIAdapter(engine).chat({"messages": messages})
     shown = [one["content"] for one in engine.template_calls[-1].messages if one["role"] == "tool"]
     assert shown == ["a", "b", "c", "b", "a"]
+    one, other = Call("a", "f", ""), Call("b", "f", "")
+    ids = (None, "b", None, "a")
+    loose = (Message(role="assistant", calls=(one, other)), *(Message(role="tool", call_id=each) for each in ids))
+    ordered = Task(paths=Paths({}), messages=loose).with_results_in_order()
+    assert [message.call_id for message in ordered.messages[1:]] == ["a", "b", None, None]
     mixed = read_chat(ChatCompletionRequest.model_validate({"model": "m", "messages": MESSAGES}))
     assert [one.call_id for one in mixed.with_results_in_order().messages[11:13]] == ["call_1", "call_2"]
     assert mixed.with_results_in_order().messages[:11] == mixed.messages[:11]

@@ -268,12 +268,12 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None = None
 
     def with_results_in_order(self) -> Task:
-        """Return the task with the results of an answer's calls in the order of the calls: templates often omit ids."""
+        """Return the task with an answer's results in the order of its calls, then others: templates often omit ids."""
         keys, answer, order = list[tuple[int, tuple[int, ...]]](), 0, dict[str | None, tuple[int, ...]]()
         for place, message in enumerate(self.messages):
             answer = answer if message.role == "tool" else place
             order |= {call.id: (place, number) for number, call in enumerate(message.calls)}
-            keys.append((answer, order.get(message.call_id, ())))
+            keys.append((answer, order.get(message.call_id, (len(self.messages),) if place > answer else ())))
         places = sorted(range(len(keys)), key=keys.__getitem__)
         return msgspec.structs.replace(self, messages=tuple(self.messages[place] for place in places))
 
