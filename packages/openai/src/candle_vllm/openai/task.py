@@ -141,13 +141,14 @@ class Choice(NamedTuple):
 
         If no tool may be called, the template shows no tools, so that the model does not write a call as text.
         """
-        if not functions and self.mode == "required":
+        names = self.names if self.named is None else (self.named,)
+        tools = tuple(one for one in functions if names is None or one.name in names)
+        if not tools and self.mode == "required":
             raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
         if not functions or self.mode == "none":
             return ToolUse()
-        names = self.names if self.named is None else (self.named,)
         return ToolUse(
-            tools=tuple(one for one in functions if names is None or one.name in names),
+            tools=tools,
             mode=self.mode,
             parallel=parallel is not False and self.named is None,
             named=self.named,

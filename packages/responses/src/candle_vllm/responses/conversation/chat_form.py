@@ -51,8 +51,8 @@ class ChatTranscript(Transcript):
         request: dict[str, Any] = {**fields, "messages": self.messages}
         if tools or client_tools:
             request["tools"] = [*(one.to_openai() for one in tools), *map(dict, client_tools)]
-        if not first and "tool_choice" in request:
-            request["tool_choice"] = _free_choice(request["tool_choice"])
+        if not first and (choice := request.pop("tool_choice", None)) and "tools" in request:
+            request["tool_choice"] = _free_choice(choice, set(map(_name_of, request["tools"])))
         return request
 
 
@@ -64,19 +64,14 @@ def _images_in(message: Mapping[str, Any]) -> int:
 
 def chat_message(message: Message) -> ChatMessage:
     """Convert a message of a task to OpenAI's format; content is null if the message has only reasoning or calls."""
-    content = _content(message.parts)
-    written: ChatMessage = {"role": message.role, "content": content}
-    if message.thoughts:
-        written["reasoning_content"] = message.thoughts
-    if message.calls:
-        written["tool_calls"] = list(map(_chat_call, message.calls))
-    if message.call_id is not None:
-        written = {"role": message.role, "tool_call_id": message.call_id, "content": content}
-    if message.name is not None:
-        written["name"] = message.name
-    if not content and (message.thoughts or message.calls):
-        written["content"] = None
-    return written
+    content = _content(message.parts) or (None if message.thoughts or message.calls else "")
+    more = {
+        "tool_call_id": message.call_id,
+        "reasoning_content": message.thoughts or None,
+        "tool_calls": list(map(_chat_call, message.calls)) or None,
+        "name": message.name,
+    }
+    return {"role": message.role, "content": content, **{k: v for k, v in more.items() if v is not None}}
 
 
 def chat_request(task: Task) -> dict[str, Any]:
@@ -174,11 +169,16 @@ def _chat_call(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _free_choice(choice: Any) -> Any:
-    """Return the choice for later turns: if calls stayed required, the model could never answer."""
+def _free_choice(choice: Any, names: Collection[str]) -> Any:
+    """Return the choice for later turns, of the tools that are left: required calls would leave the model no answer."""
     if isinstance(choice, Mapping) and isinstance(choice.get("allowed_tools"), Mapping):
-        return {**choice, "allowed_tools": {**choice["allowed_tools"], "mode": "auto"}}
+        left = [one for one in choice["allowed_tools"]["tools"] if _name_of(one) in names]
+        return {**choice, "allowed_tools": {"mode": "auto", "tools": left}} if left else "none"
     return "none" if choice == "none" else "auto"
+
+
+def _name_of(tool: Any) -> str:
+    return (tool.get("function") or tool["custom"])["name"]
 
 
 def allowed_names(request: Task | Mapping[str, Any]) -> Collection[str] | None:
@@ -186,8 +186,7 @@ def allowed_names(request: Task | Mapping[str, Any]) -> Collection[str] | None:
     if isinstance(request, Task):
         return {tool.name for tool in request.tools.tools}
     try:
-        chosen = request["tool_choice"]["allowed_tools"]["tools"]
-        return {(one.get("function") or one["custom"])["name"] for one in chosen}
+        return set(map(_name_of, request["tool_choice"]["allowed_tools"]["tools"]))
     except (AttributeError, KeyError, TypeError):
         return None
 
