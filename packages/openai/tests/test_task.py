@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.prompts import one_conversation
 from candle_vllm.core.text.prompts import template_messages as of_core
 from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, fit_tools, template_needs
+from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.fields import Cut
 from candle_vllm.openai.requests import read_chat
-from candle_vllm.openai.task import template_messages
+from candle_vllm.openai.task import Call, Message, Paths, Task, template_messages
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 MESSAGES: list[dict[str, Any]] = [
@@ -86,6 +88,40 @@ def test_each_call_has_its_own_result() -> None:
     ]  # fmt: skip
     parts = [{"type": "text", "text": "1"}, {"type": "image"}]
     assert [one["content"] for one in messages] == ["k", "", "2", "", parts]  # images stay in their order
+
+
+async def test_results_are_shown_in_the_order_of_their_calls() -> None:
+    """A template that shows no ids gives the model no other way to tell the results apart."""
+
+    def answer(*ids: str) -> dict[str, Any]:
+        calls = [{"id": one, "type": "function", "function": {"name": one, "arguments": "{}"}} for one in ids]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+
+    def results(*ids: str) -> list[dict[str, Any]]:
+        return [{"role": "tool", "tool_call_id": one, "content": one} for one in ids]
+
+    user = {"role": "user", "content": "x"}
+    messages = [
+        user,
+        answer("a", "b", "c"),
+        *results("c", "a", "b"),
+        answer("b"),
+        answer("a"),
+        *results("a", "b"),
+        user,
+    ]
+    engine = ScriptedEngine("ok")
+    await OpenAIAdapter(engine).chat({"messages": messages})
+    shown = [one["content"] for one in engine.template_calls[-1].messages if one["role"] == "tool"]
+    assert shown == ["a", "b", "c", "b", "a"]
+    one, other = Call("a", "f", ""), Call("b", "f", "")
+    ids = (None, "b", None, "a")
+    loose = (Message(role="assistant", calls=(one, other)), *(Message(role="tool", call_id=each) for each in ids))
+    ordered = Task(paths=Paths({}), messages=loose).with_results_in_order()
+    assert [message.call_id for message in ordered.messages[1:]] == ["a", "b", None, None]
+    mixed = read_chat(ChatCompletionRequest.model_validate({"model": "m", "messages": MESSAGES}))
+    assert [one.call_id for one in mixed.with_results_in_order().messages[11:13]] == ["call_1", "call_2"]
+    assert mixed.with_results_in_order().messages[:11] == mixed.messages[:11]
 
 
 @pytest.mark.parametrize("behind", [True, False])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY, e
 from candle_vllm.server.commands.terminal import Said
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import AdapterOptions
 from packages.server.tests.server_fakes import PacedEngine
 from packages.server.tests.terminals import Terminal
 
@@ -534,6 +536,17 @@ class TestCommands:
         assert "error: top_p must be" in out
         assert "/set top_k needs a value (keep the K most likely" in out
         assert "max_tokens 7" in out
+
+    @pytest.mark.parametrize("between", [" ", "\t", "  ", "\n"])
+    def test_what_is_between_a_command_and_its_words(
+        self, between: str, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with contextlib.closing(chat_module.Chat(AdapterOptions(model="first"), None, None)) as chat:
+            for words in (("/system", "T"), ("/set", "max_tokens", "7"), ("/set", "stop", "END"), ("A",)):
+                chat.take(between.join(words))
+        assert asked(engine) == [["T", "A"]]
+        assert (engine.requests[0].params.max_tokens, engine.requests[0].params.stop_strings) == (7, ("END",))
+        assert "error" not in capsys.readouterr().out
 
     def test_set_stop(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -156,6 +156,20 @@ def test_limits(start_mcp: Start, web: Any, limits: Any, limit: str, calls: list
     assert len(engine.requests) == requests
 
 
+@pytest.mark.parametrize("kind", ["required", "function", "allowed_tools"])
+def test_a_tool_that_the_tool_choice_names_may_go_away(start_mcp: Start, web: Any, kind: str) -> None:
+    def script(_: str) -> str:
+        running.server.config.app.state.mcp.registry.replace("web", [])
+        return left.pop(0)
+
+    left, one = [ECHO, "Sorry."], {"type": "function", "function": {"name": "web__echo"}}
+    several = {"type": kind, "allowed_tools": {"mode": "auto", "tools": [one]}}
+    running = start_mcp(PacedEngine(script), [web.config()], execute=True)
+    choice = {"required": kind, "function": one, "allowed_tools": several}[kind]
+    answer = ask(running.openai(), tool_choice=choice).choices[0]
+    assert (answer.message.content, answer.mcp_calls[0]["status"]) == ("Sorry.", "unknown")
+
+
 def test_the_token_limit_is_for_all_turns(start_mcp: Start, web: Any) -> None:
     engine = PacedEngine(turns(ECHO, "A long answer."))
     running = start_mcp(engine, [web.config()], execute=True)

@@ -223,6 +223,28 @@ async def test_allowed_tools(change: dict[str, Any], seen: set[str]) -> None:
     assert {tool["function"]["name"].removeprefix("s__") for tool in shown} == seen
 
 
+async def test_an_approved_call_that_cannot_run_names_its_approval() -> None:
+    answering = responder(engine("Sorry."), servers=Servers(Clock()))
+    asked = {"type": "mcp_approval_request", "id": "r", "server_label": "s", "name": "time", "arguments": "{"}
+    answered = {"type": "mcp_approval_response", "approval_request_id": "r", "approve": True}
+    given = [{"role": "user", "content": "Hi"}, asked, answered]
+    made = await answering.create({"input": given, "tools": [{**SERVER, "require_approval": "always"}]})
+    (ran,) = (item for item in msgspec.to_builtins(made.output) if item["type"] == "mcp_call")
+    assert (ran["status"], ran["approval_request_id"]) == ("failed", "r")
+
+
+async def test_a_server_s_tool_that_the_tool_choice_does_not_allow_does_not_run() -> None:
+    clock = Clock()
+    answering = responder(
+        engine(lambda prompt: "Sorry." if "tool\n" in prompt else call("s__time")), servers=Servers(clock)
+    )
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": FUNCTION["name"]}]}
+    tools = [{**SERVER, "require_approval": "never"}, FUNCTION]
+    made = await answering.create({"input": "Hi", "tools": tools, "tool_choice": choice})
+    assert [item.__struct_config__.tag for item in made.output] == ["mcp_list_tools", "mcp_call", "message"]
+    assert (made.output[1].status, clock.runs) == ("failed", 0)
+
+
 @pytest.mark.parametrize(
     ("require", "asks"),
     [

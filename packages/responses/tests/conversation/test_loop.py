@@ -151,6 +151,34 @@ async def test_tools_that_are_not_allowed_are_neither_shown_nor_found() -> None:
     assert "shout" not in result.tool_calls[0].text.replace("'shout'", "")
 
 
+async def test_a_tool_that_the_tool_choice_does_not_allow_is_shown_and_does_not_run() -> None:
+    chosen = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "add"}}]}
+    request = {"tool_choice": {"type": "allowed_tools", "allowed_tools": chosen}}
+    both = call_text("shout", text="x") + call_text("add", a=1, b=2)
+    bench = Bench(both, "ok", tools=[add, shout], request=request)
+    result = await bench.run()
+    assert [tool["function"]["name"] for tool in bench.engine.template_calls[0].options["tools"]] == ["add", "shout"]
+    assert [one.status for one in result.tool_calls] == ["denied", "completed"]
+    assert result.tool_calls[0].text == turn_calls.NOT_ALLOWED
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("kind", ["required", "function", "allowed_tools"])
+async def test_a_tool_choice_whose_tool_goes_away_during_the_conversation(kind: str, left: bool) -> None:
+    def leave() -> str:
+        """Removes itself."""
+        bench.tools.remove("leave")
+        return "gone"
+
+    one = {"type": "function", "function": {"name": "leave"}}
+    several = {"type": kind, "allowed_tools": {"mode": "required", "tools": [one]}}
+    choice = {"required": kind, "function": one, "allowed_tools": several}[kind]
+    bench = Bench(call_text("leave"), "ok", tools=[leave, add] if left else [leave], request={"tool_choice": choice})
+    result = await bench.run()
+    assert [one.text for one in result.tool_calls] == ["gone"]
+    assert result.final_message == "ok"
+
+
 async def test_a_cut_call_is_never_run() -> None:
     runs: list[int] = []
 

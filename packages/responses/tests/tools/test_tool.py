@@ -30,6 +30,7 @@ DATA = base64.b64encode(b"12345").decode()
         ),
         ([part("resource", data=DATA, uri="file:///x")], "[resource: file:///x, 5 bytes]"),
         ([part("resource_link", uri="file:///x", name="X")], "[link to a resource: X, file:///x]"),
+        ([part("resource_link", uri="x:y", name="X", text="all of it")], "[link to a resource: X, x:y, all of it]"),
         ([part("text", text="a"), part("image", data="")], "a\n[image: 0 bytes]"),
         ([part("image")], "[image]"),
         ([], NOTHING),

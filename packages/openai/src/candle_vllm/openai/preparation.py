@@ -121,7 +121,7 @@ class TaskPreparation:
         """
         with task.paths.blamed():
             self._check(task)
-            params = sampling_params(task, self._defaults)
+            params, task = sampling_params(task, self._defaults), task.with_results_in_order()
             task, unseen = self._with_images(task) if images_of(task.messages) else (task, None)
             text = self._render(task)
             if bounded and task.cut is None:
@@ -333,10 +333,12 @@ class TaskPreparation:
             self._check(task)
             params = sampling_params(task, self._defaults)
             for text in (*task.prompts, task.suffix):
-                if isinstance(text, str) and task.cut is None:
+                if not isinstance(text, str):
+                    self._check_known(text)
+                elif task.cut is None:
                     check_length(self._engine, text)
             if task.suffix:
-                filled = [self._engine.infill(self._known(prompt), task.suffix) for prompt in task.prompts]
+                filled = [self._engine.infill(prompt, task.suffix) for prompt in task.prompts]
                 ends = dict.fromkeys((*(params.stop_token_ids or ()), *filled[0].stop_token_ids))
                 params = replace(params, stop_token_ids=tuple(ends))
                 prompts = [EchoedPrompt("", "", one.token_ids) for one in filled]
@@ -365,9 +367,8 @@ class TaskPreparation:
         each = sequences * (params.logprobs + 1 + len(params.logprob_token_ids or ()))
         most = max(1, MAX_LOGPROBS // each)
         if params.max_tokens is None:
-            return (
-                params if self._engine.model_info.max_model_len - prompt <= most else replace(params, max_tokens=most)
-            )
+            fits = self._engine.model_info.max_model_len - prompt <= most
+            return params if fits else replace(params, max_tokens=most)
         if params.max_tokens > most:
             raise InvalidParameterError(
                 f"logprobs asks for {params.max_tokens * each} log-probabilities of the answer (max_tokens x n x "
@@ -433,7 +434,6 @@ class TaskPreparation:
     def _prompt(self, task: Task, prompt: str | Sequence[int]) -> EchoedPrompt:
         engine, special = self._engine, task.add_special_tokens
         ids = self._behind(task, prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
-        self._check_known(ids)
         if task.cut is not None:
             ids = self._cut(task, task.cut, ids, text=isinstance(prompt, str))
         text = first = ""
@@ -451,11 +451,6 @@ class TaskPreparation:
         """Truncate a prompt, of a `text` or of given ids, as the task asks."""
         around = self._engine.tokenize("", add_special_tokens=task.add_special_tokens) if text else ()
         return list(cut.of(ids, self._engine.model_info.max_model_len - task.reserve, around))
-
-    def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
-        if not isinstance(prompt, str):
-            self._check_known(prompt)
-        return prompt
 
     def _behind(self, task: Task, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokenize a prompt behind the tokens of `before`, then without a token that begins sequences but not turns."""

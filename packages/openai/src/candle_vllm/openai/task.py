@@ -141,13 +141,14 @@ class Choice(NamedTuple):
 
         If no tool may be called, the template shows no tools, so that the model does not write a call as text.
         """
-        if not functions and self.mode == "required":
+        names = self.names if self.named is None else (self.named,)
+        tools = tuple(one for one in functions if names is None or one.name in names)
+        if not tools and self.mode == "required":
             raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
         if not functions or self.mode == "none":
             return ToolUse()
-        names = self.names if self.named is None else (self.named,)
         return ToolUse(
-            tools=tuple(one for one in functions if names is None or one.name in names),
+            tools=tools,
             mode=self.mode,
             parallel=parallel is not False and self.named is None,
             named=self.named,
@@ -267,6 +268,16 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     request_id: str | None = None
 
+    def with_results_in_order(self) -> Task:
+        """Return the task with an answer's results in the order of its calls, then others: templates often omit ids."""
+        keys, answer, order = list[tuple[int, tuple[int, ...]]](), 0, dict[str | None, tuple[int, ...]]()
+        for place, message in enumerate(self.messages):
+            answer = answer if message.role == "tool" else place
+            order |= {call.id: (place, number) for number, call in enumerate(message.calls)}
+            keys.append((answer, order.get(message.call_id, (len(self.messages),) if place > answer else ())))
+        places = sorted(range(len(keys)), key=keys.__getitem__)
+        return msgspec.structs.replace(self, messages=tuple(self.messages[place] for place in places))
+
 
 # --- messages for chat templates --------------------------------------------------------------------------------------
 
@@ -321,18 +332,13 @@ def _content(message: Message) -> str | list[dict[str, str]]:
 
 
 def _template_message(message: Message, names: Mapping[str, str], mend: _Mend) -> dict[str, Any]:
-    rendered: dict[str, Any] = {"role": message.role, "content": _content(message)}
-    name = message.name
-    if message.call_id is not None:
-        rendered["tool_call_id"] = message.call_id
-        name = name or names.get(message.call_id)
-    if name is not None:
-        rendered["name"] = name
-    if message.thoughts is not None:
-        rendered["reasoning_content"] = message.thoughts
-    if message.calls:
-        rendered["tool_calls"] = [_template_call(call, mend) for call in message.calls]
-    return rendered
+    more = {
+        "tool_call_id": message.call_id,
+        "name": message.name if message.call_id is None else message.name or names.get(message.call_id),
+        "reasoning_content": message.thoughts,
+        "tool_calls": [_template_call(call, mend) for call in message.calls] or None,
+    }
+    return {"role": message.role, "content": _content(message), **{k: v for k, v in more.items() if v is not None}}
 
 
 def _template_call(call: Call, mend: _Mend) -> dict[str, Any]:

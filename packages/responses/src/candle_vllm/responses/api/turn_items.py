@@ -44,8 +44,7 @@ class TurnItems:
         self._with_item: set[str] = set()  # ids of calls that have an item
         self._current: CallWriter | None = None  # the call whose arguments are being generated
         self._space: list[tuple[str, tuple[ChatTokenLogprob, ...]]] = []  # white space that may begin a message
-        self._has_items_this_turn = False
-        self._called_this_turn = False
+        self._has_items_this_turn = self._called_this_turn = self._began = False
         self._may_call = bool(plan.by_name) and plan.choice.mode != "none"
 
     # ---- text, reasoning and calls of the model ----------------------------------------------------------------------
@@ -53,6 +52,7 @@ class TurnItems:
     def begin_turn(self) -> None:
         """Record that a new turn begins."""
         self._has_items_this_turn = self._called_this_turn = False
+        self._began = True  # calls that were approved have ended
 
     def text(self, text: str, logprobs: tuple[Any, ...]) -> None:
         """Add a delta of a message."""
@@ -98,8 +98,7 @@ class TurnItems:
         """Add a delta of a call's arguments."""
         if call_id not in self._with_item:
             return  # an approval request has the arguments, too; other calls have no item
-        writer = self._calls.get(call_id)
-        if writer is None or writer is not self._current:
+        if (writer := self._calls.get(call_id)) is None or writer is not self._current:
             raise CandleVllmError("The model's answer mixes the arguments of several calls.")
         writer.add(delta)
 
@@ -107,10 +106,8 @@ class TurnItems:
         """End the turn; `cut` tells whether a limit ended the answer."""
         if not self._has_items_this_turn and not cut and self._open is None:
             self._begin_message()  # an answer of white space, or an empty one
-        if not cut and not self._called_this_turn:
-            self._name_phase("final_answer")
-        elif self._called_this_turn:
-            self._name_phase("commentary")
+        if self._called_this_turn or not cut:
+            self._name_phase("commentary" if self._called_this_turn else "final_answer")
         self._end_output("incomplete" if cut else "completed")
         self._space = []
 
@@ -138,7 +135,7 @@ class TurnItems:
 
     def ran(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
         """End a call with its result; its item has the images that the model sees, within the limits."""
-        self.run(result.call, approved=False)  # adds the item of a call that did not run, as with invalid arguments
+        self.run(result.call, approved=not self._began)  # adds the item of a call that did not run
         writer = self._calls.get(result.call.id)
         if isinstance(writer, McpCallWriter):
             size = sum(len(part.source) for part in shown if isinstance(part, ImagePart))

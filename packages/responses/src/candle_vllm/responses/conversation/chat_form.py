@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ThinkingLimit, ToolUse, text_of
+from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ToolUse, text_of
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
@@ -51,8 +51,8 @@ class ChatTranscript(Transcript):
         request: dict[str, Any] = {**fields, "messages": self.messages}
         if tools or client_tools:
             request["tools"] = [*(one.to_openai() for one in tools), *map(dict, client_tools)]
-        if not first and "tool_choice" in request:
-            request["tool_choice"] = _free_choice(request["tool_choice"])
+        if not first and (choice := request.pop("tool_choice", None)) and "tools" in request:
+            request["tool_choice"] = _free_choice(choice, set(map(_name_of, request["tools"])))
         return request
 
 
@@ -62,28 +62,16 @@ def _images_in(message: Mapping[str, Any]) -> int:
     return sum(kind in ("image_url", "input_image") for kind in kinds)
 
 
-def _limit(thinking: ThinkingLimit | None) -> dict[str, Any]:
-    if thinking is None:
-        return {}
-    message = {} if thinking.message is None else {"reasoning_budget_message": thinking.message}
-    return {"thinking_token_budget": thinking.tokens, **message}
-
-
 def chat_message(message: Message) -> ChatMessage:
     """Convert a message of a task to OpenAI's format; content is null if the message has only reasoning or calls."""
-    content = _content(message.parts)
-    written: ChatMessage = {"role": message.role, "content": content}
-    if message.thoughts:
-        written["reasoning_content"] = message.thoughts
-    if message.calls:
-        written["tool_calls"] = list(map(_chat_call, message.calls))
-    if message.call_id is not None:
-        written = {"role": message.role, "tool_call_id": message.call_id, "content": content}
-    if message.name is not None:
-        written["name"] = message.name
-    if not content and (message.thoughts or message.calls):
-        written["content"] = None
-    return written
+    content = _content(message.parts) or (None if message.thoughts or message.calls else "")
+    more = {
+        "tool_call_id": message.call_id,
+        "reasoning_content": message.thoughts or None,
+        "tool_calls": list(map(_chat_call, message.calls)) or None,
+        "name": message.name,
+    }
+    return {"role": message.role, "content": content, **{k: v for k, v in more.items() if v is not None}}
 
 
 def chat_request(task: Task) -> dict[str, Any]:
@@ -114,7 +102,8 @@ def chat_request(task: Task) -> dict[str, Any]:
         "parallel_tool_calls": None if use.parallel or use.named is not None else False,
         **_form(task.form),
         "reasoning_effort": effort,
-        **_limit(task.thinking),
+        "thinking_token_budget": None if task.thinking is None else task.thinking.tokens,
+        "reasoning_budget_message": None if task.thinking is None else task.thinking.message,
         "chat_template_kwargs": variables or None,
         "chat_template": task.chat_template,
         "documents": None if task.documents is None else list(task.documents),
@@ -180,11 +169,26 @@ def _chat_call(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _free_choice(choice: Any) -> Any:
-    """Return the choice for later turns: if calls stayed required, the model could never answer."""
+def _free_choice(choice: Any, names: Collection[str]) -> Any:
+    """Return the choice for later turns, of the tools that are left: required calls would leave the model no answer."""
     if isinstance(choice, Mapping) and isinstance(choice.get("allowed_tools"), Mapping):
-        return {**choice, "allowed_tools": {**choice["allowed_tools"], "mode": "auto"}}
+        left = [one for one in choice["allowed_tools"]["tools"] if _name_of(one) in names]
+        return {**choice, "allowed_tools": {"mode": "auto", "tools": left}} if left else "none"
     return "none" if choice == "none" else "auto"
+
+
+def _name_of(tool: Any) -> str:
+    return (tool.get("function") or tool["custom"])["name"]
+
+
+def allowed_names(request: Task | Mapping[str, Any]) -> Collection[str] | None:
+    """Return the names of the tools that a request's tool choice lets the model call; None means all."""
+    if isinstance(request, Task):
+        return {tool.name for tool in request.tools.tools}
+    try:
+        return set(map(_name_of, request["tool_choice"]["allowed_tools"]["tools"]))
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
 def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
@@ -193,13 +197,12 @@ def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry)
     for number, tool in enumerate(client_tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
+        field = f"tools.{number}.function.name"
         if not isinstance(name, str):
-            raise InvalidParameterError(f"tools.{number}.function.name must be a text", f"tools.{number}.function.name")
+            raise InvalidParameterError(f"{field} must be a text", field)
         if tools.find(name) is not None:
-            raise InvalidParameterError(
-                f"tools.{number}.function.name {name!r:.80} is the name of a tool that runs here: rename one of them",
-                f"tools.{number}.function.name",
-            )
+            said = f"{field} {name!r:.80} is the name of a tool that runs here: rename one of them"
+            raise InvalidParameterError(said, field)
         names.add(name)
     return frozenset(names)
 
@@ -225,8 +228,7 @@ def _checked_message(message: Any, place: int) -> ChatMessage:
         checked = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidParameterError(f"{where} must be JSON: {error!s:.200}", where) from None
-    call_id = checked.get("tool_call_id")
-    if call_id is not None and not isinstance(call_id, str):
+    if not isinstance(checked.get("tool_call_id"), str | None):
         raise InvalidParameterError(f"{where}.tool_call_id must be a text", f"{where}.tool_call_id")
     return checked
 

@@ -17,7 +17,7 @@ from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import PromptTooLongError, RequestAbortedError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.conversation.channel import EventChannel, end_task
-from candle_vllm.responses.conversation.chat_form import ChatTranscript, chat_message, client_names
+from candle_vllm.responses.conversation.chat_form import ChatTranscript, allowed_names, chat_message, client_names
 from candle_vllm.responses.conversation.chat_model import ChatModel, eyes_of
 from candle_vllm.responses.conversation.events import ConversationFinished, Event, TurnFinished, TurnStarted
 from candle_vllm.responses.conversation.options import (
@@ -44,15 +44,12 @@ class Ask(Protocol):
     def __call__(self, tools: Sequence[ToolDefinition], /, *, first: bool) -> Task | Mapping[str, Any]: ...
 
 
-_Round = tuple[tuple[str, str, str, str], ...]
-
-
 class RepeatWatch:
     """Counts consecutive turns with equal calls and results, in any order and with any ids; `most` turns are a loop."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._last: _Round = ()
+        self._last: tuple[tuple[str, ...], ...] = ()
         self._count = 0
 
     def is_loop(self, results: Sequence[ToolResult]) -> bool:
@@ -263,12 +260,10 @@ class _Conversation:
         self._usage += turn.usage
         self._words = turn.message["content"] or ""
         self._transcript.add_turn(reader.message())
+        self._calls.allowed = allowed_names(request)
         await self._channel.send(turn)
         return turn
 
 
 def _close(channel: EventChannel[Event], task: asyncio.Task[None]) -> None:
-    if task.cancelled():
-        channel.close(RequestAbortedError("The conversation was cancelled."))
-    else:
-        channel.close(task.exception())
+    channel.close(RequestAbortedError("The conversation was cancelled.") if task.cancelled() else task.exception())

@@ -37,7 +37,8 @@ class Transcript:
     def added(self) -> tuple[Message, ...]:
         """New messages: turns, and results in the order of the calls."""
         answered = (call.id for call in self._calls if call.id in self._results)
-        return (*self._messages, *(_result(call_id, self._results[call_id]) for call_id in answered))
+        results = (Message(role="tool", parts=self._results[call_id], call_id=call_id) for call_id in answered)
+        return (*self._messages, *results)
 
     @property
     def grew(self) -> bool:
@@ -79,7 +80,3 @@ class Transcript:
         """Add a result that reports the loss to each call that has begun and has no result."""
         for call in self.lost_calls():
             self._results[call.id] = (TextPart(LOST),)
-
-
-def _result(call_id: str, parts: tuple[Part, ...]) -> Message:
-    return Message(role="tool", parts=parts, call_id=call_id)

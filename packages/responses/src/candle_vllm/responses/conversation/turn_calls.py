@@ -26,6 +26,7 @@ from candle_vllm.responses.tools.approval import Approval, decide
 from candle_vllm.responses.tools.execution import Checked, check, denied, run, unknown_text
 from candle_vllm.responses.tools.registry import ToolRegistry
 
+NOT_ALLOWED = "This request does not allow a call of this tool, so it was not run."
 MAX_PICTURES = 64 << 20  # base64 characters of all images of results that a model sees in one run
 MAX_KEPT = 64 << 20  # characters of output in the results; further results have only the text that the model saw
 
@@ -47,15 +48,13 @@ class Decisions(NamedTuple):
         """Raise `InvalidParameterError` if an id is not an open call's, or is in both lists."""
         known = {call.id for call in transcript.open_calls}
         for name, ids in (("approved", self.approved), ("denied", self.denied)):
-            unknown = sorted(set(ids) - known)
-            if unknown:
+            if unknown := sorted(set(ids) - known):
                 raise InvalidParameterError(
                     f"{name} has {unknown[0]!r:.80}, which is not a call of the last assistant message that has no "
                     f"result yet; these are: {', '.join(sorted(known)) or 'none'}",
                     name,
                 )
-        both = set(self.approved) & set(self.denied)
-        if both:
+        if both := set(self.approved) & set(self.denied):
             raise InvalidParameterError(f"{min(both)!r:.80} cannot be approved and denied", "denied")
 
 
@@ -122,6 +121,9 @@ class TurnCalls:
         transcript: receives the results.
         channel: receives the events.
         pictures: decides which images of results the model sees.
+
+    Attributes:
+        allowed: names of the tools that the latest turn may call (`tool_choice`); None means all.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class TurnCalls:
         self._transcript = transcript
         self._channel = channel
         self._pictures = pictures
+        self.allowed: Collection[str] | None = None
         self._results: dict[str, tool.ToolResult | None] = {}  # by call id, in the order of the calls
         self._room = options.max_tool_calls
         self._kept = 0  # size of the outputs in the results
@@ -205,6 +208,9 @@ class TurnCalls:
         if call.name not in definitions:
             await self.refuse(call, "unknown", unknown_text(call.name, definitions))
             return None
+        if self.allowed is not None and call.name not in self.allowed:
+            await self.refuse(call, "denied", NOT_ALLOWED)
+            return None
         most = self._options.max_result_chars
         checked = await check(self._tools, call, max_chars=most)
         if isinstance(checked, tool.ToolResult):
@@ -230,9 +236,8 @@ class TurnCalls:
             return Approval.ALLOW
         if callable(policy):
             await self._channel.send(events.ApprovalRequested(call=call, definition=definition))
-            return await decide(policy, call, definition)
         approval = await decide(policy, call, definition)
-        if approval is Approval.PENDING:
+        if approval is Approval.PENDING and not callable(policy):
             await self._channel.send(events.ApprovalRequested(call=call, definition=definition))
         return approval
 

@@ -62,7 +62,7 @@ class ContentPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     Attributes:
         kind: "text", "image", "audio", "resource" (with its content) or "resource_link" (without).
-        text: text of a text part, or of a text resource.
+        text: text of a text part, or of a text resource, or description of a link.
         data: base64 data of an image, of audio, or of a resource that is not text.
         mime_type, uri, name: values that the tool gave.
     """
@@ -242,7 +242,7 @@ def _part_text(part: ContentPart, fault: str | None = None) -> str:
     if part.kind == "text":
         return part.text or ""
     if part.kind == "resource_link":
-        return _bracketed("link to a resource", part.name, part.uri, part.mime_type)
+        return _bracketed("link to a resource", part.name, part.uri, part.mime_type, part.text)
     size = None if part.data is None else f"{_bytes_of_base64(part.data)} bytes"
     label = _bracketed(part.kind, part.name, part.uri, part.mime_type, size, fault)
     return f"{label}\n{part.text}" if part.text else label

@@ -161,20 +161,20 @@ class Chat:
             self._fail(f"error: {' '.join(str(error).split()) or 'no reason given'} ({type(error).__name__})")
 
     def _carry_out(self, line: str) -> None:
-        word, _, rest = line.partition(" ")
+        word, *more = line.split(maxsplit=1) or [""]
         if "/" in word[1:] or not line.startswith("/"):  # a path is not a command
             if line:
                 text = line[1:] if line.startswith("//") else line
                 if not self._is_image(text):
                     self._ask(text)
             return
-        command = self.commands.get(_ALIASES.get(word, word))
-        if command is None:
+        if (command := self.commands.get(_ALIASES.get(word, word))) is None:
             known = f"{', '.join(self.commands)}; a message that begins with / is written with //"
             raise UsageError(f"unknown command {word}{nearest(word, self.commands)}: the commands are {known}")
-        if rest.strip() and not command.usage:
-            raise UsageError(f"{word} takes no argument, but has {rest.strip()!r:.60}")
-        command.run(rest.strip())
+        rest = "".join(more).strip()
+        if rest and not command.usage:
+            raise UsageError(f"{word} takes no argument, but has {rest!r:.60}")
+        command.run(rest)
 
     def _is_image(self, line: str) -> bool:
         """Attach an image if the line is its path, as terminals insert it for dropped files; return whether it is."""
@@ -281,21 +281,21 @@ class Chat:
         self.say(f'Several lines: {pasted}put them between """ and """. // begins a message that begins with /.')
 
     def _set(self, rest: str) -> None:
-        name, _, text = rest.partition(" ")
+        name, *more = rest.split(maxsplit=1) or [""]
+        text = "".join(more)
         if not name:
             self.say("\n".join([*(f"{each} {self._value(each)}" for each in _SET), f"stop {self._shown_stop()}"]))
             return
         if name == "stop":
-            self._set_stop(text.strip())
+            self._set_stop(text)
             return
-        option = _SET.get(name)
-        if option is None:
+        if (option := _SET.get(name)) is None:
             raise UsageError(
                 f"/set has no parameter {name}{nearest(name, (*_SET, 'stop'))}: it has {', '.join(_SET)}, stop"
             )
-        if not text.strip():
+        if not text:
             raise UsageError(f"/set {name} needs a value ({option.help}), or default; it is {self._value(name)}")
-        value: Any = None if text.strip() == "default" else convert(option.kind, text.strip(), name)
+        value: Any = None if text == "default" else convert(option.kind, text, name)
         if option is MAX_TOKENS:
             self._max_tokens = value
         else:

@@ -282,12 +282,12 @@ def _asked(wire: ChatCompletionRequest, defaults: Mapping[str, Any], limit: int 
         sampling={**defaults, **task.sampling},
         paths=task.paths._replace(fields={**task.paths.fields, **names}),
     )
+    choice = read_choice(wire.tool_choice, [tool.name for tool in task.tools.tools])
     ids = {call.id for message in task.messages for call in message.calls}
     transcript = Transcript((), ids, len(images_of(task.messages)))
 
     def ask(tools: Sequence[ToolDefinition], *, first: bool) -> Task:
         functions = [function_of(tool.name, tool.description, tool.parameters, None) for tool in tools]
-        choice = read_choice(wire.tool_choice, [tool.name for tool in tools])
         use = (choice if first else choice.freed()).among(
             functions, [tool.to_openai() for tool in tools], parallel=wire.parallel_tool_calls
         )
