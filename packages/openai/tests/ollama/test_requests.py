@@ -127,6 +127,7 @@ def _call(name: str) -> dict[str, Any]:
     [
         ([{}, {}], [1, 2]),
         ([{"tool_name": "g"}, {"tool_name": "f"}], [2, 1]),
+        ([{"name": "g"}, {}], [2, 1]),  # as the examples of older clients spell it
         ([{"tool_call_id": "own"}, {}], [None, 1]),
         ([{"tool_name": "h"}], [None]),
     ],

@@ -230,7 +230,7 @@ def read_messages(messages: Sequence[wires.Message]) -> tuple[TaskMessage, ...]:
                 thoughts=message.thinking,
                 calls=tuple(calls),
                 call_id=message.tool_call_id if answered is None else answered.id,
-                name=message.tool_name if answered is None else answered.name,
+                name=(message.tool_name or message.name) if answered is None else answered.name,
             )
         )
     return tuple(made)
@@ -239,7 +239,7 @@ def read_messages(messages: Sequence[wires.Message]) -> tuple[TaskMessage, ...]:
 def _answered(pending: deque[Call], message: wires.Message) -> Call | None:
     """Return the pending call that a tool message answers, and remove it from `pending`."""
     for call in pending:
-        if message.tool_call_id in (None, call.id) and message.tool_name in (None, call.name):
+        if message.tool_call_id in (None, call.id) and (message.tool_name or message.name) in (None, call.name):
             pending.remove(call)
             return call
     return None

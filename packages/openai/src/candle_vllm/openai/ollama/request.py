@@ -297,6 +297,7 @@ class Message(fields.WireModel):
     Attributes:
         images: images in base64; they precede the text.
         tool_name, tool_call_id: the call that a tool message answers; without both, the first call without a result.
+        name: what older clients call `tool_name`.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -305,6 +306,7 @@ class Message(fields.WireModel):
     thinking: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=fields.MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_name: fields.Name | None = None
+    name: fields.Name | None = None
     tool_call_id: fields.Name | None = None
 
 
