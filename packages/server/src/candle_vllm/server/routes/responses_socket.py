@@ -37,7 +37,9 @@ from candle_vllm.server.http.failures import log_failure, store_refusal
 from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS, UNDECODED
 from candle_vllm.server.http.routing import RequestContext, caller_of, current_request
 from candle_vllm.server.http.sse import KEEP_ALIVE_SECONDS
+from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import take_turn
+from candle_vllm.server.outliving import NOT_HERE
 from candle_vllm.server.routes.responses import Responders, detail_of, owner_of
 from candle_vllm.server.settings.derived import speak_in_flags
 from candle_vllm.server.store_access import silent_event
@@ -57,6 +59,7 @@ async def respond(websocket: WebSocket) -> None:
     """Serve OpenAI's Responses API over one WebSocket connection; HttpError 404 on every other path."""
     if websocket.path_params:
         raise HttpError(404, "This server has a WebSocket at /v1/responses, and at no other path.", "not_found")
+    refuse_headers(websocket.scope["headers"], NOT_HERE)
     await websocket.accept()
     with contextlib.suppress(WebSocketDisconnect):
         await _Connection(websocket).run()
@@ -229,8 +232,7 @@ class _Connection:
             finally:
                 turn.release()
         if stream.failure is None:
-            entry = await apart(entry_of, owner, stream.response, stream.input_items)
-            self._memory.remember(entry)
+            self._memory.remember(await apart(entry_of, owner, stream.response, stream.input_items))
 
     async def _fail(self, failure: Exception) -> None:
         """Send a failure: as the end of a response that has begun, otherwise as an error event."""
