@@ -67,7 +67,8 @@ def check_answer(name: str, value: Any) -> None:
 def test_every_route_has_an_entry_and_every_entry_a_route() -> None:
     app = create_app(PacedEngine())
     contexts = list(iter_route_contexts(app.routes))
-    assert {context.path for context in contexts if not context.methods} == {"/v1/responses"}  # a WebSocket
+    sockets = {context.path for context in contexts if not context.methods}
+    assert sockets == {"/v1/responses", "/{path:path}"}  # a WebSocket, and the refusal of every other
     found = {(method, context.path) for context in contexts for method in context.methods or ()}
     assert len(found) > 15
     told = {key for key in found if key[1] not in FOR_PEOPLE}

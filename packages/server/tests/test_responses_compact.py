@@ -59,6 +59,22 @@ def test_openai_s_client_compacts(start: Callable[..., Running]) -> None:
     assert "Tuesday it is." in said(server)
 
 
+def test_codex_s_fields_have_no_effect(start: Callable[..., Running]) -> None:
+    server = start(PacedEngine("Tuesday it is."))
+    fields: dict[str, Any] = {
+        "tools": [{"type": "function", "name": "shell", "parameters": {"type": "object"}}, {"type": "web_search"}],
+        "parallel_tool_calls": True,
+        "reasoning": {"effort": "high", "summary": "auto"},
+        "text": {"verbosity": "low"},
+        "service_tier": "ultrafast",
+    }
+    with server.http() as http:
+        compact(http, input=ASKED, **fields)
+        asked = said(server)
+        compact(http, input=ASKED)
+    assert said(server) == asked
+
+
 def test_a_kept_response_can_be_compacted(start: Callable[..., Running]) -> None:
     server = start(PacedEngine("Yes."))
     with server.http() as http:

@@ -18,7 +18,7 @@ from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
 from tests.waiting import PATIENCE
 
-TEXT, CONTINUATION, CLOSE, PING = 1, 0, 8, 9
+TEXT, BINARY, CONTINUATION, CLOSE, PING = 1, 2, 0, 8, 9
 HEAD = b"GET /v1/responses HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
 HANDSHAKE = HEAD + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + b"A" * 22 + b"==\r\n\r\n"
 CREATE = json.dumps({"type": "response.create", "model": "scripted", "input": "Hi", "store": False}).encode()
@@ -333,6 +333,33 @@ def test_big_messages_are_read_in_pieces_that_take_turns(start: Callable[..., Ru
             read = events(connection)
             while next(read)["type"] != "response.completed":
                 pass
+
+
+@pytest.mark.parametrize("sent", [b"", CREATE, CREATE + b" " * (2 << 20)], ids=["empty", "small", "big"])
+def test_a_binary_message_ends_the_connection_with_a_reason(running: Running, sent: bytes) -> None:
+    with opened(running) as connection:
+        for at in range(0, len(sent), 1 << 15):
+            connection.sendall(frame(CONTINUATION if at else BINARY, sent[at : at + (1 << 15)], last=False))
+        connection.sendall(frame(CONTINUATION if sent else BINARY))
+        assert close_code(connection) == 1003
+
+
+@pytest.mark.parametrize("path", ["/v1/realtime?model=x", "/v1/chat/completions", "/", "/v1/responses/"])
+def test_another_path_is_not_found(start: Callable[..., Running], path: str) -> None:
+    running = start(PacedEngine("OK."), api_key=("secret",))
+    for key, status in (("wrong", 401), ("secret", 404)):
+        with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE) as connection:
+            named = HANDSHAKE.replace(b"/v1/responses", path.encode())
+            connection.sendall(named[:-2] + f"Authorization: Bearer {key}\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 %d" % status)
+        assert status == 401 or b"at /v1/responses" in answer
+
+
+def test_a_path_without_v1_is_a_path_as_well(running: Running) -> None:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE) as connection:
+        connection.sendall(HANDSHAKE.replace(b"/v1/", b"/"))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 101")
 
 
 @pytest.mark.parametrize(

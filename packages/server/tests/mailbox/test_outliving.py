@@ -16,6 +16,8 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from candle_vllm.server import Settings
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions
@@ -166,6 +168,13 @@ def test_headers_are_refused_where_nothing_is_kept(tmp_path: Path, start) -> Non
     with _server(tmp_path) as running, running.http() as client:
         ask = {"model": "scripted", "max_tokens": 5, "messages": BODY["messages"]}
         assert client.post("/v1/messages", json=ask, headers=KEPT).status_code == 400
+        compact = client.post("/v1/responses/compact", json={"model": "scripted", "input": "Hi"}, headers=KEPT)
+        assert (compact.status_code, compact.json()["error"]["param"]) == (400, "X-Mailbox-Mode")
+        url = f"ws://127.0.0.1:{running.port}/v1/responses"
+        with pytest.raises(InvalidStatus) as caught, connect(url, additional_headers=KEPT, proxy=None):
+            pass
+        assert caught.value.response.status_code == 400
+        assert b"X-Mailbox-Mode" in (caught.value.response.body or b"")
         wrong = client.post("/v1/chat/completions", json=BODY, headers={"x-mailbox-mode": "sometimes"})
         assert wrong.json()["error"]["param"] == "X-Mailbox-Mode"
 

@@ -120,13 +120,22 @@ Input = Annotated[
 ]
 
 
-class PromptFields(fields.WireModel):
-    """Fields that define the prompt; null always means absent."""
+class SharedFields(fields.WireModel):
+    """Fields that every request of these routes may have; null always means absent."""
 
-    model: fields.ModelName | None = None
     input: Input | None = None
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+
+
+class PromptFields(SharedFields):
+    """Fields that define the prompt."""
+
+    model: fields.ModelName | None = None
     conversation: (
         Annotated[
             Annotated[ItemId, Tag("<id>")] | Annotated[ConversationReference, Tag("<object>")],
@@ -134,11 +143,7 @@ class PromptFields(fields.WireModel):
         ]
         | None
     ) = None
-    tools: Annotated[list[AnyTool], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    text: TextConfig | None = None
-    reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=fields.MAX_TEMPLATE_KWARGS)] | None = None
 
@@ -199,9 +204,8 @@ class ResponsesRequest(PromptFields, SamplerFields):
         if self.stream_options is not None and not self.stream:
             raise fields.invalid("stream_options", "needs stream: true")
         if self.background and self.store is False:
-            raise fields.invalid(
-                "store", "must not be false where background is true: the answer is fetched from the store"
-            )
+            said = "must not be false where background is true: the answer is fetched from the store"
+            raise fields.invalid("store", said)
         return self
 
     @property
@@ -221,24 +225,20 @@ class InputTokensRequest(PromptFields):
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_COUNT_FIELDS
 
 
-class CompactRequest(fields.WireModel):
-    """A conversation to compact: `POST /v1/responses/compact`; null always means absent."""
+class CompactRequest(SharedFields):
+    """A conversation to compact: `POST /v1/responses/compact`; tools, reasoning and the options have no effect."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
         "image": REFUSED_RESPONSES_FIELDS["image"],
         "stream": fields.Refusal("a compaction cannot be streamed", (False,)),
-        "tools": fields.Refusal("a compaction calls no tools", ([],)),
     }
 
     model: fields.ModelName
-    input: Input | None = None
-    instructions: Text | None = None
-    previous_response_id: ItemId | None = None
     # without effect, as in other requests
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
 
     @model_validator(mode="after")
     def _has_something(self) -> Self:

@@ -85,7 +85,7 @@ class UnversionedMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in self.PATHS:
+        if scope["type"] != "lifespan" and scope["path"] in self.PATHS:
             scope = {**scope, "path": "/v1" + scope["path"], "raw_path": b"/v1" + (scope.get("raw_path") or b"")}
         await self._app(scope, receive, send)
 

@@ -145,6 +145,7 @@ async def compact_response(request: Request) -> HttpResponse:
     responders: Responders = request.app.state.responders
     deadline = answering.deadline_of(request)
     wire = await answering.parsed(request, functools.partial(parse_body, requests.CompactRequest))
+    refuse_headers(request.scope["headers"], NOT_HERE)
     async with answering.in_time(deadline, request):
         turn = await unless_disconnected(take_turn(request.scope, wire.model), request.receive, Turn.release)
         try:
@@ -339,9 +340,8 @@ async def get_response(request: Request, response_id: str) -> HttpResponse:
     store, owner = await store_access.store_and_owner(request)
     query = store_access.query_of(request, "stream", "starting_after", "include", "include_obfuscation")
     if store_access.switch_of(query, "include_obfuscation"):
-        raise InvalidParameterError(
-            "include_obfuscation must be false: events are never padded with random characters", "include_obfuscation"
-        )
+        message = "include_obfuscation must be false: events are never padded with random characters"
+        raise InvalidParameterError(message, "include_obfuscation")
     after = query.get("starting_after")
     number = -1 if after is None else store_access.number_of("starting_after", after, 0, _MAX_EVENT)
     if not store_access.switch_of(query, "stream"):
@@ -371,8 +371,7 @@ async def cancel_response(request: Request, response_id: str) -> HttpResponse:
 async def list_input_items(request: Request, response_id: str) -> HttpResponse:
     """The items in the request of a response."""
     store, owner = await store_access.store_and_owner(request)
-    page = await store.input_items(owner, response_id, store_access.page_request(request))
-    return answering.json_answer(page)
+    return answering.json_answer(await store.input_items(owner, response_id, store_access.page_request(request)))
 
 
 def _background(request: Request) -> Background:

@@ -13,7 +13,6 @@ import contextlib
 import time
 from collections import deque
 from contextlib import aclosing
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter
@@ -38,7 +37,9 @@ from candle_vllm.server.http.failures import log_failure, store_refusal
 from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS, UNDECODED
 from candle_vllm.server.http.routing import RequestContext, caller_of, current_request
 from candle_vllm.server.http.sse import KEEP_ALIVE_SECONDS
+from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import take_turn
+from candle_vllm.server.outliving import NOT_HERE
 from candle_vllm.server.routes.responses import Responders, detail_of, owner_of
 from candle_vllm.server.settings.derived import speak_in_flags
 from candle_vllm.server.store_access import silent_event
@@ -48,12 +49,17 @@ MAX_WAITING = 16  # messages that wait for the responses to earlier messages
 MAX_WAITING_BYTES = 16 << 20  # bytes of the waiting messages; one alone may have more
 MAX_SECONDS = 3600.0  # maximum age of a connection; a response that has begun by then is finished
 _CREATE = "response.create"
-_RESTART, _TOO_OLD, _TOO_MANY, _NOT_UTF8 = 1012, 1000, 1008, 1007  # close codes
+_OLD = "websocket_connection_limit_reached"
+_RESTART, _TOO_OLD, _TOO_MANY, _NOT_TEXT, _NOT_UTF8 = 1012, 1000, 1008, 1003, 1007  # close codes
 
 
+@router.websocket("/{path:path}")
 @router.websocket("/v1/responses")
 async def respond(websocket: WebSocket) -> None:
-    """Serve OpenAI's Responses API over one WebSocket connection."""
+    """Serve OpenAI's Responses API over one WebSocket connection; HttpError 404 on every other path."""
+    if websocket.path_params:
+        raise HttpError(404, "This server has a WebSocket at /v1/responses, and at no other path.", "not_found")
+    refuse_headers(websocket.scope["headers"], NOT_HERE)
     await websocket.accept()
     with contextlib.suppress(WebSocketDisconnect):
         await _Connection(websocket).run()
@@ -88,10 +94,8 @@ class _Connection:
             if self._draining.is_set():
                 await self._websocket.close(_RESTART, "the server is stopping")
             elif not self._gone:
-                error = HttpError(
-                    400, "The connection was open for an hour, the most that is allowed: open another.", _OLD
-                )
-                await self._send_error(error)
+                message = "The connection was open for an hour, the most that is allowed: open another."
+                await self._send_error(HttpError(400, message, _OLD))
                 await self._websocket.close(_TOO_OLD)
         except asyncio.CancelledError:  # the drain's time limit is over
             await self._cut_off()
@@ -108,6 +112,9 @@ class _Connection:
             while True:
                 message = await self._websocket.receive()
                 if message["type"] == "websocket.disconnect":
+                    return
+                if "bytes" in message:
+                    await self._websocket.close(_NOT_TEXT, "a message must be a text")
                     return
                 # A str may need four bytes per character, so messages are held as bytes.
                 data: bytes = message[UNDECODED] if UNDECODED in message else message["text"].encode()
@@ -126,7 +133,7 @@ class _Connection:
                     self._waiting.append(full)
                 del data  # only the queue may refer to it
                 self._news.set()
-        except (WebSocketDisconnect, RuntimeError, KeyError):  # the client disconnected, or sent a binary message
+        except (WebSocketDisconnect, RuntimeError):  # the client disconnected
             pass
         finally:
             self._gone = True
@@ -225,8 +232,7 @@ class _Connection:
             finally:
                 turn.release()
         if stream.failure is None:
-            entry = await apart(entry_of, owner, stream.response, stream.input_items)
-            self._memory.remember(entry)
+            self._memory.remember(await apart(entry_of, owner, stream.response, stream.input_items))
 
     async def _fail(self, failure: Exception) -> None:
         """Send a failure: as the end of a response that has begun, otherwise as an error event."""
@@ -262,9 +268,6 @@ class _Connection:
             raise WebSocketDisconnect(1006) from None
 
 
-_OLD = "websocket_connection_limit_reached"
-
-
 def _counted(message: bytes) -> int:
     """Return the number of bytes of a message that `Held` counts."""
     return max(0, len(message) - BIG_BODY)
@@ -287,9 +290,8 @@ def _request_of(message: bytes) -> ResponsesRequest:
         raise UnsupportedParameterError(f"type must be {_CREATE!r}, not {body.get('type')!r:.80}", "type")
     for name, neutral in (("stream", True), ("background", False), ("stream_options", None)):
         if body.get(name) not in (None, neutral):
-            raise UnsupportedParameterError(
-                f"{name} belongs to POST /v1/responses: over a WebSocket every response is a stream", name
-            )
+            said = f"{name} belongs to POST /v1/responses: over a WebSocket every response is a stream"
+            raise UnsupportedParameterError(said, name)
     fields = {name: value for name, value in body.items() if name != "type"}
     return parse_responses_request({**fields, "stream": True})
 
@@ -305,8 +307,7 @@ def _error_event(failure: Exception) -> bytes:
     """Encode an error as the `error` message of this protocol."""
     failure = _refused(failure)
     if isinstance(failure, HttpError):
-        status, kind = failure.status, "invalid_request_error" if failure.status < 500 else "server_error"
-        error: dict[str, Any] = {"type": kind, "code": failure.code, "message": str(failure), "param": failure.param}
+        status, error = failure.status, msgspec.json.decode(failure.body)["error"]
     else:
         log_failure("a response over a WebSocket failed", failure)
         told = to_error(failure)
