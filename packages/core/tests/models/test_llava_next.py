@@ -114,7 +114,7 @@ def config_of(folder: Path, processor: Mapping[str, Any] = NOTHING, **change: An
 def test_images_have_the_placeholders_of_transformers() -> None:
     path = Path("config.json")
     sizes = {"size": {"shortest_edge": 336}, "crop_size": 336}
-    config = FAMILY.config_from_hf(Fields({"vision_config": None}, path), Fields(sizes, path), 4096, {})
+    config: Any = FAMILY.config_from_hf(Fields({"vision_config": None}, path), Fields(sizes, path), 4096, {})
     assert (config.hidden_size, config.num_layers, config.side, config.tiles) == (1024, 23, 24, 5)
     words: Any = object.__new__(LlavaNextProcessor)
     words.image_processor, words.patch_size, words.num_additional_image_tokens = LlavaNextImageProcessorPil(), 14, 1
@@ -215,7 +215,7 @@ def write_gguf(kind: str, folder: Path, made: Path, **keys: Any) -> dict[str, An
     told |= {"feature_layer": layers} if layers[1:] else {}
     for key, value in told.items():
         if value is not None:
-            add = writer.add_array if isinstance(value, list) else writer.add_string
+            add: Any = writer.add_array if isinstance(value, list) else writer.add_string
             add(f"clip.vision.{key}", value)
     for name, tensor in tensors.items():
         number = re.search(r"encoder\.layers\.(\d+)\.", name)

@@ -137,7 +137,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
         fields.choice("image_aspect_ratio", "anyres", "anyres")
         grids = [[high, wide] for wide, high in zip(flat[::2], flat[1::2])]  # the order of llama.cpp
         size = {"size": {"height": tile, "width": tile}}
-        given = Fields(processor_of_gguf(fields, size).values | {"image_grid_pinpoints": grids}, fields.path)
+        given = Fields({**processor_of_gguf(fields, size).values, "image_grid_pinpoints": grids}, fields.path)
         rule = _rule(over(given, said), values["patch"])
     else:
         fields.choice("image_aspect_ratio", "square", "square")

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import WeightsError
+from candle_vllm.core.kernels.activation import activation
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.layers.embedding import Embedding
@@ -29,7 +30,6 @@ from candle_vllm.core.layers.parameters import Placement, on_host
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llava_onevision_tower, siglip
 from candle_vllm.core.models.attention_names import pair
-from candle_vllm.core.models.clip_tower import ClipTower
 from candle_vllm.core.models.internvl_tensors import joined_positions
 from candle_vllm.core.models.llava_next_config import LlavaNextTowerConfig, completed, config_from_gguf, config_from_hf
 from candle_vllm.core.models.llava_onevision_tower import Newline, join_grid
@@ -52,15 +52,17 @@ class KeepingBlock(Block):
         return (hidden, *kept, side_by_side(hidden)) if self.keeps else (hidden, *kept)
 
 
-class LlavaNextTower(ClipTower):
+class LlavaNextTower:
     """The vision encoder: patches of tiles to embeddings; see `JoiningTower`.
 
     Between the blocks, x is a tuple of x [T, E] and of copies of the earlier outputs that are projected.
     """
 
+    mergers = ()
+
     def __init__(self, config: LlavaNextTowerConfig, placement: Placement) -> None:
         size, text, bias = config.hidden_size, config.text_size, config.projector_bias
-        self.config: LlavaNextTowerConfig = config
+        self.config = config
         self.patches = Linear(config.patch_size, size, placement, bias=not config.classed)
         self.positions = Embedding(config.side**2 + config.classed, size, placement, wide=True)
         self.first_norm = LayerNorm(size, config.norm_eps, placement) if config.classed else None
@@ -72,8 +74,10 @@ class LlavaNextTower(ClipTower):
         self.newline = Newline(text, placement) if isinstance(config.rule, GridRule) else None
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `ClipTower`."""
-        return super().place(places, first, grid) if self.config.classed else Placed(places @ (self.config.side, 1))
+        """See `Tower`; returns rows of the table, which lists a tile's positions row by row, after the class token."""
+        del first, grid
+        rows = places @ (self.config.side, 1)
+        return Placed(np.where(places[:, 0] < 0, 0, 1 + rows) if self.config.classed else rows)
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""
@@ -94,7 +98,8 @@ class LlavaNextTower(ClipTower):
 
     def project(self, cells: Value) -> Value:
         """See `Tower`."""
-        factor, x = self.config.factor, super().project(cells)
+        factor = self.config.factor
+        x = self.second(activation(self.first(cells), self.config.projector_activation))
         return x.scaled(factor) if isinstance(x, Recorded) else x * factor
 
     def join(self, made: NDArray[np.float32], whole: tuple[int, int]) -> Joining:
@@ -122,7 +127,7 @@ WEIGHTS = (
 )
 
 
-def prepared(tensors: Mapping[str, StoredTensor], config: LlavaNextTowerConfig) -> Mapping[str, StoredTensor]:
+def prepared(tensors: Mapping[str, StoredTensor], config: Any) -> Mapping[str, StoredTensor]:
     """Drop what comes after the last block that is used, and add the class token to the first row of positions."""
     found = {name: tensor for name, tensor in siglip.prepared(tensors, config).items() if not _UNUSED.match(name)}
     for name in tensors:
