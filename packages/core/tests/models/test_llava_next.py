@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from candle_vllm.core import InferenceEngine
+from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.towers import of_tower
@@ -304,3 +304,21 @@ def test_the_family_is_found() -> None:
     for kind in ("clip_vision_model", "siglip_vision_model"):
         config = {"architectures": ["LlavaNextForConditionalGeneration"], "vision_config": {"model_type": kind}}
         assert tower_family(config) is FAMILY
+
+
+def test_a_tokenizer_without_the_mark_has_the_unknown_token_in_its_place(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Published GGUF files of LLaVA have the tokenizer of Vicuna or Mistral."""
+    source, other = folders["CLIP"], tmp_path / "other"
+    other.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_text((source / name).read_text().replace("<image>", "<unk>"))
+    files = write_gguf("CLIP", source, tmp_path / "gguf")
+    asked = [{**each, "prompt": each["prompt"].replace("<image>", "<unk>")} for each in PROMPTS[:-1]]
+    with InferenceEngine(source) as engine:
+        wanted = answers(engine, PROMPTS)
+    with InferenceEngine(**files | {"tokenizer": other}) as engine:
+        assert answers(engine, [*asked, PROMPTS[-1]]) == wanted
+        text = [{"type": "image", "image": PICTURES[3]}, {"type": "text", "text": "What is this?"}]
+        assert engine.chat([{"role": "user", "content": text}], SamplingParams(max_tokens=2), use_tqdm=False)

@@ -165,4 +165,5 @@ FAMILY = TowerFamily(
     weights=WEIGHTS,
     mark=_MARK,
     words_around=words_around,
+    stand_in="<unk>",  # GGUF files of LLaVA 1.5 and 1.6 have the tokenizer of their text model
 )
