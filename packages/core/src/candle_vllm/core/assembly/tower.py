@@ -200,7 +200,7 @@ def _loaded(
     stored: Checkpoint,
     described: Path,
 ) -> LoadedTower:
-    started = time.perf_counter()
+    started, family = time.perf_counter(), family.known_to(tokenizer.encode)
     placement = _placed(config, text, stored)
     with naming(described, stored.path):
         check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)
@@ -219,7 +219,7 @@ def _loaded(
 
 def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: EngineConfig) -> VisionInput:
     """Make the image preprocessing of a model from the `parts` of its tower; the settings have the limits of images."""
-    family = tower_family_named(parts.family)
+    family = tower_family_named(parts.family).known_to(tokenizer.encode)
 
     def words(cut: Cut) -> Sequence[int]:
         said = family.words_around(cut, cut.cells(parts.cell))

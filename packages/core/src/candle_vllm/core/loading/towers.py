@@ -18,16 +18,14 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_INTERNVL = MappingProxyType(
-    {
-        "qwen2": "Qwen2ForCausalLM",
-        "qwen3": "Qwen3ForCausalLM",
-        "qwen3_moe": "Qwen3MoeForCausalLM",
-        "llama": "LlamaForCausalLM",
-        "internlm2": "InternLM2ForCausalLM",
-        "gpt_oss": "GptOssForCausalLM",
-    }
-)
+_INTERNVL = MappingProxyType({
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM", "gpt_oss": "GptOssForCausalLM",
+})  # fmt: skip
+_LLAVA_NEXT = MappingProxyType({
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+})  # fmt: skip
 _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"})
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -44,6 +42,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Lfm2VlForConditionalGeneration": {"lfm2": "Lfm2ForCausalLM"},
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
+        "LlavaNextForConditionalGeneration": _LLAVA_NEXT,
         "LlavaOnevisionForConditionalGeneration": {"qwen2": "Qwen2ForCausalLM"},
         "Glm46VForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},

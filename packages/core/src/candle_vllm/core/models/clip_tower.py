@@ -40,7 +40,7 @@ from candle_vllm.core.vision.preprocessing import NOTHING, crop_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_gelu", **ACTIVATIONS})
+CLIP_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_gelu", **ACTIVATIONS})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class ClipTowerConfig(TowerConfig):
         return super().step_bytes(threads) + 256 * 4 * 2 * self.text_size
 
 
-_LARGE = {
+CLIP_LARGE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "patch_size": 14, "image_size": 336,
 }  # fmt: skip
@@ -75,7 +75,7 @@ def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> ClipTowerConfig:
     """Read `config.json` and `preprocessor_config.json` of LLaVA with CLIP's vision encoder."""
-    vision = fields.with_defaults(vision_config=_LARGE).section("vision_config")
+    vision = fields.with_defaults(vision_config=CLIP_LARGE).section("vision_config")
     fields.choice("vision_feature_select_strategy", "default", "default")
     stored = vision.count("num_hidden_layers", 12, most=MAX_LAYERS)
     last = fields.values.get("vision_feature_layer", -2)
@@ -92,7 +92,7 @@ def config_from_hf(
         num_layers=layers if layers > 0 else stored + 1 + layers,
         num_heads=vision.count("num_attention_heads", 12),
         norm_eps=vision.get("layer_norm_eps", float, 1e-5),
-        activation=_ACTIVATIONS[vision.choice("hidden_act", "quick_gelu", *_ACTIVATIONS)],
+        activation=CLIP_ACTIVATIONS[vision.choice("hidden_act", "quick_gelu", *CLIP_ACTIVATIONS)],
         projector_activation=ACTIVATIONS[fields.choice("projector_hidden_act", "gelu", *ACTIVATIONS)],
         projector_bias=fields.get("multimodal_projector_bias", bool, True),
         patch=patch,

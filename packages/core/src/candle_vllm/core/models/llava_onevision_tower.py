@@ -97,10 +97,13 @@ def _rule(fields: Fields, processor: Fields, patch: int) -> GridRule:
     ratio = fields.get("vision_aspect_ratio", str, "anyres_max_9")
     if (most := re.fullmatch(r"anyres_max_([1-9]\d?)", ratio)) is None:
         raise UnsupportedModelError(f"{fields.path}: vision_aspect_ratio is {ratio!r:.40}; implemented: anyres_max_9")
-    shared = crop_rule(
-        Fields({"size": _SIZE, **processor.values, "do_center_crop": False, "do_pad": False}, processor.path)
-    )
-    given, tile = processor.get("image_grid_pinpoints", list, _GRIDS), shared.tile
+    return grid_rule(Fields({"size": _SIZE, **processor.values}, processor.path), patch, int(most[1]), _GRIDS)
+
+
+def grid_rule(processor: Fields, patch: int, most: int, usual: list[list[int]]) -> GridRule:
+    """Read the rule of tiles with the sides in `size`; `usual` are the heights and widths of a file without grids."""
+    shared = crop_rule(Fields({**processor.values, "do_center_crop": False, "do_pad": False}, processor.path))
+    given, tile = processor.get("image_grid_pinpoints", list, usual), shared.tile
     grids = [
         (each[0] // tile, each[1] // tile)
         for each in given
@@ -113,7 +116,7 @@ def _rule(fields: Fields, processor: Fields, patch: int) -> GridRule:
             f"{tile} x {tile} pixels"
         )
     pixels: dict[str, Any] = {"resample": shared.resample, "normalisation": shared.normalisation}
-    return GridRule(tile=tile, cell=patch, grids=tuple(grids), most=int(most[1]), **pixels)
+    return GridRule(tile=tile, cell=patch, grids=tuple(grids), most=most, **pixels)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

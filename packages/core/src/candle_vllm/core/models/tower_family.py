@@ -295,6 +295,7 @@ class TowerFamily:
         mark: the token that is repeated for each of an image's embeddings.
         asks: the token that a chat template writes for an image; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
+        stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
         turned: the text model has M-RoPE: queries and keys rotate by time, row and column; see `engine/step/batch.py`.
     """
@@ -313,8 +314,19 @@ class TowerFamily:
     mark: str
     asks: str = ""
     written: str = ""
+    stand_in: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     turned: bool = False
+
+    def known_to(self, encode: Callable[..., Sequence[int]]) -> TowerFamily:
+        """Return the family with the marks that a tokenizer has; `encode` is its method."""
+        if not self.stand_in or len(encode(self.mark, add_special_tokens=False, parse_special=True)) == 1:
+            return self
+
+        def around(cut: Cut, grid: tuple[int, int]) -> str:
+            return self.words_around(cut, grid).replace(self.mark, self.stand_in)
+
+        return dataclasses.replace(self, mark=self.stand_in, words_around=around)
 
 
 def mark_of_cells(mark: str) -> Callable[[Cut, tuple[int, int]], str]:
