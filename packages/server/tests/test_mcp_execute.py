@@ -170,6 +170,18 @@ def test_a_tool_that_the_tool_choice_names_may_go_away(start_mcp: Start, web: An
     assert (answer.message.content, answer.mcp_calls[0]["status"]) == ("Sorry.", "unknown")
 
 
+def test_no_tools_are_shown_if_those_that_may_be_called_went_away(start_mcp: Start, web: Any, tmp_path: Path) -> None:
+    def script(_: str) -> str:
+        running.server.config.app.state.mcp.registry.replace("web", [])
+        return left.pop(0)
+
+    left, chosen = [ECHO, "Sorry."], [{"type": "function", "function": {"name": "web__echo"}}]
+    running = start_mcp(engine := PacedEngine(script), [web.config(), stdio_config(tmp_path)], execute=True)
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": chosen}}
+    assert ask(running.openai(), tool_choice=choice).choices[0].message.content == "Sorry."
+    assert [call.options.get("tools") is None for call in engine.template_calls] == [False, True]
+
+
 def test_the_token_limit_is_for_all_turns(start_mcp: Start, web: Any) -> None:
     engine = PacedEngine(turns(ECHO, "A long answer."))
     running = start_mcp(engine, [web.config()], execute=True)

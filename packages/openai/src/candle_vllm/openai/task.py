@@ -145,7 +145,7 @@ class Choice(NamedTuple):
         tools = tuple(one for one in functions if names is None or one.name in names)
         if not tools and self.mode == "required":
             raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
-        if not functions or self.mode == "none":
+        if not tools or self.mode == "none":
             return ToolUse()
         return ToolUse(
             tools=tools,
