@@ -151,6 +151,13 @@ ROWS = {
         {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "resample": 3, **CLIP},
         ("<image>",), "<image>", 259, ("llama", {}),
     ),
+    "LightOnOCR": Row(
+        "lighton_ocr", {"model_type": "qwen3", "head_dim": 16, "rms_norm_eps": 1e-4}, PIXTRAL | {"image_size": 40},
+        {"image_token_id": 259, "spatial_merge_size": 2},
+        {"size": {"longest_edge": 40}, "patch_size": {"height": 4, "width": 4}, "resample": 3, **CLIP},
+        ("<|image_pad|>", "<|vision_pad|>", "<|vision_end|>"), "<|image_pad|>", 259,
+        ("qwen3", {"image_size": 24, "preproc_image_size": 40, "spatial_merge_size": 2, **CLIP}),
+    ),
     "Gemma 3": Row(
         "gemma3", GEMMA3, VISION | {"model_type": "siglip_vision_model", "image_size": 32, "vision_use_head": False},
         {"mm_tokens_per_image": 16, "boi_token_index": 259, "eoi_token_index": 260, "image_token_index": 261},
@@ -194,7 +201,7 @@ TEMPLATE = (
 
 
 OLDER = ("Mistral 3", "Pixtral", "Gemma 3")
-EVERY = few(list(ROWS), *OLDER)
+EVERY = few(list(ROWS), *OLDER, "LightOnOCR")
 IN_GGUF = few([name for name, row in ROWS.items() if row.gguf[1]], *OLDER)
 
 
@@ -622,6 +629,7 @@ def test_a_gguf_file_beside_the_model_is_the_same_tower(
 SAID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "Mistral 3": ({"size": {"longest_edge": 12}}, {"longest": 12}, "size.longest_edge"),
     "Pixtral": ({"size": {"longest_edge": 12}}, {"longest": 12}, "size.longest_edge"),
+    "LightOnOCR": ({"size": {"longest_edge": 12}}, {"longest": 12}, "size.longest_edge"),
     **dict.fromkeys(
         ["Gemma 4 E2B", "Gemma 4 12B", "Gemma 4 31B"], ({"max_soft_tokens": 140}, {"most": 140 * 64}, "max_soft_tokens")
     ),
@@ -680,6 +688,7 @@ def test_pixtrals_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_
     wrong("Mistral 3", unsupported, "vision_feature_layer is -2", vision_feature_layer=-2)
     wrong("Mistral 3", unsupported, "hidden_act is 'gelu'; implemented: silu", vision_config={"hidden_act": "gelu"})
     wrong("Mistral 3", unsupported, "projector_hidden_act is 'relu'", projector_hidden_act="relu")
+    wrong("LightOnOCR", unsupported, "vision_feature_layer is 2; implemented: -1", vision_feature_layer=2)
     wrong("Mistral 3", unsupported, "rope_type is 'yarn'", vision_config={"rope_parameters": {"rope_type": "yarn"}})
     wrong("Mistral 3", InvalidFileError, "patch_size is 5; config.json asks for", processor={"patch_size": 5})
     wrong("Mistral 3", InvalidFileError, "longest_edge is missing", processor={"size": {"height": 40, "width": 40}})

@@ -40,6 +40,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "KimiK25ForConditionalGeneration": _KIMI,
         "Kimi_K25ForConditionalGeneration": _KIMI,  # the spelling of transformers
         "Lfm2VlForConditionalGeneration": {"lfm2": "Lfm2ForCausalLM"},
+        "LightOnOcrForConditionalGeneration": {"qwen3": "Qwen3ForCausalLM"},
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
         "LlavaNextForConditionalGeneration": _LLAVA_NEXT,
@@ -74,19 +75,11 @@ FLAT = frozenset({
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 
-_QWEN2_VL = MappingProxyType(
-    {
-        "vocab_size": 152064,
-        "hidden_size": 8192,
-        "intermediate_size": 29568,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-    }
-)
+_QWEN2_VL = MappingProxyType({
+    "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+})  # fmt: skip
 
 _GEMMA4 = MappingProxyType(
     {
@@ -165,7 +158,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vision_(?:tower|model|embedder|adapter|projection)|audio_tower|embed_(?:vision|audio)"
+    "vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)"
     "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
