@@ -444,6 +444,14 @@ async def test_texts_that_are_too_long_lose_their_ends(fields: dict[str, int], r
     assert {each["document"]["text"] for each in ranked["results"]} == set(texts)
 
 
+@pytest.mark.parametrize("most", [-1, 14])
+async def test_a_pair_that_fits_is_not_truncated(most: int) -> None:
+    engine = ScriptedEngine(max_model_len=14, tasks=("score",))
+    engine._info = msgspec.structs.replace(engine.model_info, pair_marks=3)  # BERT's [CLS] a [SEP] b [SEP]
+    await score(engine, text_1="abcde", text_2=["uvwxyz", "uvwxyz1"], truncate_prompt_tokens=most)
+    assert [b for _, b in engine.pooling_calls[0].inputs] == ["uvwxyz", "uvwxyz"]
+
+
 async def test_texts_of_vectors_lose_their_ends_each() -> None:
     engine = ScriptedEngine(max_model_len=8)
     await score(engine, text_1="a" * 20, text_2="b" * 20, truncate_prompt_tokens=-1, max_tokens_per_doc=3)

@@ -122,6 +122,8 @@ def test_scores_equal_transformers(
             logit = model(torch.tensor([encoding.ids]), token_type_ids=torch.tensor([types])).logits[0, 0]
         wanted.append(float(logit.sigmoid() if sigmoid else logit))
     with InferenceEngine(str(folder), op_by_op=eager) as engine:
+        texts = 2 * len(backend.encode("one text", add_special_tokens=False))
+        assert engine.model_info.pair_marks == len(backend.encode("one text", "one text")) - texts > 0
         assert engine.model_info.tasks == ("score", "classify")
         assert engine.model_info.embedding_size == 0
         assert error(scores(engine, PAIRS), np.array(wanted)) < 1e-5

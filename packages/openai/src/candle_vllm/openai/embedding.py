@@ -208,10 +208,9 @@ class EmbeddingAdapter:
         name, request_id = self.names.served(request.model), _request_id("classify-", request)
         outputs = await self._classified(request, request_id, request.activated())
         labels = self._engine.model_info.labels
-        found = [each.probs.tolist() for each in outputs]
         data = (
             embeddings.Classified(index=n, label=labels[probs.index(max(probs))], probs=probs, num_classes=len(probs))
-            for n, probs in enumerate(found)
+            for n, probs in enumerate(each.probs.tolist() for each in outputs)
         )
         return _listed(embeddings.ClassifiedList, request_id, name, data, outputs)
 
@@ -255,12 +254,11 @@ class EmbeddingAdapter:
             await self._work.prepare(self._count_pairs, pairs, "documents")
             outputs = await self._engine.ascore(pairs, **more)
         order = sorted(range(len(outputs)), key=lambda index: -outputs[index].score)[: request.top_n or None]
-        shown = request.return_documents is not False
         results = [
             Ranked(
                 index=index,
                 relevance_score=outputs[index].score,
-                document=RankedText(text=texts[index]) if shown else UNSET,
+                document=RankedText(text=texts[index]) if request.return_documents is not False else UNSET,
             )
             for index in order
         ]
@@ -297,8 +295,7 @@ class EmbeddingAdapter:
                     raise InvalidParameterError("input_type and task need texts, but this input is token ids", field)
                 ids = text if not isinstance(text, str) else self._tokenized(front + text, special, bounded=cut is None)
             if cut is not None:
-                framed = around if isinstance(text, str) else ()
-                ids = list(cut.of(ids, self._engine.model_info.max_model_len, framed))
+                ids = list(cut.of(ids, self._engine.model_info.max_model_len, around if isinstance(text, str) else ()))
             total += len(ids)
             _check_total(total, field, number)
             texts.append(ids)
@@ -344,10 +341,11 @@ class EmbeddingAdapter:
             return pairs
         info, tokenize = self._engine.model_info, self._engine.tokenize
         room = math.inf if most is None else len(Cut(most, "right").of(range(info.max_model_len), info.max_model_len))
-        room -= len(tokenize("a")) - len(tokenize("a", add_special_tokens=False))  # tokens that mark the text's ends
+        plain = partial(tokenize, add_special_tokens=False)
         if "embed" in info.tasks:  # it reads each text for itself
+            room -= len(tokenize("a")) - len(plain("a"))  # tokens that mark the text's ends
             return [(self._beginning(a, room), self._beginning(b, min(room, document))) for a, b in pairs]
-        return [(a, self._beginning(b, min(room - len(tokenize(a)), document))) for a, b in pairs]
+        return [(a, self._beginning(b, min(room - info.pair_marks - len(plain(a)), document))) for a, b in pairs]
 
     def _beginning(self, text: str, most: float) -> str:
         """Return the longest beginning of a text with at most `most` tokens, and at least one character."""
@@ -408,15 +406,13 @@ def _usage(outputs: Sequence[EmbeddingOutput | ClassificationOutput | ScoreOutpu
 
 def _listed(kind: type[_List], request_id: str, name: str, data: Iterable[Any], outputs: Sequence[Any]) -> _List:
     """Build a list response with the current time."""
-    made = {"id": request_id, "created": int(time.time()), "model": name, "usage": _usage(outputs)}
-    return kind(data=tuple(data), **made)
+    return kind(data=tuple(data), id=request_id, created=int(time.time()), model=name, usage=_usage(outputs))
 
 
 def _numbers(request: embeddings.EmbeddingRequest, flat: array[float], vectors: int | None) -> embeddings.Numbers:
     """Encode the vector `flat`, or each of the `vectors` that are concatenated in it, as the request asks."""
-    encode: Callable[[array[float]], Any] = (
-        array.tolist if request.encoding_format in (None, "float") else partial(_base64, request)
-    )
+    plain = request.encoding_format in (None, "float")
+    encode: Callable[[array[float]], Any] = array.tolist if plain else partial(_base64, request)
     if vectors is None:
         return encode(flat)
     size = len(flat) // max(vectors, 1)
@@ -430,8 +426,7 @@ def _base64(request: embeddings.EmbeddingRequest, vector: array[float]) -> str:
     """Encode a vector in the type and byte order of the request; the engine runs only on little-endian machines."""
     stored = _ELEMENTS[request.embed_dtype or "float32"]
     elements = read_plain(np.frombuffer(vector, np.uint8), "F32", (len(vector),), stored)
-    ordered = elements.byteswap() if request.endianness == "big" else elements
-    return base64.b64encode(ordered.tobytes()).decode("ascii")
+    return base64.b64encode((elements.byteswap() if request.endianness == "big" else elements).tobytes()).decode()
 
 
 def octets(

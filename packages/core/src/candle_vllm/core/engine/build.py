@@ -659,6 +659,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         labels=labels,
         embedding_size=0 if loaded.pooling is None or labels else loaded.pooling.length(loaded.pooling.pooling),
         pooling=pooling,
+        pair_marks=len(loaded.tokenizer.encode_pair("", "")[0]) if "score" in vectors and labels else 0,
         prompts={} if loaded.pooling is None else loaded.pooling.prompts,
         implementation=loaded.config.implementation,
         max_num_seqs=engine.max_num_seqs,

@@ -59,6 +59,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         embedding_size: length of its vectors; 0 if it is not an embedding model.
         pooling: how hidden states are pooled to a vector, or to the input of a head: "mean", "weighted_mean", "cls",
             "last"; "all" for a vector of each token; "sparse" for a weight of each token of the vocabulary.
+        pair_marks: number of special tokens around and between the two texts of a pair; 0 if it reads no pairs.
         prompts: instructions to prepend to a text, by purpose (`prompts` of sentence-transformers).
         implementation: "native" or "transformers", the library whose layers run; followed by "one sequence at a time"
             if these layers keep a cache of their own.
@@ -85,6 +86,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "image_text",
             "labels",
             "pooling",
+            "pair_marks",
             "prompts",
         }
     )
@@ -109,6 +111,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     embedding_size: int = 0
     pooling: str = ""
+    pair_marks: int = 0
     prompts: Mapping[str, str] = msgspec.field(default_factory=dict)
     implementation: str = "native"
     max_num_seqs: int = 1

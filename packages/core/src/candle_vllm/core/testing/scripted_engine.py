@@ -148,6 +148,7 @@ class ScriptedEngine(ScriptedVectors):
             image_text="<image>" if sees else "",
             embedding_size=SIZE if "embed" in tasks else 0,
             max_num_seqs=256,
+            pair_marks=2,
             labels=("first", "second", "third") if "classify" in tasks else (),
         )
 
