@@ -269,7 +269,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None = None
 
     def with_results_in_order(self) -> Task:
-        """Return the task with an answer's results in the order of its calls, then others: templates often omit ids."""
+        """Return the task with the results of each answer in the order of its calls, then results without a call.
+
+        Most chat templates do not write the ids of calls, so the model can tell the results apart only by their order.
+        """
+        # A message's key: the number of the answer whose results it is among (or its own), and its place among these.
         keys, answer, order = list[tuple[int, tuple[int, ...]]](), 0, dict[str | None, tuple[int, ...]]()
         for place, message in enumerate(self.messages):
             answer = answer if message.role == "tool" else place

@@ -200,7 +200,8 @@ def _loaded(
     stored: Checkpoint,
     described: Path,
 ) -> LoadedTower:
-    started, family = time.perf_counter(), family.known_to(tokenizer.encode)
+    started = time.perf_counter()
+    family = family.known_to(tokenizer.encode)
     placement = _placed(config, text, stored)
     with naming(described, stored.path):
         check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)

@@ -319,7 +319,11 @@ class TowerFamily:
     turned: bool = False
 
     def known_to(self, encode: Callable[..., Sequence[int]]) -> TowerFamily:
-        """Return the family with the marks that a tokenizer has; `encode` is its method."""
+        """Return the family with `stand_in` as its `mark` if the vocabulary of a tokenizer lacks `mark`.
+
+        Args:
+            encode: the method of the tokenizer.
+        """
         if not self.stand_in or len(encode(self.mark, add_special_tokens=False, parse_special=True)) == 1:
             return self
 

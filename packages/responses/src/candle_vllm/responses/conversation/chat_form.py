@@ -178,6 +178,7 @@ def _free_choice(choice: Any, names: Collection[str]) -> Any:
 
 
 def _name_of(tool: Any) -> str:
+    """Return the name of a function or custom tool in OpenAI's format."""
     return (tool.get("function") or tool["custom"])["name"]
 
 
