@@ -143,7 +143,8 @@ def test_wrong_calls(engine: InferenceEngine) -> None:
         LLM(engine).beam_search(["a"], {"beam_width": 2})  # type: ignore[arg-type]
     with pytest.raises(InvalidParameterError, match="1 prompts need as many priorities, not 2"):
         LLM(engine).beam_search(["a"], params, priority=[1, 2])
-    with pytest.raises(InvalidParameterError, match="concurrency_limit must be"):
-        LLM(engine).beam_search(["a"], params, concurrency_limit=0)
+    for wrong in (0, "2", 1.5, True):
+        with pytest.raises(InvalidParameterError, match="concurrency_limit must be a whole number"):
+            LLM(engine).beam_search(["a"], params, concurrency_limit=wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidParameterError, match=r"lora_request must be a LoRARequest, or pairs .*, not object"):
         LLM(engine).beam_search(["a"], params, lora_request=object())  # type: ignore[arg-type]

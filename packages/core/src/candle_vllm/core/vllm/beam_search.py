@@ -183,8 +183,8 @@ def beam_search(
         raise InvalidParameterError(
             "beam_search does not support load_inplace: reload the adapter with add_lora", "lora_request"
         )
-    if concurrency_limit is not None and concurrency_limit < 1:
-        raise InvalidParameterError("concurrency_limit must be at least 1", "concurrency_limit")
+    if concurrency_limit is not None and (type(concurrency_limit) is not int or concurrency_limit < 1):
+        raise InvalidParameterError("concurrency_limit must be a whole number of at least 1", "concurrency_limit")
     info, inputs = engine.model_info, [_read(engine, prompt) for prompt in given]
     searches = [BeamSearch(info, params, len(each["prompt_token_ids"])) for each in inputs]
     own = list(zip(searches, inputs, orders, choices, strict=True))
