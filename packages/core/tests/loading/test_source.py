@@ -312,6 +312,11 @@ def test_what_is_neither_there_nor_an_id_never_reaches_the_network(model: str) -
         resolve(model)
 
 
+def test_who_gives_a_short_name_of_the_command_line_is_told_where_its_id_stands() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"form organisation/name; `candle-vllm list --known` shows the ids"):
+        resolve("qwen3:0.6b")
+
+
 def test_a_path_that_vllm_takes_for_a_file_of_a_repository_is_told_its_name_here() -> None:
     with pytest.raises(
         ModelNotFoundError, match=r"you are in; a file of the repository org/m-GGUF .* is org/m-GGUF:m\.gguf"

@@ -150,7 +150,7 @@ def resolve(
     if not HUB_ID.fullmatch(repo) or (tag and not TAG.fullmatch(tag)):
         raise ModelNotFoundError(
             f"{model!r:.200} is neither a file or folder here nor a Hugging Face id of the form organisation/name"
-            f"{_beside(model)}"
+            f"{_beside(model)}; `candle-vllm list --known` shows the ids of the command line's short names"
         )
     model, weight_file = repo, weight_file or (None if tag in ("", "latest") else tag)
     if offline:
