@@ -121,7 +121,14 @@ def _commands() -> str:
 
 
 def _arguments() -> str:
-    owners = ("EngineConfig", "SamplingParams", "PoolingParams", "StructuredOutputsParams", "BeamSearchParams")
+    owners = (
+        "EngineConfig",
+        "SamplingParams",
+        "PoolingParams",
+        "StructuredOutputsParams",
+        "BeamSearchParams",
+        "LoRARequest",
+    )
     rows = ((owner, *row) for owner in owners for row in foreign_tables()[owner])
     cells = (
         (f"`{owner}`", " ".join(f"`{name}`" for name in names.split()), f"`{allowed}`" if allowed else "", what)

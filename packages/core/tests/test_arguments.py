@@ -17,6 +17,7 @@ from candle_vllm.core import (
     EngineConfig,
     InferenceEngine,
     InvalidParameterError,
+    LoRARequest,
     PoolingParams,
     SamplingParams,
     StructuredOutputsParams,
@@ -64,6 +65,7 @@ def test_settings(make: Callable[..., object], name: str, said: str) -> None:
         (SamplingParams, "n_ctx", "setting of the engine"),
         (PoolingParams, "dimension", "did you mean dimensions?"),
         (StructuredOutputsParams, "jsn", "did you mean json?"),
+        (LoRARequest, "lora_local_path", "it is called lora_path"),
     ],
 )
 def test_parameters(make: Callable[..., object], name: str, said: str) -> None:
@@ -232,3 +234,8 @@ def test_what_is_no_model_is_said(model: Any) -> None:
     for engine in (InferenceEngine, LLM):
         with pytest.raises(ConfigError, match=r"^model"):
             engine(model)
+
+
+def test_too_many_positional_arguments_are_not_taken_for_missing_names() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        LoRARequest("a", 1, "folder", None, False, 6)  # type: ignore[call-arg]

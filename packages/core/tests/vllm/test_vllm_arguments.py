@@ -51,6 +51,7 @@ from candle_vllm.core.vllm.arguments import translated
         ({"prefix_caching_hash_algo": "sha256", "num_gpu_blocks_override": None, "worker_extension_cls": ""}, {}),
         ({"max_num_partial_prefills": 1, "scheduler_reserve_full_isl": True, "stream_interval": 1}, {}),
         ({"mm_processor_cache_gb": 4, "video_pruning_rate": 0.0, "code_revision": None}, {}),
+        ({"ignore_patterns": "original/**/*"}, {}),
         ({"kv_offloading_backend": "native", "ignore_patterns": ["original/**/*"], "mamba_cache_mode": "none"}, {}),
         ({"use_v2_block_manager": True, "worker_use_ray": False, "disable_async_output_proc": True}, {}),
         (

@@ -115,7 +115,7 @@ class _Explaining(type):
                 for name in named:
                     if name not in known:
                         raise TypeError(unknown_name(cls.__name__, name, known)) from None
-                if fields and arguments:
+                if fields and arguments and not cls.__match_args__:
                     names = ", ".join(fields[:4])
                     raise TypeError(f"{cls.__name__} takes its arguments by name ({names}, ...)") from None
                 raise

@@ -11,10 +11,10 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.shown import ShownStruct
 from candle_vllm.core.vision.inputs import ImageInput
 
 MAX_REQUEST_ID = 256
@@ -26,7 +26,7 @@ MAX_ADAPTER_SCALE = 1000.0
 MAX_PRIORITY = (1 << 31) - 1
 
 
-class LoRARequest(ShownStruct, frozen=True):
+class LoRARequest(ExplainedStruct, frozen=True):
     """An adapter that a call names, with vLLM's fields.
 
     Attributes:
@@ -60,7 +60,7 @@ class LoRARequest(ShownStruct, frozen=True):
         return AdapterUse(name=self.lora_name, path=path, scale=scale, load_inplace=self.load_inplace)
 
 
-class AdapterUse(ShownStruct, frozen=True, kw_only=True):
+class AdapterUse(ExplainedStruct, frozen=True, kw_only=True):
     """An adapter of a request.
 
     Attributes:
@@ -179,7 +179,7 @@ def admission_rank(request: Ranked) -> int:
     return request.priority
 
 
-class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
+class GenerationRequest(ExplainedStruct, frozen=True, kw_only=True):
     """One prompt and how to continue it.
 
     Attributes:
