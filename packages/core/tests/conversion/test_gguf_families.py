@@ -171,6 +171,8 @@ def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
     ("name", "changes", "message"),
     [
         ("EXAONE 4 windows", {}, "exaone4 has windows only in models of 64 layers$"),
+        ("K-EXAONE full layers", {}, "exaone-moe has windows in some layers; this model has none$"),
+        ("dots.llm1 windows", {}, "dots1 has as many heads of keys as of queries, and no windows$"),
         ("Mamba biases", {}, "Mamba 1 has 2 channels per hidden element, and a convolution's bias$"),
         ("Command R+", {"attention_bias": False}, "command-r has norms of q and k only in models of 64 layers or more"),
         ("Command R", {"tie_word_embeddings": False}, "no head beside the embedding table$"),

@@ -176,7 +176,7 @@ def test_a_file_that_is_no_importance_matrix_is_named_alone(tmp_path: Path, word
 
 
 def test_layers_of_transformers_are_refused_by_name(tmp_path: Path, words: Path) -> None:
-    folder = write_tiny(tmp_path / "model", "arcee")
+    folder = write_tiny(tmp_path / "model", "helium", head_dim=16)
     with pytest.raises(UnsupportedModelError, match="layers of transformers, whose matrices have no GGUF names"):
         written(folder, words, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()

@@ -562,6 +562,40 @@ OLMO3_ROPE = {
 }
 OLMO = {"hidden_size": 128, "rms_norm_eps": 1e-5}
 EXAONE4 = {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3}
+K_EXAONE = WINDOWS | {
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 2,
+    "topk_group": 1,
+}
+DOTS1 = {
+    "head_dim": 32,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+DOTS1_WINDOWS = {"num_key_value_heads": 2, "sliding_window": 16, "max_window_layers": 1, "attention_bias": True}
+DOTS1_WINDOWS |= {"norm_topk_prob": False, "n_group": 2, "topk_group": 1}
+AFMOE = {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "sliding_window": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 2,
+    "moe_intermediate_size": 64,
+    "route_scale": 2.826,
+    "mup_enabled": True,
+}
+AFMOE_PLAIN = {"mup_enabled": False, "num_dense_layers": 2, "attention_bias": True, "tie_word_embeddings": True}
 OLMOE = OLMO | {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 4}
 MINIMAX_M2 = {
     "head_dim": 32,
@@ -777,10 +811,27 @@ ROWS: Mapping[str, Row] = {
     "EXAONE 4": Row("exaone4", OLMO | EXAONE4, "exaone4", common=False),
     "EXAONE 4 full layers": Row("exaone4", OLMO | {"layer_types": ["full_attention"] * 2}, common=False),
     "EXAONE 4 windows": Row("exaone4", OLMO | WINDOWS, "exaone4", common=False),
+    "K-EXAONE": Row("exaone_moe", K_EXAONE, "exaone-moe", undecided=0.1, common=False),
+    "K-EXAONE full layers": Row(
+        "exaone_moe",
+        K_EXAONE | {"layer_types": ["full_attention"] * 3},
+        common=False,
+        undecided=0.1,
+    ),
+    "dots.llm1": Row("dots1", DOTS1, "dots1", undecided=0.1, common=False),
+    "dots.llm1 windows": Row("dots1", DOTS1 | DOTS1_WINDOWS, undecided=0.1, common=False),
     "Apertus": Row("apertus", {"rope_parameters": LLAMA3}, "apertus", common=False),
     "Apertus biases": Row("apertus", {"attention_bias": True}, "apertus", common=False),
     "Laguna": Row("laguna", LAGUNA, "laguna", undecided=0.1, common=False),
     "Laguna wide gates": Row("laguna", LAGUNA_WIDE, "laguna", undecided=0.1, common=False),
+    "Arcee": Row("arcee", {"rope_parameters": LLAMA3}, "arcee", common=False),
+    "Arcee biases": Row("arcee", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}, common=False),
+    "Nemotron": Row("nemotron", {"hidden_size": 128}, "nemotron", common=False),
+    "Nemotron biases": Row(
+        "nemotron", {"hidden_size": 128, "attention_bias": True, "mlp_bias": True}, "nemotron", common=False
+    ),
+    "AFMoE": Row("afmoe", AFMOE, "afmoe", undecided=0.1, common=False),
+    "AFMoE biases": Row("afmoe", AFMOE | WINDOWS | AFMOE_PLAIN, undecided=0.1, common=False),
     "Muse Glimmer": Row("muse_glimmer_text", MUSE, "muse-glimmer", common=False),
     "Muse Glimmer bases": Row("muse_glimmer_text", MUSE | MUSE_BASES, common=False),
     "MiMo V2": Row("mimo_v2_flash", MIMO, "mimo2", undecided=0.1, common=False),

@@ -867,6 +867,46 @@ def _shared_experts(tensors: Tensors) -> Tensors:
     return made
 
 
+def _exaone_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """K-EXAONE and dots.llm1: experts that sigmoids score, and in K-EXAONE windows."""
+    if config["model_type"] == "exaone_moe":
+        tensors = _olmo2(writer, config, tensors)
+        inner, count = config["moe_intermediate_size"], config["num_shared_experts"]
+        writer.add_expert_shared_feed_forward_length(inner * count)
+        writer.add_leading_dense_block_count(config["mlp_layer_types"].count("dense"))
+    else:
+        count = config["n_shared_experts"]
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_shared_count(count)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    if config["n_group"] > 1:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+    return _experts(writer, config, _shared_experts(tensors))
+
+
+def _afmoe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Norms behind attention and MLP; the windows are those of llama.cpp's default."""
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_expert_shared_count(config["num_shared_experts"])
+    writer.add_leading_dense_block_count(config["num_dense_layers"])
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(config["route_scale"])
+    ends = {
+        "self_attn.gate_proj.weight": "attn_gate.weight",
+        "post_attention_layernorm.weight": "post_attention_norm.weight",
+    }
+    ends |= {"pre_mlp_layernorm.weight": "ffn_norm.weight", "post_mlp_layernorm.weight": "post_ffw_norm.weight"}
+    ends |= {"mlp.router.gate.weight": "ffn_gate_inp.weight", "mlp.expert_bias": "exp_probs_b.bias"}
+    made: Tensors = {}
+    for name, data in _experts(writer, config, _shared_experts(tensors)).items():
+        _, _, layer, end = [*name.split(".", 3), "", "", ""][:4]
+        made[f"blk.{layer}.{ends[end]}" if end in ends else name] = data
+    return made
+
+
 def _muse_glimmer(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Norms of blocks plus 1, rows in pairs of neighbours, and the factor of queries as the weight of their norm."""
     _windows(writer, config)
@@ -1048,7 +1088,9 @@ def _starcoder2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors)
 
 def _nemotron(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Norms are stored as their distance from 1, and GGUF has the factors."""
-    writer.add_layer_norm_rms_eps(config["norm_eps"])
+    writer.add_layer_norm_eps(config["norm_eps"])
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    writer.add_rope_dimension_count(int(config["rope_parameters"]["partial_rotary_factor"] * head_dim))
     return {name: data + 1 if name.endswith("norm.weight") else data for name, data in tensors.items()}
 
 
@@ -1089,6 +1131,10 @@ CONVERTERS: Mapping[str, Convert] = {
     "step35": _step35,
     "muse-glimmer": _muse_glimmer,
     "exaone": _olmo2,
+    "arcee": _llama,
+    "afmoe": _afmoe,
+    "exaone-moe": _exaone_moe,
+    "dots1": _exaone_moe,
     "internlm2": _llama,
     "olmo": _olmo,
     "olmo2": _olmo2,

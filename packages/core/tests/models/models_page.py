@@ -35,7 +35,10 @@ LEFT_OUT = {  # by transformers
     "muse_glimmer_text": "MuseGlimmerForCausalLM",
     "step3p5": "Step3p5ForCausalLM",
 }
-SPELLED = {"PhiMoEForCausalLM": "PhimoeForCausalLM"}  # as published files have it
+SPELLED = {
+    "PhiMoEForCausalLM": "PhimoeForCausalLM",
+    "ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM",
+}  # as published files have it
 COMPILED, TORCH, INTERPRETED, REFERENCE, UNTESTED, NONE = (
     "compiled",
     "torch",

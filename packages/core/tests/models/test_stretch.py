@@ -60,7 +60,7 @@ def test_the_context_grows_by_the_factor(tmp_path: Path) -> None:
     assert load(folder, yarn_scaling_factor=2.5, max_model_len=30).config.max_position == 30
 
 
-@pytest.mark.parametrize(("model_type", "impl"), [("arcee", "auto"), ("qwen3", "transformers")])
+@pytest.mark.parametrize(("model_type", "impl"), [("hyperclovax", "auto"), ("qwen3", "transformers")])
 def test_on_layers_of_transformers_the_config_scales(model_type: str, impl: Any, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "plain", model_type, head_dim=32, max_position_embeddings=CONTEXT)
     with pytest.raises(ConfigError, match=rf"yarn_scaling_factor=4: {model_type} runs on layers of transformers"):
