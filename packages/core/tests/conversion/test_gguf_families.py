@@ -173,6 +173,7 @@ def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
         ("EXAONE 4 windows", {}, "exaone4 has windows only in models of 64 layers$"),
         ("K-EXAONE full layers", {}, "exaone-moe has windows in some layers; this model has none$"),
         ("dots.llm1 windows", {}, "dots1 has as many heads of keys as of queries, and no windows$"),
+        ("North softmax", {}, "cohere2moe scores experts by sigmoids, and this model by a softmax$"),
         ("Mamba biases", {}, "Mamba 1 has 2 channels per hidden element, and a convolution's bias$"),
         ("Command R+", {"attention_bias": False}, "command-r has norms of q and k only in models of 64 layers or more"),
         ("Command R", {"tie_word_embeddings": False}, "no head beside the embedding table$"),

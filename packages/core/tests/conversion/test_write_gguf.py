@@ -65,6 +65,7 @@ LLAMA_CPP = (
     "EXAONE 4 windows",
     "K-EXAONE full layers",
     "dots.llm1 windows",
+    "North softmax",
     "ERNIE 4.5 biases",
     "Seed-OSS biases",
     "Step 3.5 biases",

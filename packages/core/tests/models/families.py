@@ -604,6 +604,21 @@ MINIMAX_M2 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
 }
 COHERE = {"hidden_size": 128, "logit_scale": 0.25}
+COHERE_MOE = COHERE | {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "sliding_window": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 2,
+    "intermediate_size": 64,
+    "prefix_dense_intermediate_size": 96,
+    "expert_selection_fn": "sigmoid",
+}
+NORTH_SOFTMAX = {"expert_selection_fn": "softmax", "shared_expert_combination_strategy": "sum", "attention_bias": True}
+NORTH_SOFTMAX |= {"prefix_dense_sliding_window_pattern": 2, "tie_word_embeddings": False}
 ERNIE_MOE = {
     "head_dim": 32,
     "moe_num_experts": 6,
@@ -850,6 +865,9 @@ ROWS: Mapping[str, Row] = {
     "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", common=False),
     "Command R7B": Row("cohere2", COHERE | WINDOWS, "cohere2"),
     "Command R7B full layers": Row("cohere2", COHERE | {"layer_types": ["full_attention"] * 2}, common=False),
+    "North": Row("cohere2_moe", COHERE_MOE, "cohere2moe", undecided=0.1, common=False),
+    "North RMS": Row("cohere2_moe", COHERE_MOE | {"rms_norm_eps": 1e-5}, "cohere2moe", undecided=0.1, common=False),
+    "North softmax": Row("cohere2_moe", COHERE_MOE | NORTH_SOFTMAX, undecided=0.1, common=False),
     "Seed-OSS": Row("seed_oss", {"head_dim": 32}, "seed_oss", common=False),
     "Seed-OSS biases": Row("seed_oss", {"head_dim": 32, "attention_out_bias": True, "mlp_bias": True}, common=False),
     "ERNIE 4.5": Row("ernie4_5", {"head_dim": 32}, "ernie4_5", common=False),

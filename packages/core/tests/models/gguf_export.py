@@ -103,7 +103,7 @@ def _shared(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_key_length(dim)
     writer.add_value_length(dim)
-    if "rms_norm_eps" in config:
+    if config.get("rms_norm_eps") is not None:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope or "rope_theta" in config:
@@ -990,6 +990,20 @@ def _cohere(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> 
     return tensors
 
 
+def _cohere2_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Experts that sigmoids score, and the length of dense layers beside theirs."""
+    writer.add_feed_forward_length(config["prefix_dense_intermediate_size"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_expert_shared_count(config["num_shared_experts"])
+    writer.add_expert_shared_feed_forward_length(config["intermediate_size"] * config["num_shared_experts"])
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].count("dense"))
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+    return _experts(writer, config, _shared_experts(_cohere(writer, config, tensors)))
+
+
 def _ernie4_5_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Rows stay in pairs of neighbours; the correction loses a dimension."""
     writer.add_expert_count(config["moe_num_experts"])
@@ -1131,6 +1145,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "step35": _step35,
     "muse-glimmer": _muse_glimmer,
     "exaone": _olmo2,
+    "cohere2moe": _cohere2_moe,
     "arcee": _llama,
     "afmoe": _afmoe,
     "exaone-moe": _exaone_moe,

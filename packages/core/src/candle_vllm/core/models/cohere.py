@@ -9,7 +9,7 @@ others have no rotary embedding. Source: Cohere, 2025, arXiv:2504.00698. Shapes:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm, LayerNorm
 from candle_vllm.core.layers.mlp import GatedMLP
+from candle_vllm.core.layers.moe import SparseMLP
+from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import gguf_windows, shared_from_gguf, shared_from_hf
@@ -87,14 +89,14 @@ class Block:
     """One decoder layer. Its input [T, E] is x + residual, added in its norm; residual is None in layer 0."""
 
     def __init__(self, config: CohereConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
-        self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement, bias=False)
+        self.norm: LayerNorm | RMSNorm = LayerNorm(config.hidden_size, config.norm_eps, placement, bias=False)
         self.attention = llama.Attention(config, layer, rotary, placement)
         if config.head_norms:
             counts, attend = (config.num_heads, config.num_kv_heads), self.attention.attend
             norms = [HeadLayerNorm(count, config.head_dim, config.norm_eps, placement) for count in counts]
             self.attention.q_norm, self.attention.k_norm = attend.q_norm, attend.k_norm = norms
             attend.key_bias = None  # the norm of k would change the effect of the bias
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement)
+        self.mlp: GatedMLP | SparseMLP = GatedMLP(config.hidden_size, config.intermediate_size, placement)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
         normed, residual = self.norm.add(x, residual)
@@ -102,14 +104,16 @@ class Block:
 
 
 class Cohere(DecoderStack):
-    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]. `block` is the class of its layers."""
+
+    block: ClassVar[type[Block]] = Block
 
     def __init__(self, config: CohereConfig, placement: Placement, checkpoint: Checkpoint) -> None:
         del checkpoint
         self.config, size, scale = config, (config.vocab_size, config.hidden_size), config.logit_scale
         self.embed = Embedding(*size, placement, logit_scale=scale)
         self.rotary = Rotary(config.rope, config.max_position, placement)
-        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.layers = [self.block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement, bias=False)
         self.head = None if config.tie_embeddings else Embedding(*size, placement, logit_scale=scale)
 

@@ -63,6 +63,7 @@ FAMILIES = (
     "olmoe",
     "minimax_m2",
     "cohere",
+    "cohere2_moe",
     "ernie4_5",
     "exaone",
     "exaone_moe",

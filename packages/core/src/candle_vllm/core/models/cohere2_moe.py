@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""Cohere 2 with experts (North): the block of `cohere.py`, whose MLP is experts in all but the first layers.
+
+Experts are scored by sigmoids, or by a softmax over the chosen ones. The result is the sum of the routed and the shared
+experts, or half of it ("average"). The norm is a LayerNorm or an RMSNorm. Dense layers without a window may rotate.
+Source: Cohere, 2026, the model card of North-Mini-Code-1.0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.silu_mul import gated
+from candle_vllm.core.layers.mlp import GatedMLP
+from candle_vllm.core.layers.moe import Mixture, SparseMLP
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import cohere, glm4_moe
+from candle_vllm.core.models.attention_names import GG, HF, local_keys
+from candle_vllm.core.models.cohere import Cohere, CohereConfig
+from candle_vllm.core.models.experts import (
+    dense_layers,
+    expert_names,
+    shared_names,
+    sigmoids_from_gguf,
+    sparse_in_gguf,
+    without_next_tokens,
+)
+from candle_vllm.core.models.family import LAYER_NORM_EPS, Architecture, Family
+from candle_vllm.core.models.llama import times
+from candle_vllm.core.models.olmo2 import full_layers
+
+_RMS_EPS = "attention.layer_norm_rms_epsilon"
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cohere2MoeConfig(CohereConfig):
+    """Config of Cohere: norms are RMSNorms if `rms`; results with a shared expert are halved if `average`."""
+
+    rms: bool = False
+    average: bool = False
+
+
+def config_from_hf(fields: Fields, model_type: str) -> Cohere2MoeConfig:
+    """Read `config.json` of cohere2_moe."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    rms, inner = fields.get("rms_norm_eps", float, None) is not None, fields.count("intermediate_size")
+    size = fields.count("prefix_dense_intermediate_size", inner)
+    usual: dict[str, Any] = {"head_dim": 128, "rope_theta": 1e4, "layer_norm_eps": 1e-5, "sliding_window": 4096}
+    fields = fields.with_absent(**usual, tie_word_embeddings=True)
+    shared = shared_from_hf(fields, model_type, eps="rms_norm_eps" if rms else "layer_norm_eps")
+    layers, bias = shared["num_layers"], fields.get("attention_bias", bool, False)
+    dense, prefix = dense_layers(fields, layers, 0), fields.count("prefix_dense_sliding_window_pattern", 1)
+    window, period = fields.get("sliding_window", int, None), fields.count("sliding_window_pattern", 4)
+    periods = [*((n + 1) % prefix for n in range(dense)), *((n + 1) % period for n in range(layers - dense))]
+    windows = layer_windows(fields, layers, window) or tuple(window if each else None for each in periods)
+    shared |= {"intermediate_size": size, "sliding_windows": windows, "qkv_bias": bias, "output_bias": bias}
+    scoring = fields.choice("expert_selection_fn", "softmax", "softmax", "sigmoid")
+    mixture = Mixture(
+        experts=fields.count("num_experts", 8),
+        top_k=fields.count("num_experts_per_tok", 2),
+        inner_size=inner,
+        scoring="sigmoid" if scoring == "sigmoid" else "softmax",
+        renormalise=scoring == "softmax" or fields.get("norm_topk_prob", bool, True),
+        shared_size=inner * fields.get("num_shared_experts", int, 0),
+    )
+    combined = fields.choice("shared_expert_combination_strategy", "average", "average", "sum")
+    scale, sparse = fields.get("logit_scale", float, 0.0625), frozenset(range(dense, layers))
+    turned = frozenset(range(dense)) if prefix == 1 else frozenset[int]()
+    return _with(shared, mixture, sparse, turned, logit_scale=scale, rms=rms, average=combined == "average")
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Cohere2MoeConfig:
+    """Read GGUF metadata of cohere2moe, whose dense layers all rotate."""
+    rms = fields.prefix + _RMS_EPS in fields.values
+    shared = shared_from_gguf(fields, checkpoint, eps=_RMS_EPS if rms else LAYER_NORM_EPS)
+    shared["num_layers"] = layers = without_next_tokens(fields, shared["num_layers"])
+    window, dense = fields.count("attention.sliding_window"), fields.get("leading_dense_block_count", int)
+    shared["sliding_windows"] = gguf_windows(fields, layers, window, period=4)
+    inner, count = fields.count("expert_feed_forward_length"), fields.get("expert_shared_count", int, 0)
+    size = fields.count("expert_shared_feed_forward_length", inner * count) if count else 0
+    mixture = sigmoids_from_gguf(fields, shared_size=size, correction=False)
+    sparse, scale = sparse_in_gguf(checkpoint, layers), fields.get("logit_scale", float)
+    return _with(shared, mixture, sparse, frozenset(range(dense)), logit_scale=scale, rms=rms, average=True)
+
+
+def _with(
+    shared: dict[str, Any], mixture: Mixture, sparse: frozenset[int], turned: frozenset[int], **own: Any
+) -> Cohere2MoeConfig:
+    own |= {"mixture": mixture, "num_experts": mixture.experts, "sparse_layers": sparse, "interleaved_rotary": True}
+    own["average"] = own["average"] and mixture.shared_size > 0
+    return Cohere2MoeConfig(**shared, **own, unrotated_layers=full_layers(shared["sliding_windows"], True) - turned)
+
+
+# ---- block and model -------------------------------------------------------------------------------------------------
+
+
+class HalvedMLP(GatedMLP):
+    """Half of the shared expert's result for x [T, E]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, placement: Placement) -> None:
+        super().__init__(hidden_size, intermediate_size, placement)
+        self._sizes = (intermediate_size, intermediate_size)
+
+    def __call__(self, x: Value) -> Value:
+        gate, up = self.gate_up(x).split(self._sizes, dim=-1)
+        return self.down(gated(times(up, 0.5), gate, self._activation))
+
+
+class Block(cohere.Block):
+    """One decoder layer."""
+
+    def __init__(self, config: Cohere2MoeConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        super().__init__(config, layer, rotary, placement)
+        if config.rms:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        size, mixture = config.hidden_size, config.mixture
+        if mixture is not None and layer in config.sparse_layers:
+            scale = mixture.scale * (0.5 if config.average else 1)
+            self.mlp = SparseMLP(size, dataclasses.replace(mixture, scale=scale), placement)
+            if config.average:
+                self.mlp.shared = HalvedMLP(size, mixture.shared_size, placement)
+
+
+class Cohere2Moe(Cohere):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    block = Block
+
+    def __init__(self, config: Cohere2MoeConfig, placement: Placement, checkpoint: Checkpoint) -> None:
+        super().__init__(config, placement, checkpoint)
+        if config.rms:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """The GGUF metadata of this model in addition to the keys of every model."""
+    if config.mixture.scoring != "sigmoid":
+        raise UnsupportedModelError("llama.cpp's cohere2moe scores experts by sigmoids, and this model by a softmax")
+    keys = glm4_moe.gguf_keys(config) | local_keys(config) | {"logit_scale": float(config.logit_scale)}
+    shared = {"expert_shared_feed_forward_length": config.mixture.shared_size} if config.mixture.shared_size else {}
+    plain = {"rope.scaling.type": "none"} if config.rope.kind == "default" else {}
+    return keys | shared | plain | ({_RMS_EPS: float(config.norm_eps)} if config.rms else {})
+
+
+FAMILY = Family(
+    hf={"Cohere2MoeForCausalLM": "cohere2_moe"},
+    gguf=("cohere2moe",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Cohere2Moe,
+    weights=[
+        *cohere.FAMILY.weights,
+        WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
+        *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        *shared_names("mlp.shared_experts"),
+    ],
+    ignored=glm4_moe.ignored,
+    as_gguf={"cohere2_moe": Architecture(name="cohere2moe", more=gguf_keys, eps=LAYER_NORM_EPS, interleaved=True)},
+)
