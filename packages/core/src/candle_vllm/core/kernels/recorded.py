@@ -56,7 +56,7 @@ class Recorded(ABC):
 
     @abstractmethod
     def unflatten(self, dim: int, sizes: Sequence[int]) -> Recorded:
-        """Split the last dimension into heads."""
+        """Split the last dimension into heads; with `dim` 0, copy so many following rows of a step as heads of one."""
 
     @abstractmethod
     def flatten(self, start: int) -> Recorded:

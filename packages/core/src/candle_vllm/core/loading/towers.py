@@ -26,6 +26,7 @@ _LLAVA_NEXT = MappingProxyType({
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "granite": "GraniteForCausalLM",
 })  # fmt: skip
+_QWEN35 = MappingProxyType({"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"})
 _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"})
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -51,6 +52,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "GlmOcrForConditionalGeneration": {"glm_ocr_text": "Glm4ForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
+        "MiniCPMOcrForConditionalGeneration": _QWEN35,
+        "MiniCPMV4_6ForConditionalGeneration": _QWEN35,
         "Mistral3ForConditionalGeneration": {
             "mistral": "MistralForCausalLM",
             "ministral3": "Ministral3ForCausalLM",
@@ -96,6 +99,12 @@ _GEMMA4 = MappingProxyType(
     }
 )
 
+_MINISTRAL3 = MappingProxyType({
+    "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+})  # fmt: skip
+
 _LFM2 = MappingProxyType({
     "vocab_size": 65536, "hidden_size": 2560, "intermediate_size": 12288, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000, "norm_eps": 1e-5,
@@ -140,17 +149,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-6,
         },
-        "ministral3": {
-            "vocab_size": 131072,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 34,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 262144,
-            "rms_norm_eps": 1e-5,
-        },
+        "ministral3": _MINISTRAL3,
     }
 )
 """Keys that published configs omit in `text_config`, by model_type: the defaults in transformers."""
@@ -159,7 +158,7 @@ _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply t
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
     "vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)"
-    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual"
+    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual|merger"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""

@@ -111,11 +111,21 @@ class TowerConfig:
     @property
     def cell_size(self) -> int:
         """Elements of a cell, the input of `Tower.project`."""
-        return self.hidden_size if self.pooled else self.hidden_size * self.cell**2
+        return self.hidden_size if self.pooled else self.hidden_size * self.cell_rows
+
+    @property
+    def cell_rows(self) -> int:
+        """Rows of a cell in the output of the last layer."""
+        return self.cell**2
+
+    def patches_of_row(self, layer: int) -> int:
+        """Number of patches that a row stands for in layer `layer` of the encoder, and in its output."""
+        del layer
+        return 1
 
     def cells(self, hidden: Any) -> Any:
         """The cells [C, cell_size] for `Tower.project` from the last norm's rows [T, E], an array or a tensor."""
-        whole = hidden.reshape(-1, self.cell**2, self.hidden_size)
+        whole = hidden.reshape(-1, self.cell_rows, self.hidden_size)
         return whole.mean(1) if self.pooled else whole.reshape(len(whole), -1)
 
     def read(self, tile: NDArray[np.uint8]) -> TileRows:

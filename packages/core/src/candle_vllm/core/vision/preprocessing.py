@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -38,8 +38,9 @@ class Cut(NamedTuple):
     Attributes:
         rows, columns: size of the grid of tiles; 0 for an image of one tile.
         height, width: size of a tile in pixels.
-        last: height and width of the last tile, if its size is another.
+        last: height and width of the tile of the whole image, if its size is another.
         shown, joined: see `GridRule`.
+        number: how many images stand before this one in a prompt; `TowerFamily.words_around` may write it.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Cut(NamedTuple):
     last: tuple[int, int] | None = None
     shown: tuple[int, int] | None = None
     joined: tuple[int, int] | None = None
+    number: int = 0
 
     @property
     def tiles(self) -> int:
@@ -88,7 +90,14 @@ def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
-class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Pixels(msgspec.Struct, frozen=True, kw_only=True):
+    """What all rules have: `resample`, Pillow's code of the resampling filter, and the pixels' `normalisation`."""
+
+    resample: int
+    normalisation: Normalisation
+
+
+class TileRule(Pixels, frozen=True, kw_only=True, tag=True):
     """Rule of Idefics3 and SmolVLM: a grid of square tiles, row by row, followed by the whole image as one tile.
 
     The image is resized twice: its longer side to `longest`, also if that enlarges it, then both sides to whole tiles.
@@ -97,15 +106,11 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         longest: pixels of the longer side.
         tile: pixels of a tile's side.
         splits: whether to make a grid; otherwise every image is one tile.
-        resample: Pillow's code of the resampling filter.
-        normalisation: normalisation of the pixels.
     """
 
     longest: int
     tile: int
     splits: bool
-    resample: int
-    normalisation: Normalisation
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
@@ -155,20 +160,16 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return max(height, tile), max(width, tile)
 
 
-class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class FitRule(Pixels, frozen=True, kw_only=True, tag=True):
     """Rule of Pixtral and Mistral 3: one tile of the image's size, shrunk to `longest`, its sides rounded up to cells.
 
     Attributes:
         longest: maximum number of pixels of a side.
         cell: pixels of a cell's side.
-        resample: Pillow's code of the resampling filter.
-        normalisation: normalisation of the pixels.
     """
 
     longest: int
     cell: int
-    resample: int
-    normalisation: Normalisation
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
@@ -184,7 +185,7 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return _resized(picture.pixels, cut.height, cut.width, self.resample)[None]
 
 
-class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class StretchRule(Pixels, frozen=True, kw_only=True, tag=True):
     """Rule of Gemma 3 and LLaVA: the image as a square tile, followed, with pan and scan, by tiles of its crops.
 
     Pan and scan cuts an oblong image along its longer side into crops of nearly equal size. Each tile is resized from
@@ -192,8 +193,6 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     Attributes:
         tile: pixels of a tile's side.
-        resample: Pillow's code of the resampling filter.
-        normalisation: normalisation of the pixels.
         most_parts: maximum number of crops of an image; 0 without pan and scan.
         least_part: minimum number of pixels of a crop's side.
         ratio: minimum ratio of the longer side to the other for which crops are made.
@@ -202,8 +201,6 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """
 
     tile: int
-    resample: int
-    normalisation: Normalisation
     most_parts: int = 0
     least_part: int = 1
     ratio: float = 1.0
@@ -238,14 +235,12 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return np.stack([_resized(part, self.tile, self.tile, self.resample) for part in parts])
 
 
-class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class AreaRule(Pixels, frozen=True, kw_only=True, tag=True):
     """Rule of Qwen2-VL: one tile of nearly the image's aspect ratio, its sides multiples of a cell, its area bounded.
 
     Attributes:
         cell: pixels of a cell's side.
         least, most: bounds of the image's pixels; a very long image may have more.
-        resample: Pillow's code of the resampling filter.
-        normalisation: normalisation of the pixels.
         fills: Gemma 4's rule: every image, small ones too, is scaled to `most` pixels, and its sides are rounded down.
         grows: GLM-4V's and PaddleOCR's rule: an image with a side shorter than a cell is first enlarged until this side
             is a cell; pixels of the other side are "cut" or "rounded" to whole ones. In LFM2-VL's rule the other side
@@ -255,8 +250,6 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cell: int
     least: int
     most: int
-    resample: int
-    normalisation: Normalisation
     fills: bool = False
     grows: Literal["", "cut", "rounded", "kept"] = ""
 
@@ -306,7 +299,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return near[0], near[1]
 
 
-class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class CanvasRule(Pixels, frozen=True, kw_only=True, tag=True):
     """Rule of Llama 4 and InternVL: tiles of a canvas with the image at its top left, followed by the whole image.
 
     The scale of a canvas is the factor that fits the image into it. The canvas with the smallest scale of at least 1 is
@@ -317,8 +310,6 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         tile: pixels of a tile's side.
         most: maximum number of tiles of a canvas.
         grows: whether the canvas with the largest scale is used, and the image is enlarged to it.
-        resample: Pillow's code of the resampling filter.
-        normalisation: normalisation of the pixels.
         least: minimum number of tiles of a canvas.
         stretches: InternVL's rule: the image fills the canvas with the nearest ratio of width to height; of several,
             the last one that has less than twice the image's pixels, else the first.
@@ -329,8 +320,6 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tile: int
     most: int
     grows: bool
-    resample: int
-    normalisation: Normalisation
     least: int = 1
     stretches: bool = False
     whole: AreaRule | None = None
@@ -381,7 +370,7 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return _tiled(canvas, picture.pixels, cut, self.resample)
 
 
-class GridRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class GridRule(Pixels, frozen=True, kw_only=True, tag=True):
     """Rule of LLaVA-OneVision: the whole image as a square tile, then a grid of tiles with the image in its middle.
 
     The grid is the one that shows most of the image's pixels; of several, the smallest, then the first. The image is in
@@ -392,16 +381,12 @@ class GridRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         cell: pixels of a cell's side; pixels of a tile beyond whole cells are not read.
         grids: numbers of rows and columns of the grids.
         most: above 1.21 times the cells of this number of tiles, embeddings are interpolated to that many.
-        resample: Pillow's code of the resampling filter.
-        normalisation: normalisation of the pixels.
     """
 
     tile: int
     cell: int
     grids: tuple[tuple[int, int], ...]
     most: int
-    resample: int
-    normalisation: Normalisation
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
@@ -429,8 +414,55 @@ class GridRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         high, wide = (min(math.ceil(side * scale), most) for side, most in zip(sides, canvas.shape))
         top, left = (canvas.shape[0] - high) // 2, (canvas.shape[1] - wide) // 2
         canvas[top : top + high, left : left + wide] = _resized(picture.pixels, high, wide, self.resample)
-        parts = [_resized(picture.pixels, tile, tile, self.resample)[None], _grid(canvas, cut._replace(height=tile))]
-        return np.ascontiguousarray(np.concatenate(parts)[:, : cut.height, : cut.width])
+        whole = _resized(picture.pixels, tile, tile, self.resample)[None]
+        parts = np.concatenate([whole, _grid(canvas, cut._replace(height=tile, width=tile))])
+        return np.ascontiguousarray(parts[:, : cut.height, : cut.width])
+
+
+class SliceRule(Pixels, frozen=True, kw_only=True, tag=True):
+    """Rule of MiniCPM-V: the whole image as one tile, followed, for a large image, by the tiles of a grid.
+
+    Every tile has about `tile` squared pixels, nearly the shape of what it shows, and sides in whole cells. The grid
+    has about one tile for as many pixels of the image; its ratio of columns to rows is nearest to that of the sides.
+
+    Attributes:
+        tile: side of a square that has the pixels of a tile.
+        cell: pixels of a cell's side.
+        most: maximum number of tiles of a grid; 1 for images of one tile.
+        grows: smaller images are enlarged; otherwise only their sides are rounded to cells.
+    """
+
+    tile: int
+    cell: int
+    most: int
+    grows: bool = True
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`; of several nearest grids, the one with the most rows is used."""
+        _require_ratio(height, width)
+        whole, count = self._near(height, width, self.grows), math.ceil(width * height / self.tile**2)
+        if (count := min(count, self.most)) <= 1:
+            return Cut(0, 0, *whole)
+        counts = [each for each in (count - 1, count, count + 1) if 1 < each <= self.most]
+        grids = [(rows, each // rows) for each in counts for rows in range(1, each + 1) if each % rows == 0]
+        apart = [abs(math.log(width / height) - math.log(columns / rows)) for rows, columns in grids]
+        _, _, (rows, columns) = min((error, -grid[0], grid) for error, grid in zip(apart, grids))
+        part = self._near(max(round(height / rows), 1), max(round(width / columns), 1), grows=True)
+        return Cut(rows, columns, *part, last=whole)
+
+    def tiles(self, picture: Picture) -> list[NDArray[np.uint8]]:
+        """See `Rule`."""
+        cut = self.cut(picture.height, picture.width)
+        sizes = [cut.last or (cut.height, cut.width), (cut.rows * cut.height, cut.columns * cut.width)]
+        whole, *canvas = (_resized(picture.pixels, *size, self.resample) for size in sizes if size[0])
+        return [whole, *(tile for each in canvas for tile in _grid(each, cut))]
+
+    def _near(self, height: int, width: int, grows: bool) -> tuple[int, int]:
+        if grows or height * width > self.tile**2:
+            ratio = width / height
+            height = int(self.tile / math.sqrt(ratio))
+            width = int(height * ratio)
+        return max(round(height / self.cell), 1) * self.cell, max(round(width / self.cell), 1) * self.cell
 
 
 def _require_ratio(height: int, width: int) -> None:
@@ -453,13 +485,12 @@ def _tiled(canvas: NDArray[np.uint8], whole: NDArray[np.uint8], cut: Cut, resamp
 
 
 def _grid(canvas: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
-    """Cut a canvas into square tiles, row by row."""
-    tile = cut.height
-    grid = canvas.reshape(max(cut.rows, 1), tile, max(cut.columns, 1), tile, 3).swapaxes(1, 2)
-    return grid.reshape(-1, tile, tile, 3)
+    """Cut a canvas into tiles, row by row."""
+    grid = canvas.reshape(max(cut.rows, 1), cut.height, max(cut.columns, 1), cut.width, 3).swapaxes(1, 2)
+    return grid.reshape(-1, cut.height, cut.width, 3)
 
 
-Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule | GridRule
+Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule | GridRule | SliceRule
 """Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
 - `normalisation`: normalisation of the pixels,
@@ -495,17 +526,12 @@ def tile_rule(fields: Fields) -> TileRule:
         longest=fields.section("size").count("longest_edge", most=_MOST_SIDE),
         tile=fields.section("max_image_size").count("longest_edge", most=MAX_TILE),
         splits=fields.get("do_image_splitting", bool, True),
-        resample=_filter(fields, _LANCZOS),
-        normalisation=_normalisation(fields),
+        **_pixels(fields, _LANCZOS),
     )
 
 
 def fit_rule(fields: Fields, patch: int, cell: int) -> FitRule:
-    """Read `preprocessor_config.json` of Pixtral and Mistral 3; `patch` and `cell` are pixels of a side.
-
-    Raises:
-        InvalidFileError, UnsupportedModelError: as `tile_rule`.
-    """
+    """Read `preprocessor_config.json` of Pixtral and Mistral 3, for sides in pixels; raises as `tile_rule`."""
     _require_usual(fields)
     given = fields.values.get("patch_size", patch)
     sides = given if isinstance(given, dict) else {"height": given, "width": given}
@@ -515,20 +541,12 @@ def fit_rule(fields: Fields, patch: int, cell: int) -> FitRule:
                 f"{fields.path}: patch_size is {given!r:.60}; config.json asks for patches of {patch} pixels, "
                 f"{cell // patch} x {cell // patch} of which are one embedding"
             )
-    return FitRule(
-        longest=fields.section("size").count("longest_edge", most=MAX_TILE),
-        cell=cell,
-        resample=_filter(fields, _BICUBIC),
-        normalisation=_normalisation(fields, _CLIP),
-    )
+    longest = fields.section("size").count("longest_edge", most=MAX_TILE)
+    return FitRule(longest=longest, cell=cell, **_pixels(fields, _BICUBIC, _CLIP))
 
 
 def stretch_rule(fields: Fields) -> StretchRule:
-    """Read `preprocessor_config.json` of Gemma 3.
-
-    Raises:
-        InvalidFileError, UnsupportedModelError: as `tile_rule`.
-    """
+    """Read `preprocessor_config.json` of Gemma 3; raises as `tile_rule`."""
     _require_usual(fields)
     size = fields.section("size")
     parts: dict[str, Any] = {}
@@ -544,20 +562,11 @@ def stretch_rule(fields: Fields) -> StretchRule:
                 f"{fields.path}: pan_and_scan_min_crop_size is {least}, less than pan_and_scan_max_num_crops, {most}"
             )
         parts = {"most_parts": most, "least_part": least, "ratio": ratio}
-    return StretchRule(
-        tile=tile,
-        resample=_filter(fields, _BILINEAR),
-        normalisation=_normalisation(fields),
-        **parts,
-    )
+    return StretchRule(tile=tile, **_pixels(fields, _BILINEAR), **parts)
 
 
 def crop_rule(fields: Fields) -> StretchRule:
-    """Read `preprocessor_config.json` of LLaVA with CLIP's vision encoder.
-
-    Raises:
-        InvalidFileError, UnsupportedModelError: as `tile_rule`.
-    """
+    """Read `preprocessor_config.json` of LLaVA with CLIP's vision encoder; raises as `tile_rule`."""
     crops = fields.get("do_center_crop", bool, True)
     _require_usual(Fields({**fields.values, "do_center_crop": False}, fields.path), ("do_pad", False))
 
@@ -573,15 +582,13 @@ def crop_rule(fields: Fields) -> StretchRule:
     tile = side("crop_size", "height", "width") if crops else side("size", "height", "width")
     if crops and middle < tile:
         raise InvalidFileError(f"{fields.path}: crop_size is {tile}, more than size, {middle}")
-    pixels = {"resample": _filter(fields, _BICUBIC), "normalisation": _normalisation(fields, _CLIP)}
-    return StretchRule(tile=tile, middle=middle, **pixels)
+    return StretchRule(tile=tile, middle=middle, **_pixels(fields, _BICUBIC, _CLIP))
 
 
 def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
-    """Read `preprocessor_config.json` of Qwen2-VL and models with its rule; `most` bounds the file's `max_pixels`.
+    """Read `preprocessor_config.json` of Qwen2-VL and models with its rule; raises as `tile_rule`.
 
-    Raises:
-        InvalidFileError, UnsupportedModelError: as `tile_rule`.
+    `most` bounds the file's `max_pixels`.
     """
     _require_usual(fields)
     size = fields.section("size")
@@ -589,20 +596,13 @@ def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
     largest = fields.count("max_pixels", size.count("longest_edge", 28 * 28 * 1280, most=1 << 40), most=1 << 40)
     if largest < least:
         raise InvalidFileError(f"{fields.path}: images must have at least {least} pixels and at most {largest}")
-    return AreaRule(
-        cell=cell,
-        least=least,
-        most=min(largest, most),
-        resample=_filter(fields, _BICUBIC),
-        normalisation=_normalisation(fields, _CLIP),
-    )
+    return AreaRule(cell=cell, least=least, most=min(largest, most), **_pixels(fields, _BICUBIC, _CLIP))
 
 
 def budget_rule(fields: Fields, patch: int, cell: int) -> AreaRule:
-    """Read `preprocessor_config.json` of Gemma 4, for cells of `cell` x `cell` patches of `patch` x `patch` pixels.
+    """Read `preprocessor_config.json` of Gemma 4; raises as `tile_rule`.
 
-    Raises:
-        InvalidFileError, UnsupportedModelError: as `tile_rule`.
+    A cell is `cell` x `cell` patches of `patch` x `patch` pixels.
     """
     _require_usual(fields)
     for key, known in (("patch_size", patch), ("pooling_kernel_size", cell)):
@@ -612,9 +612,8 @@ def budget_rule(fields: Fields, patch: int, cell: int) -> AreaRule:
     if count not in (70, 140, 280, 560, 1120):
         raise InvalidFileError(f"{fields.path}: max_soft_tokens is {count}; it must be 70, 140, 280, 560 or 1120")
     plain = Fields({"do_normalize": False, **fields.values}, fields.path)
-    pixels = count * (cell * patch) ** 2
-    rule = {"least": pixels, "most": pixels, "resample": _filter(fields, _BICUBIC), "fills": True}
-    return AreaRule(cell=cell * patch, normalisation=_normalisation(plain, ((0.0,) * 3, (1.0,) * 3)), **rule)
+    pixels, kept = count * (cell * patch) ** 2, _pixels(plain, _BICUBIC, ((0.0,) * 3, (1.0,) * 3))
+    return AreaRule(cell=cell * patch, least=pixels, most=pixels, fills=True, **kept)
 
 
 def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -631,22 +630,18 @@ def _require_usual(fields: Fields, *others: tuple[str, bool]) -> None:
             raise UnsupportedModelError(f"{fields.path}: {name} is {said}, which is not implemented")
 
 
-def _filter(fields: Fields, default: int) -> int:
-    number = fields.get("resample", int, default)
+_HALF = ((0.5,) * 3, (0.5,) * 3)
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def _pixels(fields: Fields, resample: int, usual: Sequence[tuple[float, ...]] = _HALF) -> dict[str, Any]:
+    """The fields of `Pixels`; `resample`, and mean and standard deviation in `usual`, stand for absent keys."""
+    number = fields.get("resample", int, resample)
     if number not in (_LANCZOS, _BILINEAR, _BICUBIC):
         raise UnsupportedModelError(
             f"{fields.path}: resample is {number}; implemented: {_LANCZOS} (Lanczos), {_BILINEAR} (bilinear) and "
             f"{_BICUBIC} (bicubic)"
         )
-    return number
-
-
-_HALF = ((0.5,) * 3, (0.5,) * 3)
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-
-
-def _normalisation(fields: Fields, usual: tuple[tuple[float, ...], tuple[float, ...]] = _HALF) -> Normalisation:
-    """Read the normalisation; `usual` are mean and standard deviation of a file without them."""
     scale = fields.get("rescale_factor", float, 1 / 255) if fields.get("do_rescale", bool, True) else 1.0
     mean, std = ((0.0,) * 3, (1.0,) * 3)
     if fields.get("do_normalize", bool, True):
@@ -659,7 +654,7 @@ def _normalisation(fields: Fields, usual: tuple[tuple[float, ...], tuple[float, 
             raise InvalidFileError(
                 f"{fields.path}: with its image_mean, image_std and rescale_factor pixels are infinite"
             )
-    return made
+    return {"resample": number, "normalisation": made}
 
 
 def _three(fields: Fields, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:

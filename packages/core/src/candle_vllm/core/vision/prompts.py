@@ -123,7 +123,7 @@ class VisionInput:
                     raise InvalidParameterError(f"{name}: {error}", name) from None
                 least = len(expanded) + self.parts.embeddings(cut)
                 if most_tokens is None or least < most_tokens:  # otherwise the prompt is refused below
-                    self._join(expanded, self.words(cut))
+                    self._join(expanded, self.words(cut._replace(number=len(inputs))))
                     least = len(expanded)
                 if most_tokens is not None and least >= most_tokens:
                     said = f"{name}: with this image the prompt has at least {least} tokens"

@@ -113,7 +113,7 @@ class RecordedTower:
 
     def _encode(self, tile: NDArray[np.uint8], target: NDArray[np.float32], clock: _Clock) -> Iterator[None]:
         """Write the embeddings of a tile to `target`, [cells, vectors * text size]."""
-        arrays, read = self._tile.arrays, self._config.read(tile)
+        arrays, config, read = self._tile.arrays, self._config, self._config.read(tile)
         rows = len(read.places)
         yield from self._touch(rows, clock)
         for numbers, patches in read.strips(_STRIP):
@@ -128,9 +128,9 @@ class RecordedTower:
             yield from clock.pause(clock.waited)
         deep = 0
         for number, layer in enumerate(self._layers):
+            rows = len(read.places) // config.patches_of_row(number)
             lengths = read.windows if layer.kind.windowed else (rows,)
-            arrays.numbers[StepNumber.TOKENS] = rows
-            arrays.numbers[StepNumber.SEQUENCES] = len(lengths)
+            arrays.numbers[[StepNumber.TOKENS, StepNumber.SEQUENCES]] = rows, len(lengths)
             arrays.query_start[: len(lengths) + 1] = 0, *itertools.accumulate(lengths)
             yield from self._run(layer, rows, clock)
             if number in self._deep:
@@ -163,7 +163,7 @@ class RecordedTower:
         columns = target[:, number * size : (number + 1) * size]
         for first in range(0, len(target), most):
             last = min(first + most, len(target))
-            rows = rows_of(np.arange(first * config.cell**2, last * config.cell**2))
+            rows = rows_of(np.arange(first * config.cell_rows, last * config.cell_rows))
             join.cells[: last - first] = config.cells(rows) if number else self._cells_of(rows)
             self._cells.arrays.numbers[StepNumber.TOKENS] = last - first
             yield from self._run(join.piece, last - first, clock)

@@ -134,9 +134,12 @@ class _Value(Recorded):
         return [self._part(end - size, size) for end, size in zip(ends, sizes)]
 
     def unflatten(self, dim: int, sizes: Sequence[int]) -> Recorded:
-        assert dim == -1
         assert sizes[0] == -1
-        return self._part(0, self.width, sizes[1])
+        if dim:
+            return self._part(0, self.width, sizes[1])
+        wide = Buffer(self.buffer.array, stride := sizes[1] * self.buffer.stride, stride)
+        rows = _Value(self.recorder, wide, self.column, stride, self.buffer.stride, self.rows_from)
+        return rows.first_of_heads(self.width).unflatten(-1, (-1, self.width))
 
     def flatten(self, start: int) -> Recorded:
         assert start == 1
@@ -246,13 +249,8 @@ class _Value(Recorded):
 
     def position_scale(self, table: Floats) -> Recorded:
         assert self.rows_from is StepNumber.TOKENS
-        row = PositionScaleArguments(
-            x=self.address,
-            stride=self.buffer.stride,
-            columns=self.width,
-            positions=address_of(self.recorder.arrays.positions),
-            table=self.recorder.keep(table),
-        )
+        place, positions = (self.address, self.buffer.stride, self.width), address_of(self.recorder.arrays.positions)
+        row = PositionScaleArguments(*place, positions, self.recorder.keep(table))
         self.recorder.add(operation("position_scale.cpu:position_scale"), row)
         return self
 
