@@ -39,7 +39,8 @@ class Cut(NamedTuple):
         rows, columns: size of the grid of tiles; 0 for an image of one tile.
         height, width: size of a tile in pixels.
         last: height and width of the last tile, if its size is another.
-        shown, joined: see `GridRule`.
+        shown: see `GridRule`.
+        joined: rows and columns of embeddings that are added to those of the tiles' cells; each row has one more.
     """
 
     rows: int
@@ -250,6 +251,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         grows: GLM-4V's and PaddleOCR's rule: an image with a side shorter than a cell is first enlarged until this side
             is a cell; pixels of the other side are "cut" or "rounded" to whole ones. In LFM2-VL's rule the other side
             is "kept".
+        lined: HunyuanOCR's rule: each row of embeddings ends with one more, and the image has one more at either end.
     """
 
     cell: int
@@ -259,6 +261,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     normalisation: Normalisation
     fills: bool = False
     grows: Literal["", "cut", "rounded", "kept"] = ""
+    lined: bool = False
 
     @property
     def longest(self) -> int:
@@ -276,7 +279,8 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
-        return Cut(0, 0, *self._size(height, width))
+        height, width = self._size(height, width)
+        return Cut(0, 0, height, width, joined=(height // self.cell + 2, 0) if self.lined else None)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
