@@ -27,9 +27,9 @@ class Rotary:
 
     GGUF files may store a scaling, such as Llama 3's, as divisors of the frequencies: the parameter "factors".
 
-    If `rope` has axes (M-RoPE), tokens of images are rotated by three positions. Their cosines and sines are in rows
+    If `rope` has axes (M-RoPE), tokens of images are rotated by several positions. Their cosines and sines are in rows
     of the tables after the rows of all positions, and are written there for each step (`turn`). For any other token the
-    three positions are equal, and it uses the row of its position.
+    positions are equal, and it uses the row of its position.
 
     Args:
         rope: configuration of the rotary embedding.
@@ -85,7 +85,7 @@ class Rotary:
         return cos[: self._positions], sin[: self._positions]
 
     def turn(self, places: NDArray[np.int64]) -> int:
-        """Write rows for tokens by their positions in time, height and width [N, 3]; return the first row's index.
+        """Write rows for tokens by their positions [N, 4], as in `RotaryPositions`; return the first row's index.
 
         N is at most the number of tokens passed to `make_room`; the rows are valid until the next call.
         """
@@ -103,7 +103,7 @@ class Rotary:
         return self._positions
 
     def sources(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the source row [N, R/2] in the tables of each element that `turn` writes, for positions [N, 3]."""
+        """Return the source row [N, R/2] in the tables of each element that `turn` writes, for positions [N, 4]."""
         return places[:, self._axes]
 
     def turn_there(self, sources: Any) -> None:

@@ -34,8 +34,8 @@ class RopeConfig:
         query_scale: coefficient of the growth of queries beyond the original context: see `layers/rotary.py`.
         short_factor, long_factor: longrope's divisors of frequencies [dim / 2]; `long_factor` is used if the model's
             context exceeds the original one.
-        axes: for each of the dim / 2 frequencies, whether a token's time (0), height (1) or width (2) rotates it
-            (M-RoPE); empty if one position rotates all frequencies.
+        axes: for each of the dim / 2 frequencies, whether a token's time (0), height (1), width (2) or its image's
+            number (3) rotates it (M-RoPE); empty if one position rotates all frequencies.
     """
 
     theta: float = 10000.0

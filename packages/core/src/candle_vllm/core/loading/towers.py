@@ -50,6 +50,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Glm4vForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
         "GlmOcrForConditionalGeneration": {"glm_ocr_text": "Glm4ForCausalLM"},
+        "HunYuanVLForConditionalGeneration": {"hunyuan_vl_text": "HunYuanDenseV1ForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "MiniCPMOcrForConditionalGeneration": _QWEN35,
@@ -73,8 +74,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
 
 FLAT = frozenset({
-    "DotsOCRForCausalLM", "PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration"
+    "DotsOCRForCausalLM", "HunYuanVLForConditionalGeneration", "PaddleOCRVLForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 
@@ -84,20 +85,16 @@ _QWEN2_VL = MappingProxyType({
     "rope_theta": 1e6,
 })  # fmt: skip
 
-_GEMMA4 = MappingProxyType(
-    {
-        "vocab_size": 262144,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "sliding_window": 512,
-    }
-)
+_GEMMA4 = MappingProxyType({
+    "vocab_size": 262144, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6, "sliding_window": 512,
+})  # fmt: skip
+
+_HUNYUAN = MappingProxyType({
+    "vocab_size": 290943, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+})  # fmt: skip
 
 _MINISTRAL3 = MappingProxyType({
     "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34,
@@ -110,54 +107,37 @@ _LFM2 = MappingProxyType({
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000, "norm_eps": 1e-5,
 })  # fmt: skip
 
-DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "qwen2_vl_text": _QWEN2_VL,
-        "qwen2_5_vl_text": _QWEN2_VL,
-        "gemma3_text": {
-            "vocab_size": 262208,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6,
-            "query_pre_attn_scalar": 256,
-        },
-        "gemma4_text": _GEMMA4,
-        "lfm2": _LFM2,
-        "glm4v_text": {"partial_rotary_factor": 1.0},
-        "glm4v_moe_text": {"partial_rotary_factor": 1.0},
-        "glm_ocr_text": {"partial_rotary_factor": 1.0, "attention_bias": False},
-        "gemma4_unified_text": {**_GEMMA4, "max_position_embeddings": 262144, "sliding_window": 1024},
-        "llama": {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-        },
-        "mistral": {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6,
-        },
-        "ministral3": _MINISTRAL3,
-    }
-)
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "gemma3_text": {
+        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256,
+    },
+    "gemma4_text": _GEMMA4,
+    "hunyuan_vl_text": _HUNYUAN,
+    "lfm2": _LFM2,
+    "glm4v_text": {"partial_rotary_factor": 1.0},
+    "glm4v_moe_text": {"partial_rotary_factor": 1.0},
+    "glm_ocr_text": {"partial_rotary_factor": 1.0, "attention_bias": False},
+    "gemma4_unified_text": {**_GEMMA4, "max_position_embeddings": 262144, "sliding_window": 1024},
+    "llama": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    },
+    "mistral": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+    },
+    "ministral3": _MINISTRAL3,
+})  # fmt: skip
 """Keys that published configs omit in `text_config`, by model_type: the defaults in transformers."""
 
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)"
+    "vit|vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)"
     "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual|merger"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")

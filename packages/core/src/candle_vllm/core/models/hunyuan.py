@@ -2,7 +2,8 @@
 """Hunyuan V1, dense and A13B: the layers of Llama (`llama.py`) with QK norms after the rotary embedding.
 
 If the config has an alpha, the rotary base is multiplied by alpha^(D / (D - 2)), where D is the head size. All layers
-of A13B have experts and a shared expert. Source: Tencent, 2025, "Hunyuan-A13B Technical Report".
+of A13B have experts and a shared expert. HunyuanOCR has M-RoPE with an axis more.
+Sources: Tencent, 2025, "Hunyuan-A13B Technical Report", and arXiv:2511.19575.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
 from candle_vllm.core.models.experts import expert_names, in_all_layers, shared_names, size_keys
 from candle_vllm.core.models.family import Architecture, Family
+from candle_vllm.core.models.hunyuan_positions import section_keys, stretched, stretched_base, with_axes
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Read `config.json` of hunyuan_v1_dense and hunyuan_v1_moe."""
+    """Read `config.json` of hunyuan_v1_dense and hunyuan_v1_moe, and of HunyuanOCR's text model, which has M-RoPE."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if fields.get("use_cla", bool, False):
         raise UnsupportedModelError(f"{fields.path}: use_cla is true: layers that share keys are not implemented")
-    shared = shared_from_hf(_stretched(fields), model_type)
+    fields = fields.with_absent(head_dim=fields.values.get(f"{fields.prefix}attention_head_dim"))
+    fields, sections = stretched(fields)
+    shared = with_axes(shared_from_hf(fields, model_type), sections, fields.path)
     bias, normed = fields.get("attention_bias", bool, False), fields.get("use_qk_norm", bool, True)
     own: dict[str, Any] = {"qkv_bias": bias, "output_bias": bias, "qk_norm": normed, "norms_behind": normed}
     if model_type == "hunyuan_v1_dense":
@@ -45,23 +49,6 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     return LlamaConfig(**shared | own, **in_all_layers(mixture, shared["num_layers"]))
 
 
-def _stretched(fields: Fields) -> Fields:
-    """The config with the scaled rotary base instead of alpha, as in transformers; unchanged if there is no alpha."""
-    key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
-    scaling = fields.section(key)
-    alpha = scaling.get("alpha", float, 0.0)
-    if not alpha:
-        return fields
-    scaling.choice("rope_type" if "rope_type" in scaling else "type", "dynamic", "dynamic")
-    dim = fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
-    theta = scaling.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
-    if dim <= 2 or not 0 < alpha <= 1e9:
-        raise UnsupportedModelError(f"{fields.path}: {key} has an alpha of {alpha} for heads of {dim} elements")
-    theta *= alpha ** (dim / (dim - 2))
-    rope = {"rope_type": "default", "rope_theta": theta}
-    return Fields({**fields.values, "rope_theta": theta, "rope_scaling": None, "rope_parameters": rope}, fields.path)
-
-
 def _same(fields: Fields, key: str, *default: int) -> int:
     """A count, which some files store as a list with one entry for each layer."""
     stored = fields.values.get(key)
@@ -73,12 +60,17 @@ def _same(fields: Fields, key: str, *default: int) -> int:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Read GGUF metadata of hunyuan-dense and hunyuan-moe."""
-    shared = shared_from_gguf(fields, checkpoint)
+    """Read GGUF metadata of hunyuan-dense, hunyuan-moe and hunyuan_vl."""
+    sections, alpha = fields.get("rope.dimension_sections", list, []), fields.get("rope.scaling.alpha", float, 0.0)
+    values = {**fields.values, f"{fields.prefix}rope.dimension_sections": None}
+    shared = with_axes(shared_from_gguf(Fields(values, fields.path, fields.prefix), checkpoint), sections, fields.path)
+    if alpha:
+        theta = stretched_base(shared["rope"].theta, alpha, shared["head_dim"], fields.path)
+        shared["rope"] = dataclasses.replace(shared["rope"], theta=theta)
     biases = {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": "blk.0.attn_output.bias" in checkpoint.tensors}
     normed = "blk.0.attn_q_norm.weight" in checkpoint.tensors
     own: dict[str, Any] = biases | {"qk_norm": normed, "norms_behind": normed}
-    if shared["model_type"] == "hunyuan-dense":
+    if shared["model_type"] != "hunyuan-moe":
         return LlamaConfig(**shared | own)
     inner = shared["intermediate_size"]
     mixture = Mixture(
@@ -119,7 +111,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 FAMILY = Family(
     hf={"HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense", "HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe"},
-    gguf=("hunyuan-dense", "hunyuan-moe"),
+    gguf=("hunyuan-dense", "hunyuan-moe", "hunyuan_vl"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=Llama,
@@ -128,5 +120,6 @@ FAMILY = Family(
     as_gguf={
         "hunyuan_v1_dense": Architecture(name="hunyuan-dense"),
         "hunyuan_v1_moe": Architecture(name="hunyuan-moe", more=gguf_keys, norm=True),
+        "hunyuan_vl": Architecture(name="hunyuan_vl", more=section_keys),
     },
 )

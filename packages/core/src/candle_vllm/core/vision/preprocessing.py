@@ -39,7 +39,8 @@ class Cut(NamedTuple):
         rows, columns: size of the grid of tiles; 0 for an image of one tile.
         height, width: size of a tile in pixels.
         last: height and width of the tile of the whole image, if its size is another.
-        shown, joined: see `GridRule`.
+        shown: see `GridRule`.
+        joined: rows and columns of embeddings that are added to those of the tiles' cells; each row has one more.
         number: how many images stand before this one in a prompt; `TowerFamily.words_around` may write it.
     """
 
@@ -245,6 +246,7 @@ class AreaRule(Pixels, frozen=True, kw_only=True, tag=True):
         grows: GLM-4V's and PaddleOCR's rule: an image with a side shorter than a cell is first enlarged until this side
             is a cell; pixels of the other side are "cut" or "rounded" to whole ones. In LFM2-VL's rule the other side
             is "kept".
+        lined: HunyuanOCR's rule: each row of embeddings ends with one more, and the image has one more at either end.
     """
 
     cell: int
@@ -252,6 +254,7 @@ class AreaRule(Pixels, frozen=True, kw_only=True, tag=True):
     most: int
     fills: bool = False
     grows: Literal["", "cut", "rounded", "kept"] = ""
+    lined: bool = False
 
     @property
     def longest(self) -> int:
@@ -269,7 +272,8 @@ class AreaRule(Pixels, frozen=True, kw_only=True, tag=True):
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
-        return Cut(0, 0, *self._size(height, width))
+        height, width = self._size(height, width)
+        return Cut(0, 0, height, width, joined=(height // self.cell + 2, 0) if self.lined else None)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""

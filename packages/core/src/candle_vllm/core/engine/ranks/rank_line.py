@@ -656,7 +656,7 @@ def _seen(message: Seen) -> EmbeddedRows:
 
 
 def _turned(message: RotaryMessage) -> RotaryPositions:
-    return RotaryPositions(as_ints(message.shifts), as_ints(message.rows), as_ints(message.places).reshape(-1, 3))
+    return RotaryPositions(as_ints(message.shifts), as_ints(message.rows), as_ints(message.places).reshape(-1, 4))
 
 
 def as_bytes(array: Ints) -> bytes:

@@ -154,7 +154,7 @@ class RotaryPositions(msgspec.Struct, frozen=True, eq=False):
     Attributes:
         shifts: [T] int64, added to the position of each row.
         rows: [N] int64, the rows of images, whose shifts are 0.
-        places: [N, 3] int64, the temporal, height and width position of each image row.
+        places: [N, 4] int64, the temporal, height and width position of each image row, and the number of its image.
     """
 
     shifts: Ints
@@ -166,28 +166,34 @@ def rotary_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions 
     """Return the rotary positions of a step with images that have grids; None if all rows rotate by their positions.
 
     All tokens of an image have the same temporal position, and their row and column as height and width; the text
-    after it continues at the largest of these positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
+    after it continues at the largest of these positions + 1. Source: Wang et al., 2024, arXiv:2409.12191. Of a `lined`
+    image the temporal position is that in the sequence, rows and columns begin at 0, and its number in the prompt is a
+    fourth position. Source: transformers' HunYuanVLModel.
     """
     if not any(run.sequence.images for run in scheduled):
         return None
     shifts, rows, places = np.zeros(query_start[-1], np.int64), list[Ints](), list[Ints]()
     for run, first in zip(scheduled, query_start.tolist()):
         last = first + run.count
-        for image in run.sequence.images:
+        for which, image in enumerate(run.sequence.images):
             if image.grid is None:
                 continue
-            start, end = image.positions[0] - run.start, image.positions[-1] + 1 - run.start
+            edge = int(image.lined)  # the embeddings at both ends are rotated as text
+            start, end = image.positions[0] + edge - run.start, image.positions[-1] + 1 - edge - run.start
             if end < run.count:
                 shifts[first + max(end, 0) : last] = image.shift
             begin, stop = max(start, 0), min(end, run.count)
             if begin < stop:
                 shifts[first + begin : first + stop] = 0
                 numbers = np.arange(begin - start, stop - start)
-                row, column = np.divmod(numbers, image.grid[1])
+                row, column = np.divmod(numbers, image.grid[1] + edge)
                 rows.append(np.arange(first + begin, first + stop))
-                places.append(image.first + np.stack([np.zeros_like(row), row, column], 1))
+                if edge:
+                    places.append(np.stack([image.positions[1] + numbers, row, column, np.full_like(row, which)], 1))
+                else:
+                    places.append(image.first + np.stack([np.zeros_like(row), row, column, np.zeros_like(row)], 1))
     if not rows:
-        return RotaryPositions(shifts, np.zeros(0, np.int64), np.zeros((0, 3), np.int64)) if shifts.any() else None
+        return RotaryPositions(shifts, np.zeros(0, np.int64), np.zeros((0, 4), np.int64)) if shifts.any() else None
     return RotaryPositions(shifts, np.concatenate(rows), np.concatenate(places))
 
 

@@ -29,7 +29,7 @@ class PlacedImage(msgspec.Struct, eq=False):
         positions: prompt positions of its embeddings, in ascending order.
         spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
         rows: its embeddings, float32 [count, V * E] (`EmbeddedRows`); None unless they are encoded and still needed.
-        grid: its rows and columns of embeddings with M-RoPE, whose image positions are consecutive; else None.
+        grid: its rows and columns of cells with M-RoPE, whose image positions are consecutive; else None.
         first: the rotary position of its first embedding, in time, height and width.
         blank: the token id that replaces its image tokens in the text model's input; None to leave these unchanged.
     """
@@ -45,7 +45,12 @@ class PlacedImage(msgspec.Struct, eq=False):
     @property
     def shift(self) -> int:
         """Rotary position of a token after the image, minus the token's position in the prompt; at most 0."""
-        return 0 if self.grid is None else self.first + max(self.grid) - (self.positions[-1] + 1)
+        return 0 if self.grid is None or self.lined else self.first + max(self.grid) - (self.positions[-1] + 1)
+
+    @property
+    def lined(self) -> bool:
+        """Whether an image with a grid has an embedding at each end, and one at the end of each row (HunyuanOCR)."""
+        return self.grid is not None and len(self.positions) > self.grid[0] * self.grid[1]
 
     def marks(self, block_size: int) -> Iterator[tuple[int, bytes]]:
         """Yield each block number with embeddings of the image, and the key and offset that the hash must include."""

@@ -790,9 +790,8 @@ class _Rotated(_Wrapper):
 
         dim, arrays = self.head_dim, self.recorder.arrays
         assert dim is not None
-        assert arrays.turns is None, "M-RoPE positions are not supported when the norm follows the rotation"
         heads = WholeHeads(self.address, self.buffer.stride, self.width // dim, 0, dim)
-        record_turn(self.recorder, heads, arrays.positions, self.tables)
+        record_turn(self.recorder, heads, arrays.positions, self.tables, arrays.turns)
         return self.source.rms_norm(weight, eps)
 
     def attend(self, k: Recorded | None, v: Recorded | None, cache: PagedCache, **scores: Any) -> Recorded:

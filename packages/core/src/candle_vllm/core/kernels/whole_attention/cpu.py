@@ -47,7 +47,8 @@ def turn(row, thread, threads):
     tokens, dim, half = step_number(row, _TOKENS), given.head_dim, given.half
     places = int64_at(given.places)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-        cos, sin = float32_at(given.cos + 4 * half * places[t]), float32_at(given.sin + 4 * half * places[t])
+        at = 4 * half * (places[t] + (int64_at(given.turns)[t] if given.turns != 0 else 0))
+        cos, sin = float32_at(given.cos + at), float32_at(given.sin + at)
         for head in range(given.heads):
             x = float32_at(given.qkv + 4 * (t * given.stride + head * dim))
             for i in range(half):

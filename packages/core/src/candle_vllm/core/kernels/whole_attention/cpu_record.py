@@ -80,6 +80,7 @@ class TurnArguments(NamedTuple):
         half: R/2, the number of rotated pairs in a head.
         places: address of int64 [T]: the row of the tables for each token.
         cos, sin: addresses of float32 [P, half].
+        turns: address of int64 [T] that is added to `places`; 0 without M-RoPE.
     """
 
     qkv: int
@@ -90,6 +91,7 @@ class TurnArguments(NamedTuple):
     places: int
     cos: int
     sin: int
+    turns: int = 0
 
 
 def record_turn(
@@ -97,11 +99,13 @@ def record_turn(
     qkv: WholeHeads,
     places: NDArray[np.int64],
     tables: tuple[NDArray[np.float32], NDArray[np.float32]],
+    turns: NDArray[np.int64] | None = None,
 ) -> None:
-    """Record `turn`, which rotates queries and keys in place; places and (cos, sin) as in `TurnArguments`."""
+    """Record `turn`, which rotates queries and keys in place; the other arguments as in `TurnArguments`."""
     cos, sin = (recorder.keep(table) for table in tables)
     turning, half = qkv.heads + qkv.kv_heads, tables[0].shape[1]
-    given = TurnArguments(qkv.address, qkv.stride, turning, qkv.head_dim, half, address_of(places), cos, sin)
+    more = 0 if turns is None else address_of(turns)
+    given = TurnArguments(qkv.address, qkv.stride, turning, qkv.head_dim, half, address_of(places), cos, sin, more)
     recorder.add(operation("whole_attention.cpu:turn"), given)
 
 
