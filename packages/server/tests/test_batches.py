@@ -533,6 +533,13 @@ def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None
     client.files.delete(batch.input_file_id)
     batch = ended(client, batch)
     assert [error.code for error in batch.errors.data] == ["input_file_gone"]
+    again = begin(client, *(line(str(n), prompt="x" * 9000) for n in range(300)))
+    wait_for(lambda: client.batches.retrieve(again.id).status == "in_progress")
+    client.batches.cancel(again.id)
+    client.files.delete(again.input_file_id)
+    again = ended(client, again)
+    assert (again.status, again.errors) == ("cancelled", None)
+    assert again.cancelled_at >= again.cancelling_at
 
 
 # ---- a store with faults, without a server -------------------------------------------------------------------------
