@@ -219,7 +219,7 @@ async def test_files_of_a_purpose_are_found_in_few_looks() -> None:
     asked: list[int] = []
 
     class Pages:
-        async def page(self, kind: str, owner: str, limit: int, after: str | None) -> list[Any]:
+        async def page(self, kind: str, owner: str, limit: int, after: str | None, order: str) -> list[Any]:
             asked.append(limit)
             first, about = int(after or 0), {"purpose": "batch", "filename": "f", "bytes": 1}
             last = min(first + limit, 4500)
@@ -230,9 +230,9 @@ async def test_files_of_a_purpose_are_found_in_few_looks() -> None:
 
     files = store.BatchStore(store.FileOptions("memory"))
     files._backend = cast("Any", Pages())
-    assert await files.files("", 1, None, "vision") == []
+    assert await files.files("", 1, None, "vision", "desc") == []
     assert len(asked) == 5
-    assert len(await files.files("", 2, None, None)) == 2
+    assert len(await files.files("", 2, None, None, "desc")) == 2
     assert asked[5:] == [2]
 
 
@@ -247,6 +247,10 @@ def test_pages(start: Callable[..., Any]) -> None:
     assert [each.id for each in client.batches.list(limit=2)] == newest  # the client asks for the next page
     inputs = [batch.input_file_id for batch in reversed(batches)]
     assert [each.id for each in client.files.list(limit=2, purpose="batch")] == inputs
+    oldest = [each.id for each in client.files.list(limit=2, purpose="batch", order="asc")]
+    assert oldest == inputs[::-1]
+    everything = [each.id for each in client.files.list()]
+    assert [each.id for each in client.files.list(limit=1, order="asc")] == everything[::-1]
 
 
 def test_nobody_sees_what_another_key_has(start: Callable[..., Any]) -> None:
@@ -529,6 +533,13 @@ def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None
     client.files.delete(batch.input_file_id)
     batch = ended(client, batch)
     assert [error.code for error in batch.errors.data] == ["input_file_gone"]
+    again = begin(client, *(line(str(n), prompt="x" * 9000) for n in range(300)))
+    wait_for(lambda: client.batches.retrieve(again.id).status == "in_progress")
+    client.batches.cancel(again.id)
+    client.files.delete(again.input_file_id)
+    again = ended(client, again)
+    assert (again.status, again.errors) == ("cancelled", None)
+    assert again.cancelled_at >= again.cancelling_at
 
 
 # ---- a store with faults, without a server -------------------------------------------------------------------------
@@ -980,7 +991,7 @@ def test_what_is_no_upload_is_refused_by_name(start: Callable[..., Any]) -> None
         refused(415, "must be a form", client.post("/v1/files", json={}))
         refused(413, "larger than 1 MB", send(client, file=b"x" * (2 << 20)))
         refused(400, "larger than 1 MB", send(client, file=b"x" * ((1 << 20) + 1)))
-        refused(400, "order must be desc", client.get("/v1/files?order=asc"))
+        refused(400, "order must be asc or desc", client.get("/v1/files?order=up"))
         refused(400, "limit must be", client.get("/v1/batches?limit=0"))
         refused(404, "was not found", client.get("/v1/batches?after=batch_x"))
         assert client.get("/v1/files").json()["data"] == []  # nothing of all that is left

@@ -170,6 +170,15 @@ def test_answers_of_an_earlier_run_stay_until_the_model_is_loaded(
     assert len(run(tmp_path, request("d"))) == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="the system has no /dev/fd")
+def test_the_shell_decides_whether_a_file_is_overwritten(engine: PacedEngine, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(request("a")), "utf-8")
+    (tmp_path / "out.jsonl").write_text("earlier\n", "utf-8")
+    with (tmp_path / "out.jsonl").open("ab") as appended:  # as with >> out.jsonl
+        assert main(["run-batch", "-i", "in.jsonl", "-o", f"/dev/fd/{appended.fileno()}"]) == 0
+    assert (tmp_path / "out.jsonl").read_text("utf-8").startswith('earlier\n{"id":')
+
+
 class Shelf:
     """A server of files: what is read from it, what is written to it, and how it answers."""
 

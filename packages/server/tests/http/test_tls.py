@@ -303,5 +303,7 @@ def test_paths_may_have_the_prefix_of_a_proxy() -> None:
                 assert client.get(path, headers={"authorization": "Bearer key"}).status_code == 200, path
             assert client.get("/models/a/health").status_code == 200
             assert client.get("/models/b/v1/models", headers={"authorization": "Bearer key"}).status_code == 404
+            document = client.get("/models/a/openapi.json", headers={"authorization": "Bearer key"}).json()
+            assert document["servers"] == [{"url": "/models/a"}]
     finally:
         running.stop()

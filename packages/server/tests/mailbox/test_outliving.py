@@ -170,6 +170,8 @@ def test_headers_are_refused_where_nothing_is_kept(tmp_path: Path, start) -> Non
         assert client.post("/v1/messages", json=ask, headers=KEPT).status_code == 400
         compact = client.post("/v1/responses/compact", json={"model": "scripted", "input": "Hi"}, headers=KEPT)
         assert (compact.status_code, compact.json()["error"]["param"]) == (400, "X-Mailbox-Mode")
+        vectors = client.post("/v1/embeddings", json={"input": "Hi"}, headers=KEPT)
+        assert "answers of this route are not stored" in vectors.json()["error"]["message"]
         url = f"ws://127.0.0.1:{running.port}/v1/responses"
         with pytest.raises(InvalidStatus) as caught, connect(url, additional_headers=KEPT, proxy=None):
             pass

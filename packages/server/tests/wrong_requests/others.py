@@ -23,6 +23,7 @@ EMBEDDING_ROWS = [
     *not_served(EMBEDDING_REFUSED_FIELDS),
     *switches("normalize", "normalized", "use_activation", "truncate", "return_multivector", "add_special_tokens"),
     Row("task", 1),
+    Row("truncate_prompt_tokens", 0),
     Row("input_type", ""),
     Row("input", GONE),
     Row("input", None),

@@ -52,8 +52,7 @@ def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
 
 def _with_operators_form(wire: Any, settings: RequestOptions) -> Any:
     """Return the request with what the operator adds to every answer: token counts, ids instead of tokens' texts."""
-    adds = settings.enable_force_include_usage or settings.return_tokens_as_token_ids
-    if not adds or not isinstance(wire, GenerationFields):
+    if not isinstance(wire, GenerationFields):
         return wire
     added: dict[str, Any] = {}
     if settings.enable_force_include_usage and wire.stream:
@@ -105,7 +104,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
     if getattr(wire, "lora", None):
         _permit_mix(request, wire)
     if writer is None or api.stored is None:
-        refuse_headers(request.scope["headers"], None if writer is None else NOT_HERE)
+        refuse_headers(request.scope["headers"], None if api.stored else NOT_HERE)
     else:
         wish, wire = writer.wish(request.scope, wire)
     async with in_time(deadline, request):
@@ -184,6 +183,7 @@ async def answer_parsed_with(
     queued: bool = True,
 ) -> Response:
     """As `answer_with`, for a request whose body has been read; `deadline` is a `time.monotonic()`."""
+    refuse_headers(request.scope["headers"], NOT_HERE)
 
     async def work() -> Any:
         if queued:

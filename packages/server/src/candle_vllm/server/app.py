@@ -134,7 +134,8 @@ def create_app(
     # The web UI's routes come first, because its page replaces the server's own response to GET /.
     for router in (*((web_ui_router(),) if settings.ui_server else ()), *ROUTERS):
         app.include_router(router)
-    app.state.document = ApiDocument(ROUTERS, keys=settings.has_api_keys, management_keys=bool(settings.management_key))
+    keys = {"keys": settings.has_api_keys, "management_keys": bool(settings.management_key)}
+    app.state.document = ApiDocument(ROUTERS, **keys, prefix=settings.root_path or "")
     app.openapi = lambda: app.state.document.value  # instead of FastAPI's document; this one has the wire types
     for kind in (Exception, HttpError, HTTPException, CandleVllmError, ClientGone):
         app.add_exception_handler(kind, answer_failure)

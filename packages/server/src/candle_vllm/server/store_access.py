@@ -21,6 +21,7 @@ from candle_vllm.responses.api.stored_items import DEFAULT_LIMIT, MAX_LIMIT, Pag
 from candle_vllm.responses.protocol.events import ErrorOccurred, StreamEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.store import entries
+from candle_vllm.responses.store.backend import Order
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import EventStream, StreamForm, named_event
@@ -79,10 +80,15 @@ def page_request(request: Request) -> PageRequest:
     """Read which items of a list to return."""
     query = query_of(request, "limit", "order", "after", "include")
     limit, after = limit_and_after(query, DEFAULT_LIMIT, MAX_LIMIT)
+    return PageRequest(limit=limit, order=order_of(query), after=after)
+
+
+def order_of(query: Mapping[str, str]) -> Order:
+    """Read whether a list begins with the oldest entry (asc) or with the newest (desc, the default)."""
     order = query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise InvalidParameterError(f"order must be asc or desc, not {order!r:.60}", "order")
-    return PageRequest(limit=limit, order="asc" if order == "asc" else "desc", after=after)
+    return "asc" if order == "asc" else "desc"
 
 
 def limit_and_after(query: Mapping[str, str], default: int, most: int) -> tuple[int, str | None]:

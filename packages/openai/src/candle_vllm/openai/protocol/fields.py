@@ -333,7 +333,8 @@ FunctionName = Annotated[str, AfterValidator(check_name)]
 
 
 _MODEL_NAME = {"type": "string", "maxLength": MAX_NAME}
-_MODEL_NAMES = {"type": "array", "items": {"anyOf": [_MODEL_NAME, {"type": "null"}]}}
+_NULL = {"type": "null"}
+_LORA_PATH = {"anyOf": [_MODEL_NAME, {"type": "array", "items": {"anyOf": [_MODEL_NAME, _NULL]}}, _NULL]}
 
 
 class Cut(NamedTuple):
@@ -348,15 +349,16 @@ class Cut(NamedTuple):
     side: Literal["left", "right"] = "left"
 
     def of(self, prompt: Sequence[int], context: int, around: Sequence[int] = ()) -> Sequence[int]:
-        """Return the truncated prompt; InvalidParameterError if `tokens` exceeds `context`, the longest prompt.
+        """Return the truncated prompt; InvalidParameterError if `tokens` is 0 or above `context`, the longest prompt.
 
         `around` are the special tokens of an empty text. They remain if they are at the ends of the prompt and fit.
         """
+        field = "truncate_prompt_tokens"
+        if self.tokens == 0:
+            raise InvalidParameterError(f"{field} is 0, and a prompt needs at least one token", field)
         if self.tokens > context:
-            raise InvalidParameterError(
-                "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
-                "truncate_prompt_tokens",
-            )
+            said = f"{field} value is greater than max_model_len. Please request a smaller truncation size."
+            raise InvalidParameterError(said, field)
         most = context if self.tokens < 0 else self.tokens
         if len(prompt) <= most:
             return prompt
@@ -399,9 +401,7 @@ class ModelFields(WireModel):
     """
 
     model: ModelName | None = None
-    lora_path: Annotated[ModelName | None, WithJsonSchema({"anyOf": [_MODEL_NAME, _MODEL_NAMES, {"type": "null"}]})] = (
-        None
-    )
+    lora_path: Annotated[ModelName | None, WithJsonSchema(_LORA_PATH)] = None
 
     @model_validator(mode="before")
     @classmethod

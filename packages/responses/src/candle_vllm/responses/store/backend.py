@@ -190,8 +190,10 @@ class Backend(Protocol):
         """Return an unexpired entry, or None. Active and, with `spares_leased`, leased entries never expire."""
         ...
 
-    async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
-        """Return up to `limit` entries older than `after`, newest first, no contents; None for an unknown `after`."""
+    async def page(
+        self, kind: str, owner: str, limit: int, after: str | None = None, order: Order = "desc"
+    ) -> list[Entry] | None:
+        """Return up to `limit` entries that follow `after`, without contents; None for an unknown `after`."""
         ...
 
     async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:

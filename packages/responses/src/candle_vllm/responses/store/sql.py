@@ -122,17 +122,12 @@ class SqlBackend:
 
     @_transaction
     def page(
-        self, connection: Connection, kind: str, owner: str, limit: int, after: str | None = None
+        self, connection: Connection, kind: str, owner: str, limit: int, after: str | None = None, order: Order = "desc"
     ) -> list[Entry] | None:
-        query = select(*self._summary).where(self._visible(kind, owner))
-        query = query.order_by(self._entries.c.number.desc()).limit(limit)
-        if after is not None:
-            place = select(self._entries.c.number).where(self._visible(kind, owner, after))
-            last = connection.execute(place).scalar_one_or_none()
-            if last is None:
-                return None
-            query = query.where(self._entries.c.number < last)
-        return [_entry(row) for row in connection.execute(query)]
+        query, number = select(*self._summary).where(self._visible(kind, owner)), self._entries.c.number
+        place = None if after is None else select(number).where(self._visible(kind, owner, after))
+        rows = _rows(connection, query.limit(limit), number, order, place)
+        return None if rows is None else [_entry(row) for row in rows]
 
     @_transaction
     def chain(self, connection: Connection, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
@@ -206,10 +201,8 @@ class SqlBackend:
         holder: str | None = None,
     ) -> bool:
         where = self._visible(kind, owner, name)
-        if status is not None:
-            where = and_(where, self._entries.c.status == status)
-        if holder is not None:
-            where = and_(where, self._entries.c.holder == holder)
+        for column, value in ((self._entries.c.status, status), (self._entries.c.holder, holder)):
+            where = where if value is None else and_(where, column == value)
         numbers = list(connection.execute(select(self._entries.c.number).where(where).with_for_update()).scalars())
         self._room(connection).drop(numbers)
         return bool(numbers)
@@ -265,16 +258,11 @@ class SqlBackend:
     ) -> list[EntryItem] | None:
         number, parts = self._find(connection, kind, owner, name), self._parts
         query = select(parts.c.id, parts.c.body).where(parts.c.entry == number)
-        if after is not None:
-            place = select(parts.c.number).where(parts.c.entry == number, parts.c.id == after)
-            last = connection.execute(place).scalar_one_or_none()
-            if last is None:
-                return None
-            query = query.where(parts.c.number > last if order == "asc" else parts.c.number < last)
+        place = select(parts.c.number).where(parts.c.entry == number, parts.c.id == after)
+        rows = _rows(connection, query.limit(limit), parts.c.number, order, None if after is None else place)
         if limit is None:
             connection.execute(update(self._entries).where(self._entries.c.number == number).values(used=self.now))
-        query = query.order_by(parts.c.number if order == "asc" else parts.c.number.desc()).limit(limit)
-        return [EntryItem(id=row.id, body=bytes(row.body)) for row in connection.execute(query)]
+        return None if rows is None else [EntryItem(id=row.id, body=bytes(row.body)) for row in rows]
 
     @_transaction
     def part(self, connection: Connection, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
@@ -353,9 +341,8 @@ class SqlBackend:
         return and_(entries.c.owner == owner, entries.c.id == name, entries.c.kind == kind)
 
     def _visible(self, kind: str, owner: str, name: str | None = None) -> ColumnElement[bool]:
-        if name is not None:
-            return and_(self._named(kind, owner, name), self._alive)
-        return and_(self._entries.c.owner == owner, self._entries.c.kind == kind, self._alive)
+        own = and_(self._entries.c.owner == owner, self._entries.c.kind == kind, self._alive)
+        return own if name is None else and_(own, self._entries.c.id == name)
 
     def _claimable(self, busy_owners: Collection[str]) -> ColumnElement[bool]:
         entries = self._entries
@@ -389,6 +376,16 @@ class SqlBackend:
             some = known[start : start + NAMES_AT_ONCE]
             connection.execute(delete(self._names).where(self._names.c.entry == number, self._names.c.name.in_(some)))
             connection.execute(insert(self._names), [{"entry": number, "name": name} for name in some])
+
+
+def _rows(connection: Connection, query: Any, number: Any, order: Order, place: Any) -> Sequence[Any] | None:
+    """Return the rows of `query` by `number`, after the one that `place` selects (if any); None if there is no such."""
+    if place is not None:
+        last = connection.execute(place).scalar_one_or_none()
+        if last is None:
+            return None
+        query = query.where(number > last if order == "asc" else number < last)
+    return connection.execute(query.order_by(number if order == "asc" else number.desc())).all()
 
 
 def _entry(row: Any) -> Entry:

@@ -100,11 +100,11 @@ class BatchRun:
                 await self._fail([BatchError(code="invalid_api_key", message=message)])
             except NotStoredError:
                 message = "The input file no longer exists."
-                await self._fail([BatchError(code="input_file_gone", message=message, param="input_file_id")])
-            except LineError as error:  # an earlier server allowed longer lines
-                await self._fail([BatchError(code=error.code, message=str(error))])
-            except StoreLimitError as error:
-                await self._fail([BatchError(code="store_limit", message=str(error))])
+                gone = BatchError(code="input_file_gone", message=message, param="input_file_id")
+                await self._fail([] if self.cancelled.is_set() else [gone])
+            except (LineError, StoreLimitError) as error:  # an earlier server allowed longer lines
+                code = error.code if isinstance(error, LineError) else "store_limit"
+                await self._fail([BatchError(code=code, message=str(error))])
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
@@ -325,10 +325,10 @@ class BatchRun:
         await self._change(output_file_id=shown[0], error_file_id=shown[1], **how)
 
     async def _fail(self, errors: list[BatchError]) -> None:
-        """End the batch as failed, with its results so far."""
+        """End the batch, with its results so far; as failed, if there are errors."""
         with contextlib.suppress(CandleVllmError):  # a store without space may be why it fails
             await self._flush()
-        await self._change(errors=BatchErrors(data=errors))  # first, so that no server answers more lines
+        await self._change(errors=BatchErrors(data=errors) if errors else None)  # so no server answers more lines
         await self._end()
 
     async def _change(

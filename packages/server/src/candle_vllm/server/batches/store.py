@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import msgspec
 
 from candle_vllm.responses.store import entries
-from candle_vllm.responses.store.backend import SETTING, Backend, Bounds, Held, Place, open_backend
+from candle_vllm.responses.store.backend import SETTING, Backend, Bounds, Held, Order, Place, open_backend
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
 
 FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry
@@ -111,11 +111,10 @@ class BatchStore:
         """
         backend, file_id = await self.backend(), new_file_id()
         now = backend.now
-        await backend.put(
-            entries.Entry(
-                kind=UPLOAD, owner=owner, id=file_id, created=now, status=ACTIVE, lease=now + UPLOAD_MS, holder=file_id
-            )
+        entry = entries.Entry(
+            kind=UPLOAD, owner=owner, id=file_id, created=now, status=ACTIVE, lease=now + UPLOAD_MS, holder=file_id
         )
+        await backend.put(entry)
         size = 0
         try:
             async for piece in pieces:
@@ -134,13 +133,15 @@ class BatchStore:
             raise entries.NotStoredError("File", file_id, param)
         return _file(found)
 
-    async def files(self, owner: str, limit: int, after: str | None, purpose: str | None) -> list[FileObject]:
-        """Return at most `limit` files of a purpose (None: of all), newest first, following the id `after`."""
+    async def files(
+        self, owner: str, limit: int, after: str | None, purpose: str | None, order: Order
+    ) -> list[FileObject]:
+        """Return at most `limit` files of a purpose (None: of all), following the id `after`."""
         backend = await self.backend()
         made: list[FileObject] = []
         most = limit if purpose is None else MANY
         while True:
-            page = await backend.page(FILE, owner, most, after)
+            page = await backend.page(FILE, owner, most, after, order)
             if page is None:
                 raise entries.NotStoredError("File", after or "", "after")
             made += [_file(entry) for entry in page if purpose is None or entry.about["purpose"] == purpose]
@@ -212,13 +213,12 @@ class BatchStore:
 
     async def add_batch(self, owner: str, record: BatchRecord) -> None:
         """Store a batch; any server may work on it from now on."""
-        backend, body = await self.backend(), _body(record)
-        await backend.put(
-            entries.Entry(
-                kind=BATCHES, owner=owner, id=record.batch.id, created=backend.now, status=ACTIVE, lease=backend.now,
-                body=body,
-            )
+        backend = await self.backend()
+        entry = entries.Entry(
+            kind=BATCHES, owner=owner, id=record.batch.id, created=backend.now, status=ACTIVE, lease=backend.now,
+            body=_body(record),
         )  # fmt: skip
+        await backend.put(entry)
 
     async def batch(self, owner: str, batch_id: str) -> BatchRecord:
         """Return a batch, including a cancellation that its server has not noticed yet."""

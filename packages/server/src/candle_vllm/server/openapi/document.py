@@ -63,10 +63,12 @@ class ApiDocument:
         routers: the routers that the application includes.
         keys: whether clients need an API key.
         management_keys: whether operators have separate keys.
+        prefix: the prefix of the paths that clients use; empty for none.
     """
 
-    def __init__(self, routers: Sequence[APIRouter], *, keys: bool, management_keys: bool) -> None:
+    def __init__(self, routers: Sequence[APIRouter], *, keys: bool, management_keys: bool, prefix: str = "") -> None:
         self._routers = routers
+        self._prefix = prefix
         self._keys = keys
         self._management_keys = management_keys
 
@@ -81,6 +83,7 @@ class ApiDocument:
         return {
             "openapi": "3.1.0",
             "info": {"title": "candle-vllm", "version": version("candle-vllm-server"), "description": _DESCRIPTION},
+            "servers": [{"url": self._prefix or "/"}],
             "tags": [{"name": tag} for tag in dict.fromkeys(each.tag for each in operations.values())],
             "paths": paths,
             "components": _components(list(operations.values()), self._keys or self._management_keys),
@@ -155,18 +158,14 @@ def _operation(path: str, operation: Operation, security: list[dict[str, list[st
         entry["requestBody"] = {"required": True, "content": {"application/json": content}}
     if operation.form:
         needed = [name for name, schema in operation.form.items() if "default" not in schema]
-        schema = {
-            "type": "object", "properties": dict(operation.form), "required": needed, "additionalProperties": False,
-        }  # fmt: skip
+        schema = {"type": "object", "properties": {**operation.form}, "required": needed, "additionalProperties": False}
         entry["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
     return entry
 
 
 def _parameters(path: str, operation: Operation) -> list[dict[str, Any]]:
-    inside = [
-        {"name": name, "in": "path", "required": True, "description": _IN_PATHS[name], "schema": {"type": "string"}}
-        for name in re.findall(r"{(\w+)", path)
-    ]
+    text = {"in": "path", "required": True, "schema": {"type": "string"}}
+    inside = [{"name": name, "description": _IN_PATHS[name], **text} for name in re.findall(r"{(\w+)", path)]
     return inside + [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
 
 

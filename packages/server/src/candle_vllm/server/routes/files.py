@@ -30,7 +30,7 @@ from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS, parse
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.openapi.operation import KEPT, Operation, routing
-from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, page_of, query_of
+from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, order_of, page_of, query_of
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
@@ -40,16 +40,13 @@ MAX_BODY = 64 << 10  # maximum bytes of the body that creates a batch
 _NAME = 200  # maximum characters of a stored file name
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
+_PURPOSES = (*records.UPLOADED, records.BATCH_OUTPUT)
 
 
 @route(
     "POST /v1/files",
     form={
-        "file": {
-            "type": "string",
-            "format": "binary",
-            "description": "Lines of JSON, or an image.",
-        },
+        "file": {"type": "string", "format": "binary", "description": "Lines of JSON, or an image."},
         "purpose": {"enum": [*records.UPLOADED]},
         "expires_after[anchor]": {"enum": ["created_at"], "default": "created_at"},
         "expires_after[seconds]": {
@@ -94,21 +91,19 @@ async def _uploaded(request: Request, batches: Batches, owner: str, count: Calla
     answer=records.FileList,
     query={
         "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 10_000},
-        "order": {"enum": ["desc"], "default": "desc"},
-        "purpose": {"enum": [*records.UPLOADED, records.BATCH_OUTPUT]},
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "purpose": {"enum": [*_PURPOSES]},
         **AFTER,
     },
 )
 async def list_files(request: Request) -> Response:
-    """The caller's files, newest first."""
+    """The caller's files, by default the newest first."""
     batches, owner, query = await _asked(request, "limit", "after", "purpose", "order")
     (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")
-    if purpose is not None and purpose not in (*records.UPLOADED, records.BATCH_OUTPUT):
-        said = f"purpose must be {_one_of((*records.UPLOADED, records.BATCH_OUTPUT))}, not {purpose!r:.60}"
-        raise InvalidParameterError(said, "purpose")
-    if query.get("order", "desc") != "desc":
-        raise InvalidParameterError("order must be desc: lists begin with the newest", "order")
-    return page_of(records.FileList, await batches.store.files(owner, limit + 1, after, purpose), limit)
+    if purpose not in (None, *_PURPOSES):
+        raise InvalidParameterError(f"purpose must be {_one_of(_PURPOSES)}, not {purpose!r:.60}", "purpose")
+    found = await batches.store.files(owner, limit + 1, after, purpose, order_of(query))
+    return page_of(records.FileList, found, limit)
 
 
 @route("GET /v1/files/{file_id}", answer=records.FileObject)
