@@ -42,3 +42,10 @@ def test_user_errors_keep_their_message_and_overload_says_when_to_come_back() ->
     assert to_error(core.InvalidParameterError("n must be 1", "n")).body.error.message == "n must be 1"
     assert to_error(core.EngineOverloadedError("full")).headers == {"retry-after": "1"}
     assert to_error(core.RequestError("")).body.error.message
+
+
+def test_an_adapter_is_named_by_the_field_model() -> None:
+    assert (
+        to_error(core.InvalidParameterError("adapter 'tone' cannot be used", "lora_request")).body.error.param
+        == "model"
+    )

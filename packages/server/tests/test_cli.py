@@ -872,6 +872,9 @@ def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytes
     assert re.fullmatch(r".*q\.gguf: \d+\.\d MB, (Q4_0 x \d+|F32 x \d+|Q8_0 x \d+|, )+\n", said), said
     assert main(["quantize", "--m", str(out), "--isq", "q8_0", "--out", str(tmp_path / "more.gguf")]) == 0
     assert "\nnot smaller than the model's files (" in capsys.readouterr().out
+    in_place = ["quantize", "--m", str(tmp_path / "more.gguf"), "--isq", "q4_0", "--out", str(tmp_path / "more.gguf")]
+    assert main([*in_place, "--force"]) == 0
+    assert "not smaller" not in capsys.readouterr().out
     assert main(["generate", "the", "--m", str(out), "--max-tokens", "3"]) == 0
     assert main(line) == 2
     assert "--force" in capsys.readouterr().err

@@ -140,7 +140,10 @@ def test_equal_numbers_for_each_layer_are_the_number(key: str, make: Any, tmp_pa
     [
         ({"general.architecture": "imatrix"}, "this is an importance matrix: use --imatrix"),
         ({"general.type": "imatrix"}, "this is an importance matrix: use --imatrix"),
-        ({"general.type": "adapter"}, "this is an adapter: use --lora-modules"),
+        (
+            {"general.type": "adapter"},
+            r"this is an adapter: use --lora-modules \(with quantize: --lora\) and name the model",
+        ),
         ({"general.type": "mmproj"}, "the vision tower of a model: use --mmproj"),
         ({"general.architecture": "clip"}, "the vision tower of a model: use --mmproj"),
     ],

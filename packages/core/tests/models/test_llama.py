@@ -76,6 +76,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
     ),
     "rope parameters": toy_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}),
+    "rope scaling added to rope parameters": toy_config(
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rope_scaling={"type": "linear", "factor": 4.0}
+    ),
     "mistral": toy_config("mistral", sliding_window=None),
     "mistral window": toy_config("mistral", sliding_window=16),
     "qwen2": toy_config("qwen2"),

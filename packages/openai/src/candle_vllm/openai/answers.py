@@ -302,8 +302,7 @@ def _check_output(output: TokenOutput, paths: Paths) -> None:
         raise RequestAbortedError("The request was aborted before it finished.")
     if output.error_kind == "request":
         with paths.blamed():
-            field = "model" if output.error_param == "lora_request" else output.error_param  # requested as model
-            raise RequestError(output.error or "the request was aborted and cannot be continued", field)
+            raise RequestError(output.error or "the request was aborted and cannot be continued", output.error_param)
     raise GenerationFailedError(output.error or "the engine gave no reason")
 
 

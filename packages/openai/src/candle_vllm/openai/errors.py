@@ -112,10 +112,11 @@ def to_error(exception: Exception) -> ErrorResponse:
     users. Log the exception before it is converted.
     """
     row = next(row for row in _TABLE if isinstance(exception, row.exception))
+    param = exception.param if isinstance(exception, RequestError) else None
     body = ErrorBody(
         message=row.public_message or str(exception) or "The request failed.",
         type=row.type,
-        param=exception.param if isinstance(exception, RequestError) else None,
+        param="model" if param == "lora_request" else param,  # the engine's name: requests name adapters as models
         code=row.code,
     )
     return ErrorResponse(row.status, ErrorEnvelope(error=body), row.headers)

@@ -57,7 +57,7 @@ _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, one byte of name, dimen
 _OTHER_KINDS = MappingProxyType(
     {
         "imatrix": ("imatrix", "an importance matrix: use --imatrix"),
-        "adapter": ("adapter", "an adapter: use --lora-modules"),
+        "adapter": ("adapter", "an adapter: use --lora-modules (with quantize: --lora)"),
         "mmproj": ("mmproj", "the vision tower of a model: use --mmproj"),
         "clip": ("mmproj", "the vision tower of a model: use --mmproj"),
     }

@@ -168,11 +168,10 @@ def _yarn(rope: RopeConfig, _: int) -> np.ndarray:
 
 
 def _check_yarn(rope: RopeConfig) -> None:
-    rope.check("beta_slow", rope.beta_slow, 0, 1e6)
-    if not rope.beta_slow <= rope.beta_fast <= 1e6:  # Kimi-K2's are equal
-        raise InvalidFileError(
-            f"the rotary beta_fast is {rope.beta_fast}; it must be beta_slow, {rope.beta_slow:g}, to 1e6"
-        )
+    slow, fast = rope.beta_slow, rope.beta_fast
+    rope.check("beta_slow", slow, 0, 1e6)
+    if not slow <= fast <= 1e6:  # Kimi-K2's are equal
+        raise InvalidFileError(f"the rotary beta_fast is {fast}; it must be beta_slow, {slow:g}, to 1e6")
     for name, value in (("mscale", rope.mscale), ("mscale_all_dim", rope.mscale_all_dim)):
         if value is not None and not 0 <= value <= 1e6:
             raise InvalidFileError(f"the rotary {name} is {value}; it must be 0 to 1e6")
@@ -270,8 +269,10 @@ def stretched_context(rope: RopeConfig, max_position: int) -> int:
 
 
 def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (earlier versions)."""
-    nested = fields.section("rope_parameters") if "rope_parameters" in fields else fields.section("rope_scaling")
+    """Read `rope_parameters` (transformers 5) and `rope_scaling` (earlier versions, or added by hand), which wins."""
+    nested, scaling = fields.section("rope_parameters"), fields.section("rope_scaling").values
+    if scaling and (nested.values or "rope_parameters" not in fields):
+        nested = Fields({**nested.values, "rope_type": None, **scaling}, fields.path)
     name = nested.get("rope_type", str, nested.get("type", str, "default"))
     kind = next((kind for kind, row in ROPE_KINDS.items() if name in row.names), name)
     theta = nested.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
@@ -346,9 +347,8 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
     kind = "default" if name in ("none", "longrope") else name  # longrope's divisors are tensors: see `models/phi3.py`
     if kind not in ROPE_KINDS or not ROPE_KINDS[kind].in_gguf:
         raise UnsupportedModelError(f"{fields.path}: rope scaling {kind!r} is not implemented")
-    sharpened, multiplier = (
-        fields.get(f"rope.scaling.{key}", float, None) for key in ("attn_factor", "yarn_log_multiplier")
-    )
+    multiplier = fields.get("rope.scaling.yarn_log_multiplier", float, None)
+    sharpened = fields.get("rope.scaling.attn_factor", float, None)
     if sharpened is not None and kind == "yarn" and factor > 1:  # GGUF's attn_factor multiplies yarn's own scale
         sharpened *= 0.1 * math.log(factor) + 1
     dim = fields.get("rope.dimension_count", int, head_dim)

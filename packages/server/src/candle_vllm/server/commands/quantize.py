@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,18 @@ def quantize(
         raise UsageError("--lora merges adapters into a model, --lora-to-gguf writes one as a file: give one of them")
     changes: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
     LOADING_THREADS.set(threads or settings.threads)
-
-    def progress(done: int, total: int) -> None:
-        tell("writing", done, total)
-
+    before = file_bytes(settings)  # before `out` replaces the file
     with progress_bar():
-        config, options = engine_config(settings, **changes), {"overwrite": force, "progress": progress}
+        config, options = engine_config(settings, **changes), {"overwrite": force, "progress": partial(tell, "writing")}
         if lora_to_gguf is not None:
             written = write_gguf_adapter(config, lora_to_gguf, out, **options)
         else:
             written = write_gguf(config, out, adapters=[_scaled(text) for text in lora], **options)
     types = ", ".join(f"{kind} x {count}" for kind, count in sorted(written.types.items(), key=lambda item: -item[1]))
     sys.stdout.write(f"{written.path}: {written.nbytes / 1e6:,.1f} MB, {types}\n")
-    if settings.isq is not None and lora_to_gguf is None and written.nbytes >= (before := file_bytes(settings)) > 0:
-        sys.stdout.write(f"not smaller than the model's files ({before / 1e6:,.1f} MB), which are quantised already\n")
+    before = before or file_bytes(settings)  # 0 for a model that was downloaded meanwhile
+    if settings.isq is not None and lora_to_gguf is None and written.nbytes >= before > 0:
+        sys.stdout.write(f"not smaller than the model's files ({before / 1e6:,.1f} MB)\n")
     return 0
 
 
