@@ -115,6 +115,20 @@ def test_sequences_of_several_adapters_and_of_none_answer_as_alone(folder: Path,
     assert (stats.adapters, stats.adapters_in_memory, stats.adapter_loads, stats.max_adapters) == (5, 5, 5, 8)
 
 
+def test_a_mix_is_the_same_in_whatever_order_its_adapters_were_loaded(folder: Path) -> None:
+    """To the bit: what a row's adapters add is summed in an order of its own, so that a later load changes nothing."""
+    params, found = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0), set[tuple[float, ...]]()
+    names = ["a0", "a1", "a2"]
+    mix: Any = [(LoRARequest(name), scale) for name, scale in zip(names, (0.7, 0.4, 0.3))]
+    for loaded in (names, names[::-1], ["a1", "a2", "a0"]):
+        with open_engine(folder) as engine:
+            for name in loaded:
+                engine.add_lora(adapter(folder, name))
+            (answer,) = engine.generate(PROMPT, params, lora_request=mix, use_tqdm=False)
+            found.add(tuple(position.chosen.logprob for position in answer.outputs[0].logprobs or ()))
+    assert len(found) == 1
+
+
 async def test_a_load_holds_up_neither_steps_nor_other_requests(
     folder: Path, engine: InferenceEngine, gate: Gate
 ) -> None:

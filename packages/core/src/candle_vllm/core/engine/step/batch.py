@@ -42,7 +42,7 @@ class StepMemory(Protocol):
 
 
 class AdapterRows(msgspec.Struct, frozen=True, eq=False):
-    """The adapters of a step's rows: N pairs of a row and an adapter, grouped by adapter in order of serial numbers.
+    """The adapters of a step's rows: N pairs of a row and an adapter, grouped by adapter in order of `digest`.
 
     Attributes:
         rows: [N] int64, index of each pair's row in the step, or in `wanted` if `among` selected the pairs.
@@ -81,27 +81,26 @@ def adapter_rows(scheduled: Seq[Run], query_start: Ints) -> AdapterRows | None:
     """Return the adapters of a step whose runs begin at rows `query_start`; None if no row has an adapter."""
     if not any(run.sequence.adapters for run in scheduled):
         return None
-    found: dict[int, list[tuple[int, int, float]]] = {}
-    adapters: dict[int, PackedAdapter] = {}
+    found: dict[tuple[bytes, int], tuple[PackedAdapter, list[tuple[int, int, float]]]] = {}
     for run, first in zip(scheduled, query_start.tolist()):
         sequence = run.sequence
         for (adapter, scale), start in zip(sequence.adapters, sequence.adapted_from):
             begin = first + max(0, start - run.start)
             if begin < first + run.count:
                 assert isinstance(adapter, PackedAdapter)
-                adapters[adapter.serial] = adapter
-                found.setdefault(adapter.serial, []).append((begin, first + run.count, scale))
+                key = adapter.digest, adapter.serial  # a row's sum must not depend on which adapter was loaded first
+                found.setdefault(key, (adapter, []))[1].append((begin, first + run.count, scale))
     if not found:
         return None
-    serials = sorted(found)
-    runs = [run for serial in serials for run in found[serial]]
+    groups = [found[key] for key in sorted(found)]
+    runs = [run for _, group in groups for run in group]
     counts = np.array([end - begin for begin, end, _ in runs])
     begins = np.array([begin for begin, _, _ in runs])
     starts = np.concatenate(([0], np.cumsum(counts)))
     rows = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
     scales = np.repeat(np.array([scale for *_, scale in runs], np.float32), counts)
-    groups = np.concatenate(([0], np.cumsum([len(found[serial]) for serial in serials])))
-    return AdapterRows(rows, scales, starts[groups], [adapters[serial] for serial in serials], rows)
+    ends = np.concatenate(([0], np.cumsum([len(group) for _, group in groups])))
+    return AdapterRows(rows, scales, starts[ends], [adapter for adapter, _ in groups], rows)
 
 
 class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):

@@ -19,7 +19,7 @@ with scales: for each row of A and quarter of its columns, and for each row of B
 divided by 127, rounded up to BF16. x and x A^T are then 16-bit integers with fp32 scales: for each row and up to 512
 columns of a quarter of x, and for each row of x A^T. `full` is then BF16 and multiplied by x in fp32. For an embedding
 table, rows of B are looked up and multiplied by A; with I8 this B is BF16, and A has a scale for each column.
-A **group** is the rows of a step that share an adapter; groups are in the order of `PackedAdapter.serial`, and a row's
+A **group** is the rows of a step that share an adapter; groups are in the order of `PackedAdapter.digest`, and a row's
 adapters are added in this order. A row without an adapter is unchanged bit for bit. The terms added to a row depend
 only on the row, its adapters and their scales.
 Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
@@ -118,10 +118,10 @@ class PackedAdapter:
     """An adapter that is ready for steps of one backend.
 
     Attributes:
-        digest, alora, rank, norm: as in `FittedAdapter`.
+        digest, alora, rank, norm: as in `FittedAdapter`; adapters of a step are added in the order of `digest`.
         modules: number of matrices that the adapter changes.
         nbytes: size in memory.
-        serial: packing number, unique in the process; adapters of a step are added in this order.
+        serial: packing number, unique in the process.
         apart: whether it needs the model's own products separately, without other terms (DoRA, `full`, `rows`).
         layout: the backend's representation of the matrices.
     """
