@@ -44,12 +44,14 @@ NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
 }
 # fmt: on
 REMOTE = {  # classes of types that transformers does not have
+    "bailing_moe_v2": "BailingMoeV2ForCausalLM",
     "chatglm": "ChatGLMModel",
     "dots_ocr": "DotsOCRForCausalLM",
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internvl_chat": "InternVLChatModel",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "sarvam_moe": "SarvamMoEForCausalLM",
     "step3p5": "Step3p5ForCausalLM",
 }
 

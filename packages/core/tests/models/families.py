@@ -928,6 +928,8 @@ TOWERS: Mapping[str, str] = {
 """Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""
 
 RENAMED: Mapping[str, str] = {
+    "BailingMoeV2ForCausalLM": "bailingmoe2",
+    "SarvamMoEForCausalLM": "bailingmoe2",
     "ChatGLMForConditionalGeneration": "chatglm",
     "ChatGLMModel": "chatglm",
     "ExaoneForCausalLM": "exaone",

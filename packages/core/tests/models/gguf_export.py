@@ -436,6 +436,23 @@ def _glm4_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -
     return {name.replace("e_score_correction_bias", "e_score_correction.bias"): data for name, data in made.items()}
 
 
+def _bailing(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """One matrix of q, k and v; the norm in front of the MLP has another name, and the shared experts have a length."""
+    writer.add_expert_shared_feed_forward_length(config["moe_intermediate_size"])
+    made: Tensors = {}
+    for name, data in _glm4_moe(writer, config, tensors).items():
+        at, _, part = name.partition(".self_attn.")
+        if part.startswith(("q_proj", "k_proj", "v_proj")):
+            kind = part.rpartition(".")[2]
+            if part.startswith("q"):
+                parts = [tensors[f"{at}.self_attn.{each}_proj.{kind}"] for each in "qkv"]
+                made[f"blk.{at.split('.')[2]}.attn_qkv.{kind}"] = np.concatenate(parts)
+            continue
+        end = "post_attention_layernorm.weight"
+        made[f"blk.{name.split('.')[2]}.ffn_norm.weight" if name.endswith(end) else name] = data
+    return made
+
+
 def _gpt_oss(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Gate and up apart, rows being outputs."""
     rope = config["rope_parameters"]
@@ -1145,6 +1162,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "step35": _step35,
     "muse-glimmer": _muse_glimmer,
     "exaone": _olmo2,
+    "bailingmoe2": _bailing,
     "cohere2moe": _cohere2_moe,
     "arcee": _llama,
     "afmoe": _afmoe,

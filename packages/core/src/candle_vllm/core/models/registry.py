@@ -67,6 +67,7 @@ FAMILIES = (
     "ernie4_5",
     "exaone",
     "exaone_moe",
+    "bailing_moe",
     "internlm2",
     "hy_v3",
     "hunyuan",
