@@ -23,7 +23,14 @@ from candle_vllm.responses import ConversationOptions, McpServerConfig, Response
 from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
 from candle_vllm.server.serve import bind, make_server
-from packages.core.tests.models import test_glm4v, test_hunyuan_vl, test_internvl, test_qwen_vl, test_sight_families
+from packages.core.tests.models import (
+    test_glm4v,
+    test_hunyuan_vl,
+    test_internvl,
+    test_minicpmv,
+    test_qwen_vl,
+    test_sight_families,
+)
 from packages.core.tests.toy_sight import write_toy_sight
 from tests.waiting import wait_for
 
@@ -36,7 +43,7 @@ URL = f"data:image/png;base64,{DATA}"
 WORDS = "What is this?"
 FAMILIES = (
     "SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr",
-    "paddleocr_vl", "internvl qwen3", "hunyuan_vl",
+    "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "MiniCPM-V",
 )  # fmt: skip
 TEXT: dict[str, Any] = {"type": "text", "text": WORDS}
 SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, TEXT]}]
@@ -53,6 +60,8 @@ def write(folder: Path, family: str) -> Path:
         return test_hunyuan_vl.write(folder)
     if family in test_glm4v.TEXTS:
         return test_glm4v.write(folder, family)
+    if family == "MiniCPM-V":
+        return test_minicpmv.write(folder, "middle")
     if family in test_internvl.TEXTS:
         return test_internvl.write(folder, family)
     row = family in test_sight_families.ROWS

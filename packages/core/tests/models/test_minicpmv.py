@@ -26,13 +26,18 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 from transformers.models.minicpmv4_6.processing_minicpmv4_6 import MiniCPMV4_6Processor
+from transformers.vision_utils import get_vision_nearest_position_ids
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.engine.runners.images import tiles_of
+from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.models.minicpmv_tower import FAMILY
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.models.minicpmv_tower import FAMILY, MiniCPMVTower
 from candle_vllm.core.models.registry import family_from_hf
+from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import EVEN_HEADS, QWEN35
@@ -41,6 +46,8 @@ from packages.core.tests.models.sight import (
     answers_alone,
     answers_of_a_gpu,
     answers_op_by_op,
+    answers_without_torch,
+    finished,
     require_embeddings,
     require_logits,
     require_same,
@@ -115,12 +122,12 @@ def their_words(made: Any, count: int, mode: str) -> list[str]:
     return words._prepend_local_ids(["<|image_pad|>" * count], each, "<|image_pad|>")
 
 
-def write(folder: Path, kind: str) -> Path:
+def write(folder: Path, kind: str, **sizes: Any) -> Path:
     model_type, own, vision = KINDS[kind]
     config = AutoConfig.for_model(
         model_type,
         text_config=TEXT,
-        vision_config=VISION | vision,
+        vision_config=VISION | vision | sizes,
         image_token_id=PAD,
         tie_word_embeddings=False,
         **own,
@@ -291,10 +298,6 @@ def test_small_images_are_resized_as_in_transformers(upsize: str) -> None:
 
 
 def test_positions_are_those_of_transformers() -> None:
-    from transformers.vision_utils import get_vision_nearest_position_ids
-
-    from candle_vllm.core.models.minicpmv_tower import MiniCPMVTower
-
     tower: Any = object.__new__(MiniCPMVTower)
     for side in (70, 35, 7):
         tower.config = dataclasses.replace(rule_of({}), table=side)
@@ -382,6 +385,32 @@ def test_a_template_writes_the_mark_of_an_image_and_images_are_numbered(tmp_path
     assert first.startswith("<image_id>0</image_id><image>")
     assert second.startswith("<image_id>1</image_id><image>")
     assert ids.count(SLICE) == ids.count(SLICED) == 2
+
+
+def test_answers_are_the_same_in_another_process_and_without_torch(tmp_path: Path) -> None:
+    folder = write(tmp_path, "middle")
+    with InferenceEngine(folder, device="cpu") as engine:
+        alone = answers(engine, PROMPTS)
+    with RemoteEngine(folder, device="cpu") as engine:
+        assert answers(engine, PROMPTS) == alone
+    assert answers_without_torch([(folder, ASK, PICTURES[:2])]) == alone[:1]
+
+
+@pytest.mark.parametrize("kind", ["middle", "4x"])
+def test_quantised_while_loading_the_embeddings_are_nearly_the_same(kind: str, tmp_path: Path) -> None:
+    """Rows of matrices are whole blocks of 32 values."""
+    folder, found = write(tmp_path, kind, intermediate_size=64), []
+    for isq in (None, "q4_k"):
+        loaded = loaded_from(folder, isq=isq)
+        assert loaded.tower is not None
+        _, images = loaded.tower.vision.look([PAD], PICTURES[:1])
+        team = ThreadTeam(2)
+        try:
+            found.append(finished(RecordedTower(loaded.tower.tower, team), tiles_of(images[0]))[0])
+        finally:
+            team.close()
+    apart = np.sqrt(np.square(found[1] - found[0]).mean() / np.square(found[0]).mean())
+    assert 0 < apart < 0.03
 
 
 def test_an_operator_sets_tiles_and_tokens(tmp_path: Path) -> None:
