@@ -164,25 +164,38 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         cell: pixels of a cell's side.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
+        patches: Kimi K2.5's rule: the image is also shrunk to this number of patches, counted without parts of patches,
+            and is not stretched to whole cells: black fills them at the right and at the bottom. 0 in other rules.
+        patch: pixels of a patch's side in Kimi K2.5's rule.
     """
 
     longest: int
     cell: int
     resample: int
     normalisation: Normalisation
+    patches: int = 0
+    patch: int = 1
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
-        ratio = max(height / self.longest, width / self.longest)
-        if ratio > 1:
-            height, width = max(math.floor(height / ratio), 1), max(math.floor(width / ratio), 1)
-        height, width = (-(-side // self.cell) * self.cell for side in (height, width))
+        height, width = (-(-side // self.cell) * self.cell for side in self._shrunk(height, width))
         return Cut(0, 0, height, width)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
         cut = self.cut(picture.height, picture.width)
-        return _resized(picture.pixels, cut.height, cut.width, self.resample)[None]
+        tile, sides = np.zeros((1, cut.height, cut.width, 3), np.uint8), (cut.height, cut.width)
+        height, width = self._shrunk(picture.height, picture.width) if self.patches else sides
+        tile[0, :height, :width] = _resized(picture.pixels, height, width, self.resample)
+        return tile
+
+    def _shrunk(self, height: int, width: int) -> tuple[int, int]:
+        if self.patches:
+            count = max(height // self.patch, 1) * max(width // self.patch, 1)
+            scale = min(1.0, math.sqrt(self.patches / count), self.longest / height, self.longest / width)
+            return min(max(int(height * scale), 1), self.longest), min(max(int(width * scale), 1), self.longest)
+        ratio = max(height / self.longest, width / self.longest)
+        return (height, width) if ratio <= 1 else (max(int(height / ratio), 1), max(int(width / ratio), 1))
 
 
 class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -519,12 +532,8 @@ def fit_rule(fields: Fields, patch: int, cell: int) -> FitRule:
                 f"{fields.path}: patch_size is {given!r:.60}; config.json asks for patches of {patch} pixels, "
                 f"{cell // patch} x {cell // patch} of which are one embedding"
             )
-    return FitRule(
-        longest=fields.section("size").count("longest_edge", most=MAX_TILE),
-        cell=cell,
-        resample=_filter(fields, _BICUBIC),
-        normalisation=_normalisation(fields, _CLIP),
-    )
+    longest = fields.section("size").count("longest_edge", most=MAX_TILE)
+    return FitRule(longest=longest, cell=cell, **_pixels(fields, _BICUBIC, _CLIP))
 
 
 def stretch_rule(fields: Fields) -> StretchRule:
@@ -548,12 +557,7 @@ def stretch_rule(fields: Fields) -> StretchRule:
                 f"{fields.path}: pan_and_scan_min_crop_size is {least}, less than pan_and_scan_max_num_crops, {most}"
             )
         parts = {"most_parts": most, "least_part": least, "ratio": ratio}
-    return StretchRule(
-        tile=tile,
-        resample=_filter(fields, _BILINEAR),
-        normalisation=_normalisation(fields),
-        **parts,
-    )
+    return StretchRule(tile=tile, **_pixels(fields, _BILINEAR, _HALF), **parts)
 
 
 def crop_rule(fields: Fields) -> StretchRule:
@@ -577,8 +581,7 @@ def crop_rule(fields: Fields) -> StretchRule:
     tile = side("crop_size", "height", "width") if crops else side("size", "height", "width")
     if crops and middle < tile:
         raise InvalidFileError(f"{fields.path}: crop_size is {tile}, more than size, {middle}")
-    pixels = {"resample": _filter(fields, _BICUBIC), "normalisation": _normalisation(fields, _CLIP)}
-    return StretchRule(tile=tile, middle=middle, **pixels)
+    return StretchRule(tile=tile, middle=middle, **_pixels(fields, _BICUBIC, _CLIP))
 
 
 def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
@@ -593,13 +596,7 @@ def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
     largest = fields.count("max_pixels", size.count("longest_edge", 28 * 28 * 1280, most=1 << 40), most=1 << 40)
     if largest < least:
         raise InvalidFileError(f"{fields.path}: images must have at least {least} pixels and at most {largest}")
-    return AreaRule(
-        cell=cell,
-        least=least,
-        most=min(largest, most),
-        resample=_filter(fields, _BICUBIC),
-        normalisation=_normalisation(fields, _CLIP),
-    )
+    return AreaRule(cell=cell, least=least, most=min(largest, most), **_pixels(fields, _BICUBIC, _CLIP))
 
 
 def budget_rule(fields: Fields, patch: int, cell: int) -> AreaRule:
@@ -633,6 +630,11 @@ def _require_usual(fields: Fields, *others: tuple[str, bool]) -> None:
         if bool(fields.get(name, bool, usual)) != usual:
             said = "false" if usual else "true"
             raise UnsupportedModelError(f"{fields.path}: {name} is {said}, which is not implemented")
+
+
+def _pixels(fields: Fields, resample: int, usual: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str, Any]:
+    """Return filter and normalisation of a rule; the arguments are those of a file without them."""
+    return {"resample": _filter(fields, resample), "normalisation": _normalisation(fields, usual)}
 
 
 def _filter(fields: Fields, default: int) -> int:
