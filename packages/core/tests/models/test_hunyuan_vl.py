@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -310,11 +311,23 @@ def test_published_configs_are_read() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [("interpolate_mode", "bicubic"), ("temporal_patch_size", 2), ("num_channels", 1), ("hidden_act", "silu"),
-     ("head_dim", 80)],
+     ("head_dim", 80), ("remove_prenorm", False), ("cat_extra_token", 0), ("anyres_vit_two_views", True)],
 )  # fmt: skip
 def test_other_towers_are_refused(key: str, value: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=key):
         tower_of(PUBLISHED | {"vision_config": PUBLISHED["vision_config"] | {key: value}}, {})
+
+
+def test_keys_of_version_1_5_are_read() -> None:
+    """Its text model's keys are nested, with another name of the rotary kind."""
+    same = ("image_token_id", "im_start_id", "tie_word_embeddings", "architectures", "model_type", "vision_config")
+    left_out = ("rope_scaling", "rope_theta", "attention_head_dim", "use_cla")
+    text = {key: value for key, value in PUBLISHED.items() if key not in same + left_out}
+    rope = {"alpha": 1000.0, "rope_theta": 1e4, "rope_type": "xdrope", "type": "xdrope"}
+    text |= {"model_type": "hunyuan_vl_text", "rope_parameters": rope | {"xdrope_section": [16, 16, 16, 16]}}
+    config = {key: PUBLISHED[key] for key in same} | {"text_config": text}
+    found, wanted = (family_from_hf(each, PATH)[1] for each in (config, PUBLISHED))
+    assert dataclasses.replace(found, eos_token_ids=wanted.eos_token_ids) == wanted
 
 
 @pytest.mark.parametrize(
