@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from candle_vllm.core.engine.step.live import LiveSequence
 from candle_vllm.core.engine.step.sequence import Run
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.models import hunyuan_tower
+from candle_vllm.core.models import hunyuan, hunyuan_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
@@ -422,6 +423,22 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
         assert engine.model_info.architecture == "hunyuan_vl"
         assert answers(engine, PROMPTS) == alone
+
+
+def test_the_alpha_of_llama_cpps_files_scales_the_base() -> None:
+    """Its converter writes the base as it is in config.json, and alpha."""
+    values: dict[str, Any] = {
+        "embedding_length": 1024, "attention.head_count": 16, "attention.head_count_kv": 8, "block_count": 24,
+        "context_length": 32768, "feed_forward_length": 3584, "attention.key_length": 128, "vocab_size": 120818,
+        "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0, "rope.scaling.alpha": 1000.0,
+        "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.dimension_sections": [16, 16, 16, 16],
+    }  # fmt: skip
+    named = {f"hunyuan_vl.{key}": value for key, value in values.items()} | {"general.architecture": "hunyuan_vl"}
+    checkpoint: Any = SimpleNamespace(tensors={"blk.0.attn_q_norm.weight": None})
+    found = hunyuan.config_from_gguf(Fields(named, Path("model.gguf"), "hunyuan_vl."), checkpoint)
+    wanted: Any = family_from_hf(PUBLISHED, PATH)[1]
+    assert found.rope.theta == pytest.approx(wanted.rope.theta)
+    assert (found.rope.axes, found.model_type, found.norms_behind) == (wanted.rope.axes, "hunyuan_vl", True)
 
 
 def test_a_gguf_file_needs_a_section_of_positions(tmp_path: Path) -> None:
