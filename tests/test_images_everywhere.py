@@ -27,6 +27,7 @@ from packages.core.tests.models import (
     test_glm4v,
     test_hunyuan_vl,
     test_internvl,
+    test_kimi_k25,
     test_minicpmv,
     test_qwen_vl,
     test_sight_families,
@@ -43,7 +44,7 @@ URL = f"data:image/png;base64,{DATA}"
 WORDS = "What is this?"
 FAMILIES = (
     "SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr",
-    "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "MiniCPM-V",
+    "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "kimi_k25", "MiniCPM-V",
 )  # fmt: skip
 TEXT: dict[str, Any] = {"type": "text", "text": WORDS}
 SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, TEXT]}]
@@ -56,8 +57,8 @@ LLAMA = {"n_predict": 6, "temperature": 0}
 def write(folder: Path, family: str) -> Path:
     if family == "SmolVLM":
         return write_toy_sight(folder)
-    if family == "hunyuan_vl":
-        return test_hunyuan_vl.write(folder)
+    if family in ("hunyuan_vl", "kimi_k25"):
+        return (test_hunyuan_vl if family == "hunyuan_vl" else test_kimi_k25).write(folder)
     if family in test_glm4v.TEXTS:
         return test_glm4v.write(folder, family)
     if family == "MiniCPM-V":

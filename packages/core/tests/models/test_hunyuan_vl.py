@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from candle_vllm.core.engine.step.live import LiveSequence
 from candle_vllm.core.engine.step.sequence import Run
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.models import hunyuan_tower
+from candle_vllm.core.models import hunyuan, hunyuan_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
@@ -310,11 +312,23 @@ def test_published_configs_are_read() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [("interpolate_mode", "bicubic"), ("temporal_patch_size", 2), ("num_channels", 1), ("hidden_act", "silu"),
-     ("head_dim", 80)],
+     ("head_dim", 80), ("remove_prenorm", False), ("cat_extra_token", 0), ("anyres_vit_two_views", True)],
 )  # fmt: skip
 def test_other_towers_are_refused(key: str, value: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=key):
         tower_of(PUBLISHED | {"vision_config": PUBLISHED["vision_config"] | {key: value}}, {})
+
+
+def test_keys_of_version_1_5_are_read() -> None:
+    """Its text model's keys are nested, with another name of the rotary kind."""
+    same = ("image_token_id", "im_start_id", "tie_word_embeddings", "architectures", "model_type", "vision_config")
+    left_out = ("rope_scaling", "rope_theta", "attention_head_dim", "use_cla")
+    text = {key: value for key, value in PUBLISHED.items() if key not in same + left_out}
+    rope = {"alpha": 1000.0, "rope_theta": 1e4, "rope_type": "xdrope", "type": "xdrope"}
+    text |= {"model_type": "hunyuan_vl_text", "rope_parameters": rope | {"xdrope_section": [16, 16, 16, 16]}}
+    config = {key: PUBLISHED[key] for key in same} | {"text_config": text}
+    found, wanted = (family_from_hf(each, PATH)[1] for each in (config, PUBLISHED))
+    assert dataclasses.replace(found, eos_token_ids=wanted.eos_token_ids) == wanted
 
 
 @pytest.mark.parametrize(
@@ -409,6 +423,22 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
         assert engine.model_info.architecture == "hunyuan_vl"
         assert answers(engine, PROMPTS) == alone
+
+
+def test_the_alpha_of_llama_cpps_files_scales_the_base() -> None:
+    """Its converter writes the base as it is in config.json, and alpha."""
+    values: dict[str, Any] = {
+        "embedding_length": 1024, "attention.head_count": 16, "attention.head_count_kv": 8, "block_count": 24,
+        "context_length": 32768, "feed_forward_length": 3584, "attention.key_length": 128, "vocab_size": 120818,
+        "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0, "rope.scaling.alpha": 1000.0,
+        "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.dimension_sections": [16, 16, 16, 16],
+    }  # fmt: skip
+    named = {f"hunyuan_vl.{key}": value for key, value in values.items()} | {"general.architecture": "hunyuan_vl"}
+    checkpoint: Any = SimpleNamespace(tensors={"blk.0.attn_q_norm.weight": None})
+    found = hunyuan.config_from_gguf(Fields(named, Path("model.gguf"), "hunyuan_vl."), checkpoint)
+    wanted: Any = family_from_hf(PUBLISHED, PATH)[1]
+    assert found.rope.theta == pytest.approx(wanted.rope.theta)
+    assert (found.rope.axes, found.model_type, found.norms_behind) == (wanted.rope.axes, "hunyuan_vl", True)
 
 
 def test_a_gguf_file_needs_a_section_of_positions(tmp_path: Path) -> None:

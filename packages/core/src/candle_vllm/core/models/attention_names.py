@@ -127,7 +127,7 @@ def parallel_keys(config: Any) -> dict[str, Any]:
 def axes_keys(config: Any) -> dict[str, Any]:
     """The GGUF keys of the window, of M-RoPE and of DeepStack, each if the model has it.
 
-    M-RoPE's key has the number of frequencies of time, height, width and a fourth axis, which only llama.cpp has.
+    M-RoPE's key has the number of frequencies of time, height, width and a fourth axis (`hunyuan_positions.py`).
     """
     axes = config.rope.axes
     keys: dict[str, Any] = {"rope.dimension_sections": [axes.count(axis) for axis in range(4)]} if axes else {}

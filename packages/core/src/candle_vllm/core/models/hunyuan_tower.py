@@ -41,8 +41,8 @@ from candle_vllm.core.vision.preprocessing import NOTHING, Cut
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_BICUBIC = 3
 _EDGES = {"shortest_edge": 512 * 512, "longest_edge": 2048 * 2048}
+_FLAGS = {"cat_extra_token": 1, "remove_prenorm": 1, "anyres_vit_two_views": 0, "learnable_mlp_pooling_size": 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,9 @@ def config_from_hf(
     """Read `config.json` and `preprocessor_config.json`."""
     vision = fields.section("vision_config").with_defaults(**LARGE | {"num_hidden_layers": 27, "hidden_act": "gelu"})
     vision.choice("interpolate_mode", "bilinear", "bilinear")
+    for key, known in _FLAGS.items():
+        if (value := vision.values.get(key, known)) != known:
+            raise UnsupportedModelError(f"{fields.path}: vision_config.{key} is {value!r:.40}; implemented: {known}")
     patch, cell = vision.count("patch_size", 16), vision.count("spatial_merge_size", 2, most=64)
     values = hf_values(vision) | {"norm_eps": vision.get("rms_norm_eps", float, 1e-5)}
     sizes = {"num_channels": 3, "temporal_patch_size": 1, "head_dim": values["hidden_size"] // values["num_heads"]}
@@ -97,7 +100,7 @@ def completed(config: HunyuanTowerConfig, tensors: Mapping[str, StoredTensor]) -
 
 
 def _config(processor: Fields, said: Mapping[str, Any], *, patch: int, cell: int, **own: Any) -> HunyuanTowerConfig:
-    usual = {"size": _EDGES, **processor.values, "resample": _BICUBIC}  # transformers ignores the file's filter
+    usual = {"size": _EDGES, **processor.values, "resample": 3}  # bicubic: transformers ignores the file's
     rule = msgspec.structs.replace(rule_of(Fields(usual, processor.path), patch, cell, said), lined=True)
     most: dict[str, Any] = {"side": rule.longest // patch, "most_patches": rule.most_cells * cell**2}
     return HunyuanTowerConfig(**own, **most, patch=patch, cell=cell, rule=rule)

@@ -48,7 +48,6 @@ from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, area_rule, 
 
 _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_gelu", **ACTIVATIONS})
 FRAMES = 2  # frames of a patch
-_THETA = 10000.0
 _EPS = 1e-6
 MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
 """Maximum number of patches of an image: the default limit, and the maximum of an operator's limit. Published settings
@@ -57,7 +56,13 @@ allow the second, but attention over this number of patches takes minutes on a C
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenTowerConfig(TowerConfig):
-    """Config of these vision encoders; with gated MLPs (Qwen2.5-VL) the norms of layers and the last norm are RMS."""
+    """Config of these vision encoders; with gated MLPs (Qwen2.5-VL) the norms of layers and the last norm are RMS.
+
+    Attributes:
+        theta: rotary base.
+    """
+
+    theta: float = 10000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,14 +297,18 @@ class QwenTower:
         self.mergers = [Merger(config, placement) for _ in config.deep]
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`; returns rows of the tables, whose first half rotates by the row, the second by the column."""
-        quarter = self._tables[0].shape[1] // 2
-        frequencies = np.float32(1) / np.float32(_THETA) ** (np.arange(quarter, dtype=np.float32) / quarter)
-        angles = (places[:, :, None].astype(np.float32) * frequencies.astype(np.float32)).reshape(len(places), -1)
+        """See `Tower`; returns rows of the tables."""
+        angles = self.angles(places)
         for table, function in zip(self._tables, (np.cos, np.sin)):
             write_rows(table, first, function(angles.astype(np.float64)).astype(np.float32))
         start = None if self.positions is None else self.positions(places, grid)
         return Placed(np.arange(first, first + len(places)), start)
+
+    def angles(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rotary angles [n, D/2] of patches: the first half is by the row, the second by the column."""
+        quarter = self._tables[0].shape[1] // 2
+        frequencies = np.float32(1) / np.float32(self.config.theta) ** (np.arange(quarter, dtype=np.float32) / quarter)
+        return (places[:, :, None].astype(np.float32) * frequencies.astype(np.float32)).reshape(len(places), -1)
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""

@@ -167,23 +167,36 @@ class FitRule(Pixels, frozen=True, kw_only=True, tag=True):
     Attributes:
         longest: maximum number of pixels of a side.
         cell: pixels of a cell's side.
+        patches: Kimi K2.5's rule: the image is also shrunk to this number of patches, counted without parts of patches,
+            and is not stretched to whole cells: black fills them at the right and at the bottom. 0 in other rules.
+        patch: pixels of a patch's side in Kimi K2.5's rule.
     """
 
     longest: int
     cell: int
+    patches: int = 0
+    patch: int = 1
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
-        ratio = max(height / self.longest, width / self.longest)
-        if ratio > 1:
-            height, width = max(math.floor(height / ratio), 1), max(math.floor(width / ratio), 1)
-        height, width = (-(-side // self.cell) * self.cell for side in (height, width))
+        height, width = (-(-side // self.cell) * self.cell for side in self._shrunk(height, width))
         return Cut(0, 0, height, width)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
         cut = self.cut(picture.height, picture.width)
-        return _resized(picture.pixels, cut.height, cut.width, self.resample)[None]
+        tile, sides = np.zeros((1, cut.height, cut.width, 3), np.uint8), (cut.height, cut.width)
+        height, width = self._shrunk(picture.height, picture.width) if self.patches else sides
+        tile[0, :height, :width] = _resized(picture.pixels, height, width, self.resample)
+        return tile
+
+    def _shrunk(self, height: int, width: int) -> tuple[int, int]:
+        if self.patches:
+            count = max(height // self.patch, 1) * max(width // self.patch, 1)
+            scale = min(1.0, math.sqrt(self.patches / count), self.longest / height, self.longest / width)
+            return min(max(int(height * scale), 1), self.longest), min(max(int(width * scale), 1), self.longest)
+        ratio = max(height / self.longest, width / self.longest)
+        return (height, width) if ratio <= 1 else (max(int(height / ratio), 1), max(int(width / ratio), 1))
 
 
 class StretchRule(Pixels, frozen=True, kw_only=True, tag=True):

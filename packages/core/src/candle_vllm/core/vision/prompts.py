@@ -160,7 +160,7 @@ class VisionInput:
         return ImageInput(key=key, tiles=joined, sizes=sizes, whole=whole)
 
     def grid(self, image: ImageInput) -> tuple[int, int] | None:
-        """Return rows and columns of an image's embeddings; None for a model without M-RoPE."""
+        """Return rows and columns of an image's cells; None for a model without M-RoPE."""
         rows, columns = image.sizes[0]
         return (rows // self.parts.cell, columns // self.parts.cell) if self.parts.turned else None
 
