@@ -60,6 +60,7 @@ LLAMA_CPP = (
     "LFM2 biases",
     "LFM2-MoE plain",
     "Command R+",
+    "DeepSeek-OCR 2 groups",
     "EXAONE 4 windows",
     "ERNIE 4.5 biases",
     "Seed-OSS biases",

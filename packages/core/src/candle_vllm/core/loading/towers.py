@@ -30,6 +30,7 @@ _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "De
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "DeepseekOcr2ForConditionalGeneration": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
         "DotsOCRForCausalLM": {"qwen2": "Qwen2ForCausalLM"},
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
         "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},
@@ -163,7 +164,7 @@ _PARTS = (
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""
-_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*|image_newline)")
+_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*|image_newline|view_separator)")
 
 
 def text_fields(

@@ -35,6 +35,7 @@ FAMILIES = (
     "llama",
     "bert",
     "deepseek",
+    "deepseek_ocr",
     "gemma",
     "glm4",
     "chatglm",
