@@ -526,7 +526,14 @@ def _deepseek_ocr(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensor
     writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
-    return _experts(writer, config, tensors)
+    made: Tensors = {}
+    for name, data in tensors.items():
+        if name.endswith("gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), np.split(data, 2, 1)):
+                made[name.replace("gate_up_proj", part)] = half
+        else:
+            made[name] = data
+    return _experts(writer, config, made)
 
 
 def _phi2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:

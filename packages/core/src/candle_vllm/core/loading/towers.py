@@ -160,11 +160,11 @@ _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply t
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
     "vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)"
-    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual"
+    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual|sam_model|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""
-_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*|image_newline|view_separator)")
+_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*|image_newline|view_sep[ae]rator)")
 
 
 def text_fields(

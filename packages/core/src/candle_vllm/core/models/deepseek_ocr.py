@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The text model of DeepSeek-OCR 2: Llama's layers (`llama.py`) with DeepSeek-V2's experts in the layers after the first.
+"""The text model of DeepSeek-OCR 2: Llama's layers (`llama.py`), with DeepSeek-V2's experts in most of them.
 
 Experts are scored by a softmax and chosen alone or in groups; their scores are not normalised, and a shared expert is
 added. Keys and values are not latent, unlike DeepSeek-V2's. Source: Wei et al., 2025, arXiv:2510.18234.
@@ -100,7 +100,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """The GGUF metadata of the experts; llama.cpp rotates by the base 10,000 alone, and has a key and value per head."""
+    """The GGUF metadata of the experts; llama.cpp has one rotary base, and a key for each head."""
     if config.rope.theta != 10000 or config.rope.kind != "default" or config.num_heads != config.num_kv_heads:
         raise UnsupportedModelError("llama.cpp's deepseek2-ocr has one rotary base, 10000, and no shared keys")
     return routed_keys(config.mixture) | {"leading_dense_block_count": config.num_layers - len(config.sparse_layers)}

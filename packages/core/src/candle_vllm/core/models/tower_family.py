@@ -152,6 +152,11 @@ class TileRows(NamedTuple):
         """The tile's number of rows and of columns of patches."""
         return self.tile.shape[0] // self.config.patch, self.tile.shape[1] // self.config.patch
 
+    def lengths(self, layer: int, *, windowed: bool) -> tuple[int, ...]:
+        """Number of rows of each text of a layer's attention; their sum is the number of rows that the layer reads."""
+        del layer
+        return self.windows if windowed else (len(self.places),)
+
     def strips(self, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Yield indices [n] and elements [n, patch_size] of patches by rows of cells, about `most` patches at once."""
         config, each = self.config, self.config.cell**2

@@ -128,8 +128,8 @@ class RecordedTower:
             yield from clock.pause(clock.waited)
         deep = 0
         for number, layer in enumerate(self._layers):
-            lengths = read.windows if layer.kind.windowed else (rows,)
-            arrays.numbers[StepNumber.TOKENS] = rows
+            lengths = read.lengths(number, windowed=layer.kind.windowed)
+            arrays.numbers[StepNumber.TOKENS] = rows = sum(lengths)
             arrays.numbers[StepNumber.SEQUENCES] = len(lengths)
             arrays.query_start[: len(lengths) + 1] = 0, *itertools.accumulate(lengths)
             yield from self._run(layer, rows, clock)

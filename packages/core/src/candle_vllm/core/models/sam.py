@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: MIT
+"""SAM's vision encoder (ViTDet) with the convolutions of DeepSeek-OCR behind it, which make a row of 4 x 4 patches.
+
+Each block is x + attention(norm(x)), then x + mlp(norm(x)). Attention is over windows, or over the whole tile in some
+layers; windows at the edges are filled with zeros, which are read like patches. To a score q k / sqrt(D) of a query in
+row r and column c, and a key in row r' and column c', q R[r - r'] + q C[c - c'] is added. It is computed as a part of
+the score: S columns beside q have q R[r - j] for all rows j, and S columns beside k are 1 for j = r' and otherwise 0.
+After the blocks come a matrix, a norm, a convolution over 3 x 3 patches, a norm, and two convolutions with stride 2.
+Sources: Kirillov et al., 2023, arXiv:2304.02643; Li et al., 2022, arXiv:2203.16527; Wei et al., 2025, arXiv:2510.18234;
+`DeepseekOcr2SamVisionEncoder` of transformers.
+Shapes: T patches of a tile, E hidden, H heads, D elements of a head, S rows of a tile or of a window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.side_by_side import first_of_heads, side_by_side
+from candle_vllm.core.kernels.whole_attention import whole_attention
+from candle_vllm.core.layers.layer_norm import LayerNorm
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.mlp import MLP
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import MAX_LAYERS
+from candle_vllm.core.loading.views import View, computed, row_part
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.models.grid_positions import centred
+from candle_vllm.core.models.row_copies import RowNumbers, Runs, Shared, Starts, taken, widened
+from candle_vllm.core.models.siglip import patch_kernel
+from candle_vllm.core.models.tower_family import TileRows, TowerConfig, TowerStep
+from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.vision.preprocessing import MAX_TILE, patch_places
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_EPS = 1e-6  # of the norms between the convolutions
+_MOST_CHANNELS = 1 << 14
+
+
+class SamRows(TileRows):
+    """A tile's patches and windows, where the layers behind the blocks have fewer rows than patches."""
+
+    def lengths(self, layer: int, *, windowed: bool) -> tuple[int, ...]:
+        """See `TileRows`."""
+        config, count = self.config, len(self.places)
+        assert isinstance(config, SamConfig)
+        if windowed:
+            return self.windows
+        behind = layer - 2 * config.blocks  # 0 and 1: norms and convolutions without strides
+        return (count if behind <= 0 else config.rows_behind(behind, count),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamConfig(TowerConfig):
+    """Config of an encoder that begins with SAM's; its fields without a comment are SAM's.
+
+    Attributes:
+        num_layers: the largest number of layers of an encoder.
+        blocks: number of SAM's blocks.
+        tiles: sides of the tiles in patches, one or two.
+        channels: elements of a row after the first convolution, and after each of those with strides.
+        qkv_bias: queries, keys and values have biases.
+    """
+
+    blocks: int
+    tiles: tuple[int, ...]
+    channels: tuple[int, int, int]
+    qkv_bias: bool = True
+
+    def read(self, tile: NDArray[np.uint8]) -> TileRows:
+        """See `TowerConfig`."""
+        side = len(tile) // self.patch
+        windows = (self.window**2,) * self.windows_of(side)
+        return SamRows(tile, self, patch_places(side, side, self.cell), None, windows)
+
+    def windows_of(self, side: int) -> int:
+        """Number of windows of a tile with this side in patches."""
+        return (-(-side // self.window)) ** 2
+
+    @property
+    def windows(self) -> int:
+        """See `TowerConfig`."""
+        return self.windows_of(self.side)
+
+    def rows_behind(self, layer: int, count: int) -> int:
+        """Rows of a layer behind SAM's blocks and the convolution without a stride, for a tile with `count` patches."""
+        return count >> 2 * min(layer, 2)
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self.hidden_size // self.num_heads
+
+    def step_bytes(self, threads: int) -> int:
+        """See `TowerConfig`; adds what relative positions and convolutions need."""
+        wide = self.num_heads * (self.head_dim + 2 * max(self.side, self.window))
+        scores = 12 * wide + 2 * sum(map(self.run_width, self.tiles)) * self.num_heads
+        return super().step_bytes(threads) + 4 * self.patches * (scores + 24 * max(self.channels))
+
+    def run_width(self, side: int) -> int:
+        """Columns from which runs of relative positions of a tile with this side are taken, for an axis."""
+        return side - 1 + max(self.tiles)
+
+
+def sam_from_hf(vision: Fields) -> dict[str, Any]:
+    """Read transformers' `sam_config`: arguments of a `SamConfig` except `tiles`; positions and keys of one value."""
+    vision.choice("hidden_act", "gelu", "gelu")
+    for key, known in (("use_abs_pos", True), ("use_rel_pos", True)):
+        if vision.get(key, bool, known) != known:
+            raise UnsupportedModelError(f"{vision.path}: {key} of the vision encoder is false; implemented: true")
+    if vision.count("num_channels", 3) != 3:
+        raise UnsupportedModelError(f"{vision.path}: num_channels is {vision.count('num_channels')}; implemented: 3")
+    size, layers = vision.count("hidden_size", 768), vision.count("num_hidden_layers", 12, most=MAX_LAYERS)
+    indexes = vision.get("global_attn_indexes", list, [2, 5, 8, 11])
+    if not all(type(index) is int and 0 <= index < layers for index in indexes):
+        raise InvalidFileError(
+            f"{vision.path}: global_attn_indexes is {indexes!r:.60}, not numbers of the {layers} layers"
+        )
+    channels = [vision.count("output_channels", 256), *vision.get("downsample_channels", list, [512, 896])]
+    if len(channels) != 3 or not all(type(each) is int and 0 < each <= _MOST_CHANNELS for each in channels):
+        raise InvalidFileError(f"{vision.path}: downsample_channels must be two numbers from 1 to {_MOST_CHANNELS}")
+    ratio = vision.get("mlp_ratio", float, 4.0)
+    return {
+        "hidden_size": size,
+        "intermediate_size": vision.count("mlp_dim", int(size * ratio) if 0 < ratio <= 64 else 4 * size),
+        "blocks": layers,
+        "num_heads": vision.count("num_attention_heads", 12),
+        "norm_eps": vision.get("layer_norm_eps", float, 1e-6),
+        "activation": "gelu",
+        "patch": (patch := vision.count("patch_size", 16)),
+        "learned": vision.count("image_size", 1024, most=MAX_TILE) // patch,
+        "window": vision.count("window_size", 14, most=256),
+        "windowed": frozenset(2 * layer for layer in range(layers) if layer not in indexes),
+        "channels": tuple(channels),
+        "qkv_bias": vision.get("qkv_bias", bool, True),
+    }
+
+
+# ---- row numbers -----------------------------------------------------------------------------------------------------
+
+
+class Grid:
+    """Tables of row numbers of a tile's grid of patches; the encoder fills them for each tile.
+
+    Attributes:
+        windows, back: patches of each window, and the rows of windows for each patch.
+        near: the 3 x 3 patches around each patch.
+        halves: the 3 x 3 rows around every second row and column, for both convolutions with strides.
+        whole, cut: places of queries and keys in the tile, and in their windows.
+    """
+
+    def __init__(self, config: SamConfig) -> None:
+        most = config.patches
+        self.config, self.side = config, 0
+        self.windows, self.back, self.near = RowNumbers(most), RowNumbers(most), RowNumbers(most, 9)
+        self.halves = RowNumbers(most, 9), RowNumbers(most, 9)
+        self.whole, self.cut = Places(most), Places(most)
+
+    def fill(self, side: int) -> None:
+        """Fill the tables for a grid with this side, unless the last tile had it."""
+        if side == self.side:
+            return
+        config, self.side = self.config, side
+        window, across = config.window, -(-side // config.window)
+        cell = config.cell
+        # the number of the patch at each place; a cell's patches follow each other
+        at = np.arange(side * side).reshape(side // cell, side // cell, cell, cell).swapaxes(1, 2).reshape(side, side)
+        padded = np.full((across * window,) * 2, -1)
+        padded[:side, :side] = at
+        order = padded.reshape(across, window, across, window).swapaxes(1, 2).reshape(-1)
+        self.windows.fill(order[None])
+        back = np.empty(side * side, np.int64)
+        back[order[order >= 0]] = np.flatnonzero(order >= 0)
+        self.back.fill(back[None])
+        place = np.empty(side * side, np.int64)
+        place[at.reshape(-1)] = np.arange(side * side)
+        self.near.fill(_around(at, 1)[:, place])
+        self.halves[0].fill(_around(at, 2))
+        half = side // 2
+        self.halves[1].fill(_around(np.arange(half * half).reshape(half, half), 2))
+        first = sum(map(config.run_width, config.tiles[: config.tiles.index(side)]))
+        self.whole.fill(place // side, place % side, side, first, sum(map(config.run_width, config.tiles)))
+        inner = np.tile(np.arange(window**2), across**2)
+        self.cut.fill(inner // window, inner % window, window, 0, 2 * window - 1)
+
+
+class Places:
+    """Rows and columns of queries and keys, and where the runs of their relative positions begin."""
+
+    def __init__(self, most: int) -> None:
+        self.rows, self.columns = RowNumbers(most), RowNumbers(most)
+        self.first_row, self.first_column = Starts(most), Starts(most)
+
+    def fill(self, rows: NDArray[np.int64], columns: NDArray[np.int64], side: int, first: int, width: int) -> None:
+        """Set the places; runs for rows begin in the `width` columns from `first` on, those for columns after these."""
+        self.rows.fill(rows[None])
+        self.columns.fill(columns[None])
+        self.first_row.fill(first + side - 1 - rows)
+        self.first_column.fill(width + first + side - 1 - columns)
+
+
+def _around(at: NDArray[np.int64], stride: int) -> NDArray[np.int64]:
+    """Numbers of the 3 x 3 places around every place, or every second one, row by row: [9, n]; -1 outside."""
+    side = len(at)
+    padded = np.full((side + 2,) * 2, -1)
+    padded[1:-1, 1:-1] = at
+    parts = [padded[y : y + side : stride, x : x + side : stride].reshape(-1) for y in range(3) for x in range(3)]
+    return np.stack(parts)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+class SamAttention:
+    """x + attention(norm(x)): x [T, E] -> [T, E] in fp32."""
+
+    def __init__(self, config: SamConfig, layer: int, grid: Grid, placement: Placement) -> None:
+        size, self.heads, self.dim = config.hidden_size, config.num_heads, config.head_dim
+        self.windowed, self.grid = 2 * layer in config.windowed, grid
+        side = config.window if self.windowed else max(config.tiles)
+        width = 2 * side - 1 if self.windowed else sum(map(config.run_width, config.tiles))
+        self.norm = LayerNorm(size, config.norm_eps, placement)
+        self.qkv = Linear(size, {"q": size, "k": size, "v": size}, placement, bias=config.qkv_bias)
+        self.relative = Linear(self.dim, {"rows": width, "columns": width}, placement)
+        self.output = Linear(size, size, placement, bias=True)
+        self.side = side
+        self.wide = math.sqrt(self.dim + 2 * side)
+        self.ones = placement.constant(np.eye(side, dtype=np.float32) * np.float32(self.wide))
+
+    def __call__(self, x: Value, step: TowerStep) -> Value:
+        normed, grid = side_by_side(self.norm(x)), self.grid
+        places = grid.cut if self.windowed else grid.whole
+        qkv = self.qkv(taken(normed, grid.windows) if self.windowed else normed)
+        runs = [self.relative(q) for q in qkv.split([self.dim] * 3 * self.heads, -1)[: self.heads]]
+        qkv = widened(
+            qkv,
+            (self.heads, self.heads),
+            self.dim,
+            [Runs(runs, places.first_row, self.side), Runs(runs, places.first_column, self.side)],
+            [Shared(self.ones, places.rows), Shared(self.ones, places.columns)],
+            self.wide / math.sqrt(self.dim),
+        )
+        y = whole_attention(qkv, self.heads, step.windows if self.windowed else step.lengths)
+        y = first_of_heads(y.unflatten(-1, (-1, self.dim + 2 * self.side)), self.dim)
+        return x + self.output(taken(y, grid.back) if self.windowed else y)
+
+
+class SamMLP:
+    """x + mlp(norm(x)): x [T, E] -> [T, E] in fp32."""
+
+    def __init__(self, config: SamConfig, placement: Placement) -> None:
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, placement, activation=config.activation)
+
+    def __call__(self, x: Value, step: TowerStep) -> Value:
+        del step
+        return x + self.mlp(self.norm(x))
+
+
+class SamBlock:
+    """Both parts of a block, which have different numbers of rows."""
+
+    def __init__(self, config: SamConfig, layer: int, grid: Grid, placement: Placement) -> None:
+        self.attention = SamAttention(config, layer, grid, placement)
+        self.mlp = SamMLP(config, placement)
+
+
+class Neck:
+    """A matrix, a norm, a convolution over 3 x 3 patches and a norm: x [T, E] -> [T, channels]."""
+
+    def __init__(self, config: SamConfig, grid: Grid, placement: Placement) -> None:
+        size, self.near = config.channels[0], grid.near
+        self.first = Linear(config.hidden_size, size, placement)
+        self.second = Linear(9 * size, size, placement)
+        self.first_norm, self.second_norm = (LayerNorm(size, _EPS, placement) for _ in range(2))
+
+    def __call__(self, x: Value, step: TowerStep) -> Value:
+        del step
+        x = side_by_side(self.first_norm(self.first(x)))
+        return side_by_side(self.second_norm(self.second(taken(x, self.near))))
+
+
+class Halved:
+    """A convolution over 3 x 3 rows with stride 2: x [T, C] -> [T / 4, C']."""
+
+    def __init__(self, inputs: int, outputs: int, rows: RowNumbers, placement: Placement) -> None:
+        self.rows, self.kernel = rows, Linear(9 * inputs, outputs, placement)
+
+    def __call__(self, x: Value, step: TowerStep) -> Value:
+        del step
+        return side_by_side(self.kernel(taken(x, self.rows)))
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _relative(stored: StoredTensor, config: SamConfig) -> StoredTensor:
+    """Relative positions [2 S - 1, D] in reverse order, for each side of tiles resized, and filled up with zeros."""
+    length, dim, window = stored.shape[0], config.head_dim, 2 * config.window - 1
+    if stored.shape not in ((window, dim), (2 * config.learned - 1, dim)):
+        return stored  # the loader reports the wrong shape
+    if length == window:
+        return computed(stored, stored.shape, lambda values: np.ascontiguousarray(values[::-1]))
+
+    def resized(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        made = np.zeros((sum(map(config.run_width, config.tiles)), dim), np.float32)
+        first = 0
+        for side in config.tiles:
+            count = 2 * side - 1
+            near, shares = centred(np.arange(count), count, length)
+            table = np.add.reduce([values[each] * share[:, None] for each, share in zip(near, shares)])
+            made[first : first + count] = table[::-1]
+            first += config.run_width(side)
+        return made
+
+    return computed(stored, (sum(map(config.run_width, config.tiles)), dim), resized, "F32")
+
+
+def kernel_rows(stored: StoredTensor, config: Any) -> StoredTensor:
+    """The kernel of a convolution [C', C, h, w] as a matrix [C', h * w * C]."""
+    del config
+    if len(stored.shape) != 4:
+        return stored
+    shape = (stored.shape[0], math.prod(stored.shape[1:]))
+    return computed(stored, shape, lambda values: values.transpose(0, 2, 3, 1).reshape(shape))
+
+
+def positions(stored: StoredTensor, config: SamConfig) -> StoredTensor:
+    """The table of positions [S * S, E], which is stored as [1, S, S, E]."""
+    shape = (config.learned**2, config.hidden_size)
+    if stored.numel != math.prod(shape):
+        return stored
+    return computed(stored, shape, lambda values: values.reshape(shape), "F32")
+
+
+_AT = ("vision_tower.sam_encoder.", "sam_model.", "v.sam.")
+_IN = (_AT[0] + "layers.{i}.", _AT[1] + "blocks.{i}.", "v.sam.blk.{i}.")
+_BLOCK = {  # names in transformers, in the original files and in GGUF
+    "attention.norm:": ("layer_norm1", "norm1", "pre_ln"),
+    "attention.output:": ("attn.proj", "attn.proj", "attn.out"),
+    "mlp.norm:": ("layer_norm2", "norm2", "post_ln"),
+    "mlp.mlp.up:": ("mlp.lin1",) * 3,
+    "mlp.mlp.down:": ("mlp.lin2",) * 3,
+}
+_NORMS = {"neck.first_norm:": ("neck.layer_norm1", "neck.1"), "neck.second_norm:": ("neck.layer_norm2", "neck.3")}
+_KERNELS = {
+    "neck.first:weight": ("neck.conv1", "neck.0"),
+    "neck.second:weight": ("neck.conv2", "neck.2"),
+    "halves.0.kernel:weight": ("proj.conv1", "net_2"),
+    "halves.1.kernel:weight": ("proj.conv2", "net_3"),
+}
+
+
+def _line(target: str, places: Sequence[str], names: Sequence[str], view: View | None = None) -> WeightName:
+    hf, original, gguf = (at + name for at, name in zip(places, names, strict=True))
+    return WeightName(target, (hf, original), gguf, hf_view=view, gguf_view=view)
+
+
+WEIGHTS = (
+    _line(
+        "patches:weight", _AT, ("patch_embed.projection.weight", "patch_embed.proj.weight", "patch_embd.weight"),
+        patch_kernel,
+    ),
+    _line("patches:bias", _AT, ("patch_embed.projection.bias", "patch_embed.proj.bias", "patch_embd.bias")),
+    _line("positions:weight", _AT, ("pos_embed", "pos_embed", "pos_embd.weight"), positions),
+    *(
+        WeightName(
+            f"blocks.{{i}}.attention.qkv:{part}.{kind}",
+            tuple(Seen(f"{at}attn.qkv.{kind}", row_part(number, 3)) for at in _IN[:2]),
+            Seen(f"{_IN[2]}attn.qkv.{kind}", row_part(number, 3)),
+        )
+        for number, part in enumerate("qkv")
+        for kind in ("weight", "bias")
+    ),
+    *(
+        _line(
+            f"blocks.{{i}}.attention.relative:{axis}.weight", _IN,
+            (f"attn.rel_pos_{letter}", f"attn.rel_pos_{letter}", f"attn.pos_{letter}.weight"), _relative,
+        )
+        for axis, letter in (("rows", "h"), ("columns", "w"))
+    ),
+    *(
+        _line(f"blocks.{{i}}.{target}{kind}", _IN, [f"{name}.{kind}" for name in names])
+        for target, names in _BLOCK.items()
+        for kind in ("weight", "bias")
+    ),
+    *(
+        _line(target + kind, _AT, [f"{name}.{kind}" for name in (*names, names[-1])])
+        for target, names in _NORMS.items()
+        for kind in ("weight", "bias")
+    ),
+    *(
+        _line(target, _AT, [f"{name}.weight" for name in (*names, names[-1])], kernel_rows)
+        for target, names in _KERNELS.items()
+    ),
+)  # fmt: skip
