@@ -11,17 +11,13 @@ Shapes: n rows of a tile and queries, E hidden, H query heads, K key heads, D el
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rotary import Turned
 from candle_vllm.core.kernels.side_by_side import first_of_heads
@@ -31,129 +27,26 @@ from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, on_host
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import sam
 from candle_vllm.core.models.attention_names import pair
+from candle_vllm.core.models.deepseek_ocr2_config import (
+    SIDES,
+    DeepseekOcr2TowerConfig,
+    config_from_gguf,
+    config_from_hf,
+)
 from candle_vllm.core.models.grid_positions import GridPositions, sharp
 from candle_vllm.core.models.llava_onevision_tower import Newline
 from candle_vllm.core.models.row_copies import RowNumbers, Shared, taken, widened
-from candle_vllm.core.models.sam import Grid, Halved, Neck, SamBlock, SamConfig, sam_from_hf
+from candle_vllm.core.models.sam import Grid, Halved, Neck, SamBlock, vector
+from candle_vllm.core.models.sam_config import completed
 from candle_vllm.core.models.tower_family import Joining, Placed, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, CanvasRule, Cut, StretchRule, over, stretch_rule
+from candle_vllm.core.vision.preprocessing import Cut
 
-# ---- config ----------------------------------------------------------------------------------------------------------
-
-_SIDES = (16, 12)  # rows and columns of the learned queries
 _HIDDEN = -3e4  # added to scores of keys that are not read, times sqrt(D + 256)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DeepseekOcr2TowerConfig(SamConfig):
-    """Config of these vision encoders; the fields are those of Qwen2's layers.
-
-    Attributes:
-        size, inner, depth, heads, kv_heads: E, inner size of the MLP, number of layers, H and K.
-        eps, theta: epsilon of the norms, and base of the rotary embedding.
-    """
-
-    size: int
-    inner: int
-    depth: int
-    heads: int
-    kv_heads: int
-    eps: float
-    theta: float
-
-    def rows_behind(self, layer: int, count: int) -> int:
-        """See `SamConfig`; the layers of Qwen2 have rows and queries, the last norm has a row for each patch."""
-        if layer == 3 + self.depth + 1:
-            return count
-        return count // 8 if layer > 2 else super().rows_behind(layer, count)
-
-    @property
-    def cell_size(self) -> int:
-        """See `TowerConfig`."""
-        return self.size
-
-    def cells(self, hidden: Any) -> Any:
-        """See `TowerConfig`; the rows of a cell's patches are the same."""
-        return hidden[:: self.cell**2]
-
-
-def config_from_hf(
-    fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
-) -> DeepseekOcr2TowerConfig:
-    """Read `config.json` and `preprocessor_config.json`."""
-    vision = fields.section("vision_config")
-    first, qwen = sam_from_hf(vision.section("sam_config")), vision.section("encoder_config")
-    qwen.choice("hidden_act", "silu", "silu", "swish")
-    if qwen.get("use_sliding_window", bool, False):
-        raise UnsupportedModelError(f"{fields.path}: use_sliding_window of encoder_config is true; implemented: false")
-    rotation = qwen.section("rope_parameters")
-    rotation.choice("rope_type", "default", "default")
-    heads, size = qwen.count("num_attention_heads", 32), qwen.count("hidden_size", 4096)
-    kv_heads = qwen.count("num_key_value_heads", heads)
-    if size % heads or heads % kv_heads or size // heads % 2 or size // heads > 1024:
-        raise InvalidFileError(f"{fields.path}: encoder_config has {size} elements for {heads} and {kv_heads} heads")
-    if first["channels"][2] != size:
-        raise InvalidFileError(
-            f"{fields.path}: downsample_channels ends with {first['channels'][2]}, hidden_size is {size}"
-        )
-    return _config(
-        over(processor, said),
-        **first,
-        text_size=text_size,
-        size=size,
-        inner=qwen.count("intermediate_size", 22016),
-        depth=qwen.count("num_hidden_layers", 32, most=MAX_LAYERS),
-        heads=heads,
-        kv_heads=kv_heads,
-        eps=qwen.get("rms_norm_eps", float, 1e-6),
-        theta=rotation.get("rope_theta", float, qwen.get("rope_theta", float, 10000.0)),
-    )
-
-
-def _config(processor: Fields, *, patch: int, **own: Any) -> DeepseekOcr2TowerConfig:
-    rule, sizes = _rule(processor)
-    sides = sorted({size // patch for size in sizes})
-    if any(size % (4 * patch) or size // (4 * patch) not in _SIDES for size in sizes):
-        raise InvalidFileError(
-            f"{processor.path}: tiles of {' and '.join(map(str, sizes))} pixels; the model has queries for tiles of "
-            f"{_SIDES[1] * 4 * patch} and {_SIDES[0] * 4 * patch} pixels"
-        )
-    for name in ("hidden_size", "size"):
-        if own[name] % 16:
-            raise UnsupportedModelError(
-                f"{processor.path}: hidden_size {own[name]} of a vision encoder; implemented: multiples of 16"
-            )
-    window = own["window"]
-    rows = (-(-sides[-1] // window) * window) ** 2  # with those of windows at the edges
-    layers = max(own["blocks"], own["depth"])
-    return DeepseekOcr2TowerConfig(
-        **own, num_layers=layers, patch=patch, side=sides[-1], cell=4, most_patches=rows, rule=rule, tiles=tuple(sides)
-    )
-
-
-def _rule(processor: Fields) -> tuple[CanvasRule | StretchRule, tuple[int, ...]]:
-    """The rule of images, and the sides of tiles in pixels."""
-    usual: dict[str, Any] = {"size": {"height": 1024, "width": 1024}, "resample": 3, "background_color": [127] * 3}
-    processor = processor.with_absent(**usual)
-    tile, margin = processor.count("tile_size", 768, most=MAX_TILE), processor.get("background_color", list)
-    if len(margin) != 3 or len({*margin}) != 1 or type(margin[0]) is not int or not 0 <= margin[0] <= 255:
-        raise UnsupportedModelError(f"{processor.path}: background_color is {margin!r:.40}; implemented: one grey")
-    whole = msgspec.structs.replace(stretch_rule(processor), margin=margin[0])
-    least, most = (processor.count(f"{at}_patches", usual, most=64) for at, usual in (("min", 2), ("max", 6)))
-    if not processor.get("crop_to_patches", bool, True):
-        return msgspec.structs.replace(whole, tile=tile), (tile,)
-    if not 2 <= least <= most:
-        raise InvalidFileError(f"{processor.path}: min_patches is {least}; it must be 2 to max_patches, {most}")
-    pixels: dict[str, Any] = {"resample": whole.resample, "normalisation": whole.normalisation}
-    kind: dict[str, Any] = {"grows": False, "stretches": True, "whole": whole}
-    return CanvasRule(tile=tile, least=least, most=most, **pixels, **kind), (tile, whole.tile)
-
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
@@ -168,7 +61,7 @@ class Queries:
     """
 
     def __init__(self, config: DeepseekOcr2TowerConfig, placement: Placement) -> None:
-        most, half = _SIDES[0] ** 2, config.size // config.heads // 2
+        most, half = SIDES[0] ** 2, config.size // config.heads // 2
         self.joins, self.last = RowNumbers(config.patches), RowNumbers(config.patches)
         self.reads = RowNumbers(config.patches)
         one = np.ones((most, most), np.float32)
@@ -176,7 +69,7 @@ class Queries:
         self.columns = placement.constant(
             np.concatenate([0 * one[:1], np.float32(_HIDDEN) * np.eye(most)]).astype("f4")
         )
-        places = np.concatenate([np.arange(2 * side**2, dtype=np.float32) for side in _SIDES])
+        places = np.concatenate([np.arange(2 * side**2, dtype=np.float32) for side in SIDES])
         powers = np.float32(config.theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
         angles = (places[:, None] * (np.float32(1) / powers)).astype(np.float64)
         self.turns = tuple(placement.constant(turn(angles).astype(np.float32)) for turn in (np.cos, np.sin))
@@ -188,7 +81,7 @@ class Queries:
         self.joins.fill(np.concatenate([rows, np.full(count, -1)])[None])
         self.last.fill(count + np.arange(patches)[None] // 16)
         self.reads.fill(np.concatenate([0 * rows, 1 + rows])[None])
-        first = 0 if count == _SIDES[0] ** 2 else 2 * _SIDES[0] ** 2
+        first = 0 if count == SIDES[0] ** 2 else 2 * SIDES[0] ** 2
         return first + np.minimum(np.arange(patches), 2 * count - 1)
 
 
@@ -237,8 +130,8 @@ class DeepseekOcr2Tower:
         self._grid, self._queries = Grid(config), Queries(config, placement)
         self.blocks = [SamBlock(config, layer, self._grid, placement) for layer in range(config.blocks)]
         self.neck = Neck(config, self._grid, placement)
-        self.halves = [Halved(*channels[at : at + 2], self._grid.halves[at], placement) for at in range(2)]
-        self.queries = Embedding(2 * sum(side**2 for side in _SIDES), size, placement, wide=True)
+        self.halves = [Halved(channels[at], channels[at + 1], self._grid.halves[at], placement) for at in range(2)]
+        self.queries = Embedding(2 * sum(side**2 for side in SIDES), size, placement, wide=True)
         self.encoder = [Layer(config, self._queries, placement) for _ in range(config.depth)]
         self.last = RMSNorm(size, config.eps, placement)
         self.projector = Linear(size, config.text_size, placement, bias=True)
@@ -312,15 +205,15 @@ WEIGHTS = (
     ),
     *pair("last:", tuple(f"{at}norm" for at in _IN), "v.post_ln"),
     *pair("projector:", ("multi_modal_projector", "projector.layers"), "mm.model.fc"),
-    WeightName("separator:weight", ("view_separator", "view_seperator"), "v.view_seperator"),
+    WeightName("separator:weight", ("view_separator", "view_seperator"), "v.view_seperator", gguf_view=vector),
 )
 
 
-def prepared(tensors: Mapping[str, StoredTensor], config: DeepseekOcr2TowerConfig) -> Mapping[str, StoredTensor]:
+def prepared(tensors: Mapping[str, StoredTensor], config: Any) -> Mapping[str, StoredTensor]:
     """Join the learned queries of both sizes to a table, each after as many rows of zeros."""
     found = dict(tensors)
     for large, small in zip(*_QUERIES):
-        shapes = [(side**2, config.size) for side in _SIDES]
+        shapes = [(side**2, config.size) for side in SIDES]
         if large in found and small in found and [found[large].shape, found[small].shape] == shapes:
             one, other = found[large], found.pop(small)
             zeros = [np.zeros(shape, np.float32) for shape in shapes]
@@ -328,7 +221,7 @@ def prepared(tensors: Mapping[str, StoredTensor], config: DeepseekOcr2TowerConfi
             def joined(values: NDArray[np.float32], other: StoredTensor = other, zeros: Any = zeros) -> NDArray[Any]:
                 return np.concatenate([zeros[0], values, zeros[1], other.load("F32")])
 
-            found[large] = computed(one, (2 * sum(side**2 for side in _SIDES), config.size), joined, "F32")
+            found[large] = computed(one, (2 * sum(side**2 for side in SIDES), config.size), joined, "F32")
     return found
 
 
@@ -347,8 +240,11 @@ def words_around(cut: Cut, grid: tuple[int, int]) -> str:
 FAMILY = TowerFamily(
     name="deepseek_ocr2_tower",
     hf={"DeepseekOcr2ForConditionalGeneration": "deepseek_ocr2"},
+    gguf=("deepseekocr2",),
     settings=("crop_to_patches", "min_patches", "max_patches"),
     config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    completed=completed,
     prepared=prepared,
     build=DeepseekOcr2Tower,
     weights=WEIGHTS,

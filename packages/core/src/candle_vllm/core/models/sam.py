@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.side_by_side import first_of_heads, side_by_side
 from candle_vllm.core.kernels.whole_attention import whole_attention
@@ -30,120 +28,16 @@ from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import View, computed, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.grid_positions import centred
 from candle_vllm.core.models.row_copies import RowNumbers, Runs, Shared, Starts, taken, widened
+from candle_vllm.core.models.sam_config import SamConfig
 from candle_vllm.core.models.siglip import patch_kernel
-from candle_vllm.core.models.tower_family import TileRows, TowerConfig, TowerStep
+from candle_vllm.core.models.tower_family import TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, patch_places
-
-# ---- config ----------------------------------------------------------------------------------------------------------
 
 _EPS = 1e-6  # of the norms between the convolutions
-_MOST_CHANNELS = 1 << 14
-
-
-class SamRows(TileRows):
-    """A tile's patches and windows, where the layers behind the blocks have fewer rows than patches."""
-
-    def lengths(self, layer: int, *, windowed: bool) -> tuple[int, ...]:
-        """See `TileRows`."""
-        config, count = self.config, len(self.places)
-        assert isinstance(config, SamConfig)
-        if windowed:
-            return self.windows
-        behind = layer - 2 * config.blocks  # 0 and 1: norms and convolutions without strides
-        return (count if behind <= 0 else config.rows_behind(behind, count),)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamConfig(TowerConfig):
-    """Config of an encoder that begins with SAM's; its fields without a comment are SAM's.
-
-    Attributes:
-        num_layers: the largest number of layers of an encoder.
-        blocks: number of SAM's blocks.
-        tiles: sides of the tiles in patches, one or two.
-        channels: elements of a row after the first convolution, and after each of those with strides.
-        qkv_bias: queries, keys and values have biases.
-    """
-
-    blocks: int
-    tiles: tuple[int, ...]
-    channels: tuple[int, int, int]
-    qkv_bias: bool = True
-
-    def read(self, tile: NDArray[np.uint8]) -> TileRows:
-        """See `TowerConfig`."""
-        side = len(tile) // self.patch
-        windows = (self.window**2,) * self.windows_of(side)
-        return SamRows(tile, self, patch_places(side, side, self.cell), None, windows)
-
-    def windows_of(self, side: int) -> int:
-        """Number of windows of a tile with this side in patches."""
-        return (-(-side // self.window)) ** 2
-
-    @property
-    def windows(self) -> int:
-        """See `TowerConfig`."""
-        return self.windows_of(self.side)
-
-    def rows_behind(self, layer: int, count: int) -> int:
-        """Rows of a layer behind SAM's blocks and the convolution without a stride, for a tile with `count` patches."""
-        return count >> 2 * min(layer, 2)
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of a head."""
-        return self.hidden_size // self.num_heads
-
-    def step_bytes(self, threads: int) -> int:
-        """See `TowerConfig`; adds what relative positions and convolutions need."""
-        wide = self.num_heads * (self.head_dim + 2 * max(self.side, self.window))
-        scores = 12 * wide + 2 * sum(map(self.run_width, self.tiles)) * self.num_heads
-        return super().step_bytes(threads) + 4 * self.patches * (scores + 24 * max(self.channels))
-
-    def run_width(self, side: int) -> int:
-        """Columns from which runs of relative positions of a tile with this side are taken, for an axis."""
-        return side - 1 + max(self.tiles)
-
-
-def sam_from_hf(vision: Fields) -> dict[str, Any]:
-    """Read transformers' `sam_config`: arguments of a `SamConfig` except `tiles`; positions and keys of one value."""
-    vision.choice("hidden_act", "gelu", "gelu")
-    for key, known in (("use_abs_pos", True), ("use_rel_pos", True)):
-        if vision.get(key, bool, known) != known:
-            raise UnsupportedModelError(f"{vision.path}: {key} of the vision encoder is false; implemented: true")
-    if vision.count("num_channels", 3) != 3:
-        raise UnsupportedModelError(f"{vision.path}: num_channels is {vision.count('num_channels')}; implemented: 3")
-    size, layers = vision.count("hidden_size", 768), vision.count("num_hidden_layers", 12, most=MAX_LAYERS)
-    indexes = vision.get("global_attn_indexes", list, [2, 5, 8, 11])
-    if not all(type(index) is int and 0 <= index < layers for index in indexes):
-        raise InvalidFileError(
-            f"{vision.path}: global_attn_indexes is {indexes!r:.60}, not numbers of the {layers} layers"
-        )
-    channels = [vision.count("output_channels", 256), *vision.get("downsample_channels", list, [512, 896])]
-    if len(channels) != 3 or not all(type(each) is int and 0 < each <= _MOST_CHANNELS for each in channels):
-        raise InvalidFileError(f"{vision.path}: downsample_channels must be two numbers from 1 to {_MOST_CHANNELS}")
-    ratio = vision.get("mlp_ratio", float, 4.0)
-    return {
-        "hidden_size": size,
-        "intermediate_size": vision.count("mlp_dim", int(size * ratio) if 0 < ratio <= 64 else 4 * size),
-        "blocks": layers,
-        "num_heads": vision.count("num_attention_heads", 12),
-        "norm_eps": vision.get("layer_norm_eps", float, 1e-6),
-        "activation": "gelu",
-        "patch": (patch := vision.count("patch_size", 16)),
-        "learned": vision.count("image_size", 1024, most=MAX_TILE) // patch,
-        "window": vision.count("window_size", 14, most=256),
-        "windowed": frozenset(2 * layer for layer in range(layers) if layer not in indexes),
-        "channels": tuple(channels),
-        "qkv_bias": vision.get("qkv_bias", bool, True),
-    }
-
 
 # ---- row numbers -----------------------------------------------------------------------------------------------------
 
@@ -323,6 +217,12 @@ def _relative(stored: StoredTensor, config: SamConfig) -> StoredTensor:
         return made
 
     return computed(stored, (sum(map(config.run_width, config.tiles)), dim), resized, "F32")
+
+
+def vector(stored: StoredTensor, config: Any) -> StoredTensor:
+    """A vector [E], which GGUF files store as [1, E]."""
+    del config
+    return dataclasses.replace(stored, shape=stored.shape[1:]) if stored.shape[:-1] == (1,) else stored
 
 
 def kernel_rows(stored: StoredTensor, config: Any) -> StoredTensor:
