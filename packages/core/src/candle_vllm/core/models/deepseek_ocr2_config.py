@@ -12,7 +12,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.models.sam_config import SamConfig, sam_from_gguf, sam_from_hf, shared
 from candle_vllm.core.models.siglip import processor_of_gguf
-from candle_vllm.core.vision.preprocessing import NOTHING
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING
 
 SIDES = (16, 12)  # rows and columns of the learned queries
 _TILE, _MOST_TILES = 768, 6
@@ -84,10 +84,11 @@ def config_from_hf(
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> DeepseekOcr2TowerConfig:
     """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`."""
-    size = fields.count("embedding_length")
-    limits = {f"{which}_patches": fields.count(f"preproc_{which}_tiles", n) for which, n in (("min", 2), ("max", 6))}
+    size, whole = fields.count("embedding_length"), fields.count("image_size", 1024, most=MAX_TILE)
+    images: dict[str, Any] = {"size": {"height": whole, "width": whole}, "tile_size": whole * SIDES[1] // SIDES[0]}
+    images |= {f"{which}_patches": fields.count(f"preproc_{which}_tiles", n) for which, n in (("min", 2), ("max", 6))}
     return _config(
-        processor_of_gguf(fields, limits),
+        processor_of_gguf(fields, images),
         said,
         sam_from_gguf(fields, size),
         text_size=text_size,
@@ -118,7 +119,7 @@ def _config(
         )
     if not 0 < own["eps"] < 1 or not 1 <= own["theta"] <= 1e12:
         raise InvalidFileError(f"{processor.path}: rms_norm_eps is {own['eps']}, and rope_theta {own['theta']}")
-    values = shared(processor, said, _TILE * first["patch"] // 16, _MOST_TILES, first)
+    values = shared(processor, said, _TILE, _MOST_TILES, first)
     if any(side // 4 not in SIDES for side in values["tiles"]):
         raise InvalidFileError(
             f"{processor.path}: tiles of {values['tiles']} patches; the model has queries for tiles of "

@@ -40,8 +40,9 @@ from candle_vllm.core.models.deepseek_ocr2_config import (
 from candle_vllm.core.models.grid_positions import GridPositions, sharp
 from candle_vllm.core.models.llava_onevision_tower import Newline
 from candle_vllm.core.models.row_copies import RowNumbers, Shared, taken, widened
-from candle_vllm.core.models.sam import Grid, Halved, Neck, SamBlock, vector
+from candle_vllm.core.models.sam import Halved, Neck, SamBlock, vector
 from candle_vllm.core.models.sam_config import completed
+from candle_vllm.core.models.sam_grid import Grid
 from candle_vllm.core.models.tower_family import Joining, Placed, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut

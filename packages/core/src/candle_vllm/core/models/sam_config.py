@@ -164,7 +164,7 @@ def shared(processor: Fields, said: Mapping[str, Any], tile: int, most: int, own
         tile, most: side of a tile, and maximum number of tiles of a grid, if the file does not have them.
         own: what `sam_from_hf` returns.
     """
-    usual = {"tile_size": tile, "max_patches": most, "size": dict.fromkeys(("height", "width"), own["patch"] * 64)}
+    usual = {"tile_size": tile, "max_patches": most, "size": {"height": 1024, "width": 1024}}
     rule, pixels = _rule(over(processor.with_absent(**usual), said))
     cell = 4 * own["patch"]
     if any(side % cell for side in pixels):
