@@ -62,6 +62,7 @@ LLAMA_CPP = (
     "LFM2 biases",
     "LFM2-MoE plain",
     "Command R+",
+    "DeepSeek-OCR 2 groups",
     "EXAONE 4 windows",
     "K-EXAONE full layers",
     "dots.llm1 windows",

@@ -656,6 +656,15 @@ STARCODER2 = {"hidden_size": 128, "sliding_window": 16, "use_bias": False, "tie_
 HUNYUAN = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}}
 HUNYUAN_MOE = {"head_dim": 32, "num_experts": 6, "moe_topk": 3}
 
+DEEPSEEK_OCR = {
+    "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+    "n_shared_experts": 2, "mlp_layer_types": ["dense", "sparse"], "routed_scaling_factor": 1.5,
+}  # fmt: skip
+DEEPSEEK_OCR_GROUPS = DEEPSEEK_OCR | {
+    "num_key_value_heads": 2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+    "attention_bias": True,
+}  # fmt: skip
+
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
     "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama", common=False),
@@ -698,6 +707,8 @@ ROWS: Mapping[str, Row] = {
     "DeepSeek-V2 Lite": Row(
         "deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1
     ),
+    "DeepSeek-OCR 2": Row("deepseek_ocr2_text", DEEPSEEK_OCR, "deepseek2-ocr", undecided=0.1, common=False),
+    "DeepSeek-OCR 2 groups": Row("deepseek_ocr2_text", DEEPSEEK_OCR_GROUPS, undecided=0.1, common=False),
     "DeepSeek-V3": Row("deepseek_v3", DEEPSEEK | {"rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1),
     "DeepSeek-V3.2": Row("deepseek_v32", DEEPSEEK_INDEX, "deepseek32", undecided=0.2),
     "GLM-5": Row("glm_moe_dsa", GLM_INDEX, "glm-dsa", undecided=0.2),
@@ -914,6 +925,7 @@ ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
 
 
 TOWERS: Mapping[str, str] = {
+    "DeepseekOcr2ForConditionalGeneration": "DeepseekOcr2ForCausalLM",
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
     "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",

@@ -539,6 +539,20 @@ def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Te
     return _experts(writer, config, tensors)
 
 
+def _deepseek_ocr(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    made: Tensors = {}
+    for name, data in tensors.items():
+        if name.endswith("gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), np.split(data, 2, 1)):
+                made[name.replace("gate_up_proj", part)] = half
+        else:
+            made[name] = data
+    return _experts(writer, config, made)
+
+
 def _phi2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """q, k and v fused in the first layer, as in files from before transformers had the family."""
     _partial(writer, config)
@@ -1201,6 +1215,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "qwen3next": _qwen3_next,
     "qwen35": _qwen3_next,
     "qwen35moe": _qwen3_next,
+    "deepseek2-ocr": _deepseek_ocr,
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
     "granitehybrid": _granite,

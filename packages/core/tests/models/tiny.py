@@ -16,6 +16,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
+    DeepseekOcr2TextModel,
+    DeepseekOcr2TextPreTrainedModel,
+)
 from transformers.models.mistral4 import Mistral4Config, Mistral4ForCausalLM
 from transformers.models.muse_glimmer.configuration_muse_glimmer import MuseGlimmerTextConfig
 from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerPreTrainedModel, MuseGlimmerTextModel
@@ -74,6 +79,23 @@ class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids)[0]))
 
 
+class DeepseekOcr2ForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
+    """transformers' text model with a head."""
+
+    config_class = DeepseekOcr2TextConfig
+
+    def __init__(self, config: DeepseekOcr2TextConfig) -> None:
+        super().__init__(config)
+        self.model = DeepseekOcr2TextModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        """Logits."""
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids)[0]))
+
+
+AutoModelForCausalLM.register(DeepseekOcr2TextConfig, DeepseekOcr2ForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(MuseGlimmerTextConfig, MuseGlimmerForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(Step3p7TextConfig, Step3p5ForCausalLM, exist_ok=True)
 

@@ -31,6 +31,7 @@ _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "De
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "DeepseekOcr2ForConditionalGeneration": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
         "DotsOCRForCausalLM": {"qwen2": "Qwen2ForCausalLM"},
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
         "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},
@@ -137,12 +138,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vit|vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)"
-    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual|merger"
+    "vit|vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)|merger"
+    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual|sam_model|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""
-_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*|image_newline)")
+_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*|image_newline|view_sep[ae]rator)")
 
 
 def text_fields(

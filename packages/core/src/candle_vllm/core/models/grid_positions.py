@@ -88,3 +88,20 @@ def cubic(places: NDArray[np.int64], count: int, side: int) -> tuple[list[NDArra
     far = [a * (((x - 5) * x + 8) * x - 4) for x in (share + 1, 2 - share)]
     indices = [np.clip(below + step, 0, side - 1).astype(np.int64) for step in (-1, 0, 1, 2)]
     return indices, [weight.astype(np.float32) for weight in (far[0], *near, far[1])]
+
+
+def sharp(places: NDArray[np.int64], count: int, side: int) -> tuple[list[NDArray[np.int64]], list[Floats]]:
+    """As `smooth` with the weights of `cubic`, a = -0.5, as torch's bicubic resizing with antialiasing."""
+    if count == side:
+        return [places], [np.ones(len(places), np.float32)]
+    reach, a = max(side / count, 1.0), -0.5
+    at = (places + 0.5) / count * side - 0.5
+    first = np.floor(at - 2 * reach).astype(np.int64) + 1
+    indices = [first + step for step in range(math.ceil(4 * reach))]
+    shares = list[NDArray[np.float64]]()
+    for each in indices:
+        x = np.abs(each - at) / reach
+        near, far = ((a + 2) * x - (a + 3)) * x * x + 1, a * (((x - 5) * x + 8) * x - 4)
+        shares.append(np.where(x < 1, near, np.where(x < 2, far, 0)) * ((each >= 0) & (each < side)))
+    total = np.add.reduce(shares)
+    return [np.clip(each, 0, side - 1) for each in indices], [(each / total).astype(np.float32) for each in shares]

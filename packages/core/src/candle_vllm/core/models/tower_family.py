@@ -118,11 +118,6 @@ class TowerConfig:
         """Rows of a cell in the output of the last layer."""
         return self.cell**2
 
-    def patches_of_row(self, layer: int) -> int:
-        """Number of patches that a row stands for in layer `layer` of the encoder, and in its output."""
-        del layer
-        return 1
-
     def cells(self, hidden: Any) -> Any:
         """The cells [C, cell_size] for `Tower.project` from the last norm's rows [T, E], an array or a tensor."""
         whole = hidden.reshape(-1, self.cell_rows, self.hidden_size)
@@ -161,6 +156,11 @@ class TileRows(NamedTuple):
     def grid(self) -> tuple[int, int]:
         """The tile's number of rows and of columns of patches."""
         return self.tile.shape[0] // self.config.patch, self.tile.shape[1] // self.config.patch
+
+    def lengths(self, layer: int, *, windowed: bool) -> tuple[int, ...]:
+        """Number of rows of each text of a layer's attention; their sum is the number of rows that the layer reads."""
+        del layer
+        return self.windows if windowed else (len(self.places),)
 
     def strips(self, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Yield indices [n] and elements [n, patch_size] of patches by rows of cells, about `most` patches at once."""

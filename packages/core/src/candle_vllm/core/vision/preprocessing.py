@@ -42,6 +42,7 @@ class Cut(NamedTuple):
         shown: see `GridRule`.
         joined: rows and columns of embeddings that are added to those of the tiles' cells; each row has one more.
         number: how many images stand before this one in a prompt; `TowerFamily.words_around` may write it.
+        more: number of embeddings that no tile has.
     """
 
     rows: int
@@ -52,6 +53,7 @@ class Cut(NamedTuple):
     shown: tuple[int, int] | None = None
     joined: tuple[int, int] | None = None
     number: int = 0
+    more: int = 0
 
     @property
     def tiles(self) -> int:
@@ -131,34 +133,18 @@ class TileRule(Pixels, frozen=True, kw_only=True, tag=True):
         return _tiled(whole, whole, cut, self.resample)
 
     def _first(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width for a longer side of `longest`; the other side is even. `_MOST_SIDE` limits both."""
+        """Return height and width for a longer side of `longest`; the other side is even."""
         ratio = width / height
-        if width >= height:
-            width = self.longest
-            height = int(width / ratio)
-            height += height % 2
-        else:
-            height = self.longest
-            width = int(height * ratio)
-            width += width % 2
-        height, width = max(height, 1), max(width, 1)
-        ratio = width / height
-        if width >= height and width > _MOST_SIDE:
-            width, height = _MOST_SIDE, int(_MOST_SIDE / ratio)
-        elif height > width and height > _MOST_SIDE:
-            height, width = _MOST_SIDE, int(_MOST_SIDE * ratio)
-        return max(height, 1), max(width, 1)
+        other = int(self.longest / ratio if ratio >= 1 else self.longest * ratio)
+        other = max(other + other % 2, 1)
+        return (other, self.longest) if ratio >= 1 else (self.longest, other)
 
     def _second(self, height: int, width: int) -> tuple[int, int]:
         """Round both sides up to multiples of a tile."""
         ratio, tile = width / height, self.tile
-        if width >= height:
-            width = math.ceil(width / tile) * tile
-            height = math.ceil(int(width / ratio) / tile) * tile
-        else:
-            height = math.ceil(height / tile) * tile
-            width = math.ceil(int(height * ratio) / tile) * tile
-        return max(height, tile), max(width, tile)
+        longer = math.ceil(max(height, width) / tile) * tile
+        other = max(math.ceil(int(longer / ratio if ratio >= 1 else longer * ratio) / tile) * tile, tile)
+        return (other, longer) if ratio >= 1 else (longer, other)
 
 
 class FitRule(Pixels, frozen=True, kw_only=True, tag=True):
@@ -212,6 +198,7 @@ class StretchRule(Pixels, frozen=True, kw_only=True, tag=True):
         ratio: minimum ratio of the longer side to the other for which crops are made.
         middle: LLaVA's rule: the shorter side becomes this number of pixels, and the tile is the middle of the image;
             0 for a tile of the whole image.
+        margin: DeepSeek-OCR's rule: the longer side fills the tile, the margins have this grey, and a vector follows.
     """
 
     tile: int
@@ -219,6 +206,7 @@ class StretchRule(Pixels, frozen=True, kw_only=True, tag=True):
     least_part: int = 1
     ratio: float = 1.0
     middle: int = 0
+    margin: int | None = None
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
@@ -231,11 +219,18 @@ class StretchRule(Pixels, frozen=True, kw_only=True, tag=True):
             count = min(max(count, 2), self.most_parts)
             if min(math.ceil(longer / count), other) >= self.least_part:
                 rows, columns = (1, count) if width >= height else (count, 1)
-        return Cut(rows, columns, self.tile, self.tile)
+        return Cut(rows, columns, self.tile, self.tile, more=int(self.margin is not None))
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
         cut, parts = self.cut(picture.height, picture.width), [picture.pixels]
+        if self.margin is not None:
+            scale, made = self.tile / max(picture.height, picture.width), np.empty((self.tile, self.tile, 3), np.uint8)
+            high, wide = (max(round(side * scale), 1) for side in (picture.height, picture.width))
+            y, x = (self.tile - high) // 2, (self.tile - wide) // 2
+            made[:] = self.margin
+            made[y : y + high, x : x + wide] = _resized(picture.pixels, high, wide, self.resample)
+            return made[None]
         if self.middle:
             shorter = min(picture.height, picture.width)
             height, width = (int(self.middle * side / shorter) for side in (picture.height, picture.width))
@@ -330,8 +325,9 @@ class CanvasRule(Pixels, frozen=True, kw_only=True, tag=True):
         least: minimum number of tiles of a canvas.
         stretches: InternVL's rule: the image fills the canvas with the nearest ratio of width to height; of several,
             the last one that has less than twice the image's pixels, else the first.
-        whole: LFM2-VL's rule: the tile of the whole image has nearly its shape, by this rule.
-        alone: an image of up to this many pixels, its sides rounded to cells of `whole`, has only that tile.
+        whole: LFM2-VL's and DeepSeek-OCR's rule: the tile of the whole image is by this rule.
+        alone: an image of up to this many pixels, its sides rounded to cells of `whole`, has only that tile; with a
+            `StretchRule` an image whose sides are not longer than a tile's.
     """
 
     tile: int
@@ -339,7 +335,7 @@ class CanvasRule(Pixels, frozen=True, kw_only=True, tag=True):
     grows: bool
     least: int = 1
     stretches: bool = False
-    whole: AreaRule | None = None
+    whole: AreaRule | StretchRule | None = None
     alone: int = 0
 
     def cut(self, height: int, width: int) -> Cut:
@@ -361,9 +357,13 @@ class CanvasRule(Pixels, frozen=True, kw_only=True, tag=True):
         grid = Cut(*((0, 0) if rows == columns == 1 else (rows, columns)), self.tile, self.tile)
         if self.whole is None:
             return grid
-        whole, cell = self.whole.cut(height, width), self.whole.cell
-        small = math.prod(round(side / cell) * cell for side in (height, width)) <= self.alone
-        return whole if small or not grid.rows else grid._replace(last=whole[2:4])
+        whole = self.whole.cut(height, width)
+        if isinstance(self.whole, StretchRule):
+            small = max(height, width) <= self.tile
+        else:
+            cell = self.whole.cell
+            small = math.prod(round(side / cell) * cell for side in (height, width)) <= self.alone
+        return whole if small or not grid.rows else grid._replace(last=whole[2:4], more=whole.more)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
         """See `Rule`."""

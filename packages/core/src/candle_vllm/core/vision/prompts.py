@@ -56,7 +56,7 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
         if cut.joined is not None:
             return math.prod(cut.cells(self.cell)) + cut.joined[0] * (cut.joined[1] + 1)
         last = math.prod(side // self.cell for side in cut.last or (cut.height, cut.width))
-        return (cut.tiles - 1) * math.prod(cut.cells(self.cell)) + last
+        return (cut.tiles - 1) * math.prod(cut.cells(self.cell)) + last + cut.more
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ class RecordedTower:
 
     def _encode(self, tile: NDArray[np.uint8], target: NDArray[np.float32], clock: _Clock) -> Iterator[None]:
         """Write the embeddings of a tile to `target`, [cells, vectors * text size]."""
-        arrays, config, read = self._tile.arrays, self._config, self._config.read(tile)
+        arrays, read = self._tile.arrays, self._config.read(tile)
         rows = len(read.places)
         yield from self._touch(rows, clock)
         for numbers, patches in read.strips(_STRIP):
@@ -128,8 +128,8 @@ class RecordedTower:
             yield from clock.pause(clock.waited)
         deep = 0
         for number, layer in enumerate(self._layers):
-            rows = len(read.places) // config.patches_of_row(number)
-            lengths = read.windows if layer.kind.windowed else (rows,)
+            lengths = read.lengths(number, windowed=layer.kind.windowed)
+            rows = sum(lengths)
             arrays.numbers[[StepNumber.TOKENS, StepNumber.SEQUENCES]] = rows, len(lengths)
             arrays.query_start[: len(lengths) + 1] = 0, *itertools.accumulate(lengths)
             yield from self._run(layer, rows, clock)

@@ -33,9 +33,9 @@ class CopyArguments(NamedTuple):
     Attributes:
         x, columns: address of float32 rows, `stride` floats apart, and columns of a run that is copied.
         target: address of the rows to which x is copied, `target_stride` floats apart.
-        picked: address of the int64 row numbers of x that are copied; 0 for rows 0, 1, 2, ...
+        picked: address of the int64 row numbers of x that are copied, -1 for zeros; 0 for rows 0, 1, 2, ...
         rows_from: the `StepNumber` that is T.
-        parts, gap: number of runs of columns that are copied, and columns from one run's start to the next in x.
+        parts, gap, spread: number of runs, columns from one run's start to the next in x, and between runs in target.
     """
 
     x: int
@@ -47,3 +47,4 @@ class CopyArguments(NamedTuple):
     rows_from: int = StepNumber.TOKENS
     parts: int = 1
     gap: int = 0
+    spread: int = 0

@@ -11,11 +11,10 @@ def copy(row, thread, threads):
     given = read(CopyArguments, row)
     rows = step_number(row, given.rows_from)
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):
-        source = t
-        if given.picked != 0:
-            source = int64_at(given.picked)[t]
+        source = int64_at(given.picked)[t] if given.picked != 0 else t
         x = float32_at(given.x + 4 * source * given.stride)
         target = float32_at(given.target + 4 * t * given.target_stride)
         for part in range(given.parts):
+            first = part * (given.columns + given.spread)
             for column in range(given.columns):
-                target[part * given.columns + column] = x[part * given.gap + column]
+                target[first + column] = x[part * given.gap + column] if source >= 0 else 0.0
