@@ -58,6 +58,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
         "PaddleOCRVLForConditionalGeneration": {"paddleocr_vl_text": "Ernie4_5ForCausalLM"},
+        "PaliGemmaForConditionalGeneration": {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"},
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
@@ -101,6 +102,11 @@ _LFM2 = MappingProxyType({
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000, "norm_eps": 1e-5,
 })  # fmt: skip
 
+_LLAMA = MappingProxyType({
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+})  # fmt: skip
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen2_vl_text": _QWEN2_VL,
@@ -120,15 +126,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "glm4v_moe_text": {"partial_rotary_factor": 1.0},
         "glm_ocr_text": {"partial_rotary_factor": 1.0, "attention_bias": False},
         "gemma4_unified_text": {**_GEMMA4, "max_position_embeddings": 262144, "sliding_window": 1024},
-        "llama": {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-        },
+        "llama": _LLAMA,
         "mistral": {
             "vocab_size": 32000,
             "hidden_size": 4096,
