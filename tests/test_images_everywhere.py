@@ -29,6 +29,7 @@ from packages.core.tests.models import (
     test_internvl,
     test_kimi_k25,
     test_minicpmv,
+    test_paligemma,
     test_qwen_vl,
     test_sight_families,
 )
@@ -44,7 +45,7 @@ URL = f"data:image/png;base64,{DATA}"
 WORDS = "What is this?"
 FAMILIES = (
     "SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr",
-    "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "kimi_k25", "MiniCPM-V",
+    "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "kimi_k25", "MiniCPM-V", "paligemma",
 )  # fmt: skip
 TEXT: dict[str, Any] = {"type": "text", "text": WORDS}
 SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, TEXT]}]
@@ -59,6 +60,8 @@ def write(folder: Path, family: str) -> Path:
         return write_toy_sight(folder)
     if family in ("hunyuan_vl", "kimi_k25"):
         return (test_hunyuan_vl if family == "hunyuan_vl" else test_kimi_k25).write(folder)
+    if family == "paligemma":
+        return test_paligemma.write(folder, "gemma2")
     if family in test_glm4v.TEXTS:
         return test_glm4v.write(folder, family)
     if family == "MiniCPM-V":

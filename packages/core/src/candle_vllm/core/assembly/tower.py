@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import check_weights, load_weights, places
 from candle_vllm.core.models.registry import tower_family, tower_family_from_gguf, tower_family_named
-from candle_vllm.core.models.tower_family import Tower, TowerConfig, TowerFamily
+from candle_vllm.core.models.tower_family import Tower, TowerConfig, TowerFamily, spans_of
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import PictureLimits, require_pillow
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut
@@ -99,10 +100,8 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
         raise ConfigError("mmproj is for GGUF models: a safetensors folder contains its own vision encoder", "mmproj")
     if not config.max_images or (config.mmproj is None and opened.tower is None):
         if config.mm_processor_kwargs:
-            raise ConfigError(
-                f"mm_processor_kwargs: {opened.files.name} takes text only, so this has no effect: leave it out",
-                "mm_processor_kwargs",
-            )
+            said = f"mm_processor_kwargs: {opened.files.name} takes text only, so this has no effect: leave it out"
+            raise ConfigError(said, "mm_processor_kwargs")
         yield None
         return
     try:
@@ -212,7 +211,7 @@ def _loaded(
     logger.info("loaded the tower of %s: %.1f MB in %.2f s", name, nbytes / 1e6, time.perf_counter() - started)
     mark, asks = (_token(token, tokenizer, described) for token in (family.mark, family.asks or family.mark))
     seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned, "blank": model.blank}
-    seen |= {"written": family.written or family.asks or family.mark}
+    seen |= {"written": family.written or family.asks or family.mark, "prefix": model.prefix}
     parts = VisionDescription(family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, **seen)
     vision = vision_input_of(parts, tokenizer, config)
     return LoadedTower(tower=tower, placement=placement, vision=vision, weight_bytes=nbytes)
@@ -222,11 +221,13 @@ def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: Engi
     """Make the image preprocessing of a model from the `parts` of its tower; the settings have the limits of images."""
     family = tower_family_named(parts.family).known_to(tokenizer.encode)
 
-    def words(cut: Cut) -> Sequence[int]:
-        said = family.words_around(cut, cut.cells(parts.cell))
-        return tokenizer.encode(said, add_special_tokens=False, parse_special=True)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False, parse_special=True)
 
-    return VisionInput(parts, words, _breaks(tokenizer), PictureLimits.of(config))
+    def words(cut: Cut) -> Sequence[int]:
+        return encode(family.words_around(cut, cut.cells(parts.cell)))
+
+    whole: Any = {"arrange": family.arranging(encode), "spans": functools.partial(spans_of, parts)}
+    return VisionInput(parts, words, _breaks(tokenizer), PictureLimits.of(config), **whole)
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:

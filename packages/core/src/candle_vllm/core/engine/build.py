@@ -112,9 +112,10 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         most_adapters = adapter_slots(config)
     else:
         most_adapters = config.max_loras or sequences
+    others: RankedParts | None = None
     if ranks is not None:
         runner = RankedRunner(runner, ranks)
-        sleeper.broadcast = runner.sleep
+        sleeper.broadcast, others = runner.sleep, RankedParts(ranks, runner.broadcast_pages)
     size, caching = config.block_size, config.enable_prefix_caching
     blocks = BlockManager(plan.num_blocks, size, enable_prefix_caching=caching)
     if plan.windows:
@@ -127,9 +128,6 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
-    others = (
-        RankedParts(ranks, runner.broadcast_pages) if isinstance(runner, RankedRunner) and ranks is not None else None
-    )
     pool = _state_pool(config, plan)
     offloaded = keep_blocks(config, loaded, own, blocks, draft is not None, others, pool)
     scheduler = Scheduler(
@@ -151,6 +149,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
         drafter = Drafter(drafts, rows, model)
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store, open_objects=config.open_objects)
+    preparation.room = budget - sequences - rows
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, offloaded, sleeper)
     engine.cache_bytes, engine.state_bytes = plan.num_bytes, plan.states.num_bytes

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
@@ -18,6 +20,19 @@ from candle_vllm.core.quantization.plain import rounded
 ROUNDED = {"bfloat16": "BF16", "float16": "F16"}
 _LARGEST = {"gemma2": 46, "gemma3": 62}
 """Layers of the 27B models, whose attention scale differs and is not stored in GGUF files."""
+_USUAL = {"vocab_size": 256000, "head_dim": 256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6}
+_OF_PALIGEMMA: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "gemma": {
+        **_USUAL, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh",
+    },
+    "gemma2": {
+        **_USUAL, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+    },
+})  # fmt: skip
+"""Defaults of transformers, by model_type, for keys that PaliGemma's `text_config` leaves out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +69,9 @@ class GemmaConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GemmaConfig:
-    """Read `config.json` of gemma, gemma2 and gemma3_text."""
+    """Read `config.json` of gemma, gemma2 and gemma3_text, and `text_config` of PaliGemma and of Gemma 3."""
+    if fields.prefix:
+        fields = fields.with_absent(**_OF_PALIGEMMA.get(model_type, {}))
     if model_type == "gemma2":
         fields = fields.with_absent(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
     shared = _shared_from_hf(fields, model_type)
@@ -79,7 +96,8 @@ def _shared_from_hf(fields: Fields, model_type: str) -> dict[str, Any]:
 
     transformers rounds the factor of embeddings to the type of the weights, and the models were trained that way.
     """
-    if fields.get("use_bidirectional_attention", bool, False):
+    two_way = fields.get("use_bidirectional_attention", bool, False)
+    if two_way and not (fields.prefix and model_type in _OF_PALIGEMMA):  # of PaliGemma, whose tower sees to it
         raise UnsupportedModelError(f"{fields.path}: use_bidirectional_attention is true, which is not implemented")
     if model_type == "gemma":
         fields.choice("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh", "gelu")  # both mean the tanh form

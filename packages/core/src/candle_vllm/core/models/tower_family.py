@@ -11,14 +11,16 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import InvalidFileError, PromptTooLongError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
+from candle_vllm.core.vision.prompts import VisionDescription
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class TowerConfig:
         learned: side of a table of learned positions that the host looks up; 0 without such a table.
         deep: layers whose outputs are also projected, and added after the first layers of the text model (DeepStack).
         whole: in the text model the embeddings of a tile attend to each other in both directions.
+        prefix: see `VisionDescription.prefix`.
         blank: see `VisionDescription.blank`.
     """
 
@@ -61,6 +64,7 @@ class TowerConfig:
     learned: int = 0
     deep: tuple[int, ...] = ()
     whole: bool = False
+    prefix: int = 0
     blank: int | None = None
     num_experts: int = 0
 
@@ -307,6 +311,7 @@ class TowerFamily:
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
         stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
+        arranging: makes `VisionInput.arrange` from a function that encodes texts with special tokens.
         turned: the text model has M-RoPE: queries and keys rotate by time, row and column; see `engine/step/batch.py`.
     """
 
@@ -326,6 +331,7 @@ class TowerFamily:
     written: str = ""
     stand_in: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
+    arranging: Callable[[Callable[[str], Sequence[int]]], Callable[[list[int]], list[int]]] = lambda _: list
     turned: bool = False
 
     def known_to(self, encode: Callable[..., Sequence[int]]) -> TowerFamily:
@@ -341,6 +347,24 @@ class TowerFamily:
             return self.words_around(cut, grid).replace(self.mark, self.stand_in)
 
         return dataclasses.replace(self, mark=self.stand_in, words_around=around)
+
+
+def spans_of(
+    parts: VisionDescription, image: ImageInput, places: NDArray[np.int64], count: int, most: int
+) -> list[tuple[int, int]]:
+    """Return `PlacedImage.spans` of an image with embeddings at these `places` of a prompt of `count` tokens.
+
+    Raises:
+        PromptTooLongError: a prefix of more tokens than `most`, those of a step, or than `VisionDescription.prefix`.
+    """
+    if not parts.prefix:
+        parted = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if parts.whole else []
+        return [(int(part[0]), int(part[-1]) + 1) for part in parted]
+    if (end := min(image.prefix or count, count)) > (most := min(most, parts.prefix)):
+        way = "shorten it" if most == parts.prefix else "shorten it, or set a larger max_num_batched_tokens"
+        said = f"the prompt has {end} tokens; with an image all of them attend to each other, so at most {most} may"
+        raise PromptTooLongError(f"{said}: {way}", "prompt")
+    return [(0, end)]
 
 
 def mark_of_cells(mark: str) -> Callable[[Cut, tuple[int, int]], str]:

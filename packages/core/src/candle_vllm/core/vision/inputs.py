@@ -19,6 +19,7 @@ class ImageInput(ShownStruct, frozen=True, kw_only=True, weakref=True):
         tiles: bytes of uint8 [h, w, 3] of one tile after the other.
         sizes: height h and width w of each tile.
         whole: height and width of the image before it was cut.
+        prefix: first tokens of its prompt that attend to each other; 0 unless the model has `VisionDescription.prefix`.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"key", "tiles"})
@@ -27,6 +28,7 @@ class ImageInput(ShownStruct, frozen=True, kw_only=True, weakref=True):
     tiles: builtins.bytes
     sizes: tuple[tuple[int, int], ...]
     whole: tuple[int, int]
+    prefix: int = 0
 
     def __post_init__(self) -> None:
         counts = [3 * math.prod(size) if min(size) > 0 else 0 for size in self.sizes]

@@ -20,12 +20,6 @@ from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, pic
 from candle_vllm.core.vision.preprocessing import Cut, Rule
 
 
-def spans_of(places: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return the beginning and end of each run of consecutive integers in a sorted array."""
-    ends = np.flatnonzero(np.diff(places) > 1) + 1
-    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, ends)]
-
-
 class VisionDescription(ShownStruct, frozen=True, kw_only=True):
     """Description of a vision encoder for the process that tokenizes prompts.
 
@@ -37,6 +31,7 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
         written: the whole text that a chat template writes for an image.
         cell: pixels of a cell's side; a cell becomes one embedding.
         whole: whether the embeddings of a tile attend to each other, also to later ones.
+        prefix: maximum length of a prompt with images, all of whose tokens attend to each other; 0 if they do not.
         turned: whether embeddings are rotated by time, row and column (M-RoPE).
         blank: token whose row of the embedding table is used for `mark`; None for the row of `mark` itself.
     """
@@ -48,6 +43,7 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
     written: str = ""
     cell: int
     whole: bool = False
+    prefix: int = 0
     turned: bool = False
     blank: int | None = None
 
@@ -68,6 +64,8 @@ class VisionInput:
         words: returns the tokens that replace an image's placeholder, given its grid of tiles.
         breaks: number of line breaks by token, for tokens of line breaks only; empty if no token is one line break.
         limits: limits of a prompt's images.
+        arrange: puts the tokens of a prompt with images in the order that the model expects, and adds missing ones.
+        spans: returns `PlacedImage.spans`: see `spans_of` of `models/tower_family.py`.
         one_at_a_time: lock that is held while an image is decoded and preprocessed.
     """
 
@@ -75,6 +73,8 @@ class VisionInput:
     words: Callable[[Cut], Sequence[int]]
     breaks: Mapping[int, int] = dataclasses.field(default_factory=dict)
     limits: PictureLimits = LIMITS
+    arrange: Callable[[list[int]], list[int]] = list
+    spans: Callable[[ImageInput, NDArray[np.int64], int, int], list[tuple[int, int]]] = lambda *_: []
     one_at_a_time: threading.Lock = dataclasses.field(default_factory=threading.Lock, compare=False, repr=False)
 
     def look(
@@ -126,14 +126,15 @@ class VisionInput:
                     self._join(expanded, self.words(cut._replace(number=len(inputs))))
                     least = len(expanded)
                 if most_tokens is not None and least >= most_tokens:
-                    said = f"{name}: with this image the prompt has at least {least} tokens"
-                    raise PromptTooLongError(
-                        f"{said}; this model's maximum context length is {most_tokens} tokens", name
-                    )
+                    said = f"{name}: with this image the prompt has at least {least} tokens; this model's maximum"
+                    raise PromptTooLongError(f"{said} context length is {most_tokens} tokens", name)
                 if picture.digest not in made:
                     made[picture.digest] = self._input(picture)
             inputs.append(made[picture.digest])
         self._join(expanded, ids[begin:])
+        if inputs and self.parts.prefix:
+            expanded = self.arrange(expanded)
+            inputs = [msgspec.structs.replace(each, prefix=len(expanded)) for each in inputs]
         return expanded, tuple(inputs)
 
     def _join(self, ids: list[int], more: Sequence[int]) -> None:
@@ -174,9 +175,8 @@ class VisionInput:
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
         counts = [self.parts.embeddings(self.parts.rule.cut(*image.whole)) for image in images]
         if len(marks) != sum(counts):
-            raise InvalidParameterError(
-                f"image: {sum(counts)} embeddings of {len(images)} images, and {len(marks)} placeholders", "image"
-            )
+            said = f"image: {sum(counts)} embeddings of {len(images)} images, and {len(marks)} placeholders"
+            raise InvalidParameterError(said, "image")
         found = np.split(marks, np.cumsum(counts)[:-1])
         if self.parts.turned and any(len(each) and each[-1] - each[0] >= len(each) for each in found):
             raise InvalidParameterError("image: the placeholders of an image must be consecutive", "image")

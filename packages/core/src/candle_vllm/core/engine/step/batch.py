@@ -140,7 +140,7 @@ def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
             for begin, end in image.spans:
                 begin = max(begin, run.start)
                 if begin < min(end, run.start + run.count):
-                    assert end <= run.start + run.count, "a step must contain whole tiles"
+                    assert end <= run.start + run.count, "a step must contain whole spans"
                     found = np.zeros(query_start[-1], np.int64) if found is None else found
                     place = first - run.start
                     found[place + begin : place + end] = np.arange(end - begin)[::-1]

@@ -16,7 +16,7 @@ from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest, Pool
 from candle_vllm.core.engine.step.live import Live, LiveSequence
 from candle_vllm.core.engine.step.pooled import PooledText
 from candle_vllm.core.engine.step.prediction import Prediction
-from candle_vllm.core.engine.step.sequence import PlacedImage, Sequence
+from candle_vllm.core.engine.step.sequence import NO_LIMIT, PlacedImage, Sequence
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.pooled_head import PooledHead
@@ -29,7 +29,7 @@ from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
 from candle_vllm.core.text.tokenizer import Tokenizer
-from candle_vllm.core.vision.prompts import VisionInput, spans_of
+from candle_vllm.core.vision.prompts import VisionInput
 
 MAX_TEXT = 1 << 22
 """Characters that a text may always have if the model generates no text: one unknown token may stand for many."""
@@ -40,10 +40,12 @@ class Preparation(ABC):
 
     Attributes:
         max_model_len: longest prompt plus output, in tokens.
+        room: tokens of a prompt that a step can run beside all other sequences.
         adapters: the adapters that requests may name; None without LoRA.
     """
 
     max_model_len: int
+    room = NO_LIMIT
     adapters: AdapterStore | None = None
 
     @abstractmethod
@@ -197,13 +199,10 @@ class DecoderPreparation(Preparation):
             raise InvalidParameterError("image: the model takes text only", "image")
         made, vision = list[PlacedImage](), self._images
         for image, places in zip(request.images, vision.places(request.prompt_token_ids, request.images)):
-            spans = spans_of(places) if vision.parts.whole else []
+            spans = vision.spans(image, places, len(request.prompt_token_ids), self.room)
             first = int(places[0]) + (made[-1].shift if made else 0)
-            made.append(
-                PlacedImage(
-                    image, places.tolist(), spans, grid=vision.grid(image), first=first, blank=vision.parts.blank
-                )
-            )
+            grid, blank = vision.grid(image), vision.parts.blank
+            made.append(PlacedImage(image, places.tolist(), spans, grid=grid, first=first, blank=blank))
         return made
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:

@@ -25,8 +25,8 @@ them, because it needs its last token; each step has an equal share of the decod
 have chunks of one prompt, because each stage runs the steps in order.
 
 A sequence with adapters, images or offloaded blocks waits until these are loaded or encoded; others may overtake it:
-see `AdapterAdmission`, `ImageStore` and `OffloadedBlocks`. If image tokens attend to each other, all tokens of a tile
-run in one step.
+see `AdapterAdmission`, `ImageStore` and `OffloadedBlocks`. If image tokens attend to each other, all tokens of a tile,
+or of the prompt, run in one step.
 
 If layers keep a state (`cache/states.py`), a cached prefix ends at a checkpoint. Checkpoints are written after the last
 full block of a prompt, at the end of each prompt chunk that ends with a block, after the last full block of an answer,

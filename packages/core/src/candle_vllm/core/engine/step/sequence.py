@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class PlacedImage(msgspec.Struct, eq=False):
 
     Attributes:
         positions: prompt positions of its embeddings, in ascending order.
-        spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
+        spans: begin and end of each tile, or of the prefix, whose tokens attend to each other; empty if all are causal.
         rows: its embeddings, float32 [count, V * E] (`EmbeddedRows`); None unless they are encoded and still needed.
         grid: its rows and columns of cells with M-RoPE, whose image positions are consecutive; else None.
         first: the rotary position of its first embedding, in time, height and width.
@@ -186,7 +187,7 @@ class Sequence:
             self.num_ahead -= 1
 
     def chunk(self, budget: int) -> int:
-        """Return how many uncomputed tokens the next run may have, at most `budget`, without splitting a tile."""
+        """Return how many uncomputed tokens the next run may have, at most `budget`, without splitting a span."""
         start = self.num_computed_tokens
         end = start + min(self.num_uncomputed_tokens, budget)
         for image in self.images if start < self.num_prompt_tokens else ():
@@ -195,15 +196,15 @@ class Sequence:
 
     def hashes(self, block_size: int) -> list[bytes]:
         """Return the hashes of all full blocks of the known tokens; they are cached while the sequence grows."""
-        marks: dict[int, bytes] = {}
+        marks = defaultdict[int, bytes](bytes)
         for (adapter, scale), start in zip(self._adapters, self.adapted_from):
             if start < NO_LIMIT:  # a different order of adapters changes the hash, but not the answer
-                marks[start // block_size] = (
-                    marks.get(start // block_size, b"") + adapter.digest + pack("<dq", scale, start)
-                )
+                marks[start // block_size] += adapter.digest + pack("<dq", scale, start)
         for image in self.images if len(self._hashes) * block_size < self.num_prompt_tokens else ():
             for place, mark in image.marks(block_size):  # image tokens are the same for every image
-                marks[place] = marks.get(place, b"") + mark
+                marks[place] += mark
+            if (end := image.given.prefix) and not self._hashes:  # all keys and values depend on the whole prefix
+                marks[0] += b"prefix" + array("q", [end, *self.tokens[:end]]).tobytes() + image.given.key
         self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes, marks)
         return self._hashes
 

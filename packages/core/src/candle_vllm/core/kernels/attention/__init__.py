@@ -9,7 +9,7 @@ only to p - w + 1..p; with a window -w (chunked attention), to floor(p / w) * w.
 c * tanh(s / c) before it is masked. With sinks [H] fp32, the softmax of each head has one more score, the head's sink:
 it is not capped, is never masked, and has no value. With slopes [H] fp32 (ALiBi), a head's slope times the distance of
 query and key is subtracted from a score after the soft cap. With `rows.ahead`, which GPU kernels ignore, a token of an
-image also attends to later tokens of the image. Scores and sums are fp32. The result y [T, H, D] has q's dtype.
+image or a prefix also attends to later ones of it. Scores and sums are fp32. The result y [T, H, D] has q's dtype.
 
 A float8_e4m3fn cache, as `kernels/kv_write` writes it, needs `cache_scales`: two tensors [1] float32, the factor of all
 keys and that of all values. A cache with a scale for each key and value is [B, S, K, D + 4] and has no
