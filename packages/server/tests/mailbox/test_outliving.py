@@ -93,6 +93,22 @@ def test_a_client_that_left_before_its_whole_answer(tmp_path: Path) -> None:
         assert _record(client, "chatcmpl-w")["response"]["choices"][0]["message"]["content"] == "a" * 20
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_left_while_its_request_waited(tmp_path: Path, stream: bool) -> None:
+    with _server(tmp_path) as running, running.http() as client:
+        app: Any = running.server.config.app
+        (slot,) = app.state.manager.slots.values()
+        slot.model.admission._capacity = 1
+        with client.stream("POST", "/v1/chat/completions", json=BODY) as first:
+            chunks = first.iter_bytes()
+            next(chunks)
+            body = {**BODY, "stream": stream, "request_id": "late"}
+            running.leave("/v1/chat/completions", body, lambda: slot.model.admission.waiting, KEPT)
+            assert b"[DONE]" in b"".join(chunks)
+        record = _record(client, "chatcmpl-late", 10)
+        assert record["response"]["choices"][0]["message"]["content"] == "a" * 20
+
+
 def test_a_plain_request_ends_with_its_client(tmp_path: Path) -> None:
     with _server(tmp_path) as running, running.http() as client:
         _leave_early(client, BODY, {})

@@ -34,7 +34,7 @@ from candle_vllm.server.http.sse import EventStream, StreamForm, data_event
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.outliving import NOT_HERE, MailboxWriter, StoredForm, Wish
+from candle_vllm.server.outliving import NOT_HERE, MailboxWriter, StoredForm
 from candle_vllm.server.settings.table import RequestOptions
 
 JSON = "application/json"
@@ -98,18 +98,18 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
     """Answer a request whose body has been read; `deadline` is a `time.monotonic()`."""
     request.state.prompt_only = getattr(wire, "max_tokens", None) == 0
     writer: MailboxWriter | None = request.app.state.mailbox_writer
-    wish: Wish | None = None
-    streams = bool(wire.stream)
+    streams, wish = bool(wire.stream), None
     wire = _with_operators_form(wire, request.app.state.settings)
-    if getattr(wire, "lora", None):
-        _permit_mix(request, wire)
+    _permit_mix(request, wire)
     if writer is None or api.stored is None:
         refuse_headers(request.scope["headers"], None if api.stored else NOT_HERE)
     else:
         wish, wire = writer.wish(request.scope, wire)
     async with in_time(deadline, request):
         taken = take_turn(request.scope, wire.model, sequences=sequences_of(wire), priority=_priority(wire))
-        turn = await unless_disconnected(taken, request.receive, Turn.release)
+        # An answer for the mailbox does not need its client: a future that is never done is no disconnect.
+        receive = request.receive if wish is None else asyncio.get_running_loop().create_future
+        turn = await unless_disconnected(taken, receive, Turn.release)
         try:
             defaults = turn.model.entry.settings.default_sampling if api.defaults else {}
             wire = with_defaults(wire, defaults) if defaults else wire
@@ -119,7 +119,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
                 large = any(getattr(wire, name, None) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
                 return Response(await apart(to_json_bytes, made) if large else to_json_bytes(made), media_type=JSON)
             streamed = api.streamed(turn.model, wire)
-            chunks = await unless_disconnected(streamed, request.receive, _closing)
+            chunks = await unless_disconnected(streamed, receive, _closing)
         except BaseException:
             turn.release()
             raise
@@ -136,7 +136,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
 def _permit_mix(request: Request, wire: Any) -> None:
     """Refuse (HttpError 403) a request with an adapter in `lora` that its API key may not use."""
     caller = caller_of(request.scope)
-    if caller.models is None:
+    if caller.models is None or not getattr(wire, "lora", None):
         return
     manager: ModelManager = request.app.state.manager
     slot, wanted = manager.find(wire.model, caller=caller), {each.id for each in wire.lora}
