@@ -474,10 +474,8 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
         kind = CacheKind.of(row.bits, row.minima)
         if dtype != "auto" and not model.placement.recorded:
-            others = "op_by_op, or key and value types" if config.op_by_op else "it"
-            raise ConfigError(
-                f"{asked} needs the compiled kernels, which do not run this model: leave out {others}", name
-            )
+            change = "leave out op_by_op, or key and value types" if config.op_by_op else "leave it out"
+            raise ConfigError(f"{asked} needs the compiled kernels, which do not run this model: {change}", name)
         if kind.is_quantised and model.config.latent is not None:
             raise ConfigError(
                 f"{asked} is not supported with latent attention, whose KV cache is small already: leave it out", name

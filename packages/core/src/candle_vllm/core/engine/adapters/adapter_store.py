@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import msgspec
 
@@ -33,6 +33,7 @@ from candle_vllm.core.errors import (
     EngineOverloadedError,
     InvalidParameterError,
 )
+from candle_vllm.core.kernels.lora import PackedAdapter
 from candle_vllm.core.setting_kinds import nearest
 
 logger = logging.getLogger(__name__)
@@ -49,30 +50,11 @@ _CROWDED = "running requests and pinned adapters use all the memory for adapters
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 
 
-class Adapter(Protocol):
-    """The attributes of a packed adapter that the engine uses; see `PackedAdapter` in `kernels/lora`."""
-
-    @property
-    def digest(self) -> bytes: ...
-    @property
-    def alora(self) -> tuple[int, ...] | None: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def norm(self) -> float: ...
-    @property
-    def modules(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def serial(self) -> int: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
     """A loaded adapter: packed for steps, with the base model that its files name, and notes about its files."""
 
-    packed: Adapter
+    packed: PackedAdapter
     base: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -92,12 +74,13 @@ class Entry:
         loaded: the loaded adapter; None if it is not in memory.
         error: why its last load failed; None if it has not failed.
         crowded: whether it waits for memory that leased, pinned or more urgent adapters occupy.
+        mixed: whether a request has combined it with other adapters.
         attempts: number of loads that have ended, failed loads included.
     """
 
     __slots__ = (
-        "attempts", "crowded", "error", "info", "leases", "loaded", "name", "nbytes", "path", "pinned", "retry_at",
-        "state",
+        "attempts", "crowded", "error", "info", "leases", "loaded", "mixed", "name", "nbytes", "path", "pinned",
+        "retry_at", "state",
     )  # fmt: skip
 
     def __init__(self, name: str, path: str) -> None:
@@ -105,7 +88,7 @@ class Entry:
         self.state = "cold"
         self.loaded: LoadedAdapter | None = None
         self.error: str | None = None
-        self.crowded = self.pinned = False
+        self.crowded = self.mixed = self.pinned = False
         self.attempts = self.leases = self.nbytes = 0
         self.retry_at = 0.0
         self.info = AdapterInfo(name=name, path=path)
@@ -126,7 +109,7 @@ class AdapterStore:
         most_at_once: maximum number of different adapters of one request.
 
     Attributes:
-        changes: a counter that grows whenever an adapter was loaded or has failed to load.
+        changes: a counter that grows whenever an adapter was loaded or pinned, or has failed to load.
         on_change: called after each change, in the loading thread.
         counts: counts since the start, by field of `EngineStats`.
     """
@@ -208,6 +191,8 @@ class AdapterStore:
                 "max_cpu_loras)",
                 "lora_request",
             )
+        for entry, _ in acting:
+            entry.mixed = entry.mixed or len(acting) > 1
         return acting
 
     def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
@@ -256,6 +241,7 @@ class AdapterStore:
             entry = self.find(AdapterUse(name=name), again=True)
             self._loose.pop(name, None)
             entry.pinned = True
+            self.changes += 1
         try:
             self._until_loaded(entry, timeout)
         except BaseException:
@@ -270,20 +256,35 @@ class AdapterStore:
     def remove(self, name: str) -> bool:
         """Drop a name; return whether it was known. Accepted requests continue; the last one frees the memory."""
         with self._change:
-            entry = self._entries.pop(name, None)
             self._loose.pop(name, None)
-            coming = self._coming.pop(name, None)
-            for each in (entry, coming):
-                if each is not None:
-                    each.pinned = False
+            removed = [entries.pop(name) for entries in (self._entries, self._coming) if name in entries]
+            for entry in removed:
+                entry.pinned = False
             self._drop_forgotten()
             self._change.notify_all()
-            return entry is not None or coming is not None
+            return bool(removed)
 
     def infos(self) -> tuple[AdapterInfo, ...]:
         """Return information about all known adapters."""
         with self._change:
             return tuple(_info(entry) for entry in self._entries.values())
+
+    def refusal(self, entries: Entries) -> InvalidParameterError | None:
+        """Return why a waiting sequence can never have its adapters, or None: one has failed, or all are too large."""
+        if (failed := next((entry for entry, _ in entries if entry.state == "failed"), None)) is not None:
+            return self.failure(failed)
+        if len(entries) < 2:  # `_next` and `_loaded` refuse a single adapter that is too large
+            return None
+        with self._change:
+            needed = {entry for entry, _ in entries}.union(each for each in self._in_memory if each.pinned)
+            nbytes = sum(each.nbytes for each in needed)
+        if len(needed) <= self._most and nbytes <= self._most_bytes:
+            return None
+        return InvalidParameterError(
+            f"the request combines {len(entries)} adapters: with the pinned ones they are {len(needed)} and take "
+            f"{nbytes} bytes; raise max_cpu_loras or lora_memory",
+            "lora_request",
+        )
 
     def failure(self, entry: Entry) -> InvalidParameterError:
         """Return a request's error for an adapter that failed to load, without the path of its files."""
@@ -323,7 +324,7 @@ class AdapterStore:
                 self._drop_forgotten()
                 self._begin()
 
-    def lease(self, entries: Entries) -> tuple[tuple[Adapter, float], ...] | None:
+    def lease(self, entries: Entries) -> tuple[tuple[PackedAdapter, float], ...] | None:
         """Lease adapters, which stay in memory until `release`; return None if not all of them are in memory."""
         if any(entry.loaded is None for entry, _ in entries):
             return None
@@ -460,7 +461,10 @@ class AdapterStore:
             of_caller = entry not in wanted
             if entry.state != "cold" or (stopped and not of_caller):
                 continue
-            entry.crowded = not self._make_room(self._estimate_bytes(entry), 1, order[:place], order[place + 1 :])
+            nbytes, behind = self._estimate_bytes(entry), order[place + 1 :]
+            entry.crowded = not self._make_room(nbytes, 1, order[:place], behind)
+            if entry.crowded and entry.mixed and not entry.nbytes:  # `refusal` needs the sizes of a whole mix
+                entry.crowded = not self._make_room(nbytes, 1, (), order[:place] + behind)
             if not entry.crowded:
                 self._callers_next = not of_caller
                 return entry

@@ -27,7 +27,6 @@ from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.adapters.adapter_store import Adapter
 from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.ranks.nodes import RANK, RankListener, rank_device
@@ -35,6 +34,7 @@ from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, 
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
+from candle_vllm.core.kernels.lora import PackedAdapter
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.sampling.sampler import SampledTokens
@@ -599,7 +599,7 @@ class RankedRunner:
         self._ranks.broadcast(rank_line.LoadAdapter(number, str(path)))
         return number
 
-    def adapter_is_loaded(self, number: int, packed: Adapter | None) -> None:
+    def adapter_is_loaded(self, number: int, packed: PackedAdapter | None) -> None:
         """Wait until the other ranks have loaded an adapter; `packed` is None if the first rank has failed to load it.
 
         Raises:

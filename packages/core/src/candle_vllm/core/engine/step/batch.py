@@ -87,7 +87,6 @@ def adapter_rows(scheduled: Seq[Run], query_start: Ints) -> AdapterRows | None:
         for (adapter, scale), start in zip(sequence.adapters, sequence.adapted_from):
             begin = first + max(0, start - run.start)
             if begin < first + run.count:
-                assert isinstance(adapter, PackedAdapter)
                 key = adapter.digest, adapter.serial  # a row's sum must not depend on which adapter was loaded first
                 found.setdefault(key, (adapter, []))[1].append((begin, first + run.count, scale))
     if not found:

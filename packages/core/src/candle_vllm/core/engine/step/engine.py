@@ -112,7 +112,7 @@ class Engine:
         self._finished: Counter[str] = Counter()
         self._left: list[TokenOutput] = []  # outputs of a `sleep` that failed, for the next step
         self._waits_since = -1  # `AdapterStore.changes` when all sequences began to wait for adapters; -1 otherwise
-        self._failures_seen = -1  # number of handled adapter failures
+        self._changes_seen = -1  # `AdapterStore.changes` when waiting sequences were last checked
 
     @property
     def max_step_tokens(self) -> int:
@@ -145,7 +145,7 @@ class Engine:
         if request_id in self._requests:
             raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
         self._requests[request_id] = list(prepared)
-        self._waits_since = self._failures_seen = -1
+        self._waits_since = self._changes_seen = -1
         for live in prepared:
             live.sequence.order = self._arrivals
             self._arrivals += 1
@@ -252,14 +252,13 @@ class Engine:
         return encodes
 
     def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
-        """End the waiting sequences whose adapters could not be loaded."""
-        failures, outputs = adapters.counts["adapter_load_failures"], []
-        if failures != self._failures_seen:
-            self._failures_seen = failures
-            for sequence in list(self.scheduler.waiting):
-                failed = next((entry for entry, _ in sequence.entries if entry.state == "failed"), None)
-                if failed is not None:
-                    outputs.append(self._fail(sequence, adapters.failure(failed)))
+        """End the waiting sequences whose adapters could not be loaded, or do not fit in memory together."""
+        outputs: list[TokenOutput] = []
+        if adapters.changes != self._changes_seen:
+            self._changes_seen = adapters.changes
+            for sequence in [each for each in self.scheduler.waiting if each.entries and not each.adapters]:
+                if (error := adapters.refusal(sequence.entries)) is not None:
+                    outputs.append(self._fail(sequence, error))
         return outputs
 
     def _propose_drafts(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
