@@ -15,7 +15,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
 from safetensors.torch import load_file, save_file
 
-from candle_vllm.core import ConfigError, EngineConfig, ModelNotFoundError, UnsupportedModelError, WeightsError
+from candle_vllm.core import (
+    ConfigError,
+    EngineConfig,
+    ModelLoadError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from candle_vllm.core.conversion import WrittenFile, write_gguf
 from candle_vllm.core.conversion.gguf_metadata import architecture
 from candle_vllm.core.models import llama, registry
@@ -179,6 +186,8 @@ def test_words_and_template_come_back(tmp_path: Path, words: Path) -> None:
     assert tokenizer.chat_template == "{{ messages }}"
     other = load(write(folder, tmp_path / "t.gguf", words, chat_template="{{ 1 }}").path)
     assert other.tokenizer.chat_template == "{{ 1 }}"
+    with pytest.raises(ModelLoadError, match=r"the chat_template setting: .* has an error in line 1"):
+        write(folder, tmp_path / "u.gguf", words, chat_template="{{ 1")
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,12 @@ def merged(base: AdapterBase, fitted: FittedAdapter) -> Parts:
             weight = found[f"{path}:{prefix}weight"].copy()
             if delta.full is not None:
                 weight = delta.full.load("F32")
+            if delta.rows is not None:
+                weight[delta.rows[0]] = delta.rows[1]
             if delta.a is not None and delta.b is not None:
                 weight += np.float32(delta.scale) * (delta.b.load("F32") @ delta.a.load("F32"))
             if delta.column_scale is not None:
                 weight *= delta.column_scale[:, None]
-            if delta.rows is not None:
-                weight[delta.rows[0]] = delta.rows[1]
             found[f"{path}:{prefix}weight"] = weight
             if delta.bias is not None:
                 found[f"{path}:{prefix}bias"] = found.get(f"{path}:{prefix}bias", np.float32(0)) + delta.bias

@@ -93,6 +93,7 @@ def test_fitted_is_what_peft_merges(name: str, config: dict[str, Any], tmp_path:
     "config",
     [
         {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        TOKENS | {"target_modules": ["q_proj", "lm_head"]},
         pytest.param(TABLES, marks=pytest.mark.every_case),
         pytest.param(TOKENS, marks=pytest.mark.every_case),
         pytest.param(SAVED, marks=pytest.mark.every_case),

@@ -54,14 +54,13 @@ def perplexity(
     first, size = max(1, len(before)), engine.model_info.vocab_size
     ids = [(before + each)[first:] for each in windows]
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
-    head = f"log-probabilities: tokens {digest}, vocabulary {size}\n".encode()
+    mine = f"tokens {digest}, vocabulary {size}"
+    head = f"log-probabilities: {mine}\n".encode()
     if save is not None:
         save.write(head)
     if reference is not None and (theirs := reference.readline(len(head) + 9)) != head:
-        raise ConfigError(
-            f"the reference has other tokens or another vocabulary: {theirs!r}, not {head!r}",
-            "reference",
-        )
+        told = theirs.decode(errors="replace").removeprefix("log-probabilities: ").rstrip()
+        raise ConfigError(f"the reference has other tokens or another vocabulary: {told}; not {mine}", "reference")
     parts: list[list[NDArray[np.float64]]] = []
 
     def read(logits: NDArray[np.float32]) -> None:

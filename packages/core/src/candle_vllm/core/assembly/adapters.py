@@ -337,13 +337,14 @@ class _Fit:
 
     def _tie(self) -> None:
         """Apply trained rows of a tied embedding table to the head too; with `ensure_weight_tying`, all its changes."""
-        if not self._base.config.tie_embeddings or not self._base.config.has_head or "head" in self._changes:
-            return
-        table = self._changes["embed"].get("") if "embed" in self._changes else None
-        if table is None:
+        table, head = (self._changes.get(path, {}).get("") for path in _TABLES)
+        if table is None or not self._base.config.tie_embeddings or not self._base.config.has_head:
             return
         rows = table.delta.rows
-        if self._stored.config.tied or (table.delta.a is None and table.delta.full is None):
+        if head is not None:
+            if head.delta.full is None and head.delta.rows is None:
+                head.delta = dataclasses.replace(head.delta, rows=rows)
+        elif self._stored.config.tied or (table.delta.a is None and table.delta.full is None):
             self._changes["head"][""] = _Change(table.delta)
         elif rows is not None:
             self._changes["head"][""] = _Change(Delta(rows=rows))
@@ -358,11 +359,7 @@ class _Fit:
         plain, depth = unwrapped(module)
         known, names = self._base.places.parameters(plain)
         wanted = self._stored.config.targets
-        names = [
-            name
-            for name in names
-            if not wanted or any(name == target or name.endswith(f".{target}") for target in wanted)
-        ]
+        names = [name for name in names if not wanted or any(f".{name}".endswith(f".{end}") for end in wanted)]
         wrappers = self._wrapped[plain]
         if len(names) != wrappers or depth >= len(names):
             self._refuse(

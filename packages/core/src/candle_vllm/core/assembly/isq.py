@@ -135,7 +135,8 @@ def quantised_in_situ(
 def check_used(imatrix: Imatrix, used: bool) -> None:
     """Raise WeightsError if no matrix has an entry in the importance matrix."""
     if not used:
-        raise WeightsError(f"{imatrix.path} has no entry for any matrix to quantise: was it made for another model?")
+        what = "any matrix that gets a type with a search for scales"
+        raise WeightsError(f"{imatrix.path} has no entry for {what}: it may be another model's")
 
 
 def check_plain(name: str | None, checkpoint: Checkpoint) -> None:

@@ -142,13 +142,13 @@ def _changed(values: NDArray[np.float32], delta: Delta) -> NDArray[np.float32]:
     if delta.bias is not None and values.ndim == 1:
         return values + delta.bias
     made = values.copy() if delta.full is None else delta.full.load("F32")
+    if delta.rows is not None:
+        ids, rows = delta.rows
+        made[ids] = rows
     if delta.a is not None and delta.b is not None:
         made += np.float32(delta.scale) * (delta.b.load("F32") @ delta.a.load("F32"))
     if delta.column_scale is not None:
         made *= delta.column_scale[:, None]
-    if delta.rows is not None:
-        ids, rows = delta.rows
-        made[ids] = rows
     return made
 
 

@@ -52,6 +52,7 @@ from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf,
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,9 @@ def write_gguf(
     """
     out = Path(out)
     check_target(out, overwrite)
+    if config.chat_template is not None:
+        with naming("the chat_template setting"):
+            ChatTemplate(config.chat_template, {})  # refuses a template with errors
     files = model_files(config)
     if files.format == "dummy":
         raise ConfigError(f"{files.name} has no weights to write (load_format='dummy')", "load_format")

@@ -51,7 +51,7 @@ class Delta:
         bias: [N], added to the result: B's bias times s, and the difference of the module's bias from the base model's.
         column_scale: c of each output [N] (DoRA: m / ||W + s B A||); biases are not multiplied by it.
         full: [N, K], replaces W, for a head or a table that was trained in full; when merging, any parameter.
-        rows: for a head or a table: ids [n], and rows [n, K] that replace W's rows.
+        rows: for a head or a table: ids [n], and rows [n, K] that replace W's rows; the product of A and B is added.
     """
 
     a: StoredTensor | None = None
