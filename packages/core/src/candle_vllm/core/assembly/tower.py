@@ -24,7 +24,7 @@ from candle_vllm.core.models.registry import tower_family, tower_family_from_ggu
 from candle_vllm.core.models.tower_family import Tower, TowerConfig, TowerFamily
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import PictureLimits, require_pillow
-from candle_vllm.core.vision.preprocessing import NOTHING, Cut
+from candle_vllm.core.vision.preprocessing import NOTHING
 from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def _loaded(
     nbytes = sum(tensor.nbytes for tensor in stored.tensors.values())
     logger.info("loaded the tower of %s: %.1f MB in %.2f s", name, nbytes / 1e6, time.perf_counter() - started)
     mark, asks = (_token(token, tokenizer, described) for token in (family.mark, family.asks or family.mark))
-    seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned, "blank": model.blank}
+    seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned is not None, "blank": model.blank}
     seen |= {"written": family.written or family.asks or family.mark}
     parts = VisionDescription(family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, **seen)
     vision = vision_input_of(parts, tokenizer, config)
@@ -222,11 +222,13 @@ def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: Engi
     """Make the image preprocessing of a model from the `parts` of its tower; the settings have the limits of images."""
     family = tower_family_named(parts.family).known_to(tokenizer.encode)
 
-    def words(cut: Cut) -> Sequence[int]:
-        said = family.words_around(cut, cut.cells(parts.cell))
-        return tokenizer.encode(said, add_special_tokens=False, parse_special=True)
+    def encode(text: str) -> Sequence[int]:
+        return tokenizer.encode(text, add_special_tokens=False, parse_special=True)
 
-    return VisionInput(parts, words, _breaks(tokenizer), PictureLimits.of(config))
+    words, turned = (lambda cut: encode(family.words_around(cut, cut.cells(parts.cell)))), family.turned
+    turns = None if turned is None else lambda cut: turned(cut, cut.cells(parts.cell))
+    trailing = frozenset(encode("".join(family.trailing)))
+    return VisionInput(parts, words, turns, trailing, _breaks(tokenizer), PictureLimits.of(config))
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:

@@ -198,12 +198,9 @@ class DecoderPreparation(Preparation):
         made, vision = list[PlacedImage](), self._images
         for image, places in zip(request.images, vision.places(request.prompt_token_ids, request.images)):
             spans = spans_of(places) if vision.parts.whole else []
-            first = int(places[0]) + (made[-1].shift if made else 0)
-            made.append(
-                PlacedImage(
-                    image, places.tolist(), spans, grid=vision.grid(image), first=first, blank=vision.parts.blank
-                )
-            )
+            number, shift = len(made), made[-1].shift if made else 0
+            turned = vision.turned(request.prompt_token_ids, places, image, number, shift)
+            made.append(PlacedImage(image, places.tolist(), spans, None, *turned, blank=vision.parts.blank))
         return made
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
