@@ -30,8 +30,12 @@ from transformers.vision_utils import get_vision_nearest_position_ids
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
+from candle_vllm.core.engine.step.batch import rotary_positions
+from candle_vllm.core.engine.step.live import LiveSequence
+from candle_vllm.core.engine.step.sequence import Run
 from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -53,13 +57,14 @@ from packages.core.tests.models.sight import (
     require_same,
     require_same_when_cached,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, RANDOM, loaded_from, write_tokenizer
+from packages.core.tests.models.test_qwen_vl import GPU_STEPS, RANDOM, loaded_from, request_of, write_tokenizer
 from packages.core.tests.models.tiny import SMALL, randomise
 from tests.common_run import few
 
 MARKS = ("<image>", "</image>", "<|image_pad|>", "<slice>")
 MORE = ("</slice>", "<image_id>", "</image_id>")
 START, END, PAD, SLICE, SLICED, NUMBER, NUMBERED = range(260, 267)
+CANVAS = ("image_start_id", "image_end_id", "slice_start_id", "slice_end_id", "newline_id")
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
@@ -71,6 +76,7 @@ ASK = "<|im_start|>user\n<|image_pad|>Compare this with <|image_pad|>, please.<|
 SIZES = ((45, 38, 3), (17, 22, 3), (90, 12, 3), (5, 5, 3), (30, 70, 3))
 PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in SIZES]
 """A grid of two tiles, small, a grid of three, enlarged, a grid of two."""
+BIG = RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)  # a grid of two rows of two tiles
 PROMPTS: list[Any] = [
     {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}},
     {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[4], PICTURES[4]]}},
@@ -96,9 +102,11 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "middle": ("minicpmv4_6", {"insert_layer_id": 1}, {"hidden_act": "gelu", "layer_norm_eps": 1e-5}),
     "last": ("minicpmv4_6", {"insert_layer_id": 2}, {}),
     "4x": ("minicpmv4_6", {"insert_layer_id": 1, "downsample_mode": "4x"}, {}),
+    "canvas": ("minicpmv4_7", {"insert_layer_id": 1}, {"model_type": "minicpmv4_7_vision"}),
+    "canvas 4x": ("minicpmv4_7", {"insert_layer_id": 1, "downsample_mode": "4x"}, {"model_type": "minicpmv4_7_vision"}),
     "ocr": ("minicpm_ocr", {"insert_layer_id": 1}, {"model_type": "minicpm_ocr_vision"}),
 }
-"""The merger after the first, the second and the last block, and without it."""
+"""The merger after the first, the second and the last block, and without it; 4.7, whose images lie on a canvas."""
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
@@ -124,6 +132,12 @@ def their_words(made: Any, count: int, mode: str) -> list[str]:
 
 def write(folder: Path, kind: str, **sizes: Any) -> Path:
     model_type, own, vision = KINDS[kind]
+    write_tokenizer(folder, MARKS, TEMPLATE)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(MORE))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if "canvas" in kind:
+        own = own | dict(zip(CANVAS, (START, END, SLICE, SLICED, *tokenizer.encode("\n").ids), strict=True))
     config = AutoConfig.for_model(
         model_type,
         text_config=TEXT,
@@ -143,15 +157,11 @@ def write(folder: Path, kind: str, **sizes: Any) -> Path:
         (folder / "processor_config.json").write_text(json.dumps({"image_processor": images}))
     else:
         (folder / "preprocessor_config.json").write_text(json.dumps(images))
-    write_tokenizer(folder, MARKS, TEMPLATE)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(list(MORE))
-    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
 def mode_of(kind: str) -> str:
-    return "4x" if kind in ("4x", "ocr") else "16x"
+    return "4x" if kind in ("4x", "canvas 4x", "ocr") else "16x"
 
 
 def said_of(folder: Path) -> dict[str, Any]:
@@ -340,9 +350,50 @@ def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path
     pixels = their_pixels(PICTURES[:2], said_of(folder))[1]
 
     def wanted(ids: torch.Tensor) -> torch.Tensor:
-        return theirs(input_ids=ids, **pixels).logits[0].log_softmax(-1)
+        kinds = {"mm_token_type_ids": (ids == PAD).int()} if type(theirs).__name__.startswith("MiniCPMV4_7") else {}
+        return theirs(input_ids=ids, **pixels, **kinds).logits[0].log_softmax(-1)
 
     require_logits(folder, PROMPTS[0], wanted, eager=eager, tokens=tokens)
+
+
+@pytest.mark.parametrize(("folder", "mode"), [("canvas", "16x"), ("canvas 4x", "4x")], indirect=["folder"])
+@pytest.mark.parametrize("chunks", [[1000], [7], [1, 2, 30]])
+@pytest.mark.parametrize(
+    "text", [ASK, "<|image_pad|>\n<|image_pad|>\n\n?", "<|image_pad|>\nand <slice></image>, then<|image_pad|>"]
+)
+def test_positions_on_the_canvas_are_those_of_transformers(
+    text: str, chunks: list[int], mode: str, folder: Path, theirs: Any
+) -> None:
+    loaded = loaded_from(folder, op_by_op=True)
+    assert loaded.tower is not None
+    for pictures in ([PICTURES[2], PICTURES[3]], [PICTURES[4], PICTURES[0]], [PICTURES[1], BIG]):
+        request = request_of(loaded, pictures, text)
+        ids = torch.tensor([request.prompt_token_ids])
+        sizes = their_pixels(pictures, said_of(folder))[1]["target_sizes"]
+        wanted, delta = theirs.model.get_rope_index(ids, (ids == PAD).int(), sizes, downsample_mode=mode)
+        made = preparation_for(loaded, 2048).prepare(request)[0]
+        assert isinstance(made, LiveSequence)
+        assert made.sequence.images[-1].shift == delta.item()
+        found = rotated(made.sequence, chunks)
+        length = ids.shape[1]
+        assert (found[:, :length] == wanted[:, 0].numpy()).all()
+        assert (found[:, length:] == np.arange(length, found.shape[1]) + delta.item()).all()
+
+
+def rotated(sequence: Any, chunks: list[int]) -> NDArray[np.int64]:
+    """Time, height and width [3, T] of a prompt's tokens and some generated ones, in steps of so many tokens."""
+    sequence.tokens += [1] * 20
+    found, start, total = [], 0, len(sequence.tokens)
+    while start < total:
+        count = min(chunks[min(len(found), len(chunks) - 1)], total - start)
+        turned = rotary_positions([Run(sequence, start, count, 0, 0, False)], np.array([0, count]))
+        places = np.repeat(np.arange(start, start + count)[:, None], 3, 1)
+        if turned is not None:
+            places += turned.shifts[:, None]
+            places[turned.rows] = turned.places[:, :3]
+        found.append(places)
+        start += count
+    return np.concatenate(found).T
 
 
 @pytest.fixture(scope="module")

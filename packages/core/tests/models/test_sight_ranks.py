@@ -38,6 +38,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Path], str]] = {
         for name in test_internvl.TEXTS
     },
     "MiniCPM-V": (lambda folder: test_minicpmv.write(folder, "middle"), "<|image_pad|>"),
+    "MiniCPM-V 4.7": (lambda folder: test_minicpmv.write(folder, "canvas"), "<|image_pad|>"),
 }
 
 

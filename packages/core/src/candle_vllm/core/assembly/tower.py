@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from candle_vllm.core.models.registry import tower_family, tower_family_from_ggu
 from candle_vllm.core.models.tower_family import Tower, TowerConfig, TowerFamily, spans_of
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import PictureLimits, require_pillow
-from candle_vllm.core.vision.preprocessing import NOTHING, Cut
+from candle_vllm.core.vision.preprocessing import NOTHING
 from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def _loaded(
     nbytes = sum(tensor.nbytes for tensor in stored.tensors.values())
     logger.info("loaded the tower of %s: %.1f MB in %.2f s", name, nbytes / 1e6, time.perf_counter() - started)
     mark, asks = (_token(token, tokenizer, described) for token in (family.mark, family.asks or family.mark))
-    seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned, "blank": model.blank}
+    seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned is not None, "blank": model.blank}
     seen |= {"written": family.written or family.asks or family.mark, "prefix": model.prefix}
     parts = VisionDescription(family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, **seen)
     vision = vision_input_of(parts, tokenizer, config)
@@ -222,12 +222,11 @@ def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: Engi
     family = tower_family_named(parts.family).known_to(tokenizer.encode)
 
     encode = functools.partial(tokenizer.encode, add_special_tokens=False, parse_special=True)
-
-    def words(cut: Cut) -> Sequence[int]:
-        return encode(family.words_around(cut, cut.cells(parts.cell)))
-
+    words, turned = (lambda cut: encode(family.words_around(cut, cut.cells(parts.cell)))), family.turned
+    turns = None if turned is None else lambda cut: turned(cut, cut.cells(parts.cell))
+    trailing, limits = frozenset(encode("".join(family.trailing))), PictureLimits.of(config)
     whole: Any = {"arrange": family.arranging(encode), "spans": functools.partial(spans_of, parts)}
-    return VisionInput(parts, words, _breaks(tokenizer), PictureLimits.of(config), **whole)
+    return VisionInput(parts, words, turns, trailing, _breaks(tokenizer), limits, **whole)
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:

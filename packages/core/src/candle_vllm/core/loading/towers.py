@@ -56,6 +56,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "MiniCPMOcrForConditionalGeneration": _QWEN35,
         "MiniCPMV4_6ForConditionalGeneration": _QWEN35,
+        "MiniCPMV4_7ForConditionalGeneration": _QWEN35,
         "Mistral3ForConditionalGeneration": {
             "mistral": "MistralForCausalLM",
             "ministral3": "Ministral3ForCausalLM",

@@ -45,7 +45,7 @@ from candle_vllm.core.models.qwen_vl import (
     prepared,
     rule_of,
 )
-from candle_vllm.core.models.tower_family import TowerFamily, TowerStep, mark_of_cells
+from candle_vllm.core.models.tower_family import TowerFamily, TowerStep, mark_of_cells, turned_by_grid
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule
 
@@ -286,5 +286,5 @@ FAMILY = TowerFamily(
     mark=_MARK,
     written=f"<|begin_of_image|>{_MARK}<|end_of_image|>",
     words_around=mark_of_cells(_MARK),
-    turned=True,
+    turned=turned_by_grid,
 )

@@ -282,6 +282,12 @@ def words_around(cut: Cut, grid: tuple[int, int]) -> str:
     return _MARK * (grid[0] * (grid[1] + 1) + 2)
 
 
+def turned(cut: Cut, grid: tuple[int, int]) -> tuple[int, int, NDArray[np.int64]]:
+    """See `Turned`: the time is the position in the sequence; the embeddings at both ends are rotated as text."""
+    number = np.arange(grid[0] * (grid[1] + 1))
+    return 1, 1, np.stack([number, *np.divmod(number, grid[1] + 1), np.full_like(number, cut.number)], 1)
+
+
 FAMILY = TowerFamily(
     name="hunyuan_tower",
     hf={"HunYuanVLForConditionalGeneration": "hunyuan_vl"},
@@ -296,5 +302,5 @@ FAMILY = TowerFamily(
     mark=_MARK,
     written=f"<｜hy_place▁holder▁no▁100｜>{_MARK}<｜hy_place▁holder▁no▁101｜>",
     words_around=words_around,
-    turned=True,
+    turned=turned,
 )

@@ -115,7 +115,7 @@ def completed(config: Lfm2VlTowerConfig, tensors: Mapping[str, StoredTensor]) ->
 def _config(processor: Fields, *, patch: int, cell: int, **own: Any) -> Lfm2VlTowerConfig:
     rule, side = _rule(processor, patch, cell), patch * cell
     whole, tile = (rule, 0) if isinstance(rule, AreaRule) else (rule.whole, rule.tile)
-    assert whole is not None
+    assert isinstance(whole, AreaRule)
     return Lfm2VlTowerConfig(
         **own,
         patch=patch,

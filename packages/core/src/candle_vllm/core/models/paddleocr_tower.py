@@ -27,7 +27,7 @@ from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import GridPositions, centred
 from candle_vllm.core.models.qwen_vl import QwenTower, QwenTowerConfig, check_sizes, rule_of
 from candle_vllm.core.models.siglip import LARGE, hf_values, processor_of_gguf
-from candle_vllm.core.models.tower_family import TowerFamily, mark_of_cells
+from candle_vllm.core.models.tower_family import TowerFamily, mark_of_cells, turned_by_grid
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING
 
@@ -141,5 +141,5 @@ FAMILY = TowerFamily(
     mark=_MARK,
     written=f"<|IMAGE_START|>{_MARK}<|IMAGE_END|>",
     words_around=mark_of_cells(_MARK),
-    turned=True,
+    turned=turned_by_grid,
 )

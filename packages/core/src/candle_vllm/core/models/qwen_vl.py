@@ -40,7 +40,14 @@ from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.grid_positions import GridPositions, linear
 from candle_vllm.core.models.siglip import ACTIVATIONS
 from candle_vllm.core.models.siglip import prepared as swapped_back
-from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep, mark_of_cells
+from candle_vllm.core.models.tower_family import (
+    Placed,
+    TowerConfig,
+    TowerFamily,
+    TowerStep,
+    mark_of_cells,
+    turned_by_grid,
+)
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, area_rule, over
 
@@ -407,5 +414,5 @@ FAMILY = TowerFamily(
     mark=_MARK,
     written=f"<|vision_start|>{_MARK}<|vision_end|>",
     words_around=mark_of_cells(_MARK),
-    turned=True,
+    turned=turned_by_grid,
 )

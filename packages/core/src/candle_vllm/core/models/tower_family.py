@@ -286,6 +286,22 @@ def joined(tower: Tower, made: NDArray[np.float32], whole: tuple[int, int]) -> J
     return (yield from tower.join(made, whole)) if isinstance(tower, JoiningTower) else made
 
 
+Turned: TypeAlias = Callable[[Cut, tuple[int, int]], tuple[int, int, NDArray[np.int64]]]
+"""Rotary positions of an image's tokens, from its `Cut` and a tile's rows and columns of cells.
+
+Returns how many tokens after the image's first embedding they begin, and positions [n, 4] of n tokens: time, height,
+width, and the number of the image. So many first of the four, which is also returned, count from the rotary position of
+the first of these tokens.
+"""
+
+
+def turned_by_grid(cut: Cut, grid: tuple[int, int]) -> tuple[int, int, NDArray[np.int64]]:
+    """See `Turned`: embeddings have one time, and their row and column. Source: Wang et al., 2024, arXiv:2409.12191."""
+    del cut
+    row, column = np.indices(grid).reshape(2, -1)
+    return 0, 3, np.stack([0 * row, row, column, 0 * row], 1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerFamily:
     """How to read, build and fill vision encoders: each file of such a family in this folder has one as `FAMILY`.
@@ -312,7 +328,8 @@ class TowerFamily:
         stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
         arranging: makes `VisionInput.arrange` from a function that encodes texts with special tokens.
-        turned: the text model has M-RoPE: queries and keys rotate by time, row and column; see `engine/step/batch.py`.
+        turned: the text model has M-RoPE, see `Turned`; None without it.
+        trailing: tokens that are rotated as the first one of `turned` where they follow an image.
     """
 
     name: str
@@ -332,7 +349,8 @@ class TowerFamily:
     stand_in: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     arranging: Callable[[Callable[[str], Sequence[int]]], Callable[[list[int]], list[int]]] = lambda _: list
-    turned: bool = False
+    turned: Turned | None = None
+    trailing: Sequence[str] = ()
 
     def known_to(self, encode: Callable[..., Sequence[int]]) -> TowerFamily:
         """Return the family with `stand_in` as its `mark` if the vocabulary of a tokenizer lacks `mark`.

@@ -62,6 +62,8 @@ class VisionInput:
     Attributes:
         parts: description of the model's vision encoder.
         words: returns the tokens that replace an image's placeholder, given its grid of tiles.
+        turns: see `TowerFamily.turned`.
+        trailing: token ids, see `TowerFamily.trailing`.
         breaks: number of line breaks by token, for tokens of line breaks only; empty if no token is one line break.
         limits: limits of a prompt's images.
         arrange: puts the tokens of a prompt with images in the order that the model expects, and adds missing ones.
@@ -71,6 +73,8 @@ class VisionInput:
 
     parts: VisionDescription
     words: Callable[[Cut], Sequence[int]]
+    turns: Callable[[Cut], tuple[int, int, NDArray[np.int64]]] | None = None
+    trailing: frozenset[int] = frozenset()
     breaks: Mapping[int, int] = dataclasses.field(default_factory=dict)
     limits: PictureLimits = LIMITS
     arrange: Callable[[list[int]], list[int]] = list
@@ -160,24 +164,36 @@ class VisionInput:
         joined, whole = b"".join(tile.tobytes() for tile in tiles), (picture.height, picture.width)
         return ImageInput(key=key, tiles=joined, sizes=sizes, whole=whole)
 
-    def grid(self, image: ImageInput) -> tuple[int, int] | None:
-        """Return rows and columns of an image's cells; None for a model without M-RoPE."""
-        rows, columns = image.sizes[0]
-        return (rows // self.parts.cell, columns // self.parts.cell) if self.parts.turned else None
+    def turned(
+        self, ids: Sequence[int], places: NDArray[np.int64], image: ImageInput, number: int, shift: int
+    ) -> tuple[NDArray[np.int64], int, int]:
+        """Return `PlacedImage.turned`, `begin` and `shift` of a prompt's image; `shift` is that of the image before it.
+
+        Raises:
+            InvalidParameterError: other tokens stand among those of the image.
+        """
+        if self.turns is None:
+            return np.zeros((0, 4), np.int64), 0, 0
+        lead, axes, made = self.turns(self.parts.rule.cut(*image.whole)._replace(number=number))
+        if places[-1] - places[0] != len(made) + 2 * lead - 1:
+            raise InvalidParameterError("image: the placeholders of an image must be consecutive", "image")
+        begin = int(places[0]) + lead
+        end = begin + len(made)
+        while end < len(ids) and ids[end] in self.trailing:
+            end += 1
+        made = np.pad(made, ((0, end - begin - len(made)), (0, 0)))
+        made[:, :axes] += begin + shift
+        return made, begin, int(made[:, :axes].max()) + 1 - end
 
     def places(self, ids: Sequence[int], images: Sequence[ImageInput]) -> list[NDArray[np.int64]]:
         """Return the positions of each image's embeddings in a prompt.
 
         Raises:
-            InvalidParameterError: the numbers of placeholders and embeddings differ, or with M-RoPE the placeholders
-                of an image are not consecutive.
+            InvalidParameterError: the numbers of placeholders and embeddings differ.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
         counts = [self.parts.embeddings(self.parts.rule.cut(*image.whole)) for image in images]
         if len(marks) != sum(counts):
             said = f"image: {sum(counts)} embeddings of {len(images)} images, and {len(marks)} placeholders"
             raise InvalidParameterError(said, "image")
-        found = np.split(marks, np.cumsum(counts)[:-1])
-        if self.parts.turned and any(len(each) and each[-1] - each[0] >= len(each) for each in found):
-            raise InvalidParameterError("image: the placeholders of an image must be consecutive", "image")
-        return found
+        return np.split(marks, np.cumsum(counts)[:-1])

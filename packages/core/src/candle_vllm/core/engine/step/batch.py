@@ -161,35 +161,27 @@ class RotaryPositions(msgspec.Struct, frozen=True, eq=False):
 
 
 def rotary_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions | None:
-    """Return the rotary positions of a step with images that have grids; None if all rows rotate by their positions.
+    """Return the rotary positions of a step's image tokens; None if all rows rotate by their positions.
 
-    All tokens of an image have the same temporal position, and their row and column as height and width; the text
-    after it continues at the largest of these positions + 1. Source: Wang et al., 2024, arXiv:2409.12191. Of a `lined`
-    image the temporal position is that in the sequence, rows and columns begin at 0, and its number in the prompt is a
-    fourth position. Source: transformers' HunYuanVLModel.
+    Text continues after an image at the largest of its positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
     """
     if not any(run.sequence.images for run in scheduled):
         return None
     shifts, rows, places = np.zeros(query_start[-1], np.int64), list[Ints](), list[Ints]()
     for run, first in zip(scheduled, query_start.tolist()):
         last = first + run.count
-        for which, image in enumerate(run.sequence.images):
-            if image.grid is None:
+        for image in run.sequence.images:
+            if not len(image.turned):
                 continue
-            edge = int(image.lined)  # the embeddings at both ends are rotated as text
-            start, end = image.positions[0] + edge - run.start, image.positions[-1] + 1 - edge - run.start
+            start = image.begin - run.start
+            end = start + len(image.turned)
             if end < run.count:
                 shifts[first + max(end, 0) : last] = image.shift
             begin, stop = max(start, 0), min(end, run.count)
             if begin < stop:
                 shifts[first + begin : first + stop] = 0
-                numbers = np.arange(begin - start, stop - start)
-                row, column = np.divmod(numbers, image.grid[1] + edge)
                 rows.append(np.arange(first + begin, first + stop))
-                if edge:
-                    places.append(np.stack([image.positions[1] + numbers, row, column, np.full_like(row, which)], 1))
-                else:
-                    places.append(image.first + np.stack([np.zeros_like(row), row, column, np.zeros_like(row)], 1))
+                places.append(image.turned[begin - start : stop - start])
     if not rows:
         return RotaryPositions(shifts, np.zeros(0, np.int64), np.zeros((0, 4), np.int64)) if shifts.any() else None
     return RotaryPositions(shifts, np.concatenate(rows), np.concatenate(places))

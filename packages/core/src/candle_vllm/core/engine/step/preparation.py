@@ -199,10 +199,10 @@ class DecoderPreparation(Preparation):
             raise InvalidParameterError("image: the model takes text only", "image")
         made, vision = list[PlacedImage](), self._images
         for image, places in zip(request.images, vision.places(request.prompt_token_ids, request.images)):
+            number, shift = len(made), made[-1].shift if made else 0
             spans = vision.spans(image, places, len(request.prompt_token_ids), self.room)
-            first = int(places[0]) + (made[-1].shift if made else 0)
-            grid, blank = vision.grid(image), vision.parts.blank
-            made.append(PlacedImage(image, places.tolist(), spans, grid=grid, first=first, blank=blank))
+            turned = vision.turned(request.prompt_token_ids, places, image, number, shift)
+            made.append(PlacedImage(image, places.tolist(), spans, None, *turned, blank=vision.parts.blank))
         return made
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:

@@ -31,8 +31,9 @@ class PlacedImage(msgspec.Struct, eq=False):
         positions: prompt positions of its embeddings, in ascending order.
         spans: begin and end of each tile, or of the prefix, whose tokens attend to each other; empty if all are causal.
         rows: its embeddings, float32 [count, V * E] (`EmbeddedRows`); None unless they are encoded and still needed.
-        grid: its rows and columns of cells with M-RoPE, whose image positions are consecutive; else None.
-        first: the rotary position of its first embedding, in time, height and width.
+        turned: rotary positions int64 [n, 4] of n tokens of the image (`RotaryPositions`); empty without M-RoPE.
+        begin: prompt position of the first of these tokens.
+        shift: rotary position of a token after these tokens, minus the token's position in the prompt; at most 0.
         blank: the token id that replaces its image tokens in the text model's input; None to leave these unchanged.
     """
 
@@ -40,19 +41,10 @@ class PlacedImage(msgspec.Struct, eq=False):
     positions: Seq[int]
     spans: Seq[tuple[int, int]] = ()
     rows: Any = None
-    grid: tuple[int, int] | None = None
-    first: int = 0
+    turned: Any = ()
+    begin: int = 0
+    shift: int = 0
     blank: int | None = None
-
-    @property
-    def shift(self) -> int:
-        """Rotary position of a token after the image, minus the token's position in the prompt; at most 0."""
-        return 0 if self.grid is None or self.lined else self.first + max(self.grid) - (self.positions[-1] + 1)
-
-    @property
-    def lined(self) -> bool:
-        """Whether an image with a grid has an embedding at each end, and one at the end of each row (HunyuanOCR)."""
-        return self.grid is not None and len(self.positions) > self.grid[0] * self.grid[1]
 
     def marks(self, block_size: int) -> Iterator[tuple[int, bytes]]:
         """Yield each block number with embeddings of the image, and the key and offset that the hash must include."""
