@@ -322,6 +322,7 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         least: minimum number of tiles of a canvas.
         stretches: InternVL's rule: the image fills the canvas with the nearest ratio of width to height; of several,
             the last one that has less than twice the image's pixels, else the first.
+        fills: Cohere 2 Vision's rule: the image fills the canvas, so that it may be enlarged.
         whole: LFM2-VL's rule: the tile of the whole image has nearly its shape, by this rule.
         alone: an image of up to this many pixels, its sides rounded to cells of `whole`, has only that tile.
     """
@@ -333,6 +334,7 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     normalisation: Normalisation
     least: int = 1
     stretches: bool = False
+    fills: bool = False
     whole: AreaRule | None = None
     alone: int = 0
 
@@ -366,7 +368,7 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         if self.whole is not None:
             canvas = _resized(picture.pixels, tile * rows, tile * columns, self.resample) if cut.rows else None
             return [*(() if canvas is None else _grid(canvas, cut)), *self.whole.tiles(picture)]
-        if self.stretches:
+        if self.stretches or self.fills:
             canvas = _resized(picture.pixels, tile * rows, tile * columns, self.resample)
             return _tiled(canvas, picture.pixels, cut, self.resample)
         canvas = np.zeros((tile * rows, tile * columns, 3), np.uint8)
@@ -544,12 +546,7 @@ def stretch_rule(fields: Fields) -> StretchRule:
                 f"{fields.path}: pan_and_scan_min_crop_size is {least}, less than pan_and_scan_max_num_crops, {most}"
             )
         parts = {"most_parts": most, "least_part": least, "ratio": ratio}
-    return StretchRule(
-        tile=tile,
-        resample=_filter(fields, _BILINEAR),
-        normalisation=_normalisation(fields),
-        **parts,
-    )
+    return StretchRule(tile=tile, resample=_filter(fields, _BILINEAR), normalisation=_normalisation(fields), **parts)
 
 
 def crop_rule(fields: Fields) -> StretchRule:
