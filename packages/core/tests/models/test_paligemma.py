@@ -251,8 +251,9 @@ def test_a_prompt_that_fits_no_step_is_refused(tmp_path: Path) -> None:
         with pytest.raises(PromptTooLongError, match=said):
             answers(engine, [asked("<image>" + 30 * "a", 0)])
         answers(engine, [200 * "a"])
-    with pytest.raises(ConfigError, match="set max_num_batched_tokens=105"):
-        InferenceEngine(tmp_path / "a", max_num_batched_tokens=104)
+    said = r"needs 31 tokens for an image in one step, .*: set max_num_batched_tokens=111"
+    with pytest.raises(ConfigError, match=said):
+        InferenceEngine(tmp_path / "a", max_num_batched_tokens=110)
     with (
         InferenceEngine(write(tmp_path / "b", "gemma2")) as engine,
         pytest.raises(PromptTooLongError, match=r"the prompt has 97 tokens; .* at most 96 may: shorten it$"),
