@@ -24,6 +24,7 @@ from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
 from candle_vllm.server.serve import bind, make_server
 from packages.core.tests.models import (
+    test_cohere2_vision,
     test_glm4v,
     test_hunyuan_vl,
     test_internvl,
@@ -45,7 +46,7 @@ URL = f"data:image/png;base64,{DATA}"
 WORDS = "What is this?"
 FAMILIES = (
     "SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr",
-    "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "kimi_k25", "MiniCPM-V", "paligemma",
+    "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "kimi_k25", "MiniCPM-V", "paligemma", "command", "aya",
 )  # fmt: skip
 TEXT: dict[str, Any] = {"type": "text", "text": WORDS}
 SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, TEXT]}]
@@ -62,6 +63,8 @@ def write(folder: Path, family: str) -> Path:
         return (test_hunyuan_vl if family == "hunyuan_vl" else test_kimi_k25).write(folder)
     if family == "paligemma":
         return test_paligemma.write(folder, "gemma2")
+    if family in test_cohere2_vision.KINDS:
+        return test_cohere2_vision.write(folder, family)
     if family in test_glm4v.TEXTS:
         return test_glm4v.write(folder, family)
     if family == "MiniCPM-V":

@@ -39,7 +39,7 @@ from packages.core.tests.models.sight import (
     require_logits,
     require_same,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, RANDOM, loaded_from, write_tokenizer
+from packages.core.tests.models.test_qwen_vl import GPU_STEPS, loaded_from, write_tokenizer
 from packages.core.tests.models.tiny import SMALL, randomise
 from tests.common_run import few
 
@@ -51,6 +51,7 @@ TEMPLATE = (
     "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
 )
 SIZES = ((45, 28, 3), (17, 22, 3), (20, 20, 3), (1, 1, 3), (19, 70, 3))
+RANDOM = np.random.default_rng(5)
 PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in SIZES]
 IMAGES = {
     "size": {"height": 20, "width": 20}, "resample": 3, "image_mean": [0.5, 0.4, 0.6], "image_std": [0.5, 0.6, 0.4],
@@ -250,8 +251,9 @@ def test_a_prompt_that_fits_no_step_is_refused(tmp_path: Path) -> None:
         with pytest.raises(PromptTooLongError, match=said):
             answers(engine, [asked("<image>" + 30 * "a", 0)])
         answers(engine, [200 * "a"])
-    with pytest.raises(ConfigError, match="set max_num_batched_tokens=105"):
-        InferenceEngine(tmp_path / "a", max_num_batched_tokens=104)
+    said = r"needs 31 tokens for an image in one step, .*: set max_num_batched_tokens=111"
+    with pytest.raises(ConfigError, match=said):
+        InferenceEngine(tmp_path / "a", max_num_batched_tokens=110)
     with (
         InferenceEngine(write(tmp_path / "b", "gemma2")) as engine,
         pytest.raises(PromptTooLongError, match=r"the prompt has 97 tokens; .* at most 96 may: shorten it$"),

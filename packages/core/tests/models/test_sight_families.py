@@ -715,7 +715,7 @@ def test_gemmas_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_pa
         "pan_and_scan_min_ratio_to_activate": 1.2,
     }
     wrong(InvalidFileError, "less than pan_and_scan_max_num_crops, 4", processor={"do_pan_and_scan": True} | crops)
-    told = "needs the 16 tokens of an image in one step, beside 20 tokens of other .*: set max_num_batched_tokens=36"
+    told = "needs 16 tokens for an image in one step, beside 20 tokens of other .*: set max_num_batched_tokens=36"
     for tokens in (4, 10, 35):
         with pytest.raises(ConfigError, match=told):
             InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=tokens, max_num_seqs=4)

@@ -212,10 +212,10 @@ def _require_room_for_images(config: EngineConfig, loaded: LoadedModel, sequence
         return
     tower, drafts = loaded.tower.tower.config, _drafts(config, loaded.placement.recorded)
     others = sequences + (0 if drafts is None else max(_DRAFT_ROWS, drafts.num_speculative_tokens))
-    needed = others + tower.patches // tower.cell**2
+    needed = others + tower.most_whole
     if budget < needed:
         raise ConfigError(
-            f"max_num_batched_tokens {budget} is too small: {loaded.name} needs the {needed - others} tokens of an "
+            f"max_num_batched_tokens {budget} is too small: {loaded.name} needs {needed - others} tokens for an "
             f"image in one step, beside {others} tokens of other sequences: set max_num_batched_tokens={needed}, or "
             "max_images=0",
             "max_num_batched_tokens",

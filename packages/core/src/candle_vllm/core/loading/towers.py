@@ -32,6 +32,8 @@ _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "De
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "DeepseekOcr2ForConditionalGeneration": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
+        "AyaVisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM", "cohere": "CohereForCausalLM"},
+        "Cohere2VisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM"},
         "DotsOCRForCausalLM": {"qwen2": "Qwen2ForCausalLM"},
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
         "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},

@@ -9,6 +9,7 @@ others have no rotary embedding. Source: Cohere, 2025, arXiv:2504.00698. Shapes:
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,12 @@ from candle_vllm.core.models.family import LAYER_NORM_EPS, Architecture, Family
 from candle_vllm.core.models.olmo2 import full_layers, windows_from_hf
 from candle_vllm.core.models.stack import DecoderStack
 
+_USUAL = MappingProxyType({
+    "vocab_size": 256000, "hidden_size": 8192, "intermediate_size": 22528, "num_hidden_layers": 40,
+    "num_attention_heads": 64, "max_position_embeddings": 8192, "layer_norm_eps": 1e-5,
+})  # fmt: skip
+"""Defaults of transformers for keys that a `text_config` leaves out."""
+
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
@@ -49,7 +56,9 @@ class CohereConfig(llama.LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
-    """Read `config.json` of cohere and cohere2."""
+    """Read `config.json` of cohere and cohere2, and `text_config` of Aya Vision and Cohere 2 Vision."""
+    if fields.prefix:
+        fields = fields.with_absent(**_USUAL)
     fields.choice("hidden_act", "silu", "silu", "swish")
     if "model_max_length" in fields:  # Command R and R+: the other key has the length of training
         length = {f"{fields.prefix}max_position_embeddings": fields.count("model_max_length")}

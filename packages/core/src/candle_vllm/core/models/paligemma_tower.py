@@ -82,9 +82,9 @@ def _longest(fields: Fields, text: Fields, embeddings: int) -> int:
 class PaligemmaTower(Siglip):
     """The vision encoder: patches of tiles to embeddings; see `Tower`."""
 
-    def __init__(self, config: TowerConfig, placement: Placement) -> None:
-        super().__init__(config, placement)
-        self.projector = Linear(config.cell_size, config.text_size, placement, bias=True)
+    def connect(self, placement: Placement) -> None:
+        """See `Siglip`."""
+        self.projector = Linear(self.config.cell_size, self.config.text_size, placement, bias=True)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

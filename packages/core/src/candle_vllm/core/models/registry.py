@@ -151,7 +151,7 @@ TOWER_FAMILIES = (
     "siglip", "pixtral", "lighton_tower", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl",
     "llama4_tower", "glm4v_tower", "paddleocr_tower", "internvl_tower", "dots_ocr_tower", "clip_tower", "lfm2_vl_tower",
     "llava_onevision_tower", "llava_next_tower", "hunyuan_tower", "minicpmv_tower", "kimi_tower", "deepseek_ocr2_tower",
-    "paligemma_tower", "minicpmv_canvas",
+    "paligemma_tower", "minicpmv_canvas", "cohere2_vision_tower", "aya_vision_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 

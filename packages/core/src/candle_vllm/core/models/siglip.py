@@ -177,7 +177,11 @@ class Siglip:
         self.positions = Embedding(config.side**2, size, placement, wide=True)
         self.layers = [Block(config, placement) for _ in range(config.num_layers)]
         self.norm = LayerNorm(size, config.norm_eps, placement)
-        self.projector = Linear(config.cell_size, config.text_size, placement)
+        self.connect(placement)
+
+    def connect(self, placement: Placement) -> None:
+        """Make the layers of `project`."""
+        self.projector = Linear(self.config.cell_size, self.config.text_size, placement)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
         """See `Tower`; returns rows of the position table, which lists a tile's positions row by row."""

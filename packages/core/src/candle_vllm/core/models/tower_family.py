@@ -82,6 +82,12 @@ class TowerConfig:
         return self.most_patches or self.side**2
 
     @property
+    def most_whole(self) -> int:
+        """Tokens for which a step must have room: those of a tile, and with a prefix also some of its text."""
+        tile = self.patches // self.cell**2
+        return min(self.prefix, tile + min(tile // 4, 128)) if self.prefix else tile
+
+    @property
     def windows(self) -> int:
         """Maximum number of windows of a tile; 1 for an encoder without windows."""
         if not self.windowed:

@@ -325,6 +325,7 @@ class CanvasRule(Pixels, frozen=True, kw_only=True, tag=True):
         least: minimum number of tiles of a canvas.
         stretches: InternVL's rule: the image fills the canvas with the nearest ratio of width to height; of several,
             the last one that has less than twice the image's pixels, else the first.
+        fills: Cohere 2 Vision's rule: the image fills the canvas, so that it may be enlarged.
         whole: LFM2-VL's and DeepSeek-OCR's rule: the tile of the whole image is by this rule.
         alone: an image of up to this many pixels, its sides rounded to cells of `whole`, has only that tile; with a
             `StretchRule` an image whose sides are not longer than a tile's.
@@ -335,6 +336,7 @@ class CanvasRule(Pixels, frozen=True, kw_only=True, tag=True):
     grows: bool
     least: int = 1
     stretches: bool = False
+    fills: bool = False
     whole: AreaRule | StretchRule | None = None
     alone: int = 0
 
@@ -372,7 +374,7 @@ class CanvasRule(Pixels, frozen=True, kw_only=True, tag=True):
         if self.whole is not None:
             canvas = _resized(picture.pixels, tile * rows, tile * columns, self.resample) if cut.rows else None
             return [*(() if canvas is None else _grid(canvas, cut)), *self.whole.tiles(picture)]
-        if self.stretches:
+        if self.stretches or self.fills:
             canvas = _resized(picture.pixels, tile * rows, tile * columns, self.resample)
             return _tiled(canvas, picture.pixels, cut, self.resample)
         canvas = np.zeros((tile * rows, tile * columns, 3), np.uint8)
