@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The text model of DeepSeek-OCR 2: Llama's layers (`llama.py`), with DeepSeek-V2's experts in most of them.
+"""The text model of DeepSeek-OCR 1 and 2: Llama's layers (`llama.py`), with DeepSeek-V2's experts in most of them.
 
 Experts are scored by a softmax and chosen alone or in groups; their scores are not normalised, and a shared expert is
 added. Keys and values are not latent, unlike DeepSeek-V2's. Source: Wei et al., 2025, arXiv:2510.18234.
@@ -39,7 +39,15 @@ _USUAL: dict[str, Any] = {
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Read the `text_config` of `config.json`; the size of a head follows from the other sizes, as in transformers."""
+    """Read the `text_config` of `config.json`; the size of a head follows from the other sizes, as in transformers.
+
+    The original repositories have `language_config`, with some of its keys beside it.
+    """
+    original = {f"{fields.prefix}{key}": value for key, value in fields.section("language_config").values.items()}
+    fields = Fields({**fields.values, **original}, fields.path, fields.prefix)
+    if fields.get("use_mla", bool, False):
+        raise UnsupportedModelError(f"{fields.path}: use_mla is true, which is not implemented for this model")
+    fields.choice("scoring_func", "softmax", "softmax")
     fields.choice("hidden_act", "silu", "silu", "swish")
     if fields.get("mlp_bias", bool, False):
         raise UnsupportedModelError(f"{fields.path}: mlp_bias is not implemented for this model")

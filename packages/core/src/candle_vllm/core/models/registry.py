@@ -144,7 +144,7 @@ def _installed() -> tuple[Family | EncoderFamily, ...]:
 TOWER_FAMILIES = (
     "siglip", "pixtral", "lighton_tower", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl",
     "llama4_tower", "glm4v_tower", "paddleocr_tower", "internvl_tower", "dots_ocr_tower", "clip_tower", "lfm2_vl_tower",
-    "llava_onevision_tower", "llava_next_tower", "deepseek_ocr2_tower",
+    "llava_onevision_tower", "llava_next_tower", "deepseek_ocr_tower", "deepseek_ocr2_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 
