@@ -48,6 +48,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     if fields.get("use_mla", bool, False):
         raise UnsupportedModelError(f"{fields.path}: use_mla is true, which is not implemented for this model")
     fields.choice("scoring_func", "softmax", "softmax")
+    _check_window(fields, "sliding_window", "sliding_window_size")
     fields.choice("hidden_act", "silu", "silu", "swish")
     if fields.get("mlp_bias", bool, False):
         raise UnsupportedModelError(f"{fields.path}: mlp_bias is not implemented for this model")
@@ -75,8 +76,19 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     return LlamaConfig(**shared, **own, mixture=mixture, num_experts=mixture.experts)
 
 
+def _check_window(fields: Fields, *keys: str) -> None:
+    """Refuse Unlimited-OCR, whose window does not move over the prompt."""
+    for key in keys:
+        if fields.get(key, int, 0):
+            raise UnsupportedModelError(
+                f"{fields.path}: {fields.prefix}{key} is set: a window over the answer beside the whole prompt "
+                "(Unlimited-OCR) is not implemented"
+            )
+
+
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Read GGUF metadata of deepseek2-ocr, where the number of rotary dimensions is 0, and whole heads rotate."""
+    _check_window(fields, "attention.sliding_window")
     rotary = f"{fields.prefix}rope.dimension_count"
     values = {key: value for key, value in fields.values.items() if key != rotary or value}
     shared = shared_from_gguf(Fields(values, fields.path, fields.prefix), checkpoint)

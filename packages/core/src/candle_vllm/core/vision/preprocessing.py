@@ -506,11 +506,7 @@ def tile_rule(fields: Fields) -> TileRule:
 
 
 def fit_rule(fields: Fields, patch: int, cell: int) -> FitRule:
-    """Read `preprocessor_config.json` of Pixtral and Mistral 3; `patch` and `cell` are pixels of a side.
-
-    Raises:
-        InvalidFileError, UnsupportedModelError: as `tile_rule`.
-    """
+    """Read the file of Pixtral and Mistral 3, for sides of `patch` and `cell` pixels; raises as `tile_rule`."""
     _require_usual(fields)
     given = fields.values.get("patch_size", patch)
     sides = given if isinstance(given, dict) else {"height": given, "width": given}
