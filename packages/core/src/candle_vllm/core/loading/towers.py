@@ -31,6 +31,8 @@ _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "De
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "DeepseekOCR2ForCausalLM": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
+        "DeepseekOCRForCausalLM": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
         "DeepseekOcr2ForConditionalGeneration": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
         "AyaVisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM", "cohere": "CohereForCausalLM"},
         "Cohere2VisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM"},
@@ -79,8 +81,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
 
 FLAT = frozenset({
-    "DotsOCRForCausalLM", "HunYuanVLForConditionalGeneration", "PaddleOCRVLForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+    "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "HunYuanVLForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 

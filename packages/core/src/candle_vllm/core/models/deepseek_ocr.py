@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The text model of DeepSeek-OCR 2: Llama's layers (`llama.py`), with DeepSeek-V2's experts in most of them.
+"""The text model of DeepSeek-OCR 1 and 2: Llama's layers (`llama.py`), with DeepSeek-V2's experts in most of them.
 
 Experts are scored by a softmax and chosen alone or in groups; their scores are not normalised, and a shared expert is
 added. Keys and values are not latent, unlike DeepSeek-V2's. Source: Wei et al., 2025, arXiv:2510.18234.
@@ -39,7 +39,16 @@ _USUAL: dict[str, Any] = {
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Read the `text_config` of `config.json`; the size of a head follows from the other sizes, as in transformers."""
+    """Read the `text_config` of `config.json`; the size of a head follows from the other sizes, as in transformers.
+
+    The original repositories have `language_config`, with some of its keys beside it.
+    """
+    original = {f"{fields.prefix}{key}": value for key, value in fields.section("language_config").values.items()}
+    fields = Fields({**fields.values, **original}, fields.path, fields.prefix)
+    if fields.get("use_mla", bool, False):
+        raise UnsupportedModelError(f"{fields.path}: use_mla is true, which is not implemented for this model")
+    fields.choice("scoring_func", "softmax", "softmax")
+    _check_window(fields, "sliding_window", "sliding_window_size")
     fields.choice("hidden_act", "silu", "silu", "swish")
     if fields.get("mlp_bias", bool, False):
         raise UnsupportedModelError(f"{fields.path}: mlp_bias is not implemented for this model")
@@ -67,8 +76,19 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     return LlamaConfig(**shared, **own, mixture=mixture, num_experts=mixture.experts)
 
 
+def _check_window(fields: Fields, *keys: str) -> None:
+    """Refuse Unlimited-OCR, whose window does not move over the prompt."""
+    for key in keys:
+        if fields.get(key, int, 0):
+            raise UnsupportedModelError(
+                f"{fields.path}: {fields.prefix}{key} is set: a window over the answer beside the whole prompt "
+                "(Unlimited-OCR) is not implemented"
+            )
+
+
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Read GGUF metadata of deepseek2-ocr, where the number of rotary dimensions is 0, and whole heads rotate."""
+    _check_window(fields, "attention.sliding_window")
     rotary = f"{fields.prefix}rope.dimension_count"
     values = {key: value for key, value in fields.values.items() if key != rotary or value}
     shared = shared_from_gguf(Fields(values, fields.path, fields.prefix), checkpoint)

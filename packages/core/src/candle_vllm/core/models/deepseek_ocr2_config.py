@@ -10,7 +10,7 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import MAX_LAYERS
-from candle_vllm.core.models.sam_config import SamConfig, sam_from_gguf, sam_from_hf, shared
+from candle_vllm.core.models.sam_config import SamConfig, sam_from_gguf, sam_from_hf, sam_from_original, shared
 from candle_vllm.core.models.siglip import processor_of_gguf
 from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING
 
@@ -59,8 +59,13 @@ class DeepseekOcr2TowerConfig(SamConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> DeepseekOcr2TowerConfig:
-    """Read `config.json` and `preprocessor_config.json`."""
+    """Read `config.json` and `preprocessor_config.json`, in transformers' or the original format."""
     vision = fields.section("vision_config")
+    if "width" in vision:
+        size = vision.section("width").section("qwen2-0-5b").count("dim", 896)
+        published = {"inner": 4864, "depth": 24, "heads": 14, "kv_heads": 2, "eps": 1e-6, "theta": 1e6}
+        first = sam_from_original(vision, [512, size])
+        return _config(processor, said, first, text_size=text_size, size=size, **published)
     qwen = vision.section("encoder_config")
     qwen.choice("hidden_act", "silu", "silu", "swish")
     if qwen.get("use_sliding_window", bool, False):

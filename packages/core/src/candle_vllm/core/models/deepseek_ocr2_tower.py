@@ -240,7 +240,7 @@ def words_around(cut: Cut, grid: tuple[int, int]) -> str:
 
 FAMILY = TowerFamily(
     name="deepseek_ocr2_tower",
-    hf={"DeepseekOcr2ForConditionalGeneration": "deepseek_ocr2"},
+    hf={"DeepseekOcr2ForConditionalGeneration": "deepseek_ocr2", "DeepseekOCR2ForCausalLM": "deepseek_vl_v2"},
     gguf=("deepseekocr2",),
     settings=("crop_to_patches", "min_patches", "max_patches"),
     config_from_hf=config_from_hf,

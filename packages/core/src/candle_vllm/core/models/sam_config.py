@@ -129,6 +129,19 @@ def sam_from_hf(vision: Fields) -> dict[str, Any]:
     }
 
 
+def sam_from_original(vision: Fields, channels: list[int]) -> dict[str, Any]:
+    """The same from the `vision_config` of the original repositories, whose code has the values of other keys.
+
+    `channels` are the elements of a row after each of the convolutions with strides.
+    """
+    sam = vision.section("width").section("sam_vit_b")
+    named = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+    values = {key: sam.count(name) for key, name in named.items() if name in sam}
+    more = {key: sam.get(key, list) for key in ("global_attn_indexes",) if key in sam}
+    sizes = {"image_size": vision.count("image_size", 1024), "downsample_channels": channels}
+    return sam_from_hf(Fields(values | more | sizes, vision.path))
+
+
 def sam_from_gguf(fields: Fields, last: int) -> dict[str, Any]:
     """The same from the metadata of llama.cpp's `mmproj` files; see `completed`.
 
@@ -156,17 +169,19 @@ def completed(config: Any, tensors: Mapping[str, StoredTensor]) -> Any:
     return dataclasses.replace(config, intermediate_size=inner, channels=(first, second, config.channels[2]))
 
 
-def shared(processor: Fields, said: Mapping[str, Any], tile: int, most: int, own: Mapping[str, Any]) -> dict[str, Any]:
+def shared(
+    processor: Fields, said: Mapping[str, Any], tile: int, most: int, own: Mapping[str, Any], *, ends: bool = False
+) -> dict[str, Any]:
     """The fields of a `SamConfig` that follow from the settings of images, with those in `own`.
 
     Args:
         processor, said: `preprocessor_config.json`, and an operator's values.
         tile, most: side of a tile, and maximum number of tiles of a grid, if the file does not have them.
         own: what `sam_from_hf` returns.
+        ends: each row of embeddings ends with a vector.
     """
     usual = {"tile_size": tile, "max_patches": most, "size": {"height": 1024, "width": 1024}}
-    rule, pixels = _rule(over(processor.with_absent(**usual), said))
-    cell = 4 * own["patch"]
+    rule, pixels = _rule(over(processor.with_absent(**usual), said), (cell := 4 * own["patch"]) * ends)
     if any(side % cell for side in pixels):
         raise InvalidFileError(f"{processor.path}: tiles of {pixels} pixels do not have whole cells of {cell} pixels")
     if own["hidden_size"] % 16:
@@ -183,13 +198,13 @@ def shared(processor: Fields, said: Mapping[str, Any], tile: int, most: int, own
     return {**own, "rule": rule, "tiles": tuple(sides), "side": sides[-1], "cell": 4, "most_patches": rows}
 
 
-def _rule(processor: Fields) -> tuple[CanvasRule | StretchRule, tuple[int, ...]]:
+def _rule(processor: Fields, ends: int) -> tuple[CanvasRule | StretchRule, tuple[int, ...]]:
     """The rule of images, and the sides of tiles in pixels."""
     processor = processor.with_absent(resample=3, background_color=[127] * 3)
     tile, margin = processor.count("tile_size", most=MAX_TILE), processor.get("background_color", list)
     if len(margin) != 3 or len({*margin}) != 1 or type(margin[0]) is not int or not 0 <= margin[0] <= 255:
         raise UnsupportedModelError(f"{processor.path}: background_color is {margin!r:.40}; implemented: one grey")
-    whole = msgspec.structs.replace(stretch_rule(processor), margin=margin[0])
+    whole = msgspec.structs.replace(stretch_rule(processor), margin=margin[0], ends=ends)
     least, most = processor.count("min_patches", 2, most=64), processor.count("max_patches", most=64)
     if not processor.get("crop_to_patches", bool, True):
         return msgspec.structs.replace(whole, tile=tile), (tile,)

@@ -199,6 +199,7 @@ class StretchRule(Pixels, frozen=True, kw_only=True, tag=True):
         middle: LLaVA's rule: the shorter side becomes this number of pixels, and the tile is the middle of the image;
             0 for a tile of the whole image.
         margin: DeepSeek-OCR's rule: the longer side fills the tile, the margins have this grey, and a vector follows.
+        ends: a vector also follows each row of this number of pixels; 0 for none.
     """
 
     tile: int
@@ -207,6 +208,7 @@ class StretchRule(Pixels, frozen=True, kw_only=True, tag=True):
     ratio: float = 1.0
     middle: int = 0
     margin: int | None = None
+    ends: int = 0
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
@@ -219,7 +221,8 @@ class StretchRule(Pixels, frozen=True, kw_only=True, tag=True):
             count = min(max(count, 2), self.most_parts)
             if min(math.ceil(longer / count), other) >= self.least_part:
                 rows, columns = (1, count) if width >= height else (count, 1)
-        return Cut(rows, columns, self.tile, self.tile, more=int(self.margin is not None))
+        more = int(self.margin is not None) + (self.tile // self.ends if self.ends else 0)
+        return Cut(rows, columns, self.tile, self.tile, more=more)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
@@ -360,12 +363,14 @@ class CanvasRule(Pixels, frozen=True, kw_only=True, tag=True):
         if self.whole is None:
             return grid
         whole = self.whole.cut(height, width)
+        more = whole.more
         if isinstance(self.whole, StretchRule):
             small = max(height, width) <= self.tile
+            more += self.whole.ends and rows * self.tile // self.whole.ends
         else:
             cell = self.whole.cell
             small = math.prod(round(side / cell) * cell for side in (height, width)) <= self.alone
-        return whole if small or not grid.rows else grid._replace(last=whole[2:4], more=whole.more)
+        return whole if small or not grid.rows else grid._replace(last=whole[2:4], more=more)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
         """See `Rule`."""
