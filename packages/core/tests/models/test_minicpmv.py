@@ -118,6 +118,11 @@ def their_pixels(pictures: list[NDArray[np.uint8]], said: dict[str, Any]) -> Any
     return made, kept
 
 
+def their_sizes(picture: NDArray[np.uint8], said: dict[str, Any]) -> list[list[int]]:
+    """Rows and columns of patches of a picture's tiles."""
+    return their_pixels([picture], said)[1]["target_sizes"].tolist()
+
+
 def their_words(made: Any, count: int, mode: str) -> list[str]:
     """The text of each image in one prompt."""
     words: Any = object.__new__(MiniCPMV4_6Processor)
@@ -466,20 +471,25 @@ def test_quantised_while_loading_the_embeddings_are_nearly_the_same(kind: str, t
 
 def test_an_operator_sets_tiles_and_tokens(tmp_path: Path) -> None:
     folder = write(tmp_path, "middle")
-    for said, sizes, cell in (
-        ({}, [(32, 32)] * 3, 16),
-        ({"max_slice_nums": 1}, [(32, 32)], 16),
-        ({"slice_mode": False}, [(32, 32)], 16),
-        ({"scale_resolution": 64}, [(64, 64)], 16),
-        ({"downsample_mode": "4x"}, [(32, 32), (32, 40), (32, 40)], 8),
+    for said, count, cell in (
+        ({}, 3, 16),
+        ({"max_slice_nums": 1}, 1, 16),
+        ({"slice_mode": False}, 1, 16),
+        ({"scale_resolution": 64}, 1, 16),
+        ({"scale_resolution": 64, "small_image_upsize": "never"}, 1, 16),
+        ({"downsample_mode": "4x"}, 3, 8),
     ):
         loaded = loaded_from(folder, mm_processor_kwargs=said)
         assert loaded.tower is not None
         ids, images = loaded.tower.vision.look([PAD], PICTURES[:1])
-        if said:
-            assert len(images[0].sizes) == len(sizes)
+        if "small_image_upsize" in said:  # which 4.6's processor does not have
+            wanted = [(48, 32)]
+        else:
+            wanted = [(4 * rows, 4 * columns) for rows, columns in their_sizes(PICTURES[0], IMAGES | said)]
+        assert list(images[0].sizes) == wanted
+        assert len(wanted) == count
         assert (ids[0], ids[2]) == (NUMBER, NUMBERED)
-        assert ids.count(PAD) == sum(height * width // cell**2 for height, width in images[0].sizes)
+        assert ids.count(PAD) == sum(height * width // cell**2 for height, width in wanted)
     with pytest.raises(ConfigError, match="max_slice_nums is 65"):
         loaded_from(folder, mm_processor_kwargs={"max_slice_nums": 65})
 
