@@ -789,7 +789,11 @@ def test_config_of_a_model_that_is_not_here_yet(name: str, capsys: pytest.Captur
             ["--lora-modules", "a=/nope/tone", "--enable-lora"],
             "'a' of --lora-modules cannot be loaded: there is no /nope/tone",
         ),
-        (["--lora-modules", "a=~nobody9/tone", "--enable-lora"], "cannot be loaded: there is no ~nobody9/tone"),
+        (["--lora-modules", "a=~nobody9/tone", "--enable-lora"], "cannot be loaded: there is no ~nobody9/tone\n"),
+        (
+            ["--lora", "adapters/tone.gguf"],
+            "'tone' of --lora-modules cannot be loaded: there is no adapters/tone.gguf\n",
+        ),
         (
             ["--lora-modules", "a=acme/tone", "--enable-lora"],
             "there is no acme/tone; an adapter of Hugging Face also needs --lora-resolver hf=acme/tone",
@@ -810,7 +814,7 @@ def test_config_refuses_what_serving_would(
     assert main(["config", "--device", "cpu", *model, *arguments]) == 2
     out, error = capsys.readouterr()
     assert out == ""
-    assert message in error.splitlines()[-1]
+    assert message in f"{error.splitlines()[-1]}\n"
 
 
 def test_an_adapter_may_be_a_task_of_the_models_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,10 +126,10 @@ def refuse_wrong_settings(settings: table.AdapterOptions) -> None:
     for spec in read_specs(settings.lora_modules):
         from candle_vllm.core.models.jina_tasks import adapter_exists
 
-        absolute = os.path.isabs(spec.path)
-        if not adapter_exists(Path(spec.path)) and (absolute or not fetches):
+        if not adapter_exists(Path(spec.path)) and (os.path.isabs(spec.path) or not fetches):
             where = without_secrets(spec.path, alone=True)
-            more = "" if absolute else f"; an adapter of Hugging Face also needs --lora-resolver hf={where}"
+            named = "/" in spec.path and spec.path[0].isalnum() and not spec.path.endswith(".gguf")
+            more = f"; an adapter of Hugging Face also needs --lora-resolver hf={where}" if named else ""
             text = f"the adapter {spec.name!r:.200} of --lora-modules cannot be loaded: there is no {where}{more}"
             raise UsageError(text)
 
