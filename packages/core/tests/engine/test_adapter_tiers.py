@@ -129,6 +129,19 @@ def test_a_mix_is_the_same_in_whatever_order_its_adapters_were_loaded(folder: Pa
     assert len(found) == 1
 
 
+def test_a_mix_without_room_is_refused_and_holds_up_nobody(folder: Path) -> None:
+    with open_engine(folder) as engine:
+        most = max(engine.add_lora(adapter(folder, name)).nbytes for name in ("a0", "a1"))
+    with open_engine(folder, lora_memory=most) as engine:
+        mix: Any = [(adapter(folder, "a0"), 0.5), (adapter(folder, "a1"), 0.5)]
+        given: list[Any] = [mix, adapter(folder, "a2"), None]
+        streams = [engine.generate_stream(PROMPT, GREEDY, lora_request=each) for each in given]
+        with pytest.raises(RequestError, match=r"take \d+ bytes: raise max_cpu_loras or lora_memory") as caught:
+            list(streams[0])
+        assert caught.value.param == "lora_request"
+        assert [sum(len(piece.token_ids) for piece in stream) for stream in streams[1:]] == [12, 12]
+
+
 async def test_a_load_holds_up_neither_steps_nor_other_requests(
     folder: Path, engine: InferenceEngine, gate: Gate
 ) -> None:

@@ -131,6 +131,28 @@ def test_what_can_never_have_room_beside_pinned_ones_is_refused() -> None:
     store.close()
 
 
+def test_a_mix_that_fits_is_loaded_whatever_size_was_expected_and_any_other_is_refused() -> None:
+    store = AdapterStore(Loads(sizes={"a": 90, "b": 10, "c": 60}), most=3, most_bytes=100)
+
+    def mixed(*names: str) -> Entries:
+        entries = store.found([use(name) for name in names])
+        store.want([entry for entry, _ in entries])
+        return entries
+
+    fits = mixed("a", "b")  # the size of b is expected to be that of a, the only one in memory
+    wait_for(lambda: all(entry.state == "ready" for entry, _ in fits))
+    assert store.refusal(fits) is None
+    large = mixed("a", "c")
+    wait_for(lambda: store.refusal(large) is not None)
+    assert "adapters and the pinned ones are 2 and take 150 bytes: raise max_cpu_loras" in str(store.refusal(large))
+    assert store.refusal(large[:1]) is None
+    changes = store.changes
+    store.pin("c", PATIENCE)
+    assert store.changes > changes  # so that whoever waits is looked at again
+    assert "are 3 and take 160 bytes: raise max_cpu_loras or lora_memory" in str(store.refusal(fits))
+    store.close()
+
+
 def test_one_load_serves_all_who_ask_for_it() -> None:
     loads = Loads()
     loads.gate.clear()

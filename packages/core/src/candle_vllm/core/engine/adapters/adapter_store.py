@@ -92,12 +92,13 @@ class Entry:
         loaded: the loaded adapter; None if it is not in memory.
         error: why its last load failed; None if it has not failed.
         crowded: whether it waits for memory that leased, pinned or more urgent adapters occupy.
+        mixed: whether a request has combined it with other adapters.
         attempts: number of loads that have ended, failed loads included.
     """
 
     __slots__ = (
-        "attempts", "crowded", "error", "info", "leases", "loaded", "name", "nbytes", "path", "pinned", "retry_at",
-        "state",
+        "attempts", "crowded", "error", "info", "leases", "loaded", "mixed", "name", "nbytes", "path", "pinned",
+        "retry_at", "state",
     )  # fmt: skip
 
     def __init__(self, name: str, path: str) -> None:
@@ -105,7 +106,7 @@ class Entry:
         self.state = "cold"
         self.loaded: LoadedAdapter | None = None
         self.error: str | None = None
-        self.crowded = self.pinned = False
+        self.crowded = self.mixed = self.pinned = False
         self.attempts = self.leases = self.nbytes = 0
         self.retry_at = 0.0
         self.info = AdapterInfo(name=name, path=path)
@@ -126,7 +127,7 @@ class AdapterStore:
         most_at_once: maximum number of different adapters of one request.
 
     Attributes:
-        changes: a counter that grows whenever an adapter was loaded or has failed to load.
+        changes: a counter that grows whenever an adapter was loaded or pinned, or has failed to load.
         on_change: called after each change, in the loading thread.
         counts: counts since the start, by field of `EngineStats`.
     """
@@ -208,6 +209,8 @@ class AdapterStore:
                 "max_cpu_loras)",
                 "lora_request",
             )
+        for entry, _ in acting:
+            entry.mixed = entry.mixed or len(acting) > 1
         return acting
 
     def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
@@ -256,6 +259,7 @@ class AdapterStore:
             entry = self.find(AdapterUse(name=name), again=True)
             self._loose.pop(name, None)
             entry.pinned = True
+            self.changes += 1
         try:
             self._until_loaded(entry, timeout)
         except BaseException:
@@ -270,20 +274,32 @@ class AdapterStore:
     def remove(self, name: str) -> bool:
         """Drop a name; return whether it was known. Accepted requests continue; the last one frees the memory."""
         with self._change:
-            entry = self._entries.pop(name, None)
             self._loose.pop(name, None)
-            coming = self._coming.pop(name, None)
-            for each in (entry, coming):
-                if each is not None:
-                    each.pinned = False
+            removed = [entries.pop(name) for entries in (self._entries, self._coming) if name in entries]
+            for entry in removed:
+                entry.pinned = False
             self._drop_forgotten()
             self._change.notify_all()
-            return entry is not None or coming is not None
+            return bool(removed)
 
     def infos(self) -> tuple[AdapterInfo, ...]:
         """Return information about all known adapters."""
         with self._change:
             return tuple(_info(entry) for entry in self._entries.values())
+
+    def refusal(self, entries: Entries) -> InvalidParameterError | None:
+        """Return why a waiting sequence can never have its adapters, or None: one has failed, or all are too large."""
+        if (failed := next((entry for entry, _ in entries if entry.state == "failed"), None)) is not None:
+            return self.failure(failed)
+        if len(entries) < 2:  # `_next` and `_loaded` refuse a single adapter that is too large
+            return None
+        with self._change:
+            needed = {entry for entry, _ in entries}.union(each for each in self._in_memory if each.pinned)
+            nbytes = sum(each.nbytes for each in needed)
+        if len(needed) <= self._most and nbytes <= self._most_bytes:
+            return None
+        said = f"the request's adapters and the pinned ones are {len(needed)} and take {nbytes} bytes"
+        return InvalidParameterError(f"{said}: raise max_cpu_loras or lora_memory, or combine fewer", "lora_request")
 
     def failure(self, entry: Entry) -> InvalidParameterError:
         """Return a request's error for an adapter that failed to load, without the path of its files."""
@@ -328,16 +344,14 @@ class AdapterStore:
         if any(entry.loaded is None for entry, _ in entries):
             return None
         with self._change:
-            packed = []
-            for entry, scale in entries:
-                if entry.loaded is None:  # another thread evicted the adapter
-                    return None
-                packed.append((entry.loaded.packed, scale))
+            packed = tuple((entry.loaded.packed, scale) for entry, scale in entries if entry.loaded is not None)
+            if len(packed) < len(entries):  # another thread evicted an adapter
+                return None
             for entry, _ in entries:
                 entry.leases += 1
                 del self._in_memory[entry]
                 self._in_memory[entry] = None
-        return tuple(packed)
+        return packed
 
     def release(self, entries: Entries) -> None:
         """End a lease."""
@@ -460,7 +474,10 @@ class AdapterStore:
             of_caller = entry not in wanted
             if entry.state != "cold" or (stopped and not of_caller):
                 continue
-            entry.crowded = not self._make_room(self._estimate_bytes(entry), 1, order[:place], order[place + 1 :])
+            nbytes, behind = self._estimate_bytes(entry), order[place + 1 :]
+            entry.crowded = not self._make_room(nbytes, 1, order[:place], behind)
+            if entry.crowded and entry.mixed and not entry.nbytes:  # `refusal` needs the sizes of a whole mix
+                entry.crowded = not self._make_room(nbytes, 1, (), order[:place] + behind)
             if not entry.crowded:
                 self._callers_next = not of_caller
                 return entry
@@ -514,11 +531,8 @@ class AdapterStore:
     def _loaded(self, entry: Entry, loaded: LoadedAdapter) -> None:
         packed = loaded.packed
         if packed.nbytes > self._most_bytes:
-            self._failed(
-                entry,
-                f"it takes {packed.nbytes} bytes, and all adapters together may take at most {self._most_bytes}: set "
-                f"lora_memory={packed.nbytes} or more",
-            )
+            said = f"it takes {packed.nbytes} bytes, and all adapters together may take at most {self._most_bytes}"
+            self._failed(entry, f"{said}: set lora_memory={packed.nbytes} or more")
             return
         entry.loaded, entry.state, entry.error, entry.nbytes = loaded, "ready", None, packed.nbytes
         entry.info = AdapterInfo(
