@@ -280,11 +280,8 @@ class AdapterStore:
             nbytes = sum(each.nbytes for each in needed)
         if len(needed) <= self._most and nbytes <= self._most_bytes:
             return None
-        return InvalidParameterError(
-            f"the request combines {len(entries)} adapters: with the pinned ones they are {len(needed)} and take "
-            f"{nbytes} bytes; raise max_cpu_loras or lora_memory",
-            "lora_request",
-        )
+        said = f"the request's adapters and the pinned ones are {len(needed)} and take {nbytes} bytes"
+        return InvalidParameterError(f"{said}: raise max_cpu_loras or lora_memory, or combine fewer", "lora_request")
 
     def failure(self, entry: Entry) -> InvalidParameterError:
         """Return a request's error for an adapter that failed to load, without the path of its files."""
@@ -329,16 +326,14 @@ class AdapterStore:
         if any(entry.loaded is None for entry, _ in entries):
             return None
         with self._change:
-            packed = []
-            for entry, scale in entries:
-                if entry.loaded is None:  # another thread evicted the adapter
-                    return None
-                packed.append((entry.loaded.packed, scale))
+            packed = tuple((entry.loaded.packed, scale) for entry, scale in entries if entry.loaded is not None)
+            if len(packed) < len(entries):  # another thread evicted an adapter
+                return None
             for entry, _ in entries:
                 entry.leases += 1
                 del self._in_memory[entry]
                 self._in_memory[entry] = None
-        return tuple(packed)
+        return packed
 
     def release(self, entries: Entries) -> None:
         """End a lease."""
@@ -518,11 +513,8 @@ class AdapterStore:
     def _loaded(self, entry: Entry, loaded: LoadedAdapter) -> None:
         packed = loaded.packed
         if packed.nbytes > self._most_bytes:
-            self._failed(
-                entry,
-                f"it takes {packed.nbytes} bytes, and all adapters together may take at most {self._most_bytes}: set "
-                f"lora_memory={packed.nbytes} or more",
-            )
+            said = f"it takes {packed.nbytes} bytes, and all adapters together may take at most {self._most_bytes}"
+            self._failed(entry, f"{said}: set lora_memory={packed.nbytes} or more")
             return
         entry.loaded, entry.state, entry.error, entry.nbytes = loaded, "ready", None, packed.nbytes
         entry.info = AdapterInfo(

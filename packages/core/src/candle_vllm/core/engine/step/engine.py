@@ -154,11 +154,8 @@ class Engine:
 
     def abort(self, request_id: str) -> list[TokenOutput]:
         """End a request now; its blocks are free before the next step. Unknown ids are ignored."""
-        outputs = []
-        for live in self._requests.get(request_id, ())[:]:
-            if live.sequence in self._live:
-                outputs.append(self._finish(live, live.end(FinishReason.ABORT)))
-        return outputs
+        lives = [live for live in self._requests.get(request_id, ()) if live.sequence in self._live]
+        return [self._finish(live, live.end(FinishReason.ABORT)) for live in lives]
 
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache, offloaded blocks included; running sequences keep their blocks."""
@@ -253,13 +250,12 @@ class Engine:
 
     def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
         """End the waiting sequences whose adapters could not be loaded, or do not fit in memory together."""
-        outputs: list[TokenOutput] = []
-        if adapters.changes != self._changes_seen:
-            self._changes_seen = adapters.changes
-            for sequence in [each for each in self.scheduler.waiting if each.entries and not each.adapters]:
-                if (error := adapters.refusal(sequence.entries)) is not None:
-                    outputs.append(self._fail(sequence, error))
-        return outputs
+        if adapters.changes == self._changes_seen:
+            return []
+        self._changes_seen = adapters.changes
+        waiting = [each for each in self.scheduler.waiting if each.entries and not each.adapters]
+        refused = [(each, error) for each in waiting if (error := adapters.refusal(each.entries)) is not None]
+        return [self._fail(each, error) for each, error in refused]
 
     def _propose_drafts(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
         """Propose the drafts of the next step; `seconds` is the duration of this step."""
@@ -398,10 +394,9 @@ class Engine:
         """Append a token to a sequence; a failure ends only this sequence."""
         try:
             return live.accept(token)
-        except RequestError as error:  # such as a grammar that cannot continue
-            return _failed(live, error)
         except Exception as error:
-            logger.exception("a token could not be added to its sequence")
+            if not isinstance(error, RequestError):  # as for a grammar that cannot continue
+                logger.exception("a token could not be added to its sequence")
             return _failed(live, error)
 
     def _advance_run(self, run: Run, live: LiveSequence, sampled: Seq[Token]) -> TokenOutput:
@@ -480,14 +475,9 @@ class Engine:
 
     def close(self) -> None:
         """Free the model's caches, and end the threads of the drafter, adapters, KV tiers and grammars."""
-        if self._drafter is not None:
-            self._drafter.close()
-        if self.adapters is not None:
-            self.adapters.close()
-        if self.offloaded is not None:
-            self.offloaded.close()
-        self.runner.close()
-        self._preparation.close()
+        for part in (self._drafter, self.adapters, self.offloaded, self.runner, self._preparation):
+            if part is not None:
+                part.close()
 
 
 def _failed(live: Live, error: Exception) -> TokenOutput:
