@@ -283,6 +283,9 @@ def test_the_mailbox_is_refused_by_the_name_of_its_header(start_mcp: Start, web:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "X-Mailbox-Mode")
         assert "tools: []" in answer.json()["error"]["message"]
         assert client.post("/v1/chat/completions", json={**CHAT, "tools": []}, headers=headers).status_code == 200
+    with start_mcp(PacedEngine(), [web.config()], execute=True).http() as client:
+        answer = client.post("/v1/chat/completions", json=CHAT, headers=headers)
+        assert "needs a mailbox, which is off" in answer.json()["error"]["message"]
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------

@@ -63,8 +63,7 @@ async def _answer(
     wire = await _checked(with_tools, many=len(offer.tools) > _MANY)
     chat = _Injected(offer, service)
     if service.options.execute:
-        if request.app.state.mailbox is not None:
-            refuse_headers(request.scope["headers"], _NOT_TOGETHER)
+        refuse_headers(request.scope["headers"], None if request.app.state.mailbox is None else _NOT_TOGETHER)
         chat = _Executed(offer, service)
         api = replace(api, stored=None)
     api = replace(api, whole=chat.whole(api.whole), streamed=chat.streamed(api.streamed))
