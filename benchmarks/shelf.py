@@ -46,6 +46,7 @@ NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
 REMOTE = {  # classes of types that transformers does not have
     "bailing_moe_v2": "BailingMoeV2ForCausalLM",
     "chatglm": "ChatGLMModel",
+    "deepseek_vl_v2": "DeepseekOCRForCausalLM",  # which has 97 % of the type's downloads; DeepSeek-VL2 does not load
     "dots_ocr": "DotsOCRForCausalLM",
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
