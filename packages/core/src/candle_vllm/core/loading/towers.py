@@ -62,6 +62,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
         "PaddleOCRVLForConditionalGeneration": {"paddleocr_vl_text": "Ernie4_5ForCausalLM"},
+        "QianfanOCRForConditionalGeneration": {"qwen3": "Qwen3ForCausalLM"} | _INTERNVL,
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
@@ -204,6 +205,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
         if other is not None and _UNUSED.match(other[1]):
             continue
         plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)
+        plain = plain.replace("model.encoder.layers.", "model.layers.", 1)  # as transformers saves Qianfan-OCR
         plain, part = (plain, made) if other is None else (other[1], others)
         if plain in part:
             raise InvalidFileError(f"{checkpoint.path}: tensor {plain} is stored under two names")

@@ -18,6 +18,7 @@ from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
 
 
@@ -305,6 +306,7 @@ class TowerFamily:
         mark: the token that is repeated for each of an image's embeddings.
         asks: the token that a chat template writes for an image; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
+        spelled: text in templates that stands for `asks`, and that is no token; empty if there is none.
         stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
         turned: the text model has M-RoPE: queries and keys rotate by time, row and column; see `engine/step/batch.py`.
@@ -324,9 +326,14 @@ class TowerFamily:
     mark: str
     asks: str = ""
     written: str = ""
+    spelled: str = ""
     stand_in: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     turned: bool = False
+
+    def with_mark(self, template: ChatTemplate) -> ChatTemplate:
+        """Return a chat template with `asks` in place of `spelled`."""
+        return template.replaced(self.spelled, self.asks or self.mark) if self.spelled else template
 
     def known_to(self, encode: Callable[..., Sequence[int]]) -> TowerFamily:
         """Return the family with `stand_in` as its `mark` if the vocabulary of a tokenizer lacks `mark`.
