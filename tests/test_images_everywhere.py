@@ -23,7 +23,14 @@ from candle_vllm.responses import ConversationOptions, McpServerConfig, Response
 from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
 from candle_vllm.server.serve import bind, make_server
-from packages.core.tests.models import test_glm4v, test_hunyuan_vl, test_internvl, test_qwen_vl, test_sight_families
+from packages.core.tests.models import (
+    test_glm4v,
+    test_granite4_vision,
+    test_hunyuan_vl,
+    test_internvl,
+    test_qwen_vl,
+    test_sight_families,
+)
 from packages.core.tests.toy_sight import write_toy_sight
 from tests.waiting import wait_for
 
@@ -36,7 +43,7 @@ URL = f"data:image/png;base64,{DATA}"
 WORDS = "What is this?"
 FAMILIES = (
     "SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr",
-    "paddleocr_vl", "internvl qwen3", "qianfan_ocr qwen3", "hunyuan_vl",
+    "paddleocr_vl", "internvl qwen3", "qianfan_ocr qwen3", "hunyuan_vl", "granite4_vision",
 )  # fmt: skip
 TEXT: dict[str, Any] = {"type": "text", "text": WORDS}
 SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, TEXT]}]
@@ -49,6 +56,8 @@ LLAMA = {"n_predict": 6, "temperature": 0}
 def write(folder: Path, family: str) -> Path:
     if family == "SmolVLM":
         return write_toy_sight(folder)
+    if family == "granite4_vision":
+        return test_granite4_vision.write(folder)
     if family == "hunyuan_vl":
         return test_hunyuan_vl.write(folder)
     if family in test_glm4v.TEXTS:

@@ -253,7 +253,7 @@ def load_model(
                 "rope.dimension_sections), which the positions of image tokens need"
             )
         if tower is not None:
-            _check_depth(len(tower.tower.config.deep), model.config, config_file(files))
+            _check_depth(tower.tower.config.vectors - 1, model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     said["files"] = files_read(config, files)
     if tower is not None and model.template is not None:

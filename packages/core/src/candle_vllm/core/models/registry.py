@@ -149,6 +149,7 @@ TOWER_FAMILIES = (
     "siglip", "pixtral", "lighton_tower", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl",
     "llama4_tower", "glm4v_tower", "paddleocr_tower", "internvl_tower", "dots_ocr_tower", "clip_tower", "lfm2_vl_tower",
     "llava_onevision_tower", "llava_next_tower", "hunyuan_tower", "minicpmv_tower",
+    "granite4_vision_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 

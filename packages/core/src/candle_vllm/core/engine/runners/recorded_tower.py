@@ -129,7 +129,7 @@ class RecordedTower:
         deep = 0
         for number, layer in enumerate(self._layers):
             rows = len(read.places) // config.patches_of_row(number)
-            lengths = read.windows if layer.kind.windowed else (rows,)
+            lengths = [each * rows // len(read.places) for each in read.windows] if layer.kind.windowed else (rows,)
             arrays.numbers[[StepNumber.TOKENS, StepNumber.SEQUENCES]] = rows, len(lengths)
             arrays.query_start[: len(lengths) + 1] = 0, *itertools.accumulate(lengths)
             yield from self._run(layer, rows, clock)
@@ -160,7 +160,7 @@ class RecordedTower:
         """Write the columns of a tile's embeddings that projection `number` computes from the result of `rows_of`."""
         config, join = self._config, self._joins[number]
         size, most = config.text_size, self._cells.limits.tokens
-        columns = target[:, number * size : (number + 1) * size]
+        columns = target[:, number * size : number * size + join.made.shape[1]]
         for first in range(0, len(target), most):
             last = min(first + most, len(target))
             rows = rows_of(np.arange(first * config.cell_rows, last * config.cell_rows))
