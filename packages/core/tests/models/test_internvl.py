@@ -80,6 +80,7 @@ TEXTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "internvl qwen2": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {}),
     "internvl qwen3": ({"head_dim": 16}, {}),
     "internvl qwen3_moe": (EXPERTS, LARGE),
+    "qianfan_ocr qwen3": ({"head_dim": 16}, {}),
 }
 """What the text model and the vision encoder have beside `SMALL` and `TOWER`."""
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -103,7 +104,7 @@ CLIP = {  # of the original repositories, where only the means and deviations ha
 def write(folder: Path, name: str, **vision: Any) -> Path:
     text, tower = (TEXTS | OTHERS)[name]
     config = AutoConfig.for_model(
-        "internvl",
+        name.split()[0],
         text_config={**SMALL, "model_type": name.split()[1], "tie_word_embeddings": False, **text},
         vision_config=TOWER | tower | vision,
         image_token_id=PAD, image_seq_length=4, tie_word_embeddings=False,
@@ -113,9 +114,9 @@ def write(folder: Path, name: str, **vision: Any) -> Path:
     randomise(model)
     with torch.no_grad():  # embeddings of pictures as long as those of words
         model.model.multi_modal_projector.linear_2.weight.mul_(6)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format="qianfan" not in name)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    write_tokenizer(folder, MARKS, TEMPLATE)
+    write_tokenizer(folder, MARKS, TEMPLATE.replace(ONE, "<image>\n") if "qianfan" in name else TEMPLATE)
     return folder
 
 
@@ -261,6 +262,55 @@ def test_a_template_of_texts_has_the_same_prompt(tmp_path: Path) -> None:
     assert prompts[0].count(PAD) == 20
 
 
+def qianfan_saved_by_transformers(folder: Path, to: Path) -> None:
+    """Names and keys of the published repository; transformers adds "encoder." to the names of the text model too."""
+    read = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_config(read.config, dtype=torch.float32)  # does not know the file's names
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(to)
+    assert any(".encoder.layers.0.self_attn." in name for name in load_file(to / "model.safetensors"))
+    config = read_json(to / "config.json")
+    vision = {
+        key: value for key, value in config["vision_config"].items() if not key.startswith(("use_", "attention_"))
+    }
+    config["vision_config"] = vision | {"qk_normalization": False, "qkv_bias": True, "image_size": 16, "patch_size": 4}
+    config |= {"dynamic_image_size": True, "force_image_size": 16, "ps_version": "v2", "use_thumbnail": True}
+    (to / "config.json").write_text(json.dumps(config))
+    (to / "preprocessor_config.json").write_text(json.dumps(CLIP | {"size": 16, "max_patches": 4}))
+    write_tokenizer(to, MARKS, TEMPLATE.replace(ONE, "<image>\n"))
+
+
+@pytest.mark.parametrize("folder", ["qianfan_ocr qwen3"], indirect=True)
+def test_published_names_of_qianfan_are_the_same_model(
+    folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
+) -> None:
+    qianfan_saved_by_transformers(folder, tmp_path)
+    with InferenceEngine(tmp_path) as engine:
+        assert answers(engine, PROMPTS) == alone
+
+
+@pytest.mark.parametrize("folder", ["qianfan_ocr qwen3"], indirect=True)
+def test_a_template_that_writes_another_text_has_the_same_prompt(folder: Path, tmp_path: Path) -> None:
+    """Qianfan-OCR's template writes `<image>`, which is no token; in a text of the user it stands for itself."""
+    content: Any = [{"type": "image", "image": PICTURES[1]}, {"type": "text", "text": "What is <image>?"}]
+    prompts = list[list[int]]()
+    for template in (TEMPLATE, TEMPLATE.replace(ONE, "<image>\n")):
+        write_tokenizer(folder, MARKS, template)
+        with InferenceEngine(folder) as engine:
+            output = engine.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=1), use_tqdm=False)
+            prompts.append(list(output.prompt_token_ids))
+    assert prompts[0] == prompts[1]
+    assert prompts[0].count(PAD) == 20
+
+
+def test_pixels_are_normalised_as_transformers_does_without_a_mean() -> None:
+    for name in ("InternVL3_5-1B-HF", "Qianfan-OCR"):
+        config, path = PUBLISHED[name][0], Path("config.json")
+        processor = Fields({"size": {"height": 448, "width": 448}}, path)
+        found = FAMILY.config_from_hf(Fields(config, path), processor, 64, {})
+        assert found.rule.normalisation.mean == tuple(GotOcr2ImageProcessorPil().image_mean)
+
+
 def test_the_number_of_tiles_may_be_set(folder: Path) -> None:
     for said, count in (({"max_patches": 2}, 3), ({"crop_to_patches": False}, 1), ({"min_patches": 4}, 5)):
         loaded = loaded_from(folder, mm_processor_kwargs=said)
@@ -290,6 +340,18 @@ TENSOR = re.compile(
 )
 
 
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors by the names of transformers' InternVL, which has those of Qianfan-OCR with other prefixes."""
+    prefixes = {
+        "model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head",
+        "model.vision_tower.layers.": "vision_tower.encoder.layer.", "model.vision": "vision", "model.multi": "multi",
+    }  # fmt: skip
+    found = load_file(folder / "model.safetensors")
+    for old, new in prefixes.items():
+        found = {new + name.removeprefix(old) if name.startswith(old) else name: each for name, each in found.items()}
+    return found
+
+
 def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """As the original repositories have it, with keys of the encoder's own class."""
     vision = {
@@ -310,7 +372,7 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_original(folder: Path, to: Path) -> Path:
     """The model as it stands in the original repositories, by transformers' script that converts these."""
-    tensors, made = load_file(folder / "model.safetensors"), dict[str, torch.Tensor]()
+    tensors, made = stored_tensors(folder), dict[str, torch.Tensor]()
     for name, tensor in tensors.items():
         if (found := TENSOR.fullmatch(name)) is None:
             made[name] = tensor
@@ -349,7 +411,7 @@ def write_mmproj(folder: Path, made: Path, quantised: bool = False) -> Path:
     writer.add_bool("clip.use_gelu", True)
     for key in ("image_mean", "image_std"):
         writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in stored_tensors(folder).items():
         if (found := TENSOR.fullmatch(name)) is not None:
             layer, part, kind = found.groups()
             at = "" if layer is None else f"v.blk.{layer}."
@@ -469,6 +531,15 @@ PUBLISHED: dict[str, tuple[dict[str, Any], tuple[int, int, bool, bool]]] = {
                 "use_qk_norm": False,
             },
             "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
+        },
+        (1024, 24, False, True),
+    ),
+    "Qianfan-OCR": (
+        {
+            "architectures": ["QianfanOCRForConditionalGeneration"], "dynamic_image_size": True,
+            "force_image_size": 448, "max_dynamic_patch": 12, "min_dynamic_patch": 1, "model_type": "qianfan_ocr",
+            "ps_version": "v2", "text_config": QWEN3, "use_thumbnail": True,
+            "vision_config": {"model_type": "qianfan_ocr_vision"},
         },
         (1024, 24, False, True),
     ),

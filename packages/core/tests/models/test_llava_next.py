@@ -45,7 +45,10 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "nu
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "CLIP": ({"model_type": "llama"}, {"model_type": "clip_vision_model", "image_size": 12, "projection_dim": 8}, {}),
     "SigLIP": (
-        {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0, "attention_multiplier": 0.3},
+        {
+            "model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.22, "logits_scaling": 2.0,
+            "attention_multiplier": 0.3,
+        },
         {"model_type": "siglip_vision_model", "image_size": 15, "vision_use_head": False},
         {"vision_feature_layer": [-5, -3, -1, -2], "vision_feature_select_strategy": "full"},
     ),
@@ -59,7 +62,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"model_type": "siglip_vision_model", "image_size": 15, "vision_use_head": False, "hidden_act": "gelu"},
         {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "multimodal_projector_bias": False},
     ),
-}
+}  # fmt: skip
 """Text model, vision encoder, and keys of the whole. Tiles of 15 pixels have three pixels beyond their patches."""
 
 
@@ -143,7 +146,8 @@ def test_embeddings_are_those_of_transformers(kind: str, eager: bool, folders: d
     for picture in PICTURES:
         with torch.inference_mode():
             wanted.append(model.model.get_image_features(**their_pixels(kind, [picture])).pooler_output[0].numpy())
-        wanted[-1] = wanted[-1] * getattr(model.config.text_config, "embedding_multiplier", 1.0)
+        text = model.config.text_config  # the residual stream is stored divided by `residual_multiplier`
+        wanted[-1] = wanted[-1] * getattr(text, "embedding_multiplier", 1.0) / getattr(text, "residual_multiplier", 1.0)
     ids, images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
     assert [len(each) for each in loaded.tower.vision.places(ids, images)] == [len(each) for each in wanted]
     require_embeddings(loaded, images, wanted, eager=eager, most=64)

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from packages.core.tests.exact_sums import exact_sums
-from packages.core.tests.models import test_glm4v, test_internvl, test_minicpmv, test_qwen_vl, test_sight_families
+from packages.core.tests.models import (
+    test_glm4v,
+    test_granite4_vision,
+    test_internvl,
+    test_minicpmv,
+    test_qwen_vl,
+    test_sight_families,
+)
 from packages.core.tests.models.sight import answers_of_ranks, answers_op_by_op, require_same
 from packages.core.tests.models.tiny import load
 from packages.core.tests.toy_sight import write_toy_sight
@@ -39,6 +46,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     },
     "MiniCPM-V": (lambda folder: test_minicpmv.write(folder, "middle"), "<|image_pad|>"),
     "MiniCPM-V 4.7": (lambda folder: test_minicpmv.write(folder, "canvas"), "<|image_pad|>"),
+    "granite4_vision": (test_granite4_vision.write, "<image>"),
 }
 
 

@@ -47,7 +47,7 @@ from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
 from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places
 from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
-from candle_vllm.core.models.registry import check_causal, family_from_gguf, family_from_hf
+from candle_vllm.core.models.registry import check_causal, family_from_gguf, family_from_hf, tower_family_named
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.pooled_head import PooledHead
 from candle_vllm.core.pooling import ModelPooling
@@ -253,9 +253,11 @@ def load_model(
                 "rope.dimension_sections), which the positions of image tokens need"
             )
         if tower is not None:
-            _check_depth(len(tower.tower.config.deep), model.config, config_file(files))
+            _check_depth(tower.tower.config.vectors - 1, model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     said["files"] = files_read(config, files)
+    if tower is not None and model.template is not None:
+        said["template"] = tower_family_named(tower.vision.parts.family).with_mark(model.template)
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
     return LoadedModel(decoder=decoder, tower=tower, shard=shard, **said)

@@ -61,7 +61,8 @@ class StagePart(NamedTuple):
         def empty(*shape: int) -> Any:
             return placement.empty(*shape, dtype=placement.dtype)
 
-        stack.stage = Stage(self.line, self.layers, decoder.config.hidden_size, empty)
+        deep = 1 + max(decoder.deep or (-1,))
+        stack.stage = Stage(self.line, self.layers, decoder.config.hidden_size, empty, deep)
 
 
 def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, line: Stages) -> StagePart:

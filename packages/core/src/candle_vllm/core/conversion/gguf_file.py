@@ -20,7 +20,6 @@ from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.fp4 import mxfp4_blocks
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.text.gguf_vocab import PREFIX
 
 _FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -63,7 +62,7 @@ def write_file(
     Args:
         path: the file's path; an existing file is replaced.
         plans: the tensors, in order.
-        metadata: keys and values: strings, booleans, integers (uint32; `token_type` int32), other numbers (float32),
+        metadata: keys and values: strings, booleans, integers (uint32; in two arrays int32), other numbers (float32),
             lists of one of these types, bytes; empty lists are left out. `general.architecture` is required.
         types: types of copied metadata, see `GgufFile.types`.
 
@@ -111,16 +110,17 @@ def _copy(writer: GGUFWriter, key: str, value: Any, code: int, element: int) -> 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+    signed = key.endswith((".token_type", ".deepstack_mapping"))
     for number in value if isinstance(value, list) else [value]:
         large = isinstance(number, float) and _FLOAT32 < abs(number) < math.inf
-        if large or (type(number) is int and not 0 <= number < 1 << 32):
+        if large or (type(number) is int and not -signed <= number < 1 << 32):
             raise UnsupportedModelError(f"GGUF's {key} cannot store the number {number}")
     if isinstance(value, bytes):
         writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT8)
     elif not isinstance(value, list):
         writer.add_key_value(key, value, GGUFValueType[kinds[type(value)]])
     elif value:
-        kind = "INT32" if key == f"{PREFIX}token_type" else kinds[type(value[0])]
+        kind = "INT32" if signed else kinds[type(value[0])]
         writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType[kind])
 
 

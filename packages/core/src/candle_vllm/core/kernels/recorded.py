@@ -59,8 +59,8 @@ class Recorded(ABC):
         """Split the last dimension into heads; with `dim` 0, copy so many following rows of a step as heads of one."""
 
     @abstractmethod
-    def flatten(self, start: int) -> Recorded:
-        """Merge the heads into one dimension."""
+    def flatten(self, start: int, end: int = -1) -> Recorded:
+        """Merge the heads into one dimension; from 0 to 1, copy the heads of a step's row to as many rows."""
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:

@@ -27,6 +27,9 @@ _LLAVA_NEXT = MappingProxyType({
     "granite": "GraniteForCausalLM",
 })  # fmt: skip
 _QWEN35 = MappingProxyType({"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"})
+_MISTRAL3 = MappingProxyType({
+    "mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM", "mistral4": "Mistral4ForCausalLM",
+})  # fmt: skip
 _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"})
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -56,19 +59,19 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
         "GlmOcrForConditionalGeneration": {"glm_ocr_text": "Glm4ForCausalLM"},
         "HunYuanVLForConditionalGeneration": {"hunyuan_vl_text": "HunYuanDenseV1ForCausalLM"},
+        "Granite4VisionForConditionalGeneration": dict.fromkeys(
+            ("granite4_vision_text", "granite"), "GraniteForCausalLM"
+        ),
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "MiniCPMOcrForConditionalGeneration": _QWEN35,
         "MiniCPMV4_6ForConditionalGeneration": _QWEN35,
         "MiniCPMV4_7ForConditionalGeneration": _QWEN35,
-        "Mistral3ForConditionalGeneration": {
-            "mistral": "MistralForCausalLM",
-            "ministral3": "Ministral3ForCausalLM",
-            "mistral4": "Mistral4ForCausalLM",
-        },
+        "Mistral3ForConditionalGeneration": _MISTRAL3,
         "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
         "PaddleOCRVLForConditionalGeneration": {"paddleocr_vl_text": "Ernie4_5ForCausalLM"},
         "PaliGemmaForConditionalGeneration": {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"},
+        "QianfanOCRForConditionalGeneration": {"qwen3": "Qwen3ForCausalLM"} | _INTERNVL,
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
@@ -114,6 +117,11 @@ _LFM2 = MappingProxyType({
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000, "norm_eps": 1e-5,
 })  # fmt: skip
 
+_LLAMA = MappingProxyType({
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+})  # fmt: skip
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
@@ -128,10 +136,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "glm4v_moe_text": {"partial_rotary_factor": 1.0},
     "glm_ocr_text": {"partial_rotary_factor": 1.0, "attention_bias": False},
     "gemma4_unified_text": {**_GEMMA4, "max_position_embeddings": 262144, "sliding_window": 1024},
-    "llama": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    },
+    "llama": _LLAMA,
+    **dict.fromkeys(("granite", "granite4_vision_text"), _LLAMA),
     "mistral": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
@@ -141,11 +147,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 })  # fmt: skip
 """Keys that published configs omit in `text_config`, by model_type: the defaults in transformers."""
 
+_DEEP = ("deepstack_layer_map", "spatial_vision_layer", "spatial_target_layers")  # keys of Granite 4 Vision
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vit|vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)|merger"
-    "|(?:(?:multi_modal|mm)_)?projector|mlp_AR|mlp1|vit_large_projector|connector|visual|sam_model|qwen2_model"
+    "vit|vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)|merger|mlp_AR|mlp1"
+    "|(?:(?:multi_modal|mm)_)?projector|(?:layerwise|spatial)_projectors|vit_large_projector|connector|visual|sam_model"
+    "|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""
@@ -188,6 +196,7 @@ def text_fields(
     values |= {key: value for key, value in text.items() if value is not None or key not in values}
     deep = Fields(config, path).section("vision_config").get("deepstack_visual_indexes", list, [])
     values["n_deepstack_layers"] = len(deep)  # GGUF's name of the key
+    values |= {key: config[key] for key in _DEEP if architecture.startswith("Granite4Vision") and key in config}
     values["eos_token_id"] = [*_ids(config, path), *_ids(text, path)]
     values["tie_word_embeddings"] = _tied((Fields(config, path), Fields(text, path)), tensors)
     return allowed[model_type], Fields({prefix + key: value for key, value in values.items()}, path, prefix)
@@ -211,6 +220,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
         if other is not None and _UNUSED.match(other[1]):
             continue
         plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)
+        plain = plain.replace("model.encoder.layers.", "model.layers.", 1)  # as transformers saves Qianfan-OCR
         plain, part = (plain, made) if other is None else (other[1], others)
         if plain in part:
             raise InvalidFileError(f"{checkpoint.path}: tensor {plain} is stored under two names")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import gguf_windows
@@ -46,6 +46,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         "logit_scale": 1 / _factor(fields, "logits_scaling", 1.0),
     }
     own |= local_layers(fields, layers, dense.rope, first=0) if swa else {}
+    own |= _deep(fields, [target for _, _, target in projectors_of(fields)][1:], layers)
     top = fields.count("num_experts_per_tok") if experts else 0
     return _granite(dataclasses.replace(dense, **own), experts, top, shared_size)
 
@@ -74,6 +75,11 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         "logit_scale": 1 / _factor(fields, "logit_scale"),
         "interleaved_rotary": True,
     }
+    numbers = fields.get("deepstack_mapping", list, [])
+    targets = [layer for layer, number in enumerate(numbers) if number != -1]
+    if [numbers[layer] for layer in targets] != list(range(1, len(targets) + 1)):
+        raise UnsupportedModelError(f"{fields.path}: deepstack_mapping is {numbers!r:.80}, whose numbers must ascend")
+    own |= _deep(fields, targets, layers)
     if dense.model_type == "granite_swa":
         windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=4)
         turned = fields.get("attention.rope_pattern", list, [True] * layers)
@@ -84,6 +90,40 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     top = fields.count("expert_used_count") if experts else 0
     shared_size = fields.get("expert_shared_feed_forward_length", int, 0)
     return _granite(dataclasses.replace(dense, **own), experts, top, shared_size)
+
+
+_SPATIAL = (12, 15, 18, 21)  # default of transformers
+
+
+def projectors_of(fields: Fields) -> list[tuple[int, int, int]]:
+    """The projectors of Granite 4 Vision: number, vision layer and text layer; none for a config of text alone.
+
+    Spatial projectors have their offset in a cell, 0 to 3, as number, and the others -1, -2, .... They are in the order
+    of text layers, of which layer 0 is the first.
+    """
+    if (mapped := fields.get("deepstack_layer_map", list, None)) is None:
+        return []
+    spatial, targets = fields.get("spatial_vision_layer", int, -1), fields.get("spatial_target_layers", list, None)
+    pairs = [(-1 - number, *pair) if isinstance(pair, list) else (pair,) for number, pair in enumerate(mapped)]
+    made: list[Any] = [
+        *pairs,
+        *((offset, spatial, target) for offset, target in enumerate(_SPATIAL if targets is None else targets)),
+    ]
+    if not all(len(each) == 3 and all(type(number) is int for number in each) for each in made):
+        raise InvalidFileError(f"{fields.path}: deepstack_layer_map and spatial_target_layers must name layers")
+    found = sorted(made, key=lambda each: each[2])
+    if not found or found[0][2] or len({each[2] for each in found}) != len(found) or len(targets or ()) > 4:
+        raise UnsupportedModelError(
+            f"{fields.path}: deepstack_layer_map and spatial_target_layers must name layer 0 and up to four layers for "
+            f"offsets, each layer once; they are {mapped!r:.80} and {targets!r:.60}"
+        )
+    return found
+
+
+def _deep(fields: Fields, targets: list[int], layers: int) -> dict[str, Any]:
+    if targets and targets[-1] >= layers:
+        raise InvalidFileError(f"{fields.path}: images are added before layer {targets[-1]}; there are {layers} layers")
+    return {"deep": len(targets), "deep_layers": tuple(targets)}
 
 
 def _factor(fields: Fields, key: str, *default: float) -> float:
@@ -122,6 +162,9 @@ def gguf_keys(config: Any) -> dict[str, Any]:
         "logit_scale": 1 / config.logit_scale,
         "rope.scaling.finetuned": not config.unrotated_layers,
     }
+    if config.deep_layers:
+        places = {layer: number for number, layer in enumerate(config.deep_layers, 1)}
+        keys["deepstack_mapping"] = [places.get(layer, -1) for layer in range(config.num_layers)]
     if config.mixture is None:
         return keys
     shared = config.mixture.shared_size

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The tensors of InternVL's vision encoder: their names in three formats, and what is folded while they are loaded.
 
-The names are those of transformers, of the original repositories, and of llama.cpp's files.
+The names are those of transformers, of the original repositories, and of llama.cpp's files. transformers' class of
+Qianfan-OCR has `layers` where that of InternVL has `encoder.layer`.
 Shapes: T patches of a tile, E hidden.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -41,6 +43,7 @@ _SCALED = (  # names of a block's scales, and of the matrices whose rows they mu
     (("lambda_1", "ls1", "ls1.weight"), ("attention.projection_layer", "attn.proj", "attn_out")),
     (("lambda_2", "ls2", "ls2.weight"), ("mlp.fc2", "mlp.fc2", "ffn_down")),
 )
+_LAYERS = ("vision_tower.layers.", "vision_tower.encoder.layer.")
 _KERNEL = ("patch_embeddings.projection.weight", "patch_embedding.weight", "patch_embd.weight")
 _PLACED = (  # names of the kernel's bias, of the class token, and of the table of positions
     ("patch_embeddings.projection.bias", "patch_embedding.bias", "patch_embd.bias"),
@@ -76,7 +79,8 @@ WEIGHTS = (
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
     """Fold scales into matrices and biases; fold the class token and the bias of patches into the position table."""
-    found = dict(siglip.prepared(tensors, config))
+    found = {name.replace(*_LAYERS): stored for name, stored in siglip.prepared(tensors, config).items()}
+    found = {name: dataclasses.replace(stored, name=name) for name, stored in found.items()}
     for layer, (scales, matrices) in itertools.product(range(config.num_layers), _SCALED):
         for at, scale, matrix in zip((at.format(i=layer) for at in _IN), scales, matrices):
             parts = [f"{at}{matrix}.{kind}" for kind in ("weight", "bias")]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The vision encoder of InternVL 2 to 3.5 (InternViT), with its projection to embeddings of the text model.
+"""The vision encoder of InternVL 2 to 3.5 (InternViT) and Qianfan-OCR, with its projection to the text model.
 
 Each block is x + scale * attention(norm(x)), then x + scale * mlp(norm(x)), with a learned scale of each element.
 Attention is over a tile's patches and a class token, which is dropped after the last block. Cells of s x s patches
 become one vector, which a norm and two matrices map to an embedding. The encoder of 6 billion parameters has RMS norms,
 also of queries and keys.
-Source: Chen et al., 2024, arXiv:2312.14238 and arXiv:2412.05271.
+Sources: Chen et al., 2024, arXiv:2312.14238 and arXiv:2412.05271; Dong et al., 2026, arXiv:2603.13398.
 Shapes: T patches of a tile, E hidden, C cells.
 """
 
@@ -45,6 +45,13 @@ from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, CanvasRule,
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 _ORIGINAL = "InternVLChatModel"  # the class of the original repositories
+_QIANFAN = "QianfanOCRForConditionalGeneration"
+_QIANFAN_VIT = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6,
+}  # fmt: skip
+"""Defaults of transformers' `QianfanOCRVisionConfig`."""
+_CLIP_PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _TILES = MappingProxyType({"min": 1, "max": 12})
 _ONLY = MappingProxyType(
     {
@@ -84,8 +91,15 @@ def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> InternVLTowerConfig:
     """Read `config.json` and `preprocessor_config.json`, in the format of transformers or in the original format."""
-    vision, original = fields.section("vision_config"), fields.get("architectures", list)[0] == _ORIGINAL
-    images = {"resample": 3, **processor.values, "crop_to_patches": True}
+    vision, name = fields.section("vision_config"), fields.get("architectures", list)[0]
+    original = name == _ORIGINAL
+    images = {"resample": 3, **_CLIP_PIXELS, **processor.values, "crop_to_patches": True}
+    if name == _QIANFAN:
+        fields.choice("ps_version", "v2", "v2")
+        vision = vision.with_defaults(**_QIANFAN_VIT, use_qk_norm=vision.get("qk_normalization", bool, False))
+        vision = vision.with_defaults(attention_bias=vision.get("qkv_bias", bool, True))
+        if isinstance(size := images.get("size"), int):  # as CLIP's processor has it, whose crops are not read
+            images |= {"size": {"height": size, "width": size}, "do_center_crop": False}
     if original:
         fields.choice("ps_version", "v1", "v2")
         images = _images(fields, vision, processor)
@@ -232,13 +246,13 @@ _MARK = "<IMG_CONTEXT>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image: a mark for each cell of each tile."""
+    """The placeholder of an image: a mark for each cell of each tile; templates may write `<image>` instead."""
     return f"<img>{_MARK * cut.tiles * math.prod(grid)}</img>"
 
 
 FAMILY = TowerFamily(
     name="internvl_tower",
-    hf={"InternVLForConditionalGeneration": "internvl", _ORIGINAL: "internvl_chat"},
+    hf={"InternVLForConditionalGeneration": "internvl", _ORIGINAL: "internvl_chat", _QIANFAN: "qianfan_ocr"},
     gguf=("internvl",),
     settings=("crop_to_patches", "min_patches", "max_patches"),
     config_from_hf=config_from_hf,
@@ -249,5 +263,6 @@ FAMILY = TowerFamily(
     weights=WEIGHTS,
     mark=_MARK,
     written=f"{_MARK}\n",
+    spelled="<image>",
     words_around=words_around,
 )

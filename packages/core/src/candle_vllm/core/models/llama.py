@@ -57,6 +57,7 @@ class LlamaConfig(ModelConfig):
         mixture, sparse_layers: the experts, and the layers that have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
         unrotated_layers: layers without rotary embedding (`smollm3.py`).
         deep: number of first layers after which the vision encoder's features are added to image rows (`qwen_vl.py`).
+        deep_layers: layers before which they are added instead, in ascending order (`granite.py`).
         embedding_scale: factor of the embeddings (`granite.py`); None for 1.
         residual_scale: factor of the outputs of attention and of the feed-forward layer in the residual stream.
         attention_scale: factor of the attention scores; None for D^-0.5.
@@ -83,6 +84,7 @@ class LlamaConfig(ModelConfig):
     sparse_layers: frozenset[int] = frozenset()
     unrotated_layers: frozenset[int] = frozenset()
     deep: int = 0
+    deep_layers: tuple[int, ...] = ()
     embedding_scale: float | None = None
     residual_scale: float = 1.0
     attention_scale: float | None = None
@@ -297,6 +299,7 @@ class Llama(DecoderStack):
         self.norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement, logit_scale=config.logit_scale)
         last = layers[-1]
+        self.deep = {layer - 1: number for number, layer in enumerate(config.deep_layers)} or None
         self.narrows = not isinstance(last.mlp, SparseMLP) and isinstance(last.attention, Attention)
 
 

@@ -24,14 +24,14 @@ from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, GridRule, c
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _MOST_TILES = 64  # as `grid_rule` allows, so that no embeddings are interpolated
 _MOST_FEATURES = 16
 _CLIP = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "patch_size": 32, "image_size": 224, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
 }  # fmt: skip
-_SIGLIP = {
+SIGLIP = {
     **SMALL, "patch_size": 16, "image_size": 224, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"
 }  # fmt: skip
 """Defaults of transformers for CLIP's and SigLIP's vision encoders."""
@@ -45,7 +45,8 @@ class LlavaNextTowerConfig(ClipTowerConfig):
         features: numbers of blocks, after which x is projected; 0 for the embedded patches.
         classed: the encoder is CLIP's, with a class token; otherwise SigLIP's.
         tiles: maximum number of tiles of an image.
-        factor: factor of embeddings, Granite's `embedding_multiplier`, which transformers applies to images too.
+        factor: factor of embeddings: with Granite `embedding_multiplier`, which transformers applies to images too,
+            divided by `residual_multiplier`, see `LlamaConfig.stream_eps`.
     """
 
     features: tuple[int, ...]
@@ -77,19 +78,19 @@ def config_from_hf(
     vision = fields.with_defaults(vision_config=clip_tower.CLIP_LARGE).section("vision_config")
     kind = vision.choice("model_type", "clip_vision_model", "clip_vision_model", "siglip_vision_model")
     classed = kind == "clip_vision_model"
-    vision = vision.with_defaults(**(_CLIP if classed else _SIGLIP))
+    vision = vision.with_defaults(**(_CLIP if classed else SIGLIP))
     strategy = "default" if classed else "full"  # transformers cannot join tiles with the other one
     if (found := fields.get("vision_feature_select_strategy", str, "default")) != strategy:
         raise UnsupportedModelError(
             f"{fields.path}: vision_feature_select_strategy is {found!r:.40}; {kind} is implemented with {strategy!r}"
         )
     patch, size = vision.count("patch_size"), vision.count("image_size", most=MAX_TILE)
-    grids = fields.values.get("image_grid_pinpoints") or _GRIDS
-    if (own := processor.values.get("image_grid_pinpoints", _GRIDS)) != grids:
+    grids = fields.values.get("image_grid_pinpoints") or GRIDS
+    if (own := processor.values.get("image_grid_pinpoints", GRIDS)) != grids:
         raise InvalidFileError(f"{processor.path}: image_grid_pinpoints is {own!r:.80}; config.json has {grids!r:.80}")
     activations = clip_tower.CLIP_ACTIVATIONS
     return _config(
-        _rule(over(processor, said), patch),
+        square_rule(over(processor, said), patch),
         size,
         classed,
         _features(fields, vision.count("num_hidden_layers", most=MAX_LAYERS)),
@@ -108,10 +109,15 @@ def config_from_hf(
 
 
 def _factor(text: Fields) -> float:
-    factor = text.get("embedding_multiplier", float, 1.0) if text.get("model_type", str, "") == "granite" else 1.0
-    if not 0 < factor <= 1e6:
-        raise InvalidFileError(f"{text.path}: embedding_multiplier is {factor}; it must be above 0 and at most 1e6")
-    return factor
+    """See `LlavaNextTowerConfig`; Granite's residual stream is stored divided by `residual_multiplier`."""
+    if text.get("model_type", str, "") != "granite":
+        return 1.0
+    found = dict[str, float]()
+    for key in ("embedding_multiplier", "residual_multiplier"):
+        found[key] = factor = text.get(key, float, 1.0)
+        if not 0 < factor <= 1e6:
+            raise InvalidFileError(f"{text.path}: {key} is {factor}; it must be above 0 and at most 1e6")
+    return found["embedding_multiplier"] / found["residual_multiplier"]
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> LlavaNextTowerConfig:
@@ -138,7 +144,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
         grids = [[high, wide] for wide, high in zip(flat[::2], flat[1::2])]  # the order of llama.cpp
         size = {"size": {"height": tile, "width": tile}}
         given = Fields({**processor_of_gguf(fields, size).values, "image_grid_pinpoints": grids}, fields.path)
-        rule = _rule(over(given, said), values["patch"])
+        rule = square_rule(over(given, said), values["patch"])
     else:
         fields.choice("image_aspect_ratio", "square", "square")
         if said:
@@ -196,7 +202,7 @@ def _features(fields: Fields, stored: int) -> tuple[int, ...]:
     return found
 
 
-def _rule(processor: Fields, patch: int) -> GridRule:
+def square_rule(processor: Fields, cell: int) -> GridRule:
     """The rule of tiles; transformers resizes to `size`, and then crops to `crop_size`, which must be the same."""
     sides = set[Any]()
     for key in ("size", "crop_size"):
@@ -206,4 +212,4 @@ def _rule(processor: Fields, patch: int) -> GridRule:
         raise InvalidFileError(f"{processor.path}: size and crop_size must be one number of pixels, not {sides!r:.60}")
     tile = sides.pop()
     square = Fields({**processor.values, "size": {"height": tile, "width": tile}}, processor.path)
-    return grid_rule(square, patch, _MOST_TILES, _GRIDS)
+    return grid_rule(square, cell, _MOST_TILES, GRIDS)

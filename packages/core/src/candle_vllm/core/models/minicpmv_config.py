@@ -55,6 +55,10 @@ class MiniCPMVTowerConfig(TowerConfig):
         """See `TowerConfig`."""
         return 4
 
+    def patches_of_row(self, layer: int) -> int:
+        """See `TowerConfig`; behind the merger, a row stands for a square."""
+        return 4 if 0 < self.merged_at < layer else 1
+
     def step_bytes(self, threads: int) -> int:
         """See `TowerConfig`; adds the vectors within the merging of squares, and within the projection."""
         inner = 4 * (4 * self.intermediate_size + 2 * self.hidden_size) if self.merged_at else 0
@@ -70,12 +74,6 @@ class MiniCPMVTowerConfig(TowerConfig):
 
 class Squares(TileRows):
     """A tile whose patches the encoder reads square by square of 2 x 2; a cell has 2 x 2 squares."""
-
-    def lengths(self, layer: int, *, windowed: bool) -> tuple[int, ...]:
-        """See `TileRows`; behind the merger, a row stands for a square."""
-        assert isinstance(self.config, MiniCPMVTowerConfig)
-        merged = layer > self.config.merged_at
-        return (len(self.places) // 4,) if merged else super().lengths(layer, windowed=windowed)
 
     def strips(self, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """See `TileRows`."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.kernels.collectives import Stages
@@ -30,10 +30,11 @@ class Stage:
         layers: indices of the stage's layers.
         size: E.
         empty: allocates memory for activations of a shape.
+        deep: number of first layers among which all are that add image vectors; 0 for as many as there are vectors.
     """
 
-    def __init__(self, line: Stages, layers: range, size: int, empty: Callable[..., Any]) -> None:
-        self.line, self.layers, self.size, self.empty = line, layers, size, empty
+    def __init__(self, line: Stages, layers: range, size: int, empty: Callable[..., Any], deep: int = 0) -> None:
+        self.line, self.layers, self.size, self.empty, self._deep = line, layers, size, empty, deep
 
     @property
     def is_first(self) -> bool:
@@ -59,11 +60,14 @@ class Stage:
 
     def vectors_arrive(self, width: int) -> bool:
         """Whether the previous stage sends image vectors; `width` is E, plus E for each layer that adds a vector."""
-        return not self.is_first and width > (self.layers.start + 1) * self.size
+        return not self.is_first and self._depth(width) > self.layers.start
 
     def vectors_leave(self, width: int) -> bool:
         """Whether layers of later stages add image vectors, so that they are sent on; see `vectors_arrive`."""
-        return not self.is_last and width > (self.layers.stop + 1) * self.size
+        return not self.is_last and self._depth(width) > self.layers.stop
+
+    def _depth(self, width: int) -> int:
+        return self._deep if self._deep and width > self.size else width // self.size - 1
 
     def take(self, x: Value) -> Value:
         """Receive x from the previous stage."""
@@ -89,6 +93,7 @@ class DecoderStack:
         norm: norm after the last layer; None without a last norm.
         stage: the pipeline stage, if the model has only some of the layers; None if it has all.
         shares: divides the tokens of a layer among ranks; None if each rank has all tokens.
+        deep: the layers after which image vectors are added, with the numbers of these; None for the first layers.
         narrows: whether a step may drop rows after the last cache write, if their next token is not sampled.
     """
 
@@ -101,6 +106,7 @@ class DecoderStack:
     narrows: bool = False
     stage: Stage | None = None
     shares: TokenShares | None = None
+    deep: Mapping[int, int] | None = None
 
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`."""
@@ -178,8 +184,8 @@ class DecoderStack:
             x, residual = layer(x, residual, step)
             if shares is not None:
                 x, residual = shares.whole(x, residual)
-            if given is not None:
-                x, residual = given.add(number, x, residual)
+            if given is not None and (at := number if self.deep is None else self.deep.get(number)) is not None:
+                x, residual = given.add(at, x, residual)
         if taps is not None:
             x, residual = taps.keep(len(self.layers), x, residual)
         return x, residual

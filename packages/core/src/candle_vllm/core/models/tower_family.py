@@ -18,6 +18,7 @@ from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
 from candle_vllm.core.vision.prompts import VisionDescription
@@ -128,6 +129,11 @@ class TowerConfig:
         """Rows of a cell in the output of the last layer."""
         return self.cell**2
 
+    def patches_of_row(self, layer: int) -> int:
+        """Number of patches that a row stands for in layer `layer` of the encoder, and in its output."""
+        del layer
+        return 1
+
     def cells(self, hidden: Any) -> Any:
         """The cells [C, cell_size] for `Tower.project` from the last norm's rows [T, E], an array or a tensor."""
         whole = hidden.reshape(-1, self.cell_rows, self.hidden_size)
@@ -169,8 +175,8 @@ class TileRows(NamedTuple):
 
     def lengths(self, layer: int, *, windowed: bool) -> tuple[int, ...]:
         """Number of rows of each text of a layer's attention; their sum is the number of rows that the layer reads."""
-        del layer
-        return self.windows if windowed else (len(self.places),)
+        each = self.config.patches_of_row(layer)
+        return tuple(count // each for count in self.windows) if windowed else (len(self.places) // each,)
 
     def strips(self, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Yield indices [n] and elements [n, patch_size] of patches by rows of cells, about `most` patches at once."""
@@ -331,6 +337,7 @@ class TowerFamily:
         mark: the token that is repeated for each of an image's embeddings.
         asks: the token that a chat template writes for an image; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
+        spelled: text in templates that stands for `asks`, and that is no token; empty if there is none.
         stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
         arranging: makes `VisionInput.arrange` from a function that encodes texts with special tokens.
@@ -352,11 +359,16 @@ class TowerFamily:
     mark: str
     asks: str = ""
     written: str = ""
+    spelled: str = ""
     stand_in: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     arranging: Callable[[Callable[[str], Sequence[int]]], Callable[[list[int]], list[int]]] = lambda _: list
     turned: Turned | None = None
     trailing: Sequence[str] = ()
+
+    def with_mark(self, template: ChatTemplate) -> ChatTemplate:
+        """Return a chat template with `asks` in place of `spelled`."""
+        return template.replaced(self.spelled, self.asks or self.mark) if self.spelled else template
 
     def known_to(self, encode: Callable[..., Sequence[int]]) -> TowerFamily:
         """Return the family with `stand_in` as its `mark` if the vocabulary of a tokenizer lacks `mark`.

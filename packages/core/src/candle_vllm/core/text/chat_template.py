@@ -55,6 +55,11 @@ class ChatTemplate:
         for name, text in self._sources.items():
             self._compile(sandbox, name, text)
 
+    def replaced(self, old: str, new: str) -> ChatTemplate:
+        """Return the templates with `new` in place of each `old` in their source."""
+        texts = {name: text.replace(old, new) for name, text in self._sources.items()}
+        return ChatTemplate(texts["default"] if isinstance(self.source, str) else texts, self._special_tokens)
+
     @property
     def variables(self) -> set[str]:
         """Variables that the templates read."""

@@ -160,7 +160,7 @@ class RecordedTower:
         """Write the columns of a tile's embeddings that projection `number` computes from the result of `rows_of`."""
         config, join = self._config, self._joins[number]
         size, most = config.text_size, self._cells.limits.tokens
-        columns = target[:, number * size : (number + 1) * size]
+        columns = target[:, number * size : number * size + join.made.shape[1]]
         for first in range(0, len(target), most):
             last = min(first + most, len(target))
             rows = rows_of(np.arange(first * config.cell_rows, last * config.cell_rows))

@@ -141,9 +141,15 @@ class _Value(Recorded):
         rows = _Value(self.recorder, wide, self.column, stride, self.buffer.stride, self.rows_from)
         return rows.first_of_heads(self.width).unflatten(-1, (-1, self.width))
 
-    def flatten(self, start: int) -> Recorded:
-        assert start == 1
-        return self._part(0, self.width)
+    def flatten(self, start: int, end: int = -1) -> Recorded:
+        if start:
+            return self._part(0, self.width)
+        assert end == 1
+        made, heads = self.recorder.buffer(self.head_dim or 0), self.width // (self.head_dim or 1)
+        for number in range(heads):
+            part = self._part(number * made.width, made.width)
+            part.put(Buffer(made.array, made.width, heads * made.stride), number * made.stride)
+        return _Value(self.recorder, made, 0, made.width, rows_from=self.rows_from)
 
     def _part(self, first: int, width: int, head_dim: int | None = None) -> _Value:
         return _Value(self.recorder, self.buffer, self.column + first, width, head_dim, self.rows_from)
@@ -263,22 +269,10 @@ class _Value(Recorded):
         at_gates, gate_stride = _place(gates)
         assert not isinstance(gates, _Value) or gates.rows_from is self.rows_from
         out = recorder.buffer(made * columns)
-        row = MixArguments(
-            x=self.address,
-            stride=self.buffer.stride,
-            streams=streams,
-            columns=columns,
-            table=recorder.keep(table),
-            made=made,
-            gates=at_gates,
-            gate_stride=gate_stride,
-            gate_count=kinds - 1,
-            scale=0 if scale is None else recorder.keep(scale),
-            level=level,
-            out=address_of(out.array),
-            out_stride=out.stride,
-            rows_from=self.rows_from,
-        )
+        place, gating = (self.address, self.buffer.stride, streams, columns), (at_gates, gate_stride, kinds - 1)
+        kept, scaling = recorder.keep(table), 0 if scale is None else recorder.keep(scale)
+        to = address_of(out.array), out.stride, self.rows_from
+        row = MixArguments(*place, kept, made, *gating, scaling, level, *to)
         recorder.add(operation("stream_mix.cpu:mix"), row)
         return _Value(recorder, out, 0, out.width, rows_from=self.rows_from)
 
