@@ -37,8 +37,8 @@ from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import GroupCodes
-from candle_vllm.core.quantization.stored import DecodedSource
-from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.quantization.stored import QuantisedTensor, WeightSource
+from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor
 from packages.core.tests.kernels import packed_reference, plain_reference, scaled_reference
 from packages.core.tests.models.tiny import (
     BLOCK,
@@ -197,8 +197,13 @@ def test_memory_is_that_of_what_is_kept(folders: Folders) -> None:
         opened.checkpoint.close()
 
 
-class Fractions(DecodedSource[GroupCodes]):
-    """A scratch format: bytes, less a zero of their row that is no integer."""
+class Fractions(WeightSource[GroupCodes]):
+    """A scratch format that no kernel takes: bytes, less a zero of their row that is no integer."""
+
+    decodes = True
+
+    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
+        return backend.decoded(tensor, f"{tensor.type_name} has no kernel")
 
     def __init__(self, codes: StoredTensor, zeros: StoredTensor) -> None:
         self._codes, self._zeros = codes, zeros

@@ -84,15 +84,6 @@ class FloatSource(WeightSource[ScaledCodes]):
         return backend.floats(tensor, tensor.span, tensor.codes)
 
 
-class DecodedSource(WeightSource[Codes]):
-    """Source of codes that no kernel takes; their zero points may be fractions."""
-
-    decodes = True
-
-    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        return backend.decoded(tensor, f"{tensor.type_name} has no kernel")
-
-
 class _Columns(WeightSource[Codes]):
     """Columns of another source."""
 
