@@ -13,10 +13,9 @@ from typing import Any
 
 import msgspec
 
-from candle_vllm.core.engine.adapters.adapter_store import Entries
+from candle_vllm.core.engine.adapters.adapter_store import Adapter, Entries
 from candle_vllm.core.engine.cache.block_hashes import block_hashes
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_rank
-from candle_vllm.core.kernels.lora import PackedAdapter
 from candle_vllm.core.vision.inputs import ImageInput
 
 NO_LIMIT = 1 << 62
@@ -143,7 +142,7 @@ class Sequence:
     state: SequenceState | None = None
     windowed: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     adapted_from: tuple[int, ...] = ()
-    _adapters: tuple[tuple[PackedAdapter, float], ...] = field(default=(), init=False)
+    _adapters: tuple[tuple[Adapter, float], ...] = field(default=(), init=False)
     _hashes: list[bytes] = field(default_factory=list[bytes], init=False)
 
     def __post_init__(self) -> None:
@@ -163,12 +162,12 @@ class Sequence:
         return len(self.tokens) + self.num_ahead - self.num_uncomputed_tokens
 
     @property
-    def adapters(self) -> tuple[tuple[PackedAdapter, float], ...]:
+    def adapters(self) -> tuple[tuple[Adapter, float], ...]:
         """The adapters of its tokens and their scales; set once, before its first step."""
         return self._adapters
 
     @adapters.setter
-    def adapters(self, adapters: tuple[tuple[PackedAdapter, float], ...]) -> None:
+    def adapters(self, adapters: tuple[tuple[Adapter, float], ...]) -> None:
         prompt = self.tokens[: self.num_prompt_tokens]
         self._adapters, self._hashes = adapters, []
         self.adapted_from = tuple(_activation(prompt, adapter.alora) for adapter, _ in adapters)
