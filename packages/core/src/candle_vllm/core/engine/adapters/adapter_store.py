@@ -48,7 +48,6 @@ _SHOWN_NAMES = 10
 _CROWDED = "running requests and pinned adapters use all the memory for adapters (lora_memory, max_cpu_loras)"
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 
-
 Adapter: TypeAlias = Any  # a `PackedAdapter` of `kernels/lora`, which imports numpy
 
 
