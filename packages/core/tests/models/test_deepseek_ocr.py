@@ -51,16 +51,16 @@ PROMPTS: list[Any] = [
     "Nothing to read.",
 ]
 TEXT = {**SMALL, **DEEPSEEK_OCR, "vocab_size": 272, "max_position_embeddings": 4096}
-SAM = {
+SAM: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 2, "image_size": 128,
     "window_size": 14, "global_attn_indexes": [2], "output_channels": 16, "downsample_channels": [24, 32],
     "mlp_dim": 48,
 }  # fmt: skip
-ENCODER = {
+ENCODER: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }  # fmt: skip
-IMAGES = {
+IMAGES: dict[str, Any] = {
     "size": {"height": 128, "width": 128}, "tile_size": 96, "min_patches": 2, "max_patches": 4, "resample": 3,
     "image_mean": [0.5, 0.4, 0.6], "image_std": [0.5, 0.6, 0.4],
 }  # fmt: skip
@@ -99,7 +99,8 @@ def theirs(folder: Path) -> Any:
 
 
 def their_pixels(*pictures: NDArray[np.uint8], **said: Any) -> dict[str, Any]:
-    found = DeepseekOcr2ImageProcessorPil(**IMAGES | said)(images=list(pictures), return_tensors="pt")
+    processor: Any = DeepseekOcr2ImageProcessorPil(**IMAGES | said)
+    found = processor(images=list(pictures), return_tensors="pt")
     return {key: found[key] for key in ("pixel_values", "pixel_values_local", "num_local_patches") if key in found}
 
 
@@ -119,7 +120,8 @@ def rule_of(said: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("said", [{}, {"max_patches": 9}, {"min_patches": 3}, {"crop_to_patches": False}])
 def test_images_have_the_tiles_and_placeholders_of_transformers(said: dict[str, Any]) -> None:
-    rule, theirs = rule_of(said), DeepseekOcr2ImageProcessorPil(**said)
+    rule = rule_of(said)
+    theirs: Any = DeepseekOcr2ImageProcessorPil(**said)
     for width, height in EDGES:
         cut = rule.cut(height, width)
         found = theirs(images=[RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8)], return_tensors="pt")
