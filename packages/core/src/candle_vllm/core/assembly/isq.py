@@ -135,8 +135,7 @@ def quantised_in_situ(
 def check_used(imatrix: Imatrix, used: bool) -> None:
     """Raise WeightsError if no matrix has an entry in the importance matrix."""
     if not used:
-        what = "any matrix that gets a type with a search for scales"
-        raise WeightsError(f"{imatrix.path} has no entry for {what}: it may be another model's")
+        raise WeightsError(f"{imatrix.path} has no entry for a matrix of a type that uses it; is it another model's?")
 
 
 def check_plain(name: str | None, checkpoint: Checkpoint) -> None:
