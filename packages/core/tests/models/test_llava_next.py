@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "CLIP": ({"model_type": "llama"}, {"model_type": "clip_vision_model", "image_size": 12, "projection_dim": 8}, {}),
     "SigLIP": (
         {
-            "model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.22, "logits_scaling": 2.0,
+            "model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 1.5, "logits_scaling": 2.0,
             "attention_multiplier": 0.3,
         },
         {"model_type": "siglip_vision_model", "image_size": 15, "vision_use_head": False},
