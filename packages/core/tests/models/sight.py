@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -82,6 +83,15 @@ def require_embeddings(
             assert nbytes(runner) < tower.config.step_bytes(2) < most * nbytes(runner)
     finally:
         team.close()
+
+
+def without_template(folder: Path, bare: Path) -> Path:
+    """Copy a model's folder without its chat template."""
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("chat_template*"))
+    path = bare / "tokenizer_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in said.items() if key != "chat_template"}))
+    return bare
 
 
 def require_same_when_cached(engine: InferenceEngine, prompts: list[Any], alone: list[tuple[int, ...]]) -> None:

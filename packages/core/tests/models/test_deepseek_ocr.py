@@ -34,6 +34,7 @@ from packages.core.tests.models.sight import (
     require_logits,
     require_same,
     require_same_when_cached,
+    without_template,
 )
 from packages.core.tests.models.test_qwen_vl import RANDOM, loaded_from, write_tokenizer
 from packages.core.tests.models.tiny import SMALL, randomise
@@ -198,6 +199,17 @@ def test_a_template_writes_the_mark_of_an_image(folder: Path) -> None:
     ids = list(output.prompt_token_ids)
     assert ids[: 2 * 144 + 257] == [IMAGE] * (2 * 144 + 257)
     assert ids.count(IMAGE) == 2 * 144 + 257
+
+
+def test_published_files_have_no_template(folder: Path, tmp_path: Path) -> None:
+    content: Any = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "Free OCR."}]
+    with InferenceEngine(without_template(folder, tmp_path / "bare")) as engine:
+        params = SamplingParams(max_tokens=1)
+        plain = [each.prompt_token_ids for each in engine.generate(["Hi", "\nFree OCR."], params, use_tqdm=False)]
+        said: Any = [{"role": "user", "content": content}]
+        ids = engine.chat(said, params, use_tqdm=False).prompt_token_ids
+        assert engine.chat([{"role": "user", "content": "Hi"}], params, use_tqdm=False).prompt_token_ids == plain[0]
+    assert list(ids) == [IMAGE] * (2 * 144 + 257) + list(plain[1])
 
 
 def test_an_operator_sets_tiles(folder: Path) -> None:

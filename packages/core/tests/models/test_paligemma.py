@@ -38,6 +38,7 @@ from packages.core.tests.models.sight import (
     require_embeddings,
     require_logits,
     require_same,
+    without_template,
 )
 from packages.core.tests.models.test_qwen_vl import GPU_STEPS, loaded_from, write_tokenizer
 from packages.core.tests.models.tiny import SMALL, randomise
@@ -155,6 +156,18 @@ def test_a_template_needs_to_write_the_mark_alone(folder: Path) -> None:
         output = engine.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=1), use_tqdm=False)
         again = engine.generate(PROMPTS[0], SamplingParams(max_tokens=1), use_tqdm=False)[0]
     assert output.prompt_token_ids == again.prompt_token_ids
+
+
+def test_published_files_have_no_template(folder: Path, tmp_path: Path) -> None:
+    bare = without_template(folder, tmp_path / "bare")
+    for content in ([{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "caption en"}], "caption en"):
+        said: Any = [{"role": "user", "content": content}]
+        with InferenceEngine(bare) as engine:
+            output = engine.chat(said, SamplingParams(max_tokens=1), use_tqdm=False)
+            again = engine.generate(
+                PROMPTS[0] if isinstance(content, list) else content, SamplingParams(max_tokens=1), use_tqdm=False
+            )[0]
+        assert output.prompt_token_ids == again.prompt_token_ids
 
 
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------

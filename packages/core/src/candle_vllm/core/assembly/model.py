@@ -256,8 +256,8 @@ def load_model(
             _check_depth(tower.tower.config.vectors - 1, model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     said["files"] = files_read(config, files)
-    if tower is not None and model.template is not None:
-        said["template"] = tower_family_named(tower.vision.parts.family).with_mark(model.template)
+    if tower is not None:
+        said["template"] = tower_family_named(tower.vision.parts.family).with_mark(model.template, model.tokenizer)
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
     return LoadedModel(decoder=decoder, tower=tower, shard=shard, **said)

@@ -43,7 +43,7 @@ from candle_vllm.core.models.row_copies import RowNumbers, Shared, taken, widene
 from candle_vllm.core.models.sam import Halved, Neck, SamBlock, vector
 from candle_vllm.core.models.sam_config import completed
 from candle_vllm.core.models.sam_grid import Grid
-from candle_vllm.core.models.tower_family import Joining, Placed, TowerFamily, TowerStep
+from candle_vllm.core.models.tower_family import Joining, Placed, TowerFamily, TowerStep, contents_template
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut
 
@@ -250,5 +250,6 @@ FAMILY = TowerFamily(
     build=DeepseekOcr2Tower,
     weights=WEIGHTS,
     mark=_MARK,
+    template=contents_template(_MARK + "\n"),
     words_around=words_around,
 )

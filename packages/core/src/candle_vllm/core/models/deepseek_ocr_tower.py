@@ -41,7 +41,7 @@ from candle_vllm.core.models.row_copies import RowNumbers, taken
 from candle_vllm.core.models.sam import Halved, Neck, SamBlock, vector
 from candle_vllm.core.models.sam_grid import Grid
 from candle_vllm.core.models.siglip import Block
-from candle_vllm.core.models.tower_family import Joining, Placed, TowerFamily, TowerStep
+from candle_vllm.core.models.tower_family import Joining, Placed, TowerFamily, TowerStep, contents_template
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -203,5 +203,6 @@ FAMILY = TowerFamily(
     build=DeepseekOcrTower,
     weights=WEIGHTS,
     mark=_MARK,
+    template=contents_template(_MARK + "\n"),
     words_around=words_around,
 )

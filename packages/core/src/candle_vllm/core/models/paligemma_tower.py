@@ -21,7 +21,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.lfm2_vl_tower import prepared
 from candle_vllm.core.models.siglip import SMALL, Siglip, config_of_tiles, hf_values, names
-from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily, mark_of_cells
+from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily, contents_template, mark_of_cells
 from candle_vllm.core.vision.preprocessing import NOTHING, over, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -130,6 +130,7 @@ FAMILY = TowerFamily(
     build=PaligemmaTower,
     weights=WEIGHTS,
     mark=_MARK,
+    template=contents_template(_MARK),
     words_around=mark_of_cells(_MARK),
     arranging=arranging,
 )

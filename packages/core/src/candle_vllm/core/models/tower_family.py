@@ -19,6 +19,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
 from candle_vllm.core.vision.prompts import VisionDescription
@@ -314,6 +315,14 @@ def turned_by_grid(cut: Cut, grid: tuple[int, int]) -> tuple[int, int, NDArray[n
     return 0, 3, np.stack([0 * row, row, column, 0 * row], 1)
 
 
+def contents_template(image: str) -> str:
+    """Return the chat template of a model without roles: the contents of all messages, with `image` for an image."""
+    part = "{% if part.type == 'image' %}" + image + "{% else %}{{ part.text }}{% endif %}"
+    parts = "{% for part in message.content %}" + part + "{% endfor %}"
+    content = "{% if message.content is string %}{{ message.content }}{% else %}" + parts + "{% endif %}"
+    return "{{ bos_token | default('') }}{% for message in messages %}" + content + "{% endfor %}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerFamily:
     """How to read, build and fill vision encoders: each file of such a family in this folder has one as `FAMILY`.
@@ -337,6 +346,7 @@ class TowerFamily:
         mark: the token that is repeated for each of an image's embeddings.
         asks: the token that a chat template writes for an image; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
+        template: the chat template of models that are published without one; empty if there is none.
         spelled: text in templates that stands for `asks`, and that is no token; empty if there is none.
         stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
@@ -360,14 +370,17 @@ class TowerFamily:
     asks: str = ""
     written: str = ""
     spelled: str = ""
+    template: str = ""
     stand_in: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     arranging: Callable[[Callable[[str], Sequence[int]]], Callable[[list[int]], list[int]]] = lambda _: list
     turned: Turned | None = None
     trailing: Sequence[str] = ()
 
-    def with_mark(self, template: ChatTemplate) -> ChatTemplate:
-        """Return a chat template with `asks` in place of `spelled`."""
+    def with_mark(self, template: ChatTemplate | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """Return a chat template with `asks` in place of `spelled`, or `template` for a model without one."""
+        if template is None:
+            return ChatTemplate(self.template, tokenizer.special_tokens) if self.template else None
         return template.replaced(self.spelled, self.asks or self.mark) if self.spelled else template
 
     def known_to(self, encode: Callable[..., Sequence[int]]) -> TowerFamily:
