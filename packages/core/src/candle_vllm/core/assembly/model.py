@@ -248,16 +248,15 @@ def load_model(
         if shard is None or shard.is_first:
             tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
         if tower is not None and tower.vision.parts.turned and not model.config.rope.axes:
-            raise InvalidFileError(
-                f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "
-                "rope.dimension_sections), which the positions of image tokens need"
-            )
+            keys = "(mrope_section, in GGUF files rope.dimension_sections), which the positions of image tokens need"
+            raise InvalidFileError(f"{config_file(files)}: the sections of rotary positions are missing {keys}")
         if tower is not None:
             _check_depth(tower.tower.config.vectors - 1, model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     said["files"] = files_read(config, files)
     if tower is not None and model.template is not None:
-        said["template"] = tower_family_named(tower.vision.parts.family).with_mark(model.template)
+        family = tower_family_named(tower.vision.parts.family)
+        said["template"] = family.with_mark(model.template, model.tokenizer.encode)
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
     return LoadedModel(decoder=decoder, tower=tower, shard=shard, **said)
