@@ -319,6 +319,12 @@ def test_other_towers_are_refused(key: str, value: Any) -> None:
         tower_of(PUBLISHED | {"vision_config": PUBLISHED["vision_config"] | {key: value}}, {})
 
 
+def test_keys_of_the_tower_may_be_null() -> None:
+    keys = dict.fromkeys(("remove_prenorm", "cat_extra_token", "anyres_vit_two_views", "learnable_mlp_pooling_size"))
+    usual = PUBLISHED["vision_config"]
+    assert tower_of(PUBLISHED | {"vision_config": usual | keys}, {}) == tower_of(PUBLISHED, {})
+
+
 def test_keys_of_version_1_5_are_read() -> None:
     """Its text model's keys are nested, with another name of the rotary kind."""
     same = ("image_token_id", "im_start_id", "tie_word_embeddings", "architectures", "model_type", "vision_config")
