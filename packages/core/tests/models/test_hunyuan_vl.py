@@ -350,6 +350,21 @@ def test_other_rotary_positions_are_refused(scaling: dict[str, Any], said: str) 
         family_from_hf(config, PATH)
 
 
+@pytest.mark.parametrize("prefix", ["text_config", None])
+def test_scaling_that_is_added_to_rotary_parameters_applies(prefix: str | None) -> None:
+    """As in other families; also beside sections."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    text = {key: value for key, value in PUBLISHED.items() if key not in ("rope_scaling", "vision_config")}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": yarn}
+    if prefix:
+        text["rope_parameters"] |= {"mrope_section": [16, 16, 16, 16]}
+        config = {"architectures": PUBLISHED["architectures"], prefix: text | {"model_type": "hunyuan_vl_text"}}
+    else:
+        config = text | {"architectures": ["HunYuanDenseV1ForCausalLM"]}
+    rope = family_from_hf(config, PATH)[1].rope
+    assert (rope.kind, rope.factor, rope.theta, len(rope.axes)) == ("yarn", 4.0, 5e5, 64 if prefix else 0)
+
+
 def test_a_tower_without_sections_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path)
     config = read_json(folder / "config.json")
