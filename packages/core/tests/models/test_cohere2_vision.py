@@ -291,6 +291,19 @@ def test_a_template_writes_the_mark_of_an_image(folder: Path) -> None:
     assert (ids.count(START), ids.count(END), ids.count(PAD) % 4) == (1, 1, 0)
 
 
+def test_a_template_writes_the_mark_for_a_text_that_is_no_token(tmp_path: Path) -> None:
+    """The tokenizers of published models have no token `<image>`, which transformers replaces in the text."""
+    folder = write(tmp_path, "aya")
+    write_tokenizer(folder, (*MARKS, "<|IMG_LINE_BREAK|>"), TEMPLATE.replace("ASKS", "<image>"))
+    content: Any = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "What is an <image>?"}]
+    with InferenceEngine(folder) as engine:
+        output = engine.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=1), use_tqdm=False)
+        asked = {"prompt": "<|IMG_PATCH|>What is this?", "multi_modal_data": {"image": PICTURES[:1]}}
+        (other,) = engine.generate([asked], SamplingParams(max_tokens=1), use_tqdm=False)
+    for ids in (list(output.prompt_token_ids), list(other.prompt_token_ids)):
+        assert (ids.count(START), ids.count(END), ids.count(PAD) % 4) == (1, 1, 0)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,15 @@ def test_longropes_scale_where_a_file_has_none(tmp_path: Path) -> None:
     assert attention_scale(config.rope) == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
 
 
+@pytest.mark.parametrize(("said", "dense"), [(-1, 0), (2, 2), (1 << 62, 4)])
+def test_norths_number_of_dense_layers_is_limited(said: int, dense: int) -> None:
+    """A number beyond the layers was counted up, and a negative one was an AssertionError."""
+    config = tiny_config("cohere2_moe", **ROWS["North"].config).to_dict()
+    keys = {"architectures": ["Cohere2MoeForCausalLM"], "layer_types": None, "mlp_layer_types": None}
+    found: Any = family_from_hf(config | keys | {"first_k_dense_replace": said}, Path("config.json"))[1]
+    assert found.sparse_layers == frozenset(range(dense, 4))
+
+
 ABSENT = [
     ("Mistral", "sliding_window"),
     ("Ministral", "sliding_window"),

@@ -319,6 +319,12 @@ def test_other_towers_are_refused(key: str, value: Any) -> None:
         tower_of(PUBLISHED | {"vision_config": PUBLISHED["vision_config"] | {key: value}}, {})
 
 
+def test_keys_of_the_tower_may_be_null() -> None:
+    keys = dict.fromkeys(("remove_prenorm", "cat_extra_token", "anyres_vit_two_views", "learnable_mlp_pooling_size"))
+    usual = PUBLISHED["vision_config"]
+    assert tower_of(PUBLISHED | {"vision_config": usual | keys}, {}) == tower_of(PUBLISHED, {})
+
+
 def test_keys_of_version_1_5_are_read() -> None:
     """Its text model's keys are nested, with another name of the rotary kind."""
     same = ("image_token_id", "im_start_id", "tie_word_embeddings", "architectures", "model_type", "vision_config")
@@ -342,6 +348,21 @@ def test_other_rotary_positions_are_refused(scaling: dict[str, Any], said: str) 
     config = PUBLISHED | {"rope_scaling": PUBLISHED["rope_scaling"] | scaling}
     with pytest.raises((InvalidFileError, UnsupportedModelError), match=said):
         family_from_hf(config, PATH)
+
+
+@pytest.mark.parametrize("prefix", ["text_config", None])
+def test_scaling_that_is_added_to_rotary_parameters_applies(prefix: str | None) -> None:
+    """As in other families; also beside sections."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    text = {key: value for key, value in PUBLISHED.items() if key not in ("rope_scaling", "vision_config")}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": yarn}
+    if prefix:
+        text["rope_parameters"] |= {"mrope_section": [16, 16, 16, 16]}
+        config = {"architectures": PUBLISHED["architectures"], prefix: text | {"model_type": "hunyuan_vl_text"}}
+    else:
+        config = text | {"architectures": ["HunYuanDenseV1ForCausalLM"]}
+    rope = family_from_hf(config, PATH)[1].rope
+    assert (rope.kind, rope.factor, rope.theta, len(rope.axes)) == ("yarn", 4.0, 5e5, 64 if prefix else 0)
 
 
 def test_a_tower_without_sections_is_refused(tmp_path: Path) -> None:

@@ -347,6 +347,17 @@ def write_mmproj(folder: Path, made: Path) -> Path:
     return made
 
 
+def test_heads_of_a_million_elements_are_refused() -> None:
+    """Before memory for their rotary tables is taken, which a small file would ask for."""
+    said = {
+        "image_size": 896, "patch_size": 14, "embedding_length": 1 << 24, "block_count": 1, "attention.head_count": 16,
+        "feed_forward_length": 96,
+    }  # fmt: skip
+    fields = Fields({f"clip.vision.{key}": value for key, value in said.items()}, Path("mmproj.gguf"), "clip.vision.")
+    with pytest.raises(InvalidFileError, match="head size 1048576 must be a multiple of 4, and at most 1024"):
+        kimi_tower.config_from_gguf(fields, 64)
+
+
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     config, processor = read_json(folder / "config.json"), PROCESSOR | {"size": {"max_height": 512, "max_width": 512}}

@@ -552,6 +552,18 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(kind: str, tmp_pat
         assert answers(engine, PROMPTS) == wanted
 
 
+@pytest.mark.parametrize("layer", [{}, [], None, "x", 0.5])
+def test_a_layer_of_a_gguf_file_that_is_no_number_is_refused(layer: Any) -> None:
+    said = {
+        "image_size": 448, "patch_size": 14, "embedding_length": 64, "block_count": 3, "attention.head_count": 4,
+        "feed_forward_length": 96, "wa_layer_indexes": [layer],
+    }  # fmt: skip
+    fields = Fields({f"clip.vision.{key}": value for key, value in said.items()}, Path("mmproj.gguf"), "clip.vision.")
+    assert FAMILY.config_from_gguf is not None
+    with pytest.raises(InvalidFileError, match="wa_layer_indexes is"):
+        FAMILY.config_from_gguf(fields, 64, {})
+
+
 def test_a_published_config_is_read() -> None:
     path = Path("config.json")
     tower = rule_of({})

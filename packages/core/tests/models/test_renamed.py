@@ -234,6 +234,19 @@ def test_a_published_chatglm_is_read() -> None:
         assert (config.rope.dim, config.rope.theta, config.tie_embeddings) == (64, 10000.0, False)
 
 
+def test_keys_of_ling_may_be_null() -> None:
+    """And the share of a head that rotates may be a number, with heads of the usual size."""
+    names = ("use_bias", "norm_head", "use_qk_norm", "use_rmsnorm", "score_function", "moe_router_enable_expert_bias")
+    sizes = {
+        "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_experts": 4,
+        "num_attention_heads": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    named = {"architectures": ["BailingMoeV2ForCausalLM"], "rotary_dim": 4}
+    config = family_from_hf(named | sizes | dict.fromkeys(names), Path("config.json"))[1]
+    assert (config.head_dim, config.rope.dim) == (16, 4)
+
+
 def test_every_class_is_here() -> None:
     assert KINDS.keys() == RENAMED.keys()
 

@@ -248,10 +248,8 @@ def load_model(
         if shard is None or shard.is_first:
             tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
         if tower is not None and tower.vision.parts.turned and not model.config.rope.axes:
-            raise InvalidFileError(
-                f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "
-                "rope.dimension_sections), which the positions of image tokens need"
-            )
+            keys = "(mrope_section, in GGUF files rope.dimension_sections), which the positions of image tokens need"
+            raise InvalidFileError(f"{config_file(files)}: the sections of rotary positions are missing {keys}")
         if tower is not None:
             _check_depth(tower.tower.config.vectors - 1, model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}

@@ -33,7 +33,7 @@ def config_from_hf(
 ) -> GatedTowerConfig:
     """Read `config.json` and `preprocessor_config.json`, whose `crop_to_patches` transformers does not read."""
     for key, only in _ONLY.items():
-        if (found := fields.values.get(key, only)) != only:
+        if (found := fields.values.get(key)) not in (only, None):
             raise UnsupportedModelError(f"{fields.path}: {key} is {found!r:.40}; implemented: {only}")
     tiles = Fields({**processor.values, "crop_to_patches": True}, processor.path)
     images = over(tiles.with_absent(size={"height": 384, "width": 384}, **PROCESSOR), said)

@@ -43,11 +43,12 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of bailing_moe_v2 and sarvam_moe, models with remote code."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     for key, only in _ONLY.items():
-        if (found := fields.values.get(key, only)) != only:
+        if (found := fields.values.get(key)) not in (only, None):
             raise UnsupportedModelError(f"{fields.path}: {key} is {found!r:.20}; implemented: {only}")
     share = 1.0 if model_type == "sarvam_moe" else 0.5
     if "rotary_dim" in fields:
-        share = fields.count("rotary_dim") / fields.count("head_dim")
+        heads = fields.count("hidden_size") // fields.count("num_attention_heads")
+        share = fields.count("rotary_dim") / fields.count("head_dim", max(heads, 1))
     shared = shared_from_hf(fields.with_absent(partial_rotary_factor=share), model_type)
     layers, inner = shared["num_layers"], fields.count("moe_intermediate_size")
     size = fields.count("moe_shared_expert_intermediate_size", inner) * fields.get("num_shared_experts", int, 1)

@@ -60,7 +60,8 @@ def config_from_hf(fields: Fields, model_type: str) -> Cohere2MoeConfig:
     fields = fields.with_absent(**usual, tie_word_embeddings=True)
     shared = shared_from_hf(fields, model_type, eps="rms_norm_eps" if rms else "layer_norm_eps")
     layers, bias = shared["num_layers"], fields.get("attention_bias", bool, False)
-    dense, prefix = dense_layers(fields, layers, 0), fields.count("prefix_dense_sliding_window_pattern", 1)
+    dense = min(max(dense_layers(fields, layers, 0), 0), layers)
+    prefix = fields.count("prefix_dense_sliding_window_pattern", 1)
     window, period = fields.get("sliding_window", int, None), fields.count("sliding_window_pattern", 4)
     periods = [*((n + 1) % prefix for n in range(dense)), *((n + 1) % period for n in range(layers - dense))]
     windows = layer_windows(fields, layers, window) or tuple(window if each else None for each in periods)
@@ -91,7 +92,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Cohere2MoeConfig
     size = fields.count("expert_shared_feed_forward_length", inner * count) if count else 0
     mixture = sigmoids_from_gguf(fields, shared_size=size, correction=False)
     sparse, scale = sparse_in_gguf(checkpoint, layers), fields.get("logit_scale", float)
-    return _with(shared, mixture, sparse, frozenset(range(dense)), logit_scale=scale, rms=rms, average=True)
+    turned = frozenset(range(min(dense, layers)))
+    return _with(shared, mixture, sparse, turned, logit_scale=scale, rms=rms, average=True)
 
 
 def _with(

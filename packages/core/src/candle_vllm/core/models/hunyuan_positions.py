@@ -15,19 +15,23 @@ from candle_vllm.core.fields import Fields
 
 
 def stretched(fields: Fields) -> tuple[Fields, list[Any]]:
-    """The config with the scaled rotary base instead of alpha, as in transformers; and the sections of M-RoPE."""
-    key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
-    scaling, names = fields.section(key), ("mrope_section", "xdrope_section")
+    """The config with the scaled rotary base instead of alpha, as in transformers; and the sections of M-RoPE.
+
+    `rope_scaling` that is added to a file with `rope_parameters` applies: see `rope_from_hf`.
+    """
+    scaling, names = fields.section("rope_parameters"), ("mrope_section", "xdrope_section")
+    if added := fields.section("rope_scaling").values:
+        scaling = Fields({**scaling.values, "rope_type": None, **added}, fields.path)
     found = [scaling.get(name, list) for name in names if name in scaling]
     if found[1:] and found[0] != found[1]:
-        raise InvalidFileError(f"{fields.path}: {key} has a mrope_section and another xdrope_section")
+        raise InvalidFileError(f"{fields.path}: the rotary settings have a mrope_section and another xdrope_section")
     rope = {name: value for name, value in scaling.values.items() if name not in names}
     if alpha := scaling.get("alpha", float, 0.0):
         scaling.choice("rope_type" if "rope_type" in scaling else "type", "dynamic", "dynamic", "xdrope")
         dim = fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
         theta = scaling.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
         rope = {"rope_type": "default", "rope_theta": stretched_base(theta, alpha, dim, fields.path)}
-    given = {fields.prefix + name: rope if name == key else None for name in ("rope_parameters", "rope_scaling")}
+    given = {f"{fields.prefix}rope_parameters": rope or None, f"{fields.prefix}rope_scaling": None}
     return Fields({**fields.values, **given}, fields.path, fields.prefix), found[0] if found else []
 
 

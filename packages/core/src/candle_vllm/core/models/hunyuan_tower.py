@@ -62,7 +62,7 @@ def config_from_hf(
     vision = fields.section("vision_config").with_defaults(**LARGE | {"num_hidden_layers": 27, "hidden_act": "gelu"})
     vision.choice("interpolate_mode", "bilinear", "bilinear")
     for key, known in _FLAGS.items():
-        if (value := vision.values.get(key, known)) != known:
+        if (value := vision.values.get(key)) not in (known, None):
             raise UnsupportedModelError(f"{fields.path}: vision_config.{key} is {value!r:.40}; implemented: {known}")
     patch, cell = vision.count("patch_size", 16), vision.count("spatial_merge_size", 2, most=64)
     values = hf_values(vision) | {"norm_eps": vision.get("rms_norm_eps", float, 1e-5)}

@@ -125,8 +125,9 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
     inserted = list(fields.get("wa_layer_indexes", list)) if mode == "16x" else [0]
     if len(inserted) != 1:
         raise UnsupportedModelError(f"{fields.path}: wa_layer_indexes is {inserted!r:.40}; implemented: one layer")
+    layer = Fields({"wa_layer_indexes": inserted[0]}, fields.path).get("wa_layer_indexes", int)
     processor = over(processor_of_gguf(fields, {"scale_resolution": tile}), said)
-    return _config(processor, mode, int(inserted[0]), **values, table=1, text_size=text_size)
+    return _config(processor, mode, layer, **values, table=1, text_size=text_size)
 
 
 def completed(config: MiniCPMVTowerConfig, tensors: Mapping[str, StoredTensor]) -> MiniCPMVTowerConfig:

@@ -56,6 +56,7 @@ from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, area_rule, 
 _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_gelu", **ACTIVATIONS})
 FRAMES = 2  # frames of a patch
 _EPS = 1e-6
+_MOST_HEAD = 1024  # elements of a head
 MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
 """Maximum number of patches of an image: the default limit, and the maximum of an operator's limit. Published settings
 allow the second, but attention over this number of patches takes minutes on a CPU."""
@@ -73,9 +74,9 @@ class QwenTowerConfig(TowerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_size // self.num_heads % 4:
+        if (size := self.hidden_size // self.num_heads) % 4 or size > _MOST_HEAD:
             raise InvalidFileError(
-                f"vision encoder: head size {self.hidden_size // self.num_heads} must be a multiple of 4"
+                f"vision encoder: head size {size} must be a multiple of 4, and at most {_MOST_HEAD}"
             )
 
 

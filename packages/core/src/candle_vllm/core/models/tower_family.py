@@ -344,7 +344,7 @@ class TowerFamily:
         prepared: renames and reshapes a file's tensors to the names and shapes in `weights`.
         build, weights: as for `Family`.
         mark: the token that is repeated for each of an image's embeddings.
-        asks: the token that a chat template writes for an image; empty if it is `mark`.
+        asks: the token that a chat template writes for an image, see `known_to`; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
         template: the chat template of models that are published without one; empty if there is none.
         spelled: text in templates that stands for `asks`, and that is no token; empty if there is none.
@@ -381,21 +381,29 @@ class TowerFamily:
         """Return a chat template with `asks` in place of `spelled`, or `template` for a model without one."""
         if template is None:
             return ChatTemplate(self.template, tokenizer.special_tokens) if self.template else None
-        return template.replaced(self.spelled, self.asks or self.mark) if self.spelled else template
+        known = self.known_to(tokenizer.encode)
+        return template.replaced(known.spelled, known.asks or known.mark) if known.spelled else template
 
     def known_to(self, encode: Callable[..., Sequence[int]]) -> TowerFamily:
-        """Return the family with `stand_in` as its `mark` if the vocabulary of a tokenizer lacks `mark`.
+        """Return the family with other marks for a tokenizer whose vocabulary lacks some.
+
+        `stand_in` takes the place of `mark`. An `asks` that is no token is `spelled`, and `mark` takes its place.
 
         Args:
             encode: the method of the tokenizer.
         """
-        if not self.stand_in or len(encode(self.mark, add_special_tokens=False, parse_special=True)) == 1:
-            return self
+
+        def lacks(token: str) -> bool:
+            return len(encode(token, add_special_tokens=False, parse_special=True)) != 1
 
         def around(cut: Cut, grid: tuple[int, int]) -> str:
             return self.words_around(cut, grid).replace(self.mark, self.stand_in)
 
-        return dataclasses.replace(self, mark=self.stand_in, words_around=around)
+        if self.asks and lacks(self.asks):
+            return dataclasses.replace(self, asks="", spelled=self.asks)
+        if self.stand_in and lacks(self.mark):
+            return dataclasses.replace(self, mark=self.stand_in, words_around=around)
+        return self
 
 
 def spans_of(
