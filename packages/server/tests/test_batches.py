@@ -728,6 +728,18 @@ async def test_a_batch_with_a_line_that_the_next_server_finds_too_long_fails(sto
     assert (batch.status, [error.code for error in batch.errors.data]) == ("failed", ["line_too_long"])
 
 
+async def test_a_batch_without_input_that_another_server_has_just_cancelled_is_cancelled(stored: Stored) -> None:
+    async def protect(*given: Any) -> None:
+        await stored.store.cancel(stored.owner, stored.id)
+        await stored.backend.delete(store.FILE, stored.owner, stored.input)
+
+    work = await stored.take()
+    stored._patch.setattr(stored.store, "protect", protect)
+    await stored.work(work, Asked())
+    batch = await stored.batch()
+    assert (batch.status, batch.errors) == ("cancelled", None)
+
+
 async def test_a_batch_without_results_fails_without_files(stored: Stored) -> None:
     async def before(name: str) -> None:
         raise RuntimeError(name)

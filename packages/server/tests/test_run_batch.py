@@ -179,6 +179,13 @@ def test_the_shell_decides_whether_a_file_is_overwritten(engine: PacedEngine, tm
     assert (tmp_path / "out.jsonl").read_text("utf-8").startswith('earlier\n{"id":')
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="the system has no /dev/null")
+def test_answers_may_go_to_a_device(engine: PacedEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(request("a")), "utf-8")
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "/dev/null"]) == 0
+    assert "done, 1 lines answered, 0 of them with an error" in capsys.readouterr().err
+
+
 class Shelf:
     """A server of files: what is read from it, what is written to it, and how it answers."""
 

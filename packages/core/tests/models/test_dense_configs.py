@@ -163,6 +163,22 @@ def test_rotary_settings_of_olmo_3(rope: dict[str, Any], local: tuple[str, float
     assert (config.local_rope.kind, config.local_rope.theta) == local
 
 
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [("Gemma-3", "Gemma3ForCausalLM"), ("Gemma-3n", "Gemma3nForCausalLM"), ("OLMo 3", "Olmo3ForCausalLM")],
+)
+def test_rope_scaling_beside_rope_parameters_stretches_layers_without_a_window(name: str, owner: str) -> None:
+    row, added = ROWS[name], {key: value for key, value in YARN.items() if key != "rope_theta"}
+    written = tiny_config(row.model_type, **row.config).to_dict()
+    assert set(written["rope_parameters"]) >= {"full_attention", "sliding_attention"}
+    values = written | {"rope_scaling": added, "architectures": [owner]}
+    theirs = type(tiny_config(row.model_type, **row.config)).from_dict(copy.deepcopy(values)).rope_parameters
+    config: Any = family_from_hf(values, Path("config.json"))[1]
+    for kind, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope)):
+        assert (rope.kind, rope.theta) == (theirs[kind]["rope_type"], theirs[kind]["rope_theta"])
+    assert (config.rope.kind, config.rope.factor, config.rope.original_max_position) == ("yarn", 8.0, 64)
+
+
 @pytest.mark.parametrize(("name", "owner"), [("MiMo V2", "MiMoV2FlashForCausalLM"), ("Gemma-4", "Gemma4ForCausalLM")])
 def test_rotary_settings_that_are_no_kinds_of_layers_are_refused(name: str, owner: str) -> None:
     """Otherwise they would be ignored; transformers refuses them or cannot build the model."""

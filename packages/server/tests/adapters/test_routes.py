@@ -14,7 +14,7 @@ import pytest
 
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.requests import AdapterUse, LoRARequest
-from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.errors import AdapterError, InvalidParameterError
 from candle_vllm.server.adapters.registry import BaseAdapters
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.routes.ollama_library import refuse_open_changes
@@ -439,6 +439,22 @@ def test_the_routes_are_off_unless_allowed_and_for_operators(start: Start, tmp_p
 
 
 # ---- llama.cpp's -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
+def test_a_mix_that_the_engine_refuses_names_the_field_with_the_adapters(start: Start, path: str) -> None:
+    engine = PacedEngine("fine", name="base")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise InvalidParameterError("the request combines 2 adapters", "lora_request")
+
+    running = start(engine, enable_lora=True, lora_modules=("a=/srv/a", "b=/srv/b"))
+    engine.stream = refuse  # type: ignore[method-assign]
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+    for mix, field in (({"lora": [{"id": 0, "scale": 1.0}, {"id": 1, "scale": 1.0}]}, "lora"), ({}, "model")):
+        with running.http() as http:
+            answer = http.post(path, json={"model": "base", **ask, **mix})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
 def test_a_mix_is_one_requests_or_everybodys(start: Start) -> None:

@@ -312,7 +312,7 @@ async def llama_stream(
 async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None) -> list[Task]:
     form = "grammar" if request.grammar else "json_schema"
     spelled = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty", "structured_outputs": form}
-    spelled["logprobs"] = "n_probs"
+    spelled |= {"logprobs": "n_probs", "lora_request": "lora" if request.lora else "model"}
     if isinstance(request, InfillRequest):
         spelled |= {"prompt": "input_prefix", "suffix": "input_suffix"}
     bias = await _bias(adapter, request)

@@ -43,8 +43,7 @@ def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionReque
 def read_chat(request: ChatCompletionRequest) -> Task:
     """Convert a validated chat request to a task."""
     messages = tuple(_message(message, f"messages.{index}") for index, message in enumerate(request.messages))
-    fields = {"prompt": "messages", "prediction": "prediction.content"}
-    fields["structured_outputs"] = _form_path(request, "tools")
+    fields = _fields(request) | {"prompt": "messages", "prediction": "prediction.content"}
     fields["thinking_token_budget"] = fields["thoughts"] = request.budget_field
     if request.max_completion_tokens is not None:
         fields["max_tokens"] = "max_completion_tokens"
@@ -86,7 +85,7 @@ def read_completion(request: CompletionRequest) -> Task:
     return Task(
         prompts=tuple(request.prompts),
         suffix=request.suffix or "",
-        paths=Paths({"structured_outputs": _form_path(request, "tools")}),
+        paths=Paths(_fields(request)),
         add_special_tokens=request.add_special_tokens is not False,
         echo_prompts=bool(request.echo),
         scored_only=request.max_tokens == 0,
@@ -138,9 +137,10 @@ def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]
     return given
 
 
-def _form_path(request: ChatCompletionRequest | CompletionRequest, otherwise: str) -> str:
-    """Return the path of the field that constrains the content; `otherwise` if the request has no such field."""
-    return otherwise if request.structured() is None else request.structured_field
+def _fields(request: ChatCompletionRequest | CompletionRequest) -> dict[str, str]:
+    """Return the names of the fields that constrain the content (tools, if none does), and that choose adapters."""
+    form = "tools" if request.structured() is None else request.structured_field
+    return {"structured_outputs": form, "lora_request": "lora" if request.lora else "model"}
 
 
 def _parts(message: WireMessage, path: str) -> list[Part]:

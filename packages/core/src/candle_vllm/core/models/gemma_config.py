@@ -126,14 +126,15 @@ def _windows(fields: Fields, layers: int, period: int) -> tuple[int | None, ...]
 
 
 def layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
-    """The rotary settings of one kind of layer, from `rope_parameters` (transformers 5) or from the older flat keys."""
+    """The rotary settings of one kind of layer, from `rope_parameters` (transformers 5) or from the older flat keys.
+
+    `rope_scaling` applies to layers without a window, also beside `rope_parameters`.
+    """
     local = kind == "sliding_attention"
     theta = fields.get("rope_local_base_freq", float, 1e4) if local else fields.get("rope_theta", float, 1e6)
-    if "rope_parameters" in fields:
-        stored = fields.section("rope_parameters").section(kind).values
-    else:
-        stored = {} if local else fields.section("rope_scaling").values
-    one = Fields({"rope_parameters": {"rope_theta": theta, **stored}}, fields.path)
+    stored = {"rope_theta": theta, **fields.section("rope_parameters").section(kind).values}
+    scaling = {} if local else fields.section("rope_scaling").values
+    one = Fields({"rope_parameters": stored, "rope_scaling": scaling}, fields.path)
     return rope_from_hf(one, shared["head_dim"], shared["max_position"])
 
 

@@ -47,9 +47,9 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     if model_type == "olmo3":  # settings without kinds of layers scale only the layers without a window
         kinds, theta = fields.section("rope_parameters"), fields.get("rope_theta", float, 5e5)
         full, local = (kinds.section(f"{kind}_attention").values for kind in ("full", "sliding"))
-        full = full or ({} if local else kinds.values) or fields.section("rope_scaling").values
-        for name, values in (("rope", full), ("local_rope", local)):
-            one = Fields({"rope_parameters": {"rope_theta": theta, **values}}, fields.path)
+        full, scaling = full or ({} if local else kinds.values), fields.section("rope_scaling").values
+        for name, values, added in (("rope", full, scaling), ("local_rope", local, {})):
+            one = Fields({"rope_parameters": {"rope_theta": theta, **values}, "rope_scaling": added}, fields.path)
             own[name] = rope_from_hf(one, shared["head_dim"], position)
             theta = own[name].theta
         own["max_position"] = position

@@ -99,6 +99,8 @@ class BatchRun:
                 message = "The batch's API key is not valid any more."
                 await self._fail([BatchError(code="invalid_api_key", message=message)])
             except NotStoredError:
+                if (await self._store.batch(owner, self.held.id)).batch.cancelling_at is not None:
+                    self.cancelled.set()  # another server may have cancelled it just now
                 message = "The input file no longer exists."
                 gone = BatchError(code="input_file_gone", message=message, param="input_file_id")
                 await self._fail([] if self.cancelled.is_set() else [gone])

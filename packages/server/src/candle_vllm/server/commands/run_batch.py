@@ -173,8 +173,8 @@ async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], 
         slot = await manager.start()
         assert slot.model is not None
         gc.freeze()
-        if made.seekable() and not str(made.name).startswith(("/dev/std", "/dev/fd/")):  # else the shell does
-            made.truncate(0)  # what an earlier run wrote stays until the model is loaded
+        if made.seekable() and made.tell() and not str(made.name).startswith(("/dev/std", "/dev/fd/")):
+            made.truncate(0)  # what an earlier run wrote stays until the model is loaded; or the shell does it
         width = MORE_THAN_RUN * slot.model.engine.model_info.max_num_seqs
         await _answer_all(application, given, made, width, lambda: manager.is_healthy)
     observation.close()
