@@ -153,6 +153,24 @@ def test_a_mix_that_fits_is_loaded_whatever_size_was_expected_and_any_other_is_r
     store.close()
 
 
+@pytest.mark.parametrize("kept", ["pinned", "leased"])
+def test_a_small_adapter_of_a_mix_is_loaded_beside_a_large_one_that_stays(kept: str) -> None:
+    store = AdapterStore(Loads(sizes={"a": 90, "b": 10, "c": 60}), most=3, most_bytes=100)
+    store.add(use("a"), PATIENCE)
+    if kept == "pinned":
+        store.pin("a", PATIENCE)
+    else:
+        assert store.lease(store.found([use("a")])) is not None
+    fits, large = (store.found([use("a"), use(name)]) for name in "bc")
+    store.want([entry for entry, _ in (*fits, *large)])
+    wait_for(lambda: store.lease(fits) is not None)
+    store.release(fits)
+    store.want([entry for entry, _ in large])
+    wait_for(lambda: store.refusal(large) is not None)
+    assert "raise max_cpu_loras or lora_memory" in str(store.refusal(large))
+    store.close()
+
+
 def test_one_load_serves_all_who_ask_for_it() -> None:
     loads = Loads()
     loads.gate.clear()

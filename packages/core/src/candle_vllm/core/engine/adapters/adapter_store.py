@@ -460,7 +460,7 @@ class AdapterStore:
             nbytes, behind = self._estimate_bytes(entry), order[place + 1 :]
             entry.crowded = not self._make_room(nbytes, 1, order[:place], behind)
             if entry.crowded and entry.mixed and not entry.nbytes:  # `refusal` needs the sizes of a whole mix
-                entry.crowded = not self._make_room(nbytes, 1, (), order[:place] + behind)
+                entry.crowded = not self._make_room(1, 1, (), order[:place] + behind)
             if not entry.crowded:
                 self._callers_next = not of_caller
                 return entry
