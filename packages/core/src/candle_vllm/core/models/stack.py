@@ -30,7 +30,7 @@ class Stage:
         layers: indices of the stage's layers.
         size: E.
         empty: allocates memory for activations of a shape.
-        deep: number of first layers among which all are that add image vectors; 0 for as many as there are vectors.
+        deep: index of the last layer that adds image vectors, plus 1; 0 if each of the first layers adds one vector.
     """
 
     def __init__(self, line: Stages, layers: range, size: int, empty: Callable[..., Any], deep: int = 0) -> None:

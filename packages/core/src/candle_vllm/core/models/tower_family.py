@@ -346,8 +346,8 @@ class TowerFamily:
         mark: the token that is repeated for each of an image's embeddings.
         asks: the token that a chat template writes for an image, see `known_to`; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
-        template: the chat template of models that are published without one; empty if there is none.
-        spelled: text in templates that stands for `asks`, and that is no token; empty if there is none.
+        template: the chat template for models that are published without a template; empty to leave them so.
+        spelled: a text that templates write instead of the token `asks`; empty if they write `asks`.
         stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
         arranging: makes `VisionInput.arrange` from a function that encodes texts with special tokens.
