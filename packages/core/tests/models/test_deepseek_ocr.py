@@ -38,6 +38,7 @@ from packages.core.tests.models.sight import (
 )
 from packages.core.tests.models.test_qwen_vl import RANDOM, loaded_from, write_tokenizer
 from packages.core.tests.models.tiny import SMALL, randomise
+from tests.common_run import few
 
 IMAGE = 262
 TEMPLATE = (
@@ -89,7 +90,7 @@ def write(folder: Path, kind: str = "usual") -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=few(KINDS, "small"))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("deepseek_ocr2"), request.param)
 
@@ -119,6 +120,7 @@ def rule_of(said: dict[str, Any]) -> Any:
     return FAMILY.config_from_hf(Fields(PUBLISHED, path), Fields({}, path), 1280, said).rule
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("said", [{}, {"max_patches": 9}, {"min_patches": 3}, {"crop_to_patches": False}])
 def test_images_have_the_tiles_and_placeholders_of_transformers(said: dict[str, Any]) -> None:
     rule = rule_of(said)

@@ -31,6 +31,7 @@ from packages.core.tests.models.sight import answers, require_embeddings, requir
 from packages.core.tests.models.test_deepseek_ocr import EDGES, PUBLISHED, TEXT
 from packages.core.tests.models.test_qwen_vl import RANDOM, loaded_from, write_tokenizer
 from packages.core.tests.models.tiny import randomise
+from tests.common_run import few
 
 IMAGE = 262
 PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((900, 600, 3), (400, 600, 3), (300, 1300, 3))]
@@ -124,8 +125,7 @@ def test_images_have_as_many_placeholders_as_embeddings() -> None:
         assert FAMILY.words_around(cut, cut.cells(64)).count("<image>") == count, (width, height)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     loaded, wanted = loaded_from(folder, op_by_op=eager), list[NDArray[np.float32]]()
     assert loaded.tower is not None
@@ -137,8 +137,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     require_embeddings(loaded, given, wanted, eager=eager, most=8)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_logits_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     def wanted(ids: torch.Tensor) -> torch.Tensor:
         return theirs(input_ids=ids, **their_pixels(PICTURES[2])).logits[0].log_softmax(-1)
@@ -146,6 +145,7 @@ def test_logits_are_those_of_transformers(eager: bool, folder: Path, theirs: Any
     require_logits(folder, PROMPTS[0], wanted, eager=eager, tokens=128)
 
 
+@pytest.mark.every_case
 def test_answers_are_the_same_in_chunks_cached_and_from_gguf(folder: Path, tmp_path: Path) -> None:
     with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=2048) as engine:
         alone = [answers(engine, [prompt])[0] for prompt in PROMPTS]

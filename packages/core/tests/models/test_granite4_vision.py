@@ -110,6 +110,7 @@ def config_of(folder: Path, processor: Mapping[str, Any] = NOTHING, **change: An
     return FAMILY.config_from_hf(Fields(config | change, folder), Fields(images | dict(processor), folder), 64, {})
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_are_those_of_transformers(kind: str, eager: bool, folders: dict[str, Path]) -> None:

@@ -221,6 +221,7 @@ def rule_of(said: dict[str, Any], config: dict[str, Any] = PUBLISHED) -> Any:
     return FAMILY.config_from_hf(Fields(config, path), Fields({}, path), 1024, said)
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     "said",
     [
@@ -443,6 +444,7 @@ def test_a_template_writes_the_mark_of_an_image_and_images_are_numbered(tmp_path
     assert ids.count(SLICE) == ids.count(SLICED) == 2
 
 
+@pytest.mark.every_case
 def test_answers_are_the_same_in_another_process_and_without_torch(tmp_path: Path) -> None:
     folder = write(tmp_path, "middle")
     with InferenceEngine(folder, device="cpu") as engine:
