@@ -199,8 +199,7 @@ def _loaded(
     stored: Checkpoint,
     described: Path,
 ) -> LoadedTower:
-    started = time.perf_counter()
-    family = family.known_to(tokenizer.encode)
+    started, family = time.perf_counter(), family.known_to(tokenizer.encode)
     placement = _placed(config, text, stored)
     with naming(described, stored.path):
         check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)
@@ -225,8 +224,8 @@ def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: Engi
     words, turned = (lambda cut: encode(family.words_around(cut, cut.cells(parts.cell)))), family.turned
     turns = None if turned is None else lambda cut: turned(cut, cut.cells(parts.cell))
     trailing, limits = frozenset(encode("".join(family.trailing))), PictureLimits.of(config)
-    whole: Any = {"arrange": family.arranging(encode), "spans": functools.partial(spans_of, parts)}
-    return VisionInput(parts, words, turns, trailing, _breaks(tokenizer), limits, **whole)
+    arrange, spans = family.arranging(encode), functools.partial(spans_of, parts)
+    return VisionInput(parts, words, turns, trailing, _breaks(tokenizer), limits, arrange, spans)
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:
