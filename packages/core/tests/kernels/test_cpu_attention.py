@@ -18,8 +18,7 @@ from tests.common_run import few
 
 pytest.importorskip("numba")
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.config import CACHE_TYPES
 from candle_vllm.core.kernels.attention import reference as attention_reference
@@ -38,7 +37,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
 from candle_vllm.core.kernels.attention.cpu_record import LOG2E, AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.attention.rows import AttentionRows
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -552,17 +551,10 @@ def test_rotate_and_write(teams: dict[int, ThreadTeam], rotary: int, block: int,
     assert values[77:].isnan().all()
 
 
-@intrinsic
-def exp2_lanes(_: Any, address: Any) -> Any:
+@emitted
+def exp2_lanes(e: Emitter, address: Int) -> None:
     """2^x of 16 floats, in place."""
-    signature = types.void(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.store(args[0], emit_exp2(e, e.load(args[0], vector(F32))))
-        return context.get_dummy_value()
-
-    return signature, code
+    e.store(address, emit_exp2(e, e.load(address, vector(F32))))
 
 
 @njit

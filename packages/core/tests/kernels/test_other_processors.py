@@ -16,12 +16,9 @@ import pytest
 
 pytest.importorskip("numba")
 
-from numba import types
-from numba.extending import intrinsic
-
 from candle_vllm.core.kernels.cpu_runtime import machine_code
 from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
-from candle_vllm.core.kernels.cpu_runtime.emit import I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import I32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_isa, host_level, links_here
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, linear_arguments, plan_row
@@ -92,16 +89,11 @@ def make_gathers(isa: Isa) -> Callable[[int, int], None]:
     """Squares of 96 numbers below 256, from a table, less the numbers: so many at once that every register has some."""
     table = np.arange(256, dtype=np.uint32) ** 2
 
-    @intrinsic
-    def squares(_: Any, numbers: Any, to: Any) -> Any:
-        def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            e = Emitter(b)
-            places = [e.load(args[0], vector(I32), 64 * part) for part in range(6)]
-            for part, found in enumerate([gather(e, table, place, isa) for place in places]):
-                e.store(args[1], e.b.sub(found, places[part]), 64 * part)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 2), code
+    @emitted
+    def squares(e: Emitter, numbers: Int, to: Int) -> None:
+        places = [e.load(numbers, vector(I32), 64 * part) for part in range(6)]
+        for part, found in enumerate([gather(e, table, place, isa) for place in places]):
+            e.store(to, e.b.sub(found, places[part]), 64 * part)
 
     def take(numbers: int, to: int) -> None:
         squares(numbers, to)
@@ -135,15 +127,10 @@ def test_products_have_the_same_bits(processor: Emulated, team: ThreadTeam) -> N
 def make_dot(isa: Isa) -> Callable[[int, int, int], None]:
     """Products of 64 bytes at each of two addresses, summed by fours: int32 [16] at the third."""
 
-    @intrinsic
-    def dot(_: Any, unsigned: Any, signed: Any, to: Any) -> Any:
-        def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            e = Emitter(b)
-            u, s = (e.load(at, vector(I32)) for at in args[:2])
-            e.store(args[2], e.dot_u8_i8(e.zeros(I32), u, s, isa))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 3), code
+    @emitted
+    def dot(e: Emitter, unsigned: Int, signed: Int, to: Int) -> None:
+        u, s = (e.load(at, vector(I32)) for at in (unsigned, signed))
+        e.store(to, e.dot_u8_i8(e.zeros(I32), u, s, isa))
 
     def take(unsigned: int, signed: int, to: int) -> None:
         dot(unsigned, signed, to)

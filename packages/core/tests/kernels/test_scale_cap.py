@@ -14,11 +14,10 @@ from torch.nn import functional
 
 pytest.importorskip("numba")
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.cpu_runtime import emit_functions
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.scale_cap import clamp_, scale_cap_, scale_cap_arguments, scale_cap_operation
@@ -72,14 +71,9 @@ def test_a_cap_keeps_small_logits_and_holds_large_ones() -> None:
 def lanes_of(emit: Callable[[Emitter, Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
     """A function of float32 arrays whose size is a multiple of 16."""
 
-    @intrinsic
-    def sixteen(_: Any, address: Any) -> Any:
-        def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            e = Emitter(b)
-            e.store(args[0], emit(e, e.load(args[0], vector(F32))))
-            return context.get_dummy_value()
-
-        return types.void(types.int64), code
+    @emitted
+    def sixteen(e: Emitter, address: Int) -> None:
+        e.store(address, emit(e, e.load(address, vector(F32))))
 
     @njit
     def every(address: int, count: int) -> None:

@@ -13,12 +13,11 @@ from types import MappingProxyType
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue, QuantiseArguments
 from candle_vllm.core.kernels.cpu_runtime import emit_functions
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, SHIFTER, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
 from candle_vllm.core.kernels.recorded import LIMITS
@@ -177,44 +176,37 @@ def prologue_halves(
     return lambda group: [_ACTIVATIONS[prologue](e, value) for value in _two(e, x, group)]
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def quantise_groups(
-    _: Any,
-    prologue: Any,
-    form: Any,
-    x: Any,
-    other: Any,
-    bias: Any,
-    scale: Any,
-    mean: Any,
-    q: Any,
-    scales: Any,
-    sums: Any,
-    rows: Any,
-    first: Any,
-    count: Any,
-) -> Any:
+    e: Emitter,
+    prologue: Prologue,
+    form: int,
+    x: Int,
+    other: Int,
+    bias: Int,
+    scale: Float,
+    mean: Float,
+    q: Int,
+    scales: Int,
+    sums: Int,
+    rows: Int,
+    first: Int,
+    count: Int,
+) -> None:
     """Apply the prologue to `count` groups of a row and quantise them; see `prologue_halves`.
 
-    form, rows: y is also written to address `rows`, as bfloat16 if the constant `form` is 2, as float32 if it is 4.
+    form, rows: y is also written to address `rows`, as bfloat16 if `form` is 2, as float32 if it is 4.
     """
-    before, wide, integers = Prologue(prologue.literal_value), form.literal_value, [types.int64] * 3
-    signature = types.void(prologue, form, *integers, types.float32, types.float32, *integers, *integers)
+    b = e.b
+    made = prologue_halves(e, prologue, x, other, scale, mean=mean, bias=bias)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        made = prologue_halves(e, before, args[2], args[3], args[5], mean=args[6], bias=args[4])
+    def written(group: Any) -> list[Any]:
+        halves, target = made(group), b.add(rows, b.mul(group, e.int64(GROUP * form)))
+        for part, half in enumerate(halves):
+            e.store(target, e.float_to_bf16(half) if form == 2 else half, part * LANES * form)
+        return halves
 
-        def written(group: Any) -> list[Any]:
-            halves, target = made(group), b.add(args[10], b.mul(group, e.int64(GROUP * wide)))
-            for part, half in enumerate(halves):
-                e.store(target, e.float_to_bf16(half) if wide == 2 else half, part * LANES * wide)
-            return halves
-
-        _groups_code(e, [*args[7:10], *args[11:]], written if wide else made)
-        return context.get_dummy_value()
-
-    return signature, code
+    _groups_code(e, [q, scales, sums, first, count], written if form else made)
 
 
 def _row_sum(e: Emitter, x: Any, columns: Any, term: Callable[[Any, Any], Any], masked: bool) -> Any:
@@ -245,52 +237,38 @@ def _one_over_root(e: Emitter, total: Any, columns: Any, eps: Any) -> Any:
     return e.b.fdiv(ir.Constant(F32, 1.0), e.call("llvm.sqrt.f32", F32, [e.b.fadd(mean, eps)]))
 
 
-def _rms_scale(masked: bool, context: Any, b: Any, sig: Any, args: Any) -> Any:
-    e = Emitter(b)
-    total = _row_sum(e, args[0], args[1], lambda v, total: e.fma(v, v, total), masked)
-    return _one_over_root(e, total, args[1], args[2])
+def _rms_scale(e: Emitter, x: Any, columns: Any, eps: Any, masked: bool) -> Any:
+    return _one_over_root(e, _row_sum(e, x, columns, lambda v, total: e.fma(v, v, total), masked), columns, eps)
 
 
-@intrinsic
-def rms_scale(_: Any, x: Any, columns: Any, eps: Any) -> Any:
+@emitted
+def rms_scale(e: Emitter, x: Int, columns: Int, eps: Float) -> Float:
     """Return 1 / sqrt(mean(x^2) + eps) of a row that is followed by zeros up to a multiple of 32 columns."""
-    signature = types.float32(types.int64, types.int64, types.float32)
-    return signature, partial(_rms_scale, False)
+    return _rms_scale(e, x, columns, eps, masked=False)
 
 
-@intrinsic
-def rms_scale_within(_: Any, x: Any, columns: Any, eps: Any) -> Any:
+@emitted
+def rms_scale_within(e: Emitter, x: Int, columns: Int, eps: Float) -> Float:
     """Do what `rms_scale` does for a row that any elements may follow; up to 31 of these are read and ignored."""
-    signature = types.float32(types.int64, types.int64, types.float32)
-    return signature, partial(_rms_scale, True)
+    return _rms_scale(e, x, columns, eps, masked=True)
 
 
-@intrinsic
-def row_mean(_: Any, x: Any, columns: Any) -> Any:
+@emitted
+def row_mean(e: Emitter, x: Int, columns: Int) -> Float:
     """Return the mean of a row; up to 31 elements after the row are read and ignored."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        return b.fdiv(_row_sum(e, args[0], args[1], b.fadd, True), b.sitofp(args[1], F32))
-
-    return types.float32(types.int64, types.int64), code
+    return e.b.fdiv(_row_sum(e, x, columns, e.b.fadd, True), e.b.sitofp(columns, F32))
 
 
-@intrinsic
-def layer_scale(_: Any, x: Any, columns: Any, mean: Any, eps: Any) -> Any:
+@emitted
+def layer_scale(e: Emitter, x: Int, columns: Int, mean: Float, eps: Float) -> Float:
     """Return 1 / sqrt(mean((x - mean)^2) + eps) of a row; up to 31 elements after the row are read and ignored."""
+    centre = e.splat(mean)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        centre = e.splat(args[2])
+    def squares(value: Any, total: Any) -> Any:
+        distance = e.b.fsub(value, centre)
+        return e.fma(distance, distance, total)
 
-        def squares(value: Any, total: Any) -> Any:
-            distance = b.fsub(value, centre)
-            return e.fma(distance, distance, total)
-
-        return _one_over_root(e, _row_sum(e, args[0], args[1], squares, True), args[1], args[3])
-
-    return types.float32(types.int64, types.int64, types.float32, types.float32), code
+    return _one_over_root(e, _row_sum(e, x, columns, squares, True), columns, eps)
 
 
 # ---- the operation ---------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import (
@@ -27,59 +26,52 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
     share,
 )
 from candle_vllm.core.kernels.activation_rows import SEGMENT, WORD, ByteForm, RowForm, RowsArguments, WordForm
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger_size
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _write_groups(
-    _: Any,
-    prologue: Any,
-    form: Any,
-    x: Any,
-    other: Any,
-    bias: Any,
-    scale: Any,
-    mean: Any,
-    out: Any,
-    scales: Any,
-    first: Any,
-    count: Any,
-) -> Any:
+    e: Emitter,
+    prologue: Prologue,
+    form: int,
+    x: Int,
+    other: Int,
+    bias: Int,
+    scale: Float,
+    mean: Float,
+    out: Int,
+    scales: Int,
+    first: Int,
+    count: Int,
+) -> None:
     """Write groups of 32 elements of a row after its prologue; `other` to `mean` are as for `prologue_halves`.
 
     scales: address of the groups' scales, which only `WordForm` has.
     """
-    before, words = Prologue(prologue.literal_value), form.literal_value == WordForm.I16
-    wanted = WordForm.I16 if words else RowForm(form.literal_value)
-    integers = [types.int64] * 3
+    b = e.b
+    words = form == WordForm.I16
+    wanted = WordForm.I16 if words else RowForm(form)
+    halves = prologue_halves(e, prologue, x, other, scale, mean=mean, bias=bias)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_x, at_other, at_bias, factor, centre, at_out, at_scales, start, number = args[2:]
-        halves = prologue_halves(e, before, at_x, at_other, factor, mean=centre, bias=at_bias)
-
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            group = b.add(start, index)
-            target = b.add(at_out, b.mul(group, e.int64(GROUP * wanted.bytes)))
-            if words:
-                numbers, scale_of = _words(e, halves(group))
-                for part, half in enumerate(numbers):
-                    e.store(target, half, part * LANES * wanted.bytes)
-                e.store(b.add(at_scales, b.shl(group, e.int64(2))), scale_of)
-                return state
-            for part, half in enumerate(halves(group)):
-                numbers = e.float_to_bf16(half) if wanted is RowForm.BF16 else half
-                e.store(target, numbers, part * LANES * wanted.bytes)
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        group = b.add(first, index)
+        target = b.add(out, b.mul(group, e.int64(GROUP * wanted.bytes)))
+        if words:
+            numbers, scale_of = _words(e, halves(group))
+            for part, half in enumerate(numbers):
+                e.store(target, half, part * LANES * wanted.bytes)
+            e.store(b.add(scales, b.shl(group, e.int64(2))), scale_of)
             return state
+        for part, half in enumerate(halves(group)):
+            numbers = e.float_to_bf16(half) if wanted is RowForm.BF16 else half
+            e.store(target, numbers, part * LANES * wanted.bytes)
+        return state
 
-        e.loop(number, [], body)
-        return context.get_dummy_value()
-
-    return types.void(prologue, form, *integers, types.float32, types.float32, *integers, types.int64), code
+    e.loop(count, [], body)
 
 
 def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
@@ -92,52 +84,44 @@ def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
     return numbers, b.extract_element(scales, ir.Constant(I32, 0))
 
 
-@intrinsic
-def _write_bytes(_: Any, y: Any, out: Any, groups: Any) -> Any:
+@emitted
+def _write_bytes(e: Emitter, y: Int, out: Int, groups: Int) -> None:
     """Write a row of float32 y, `groups` groups, in `ByteForm`."""
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_y, at_out, count = args
+    def halves(first: Any, group: Any) -> list[Any]:
+        at = b.add(y, b.mul(b.add(first, group), e.int64(4 * GROUP)))
+        return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
 
-        def halves(first: Any, group: Any) -> list[Any]:
-            at = b.add(at_y, b.mul(b.add(first, group), e.int64(4 * GROUP)))
-            return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
+    def larger(first: Any, group: Any, most: list[Any]) -> list[Any]:
+        sizes = [e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves(first, group)]
+        return [emit_larger_size(e, size, top) for size, top in zip(sizes, most)]
 
-        def larger(first: Any, group: Any, most: list[Any]) -> list[Any]:
-            sizes = [e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves(first, group)]
-            return [emit_larger_size(e, x, y) for x, y in zip(sizes, most)]
+    def write(first: Any, factor: Any, group: Any, totals: list[Any]) -> list[Any]:
+        at = b.add(out, b.mul(b.add(first, group), e.int64(GROUP)))
+        for part, half in enumerate(halves(first, group)):
+            rounded = b.bitcast(b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)), vector(I32))
+            whole = b.sub(rounded, e.constant(I32, SHIFTER_BITS))
+            totals = [b.add(totals[0], whole)]
+            e.store(at, b.trunc(whole, vector(I8)), LANES * part)
+        return totals
 
-        def write(first: Any, factor: Any, group: Any, totals: list[Any]) -> list[Any]:
-            at = b.add(at_out, b.mul(b.add(first, group), e.int64(GROUP)))
-            for part, half in enumerate(halves(first, group)):
-                rounded = b.bitcast(b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)), vector(I32))
-                whole = b.sub(rounded, e.constant(I32, SHIFTER_BITS))
-                totals = [b.add(totals[0], whole)]
-                e.store(at, b.trunc(whole, vector(I8)), LANES * part)
-            return totals
+    def segment(number: Any, state: list[Any]) -> list[Any]:
+        first = b.mul(number, e.int64(SEGMENT // GROUP))
+        left = b.sub(groups, first)
+        some = b.select(b.icmp_signed("<", left, e.int64(SEGMENT // GROUP)), left, e.int64(SEGMENT // GROUP))
+        scales, inverse = emit_scales(e, [e.loop(some, [e.zeros(F32), e.zeros(F32)], partial(larger, first))], 127.0)
+        factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [0] * LANES))
+        (total,) = e.loop(some, [e.zeros(I32)], partial(write, first, factor))
+        place, lane = b.add(tail, b.mul(number, e.int64(8))), ir.Constant(I32, 0)
+        e.store(place, b.extract_element(scales, lane))
+        e.store(place, b.mul(b.extract_element(fold(e, [total], b.add), lane), ir.Constant(I32, -128)), 4)
+        return state
 
-        def segment(number: Any, state: list[Any]) -> list[Any]:
-            first = b.mul(number, e.int64(SEGMENT // GROUP))
-            left = b.sub(count, first)
-            some = b.select(b.icmp_signed("<", left, e.int64(SEGMENT // GROUP)), left, e.int64(SEGMENT // GROUP))
-            scales, inverse = emit_scales(
-                e, [e.loop(some, [e.zeros(F32), e.zeros(F32)], partial(larger, first))], 127.0
-            )
-            factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [0] * LANES))
-            (total,) = e.loop(some, [e.zeros(I32)], partial(write, first, factor))
-            place, lane = b.add(tail, b.mul(number, e.int64(8))), ir.Constant(I32, 0)
-            e.store(place, b.extract_element(scales, lane))
-            e.store(place, b.mul(b.extract_element(fold(e, [total], b.add), lane), ir.Constant(I32, -128)), 4)
-            return state
-
-        end = b.add(at_out, b.mul(count, e.int64(GROUP)))
-        tail = b.add(at_out, b.and_(b.add(b.mul(count, e.int64(GROUP)), e.int64(63)), e.int64(-64)))
-        e.loop(b.udiv(b.add(count, e.int64(SEGMENT // GROUP - 1)), e.int64(SEGMENT // GROUP)), [], segment)
-        e.loop_or_skip(b.and_(count, e.int64(1)), [], lambda _, state: (e.store(end, e.zeros(I8, GROUP)), state)[1])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), code
+    end = b.add(out, b.mul(groups, e.int64(GROUP)))
+    tail = b.add(out, b.and_(b.add(b.mul(groups, e.int64(GROUP)), e.int64(63)), e.int64(-64)))
+    e.loop(b.udiv(b.add(groups, e.int64(SEGMENT // GROUP - 1)), e.int64(SEGMENT // GROUP)), [], segment)
+    e.loop_or_skip(b.and_(groups, e.int64(1)), [], lambda _, state: (e.store(end, e.zeros(I8, GROUP)), state)[1])
 
 
 @njit

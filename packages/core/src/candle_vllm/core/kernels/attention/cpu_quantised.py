@@ -36,8 +36,7 @@ from functools import reduce
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.attention.cpu_cache import (
     BLOCK,
@@ -49,7 +48,20 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     code_bytes,
     partial_floats,
 )
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, I64, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    SHIFTER,
+    Double,
+    Emitter,
+    Int,
+    emitted,
+    vector,
+)
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_larger_size, emit_largest_lane
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
@@ -111,10 +123,20 @@ def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: Cach
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
+def emit_scores(
+    e: Emitter,
+    queries: Any,
+    tiles_at: Any,
+    coming_at: Any,
+    stride: Any,
+    scores: Any,
+    m: int,
+    d: int,
+    kind: CacheKind,
+    isa: Isa,
+) -> None:
     """Emit `cpu_tiles.score_tiles` for quantised queries and keys."""
     b = e.b
-    queries, tiles_at, coming_at, stride, scores = args
     parts = 1 + kind.has_halves
     words = BLOCK // (4 * parts)  # words of a block, without planes
     whole = words if kind.low else 0  # of which so many are stored
@@ -217,10 +239,21 @@ def _half_of(e: Emitter, words: Any, shift: Any) -> Any:
     return e.half_to_float(e.b.bitcast(e.b.trunc(e.b.lshr(words, shift), vector(I16)), vector(F16)))
 
 
-def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
+def emit_values(
+    e: Emitter,
+    exact: Any,
+    weights: Any,
+    tiles_at: Any,
+    coming_at: Any,
+    keys: Any,
+    partials: Any,
+    m: int,
+    d: int,
+    kind: CacheKind,
+    isa: Isa,
+) -> None:
     """Emit `cpu_tiles.value_tiles` for quantised values; the probabilities are float32, in the memory of the scores."""
     b = e.b
-    exact, weights, tiles_at, coming_at, keys, partials = args
     count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
     vectors = 1 if kind.has_halves else 2  # vectors of a group of four positions
     whole_codes = 64 * (LANES // 4) * vectors if kind.low else 0  # bytes of a tile's block, without planes
@@ -397,124 +430,91 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
     return [bits], [b.add(code, e.constant(I32, kind.bias)) for code in codes]
 
 
-@intrinsic
-def quantise_query(_: Any, x: Any, to: Any, scale: Any, total: Any) -> Any:
+@emitted
+def quantise_query(e: Emitter, x: Int, to: Int, scale: Int, total: Int) -> None:
     """Quantise 32 floats: write int8 codes to `to`, a float32 scale to `scale`, the int32 sum of codes to `total`."""
-    signature = types.void(*[types.int64] * 4)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        values = [e.load(args[0], vector(F32), 64 * n) for n in range(2)]
-        top = _largest(e, [e.call("llvm.fabs.v16f32", vector(F32), [value]) for value in values])
-        step = b.fmul(top, e.constant(F32, 1 / 127))
-        inverse = _inverse(e, step)
-        codes = [_rounded(e, _limited(e, b.fmul(value, inverse), -127.0, 127.0)) for value in values]
-        for n, each in enumerate(codes):
-            e.store(args[1], b.trunc(each, vector(I8)), LANES * n)
-        e.store(args[2], b.extract_element(step, ir.Constant(I32, 0)))
-        e.store(args[3], _sum_numbers(e, b.add(*codes)))
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    values = [e.load(x, vector(F32), 64 * n) for n in range(2)]
+    top = _largest(e, [e.call("llvm.fabs.v16f32", vector(F32), [value]) for value in values])
+    step = b.fmul(top, e.constant(F32, 1 / 127))
+    inverse = _inverse(e, step)
+    codes = [_rounded(e, _limited(e, b.fmul(value, inverse), -127.0, 127.0)) for value in values]
+    for n, each in enumerate(codes):
+        e.store(to, b.trunc(each, vector(I8)), LANES * n)
+    e.store(scale, b.extract_element(step, ir.Constant(I32, 0)))
+    e.store(total, _sum_numbers(e, b.add(*codes)))
 
 
-@intrinsic(prefer_literal=True)
-def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) -> Any:
+@emitted
+def quantise_key(e: Emitter, x: Int, to: Int, stride: Int, scale: Int, kind: CacheKind) -> None:
     """Quantise a block of a key: write words, `stride` bytes apart, and the fp16 scale and any minimum to `scale`."""
-    signature = types.void(*[types.int64] * 4, kind)
-    kind_ = CacheKind(kind.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        halves, codes = _block_codes(e, args[0], kind_)
-        words, planes = [], []
-        for each in codes:
-            four = b.bitcast(b.trunc(each, vector(I8)), vector(I32, 4))
-            words += [b.extract_element(four, ir.Constant(I32, n)) for n in range(4)]
-        for n in range(kind_.low, kind_.low + kind_.planes):
-            every = ir.Constant(I32, 0)
-            for k, word in enumerate(words):
-                bit = b.and_(b.lshr(word, ir.Constant(I32, n)), ir.Constant(I32, 0x01010101))
-                every = b.or_(every, b.shl(bit, ir.Constant(I32, k)))
-            planes.append(every)
-        if kind_.has_halves:
-            words = [b.and_(word, ir.Constant(I32, 0x0F0F0F0F)) for word in words]
-            words = [b.or_(low, b.shl(high, ir.Constant(I32, 4))) for low, high in zip(words[::2], words[1::2])]
-        at = args[1]
-        for word in (words if kind_.low else []) + planes:
-            e.store(at, word)
-            at = b.add(at, args[2])
-        for n, half in enumerate(halves):
-            e.store(args[3], half, 2 * n)
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    halves, codes = _block_codes(e, x, kind)
+    words, planes = [], []
+    for each in codes:
+        four = b.bitcast(b.trunc(each, vector(I8)), vector(I32, 4))
+        words += [b.extract_element(four, ir.Constant(I32, n)) for n in range(4)]
+    for n in range(kind.low, kind.low + kind.planes):
+        every = ir.Constant(I32, 0)
+        for k, word in enumerate(words):
+            bit = b.and_(b.lshr(word, ir.Constant(I32, n)), ir.Constant(I32, 0x01010101))
+            every = b.or_(every, b.shl(bit, ir.Constant(I32, k)))
+        planes.append(every)
+    if kind.has_halves:
+        words = [b.and_(word, ir.Constant(I32, 0x0F0F0F0F)) for word in words]
+        words = [b.or_(low, b.shl(high, ir.Constant(I32, 4))) for low, high in zip(words[::2], words[1::2])]
+    at = to
+    for word in (words if kind.low else []) + planes:
+        e.store(at, word)
+        at = b.add(at, stride)
+    for n, half in enumerate(halves):
+        e.store(scale, half, 2 * n)
 
 
-@intrinsic(prefer_literal=True)
-def quantise_value(_: Any, x: Any, to: Any, planes: Any, scale: Any, kind: Any) -> Any:
+@emitted
+def quantise_value(e: Emitter, x: Int, to: Int, planes: Int, scale: Int, kind: CacheKind) -> None:
     """Quantise a block of a value: write codes to every fourth byte from `to` on, each plane as a word to `planes`, 64
     bytes apart, the fp16 scale to `scale`, and an fp16 minimum 32 bytes further."""
-    signature = types.void(*[types.int64] * 4, kind)
-    kind_ = CacheKind(kind.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        halves, codes = _block_codes(e, args[0], kind_)
-        for n in range(kind_.planes):
-            own = e.constant(I32, 1 << kind_.low + n)
-            bits = [b.icmp_unsigned("==", b.and_(code, own), own) for code in codes]
-            low, high = (b.zext(b.bitcast(each, I16), I32) for each in bits)
-            e.store(args[2], b.or_(low, b.shl(high, ir.Constant(I32, 16))), 4 * LANES * n)
-        if kind_.has_halves:
-            codes = [b.and_(code, e.constant(I32, 15)) for code in codes]
-            codes = [b.or_(codes[0], b.shl(codes[1], e.constant(I32, 4)))]
-        spread = ir.Constant(vector(I32, 64), [i // 4 if i % 4 == 0 else LANES for i in range(64)])
-        mask = ir.Constant(vector(ir.IntType(1), 64), [1, 0, 0, 0] * LANES)
-        for n, each in enumerate(codes if kind_.low else []):
-            wide = b.shuffle_vector(b.trunc(each, vector(I8)), e.zeros(I8), spread)
-            e.store_masked(b.add(args[1], e.int64(64 * n)), wide, mask)
-        for n, half in enumerate(halves):
-            e.store(args[3], half, 2 * LANES * n)
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    halves, codes = _block_codes(e, x, kind)
+    for n in range(kind.planes):
+        own = e.constant(I32, 1 << kind.low + n)
+        bits = [b.icmp_unsigned("==", b.and_(code, own), own) for code in codes]
+        low, high = (b.zext(b.bitcast(each, I16), I32) for each in bits)
+        e.store(planes, b.or_(low, b.shl(high, ir.Constant(I32, 16))), 4 * LANES * n)
+    if kind.has_halves:
+        codes = [b.and_(code, e.constant(I32, 15)) for code in codes]
+        codes = [b.or_(codes[0], b.shl(codes[1], e.constant(I32, 4)))]
+    spread = ir.Constant(vector(I32, 64), [i // 4 if i % 4 == 0 else LANES for i in range(64)])
+    mask = ir.Constant(vector(ir.IntType(1), 64), [1, 0, 0, 0] * LANES)
+    for n, each in enumerate(codes if kind.low else []):
+        wide = b.shuffle_vector(b.trunc(each, vector(I8)), e.zeros(I8), spread)
+        e.store_masked(b.add(to, e.int64(64 * n)), wide, mask)
+    for n, half in enumerate(halves):
+        e.store(scale, half, 2 * LANES * n)
 
 
 # ---- rotation --------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def _turn_16(_: Any, x: Any, factor: Any) -> Any:
+@emitted
+def _turn_16(e: Emitter, x: Int, factor: Double) -> None:
     """Multiply 16 floats by the Hadamard matrix of size 16 and a factor, in place."""
-    signature = types.void(types.int64, types.float64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        value = b.fmul(e.load(args[0], vector(F32)), e.splat(b.fptrunc(args[1], F32)))
-        for step in (1, 2, 4, 8):
-            lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
-            signs = ir.Constant(vector(F32), [-1.0 if i & step else 1.0 for i in range(LANES)])
-            value = b.fadd(b.shuffle_vector(value, value, lanes), b.fmul(value, signs))
-        e.store(args[0], value)
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    value = b.fmul(e.load(x, vector(F32)), e.splat(b.fptrunc(factor, F32)))
+    for step in (1, 2, 4, 8):
+        lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
+        signs = ir.Constant(vector(F32), [-1.0 if i & step else 1.0 for i in range(LANES)])
+        value = b.fadd(b.shuffle_vector(value, value, lanes), b.fmul(value, signs))
+    e.store(x, value)
 
 
-@intrinsic
-def _turn_pair(_: Any, x: Any, y: Any) -> Any:
+@emitted
+def _turn_pair(e: Emitter, x: Int, y: Int) -> None:
     """Compute x, y = x + y, x - y for 16 floats each, in place."""
-    signature = types.void(types.int64, types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        x, y = (e.load(at, vector(F32)) for at in args)
-        e.store(args[0], b.fadd(x, y))
-        e.store(args[1], b.fsub(x, y))
-        return context.get_dummy_value()
-
-    return signature, code
+    first, second = (e.load(at, vector(F32)) for at in (x, y))
+    e.store(x, e.b.fadd(first, second))
+    e.store(y, e.b.fsub(first, second))
 
 
 @njit(inline="always")

@@ -18,8 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.attention.cpu_cache import (
     PROBABILITY_STRIDE,
@@ -32,7 +31,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     state_at,
 )
 from candle_vllm.core.kernels.attention.cpu_quantised import emit_scores, emit_values
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, SHIFTER, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_largest_lane, emit_tanh
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
@@ -65,44 +64,34 @@ def emit_exp2(e: Emitter, x: Any) -> Any:
     return e.power_of_two(shifted, b.fsub(x, b.fsub(shifted, e.constant(F32, SHIFTER))))
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def score_tiles(
-    _: Any,
-    q: Any,
-    tiles: Any,
-    coming: Any,
-    stride: Any,
-    scores: Any,
-    rows: Any,
-    dim: Any,
-    kind: Any,
-    isa: Any,
-) -> Any:
+    e: Emitter,
+    q: Int,
+    tiles: Int,
+    coming: Int,
+    stride: Int,
+    scores: Int,
+    rows: int,
+    dim: int,
+    kind: CacheKind,
+    isa: Isa,
+) -> None:
     """Compute the scores of `rows` query rows with the keys of four tiles.
 
     `q` has the rows as `copy_query` writes them. `tiles` points at four addresses of tiles, `coming` at four addresses
     of tiles to prefetch if keys are quantised (may be `tiles`). `stride` is the bytes from a pair of dimensions to the
-    next. `rows`, `dim`, `kind` and `isa` are constants.
+    next.
     """
-    signature = types.void(*[types.int64] * 5, rows, dim, kind, isa)
-    m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
-    stored = CacheKind(kind.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        if stored.is_quantised:
-            emit_scores(e, args[:5], m, d, stored, features)
-            return context.get_dummy_value()
-        tiles = [e.load(args[1], I64, 8 * n) for n in range(TILES)]
-        _scores(e, args, m, d, tiles, features)
-        return context.get_dummy_value()
-
-    return signature, code
+    if kind.is_quantised:
+        emit_scores(e, q, tiles, coming, stride, scores, rows, dim, kind, isa)
+    else:
+        _scores(e, q, [e.load(tiles, I64, 8 * n) for n in range(TILES)], stride, scores, rows, dim, isa)
 
 
-def _scores(e: Emitter, args: Any, m: int, d: int, tiles: list[Any], isa: Isa) -> None:
+def _scores(e: Emitter, queries: Any, tiles: list[Any], stride: Any, scores: Any, m: int, d: int, isa: Isa) -> None:
     """Emit `score_tiles` for bfloat16: as many tiles at once as registers have room for, `_RUN` pairs at a time."""
-    b, queries, stride, scores, pairs, at_once = e.b, args[0], args[3], args[4], d // 2, vectors_at_once(isa, m)
+    b, pairs, at_once = e.b, d // 2, vectors_at_once(isa, m)
     run = pairs if at_once == TILES else next(n for n in range(min(_RUN, pairs), 0, -1) if pairs % n == 0)
 
     def of_tiles(begin: Any, some: range) -> None:
@@ -172,90 +161,82 @@ def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) ->
     return tuple(e.splat(b.trunc(value, I32)) for value in (first, not_negative(b.sub(end, first))))
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def softmax_rows(
-    _: Any,
-    scores: Any,
-    probabilities: Any,
-    tiles: Any,
-    positions: Any,
-    start: Any,
-    window: Any,
-    partials: Any,
-    rows: Any,
-    dim: Any,
-    kind: Any,
-    isa: Any,
-) -> Any:
+    e: Emitter,
+    scores: Int,
+    probabilities: Int,
+    tiles: Int,
+    positions: Int,
+    start: Int,
+    window: Int,
+    partials: Int,
+    rows: int,
+    dim: int,
+    kind: CacheKind,
+    isa: Isa,
+) -> None:
     """Compute exp2(score - m) for `rows` rows over 16 * tiles keys from position `start` on; masked keys get 0.
 
     The results are rounded to bfloat16, except for quantised values, and written to `probabilities`. With `in_floats`,
     and for quantised values, they are stored as float32 in `scores` instead. `positions` points at the rows' int64
     positions; `ROW_TILE` elements after each is the last position that the row attends to. m and s, the sum of the
-    results, are written to `partials`. `rows`, `dim`, `kind` and `isa` are constants.
+    results, are written to `partials`.
     """
-    signature = types.void(*[types.int64] * 7, rows, dim, kind, isa)
-    m, d, wide = rows.literal_value, dim.literal_value, in_floats(isa.literal_value)
-    exact = CacheKind(kind.literal_value).is_quantised
+    b = e.b
+    wide, exact = in_floats(isa), kind.is_quantised
+    bounds = [
+        _seen_keys(e, *(e.load(positions, I64, 8 * at) for at in (row, row + ROW_TILE)), start=start, window=window)
+        for row in range(rows)
+    ]
+    numbers = ir.Constant(vector(I32), list(range(LANES)))
+    lanes = [b.sub(numbers, first) for first, _ in bounds]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        bounds = [
-            _seen_keys(
-                e, *(e.load(args[3], I64, 8 * at) for at in (row, row + ROW_TILE)), start=args[4], window=args[5]
-            )
-            for row in range(m)
-        ]
-        numbers = ir.Constant(vector(I32), list(range(LANES)))
-        lanes = [b.sub(numbers, first) for first, _ in bounds]
+    def seen(tile: Any, row: int) -> Any:
+        index = b.add(lanes[row], e.splat(b.trunc(b.shl(tile, e.int64(4)), I32)))
+        return b.icmp_unsigned("<", index, bounds[row][1])
 
-        def seen(tile: Any, row: int) -> Any:
-            index = b.add(lanes[row], e.splat(b.trunc(b.shl(tile, e.int64(4)), I32)))
-            return b.icmp_unsigned("<", index, bounds[row][1])
+    def score(tile: Any, row: int) -> Any:
+        return e.load(b.add(scores, b.shl(tile, e.int64(6))), vector(F32), SCORE_STRIDE * row)
 
-        def score(tile: Any, row: int) -> Any:
-            return e.load(b.add(args[0], b.shl(tile, e.int64(6))), vector(F32), SCORE_STRIDE * row)
+    def largest(tile: Any, tops: list[Any]) -> list[Any]:
+        nothing = e.constant(F32, NOTHING)
+        return [emit_larger(e, b.select(seen(tile, row), score(tile, row), nothing), tops[row]) for row in range(rows)]
 
-        def largest(tile: Any, tops: list[Any]) -> list[Any]:
-            nothing = e.constant(F32, NOTHING)
-            return [emit_larger(e, b.select(seen(tile, row), score(tile, row), nothing), tops[row]) for row in range(m)]
+    tops = e.loop(tiles, [e.constant(F32, NOTHING)] * rows, largest)
+    tops = [emit_largest_lane(e, top) for top in tops]
 
-        tops = e.loop(args[2], [e.constant(F32, NOTHING)] * m, largest)
-        tops = [emit_largest_lane(e, top) for top in tops]
+    def exponentials(tile: Any, totals: list[Any]) -> list[Any]:
+        at, results = b.add(probabilities, b.shl(tile, e.int64(5))), []
+        for row in range(rows):
+            bits = b.bitcast(emit_exp2(e, b.fsub(score(tile, row), tops[row])), vector(I32))
+            if exact:
+                power = b.bitcast(b.select(seen(tile, row), bits, e.zeros(I32)), vector(F32))
+                e.store(b.add(scores, b.shl(tile, e.int64(6))), power, SCORE_STRIDE * row)
+                results.append(b.fadd(totals[row], power))
+                continue
+            # Round to the nearest bfloat16, ties up; s is the sum of the same rounded values, so there is no bias.
+            bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
+            bits = b.select(seen(tile, row), bits, e.zeros(I32))
+            if wide:
+                e.store(b.add(scores, b.shl(tile, e.int64(6))), bits, SCORE_STRIDE * row)
+            else:
+                e.store(at, b.trunc(b.lshr(bits, e.constant(I32, 16)), vector(I16)), PROBABILITY_STRIDE * row)
+            results.append(b.fadd(totals[row], b.bitcast(bits, vector(F32))))
+        return results
 
-        def exponentials(tile: Any, totals: list[Any]) -> list[Any]:
-            at, results = b.add(args[1], b.shl(tile, e.int64(5))), []
-            for row in range(m):
-                bits = b.bitcast(emit_exp2(e, b.fsub(score(tile, row), tops[row])), vector(I32))
-                if exact:
-                    power = b.bitcast(b.select(seen(tile, row), bits, e.zeros(I32)), vector(F32))
-                    e.store(b.add(args[0], b.shl(tile, e.int64(6))), power, SCORE_STRIDE * row)
-                    results.append(b.fadd(totals[row], power))
-                    continue
-                # Round to the nearest bfloat16, ties up; s is the sum of the same rounded values, so there is no bias.
-                bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
-                bits = b.select(seen(tile, row), bits, e.zeros(I32))
-                if wide:
-                    e.store(b.add(args[0], b.shl(tile, e.int64(6))), bits, SCORE_STRIDE * row)
-                else:
-                    e.store(at, b.trunc(b.lshr(bits, e.constant(I32, 16)), vector(I16)), PROBABILITY_STRIDE * row)
-                results.append(b.fadd(totals[row], b.bitcast(bits, vector(F32))))
-            return results
-
-        totals = e.loop(args[2], [e.zeros(F32)] * m, exponentials)
-        for row in range(m):
-            at = 4 * (partial_floats(d) * row + state_at(d))
-            e.store(args[6], b.extract_element(tops[row], ir.Constant(I32, 0)), at)
-            e.store(args[6], e.sum_lanes(totals[row]), at + 4)
-        return context.get_dummy_value()
-
-    return signature, code
+    totals = e.loop(tiles, [e.zeros(F32)] * rows, exponentials)
+    for row in range(rows):
+        at = 4 * (partial_floats(dim) * row + state_at(dim))
+        e.store(partials, b.extract_element(tops[row], ir.Constant(I32, 0)), at)
+        e.store(partials, e.sum_lanes(totals[row]), at + 4)
 
 
-def _values(e: Emitter, args: Any, m: int, d: int, isa: Isa) -> None:
+def _values(
+    e: Emitter, scores: Any, probabilities: Any, tiles: Any, keys: Any, partials: Any, m: int, d: int, isa: Isa
+) -> None:
     """Emit `value_tiles` for bfloat16: as many vectors of dimensions at once as registers hold."""
     b = e.b
-    scores, probabilities, tiles, _, keys, partials = args
     weights, row_numbers = (scores, SCORE_STRIDE // 4) if in_floats(isa) else (probabilities, PROBABILITY_STRIDE // 2)
     pairs = b.lshr(b.add(keys, e.int64(1)), e.int64(1))
     odd = b.icmp_unsigned("==", b.and_(keys, e.int64(1)), e.int64(1))
@@ -304,97 +285,70 @@ def _values(e: Emitter, args: Any, m: int, d: int, isa: Isa) -> None:
     e.loop_or_skip(b.lshr(b.add(pairs, e.int64(7)), e.int64(3)), [], of_tile)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def value_tiles(
-    _: Any,
-    scores: Any,
-    probabilities: Any,
-    tiles: Any,
-    coming: Any,
-    keys: Any,
-    partials: Any,
-    rows: Any,
-    dim: Any,
-    kind: Any,
-    isa: Any,
-) -> Any:
+    e: Emitter,
+    scores: Int,
+    probabilities: Int,
+    tiles: Int,
+    coming: Int,
+    keys: Int,
+    partials: Int,
+    rows: int,
+    dim: int,
+    kind: CacheKind,
+    isa: Isa,
+) -> None:
     """Write the sum of the first `keys` values, weighted by the rows' probabilities, to partial results.
 
     `tiles` points at the addresses of the values' tiles, `coming` at as many to prefetch if values are quantised. With
     `in_floats`, and for quantised values, float32 probabilities are read from `scores`; `probabilities` is then unused
-    or scratch memory. `rows`, `dim`, `kind` and `isa` are constants.
+    or scratch memory.
     """
-    signature = types.void(*[types.int64] * 6, rows, dim, kind, isa)
-    m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
-    stored = CacheKind(kind.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        if stored.is_quantised:
-            emit_values(Emitter(b), args[:6], m, d, stored, features)
-            return context.get_dummy_value()
-        _values(Emitter(b), args[:6], m, d, features)
-        return context.get_dummy_value()
-
-    return signature, code
+    if kind.is_quantised:
+        emit_values(e, scores, probabilities, tiles, coming, keys, partials, rows, dim, kind, isa)
+    else:
+        _values(e, scores, probabilities, tiles, keys, partials, rows, dim, isa)
 
 
-@intrinsic
-def cap_scores(_: Any, scores: Any, tiles: Any, cap: Any) -> Any:
+@emitted
+def cap_scores(e: Emitter, scores: Int, tiles: Int, cap: Float) -> None:
     """Soft-cap a row's scores of some tiles: cap * tanh(score / cap)."""
-    signature = types.void(types.int64, types.int64, types.float32)
+    b = e.b
+    cap = e.splat(cap)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        cap = e.splat(args[2])
+    def body(tile: Any, state: list[Any]) -> list[Any]:
+        at = b.add(scores, b.shl(tile, e.int64(6)))
+        e.store(at, b.fmul(emit_tanh(e, b.fdiv(e.load(at, vector(F32)), cap)), cap))
+        return state
 
-        def body(tile: Any, state: list[Any]) -> list[Any]:
-            at = b.add(args[0], b.shl(tile, e.int64(6)))
-            e.store(at, b.fmul(emit_tanh(e, b.fdiv(e.load(at, vector(F32)), cap)), cap))
-            return state
-
-        e.loop(args[1], [], body)
-        return context.get_dummy_value()
-
-    return signature, code
+    e.loop(tiles, [], body)
 
 
-@intrinsic(prefer_literal=True)
-def fall_with_distance(_: Any, scores: Any, tiles: Any, slope: Any, distance: Any) -> Any:
+@emitted
+def fall_with_distance(e: Emitter, scores: Int, tiles: Int, slope: Int, distance: Int) -> None:
     """Subtract slope times distance from a row's scores; `slope` is an address, `distance` the first key's distance."""
-    signature = types.void(*[types.int64] * 4)
+    b = e.b
+    slope, numbers = e.splat(b.fneg(e.load(slope, F32))), ir.Constant(vector(I32), list(range(LANES)))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        slope, numbers = e.splat(b.fneg(e.load(args[2], F32))), ir.Constant(vector(I32), list(range(LANES)))
+    def body(tile: Any, state: list[Any]) -> list[Any]:
+        at = b.add(scores, b.shl(tile, e.int64(6)))
+        first = e.splat(b.trunc(b.sub(distance, b.shl(tile, e.int64(4))), I32))
+        away = b.sitofp(b.sub(first, numbers), vector(F32))
+        e.store(at, e.fma(away, slope, e.load(at, vector(F32))))
+        return state
 
-        def body(tile: Any, state: list[Any]) -> list[Any]:
-            at = b.add(args[0], b.shl(tile, e.int64(6)))
-            first = e.splat(b.trunc(b.sub(args[3], b.shl(tile, e.int64(4))), I32))
-            away = b.sitofp(b.sub(first, numbers), vector(F32))
-            e.store(at, e.fma(away, slope, e.load(at, vector(F32))))
-            return state
-
-        e.loop(args[1], [], body)
-        return context.get_dummy_value()
-
-    return signature, code
+    e.loop(tiles, [], body)
 
 
-@intrinsic(prefer_literal=True)
-def clear_partial(_: Any, partial: Any, dim: Any) -> Any:
+@emitted
+def clear_partial(e: Emitter, partial: Int, dim: int) -> None:
     """Initialise a partial result that has no keys yet."""
-    signature = types.void(types.int64, dim)
-    end = state_at(dim.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        for start in range(0, end, LANES):
-            e.store(args[0], e.zeros(F32), 4 * start)
-        e.store(args[0], ir.Constant(F32, NOTHING), 4 * end)
-        e.store(args[0], ir.Constant(F32, 0.0), 4 * end + 4)
-        return context.get_dummy_value()
-
-    return signature, code
+    end = state_at(dim)
+    for start in range(0, end, LANES):
+        e.store(partial, e.zeros(F32), 4 * start)
+    e.store(partial, ir.Constant(F32, NOTHING), 4 * end)
+    e.store(partial, ir.Constant(F32, 0.0), 4 * end + 4)
 
 
 def _shares(e: Emitter, old_top: Any, new_top: Any) -> tuple[Any, Any]:
@@ -406,82 +360,55 @@ def _shares(e: Emitter, old_top: Any, new_top: Any) -> tuple[Any, Any]:
     return b.select(rises, power, one), b.select(rises, one, power)
 
 
-@intrinsic(prefer_literal=True)
-def merge_partial(_: Any, state: Any, partial: Any, dim: Any) -> Any:
+@emitted
+def merge_partial(e: Emitter, state: Int, partial: Int, dim: int) -> None:
     """Merge `partial`, a row's partial result of later keys, into `state`; one without keys changes nothing."""
-    signature = types.void(types.int64, types.int64, dim)
-    end = state_at(dim.literal_value)
+    b = e.b
+    end = state_at(dim)
+    old_top, new_top = (e.splat(e.load(at, F32, 4 * end)) for at in (state, partial))
+    keep, add = _shares(e, old_top, new_top)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        state, partial = args[:2]
-        old_top, new_top = (e.splat(e.load(at, F32, 4 * end)) for at in (state, partial))
-        keep, add = _shares(e, old_top, new_top)
+    def mix(kind: ir.Type, offset: int, keep: Any, add: Any) -> None:
+        old, new = (e.load(at, kind, offset) for at in (state, partial))
+        e.store(state, b.fadd(b.fmul(old, keep), b.fmul(new, add)), offset)
 
-        def mix(kind: ir.Type, offset: int, keep: Any, add: Any) -> None:
-            old, new = (e.load(at, kind, offset) for at in (state, partial))
-            e.store(state, b.fadd(b.fmul(old, keep), b.fmul(new, add)), offset)
-
-        for start in range(0, end, LANES):
-            mix(vector(F32), 4 * start, keep, add)
-        zero = ir.Constant(I32, 0)
-        mix(F32, 4 * end + 4, b.extract_element(keep, zero), b.extract_element(add, zero))
-        e.store(state, b.extract_element(emit_larger(e, old_top, new_top), zero), 4 * end)
-        return context.get_dummy_value()
-
-    return signature, code
+    for start in range(0, end, LANES):
+        mix(vector(F32), 4 * start, keep, add)
+    zero = ir.Constant(I32, 0)
+    mix(F32, 4 * end + 4, b.extract_element(keep, zero), b.extract_element(add, zero))
+    e.store(state, b.extract_element(emit_larger(e, old_top, new_top), zero), 4 * end)
 
 
-@intrinsic(prefer_literal=True)
-def add_sink(_: Any, state: Any, sink: Any, dim: Any) -> Any:
+@emitted
+def add_sink(e: Emitter, state: Int, sink: Int, dim: int) -> None:
     """Add the sink at the address `sink` to a row's sum of probabilities."""
-    signature = types.void(types.int64, types.int64, dim)
-    end = state_at(dim.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        top, sink = e.splat(e.load(args[0], F32, 4 * end)), e.splat(e.load(args[1], F32))
-        keep, add = _shares(e, top, sink)
-        for start in range(0, end, LANES):
-            e.store(args[0], b.fmul(e.load(args[0], vector(F32), 4 * start), keep), 4 * start)
-        total = b.fadd(b.fmul(e.splat(e.load(args[0], F32, 4 * end + 4)), keep), add)
-        e.store(args[0], b.extract_element(total, ir.Constant(I32, 0)), 4 * end + 4)
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    end = state_at(dim)
+    top, sink = e.splat(e.load(state, F32, 4 * end)), e.splat(e.load(sink, F32))
+    keep, add = _shares(e, top, sink)
+    for start in range(0, end, LANES):
+        e.store(state, b.fmul(e.load(state, vector(F32), 4 * start), keep), 4 * start)
+    total = b.fadd(b.fmul(e.splat(e.load(state, F32, 4 * end + 4)), keep), add)
+    e.store(state, b.extract_element(total, ir.Constant(I32, 0)), 4 * end + 4)
 
 
-@intrinsic(prefer_literal=True)
-def finish_partial(_: Any, partial: Any, out: Any, dim: Any) -> Any:
+@emitted
+def finish_partial(e: Emitter, partial: Int, out: Int, dim: int) -> None:
     """Write attention's result: the sum of values divided by the sum of probabilities."""
-    signature = types.void(types.int64, types.int64, dim)
-    d = dim.literal_value
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        total = e.splat(e.load(args[0], F32, 4 * state_at(d) + 4))
-        for start in vector_starts(d):
-            e.store(args[1], b.fdiv(e.load(args[0], vector(F32), 4 * start), total), 4 * start)
-        return context.get_dummy_value()
-
-    return signature, code
+    total = e.splat(e.load(partial, F32, 4 * state_at(dim) + 4))
+    for start in vector_starts(dim):
+        e.store(out, e.b.fdiv(e.load(partial, vector(F32), 4 * start), total), 4 * start)
 
 
-@intrinsic(prefer_literal=True)
-def copy_query(_: Any, to: Any, source: Any, dim: Any, wide: Any) -> Any:
+@emitted
+def copy_query(e: Emitter, to: Int, source: Int, dim: int, wide: bool) -> None:
     """Copy a row of 2 D bytes; with `wide` convert bfloat16 to float32."""
-    signature = types.void(types.int64, types.int64, dim, wide)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        for start in vector_starts(dim.literal_value):
-            row = e.load(args[1], vector(I16), 2 * start)
-            if wide.literal_value:
-                row = b.shl(b.zext(row, vector(I32)), e.constant(I32, 16))
-            e.store(args[0], row, (4 if wide.literal_value else 2) * start)
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    for start in vector_starts(dim):
+        row = e.load(source, vector(I16), 2 * start)
+        if wide:
+            row = b.shl(b.zext(row, vector(I32)), e.constant(I32, 16))
+        e.store(to, row, (4 if wide else 2) * start)
 
 
 @njit(inline="always")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Vector code for the CPU kernels, emitted as LLVM IR through Numba's `@intrinsic`.
+"""Vector code for the CPU kernels, emitted as LLVM IR (`emitted`).
 
 Vectors are 16 lanes of 32 bits (512 bits). For a CPU with shorter registers LLVM splits the same code. Dot products,
 table look-ups (`emit_tables.py`) and AMX (`emit_squares.py`) use an instruction set's own instructions if `Isa` has
@@ -9,14 +9,22 @@ them, on parts of a vector if its registers are shorter. Integer results are equ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
 
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+# The types of `emitted` functions' values: while code is emitted, all of them are LLVM values.
+Int = Annotated[Any, types.int64]
+Float = Annotated[Any, types.float32]
+Double = Annotated[Any, types.float64]
+Bool = Annotated[Any, types.boolean]
 SHIFTER = 12582912.0
 """1.5 * 2^23: a float that is added to it is rounded to an integer, which is in the low bits of the sum."""
 
@@ -295,3 +303,28 @@ class Emitter:
             phi.add_incoming(result, last)
             merged.append(phi)
         return merged
+
+
+def emitted(emit: Callable[..., Any]) -> Any:
+    """Make a function of compiled code from one that emits its code, inline, with an `Emitter` as its first argument.
+
+    The annotations are the signature. An `Int`, `Float`, `Double` or `Bool` is an LLVM value. A parameter of any other
+    type, such as `int` or `Isa`, is a constant in the compiled code, and `emit` gets it as that type.
+    """
+    _, *kinds, result = get_type_hints(emit, include_extras=True).values()
+    makers = [None if hasattr(kind, "__metadata__") else kind for kind in kinds]
+    result = types.void if result is type(None) else result.__metadata__[0]
+
+    @wraps(emit)
+    def typed(_: Any, *given: Any) -> Any:
+        declared = [kind.__metadata__[0] if make is None else own for kind, make, own in zip(kinds, makers, given)]
+        constants = [None if make is None else make(own.literal_value) for make, own in zip(makers, given)]
+
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            given = [value if make is None else own for make, own, value in zip(makers, constants, values)]
+            made = emit(Emitter(builder), *given)
+            return context.get_dummy_value() if result is types.void else made
+
+        return result(*declared), code
+
+    return intrinsic(prefer_literal=any(makers))(typed)

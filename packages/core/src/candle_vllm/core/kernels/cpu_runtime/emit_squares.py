@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import I8, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import I8, Emitter, emitted, vector
 
 
 def square_call(e: Emitter, name: str, *arguments: Any) -> None:
@@ -42,12 +40,7 @@ def shape_squares(e: Emitter, memory: Any, shapes: Sequence[tuple[int, int]]) ->
     square_call(e, "ldtilecfg", e.b.inttoptr(memory, I8.as_pointer()))
 
 
-@intrinsic
-def end_squares(_: Any) -> Any:
+@emitted
+def end_squares(e: Emitter) -> None:
     """Release the registers, so that the system need not save their contents for the thread."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        square_call(Emitter(b), "tilerelease")
-        return context.get_dummy_value()
-
-    return types.void(), code
+    square_call(e, "tilerelease")

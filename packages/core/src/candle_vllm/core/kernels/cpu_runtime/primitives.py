@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Bool, Emitter, Float, Int, emitted
 from candle_vllm.core.kernels.cpu_runtime.operation import FIRST_ARGUMENT, NUMBERS, field_kinds
 
 
@@ -33,116 +33,74 @@ int32_at = pointers(types.int32, "int32")
 int64_at = pointers(types.int64, "int64")
 
 
-@intrinsic
-def float_from_bits(_: Any, bits: Any) -> Any:
+@emitted
+def float_from_bits(e: Emitter, bits: Int) -> Float:
     """Return the float32 whose bits are the low half of an int64."""
-    signature = types.float32(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.bitcast(b.trunc(args[0], I32), F32)
-
-    return signature, code
+    b = e.b
+    return b.bitcast(b.trunc(bits, I32), F32)
 
 
-@intrinsic
-def load_acquire(_: Any, address: Any) -> Any:
+@emitted
+def load_acquire(e: Emitter, address: Int) -> Int:
     """Read an int64 that another thread writes."""
-    signature = types.int64(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.load_atomic(b.inttoptr(args[0], I64.as_pointer()), "seq_cst", 8)
-
-    return signature, code
+    b = e.b
+    return b.load_atomic(b.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
 
 
-@intrinsic
-def store_release(_: Any, address: Any, value: Any) -> Any:
+@emitted
+def store_release(e: Emitter, address: Int, value: Int) -> None:
     """Write an int64 that another thread reads; a thread that reads it also sees all earlier writes."""
-    signature = types.void(types.int64, types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        b.store_atomic(args[1], b.inttoptr(args[0], I64.as_pointer()), "seq_cst", 8)
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    b.store_atomic(value, b.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
 
 
-@intrinsic
-def fetch_add(_: Any, address: Any, value: Any) -> Any:
+@emitted
+def fetch_add(e: Emitter, address: Int, value: Int) -> Int:
     """Add to an int64 and return its old value."""
-    signature = types.int64(types.int64, types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
-
-    return signature, code
+    b = e.b
+    return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
 
 
-@intrinsic
-def exchange(_: Any, address: Any, value: Any) -> Any:
+@emitted
+def exchange(e: Emitter, address: Int, value: Int) -> Int:
     """Write an int64 and return its old value."""
-    signature = types.int64(types.int64, types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.atomic_rmw("xchg", b.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
-
-    return signature, code
+    b = e.b
+    return b.atomic_rmw("xchg", b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
 
 
-@intrinsic
-def compare_exchange(_: Any, address: Any, expected: Any, value: Any) -> Any:
+@emitted
+def compare_exchange(e: Emitter, address: Int, expected: Int, value: Int) -> Bool:
     """Write an int64 if its value is `expected`; return whether it was written."""
-    signature = types.boolean(types.int64, types.int64, types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        pointer = b.inttoptr(args[0], I64.as_pointer())
-        return b.extract_value(b.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 1)
-
-    return signature, code
+    b = e.b
+    pointer = b.inttoptr(address, I64.as_pointer())
+    return b.extract_value(b.cmpxchg(pointer, expected, value, "seq_cst", "seq_cst"), 1)
 
 
-@intrinsic(prefer_literal=True)
-def cpu_relax(_: Any, x86: Any) -> Any:
+@emitted
+def cpu_relax(e: Emitter, x86: bool) -> None:
     """Pause briefly, which gives the core to its other hyper-thread, if x86 is 1; do nothing if it is 0."""
-    signature = types.void(x86)
-    on_x86 = bool(x86.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        if on_x86:
-            Emitter(b).call("llvm.x86.sse2.pause", ir.VoidType(), [])
-        return context.get_dummy_value()
-
-    return signature, code
+    if x86:
+        e.call("llvm.x86.sse2.pause", ir.VoidType(), [])
 
 
-@intrinsic
-def call_system(_: Any, function: Any, subject: Any, number: Any) -> Any:
+@emitted
+def call_system(e: Emitter, function: Int, subject: Int, number: Int) -> None:
     """Call a C function by its address: function(subject, number, 0); the function may have fewer parameters.
 
     In the calling conventions of x86-64 and ARM (System V and Windows), these arguments are passed in registers; a
     function with fewer or narrower parameters ignores the rest.
     """
-    signature = types.void(types.int64, types.int64, types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(I32, [I64, I64, I64])
-        b.call(b.inttoptr(args[0], kind.as_pointer()), [args[1], args[2], ir.Constant(I64, 0)])
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    kind = ir.FunctionType(I32, [I64, I64, I64])
+    b.call(b.inttoptr(function, kind.as_pointer()), [subject, number, ir.Constant(I64, 0)])
 
 
-@intrinsic
-def call_operation(_: Any, function: Any, arguments: Any, thread: Any, threads: Any) -> Any:
+@emitted
+def call_operation(e: Emitter, function: Int, arguments: Int, thread: Int, threads: Int) -> None:
     """Call a compiled operation by its address: function(address of its row, thread, threads)."""
-    signature = types.void(types.int64, types.int64, types.int64, types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
-        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+    b.call(b.inttoptr(function, kind.as_pointer()), [arguments, thread, threads])
 
 
 # ---- rows of a plan --------------------------------------------------------------------------------------------------
@@ -184,13 +142,10 @@ def inner_row(row: int, arguments: int) -> int:
     return row + size if int64_at(row)[1] >> 8 > size else 0
 
 
-@intrinsic
-def step_number(_: Any, row: Any, which: Any) -> Any:
+@emitted
+def step_number(e: Emitter, row: Int, which: Int) -> Int:
     """Read one of the step's numbers (`StepNumber`), by the address of a row."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        start = b.inttoptr(args[0], I64.as_pointer())
-        numbers = b.inttoptr(b.load(b.gep(start, [ir.Constant(I64, NUMBERS)])), I64.as_pointer())
-        return b.load(b.gep(numbers, [args[1]]))
-
-    return types.int64(types.int64, types.int64), code
+    b = e.b
+    start = b.inttoptr(row, I64.as_pointer())
+    numbers = b.inttoptr(b.load(b.gep(start, [ir.Constant(I64, NUMBERS)])), I64.as_pointer())
+    return b.load(b.gep(numbers, [which]))

@@ -6,10 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I64, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
@@ -18,70 +17,50 @@ ROWS = LANES
 """Rows of weights in a tile."""
 
 
-@intrinsic
-def stack_bytes(_: Any, count: Any) -> Any:
+@emitted
+def stack_bytes(e: Emitter, count: Int) -> Int:
     """Return the address of `count` bytes of the operation's stack, a multiple of 64; must not be called in a loop."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        memory = b.alloca(I8, size=args[0])
-        memory.align = 64
-        return b.ptrtoint(memory, ir.IntType(64))
-
-    return types.int64(types.int64), code
+    b = e.b
+    memory = b.alloca(I8, size=count)
+    memory.align = 64
+    return b.ptrtoint(memory, ir.IntType(64))
 
 
-@intrinsic
-def add_rows(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: Any, count: Any, onto: Any) -> Any:
+@emitted
+def add_rows(
+    e: Emitter, target: Int, addresses: Int, weights: Int, terms: Int, first: Int, count: Int, onto: Int
+) -> None:
     """Write weighted sums of `terms` > 0 rows to `count` vectors of `target` from `first` on; add them if `onto` is 1.
     `addresses` has the rows' addresses, int64 [terms], `weights` is float32 [terms]."""
-    signature = types.void(*[types.int64] * 7)
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_target, at_addresses, at_weights, number, start, vectors, added = args
+    def column(index: Any, state: list[Any]) -> list[Any]:
+        offset = b.mul(b.add(first, index), e.int64(4 * LANES))
 
-        def column(index: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(b.add(start, index), e.int64(4 * LANES))
+        def term(j: Any, sums: list[Any]) -> list[Any]:
+            source = e.load(b.add(addresses, b.mul(j, e.int64(8))), I64)
+            weight = e.splat(e.load(b.add(weights, b.mul(j, e.int64(4))), F32))
+            return [e.fma(weight, e.load(b.add(source, offset), vector(F32)), sums[0])]
 
-            def term(j: Any, sums: list[Any]) -> list[Any]:
-                source = e.load(b.add(at_addresses, b.mul(j, e.int64(8))), I64)
-                weight = e.splat(e.load(b.add(at_weights, b.mul(j, e.int64(4))), F32))
-                return [e.fma(weight, e.load(b.add(source, offset), vector(F32)), sums[0])]
+        (result,) = e.loop(terms, [e.zeros(F32)], term)
+        at = b.add(target, offset)
+        old = b.select(b.icmp_signed("!=", onto, e.int64(0)), e.load(at, vector(F32)), e.zeros(F32))
+        e.store(at, b.fadd(old, result))
+        return state
 
-            (result,) = e.loop(number, [e.zeros(F32)], term)
-            at = b.add(at_target, offset)
-            old = b.select(b.icmp_signed("!=", added, e.int64(0)), e.load(at, vector(F32)), e.zeros(F32))
-            e.store(at, b.fadd(old, result))
-            return state
-
-        e.loop_or_skip(vectors, [], column)
-        return context.get_dummy_value()
-
-    return signature, code
+    e.loop_or_skip(count, [], column)
 
 
-@intrinsic
-def _add_16(_: Any, target: Any, source: Any) -> Any:
+@emitted
+def _add_16(e: Emitter, target: Int, source: Int) -> None:
     """Add source[0:16] to target[0:16], floats."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.store(args[0], b.fadd(e.load(args[0], vector(F32)), e.load(args[1], vector(F32))))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
+    e.store(target, e.b.fadd(e.load(target, vector(F32)), e.load(source, vector(F32))))
 
 
-@intrinsic
-def _copy_16(_: Any, target: Any, source: Any) -> Any:
+@emitted
+def _copy_16(e: Emitter, target: Int, source: Int) -> None:
     """Copy source[0:16] to target[0:16], floats."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.store(args[0], e.load(args[1], vector(F32)))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
+    e.store(target, e.load(source, vector(F32)))
 
 
 @njit
@@ -115,15 +94,10 @@ _AT, _END, _NEXT, _COUNT, _LINES, _HEAD = range(6)
 _MOST_RUNS = (RUNS_BYTES // 8 - _HEAD) // 2
 
 
-@intrinsic
-def ask_line(_: Any, address: Any) -> Any:
+@emitted
+def ask_line(e: Emitter, address: Int) -> None:
     """Prefetch a cache line that is not read at once."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        Emitter(b).prefetch(args[0], near=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), code
+    e.prefetch(address, near=2)
 
 
 @njit

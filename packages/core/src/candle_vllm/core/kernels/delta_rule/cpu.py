@@ -17,10 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_columns import emit_columns, lanes_below, load_columns, store_columns
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_exp, emit_softplus
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
@@ -38,78 +37,74 @@ _WIDTH = 2  # tiles of a unit
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
+@emitted
+def _scale_row(e: Emitter, x: Int, count: Int, normed: Int, scale: Float) -> None:
     """Multiply `count` floats by `scale` in place; if `normed`, also divide them by the root of the sum of squares."""
-    signature = types.void(types.int64, types.int64, types.int64, types.float32)
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        x, count, normed, scale = args
+    def squares(place: Any, mask: Any, totals: list[Any]) -> list[Any]:
+        value = load_columns(e, b.add(x, place), mask)
+        return [e.fma(value, value, totals[0])]
 
-        def squares(place: Any, mask: Any, totals: list[Any]) -> list[Any]:
-            value = load_columns(e, b.add(x, place), mask)
-            return [e.fma(value, value, totals[0])]
+    (total,) = emit_columns(e, count, [e.zeros(F32)], squares)
+    root = e.call("llvm.sqrt.f32", F32, [b.fadd(e.sum_lanes(total), ir.Constant(F32, EPS))])
+    norm = b.select(b.icmp_signed("!=", normed, e.int64(0)), root, ir.Constant(F32, 1.0))
+    factor = e.splat(b.fdiv(scale, norm))
 
-        (total,) = emit_columns(e, count, [e.zeros(F32)], squares)
-        root = e.call("llvm.sqrt.f32", F32, [b.fadd(e.sum_lanes(total), ir.Constant(F32, EPS))])
-        norm = b.select(b.icmp_signed("!=", normed, e.int64(0)), root, ir.Constant(F32, 1.0))
-        factor = e.splat(b.fdiv(scale, norm))
+    def scaled(place: Any, mask: Any, state: list[Any]) -> list[Any]:
+        at = b.add(x, place)
+        store_columns(e, at, b.fmul(load_columns(e, at, mask), factor), mask)
+        return state
 
-        def scaled(place: Any, mask: Any, state: list[Any]) -> list[Any]:
-            at = b.add(x, place)
-            store_columns(e, at, b.fmul(load_columns(e, at, mask), factor), mask)
-            return state
-
-        emit_columns(e, count, [], scaled)
-        return context.get_dummy_value()
-
-    return signature, code
+    emit_columns(e, count, [], scaled)
 
 
-@intrinsic
+@emitted
 def _gates(
-    _: Any, a: Any, b: Any, decay: Any, bias: Any, most: Any, skip: Any, to: Any, decays: Any, at: Any, heads: Any
-) -> Any:
-    """Write `decays` decays and `heads` strengths (with `skip`, dt) of a token; NaN where a or b is NaN."""
-    signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 5)
+    e: Emitter,
+    at_a: Int,
+    at_b: Int,
+    at_decay: Int,
+    bias: Int,
+    most: Float,
+    skip: Int,
+    to: Int,
+    decays: Int,
+    to_strengths: Int,
+    heads: Int,
+) -> None:
+    """Write `decays` decays and `heads` strengths (with `skip`, dt) from a and b of a token; NaN where one is NaN."""
+    b = e.b
+    one = e.constant(F32, 1.0)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_a, at_b, at_decay, at_bias, most, skip, to, decays, to_strengths, heads = args
-        one = e.constant(F32, 1.0)
+    def times(place: Any, mask: Any) -> tuple[Any, Any]:
+        time = b.fadd(*(load_columns(e, b.add(at, place), mask) for at in (at_a, bias)))
+        return time, emit_softplus(e, time)
 
-        def times(place: Any, mask: Any) -> tuple[Any, Any]:
-            time = b.fadd(*(load_columns(e, b.add(at, place), mask) for at in (at_a, at_bias)))
-            return time, emit_softplus(e, time)
+    def store(to: Any, source: Any, value: Any, mask: Any) -> list[Any]:
+        store_columns(e, to, b.select(b.fcmp_unordered("uno", source, source), source, value), mask)
+        return []
 
-        def store(to: Any, source: Any, value: Any, mask: Any) -> list[Any]:
-            store_columns(e, to, b.select(b.fcmp_unordered("uno", source, source), source, value), mask)
-            return []
+    def decayed(place: Any, mask: Any, _: list[Any]) -> list[Any]:
+        time, positive = times(place, mask)
+        decay = load_columns(e, b.add(at_decay, place), mask)
+        return store(b.add(to, place), time, emit_exp(e, b.fmul(decay, positive)), mask)
 
-        def decayed(place: Any, mask: Any, _: list[Any]) -> list[Any]:
-            time, positive = times(place, mask)
-            decay = load_columns(e, b.add(at_decay, place), mask)
-            return store(b.add(to, place), time, emit_exp(e, b.fmul(decay, positive)), mask)
+    def corrected(place: Any, mask: Any, _: list[Any]) -> list[Any]:
+        other = load_columns(e, b.add(at_b, place), mask)
+        value = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
+        return store(b.add(to_strengths, place), other, value, mask)
 
-        def corrected(place: Any, mask: Any, _: list[Any]) -> list[Any]:
-            other = load_columns(e, b.add(at_b, place), mask)
-            value = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
-            return store(b.add(to_strengths, place), other, value, mask)
+    def skipped(place: Any, mask: Any, _: list[Any]) -> list[Any]:
+        other = load_columns(e, b.add(at_b, place), mask)
+        return store(b.add(to_strengths, place), other, times(place, mask)[1], mask)
 
-        def skipped(place: Any, mask: Any, _: list[Any]) -> list[Any]:
-            other = load_columns(e, b.add(at_b, place), mask)
-            return store(b.add(to_strengths, place), other, times(place, mask)[1], mask)
-
-        emit_columns(e, decays, [], decayed)
-        with b.if_else(b.icmp_signed("==", skip, e.int64(0))) as (corrects, skips):
-            with corrects:
-                emit_columns(e, heads, [], corrected)
-            with skips:
-                emit_columns(e, heads, [], skipped)
-        return context.get_dummy_value()
-
-    return signature, code
+    emit_columns(e, decays, [], decayed)
+    with b.if_else(b.icmp_signed("==", skip, e.int64(0))) as (corrects, skips):
+        with corrects:
+            emit_columns(e, heads, [], corrected)
+        with skips:
+            emit_columns(e, heads, [], skipped)
 
 
 def prepare(row, thread, threads):
@@ -151,119 +146,106 @@ def _each_row(e: Emitter, rows: Any, state: list[Any], body: Any) -> list[Any]:
     return e.loop_or_skip(b.and_(rows, e.int64(_UNROLLED - 1)), state, one)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _take_in(
-    _: Any,
-    tiles: Any,
-    reads: Any,
-    corrects: Any,
-    grain: Any,
-    at: Any,
-    to: Any,
-    k: Any,
-    q: Any,
-    v: Any,
-    out: Any,
-    rows: Any,
-    columns: Any,
-    decay: Any,
-    strength: Any,
-    bias: Any,
-    skip: Any,
-    ahead: Any,
-) -> Any:
+    e: Emitter,
+    tiles: int,
+    reads: bool,
+    corrects: bool,
+    grain: int,
+    at: Int,
+    to: Int,
+    k: Int,
+    q: Int,
+    v: Int,
+    out: Int,
+    rows: Int,
+    columns: Int,
+    decay: Int,
+    strength: Int,
+    bias: Int,
+    skip: Int,
+    ahead: Int,
+) -> None:
     """Process a token for some tiles at `at`; write their new state to `to`, which may be the same address.
 
-    tiles: constant number of tiles. reads: constant, whether to compute `out` from q. corrects: constant, 1 for the
-        delta rule, 0 for Mamba. grain: constant, whether a head (0), a row (1) or an element (2, Mamba 1) has a decay.
+    tiles: number of tiles. reads: whether to compute `out` from q. corrects: true for the delta rule, false for Mamba.
+    grain: whether a head (0), a row (1) or an element (2, Mamba 1) has a decay.
     k, q: addresses of `rows` floats. v, out: of `columns` floats. decay: of 1 float, of `rows` floats, or of tiles.
     strength, skip: addresses of one float. If `grain` is 2, strength (a), bias and skip have `columns` floats.
     ahead: address of tiles to prefetch meanwhile.
     """
-    width, gives, delta = tiles.literal_value, bool(reads.literal_value), bool(corrects.literal_value)
-    by_row, by_element = grain.literal_value == 1, grain.literal_value == 2
-    signature = types.void(tiles, reads, corrects, grain, *[types.int64] * 13)
+    b = e.b
+    by_row, by_element = grain == 1, grain == 2
+    size = b.mul(rows, e.int64(_LINE))
+    sources, targets, later, decays = (
+        [b.add(x, b.mul(size, e.int64(tile))) for tile in range(tiles)] for x in (at, to, ahead, decay)
+    )
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at, to, k, q, v, out, rows, columns, decay, strength, bias, skip, ahead = args[4:]
-        size = b.mul(rows, e.int64(_LINE))
-        sources, targets, later, decays = (
-            [b.add(x, b.mul(size, e.int64(tile))) for tile in range(width)] for x in (at, to, ahead, decay)
-        )
+    def lane(address: Any, row: Any) -> Any:
+        return e.splat(e.load(b.add(address, b.shl(row, e.int64(2))), F32))
 
-        def lane(address: Any, row: Any) -> Any:
-            return e.splat(e.load(b.add(address, b.shl(row, e.int64(2))), F32))
+    def remember(row: Any, half: int, sums: list[Any]) -> list[Any]:
+        key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
+        key = b.fmul(key, lane(decay, row)) if by_row else key
+        for tile in range(tiles):
+            old = e.load(b.add(sources[tile], place), vector(F32))
+            sums[2 * tile + half] = e.fma(key, old, sums[2 * tile + half])
+        return sums
 
-        def remember(row: Any, half: int, sums: list[Any]) -> list[Any]:
-            key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
-            key = b.fmul(key, lane(decay, row)) if by_row else key
-            for tile in range(width):
-                old = e.load(b.add(sources[tile], place), vector(F32))
-                sums[2 * tile + half] = e.fma(key, old, sums[2 * tile + half])
-            return sums
+    remembered = _each_row(e, rows, [e.zeros(F32)] * (2 * tiles), remember) if corrects else []
+    masks = [lanes_below(e, b.sub(columns, e.int64(LANES * tile))) for tile in range(tiles)]
 
-        remembered = _each_row(e, rows, [e.zeros(F32)] * (2 * width), remember) if delta else []
-        masks = [lanes_below(e, b.sub(columns, e.int64(LANES * tile))) for tile in range(width)]
+    def of_columns(address: Any) -> list[Any]:
+        return [load_columns(e, b.add(address, e.int64(_LINE * tile)), mask) for tile, mask in enumerate(masks)]
 
-        def of_columns(address: Any) -> list[Any]:
-            return [load_columns(e, b.add(address, e.int64(_LINE * tile)), mask) for tile, mask in enumerate(masks)]
+    def step_size(time: Any) -> Any:
+        return b.select(b.fcmp_unordered("uno", time, time), time, emit_softplus(e, time))
 
-        def step_size(time: Any) -> Any:
-            return b.select(b.fcmp_unordered("uno", time, time), time, emit_softplus(e, time))
+    values, decayed, corrections, first = of_columns(v), e.constant(F32, 1.0), [], e.int64(0)
+    if by_element:
+        strengths = [step_size(b.fadd(*pair)) for pair in zip(of_columns(strength), of_columns(bias))]
+    else:
+        strengths, decayed = [lane(strength, first)] * tiles, decayed if by_row else lane(decay, first)
+    for tile, value in enumerate(values):
+        if corrects:
+            value = e.fma(b.fneg(decayed), b.fadd(*remembered[2 * tile : 2 * tile + 2]), value)
+        corrections.append(b.fmul(strengths[tile], value))
 
-        values, decayed, corrections, first = of_columns(v), e.constant(F32, 1.0), [], e.int64(0)
-        if by_element:
-            strengths = [step_size(b.fadd(*pair)) for pair in zip(of_columns(strength), of_columns(bias))]
-        else:
-            strengths, decayed = [lane(strength, first)] * width, decayed if by_row else lane(decay, first)
-        for tile, value in enumerate(values):
-            if delta:
-                value = e.fma(b.fneg(decayed), b.fadd(*remembered[2 * tile : 2 * tile + 2]), value)
-            corrections.append(b.fmul(strengths[tile], value))
+    def correct(row: Any, half: int, sums: list[Any]) -> list[Any]:
+        key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
+        query, factor = lane(q, row) if reads else None, lane(decay, row) if by_row else decayed
+        # Tiles are 8 KB apart if Dk = 128. On a Zen 4, a fifth of all processes took 2.7 times as long when the row
+        # of the second tile was loaded after that of the first tile was stored.
+        olds = [e.load(b.add(source, place), vector(F32)) for source in sources]
+        for tile, old in enumerate(olds):
+            e.prefetch(b.add(later[tile], place), near=2)
+            if by_element:
+                factor = emit_exp(e, b.fmul(e.load(b.add(decays[tile], place), vector(F32)), strengths[tile]))
+            new = e.fma(key, corrections[tile], b.fmul(factor, old))
+            e.store(b.add(targets[tile], place), new)
+            if reads:
+                sums[2 * tile + half] = e.fma(query, new, sums[2 * tile + half])
+        return sums
 
-        def correct(row: Any, half: int, sums: list[Any]) -> list[Any]:
-            key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
-            query, factor = lane(q, row) if gives else None, lane(decay, row) if by_row else decayed
-            # Tiles are 8 KB apart if Dk = 128. On a Zen 4, a fifth of all processes took 2.7 times as long when the row
-            # of the second tile was loaded after that of the first tile was stored.
-            olds = [e.load(b.add(source, place), vector(F32)) for source in sources]
-            for tile, old in enumerate(olds):
-                e.prefetch(b.add(later[tile], place), near=2)
-                if by_element:
-                    factor = emit_exp(e, b.fmul(e.load(b.add(decays[tile], place), vector(F32)), strengths[tile]))
-                new = e.fma(key, corrections[tile], b.fmul(factor, old))
-                e.store(b.add(targets[tile], place), new)
-                if gives:
-                    sums[2 * tile + half] = e.fma(query, new, sums[2 * tile + half])
-            return sums
-
-        results = _each_row(e, rows, [e.zeros(F32)] * (2 * width) if gives else [], correct)
-        skips = [] if delta or not gives else of_columns(skip) if by_element else [lane(skip, first)] * width
-        for tile, mask in enumerate(masks if gives else []):
-            total = b.fadd(*results[2 * tile : 2 * tile + 2])
-            total = e.fma(skips[tile], values[tile], total) if skips else total
-            store_columns(e, b.add(out, e.int64(_LINE * tile)), total, mask)
-        return context.get_dummy_value()
-
-    return signature, code
+    results = _each_row(e, rows, [e.zeros(F32)] * (2 * tiles) if reads else [], correct)
+    skips = [] if corrects or not reads else of_columns(skip) if by_element else [lane(skip, first)] * tiles
+    for tile, mask in enumerate(masks if reads else []):
+        total = b.fadd(*results[2 * tile : 2 * tile + 2])
+        total = e.fma(skips[tile], values[tile], total) if skips else total
+        store_columns(e, b.add(out, e.int64(_LINE * tile)), total, mask)
 
 
-@intrinsic
-def _clear(_: Any, to: Any, lines: Any) -> Any:
+@emitted
+def _clear(e: Emitter, to: Int, lines: Int) -> None:
     """Write zeros to `lines` lines of 16 floats."""
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
+    def clear(index: Any, state: list[Any]) -> list[Any]:
+        e.store(b.add(to, b.mul(index, e.int64(_LINE))), e.zeros(F32))
+        return state
 
-        def clear(index: Any, state: list[Any]) -> list[Any]:
-            e.store(b.add(args[0], b.mul(index, e.int64(_LINE))), e.zeros(F32))
-            return state
-
-        e.loop_or_skip(args[1], [], clear)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
+    e.loop_or_skip(lines, [], clear)
 
 
 @njit(inline="always")

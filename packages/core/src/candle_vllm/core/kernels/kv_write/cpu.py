@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, MOST_DIM, STRIP, CacheKind, code_bytes
 from candle_vllm.core.kernels.attention.cpu_quantised import quantise_key, quantise_query, quantise_value, rotate_row
 from candle_vllm.core.kernels.attention.cpu_tiles import place_of
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import ask_line, stack_bytes
@@ -58,65 +57,46 @@ def _store_lanes(e: Emitter, values: Any, kind: int, to: Any, stride: Any, dim: 
         e.store_masked(b.add(to, b.shl(dim, e.int64(2))), spread, mask)
 
 
-@intrinsic(prefer_literal=True)
-def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, stride: Any, kind: Any) -> Any:
+@emitted
+def write_plain(e: Emitter, x: Int, dim: Int, factor: Float, to: Int, stride: Int, kind: int) -> None:
     """Store dimensions dim .. dim + 15 of the float row x, times a factor, as `_store_lanes` does."""
-    signature = types.void(types.int64, types.int64, types.float32, types.int64, types.int64, kind)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        value = e.load(b.add(args[0], b.shl(args[1], e.int64(2))), vector(F32))
-        scaled = b.fmul(value, e.splat(args[2]))
-        _store_lanes(e, scaled, kind.literal_value, args[3], args[4], args[1])
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    value = e.load(b.add(x, b.shl(dim, e.int64(2))), vector(F32))
+    scaled = b.fmul(value, e.splat(factor))
+    _store_lanes(e, scaled, kind, to, stride, dim)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def write_rotated(
-    _: Any, x: Any, dim: Any, half: Any, cos: Any, sin: Any, factor: Any, to: Any, stride: Any, kind: Any
-) -> Any:
+    e: Emitter, x: Int, dim: Int, half: Int, cos: Int, sin: Int, factor: Float, to: Int, stride: Int, kind: int
+) -> None:
     """Rotate dimensions dim .. dim + 15 and the dimensions `half` later, and store both times a factor.
 
     `cos` and `sin` are the addresses of the tables' rows for the token.
     """
-    signature = types.void(*[types.int64] * 5, types.float32, types.int64, types.int64, kind)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        x, dim, half, cos, sin, factor, to, stride, _ = args
-        at, other = b.shl(dim, e.int64(2)), b.add(dim, half)
-        first, c, s = (e.load(b.add(base, at), vector(F32)) for base in (x, cos, sin))
-        second = e.load(b.add(x, b.shl(other, e.int64(2))), vector(F32))
-        times = e.splat(factor)
-        for place, value in (
-            (dim, b.fsub(b.fmul(first, c), b.fmul(second, s))),
-            (other, b.fadd(b.fmul(second, c), b.fmul(first, s))),
-        ):
-            _store_lanes(e, b.fmul(value, times), kind.literal_value, to, stride, place)
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    at, other = b.shl(dim, e.int64(2)), b.add(dim, half)
+    first, c, s = (e.load(b.add(base, at), vector(F32)) for base in (x, cos, sin))
+    second = e.load(b.add(x, b.shl(other, e.int64(2))), vector(F32))
+    times = e.splat(factor)
+    for place, value in (
+        (dim, b.fsub(b.fmul(first, c), b.fmul(second, s))),
+        (other, b.fadd(b.fmul(second, c), b.fmul(first, s))),
+    ):
+        _store_lanes(e, b.fmul(value, times), kind, to, stride, place)
 
 
-@intrinsic(prefer_literal=True)
-def store_one(_: Any, to: Any, value: Any, kind: Any) -> Any:
-    """Store a float, rounded to bfloat16 like `Emitter.float_to_bf16` unless the constant `kind` is `_FLOATS`."""
-    signature = types.void(types.int64, types.float32, kind)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        if kind.literal_value == _FLOATS:
-            e.store(args[0], args[1])
-            return context.get_dummy_value()
-        bits = b.bitcast(args[1], I32)
-        odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-        rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
-        e.store(args[0], b.trunc(b.lshr(rounded, ir.Constant(I32, 16)), I16))
-        return context.get_dummy_value()
-
-    return signature, code
+@emitted
+def store_one(e: Emitter, to: Int, value: Float, kind: int) -> None:
+    """Store a float, rounded to bfloat16 like `Emitter.float_to_bf16` unless `kind` is `_FLOATS`."""
+    b = e.b
+    if kind == _FLOATS:
+        e.store(to, value)
+        return
+    bits = b.bitcast(value, I32)
+    odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+    e.store(to, b.trunc(b.lshr(rounded, ir.Constant(I32, 16)), I16))
 
 
 # ---- the operation ---------------------------------------------------------------------------------------------------

@@ -11,15 +11,13 @@ bfloat16, with the slots of `attention/cpu_cache.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.activation_quant.cpu import rms_scale
 from candle_vllm.core.kernels.attention.cpu_tiles import place_of
-from candle_vllm.core.kernels.cpu_runtime.emit import I16, I32, Emitter
+from candle_vllm.core.kernels.cpu_runtime.emit import I16, I32, Emitter, Float, Int, emitted
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
@@ -27,20 +25,14 @@ from candle_vllm.core.kernels.latent_attention.cpu_record import PrepareArgument
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import copy_numbers, scaled_to_bf16, store_pairs
 
 
-@intrinsic
-def store_bf16(_: Any, to: Any, value: Any) -> Any:
+@emitted
+def store_bf16(e: Emitter, to: Int, value: Float) -> None:
     """Write one float as bfloat16, rounded as `Emitter.float_to_bf16` does."""
-    signature = types.void(types.int64, types.float32)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        bits = b.bitcast(args[1], I32)
-        odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-        rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
-        e.store(args[0], b.trunc(b.lshr(rounded, ir.Constant(I32, 16)), I16))
-        return context.get_dummy_value()
-
-    return signature, code
+    b = e.b
+    bits = b.bitcast(value, I32)
+    odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+    e.store(to, b.trunc(b.lshr(rounded, ir.Constant(I32, 16)), I16))
 
 
 @njit(inline="always")

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import IS_X86, RUNS_BYTES
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
@@ -109,23 +108,23 @@ _KINDS = ((8, 2, 1), (8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 4, 1), (1, 1, 1), (1, 
 """Variants of `_expand_rows`: rows, tiles, and whether the products are added to the result."""
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _expand_rows(
-    _: Any,
-    form: Any,
-    isa: Any,
-    rows: Any,
-    tiles: Any,
-    onto: Any,
-    weights: Any,
-    scales: Any,
-    places: Any,
-    at: Any,
-    steps: Any,
-    out: Any,
-    end: Any,
-    jump: Any,
-) -> Any:
+    e: Emitter,
+    form: layout.NumberForm,
+    isa: Isa,
+    rows: Int,
+    tiles: Int,
+    onto: Int,
+    weights: Int,
+    scales: Int,
+    places: Int,
+    at: Int,
+    steps: Int,
+    out: Int,
+    end: Int,
+    jump: Int,
+) -> None:
     """Multiply `tiles` * 16 neighbouring rows of B in a panel by `rows` rows of factors; a variant of `_KINDS`.
 
     scales: address of the scales of B's integers. places: address of int64 [rows], addresses of the rows' factors; 64
@@ -134,41 +133,29 @@ def _expand_rows(
     are added to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see
     `ask_ahead`.
     """
-    kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        cases = {
-            16 * many + 2 * wide + added: lambda many=many, wide=wide, added=added: _emit_expand(
-                e, kind, features, many, wide, bool(added), args[5:]
-            )
-            for many, wide, added in _KINDS
-        }
-        e.choose(b.add(b.add(b.shl(args[2], e.int64(4)), b.shl(args[3], e.int64(1))), args[4]), cases)
-        return context.get_dummy_value()
-
-    return types.void(form, isa, *[types.int64] * 11), code
+    b = e.b
+    cases = {
+        16 * many + 2 * wide + added: lambda many=many, wide=wide, added=added: _emit_expand(
+            e, form, isa, many, wide, bool(added), [weights, scales, places, at, steps, out, end, jump]
+        )
+        for many, wide, added in _KINDS
+    }
+    e.choose(b.add(b.add(b.shl(rows, e.int64(4)), b.shl(tiles, e.int64(1))), onto), cases)
 
 
-@intrinsic
-def _add_16(_: Any, out: Any, sums: Any, scale: Any, bias: Any, less: Any, base: Any) -> Any:
+@emitted
+def _add_16(e: Emitter, out: Int, sums: Int, scale: Float, bias: Int, less: Int, base: Int) -> None:
     """Add scale * (sums + bias + less * base) to 16 floats at `out`; address 0 for an absent bias, less or base."""
+    b = e.b
+    zeros = e.zeros(F32)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        zeros = e.zeros(F32)
+    def or_zeros(address: Any, otherwise: Any) -> Any:
+        there = b.icmp_signed("!=", address, e.int64(0))
+        return b.select(there, e.load(b.select(there, address, otherwise), vector(F32)), zeros)
 
-        def or_zeros(address: Any, otherwise: Any) -> Any:
-            there = b.icmp_signed("!=", address, e.int64(0))
-            return b.select(there, e.load(b.select(there, address, otherwise), vector(F32)), zeros)
-
-        at_out, at_sums, factor, at_bias, at_less, at_base = args
-        value = b.fadd(e.load(at_sums, vector(F32)), or_zeros(at_bias, at_sums))
-        value = e.fma(or_zeros(at_less, at_sums), or_zeros(at_base, at_sums), value)
-        e.store(at_out, e.fma(e.splat(factor), value, e.load(at_out, vector(F32))))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32, *[types.int64] * 3), code
+    value = b.fadd(e.load(sums, vector(F32)), or_zeros(bias, sums))
+    value = e.fma(or_zeros(less, sums), or_zeros(base, sums), value)
+    e.store(out, e.fma(e.splat(scale), value, e.load(out, vector(F32))))
 
 
 @njit

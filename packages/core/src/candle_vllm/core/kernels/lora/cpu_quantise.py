@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits, int32_at, int64_at, pointers, uint8_at
 from candle_vllm.core.kernels.lora.layout import NumberForm
@@ -35,45 +34,34 @@ def _bits(e: Emitter, form: NumberForm, address: Any) -> Any:
     return e.b.shl(e.b.zext(e.load(address, vector(I16)), vector(I32)), e.constant(I32, 16))
 
 
-@intrinsic(prefer_literal=True)
-def _largest(_: Any, form: Any, source: Any, count: Any) -> Any:
+@emitted
+def _largest(e: Emitter, form: NumberForm, source: Int, count: Int) -> Int:
     """Return the float32 bits of the largest magnitude of 16 * count elements."""
-    kind = NumberForm(form.literal_value)
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        at = b.add(source, b.mul(index, e.int64(LANES * form.bytes)))
+        size = b.and_(_bits(e, form, at), e.constant(I32, 0x7FFFFFFF))
+        return [b.select(b.icmp_unsigned(">", size, state[0]), size, state[0])]
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            at = b.add(args[1], b.mul(index, e.int64(LANES * kind.bytes)))
-            size = b.and_(_bits(e, kind, at), e.constant(I32, 0x7FFFFFFF))
-            return [b.select(b.icmp_unsigned(">", size, state[0]), size, state[0])]
-
-        (found,) = e.loop_or_skip(args[2], [e.zeros(I32)], body)
-        return b.zext(e.call(f"llvm.vector.reduce.umax.v{LANES}i32", I32, [found]), ir.IntType(64))
-
-    return types.int64(form, types.int64, types.int64), code
+    (found,) = e.loop_or_skip(count, [e.zeros(I32)], body)
+    return b.zext(e.call(f"llvm.vector.reduce.umax.v{LANES}i32", I32, [found]), ir.IntType(64))
 
 
-@intrinsic(prefer_literal=True)
-def _write(_: Any, form: Any, source: Any, count: Any, inverse: Any, target: Any) -> Any:
+@emitted
+def _write(e: Emitter, form: NumberForm, source: Int, count: Int, inverse: Float, target: Int) -> None:
     """Write 16 * count elements times `inverse`, rounded to the nearest 8-bit integers."""
-    kind = NumberForm(form.literal_value)
+    b = e.b
+    factor = e.splat(inverse)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        factor = e.splat(args[3])
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        at = b.add(source, b.mul(index, e.int64(LANES * form.bytes)))
+        value = b.fmul(b.bitcast(_bits(e, form, at), vector(F32)), factor)
+        moved = b.bitcast(b.fadd(value, e.constant(F32, SHIFTER)), vector(I32))
+        e.store(b.add(target, b.mul(index, e.int64(LANES))), b.trunc(moved, vector(I8)))
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            at = b.add(args[1], b.mul(index, e.int64(LANES * kind.bytes)))
-            value = b.fmul(b.bitcast(_bits(e, kind, at), vector(F32)), factor)
-            moved = b.bitcast(b.fadd(value, e.constant(F32, SHIFTER)), vector(I32))
-            e.store(b.add(args[4], b.mul(index, e.int64(LANES))), b.trunc(moved, vector(I8)))
-            return state
-
-        e.loop_or_skip(args[2], [], body)
-        return context.get_dummy_value()
-
-    return types.void(form, types.int64, types.int64, types.float32, types.int64), code
+    e.loop_or_skip(count, [], body)
 
 
 def make_quantise(FORM: int) -> Callable[..., None]:

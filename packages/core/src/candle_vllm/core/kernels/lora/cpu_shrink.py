@@ -17,10 +17,21 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, I64, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    SHIFTER,
+    Emitter,
+    Float,
+    Int,
+    emitted,
+    vector,
+)
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     float32_at,
@@ -70,41 +81,33 @@ def zeros_of(e: Emitter, form: layout.NumberForm) -> Any:
     return e.zeros(I32 if form is layout.NumberForm.I8 else F32)
 
 
-@intrinsic(prefer_literal=True)
-def in_16_bits(_: Any, lanes: Any, source: Any, count: Any, most: Any, target: Any) -> Any:
+@emitted
+def in_16_bits(e: Emitter, lanes: int, source: Int, count: Int, most: Float, target: Int) -> Float:
     """Write floats as 16-bit integers, as `reference.in_16_bits` does, and return their scale.
 
     count: number of floats, a multiple of `lanes`. most: the integer for the largest magnitude.
     """
-    each = lanes.literal_value
+    b = e.b
+    words, floats, vectors = vector(I32, lanes), vector(F32, lanes), b.sdiv(count, e.int64(lanes))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        _, source, count, most, target = args
-        words, floats, vectors = vector(I32, each), vector(F32, each), b.sdiv(count, e.int64(each))
+    def size(index: Any, state: list[Any]) -> list[Any]:
+        bits = b.and_(e.load(b.add(source, b.mul(index, e.int64(4 * lanes))), words), e.constant(I32, 2**31 - 1, lanes))
+        return [b.select(b.icmp_unsigned(">", bits, state[0]), bits, state[0])]
 
-        def size(index: Any, state: list[Any]) -> list[Any]:
-            bits = b.and_(
-                e.load(b.add(source, b.mul(index, e.int64(4 * each))), words), e.constant(I32, 2**31 - 1, each)
-            )
-            return [b.select(b.icmp_unsigned(">", bits, state[0]), bits, state[0])]
+    (found,) = e.loop_or_skip(vectors, [e.zeros(I32, lanes)], size)
+    bits = e.call(f"llvm.vector.reduce.umax.v{lanes}i32", I32, [found])
+    tiny, zero = b.icmp_unsigned("<", bits, ir.Constant(I32, _SMALLEST)), ir.Constant(F32, 0.0)
+    scale = b.select(tiny, zero, b.fdiv(b.bitcast(bits, F32), most))
+    inverse = e.splat(b.select(tiny, zero, b.fdiv(ir.Constant(F32, 1.0), scale)), lanes)
 
-        (found,) = e.loop_or_skip(vectors, [e.zeros(I32, each)], size)
-        bits = e.call(f"llvm.vector.reduce.umax.v{each}i32", I32, [found])
-        tiny, zero = b.icmp_unsigned("<", bits, ir.Constant(I32, _SMALLEST)), ir.Constant(F32, 0.0)
-        scale = b.select(tiny, zero, b.fdiv(b.bitcast(bits, F32), most))
-        inverse = e.splat(b.select(tiny, zero, b.fdiv(ir.Constant(F32, 1.0), scale)), each)
+    def write(index: Any, state: list[Any]) -> list[Any]:
+        value = b.fmul(e.load(b.add(source, b.mul(index, e.int64(4 * lanes))), floats), inverse)
+        moved = b.bitcast(b.fadd(value, e.constant(F32, SHIFTER, lanes)), words)
+        e.store(b.add(target, b.mul(index, e.int64(2 * lanes))), b.trunc(moved, vector(I16, lanes)))
+        return state
 
-        def write(index: Any, state: list[Any]) -> list[Any]:
-            value = b.fmul(e.load(b.add(source, b.mul(index, e.int64(4 * each))), floats), inverse)
-            moved = b.bitcast(b.fadd(value, e.constant(F32, SHIFTER, each)), words)
-            e.store(b.add(target, b.mul(index, e.int64(2 * each))), b.trunc(moved, vector(I16, each)))
-            return state
-
-        e.loop_or_skip(vectors, [], write)
-        return scale
-
-    return types.float32(lanes, types.int64, types.int64, types.float32, types.int64), code
+    e.loop_or_skip(vectors, [], write)
+    return scale
 
 
 def scales_of(e: Emitter, address: Any, offset: int = 0) -> Any:
@@ -131,17 +134,11 @@ def is_wide(isa: Isa) -> bool:
     return isa.wide
 
 
-@intrinsic(prefer_literal=True)
-def ask(_: Any, count: Any, address: Any) -> Any:
+@emitted
+def ask(e: Emitter, count: int, address: Int) -> None:
     """Prefetch `count` bytes; addresses beyond the end of memory do no harm."""
-    size = count.literal_value
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        for offset in range(0, size, VECTOR):
-            Emitter(b).prefetch(args[1], offset)
-        return context.get_dummy_value()
-
-    return types.void(count, types.int64), code
+    for offset in range(0, count, VECTOR):
+        e.prefetch(address, offset)
 
 
 def _repeated(e: Emitter, kind: Any, address: Any, offset: int, height: int, parts: int) -> list[Any]:
@@ -197,42 +194,38 @@ def _emit_shrink(e: Emitter, form: layout.NumberForm, isa: Isa, height: int, cou
             e.store(target, total)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _shrink_rows(
-    _: Any,
-    form: Any,
-    isa: Any,
-    height: Any,
-    rows: Any,
-    weights: Any,
-    scales: Any,
-    inputs: Any,
-    at: Any,
-    outputs: Any,
-    steps: Any,
-    onto: Any,
-    end: Any,
-    jump: Any,
-) -> Any:
+    e: Emitter,
+    form: layout.NumberForm,
+    isa: Isa,
+    height: Int,
+    rows: Int,
+    weights: Int,
+    scales: Int,
+    inputs: Int,
+    at: Int,
+    outputs: Int,
+    steps: Int,
+    onto: Int,
+    end: Int,
+    jump: Int,
+) -> None:
     """Multiply `steps` vectors of a block of `height` ranks (4, 8 or 16) by 1, 4 or 8 rows: 16 sums for each row.
 
     inputs, outputs: addresses of int64 [rows]: addresses of the rows' inputs less the offset `at`, and of their sums.
     scales: address of the scales of integer weights; scales of integer inputs are `X_SCALES` bytes after `inputs`. With
     `onto`, which only I8 may have, sums are added to the old values. end, jump: see `ask_ahead`.
     """
-    kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        cases = {
-            16 * ranks + count: lambda ranks=ranks, count=count: _emit_shrink(e, kind, features, ranks, count, args[4:])
-            for ranks in (16, 8, 4)
-            for count in (8, 4, 1)
-        }
-        e.choose(b.add(b.shl(args[2], e.int64(4)), args[3]), cases)
-        return context.get_dummy_value()
-
-    return types.void(form, isa, *[types.int64] * 11), code
+    b = e.b
+    cases = {
+        16 * ranks + count: lambda ranks=ranks, count=count: _emit_shrink(
+            e, form, isa, ranks, count, [weights, scales, inputs, at, outputs, steps, onto, end, jump]
+        )
+        for ranks in (16, 8, 4)
+        for count in (8, 4, 1)
+    }
+    e.choose(b.add(b.shl(height, e.int64(4)), rows), cases)
 
 
 @njit
@@ -309,40 +302,29 @@ def make_run(FORM: int, ISA: int) -> Any:
     return run
 
 
-@intrinsic
-def _fold(_: Any, height: Any, sums: Any, target: Any) -> Any:
+@emitted
+def _fold(e: Emitter, height: Int, sums: Int, target: Int) -> None:
     """Add the sums of a block's quarters and, for each rank, of its lanes: write `height` floats to `target`."""
+    b = e.b
+    quarters = [e.load(sums, vector(F32), VECTOR * quarter) for quarter in range(4)]
+    whole = b.fadd(b.fadd(quarters[0], quarters[1]), b.fadd(quarters[2], quarters[3]))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        quarters = [e.load(args[1], vector(F32), VECTOR * quarter) for quarter in range(4)]
-        whole = b.fadd(b.fadd(quarters[0], quarters[1]), b.fadd(quarters[2], quarters[3]))
+    def fold(ranks: int) -> None:
+        value, lanes = whole, LANES
+        while lanes > ranks:
+            lanes //= 2
+            pairs = [[2 * n + start for n in range(lanes)] for start in (0, 1)]
+            even, odd = (b.shuffle_vector(value, value, ir.Constant(vector(I32, lanes), each)) for each in pairs)
+            value = b.fadd(even, odd)
+        e.store(target, value)
 
-        def fold(ranks: int) -> None:
-            value, lanes = whole, LANES
-            while lanes > ranks:
-                lanes //= 2
-                pairs = [[2 * n + start for n in range(lanes)] for start in (0, 1)]
-                even, odd = (b.shuffle_vector(value, value, ir.Constant(vector(I32, lanes), each)) for each in pairs)
-                value = b.fadd(even, odd)
-            e.store(args[2], value)
-
-        e.choose(args[0], {ranks: lambda ranks=ranks: fold(ranks) for ranks in (16, 8, 4)})
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), code
+    e.choose(height, {ranks: lambda ranks=ranks: fold(ranks) for ranks in (16, 8, 4)})
 
 
-@intrinsic
-def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
+@emitted
+def _scaled(e: Emitter, source: Int, scale: Float, target: Int) -> None:
     """Write 16 floats times a scale."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.store(args[2], b.fmul(e.load(args[0], vector(F32)), e.splat(args[1])))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32, types.int64), code
+    e.store(target, e.b.fmul(e.load(source, vector(F32)), e.splat(scale)))
 
 
 def make_fold(FORM: int) -> Any:

@@ -19,10 +19,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.emit_tables import look_up
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
@@ -477,40 +475,34 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
     e.loop(b.udiv(b.add(at.groups, e.int64(UNPACKED - 1)), e.int64(UNPACKED)), [], some)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def multiply(
-    _: Any,
-    kind: Any,
-    isa: Any,
-    block: Any,
-    weights: Any,
-    panel: Any,
-    panels: Any,
-    out: Any,
-    groups: Any,
-    ahead: Any,
-    scratch: Any,
-) -> Any:
+    e: Emitter,
+    kind: PackedKind,
+    isa: Isa,
+    block: Int,
+    weights: Int,
+    panel: Int,
+    panels: Int,
+    out: Int,
+    groups: Int,
+    ahead: Int,
+    scratch: Int,
+) -> None:
     """Multiply a tile by `panels` panels of `block` rows, see `blocks`; write float32 [panels * block, 16] to `out`.
 
     Several panels must be full. They, and 16 rows (AMX, after `shape_sums`), use the `scratch_bytes` at `scratch`.
     """
-    layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e, at = Emitter(b), _Tile(*args[3:])
-        counts = blocks(features, layout)
-        cases = {n: partial(_emit_tile, e, layout, features, n, at) for n in counts}
-        number, tall = args[2], partial(_emit_tall, e, layout, features, counts[0], at)
-        if cpu_sums.takes_squares(features, layout):
-            cases[counts[0]] = tall
-        elif most_panels(features, layout) > 1:
-            cases[0] = tall
-            number = b.select(b.icmp_signed(">", at.panels, e.int64(1)), e.int64(0), number)
-        e.choose(number, cases)
-        return context.get_dummy_value()
-
-    return types.void(kind, isa, *[types.int64] * 8), code
+    layout, at = LAYOUTS[kind], _Tile(weights, panel, panels, out, groups, ahead, scratch)
+    counts = blocks(isa, layout)
+    cases = {n: partial(_emit_tile, e, layout, isa, n, at) for n in counts}
+    number, tall = block, partial(_emit_tall, e, layout, isa, counts[0], at)
+    if cpu_sums.takes_squares(isa, layout):
+        cases[counts[0]] = tall
+    elif most_panels(isa, layout) > 1:
+        cases[0] = tall
+        number = e.b.select(e.b.icmp_signed(">", panels, e.int64(1)), e.int64(0), number)
+    e.choose(number, cases)
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -572,39 +564,33 @@ def make_linear(KIND: int, ISA: int) -> Any:
     return packed_linear
 
 
-@intrinsic(prefer_literal=True)
-def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: Any) -> Any:
+@emitted
+def _unpack_row(e: Emitter, kind: PackedKind, weights: Int, lane: Int, out: Int, groups: Int) -> None:
     """Write row `lane` of a tile as floats; each operation is rounded as in ggml's routines."""
-    layout = LAYOUTS[PackedKind(kind.literal_value)]
+    b = e.b
+    layout = LAYOUTS[kind]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_weights, at_lane, at_out, number = args[1:]
-
-        def body(group: Any, state: list[Any]) -> list[Any]:
-            head, inside, codes = _block_of(e, at_weights, group, layout)
-            if isinstance(layout, GridLayout):
-                _unpack_grid(e, GridGroup(e, layout, Isa.GENERIC, head, inside, codes), at_lane, at_out, group)
-                return state
-            scales, minima = _scales(e, head, inside, layout, at_lane)
-            codes = b.add(codes, b.mul(at_lane, e.int64(4)))
-            target = b.add(at_out, b.mul(group, e.int64(4 * GROUP)))
-            for quad in range(8):
-                half = quad * len(scales) // 8
-                scale, *minimum = (
-                    e.splat(b.extract_element(part[half], ir.Constant(I32, 0)), 4) for part in (scales, minima) if part
-                )
-                found = _quad(e, inside, codes, layout, quad, lanes=1)
-                numbers = b.zext(b.bitcast(found, vector(I8, 4)), vector(I32, 4))
-                numbers = b.sub(numbers, e.constant(I32, layout.zero, 4))
-                value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scale)
-                e.store(target, b.fadd(value, minimum[0]) if minimum else value, 16 * quad)
+    def body(group: Any, state: list[Any]) -> list[Any]:
+        head, inside, codes = _block_of(e, weights, group, layout)
+        if isinstance(layout, GridLayout):
+            _unpack_grid(e, GridGroup(e, layout, Isa.GENERIC, head, inside, codes), lane, out, group)
             return state
+        scales, minima = _scales(e, head, inside, layout, lane)
+        codes = b.add(codes, b.mul(lane, e.int64(4)))
+        target = b.add(out, b.mul(group, e.int64(4 * GROUP)))
+        for quad in range(8):
+            half = quad * len(scales) // 8
+            scale, *minimum = (
+                e.splat(b.extract_element(part[half], ir.Constant(I32, 0)), 4) for part in (scales, minima) if part
+            )
+            found = _quad(e, inside, codes, layout, quad, lanes=1)
+            numbers = b.zext(b.bitcast(found, vector(I8, 4)), vector(I32, 4))
+            numbers = b.sub(numbers, e.constant(I32, layout.zero, 4))
+            value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scale)
+            e.store(target, b.fadd(value, minimum[0]) if minimum else value, 16 * quad)
+        return state
 
-        e.loop(number, [], body)
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 4), code
+    e.loop(groups, [], body)
 
 
 def _unpack_grid(e: Emitter, grid: GridGroup, lane: Any, out: Any, group: Any) -> None:

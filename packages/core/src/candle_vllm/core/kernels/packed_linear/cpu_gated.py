@@ -12,12 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import emit_gated, emit_quantised
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.primitives import read, step_number
@@ -30,51 +28,43 @@ from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, 
 _UNITS = 4  # units at a time: the sums of gate and up take 8 to 32 KiB
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _gate_rows(
-    _: Any,
-    prologue: Any,
-    together: Any,
-    gate: Any,
-    other: Any,
-    tile_sums: Any,
-    first: Any,
-    last: Any,
-    q: Any,
-    row_bytes: Any,
-    scales: Any,
-    sums: Any,
-    group_bytes: Any,
-) -> Any:
+    e: Emitter,
+    prologue: Prologue,
+    together: int,
+    gate: Int,
+    other: Int,
+    tile_sums: Int,
+    first: Int,
+    last: Int,
+    q: Int,
+    row_bytes: Int,
+    scales: Int,
+    sums: Int,
+    group_bytes: Int,
+) -> None:
     """Gate and quantise `together` rows of a unit, 1 or 4, from `first` on; rows after `last` are copies of row `last`.
 
     `gate` and `other` point at the sums of two tiles each, `tile_sums` bytes apart. `q`, `scales` and `sums` point at
-    row 0's results; rows of `q` are `row_bytes` apart, rows of `scales` and `sums` `group_bytes`. `prologue` and
-    `together` are constants.
+    row 0's results; rows of `q` are `row_bytes` apart, rows of `scales` and `sums` `group_bytes`.
     """
-    before, count = Prologue(prologue.literal_value), together.literal_value
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        _, _, gate, other, tile_sums, first, last, q, row_bytes, scales, sums, group_bytes = args
+    def gated(row: int, part: int) -> Any:
+        at = b.add(b.mul(first, e.int64(4 * ROWS)), e.int64(4 * ROWS * row))
+        at = b.add(at, b.mul(tile_sums, e.int64(part)))
+        return emit_gated(e, prologue, *(e.load(b.add(base, at), vector(F32)) for base in (gate, other)))
 
-        def gated(row: int, part: int) -> Any:
-            at = b.add(b.mul(first, e.int64(4 * ROWS)), e.int64(4 * ROWS * row))
-            at = b.add(at, b.mul(tile_sums, e.int64(part)))
-            return emit_gated(e, before, *(e.load(b.add(base, at), vector(F32)) for base in (gate, other)))
-
-        numbers, s, total = emit_quantised(e, [[gated(row, part) for part in range(2)] for row in range(count)])
-        for row, halves in enumerate(numbers):
-            place = b.add(first, e.int64(row))
-            place = b.select(b.icmp_signed("<", place, last), place, last)
-            for part, half in enumerate(halves):
-                e.store(b.add(q, b.mul(place, row_bytes)), half, ROWS * part)
-            for base, floats in ((scales, s), (sums, total)):
-                number = b.extract_element(floats, ir.Constant(I32, row))
-                e.store(b.add(base, b.mul(place, group_bytes)), number)
-        return context.get_dummy_value()
-
-    return types.void(prologue, together, *[types.int64] * 10), code
+    numbers, s, total = emit_quantised(e, [[gated(row, part) for part in range(2)] for row in range(together)])
+    for row, halves in enumerate(numbers):
+        place = b.add(first, e.int64(row))
+        place = b.select(b.icmp_signed("<", place, last), place, last)
+        for part, half in enumerate(halves):
+            e.store(b.add(q, b.mul(place, row_bytes)), half, ROWS * part)
+        for base, floats in ((scales, s), (sums, total)):
+            number = b.extract_element(floats, ir.Constant(I32, row))
+            e.store(b.add(base, b.mul(place, group_bytes)), number)
 
 
 def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:

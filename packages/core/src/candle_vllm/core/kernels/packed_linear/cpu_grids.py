@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather, look_up, look_up_bytes
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GROUPS, HIGH_BITS, ROWS, GridLayout, numbers
@@ -305,40 +303,34 @@ def _vectors(e: Emitter, quads: list[Any], bits: int) -> list[Any]:
     ]
 
 
-@intrinsic(prefer_literal=True)
-def _code_blocks(_: Any, kind: Any, isa: Any, blocks: Any, to: Any, count: Any) -> Any:
+@emitted
+def _code_blocks(e: Emitter, kind: PackedKind, isa: Isa, blocks: Int, to: Int, count: Int) -> None:
     """Convert `count` consecutive blocks of indices to blocks of codes."""
-    named = PackedKind(kind.literal_value)
-    layout, grid, features = LAYOUTS[named], FORMATS[named.type.name], Isa(isa.literal_value)
+    b = e.b
+    layout, grid = LAYOUTS[kind], FORMATS[kind.type.name]
     assert isinstance(layout, TileLayout)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
+    def block(index: Any, state: list[Any]) -> list[Any]:
+        source = b.add(blocks, b.mul(index, e.int64(grid.block_bytes)))
+        target = b.add(to, b.mul(index, e.int64(layout.block_bytes)))
 
-        def block(index: Any, state: list[Any]) -> list[Any]:
-            source = b.add(args[2], b.mul(index, e.int64(grid.block_bytes)))
-            target = b.add(args[3], b.mul(index, e.int64(layout.block_bytes)))
-
-            def group(number: Any, state: list[Any]) -> list[Any]:
-                codes = b.add(source, b.add(b.mul(number, e.int64(grid.code_bytes)), e.int64(grid.head_bytes)))
-                found = GridGroup(e, grid, features, source, number, codes, layout.values)
-                e.store(target, found.unit())
-                small = b.add(target, b.mul(number, e.int64(layout.small_bytes)))
-                for half, odd in enumerate(found.odds()):
-                    e.store(small, b.trunc(odd, vector(I8)), layout.floats_bytes + half * ROWS)
-                place = b.add(target, b.add(b.mul(number, e.int64(layout.code_bytes)), e.int64(layout.head_bytes)))
-                quads = _in_order(e, grid, [found.quad(quad) for quad in range(8)])
-                for at, part in enumerate(_vectors(e, quads, layout.bits)):
-                    e.store(place, part, at * VECTOR_BYTES)
-                return state
-
-            e.loop(e.int64(GROUPS), [], group)
+        def group(number: Any, state: list[Any]) -> list[Any]:
+            codes = b.add(source, b.add(b.mul(number, e.int64(grid.code_bytes)), e.int64(grid.head_bytes)))
+            found = GridGroup(e, grid, isa, source, number, codes, layout.values)
+            e.store(target, found.unit())
+            small = b.add(target, b.mul(number, e.int64(layout.small_bytes)))
+            for half, odd in enumerate(found.odds()):
+                e.store(small, b.trunc(odd, vector(I8)), layout.floats_bytes + half * ROWS)
+            place = b.add(target, b.add(b.mul(number, e.int64(layout.code_bytes)), e.int64(layout.head_bytes)))
+            quads = _in_order(e, grid, [found.quad(quad) for quad in range(8)])
+            for at, part in enumerate(_vectors(e, quads, layout.bits)):
+                e.store(place, part, at * VECTOR_BYTES)
             return state
 
-        e.loop(args[4], [], block)
-        return context.get_dummy_value()
+        e.loop(e.int64(GROUPS), [], group)
+        return state
 
-    return types.void(kind, isa, *[types.int64] * 3), code
+    e.loop(count, [], block)
 
 
 def make_codes(KIND: int, ISA: int) -> Any:

@@ -13,10 +13,9 @@ from functools import partial
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.packed_linear.cpu_sums import (
     are_centred,
@@ -129,16 +128,13 @@ def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -
     e.loop(number, [], body)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def fill_row(
-    _: Any, kind: Any, isa: Any, block: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
-) -> Any:
+    e: Emitter, kind: PackedKind, isa: Isa, block: Int, panel: Int, row: Int, xq: Int, xs: Int, xsum: Int, groups: Int
+) -> None:
     """Copy one row of activations into a panel of `block` rows, a number from `blocks()`."""
-    layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.choose(args[2], {n: partial(_emit_row, e, layout, features, n, args[3:]) for n in blocks(features, layout)})
-        return context.get_dummy_value()
-
-    return types.void(kind, isa, *[types.int64] * 7), code
+    layout = LAYOUTS[kind]
+    e.choose(
+        block,
+        {n: partial(_emit_row, e, layout, isa, n, [panel, row, xq, xs, xsum, groups]) for n in blocks(isa, layout)},
+    )

@@ -26,10 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, I64, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import load_square, shape_squares, square_call, store_square
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout, numbers
@@ -329,15 +327,10 @@ def takes_squares(isa: Isa, layout: AnyLayout) -> bool:
     return bool(isa & Isa.AMX) and layout.width == GROUP
 
 
-@intrinsic(prefer_literal=True)
-def shape_sums(_: Any, memory: Any) -> Any:
+@emitted
+def shape_sums(e: Emitter, memory: Int) -> None:
     """Configure AMX's registers for `square_sums`, with 64 bytes of memory; `end_squares` must be called afterwards."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        shape_squares(Emitter(b), args[0], [(LANES, VECTOR_BYTES), (LANES, GROUP), (GROUP // 4, VECTOR_BYTES)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), code
+    shape_squares(e, memory, [(LANES, VECTOR_BYTES), (LANES, GROUP), (GROUP // 4, VECTOR_BYTES)])
 
 
 def square_sums(e: Emitter, codes: Any, panels: Any, places: Callable[[Any], tuple[Inputs, Any]]) -> None:

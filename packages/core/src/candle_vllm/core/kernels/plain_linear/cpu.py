@@ -24,11 +24,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.activation_rows import SEGMENT
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
@@ -55,47 +54,39 @@ _PART = 48
 without AVX-512: a panel then reads each tile twice, and both must stay in the first-level cache."""
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _multiply(
-    _: Any,
-    kind: Any,
-    block: Any,
-    tiles: Any,
-    isa: Any,
-    more: Any,
-    weights: Any,
-    tile_bytes: Any,
-    panel: Any,
-    out: Any,
-    runs: Any,
-    panel_bytes: Any,
-) -> Any:
+    e: Emitter,
+    kind: PlainKind,
+    block: int,
+    tiles: int,
+    isa: Isa,
+    more: int,
+    weights: Int,
+    tile_bytes: Int,
+    panel: Int,
+    out: Int,
+    runs: Int,
+    panel_bytes: Int,
+) -> None:
     """Multiply adjacent tiles by a panel of `block` rows: float32 [tiles, block, 16] at `out`, added to it if `more`.
 
     Sums of W8A8 are int32. A block of 24 rows is three panels of 8, `panel_bytes` apart, with sums 1024 bytes apart.
     """
-    number, height, width = PlainKind(kind.literal_value), block.literal_value, tiles.literal_value
-    features = Isa(isa.literal_value)
+    b = e.b
+    bases = [b.add(weights, b.mul(tile_bytes, e.int64(tile))) for tile in range(tiles)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_weights, size, at_panel, at_out, count, at_next = args[5:]
-        bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
+    def place(tile: int, row: int) -> int:
+        return row // 8 * 1024 + (tile * min(block, 8) + row % 8) * 4 * ROWS
 
-        def place(tile: int, row: int) -> int:
-            return row // 8 * 1024 + (tile * min(height, 8) + row % 8) * 4 * ROWS
+    def begin(tile: int, row: int) -> Any:
+        return e.load(out, vector(sum_type(kind)), place(tile, row))
 
-        def begin(tile: int, row: int) -> Any:
-            return e.load(at_out, vector(sum_type(number)), place(tile, row))
+    def write(tile: int, row: int, total: Any) -> None:
+        e.store(out, total, place(tile, row))
 
-        def write(tile: int, row: int, total: Any) -> None:
-            e.store(at_out, total, place(tile, row))
-
-        before = begin if more.literal_value else None
-        emit_sums(e, number, features, bases, height, at_panel, count, write, before, at_next)
-        return context.get_dummy_value()
-
-    return types.void(kind, block, tiles, isa, more, *[types.int64] * 6), code
+    before = begin if more else None
+    emit_sums(e, kind, isa, bases, block, panel, runs, write, before, panel_bytes)
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -241,37 +232,30 @@ def make_linear(KIND: int, ISA: int) -> Any:
     return w8a8_linear
 
 
-@intrinsic(prefer_literal=True)
-def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: Any, tile_bytes: Any) -> Any:
+@emitted
+def _widen_row(e: Emitter, kind: PlainKind, weights: Int, lane: Int, out: Int, columns: Int, tile_bytes: Int) -> None:
     """Convert row `lane` of a tile to floats."""
-    number = PlainKind(kind.literal_value)
-    width = number.itemsize
-    stored = {PlainKind.BF16: I16, PlainKind.F16: F16, PlainKind.F32: F32, PlainKind.W8A8: I8}[number]
+    b = e.b
+    width = kind.itemsize
+    stored = {PlainKind.BF16: I16, PlainKind.F16: F16, PlainKind.F32: F32, PlainKind.W8A8: I8}[kind]
+    start = b.add(weights, b.mul(lane, e.int64(width * kind.step_columns)))
+    scale = e.load(b.add(b.add(weights, tile_bytes), b.mul(lane, e.int64(4))), F32, -4 * ROWS)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_weights, at_lane, at_out, count, size = args[1:]
-        start = b.add(at_weights, b.mul(at_lane, e.int64(width * number.step_columns)))
-        scale = e.load(b.add(b.add(at_weights, size), b.mul(at_lane, e.int64(4))), F32, -4 * ROWS)
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        step = b.sdiv(index, e.int64(kind.step_columns))
+        inside = b.srem(index, e.int64(kind.step_columns))
+        offset = b.add(b.mul(step, e.int64(kind.step_bytes)), b.mul(inside, e.int64(width)))
+        value = e.load(b.add(start, offset), stored)
+        if kind is PlainKind.BF16:
+            value = b.bitcast(b.shl(b.zext(value, I32), ir.Constant(I32, 16)), F32)
+        elif kind is PlainKind.F16:
+            value = b.fpext(value, F32)
+        elif kind is PlainKind.W8A8:
+            value = b.fmul(b.sitofp(b.sub(b.zext(value, I32), ir.Constant(I32, 128)), F32), scale)
+        e.store(b.add(out, b.mul(index, e.int64(4))), value)
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            step = b.sdiv(index, e.int64(number.step_columns))
-            inside = b.srem(index, e.int64(number.step_columns))
-            offset = b.add(b.mul(step, e.int64(number.step_bytes)), b.mul(inside, e.int64(width)))
-            value = e.load(b.add(start, offset), stored)
-            if number is PlainKind.BF16:
-                value = b.bitcast(b.shl(b.zext(value, I32), ir.Constant(I32, 16)), F32)
-            elif number is PlainKind.F16:
-                value = b.fpext(value, F32)
-            elif number is PlainKind.W8A8:
-                value = b.fmul(b.sitofp(b.sub(b.zext(value, I32), ir.Constant(I32, 128)), F32), scale)
-            e.store(b.add(at_out, b.mul(index, e.int64(4))), value)
-            return state
-
-        e.loop(count, [], body)
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 5), code
+    e.loop(columns, [], body)
 
 
 def make_embedding(KIND: int) -> Any:

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.activation_rows import SEGMENT
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I32, I64, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import ask_line, write_tile
@@ -43,28 +42,21 @@ def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
     return zipped
 
 
-@intrinsic(prefer_literal=True)
-def fill_panel(_: Any, block: Any, panel: Any, addresses: Any, vectors: Any) -> Any:
+@emitted
+def fill_panel(e: Emitter, block: int, panel: Int, addresses: Int, vectors: Int) -> None:
     """Copy the rows at int64 [block] `addresses` into a panel of `block` rows of `vectors` times 16 elements."""
-    height = block.literal_value
+    b = e.b
+    sources = [e.load(addresses, I64, 8 * row) for row in range(block)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_panel, at_addresses, count = args[1:]
-        sources = [e.load(at_addresses, I64, 8 * row) for row in range(height)]
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        offset = b.mul(index, e.int64(VECTOR_BYTES))
+        loaded = [e.load(b.add(source, offset), vector(I32)) for source in sources]
+        target = b.add(panel, b.mul(offset, e.int64(block)))
+        for part, mixed in enumerate(_interleaved(e, loaded)):
+            e.store(target, mixed, part * VECTOR_BYTES)
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(index, e.int64(VECTOR_BYTES))
-            loaded = [e.load(b.add(source, offset), vector(I32)) for source in sources]
-            target = b.add(at_panel, b.mul(offset, e.int64(height)))
-            for part, mixed in enumerate(_interleaved(e, loaded)):
-                e.store(target, mixed, part * VECTOR_BYTES)
-            return state
-
-        e.loop(count, [], body)
-        return context.get_dummy_value()
-
-    return types.void(block, *[types.int64] * 3), code
+    e.loop(vectors, [], body)
 
 
 @njit
@@ -181,39 +173,26 @@ def _block_sums(
     return e.loop(runs, sums, body)
 
 
-@intrinsic(prefer_literal=True)
-def add_segment(_: Any, block: Any, tiles: Any, sums: Any, tails: Any, segment: Any, totals: Any) -> Any:
+@emitted
+def add_segment(e: Emitter, block: int, tiles: int, sums: Int, tails: Int, segment: Int, totals: Int) -> None:
     """Add a segment of W8A8 to the floats at `totals`: its sums times the activation rows' scales.
 
     sums: address of int32 [tiles, block, 16]; each row's correction for the weights' offset of 128 is added first.
     tails: address of int64 [block], the addresses of each row's scales and corrections of segments, see `ByteForm`.
     """
-    height, width = block.literal_value, tiles.literal_value
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_sums, at_tails, number, at_totals = args[2:]
-        for row in range(height):
-            tail = b.add(e.load(at_tails, I64, 8 * row), b.mul(number, e.int64(8)))
-            scale, start = e.splat(e.load(tail, F32)), e.splat(e.load(tail, I32, 4))
-            for place in range(row * VECTOR_BYTES, width * height * VECTOR_BYTES, height * VECTOR_BYTES):
-                part = b.sitofp(b.add(e.load(at_sums, vector(I32), place), start), vector(F32))
-                e.store(at_totals, e.fma(part, scale, e.load(at_totals, vector(F32), place)), place)
-        return context.get_dummy_value()
-
-    return types.void(block, tiles, *[types.int64] * 4), code
+    b = e.b
+    for row in range(block):
+        tail = b.add(e.load(tails, I64, 8 * row), b.mul(segment, e.int64(8)))
+        scale, start = e.splat(e.load(tail, F32)), e.splat(e.load(tail, I32, 4))
+        for place in range(row * VECTOR_BYTES, tiles * block * VECTOR_BYTES, block * VECTOR_BYTES):
+            part = b.sitofp(b.add(e.load(sums, vector(I32), place), start), vector(F32))
+            e.store(totals, e.fma(part, scale, e.load(totals, vector(F32), place)), place)
 
 
-@intrinsic
-def _times_16(_: Any, target: Any, factors: Any) -> Any:
+@emitted
+def _times_16(e: Emitter, target: Int, factors: Int) -> None:
     """Multiply 16 floats at `target` by those at `factors`."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.store(args[0], b.fmul(e.load(args[0], vector(F32)), e.load(args[1], vector(F32))))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
+    e.store(target, e.b.fmul(e.load(target, vector(F32)), e.load(factors, vector(F32))))
 
 
 @njit

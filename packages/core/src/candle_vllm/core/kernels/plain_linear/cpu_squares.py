@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.activation_rows import SEGMENT
-from candle_vllm.core.kernels.cpu_runtime.emit import I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import I64, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import (
     end_squares,
     load_square,
@@ -53,90 +52,72 @@ _SUMS, _INPUTS, _WEIGHTS = 0, 4, 6
 """First registers for sums, activations and weights."""
 
 
-@intrinsic
-def begin_squares(_: Any, memory: Any) -> Any:
+@emitted
+def begin_squares(e: Emitter, memory: Int) -> None:
     """Configure the tile registers; `memory` is 64 bytes for the configuration."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        shape_squares(Emitter(b), args[0], [(ROWS, VECTOR_BYTES)] * 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), code
+    shape_squares(e, memory, [(ROWS, VECTOR_BYTES)] * 8)
 
 
-@intrinsic
-def _fill_panel(_: Any, panel: Any, addresses: Any, squares: Any) -> Any:
+@emitted
+def _fill_panel(e: Emitter, panel: Int, addresses: Int, squares: Int) -> None:
     """Copy the rows at int64 [16] `addresses` into `squares` squares."""
+    b = e.b
+    sources = [e.load(addresses, I64, 8 * row) for row in range(ROWS)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_panel, at_addresses, count = args
-        sources = [e.load(at_addresses, I64, 8 * row) for row in range(ROWS)]
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        offset = b.mul(index, e.int64(VECTOR_BYTES))
+        target = b.add(panel, b.mul(index, e.int64(SQUARE_BYTES)))
+        for row, source in enumerate(sources):
+            e.store(target, e.load(b.add(source, offset), vector(I64, 8)), row * VECTOR_BYTES)
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(index, e.int64(VECTOR_BYTES))
-            target = b.add(at_panel, b.mul(index, e.int64(SQUARE_BYTES)))
-            for row, source in enumerate(sources):
-                e.store(target, e.load(b.add(source, offset), vector(I64, 8)), row * VECTOR_BYTES)
-            return state
-
-        e.loop(count, [], body)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), code
+    e.loop(squares, [], body)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _multiply(
-    _: Any,
-    kind: Any,
-    anew: Any,
-    blocks: Any,
-    tiles: Any,
-    weights: Any,
-    tile_bytes: Any,
-    inputs: Any,
-    block_bytes: Any,
-    square_bytes: Any,
-    stride: Any,
-    sums: Any,
-    squares: Any,
-) -> Any:
+    e: Emitter,
+    kind: PlainKind,
+    anew: int,
+    blocks: int,
+    tiles: int,
+    weights: Int,
+    tile_bytes: Int,
+    inputs: Int,
+    block_bytes: Int,
+    square_bytes: Int,
+    stride: Int,
+    sums: Int,
+    squares: Int,
+) -> None:
     """Multiply adjacent tiles by blocks of rows, and add to float32 [blocks, tiles, 16, 16] at `sums` unless `anew`.
 
     The sums of W8A8 are int32. Blocks are `block_bytes` apart, their squares `square_bytes`, and the rows of a square
     `stride`.
     """
-    height, width = blocks.literal_value, tiles.literal_value
-    integers = PlainKind(kind.literal_value) is PlainKind.W8A8
+    b = e.b
+    integers = kind is PlainKind.W8A8
     product = "tdpbsud" if integers else "tdpbf16ps"
-    places = [(block, tile) for block in range(height) for tile in range(width)]
+    places = [(block, tile) for block in range(blocks) for tile in range(tiles)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_weights, apart, at_inputs, between, step, lines, at_sums, count = args[4:]
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        x, w = b.add(inputs, b.mul(index, square_bytes)), b.add(weights, b.mul(index, e.int64(SQUARE_BYTES)))
+        for block in range(blocks):
+            load_square(e, _INPUTS + block, b.add(x, b.mul(block_bytes, e.int64(block))), stride)
+        for tile in range(tiles):
+            load_square(e, _WEIGHTS + tile, b.add(w, b.mul(tile_bytes, e.int64(tile))), e.int64(VECTOR_BYTES))
+            for block in range(blocks):
+                square_call(e, product, _SUMS + block * tiles + tile, _INPUTS + block, _WEIGHTS + tile)
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            x, w = b.add(at_inputs, b.mul(index, step)), b.add(at_weights, b.mul(index, e.int64(SQUARE_BYTES)))
-            for block in range(height):
-                load_square(e, _INPUTS + block, b.add(x, b.mul(between, e.int64(block))), lines)
-            for tile in range(width):
-                load_square(e, _WEIGHTS + tile, b.add(w, b.mul(apart, e.int64(tile))), e.int64(VECTOR_BYTES))
-                for block in range(height):
-                    square_call(e, product, _SUMS + block * width + tile, _INPUTS + block, _WEIGHTS + tile)
-            return state
-
-        for at in range(len(places)):
-            if anew.literal_value:
-                square_call(e, "tilezero", _SUMS + at)
-            else:
-                load_square(e, _SUMS + at, b.add(at_sums, e.int64(at * SQUARE_BYTES)), e.int64(VECTOR_BYTES))
-        e.loop(count, [], body)
-        for at in range(len(places)):
-            store_square(e, _SUMS + at, b.add(at_sums, e.int64(at * SQUARE_BYTES)), VECTOR_BYTES)
-        return context.get_dummy_value()
-
-    return types.void(kind, anew, blocks, tiles, *[types.int64] * 8), code
+    for at in range(len(places)):
+        if anew:
+            square_call(e, "tilezero", _SUMS + at)
+        else:
+            load_square(e, _SUMS + at, b.add(sums, e.int64(at * SQUARE_BYTES)), e.int64(VECTOR_BYTES))
+    e.loop(squares, [], body)
+    for at in range(len(places)):
+        store_square(e, _SUMS + at, b.add(sums, e.int64(at * SQUARE_BYTES)), VECTOR_BYTES)
 
 
 @njit

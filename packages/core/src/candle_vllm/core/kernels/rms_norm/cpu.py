@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.activation_quant import GROUP
 from candle_vllm.core.kernels.activation_quant.cpu import layer_scale, rms_scale, rms_scale_within, row_mean, share
 from candle_vllm.core.kernels.activation_rows.cpu import padded_row
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
@@ -25,26 +24,20 @@ from candle_vllm.core.kernels.rms_norm import HeadNormArguments, NormOntoArgumen
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def scale_in_place(_: Any, x: Any, weight: Any, scale: Any, lines: Any) -> Any:
+@emitted
+def scale_in_place(e: Emitter, x: Int, weight: Int, scale: Float, lines: Int) -> None:
     """Multiply 16 * `lines` floats at x by a scale and by weights, in place."""
-    signature = types.void(types.int64, types.int64, types.float32, types.int64)
+    b = e.b
+    factor = e.splat(scale)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        factor = e.splat(args[2])
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        offset = b.mul(index, e.int64(4 * LANES))
+        at = b.add(x, offset)
+        weights = e.load(b.add(weight, offset), vector(F32))
+        e.store(at, b.fmul(b.fmul(e.load(at, vector(F32)), factor), weights))
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(index, e.int64(4 * LANES))
-            at = b.add(args[0], offset)
-            weights = e.load(b.add(args[1], offset), vector(F32))
-            e.store(at, b.fmul(b.fmul(e.load(at, vector(F32)), factor), weights))
-            return state
-
-        e.loop_or_skip(args[3], [], body)
-        return context.get_dummy_value()
-
-    return signature, code
+    e.loop_or_skip(lines, [], body)
 
 
 @njit

@@ -13,11 +13,22 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import (
+    F32,
+    I16,
+    I32,
+    I64,
+    Bool,
+    Double,
+    Emitter,
+    Float,
+    Int,
+    emitted,
+    vector,
+)
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.sampling.contract import CHUNK, CHUNK_BYTES
 
@@ -57,191 +68,140 @@ def _bits(e: Emitter, hits: Any) -> Any:
     return e.b.zext(e.b.bitcast(hits, I16), I64)
 
 
-@intrinsic
-def chunk_maxima(_: Any, at: Any, to: Any) -> Any:
+@emitted
+def chunk_maxima(e: Emitter, at: Int, to: Int) -> Int:
     """Store the 16 maxima of a chunk, ignoring NaN; return whether the chunk has a NaN."""
-    signature = types.int64(types.int64, types.int64)
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
+    def body(turn: Any, state: list[Any]) -> list[Any]:
+        values = _vectors(e, at, turn)
+        odd = [b.fcmp_unordered("uno", values[part], values[part + 1]) for part in (0, 2)]
+        tops = [_larger(e, value, top) for value, top in zip(values, state[1:])]
+        return [b.or_(state[0], b.or_(*odd)), *tops]
 
-        def body(turn: Any, state: list[Any]) -> list[Any]:
-            values = _vectors(e, args[0], turn)
-            odd = [b.fcmp_unordered("uno", values[part], values[part + 1]) for part in (0, 2)]
-            tops = [_larger(e, value, top) for value, top in zip(values, state[1:])]
-            return [b.or_(state[0], b.or_(*odd)), *tops]
-
-        lowest = e.constant(F32, float("-inf"))
-        count = e.int64(CHUNK // LANES // _TOGETHER)
-        odd, *tops = e.loop(count, [e.zeros(ir.IntType(1)), *[lowest] * _TOGETHER], body)
-        e.store(args[1], _larger(e, _larger(e, tops[0], tops[1]), _larger(e, tops[2], tops[3])))
-        return b.zext(b.icmp_unsigned("!=", _bits(e, odd), e.int64(0)), I64)
-
-    return signature, code
+    lowest = e.constant(F32, float("-inf"))
+    count = e.int64(CHUNK // LANES // _TOGETHER)
+    odd, *tops = e.loop(count, [e.zeros(ir.IntType(1)), *[lowest] * _TOGETHER], body)
+    e.store(to, _larger(e, _larger(e, tops[0], tops[1]), _larger(e, tops[2], tops[3])))
+    return b.zext(b.icmp_unsigned("!=", _bits(e, odd), e.int64(0)), I64)
 
 
-@intrinsic
-def largest_of(_: Any, at: Any, count: Any) -> Any:
+@emitted
+def largest_of(e: Emitter, at: Int, count: Int) -> Float:
     """Return the largest element of `count` vectors (at least one) without NaN."""
-    signature = types.float32(types.int64, types.int64)
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        value = e.load(b.add(at, b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
+        return [_larger(e, value, state[0])]
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            value = e.load(b.add(args[0], b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
-            return [_larger(e, value, state[0])]
-
-        (top,) = e.loop(args[1], [e.constant(F32, float("-inf"))], body)
-        return e.call("llvm.vector.reduce.fmax.v16f32", F32, [top])
-
-    return signature, code
+    (top,) = e.loop(count, [e.constant(F32, float("-inf"))], body)
+    return e.call("llvm.vector.reduce.fmax.v16f32", F32, [top])
 
 
-@intrinsic
-def least_of(_: Any, at: Any, count: Any) -> Any:
+@emitted
+def least_of(e: Emitter, at: Int, count: Int) -> Float:
     """Return the smallest element of `count` vectors (at least one) without NaN, ignoring -inf."""
-    signature = types.float32(types.int64, types.int64)
+    b = e.b
+    infinite = e.constant(F32, float("inf"))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        infinite = e.constant(F32, float("inf"))
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        value = e.load(b.add(at, b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
+        value = b.select(b.fcmp_ordered(">=", value, e.constant(F32, _LOWEST)), value, infinite)
+        return [b.select(b.fcmp_ordered("<", value, state[0]), value, state[0])]
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            value = e.load(b.add(args[0], b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
-            value = b.select(b.fcmp_ordered(">=", value, e.constant(F32, _LOWEST)), value, infinite)
-            return [b.select(b.fcmp_ordered("<", value, state[0]), value, state[0])]
-
-        (least,) = e.loop(args[1], [infinite], body)
-        return e.call("llvm.vector.reduce.fmin.v16f32", F32, [least])
-
-    return signature, code
+    (least,) = e.loop(count, [infinite], body)
+    return e.call("llvm.vector.reduce.fmin.v16f32", F32, [least])
 
 
-@intrinsic
-def reaches(_: Any, at: Any, bound: Any) -> Any:
+@emitted
+def reaches(e: Emitter, at: Int, bound: Float) -> Bool:
     """Return whether one of the 16 float32 at an address is at least `bound`."""
-    signature = types.boolean(types.int64, types.float32)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        hits = b.fcmp_ordered(">=", e.load(args[0], vector(F32)), e.splat(args[1]))
-        return b.icmp_unsigned("!=", _bits(e, hits), e.int64(0))
-
-    return signature, code
+    b = e.b
+    hits = b.fcmp_ordered(">=", e.load(at, vector(F32)), e.splat(bound))
+    return b.icmp_unsigned("!=", _bits(e, hits), e.int64(0))
 
 
-@intrinsic
-def weigh_chunk(_: Any, at: Any, largest: Any, scale: Any, bound: Any, to: Any) -> Any:
+@emitted
+def weigh_chunk(e: Emitter, at: Int, largest: Float, scale: Float, bound: Float, to: Int) -> Double:
     """Store the weights of a chunk, 0 for logits below `bound`; return their sum."""
-    signature = types.float64(types.int64, types.float32, types.float32, types.float32, types.int64)
+    b = e.b
+    largest, scale, bound = (e.splat(value) for value in (largest, scale, bound))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        largest, scale, bound = (e.splat(value) for value in args[1:4])
+    def body(turn: Any, totals: list[Any]) -> list[Any]:
+        target = b.add(to, b.mul(turn, e.int64(_TOGETHER * _VECTOR_BYTES)))
+        results = []
+        for part, value in enumerate(_vectors(e, at, turn)):
+            weight = _kept(e, value, bound, _weight(e, value, largest, scale))
+            e.store(target, weight, _VECTOR_BYTES * part)
+            results.append(b.fadd(totals[part], weight))
+        return results
 
-        def body(turn: Any, totals: list[Any]) -> list[Any]:
-            to = b.add(args[4], b.mul(turn, e.int64(_TOGETHER * _VECTOR_BYTES)))
-            results = []
-            for part, value in enumerate(_vectors(e, args[0], turn)):
-                weight = _kept(e, value, bound, _weight(e, value, largest, scale))
-                e.store(to, weight, _VECTOR_BYTES * part)
-                results.append(b.fadd(totals[part], weight))
-            return results
-
-        totals = e.loop(e.int64(CHUNK // LANES // _TOGETHER), [e.zeros(F32)] * _TOGETHER, body)
-        total = b.fadd(b.fadd(totals[0], totals[1]), b.fadd(totals[2], totals[3]))
-        return b.fpext(e.sum_lanes(total), _F64)
-
-    return signature, code
+    totals = e.loop(e.int64(CHUNK // LANES // _TOGETHER), [e.zeros(F32)] * _TOGETHER, body)
+    total = b.fadd(b.fadd(totals[0], totals[1]), b.fadd(totals[2], totals[3]))
+    return b.fpext(e.sum_lanes(total), _F64)
 
 
-@intrinsic
-def add_masses(_: Any, at: Any, largest: Any, scale: Any, edges: Any, masses: Any) -> Any:
+@emitted
+def add_masses(e: Emitter, at: Int, largest: Float, scale: Float, edges: Int, masses: Int) -> None:
     """Add, for each of EDGES float32 edges, the weights of a chunk's logits at or above the edge to a float64 mass."""
-    signature = types.void(types.int64, types.float32, types.float32, types.int64, types.int64)
+    b = e.b
+    largest, scale = (e.splat(value) for value in (largest, scale))
+    edges = [e.splat(e.load(edges, F32, 4 * n)) for n in range(EDGES)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        largest, scale = (e.splat(value) for value in args[1:3])
-        edges = [e.splat(e.load(args[3], F32, 4 * n)) for n in range(EDGES)]
+    def body(index: Any, totals: list[Any]) -> list[Any]:
+        value = e.load(b.add(at, b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
+        weight = _weight(e, value, largest, scale)
+        return [b.fadd(total, _kept(e, value, edge, weight)) for total, edge in zip(totals, edges)]
 
-        def body(index: Any, totals: list[Any]) -> list[Any]:
-            value = e.load(b.add(args[0], b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
-            weight = _weight(e, value, largest, scale)
-            return [b.fadd(total, _kept(e, value, edge, weight)) for total, edge in zip(totals, edges)]
-
-        totals = e.loop(e.int64(CHUNK // LANES), [e.zeros(F32)] * EDGES, body)
-        for n, total in enumerate(totals):
-            mass = b.fadd(e.load(args[4], _F64, 8 * n), b.fpext(e.sum_lanes(total), _F64))
-            e.store(args[4], mass, 8 * n)
-        return context.get_dummy_value()
-
-    return signature, code
+    totals = e.loop(e.int64(CHUNK // LANES), [e.zeros(F32)] * EDGES, body)
+    for n, total in enumerate(totals):
+        mass = b.fadd(e.load(masses, _F64, 8 * n), b.fpext(e.sum_lanes(total), _F64))
+        e.store(masses, mass, 8 * n)
 
 
-@intrinsic
-def hits(_: Any, at: Any, low: Any, high: Any) -> Any:
+@emitted
+def hits(e: Emitter, at: Int, low: Float, high: Float) -> Int:
     """Return which of 64 logits are in [low, high), one bit for each; the lowest bit is for the first logit."""
-    signature = types.int64(types.int64, types.float32, types.float32)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        low, high = (e.splat(value) for value in args[1:])
-        found = e.int64(0)
-        for part in range(GROUP // LANES):
-            value = e.load(args[0], vector(F32), _VECTOR_BYTES * part)
-            inside = b.and_(b.fcmp_ordered(">=", value, low), b.fcmp_ordered("<", value, high))
-            found = b.or_(found, b.shl(_bits(e, inside), e.int64(LANES * part)))
-        return found
-
-    return signature, code
+    b = e.b
+    low, high = (e.splat(value) for value in (low, high))
+    found = e.int64(0)
+    for part in range(GROUP // LANES):
+        value = e.load(at, vector(F32), _VECTOR_BYTES * part)
+        inside = b.and_(b.fcmp_ordered(">=", value, low), b.fcmp_ordered("<", value, high))
+        found = b.or_(found, b.shl(_bits(e, inside), e.int64(LANES * part)))
+    return found
 
 
-@intrinsic
-def copy_hits(_: Any, at: Any, low: Any, high: Any, to: Any) -> Any:
+@emitted
+def copy_hits(e: Emitter, at: Int, low: Float, high: Float, to: Int) -> Int:
     """Copy the logits of a chunk that are in [low, high) to `to`, without gaps; return the address after them.
 
     Up to 64 bytes after the last may be overwritten. `to` may be at or before `at`.
     """
-    signature = types.int64(types.int64, types.float32, types.float32, types.int64)
+    b = e.b
+    low, high = (e.splat(value) for value in (low, high))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        low, high = (e.splat(value) for value in args[1:3])
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        value = e.load(b.add(at, b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
+        inside = b.and_(b.fcmp_ordered(">=", value, low), b.fcmp_ordered("<", value, high))
+        undefined = ir.Constant(vector(F32), ir.Undefined)
+        packed = e.call("llvm.experimental.vector.compress.v16f32", vector(F32), [value, inside, undefined])
+        e.store(state[0], packed)
+        return [b.add(state[0], b.shl(b.ctpop(_bits(e, inside)), e.int64(2)))]
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            value = e.load(b.add(args[0], b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
-            inside = b.and_(b.fcmp_ordered(">=", value, low), b.fcmp_ordered("<", value, high))
-            undefined = ir.Constant(vector(F32), ir.Undefined)
-            packed = e.call("llvm.experimental.vector.compress.v16f32", vector(F32), [value, inside, undefined])
-            e.store(state[0], packed)
-            return [b.add(state[0], b.shl(b.ctpop(_bits(e, inside)), e.int64(2)))]
-
-        return e.loop(e.int64(CHUNK // LANES), [args[3]], body)[0]
-
-    return signature, code
+    return e.loop(e.int64(CHUNK // LANES), [to], body)[0]
 
 
-@intrinsic
-def first_bit(_: Any, bits: Any) -> Any:
+@emitted
+def first_bit(e: Emitter, bits: Int) -> Int:
     """Return the position of the lowest 1 of an int64 that is not 0."""
-    signature = types.int64(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return signature, code
+    return e.b.cttz(bits, ir.Constant(ir.IntType(1), 1))
 
 
-@intrinsic
-def count_bits(_: Any, bits: Any) -> Any:
-    signature = types.int64(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.ctpop(args[0])
-
-    return signature, code
+@emitted
+def count_bits(e: Emitter, bits: Int) -> Int:
+    return e.b.ctpop(bits)
 
 
 def _from_key(b: Any, key: Any) -> Any:
@@ -254,47 +214,28 @@ def _to_key(b: Any, value: Any) -> Any:
     return b.select(b.icmp_signed("<", bits, sign), bits, b.sub(sign, bits))
 
 
-@intrinsic
-def key_of(_: Any, value: Any) -> Any:
+@emitted
+def key_of(e: Emitter, value: Float) -> Int:
     """Return the key of a float32; 0 for both zeros."""
-    signature = types.int64(types.float32)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return _to_key(b, args[0])
-
-    return signature, code
+    return _to_key(e.b, value)
 
 
-@intrinsic
-def value_of(_: Any, key: Any) -> Any:
+@emitted
+def value_of(e: Emitter, key: Int) -> Float:
     """Return the float32 of a key."""
-    signature = types.float32(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return _from_key(b, args[0])
-
-    return signature, code
+    return _from_key(e.b, key)
 
 
-@intrinsic
-def above(_: Any, value: Any) -> Any:
+@emitted
+def above(e: Emitter, value: Float) -> Float:
     """Return the next larger float32."""
-    signature = types.float32(types.float32)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return _from_key(b, b.add(_to_key(b, args[0]), ir.Constant(I64, 1)))
-
-    return signature, code
+    b = e.b
+    return _from_key(b, b.add(_to_key(b, value), ir.Constant(I64, 1)))
 
 
-@intrinsic
-def chunk_at(_: Any, row: Any, last: Any, chunks: Any, number: Any) -> Any:
+@emitted
+def chunk_at(e: Emitter, row: Int, last: Int, chunks: Int, number: Int) -> Int:
     """Return the address of a chunk of a row; `last` is the address of the last chunk's copy."""
-    signature = types.int64(*[types.int64] * 4)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        row, last, chunks, number = args
-        is_last = b.icmp_signed("==", b.add(number, ir.Constant(I64, 1)), chunks)
-        return b.select(is_last, last, b.add(row, b.mul(number, ir.Constant(I64, CHUNK_BYTES))))
-
-    return signature, code
+    b = e.b
+    is_last = b.icmp_signed("==", b.add(number, ir.Constant(I64, 1)), chunks)
+    return b.select(is_last, last, b.add(row, b.mul(number, ir.Constant(I64, CHUNK_BYTES))))

@@ -6,43 +6,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import types
-from numba.extending import intrinsic
-
 from candle_vllm.core.kernels.activation_quant.cpu import layer_scale, row_mean
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_tanh
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, read, step_number
 from candle_vllm.core.kernels.scale_cap import ScaleCapArguments
 
 
-@intrinsic(prefer_literal=True)
-def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, kind: Any) -> Any:
-    """Replace 16 * `lines` floats by x * factor (the constant `kind` is 0), cap * tanh(x * factor) (1), or
+@emitted
+def scale_cap_lines(e: Emitter, at: Int, lines: Int, factor: Float, cap: Float, kind: int) -> None:
+    """Replace 16 * `lines` floats by x * factor (`kind` is 0), cap * tanh(x * factor) (1), or
     min(max(x, factor), cap) (2)."""
-    signature = types.void(types.int64, types.int64, types.float32, types.float32, kind)
+    b = e.b
+    factor, cap = e.splat(factor), e.splat(cap)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        factor, cap = e.splat(args[2]), e.splat(args[3])
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        place = b.add(at, b.mul(index, e.int64(4 * LANES)))
+        x = e.load(place, vector(F32))
+        if kind == 2:
+            value = b.select(b.fcmp_ordered("<", x, factor), factor, x)
+            value = b.select(b.fcmp_ordered(">", value, cap), cap, value)
+        else:
+            value = b.fmul(x, factor)
+            value = b.fmul(emit_tanh(e, value), cap) if kind else value
+        e.store(place, value)
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            place = b.add(args[0], b.mul(index, e.int64(4 * LANES)))
-            x = e.load(place, vector(F32))
-            if kind.literal_value == 2:
-                value = b.select(b.fcmp_ordered("<", x, factor), factor, x)
-                value = b.select(b.fcmp_ordered(">", value, cap), cap, value)
-            else:
-                value = b.fmul(x, factor)
-                value = b.fmul(emit_tanh(e, value), cap) if kind.literal_value else value
-            e.store(place, value)
-            return state
-
-        e.loop_or_skip(args[1], [], body)
-        return context.get_dummy_value()
-
-    return signature, code
+    e.loop_or_skip(lines, [], body)
 
 
 def make_scale_cap(KIND: int) -> Callable[..., None]:

@@ -17,10 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
@@ -102,30 +101,23 @@ def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, An
             yield e.b.fmul(first, power), e.b.fmul(second, power)
 
 
-@intrinsic(prefer_literal=True)
-def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any, ahead: Any) -> Any:
-    """Convert turns, which are `step` bytes apart, to contiguous bfloat16 [16 rows, 2 columns].
+@emitted
+def _widen(e: Emitter, kind: ScaledKind, codes: Int, apart: Int, out: Int, turns: Int, ahead: Int) -> None:
+    """Convert turns, which are `apart` bytes apart, to contiguous bfloat16 [16 rows, 2 columns].
 
     `ahead` is the prefetch distance in bytes.
     """
-    number = ScaledKind(kind.literal_value)
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_codes, apart, at_out, count, distance = args[1:]
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        source = b.add(codes, b.mul(index, apart))
+        _ask_turn(e, kind, b.add(source, ahead))
+        target = b.add(out, b.mul(index, e.int64(2 * ROWS * kind.turn_columns)))
+        for step, floats in enumerate(_steps(e, kind, source)):
+            e.store(target, _joined(e, *floats), step * PlainKind.BF16.step_bytes)
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            source = b.add(at_codes, b.mul(index, apart))
-            _ask_turn(e, number, b.add(source, distance))
-            target = b.add(at_out, b.mul(index, e.int64(2 * ROWS * number.turn_columns)))
-            for step, floats in enumerate(_steps(e, number, source)):
-                e.store(target, _joined(e, *floats), step * PlainKind.BF16.step_bytes)
-            return state
-
-        e.loop(count, [], body)
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 5), code
+    e.loop(turns, [], body)
 
 
 def _ask_turn(e: Emitter, kind: ScaledKind, address: Any) -> None:
@@ -142,24 +134,18 @@ def _x_bytes(isa: Isa) -> int:
     return 2 if isa.bf16 and not isa & Isa.AMX else 4
 
 
-@intrinsic
-def _spread(_: Any, x: Any, out: Any, vectors: Any) -> Any:
+@emitted
+def _spread(e: Emitter, x: Int, out: Int, vectors: Int) -> None:
     """Convert 16 * `vectors` elements of bfloat16 to float32."""
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_x, at_out, count = args
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        halves = e.load(b.add(x, b.mul(index, e.int64(2 * LANES))), vector(I16))
+        floats = b.shl(b.zext(halves, vector(I32)), e.constant(I32, 16))
+        e.store(b.add(out, b.mul(index, e.int64(4 * LANES))), floats)
+        return state
 
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            halves = e.load(b.add(at_x, b.mul(index, e.int64(2 * LANES))), vector(I16))
-            floats = b.shl(b.zext(halves, vector(I32)), e.constant(I32, 16))
-            e.store(b.add(at_out, b.mul(index, e.int64(4 * LANES))), floats)
-            return state
-
-        e.loop(count, [], body)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), code
+    e.loop(vectors, [], body)
 
 
 def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tuple[Any, Any]) -> Any:
@@ -171,144 +157,131 @@ def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tup
     return total
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _multiply_rows(
-    _: Any, kind: Any, block: Any, isa: Any, weights: Any, turns: Any, span_turns: Any, panel: Any, out: Any, ahead: Any
-) -> Any:
+    e: Emitter,
+    kind: ScaledKind,
+    block: int,
+    isa: Isa,
+    tile: Int,
+    turns: Int,
+    span_turns: Int,
+    panel: Int,
+    out: Int,
+    ahead: Int,
+) -> None:
     """Multiply a tile by a panel of `block` rows with elements of `_x_bytes` bytes: float32 [block, 16] at `out`.
 
     With AMX, products are added in AMX's order: those of even columns of a square, those of odd columns, then both.
     """
-    number, height, features = ScaledKind(kind.literal_value), block.literal_value, Isa(isa.literal_value)
-    squares, of_square = bool(features & Isa.AMX), 32 // number.turn_columns
-    step_x = 2 * _x_bytes(features) * height
-    turn_x = step_x * number.turn_columns // 2
-    paired_sums = height == 1 or (_x_bytes(features) == 2 and height == 4)  # otherwise one span has enough sums
+    b = e.b
+    squares, of_square = bool(isa & Isa.AMX), 32 // kind.turn_columns
+    step_x = 2 * _x_bytes(isa) * block
+    turn_x = step_x * kind.turn_columns // 2
+    paired_sums = block == 1 or (_x_bytes(isa) == 2 and block == 4)  # otherwise one span has enough sums
+    span_bytes = b.add(b.mul(span_turns, e.int64(kind.turn_bytes)), e.int64(HEAD_BYTES))
+    span_x = b.mul(span_turns, e.int64(turn_x))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_weights, count, each, at_x, at_out, distance = args[3:]
-        span_bytes = b.add(b.mul(each, e.int64(number.turn_bytes)), e.int64(HEAD_BYTES))
-        span_x = b.mul(each, e.int64(turn_x))
+    def add(spans: range, of: int, at: Any, length: Any, totals: list[Any]) -> list[Any]:
+        """Add `spans` of a pair (`of` is 2) or a single span (1), from span `at` on, of `length` turns each."""
+        head, x = b.add(tile, b.mul(at, span_bytes)), b.add(panel, b.mul(at, span_x))
+        codes = b.add(head, e.int64(of * HEAD_BYTES))
 
-        def add(spans: range, of: int, at: Any, length: Any, totals: list[Any]) -> list[Any]:
-            """Add `spans` of a pair (`of` is 2) or a single span (1), from span `at` on, of `length` turns each."""
-            head, x = b.add(at_weights, b.mul(at, span_bytes)), b.add(at_x, b.mul(at, span_x))
-            codes = b.add(head, e.int64(of * HEAD_BYTES))
+        def body(index: Any, sums: list[Any]) -> list[Any]:
+            first = b.add(codes, b.mul(index, e.int64(of * kind.turn_bytes)))
+            inputs, sums = b.add(x, b.mul(index, e.int64(turn_x))), list(sums)
+            places = [b.add(inputs, b.mul(span_x, e.int64(span))) for span in spans]
+            addresses = [b.add(first, e.int64(span * kind.turn_bytes)) for span in spans]
+            for address in addresses:
+                _ask_turn(e, kind, b.add(address, ahead))
+            for step, abreast in enumerate(zip(*(_steps(e, kind, address) for address in addresses))):
+                for chain in range(len(spans) * block):
+                    at, row = divmod(chain, block)
+                    place = b.add(places[at], e.int64(step * step_x + 4 * row))
+                    if squares:
+                        for column, weights in enumerate(abreast[at]):
+                            value, own = e.splat(e.load(place, F32, 4 * block * column)), 2 * chain + column
+                            sums[own] = e.fma(value, weights, sums[own])
+                    else:
+                        sums[chain] = _add_step(e, isa, sums[chain], place, block, abreast[at])
+            return sums
 
-            def body(index: Any, sums: list[Any]) -> list[Any]:
-                first = b.add(codes, b.mul(index, e.int64(of * number.turn_bytes)))
-                inputs, sums = b.add(x, b.mul(index, e.int64(turn_x))), list(sums)
-                places = [b.add(inputs, b.mul(span_x, e.int64(span))) for span in spans]
-                addresses = [b.add(first, e.int64(span * number.turn_bytes)) for span in spans]
-                for address in addresses:
-                    _ask_turn(e, number, b.add(address, distance))
-                turns = [_steps(e, number, address) for address in addresses]
-                for step, abreast in enumerate(zip(*turns)):
-                    for chain in range(len(spans) * height):
-                        at, row = divmod(chain, height)
-                        place = b.add(places[at], e.int64(step * step_x + 4 * row))
-                        if squares:
-                            for column, weights in enumerate(abreast[at]):
-                                value, own = e.splat(e.load(place, F32, 4 * height * column)), 2 * chain + column
-                                sums[own] = e.fma(value, weights, sums[own])
-                        else:
-                            sums[chain] = _add_step(e, features, sums[chain], place, height, abreast[at])
-                return sums
+        def square(index: Any, parts: list[Any]) -> list[Any]:
+            first = b.mul(index, e.int64(of_square))
+            left, most = b.sub(length, first), e.int64(of_square)
+            few = b.select(b.icmp_signed("<", left, most), left, most)
+            sums = e.loop(few, zeros * 2, lambda turn, sums: body(b.add(first, turn), sums))
+            return [b.fadd(part, b.fadd(*sums[2 * n : 2 * n + 2])) for n, part in enumerate(parts)]
 
-            def square(index: Any, parts: list[Any]) -> list[Any]:
-                first = b.mul(index, e.int64(of_square))
-                left, most = b.sub(length, first), e.int64(of_square)
-                few = b.select(b.icmp_signed("<", left, most), left, most)
-                sums = e.loop(few, zeros * 2, lambda turn, sums: body(b.add(first, turn), sums))
-                return [b.fadd(part, b.fadd(*sums[2 * n : 2 * n + 2])) for n, part in enumerate(parts)]
+        zeros = [e.zeros(F32)] * (len(spans) * block)
+        if squares:
+            count_of = b.sdiv(b.add(length, e.int64(of_square - 1)), e.int64(of_square))
+            parts = e.loop(count_of, zeros, square)
+        else:
+            parts = e.loop(length, zeros, body)
+        totals = list(totals)
+        for chain, part in enumerate(parts):
+            scale = e.load(head, vector(F32), spans[chain // block] * HEAD_BYTES)
+            totals[chain % block] = e.fma(part, scale, totals[chain % block])
+        return totals
 
-            zeros = [e.zeros(F32)] * (len(spans) * height)
-            if squares:
-                count_of = b.sdiv(b.add(length, e.int64(of_square - 1)), e.int64(of_square))
-                parts = e.loop(count_of, zeros, square)
-            else:
-                parts = e.loop(length, zeros, body)
-            totals = list(totals)
-            for chain, part in enumerate(parts):
-                scale = e.load(head, vector(F32), spans[chain // height] * HEAD_BYTES)
-                totals[chain % height] = e.fma(part, scale, totals[chain % height])
-            return totals
+    def two(index: Any, totals: list[Any]) -> list[Any]:
+        at = b.mul(index, e.int64(2))
+        if paired_sums:
+            return add(range(2), 2, at, span_turns, totals)
+        return add(range(1, 2), 2, at, span_turns, add(range(1), 2, at, span_turns, totals))
 
-        def two(index: Any, totals: list[Any]) -> list[Any]:
-            at = b.mul(index, e.int64(2))
-            if paired_sums:
-                return add(range(2), 2, at, each, totals)
-            return add(range(1, 2), 2, at, each, add(range(1), 2, at, each, totals))
+    def one(index: Any, totals: list[Any]) -> list[Any]:
+        at = b.add(paired, index)
+        left = b.sub(turns, b.mul(at, span_turns))
+        return add(range(1), 1, at, b.select(b.icmp_signed("<", left, span_turns), left, span_turns), totals)
 
-        def one(index: Any, totals: list[Any]) -> list[Any]:
-            at = b.add(paired, index)
-            left = b.sub(count, b.mul(at, each))
-            return add(range(1), 1, at, b.select(b.icmp_signed("<", left, each), left, each), totals)
-
-        pairs = b.sdiv(count, b.mul(each, e.int64(2)))
-        paired = b.mul(pairs, e.int64(2))
-        spans = b.sdiv(b.add(count, b.sub(each, e.int64(1))), each)
-        totals = e.loop_or_skip(pairs, [e.zeros(F32)] * height, two)
-        for row, total in enumerate(e.loop_or_skip(b.sub(spans, paired), totals, one)):
-            e.store(at_out, total, row * 4 * ROWS)
-        return context.get_dummy_value()
-
-    return types.void(kind, block, isa, *[types.int64] * 6), code
+    pairs = b.sdiv(turns, b.mul(span_turns, e.int64(2)))
+    paired = b.mul(pairs, e.int64(2))
+    spans = b.sdiv(b.add(turns, b.sub(span_turns, e.int64(1))), span_turns)
+    totals = e.loop_or_skip(pairs, [e.zeros(F32)] * block, two)
+    for row, total in enumerate(e.loop_or_skip(b.sub(spans, paired), totals, one)):
+        e.store(out, total, row * 4 * ROWS)
 
 
 # ---- more rows -------------------------------------------------------------------------------------------------------
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _add_span(
-    _: Any,
-    block: Any,
-    tiles: Any,
-    isa: Any,
-    weights: Any,
-    tile_bytes: Any,
-    panel: Any,
-    runs: Any,
-    head: Any,
-    head_step: Any,
-    sums: Any,
-) -> Any:
+    e: Emitter,
+    block: int,
+    tiles: int,
+    isa: Isa,
+    weights: Int,
+    tile_bytes: Int,
+    panel: Int,
+    runs: Int,
+    head: Int,
+    head_step: Int,
+    sums: Int,
+) -> None:
     """Multiply a span of converted tiles by a panel of `block` rows; add the result to sums float32 [tiles, block, 16].
 
     Tiles are `tile_bytes` apart. The first tile's scales are at `head`; scales of tiles are `head_step` bytes apart.
     """
-    height, width, features = block.literal_value, tiles.literal_value, Isa(isa.literal_value)
+    b = e.b
+    bases = [b.add(weights, b.mul(tile_bytes, e.int64(tile))) for tile in range(tiles)]
+    heads = [b.add(head, b.mul(head_step, e.int64(tile))) for tile in range(tiles)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_weights, size, at_panel, count, at_head, step, at_sums = args[3:]
-        bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
-        heads = [b.add(at_head, b.mul(step, e.int64(tile))) for tile in range(width)]
+    def write(tile: int, row: int, part: Any) -> None:
+        place = (tile * block + row) * 4 * ROWS
+        total = e.load(sums, vector(F32), place)
+        e.store(sums, e.fma(part, e.load(heads[tile], vector(F32)), total), place)
 
-        def write(tile: int, row: int, part: Any) -> None:
-            place = (tile * height + row) * 4 * ROWS
-            total = e.load(at_sums, vector(F32), place)
-            e.store(at_sums, e.fma(part, e.load(heads[tile], vector(F32)), total), place)
-
-        emit_sums(e, PlainKind.BF16, features, bases, height, at_panel, count, write)
-        return context.get_dummy_value()
-
-    return types.void(block, tiles, isa, *[types.int64] * 7), code
+    emit_sums(e, PlainKind.BF16, isa, bases, block, panel, runs, write)
 
 
-@intrinsic(prefer_literal=True)
-def _clear(_: Any, vectors: Any, address: Any) -> Any:
+@emitted
+def _clear(e: Emitter, vectors: int, address: Int) -> None:
     """Set 16 * `vectors` floats to zero."""
-    count = vectors.literal_value
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        for at in range(count):
-            e.store(args[1], e.zeros(F32), at * 4 * ROWS)
-        return context.get_dummy_value()
-
-    return types.void(vectors, types.int64), code
+    for at in range(vectors):
+        e.store(address, e.zeros(F32), at * 4 * ROWS)
 
 
 @njit
@@ -328,32 +301,25 @@ def _place(span: int, paired: int, span_bytes: int, turn_bytes: int) -> tuple[in
 # ---- AMX -------------------------------------------------------------------------------------------------------------
 
 
-@intrinsic(prefer_literal=True)
-def _add_scaled(_: Any, tiles: Any, sums: Any, head: Any, head_step: Any, rows: Any, totals: Any) -> Any:
+@emitted
+def _add_scaled(e: Emitter, tiles: int, sums: Int, head: Int, head_step: Int, rows: Int, totals: Int) -> None:
     """Add the sums of a span, float32 [tiles, 16, 16], times the scales of the tiles' rows to `rows` rows of totals.
 
     The scales of tiles are `head_step` bytes apart.
     """
-    width = tiles.literal_value
+    b = e.b
+    scales = [e.load(b.add(head, b.mul(head_step, e.int64(tile))), vector(F32)) for tile in range(tiles)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_sums, at_head, step, count, at_totals = args[1:]
-        scales = [e.load(b.add(at_head, b.mul(step, e.int64(tile))), vector(F32)) for tile in range(width)]
+    def body(row: Any, state: list[Any]) -> list[Any]:
+        offset = b.mul(row, e.int64(4 * LANES))
+        part, total = b.add(sums, offset), b.add(totals, offset)
+        for tile, scale in enumerate(scales):
+            at = tile * SQUARE_BYTES
+            added = e.fma(e.load(part, vector(F32), at), scale, e.load(total, vector(F32), at))
+            e.store(total, added, at)
+        return state
 
-        def body(row: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(row, e.int64(4 * LANES))
-            part, total = b.add(at_sums, offset), b.add(at_totals, offset)
-            for tile, scale in enumerate(scales):
-                at = tile * SQUARE_BYTES
-                added = e.fma(e.load(part, vector(F32), at), scale, e.load(total, vector(F32), at))
-                e.store(total, added, at)
-            return state
-
-        e.loop(count, [], body)
-        return context.get_dummy_value()
-
-    return types.void(tiles, *[types.int64] * 5), code
+    e.loop(rows, [], body)
 
 
 def _make_squares(KIND: int, ISA: int) -> Any:

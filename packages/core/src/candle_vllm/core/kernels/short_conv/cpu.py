@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Emitter
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Emitter, Int, emitted
 from candle_vllm.core.kernels.cpu_runtime.emit_columns import emit_columns, load_columns, store_columns
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_silu
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
@@ -28,77 +27,64 @@ _PIECE = 1024
 """Channels that are processed at a time, because their earlier inputs are on the stack."""
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _convolve(
-    _: Any,
-    taps: Any,
-    silu: Any,
-    gated: Any,
-    inputs: Any,
-    gate_in: Any,
-    gate_out: Any,
-    weight: Any,
-    step: Any,
-    bias: Any,
-    out: Any,
-    count: Any,
-) -> Any:
+    e: Emitter,
+    taps: int,
+    silu: int,
+    gated: int,
+    inputs: Int,
+    gate_in: Int,
+    gate_out: Int,
+    weight: Int,
+    step: Int,
+    bias: Int,
+    out: Int,
+    count: Int,
+) -> None:
     """Compute `count` channels of a token.
 
     inputs: address of the addresses of the taps' inputs; the newest input is multiplied by its gate. weight, step:
     address of the oldest tap's weights, and bytes to the next tap's weights.
     """
-    number, activates, gates = taps.literal_value, silu.literal_value, gated.literal_value
+    b = e.b
+    seen = [e.load(inputs, I64, 8 * tap) for tap in range(taps)]
+    weights = [b.add(weight, b.mul(step, e.int64(tap))) for tap in range(taps)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_inputs, gate_in, gate_out, at_weight, step, at_bias, out, count = args[3:]
-        seen = [e.load(at_inputs, I64, 8 * tap) for tap in range(number)]
-        weights = [b.add(at_weight, b.mul(step, e.int64(tap))) for tap in range(number)]
+    def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
+        total, *given = (load_columns(e, b.add(at, place), mask) for at in (bias, *seen))
+        if gated:
+            given[-1] = b.fmul(load_columns(e, b.add(gate_in, place), mask), given[-1])
+            store_columns(e, b.add(seen[-1], place), given[-1], mask)
+        for x, factor in zip(given, weights):
+            total = e.fma(load_columns(e, b.add(factor, place), mask), x, total)
+        total = emit_silu(e, total) if silu else total
+        if gated:
+            total = b.fmul(load_columns(e, b.add(gate_out, place), mask), total)
+        store_columns(e, b.add(out, place), total, mask)
+        return state
 
-        def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
-            total, *given = (load_columns(e, b.add(at, place), mask) for at in (at_bias, *seen))
-            if gates:
-                given[-1] = b.fmul(load_columns(e, b.add(gate_in, place), mask), given[-1])
-                store_columns(e, b.add(seen[-1], place), given[-1], mask)
-            for x, factor in zip(given, weights):
-                total = e.fma(load_columns(e, b.add(factor, place), mask), x, total)
-            total = emit_silu(e, total) if activates else total
-            if gates:
-                total = b.fmul(load_columns(e, b.add(gate_out, place), mask), total)
-            store_columns(e, b.add(out, place), total, mask)
-            return state
-
-        emit_columns(e, count, [], body)
-        return context.get_dummy_value()
-
-    return types.void(taps, silu, gated, *[types.int64] * 8), code
+    emit_columns(e, count, [], body)
 
 
-@intrinsic
-def _copy(_: Any, to: Any, source: Any, count: Any) -> Any:
+@emitted
+def _copy(e: Emitter, to: Int, source: Int, count: Int) -> None:
     """Copy `count` floats; write zeros if `source` is 0."""
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        to, source, count = args
+    def copy(place: Any, mask: Any, state: list[Any]) -> list[Any]:
+        store_columns(e, b.add(to, place), load_columns(e, b.add(source, place), mask), mask)
+        return state
 
-        def copy(place: Any, mask: Any, state: list[Any]) -> list[Any]:
-            store_columns(e, b.add(to, place), load_columns(e, b.add(source, place), mask), mask)
-            return state
+    def clear(place: Any, mask: Any, state: list[Any]) -> list[Any]:
+        store_columns(e, b.add(to, place), e.zeros(F32), mask)
+        return state
 
-        def clear(place: Any, mask: Any, state: list[Any]) -> list[Any]:
-            store_columns(e, b.add(to, place), e.zeros(F32), mask)
-            return state
-
-        with b.if_else(b.icmp_signed("==", source, ir.Constant(I64, 0))) as (nothing, something):
-            with nothing:
-                emit_columns(e, count, [], clear)
-            with something:
-                emit_columns(e, count, [], copy)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), code
+    with b.if_else(b.icmp_signed("==", source, ir.Constant(I64, 0))) as (nothing, something):
+        with nothing:
+            emit_columns(e, count, [], clear)
+        with something:
+            emit_columns(e, count, [], copy)
 
 
 @njit(inline="always")

@@ -6,10 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import types
-from numba.extending import intrinsic
-
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted
 from candle_vllm.core.kernels.cpu_runtime.emit_columns import emit_columns, load_columns, store_columns
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
     emit_gelu_tanh,
@@ -40,30 +37,24 @@ def _emit_xielu(e: Emitter, x: Any, numbers: Any) -> Any:
     return e.fma(e.fma(p, above, beta), above, e.fma(n, b.fsub(grown, below), b.fmul(beta, below)))
 
 
-@intrinsic(prefer_literal=True)
-def _gate_columns(_: Any, x: Any, gate: Any, count: Any, kind: Any, spread: Any) -> Any:
-    """Multiply `count` floats by act(gate), or apply xIELU; `kind` and `spread` (one gate for all) are constants."""
+@emitted
+def _gate_columns(e: Emitter, x: Int, gate: Int, count: Int, kind: int, spread: bool) -> None:
+    """Multiply `count` floats by act(gate), or apply xIELU; `spread`: one gate for all."""
+    b = e.b
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e, number = Emitter(b), kind.literal_value
-
-        def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
-            at = b.add(args[0], place)
-            value = load_columns(e, at, mask)
-            if number == _XIELU:
-                store_columns(e, at, _emit_xielu(e, value, args[1]), mask)
-                return state
-            one = bool(spread.literal_value)
-            gates = e.splat(e.load(args[1], F32)) if one else load_columns(e, b.add(args[1], place), mask)
-            act = _ACTS[number]
-            made = emit_sigmoid_times(e, value, gates) if act is None else b.fmul(value, act(e, gates))
-            store_columns(e, at, made, mask)
+    def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
+        at = b.add(x, place)
+        value = load_columns(e, at, mask)
+        if kind == _XIELU:
+            store_columns(e, at, _emit_xielu(e, value, gate), mask)
             return state
+        gates = e.splat(e.load(gate, F32)) if spread else load_columns(e, b.add(gate, place), mask)
+        act = _ACTS[kind]
+        made = emit_sigmoid_times(e, value, gates) if act is None else b.fmul(value, act(e, gates))
+        store_columns(e, at, made, mask)
+        return state
 
-        emit_columns(e, args[2], [], body)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3, kind, spread), code
+    emit_columns(e, count, [], body)
 
 
 def make_gated_rows(KIND: int, SPREAD: int) -> Callable[..., None]:

@@ -10,79 +10,63 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, SHIFTER, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.weight_quant import searches
 from candle_vllm.core.quantization.ggml_types import IQ4_VALUES
 
 
-@intrinsic
-def bits_of(_: Any, value: Any) -> Any:
+@emitted
+def bits_of(e: Emitter, value: Float) -> Int:
     """Return the bits of a float32 as the low half of an int64, whose high half is 0."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.zext(b.bitcast(args[0], I32), I64)
-
-    return types.int64(types.float32), code
+    b = e.b
+    return b.zext(b.bitcast(value, I32), I64)
 
 
-@intrinsic
-def ends_of_32(_: Any, x: Any) -> Any:
+@emitted
+def ends_of_32(e: Emitter, x: Int) -> Int:
     """Return the bits of the largest (high half) and of the smallest (low half) of the 32 float32 at an address."""
+    b = e.b
+    magnitude, sign = e.constant(I32, 0x7FFFFFFF), e.constant(I32, 31)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        magnitude, sign = e.constant(I32, 0x7FFFFFFF), e.constant(I32, 31)
+    def ordered(value: Any) -> Any:
+        """Convert the bits of floats to integers of the same order, and back."""
+        return b.xor(value, b.and_(b.ashr(value, sign), magnitude))
 
-        def ordered(value: Any) -> Any:
-            """Convert the bits of floats to integers of the same order, and back."""
-            return b.xor(value, b.and_(b.ashr(value, sign), magnitude))
-
-        x, y = (ordered(e.load(args[0], vector(I32), at)) for at in (0, 4 * LANES))
-        found = []
-        for name, relation in (("smax", ">"), ("smin", "<")):
-            both = b.select(b.icmp_signed(relation, x, y), x, y)
-            found.append(e.call(f"llvm.vector.reduce.{name}.v{LANES}i32", I32, [both]))
-        high, low = (b.extract_element(ordered(e.splat(value)), ir.Constant(I32, 0)) for value in found)
-        return b.or_(b.shl(b.zext(high, I64), e.int64(32)), b.zext(low, I64))
-
-    return types.int64(types.int64), code
+    x, y = (ordered(e.load(x, vector(I32), at)) for at in (0, 4 * LANES))
+    found = []
+    for name, relation in (("smax", ">"), ("smin", "<")):
+        both = b.select(b.icmp_signed(relation, x, y), x, y)
+        found.append(e.call(f"llvm.vector.reduce.{name}.v{LANES}i32", I32, [both]))
+    high, low = (b.extract_element(ordered(e.splat(value)), ir.Constant(I32, 0)) for value in found)
+    return b.or_(b.shl(b.zext(high, I64), e.int64(32)), b.zext(low, I64))
 
 
-@intrinsic(prefer_literal=True)
-def store_codes(_: Any, width: Any, x: Any, low: Any, inverse: Any, add: Any, to: Any) -> Any:
+@emitted
+def store_codes(e: Emitter, width: int, x: Int, low: Float, inverse: Float, add: Float, to: Int) -> None:
     """Store (x - low) * inverse + add of 32 elements, truncated to integers of `width` bits, 4 or 5.
 
     The fifth bits come first, bit i of 32 for element i; then byte i has the low nibble for element i, the high nibble
     for element i + 16.
     """
-    f, i, bits = types.float32, types.int64, width.literal_value
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        _, at, low, inverse, add, to = args
-        most, codes = e.constant(I32, (1 << bits) - 1), []
-        for start in (0, 4 * LANES):
-            value = b.fmul(b.fsub(e.load(at, vector(F32), start), e.splat(low)), e.splat(inverse))
-            whole = b.fptosi(b.fadd(value, e.splat(add)), vector(I32))
-            codes.append(b.select(b.icmp_signed("<", whole, most), whole, most))
-        four, mask = e.constant(I32, 4), e.constant(I32, 15)
-        nibbles = b.or_(b.and_(codes[0], mask), b.shl(b.and_(codes[1], mask), four))
-        e.store(to, b.trunc(nibbles, vector(I8)), 4 if bits == 5 else 0)
-        if bits == 5:
-            for part, whole in enumerate(codes):
-                fifth = b.icmp_signed(">", whole, mask)
-                e.store(to, b.bitcast(fifth, ir.IntType(LANES)), 2 * part)
-        return context.get_dummy_value()
-
-    return types.void(width, i, f, f, f, i), code
+    b = e.b
+    most, codes = e.constant(I32, (1 << width) - 1), []
+    for start in (0, 4 * LANES):
+        value = b.fmul(b.fsub(e.load(x, vector(F32), start), e.splat(low)), e.splat(inverse))
+        whole = b.fptosi(b.fadd(value, e.splat(add)), vector(I32))
+        codes.append(b.select(b.icmp_signed("<", whole, most), whole, most))
+    four, mask = e.constant(I32, 4), e.constant(I32, 15)
+    nibbles = b.or_(b.and_(codes[0], mask), b.shl(b.and_(codes[1], mask), four))
+    e.store(to, b.trunc(nibbles, vector(I8)), 4 if width == 5 else 0)
+    if width == 5:
+        for part, whole in enumerate(codes):
+            fifth = b.icmp_signed(">", whole, mask)
+            e.store(to, b.bitcast(fifth, ir.IntType(LANES)), 2 * part)
 
 
-@intrinsic(prefer_literal=True)
-def weigh(_: Any, squared: Any, x: Any, count: Any, floor: Any, weights: Any) -> Any:
+@emitted
+def weigh(e: Emitter, squared: bool, x: Int, count: Int, floor: Float, weights: Int) -> None:
     """Compute the weights of the elements of 16 groups without an importance matrix, see `reference.plain_weights`.
 
     Args:
@@ -90,33 +74,26 @@ def weigh(_: Any, squared: Any, x: Any, count: Any, floor: Any, weights: Any) ->
         x, weights: addresses of float32 [count, 16]: element i of all groups is contiguous.
         floor: as in `reference.plain_weights`.
     """
-    i, as_squares = types.int64, bool(squared.literal_value)
+    b = e.b
+    (total,) = _elements(e, x, x, count, [e.zeros(F32)], lambda v, _, s: [b.fadd(s[0], b.fmul(v, v))])
+    base = b.fdiv(total, e.splat(b.sitofp(count, F32)))
+    if not squared:
+        base = e.call(f"llvm.sqrt.v{LANES}f32", vector(F32), [base])
+    base = b.fmul(e.splat(floor), base)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        _, x, count, floor, weights = args
-        (total,) = _elements(e, x, x, count, [e.zeros(F32)], lambda v, _, s: [b.fadd(s[0], b.fmul(v, v))])
-        base = b.fdiv(total, e.splat(b.sitofp(count, F32)))
-        if not as_squares:
-            base = e.call(f"llvm.sqrt.v{LANES}f32", vector(F32), [base])
-        base = b.fmul(e.splat(floor), base)
+    def store(index: Any, state: list[Any]) -> list[Any]:
+        offset = b.mul(index, e.int64(4 * LANES))
+        value = e.load(b.add(x, offset), vector(F32))
+        e.store(b.add(weights, offset), b.fadd(base, b.fmul(value, value) if squared else _fabs(e, value)))
+        return state
 
-        def store(index: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(index, e.int64(4 * LANES))
-            value = e.load(b.add(x, offset), vector(F32))
-            e.store(b.add(weights, offset), b.fadd(base, b.fmul(value, value) if as_squares else _fabs(e, value)))
-            return state
-
-        e.loop(count, [], store)
-        return context.get_dummy_value()
-
-    return types.void(squared, i, i, types.float32, i), code
+    e.loop(count, [], store)
 
 
-@intrinsic
+@emitted
 def fit_offset(
-    _: Any, x: Any, weights: Any, count: Any, most: Any, first: Any, tries: Any, scales: Any, mins: Any
-) -> Any:
+    e: Emitter, x: Int, weights: Int, count: Int, most: Float, first: Float, tries: Int, scales: Int, mins: Int
+) -> None:
     """Find scale and minimum of 16 groups, see `reference.fit_offset`.
 
     Args:
@@ -124,38 +101,67 @@ def fit_offset(
         most, first, tries: as in `reference.fit_offset`; `most` and `first` are float32.
         scales, mins: addresses of float32 [16].
     """
-    f, i = types.float32, types.int64
-    signature = types.void(i, i, i, f, f, i, i, i)
+    search = _OffsetSearch(e, x, weights, count, most, first)
+    b, zero = e.b, search.zero
+    low, span = search.range()
+    scale = b.fdiv(span, search.most)  # the plain scale: the span divided into `most` steps
+    start = [e.constant(F32, searches.NOTHING), scale, low]
+    _, best_scale, best_low = e.loop(tries, start, lambda index, state: search.attempt(index, state, low, span))
+    plain_error, best_error = search.errors(scale, low, best_scale, best_low)
+    better = b.fcmp_ordered("<", best_error, plain_error)
+    flat = b.fcmp_ordered("==", span, zero)
+    scale, low = b.select(better, best_scale, scale), b.select(better, best_low, low)
+    e.store(scales, b.select(flat, zero, scale))
+    e.store(mins, b.fsub(zero, low))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        _OffsetSearch(Emitter(b), args).emit()
-        return context.get_dummy_value()
 
-    return signature, code
-
-
-@intrinsic
-def fit_scale(_: Any, x: Any, weights: Any, count: Any, half: Any, scales: Any) -> Any:
+@emitted
+def fit_scale(e: Emitter, x: Int, weights: Int, count: Int, half: Float, scales: Int) -> None:
     """Find the scales of 16 groups without an offset, see `reference.fit_scale`; arguments as for `fit_offset`."""
-    signature = types.void(types.int64, types.int64, types.int64, types.float32, types.int64)
+    b, zero = e.b, e.zeros(F32)
+    low, high = e.splat(b.fsub(ir.Constant(F32, 0.0), half)), e.splat(b.fsub(half, ir.Constant(F32, 1.0)))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        _emit_fit_scale(Emitter(b), *args)
-        return context.get_dummy_value()
+    size, extreme = _farthest(e, x, count)
 
-    return signature, code
+    def attempt(index: Any, state: list[Any]) -> list[Any]:
+        steps = b.fsub(b.sitofp(index, F32), ir.Constant(F32, float(searches.SCALE_STEPS)))
+        wanted = b.fadd(half, b.fmul(steps, ir.Constant(F32, searches.SCALE_STEP)))
+        inverse = b.fdiv(e.splat(b.fsub(ir.Constant(F32, 0.0), wanted)), extreme)
+
+        def code(value: Any) -> Any:
+            return _clamp(e, _rounded(e, b.fmul(inverse, value)), low, high)
+
+        return _better_scale(e, x, weights, count, code, state)
+
+    _, scale = e.loop(e.int64(2 * searches.SCALE_STEPS + 1), [zero, zero], attempt)
+    e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))
 
 
-@intrinsic
-def fit_table(_: Any, x: Any, weights: Any, count: Any, scales: Any) -> Any:
+@emitted
+def fit_table(e: Emitter, x: Int, weights: Int, count: Int, scales: Int) -> None:
     """Find the scales of 16 groups with a table of values, see `reference.fit_table`; arguments as for `fit_offset`."""
-    signature = types.void(*[types.int64] * 4)
+    b, zero = e.b, e.zeros(F32)
+    size, extreme = _farthest(e, x, count)
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        _emit_fit_table(Emitter(b), *args)
-        return context.get_dummy_value()
+    def attempt(index: Any, state: list[Any]) -> list[Any]:
+        low = b.icmp_signed("<", index, e.int64(searches.TABLE_STEPS))
+        start, other = (
+            e.int64(first) for first in (searches.TABLE_STARTS[0], searches.TABLE_STARTS[1] - searches.TABLE_STEPS)
+        )
+        wanted = b.sitofp(b.add(index, b.select(low, start, other)), F32)
+        inverse = b.fdiv(e.splat(wanted), extreme)
 
-    return signature, code
+        def number(value: Any) -> Any:
+            place, found = b.fmul(inverse, value), e.constant(F32, float(IQ4_VALUES[0]))
+            for middle, following in zip(searches.TABLE_MIDDLES, IQ4_VALUES[1:]):
+                above = b.fcmp_ordered(">=", place, e.constant(F32, middle))
+                found = b.select(above, e.constant(F32, float(following)), found)
+            return found
+
+        return _better_scale(e, x, weights, count, number, state)
+
+    _, scale = e.loop(e.int64(2 * searches.TABLE_STEPS), [zero, zero], attempt)
+    e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))
 
 
 def _elements(
@@ -187,26 +193,13 @@ def _rounded(e: Emitter, value: Any) -> Any:
 
 
 class _OffsetSearch:
-    def __init__(self, e: Emitter, args: Any) -> None:
+    def __init__(self, e: Emitter, x: Any, weights: Any, count: Any, most: Any, first: Any) -> None:
         self.e, self.b = e, e.b
-        self.x, self.weights, self.count, most, first, self.tries, self.scales, self.mins = args
+        self.x, self.weights, self.count = x, weights, count
         self.most, self.first = e.splat(most), e.splat(first)
         self.zero = e.zeros(F32)
 
-    def emit(self) -> None:
-        e, b, zero = self.e, self.b, self.zero
-        low, span = self._range()
-        scale = b.fdiv(span, self.most)  # the plain scale: the span divided into `most` steps
-        start = [e.constant(F32, searches.NOTHING), scale, low]
-        _, best_scale, best_low = e.loop(self.tries, start, lambda index, state: self._try(index, state, low, span))
-        plain_error, best_error = self._errors(scale, low, best_scale, best_low)
-        better = b.fcmp_ordered("<", best_error, plain_error)
-        flat = b.fcmp_ordered("==", span, zero)
-        scale, low = b.select(better, best_scale, scale), b.select(better, best_low, low)
-        e.store(self.scales, b.select(flat, zero, scale))
-        e.store(self.mins, b.fsub(zero, low))
-
-    def _range(self) -> tuple[Any, Any]:
+    def range(self) -> tuple[Any, Any]:
         """Return the minimum, at most 0, and the span to the maximum; keep the sums of w and of w * x."""
         e, b, zero = self.e, self.b, self.zero
 
@@ -224,7 +217,7 @@ class _OffsetSearch:
         b = self.b
         return _clamp(self.e, _rounded(self.e, b.fmul(inverse, b.fsub(value, low))), self.zero, self.most)
 
-    def _try(self, index: Any, state: list[Any], low: Any, span: Any) -> list[Any]:
+    def attempt(self, index: Any, state: list[Any], low: Any, span: Any) -> list[Any]:
         """Try one step size: codes, then the scale and minimum that fit them best, kept if the error is smaller."""
         e, b, zero = self.e, self.b, self.zero
         best_error, best_scale, best_low = state
@@ -256,7 +249,7 @@ class _OffsetSearch:
             b.select(better, new, old) for new, old in ((error, best_error), (scale, best_scale), (fitted, best_low))
         ]
 
-    def _errors(self, scale: Any, low: Any, other_scale: Any, other_low: Any) -> list[Any]:
+    def errors(self, scale: Any, low: Any, other_scale: Any, other_low: Any) -> list[Any]:
         """Return the squared errors of two scales and minima."""
         e, b = self.e, self.b
         one = e.constant(F32, 1.0)
@@ -270,26 +263,6 @@ class _OffsetSearch:
             return results
 
         return _elements(e, self.x, self.weights, self.count, [self.zero] * 2, body)
-
-
-def _emit_fit_scale(e: Emitter, x: Any, weights: Any, count: Any, half: Any, scales: Any) -> None:
-    b, zero = e.b, e.zeros(F32)
-    low, high = e.splat(b.fsub(ir.Constant(F32, 0.0), half)), e.splat(b.fsub(half, ir.Constant(F32, 1.0)))
-
-    size, extreme = _farthest(e, x, count)
-
-    def attempt(index: Any, state: list[Any]) -> list[Any]:
-        steps = b.fsub(b.sitofp(index, F32), ir.Constant(F32, float(searches.SCALE_STEPS)))
-        wanted = b.fadd(half, b.fmul(steps, ir.Constant(F32, searches.SCALE_STEP)))
-        inverse = b.fdiv(e.splat(b.fsub(ir.Constant(F32, 0.0), wanted)), extreme)
-
-        def code(value: Any) -> Any:
-            return _clamp(e, _rounded(e, b.fmul(inverse, value)), low, high)
-
-        return _better_scale(e, x, weights, count, code, state)
-
-    _, scale = e.loop(e.int64(2 * searches.SCALE_STEPS + 1), [zero, zero], attempt)
-    e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))
 
 
 def _farthest(e: Emitter, x: Any, count: Any) -> list[Any]:
@@ -319,28 +292,3 @@ def _better_scale(
     gain = b.fmul(scale, sum_lx)
     better = b.and_(b.fcmp_ordered(">", sum_ll, zero), b.fcmp_ordered(">", gain, state[0]))
     return [b.select(better, gain, state[0]), b.select(better, scale, state[1])]
-
-
-def _emit_fit_table(e: Emitter, x: Any, weights: Any, count: Any, scales: Any) -> None:
-    b, zero = e.b, e.zeros(F32)
-    size, extreme = _farthest(e, x, count)
-
-    def attempt(index: Any, state: list[Any]) -> list[Any]:
-        low = b.icmp_signed("<", index, e.int64(searches.TABLE_STEPS))
-        start, other = (
-            e.int64(first) for first in (searches.TABLE_STARTS[0], searches.TABLE_STARTS[1] - searches.TABLE_STEPS)
-        )
-        wanted = b.sitofp(b.add(index, b.select(low, start, other)), F32)
-        inverse = b.fdiv(e.splat(wanted), extreme)
-
-        def number(value: Any) -> Any:
-            place, found = b.fmul(inverse, value), e.constant(F32, float(IQ4_VALUES[0]))
-            for middle, following in zip(searches.TABLE_MIDDLES, IQ4_VALUES[1:]):
-                above = b.fcmp_ordered(">=", place, e.constant(F32, middle))
-                found = b.select(above, e.constant(F32, float(following)), found)
-            return found
-
-        return _better_scale(e, x, weights, count, number, state)
-
-    _, scale = e.loop(e.int64(2 * searches.TABLE_STEPS), [zero, zero], attempt)
-    e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))

@@ -21,11 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at, read, step_number
@@ -152,113 +151,92 @@ def lay_out(row, thread, threads):
 # ---- attend ----------------------------------------------------------------------------------------------------------
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _scores(
-    _: Any,
-    tiles: Any,
-    isa: Any,
-    biased: Any,
-    queries: Any,
-    step: Any,
-    panel: Any,
-    out: Any,
-    out_step: Any,
-    runs: Any,
-    bias: Any,
-) -> Any:
+    e: Emitter,
+    tiles: int,
+    isa: Isa,
+    biased: int,
+    queries: Int,
+    step: Int,
+    panel: Int,
+    out: Int,
+    out_step: Int,
+    runs: Int,
+    bias: Int,
+) -> None:
     """Multiply a panel of keys by tiles of queries, `step` bytes apart: scores [8, 16], `out_step` bytes apart.
 
     If `biased`, add a bias by distance; `bias` is the address of the bias of the first query and the first key.
     """
-    width, features = tiles.literal_value, Isa(isa.literal_value)
+    b = e.b
+    bases = [b.add(queries, b.mul(step, e.int64(tile))) for tile in range(tiles)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_queries, size, at_panel, at_out, out_size, count, at_bias = args[3:]
-        bases = [b.add(at_queries, b.mul(size, e.int64(tile))) for tile in range(width)]
+    def write(tile: int, row: int, total: Any) -> None:
+        if biased:
+            total = b.fadd(total, e.load(bias, vector(F32), LINE * tile - 4 * row))
+        e.store(b.add(out, b.mul(out_step, e.int64(tile))), total, LINE * row)
 
-        def write(tile: int, row: int, total: Any) -> None:
-            if biased.literal_value:
-                total = b.fadd(total, e.load(at_bias, vector(F32), LINE * tile - 4 * row))
-            e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), total, LINE * row)
-
-        emit_sums(e, PlainKind.F32, features, bases, PANEL, at_panel, count, write)
-        return context.get_dummy_value()
-
-    return types.void(tiles, isa, biased, *[types.int64] * 7), code
+    emit_sums(e, PlainKind.F32, isa, bases, PANEL, panel, runs, write)
 
 
-@intrinsic(prefer_literal=True)
-def _softmax(_: Any, tiles: Any, scores: Any, step: Any, keys: Any, sums: Any) -> Any:
+@emitted
+def _softmax(e: Emitter, tiles: int, scores: Int, step: Int, keys: Int, sums: Int) -> None:
     """Replace `keys` rows of each tile of scores by 2^(score - maximum), pad with rows of zeros, and store the sums."""
-    width = tiles.literal_value
+    b = e.b
+    bases = [b.add(scores, b.mul(step, e.int64(tile))) for tile in range(tiles)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_scores, size, count, at_sums = args[1:]
-        bases = [b.add(at_scores, b.mul(size, e.int64(tile))) for tile in range(width)]
+    def places(key: Any) -> list[Any]:
+        offset = b.mul(key, e.int64(LINE))
+        return [b.add(base, offset) for base in bases]
 
-        def places(key: Any) -> list[Any]:
-            offset = b.mul(key, e.int64(LINE))
-            return [b.add(base, offset) for base in bases]
+    def largest(key: Any, tops: list[Any]) -> list[Any]:
+        found = [e.load(at, vector(F32)) for at in places(key)]
+        return [b.select(b.fcmp_ordered(">", x, top), x, top) for x, top in zip(found, tops)]
 
-        def largest(key: Any, tops: list[Any]) -> list[Any]:
-            found = [e.load(at, vector(F32)) for at in places(key)]
-            return [b.select(b.fcmp_ordered(">", x, top), x, top) for x, top in zip(found, tops)]
+    tops = e.loop(keys, [e.constant(F32, NOTHING)] * tiles, largest)
 
-        tops = e.loop(count, [e.constant(F32, NOTHING)] * width, largest)
+    def exponentials(key: Any, totals: list[Any]) -> list[Any]:
+        made = []
+        for at, top, total in zip(places(key), tops, totals):
+            power = emit_exp2(e, b.fsub(e.load(at, vector(F32)), top))
+            e.store(at, power)
+            made.append(b.fadd(total, power))
+        return made
 
-        def exponentials(key: Any, totals: list[Any]) -> list[Any]:
-            made = []
-            for at, top, total in zip(places(key), tops, totals):
-                power = emit_exp2(e, b.fsub(e.load(at, vector(F32)), top))
-                e.store(at, power)
-                made.append(b.fadd(total, power))
-            return made
+    for tile, total in enumerate(e.loop(keys, [e.zeros(F32)] * tiles, exponentials)):
+        e.store(sums, total, LINE * tile)
 
-        for tile, total in enumerate(e.loop(count, [e.zeros(F32)] * width, exponentials)):
-            e.store(at_sums, total, LINE * tile)
+    def clear(key: Any, state: list[Any]) -> list[Any]:
+        for at in places(b.add(keys, key)):
+            e.store(at, e.zeros(F32))
+        return state
 
-        def clear(key: Any, state: list[Any]) -> list[Any]:
-            for at in places(b.add(count, key)):
-                e.store(at, e.zeros(F32))
-            return state
-
-        e.loop_or_skip(b.and_(b.neg(count), e.int64(PANEL - 1)), [], clear)
-        return context.get_dummy_value()
-
-    return types.void(tiles, *[types.int64] * 4), code
+    e.loop_or_skip(b.and_(b.neg(keys), e.int64(PANEL - 1)), [], clear)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _values(
-    _: Any,
-    tiles: Any,
-    isa: Any,
-    probabilities: Any,
-    step: Any,
-    panel: Any,
-    sums: Any,
-    out: Any,
-    out_step: Any,
-    runs: Any,
-) -> Any:
+    e: Emitter,
+    tiles: int,
+    isa: Isa,
+    probabilities: Int,
+    step: Int,
+    panel: Int,
+    sums: Int,
+    out: Int,
+    out_step: Int,
+    runs: Int,
+) -> None:
     """Multiply a panel of values by each tile of probabilities, and divide by their sums: results [8, 16]."""
-    width, features = tiles.literal_value, Isa(isa.literal_value)
+    b = e.b
+    bases = [b.add(probabilities, b.mul(step, e.int64(tile))) for tile in range(tiles)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_probabilities, size, at_panel, at_sums, at_out, out_size, count = args[2:]
-        bases = [b.add(at_probabilities, b.mul(size, e.int64(tile))) for tile in range(width)]
+    def write(tile: int, row: int, total: Any) -> None:
+        share = b.fdiv(total, e.load(sums, vector(F32), LINE * tile))
+        e.store(b.add(out, b.mul(out_step, e.int64(tile))), share, LINE * row)
 
-        def write(tile: int, row: int, total: Any) -> None:
-            share = b.fdiv(total, e.load(at_sums, vector(F32), LINE * tile))
-            e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), share, LINE * row)
-
-        emit_sums(e, PlainKind.F32, features, bases, PANEL, at_panel, count, write)
-        return context.get_dummy_value()
-
-    return types.void(tiles, isa, *[types.int64] * 7), code
+    emit_sums(e, PlainKind.F32, isa, bases, PANEL, panel, runs, write)
 
 
 @njit(inline="always")

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import types
-from numba.extending import intrinsic
-
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, read, step_number
@@ -29,49 +26,42 @@ _PART = 11  # groups of columns in a part of K: 24 KiB of two tiles
 _HEIGHT = 8  # rows of a panel
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _multiply(
-    _: Any, tiles: Any, isa: Any, weights: Any, tile_bytes: Any, panel: Any, scales: Any, out: Any, groups: Any
-) -> Any:
+    e: Emitter, tiles: int, isa: Isa, weights: Int, tile_bytes: Int, panel: Int, scales: Int, out: Int, groups: Int
+) -> None:
     """Multiply adjacent tiles by a panel, whose scales are at `scales`, and add to float32 [tiles, 8, 16] at `out`."""
-    width, features = tiles.literal_value, Isa(isa.literal_value)
-    places = [(tile, row) for tile in range(width) for row in range(_HEIGHT)]
+    b = e.b
+    places = [(tile, row) for tile in range(tiles) for row in range(_HEIGHT)]
+    bases = [b.add(weights, b.mul(tile_bytes, e.int64(tile))) for tile in range(tiles)]
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_weights, size, at_panel, at_scales, at_out, count = args[2:]
-        bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
+    def group(index: Any, state: list[Any]) -> list[Any]:
+        offset = b.mul(index, e.int64(GROUP_BYTES))
+        own = [b.add(base, offset) for base in bases]
+        x = b.add(panel, b.mul(index, e.int64(STEPS * _HEIGHT * 4)))
 
-        def group(index: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(index, e.int64(GROUP_BYTES))
-            own = [b.add(base, offset) for base in bases]
-            x = b.add(at_panel, b.mul(index, e.int64(STEPS * _HEIGHT * 4)))
+        # One step per iteration: with more, LLVM emits two instructions for each vpdpwssd but the first.
+        def step(number: Any, totals: list[Any]) -> list[Any]:
+            loaded = [e.load(b.add(each, b.mul(number, e.int64(VECTOR_BYTES))), vector(I32)) for each in own]
+            across, totals = b.add(x, b.mul(number, e.int64(_HEIGHT * 4))), list(totals)
+            for row in range(_HEIGHT):
+                splat = e.splat(e.load(across, I32, 4 * row))
+                for tile, words in enumerate(loaded):
+                    at = tile * _HEIGHT + row
+                    totals[at] = e.dot_i16(totals[at], splat, words, isa)
+            return totals
 
-            # One step per iteration: with more, LLVM emits two instructions for each vpdpwssd but the first.
-            def step(number: Any, totals: list[Any]) -> list[Any]:
-                loaded = [e.load(b.add(each, b.mul(number, e.int64(VECTOR_BYTES))), vector(I32)) for each in own]
-                across, totals = b.add(x, b.mul(number, e.int64(_HEIGHT * 4))), list(totals)
-                for row in range(_HEIGHT):
-                    splat = e.splat(e.load(across, I32, 4 * row))
-                    for tile, words in enumerate(loaded):
-                        at = tile * _HEIGHT + row
-                        totals[at] = e.dot_i16(totals[at], splat, words, features)
-                return totals
+        totals = e.loop(e.int64(STEPS), [e.zeros(I32) for _ in places], step)
+        factors = [e.load(each, vector(F32), SCALES) for each in own]
+        given = b.add(scales, b.mul(index, e.int64(_HEIGHT * 4)))
+        for (tile, row), total in zip(places, totals):
+            factor = b.fmul(factors[tile], e.splat(e.load(given, F32, 4 * row)))
+            place = (tile * _HEIGHT + row) * VECTOR_BYTES
+            before = e.load(out, vector(F32), place)
+            e.store(out, e.fma(b.sitofp(total, vector(F32)), factor, before), place)
+        return state
 
-            totals = e.loop(e.int64(STEPS), [e.zeros(I32) for _ in places], step)
-            factors = [e.load(each, vector(F32), SCALES) for each in own]
-            given = b.add(at_scales, b.mul(index, e.int64(_HEIGHT * 4)))
-            for (tile, row), total in zip(places, totals):
-                factor = b.fmul(factors[tile], e.splat(e.load(given, F32, 4 * row)))
-                place = (tile * _HEIGHT + row) * VECTOR_BYTES
-                before = e.load(at_out, vector(F32), place)
-                e.store(at_out, e.fma(b.sitofp(total, vector(F32)), factor, before), place)
-            return state
-
-        e.loop(count, [], group)
-        return context.get_dummy_value()
-
-    return types.void(tiles, isa, *[types.int64] * 6), code
+    e.loop(groups, [], group)
 
 
 def make_linear(ISA: int) -> Any:
