@@ -12,7 +12,9 @@ import gguf
 import numpy as np
 import pytest
 
+from candle_vllm.core import threads
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.cpu_runtime import weight_memory
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, grids, host_kind, pack, packed_kind
 from candle_vllm.core.quantization import ggml
@@ -196,11 +198,8 @@ def test_matrices_share_memory_without_overlap():
 
 def test_chunks_are_packed_alike(monkeypatch):
     raw, whole = random_bytes(PackedKind.Q5_K, 63, 256), packed(PackedKind.Q5_K, 63, 256)
-    module = importlib.import_module(
-        "candle_vllm.core.kernels.packed_linear.pack"
-    )  # the package has a `pack` of its own
-    monkeypatch.setattr(module, "CHUNK", 256 * 16)
-    monkeypatch.setattr(module, "loading_threads", lambda: 3)
+    monkeypatch.setattr(weight_memory, "_CHUNK", 256 * 16)
+    monkeypatch.setattr(threads, "loading_threads", lambda: 3)
     assert np.array_equal(pack(raw, GgmlType.Q5_K, 63, 256).data, whole.data)
 
 

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
+from candle_vllm.core import threads
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.cpu_runtime import weight_memory
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, pack_rows, plain_kind
 from candle_vllm.core.kernels.torch_numbers import DTYPES, NAMES
@@ -156,11 +157,8 @@ def test_subnormal_halves_are_exact(lone_thread):
 def test_matrices_share_memory_and_chunks_are_alike(monkeypatch):
     memory, tensor = WeightMemory(piece_bytes=1 << 16), stored(PlainKind.F16, 63, 257)
     whole = packed(PlainKind.F16, 63, 257)
-    module = importlib.import_module(
-        "candle_vllm.core.kernels.plain_linear.pack"
-    )  # the package has a `pack` of its own
-    monkeypatch.setattr(module, "CHUNK", 257 * 16)
-    monkeypatch.setattr(module, "loading_threads", lambda: 3)
+    monkeypatch.setattr(weight_memory, "_CHUNK", 257 * 16)
+    monkeypatch.setattr(threads, "loading_threads", lambda: 3)
     shared = [pack(raw(tensor), "F16", 63, 257, memory=memory) for _ in range(3)]
     assert all(np.array_equal(matrix.data, whole.data) for matrix in shared)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
+from candle_vllm.core import threads
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.cpu_runtime import weight_memory
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.scaled_linear import ScaledKind, ScaledMatrix, pack
 from candle_vllm.core.kernels.torch_numbers import DTYPES
@@ -141,9 +142,8 @@ def test_spans_are_as_long_as_they_can_be():
 def test_matrices_share_memory_and_chunks_are_alike(monkeypatch):
     memory, found = WeightMemory(piece_bytes=1 << 16), codes(ScaledKind.E2M1, 63, 272, 32)
     whole = pack(found)
-    module = importlib.import_module("candle_vllm.core.kernels.scaled_linear.pack")  # the package has a `pack` too
-    monkeypatch.setattr(module, "CHUNK", 272 * 16)
-    monkeypatch.setattr(module, "loading_threads", lambda: 3)
+    monkeypatch.setattr(weight_memory, "_CHUNK", 272 * 16)
+    monkeypatch.setattr(threads, "loading_threads", lambda: 3)
     shared = [pack(found, memory) for _ in range(3)]
     assert all(np.array_equal(matrix.data, whole.data) for matrix in shared)
 

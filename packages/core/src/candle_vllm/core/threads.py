@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
@@ -42,6 +43,21 @@ LOADED_PART: ContextVar[object] = ContextVar("LOADED_PART", default=None)
 def loading_threads() -> int:
     """Return `LOADING_THREADS`, or `default_threads` if it is not set."""
     return LOADING_THREADS.get() or default_threads()
+
+
+def in_chunks(job: Callable[[int, int], object], count: int, step: int) -> None:
+    """Run job(first, last) for chunks of `step` of `count` items, in up to `loading_threads` threads.
+
+    The threads do not wait for each other. A single chunk is computed in this thread. The first error is raised.
+    """
+    chunks = [(first, min(first + step, count)) for first in range(0, count, step)]
+    if len(chunks) < 2:  # `loading_threads` may read system files, and starting a thread takes as long as a small job
+        for chunk in chunks:
+            job(*chunk)
+        return
+    with ThreadPoolExecutor(min(loading_threads(), len(chunks))) as pool:
+        for running in [pool.submit(job, *chunk) for chunk in chunks]:
+            running.result()
 
 
 # ---- how many threads ------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ Shapes: N blocks. A block's elements are computed in float32 in ggml's order of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -21,7 +20,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.quantization import ggml_blocks
 from candle_vllm.core.quantization.ggml_types import CONTENTS, BlockContents, GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS, convert, read_plain
-from candle_vllm.core.threads import loading_threads
+from candle_vllm.core.threads import in_chunks, loading_threads
 
 CHUNK = 1 << 18
 """Elements per round: the data of a round stays in the cache."""
@@ -118,28 +117,19 @@ def _decode_all(raw: np.ndarray, ggml_type: GGMLQuantizationType, out: np.ndarra
     assert len(blocks) == len(out), (blocks.shape, out.shape)
     workers = len(blocks) * size // THREAD_ELEMENTS
     workers = min(loading_threads(), workers) if workers > 1 else 1  # `loading_threads` may read system files
-    share = max(1, -(-len(blocks) // workers))
-    shares = [slice(at, at + share) for at in range(0, len(blocks), share)]
-    if len(shares) == 1:
-        _decode_share(decode, blocks, size, out, finish)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_decode_share, decode, blocks[part], size, out[part], finish) for part in shares]
-    for job in jobs:
-        job.result()
 
+    def share(begin: int, end: int) -> None:
+        step = min(CHUNK // size, end - begin)
+        scratch = np.empty((step, size), np.float32) if finish else None
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            floats = out[first:last] if scratch is None else scratch[: last - first]
+            with np.errstate(all="ignore"):  # an infinite or NaN scale comes from the file and needs no warning
+                decode(blocks[first:last], floats)
+            if finish:
+                finish(floats, out[first:last])
 
-def _decode_share(decode: Decoder, blocks: np.ndarray, size: int, out: np.ndarray, finish: Finish | None) -> None:
-    """Decode blocks chunk by chunk."""
-    step = min(CHUNK // size, len(blocks))
-    scratch = np.empty((step, size), np.float32) if finish else None
-    for first in range(0, len(blocks), step):
-        part = out[first : first + step]
-        floats = part if scratch is None else scratch[: len(part)]
-        with np.errstate(all="ignore"):  # an infinite or NaN scale comes from the file and needs no warning
-            decode(blocks[first : first + step], floats)
-        if finish:
-            finish(floats, part)
+    in_chunks(share, len(blocks), max(1, -(-len(blocks) // workers)))
 
 
 def check_decodable(ggml_type: GGMLQuantizationType) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +21,7 @@ from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.plain import ELEMENTS, convert
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor
-from candle_vllm.core.threads import loading_threads
+from candle_vllm.core.threads import in_chunks
 
 Codes = TypeVar("Codes", GroupCodes, ScaledCodes)
 
@@ -221,11 +220,7 @@ class QuantisedTensor(StoredTensor):
     def _in_chunks(self, job: Callable[[int, int], None]) -> None:
         step = max(1, CHUNK // max(1, self.shape[-1]))
         step = -(-step // self.source.align) * self.source.align
-        starts = range(0, self._rows, step)
-        with ThreadPoolExecutor(max(1, min(loading_threads(), len(starts)))) as pool:
-            jobs = [pool.submit(job, first, min(first + step, self._rows)) for first in starts]
-        for running in jobs:
-            running.result()
+        in_chunks(job, self._rows, step)
 
 
 class LayerTensors:

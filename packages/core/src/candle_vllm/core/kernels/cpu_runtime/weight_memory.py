@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from candle_vllm.core.threads import AT_EXIT, LOADED_PART, read_or_nothing
+from candle_vllm.core.threads import AT_EXIT, LOADED_PART, in_chunks, read_or_nothing
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
@@ -38,10 +38,16 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64
+_CHUNK = 1 << 19  # weights that a thread packs at a time, but at least a tile, so that the data stays in the CPU caches
 
 MAPPED: weakref.WeakSet[Any] = weakref.WeakSet()  # matrices in use that are in mapped files
 _MADE: ContextVar[list[WeightMemory] | None] = ContextVar("_MADE", default=None)
 _AGAIN: ContextVar[Iterator[WeightMemory] | None] = ContextVar("_AGAIN", default=None)
+
+
+def pack_tiles(pack: Callable[[int, int], object], tiles: int, columns: int) -> None:
+    """Run pack(first, last) for chunks of a matrix's tiles, of 16 rows of `columns` weights, in several threads."""
+    in_chunks(pack, tiles, max(1, _CHUNK // (16 * columns)))
 
 
 @contextmanager

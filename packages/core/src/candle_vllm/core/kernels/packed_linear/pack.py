@@ -8,7 +8,6 @@ interleaved. Threads pack chunks independently.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.level import host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, pack_tiles
 from candle_vllm.core.kernels.packed_linear import grids
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
@@ -32,15 +31,11 @@ from candle_vllm.core.kernels.packed_linear.split import ChunkCodes, split
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
-from candle_vllm.core.threads import loading_threads
 
 logger = logging.getLogger(__name__)
 
 MAX_COLUMNS = 1 << 16
 """Maximum elements of a row, because operations keep a panel of up to 16 rows of activations on the stack."""
-
-CHUNK = 1 << 19
-"""Weights of a chunk of rows, whose data stays in the cache."""
 
 
 def pack(
@@ -101,16 +96,7 @@ def pack(
         else:
             _store(split(parts, kind), layout, data[first:last])
 
-    step = max(1, CHUNK // (ROWS * columns))
-    rounds = [(first, min(first + step, tiles)) for first in range(0, tiles, step)]
-    workers = min(loading_threads(), tiles // step)
-    if workers < 2:  # for a small matrix, starting a thread would take as long as packing
-        for first, last in rounds:
-            job(first, last)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            for running in [pool.submit(job, *part) for part in rounds]:
-                running.result()
+    pack_tiles(job, tiles, columns)
     return PackedMatrix(rows, columns, kind, data)
 
 

@@ -7,24 +7,28 @@ divided among threads that do not wait for each other.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, pack_tiles
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS, PlainKind, PlainMatrix
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
-from candle_vllm.core.threads import loading_threads
-
-CHUNK = 1 << 19
-"""Weights that a thread packs at a time, but at least a tile, so that the data stays in the CPU caches."""
+from candle_vllm.core.threads import in_chunks
 
 
 def plain_kind(stored: str) -> PlainKind:
     """Return the kind of a stored type: its own, or F32 for a type without its own kind (F64 is rounded)."""
     return PlainKind.__members__.get(stored, PlainKind.F32)
+
+
+def check_shape(rows: int, columns: int) -> None:
+    """Raise `UnsupportedModelError` if no kernel multiplies a matrix of this shape."""
+    if rows < 1 or not 1 <= columns <= MAX_COLUMNS:
+        raise UnsupportedModelError(
+            f"a matrix of {rows} x {columns} has no kernel: its rows must be 1 to {MAX_COLUMNS:,} weights long"
+        )
 
 
 def pack(
@@ -50,10 +54,7 @@ def pack(
         ValueError: the length of `raw` does not match the shape.
     """
     kind = plain_kind(stored) if kind is None else kind
-    if rows < 1 or not 1 <= columns <= MAX_COLUMNS:
-        raise UnsupportedModelError(
-            f"a matrix of {rows} x {columns} has no kernel: its rows must be 1 to {MAX_COLUMNS:,} weights long"
-        )
+    check_shape(rows, columns)
     if raw.dtype != np.uint8 or raw.size != rows * columns * ELEMENTS[stored].itemsize:
         raise ValueError(f"{raw.size} bytes given for a {stored} matrix of {rows} x {columns}")
     tiles, steps = -(-rows // ROWS), kind.steps(columns)
@@ -64,11 +65,7 @@ def pack(
         numbers = _converted(source[first * ROWS : last * ROWS], stored, columns, kind)
         _store(numbers, kind, data[first:last])
 
-    step = max(1, CHUNK // (ROWS * columns))
-    with ThreadPoolExecutor(max(1, min(loading_threads(), tiles // step))) as pool:
-        jobs = [pool.submit(job, first, min(first + step, tiles)) for first in range(0, tiles, step)]
-        for running in jobs:
-            running.result()
+    pack_tiles(job, tiles, columns)
     return PlainMatrix(rows, columns, kind, data)
 
 
@@ -87,15 +84,14 @@ def pack_rows(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | N
     scales[:rows] = halves[:, 0].view(np.float16)
     data[:, -4 * ROWS :] = scales.view(np.uint8).reshape(tiles, -1)
 
-    def job(first: int) -> None:
+    def job(first: int, last: int) -> None:
         codes = np.full((ROWS, steps * kind.step_columns), 128, np.uint8)
-        some = blocks[first * ROWS : (first + 1) * ROWS, :, 2:]
+        some = blocks[first * ROWS : last * ROWS, :, 2:]
         codes[: len(some), :columns] = some.reshape(len(some), -1) ^ np.uint8(128)
         target = data[first, : -4 * ROWS].view(np.uint32).reshape(steps, ROWS)
         target[:] = codes.view(np.uint32).reshape(ROWS, steps).T
 
-    with ThreadPoolExecutor(max(1, min(loading_threads(), tiles))) as pool:
-        list(pool.map(job, range(tiles)))
+    in_chunks(job, tiles, 1)
     return PlainMatrix(rows, columns, kind, data)
 
 

@@ -3,24 +3,19 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, pack_tiles
+from candle_vllm.core.kernels.plain_linear.pack import check_shape
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, MOST_SPAN, ROWS, ScaledKind, ScaledMatrix
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
-from candle_vllm.core.threads import loading_threads
 
 LEAST_SPAN = 8
 """An FP8 scale covers a multiple of this number of columns, or all; a row of NVFP4 has one scale for all columns."""
-
-CHUNK = 1 << 19
-"""Weights that are packed at a time, so that the data stays in the CPU caches."""
 
 
 def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix:
@@ -45,11 +40,7 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
     def job(first: int, last: int) -> None:
         _store(codes.take(slice(first * ROWS, last * ROWS)), matrix, data[first:last])
 
-    step = max(1, CHUNK // (ROWS * columns))
-    with ThreadPoolExecutor(max(1, min(loading_threads(), tiles // step))) as pool:
-        jobs = [pool.submit(job, first, min(first + step, tiles)) for first in range(0, tiles, step)]
-        for running in jobs:
-            running.result()
+    pack_tiles(job, tiles, columns)
     return matrix
 
 
@@ -62,10 +53,7 @@ def check_span(span: int, columns: int) -> None:
 def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
     """Check the arrays; return the number of turns of a span (see `layout.py`)."""
     rows, columns = len(codes.codes), codes.columns
-    if rows < 1 or not 1 <= columns <= MAX_COLUMNS:
-        raise UnsupportedModelError(
-            f"a matrix of {rows} x {columns} has no kernel: its rows must be 1 to {MAX_COLUMNS:,} weights long"
-        )
+    check_shape(rows, columns)
     spans = 1 if codes.span >= columns else -(-columns // codes.span)
     grouped = kind is ScaledKind.E2M1
     groups = (rows, columns // GROUP) if grouped else None

@@ -8,16 +8,14 @@ followed by the scales, float32 [16 rows]. Elements beyond K or N are 0.
 from __future__ import annotations
 
 import enum
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import GROUP, WordForm
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, pack_tiles
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS
-from candle_vllm.core.threads import loading_threads
 
 STEPS = GROUP // 2
 """Number of steps of a group."""
@@ -29,8 +27,6 @@ GROUP_BYTES = SCALES + 4 * ROWS
 
 BITS = 13
 """A weight's integer is from -2^BITS to 2^BITS."""
-
-_CHUNK = 1 << 19  # weights that are packed at a time
 
 
 class WordKind(enum.IntEnum):
@@ -67,20 +63,21 @@ def pack(raw: np.ndarray, dtype: str, rows: int, columns: int, memory: WeightMem
         rows, columns: N and K.
         memory: allocator of the result; None allocates separately.
     """
+    if columns > MAX_COLUMNS:
+        return None
     kind = {"F16": np.float16, "F32": np.float32}[dtype]
     stored = np.ascontiguousarray(raw).view(np.uint8).reshape(rows, -1)
     tiles, groups = -(-rows // ROWS), -(-columns // GROUP)
-    step = max(1, _CHUNK // (ROWS * columns))
-    places = [(first, min(first + step, tiles)) for first in range(0, tiles, step)]
+    finite = list[bool]()
 
     def numbers(first: int, last: int) -> np.ndarray:
         return np.ascontiguousarray(stored[first * ROWS : last * ROWS]).view(kind)
 
-    with ThreadPoolExecutor(max(1, min(loading_threads(), len(places)))) as pool:
-        if columns > MAX_COLUMNS or not all(pool.map(lambda place: np.isfinite(numbers(*place)).all(), places)):
-            return None
-        data = (memory or WeightMemory(0)).take(tiles * groups * GROUP_BYTES, tiles).reshape(tiles, -1)
-        list(pool.map(lambda place: _store(numbers(*place), data[place[0] : place[1]]), places))
+    pack_tiles(lambda *chunk: finite.append(bool(np.isfinite(numbers(*chunk)).all())), tiles, columns)
+    if not all(finite):
+        return None
+    data = (memory or WeightMemory(0)).take(tiles * groups * GROUP_BYTES, tiles).reshape(tiles, -1)
+    pack_tiles(lambda first, last: _store(numbers(first, last), data[first:last]), tiles, columns)
     return WordMatrix(rows, columns, WordKind.I16, data)
 
 
