@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -61,14 +60,6 @@ def _generation(capability: tuple[int, int]) -> int:
     return 4 if capability[0] == 10 and usable and installed("flash_attn.cute") else 2
 
 
-def _window_size(window: int | None, single: bool = False) -> tuple[int, int]:
-    """Return the numbers of keys before and after the query's position; -1 for all. A `single` query has no keys after
-    it, so -1 means the same as 0, but lets FlashAttention 2 compute the query heads of a KV head together."""
-    if window is None:
-        return (-1, -1) if single else (-1, 0)
-    return (window - 1, 0)
-
-
 @dataclasses.dataclass(frozen=True)
 class PagedCall:
     """Calls `varlen_attn` with pages."""
@@ -87,9 +78,14 @@ class PagedCall:
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
         assert softcap is None
         two = self.generation == 2
-        with _flash_alone():
+        # Keys after the query's position; -1 for all. A single query has none, so -1 means the same as 0, but lets
+        # FlashAttention 2 compute the query heads of a KV head together.
+        after = -1 if window is None and part.decodes else 0
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return self.function(
                 q,
                 key_cache,
@@ -99,17 +95,10 @@ class PagedCall:
                 part.most_tokens,
                 part.most_context,
                 scale=scale,
-                window_size=_window_size(window, part.decodes),
+                window_size=(-1 if window is None else window - 1, after),
                 enable_gqa=q.shape[1] != key_cache.shape[2],
                 seqused_k=part.context_lens,
                 block_table=part.block_tables,
                 # FlashAttention 2 does not write some rows if it splits the keys of pages, see the issue above.
                 num_splits=1 if two or not part.decodes else None,
             )
-
-
-def _flash_alone() -> AbstractContextManager[object]:
-    """Return a context within which torch uses only FlashAttention."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)

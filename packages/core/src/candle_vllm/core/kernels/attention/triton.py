@@ -98,21 +98,21 @@ def _check(
     else:
         assert key_cache.dtype == (torch.float8_e4m3fn if scales else q.dtype)
     assert dim % 2 == 0 or not (scales or scaled), "values of 8 bits are read in pairs"
+    assert all(x.device == q.device for x in (key_cache, value_cache, *(scales or ())))
+    check_rows(rows, q)
+
+
+def check_rows(rows: DeviceRows, q: torch.Tensor) -> None:
+    """Check the tensors of the rows of queries q [T, ...]."""
     count = rows.context_lens.shape[0]
     assert rows.query_start.shape == (count + 1,)
     assert rows.block_tables.shape[0] == count
     assert rows.block_tables.stride(1) == 1
-    assert 0 <= rows.decodes <= min(count, q.shape[0])
-    tensors = (key_cache, value_cache, rows.query_start, rows.context_lens, rows.block_tables, *(scales or ()))
-    assert all(x.device == q.device for x in tensors)
-    for numbers in (rows.query_start, rows.context_lens, rows.block_tables):
-        assert numbers.dtype in (torch.int32, torch.int64)
-    check_decoding(rows)
-
-
-def check_decoding(rows: DeviceRows) -> None:
-    """Check the tensor with the number of decoding sequences, if the number is on the device."""
+    assert 0 <= rows.decodes <= min(count, len(q))
+    numbers = (rows.query_start, rows.context_lens, rows.block_tables)
+    assert all(x.dtype in (torch.int32, torch.int64) for x in numbers)
+    assert all(x.device == q.device for x in numbers)
     if rows.decoding is not None:
         assert rows.decoding.shape == (1,)
         assert rows.decoding.dtype == torch.int32
-        assert rows.decoding.device == rows.context_lens.device
+        assert rows.decoding.device == q.device

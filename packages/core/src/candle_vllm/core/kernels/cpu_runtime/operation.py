@@ -234,7 +234,7 @@ def plan_row(
         inner: the plan row of a nested operation, which the operation calls.
     """
     kinds = field_kinds(type(arguments))
-    given = [_float_bits(value) if float_ else int(value) for value, float_ in zip(arguments, kinds, strict=True)]
+    given = [float_bits(value) if float_ else int(value) for value, float_ in zip(arguments, kinds, strict=True)]
     return [operation, int(barrier) | (FIRST_ARGUMENT + len(given) + len(inner)) * 8 << 8, numbers, *given, *inner]
 
 
@@ -248,7 +248,8 @@ def address_of(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-def _float_bits(value: float) -> int:
+def float_bits(value: float) -> int:
+    """Return the bits of a float32, as a signed integer."""
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 

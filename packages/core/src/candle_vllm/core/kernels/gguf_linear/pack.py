@@ -72,7 +72,8 @@ def pack(
         if isinstance(layout, GridLayout):
             parts = _of_grid(part, layout, device)
         else:
-            parts = take_apart(_on_device(part, device), CONTENTS[kind.type], torch)
+            there = torch.from_numpy(part.copy()).to(device)  # torch must not wrap a mapped file, which is read-only
+            parts = take_apart(there, CONTENTS[kind.type], torch)
         _store(parts, planes, found, slice(first, first + step))
     return GgufMatrix(rows, columns, kind, **found)  # pyrefly: ignore[bad-argument-type]  # the names are its own
 
@@ -92,11 +93,6 @@ def _of_grid(part: np.ndarray, layout: GridLayout, device: torch.device) -> Bloc
     codes = codes.view(found.flags.shape) | found.flags << 3
     scale = found.supers.to(torch.int16).view(torch.uint8).unflatten(-1, (-1, 2))
     return BlockParts(codes.to(torch.uint8), scale, None, found.scales.to(torch.uint8))
-
-
-def _on_device(part: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy an array to a device; never a view, because torch must not wrap a mapped file, which is read-only."""
-    return torch.from_numpy(part.copy()).to(device)
 
 
 def _store(parts: BlockParts[torch.Tensor], planes: Planes, found: dict[str, torch.Tensor | None], rows: slice) -> None:

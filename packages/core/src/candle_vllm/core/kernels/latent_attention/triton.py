@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from candle_vllm.core.kernels.attention.rows import DeviceRows
-from candle_vllm.core.kernels.attention.triton import check_decoding
+from candle_vllm.core.kernels.attention.triton import check_rows
 from candle_vllm.core.kernels.latent_attention.triton_decode import decode
 from candle_vllm.core.kernels.latent_attention.triton_prefill import prefill
 
@@ -43,12 +43,5 @@ def _check(q_rope: torch.Tensor, q_latent: torch.Tensor, cache: torch.Tensor, ro
     assert block_size >= 16, "a block has a power of two of slots, at least 16"
     assert block_size & (block_size - 1) == 0
     assert cache.is_contiguous()
-    count = rows.context_lens.shape[0]
-    assert rows.query_start.shape == (count + 1,)
-    assert rows.block_tables.shape[0] == count
-    assert rows.block_tables.stride(1) == 1
-    assert 0 <= rows.decodes <= min(count, len(q_latent))
-    numbers = (rows.query_start, rows.context_lens, rows.block_tables)
-    assert all(x.dtype in (torch.int32, torch.int64) for x in numbers)
-    assert all(x.device == cache.device for x in (q_rope, q_latent, *numbers))
-    check_decoding(rows)
+    assert all(x.device == cache.device for x in (q_rope, q_latent))
+    check_rows(rows, q_latent)

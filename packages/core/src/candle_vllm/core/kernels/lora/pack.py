@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.activation_rows import row_elements
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function, float_bits
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, NumberType, PackedAdapter, Place
 from candle_vllm.core.kernels.lora import layout as lay
@@ -214,7 +213,7 @@ class Packing:
                 bits = self.bits_of(delta.a).T if place.lookup else self.bits_of(delta.b, scale)
                 part[lay.STEPS], part[lay.MATRIX] = self._panels(bits, self.form)
         part[lay.RANK] = delta.rank
-        part[lay.SCALE] = struct.unpack("<i", struct.pack("<f", delta.scale))[0]
+        part[lay.SCALE] = float_bits(delta.scale)
         if delta.bias is not None:
             part[lay.BIAS] = self._floats(delta.bias)
         if scale is not None:
