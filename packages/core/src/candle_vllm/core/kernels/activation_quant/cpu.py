@@ -87,28 +87,6 @@ def _emit_groups(e: Emitter, groups: list[list[Any]], q: Any, scales: Any, sums:
         e.store(address, value if len(groups) == 4 else e.b.extract_element(value, ir.Constant(I32, 0)))
 
 
-def _groups_code(e: Emitter, args: Any, halves_of: Callable[[Any], list[Any]]) -> None:
-    """Quantise groups first .. first + count, if possible four at a time; args are q, scales, sums, first, count."""
-    q, scales, sums, first, count = args
-    b = e.b
-
-    def quantise(group: Any, together: int) -> None:
-        groups = [halves_of(b.add(group, e.int64(index))) for index in range(together)]
-        four = b.shl(group, e.int64(2))
-        _emit_groups(e, groups, b.add(q, b.mul(group, e.int64(GROUP))), b.add(scales, four), b.add(sums, four))
-
-    def fours(index: Any, state: list[Any]) -> list[Any]:
-        quantise(b.add(first, b.shl(index, e.int64(2))), 4)
-        return state
-
-    def ones(index: Any, state: list[Any]) -> list[Any]:
-        quantise(b.add(b.add(first, b.and_(count, e.int64(-4))), index), 1)
-        return state
-
-    e.loop_or_skip(b.lshr(count, e.int64(2)), [], fours)
-    e.loop_or_skip(b.and_(count, e.int64(3)), [], ones)
-
-
 def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
     at = e.b.add(base, e.b.mul(group, e.int64(4 * GROUP)))
     return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
@@ -193,20 +171,31 @@ def quantise_groups(
     first: Int,
     count: Int,
 ) -> None:
-    """Apply the prologue to `count` groups of a row and quantise them; see `prologue_halves`.
+    """Apply the prologue to `count` groups of a row from `first` on, and quantise them, if possible four at a time; see
+    `prologue_halves`.
 
     form, rows: y is also written to address `rows`, as bfloat16 if `form` is 2, as float32 if it is 4.
     """
     b = e.b
     made = prologue_halves(e, prologue, x, other, scale, mean=mean, bias=bias)
 
-    def written(group: Any) -> list[Any]:
-        halves, target = made(group), b.add(rows, b.mul(group, e.int64(GROUP * form)))
-        for part, half in enumerate(halves):
-            e.store(target, e.float_to_bf16(half) if form == 2 else half, part * LANES * form)
+    def halves_of(group: Any) -> list[Any]:
+        halves = made(group)
+        if form:
+            target = b.add(rows, b.mul(group, e.int64(GROUP * form)))
+            for part, half in enumerate(halves):
+                e.store(target, e.float_to_bf16(half) if form == 2 else half, part * LANES * form)
         return halves
 
-    _groups_code(e, [q, scales, sums, first, count], written if form else made)
+    def quantise(group: Any, together: int) -> None:
+        groups = [halves_of(b.add(group, e.int64(index))) for index in range(together)]
+        four = b.shl(group, e.int64(2))
+        _emit_groups(e, groups, b.add(q, b.mul(group, e.int64(GROUP))), b.add(scales, four), b.add(sums, four))
+
+    with e.each_or_skip(b.lshr(count, e.int64(2))) as index:
+        quantise(b.add(first, b.shl(index, e.int64(2))), 4)
+    with e.each_or_skip(b.and_(count, e.int64(3))) as index:
+        quantise(b.add(b.add(first, b.and_(count, e.int64(-4))), index), 1)
 
 
 def _row_sum(e: Emitter, x: Any, columns: Any, term: Callable[[Any, Any], Any], masked: bool) -> Any:

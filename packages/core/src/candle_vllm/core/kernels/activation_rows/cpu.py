@@ -57,7 +57,7 @@ def _write_groups(
     wanted = WordForm.I16 if words else RowForm(form)
     halves = prologue_halves(e, prologue, x, other, scale, mean=mean, bias=bias)
 
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(count) as index:
         group = b.add(first, index)
         target = b.add(out, b.mul(group, e.int64(GROUP * wanted.bytes)))
         if words:
@@ -65,13 +65,10 @@ def _write_groups(
             for part, half in enumerate(numbers):
                 e.store(target, half, part * LANES * wanted.bytes)
             e.store(b.add(scales, b.shl(group, e.int64(2))), scale_of)
-            return state
-        for part, half in enumerate(halves(group)):
-            numbers = e.float_to_bf16(half) if wanted is RowForm.BF16 else half
-            e.store(target, numbers, part * LANES * wanted.bytes)
-        return state
-
-    e.loop(count, [], body)
+        else:
+            for part, half in enumerate(halves(group)):
+                number = e.float_to_bf16(half) if wanted is RowForm.BF16 else half
+                e.store(target, number, part * LANES * wanted.bytes)
 
 
 def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
@@ -106,7 +103,9 @@ def _write_bytes(e: Emitter, y: Int, out: Int, groups: Int) -> None:
             e.store(at, b.trunc(whole, vector(I8)), LANES * part)
         return totals
 
-    def segment(number: Any, state: list[Any]) -> list[Any]:
+    end = b.add(out, b.mul(groups, e.int64(GROUP)))
+    tail = b.add(out, b.and_(b.add(b.mul(groups, e.int64(GROUP)), e.int64(63)), e.int64(-64)))
+    with e.each(b.udiv(b.add(groups, e.int64(SEGMENT // GROUP - 1)), e.int64(SEGMENT // GROUP))) as number:
         first = b.mul(number, e.int64(SEGMENT // GROUP))
         left = b.sub(groups, first)
         some = b.select(b.icmp_signed("<", left, e.int64(SEGMENT // GROUP)), left, e.int64(SEGMENT // GROUP))
@@ -116,12 +115,8 @@ def _write_bytes(e: Emitter, y: Int, out: Int, groups: Int) -> None:
         place, lane = b.add(tail, b.mul(number, e.int64(8))), ir.Constant(I32, 0)
         e.store(place, b.extract_element(scales, lane))
         e.store(place, b.mul(b.extract_element(fold(e, [total], b.add), lane), ir.Constant(I32, -128)), 4)
-        return state
-
-    end = b.add(out, b.mul(groups, e.int64(GROUP)))
-    tail = b.add(out, b.and_(b.add(b.mul(groups, e.int64(GROUP)), e.int64(63)), e.int64(-64)))
-    e.loop(b.udiv(b.add(groups, e.int64(SEGMENT // GROUP - 1)), e.int64(SEGMENT // GROUP)), [], segment)
-    e.loop_or_skip(b.and_(groups, e.int64(1)), [], lambda _, state: (e.store(end, e.zeros(I8, GROUP)), state)[1])
+    with e.each_or_skip(b.and_(groups, e.int64(1))):
+        e.store(end, e.zeros(I8, GROUP))
 
 
 @njit

@@ -170,7 +170,7 @@ def emit_scores(
             score = e.fma(b.sitofp(total, vector(F32)), b.fmul(scale, of_query), score)
             e.store(target, score, SCORE_STRIDE * row)
 
-    def block(number: Any, state: list[Any]) -> list[Any]:
+    def block(number: Any) -> None:
         tiles, coming = ([e.load(at, I64, 8 * n) for n in range(TILES)] for at in (tiles_at, coming_at))
         first = b.mul(number, e.int64(lines))
 
@@ -201,14 +201,13 @@ def emit_scores(
             e.prefetch(b.add(tile, place))
         for n, tile in enumerate(tiles):
             add(number, place, tile, b.add(scores, e.int64(4 * LANES * n)), sums, totals[n : m * TILES : TILES])
-        return state
 
-    def block_in_turn(number: Any, state: list[Any]) -> list[Any]:
+    def block_in_turn(number: Any) -> None:
         first, of_block = b.mul(number, e.int64(lines)), b.add(queries, b.mul(number, e.int64(BLOCK)))
         lines_at = [b.mul(b.add(first, e.int64(index)), stride) for index in range(lines)]
         sums, begin, place = begins(number)
 
-        def of_tile(n: Any, state: list[Any]) -> list[Any]:
+        with e.each(e.int64(TILES)) as n:
             tile, coming = (e.load(b.add(at, b.shl(n, e.int64(3))), I64) for at in (tiles_at, coming_at))
             totals = list(begin)
             for line in (*lines_at, place):
@@ -226,12 +225,9 @@ def emit_scores(
                     four = [e.splat(e.load(of_block, I32, 2 * d * row + offset)) for offset in at]
                     totals[row] = e.made_here(_dots(e, totals[row], codes, four, kind, isa), isa)
             add(number, place, tile, b.add(scores, b.shl(n, e.int64(6))), sums, totals)
-            return state
 
-        e.loop(e.int64(TILES), [], of_tile)
-        return state
-
-    e.loop(e.int64(d // BLOCK), [], block_in_turn if _in_turn(kind, isa) else block)
+    with e.each(e.int64(d // BLOCK)) as number:
+        (block_in_turn if _in_turn(kind, isa) else block)(number)
 
 
 def _half_of(e: Emitter, words: Any, shift: Any) -> Any:
@@ -265,7 +261,7 @@ def emit_values(
     def tile_at(tile: Any, among: Any = tiles_at) -> Any:
         return e.load(b.add(among, b.shl(tile, e.int64(3))), I64)
 
-    def block(number: Any, state: list[Any]) -> list[Any]:
+    with e.each(e.int64(d // BLOCK)) as number:
         of_scales, of_codes = (b.mul(number, e.int64(size)) for size in (halves_of_block, tile_codes))
 
         def weighed(tile: Any) -> list[Any]:
@@ -359,9 +355,6 @@ def emit_values(
                 if kind.has_minima:
                     value = b.fadd(value, minima[row])
                 e.store(at, value, 4 * (partial_floats(d) * row + LANES * n))
-        return state
-
-    e.loop(e.int64(d // BLOCK), [], block)
 
 
 def _sum_numbers(e: Emitter, value: Any) -> Any:
@@ -387,9 +380,8 @@ def _rounded(e: Emitter, x: Any) -> Any:
 
 
 def _inverse(e: Emitter, scale: Any) -> Any:
-    b = e.b
-    some = b.fcmp_ordered(">", e.call("llvm.fabs.v16f32", vector(F32), [scale]), e.constant(F32, _LEAST))
-    return b.select(some, b.fdiv(e.constant(F32, 1.0), scale), e.zeros(F32))
+    some = e.b.fcmp_ordered(">", e.call("llvm.fabs.v16f32", vector(F32), [scale]), e.constant(F32, _LEAST))
+    return e.b.select(some, e.b.fdiv(e.constant(F32, 1.0), scale), e.zeros(F32))
 
 
 def _largest(e: Emitter, values: list[Any]) -> Any:
@@ -399,9 +391,8 @@ def _largest(e: Emitter, values: list[Any]) -> Any:
 
 def _to_half(e: Emitter, x: Any) -> tuple[Any, Any]:
     """Round a vector of equal floats to fp16; return the fp16 bits, and the rounded value as floats."""
-    b = e.b
-    half = b.fptrunc(_limited(e, x, -_LARGEST_HALF, _LARGEST_HALF), vector(F16))
-    return b.extract_element(b.bitcast(half, vector(I16)), ir.Constant(I32, 0)), e.half_to_float(half)
+    half = e.b.fptrunc(_limited(e, x, -_LARGEST_HALF, _LARGEST_HALF), vector(F16))
+    return e.b.extract_element(e.b.bitcast(half, vector(I16)), ir.Constant(I32, 0)), e.half_to_float(half)
 
 
 def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[Any]]:

@@ -11,8 +11,6 @@ Registers 0 to 3 hold sums, 4 queries, 5 keys, 6 probabilities, 7 values.
 
 from __future__ import annotations
 
-from typing import Any
-
 from llvmlite import ir
 
 from candle_vllm.core.kernels.attention.cpu_cache import PROBABILITY_STRIDE, SCORE_STRIDE, TILES, partial_floats
@@ -64,17 +62,13 @@ def value_squares(e: Emitter, probabilities: Int, tiles: Int, count: Int, partia
         starts = range(first, min(first + _SUMS * LANES, dim), LANES)
         for n, _ in enumerate(starts):
             square_call(e, "tilezero", n)
-
-        def body(tile: Any, state: list[Any], starts: range = starts) -> list[Any]:
+        with e.each(count) as tile:
             at = b.add(probabilities, b.shl(tile, e.int64(5)))
             load_square(e, _PROBABILITIES, at, e.int64(PROBABILITY_STRIDE))
             place = e.load(b.add(tiles, b.shl(tile, e.int64(3))), I64)
             for n, start in enumerate(starts):
                 load_square(e, _VALUES, b.add(place, e.int64(4 * start)), e.int64(4 * dim))
                 square_call(e, "tdpbf16ps", n, _PROBABILITIES, _VALUES)
-            return state
-
-        e.loop(count, [], body)
         for n, start in enumerate(starts):
             store_square(e, n, b.add(partials, e.int64(4 * start)), 4 * partial_floats(dim))
 

@@ -112,16 +112,13 @@ def _scores(e: Emitter, queries: Any, tiles: list[Any], stride: Any, scores: Any
         for total, place in zip(e.loop(e.int64(run), totals, body), at):
             e.store(scores, total, place)
 
-    def of_run(number: Any, state: list[Any]) -> list[Any]:
-        for first in range(0, TILES, at_once):
-            of_tiles(b.mul(number, e.int64(run)), range(first, min(first + at_once, TILES)))
-        return state
-
     if run < pairs:
         for row in range(m):
             for n in range(TILES):
                 e.store(scores, e.zeros(F32), SCORE_STRIDE * row + 4 * LANES * n)
-    e.loop(e.int64(pairs // run), [], of_run)
+    with e.each(e.int64(pairs // run)) as number:
+        for first in range(0, TILES, at_once):
+            of_tiles(b.mul(number, e.int64(run)), range(first, min(first + at_once, TILES)))
 
 
 def _pairs(e: Emitter, words: Any, isa: Isa) -> list[Any]:
@@ -274,15 +271,11 @@ def _values(
     for row in range(m):
         for start in starts:
             e.store(partials, e.zeros(F32), 4 * (partial_floats(d) * row + start))
-
-    def of_tile(tile: Any, state: list[Any]) -> list[Any]:
+    with e.each_or_skip(b.lshr(b.add(pairs, e.int64(7)), e.int64(3))) as tile:
         begin, eight = b.shl(tile, e.int64(3)), e.int64(8)
         left = b.sub(pairs, begin)
         for part in parts:
             of_part(begin, b.select(b.icmp_signed("<", left, eight), left, eight), part)
-        return state
-
-    e.loop_or_skip(b.lshr(b.add(pairs, e.int64(7)), e.int64(3)), [], of_tile)
 
 
 @emitted
@@ -316,13 +309,9 @@ def cap_scores(e: Emitter, scores: Int, tiles: Int, cap: Float) -> None:
     """Soft-cap a row's scores of some tiles: cap * tanh(score / cap)."""
     b = e.b
     cap = e.splat(cap)
-
-    def body(tile: Any, state: list[Any]) -> list[Any]:
+    with e.each(tiles) as tile:
         at = b.add(scores, b.shl(tile, e.int64(6)))
         e.store(at, b.fmul(emit_tanh(e, b.fdiv(e.load(at, vector(F32)), cap)), cap))
-        return state
-
-    e.loop(tiles, [], body)
 
 
 @emitted
@@ -330,15 +319,11 @@ def fall_with_distance(e: Emitter, scores: Int, tiles: Int, slope: Int, distance
     """Subtract slope times distance from a row's scores; `slope` is an address, `distance` the first key's distance."""
     b = e.b
     slope, numbers = e.splat(b.fneg(e.load(slope, F32))), ir.Constant(vector(I32), list(range(LANES)))
-
-    def body(tile: Any, state: list[Any]) -> list[Any]:
+    with e.each(tiles) as tile:
         at = b.add(scores, b.shl(tile, e.int64(6)))
         first = e.splat(b.trunc(b.sub(distance, b.shl(tile, e.int64(4))), I32))
         away = b.sitofp(b.sub(first, numbers), vector(F32))
         e.store(at, e.fma(away, slope, e.load(at, vector(F32))))
-        return state
-
-    e.loop(tiles, [], body)
 
 
 @emitted

@@ -8,8 +8,9 @@ them, on parts of a vector if its registers are shorter. Integer results are equ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Annotated, Any, get_type_hints
 
 from llvmlite import ir
@@ -166,11 +167,14 @@ class Emitter:
         return self.b.fpext(value, vector(F32))
 
     def float_to_bf16(self, value: Any) -> Any:
-        """Round 16 floats to bfloat16 (nearest even), stored in 16-bit integers. The inputs must not be NaN."""
-        bits = self.b.bitcast(value, vector(I32))
-        odd = self.b.and_(self.b.lshr(bits, self.constant(I32, 16)), self.constant(I32, 1))
-        rounded = self.b.add(self.b.add(bits, self.constant(I32, 0x7FFF)), odd)
-        return self.b.trunc(self.b.lshr(rounded, self.constant(I32, 16)), vector(I16))
+        """Round a float, or 16, to bfloat16 (nearest even), stored in 16-bit integers. The inputs must not be NaN."""
+        scalar = value.type == F32
+        wide, narrow = (I32, I16) if scalar else (vector(I32), vector(I16))
+        number = partial(ir.Constant if scalar else self.constant, I32)
+        bits = self.b.bitcast(value, wide)
+        odd = self.b.and_(self.b.lshr(bits, number(16)), number(1))
+        rounded = self.b.add(self.b.add(bits, number(0x7FFF)), odd)
+        return self.b.trunc(self.b.lshr(rounded, number(16)), narrow)
 
     def dot_u8_i8(self, total: Any, unsigned: Any, signed: Any, isa: Isa, *, largest: int = 255) -> Any:
         """Return total[lane] + the sum of the four products of the lane's unsigned and signed bytes, <16 x i32>, exact.
@@ -266,36 +270,55 @@ class Emitter:
 
     # ---- loops -------------------------------------------------------------------------------------------------------
 
-    def loop(self, count: Any, state: list[Any], body: Any) -> list[Any]:
-        """Run body(index, state) -> state for index 0 .. count - 1 (count at least 1); return the last state."""
+    @contextmanager
+    def each(self, count: Any) -> Iterator[Any]:
+        """Repeat the code that the block emits for index 0 .. count - 1; `count` is at least 1."""
         before = self.b.block
         head, after = self.b.append_basic_block("loop"), self.b.append_basic_block("after")
         self.b.branch(head)
         self.b.position_at_end(head)
         index = self.b.phi(I64)
         index.add_incoming(self.int64(0), before)
-        carried = [self.b.phi(value.type) for value in state]
-        for phi, value in zip(carried, state):
-            phi.add_incoming(value, before)
-        results = body(index, carried)
+        yield index
         following = self.b.add(index, self.int64(1))
         index.add_incoming(following, self.b.block)
-        for phi, value in zip(carried, results):
-            phi.add_incoming(value, self.b.block)
         self.b.cbranch(self.b.icmp_signed("<", following, count), head, after)
         self.b.position_at_end(after)
+
+    @contextmanager
+    def each_or_skip(self, count: Any) -> Iterator[Any]:
+        """Do what `each` does, but `count` may be 0."""
+        with self._if_any(count), self.each(count) as index:
+            yield index
+
+    @contextmanager
+    def _if_any(self, count: Any) -> Iterator[None]:
+        """Skip the code that the block emits if `count` is 0."""
+        inside, after = self.b.append_basic_block("some"), self.b.append_basic_block("done")
+        self.b.cbranch(self.b.icmp_signed(">", count, self.int64(0)), inside, after)
+        self.b.position_at_end(inside)
+        yield
+        self.b.branch(after)
+        self.b.position_at_end(after)
+
+    def loop(self, count: Any, state: list[Any], body: Any) -> list[Any]:
+        """Run body(index, state) -> state for index 0 .. count - 1 (count at least 1); return the last state."""
+        before = self.b.block
+        with self.each(count) as index:
+            carried = [self.b.phi(value.type) for value in state]
+            for phi, value in zip(carried, state):
+                phi.add_incoming(value, before)
+            results = body(index, carried)
+            for phi, value in zip(carried, results):
+                phi.add_incoming(value, self.b.block)
         return results
 
     def loop_or_skip(self, count: Any, state: list[Any], body: Any) -> list[Any]:
         """Do what `loop` does, but `count` may be 0."""
         before = self.b.block
-        inside, after = self.b.append_basic_block("some"), self.b.append_basic_block("done")
-        self.b.cbranch(self.b.icmp_signed(">", count, self.int64(0)), inside, after)
-        self.b.position_at_end(inside)
-        results = self.loop(count, state, body)
-        last = self.b.block
-        self.b.branch(after)
-        self.b.position_at_end(after)
+        with self._if_any(count):
+            results = self.loop(count, state, body)
+            last = self.b.block
         merged = []
         for initial, result in zip(state, results):
             phi = self.b.phi(initial.type)
@@ -312,19 +335,18 @@ def emitted(emit: Callable[..., Any]) -> Any:
     type, such as `int` or `Isa`, is a constant in the compiled code, and `emit` gets it as that type.
     """
     _, *kinds, result = get_type_hints(emit, include_extras=True).values()
-    makers = [None if hasattr(kind, "__metadata__") else kind for kind in kinds]
+    values = [kind.__metadata__[0] if hasattr(kind, "__metadata__") else None for kind in kinds]  # None: a constant
     result = types.void if result is type(None) else result.__metadata__[0]
 
     @wraps(emit)
     def typed(_: Any, *given: Any) -> Any:
-        declared = [kind.__metadata__[0] if make is None else own for kind, make, own in zip(kinds, makers, given)]
-        constants = [None if make is None else make(own.literal_value) for make, own in zip(makers, given)]
+        declared = [own if value is None else value for own, value in zip(given, values, strict=True)]
+        constants = {at: kinds[at](given[at].literal_value) for at, value in enumerate(values) if value is None}
 
-        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            given = [value if make is None else own for make, own, value in zip(makers, constants, values)]
-            made = emit(Emitter(builder), *given)
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            made = emit(Emitter(builder), *(constants.get(at, each) for at, each in enumerate(arguments)))
             return context.get_dummy_value() if result is types.void else made
 
         return result(*declared), code
 
-    return intrinsic(prefer_literal=any(makers))(typed)
+    return intrinsic(prefer_literal=None in values)(typed)

@@ -36,44 +36,38 @@ int64_at = pointers(types.int64, "int64")
 @emitted
 def float_from_bits(e: Emitter, bits: Int) -> Float:
     """Return the float32 whose bits are the low half of an int64."""
-    b = e.b
-    return b.bitcast(b.trunc(bits, I32), F32)
+    return e.b.bitcast(e.b.trunc(bits, I32), F32)
 
 
 @emitted
 def load_acquire(e: Emitter, address: Int) -> Int:
     """Read an int64 that another thread writes."""
-    b = e.b
-    return b.load_atomic(b.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
+    return e.b.load_atomic(e.b.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
 
 
 @emitted
 def store_release(e: Emitter, address: Int, value: Int) -> None:
     """Write an int64 that another thread reads; a thread that reads it also sees all earlier writes."""
-    b = e.b
-    b.store_atomic(value, b.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
+    e.b.store_atomic(value, e.b.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
 
 
 @emitted
 def fetch_add(e: Emitter, address: Int, value: Int) -> Int:
     """Add to an int64 and return its old value."""
-    b = e.b
-    return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
+    return e.b.atomic_rmw("add", e.b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
 
 
 @emitted
 def exchange(e: Emitter, address: Int, value: Int) -> Int:
     """Write an int64 and return its old value."""
-    b = e.b
-    return b.atomic_rmw("xchg", b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
+    return e.b.atomic_rmw("xchg", e.b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
 
 
 @emitted
 def compare_exchange(e: Emitter, address: Int, expected: Int, value: Int) -> Bool:
     """Write an int64 if its value is `expected`; return whether it was written."""
-    b = e.b
-    pointer = b.inttoptr(address, I64.as_pointer())
-    return b.extract_value(b.cmpxchg(pointer, expected, value, "seq_cst", "seq_cst"), 1)
+    pointer = e.b.inttoptr(address, I64.as_pointer())
+    return e.b.extract_value(e.b.cmpxchg(pointer, expected, value, "seq_cst", "seq_cst"), 1)
 
 
 @emitted
@@ -90,17 +84,15 @@ def call_system(e: Emitter, function: Int, subject: Int, number: Int) -> None:
     In the calling conventions of x86-64 and ARM (System V and Windows), these arguments are passed in registers; a
     function with fewer or narrower parameters ignores the rest.
     """
-    b = e.b
     kind = ir.FunctionType(I32, [I64, I64, I64])
-    b.call(b.inttoptr(function, kind.as_pointer()), [subject, number, ir.Constant(I64, 0)])
+    e.b.call(e.b.inttoptr(function, kind.as_pointer()), [subject, number, ir.Constant(I64, 0)])
 
 
 @emitted
 def call_operation(e: Emitter, function: Int, arguments: Int, thread: Int, threads: Int) -> None:
     """Call a compiled operation by its address: function(address of its row, thread, threads)."""
-    b = e.b
     kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
-    b.call(b.inttoptr(function, kind.as_pointer()), [arguments, thread, threads])
+    e.b.call(e.b.inttoptr(function, kind.as_pointer()), [arguments, thread, threads])
 
 
 # ---- rows of a plan --------------------------------------------------------------------------------------------------

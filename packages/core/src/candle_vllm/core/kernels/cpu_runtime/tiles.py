@@ -33,8 +33,7 @@ def add_rows(
     """Write weighted sums of `terms` > 0 rows to `count` vectors of `target` from `first` on; add them if `onto` is 1.
     `addresses` has the rows' addresses, int64 [terms], `weights` is float32 [terms]."""
     b = e.b
-
-    def column(index: Any, state: list[Any]) -> list[Any]:
+    with e.each_or_skip(count) as index:
         offset = b.mul(b.add(first, index), e.int64(4 * LANES))
 
         def term(j: Any, sums: list[Any]) -> list[Any]:
@@ -46,9 +45,6 @@ def add_rows(
         at = b.add(target, offset)
         old = b.select(b.icmp_signed("!=", onto, e.int64(0)), e.load(at, vector(F32)), e.zeros(F32))
         e.store(at, b.fadd(old, result))
-        return state
-
-    e.loop_or_skip(count, [], column)
 
 
 @emitted

@@ -240,12 +240,8 @@ def _take_in(
 def _clear(e: Emitter, to: Int, lines: Int) -> None:
     """Write zeros to `lines` lines of 16 floats."""
     b = e.b
-
-    def clear(index: Any, state: list[Any]) -> list[Any]:
+    with e.each_or_skip(lines) as index:
         e.store(b.add(to, b.mul(index, e.int64(_LINE))), e.zeros(F32))
-        return state
-
-    e.loop_or_skip(lines, [], clear)
 
 
 @njit(inline="always")

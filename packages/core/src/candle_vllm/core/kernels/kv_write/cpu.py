@@ -60,10 +60,8 @@ def _store_lanes(e: Emitter, values: Any, kind: int, to: Any, stride: Any, dim: 
 @emitted
 def write_plain(e: Emitter, x: Int, dim: Int, factor: Float, to: Int, stride: Int, kind: int) -> None:
     """Store dimensions dim .. dim + 15 of the float row x, times a factor, as `_store_lanes` does."""
-    b = e.b
-    value = e.load(b.add(x, b.shl(dim, e.int64(2))), vector(F32))
-    scaled = b.fmul(value, e.splat(factor))
-    _store_lanes(e, scaled, kind, to, stride, dim)
+    value = e.load(e.b.add(x, e.b.shl(dim, e.int64(2))), vector(F32))
+    _store_lanes(e, e.b.fmul(value, e.splat(factor)), kind, to, stride, dim)
 
 
 @emitted
@@ -88,15 +86,8 @@ def write_rotated(
 
 @emitted
 def store_one(e: Emitter, to: Int, value: Float, kind: int) -> None:
-    """Store a float, rounded to bfloat16 like `Emitter.float_to_bf16` unless `kind` is `_FLOATS`."""
-    b = e.b
-    if kind == _FLOATS:
-        e.store(to, value)
-        return
-    bits = b.bitcast(value, I32)
-    odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-    rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
-    e.store(to, b.trunc(b.lshr(rounded, ir.Constant(I32, 16)), I16))
+    """Store a float, rounded to bfloat16 unless `kind` is `_FLOATS`."""
+    e.store(to, value if kind == _FLOATS else e.float_to_bf16(value))
 
 
 # ---- the operation ---------------------------------------------------------------------------------------------------

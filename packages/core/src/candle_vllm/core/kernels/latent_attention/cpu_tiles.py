@@ -135,15 +135,11 @@ def scaled_to_bf16(e: Emitter, x: Int, weight: Int, scale: Float, to: Int, count
     """Write x * scale * weight for `count` floats, a multiple of 16, as bfloat16."""
     b = e.b
     factor = e.splat(scale)
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(b.ashr(count, e.int64(4))) as index:
         offset = b.shl(index, e.int64(6))
         value = b.fmul(e.load(b.add(x, offset), vector(F32)), factor)
         value = b.fmul(value, e.load(b.add(weight, offset), vector(F32)))
         e.store(b.add(to, b.shl(index, e.int64(5))), e.float_to_bf16(value))
-        return state
-
-    e.loop(b.ashr(count, e.int64(4)), [], body)
 
 
 @emitted

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llvmlite import ir
 from numba import njit
 
 from candle_vllm.core.kernels.activation_quant.cpu import rms_scale
 from candle_vllm.core.kernels.attention.cpu_tiles import place_of
-from candle_vllm.core.kernels.cpu_runtime.emit import I16, I32, Emitter, Float, Int, emitted
+from candle_vllm.core.kernels.cpu_runtime.emit import Emitter, Float, Int, emitted
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
@@ -27,12 +26,8 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import copy_numbers, sc
 
 @emitted
 def store_bf16(e: Emitter, to: Int, value: Float) -> None:
-    """Write one float as bfloat16, rounded as `Emitter.float_to_bf16` does."""
-    b = e.b
-    bits = b.bitcast(value, I32)
-    odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-    rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
-    e.store(to, b.trunc(b.lshr(rounded, ir.Constant(I32, 16)), I16))
+    """Write one float as bfloat16."""
+    e.store(to, e.float_to_bf16(value))
 
 
 @njit(inline="always")

@@ -53,15 +53,11 @@ def _write(e: Emitter, form: NumberForm, source: Int, count: Int, inverse: Float
     """Write 16 * count elements times `inverse`, rounded to the nearest 8-bit integers."""
     b = e.b
     factor = e.splat(inverse)
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each_or_skip(count) as index:
         at = b.add(source, b.mul(index, e.int64(LANES * form.bytes)))
         value = b.fmul(b.bitcast(_bits(e, form, at), vector(F32)), factor)
         moved = b.bitcast(b.fadd(value, e.constant(F32, SHIFTER)), vector(I32))
         e.store(b.add(target, b.mul(index, e.int64(LANES))), b.trunc(moved, vector(I8)))
-        return state
-
-    e.loop_or_skip(count, [], body)
 
 
 def make_quantise(FORM: int) -> Callable[..., None]:

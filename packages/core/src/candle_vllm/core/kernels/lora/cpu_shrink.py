@@ -99,14 +99,10 @@ def in_16_bits(e: Emitter, lanes: int, source: Int, count: Int, most: Float, tar
     tiny, zero = b.icmp_unsigned("<", bits, ir.Constant(I32, _SMALLEST)), ir.Constant(F32, 0.0)
     scale = b.select(tiny, zero, b.fdiv(b.bitcast(bits, F32), most))
     inverse = e.splat(b.select(tiny, zero, b.fdiv(ir.Constant(F32, 1.0), scale)), lanes)
-
-    def write(index: Any, state: list[Any]) -> list[Any]:
+    with e.each_or_skip(vectors) as index:
         value = b.fmul(e.load(b.add(source, b.mul(index, e.int64(4 * lanes))), floats), inverse)
         moved = b.bitcast(b.fadd(value, e.constant(F32, SHIFTER, lanes)), words)
         e.store(b.add(target, b.mul(index, e.int64(2 * lanes))), b.trunc(moved, vector(I16, lanes)))
-        return state
-
-    e.loop_or_skip(vectors, [], write)
     return scale
 
 

@@ -400,26 +400,13 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
     panel_bytes = b.mul(at.groups, e.int64(record_bytes(layout, count)))
     at_sums = b.add(at.scratch, e.int64(UNPACKED * UNPACKED_BYTES))
 
-    def clear(panel: Any, state: list[Any]) -> list[Any]:
+    with e.each(at.panels) as panel:
         for row in range(count):
             e.store(b.add(at.out, b.mul(panel, e.int64(of_panel))), e.zeros(F32), row * 4 * ROWS)
-        return state
-
-    def some(number: Any, state: list[Any]) -> list[Any]:
+    with e.each(b.udiv(b.add(at.groups, e.int64(UNPACKED - 1)), e.int64(UNPACKED))) as number:
         first = b.mul(number, e.int64(UNPACKED))
-        left, kinds = b.sub(at.groups, first), list[list[Any]]()
+        left = b.sub(at.groups, first)
         few = b.select(b.icmp_signed("<", left, e.int64(UNPACKED)), left, e.int64(UNPACKED))
-
-        def unpack(group: Any, state: list[Any]) -> list[Any]:
-            place = codes_of(group)
-            group = b.add(first, group)
-            _ask_ahead(e, layout, at, group)
-            found = _packed_group(e, layout, isa, at.weights, group, signed=squares)
-            numbers = [*found.scales, *found.minima]
-            for index, value in enumerate([*map(found.quad, range(8)), *numbers]):
-                e.store(place, value, VECTOR_BYTES * index)
-            kinds[:] = [[part.type for part in parts] for parts in (found.scales, found.minima)]
-            return state
 
         def codes_of(group: Any) -> Any:
             return b.add(at.scratch, b.mul(group, e.int64(UNPACKED_BYTES)))
@@ -436,20 +423,20 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
             number = b.add(group, b.mul(panel, e.int64(UNPACKED))) if squares else group
             return inputs, b.add(at_sums, b.mul(number, e.int64(count * row_sums)))
 
-        def multiply_squares(group: Any, state: list[Any]) -> list[Any]:
-            cpu_sums.square_sums(e, codes_of(group), at.panels, lambda panel: places_in(panel, group))
-            return state
-
-        def multiply_panel(panel: Any, state: list[Any]) -> list[Any]:
+        with e.each(few) as index:
+            place, group = codes_of(index), b.add(first, index)
+            _ask_ahead(e, layout, at, group)
+            found = _packed_group(e, layout, isa, at.weights, group, signed=squares)
+            numbers = [*found.scales, *found.minima]
+            for part, value in enumerate([*map(found.quad, range(8)), *numbers]):
+                e.store(place, value, VECTOR_BYTES * part)
+            kinds = [[part.type for part in parts] for parts in (found.scales, found.minima)]
+        if squares:
+            with e.each(few) as group:
+                cpu_sums.square_sums(e, codes_of(group), at.panels, partial(places_in, group=group))
+        with e.each(at.panels) as panel:
             out = b.add(at.out, b.mul(panel, e.int64(of_panel)))
             places = partial(places_in, panel)
-
-            def multiply_group(group: Any, state: list[Any], rows: range) -> list[Any]:
-                inputs, place = places(group)
-                for half, parts in enumerate(_sums_of(inputs, rows, unpacked(group))):
-                    for row, part in zip(rows, parts):
-                        e.store(place, part, row * row_sums + VECTOR_BYTES * half)
-                return state
 
             def add(group: Any, totals: list[Any], rows: range) -> list[Any]:
                 inputs, place = places(group)
@@ -459,20 +446,14 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
 
             for rows in [range(count)] if squares else _rows_in_turn(isa, count):
                 if not squares:
-                    e.loop(few, [], partial(multiply_group, rows=rows))
+                    with e.each(few) as group:
+                        inputs, place = places(group)
+                        for half, parts in enumerate(_sums_of(inputs, rows, unpacked(group))):
+                            for row, part in zip(rows, parts):
+                                e.store(place, part, row * row_sums + VECTOR_BYTES * half)
                 totals = [e.load(out, vector(F32), row * 4 * ROWS) for row in rows]
                 for row, total in zip(rows, e.loop(few, totals, partial(add, rows=rows))):
                     e.store(out, total, row * 4 * ROWS)
-            return state
-
-        e.loop(few, [], unpack)
-        if squares:
-            e.loop(few, [], multiply_squares)
-        e.loop(at.panels, [], multiply_panel)
-        return state
-
-    e.loop(at.panels, [], clear)
-    e.loop(b.udiv(b.add(at.groups, e.int64(UNPACKED - 1)), e.int64(UNPACKED)), [], some)
 
 
 @emitted
@@ -570,27 +551,24 @@ def _unpack_row(e: Emitter, kind: PackedKind, weights: Int, lane: Int, out: Int,
     b = e.b
     layout = LAYOUTS[kind]
 
-    def body(group: Any, state: list[Any]) -> list[Any]:
+    with e.each(groups) as group:
         head, inside, codes = _block_of(e, weights, group, layout)
         if isinstance(layout, GridLayout):
             _unpack_grid(e, GridGroup(e, layout, Isa.GENERIC, head, inside, codes), lane, out, group)
-            return state
-        scales, minima = _scales(e, head, inside, layout, lane)
-        codes = b.add(codes, b.mul(lane, e.int64(4)))
-        target = b.add(out, b.mul(group, e.int64(4 * GROUP)))
-        for quad in range(8):
-            half = quad * len(scales) // 8
-            scale, *minimum = (
-                e.splat(b.extract_element(part[half], ir.Constant(I32, 0)), 4) for part in (scales, minima) if part
-            )
-            found = _quad(e, inside, codes, layout, quad, lanes=1)
-            numbers = b.zext(b.bitcast(found, vector(I8, 4)), vector(I32, 4))
-            numbers = b.sub(numbers, e.constant(I32, layout.zero, 4))
-            value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scale)
-            e.store(target, b.fadd(value, minimum[0]) if minimum else value, 16 * quad)
-        return state
-
-    e.loop(groups, [], body)
+        else:
+            scales, minima = _scales(e, head, inside, layout, lane)
+            codes = b.add(codes, b.mul(lane, e.int64(4)))
+            target = b.add(out, b.mul(group, e.int64(4 * GROUP)))
+            for quad in range(8):
+                half = quad * len(scales) // 8
+                scale, *minimum = (
+                    e.splat(b.extract_element(part[half], ir.Constant(I32, 0)), 4) for part in (scales, minima) if part
+                )
+                found = _quad(e, inside, codes, layout, quad, lanes=1)
+                numbers = b.zext(b.bitcast(found, vector(I8, 4)), vector(I32, 4))
+                numbers = b.sub(numbers, e.constant(I32, layout.zero, 4))
+                value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scale)
+                e.store(target, b.fadd(value, minimum[0]) if minimum else value, 16 * quad)
 
 
 def _unpack_grid(e: Emitter, grid: GridGroup, lane: Any, out: Any, group: Any) -> None:

@@ -309,12 +309,10 @@ def _code_blocks(e: Emitter, kind: PackedKind, isa: Isa, blocks: Int, to: Int, c
     b = e.b
     layout, grid = LAYOUTS[kind], FORMATS[kind.type.name]
     assert isinstance(layout, TileLayout)
-
-    def block(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(count) as index:
         source = b.add(blocks, b.mul(index, e.int64(grid.block_bytes)))
         target = b.add(to, b.mul(index, e.int64(layout.block_bytes)))
-
-        def group(number: Any, state: list[Any]) -> list[Any]:
+        with e.each(e.int64(GROUPS)) as number:
             codes = b.add(source, b.add(b.mul(number, e.int64(grid.code_bytes)), e.int64(grid.head_bytes)))
             found = GridGroup(e, grid, isa, source, number, codes, layout.values)
             e.store(target, found.unit())
@@ -325,12 +323,6 @@ def _code_blocks(e: Emitter, kind: PackedKind, isa: Isa, blocks: Int, to: Int, c
             quads = _in_order(e, grid, [found.quad(quad) for quad in range(8)])
             for at, part in enumerate(_vectors(e, quads, layout.bits)):
                 e.store(place, part, at * VECTOR_BYTES)
-            return state
-
-        e.loop(e.int64(GROUPS), [], group)
-        return state
-
-    e.loop(count, [], block)
 
 
 def make_codes(KIND: int, ISA: int) -> Any:

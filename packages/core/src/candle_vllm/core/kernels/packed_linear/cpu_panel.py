@@ -59,14 +59,10 @@ def cut_rows(left: int, groups: int, full: int, most: int, group_bytes: int) -> 
     return block, min((left + block - 1) // block, most)
 
 
-def _panel_sums(layout: AnyLayout) -> int:
-    """Return the number of values per row and group that are derived from sums."""
-    return 1 if layout.width == GROUP or layout.paired else 2
-
-
 def record_bytes(layout: AnyLayout, block: int) -> int:
     """Return the bytes of a record of `block` rows: each row's int8 codes, scale, and one or two sums."""
-    return block * (GROUP + 4 + 4 * _panel_sums(layout))
+    sums = 1 if layout.width == GROUP or layout.paired else 2
+    return block * (GROUP + 4 + 4 * sums)
 
 
 def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
@@ -107,8 +103,7 @@ def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -
     else:
         of_row = b.add(at_panel, b.mul(at_row, e.int64(GROUP)))
     of_float = b.add(at_panel, b.mul(at_row, e.int64(4)))
-
-    def body(group: Any, state: list[Any]) -> list[Any]:
+    with e.each(number) as group:
         record, four = b.mul(group, e.int64(record_bytes(layout, count))), b.mul(group, e.int64(4))
         x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
         if isinstance(layout, GridLayout):
@@ -123,9 +118,6 @@ def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -
             sums = [] if takes_signed(isa, layout) else _sums(e, x, layout, isa)
         for index, part in enumerate(sums):
             e.store(floats, part, count * (GROUP + 4 + 4 * index))
-        return state
-
-    e.loop(number, [], body)
 
 
 @emitted

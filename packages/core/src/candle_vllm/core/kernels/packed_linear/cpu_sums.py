@@ -340,13 +340,9 @@ def square_sums(e: Emitter, codes: Any, panels: Any, places: Callable[[Any], tup
     the address of its sums.
     """
     load_square(e, _CODES, codes, e.int64(VECTOR_BYTES))
-
-    def multiply(panel: Any, state: list[Any]) -> list[Any]:
+    with e.each(panels) as panel:
         inputs, sums = places(panel)
         load_square(e, _ACTIVATIONS, inputs.record, e.int64(GROUP))
         square_call(e, "tilezero", _SUMS)
         square_call(e, "tdpbssd", _SUMS, _ACTIVATIONS, _CODES)
         store_square(e, _SUMS, sums, VECTOR_BYTES)
-        return state
-
-    e.loop(panels, [], multiply)

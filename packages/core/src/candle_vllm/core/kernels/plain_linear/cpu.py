@@ -240,8 +240,7 @@ def _widen_row(e: Emitter, kind: PlainKind, weights: Int, lane: Int, out: Int, c
     stored = {PlainKind.BF16: I16, PlainKind.F16: F16, PlainKind.F32: F32, PlainKind.W8A8: I8}[kind]
     start = b.add(weights, b.mul(lane, e.int64(width * kind.step_columns)))
     scale = e.load(b.add(b.add(weights, tile_bytes), b.mul(lane, e.int64(4))), F32, -4 * ROWS)
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(columns) as index:
         step = b.sdiv(index, e.int64(kind.step_columns))
         inside = b.srem(index, e.int64(kind.step_columns))
         offset = b.add(b.mul(step, e.int64(kind.step_bytes)), b.mul(inside, e.int64(width)))
@@ -253,9 +252,6 @@ def _widen_row(e: Emitter, kind: PlainKind, weights: Int, lane: Int, out: Int, c
         elif kind is PlainKind.W8A8:
             value = b.fmul(b.sitofp(b.sub(b.zext(value, I32), ir.Constant(I32, 128)), F32), scale)
         e.store(b.add(out, b.mul(index, e.int64(4))), value)
-        return state
-
-    e.loop(columns, [], body)
 
 
 def make_embedding(KIND: int) -> Any:

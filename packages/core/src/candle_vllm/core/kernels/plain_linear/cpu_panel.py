@@ -47,16 +47,12 @@ def fill_panel(e: Emitter, block: int, panel: Int, addresses: Int, vectors: Int)
     """Copy the rows at int64 [block] `addresses` into a panel of `block` rows of `vectors` times 16 elements."""
     b = e.b
     sources = [e.load(addresses, I64, 8 * row) for row in range(block)]
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(vectors) as index:
         offset = b.mul(index, e.int64(VECTOR_BYTES))
         loaded = [e.load(b.add(source, offset), vector(I32)) for source in sources]
         target = b.add(panel, b.mul(offset, e.int64(block)))
         for part, mixed in enumerate(_interleaved(e, loaded)):
             e.store(target, mixed, part * VECTOR_BYTES)
-        return state
-
-    e.loop(vectors, [], body)
 
 
 @njit

@@ -63,15 +63,11 @@ def _fill_panel(e: Emitter, panel: Int, addresses: Int, squares: Int) -> None:
     """Copy the rows at int64 [16] `addresses` into `squares` squares."""
     b = e.b
     sources = [e.load(addresses, I64, 8 * row) for row in range(ROWS)]
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(squares) as index:
         offset = b.mul(index, e.int64(VECTOR_BYTES))
         target = b.add(panel, b.mul(index, e.int64(SQUARE_BYTES)))
         for row, source in enumerate(sources):
             e.store(target, e.load(b.add(source, offset), vector(I64, 8)), row * VECTOR_BYTES)
-        return state
-
-    e.loop(squares, [], body)
 
 
 @emitted

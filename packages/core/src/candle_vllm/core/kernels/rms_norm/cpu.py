@@ -8,7 +8,6 @@ for LayerNorm (`kernels/layer_norm`), 0 for RMSNorm.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from numba import njit
 
@@ -29,15 +28,11 @@ def scale_in_place(e: Emitter, x: Int, weight: Int, scale: Float, lines: Int) ->
     """Multiply 16 * `lines` floats at x by a scale and by weights, in place."""
     b = e.b
     factor = e.splat(scale)
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each_or_skip(lines) as index:
         offset = b.mul(index, e.int64(4 * LANES))
         at = b.add(x, offset)
         weights = e.load(b.add(weight, offset), vector(F32))
         e.store(at, b.fmul(b.fmul(e.load(at, vector(F32)), factor), weights))
-        return state
-
-    e.loop_or_skip(lines, [], body)
 
 
 @njit

@@ -117,9 +117,8 @@ def least_of(e: Emitter, at: Int, count: Int) -> Float:
 @emitted
 def reaches(e: Emitter, at: Int, bound: Float) -> Bool:
     """Return whether one of the 16 float32 at an address is at least `bound`."""
-    b = e.b
-    hits = b.fcmp_ordered(">=", e.load(at, vector(F32)), e.splat(bound))
-    return b.icmp_unsigned("!=", _bits(e, hits), e.int64(0))
+    hits = e.b.fcmp_ordered(">=", e.load(at, vector(F32)), e.splat(bound))
+    return e.b.icmp_unsigned("!=", _bits(e, hits), e.int64(0))
 
 
 @emitted

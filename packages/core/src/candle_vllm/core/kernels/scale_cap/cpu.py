@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from candle_vllm.core.kernels.activation_quant.cpu import layer_scale, row_mean
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Float, Int, emitted, vector
@@ -20,8 +19,7 @@ def scale_cap_lines(e: Emitter, at: Int, lines: Int, factor: Float, cap: Float, 
     min(max(x, factor), cap) (2)."""
     b = e.b
     factor, cap = e.splat(factor), e.splat(cap)
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each_or_skip(lines) as index:
         place = b.add(at, b.mul(index, e.int64(4 * LANES)))
         x = e.load(place, vector(F32))
         if kind == 2:
@@ -31,9 +29,6 @@ def scale_cap_lines(e: Emitter, at: Int, lines: Int, factor: Float, cap: Float, 
             value = b.fmul(x, factor)
             value = b.fmul(emit_tanh(e, value), cap) if kind else value
         e.store(place, value)
-        return state
-
-    e.loop_or_skip(lines, [], body)
 
 
 def make_scale_cap(KIND: int) -> Callable[..., None]:

@@ -108,16 +108,12 @@ def _widen(e: Emitter, kind: ScaledKind, codes: Int, apart: Int, out: Int, turns
     `ahead` is the prefetch distance in bytes.
     """
     b = e.b
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(turns) as index:
         source = b.add(codes, b.mul(index, apart))
         _ask_turn(e, kind, b.add(source, ahead))
         target = b.add(out, b.mul(index, e.int64(2 * ROWS * kind.turn_columns)))
         for step, floats in enumerate(_steps(e, kind, source)):
             e.store(target, _joined(e, *floats), step * PlainKind.BF16.step_bytes)
-        return state
-
-    e.loop(turns, [], body)
 
 
 def _ask_turn(e: Emitter, kind: ScaledKind, address: Any) -> None:
@@ -138,14 +134,10 @@ def _x_bytes(isa: Isa) -> int:
 def _spread(e: Emitter, x: Int, out: Int, vectors: Int) -> None:
     """Convert 16 * `vectors` elements of bfloat16 to float32."""
     b = e.b
-
-    def body(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(vectors) as index:
         halves = e.load(b.add(x, b.mul(index, e.int64(2 * LANES))), vector(I16))
         floats = b.shl(b.zext(halves, vector(I32)), e.constant(I32, 16))
         e.store(b.add(out, b.mul(index, e.int64(4 * LANES))), floats)
-        return state
-
-    e.loop(vectors, [], body)
 
 
 def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tuple[Any, Any]) -> Any:
@@ -309,17 +301,13 @@ def _add_scaled(e: Emitter, tiles: int, sums: Int, head: Int, head_step: Int, ro
     """
     b = e.b
     scales = [e.load(b.add(head, b.mul(head_step, e.int64(tile))), vector(F32)) for tile in range(tiles)]
-
-    def body(row: Any, state: list[Any]) -> list[Any]:
+    with e.each(rows) as row:
         offset = b.mul(row, e.int64(4 * LANES))
         part, total = b.add(sums, offset), b.add(totals, offset)
         for tile, scale in enumerate(scales):
             at = tile * SQUARE_BYTES
             added = e.fma(e.load(part, vector(F32), at), scale, e.load(total, vector(F32), at))
             e.store(total, added, at)
-        return state
-
-    e.loop(rows, [], body)
 
 
 def _make_squares(KIND: int, ISA: int) -> Any:

@@ -20,8 +20,7 @@ from candle_vllm.core.quantization.ggml_types import IQ4_VALUES
 @emitted
 def bits_of(e: Emitter, value: Float) -> Int:
     """Return the bits of a float32 as the low half of an int64, whose high half is 0."""
-    b = e.b
-    return b.zext(b.bitcast(value, I32), I64)
+    return e.b.zext(e.b.bitcast(value, I32), I64)
 
 
 @emitted
@@ -80,14 +79,10 @@ def weigh(e: Emitter, squared: bool, x: Int, count: Int, floor: Float, weights: 
     if not squared:
         base = e.call(f"llvm.sqrt.v{LANES}f32", vector(F32), [base])
     base = b.fmul(e.splat(floor), base)
-
-    def store(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(count) as index:
         offset = b.mul(index, e.int64(4 * LANES))
         value = e.load(b.add(x, offset), vector(F32))
         e.store(b.add(weights, offset), b.fadd(base, b.fmul(value, value) if squared else _fabs(e, value)))
-        return state
-
-    e.loop(count, [], store)
 
 
 @emitted

@@ -206,13 +206,9 @@ def _softmax(e: Emitter, tiles: int, scores: Int, step: Int, keys: Int, sums: In
 
     for tile, total in enumerate(e.loop(keys, [e.zeros(F32)] * tiles, exponentials)):
         e.store(sums, total, LINE * tile)
-
-    def clear(key: Any, state: list[Any]) -> list[Any]:
+    with e.each_or_skip(b.and_(b.neg(keys), e.int64(PANEL - 1))) as key:
         for at in places(b.add(keys, key)):
             e.store(at, e.zeros(F32))
-        return state
-
-    e.loop_or_skip(b.and_(b.neg(keys), e.int64(PANEL - 1)), [], clear)
 
 
 @emitted

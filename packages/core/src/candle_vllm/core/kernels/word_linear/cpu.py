@@ -34,8 +34,7 @@ def _multiply(
     b = e.b
     places = [(tile, row) for tile in range(tiles) for row in range(_HEIGHT)]
     bases = [b.add(weights, b.mul(tile_bytes, e.int64(tile))) for tile in range(tiles)]
-
-    def group(index: Any, state: list[Any]) -> list[Any]:
+    with e.each(groups) as index:
         offset = b.mul(index, e.int64(GROUP_BYTES))
         own = [b.add(base, offset) for base in bases]
         x = b.add(panel, b.mul(index, e.int64(STEPS * _HEIGHT * 4)))
@@ -59,9 +58,6 @@ def _multiply(
             place = (tile * _HEIGHT + row) * VECTOR_BYTES
             before = e.load(out, vector(F32), place)
             e.store(out, e.fma(b.sitofp(total, vector(F32)), factor, before), place)
-        return state
-
-    e.loop(groups, [], group)
 
 
 def make_linear(ISA: int) -> Any:
