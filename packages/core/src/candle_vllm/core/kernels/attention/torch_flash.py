@@ -82,8 +82,8 @@ class PagedCall:
 
         assert softcap is None
         two = self.generation == 2
-        # Keys after the query's position; -1 for all. A single query has none, so -1 means the same as 0, but lets
-        # FlashAttention 2 compute the query heads of a KV head together.
+        # Number of keys after the query's position; -1 for all. A single query has no later keys, so -1 means the same
+        # as 0, but lets FlashAttention 2 compute the query heads of a KV head together.
         after = -1 if window is None and part.decodes else 0
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return self.function(
