@@ -20,8 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_vllm.core import FinishReason, SamplingParams, StructuredOutputsParams
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
-from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.cache.block_manager import BlockManager, block_hashes
 from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.model_runner import StepwiseRunner

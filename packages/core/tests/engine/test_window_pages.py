@@ -13,7 +13,7 @@ import random
 import numpy as np
 import pytest
 
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
+from candle_vllm.core.engine.cache.block_manager import block_hashes
 from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
 from candle_vllm.core.engine.step.scheduler import Scheduler

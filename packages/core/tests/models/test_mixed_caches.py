@@ -19,7 +19,7 @@ from candle_vllm.core.assembly.stages import stage_of
 from candle_vllm.core.config import SpeculativeConfig
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
+from candle_vllm.core.engine.cache.block_manager import block_hashes
 from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
 from candle_vllm.core.engine.drafts.drafting import Drafter
 from candle_vllm.core.engine.outputs import OutputCollector

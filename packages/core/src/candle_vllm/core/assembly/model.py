@@ -38,10 +38,9 @@ from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
+from candle_vllm.core.loading.config import EncoderConfig, ModelConfig, stretched
 from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
-from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
 from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import Adapter, Entries
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
+from candle_vllm.core.engine.cache.block_manager import block_hashes
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_rank
 from candle_vllm.core.vision.inputs import ImageInput
 
