@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_args, get_type_hints
 
 from candle_vllm.core.arguments import ExplainedSettings
 from candle_vllm.core.errors import ConfigError
@@ -242,7 +242,7 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
             continue
         if name not in _DRAFT_SETTINGS:
             near = nearest(name, _DRAFT_SETTINGS)
-            raise _draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
+            raise draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
         if value is None and getattr(SpeculativeConfig, name) is None:
             continue
         kind = _DRAFT_KINDS[name]
@@ -251,28 +251,29 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
             reads_text = isinstance(kind, Choice) and isinstance(value, str)
             values[name] = kind.from_text(value) if reads_text else kind.check(value)
         except ValueError as error:
-            raise _draft_error(f"{name} {error}") from None
+            raise draft_error(f"{name} {error}") from None
     if "model" in values:
         if values["model"] in ("ngram", "[ngram]"):
-            raise _draft_error(
+            raise draft_error(
                 f"""model {values["model"]!r} is vLLM's former name: write "method": "ngram" without a model"""
             )
         values.setdefault("method", "draft_model")
     config = SpeculativeConfig(**values)
     if config.prompt_lookup_min > config.prompt_lookup_max:
-        raise _draft_error(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
+        raise draft_error(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
     if config.method in _NEEDED_MODELS and config.model is None:
-        raise _draft_error(f"the method {config.method} needs a model: {_NEEDED_MODELS[config.method]}")
+        raise draft_error(f"the method {config.method} needs a model: {_NEEDED_MODELS[config.method]}")
     if config.draft_min > config.num_speculative_tokens:
-        raise _draft_error(f"draft_min {config.draft_min} is above num_speculative_tokens")
+        raise draft_error(f"draft_min {config.draft_min} is above num_speculative_tokens")
     for name in values:
         methods = [each for each, sources in DRAFT_METHODS.items() if {*_DRAFT_SETTINGS[name][1:]} <= {*sources}]
         if config.method not in methods:
-            raise _draft_error(f"{name} is for the method {' or '.join(methods)}, not for {config.method}")
+            raise draft_error(f"{name} is for the method {' or '.join(methods)}, not for {config.method}")
     return None if config.method == "none" else config
 
 
-def _draft_error(text: str) -> ConfigError:
+def draft_error(text: str) -> ConfigError:
+    """Return the error for `speculative_config`."""
     return ConfigError(f"speculative_config: {text}", "speculative_config")
 
 
@@ -770,6 +771,19 @@ class EngineSettings(TypedDict, total=False):
     cpu_ranks: int | None
     cpu_level: CpuLevel | None
     seed: int | None
+
+
+def config_of(model: str | Path | EngineConfig, settings: EngineSettings) -> EngineConfig:
+    """Return the config of an engine's arguments: `model` is a config, or a model's name with settings.
+
+    Raises:
+        ConfigError: there are settings beside a config, or a setting is invalid.
+    """
+    if not isinstance(model, EngineConfig):
+        return EngineConfig(model=cast("str", model), **settings)
+    if settings:
+        raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+    return model
 
 
 def require_one(config: EngineConfig) -> None:

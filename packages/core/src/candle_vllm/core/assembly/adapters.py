@@ -78,7 +78,6 @@ class _Fit:
         self._wrapped = Counter[str]()  # number of adapted parameters by module
 
     def run(self) -> None:
-        """Fit every tensor."""
         if self._stored.format == "gguf" and self._stored.config.architecture not in self._base.architectures:
             raise AdapterError(
                 f"{self._stored.path}: general.architecture is {self._stored.config.architecture!r:.80}; the base "
@@ -104,7 +103,6 @@ class _Fit:
                     change.delta = dataclasses.replace(change.delta, column_scale=scale)
 
     def result(self) -> FittedAdapter:
-        """Return the fitted adapter."""
         deltas = {path: {part: change.delta for part, change in each.items()} for path, each in self._changes.items()}
         if not deltas:
             raise AdapterError(f"{self._stored.path}: none of its tensors changes the model")

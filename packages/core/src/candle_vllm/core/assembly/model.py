@@ -119,25 +119,29 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadedHead:
-    """A draft head: layers that predict draft tokens from a model's hidden states, with their weights.
+class HeadFacts:
+    """A draft head: layers that predict draft tokens from a model's hidden states.
 
     Attributes:
         name: name of its files.
         placement: device and types of its weights.
         config: its config, as if the head were a model of its own.
-        head: the layers.
         vocab_size: size of its output vocabulary.
         meant: the target model's token id for each id of that vocabulary; None if the ids are the same.
-        weight_bytes: stored bytes.
     """
 
     name: str
     placement: Placement
     config: ModelConfig
-    head: DraftHead
     vocab_size: int
     meant: NDArray[np.int64] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedHead(HeadFacts):
+    """A draft head with its layers, and the stored bytes of their weights."""
+
+    head: DraftHead
     weight_bytes: int
 
 

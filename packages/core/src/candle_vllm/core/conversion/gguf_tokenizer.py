@@ -17,13 +17,12 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
-from candle_vllm.core.text.gguf_backend import SPACE
+from candle_vllm.core.text.gguf_backend import SPACE, byte_level_cuts
 from candle_vllm.core.text.gguf_vocab import BYTE, CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
-from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.special_tokens import TEMPLATE_NAMES
 from candle_vllm.core.text.tokenizer import Tokenizer
 
@@ -227,7 +226,9 @@ def pre_tokenizer_name(backend: Backend, ignore_merges: bool) -> str:
     """
     cut = backend.pre_tokenizer
     wanted = None if cut is None else _pieces(cut)
-    alike = [name for name, entry in PRE_TOKENIZERS.items() if entry.byte_level and _cuts(entry) == wanted]
+    alike = [
+        name for name, entry in PRE_TOKENIZERS.items() if entry.byte_level and _pieces(byte_level_cuts(entry)) == wanted
+    ]
     if not alike:
         raise UnsupportedModelError(
             "this byte-pair tokenizer splits texts into words like none of the pre-tokenizers that GGUF has names for; "
@@ -235,13 +236,6 @@ def pre_tokenizer_name(backend: Backend, ignore_merges: bool) -> str:
         )
     same = [name for name in alike if PRE_TOKENIZERS[name].ignore_merges == ignore_merges]
     return (same or alike)[0]
-
-
-def _cuts(entry: PreTokenizer) -> list[tuple[int, int]]:
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in entry.patterns]
-    return _pieces(
-        pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    )
 
 
 def _pieces(cut: Any) -> list[tuple[int, int]]:

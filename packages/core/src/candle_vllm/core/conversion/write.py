@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -39,7 +39,7 @@ from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig, stretched
 from candle_vllm.core.loading.gguf import GgufFile, split_names
-from candle_vllm.core.loading.imatrix import Imatrix, read_imatrix
+from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.trunks import is_headed
@@ -176,7 +176,6 @@ def _check_room(out: Path, count: int) -> None:
 def _plan(
     config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint, adapters: AdapterFactors, opened: ExitStack
 ) -> tuple[list[PlannedTensor], dict[str, Any]]:
-    """Return the tensors to write, and the metadata."""
     if files.config is None:
         raise UnsupportedModelError(f"{files.folder}: there is no config.json beside the safetensors files")
     described = read_json(files.config)
@@ -202,8 +201,7 @@ def _plan(
     for name, divisors in computed_tensors(model).items():
         found.append((name, "rotary:factors", constant(name, divisors, files.config)))
     plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
-    if config.imatrix is not None:
-        plans = _by_importance(plans, read_imatrix(config.imatrix))
+    plans = _by_importance(plans, config.imatrix)
     metadata = describe(model, row) | _general(config, files, plans) | _words(config, files, model)
     if not model.has_head or (files.folder / "modules.json").is_file():
         keys = pooling_keys(files, model.hidden_size, "last")
@@ -217,7 +215,6 @@ def _plan(
 
 
 def _check_copied(config: EngineConfig, adapters: AdapterFactors) -> None:
-    """Raise ConfigError for settings that the copy of a GGUF file cannot apply."""
     if adapters:
         raise ConfigError("adapters are merged into safetensors weights, not into a GGUF file: name the folder", "lora")
     if config.tokenizer is not None:
@@ -247,8 +244,7 @@ def _plan_of_gguf(
             checkpoint.path,
             again,
         )
-    if config.imatrix is not None:
-        plans = _by_importance(plans, read_imatrix(config.imatrix))
+    plans = _by_importance(plans, config.imatrix)
     split = ("general.alignment", "split.")  # one file is written, with the usual alignment
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(split)}
     changed: dict[str, Any] = {}
@@ -284,9 +280,11 @@ def _parts(plan: PlannedTensor) -> list[PlannedTensor]:
     return [PlannedTensor(each.name, each, GGMLQuantizationType[each.type_name]) for each in plan.stored.source.parts]
 
 
-def _by_importance(plans: Sequence[PlannedTensor], imatrix: Imatrix) -> list[PlannedTensor]:
-    """Return the same tensors; those whose scales are searched get their importance from the file."""
-    found: list[PlannedTensor] = []
+def _by_importance(plans: list[PlannedTensor], path: Path | None) -> list[PlannedTensor]:
+    """Return the same tensors; those whose scales are searched get their importance from the file, if there is one."""
+    if path is None:
+        return plans
+    imatrix, found = read_imatrix(path), list[PlannedTensor]()
     for plan in plans:
         importance = None
         if plan.kind.name in TYPES and plan.kind.name not in SIMPLE and plan.stored.dtype is not None:
@@ -307,8 +305,7 @@ def _encoder_plan(
 ) -> tuple[list[PlannedTensor], dict[str, Any]]:
     found = encoder_tensors(family, model, checkpoint, source)
     plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
-    if config.imatrix is not None:
-        plans = _by_importance(plans, read_imatrix(config.imatrix))
+    plans = _by_importance(plans, config.imatrix)
     metadata = describe_encoder(model, files) | _general(config, files, plans)
     metadata |= tokenizer_metadata(open_tokenizer(config, files, {}, model.vocab_size), model.vocab_size, ())
     written = {plan.name: plan.stored for plan in plans}

@@ -19,14 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from struct import pack
-from typing import Any, Final, Unpack, cast
+from typing import Any, Final, Unpack
 
 from msgspec.structs import fields, replace
 
 from candle_vllm.core.assembly.encoder import is_encoder
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.assembly.placement import resolve_ranks
-from candle_vllm.core.config import EngineConfig, EngineSettings
+from candle_vllm.core.config import EngineConfig, EngineSettings, config_of
 from candle_vllm.core.devices import means_gpus
 from candle_vllm.core.engine.adapters.adapter_store import MAX_LOOSE_NAMES, AdapterCall
 from candle_vllm.core.engine.cache.block_manager import block_hashes
@@ -37,7 +37,7 @@ from candle_vllm.core.engine.stats import EngineStats, ReplicaStats, combined, e
 from candle_vllm.core.engine.step.sequence import PlacedImage
 from candle_vllm.core.engine.step.thread import Sink
 from candle_vllm.core.engine_front import EngineFront, Texts
-from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, InvalidParameterError
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, InvalidParameterError
 from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.core.remote.payloads import Payload, RequestWriter
 from candle_vllm.core.remote.process import EngineProcess
@@ -544,9 +544,7 @@ class ReplicatedEngine(EngineFront):
     """
 
     def __init__(self, model: str | Path | EngineConfig, **settings: Unpack[EngineSettings]) -> None:
-        config = model if isinstance(model, EngineConfig) else EngineConfig(model=cast("str", model), **settings)
-        if isinstance(model, EngineConfig) and settings:
-            raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+        config = config_of(model, settings)
         self.config = config
         self.image_sources = ImageSources.of(config)
         self._owner = os.getpid()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
-from candle_vllm.core.sampling.rare_edits import is_rare, narrow_row, process_row
+from candle_vllm.core.sampling.processors import is_rare, narrow_row, process_row
 from candle_vllm.core.sampling.state import SamplingState
 
 _FIRST_ROWS = 8
@@ -202,7 +202,7 @@ def mask_flags(bits: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
 
 
 def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
-    """Do what `apply_processors` does, on any device; the edits of `rare_edits.py` run on the host, row by row."""
+    """Do what `apply_processors` does, on any device; `process_row` and `narrow_row` run on the host."""
     for row, state in enumerate(states):
         if state.params.logits_processors:
             on_host(logits[row], process_row, state)

@@ -50,11 +50,13 @@ def in_known_keywords(root: Schema, remarks: Remarks, *, may_compare: bool = Fal
     Raises:
         InvalidParameterError: the schema is invalid, or a constraint cannot be guaranteed.
     """
-    cases = _Cases(root, remarks, may_compare)
+    cases = Cases(root, remarks, may_compare)
     return cases.run(), cases.compared
 
 
-class _Cases:
+class Cases:
+    """The rewriting of one schema; `compared` is whether array elements must be compared during generation."""
+
     def __init__(self, root: Schema, remarks: Remarks, may_compare: bool) -> None:
         self.root = root
         self.remarks = remarks

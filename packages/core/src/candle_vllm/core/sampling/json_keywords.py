@@ -11,13 +11,16 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from candle_vllm.core.sampling import json_facts
-from candle_vllm.core.sampling.json_dialect import Remarks, taker
+from candle_vllm.core.sampling.json_dialect import taker
 from candle_vllm.core.sampling.json_opposites import ASSERTING, OppositeUnknown, opposite
 from candle_vllm.core.sampling.structured import refused
 from candle_vllm.core.sampling.unique_sites import compared
+
+if TYPE_CHECKING:
+    from candle_vllm.core.sampling.json_cases import Cases
 
 Schema = dict[str, Any]
 
@@ -53,23 +56,6 @@ class Case(dict[str, Any]):
     def __init__(self, schema: Schema, asking: tuple[str, str]) -> None:
         super().__init__(schema)
         self.asking = asking
-
-
-class Cases(Protocol):
-    """The parts of `json_cases` that the functions here use."""
-
-    facts: json_facts.Facts
-    remarks: Remarks
-    may_compare: bool
-    compared: bool
-
-    def own(self, schema: Schema, at: At) -> Schema:
-        """Return a mutable copy of a checked schema, in the current dialect."""
-        ...
-
-    def opposed(self, schema: Any, keyword: str, types: frozenset[str], at: At) -> Schema | bool:
-        """Return a schema, with any keywords, of the values that `schema` rejects."""
-        ...
 
 
 def _if(cases: Cases, own: Schema, at: At) -> Any:

@@ -36,7 +36,9 @@ _LONGEST = 60.0  # maximum seconds that shutdown waits; a forked process has ent
 
 
 class LlguidanceBackend:
-    """Compiler of grammars; see `GrammarBackend`. Its construction is cheap, because the first grammar builds the trie.
+    """Compiler of grammars for one vocabulary. Thread-safe.
+
+    Its construction is cheap, because the first grammar builds the trie.
 
     Args:
         tokenizer: the vocabulary. Ids without bytes are never allowed, except end tokens.
@@ -62,7 +64,11 @@ class LlguidanceBackend:
 
     @property
     def workers(self) -> Executor:
-        """See `GrammarBackend`."""
+        """Threads in which masks are computed.
+
+        Raises:
+            EngineDeadError: the backend was closed.
+        """
         with self._lock:
             if self._closed:
                 raise EngineDeadError("the engine was closed; create a new one")
@@ -71,7 +77,12 @@ class LlguidanceBackend:
             return self._workers
 
     def compile(self, spec: StructuredOutputsParams) -> Grammar:
-        """See `GrammarBackend`."""
+        """Compile a grammar, at the start of a text.
+
+        Raises:
+            InvalidParameterError: `spec` is invalid, or has a constraint that cannot be guaranteed.
+            EngineDeadError: the program is ending.
+        """
         with _awaited_at_the_end():
             return self._compile(spec)
 

@@ -65,7 +65,7 @@ class Compiler:
         """Compile a form, at the start of a text.
 
         Raises:
-            InvalidParameterError: see `GrammarBackend`.
+            InvalidParameterError: see `LlguidanceBackend`.
         """
         if spec.whitespace_pattern is not None:
             self._check_whitespace(spec.whitespace_pattern)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """StructuredOutputsParams: the format of a text. Field names are vLLM's, except `reasoning_*` and `around`.
 
-This module checks types and sizes; a `GrammarBackend` checks the rest when it compiles.
+This module checks types and sizes; `LlguidanceBackend` checks the rest when it compiles.
 """
 
 from __future__ import annotations

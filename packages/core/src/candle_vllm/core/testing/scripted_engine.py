@@ -379,7 +379,6 @@ class ScriptedEngine:
     def _texts(
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, call: PoolingOptions
     ) -> list[list[int]]:
-        """Return the checked tokens of every text."""
         items = as_prompts(inputs)
         special = call.get("add_special_tokens", True)
         read = (read_prompt(item, sees=True) for item in items)

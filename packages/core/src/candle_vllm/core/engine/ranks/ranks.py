@@ -457,11 +457,16 @@ def meet(
 
 
 class RankedParts:
-    """The parts of blocks that the other ranks offload; see `OtherParts`.
+    """The `BlockParts` of the other ranks, which are called through messages; each rank has its own store.
+
+    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here: it ends the engine.
 
     Args:
         ranks: the other ranks.
         broadcast_pages: broadcasts changed page tables, see `RankedRunner`.
+
+    Attributes:
+        count: number of other ranks, which are numbered from 1.
     """
 
     def __init__(self, ranks: Ranks, broadcast_pages: Callable[[], None]) -> None:
@@ -469,6 +474,7 @@ class RankedParts:
         self._closed: set[int] = set()
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
+        """Set `heard`: it is called in any thread with a rank's number and the arguments of `BlockParts.report`."""
 
         def said(rank: int, message: rank_line.BlockRead | rank_line.BlocksClosed) -> None:
             if isinstance(message, rank_line.BlockRead):
@@ -483,11 +489,11 @@ class RankedParts:
         self._broadcast(rank_line.KeepBlocks(rank_line.as_bytes(np.array(numbers)), digests))
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
-        """See `OtherParts`; sent at once, outside of steps."""
+        """See `BlockParts`; sent at once, outside of steps."""
         self._ranks.broadcast_beside(rank_line.ReadBlocks(number, tuple(digests)))
 
     def bring(self, number: int, blocks: Sequence[int]) -> None:
-        """See `OtherParts`; sent in order with the steps."""
+        """See `BlockParts`; sent in order with the steps."""
         with contextlib.suppress(EngineDeadError):
             self._broadcast_pages()
         self._broadcast(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
@@ -499,9 +505,11 @@ class RankedParts:
         self._broadcast(rank_line.ForgetBlocks())
 
     def close(self) -> None:
+        """Make the ranks write their unwritten blocks and then close; does not wait for them."""
         self._broadcast(rank_line.CloseBlocks())
 
     def closed(self) -> bool:
+        """Whether all ranks have closed, or have died."""
         return self._ranks.is_dead or len(self._closed) == self.count
 
     def _broadcast(self, message: rank_line.ToRank) -> None:
@@ -578,7 +586,6 @@ class RankedRunner:
         return self._runner.hidden_sum(rows)
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
-        """See `StepwiseRunner`."""
         assert isinstance(self._runner, StepwiseRunner)
         return self._runner.hidden_rows(rows)
 

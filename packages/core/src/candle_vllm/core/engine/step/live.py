@@ -100,7 +100,6 @@ class Live(ABC):
 
 
 def _error_fields(failure: RequestError | str | None) -> dict[str, Any]:
-    """Return the error fields of a `TokenOutput`."""
     if isinstance(failure, RequestError):
         return {"error": str(failure), "error_kind": "request", "error_param": failure.param}
     return {} if failure is None else {"error": failure, "error_kind": "engine"}
@@ -122,24 +121,10 @@ class LiveSequence(Live):
     """
 
     __slots__ = (
-        "_empty",
-        "_ends",
-        "_is_plain",
-        "_max_length",
-        "_notes_texts",
-        "_only_appends",
-        "_texts",
-        "_tokens",
-        "accepted_draft_tokens",
-        "detokenizer",
-        "draft_tokens",
-        "eos_token_ids",
-        "prediction",
-        "prompt_logprobs",
-        "state",
-        "stop_token_ids",
-        "tokenizer",
-    )
+        "_empty", "_ends", "_is_plain", "_max_length", "_notes_texts", "_only_appends", "_texts", "_tokens",
+        "accepted_draft_tokens", "detokenizer", "draft_tokens", "eos_token_ids", "prediction", "prompt_logprobs",
+        "state", "stop_token_ids", "tokenizer",
+    )  # fmt: skip
 
     def __init__(
         self,
