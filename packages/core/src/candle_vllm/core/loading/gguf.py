@@ -441,6 +441,3 @@ def _merge(parts: list[GgufFile]) -> dict[str, FileTensor]:
             f"{len(tensors)} tensors"
         )
     return tensors
-
-
-__all__ = ["GgufFile", "MetadataValue", "check_kind", "file_kind", "kind_of", "open_gguf", "split_names"]
