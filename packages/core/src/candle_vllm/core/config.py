@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_args, get_type_hints
 
 from candle_vllm.core.arguments import ExplainedSettings
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.pooling import TextPooling
 from candle_vllm.core.setting_kinds import (
     SEED,
@@ -518,7 +518,7 @@ class EngineConfig(ExplainedSettings):
                 raise ConfigError(f"{each.name}{shown} {error}", each.name) from None
         draft_settings(self.speculative_config)
         cached = self.prompt_cache_path is not None or self.prompt_cache_url is not None
-        _refuse(
+        refuse_settings(
             *((name, not self.enable_lora and getattr(self, name) != SETTINGS[name].default,
                f"{name} sets nothing without enable_lora: set enable_lora=True, or leave it out")
               for name in ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_memory", "lora_dtype")),
@@ -532,12 +532,12 @@ class EngineConfig(ExplainedSettings):
              "it out"),
         )  # fmt: skip
         self._check_ranks()
-        _refuse(("model", not self.model, "model is empty: pass a Hugging Face id, a folder or a .gguf file"))
+        refuse_settings(("model", not self.model, "model is empty: pass a Hugging Face id, a folder or a .gguf file"))
 
     def _check_ranks(self) -> None:
         """Check settings of ranks, nodes and replicas; set `tensor_parallel_size` if `device` names several GPUs."""
         devices, replicas, stages = self.device.split(","), self.data_parallel_size, self.pipeline_parallel_size
-        _refuse(
+        refuse_settings(
             ("device", len(set(devices)) < len(devices), f"device {self.device!r} names a GPU twice: name each once"),
             ("device", len(devices) % replicas and self.device.startswith("cuda:"),
              f"device names {len(devices)} GPUs for {replicas} replicas: name the same number for each, or set "
@@ -547,14 +547,14 @@ class EngineConfig(ExplainedSettings):
             ranks = len(devices) * self.nnodes // replicas
             asked = f"tensor_parallel_size is {self.tensor_parallel_size}"
             asked += f" and pipeline_parallel_size {stages}" if stages > 1 else ""
-            _refuse(
+            refuse_settings(
                 ("tensor_parallel_size",
                  self.tensor_parallel_size * stages not in (stages, ranks) or ranks % stages,
                  f"device names {len(devices)} GPUs, and {asked}: name that many for each replica, or leave one of the "
                  "two out"),
             )  # fmt: skip
             object.__setattr__(self, "tensor_parallel_size", ranks // stages)
-        _refuse(
+        refuse_settings(
             ("enable_expert_parallel", self.enable_expert_parallel and self.tensor_parallel_size == 1,
              "enable_expert_parallel divides experts among several ranks: set tensor_parallel_size, or leave it out"),
             ("all2all_backend", self.all2all_backend != "auto" and not self.enable_expert_parallel,
@@ -564,14 +564,14 @@ class EngineConfig(ExplainedSettings):
         if self.nnodes > 1:
             self._check_nodes()
         else:
-            _refuse(
+            refuse_settings(
                 ("node_rank", self.node_rank, f"node_rank {self.node_rank} needs nnodes: set the number of nodes"),
                 *((name, getattr(self, name) != SETTINGS[name].default,
                    f"{name} is for several nodes: set nnodes on all of them, or leave it out")
                   for name in ("master_addr", "master_port")),  # cluster_key may be set without nnodes
             )  # fmt: skip
         if self.distributed_executor_backend == "ray":
-            _refuse(
+            refuse_settings(
                 ("nnodes", self.nnodes > 1, "nnodes: Ray knows its machines: leave nnodes out"),
                 ("data_parallel_size", replicas > 1,
                  "data_parallel_size: Ray starts ranks, but no replicas: leave it out"),
@@ -581,7 +581,7 @@ class EngineConfig(ExplainedSettings):
                  "pipeline_parallel_size"),
             )  # fmt: skip
         if self.ranks > 1:
-            _refuse(
+            refuse_settings(
                 *((name, getattr(self, name), f"{name} is not implemented for several ranks: leave it out, or set "
                    "tensor_parallel_size=1 and pipeline_parallel_size=1")
                   for name in ("cpu_experts", "cpu_offload_gb")),
@@ -591,7 +591,7 @@ class EngineConfig(ExplainedSettings):
             )  # fmt: skip
 
     def _check_nodes(self) -> None:
-        _refuse(
+        refuse_settings(
             ("node_rank", self.node_rank >= self.nnodes,
              f"node_rank {self.node_rank} of {self.nnodes} nodes: the first one has 0"),
             ("nnodes", self.ranks % self.nnodes,
@@ -643,13 +643,6 @@ class Setting(NamedTuple):
     secret: bool
     help: str
     more: str = ""
-
-
-def _refuse(*checks: tuple[str, object, str]) -> None:
-    """Raise ConfigError for the first (setting, whether it is refused, why) that is refused."""
-    for name, refused, why in checks:
-        if refused:
-            raise ConfigError(why, name)
 
 
 def _settings() -> Mapping[str, Setting]:

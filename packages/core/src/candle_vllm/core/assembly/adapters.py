@@ -194,14 +194,19 @@ class _Fit:
 
     def _pair(self, module: str, parts: Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
         """Return A [r, ..] and B [.., r], after checking their ranks against each other, the config and the limits."""
-        if first not in parts or second not in parts:
-            there = next(iter(parts.values()))
-            self._refuse(there.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
-        a, b = parts[first], parts[second]
+        a, b = self._both(module, parts, first, second)
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
         self._check_rank(module, a, a.shape[0])
         return a, b
+
+    def _both(
+        self, module: str, parts: Parts, first: str = "a", second: str = "b"
+    ) -> tuple[StoredTensor, StoredTensor]:
+        if first not in parts or second not in parts:
+            there = next(iter(parts.values()))
+            self._refuse(there.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
+        return parts[first], parts[second]
 
     def _check_rank(self, module: str, a: StoredTensor, rank: int) -> None:
         said, most = self._stored.config.rank(module), self._stored.limits.max_rank
@@ -368,9 +373,7 @@ class _Fit:
         name = names[len(names) - 1 - depth]  # the first name is wrapped first, so it is innermost
         spots = self._base.places.find(name, "safetensors")
         pattern = plain + name.removeprefix(known)
-        if "a" not in parts or "b" not in parts:
-            self._refuse(first.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
-        self._stacked(pattern, parts["a"], parts["b"], spots)
+        self._stacked(pattern, *self._both(module, parts), spots)
 
     def _stacked(self, name: str, a: StoredTensor, b: StoredTensor, spots: Sequence[Spot]) -> None:
         count = self._base.config.num_experts
@@ -415,9 +418,7 @@ class _Fit:
             self._refuse(first.name, "a GGUF adapter may contain only tensors that end in .lora_a or .lora_b")
         spots = self._base.places.find(name, "gguf")
         self._check_place(first, name, spots)
-        if len(parts) < 2:
-            self._refuse(first.name, f"one of the two LoRA matrices of {name!r:.200} is missing")
-        a, b = parts["a"], parts["b"]
+        a, b = self._both(name, parts)
         if spots[0].path == "embed":
             self._table(name, {"table a": turned(a), "table b": b}, spots)
         elif spots[0].expert is None:

@@ -331,19 +331,17 @@ def _only(kind: str, own: Schema, cases: list[Any]) -> Schema:
     return {"anyOf": [*([{"type": rest}] if rest else []), *({"type": kind, **one} for one in cases)]}
 
 
-WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType(
-    {
-        "unevaluatedProperties": _unevaluated("unevaluatedProperties", "additionalProperties"),
-        "unevaluatedItems": _unevaluated("unevaluatedItems", "items", "contains"),
-        "pattern": _look_aheads,
-        "propertyNames": _names,
-        "oneOf": _one_of,
-        "not": lambda cases, own, at: cases.opposed(own["not"], "not", json_facts.types_of(own), at),
-        "if": _if,
-        "dependentRequired": _dependent("dependentRequired"),
-        "dependentSchemas": _dependent("dependentSchemas"),
-        "dependencies": _dependent("dependencies"),
-        "contains": _contains,
-        "uniqueItems": _unique,
-    }
-)
+WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType({
+    "unevaluatedProperties": _unevaluated("unevaluatedProperties", "additionalProperties"),
+    "unevaluatedItems": _unevaluated("unevaluatedItems", "items", "contains"),
+    "pattern": _look_aheads,
+    "propertyNames": _names,
+    "oneOf": _one_of,
+    "not": lambda cases, own, at: cases.opposed(own["not"], "not", json_facts.types_of(own), at),
+    "if": _if,
+    "dependentRequired": _dependent("dependentRequired"),
+    "dependentSchemas": _dependent("dependentSchemas"),
+    "dependencies": _dependent("dependencies"),
+    "contains": _contains,
+    "uniqueItems": _unique,
+})  # fmt: skip

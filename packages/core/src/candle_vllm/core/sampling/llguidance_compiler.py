@@ -189,13 +189,11 @@ class Compiler:
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
-_LIMITS: Mapping[str, Any] = MappingProxyType(
-    {
-        "max_lexer_states": 60_000,  # of each form; a state takes up to 2 kB
-        "max_grammar_size": 200_000,
-        "verbose_errors": False,
-    }
-)
+_LIMITS: Mapping[str, Any] = MappingProxyType({
+    "max_lexer_states": 60_000,  # of each form; a state takes up to 2 kB
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+})  # fmt: skip
 MOST_COMPILING = 10
 """Maximum seconds of a trial compilation, see `check_time`."""
 _FEW = 1024  # a grammar of at most this many characters, without repetitions such as `{3,9}`, compiles in time

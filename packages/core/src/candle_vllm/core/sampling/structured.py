@@ -201,12 +201,10 @@ def check_whole(name: str, text: str) -> None:
         raise refused(f"{name} has half a surrogate pair, which UTF-8 cannot encode: send whole characters") from None
 
 
-_RAN_OUT = MappingProxyType(
-    {
-        "too many expressions": "a token needs more states of the grammar's regular expressions than are allowed",
-        "too many states": "the answers with this grammar have used all states that its regular expressions may have",
-    }
-)
+_RAN_OUT = MappingProxyType({
+    "too many expressions": "a token needs more states of the grammar's regular expressions than are allowed",
+    "too many states": "the answers with this grammar have used all states that its regular expressions may have",
+})  # fmt: skip
 _MAX_SHORTENED = 300  # characters of a compiler's message after which it is cut
 
 

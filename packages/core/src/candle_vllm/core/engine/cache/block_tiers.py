@@ -30,7 +30,7 @@ from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.block_stores import BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
 from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.loading.cache_specs import states
 from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.threads import default_threads
@@ -661,17 +661,11 @@ def _store(
     if outliving is None and not config.kv_offloading_size:
         return None
     if states(loaded.config.cache_specs):
-        if config.kv_offloading_size:
-            name = "kv_offloading_size"
-            raise ConfigError(
-                f"{name} is not supported for models whose layers have a recurrent state: leave it out", name
-            )
-        if config.ranks > 1:
-            raise ConfigError(
-                f"{outliving} is not supported with several ranks for models whose layers have a recurrent state: "
-                "leave it out",
-                outliving,
-            )
+        recurrent = "models whose layers have a recurrent state: leave it out"
+        refuse_settings(
+            ("kv_offloading_size", config.kv_offloading_size, f"kv_offloading_size is not supported for {recurrent}"),
+            (outliving, config.ranks > 1, f"{outliving} is not supported with several ranks for {recurrent}"),
+        )
     if not config.enable_prefix_caching:
         logger.warning("%s has no effect without enable_prefix_caching", outliving or "kv_offloading_size")
         return None
