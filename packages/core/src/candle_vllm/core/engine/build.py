@@ -40,7 +40,7 @@ from candle_vllm.core.engine.runners.sleeping import Sleeper
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation, pooling_tasks
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.latent_attention.layout import choice_scratch
@@ -474,20 +474,16 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
         if row.device == "cuda":
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
         kind = CacheKind.of(row.bits, row.minima)
-        if dtype != "auto" and not model.placement.recorded:
-            change = "leave out op_by_op, or key and value types" if config.op_by_op else "leave it out"
-            raise ConfigError(f"{asked} needs the compiled kernels, which do not run this model: {change}", name)
-        if kind.is_quantised and model.config.latent is not None:
-            raise ConfigError(
-                f"{asked} is not supported with latent attention, whose KV cache is small already: leave it out", name
-            )
-        for dim in {spec.key_dim for spec in paged(model.config.cache_specs)}:
-            if not kind.fits(dim):
-                raise ConfigError(
-                    f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, {dim}, is not a "
-                    "multiple of that: leave it out",
-                    name,
-                )
+        change = "leave out op_by_op, or key and value types" if config.op_by_op else "leave it out"
+        refuse_settings(
+            (name, dtype != "auto" and not model.placement.recorded,
+             f"{asked} needs the compiled kernels, which do not run this model: {change}"),
+            (name, kind.is_quantised and model.config.latent is not None,
+             f"{asked} is not supported with latent attention, whose KV cache is small already: leave it out"),
+            *((name, not kind.fits(dim), f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, "
+               f"{dim}, is not a multiple of that: leave it out")
+              for dim in {spec.key_dim for spec in paged(model.config.cache_specs)}),
+        )  # fmt: skip
         found.append(kind)
     keys, values = found
     return keys, values
