@@ -323,7 +323,7 @@ def places(model: object) -> Callable[[str], bool]:
 
 
 def finder(model: object) -> Callable[[str], Parameter | None]:
-    """Return a function that returns the model's parameter for a table line's target, or None if it has none."""
+    """Return a function that returns the model's parameter for a table line's target; None for an unknown target."""
 
     @functools.cache
     def parameters(path: str) -> Mapping[str, Parameter]:
