@@ -174,12 +174,8 @@ class Ranks:
                 pass_fds=[each for each in given if each is not None],
                 start_new_session=True,
             )
-        self._begin(
-            rank,
-            _Other(rank_line.Line(near), rank_line.Line(near_side), process),
-            rank_device(config, rank),
-            self._host,
-        )
+        other = _Other(rank_line.Line(near), rank_line.Line(near_side), process)
+        self._begin(rank, other, rank_device(config, rank), self._host)
 
     def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str, *, kept_in_redis: bool = False) -> None:
         self._others[rank] = other
