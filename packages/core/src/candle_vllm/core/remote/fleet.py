@@ -29,12 +29,11 @@ from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig, EngineSettings, config_of
 from candle_vllm.core.devices import means_gpus
 from candle_vllm.core.engine.adapters.adapter_store import MAX_LOOSE_NAMES, AdapterCall
-from candle_vllm.core.engine.cache.block_manager import block_hashes
 from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
 from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest
 from candle_vllm.core.engine.runners.sleeping import TAGS
 from candle_vllm.core.engine.stats import EngineStats, ReplicaStats, combined, ended
-from candle_vllm.core.engine.step.sequence import PlacedImage
+from candle_vllm.core.engine.step.sequence import PlacedImage, block_hashes
 from candle_vllm.core.engine.step.thread import Sink
 from candle_vllm.core.engine_front import EngineFront, Texts
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, InvalidParameterError

@@ -21,7 +21,6 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
 from candle_vllm.core.sampling import lark
-from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.json_schema import Budget
 from candle_vllm.core.sampling.llguidance_grammar import Form, LlguidanceGrammar, cannot_go_on
 from candle_vllm.core.sampling.structural_tag import structural_tag_grammars
@@ -29,7 +28,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams, check_
 from candle_vllm.core.sampling.token_trie import TokenTrie
 
 if TYPE_CHECKING:
-    from candle_vllm.core.sampling.unique_items import Compared
+    from candle_vllm.core.sampling.unique_items import Compared, ComparedGrammar
 
 _OPTIONS = '%llguidance {"no_forcing": true}'
 _NAMES = MappingProxyType({"json": "JSON schema", "json_object": "JSON object", "structural_tag": "structural tag"})
@@ -88,7 +87,7 @@ class Compiler:
         compared = self._compared(spec, grammars[1]) if budget.compared else None
         return Compiled(form, len(text) if compared is None else 2 * len(text), compared)
 
-    def grammar(self, compiled: Compiled) -> Grammar:
+    def grammar(self, compiled: Compiled) -> LlguidanceGrammar | ComparedGrammar:
         """Return a grammar of a compiled form, at the start of a text."""
         grammar = LlguidanceGrammar(compiled.form, self._trie)
         if compiled.compared is None:
