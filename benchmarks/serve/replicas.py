@@ -25,7 +25,7 @@ from replica_load import (
     simulate,
 )
 
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
+from candle_vllm.core.engine.step.sequence import block_hashes
 from candle_vllm.core.remote.routing import Room, Router
 
 RATES = (0.4, 0.75, 1.0)  # requests a second for each replica

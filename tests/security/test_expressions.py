@@ -65,7 +65,7 @@ MADE: dict[str, tuple[str, list[str | re.Pattern[Any]]]] = {
     "core.loading.weights._matches": ("fullmatch", []),
     "core.sampling.gbnf._first": ("fullmatch", ["[^a-z]"]),  # a class, for single characters
     "core.sampling.lark.Literals.__init__": ("search", [f"({_EITHER})"]),
-    "core.testing.byte_tokenizer.ByteTokenizer.__init__": ("search", [f"({_EITHER})"]),
+    "core.testing.scripted_engine.ByteTokenizer.__init__": ("search", [f"({_EITHER})"]),
     "core.text.detokenizer._State.__init__": ("search", [r"[<\[]"]),
     "openai.formats.channels.Harmony._unended": ("match", [_HEADER]),
     "openai.formats.grammars.custom._class": ("fullmatch", ["[^a-z]"]),  # a set, for single characters

@@ -20,7 +20,7 @@ import pytest
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.engine.cache import block_manager
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
+from candle_vllm.core.engine.step.sequence import block_hashes
 from candle_vllm.core.testing import ScriptedEngine
 from tests.live_server import ServerProcess
 from tests.security.guarded_server import KEY, Guarded, Watch, chat_body, guarded

@@ -30,7 +30,7 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.core.testing.scripted_vectors import SIZE
+from candle_vllm.core.testing.scripted_engine import SIZE
 from candle_vllm.openai import (
     GenerationFailedError,
     InvalidBodyError,

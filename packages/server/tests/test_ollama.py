@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.errors import EngineOverloadedError, NotReadyError
 from candle_vllm.core.testing.toy_model import write_toy_model
-from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.models import downloads
 from candle_vllm.server.models.manager import ModelManager

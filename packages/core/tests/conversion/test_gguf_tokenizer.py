@@ -13,8 +13,7 @@ from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from candle_vllm.core.conversion.gguf_file import write_file
-from candle_vllm.core.conversion.gguf_pieces import unigram
-from candle_vllm.core.conversion.gguf_tokenizer import _around, pre_tokenizer_name, tokenizer_metadata
+from candle_vllm.core.conversion.gguf_tokenizer import _around, pre_tokenizer_name, tokenizer_metadata, unigram
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.text import tokenizer as ours

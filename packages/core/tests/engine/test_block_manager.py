@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
 from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.step.sequence import block_hashes
 
 
 def test_allocation_is_all_or_nothing() -> None:

@@ -26,7 +26,7 @@ from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig, draft_sett
 from candle_vllm.core.engine.drafts import drafting as drafting_module
 from candle_vllm.core.engine.drafts.drafting import Drafter, StepTimes, _Match
 from candle_vllm.core.engine.drafts.repeats import SEPARATOR, Past, Text
-from candle_vllm.core.engine.step.prediction import Prediction
+from candle_vllm.core.engine.step.live import Prediction
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.drafted import same_times
 

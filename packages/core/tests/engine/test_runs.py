@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_vllm.core import FinishReason, SamplingParams, StructuredOutputsParams
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest
@@ -29,7 +28,7 @@ from candle_vllm.core.engine.step.batch import Batch, Ints
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation
 from candle_vllm.core.engine.step.scheduler import Scheduler
-from candle_vllm.core.engine.step.sequence import Sequence
+from candle_vllm.core.engine.step.sequence import Sequence, block_hashes
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
 

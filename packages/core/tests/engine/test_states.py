@@ -13,12 +13,11 @@ import pytest
 
 from benchmarks.train_small import FOLDER
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.scheduler import Scheduler
-from candle_vllm.core.engine.step.sequence import Run, Sequence
+from candle_vllm.core.engine.step.sequence import Run, Sequence, block_hashes
 from candle_vllm.core.sampling.params import SamplingParams
 from tests.waiting import wait_for
 

@@ -13,11 +13,10 @@ import random
 import numpy as np
 import pytest
 
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
 from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
 from candle_vllm.core.engine.step.scheduler import Scheduler
-from candle_vllm.core.engine.step.sequence import Run, Sequence
+from candle_vllm.core.engine.step.sequence import Run, Sequence, block_hashes
 from candle_vllm.core.loading.cache_specs import WindowRoom
 from packages.core.tests.engine.test_states import make
 

@@ -19,7 +19,6 @@ from candle_vllm.core.assembly.stages import stage_of
 from candle_vllm.core.config import SpeculativeConfig
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
 from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
 from candle_vllm.core.engine.drafts.drafting import Drafter
 from candle_vllm.core.engine.outputs import OutputCollector
@@ -31,6 +30,7 @@ from candle_vllm.core.engine.runners.eager_runner import EagerRunner, StageRunne
 from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
+from candle_vllm.core.engine.step.sequence import block_hashes
 from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.loading.cache_specs import NO_STATES, WindowRoom, windows_of

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.sampling import llguidance_limits
+from candle_vllm.core.sampling import llguidance_compiler
 from candle_vllm.core.sampling.gbnf import MAX_GBNF_TEXT
 from candle_vllm.core.sampling.json_schema import Budget
 from candle_vllm.core.sampling.lark import user_grammar
@@ -245,7 +245,7 @@ def test_what_llguidance_would_compile_for_ever_is_ended(
     backend: LlguidanceBackend, monkeypatch: pytest.MonkeyPatch, form: dict[str, Any]
 ) -> None:
     """None of its limits counts this; it is tried in a process, and this one has nothing to do."""
-    monkeypatch.setattr(llguidance_limits, "MOST_COMPILING", 1)
+    monkeypatch.setattr(llguidance_compiler, "MOST_COMPILING", 1)
     start = time.process_time()
     with pytest.raises(InvalidParameterError, match="takes more than the 1 seconds or 2 GB that compiling"):
         backend.compile(StructuredOutputsParams(**form))

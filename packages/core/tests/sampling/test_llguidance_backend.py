@@ -666,7 +666,7 @@ import contextlib, itertools, threading
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
+from candle_vllm.core.testing import ByteTokenizer
 
 tokenizer = ByteTokenizer()
 backend = LlguidanceBackend(tokenizer, tokenizer.vocab_size, (tokenizer.eos_token_id,))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
+from candle_vllm.core.testing import ByteTokenizer
 from candle_vllm.core.text.infill import infill_marks, infill_prompt
 
 QWEN = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")

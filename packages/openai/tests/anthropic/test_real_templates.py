@@ -10,8 +10,8 @@ import pytest
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.openai import OpenAIAdapter, planning
 from candle_vllm.openai.anthropic import MessagesAdapter
 from tests.common_run import few

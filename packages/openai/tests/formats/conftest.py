@@ -8,7 +8,7 @@ import time
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from candle_vllm.core.sampling import llguidance_limits
+from candle_vllm.core.sampling import llguidance_compiler
 
 
 @pytest.fixture
@@ -24,11 +24,11 @@ def _tried_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """
 
     def ends_in_time(text: str) -> bool:
-        known = llguidance_limits._TOKEN.sub("<[256]>", text)
+        known = llguidance_compiler._TOKEN.sub("<[256]>", text)
         began = time.process_time()
-        LLMatcher(LLTokenizer("byte"), known, log_level=0, limits=llguidance_limits.limits())
-        assert time.process_time() - began < llguidance_limits.MOST_COMPILING
+        LLMatcher(LLTokenizer("byte"), known, log_level=0, limits=llguidance_compiler.limits())
+        assert time.process_time() - began < llguidance_compiler.MOST_COMPILING
         return True
 
     if "tried_in_a_process" not in request.fixturenames:
-        monkeypatch.setattr(llguidance_limits, "_ends_in_time", ends_in_time)
+        monkeypatch.setattr(llguidance_compiler, "_ends_in_time", ends_in_time)

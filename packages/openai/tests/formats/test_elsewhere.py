@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.openai import parse_chat_request
 from candle_vllm.openai.formats.elsewhere import COMMON
 from candle_vllm.openai.formats.layout import Layout, bind

@@ -14,7 +14,7 @@ import pytest
 from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.openai import parse_chat_request
 from candle_vllm.openai.formats.grammar import tool_grammar
 from candle_vllm.openai.formats.layout import BoundLayout, Layout, ToolFormat, bind

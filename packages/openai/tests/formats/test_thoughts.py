@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.openai import parse_chat_request
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.formats.parser import OutputParser

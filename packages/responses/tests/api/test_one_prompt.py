@@ -16,9 +16,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.template_needs import fit_tools, split
+from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.openai import OpenAIAdapter, to_json_bytes
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.openai.ollama.adapter import OllamaAdapter

@@ -12,10 +12,10 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_args, get_type_hints
 
 from candle_vllm.core.arguments import ExplainedSettings
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.pooling import TextPooling
 from candle_vllm.core.setting_kinds import (
     SEED,
@@ -242,7 +242,7 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
             continue
         if name not in _DRAFT_SETTINGS:
             near = nearest(name, _DRAFT_SETTINGS)
-            raise _draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
+            raise draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
         if value is None and getattr(SpeculativeConfig, name) is None:
             continue
         kind = _DRAFT_KINDS[name]
@@ -251,28 +251,29 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
             reads_text = isinstance(kind, Choice) and isinstance(value, str)
             values[name] = kind.from_text(value) if reads_text else kind.check(value)
         except ValueError as error:
-            raise _draft_error(f"{name} {error}") from None
+            raise draft_error(f"{name} {error}") from None
     if "model" in values:
         if values["model"] in ("ngram", "[ngram]"):
-            raise _draft_error(
+            raise draft_error(
                 f"""model {values["model"]!r} is vLLM's former name: write "method": "ngram" without a model"""
             )
         values.setdefault("method", "draft_model")
     config = SpeculativeConfig(**values)
     if config.prompt_lookup_min > config.prompt_lookup_max:
-        raise _draft_error(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
+        raise draft_error(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
     if config.method in _NEEDED_MODELS and config.model is None:
-        raise _draft_error(f"the method {config.method} needs a model: {_NEEDED_MODELS[config.method]}")
+        raise draft_error(f"the method {config.method} needs a model: {_NEEDED_MODELS[config.method]}")
     if config.draft_min > config.num_speculative_tokens:
-        raise _draft_error(f"draft_min {config.draft_min} is above num_speculative_tokens")
+        raise draft_error(f"draft_min {config.draft_min} is above num_speculative_tokens")
     for name in values:
         methods = [each for each, sources in DRAFT_METHODS.items() if {*_DRAFT_SETTINGS[name][1:]} <= {*sources}]
         if config.method not in methods:
-            raise _draft_error(f"{name} is for the method {' or '.join(methods)}, not for {config.method}")
+            raise draft_error(f"{name} is for the method {' or '.join(methods)}, not for {config.method}")
     return None if config.method == "none" else config
 
 
-def _draft_error(text: str) -> ConfigError:
+def draft_error(text: str) -> ConfigError:
+    """Return the error for `speculative_config`."""
     return ConfigError(f"speculative_config: {text}", "speculative_config")
 
 
@@ -516,133 +517,95 @@ class EngineConfig(ExplainedSettings):
                 shown = "" if each.secret else f" {_shown(value)}"
                 raise ConfigError(f"{each.name}{shown} {error}", each.name) from None
         draft_settings(self.speculative_config)
-        for name in _LORA_SETTINGS if not self.enable_lora else ():
-            if getattr(self, name) != SETTINGS[name].default:
-                raise ConfigError(
-                    f"{name} sets nothing without enable_lora: set enable_lora=True, or leave it out", name
-                )
-        if self.imatrix is not None and (self.isq is None or self.isq[:3] in ("q4_", "q5_", "q8_", "w8a")):
-            raise ConfigError(
-                "imatrix is for quantising to types with a search for scales: set isq to one of the k types, iq4_nl or "
-                "iq4_xs, or leave it out",
-                "imatrix",
-            )
-        if self.cpu_offload_gb and self.gpu_layers is not None:
-            raise ConfigError(
-                "cpu_offload_gb and gpu_layers both say how many layers are on the GPU: set one of them", "gpu_layers"
-            )
-        has_cache = self.prompt_cache_path is not None or self.prompt_cache_url is not None
-        if not has_cache and self.prompt_cache_bytes != SETTINGS["prompt_cache_bytes"].default:
-            raise ConfigError(
-                "prompt_cache_bytes sets nothing without prompt_cache_path or prompt_cache_url: set one of them, or "
-                "leave it out",
-                "prompt_cache_bytes",
-            )
+        cached = self.prompt_cache_path is not None or self.prompt_cache_url is not None
+        refuse_settings(
+            *((name, not self.enable_lora and getattr(self, name) != SETTINGS[name].default,
+               f"{name} sets nothing without enable_lora: set enable_lora=True, or leave it out")
+              for name in ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_memory", "lora_dtype")),
+            ("imatrix", self.imatrix is not None and (self.isq is None or self.isq[:3] in ("q4_", "q5_", "q8_", "w8a")),
+             "imatrix is for quantising to types with a search for scales: set isq to one of the k types, iq4_nl or "
+             "iq4_xs, or leave it out"),
+            ("gpu_layers", self.cpu_offload_gb and self.gpu_layers is not None,
+             "cpu_offload_gb and gpu_layers both say how many layers are on the GPU: set one of them"),
+            ("prompt_cache_bytes", not cached and self.prompt_cache_bytes != SETTINGS["prompt_cache_bytes"].default,
+             "prompt_cache_bytes sets nothing without prompt_cache_path or prompt_cache_url: set one of them, or leave "
+             "it out"),
+        )  # fmt: skip
         self._check_ranks()
-        if not self.model:
-            raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
+        refuse_settings(("model", not self.model, "model is empty: pass a Hugging Face id, a folder or a .gguf file"))
 
     def _check_ranks(self) -> None:
         """Check settings of ranks, nodes and replicas; set `tensor_parallel_size` if `device` names several GPUs."""
-        devices, replicas = self.device.split(","), self.data_parallel_size
-        if len(set(devices)) < len(devices):
-            raise ConfigError(f"device {self.device!r} names a GPU twice: name each once", "device")
-        if len(devices) % replicas and self.device.startswith("cuda:"):
-            raise ConfigError(
-                f"device names {len(devices)} GPUs for {replicas} replicas: name the same number for each, or set "
-                "device='cuda' for the first GPUs",
-                "device",
-            )
-        stages = self.pipeline_parallel_size
+        devices, replicas, stages = self.device.split(","), self.data_parallel_size, self.pipeline_parallel_size
+        refuse_settings(
+            ("device", len(set(devices)) < len(devices), f"device {self.device!r} names a GPU twice: name each once"),
+            ("device", len(devices) % replicas and self.device.startswith("cuda:"),
+             f"device names {len(devices)} GPUs for {replicas} replicas: name the same number for each, or set "
+             "device='cuda' for the first GPUs"),
+        )  # fmt: skip
         if len(devices) > 1:
             ranks = len(devices) * self.nnodes // replicas
-            if self.tensor_parallel_size * stages not in (stages, ranks) or ranks % stages:
-                asked = f"tensor_parallel_size is {self.tensor_parallel_size}"
-                asked += f" and pipeline_parallel_size {stages}" if stages > 1 else ""
-                raise ConfigError(
-                    f"device names {len(devices)} GPUs, and {asked}: name that many for each replica, or leave one of "
-                    "the two out",
-                    "tensor_parallel_size",
-                )
+            asked = f"tensor_parallel_size is {self.tensor_parallel_size}"
+            asked += f" and pipeline_parallel_size {stages}" if stages > 1 else ""
+            refuse_settings(
+                ("tensor_parallel_size",
+                 self.tensor_parallel_size * stages not in (stages, ranks) or ranks % stages,
+                 f"device names {len(devices)} GPUs, and {asked}: name that many for each replica, or leave one of the "
+                 "two out"),
+            )  # fmt: skip
             object.__setattr__(self, "tensor_parallel_size", ranks // stages)
-        if self.enable_expert_parallel and self.tensor_parallel_size == 1:
-            raise ConfigError(
-                "enable_expert_parallel divides experts among several ranks: set tensor_parallel_size, or leave it out",
-                "enable_expert_parallel",
-            )
-        if self.all2all_backend != "auto" and not self.enable_expert_parallel:
-            raise ConfigError(
-                f"all2all_backend={self.all2all_backend!r} is for whole experts: set enable_expert_parallel, or leave "
-                "it out",
-                "all2all_backend",
-            )
+        refuse_settings(
+            ("enable_expert_parallel", self.enable_expert_parallel and self.tensor_parallel_size == 1,
+             "enable_expert_parallel divides experts among several ranks: set tensor_parallel_size, or leave it out"),
+            ("all2all_backend", self.all2all_backend != "auto" and not self.enable_expert_parallel,
+             f"all2all_backend={self.all2all_backend!r} is for whole experts: set enable_expert_parallel, or leave it "
+             "out"),
+        )  # fmt: skip
         if self.nnodes > 1:
             self._check_nodes()
-        elif self.node_rank:
-            raise ConfigError(f"node_rank {self.node_rank} needs nnodes: set the number of nodes", "node_rank")
         else:
-            for name in ("master_addr", "master_port"):  # cluster_key may be set without nnodes
-                if getattr(self, name) != getattr(EngineConfig, name):
-                    raise ConfigError(f"{name} is for several nodes: set nnodes on all of them, or leave it out", name)
+            refuse_settings(
+                ("node_rank", self.node_rank, f"node_rank {self.node_rank} needs nnodes: set the number of nodes"),
+                *((name, getattr(self, name) != SETTINGS[name].default,
+                   f"{name} is for several nodes: set nnodes on all of them, or leave it out")
+                  for name in ("master_addr", "master_port")),  # cluster_key may be set without nnodes
+            )  # fmt: skip
         if self.distributed_executor_backend == "ray":
-            self._check_ray()
-        if self.ranks == 1:
-            return
-        drafts = draft_settings(self.speculative_config)
-        refused = {"cpu_experts": bool(self.cpu_experts), "cpu_offload_gb": bool(self.cpu_offload_gb)}
-        for name, given in refused.items():
-            if given:
-                raise ConfigError(
-                    f"{name} is not implemented for several ranks: leave it out, or set tensor_parallel_size=1 and "
-                    "pipeline_parallel_size=1",
-                    name,
-                )
-        if drafts is not None and stages > 1:
-            raise ConfigError(
-                "speculative_config is not implemented for several stages, which run steps before tokens are known: "
-                "leave it out, or set tensor_parallel_size instead of pipeline_parallel_size",
-                "speculative_config",
-            )
+            refuse_settings(
+                ("nnodes", self.nnodes > 1, "nnodes: Ray knows its machines: leave nnodes out"),
+                ("data_parallel_size", replicas > 1,
+                 "data_parallel_size: Ray starts ranks, but no replicas: leave it out"),
+                ("device", self.device not in ("auto", "cpu", "cuda"), "device: Ray chooses the GPUs: leave it out"),
+                ("distributed_executor_backend", self.ranks == 1,
+                 "distributed_executor_backend: Ray starts ranks, and there is one: set tensor_parallel_size or "
+                 "pipeline_parallel_size"),
+            )  # fmt: skip
+        if self.ranks > 1:
+            refuse_settings(
+                *((name, getattr(self, name), f"{name} is not implemented for several ranks: leave it out, or set "
+                   "tensor_parallel_size=1 and pipeline_parallel_size=1")
+                  for name in ("cpu_experts", "cpu_offload_gb")),
+                ("speculative_config", stages > 1 and draft_settings(self.speculative_config) is not None,
+                 "speculative_config is not implemented for several stages, which run steps before tokens are known: "
+                 "leave it out, or set tensor_parallel_size instead of pipeline_parallel_size"),
+            )  # fmt: skip
 
     def _check_nodes(self) -> None:
-        if self.node_rank >= self.nnodes:
-            raise ConfigError(f"node_rank {self.node_rank} of {self.nnodes} nodes: the first one has 0", "node_rank")
-        if self.ranks % self.nnodes:
-            raise ConfigError(
-                f"{self.ranks} ranks (tensor_parallel_size times pipeline_parallel_size) cannot be divided among "
-                f"{self.nnodes} nodes: each must have the same number",
-                "nnodes",
-            )
-        if self.data_parallel_size > 1:
-            raise ConfigError(
-                "replicas on several machines are not implemented: leave data_parallel_size out, or start a server on "
-                "each machine behind a proxy",
-                "data_parallel_size",
-            )
-        if self.cluster_key is None or len(self.cluster_key) < _MIN_KEY_LENGTH:
-            raise ConfigError(
-                f"nnodes needs cluster_key: set the same {_MIN_KEY_LENGTH} characters or more on every node",
-                "cluster_key",
-            )
-        if self.master_addr in ("", "0.0.0.0", "::"):  # noqa: S104 - refused
-            raise ConfigError(
-                f"master_addr {self.master_addr!r} means every address: set the one at which the other nodes reach the "
-                "first",
-                "master_addr",
-            )
-
-    def _check_ray(self) -> None:
-        refused = {
-            "nnodes": (self.nnodes > 1, "knows its machines: leave nnodes out"),
-            "data_parallel_size": (self.data_parallel_size > 1, "starts ranks, but no replicas: leave it out"),
-            "device": (self.device not in ("auto", "cpu", "cuda"), "chooses the GPUs: leave it out"),
-            "distributed_executor_backend": (
-                self.ranks == 1, "starts ranks, and there is one: set tensor_parallel_size or pipeline_parallel_size"
-            ),
-        }  # fmt: skip
-        for name, (given, reason) in refused.items():
-            if given:
-                raise ConfigError(f"{name}: Ray {reason}", name)
+        refuse_settings(
+            ("node_rank", self.node_rank >= self.nnodes,
+             f"node_rank {self.node_rank} of {self.nnodes} nodes: the first one has 0"),
+            ("nnodes", self.ranks % self.nnodes,
+             f"{self.ranks} ranks (tensor_parallel_size times pipeline_parallel_size) cannot be divided among "
+             f"{self.nnodes} nodes: each must have the same number"),
+            ("data_parallel_size", self.data_parallel_size > 1,
+             "replicas on several machines are not implemented: leave data_parallel_size out, or start a server on "
+             "each machine behind a proxy"),
+            ("cluster_key", self.cluster_key is None or len(self.cluster_key) < _MIN_KEY_LENGTH,
+             f"nnodes needs cluster_key: set the same {_MIN_KEY_LENGTH} characters or more on every node"),
+            ("master_addr", self.master_addr in ("", "0.0.0.0", "::"),  # noqa: S104 - refused
+             f"master_addr {self.master_addr!r} means every address: set the one at which the other nodes reach the "
+             "first"),
+        )  # fmt: skip
 
     @property
     def ranks(self) -> int:
@@ -680,9 +643,6 @@ class Setting(NamedTuple):
     secret: bool
     help: str
     more: str = ""
-
-
-_LORA_SETTINGS = ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_memory", "lora_dtype")
 
 
 def _settings() -> Mapping[str, Setting]:
@@ -770,6 +730,19 @@ class EngineSettings(TypedDict, total=False):
     cpu_ranks: int | None
     cpu_level: CpuLevel | None
     seed: int | None
+
+
+def config_of(model: str | Path | EngineConfig, settings: EngineSettings) -> EngineConfig:
+    """Return the config of an engine's arguments: `model` is a config, or a model's name with settings.
+
+    Raises:
+        ConfigError: there are settings beside a config, or a setting is invalid.
+    """
+    if not isinstance(model, EngineConfig):
+        return EngineConfig(model=cast("str", model), **settings)
+    if settings:
+        raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+    return model
 
 
 def require_one(config: EngineConfig) -> None:

@@ -30,6 +30,7 @@ from candle_vllm.core.engine.requests import (
     LoRARequest,
     adapter_uses,
     each_lora_choice,
+    each_priority,
 )
 from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
@@ -57,7 +58,6 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.text.chat_conventions import ChatConventions, chat_conventions
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.infill import InfillPrompt, infill_prompt
 from candle_vllm.core.text.prompts import (
@@ -72,7 +72,7 @@ from candle_vllm.core.text.prompts import (
     read_prompt,
     with_files,
 )
-from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.text.tokenizer import ChatConventions, Tokenizer, chat_conventions
 from candle_vllm.core.vision.fetching import ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.prompts import VisionInput
@@ -562,7 +562,7 @@ class EngineFront(ABC):
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a text.
         """
-        return self._pooling(lora_request=lora_request).embed(inputs, params, use_tqdm=use_tqdm)
+        return self._pooling(lora_request=lora_request).texts("embed", inputs, params, use_tqdm=use_tqdm)
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
     async def aembed(
@@ -572,7 +572,7 @@ class EngineFront(ABC):
         **call: Unpack[PoolingOptions],
     ) -> list[EmbeddingOutput]:
         """`embed` in an event loop. Cancelling it aborts the unfinished inputs."""
-        return await self._watched("embed", inputs, call, lambda calls: calls.aembed(inputs, params))
+        return await self._watched("embed", inputs, call, lambda calls: calls.atexts("embed", inputs, params))
 
     @explained('the texts are one argument: score([("a", "b")])')
     def score(
@@ -607,7 +607,7 @@ class EngineFront(ABC):
 
         With `use_activation=False` in `params` the outputs are logits, such as the rewards of a reward model.
         """
-        return self._pooling(lora_request=lora_request).classify(inputs, params, use_tqdm=use_tqdm)
+        return self._pooling(lora_request=lora_request).texts("classify", inputs, params, use_tqdm=use_tqdm)
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
     async def aclassify(
@@ -617,7 +617,7 @@ class EngineFront(ABC):
         **call: Unpack[PoolingOptions],
     ) -> list[ClassificationOutput]:
         """`classify` in an event loop. Cancelling it aborts the unfinished inputs."""
-        return await self._watched("classify", inputs, call, lambda calls: calls.aclassify(inputs, params))
+        return await self._watched("classify", inputs, call, lambda calls: calls.atexts("classify", inputs, params))
 
     async def _watched(
         self, operation: Operation, inputs: Any, call: PoolingOptions | ScoreOptions, run: Callable[[PoolingCalls], Any]
@@ -839,11 +839,7 @@ class EngineFront(ABC):
             each = _each_params(params)
         if len(each) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
-        orders = list(priority) if isinstance(priority, Iterable) else [priority] * len(prompts)
-        if len(orders) != len(prompts):
-            raise InvalidParameterError(
-                f"{len(prompts)} prompts need as many priorities, not {len(orders)}", "priority"
-            )
+        orders = each_priority(priority, len(prompts))
         adapters = each_lora_choice(lora_request, len(prompts))
         todo: list[tuple[GenerationRequest, Sequence[Any]]] = []
         for number, (prompt, one, order, own) in enumerate(zip(prompts, each, orders, adapters)):

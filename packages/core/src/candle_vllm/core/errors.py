@@ -50,6 +50,13 @@ class ConfigError(CandleVllmError):
         self.setting = setting
 
 
+def refuse_settings(*checks: tuple[str | None, object, str]) -> None:
+    """Raise ConfigError for the first of these settings that is refused; a check is (setting, is it refused, why)."""
+    for setting, refused, why in checks:
+        if refused:
+            raise ConfigError(why, setting)
+
+
 class NoMemoryError(ConfigError):
     """The model, its cache or its steps need more memory than is available."""
 

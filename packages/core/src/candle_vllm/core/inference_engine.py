@@ -11,13 +11,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Unpack, cast
+from typing import Unpack
 
 from candle_vllm.core.arguments import ExplainedAttributes, explained
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.assembly.placement import resolve_ranks
-from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
+from candle_vllm.core.config import EngineConfig, EngineSettings, config_of, require_one
 from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.build import build_engine, model_info
@@ -31,7 +31,7 @@ from candle_vllm.core.engine.step.request_watchers import TextOptions
 from candle_vllm.core.engine.step.stream import raise_failure
 from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
 from candle_vllm.core.engine_front import EngineFront
-from candle_vllm.core.errors import ConfigError, EngineDeadError, EngineSleepingError, InvalidParameterError
+from candle_vllm.core.errors import EngineDeadError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.cpu_runtime.operation import use_level
 from candle_vllm.core.memory import room_for
 from candle_vllm.core.progress import progress_bar, tell
@@ -66,9 +66,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
         on_progress: Callable[[int, int], object] | None = None,
         **settings: Unpack[EngineSettings],
     ) -> None:
-        config = model if isinstance(model, EngineConfig) else EngineConfig(model=cast("str", model), **settings)
-        if isinstance(model, EngineConfig) and settings:
-            raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+        config = config_of(model, settings)
         require_one(config)
         self.config = config
         self.image_sources = ImageSources.of(config)

@@ -13,8 +13,8 @@ from candle_vllm.core.engine.step.request_watchers import RequestWatcher
 from candle_vllm.core.engine.step.stream import PushStream
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.infill import InfillPrompt
+from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.embedding import EmbeddingEngineLike
 from candle_vllm.openai.serving import Uses

@@ -16,9 +16,9 @@ from msgspec.structs import replace
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
-from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.detokenizer import StopMarks
+from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.choice import Choice, choose_layout

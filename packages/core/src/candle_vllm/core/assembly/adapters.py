@@ -9,24 +9,24 @@ read from the file when they are used; biases, magnitudes and trained token rows
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.adapter_base import AdapterBase, Weights, decoded
-from candle_vllm.core.assembly.adapter_parts import Parts, modules_of, norm_of, picked, refuse, turned, unwrapped
 from candle_vllm.core.errors import AdapterError, WeightsError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapter_places import Format, Spot
 from candle_vllm.core.loading.adapters import StoredAdapter
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.towers import of_tower
-from candle_vllm.core.loading.views import entry, parts_of_experts
+from candle_vllm.core.loading.views import computed, entry, parts_of_experts
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.threads import LOADING_THREADS, loading_threads
 
@@ -78,7 +78,6 @@ class _Fit:
         self._wrapped = Counter[str]()  # number of adapted parameters by module
 
     def run(self) -> None:
-        """Fit every tensor."""
         if self._stored.format == "gguf" and self._stored.config.architecture not in self._base.architectures:
             raise AdapterError(
                 f"{self._stored.path}: general.architecture is {self._stored.config.architecture!r:.80}; the base "
@@ -104,7 +103,6 @@ class _Fit:
                     change.delta = dataclasses.replace(change.delta, column_scale=scale)
 
     def result(self) -> FittedAdapter:
-        """Return the fitted adapter."""
         deltas = {path: {part: change.delta for part, change in each.items()} for path, each in self._changes.items()}
         if not deltas:
             raise AdapterError(f"{self._stored.path}: none of its tensors changes the model")
@@ -196,14 +194,19 @@ class _Fit:
 
     def _pair(self, module: str, parts: Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
         """Return A [r, ..] and B [.., r], after checking their ranks against each other, the config and the limits."""
-        if first not in parts or second not in parts:
-            there = next(iter(parts.values()))
-            self._refuse(there.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
-        a, b = parts[first], parts[second]
+        a, b = self._both(module, parts, first, second)
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
         self._check_rank(module, a, a.shape[0])
         return a, b
+
+    def _both(
+        self, module: str, parts: Parts, first: str = "a", second: str = "b"
+    ) -> tuple[StoredTensor, StoredTensor]:
+        if first not in parts or second not in parts:
+            there = next(iter(parts.values()))
+            self._refuse(there.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
+        return parts[first], parts[second]
 
     def _check_rank(self, module: str, a: StoredTensor, rank: int) -> None:
         said, most = self._stored.config.rank(module), self._stored.limits.max_rank
@@ -370,9 +373,7 @@ class _Fit:
         name = names[len(names) - 1 - depth]  # the first name is wrapped first, so it is innermost
         spots = self._base.places.find(name, "safetensors")
         pattern = plain + name.removeprefix(known)
-        if "a" not in parts or "b" not in parts:
-            self._refuse(first.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
-        self._stacked(pattern, parts["a"], parts["b"], spots)
+        self._stacked(pattern, *self._both(module, parts), spots)
 
     def _stacked(self, name: str, a: StoredTensor, b: StoredTensor, spots: Sequence[Spot]) -> None:
         count = self._base.config.num_experts
@@ -417,9 +418,7 @@ class _Fit:
             self._refuse(first.name, "a GGUF adapter may contain only tensors that end in .lora_a or .lora_b")
         spots = self._base.places.find(name, "gguf")
         self._check_place(first, name, spots)
-        if len(parts) < 2:
-            self._refuse(first.name, f"one of the two LoRA matrices of {name!r:.200} is missing")
-        a, b = parts["a"], parts["b"]
+        a, b = self._both(name, parts)
         if spots[0].path == "embed":
             self._table(name, {"table a": turned(a), "table b": b}, spots)
         elif spots[0].expert is None:
@@ -503,3 +502,89 @@ def norms_with(
         whole = rows[few] + b[few] @ a
         squares[few] = np.einsum("nk,nk->n", whole, whole)
     return np.sqrt(squares).astype(np.float32)
+
+
+# ---- an adapter's tensors grouped by module, and operations that need no model ---------------------------------------
+
+
+_KINDS = (
+    ("lora_A.weight", "a"), ("lora_B.weight", "b"), ("lora_B.bias", "bias of b"), ("lora_embedding_A", "table a"),
+    ("lora_embedding_B", "table b"), ("lora_magnitude_vector", "magnitude"), ("lora_a", "a"), ("lora_b", "b"),
+    ("lora_magnitude_vector.weight", "magnitude"), ("token_adapter.trainable_tokens_delta", "tokens"),
+    ("base_layer.weight", "copy"), ("base_layer.bias", "bias"), ("bias", "bias"), ("weight", "full"),
+)  # fmt: skip
+"""Suffixes of tensor names, and the kind of tensor for each."""
+_NAMED = tuple(f".{end.partition('.')[0]}." for end, _ in _KINDS if end.startswith("lora_"))
+
+Parts: TypeAlias = dict[str, StoredTensor]
+"""Tensors of a module by kind."""
+
+
+def refuse(stored: StoredAdapter, name: str, why: str) -> NoReturn:
+    """Raise AdapterError for a tensor."""
+    raise AdapterError(f"{stored.path}: tensor {name!r:.300}: {why}")
+
+
+def modules_of(stored: StoredAdapter) -> dict[str, Parts]:
+    """Group an adapter's tensors by module, and by kind."""
+    found: defaultdict[str, Parts] = defaultdict(dict)
+    for name, tensor in stored.tensors.items():
+        plain = name
+        for marker in _NAMED:
+            plain = plain.replace(f"{marker}default", marker.rstrip("."))  # some tools save names in this form
+        end, kind = next(((end, kind) for end, kind in _KINDS if plain.endswith(f".{end}")), ("", ""))
+        if not kind:
+            refuse(stored, name, "it is not a known part of an adapter")
+        module = plain.removesuffix(f".{end}")
+        if kind in found[module]:
+            refuse(stored, name, "it appears twice")
+        found[module][kind] = tensor
+    return dict(found)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # infinite elements are refused below
+def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) -> float:
+    """Return the Frobenius norm of all s B A; ||B A||^2 sums the elements of (B^T B) * (A A^T). Refuse inf and NaN."""
+    total, last, products = 0.0, None, np.empty((0, 0))
+    for delta in (delta for each in deltas.values() for delta in each.values()):
+        if delta.full is not None and not _finite(delta.full):
+            refuse(stored, delta.full.name, "it has elements that are not finite")
+        if delta.a is None or delta.b is None:
+            continue
+        if delta.a is not last:
+            a = delta.a.load("F32")
+            last, products = delta.a, a @ a.T
+        b = delta.b.load("F32")
+        of_b = b.T @ b
+        for tensor, product in ((delta.a, products), (delta.b, of_b)):
+            if not math.isfinite(float(np.trace(product))):
+                refuse(stored, tensor.name, "it has elements that are not finite, or beyond 1e19")
+        total += delta.scale**2 * float(np.vdot(products.astype(np.float64), of_b))
+    return math.sqrt(max(total, 0.0))
+
+
+def unwrapped(module: str) -> tuple[str, int]:
+    """Return a module without PEFT's wrappers (`.base_layer`), and their number."""
+    plain = module
+    while plain.endswith(".base_layer"):
+        plain = plain.removesuffix(".base_layer")
+    return plain, module.removeprefix(plain).count(".base_layer")
+
+
+def picked(stored: StoredTensor, rows: NDArray[np.int64]) -> StoredTensor:
+    """Select rows of B; a range of rows stays a view of the file."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    if last - first != len(rows) or not np.array_equal(rows, np.arange(first, last)):
+        return stored.select(rows)
+    return stored if last - first == stored.shape[0] else stored.rows(first, last)
+
+
+def turned(stored: StoredTensor) -> StoredTensor:
+    """Transpose a matrix."""
+    return computed(stored, stored.shape[::-1], lambda values: values.T)
+
+
+def _finite(stored: StoredTensor) -> bool:
+    if len(stored.shape) < 2:
+        return bool(np.isfinite(stored.load("F32")).all())
+    return all(np.isfinite(rows).all() for _, rows in decoded(stored))

@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from candle_vllm.core.assembly.model import (
     Described,
+    HeadFacts,
     LoadedHead,
     LoadedModel,
     as_loaded,
@@ -27,7 +25,7 @@ from candle_vllm.core.assembly.model import (
 )
 from candle_vllm.core.assembly.opening import Opened, config_file, model_files, naming, open_model
 from candle_vllm.core.assembly.placement import choose_placement, room_for_weights
-from candle_vllm.core.config import WEIGHTS, EngineConfig, draft_settings
+from candle_vllm.core.config import WEIGHTS, EngineConfig, draft_error, draft_settings
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import (
     ConfigError,
@@ -38,7 +36,6 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
-from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName, check_weights, expand
@@ -116,13 +113,7 @@ def load_draft(
             with opened.checkpoint:
                 return load_head(drafts or config, settings.method, target, opened, device, progress, config)
         draft = load_model(drafts or config, device, progress, opened)
-    difference = vocabulary_difference(target.tokenizer, draft.tokenizer)
-    if difference is not None:
-        raise ConfigError(
-            f"speculative_config: {draft.name} cannot draft for {target.name}, because their vocabularies differ "
-            f"({difference}): use a smaller model of the same family",
-            "speculative_config",
-        )
+    _check_vocabulary(target, draft.name, draft.tokenizer, "a smaller model of the same family")
     return draft
 
 
@@ -130,10 +121,9 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
     """Open the draft's files, or the target's for its MTP layer; a safetensors head's tensors keep their names."""
     files = model_files(config)
     if method == "draft_model" and (right := _head_method(files)) is not None:
-        raise ConfigError(
-            f"speculative_config: {files.name} is a head, which drafts from the model's hidden states, and no "
-            f'model of its own: set "method": "{right}"',
-            "speculative_config",
+        raise draft_error(
+            f"{files.name} is a head, which drafts from the model's hidden states, and no "
+            f'model of its own: set "method": "{right}"'
         )
     if method == "draft_model" or not _is_for_head(config) or files.format == "gguf":
         return open_model(files, device)
@@ -177,21 +167,15 @@ def _head_method(files: ModelFiles) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DescribedHead:
+class DescribedHead(HeadFacts):
     """A draft head before its weights are read.
 
     Attributes:
-        name, placement, config, vocab_size, meant: see `LoadedHead`.
         stored: its stored tensors.
         weights, ignored: its table of weight names, and patterns of names that are not loaded.
         build: builds the head, for a placement and a target model.
     """
 
-    name: str
-    placement: Placement
-    config: ModelConfig
-    vocab_size: int
-    meant: NDArray[np.int64] | None
     stored: Checkpoint
     weights: Sequence[WeightName]
     ignored: Sequence[str]
@@ -227,32 +211,21 @@ def load_head(
 ) -> LoadedHead:
     """Load a draft head; `config` are the settings for its files, `whole` the target's. Errors as `load_draft`."""
     if not isinstance(target.decoder, DecoderStack):
-        raise ConfigError(
-            f"speculative_config: {target.config.model_type} does not provide the hidden states that the method "
-            f"{method} needs",
-            "speculative_config",
+        raise draft_error(
+            f"{target.config.model_type} does not provide the hidden states that the method {method} needs"
         )
     found = describe_head(config, method, target, opened, device)
     stored = found.stored
     if target.shard is not None and not found.config.cache_specs:
-        raise ConfigError(
-            f"speculative_config: {found.name} reads the whole KV cache of {target.name}, but each rank has only a "
-            "part of it",
-            "speculative_config",
+        raise draft_error(
+            f"{found.name} reads the whole KV cache of {target.name}, but each rank has only a part of it"
         )
     tables = None if target.shard is None else _whole_tables(whole, target, found, device)
     with naming(config_file(opened.files), stored.path), room_for_weights(found.name, found.placement, stored):
         head = found.build(found.placement, tables or target.decoder)
         fill(head, found.weights, found.ignored, found.config, stored, progress)
-    return LoadedHead(
-        name=found.name,
-        placement=found.placement,
-        config=found.config,
-        head=head,
-        vocab_size=found.vocab_size,
-        meant=found.meant,
-        weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()),
-    )
+    facts = {field.name: getattr(found, field.name) for field in dataclasses.fields(HeadFacts)}
+    return LoadedHead(**facts, head=head, weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()))
 
 
 def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHead, device: Device) -> DecoderStack:
@@ -302,14 +275,8 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
     shapes = build(SHAPES, None)
     _check_fit(target, files.name, config, shapes)
     check_weights(lambda: shapes, eagle3.WEIGHTS, stored, config, ignored=eagle3.IGNORED)
-    words = _tokenizer_of(opened)
-    difference = None if words is None else vocabulary_difference(target.tokenizer, words)
-    if difference is not None:
-        raise ConfigError(
-            f"speculative_config: {files.name} cannot draft for {target.name}, because their vocabularies differ "
-            f"({difference}): use a head that was trained for this model",
-            "speculative_config",
-        )
+    if (words := _tokenizer_of(opened)) is not None:
+        _check_vocabulary(target, files.name, words, "a head that was trained for this model")
     return DescribedHead(
         name=files.name,
         placement=SHAPES,
@@ -338,10 +305,7 @@ def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config,
     elif head.own_head is None and config.draft_vocab_size != model.vocab_size:
         wrong = f"it has {config.draft_vocab_size} tokens and no head; the model's head has {model.vocab_size}"
     if wrong is not None:
-        raise ConfigError(
-            f"speculative_config: {name} cannot draft for {target.name}: {wrong}; use a head that was trained for it",
-            "speculative_config",
-        )
+        raise draft_error(f"{name} cannot draft for {target.name}: {wrong}; use a head that was trained for it")
 
 
 def _tokenizer_of(opened: Opened) -> Tokenizer | None:
@@ -390,6 +354,14 @@ def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> De
         ignored=ignored,
         build=build,
     )
+
+
+def _check_vocabulary(target: Described | LoadedModel, name: str, words: Tokenizer, instead: str) -> None:
+    difference = vocabulary_difference(target.tokenizer, words)
+    if difference is not None:
+        raise draft_error(
+            f"{name} cannot draft for {target.name}, because their vocabularies differ ({difference}): use {instead}"
+        )
 
 
 def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
-from candle_vllm.core.loading.weights import Parameter, expand, layer_at
+from candle_vllm.core.loading.weights import expand, finder
 from candle_vllm.core.memory import free_memory
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.quantization.plain import ELEMENTS, convert
@@ -123,14 +123,11 @@ def _shapes(path: Path, impl: ModelImpl) -> Iterator[tuple[str, tuple[int, ...]]
     model = family.build(config, SHAPES, nothing)
     lines = [line for line in expand(family.weights, config) if line.names]
     uses = Counter(line.first for line in lines)
-    known: dict[str, Mapping[str, Parameter]] = {}
+    find = finder(model)
     for line in lines:
-        where, part = line.target.split(":")
-        if where not in known:
-            layer = layer_at(model, where)
-            known[where] = layer.parameters() if layer is not None else {}
-        if part in known[where]:
-            yield line.first if uses[line.first] == 1 else line.target, known[where][part].shape
+        place = find(line.target)
+        if place is not None:
+            yield line.first if uses[line.first] == 1 else line.target, place.shape
 
 
 def _type_name(fields: Fields) -> str:

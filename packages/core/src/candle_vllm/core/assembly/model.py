@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -32,16 +33,21 @@ from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
 from candle_vllm.core.config import CACHE_TYPES, All2AllBackend, EngineConfig, ModelImpl
 from candle_vllm.core.devices import Device
-from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, ModelNotFoundError
+from candle_vllm.core.errors import (
+    ConfigError,
+    InvalidFileError,
+    InvalidParameterError,
+    ModelNotFoundError,
+    refuse_settings,
+)
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
+from candle_vllm.core.loading.config import EncoderConfig, ModelConfig, stretched
 from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
-from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
 from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places
@@ -120,25 +126,29 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadedHead:
-    """A draft head: layers that predict draft tokens from a model's hidden states, with their weights.
+class HeadFacts:
+    """A draft head: layers that predict draft tokens from a model's hidden states.
 
     Attributes:
         name: name of its files.
         placement: device and types of its weights.
         config: its config, as if the head were a model of its own.
-        head: the layers.
         vocab_size: size of its output vocabulary.
         meant: the target model's token id for each id of that vocabulary; None if the ids are the same.
-        weight_bytes: stored bytes.
     """
 
     name: str
     placement: Placement
     config: ModelConfig
-    head: DraftHead
     vocab_size: int
     meant: NDArray[np.int64] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedHead(HeadFacts):
+    """A draft head with its layers, and the stored bytes of their weights."""
+
+    head: DraftHead
     weight_bytes: int
 
 
@@ -322,7 +332,9 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last", tokenizer, config.pooling)
     eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
     with naming(described, checkpoint.path, config.imatrix or described):
-        _check_weights(family, model_config, checkpoint)
+        ignored = family.ignored(model_config)
+        built = functools.partial(family.build, model_config, SHAPES, checkpoint)
+        check_weights(built, family.weights, checkpoint, model_config, ignored=ignored)
         stored = as_loaded(config, family, model_config, checkpoint)
         placement = choose_placement(config, device, stored, model_config)
         split = plan_split(config, device, placement, family, model_config, stored)
@@ -363,17 +375,12 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
     config = dataclasses.replace(config, cuda_graphs=False)
     if not model.one_at_a_time:
         return config
-    if config.speculative_config is not None:
-        raise ConfigError(
-            f"{model.model_type} does not support speculative decoding ({model.one_at_a_time}): leave "
-            "speculative_config out",
-            "speculative_config",
-        )
-    if config.enable_lora:
-        raise ConfigError(
-            f"{model.model_type} does not support LoRA adapters ({model.one_at_a_time}): leave enable_lora out",
-            "enable_lora",
-        )
+    refuse_settings(
+        ("speculative_config", config.speculative_config is not None, f"{model.model_type} does not support "
+         f"speculative decoding ({model.one_at_a_time}): leave speculative_config out"),
+        ("enable_lora", config.enable_lora,
+         f"{model.model_type} does not support LoRA adapters ({model.one_at_a_time}): leave enable_lora out"),
+    )  # fmt: skip
     return dataclasses.replace(config, max_num_seqs=1, max_num_batched_tokens=0, enable_prefix_caching=False)
 
 
@@ -388,16 +395,6 @@ def describe_family(
         raise InvalidFileError(f"{files.folder}: there is no config.json beside the safetensors files")
     tensors = None if files.format == "dummy" else checkpoint.tensors
     return family_from_hf(read_json(files.config), files.config, tensors, impl)
-
-
-def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> None:
-    check_weights(
-        lambda: family.build(config, SHAPES, checkpoint),
-        family.weights,
-        checkpoint,
-        config,
-        ignored=family.ignored(config),
-    )
 
 
 def as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoint: Checkpoint) -> Checkpoint:

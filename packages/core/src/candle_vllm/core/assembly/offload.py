@@ -155,7 +155,6 @@ def plan_split(
 
 
 def _host(config: EngineConfig) -> Placement:
-    """Return the placement of experts that the CPU computes."""
     return Placement(
         CPU,
         "F32",
@@ -182,7 +181,6 @@ def _layers(family: Family, model: ModelConfig, stored: Checkpoint) -> _Layers:
 
 
 def _among(stored: Checkpoint, names: Set[str]) -> Checkpoint:
-    """Return a checkpoint with only these tensors."""
     return stored.with_tensors({name: stored.tensors[name] for name in names})
 
 

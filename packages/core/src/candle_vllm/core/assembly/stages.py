@@ -76,24 +76,18 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
     Raises:
         ConfigError: the model has fewer layers than stages, or its layers cannot be divided.
     """
+    obstacle = None
     if line.size > config.num_layers:
-        raise ConfigError(
-            f"{name} has only {config.num_layers} layers for {line.size} stages: set pipeline_parallel_size to "
-            f"{config.num_layers} or less",
-            "pipeline_parallel_size",
-        )
-    if any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs) or config.shared_choices:
-        raise ConfigError(
-            f"some layers of {name} read keys, values or chosen positions of other layers, which may be on another "
-            "stage: leave pipeline_parallel_size out",
-            "pipeline_parallel_size",
-        )
-    if getattr(config, "input_size", 0):
-        raise ConfigError(
-            f"the layers of {name} have their own embedding tables, which only the first stage has: leave "
-            "pipeline_parallel_size out",
-            "pipeline_parallel_size",
-        )
+        few = f"{name} has only {config.num_layers} layers for {line.size} stages"
+        obstacle = f"{few}: set pipeline_parallel_size to {config.num_layers} or less"
+    elif any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs) or config.shared_choices:
+        shared = f"some layers of {name} read keys, values or chosen positions of other layers"
+        obstacle = f"{shared}, which may be on another stage: leave pipeline_parallel_size out"
+    elif getattr(config, "input_size", 0):
+        own = f"the layers of {name} have their own embedding tables"
+        obstacle = f"{own}, which only the first stage has: leave pipeline_parallel_size out"
+    if obstacle is not None:
+        raise ConfigError(obstacle, "pipeline_parallel_size")
     tensors, paths = checkpoint.tensors, dict[str, set[str]]()
     for each in expand(family.weights, config, checkpoint.format):
         if each.names and (stored := each.find(tensors)) is not None:

@@ -112,8 +112,6 @@ def _unchanged(
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Merged(Viewed):
-    """A parameter of a model with the changes of adapters."""
-
     changes: _Changes
 
     def raw(self) -> np.ndarray:

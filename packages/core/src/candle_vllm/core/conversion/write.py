@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -20,9 +20,9 @@ from candle_vllm.core.assembly.model import GGUF_SAMPLING, sampling_defaults
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import AdapterFactors, merge
-from candle_vllm.core.conversion.gguf_encoder import check_encoder, describe_encoder, encoder_tensors
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
 from candle_vllm.core.conversion.gguf_metadata import (
+    alike,
     architecture,
     check_description,
     computed_tensors,
@@ -37,11 +37,10 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.weight_quant.rows import BY_ROW, ISQ_TYPES
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
 from candle_vllm.core.layers.parameters import SHAPES
-from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
+from candle_vllm.core.loading.config import EncoderConfig, ModelConfig, stretched
 from candle_vllm.core.loading.gguf import GgufFile, split_names
-from candle_vllm.core.loading.imatrix import Imatrix, read_imatrix
+from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
-from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.trunks import is_headed
 from candle_vllm.core.loading.views import computed, constant
@@ -177,7 +176,6 @@ def _check_room(out: Path, count: int) -> None:
 def _plan(
     config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint, adapters: AdapterFactors, opened: ExitStack
 ) -> tuple[list[PlannedTensor], dict[str, Any]]:
-    """Return the tensors to write, and the metadata."""
     if files.config is None:
         raise UnsupportedModelError(f"{files.folder}: there is no config.json beside the safetensors files")
     described = read_json(files.config)
@@ -203,8 +201,7 @@ def _plan(
     for name, divisors in computed_tensors(model).items():
         found.append((name, "rotary:factors", constant(name, divisors, files.config)))
     plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
-    if config.imatrix is not None:
-        plans = _by_importance(plans, read_imatrix(config.imatrix))
+    plans = _by_importance(plans, config.imatrix)
     metadata = describe(model, row) | _general(config, files, plans) | _words(config, files, model)
     if not model.has_head or (files.folder / "modules.json").is_file():
         keys = pooling_keys(files, model.hidden_size, "last")
@@ -218,7 +215,6 @@ def _plan(
 
 
 def _check_copied(config: EngineConfig, adapters: AdapterFactors) -> None:
-    """Raise ConfigError for settings that the copy of a GGUF file cannot apply."""
     if adapters:
         raise ConfigError("adapters are merged into safetensors weights, not into a GGUF file: name the folder", "lora")
     if config.tokenizer is not None:
@@ -248,8 +244,7 @@ def _plan_of_gguf(
             checkpoint.path,
             again,
         )
-    if config.imatrix is not None:
-        plans = _by_importance(plans, read_imatrix(config.imatrix))
+    plans = _by_importance(plans, config.imatrix)
     split = ("general.alignment", "split.")  # one file is written, with the usual alignment
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(split)}
     changed: dict[str, Any] = {}
@@ -285,9 +280,11 @@ def _parts(plan: PlannedTensor) -> list[PlannedTensor]:
     return [PlannedTensor(each.name, each, GGMLQuantizationType[each.type_name]) for each in plan.stored.source.parts]
 
 
-def _by_importance(plans: Sequence[PlannedTensor], imatrix: Imatrix) -> list[PlannedTensor]:
-    """Return the same tensors; those whose scales are searched get their importance from the file."""
-    found: list[PlannedTensor] = []
+def _by_importance(plans: list[PlannedTensor], path: Path | None) -> list[PlannedTensor]:
+    """Return the same tensors; those whose scales are searched get their importance from the file, if there is one."""
+    if path is None:
+        return plans
+    imatrix, found = read_imatrix(path), list[PlannedTensor]()
     for plan in plans:
         importance = None
         if plan.kind.name in TYPES and plan.kind.name not in SIMPLE and plan.stored.dtype is not None:
@@ -308,8 +305,7 @@ def _encoder_plan(
 ) -> tuple[list[PlannedTensor], dict[str, Any]]:
     found = encoder_tensors(family, model, checkpoint, source)
     plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
-    if config.imatrix is not None:
-        plans = _by_importance(plans, read_imatrix(config.imatrix))
+    plans = _by_importance(plans, config.imatrix)
     metadata = describe_encoder(model, files) | _general(config, files, plans)
     metadata |= tokenizer_metadata(open_tokenizer(config, files, {}, model.vocab_size), model.vocab_size, ())
     written = {plan.name: plan.stored for plan in plans}
@@ -380,3 +376,72 @@ def write_plans(
     for plan in plans:
         counts[plan.kind.name] = counts.get(plan.kind.name, 0) + 1
     return WrittenFile(out, out.stat().st_size, counts)
+
+
+# ---- encoders: BERT, and RoBERTa in the form of a BERT, with their pooling -------------------------------------------
+
+
+_NAME = "bert"
+_POSITIONS = "position_embd.weight"
+
+
+def encoder_tensors(
+    family: EncoderFamily, model: EncoderConfig, checkpoint: Checkpoint, path: Path
+) -> list[tuple[str, str, StoredTensor]]:
+    """Return name in the file, target in the model, and tensor, for all tensors of the file.
+
+    RoBERTa's table of positions begins with rows that no text uses; a BERT's begins with the first position.
+
+    Raises:
+        UnsupportedModelError: the model has a head for scores or classes, which GGUF files represent differently.
+        WeightsError: tensors are missing, unexpected or misshapen.
+    """
+    if model.labels or _NAME not in family.gguf:
+        raise UnsupportedModelError(
+            f"{path}: GGUF files are not written for cross-encoders and classifiers, but for encoders of BERT's "
+            "family that give vectors; use the folder as it is"
+        )
+    table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
+    check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)
+    has_place = places(family.build(model, SHAPES))
+    found = gguf_tensors(table, checkpoint, model, _stored(model), has_place)
+    first, last = model.first_position, model.first_position + model.max_position
+    return [
+        (name, target, stored.rows(first, last) if name == _POSITIONS else stored) for name, target, stored in found
+    ]
+
+
+def _stored(model: EncoderConfig) -> EncoderConfig:
+    """Return the config that the GGUF file describes: that of a BERT, whose first position is 0."""
+    return dataclasses.replace(model, model_type=_NAME, first_position=0)
+
+
+def describe_encoder(model: EncoderConfig, files: ModelFiles) -> dict[str, Any]:
+    """Return the metadata of the model and of its pooling."""
+    keys = {
+        "vocab_size": model.vocab_size,
+        "context_length": model.max_position,
+        "embedding_length": model.hidden_size,
+        "block_count": model.num_layers,
+        "feed_forward_length": model.intermediate_size,
+        "attention.head_count": model.num_heads,
+        "attention.layer_norm_epsilon": float(model.norm_eps),
+        "attention.causal": False,
+        **pooling_keys(files, model.hidden_size, "mean"),
+    }
+    described: dict[str, Any] = {f"{_NAME}.{key}": value for key, value in keys.items()}
+    return {"general.architecture": _NAME, "tokenizer.ggml.token_type_count": model.token_types} | described
+
+
+def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
+    """Read the planned metadata and tensors: they must describe the same model.
+
+    Raises:
+        UnsupportedModelError: they describe another model; the message names the settings.
+    """
+    again = encoder_from_gguf(written.metadata, written)
+    assert again is not None
+    ours, names = _stored(model), [field.name for field in dataclasses.fields(model)]
+    different = [name for name in names if not alike(getattr(ours, name), getattr(again[1], name), 1e-6)]
+    if different:
+        raise UnsupportedModelError(f"GGUF's {_NAME} cannot express this model's {', '.join(different)}")

@@ -15,7 +15,15 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel, fit_settings
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.assembly.tower import LoadedTower
-from candle_vllm.core.config import CACHE_TYPES, SETTINGS, WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
+from candle_vllm.core.config import (
+    CACHE_TYPES,
+    SETTINGS,
+    WEIGHTS,
+    EngineConfig,
+    SpeculativeConfig,
+    draft_error,
+    draft_settings,
+)
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_limits, adapter_loader
@@ -32,7 +40,7 @@ from candle_vllm.core.engine.runners.sleeping import Sleeper
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation, pooling_tasks
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.latent_attention.layout import choice_scratch
@@ -195,11 +203,7 @@ def _build_runner(
     if loaded.placement.device.type == "cpu":
         return _build_on_cpu(config, loaded, budget, sequences, rows, ranks)
     if drafts is not None and WEIGHTS in drafts.sources:
-        raise ConfigError(
-            "speculative_config: draft models and draft heads run on the CPU only: on a GPU use the method suffix or "
-            "ngram",
-            "speculative_config",
-        )
+        raise draft_error("draft models and draft heads run on the CPU only: on a GPU use the method suffix or ngram")
     from candle_vllm.core.engine.runners.device_build import build_on_gpu
 
     runner, plan = build_on_gpu(config, loaded, budget, sequences, DEFAULTS["cuda"].share, rows, ranks)
@@ -223,7 +227,6 @@ def _require_room_for_images(config: EngineConfig, loaded: LoadedModel, sequence
 
 
 def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
-    """Build the image store, which encodes the images of a model's requests."""
     if tower.placement.recorded:
         from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
         from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
@@ -242,10 +245,9 @@ def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
 def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
     """Return the maximum number of draft tokens of a step beside one row for each sequence; raise ConfigError for 0."""
     if budget == sequences:
-        raise ConfigError(
-            f"speculative_config: max_num_batched_tokens {budget} leaves no room for draft tokens beside max_num_seqs "
-            f"{sequences}: set max_num_batched_tokens={sequences + drafts.num_speculative_tokens}",
-            "speculative_config",
+        raise draft_error(
+            f"max_num_batched_tokens {budget} leaves no room for draft tokens beside max_num_seqs "
+            f"{sequences}: set max_num_batched_tokens={sequences + drafts.num_speculative_tokens}"
         )
     return min(max(_DRAFT_ROWS, drafts.num_speculative_tokens), budget - sequences)
 
@@ -436,7 +438,6 @@ def _index_bytes(model: ModelConfig, tokens: int, threads: int, recorded: bool) 
 
 
 def _most_drafts(config: EngineConfig, recorded: bool) -> int:
-    """Return the maximum number of draft tokens of a sequence in a step."""
     drafts = _drafts(config, recorded)
     return 0 if drafts is None else drafts.num_speculative_tokens
 
@@ -473,20 +474,16 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
         if row.device == "cuda":
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
         kind = CacheKind.of(row.bits, row.minima)
-        if dtype != "auto" and not model.placement.recorded:
-            change = "leave out op_by_op, or key and value types" if config.op_by_op else "leave it out"
-            raise ConfigError(f"{asked} needs the compiled kernels, which do not run this model: {change}", name)
-        if kind.is_quantised and model.config.latent is not None:
-            raise ConfigError(
-                f"{asked} is not supported with latent attention, whose KV cache is small already: leave it out", name
-            )
-        for dim in {spec.key_dim for spec in paged(model.config.cache_specs)}:
-            if not kind.fits(dim):
-                raise ConfigError(
-                    f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, {dim}, is not a "
-                    "multiple of that: leave it out",
-                    name,
-                )
+        change = "leave out op_by_op, or key and value types" if config.op_by_op else "leave it out"
+        refuse_settings(
+            (name, dtype != "auto" and not model.placement.recorded,
+             f"{asked} needs the compiled kernels, which do not run this model: {change}"),
+            (name, kind.is_quantised and model.config.latent is not None,
+             f"{asked} is not supported with latent attention, whose KV cache is small already: leave it out"),
+            *((name, not kind.fits(dim), f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, "
+               f"{dim}, is not a multiple of that: leave it out")
+              for dim in {spec.key_dim for spec in paged(model.config.cache_specs)}),
+        )  # fmt: skip
         found.append(kind)
     keys, values = found
     return keys, values
@@ -515,10 +512,9 @@ def _build_on_cpu(
     draft = None
     if loaded.draft is not None:
         if states(loaded.draft.config.cache_specs):
-            raise ConfigError(
-                f"speculative_config: {loaded.draft.name} cannot draft, because its layers have a recurrent state: "
-                "use another model, or leave speculative_config out",
-                "speculative_config",
+            raise draft_error(
+                f"{loaded.draft.name} cannot draft, because its layers have a recurrent state: "
+                "use another model, or leave speculative_config out"
             )
         draft = _runner_on_cpu(config, loaded.draft, plan, budget, sequences, sequences, runner)
     return runner, draft, plan

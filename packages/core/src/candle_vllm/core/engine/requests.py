@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from os import PathLike
 from typing import Literal, Protocol
@@ -129,6 +129,14 @@ def each_lora_choice(given: LoraChoice | Sequence[LoraChoice], count: int) -> li
 def each_adapter_uses(given: LoraChoice | Sequence[LoraChoice], count: int) -> list[tuple[AdapterUse, ...]]:
     """Return `adapter_uses` of each prompt of a call."""
     return [adapter_uses(each) for each in each_lora_choice(given, count)]
+
+
+def each_priority(given: int | Sequence[int], count: int) -> list[int]:
+    """Return the priority of each prompt of a call; arguments and errors as in `each_lora_choice`."""
+    orders = list(given) if isinstance(given, Iterable) else [given] * count
+    if len(orders) != count:
+        raise InvalidParameterError(f"{count} prompts need as many priorities, not {len(orders)}", "priority")
+    return orders
 
 
 def _is_mix(given: object) -> bool:

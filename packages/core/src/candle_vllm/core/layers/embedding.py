@@ -94,7 +94,6 @@ class Embedding:
         return share.whole(scores, gathered[: len(scores)])
 
     def finish(self) -> None:
-        """See `Finishes`."""
         self.table.finish()
 
     def parameters(self) -> Mapping[str, Parameter]:

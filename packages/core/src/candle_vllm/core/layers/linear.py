@@ -136,7 +136,6 @@ class Linear:
         return self._placement.torch_dtype
 
     def finish(self) -> None:
-        """See `Finishes`."""
         assert self.matrices
         kept_in, self._kept_in = self._kept_in, None
         if kept_in is not None:

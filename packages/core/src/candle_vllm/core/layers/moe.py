@@ -130,7 +130,6 @@ class ExpertMLPs:
         return self.down(self.gate_up(x, pairs, self._activation), pairs)
 
     def finish(self) -> None:
-        """See `Finishes`."""
         self.gate_up.finish()
         self.down.finish()
 

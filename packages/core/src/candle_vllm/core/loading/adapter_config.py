@@ -244,6 +244,3 @@ def _notes(keys: _Keys, base: str | None) -> tuple[str, ...]:
     if not base:
         found.append("adapter_config.json does not name the base model; only shapes were compared")
     return tuple(found)
-
-
-__all__ = ["MAX_CONFIG_BYTES", "AdapterConfig", "ReadConfig", "parse_config"]

@@ -84,9 +84,6 @@ class AdapterPlaces:
     def _gguf(self) -> Mapping[str, list[Spot]]:
         return self._read("gguf")
 
-    def _index(self, format: Format) -> Mapping[str, list[Spot]]:
-        return self._hf if format == "safetensors" else self._gguf
-
     def _read(self, format: Format) -> Mapping[str, list[Spot]]:
         found: dict[str, list[Spot]] = {}
         for line in expand(self._table, self._configs[format], format):
@@ -113,7 +110,7 @@ class AdapterPlaces:
 
     def find(self, name: str, format: Format) -> Sequence[Spot]:
         """Return the spots of a stored tensor; empty for a name that does not exist in this model."""
-        return self._index(format).get(name, ())
+        return (self._hf if format == "safetensors" else self._gguf).get(name, ())
 
     def module(self, name: str) -> tuple[str, Sequence[Spot]]:
         """Return the table's name of a Hugging Face module, and the spots of its matrix or parameter.

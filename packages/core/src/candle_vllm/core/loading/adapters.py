@@ -321,14 +321,3 @@ def _as_adapter_error() -> Iterator[None]:
         raise
     except ModelLoadError as error:
         raise AdapterError(str(error)) from error
-
-
-__all__ = [
-    "CONFIG_FILE",
-    "WEIGHTS_FILE",
-    "AdapterConfig",
-    "AdapterLimits",
-    "StoredAdapter",
-    "open_adapter",
-    "read_adapter",
-]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_COUNT, Fields
 from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_gguf, rope_from_hf, stretched_context
@@ -291,3 +291,47 @@ class EncoderConfig:
             raise InvalidFileError(f"pad_token_id is {self.first_position - 1}; it must be -1 or more")
         if not 0 < self.norm_eps < 1:
             raise InvalidFileError(f"the epsilon of the model's norms is {self.norm_eps}; it must be between 0 and 1")
+
+
+_SCALED_BY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight")  # GGUF tensors: Llama 3's, longrope's
+
+
+def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint) -> ModelConfig:
+    """Multiply the model's context length by `factor` with YaRN; None changes nothing.
+
+    Raises:
+        ConfigError: the model has no rotary embedding, has one that is scaled already, has two different ones, or runs
+            on transformers' layers; or the context would be too long.
+    """
+    if factor is None:
+        return config
+    length = int(config.max_position * factor)
+    obstacle = _stretching_obstacle(config, length, checkpoint)
+    if obstacle is not None:
+        raise ConfigError(f"yarn_scaling_factor={factor:g}: {obstacle}", "yarn_scaling_factor")
+    yarn = dataclasses.replace(config.rope, kind="yarn", factor=factor, original_max_position=config.max_position)
+    return dataclasses.replace(config, rope=yarn, max_position=length)
+
+
+def _stretching_obstacle(config: ModelConfig, length: int, checkpoint: Checkpoint) -> str | None:
+    left_out, rope = "leave the setting out", config.rope
+    if config.implementation != "native":
+        alone = "runs on layers of transformers, which take scaling from config.json alone"
+        return f"{config.model_type} {alone}: {left_out}, and write rope_parameters there"
+    table, unrotated = getattr(config, "positions", 0), len(getattr(config, "unrotated_layers", ()))
+    if table or config.slopes or unrotated == config.num_layers or not getattr(config, "rotates", True):
+        what = f"a table of {config.max_position} positions" if table else "no rotary positions"
+        return f"{config.model_type} has {what}, and YaRN stretches only rotary ones: {left_out}"
+    if rope.kind != "default" or any(name in checkpoint.tensors for name in _SCALED_BY_TENSORS):
+        how = "by tensors of its file" if rope.kind == "default" else f"{rope.kind}, in its files"
+        already = f"are scaled already ({how}), for {config.max_position} tokens"
+        return f"the rotary positions of this model {already}: {left_out}"
+    shared = {field.name for field in dataclasses.fields(ModelConfig)}
+    own = [field.name for field in dataclasses.fields(config) if field.name not in shared]
+    if any(isinstance(getattr(config, name), RopeConfig) for name in own):
+        two = f"the layers of {config.model_type} have rotary positions of two kinds"
+        return f"{two}, which one factor cannot stretch: {left_out}"
+    if length > MAX_COUNT:
+        many = f"{config.max_position} tokens would become {length}, and at most {MAX_COUNT} are possible"
+        return f"{many}: set it to {MAX_COUNT // config.max_position} or less"
+    return None

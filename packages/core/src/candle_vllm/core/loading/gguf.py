@@ -54,14 +54,12 @@ _NUMBERS = MappingProxyType(
 )
 _SMALLEST_PAIR = 8 + 1 + 4 + 1  # key length, one byte of key, value type, one byte of value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, one byte of name, dimension count, one dimension, type, offset
-_OTHER_KINDS = MappingProxyType(
-    {
-        "imatrix": ("imatrix", "an importance matrix: use --imatrix"),
-        "adapter": ("adapter", "an adapter: use --lora-modules (with quantize: --lora)"),
-        "mmproj": ("mmproj", "the vision tower of a model: use --mmproj"),
-        "clip": ("mmproj", "the vision tower of a model: use --mmproj"),
-    }
-)
+_OTHER_KINDS = MappingProxyType({
+    "imatrix": ("imatrix", "an importance matrix: use --imatrix"),
+    "adapter": ("adapter", "an adapter: use --lora-modules (with quantize: --lora)"),
+    "mmproj": ("mmproj", "the vision tower of a model: use --mmproj"),
+    "clip": ("mmproj", "the vision tower of a model: use --mmproj"),
+})  # fmt: skip
 """By `general.type` or `general.architecture` of a file that is not a model: its kind, and the flag to use."""
 _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
@@ -441,6 +439,3 @@ def _merge(parts: list[GgufFile]) -> dict[str, FileTensor]:
             f"{len(tensors)} tensors"
         )
     return tensors
-
-
-__all__ = ["GgufFile", "MetadataValue", "check_kind", "file_kind", "kind_of", "open_gguf", "split_names"]

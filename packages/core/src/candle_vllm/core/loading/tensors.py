@@ -50,7 +50,11 @@ class MappedFile:
                 self.size = stream.seek(0, 2)
                 if self.size == 0:
                     raise InvalidFileError(f"{path} is empty (0 bytes); download or convert it again")
-                self._map = _copy(stream, self.size) if copied else _mapped(stream, self.size)
+                self._map = (
+                    _copy(stream, self.size)
+                    if copied
+                    else mmap.mmap(stream.fileno(), self.size, access=mmap.ACCESS_READ)
+                )
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:
                 raise MemoryError(f"{path} cannot be mapped") from error
@@ -86,10 +90,6 @@ class MappedFile:
             self._map.close()
         except BufferError:  # a view still exists: the mapping is released with the last view
             return
-
-
-def _mapped(stream: BinaryIO, size: int) -> mmap.mmap:
-    return mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
 
 
 def _copy(stream: BinaryIO, size: int) -> mmap.mmap:

@@ -8,6 +8,7 @@ the layer and `{e}` for the expert. Missing, unexpected and misshapen tensors ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from collections import Counter
@@ -259,20 +260,19 @@ def _match(
     missing: list[str] = []
     misshapen: list[str] = []
     used: set[str] = set()
-    known: dict[str, Mapping[str, Parameter]] = {}
+    find, order = finder(model), dict[str, int]()
     for line in expand(table, config, checkpoint.format):
-        path, part = line.target.split(":")
-        if path not in known:
-            layer = layer_at(model, path)
-            known[path] = layer.parameters() if layer is not None else {}
-        if not line.names or part not in known[path]:
+        path = line.target.partition(":")[0]
+        order.setdefault(path, len(order))
+        place = find(line.target)
+        if not line.names or place is None:
             continue
         name = line.find(checkpoint.tensors)
         if name is None:
             missing.append(line.first)
             continue
         used.add(name)
-        stored, place = line.look(checkpoint.tensors[name], name, config), known[path][part]
+        stored = line.look(checkpoint.tensors[name], name, config)
         stored = stored if cut is None else cut(line.target, stored)
         if tuple(stored.shape) != place.shape:
             misshapen.append(
@@ -287,7 +287,6 @@ def _match(
     unexpected = [name for name in rest if not _matches(name, ignored)]
     if missing or unexpected or misshapen:
         raise WeightsError(f"{checkpoint.path}: {_mismatch(list(dict.fromkeys(missing)), unexpected, misshapen)}")
-    order = {path: number for number, path in enumerate(known)}
     return sorted(jobs, key=lambda job: order[job[2]])
 
 
@@ -312,30 +311,30 @@ def expand(table: Iterable[WeightName], config: Counted, format: str = "safetens
 
 def parameters_of(model: object, table: Iterable[WeightName], config: Counted, format: str) -> Mapping[str, Parameter]:
     """Return the table's parameters that the model has, by their target."""
-    known: dict[str, Mapping[str, Parameter]] = {}
-    found: dict[str, Parameter] = {}
-    for line in expand(table, config, format):
-        path, part = line.target.split(":")
-        if path not in known:
-            layer = layer_at(model, path)
-            known[path] = layer.parameters() if layer is not None else {}
-        if part in known[path]:
-            found[line.target] = known[path][part]
-    return found
+    find = finder(model)
+    found = {line.target: find(line.target) for line in expand(table, config, format)}
+    return {target: parameter for target, parameter in found.items() if parameter is not None}
 
 
 def places(model: object) -> Callable[[str], bool]:
     """Return a predicate that tests whether the model has the parameter of a table line's target."""
-    known: dict[str, Mapping[str, Parameter]] = {}
+    find = finder(model)
+    return lambda target: find(target) is not None
 
-    def has(target: str) -> bool:
+
+def finder(model: object) -> Callable[[str], Parameter | None]:
+    """Return a function that returns the model's parameter for a table line's target; None for an unknown target."""
+
+    @functools.cache
+    def parameters(path: str) -> Mapping[str, Parameter]:
+        layer = layer_at(model, path)
+        return {} if layer is None else layer.parameters()
+
+    def find(target: str) -> Parameter | None:
         path, part = target.split(":")
-        if path not in known:
-            layer = layer_at(model, path)
-            known[path] = layer.parameters() if layer is not None else {}
-        return part in known[path]
+        return parameters(path).get(part)
 
-    return has
+    return find
 
 
 def layer_at(model: object, path: str) -> Loadable | None:

@@ -5,6 +5,6 @@ This process does not import torch for them.
 """
 
 from candle_vllm.core.remote.engine import RemoteEngine
-from candle_vllm.core.remote.replicas import ReplicatedEngine
+from candle_vllm.core.remote.fleet import ReplicatedEngine
 
 __all__ = ["RemoteEngine", "ReplicatedEngine"]

@@ -8,16 +8,16 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Unpack, cast
+from typing import Unpack
 
 from msgspec.structs import asdict
 from tokenizers import Tokenizer as Backend
 
-from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
+from candle_vllm.core.config import EngineConfig, EngineSettings, config_of, require_one
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine_front import EngineFront
-from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.remote.link import RemoteLink, RemoteThread
 from candle_vllm.core.remote.payloads import RequestWriter
 from candle_vllm.core.remote.process import EngineProcess
@@ -46,9 +46,7 @@ class RemoteEngine(EngineFront):
     """
 
     def __init__(self, model: str | Path | EngineConfig, **settings: Unpack[EngineSettings]) -> None:
-        config = model if isinstance(model, EngineConfig) else EngineConfig(model=cast("str", model), **settings)
-        if isinstance(model, EngineConfig) and settings:
-            raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+        config = config_of(model, settings)
         require_one(config)
         self._load(config, EngineProcess(config))
 

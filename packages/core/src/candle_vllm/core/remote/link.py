@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -172,7 +172,7 @@ class RemoteLink:
                 self._forget(live)
                 pieces[:] = [piece for piece in pieces if piece.request_id != live.request.request_id]
                 self.on_refused(live.request.request_id, wire.make_error(message.error))
-        elif isinstance(message, (wire.Checked, wire.Told)):
+        elif isinstance(message, wire.Told):
             self._answer(message)
         else:
             assert isinstance(message, wire.Ended)
@@ -194,12 +194,12 @@ class RemoteLink:
         msgspec.structs.force_setattr(piece, "request_id", live.request.request_id)
         pieces.append(piece)
 
-    def _answer(self, message: wire.Checked | wire.Told) -> None:
+    def _answer(self, message: wire.Told) -> None:
         answer = self._calls.pop(message.number, None)
         if answer is None or not answer.set_running_or_notify_cancel():  # the caller has timed out
             return
         if message.error is None:
-            answer.set_result(message.infos if isinstance(message, wire.Told) else None)
+            answer.set_result(message.infos)
         else:
             answer.set_exception(wire.make_error(message.error))
 
@@ -227,7 +227,6 @@ class RemoteThread(EngineThread):
         self._link = link
         self._on_end = on_end
         self._numbers = itertools.count()
-        self._calls: set[Future[Any]] = set()
         self._callbacks: list[Callable[[], None]] = []
         link.on_refused = self._refuse
         super().__init__(link, max_sequences)
@@ -244,8 +243,7 @@ class RemoteThread(EngineThread):
             EngineOverloadedError: too many callers wait already, or the check takes too long.
             EngineDeadError: the engine has stopped.
         """
-        number = next(self._numbers)
-        self._ask(number, write_check(number, params), "the structured outputs", "checked")
+        self._ask(lambda number: write_check(number, params), "the structured outputs", "checked")
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """Send a call to the engine's adapter store, and wait for the answer.
@@ -253,40 +251,26 @@ class RemoteThread(EngineThread):
         Raises:
             CandleVllmError: see `AdapterStore.call` and `check`.
         """
-        number = next(self._numbers)
-        return self._ask(number, wire.encode(wire.Ask(number, call)), "an adapter", "loaded")
+        return self._ask(lambda number: wire.encode(wire.Ask(number, call)), "an adapter", "loaded")
 
     def _engine_sleep(self, level: int) -> None:
-        number = next(self._numbers)
-        self._ask(number, wire.encode(wire.Sleep(number, level)), "the engine", "put to sleep", None)
+        self._ask(lambda number: wire.encode(wire.Sleep(number, level)), "the engine", "put to sleep", None)
 
     def _engine_wake_up(self, tags: frozenset[str]) -> None:
-        number = next(self._numbers)
-        self._ask(number, wire.encode(wire.Sleep(number, 0, tuple(sorted(tags)))), "the engine", "woken", None)
+        each = tuple(sorted(tags))
+        self._ask(lambda number: wire.encode(wire.Sleep(number, 0, each)), "the engine", "woken", None)
 
-    def _ask(self, number: int, data: bytes, what: str, done: str, patience: float | None = CALL_TIMEOUT) -> Any:
-        """Send a call and return its answer; after `patience` seconds, raise an error that `what` is not `done`."""
-        answer: Future[Any] = Future()
-        with self._wake:
-            if self._dead is not None or self._closing:
-                raise EngineDeadError(self._dead or "the engine is closed")
-            if len(self._calls) >= self._max_sequences:
-                raise EngineOverloadedError(f"{len(self._calls)} calls to the engine are waiting: try again later")
-            self._calls.add(answer)
-            self._command(partial(self._link.call, number, data, answer))
+    def _ask(
+        self, write: Callable[[int], bytes], what: str, done: str, patience: float | None = CALL_TIMEOUT
+    ) -> tuple[AdapterInfo, ...]:
+        """Send a numbered call and return its answer; after `patience` seconds, raise that `what` is not `done`."""
+        number = next(self._numbers)
         try:
-            return answer.result(patience)
+            return self._call(partial(self._link.call, number, write(number)), patience, self._max_sequences)
         except TimeoutError:
-            answer.cancel()
             raise EngineOverloadedError(
                 f"{what} could not be {done} within {CALL_TIMEOUT:.0f} s: try again later"
             ) from None
-        except CancelledError:
-            raise EngineDeadError(self._dead or "the engine is closed") from None
-        finally:
-            with self._wake:
-                self._calls.discard(answer)
-            del answer  # its exception refers to this frame
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """See `RemoteEngine.add_death_callback`."""
@@ -300,10 +284,7 @@ class RemoteThread(EngineThread):
     def _end(self, error: EngineDeadError) -> None:
         super()._end(error)
         with self._wake:
-            calls, callbacks = list(self._calls), self._callbacks
-            self._callbacks = []
-        for answer in calls:
-            answer.cancel()
+            callbacks, self._callbacks = self._callbacks, []
         if self._closing:
             return
         self._on_end()

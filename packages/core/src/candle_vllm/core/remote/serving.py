@@ -218,7 +218,6 @@ class RequestDesk:
             self._submit(message.request, *self._prepared(message.request))
 
     def _prepared(self, request: GenerationRequest) -> tuple[Sequence[Any] | None, wire.WireError | None]:
-        """Prepare a request; return its sequences, or the error."""
         return _tried(lambda: self._engine.prepare(request), "the engine failed on this request")
 
     def _submit(
@@ -250,18 +249,18 @@ class RequestDesk:
                 self._engine.wake_up(message.tags)
 
         _, error = _tried(work, "the engine could not sleep or wake up")
-        self._answer(wire.Checked(message.number, error))
+        self._answer(wire.Told(message.number, error=error))
 
     def _check(self, number: int, params: StructuredOutputsParams) -> None:
         _, error = _tried(lambda: self._engine.check_structured_outputs(params), "a grammar could not be checked")
-        self._answer(wire.Checked(number, error))
+        self._answer(wire.Told(number, error=error))
 
     def _call(self, number: int, call: AdapterCall) -> None:
         infos, error = _tried(lambda: self._engine.call_adapters(call), "a call about adapters failed")
         self._engine.thread.wake()  # sends the new statistics
         self._answer(wire.Told(number, infos or (), error))
 
-    def _answer(self, message: wire.Checked | wire.Told) -> None:
+    def _answer(self, message: wire.Told) -> None:
         data = wire.encode(message)
         self._hand_over(lambda: self._socket.send(data))
 

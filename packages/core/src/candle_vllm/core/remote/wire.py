@@ -66,7 +66,7 @@ class Reset(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
 
 
 class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
-    """Sleep at this level; level 0 wakes up what `tags` name. The answer is `Checked` with the same number."""
+    """Sleep at this level; level 0 wakes up what `tags` name. The answer is `Told` with the same number."""
 
     number: int
     level: int
@@ -74,7 +74,7 @@ class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
 
 
 class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
-    """Check structured outputs. The answer is `Checked` with the same number."""
+    """Check structured outputs. The answer is `Told` with the same number."""
 
     number: int
     params: StructuredOutputsParams
@@ -153,15 +153,8 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     error: WireError
 
 
-class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
-    """The answer to `Check` and to `Sleep`; `error` is None if they succeed."""
-
-    number: int
-    error: WireError | None = None
-
-
 class Told(msgspec.Struct, frozen=True, array_like=True, tag="told"):
-    """The answer to `Ask`."""
+    """The answer to `Ask`, `Check` and `Sleep`; `error` is None if they succeed, and only `Ask` gets `infos`."""
 
     number: int
     infos: tuple[AdapterInfo, ...] = ()
@@ -175,7 +168,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
 
 
 ToChild = Submit | Pool | Abort | Check | Reset | Ask | Sleep
-FromChild = Pieces | Refused | Checked | Told | Ended
+FromChild = Pieces | Refused | Told | Ended
 Greeting = Ready | Failed | Loading
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
-from candle_vllm.core.sampling.rare_edits import is_rare, narrow_row, process_row
+from candle_vllm.core.sampling.rare_edits import narrow_row, process_row
 from candle_vllm.core.sampling.state import SamplingState
 
 _FIRST_ROWS = 8
@@ -28,7 +28,8 @@ _FIRST_ROWS = 8
 
 def has_edits(state: SamplingState) -> bool:
     """Whether the logits of a sequence are changed before its next token is sampled."""
-    return state.masks_tokens or len(state.bias_ids) > 0 or state.counts is not None or is_rare(state)
+    common = state.masks_tokens or len(state.bias_ids) > 0 or state.counts is not None
+    return common or state.chain is not None or state.dry is not None or bool(state.params.logits_processors)
 
 
 class HostEdits:
@@ -202,7 +203,7 @@ def mask_flags(bits: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
 
 
 def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
-    """Do what `apply_processors` does, on any device; the edits of `rare_edits.py` run on the host, row by row."""
+    """Do what `apply_processors` does, on any device; `process_row` and `narrow_row` run on the host."""
     for row, state in enumerate(states):
         if state.params.logits_processors:
             on_host(logits[row], process_row, state)

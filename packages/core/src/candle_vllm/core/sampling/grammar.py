@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
-from typing import Protocol
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 
 _WALK_SECONDS = 0.005  # after it, `_walk` begins no further mask, because the other sequences of the step wait
 _FEW = 64  # if more tokens than this are allowed, the grammar is not asked for forced tokens
@@ -74,28 +77,6 @@ class Grammar(Protocol):
         ...
 
 
-class GrammarBackend(Protocol):
-    """Compiler of grammars for one vocabulary. Thread-safe."""
-
-    def compile(self, spec: StructuredOutputsParams) -> Grammar:
-        """Compile a grammar, at the start of a text.
-
-        Raises:
-            InvalidParameterError: `spec` is invalid, or has a constraint that cannot be guaranteed.
-            EngineDeadError: the program is ending.
-        """
-        ...
-
-    @property
-    def workers(self) -> Executor:
-        """Threads in which masks are computed.
-
-        Raises:
-            EngineDeadError: the backend was closed.
-        """
-        ...
-
-
 class GrammarState:
     """Grammar state of one sequence.
 
@@ -111,12 +92,12 @@ class GrammarState:
         looks_ahead: whether `look_ahead` could compute masks at the start of the text.
         waits: whether `accept` and `rollback` do not start the next mask; a caller asks for `forced` tokens first.
 
-    Raises the errors of `GrammarBackend.compile`.
+    Raises the errors of `LlguidanceBackend.compile`.
     """
 
     def __init__(
         self,
-        backend: GrammarBackend,
+        backend: LlguidanceBackend,
         spec: StructuredOutputsParams,
         vocab_size: int,
         held_back: Sequence[int] = (),

@@ -272,33 +272,31 @@ def _not_if(value: Any, schema: Schema) -> list[Any]:
     return found
 
 
-_BREAKS: Mapping[str, Callable[[Any, Schema], list[Any]]] = MappingProxyType(
-    {
-        "minLength": _less("maxLength"),
-        "maxLength": _more("minLength"),
-        "pattern": _not_pattern,
-        "minItems": _less("maxItems"),
-        "maxItems": _more("minItems"),
-        "items": _not_items,
-        "prefixItems": _not_prefix,
-        "contains": _not_contains,
-        "minProperties": _less("maxProperties"),
-        "maxProperties": _more("minProperties"),
-        "properties": _not_properties,
-        "additionalProperties": _not_others,
-        "required": lambda value, _: [{"properties": {name: False}} for name in value],
-        "dependentRequired": _not_dependent,
-        "dependentSchemas": _not_dependent,
-        "dependencies": _not_dependent,
-        **{name: _not_bounds(name) for name in BOUNDS},
-        "allOf": lambda value, _: [{"not": one} for one in value],
-        "anyOf": lambda value, _: [{"allOf": [{"not": one} for one in value]}],
-        "oneOf": _not_one,
-        "not": lambda value, _: [value],
-        "if": _not_if,
-        "$ref": lambda value, _: [{"not": {"$ref": value}}],
-    }
-)
+_BREAKS: Mapping[str, Callable[[Any, Schema], list[Any]]] = MappingProxyType({
+    "minLength": _less("maxLength"),
+    "maxLength": _more("minLength"),
+    "pattern": _not_pattern,
+    "minItems": _less("maxItems"),
+    "maxItems": _more("minItems"),
+    "items": _not_items,
+    "prefixItems": _not_prefix,
+    "contains": _not_contains,
+    "minProperties": _less("maxProperties"),
+    "maxProperties": _more("minProperties"),
+    "properties": _not_properties,
+    "additionalProperties": _not_others,
+    "required": lambda value, _: [{"properties": {name: False}} for name in value],
+    "dependentRequired": _not_dependent,
+    "dependentSchemas": _not_dependent,
+    "dependencies": _not_dependent,
+    **{name: _not_bounds(name) for name in BOUNDS},
+    "allOf": lambda value, _: [{"not": one} for one in value],
+    "anyOf": lambda value, _: [{"allOf": [{"not": one} for one in value]}],
+    "oneOf": _not_one,
+    "not": lambda value, _: [value],
+    "if": _not_if,
+    "$ref": lambda value, _: [{"not": {"$ref": value}}],
+})  # fmt: skip
 _UNKNOWN = frozenset(
     {"format", "multipleOf", "uniqueItems", "patternProperties", "propertyNames"}
     | {"unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"}
@@ -307,13 +305,11 @@ _OF_STRINGS = ("minLength", "maxLength", "pattern")
 _OF_ARRAYS = ("minItems", "maxItems", "items", "prefixItems", "contains")
 _OF_OBJECTS = ("minProperties", "maxProperties", "properties", "additionalProperties", "required")
 _OF_OBJECTS += ("dependentRequired", "dependentSchemas", "dependencies")
-_KINDS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        **{name: frozenset({"string"}) for name in _OF_STRINGS},
-        **{name: frozenset({"array"}) for name in _OF_ARRAYS},
-        **{name: frozenset({"integer", "fraction"}) for name in BOUNDS},
-        **{name: frozenset({"object"}) for name in _OF_OBJECTS},
-    }
-)
+_KINDS: Mapping[str, frozenset[str]] = MappingProxyType({
+    **{name: frozenset({"string"}) for name in _OF_STRINGS},
+    **{name: frozenset({"array"}) for name in _OF_ARRAYS},
+    **{name: frozenset({"integer", "fraction"}) for name in BOUNDS},
+    **{name: frozenset({"object"}) for name in _OF_OBJECTS},
+})  # fmt: skip
 ASSERTING = frozenset({*_BREAKS, *_UNKNOWN, "type", "enum", "const"})
 """Keywords that constrain a value; `then`, `else`, `minContains` and `maxContains` only change what others mean."""

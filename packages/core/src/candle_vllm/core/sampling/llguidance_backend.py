@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
-from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, plain_json, refused
 from candle_vllm.core.sampling.token_trie import TokenTrie, Vocabulary
 
 if TYPE_CHECKING:
     from candle_vllm.core.sampling.llguidance_compiler import Compiled, Compiler
+    from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
+    from candle_vllm.core.sampling.unique_items import ComparedGrammar
 
 MAX_CACHED = 64  # maximum number of compiled grammars in the cache
 MAX_CACHED_CHARACTERS = 4 << 20  # maximum characters of these, unless there is only one; each takes about 30 bytes
@@ -36,7 +37,9 @@ _LONGEST = 60.0  # maximum seconds that shutdown waits; a forked process has ent
 
 
 class LlguidanceBackend:
-    """Compiler of grammars; see `GrammarBackend`. Its construction is cheap, because the first grammar builds the trie.
+    """Compiler of grammars for one vocabulary. Thread-safe.
+
+    Its construction is cheap, because the first grammar builds the trie.
 
     Args:
         tokenizer: the vocabulary. Ids without bytes are never allowed, except end tokens.
@@ -62,7 +65,11 @@ class LlguidanceBackend:
 
     @property
     def workers(self) -> Executor:
-        """See `GrammarBackend`."""
+        """Threads in which masks are computed.
+
+        Raises:
+            EngineDeadError: the backend was closed.
+        """
         with self._lock:
             if self._closed:
                 raise EngineDeadError("the engine was closed; create a new one")
@@ -70,12 +77,17 @@ class LlguidanceBackend:
                 self._workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "candle-vllm-grammar")
             return self._workers
 
-    def compile(self, spec: StructuredOutputsParams) -> Grammar:
-        """See `GrammarBackend`."""
+    def compile(self, spec: StructuredOutputsParams) -> LlguidanceGrammar | ComparedGrammar:
+        """Compile a grammar, at the start of a text.
+
+        Raises:
+            InvalidParameterError: `spec` is invalid, or has a constraint that cannot be guaranteed.
+            EngineDeadError: the program is ending.
+        """
         with _awaited_at_the_end():
             return self._compile(spec)
 
-    def _compile(self, spec: StructuredOutputsParams) -> Grammar:
+    def _compile(self, spec: StructuredOutputsParams) -> LlguidanceGrammar | ComparedGrammar:
         compiler = self._built()
         key = hashlib.blake2b(_described(spec)).digest()
         with self._lock:

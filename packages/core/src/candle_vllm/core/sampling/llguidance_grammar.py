@@ -172,7 +172,6 @@ class LlguidanceGrammar:
         self._behind_end = 0  # end tokens after the end of the text
 
     def fill_mask(self, bits: NDArray[np.int32]) -> None:
-        """See `Grammar`."""
         trie = self._trie
         whole = bits if len(bits) == trie.words else np.zeros(trie.words, np.int32)
         if not self._text.fill_mask(whole):  # the mask would allow only an end
@@ -180,25 +179,21 @@ class LlguidanceGrammar:
         np.bitwise_and(whole[: len(bits)], trie.usable, out=bits)
 
     def accept(self, token_id: int) -> bool:
-        """See `Grammar`."""
         if self.exhausted:
             self._behind_end += token_id in self._trie.eos_ids
             return token_id in self._trie.eos_ids
         return self._text.consume(token_id)
 
     def fresh(self) -> LlguidanceGrammar:
-        """See `Grammar`."""
         return LlguidanceGrammar(self._form, self._trie)
 
     def rollback(self, count: int) -> None:
-        """See `Grammar`."""
         inside = max(0, count - self._behind_end)
         self._behind_end -= count - inside
         if inside:
             self._text.rollback(inside)
 
     def copy(self) -> LlguidanceGrammar | None:
-        """See `Grammar`."""
         if self._text.is_alone:
             return None
         other = copy(self)
@@ -206,7 +201,6 @@ class LlguidanceGrammar:
         return other
 
     def legal(self, token_ids: Sequence[int]) -> int:
-        """See `Grammar`."""
         ends = self._trie.eos_ids
         inside = list(itertools.takewhile(lambda token: token not in ends, token_ids))
         return 0 if self.exhausted or self._text.is_alone else self._text.matcher.validate_tokens(inside)
@@ -224,10 +218,8 @@ class LlguidanceGrammar:
 
     @property
     def may_end(self) -> bool:
-        """See `Grammar`."""
         return self._text.matcher.is_accepting()
 
     @property
     def exhausted(self) -> bool:
-        """See `Grammar`."""
         return self._text.matcher.is_stopped() and not self._text.matcher.is_error()

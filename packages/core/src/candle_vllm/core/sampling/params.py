@@ -47,7 +47,6 @@ OFFERED = "offered"
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """Default sequence breakers of DRY, as in llama.cpp."""
 
-
 DEFAULT_SAMPLING: Mapping[str, float | int] = MappingProxyType(
     {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 )

@@ -14,11 +14,6 @@ from candle_vllm.core.sampling.params import installed_processors
 from candle_vllm.core.sampling.state import SamplingState
 
 
-def is_rare(state: SamplingState) -> bool:
-    """Whether a sequence uses one of these edits."""
-    return state.chain is not None or state.dry is not None or bool(state.params.logits_processors)
-
-
 def process_row(row: NDArray[np.float32], state: SamplingState) -> None:
     """Apply the request's own logits processors in place; the first error becomes the state's `failure`."""
     if not row.max() < np.inf:  # the model is at fault, which the sampler reports

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """StructuredOutputsParams: the format of a text. Field names are vLLM's, except `reasoning_*` and `around`.
 
-This module checks types and sizes; a `GrammarBackend` checks the rest when it compiles.
+This module checks types and sizes; `LlguidanceBackend` checks the rest when it compiles.
 """
 
 from __future__ import annotations
@@ -201,12 +201,10 @@ def check_whole(name: str, text: str) -> None:
         raise refused(f"{name} has half a surrogate pair, which UTF-8 cannot encode: send whole characters") from None
 
 
-_RAN_OUT = MappingProxyType(
-    {
-        "too many expressions": "a token needs more states of the grammar's regular expressions than are allowed",
-        "too many states": "the answers with this grammar have used all states that its regular expressions may have",
-    }
-)
+_RAN_OUT = MappingProxyType({
+    "too many expressions": "a token needs more states of the grammar's regular expressions than are allowed",
+    "too many states": "the answers with this grammar have used all states that its regular expressions may have",
+})  # fmt: skip
 _MAX_SHORTENED = 300  # characters of a compiler's message after which it is cut
 
 

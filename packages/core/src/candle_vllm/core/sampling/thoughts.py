@@ -19,11 +19,9 @@ MAX_MARK = 256  # characters
 MAX_MARKS = 32
 MAX_MESSAGE = 2048  # characters
 THOUGHT_TOKENS = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
-)
+)  # fmt: skip
 """Marks that are single tokens in some vocabularies, for `thinking_token_budget`, which has no marks of its own."""
 _QUOTES = (b"`", b'"', b"'")
 _SPECIAL = b"\xff"  # begins a special token among bytes of text: UTF-8 has no such byte

@@ -5,7 +5,6 @@
 checkpoint of a few hundred kilobytes for the real engine, also without torch.
 """
 
-from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
-from candle_vllm.core.testing.scripted_engine import ScriptedEngine, TemplateCall
+from candle_vllm.core.testing.scripted_engine import ByteTokenizer, ScriptedEngine, TemplateCall
 
 __all__ = ["ByteTokenizer", "ScriptedEngine", "TemplateCall"]

@@ -9,39 +9,77 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 import uuid
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, Unpack
 
 import msgspec
 
 from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
-from candle_vllm.core.engine.outputs import GenerationOutput, TokenOutput
-from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
+from candle_vllm.core.engine.outputs import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    GenerationOutput,
+    ScoreOutput,
+    TokenOutput,
+)
+from candle_vllm.core.engine.requests import GenerationRequest, LoraChoice, LoRARequest, PoolingRequest
 from candle_vllm.core.engine.runners.sleeping import TAGS, check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.preparation import check_encoder_task
-from candle_vllm.core.engine.step.request_watchers import RequestInfo, RequestWatch, RequestWatcher, watched_submit
+from candle_vllm.core.engine.step.preparation import check_encoder_task, check_pooling_request
+from candle_vllm.core.engine.step.request_watchers import (
+    Apart,
+    Operation,
+    PoolingOptions,
+    RequestInfo,
+    RequestWatch,
+    RequestWatcher,
+    ScoreOptions,
+    watched_pooling,
+    watched_submit,
+)
 from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream, whole
 from candle_vllm.core.engine.step.thread import SLEEPS
-from candle_vllm.core.errors import ChatTemplateError, EngineSleepingError, InvalidParameterError, PromptTooLongError
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    ChatTemplateError,
+    EngineSleepingError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestError,
+)
+from candle_vllm.core.pooling import POOLING_METHODS, ModelPooling, PoolingParams, PoolingPlan
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
 from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, made_up_logprobs
-from candle_vllm.core.testing.scripted_vectors import SIZE, ScriptedVectors
-from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.infill import InfillPrompt, infill_marks, infill_prompt
-from candle_vllm.core.text.prompts import read_prompt
+from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
+from candle_vllm.core.text.tokenizer import ChatConventions, utf8_decoder
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import Picture, picture_of
 
 _PAUSE = 0.005  # seconds
+SIZE = 16  # elements of a vector
 
 Pieces = str | Sequence[str | bytes]
 Script = Pieces | Callable[[str], Pieces]
+
+
+class PoolingCall(NamedTuple):
+    """Arguments of one call of `aembed`, `aclassify` or `ascore`."""
+
+    inputs: list[Prompt] | list[tuple[str, str]]
+    params: PoolingParams | None
+    request_id: str | None
+    priority: int
+    lora_request: LoraChoice = ()
+    apart: Apart = asyncio.to_thread
 
 
 class TemplateCall(NamedTuple):
@@ -51,8 +89,11 @@ class TemplateCall(NamedTuple):
     options: dict[str, Any]
 
 
-class ScriptedEngine(ScriptedVectors):
-    """An engine that answers every prompt with a script.
+class ScriptedEngine:
+    """An engine that answers every prompt with a script, and computes vectors and scores from the tokens.
+
+    A vector counts tokens by their id modulo `SIZE`; by default its length is 1, and `dimensions` truncates it. A score
+    is the cosine of two vectors, or without the task "embed" the share of the second text's tokens that the first has.
 
     Args:
         script: the answer: a text (one character per step), a list of chunks (one chunk per step; a chunk of bytes may
@@ -77,6 +118,7 @@ class ScriptedEngine(ScriptedVectors):
         aborted: ids of requests whose stream was closed before its end.
         pausing: number of requests in a pause before their next `TokenOutput`.
         template_calls: every rendered conversation.
+        pooling_calls: every call for vectors or scores, in order.
         pictures: every image that `look` was given.
         chat_conventions: conventions like those of a model.
     """
@@ -102,7 +144,7 @@ class ScriptedEngine(ScriptedVectors):
         pause: float = 0.0,
         first_pause: float = 0.0,
     ) -> None:
-        super().__init__()
+        self.pooling_calls: list[PoolingCall] = []
         self.tokenizer = ByteTokenizer(special_tokens)
         self.chat_conventions = ChatConventions(
             chat_template=chat_template, special_tokens=self.tokenizer.special_tokens
@@ -276,6 +318,106 @@ class ScriptedEngine(ScriptedVectors):
         """Return the whole answer; `call` has arguments of `stream`. Cancelling aborts the request."""
         return await whole(self.stream(prompt, sampling_params, **call))
 
+    async def aembed(
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
+    ) -> list[EmbeddingOutput]:
+        """Return the vector of every text; raises the real engine's errors of texts, `submit_error` or `failure`."""
+        with self._watched("embed", inputs, call) as answered:
+            texts = self._texts(inputs, params, call)
+            plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
+            request_id = call.get("request_id")
+            made = [
+                EmbeddingOutput(
+                    request_id=f"{request_id}-{n}", embedding=_vector(ids, plan), prompt_token_ids=tuple(ids)
+                )
+                for n, ids in enumerate(texts)
+            ]
+            answered(made)
+        return made
+
+    async def aclassify(
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
+    ) -> list[ClassificationOutput]:
+        """Return each label's share of a text's tokens; a token's label is its id modulo the number of labels."""
+        with self._watched("classify", inputs, call) as answered:
+            texts = self._texts(inputs, params, call)
+            count, request_id = len(self.model_info.labels), call.get("request_id")
+            shares = [
+                [sum(token % count == each for token in ids) / len(ids) for each in range(count)] for ids in texts
+            ]
+            made = [
+                ClassificationOutput(
+                    request_id=f"{request_id}-{n}", probs=array("f", share), prompt_token_ids=tuple(ids)
+                )
+                for n, (ids, share) in enumerate(zip(texts, shares))
+            ]
+            answered(made)
+        return made
+
+    async def ascore(self, pairs: Sequence[tuple[str, str]], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
+        """Return the score of every pair."""
+        with self._watched("score", pairs, call) as answered:
+            self._note(list(pairs), None, call)
+            made = [self._score(pair, number, len(pairs)) for number, pair in enumerate(pairs)]
+            self._fail()
+            answered(made)
+        return made
+
+    def _watched(
+        self, operation: Operation, inputs: Any, call: ScoreOptions
+    ) -> AbstractContextManager[Callable[[Any], None]]:
+        request_id = call.get("request_id") or ""
+        info = RequestInfo(request_id, operation, inputs, None, self.detokenize, call.get("lora_request", ()))
+        return watched_pooling(call.get("watcher"), info)
+
+    def _note(self, items: Any, params: PoolingParams | None, call: ScoreOptions) -> None:
+        uses, apart = call.get("lora_request", ()), call.get("apart", asyncio.to_thread)
+        self.pooling_calls.append(
+            PoolingCall(items, params, call.get("request_id"), call.get("priority", 0), uses, apart)
+        )
+
+    def _texts(
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, call: PoolingOptions
+    ) -> list[list[int]]:
+        items = as_prompts(inputs)
+        special = call.get("add_special_tokens", True)
+        read = (read_prompt(item, sees=True) for item in items)
+        texts = [self.tokenize(text or "", special) if ids is None else ids for text, ids, _ in read]
+        self._note(items, params, call)
+        for number, ids in enumerate(texts):
+            self._check_text(ids, number, len(texts))
+        self._fail()
+        return texts
+
+    def _score(self, pair: tuple[str, str], number: int, count: int) -> ScoreOutput:
+        first, second = (self.tokenize(text) for text in pair)
+        if "embed" in self.model_info.tasks:
+            self._check_text(first, number, count, 0)
+            self._check_text(second, number, count, 1)
+            plan = PoolingPlan(POOLING_METHODS["mean"], True, SIZE)
+            score = math.fsum(a * b for a, b in zip(_vector(first, plan), _vector(second, plan)))
+        else:
+            self._check_text(first + second, number, count)
+            score = sum(token in first for token in second) / len(second)
+        return ScoreOutput(score=score, num_tokens=len(first) + len(second))
+
+    def _check_text(self, ids: list[int], number: int, count: int, side: int | None = None) -> None:
+        info = self.model_info
+        request = PoolingRequest(request_id="scripted", prompt_token_ids=ids)
+        try:
+            check_pooling_request(request, info.vocab_size, info.max_model_len)
+        except RequestError as error:
+            if count == 1 and side is None:
+                raise
+            param = f"inputs.{number}" if side is None else f"inputs.{number}.{side}"
+            raise type(error)(f"input {number}: {error}", param) from None
+
+    def _fail(self) -> None:
+        if self.submit_error is not None:
+            raise self.submit_error
+        if self.fail_after is not None:
+            raise self.failure if isinstance(self.failure, Exception) else CandleVllmError(self.failure)
+
     def stats(self) -> EngineStats:
         """Return counts of requests and tokens; a scripted engine has no blocks."""
         return EngineStats(
@@ -447,3 +589,56 @@ def _chatml(message: Mapping[str, Any]) -> str:
 
 def _step_tokens(piece: str | bytes, tokenizer: ByteTokenizer) -> list[int]:
     return list(piece) if isinstance(piece, bytes) else tokenizer.encode(piece, add_special_tokens=False)
+
+
+def _vector(ids: Sequence[int], plan: PoolingPlan) -> array[float]:
+    counts = [float(sum(token % SIZE == place for token in ids)) for place in range(plan.dimensions)]
+    length = math.sqrt(math.fsum(count * count for count in counts)) if plan.normalize else 1.0
+    return array("f", [count / (length or 1.0) for count in counts])
+
+
+class ByteTokenizer:
+    """A tokenizer of bytes, for tests. Ids 0 to 255 are bytes; four special tokens follow, and then the given ones.
+
+    Args:
+        special_tokens: names of further special tokens.
+
+    Attributes:
+        special_tokens: ids of all special tokens by name.
+    """
+
+    SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
+    bos_token_id = 256
+    eos_token_id = 257
+
+    def __init__(self, special_tokens: Sequence[str] = ()) -> None:
+        names = (*self.SPECIAL_TOKENS, *special_tokens)
+        self.special_tokens = {name: 256 + place for place, name in enumerate(names)}
+        self.vocab_size = 256 + len(names)
+        self._names = names
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
+        """Return UTF-8 bytes as ids. By default the beginning token is first, and special tokens' names become ids."""
+        ids = [self.bos_token_id] if add_special_tokens else []
+        for part in self._split.split(text) if parse_special else (text,):
+            if parse_special and part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+            else:
+                ids.extend(part.encode("utf-8"))
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
+        """As in `core.text.tokenizer.Tokenizer`."""
+        kept = [token for token in token_ids if not (skip_special_tokens and self.is_special(token))]
+        return utf8_decoder("replace").decode(b"".join(map(self.token_bytes, kept)), whole)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, also of a special one; raises InvalidParameterError for an unknown id."""
+        if not 0 <= token_id < self.vocab_size:
+            raise InvalidParameterError(f"there is no token {token_id}; ids run from 0 to {self.vocab_size - 1}")
+        return bytes([token_id]) if token_id < 256 else self._names[token_id - 256].encode()
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is special."""
+        return 256 <= token_id < self.vocab_size

@@ -139,7 +139,6 @@ def byte_names() -> list[str]:
 
 
 def _tokenizer() -> Tokenizer:
-    """Return a tokenizer with one token per byte, and then the special tokens."""
     tokenizer = Tokenizer(models.BPE(vocab={name: value for value, name in enumerate(byte_names())}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -135,31 +135,37 @@ def _byte_level(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
 
 def byte_level(backend: Tokenizer, pre: PreTokenizer) -> None:
     """Make `backend` pre-tokenize as `pre`, and spell bytes in GPT-2's alphabet."""
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, letters])
+    backend.pre_tokenizer = byte_level_cuts(pre)
     backend.decoder = decoders.ByteLevel()
 
 
+def byte_level_cuts(pre: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """Return the library's pre-tokenizer of an entry over GPT-2's byte alphabet."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, letters])
+
+
 def _raw_bpe(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
-    ids = vocab.numbers
-    unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else None
-    backend = Tokenizer(models.BPE(ids, vocab.merges, unk_token=unknown, byte_fallback=True))
-    backend.normalizer = _spm_normalizer(vocab)
+    backend = _with_space_marks(vocab, vocab.merges, fuse_unk=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in vocab.pre.patterns]
     )
-    backend.decoder = _spm_decoder(vocab)
     return backend
 
 
 def _spm(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
-    ids = vocab.numbers
+    return _with_space_marks(vocab, _merges_by_score(vocab, vocab.numbers), fuse_unk=True)
+
+
+def _with_space_marks(vocab: gguf_vocab.GgufVocab, merges: list[tuple[str, str]], *, fuse_unk: bool) -> Tokenizer:
     unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else None
-    merges = _merges_by_score(vocab, ids)
-    backend = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    backend.normalizer = _spm_normalizer(vocab)
-    backend.decoder = _spm_decoder(vocab)
+    model = models.BPE(vocab.numbers, merges, unk_token=unknown, fuse_unk=fuse_unk, byte_fallback=True)
+    backend, prefixed = Tokenizer(model), vocab.add_space_prefix
+    first = [normalizers.Prepend(SPACE)] if prefixed else []
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
+    last = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last])
     return backend
 
 
@@ -177,20 +183,6 @@ def _merges_by_score(vocab: gguf_vocab.GgufVocab, ids: dict[str, int]) -> list[t
                 ranked.append((-scores[index], index, cut, left, text[cut:]))
     ranked.sort(key=lambda entry: entry[:3])
     return [(left, right) for *_, left, right in ranked]
-
-
-def _spm_normalizer(vocab: gguf_vocab.GgufVocab) -> normalizers.Normalizer:
-    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
-    if vocab.add_space_prefix:
-        steps.insert(0, normalizers.Prepend(SPACE))
-    return normalizers.Sequence(steps)
-
-
-def _spm_decoder(vocab: gguf_vocab.GgufVocab) -> decoders.Decoder:
-    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if vocab.add_space_prefix:
-        steps.append(decoders.Strip(" ", 1, 0))
-    return decoders.Sequence(steps)
 
 
 def _unigram(vocab: gguf_vocab.GgufVocab) -> Tokenizer:

@@ -115,10 +115,8 @@ def infill_prompt(
         InvalidParameterError: the model has no infill marks, or a text cannot be tokenized.
     """
     if marks is None:
-        raise InvalidParameterError(
-            "suffix: this model cannot fill in the middle: its vocabulary has no infill marks",
-            "suffix",
-        )
+        said = "suffix: this model cannot fill in the middle: its vocabulary has no infill marks"
+        raise InvalidParameterError(said, "suffix")
     before = tokenizer.encode(prefix, False, parse_special=False) if isinstance(prefix, str) else list(prefix)
     try:
         behind = _continued(tokenizer, suffix)

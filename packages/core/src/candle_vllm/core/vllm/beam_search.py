@@ -10,13 +10,13 @@ the length penalty of transformers instead of the paper's).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs
-from candle_vllm.core.engine.requests import LoraChoice, adapter_uses, each_lora_choice
+from candle_vllm.core.engine.requests import LoraChoice, adapter_uses, each_lora_choice, each_priority
 from candle_vllm.core.engine.step.stream import Bar, shown_bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
@@ -175,9 +175,7 @@ def beam_search(
     if not isinstance(params, BeamSearchParams):
         raise InvalidParameterError(f"params must be BeamSearchParams, not {type(params).__name__}", "params")
     given = as_prompts(prompts)
-    orders = list(priority) if isinstance(priority, Iterable) else [priority] * len(given)
-    if len(orders) != len(given):
-        raise InvalidParameterError(f"{len(given)} prompts need as many priorities, not {len(orders)}", "priority")
+    orders = each_priority(priority, len(given))
     choices = each_lora_choice(lora_request, len(given))
     if any(use.load_inplace for each in choices for use in adapter_uses(each)):
         raise InvalidParameterError(

@@ -30,7 +30,7 @@ from candle_vllm.core.loading.source import HUB_ID, ModelFiles
 from candle_vllm.core.memory import CachePlan, cache_bytes, device_element_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
-from candle_vllm.core.text.chat_conventions import chat_conventions
+from candle_vllm.core.text.tokenizer import chat_conventions
 from candle_vllm.core.threads import default_threads
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.server.http.keys import Keyring

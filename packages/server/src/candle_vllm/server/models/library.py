@@ -75,7 +75,7 @@ def describe(settings: ModelOptions) -> Description:
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU
     from candle_vllm.core.fields import read_json
-    from candle_vllm.core.text.chat_conventions import chat_conventions
+    from candle_vllm.core.text.tokenizer import chat_conventions
     from candle_vllm.openai.planning import AnswerPlanner
 
     config = engine_config(settings, offline=True)

@@ -69,6 +69,7 @@ class BlockManager:
                 self._free.move_to_end(block)
 
     def num_free_after_sharing(self, blocks: Sequence[int]) -> int:
+        """Return the number of free blocks once a sequence holds these published ones, too."""
         return len(self._free) - sum(self._owners[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
@@ -30,10 +30,13 @@ from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.block_stores import BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
 from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.loading.cache_specs import states
 from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.threads import default_threads
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.ranks.ranks import RankedParts
 
 logger = logging.getLogger(__name__)
 
@@ -74,62 +77,6 @@ class BlockMemory(Protocol):
         ...
 
 
-class Places(Protocol):
-    """Allocation of blocks or of checkpoint slots: `BlockManager` or `StatePool`."""
-
-    def num_free_after_sharing(self, places: Sequence[int], /) -> int:
-        """Return the number of free blocks or slots once a sequence holds these published ones, too."""
-        ...
-
-    def lookup(self, hashes: Sequence[bytes]) -> list[int]:
-        """Return the published blocks or slots for `hashes`, up to the first hash without one."""
-        ...
-
-    def touch(self, hashes: Sequence[bytes]) -> None:
-        """Make the blocks or slots that `lookup` finds the most recently used ones."""
-        ...
-
-    def take_in(self, digest: bytes) -> int | None:
-        """Publish a free block or slot, which the caller then writes; return None if all are in use."""
-        ...
-
-    def forget(self, digest: bytes) -> None: ...
-
-
-class OtherParts(Protocol):
-    """The `BlockParts` of the other ranks, which are called through messages; each rank has its own store.
-
-    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here: it ends the engine.
-    """
-
-    @property
-    def count(self) -> int:
-        """Number of other ranks, which are numbered from 1."""
-        ...
-
-    def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
-        """Set `heard`: it is called in any thread with a rank's number and the arguments of `BlockParts.report`."""
-        ...
-
-    def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None: ...
-
-    def read(self, number: int, digests: Sequence[bytes]) -> None: ...
-
-    def bring(self, number: int, blocks: Sequence[int]) -> None: ...
-
-    def end(self, number: int, brought: int) -> None: ...
-
-    def clear(self) -> None: ...
-
-    def close(self) -> None:
-        """Make the ranks write their unwritten blocks and then close; does not wait for them."""
-        ...
-
-    def closed(self) -> bool:
-        """Whether all ranks have closed, or have died."""
-        ...
-
-
 class _Copied:
     """A block that is copied out of the cache. Thread-safe."""
 
@@ -138,7 +85,6 @@ class _Copied:
         self._bytes: Bytes | None = None
 
     def bytes(self) -> Bytes:
-        """Wait for the block's bytes and return them."""
         with self._lock:
             if self._bytes is None:
                 self._bytes = self._take()
@@ -416,8 +362,8 @@ class OffloadedBlocks:
         self,
         store: BlockStore,
         memory: BlockMemory,
-        blocks: Places,
-        others: OtherParts | None = None,
+        blocks: BlockManager | StatePool,
+        others: RankedParts | None = None,
         *,
         state: bool = False,
     ) -> None:
@@ -673,7 +619,7 @@ def keep_blocks(
     runner: ModelRunner,
     blocks: BlockManager,
     drafts: bool,
-    others: OtherParts | None = None,
+    others: RankedParts | None = None,
     pool: StatePool | None = None,
 ) -> OffloadedBlocks | OffloadedPrefixes | None:
     """Return the KV tiers of the settings; None without KV tiers. Raises ConfigError if they cannot be used."""
@@ -715,17 +661,11 @@ def _store(
     if outliving is None and not config.kv_offloading_size:
         return None
     if states(loaded.config.cache_specs):
-        if config.kv_offloading_size:
-            name = "kv_offloading_size"
-            raise ConfigError(
-                f"{name} is not supported for models whose layers have a recurrent state: leave it out", name
-            )
-        if config.ranks > 1:
-            raise ConfigError(
-                f"{outliving} is not supported with several ranks for models whose layers have a recurrent state: "
-                "leave it out",
-                outliving,
-            )
+        recurrent = "models whose layers have a recurrent state: leave it out"
+        refuse_settings(
+            ("kv_offloading_size", config.kv_offloading_size, f"kv_offloading_size is not supported for {recurrent}"),
+            (outliving, config.ranks > 1, f"{outliving} is not supported with several ranks for {recurrent}"),
+        )
     if not config.enable_prefix_caching:
         logger.warning("%s has no effect without enable_prefix_caching", outliving or "kv_offloading_size")
         return None

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from candle_vllm.core.engine.cache.block_stores import HEADER, BlockError, Bytes, opened, own_name, sealed
 from candle_vllm.core.engine.ranks.rank_line import time_left
-from candle_vllm.core.errors import ConfigError, with_extra
+from candle_vllm.core.errors import ConfigError, refuse_settings, with_extra
 
 logger = logging.getLogger(__name__)
 
@@ -251,17 +251,13 @@ def _client(url: str, block_bytes: int) -> Any:
     except ValueError:  # the exception may contain a password with a slash
         raise ConfigError(f"{expected}; its host or port is not valid", "prompt_cache_url") from None
     unknown = sorted(parse_qs(parts.query, keep_blank_values=True).keys() - _OPTIONS)
-    if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.scheme == "unix"):
-        raise ConfigError(expected, "prompt_cache_url")
-    if parts.scheme != "unix" and parts.path.strip("/") and not parts.path.strip("/").isdecimal():
-        raise ConfigError(f"{expected}: the database is a number", "prompt_cache_url")
-    if unknown:
-        raise ConfigError(
-            f"prompt_cache_url: {', '.join(unknown)[:100]} cannot be set there; {', '.join(sorted(_OPTIONS))} can",
-            "prompt_cache_url",
-        )
-    if importlib.util.find_spec("redis") is None:
-        raise ConfigError(f"prompt_cache_url needs the package redis: {with_extra('redis')}", "prompt_cache_url")
+    database, is_socket, name = parts.path.strip("/"), parts.scheme == "unix", "prompt_cache_url"
+    refuse_settings(
+        (name, parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or is_socket), expected),
+        (name, database and not database.isdecimal() and not is_socket, f"{expected}: the database is a number"),
+        (name, unknown, f"{name}: {', '.join(unknown)[:100]} cannot be set there; {', '.join(sorted(_OPTIONS))} can"),
+        (name, importlib.util.find_spec("redis") is None, f"{name} needs the package redis: {with_extra('redis')}"),
+    )
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry

@@ -69,7 +69,7 @@ class StatePool:
         return slot
 
     def num_free_after_sharing(self, slots: Seq[int]) -> int:
-        """See `Places`; an upper bound, because slots that runs write count as free."""
+        """See `BlockManager`; an upper bound, because slots that runs write count as free."""
         del slots
         return self.num_checkpoint_slots - sum(1 for slot in self._published.values() if self._pins[slot])
 

@@ -30,8 +30,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from candle_vllm.core.config import LONGEST_MATCH, PAST, SpeculativeConfig
 from candle_vllm.core.engine.drafts.draft_model import FADING, FIXED, OWN_WEIGHT, SURE, DraftModel
 from candle_vllm.core.engine.drafts.repeats import SEPARATOR, Past, Text
-from candle_vllm.core.engine.step.live import LiveSequence
-from candle_vllm.core.engine.step.prediction import Prediction
+from candle_vllm.core.engine.step.live import LiveSequence, Prediction
 
 if TYPE_CHECKING:
     from candle_vllm.core.engine.step.batch import Batch

@@ -174,12 +174,8 @@ class Ranks:
                 pass_fds=[each for each in given if each is not None],
                 start_new_session=True,
             )
-        self._begin(
-            rank,
-            _Other(rank_line.Line(near), rank_line.Line(near_side), process),
-            rank_device(config, rank),
-            self._host,
-        )
+        other = _Other(rank_line.Line(near), rank_line.Line(near_side), process)
+        self._begin(rank, other, rank_device(config, rank), self._host)
 
     def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str, *, kept_in_redis: bool = False) -> None:
         self._others[rank] = other
@@ -457,11 +453,16 @@ def meet(
 
 
 class RankedParts:
-    """The parts of blocks that the other ranks offload; see `OtherParts`.
+    """The `BlockParts` of the other ranks, which are called through messages; each rank has its own store.
+
+    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here: it ends the engine.
 
     Args:
         ranks: the other ranks.
         broadcast_pages: broadcasts changed page tables, see `RankedRunner`.
+
+    Attributes:
+        count: number of other ranks, which are numbered from 1.
     """
 
     def __init__(self, ranks: Ranks, broadcast_pages: Callable[[], None]) -> None:
@@ -469,6 +470,7 @@ class RankedParts:
         self._closed: set[int] = set()
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
+        """Set `heard`: it is called in any thread with a rank's number and the arguments of `BlockParts.report`."""
 
         def said(rank: int, message: rank_line.BlockRead | rank_line.BlocksClosed) -> None:
             if isinstance(message, rank_line.BlockRead):
@@ -483,11 +485,11 @@ class RankedParts:
         self._broadcast(rank_line.KeepBlocks(rank_line.as_bytes(np.array(numbers)), digests))
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
-        """See `OtherParts`; sent at once, outside of steps."""
+        """See `BlockParts`; sent at once, outside of steps."""
         self._ranks.broadcast_beside(rank_line.ReadBlocks(number, tuple(digests)))
 
     def bring(self, number: int, blocks: Sequence[int]) -> None:
-        """See `OtherParts`; sent in order with the steps."""
+        """See `BlockParts`; sent in order with the steps."""
         with contextlib.suppress(EngineDeadError):
             self._broadcast_pages()
         self._broadcast(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
@@ -499,9 +501,11 @@ class RankedParts:
         self._broadcast(rank_line.ForgetBlocks())
 
     def close(self) -> None:
+        """Make the ranks write their unwritten blocks and then close; does not wait for them."""
         self._broadcast(rank_line.CloseBlocks())
 
     def closed(self) -> bool:
+        """Whether all ranks have closed, or have died."""
         return self._ranks.is_dead or len(self._closed) == self.count
 
     def _broadcast(self, message: rank_line.ToRank) -> None:
@@ -578,7 +582,6 @@ class RankedRunner:
         return self._runner.hidden_sum(rows)
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
-        """See `StepwiseRunner`."""
         assert isinstance(self._runner, StepwiseRunner)
         return self._runner.hidden_rows(rows)
 

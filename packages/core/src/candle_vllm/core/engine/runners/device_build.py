@@ -19,7 +19,7 @@ from candle_vllm.core.config import CACHE_TYPES, EngineConfig, draft_settings
 from candle_vllm.core.devices import Device, give_back, leave_cores_to_others
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import MOST_CAPTURED, DeviceRunner
-from candle_vllm.core.errors import ConfigError, NoMemoryError
+from candle_vllm.core.errors import ConfigError, NoMemoryError, refuse_settings
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds
 from candle_vllm.core.kernels.attention.backends import choose, choose_latent
 from candle_vllm.core.kernels.collectives import Collective
@@ -60,8 +60,7 @@ def build_on_gpu(
     this at the same time. It raises ConfigError if the settings do not fit this model, GPU or memory.
     """
     device, model = loaded.placement.device, loaded.decoder.config
-    _refuse_cache_of_cpu(config)
-    _refuse_indeterminate(config, loaded)
+    _refuse_unsupported(config, loaded)
     select = choose if model.latent is None else choose_latent
     backend = select(config.attention_backend, _needs(config, loaded))
     if model.index is not None:  # the host waits for chosen positions, so such a step cannot be captured
@@ -149,32 +148,21 @@ def build_on_gpu(
     return runner, plan
 
 
-def _refuse_indeterminate(config: EngineConfig, loaded: LoadedModel) -> None:
-    if loaded.decoder.config.index is not None and config.deterministic:
-        raise ConfigError(
-            f"deterministic: on a GPU, the indexer of {loaded.name} depends on the prompt's chunks; leave it out",
-            "deterministic",
-        )
-    if loaded.vision is not None and loaded.vision.parts.whole and config.deterministic:
-        raise ConfigError(
-            f"deterministic: tokens of an image attend to each other in {loaded.name}, and their sums on a GPU depend "
-            "on the rest of the step: set max_images=0, or leave 'deterministic' out",
-            "deterministic",
-        )
-
-
-def _refuse_cache_of_cpu(config: EngineConfig) -> None:
-    if CACHE_TYPES[config.kv_cache_dtype].device == "cpu":
-        raise ConfigError(
-            f"kv_cache_dtype={config.kv_cache_dtype!r} is for the CPU: on a GPU set 'int8_per_token_head', which has "
-            "the size of q8_0, or leave it out",
-            "kv_cache_dtype",
-        )
-    for name in ("key_cache_dtype", "value_cache_dtype"):
-        if getattr(config, name) is not None:
-            raise ConfigError(
-                f"on a GPU keys and values have one type: leave {name} out, or set kv_cache_dtype for both", name
-            )
+def _refuse_unsupported(config: EngineConfig, loaded: LoadedModel) -> None:
+    """Refuse cache types of the CPU, and `deterministic` for a model whose sums on a GPU depend on the step."""
+    refuse_settings(
+        ("kv_cache_dtype", CACHE_TYPES[config.kv_cache_dtype].device == "cpu",
+         f"kv_cache_dtype={config.kv_cache_dtype!r} is for the CPU: on a GPU set 'int8_per_token_head', which has the "
+         "size of q8_0, or leave it out"),
+        *((name, getattr(config, name) is not None,
+           f"on a GPU keys and values have one type: leave {name} out, or set kv_cache_dtype for both")
+          for name in ("key_cache_dtype", "value_cache_dtype")),
+        ("deterministic", config.deterministic and loaded.decoder.config.index is not None,
+         f"deterministic: on a GPU, the indexer of {loaded.name} depends on the prompt's chunks; leave it out"),
+        ("deterministic", config.deterministic and loaded.vision is not None and loaded.vision.parts.whole,
+         f"deterministic: tokens of an image attend to each other in {loaded.name}, and their sums on a GPU depend on "
+         "the rest of the step: set max_images=0, or leave 'deterministic' out"),
+    )  # fmt: skip
 
 
 def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype, bool]:

@@ -88,6 +88,7 @@ class ModelRunner(CacheRunner, Protocol):
         """If several steps may be in flight, collect the hidden states of the oldest; `draw` then samples for it."""
         ...
 
+    @abstractmethod
     def score(self, rows: Ints) -> Value:
         """Return logits [len(rows), V] of rows of the last step, at most `MAX_SCORED_ROWS`. Overwrites earlier logits.
 
@@ -95,6 +96,7 @@ class ModelRunner(CacheRunner, Protocol):
         """
         ...
 
+    @abstractmethod
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """Return sums [..., E] of fp32 hidden states of rows [..., n] of the last step, at most `MAX_HIDDEN_ROWS`."""
         ...
@@ -110,16 +112,20 @@ class SampledStep(msgspec.Struct, frozen=True):
     drawn: Sequence[SampledTokens]
 
     def tokens(self) -> Sequence[SampledTokens]:
-        """See `Launched`."""
         return self.drawn
 
 
-class StepwiseRunner(ABC):
+def _nothing(_runner: object) -> None:
+    """Do nothing: a step is complete when `forward` returns, and a runner may have no cache and no threads."""
+
+
+class StepwiseRunner(ModelRunner, ABC):
     """A synchronous `ModelRunner`: each call returns when its work is complete, and the sampler gets the logits."""
 
     overlaps = False
     in_flight = 1
     fatal: tuple[type[Exception], ...] = ()
+    collect = drop_cache = restore_cache = wake_up = close = _nothing
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = Sampler() if sampler is None else sampler
@@ -142,9 +148,6 @@ class StepwiseRunner(ABC):
             return SampledStep(self._sampler.sample_runs(self._sampled_from, states, self._drafts))
         return SampledStep(self._sampler.sample(self._sampled_from, states))
 
-    def collect(self) -> None:  # noqa: B027  # a step is complete when `forward` returns
-        """See `ModelRunner`."""
-
     @abstractmethod
     def run(self, batch: Batch) -> Value:
         """Run a step, which writes keys and values to the cache; return logits [len(sampled_rows), V] in fp32.
@@ -156,29 +159,9 @@ class StepwiseRunner(ABC):
         """Sample a token for each row; see `kernels.draw`."""
         return kernels.draw(logits, controls)
 
-    @abstractmethod
-    def score(self, rows: Ints) -> Value:
-        """See `ModelRunner`."""
-
-    @abstractmethod
-    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`."""
-
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
         """Return [len(rows), F] for a draft head: hidden states, or tapped layers' inputs, of rows of the last step."""
         raise NotImplementedError
-
-    def drop_cache(self) -> None:  # noqa: B027  # an encoder has no cache
-        """See `ModelRunner`."""
-
-    def restore_cache(self) -> None:  # noqa: B027
-        """See `ModelRunner`."""
-
-    def wake_up(self) -> None:  # noqa: B027  # addresses do not change by default
-        """See `ModelRunner`."""
-
-    def close(self) -> None:  # noqa: B027  # no threads by default
-        """See `ModelRunner`."""
 
 
 class HeadRunner(CacheRunner, Protocol):
@@ -242,7 +225,6 @@ class EncoderRunner(StepwiseRunner):
         raise NotImplementedError
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`."""
         return self._scores[rows].sum(-2) if self._config.scores else self.states_sum(rows)
 
 

@@ -263,7 +263,6 @@ class _Clock:
 
 
 def _seconds(run: Callable[..., object], *given: Any) -> float:
-    """Return the seconds that a call takes."""
     started = time.perf_counter()
     run(*given)
     return time.perf_counter() - started

@@ -417,7 +417,6 @@ class Engine:
         return self._finish(live, output) if output.finished else output
 
     def _finish(self, live: Live, output: TokenOutput) -> TokenOutput:
-        """Remove an ended sequence from the engine."""
         self.scheduler.remove(live.sequence)
         live.is_over = True
         if self._drafter is not None and isinstance(live, LiveSequence):
@@ -432,7 +431,6 @@ class Engine:
         return output
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
-        """End a failed sequence; the other sequences continue."""
         live = self._live[sequence]
         return self._finish(live, _failed(live, error))
 

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Collection
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import msgspec
@@ -21,7 +25,6 @@ from candle_vllm.core.engine.outputs import (
 )
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, ModelRunner
-from candle_vllm.core.engine.step.prediction import Prediction
 from candle_vllm.core.engine.step.sequence import Run, Sequence
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Sampler, Token
@@ -100,7 +103,6 @@ class Live(ABC):
 
 
 def _error_fields(failure: RequestError | str | None) -> dict[str, Any]:
-    """Return the error fields of a `TokenOutput`."""
     if isinstance(failure, RequestError):
         return {"error": str(failure), "error_kind": "request", "error_param": failure.param}
     return {} if failure is None else {"error": failure, "error_kind": "engine"}
@@ -122,24 +124,10 @@ class LiveSequence(Live):
     """
 
     __slots__ = (
-        "_empty",
-        "_ends",
-        "_is_plain",
-        "_max_length",
-        "_notes_texts",
-        "_only_appends",
-        "_texts",
-        "_tokens",
-        "accepted_draft_tokens",
-        "detokenizer",
-        "draft_tokens",
-        "eos_token_ids",
-        "prediction",
-        "prompt_logprobs",
-        "state",
-        "stop_token_ids",
-        "tokenizer",
-    )
+        "_empty", "_ends", "_is_plain", "_max_length", "_notes_texts", "_only_appends", "_texts", "_tokens",
+        "accepted_draft_tokens", "detokenizer", "draft_tokens", "eos_token_ids", "prediction", "prompt_logprobs",
+        "state", "stop_token_ids", "tokenizer",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -317,3 +305,37 @@ class LiveSequence(Live):
     def _logprob(self, token: int, value: float, rank: int) -> TokenLogprob:
         data = self.tokenizer.token_bytes(token)
         return TokenLogprob(token, value, rank, data.decode("utf-8", "replace"), data)
+
+
+class Prediction:
+    """Predicted output of a request, a source of draft tokens; its sequences share one.
+
+    The predicted tokens that occur in the answer are also counted.
+    """
+
+    def __init__(self, tokens: Seq[int]) -> None:
+        self.tokens = tuple(tokens)
+        self._pairs: dict[tuple[int, int], list[int]] = defaultdict(list)  # positions at which each pair begins
+        for place, pair in enumerate(itertools.pairwise(self.tokens)):
+            self._pairs[pair].append(place)
+
+    def found_in(self, answer: Seq[int]) -> int:
+        """Count the predicted tokens in passages that the answer shares: at both beginnings, or of two tokens or more.
+
+        The answer is matched along the prediction. After a mismatch, matching resumes at the next occurrence of the
+        answer's last two tokens in the prediction, or else at their last earlier occurrence.
+        """
+        prediction, pairs = self.tokens, self._pairs
+        seen, upcoming, inside = set[int](), 0, True
+        for place, token in enumerate(answer):
+            was_inside = inside and place > 0
+            inside = inside and upcoming < len(prediction) and prediction[upcoming] == token
+            if not inside and place and (places := pairs.get((answer[place - 1], token))):
+                upcoming = places[min(bisect.bisect_left(places, upcoming - 1), len(places) - 1)] + 1
+                if not was_inside:  # else the token before was counted at another position
+                    seen.add(upcoming - 1)
+                inside = True
+            if inside:
+                seen.add(upcoming)
+                upcoming += 1
+        return len(seen)

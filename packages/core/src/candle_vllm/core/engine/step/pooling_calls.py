@@ -12,7 +12,7 @@ import dataclasses
 import math
 import uuid
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from candle_vllm.core.vision.inputs import ImageInput
 
 Pair = tuple[str, str]
 Params = PoolingParams | Sequence[PoolingParams] | None
+TextTask = Literal["embed", "classify"]
 
 
 @dataclasses.dataclass
@@ -64,33 +65,19 @@ class PoolingCalls:
     def __post_init__(self) -> None:
         self._name = self.request_id or uuid.uuid4().hex
 
-    # ---- vectors -----------------------------------------------------------------------------------------------------
+    # ---- vectors and classes -----------------------------------------------------------------------------------------
 
-    def embed(self, inputs: Prompt | Sequence[Prompt], params: Params, *, use_tqdm: Bar) -> list[EmbeddingOutput]:
-        """See `InferenceEngine.embed`."""
-        entries = self._texts(inputs, params)
-        return _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm))
+    def texts(self, task: TextTask, inputs: Prompt | Sequence[Prompt], params: Params, *, use_tqdm: Bar) -> list[Any]:
+        """Return a vector of each text, or its classes; see `InferenceEngine.embed` and `classify`."""
+        entries = self._texts(inputs, params, task)
+        return _outputs(task, entries, self._window(entries).run(use_tqdm=use_tqdm))
 
-    async def aembed(self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None) -> list[EmbeddingOutput]:
-        """See `InferenceEngine.aembed`. Tokenizing runs in a thread, because many texts would block the event loop."""
-        entries = await self.apart(self._texts, inputs, params)
-        return _vectors(entries, await self._window(entries).arun())
-
-    # ---- classes -----------------------------------------------------------------------------------------------------
-
-    def classify(
-        self, inputs: Prompt | Sequence[Prompt], params: Params, *, use_tqdm: Bar
-    ) -> list[ClassificationOutput]:
-        """See `InferenceEngine.classify`."""
-        entries = self._texts(inputs, params, "classify")
-        return _classes(entries, self._window(entries).run(use_tqdm=use_tqdm))
-
-    async def aclassify(
-        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None
-    ) -> list[ClassificationOutput]:
-        """See `InferenceEngine.aclassify`."""
-        entries = await self.apart(self._texts, inputs, params, "classify")
-        return _classes(entries, await self._window(entries).arun())
+    async def atexts(
+        self, task: TextTask, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None
+    ) -> list[Any]:
+        """`texts` in an event loop. Tokenizing runs in a thread, because many texts would block the event loop."""
+        entries = await self.apart(self._texts, inputs, params, task)
+        return _outputs(task, entries, await self._window(entries).arun())
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 
@@ -100,7 +87,7 @@ class PoolingCalls:
             entries = self._pairs(pairs)
             return _scores(entries, self._window(entries).run(use_tqdm=use_tqdm))
         entries = self._distinct(pairs)
-        return _products(pairs, _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm)), self._longest)
+        return _products(pairs, _outputs("embed", entries, self._window(entries).run(use_tqdm=use_tqdm)), self._longest)
 
     async def ascore(self, pairs: Sequence[Pair]) -> list[ScoreOutput]:
         """See `InferenceEngine.ascore`."""
@@ -109,7 +96,9 @@ class PoolingCalls:
             return _scores(entries, await self._window(entries).arun())
         entries = await self.apart(self._distinct, pairs)
         pieces = await self._window(entries).arun()
-        return await self.apart(lambda: _products(pairs, _vectors(entries, pieces), self._longest, with_ids=False))
+        return await self.apart(
+            lambda: _products(pairs, _outputs("embed", entries, pieces), self._longest, with_ids=False)
+        )
 
     def _window(self, entries: Sequence[Entry]) -> Window:
         return Window(self.thread(), entries, self.engine.max_step_tokens)
@@ -125,9 +114,7 @@ class PoolingCalls:
         """Largest possible dot product: 1 for dense vectors, which are normalised; no limit for sparse ones."""
         return math.inf if self.info.pooling == "sparse" else 1.0
 
-    def _texts(
-        self, inputs: Prompt | Sequence[Prompt], params: Params, task: Literal["embed", "classify"] = "embed"
-    ) -> list[Entry]:
+    def _texts(self, inputs: Prompt | Sequence[Prompt], params: Params, task: TextTask) -> list[Entry]:
         """Make a checked request for each text."""
         prompts = as_prompts(inputs)
         each = _each_params(params, len(prompts))
@@ -234,15 +221,15 @@ def _blaming(number: int, count: int, side: int | None = None) -> Iterator[None]
         raise type(error)(f"input {number}{which}: {error}", param) from None
 
 
-def _vectors(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[EmbeddingOutput]:
-    return _outputs(EmbeddingOutput, "embedding", entries, pieces, "vectors", "num_cached_tokens")
+_FORMS: Mapping[TextTask, tuple[Any, str, tuple[str, ...]]] = {
+    "embed": (EmbeddingOutput, "embedding", ("vectors", "num_cached_tokens")),
+    "classify": (ClassificationOutput, "probs", ("vectors",)),
+}
+"""By task: the outputs' class, its field for the numbers, and the fields that are as in a `TokenOutput`."""
 
 
-def _classes(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[ClassificationOutput]:
-    return _outputs(ClassificationOutput, "probs", entries, pieces, "vectors")
-
-
-def _outputs(kind: Any, numbers: str, entries: Sequence[Entry], pieces: Sequence[TokenOutput], *same: str) -> list[Any]:
+def _outputs(task: TextTask, entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[Any]:
+    kind, numbers, same = _FORMS[task]
     made = list[Any]()
     for entry, piece in zip(entries, pieces, strict=True):
         name, ids = entry.request.request_id, tuple(entry.request.prompt_token_ids)

@@ -13,9 +13,8 @@ import msgspec
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest, PoolingRequest
-from candle_vllm.core.engine.step.live import Live, LiveSequence
+from candle_vllm.core.engine.step.live import Live, LiveSequence, Prediction
 from candle_vllm.core.engine.step.pooled import PooledText
-from candle_vllm.core.engine.step.prediction import Prediction
 from candle_vllm.core.engine.step.sequence import NO_LIMIT, PlacedImage, Sequence
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.core.loading.config import EncoderConfig

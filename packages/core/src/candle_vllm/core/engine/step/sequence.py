@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from struct import pack
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import Adapter, Entries
-from candle_vllm.core.engine.cache.block_hashes import block_hashes
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_rank
 from candle_vllm.core.vision.inputs import ImageInput
 
@@ -267,3 +268,26 @@ class Step(list[Run]):
     def filling(self) -> Seq[Run]:
         """The runs that may fill blocks: all of them if the step does not go on."""
         return [self[place] for place in self.fills] if self.goes_on else self
+
+
+def block_hashes(
+    tokens: Seq[int],
+    block_size: int,
+    salt: str | None,
+    parents: Seq[bytes] = (),
+    marks: Mapping[int, bytes] = MappingProxyType({}),
+) -> list[bytes]:
+    """Return chained SHA-256 hashes of the full blocks of `tokens`; `parents` are the hashes of the first blocks.
+
+    `marks` are bytes by block that change the hash of the block and of all later ones, such as an adapter's digest.
+
+    The hash is SHA-256, not a faster one, because a collision would show one user another user's context.
+    """
+    hashes = list(parents)
+    parent = hashes[-1] if hashes else hashlib.sha256(b"" if salt is None else b"salt:" + salt.encode()).digest()
+    for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
+        if mark := marks.get(start // block_size):
+            parent = hashlib.sha256(parent + b"mark:" + mark).digest()
+        parent = hashlib.sha256(parent + array("q", tokens[start : start + block_size]).tobytes()).digest()
+        hashes.append(parent)
+    return hashes

@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import Any, Protocol
 
 from candle_vllm.core.engine.outputs import TokenOutput
@@ -189,7 +191,7 @@ class EngineThread:
         self._lock = threading.RLock()  # guards the attributes that callers and the engine's thread use
         self._wake = threading.Condition(self._lock)
         self._asleep: frozenset[str] = frozenset()  # tags of freed memory; unless it is empty, requests are refused
-        self._answers: set[Future[None]] = set()
+        self._answers: set[Future[Any]] = set()  # calls that wait
         self._sleep_lock = threading.Lock()  # serialises `sleep` and `wake_up`
         self._closing = False
         self._dead: str | None = None  # the message: an error that is raised again keeps the frames of every caller
@@ -290,35 +292,38 @@ class EngineThread:
                 self._asleep -= tags
 
     def _engine_sleep(self, level: int) -> None:
-        self._do(lambda: self._deliver(self._engine.sleep(level)))
+        self._call(partial(_settle, lambda: self._deliver(self._engine.sleep(level))))
 
     def _engine_wake_up(self, tags: frozenset[str]) -> None:
-        self._do(lambda: self._engine.wake_up(sorted(tags)))
+        self._call(partial(_settle, lambda: self._engine.wake_up(sorted(tags))))
 
-    def _do(self, work: Callable[[], None]) -> None:
-        """Run `work` in the thread between two steps, and wait for it."""
-        answer: Future[None] = Future()
+    def _call(self, ask: Callable[[Future[Any]], None], patience: float | None = None, most: float = math.inf) -> Any:
+        """Have the thread run `ask` between two steps, and wait for the answer that it sets.
 
-        def command() -> None:
-            try:
-                work()
-            except Exception as error:
-                answer.set_exception(error)
-            else:
-                answer.set_result(None)
-
+        Raises:
+            EngineDeadError: the engine has stopped.
+            EngineOverloadedError: `most` other calls wait already.
+            TimeoutError: there was no answer within `patience` seconds.
+        """
+        answer: Future[Any] = Future()
         with self._wake:
             if self._dead is not None or self._closing:
                 raise EngineDeadError(self._dead or "the engine is closed")
+            if len(self._answers) >= most:
+                raise EngineOverloadedError(f"{len(self._answers)} calls to the engine are waiting: try again later")
             self._answers.add(answer)
-            self._command(command)
+            self._command(partial(ask, answer))
         try:
-            answer.result()
+            return answer.result(patience)
+        except TimeoutError:
+            answer.cancel()
+            raise
         except CancelledError:
             raise EngineDeadError(self._dead or "the engine is closed") from None
         finally:
             with self._wake:
                 self._answers.discard(answer)
+            del answer  # its exception refers to this frame
 
     def _command(self, command: Callable[[], None]) -> None:
         """Have the thread run `command` before its next step."""
@@ -428,3 +433,12 @@ class EngineThread:
             answer.cancel()
         for client in clients:
             self._put(client.sink, EngineDeadError(str(error)))
+
+
+def _settle(work: Callable[[], None], answer: Future[Any]) -> None:
+    try:
+        work()
+    except Exception as error:
+        answer.set_exception(error)
+    else:
+        answer.set_result(None)

@@ -193,7 +193,7 @@ class Repacking:
         )
 
     def _norm(self, data: NDArray[np.uint8]) -> float:
-        """See `norm_of` of `assembly/adapter_parts.py`; matrices of equal size are processed together."""
+        """See `norm_of` of `assembly/adapters.py`; matrices of equal size are processed together."""
         total, size = 0.0, ELEMENTS[self.stored].itemsize
 
         def together(starts: Sequence[int], *shape: int) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llguidance import regex_to_lark
 
-from candle_vllm.core.sampling.json_keywords import brackets
+from candle_vllm.core.sampling.json_cases import brackets
 from candle_vllm.core.sampling.json_opposites import lacking
 from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema, patterns
 from candle_vllm.openai.formats.grammars.writer import Writer, quoted
