@@ -25,12 +25,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import Context
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError
-
-if TYPE_CHECKING:
-    from candle_vllm.responses.store.sql import SqlBackend
 
 SETTING = "responses_store"
 MAX_RECORDS = 100_000
@@ -183,8 +180,8 @@ URLS = [scheme + row.rest for scheme, row in BACKENDS.items() if row.rest]
 SHORT_URLS = [scheme + row.short for scheme, row in BACKENDS.items() if row.short]
 
 
-def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> SqlBackend:
-    """Return the backend of a store, not opened yet; `clock` returns seconds since 1970.
+def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Any:
+    """Return the backend of a store, a `SqlBackend`, not opened yet; `clock` returns seconds since 1970.
 
     Raises:
         ConfigError: the place is neither `memory` nor a URL of `BACKENDS`.
@@ -197,8 +194,8 @@ def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> SqlB
     return getattr(import_module(f"{__package__}.{module}"), name)(place, bounds, clock)
 
 
-async def open_backend(place: Place, bounds: Bounds, clock: Callable[[], float]) -> SqlBackend:
-    """Return the backend of a store, opened; ConfigError if that fails."""
+async def open_backend(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Any:
+    """Return the backend of a store, a `SqlBackend`, opened; ConfigError if that fails."""
     backend = await asyncio.to_thread(backend_at, place, bounds, clock)  # it imports SQLAlchemy
     try:
         await backend.open()
