@@ -15,9 +15,10 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api.conversations import Conversations, ConversationUpdateRequest
 from candle_vllm.responses.api.response_store import TURN_MS, ResponseStore
 from candle_vllm.responses.api.stored_items import PageRequest
-from candle_vllm.responses.store.backend import Backend, Held, Order, Place
+from candle_vllm.responses.store.backend import Held, Order, Place
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import CONVERSATION, Entry, NotStoredError, StoreLimitError, parts_of
+from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.responses.store.tables import tables_of
 from tests.postgres_server import new_database
 from tests.waiting import until
@@ -38,7 +39,7 @@ async def ids(store: ResponseStore, name: str = "conv_1", owner: str = "a") -> l
     return [item["id"] for item in await store.conversation_items(owner, name)]
 
 
-async def take(store: Backend, turn: Held) -> bool:
+async def take(store: SqlBackend, turn: Held) -> bool:
     return await store.claim(CONVERSATION, turn, store.now + TURN_MS)
 
 

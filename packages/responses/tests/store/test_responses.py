@@ -19,7 +19,7 @@ from sqlalchemy import delete, func, select, update
 from candle_vllm.core.errors import ConfigError, InvalidParameterError
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.api.response_store import LEASE_MS, ResponseStore
-from candle_vllm.responses.store.backend import BACKENDS, Backend, Bounds, Held, Place, StoreOptions, backend_at
+from candle_vllm.responses.store.backend import BACKENDS, Bounds, Held, Place, StoreOptions, backend_at
 from candle_vllm.responses.store.database import WAIT_SECONDS, connect_to
 from candle_vllm.responses.store.entries import (
     RESPONSE,
@@ -230,7 +230,7 @@ async def test_bytes_are_bounded(opener, store_url: str, clock) -> None:
 async def test_one_of_several_owners_has_half(store_url: str, clock) -> None:
     several = False
     place = Place(store_url, "responses", "store", "setting")
-    store: Backend = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True, several=lambda: several), clock)
+    store = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True, several=lambda: several), clock)
     await store.open()
 
     async def there(owner: str) -> list[str]:
@@ -507,7 +507,7 @@ async def test_what_an_entry_gathered_counts_when_it_has_ended(opener, store_url
 
 async def test_what_is_leased_does_not_expire(store_url: str, clock) -> None:
     place = Place(store_url, "responses", "store", "setting")
-    store: Backend = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True), clock)
+    store = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True), clock)
     await store.open()
     for name in ("leased", "free"):
         await store.put(record(name, expires=(NOW + 40) * 1000))
@@ -528,7 +528,7 @@ async def test_what_is_leased_does_not_expire(store_url: str, clock) -> None:
 async def test_what_an_entry_gathered_can_end_in_a_store_that_became_smaller(store_url: str, clock) -> None:
     several = False
     place = Place(store_url, "responses", "store", "setting")
-    store: Backend = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True, several=lambda: several), clock)
+    store = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True, several=lambda: several), clock)
     await store.open()
     begun = record("resp_1", status="in_progress", text="x" * 15_000)
     await store.put(begun)

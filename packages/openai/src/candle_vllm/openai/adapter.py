@@ -41,7 +41,6 @@ from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol import embeddings, tokenizing
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
-from candle_vllm.openai.protocol.cohere import CohereEmbeddings, CohereEmbedRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
@@ -67,6 +66,10 @@ class OpenAIAdapter(ExplainedAttributes):
     for an invalid request, and `EngineOverloadedError`, `EngineSleepingError` or `EngineDeadError` if the engine
     accepts none; methods and streams raise `GenerationFailedError` or `RequestAbortedError` if a request fails later.
     `to_error` converts errors to responses. `SyncOpenAIAdapter` is for programs without an event loop.
+
+    Attributes:
+        planner: plans how answers are parsed and constrained.
+        embedding: answers requests for vectors, classes and scores, also in the forms of other APIs than OpenAI's.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class OpenAIAdapter(ExplainedAttributes):
             images=images,
         )
         self._work = WorkerThreads()
-        self._embedding = EmbeddingAdapter(
+        self.embedding = EmbeddingAdapter(
             engine,
             served_model_names=served_model_names,
             strict_model_names=strict_model_names,
@@ -137,7 +140,7 @@ class OpenAIAdapter(ExplainedAttributes):
             adapters=adapters,
             work=self._work,
         )
-        self._names = self._embedding.names
+        self._names = self.embedding.names
         self._tokenizing = TokenizingAdapter(engine, self._preparation, self._names, self._work)
 
     def __repr__(self) -> str:
@@ -205,7 +208,7 @@ class OpenAIAdapter(ExplainedAttributes):
 
     async def chat_events(self, request: ChatCompletionRequest | Fields) -> AnswerStream:
         """Submit the request and stream the events of its answer; close the stream to abort the request."""
-        return await self.answer(partial(read_chat, _checked_chat(request)))
+        return await self.answer(partial(read_chat, parse_chat_request(request)))
 
     async def answer(self, read: Callable[[], Task]) -> AnswerStream:
         """Submit a task and stream the events of its answer; close the stream to abort the request.
@@ -221,7 +224,7 @@ class OpenAIAdapter(ExplainedAttributes):
     async def apply_template(self, request: ChatCompletionRequest) -> tokenizing.RenderedPrompt:
         """Render the prompt of a chat request, with a `MEDIA_MARK` for each image; nothing is generated."""
         self._names.served(request.model)
-        prepared = (await self._ready(partial(read_chat, _checked_chat(request)))).prepared
+        prepared = (await self._ready(partial(read_chat, request))).prepared
         text, mark = prepared.text, self._engine.model_info.image_text
         return tokenizing.RenderedPrompt(prompt=text.replace(mark, MEDIA_MARK) if prepared.images else text)
 
@@ -237,9 +240,9 @@ class OpenAIAdapter(ExplainedAttributes):
 
     async def embed(self, request: embeddings.EmbeddingRequest | Fields) -> embeddings.EmbeddingList:
         """Return the embeddings of texts, or of a conversation. Cancelling aborts texts that are not embedded yet."""
-        parsed = request if isinstance(request, embeddings.EmbeddingRequest) else parse_embedding_request(request)
+        parsed = parse_embedding_request(request)
         if not isinstance(parsed, embeddings.EmbeddingChatRequest):
-            return await self._embedding.embed(parsed)
+            return await self.embedding.embed(parsed)
         if parsed.chat_template is None and not self.model_info.has_chat_template:
             said = f"{self.model_info.name} has no chat template: send input, or start it with --chat-template"
             raise ChatTemplateError(said, "messages")
@@ -250,52 +253,30 @@ class OpenAIAdapter(ExplainedAttributes):
 
         ready = await self._ready(read, bounded=True)
         prompt, images = ready.prepared.prompt, ready.prepared.images
-        return await self._embedding.embed(parsed, {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}})
-
-    async def pool(self, request: embeddings.PoolingRequest) -> embeddings.PooledList:
-        """Return the pooled outputs of texts, in vLLM's form."""
-        return await self._embedding.pool(request)
-
-    async def moderate(self, request: embeddings.ModerationRequest) -> embeddings.Moderation:
-        """Return whether the request's texts are harmful, according to a classifier's labels."""
-        return await self._embedding.moderate(request)
-
-    async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
-        """Return the embeddings of the request's texts, in Cohere's form."""
-        return await self._embedding.embed_cohere(request, version)
-
-    async def classify(self, request: embeddings.ClassifyRequest) -> embeddings.ClassifiedList:
-        """Return the class of each text."""
-        return await self._embedding.classify(request)
+        return await self.embedding.embed(parsed, {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}})
 
     async def score(self, request: ScoreRequest | Fields) -> ScoreList:
         """Return the scores of pairs of texts. Cancelling this coroutine aborts the pairs that are not scored yet."""
-        parsed = request if isinstance(request, ScoreRequest) else parse_score_request(request)
-        return await self._embedding.score(parsed)
+        return await self.embedding.score(parse_score_request(request))
 
     async def rerank(self, request: RerankRequest | Fields) -> Ranking:
         """Return documents ranked by relevance to a query. Cancelling aborts the documents that are not scored yet."""
-        parsed = request if isinstance(request, RerankRequest) else parse_rerank_request(request)
-        return await self._embedding.rerank(parsed)
+        return await self.embedding.rerank(parse_rerank_request(request))
 
     async def tokenize(
         self, request: tokenizing.TokenizeRequest | Fields
     ) -> tokenizing.Tokenized | tokenizing.TokenizedContent:
         """Return the tokens of a text or of a conversation; nothing is generated."""
-        return await self._tokenizing.tokenize(
-            parse_tokenize_request(request) if isinstance(request, Mapping) else request
-        )
+        return await self._tokenizing.tokenize(parse_tokenize_request(request))
 
     async def detokenize(self, request: tokenizing.DetokenizeRequest | Fields) -> tokenizing.Detokenized:
         """Return the text of tokens."""
-        return await self._tokenizing.detokenize(
-            parse_detokenize_request(request) if isinstance(request, Mapping) else request
-        )
+        return await self._tokenizing.detokenize(parse_detokenize_request(request))
 
     async def _start_chat(
         self, given: ChatCompletionRequest | Fields, *, whole: bool
     ) -> ChunkStream[ChatCompletionChunk]:
-        request = _checked_chat(given)
+        request = parse_chat_request(given)
         if whole and request.stream:
             raise InvalidParameterError(_STREAMED.format("chat"), "stream")
         ready = await self._ready(partial(read_chat, request), bounded=True)
@@ -327,7 +308,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return AnswerStream([source], AnswerReader(head, prepared.answers, task), prepared.prompt)
 
     async def _start_completion(self, given: CompletionRequest | Fields, *, whole: bool) -> ChunkStream[Completion]:
-        request = given if isinstance(given, CompletionRequest) else parse_completion_request(given)
+        request = parse_completion_request(given)
         if whole and request.stream:
             raise InvalidParameterError(_STREAMED.format("complete"), "stream")
         answer, prompts = await self._continued(read_completion(request))
@@ -398,10 +379,6 @@ _STREAMED = "stream is true, but {0} returns the whole answer: call {0}_stream, 
 
 def _with_images(tokens: Sequence[int], images: Sequence[ImageInput]) -> Any:
     return {"prompt_token_ids": tokens, "multi_modal_data": {"image": images}} if images else tokens
-
-
-def _checked_chat(given: ChatCompletionRequest | Fields) -> ChatCompletionRequest:
-    return given if isinstance(given, ChatCompletionRequest) else parse_chat_request(given)
 
 
 def _fingerprint(info: ModelInfo) -> str:

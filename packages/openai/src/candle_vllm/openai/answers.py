@@ -40,12 +40,7 @@ class AnswerPlan:
 
     Attributes:
         bound: layout of the model's output; None if the text needs no parsing.
-        tools: tools that may be called: name -> schema of the arguments; None if the text is not searched for calls.
-        held: whether a grammar constrains the calls.
-        lazy: whether the grammar applies only from the beginning of a call.
-        most_calls: maximum number of calls; further calls are left out. None means no limit.
-        in_reasoning: whether the prompt has opened the reasoning.
-        behind_reasoning: whether the prompt has closed the reasoning; leading white space belongs to it.
+        tools, held, lazy, most_calls, in_reasoning, behind_reasoning: as in `OutputParser`.
         show_reasoning: whether the reasoning is part of the answer.
         show_special_tokens: whether the names of special tokens are part of the answer's text.
         special_tokens: whether the engine's text contains the names of special tokens.
@@ -61,11 +56,6 @@ class AnswerPlan:
     show_reasoning: bool = True
     show_special_tokens: bool = False
     special_tokens: bool = False
-
-    @property
-    def may_reason(self) -> bool:
-        """Whether an answer can have reasoning."""
-        return self.bound is not None and self.bound.layout.reasoning is not None
 
 
 class ChoiceReader:
@@ -228,7 +218,7 @@ class AnswerReader:
         self._task = task
         # Choices wait for the log-probabilities of their prompt, which arrive with its sequence 0.
         self._awaits_prompt = task.echo_prompts and task.sampling.get("logprobs") is not None
-        self._may_reason = plan.may_reason
+        self._may_reason = plan.bound is not None and plan.bound.layout.reasoning is not None
         count = max(len(task.prompts), 1) * task.choices
         self._readers = [ChoiceReader(plan, choice, tell_ids=task.tell_ids) for choice in range(count)]
         self._counts = TokenCounts()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
@@ -18,6 +18,7 @@ from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, 
 from candle_vllm.openai.logprobs import chat_logprobs, prompt_logprobs
 from candle_vllm.openai.protocol import chat
 from candle_vllm.openai.protocol import usage as wire
+from candle_vllm.openai.protocol.completions import CompletionChoice
 from candle_vllm.openai.protocol.custom_tools import custom_input
 from candle_vllm.openai.protocol.generation import GenerationFields
 
@@ -194,7 +195,6 @@ class CustomCallWriter(ChatWriter):
         )
 
     def _input(self, choice: int) -> chat.ChatCompletionChunk:
-        """Return a chunk with the input of the custom call that is now complete."""
         number, parts = self._inputs.pop(choice)
         call = chat.ToolCallDelta(index=number, custom=chat.CustomCallDelta(input=custom_input("".join(parts))))
         return self._chunk(
@@ -297,12 +297,7 @@ def join_chat(chunks: Sequence[chat.ChatCompletionChunk]) -> chat.ChatCompletion
     )
 
 
-class _Indexed(Protocol):
-    @property
-    def index(self) -> int: ...
-
-
-ChoicePart = TypeVar("ChoicePart", bound=_Indexed)
+ChoicePart = TypeVar("ChoicePart", chat.ChunkChoice, CompletionChoice)
 
 
 def by_choice(chunks: Iterable[Sequence[ChoicePart]]) -> list[tuple[int, list[ChoicePart]]]:

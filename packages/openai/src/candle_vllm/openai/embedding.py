@@ -24,7 +24,6 @@ import msgspec
 import numpy as np
 from msgspec import UNSET
 
-from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput
 from candle_vllm.core.engine.step.request_watchers import RequestWatcher
 from candle_vllm.core.errors import (
@@ -47,16 +46,11 @@ from candle_vllm.openai.protocol.cohere import INPUT_TYPES, CohereEmbeddings, Co
 from candle_vllm.openai.protocol.fields import Cut
 from candle_vllm.openai.protocol.pooling import MAX_NUMBERS, MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
-from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads, check_length
+from candle_vllm.openai.serving import AdapterNames, ServedNames, Tokenizes, WorkerThreads, check_length
 
 
-class EmbeddingEngineLike(Protocol):
+class EmbeddingEngineLike(Tokenizes, Protocol):
     """Engine methods that the adapter needs; `InferenceEngine` and `ScriptedEngine` have them."""
-
-    @property
-    def model_info(self) -> ModelInfo: ...
-
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     @property
     def aembed(self) -> Callable[..., Awaitable[list[EmbeddingOutput]]]: ...
@@ -68,8 +62,10 @@ class EmbeddingEngineLike(Protocol):
     def ascore(self) -> Callable[..., Awaitable[list[ScoreOutput]]]: ...
 
 
-def parse_embedding_request(body: bytes | Mapping[str, Any]) -> embeddings.EmbeddingRequest:
-    """Parse and validate an embedding request, given as a body or an object; raises `RequestError`."""
+def parse_embedding_request(
+    body: bytes | Mapping[str, Any] | embeddings.EmbeddingRequest,
+) -> embeddings.EmbeddingRequest:
+    """Parse and validate a request from a body or an object, unless it is one already; raises `RequestError`."""
     value = decode_json(body) if isinstance(body, bytes) else body
     kind = embeddings.EmbeddingRequest
     if isinstance(value, Mapping) and value.get("input") is None:

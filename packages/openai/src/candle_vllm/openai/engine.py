@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.request_watchers import RequestWatcher
@@ -27,16 +26,11 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     """An engine. `stream` is called in the event loop's thread; methods that only compute are called in any thread."""
 
     @property
-    def model_info(self) -> ModelInfo: ...
-
-    @property
     def chat_conventions(self) -> ChatConventions: ...
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """Raise `RequestError` if a request with these parameters would fail."""
         ...
-
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt: ...
 

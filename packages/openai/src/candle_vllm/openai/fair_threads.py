@@ -204,7 +204,6 @@ class FairThreads:
         self._waiting.add(job.asker, job)
 
     def _start(self) -> None:
-        """Start waiting jobs on free threads."""
         with self._lock:
             while self._running.total() < self._most:
                 job = self._waiting.take(self._has_room)

@@ -63,18 +63,14 @@ class FimRequest(WireModel):
         )
 
 
-class FimStream(ChunkStream[ChatCompletionChunk]):
-    """Chunks of one answer. Close it (`aclose`) if the client disconnects: this aborts the request."""
-
-
 async def fim_stream(
     adapter: OpenAIAdapter, request: FimRequest, defaults: Mapping[str, Any] | None = None
-) -> FimStream:
-    """Submit the request and stream its chunks; raises what the adapter's methods raise.
+) -> ChunkStream[ChatCompletionChunk]:
+    """Submit the request and stream its chunks; raises what the adapter's methods raise. A close aborts the request.
 
     `defaults` are sampling values, by name in `SamplingParams`, that take precedence over the model's defaults.
     """
-    return FimStream(await adapter.continued(request.task(defaults or {})), _Writer())
+    return ChunkStream(await adapter.continued(request.task(defaults or {})), _Writer())
 
 
 async def fim_answer(

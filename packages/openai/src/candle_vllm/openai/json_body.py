@@ -186,8 +186,10 @@ _SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Request:
-    """Parse and validate a request; raises `RequestError`, which names the field at fault."""
+def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any] | _Request) -> _Request:
+    """Parse and validate a request, unless it is one already; raises `RequestError`, which names the field at fault."""
+    if isinstance(body, kind):
+        return body
     value = decode_json(body) if isinstance(body, bytes) else body
     if not isinstance(value, Mapping):
         given = "" if isinstance(body, bytes) else f", as {{'messages': [...]}} is, not {type(body).__name__}"
@@ -218,16 +220,13 @@ def to_request_error(error: ValidationError) -> InvalidParameterError:
     """
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
-    path = _path(first["loc"], context.get("field", ""))
+    steps = [str(step) for step in first["loc"] if not (isinstance(step, str) and step.startswith("<"))]
+    below = context.get("field", "")
+    path = ".".join([*steps, below] if below else steps)[:_PARAM]
     kind = first["type"]
     text = context.get("text") or _sentence(kind, context, first)
     place = path or "the request body"
     return _CLASSES.get(kind, InvalidParameterError)(f"{place} {text}", path or None)
-
-
-def _path(location: tuple[int | str, ...], below: str) -> str:
-    steps = [str(step) for step in location if not (isinstance(step, str) and step.startswith("<"))]
-    return ".".join([*steps, below] if below else steps)[:_PARAM]
 
 
 def _sentence(kind: str, context: Mapping[str, Any], first: Mapping[str, Any]) -> str:

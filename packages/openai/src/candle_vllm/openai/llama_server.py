@@ -293,20 +293,18 @@ Answered = LlamaText | dict[str, Any]
 """A chunk or a whole answer; a dict if `response_fields` selects fields."""
 
 
-class LlamaStream(ChunkStream[Answered]):
-    """Chunks of one answer. Closing it (`aclose`) aborts the request."""
-
-
 async def llama_stream(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
-) -> LlamaStream:
+) -> ChunkStream[Answered]:
     """Submit a request with one prompt, and stream its chunks; raises what the adapter's methods raise.
+
+    Closing the stream aborts the request.
 
     `defaults` are sampling values, by name in `SamplingParams`, that take precedence over the model's defaults.
     """
     (task,) = await _tasks(adapter, request, defaults)
     writer = _Writer(request, task, _settings(adapter, request, task))
-    return LlamaStream(await adapter.continued(task), writer)
+    return ChunkStream(await adapter.continued(task), writer)
 
 
 async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None) -> list[Task]:

@@ -30,7 +30,7 @@ class CompletionLogprobsWriter:
         self._top = top
         self._name = _id_text if by_id else _unique_text
         self._offset = 0
-        self._decoder = _decoder()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, entries: Sequence[PositionLogprobs]) -> CompletionLogprobs:
         """Return the entries of the next tokens."""
@@ -41,7 +41,7 @@ class CompletionLogprobsWriter:
         return CompletionLogprobs(
             tokens=tuple(self._name(entry.chosen) for entry in entries),
             token_logprobs=tuple(_finite(entry.chosen.logprob) for entry in entries),
-            top_logprobs=tuple(self._top_entry(entry) for entry in entries),
+            top_logprobs=tuple(map(self._top_entry, entries)),
             text_offset=tuple(offsets),
         )
 
@@ -90,10 +90,6 @@ def join_completion_logprobs(parts: Sequence[CompletionLogprobs]) -> CompletionL
         top_logprobs=tuple(entry for part in parts for entry in part.top_logprobs),
         text_offset=tuple(offset for part in parts for offset in part.text_offset),
     )
-
-
-def _decoder() -> codecs.IncrementalDecoder:
-    return codecs.getincrementaldecoder("utf-8")("replace")
 
 
 def _finite(logprob: float) -> float:

@@ -281,7 +281,10 @@ def constrain(
         )
         if around is not None:
             return replace(structured, around=around)
-        return _after_thoughts(structured, reasoning, in_reasoning)
+        if reasoning is None:
+            return structured
+        start = None if in_reasoning else reasoning.open
+        return replace(structured, reasoning_start=start, reasoning_end=reasoning.close)
     if form is None or not offered:
         return None
     calls = tool_grammar(
@@ -297,16 +300,6 @@ def constrain(
         always=len(use.shown) > len(use.tools),  # the model sees tools that it may not call
     )
     return None if calls is None else StructuredOutputsParams(grammar=calls)
-
-
-def _after_thoughts(
-    structured: StructuredOutputsParams, reasoning: ReasoningFormat | None, in_reasoning: bool
-) -> StructuredOutputsParams:
-    """Return the constraint, which begins after the reasoning if the model may reason."""
-    if reasoning is None:
-        return structured
-    start = None if in_reasoning else reasoning.open
-    return replace(structured, reasoning_start=start, reasoning_end=reasoning.close)
 
 
 def _compiled(conventions: ChatConventions) -> ChatTemplate | None:

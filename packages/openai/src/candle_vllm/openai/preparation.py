@@ -91,13 +91,8 @@ class PreparedPrompts(NamedTuple):
 class TaskPreparation:
     """Prepares requests for one engine; ConfigError if a template default or a sampling default is invalid.
 
-    Args:
-        engine: has the tokenizer, template and vocabulary.
-        planner: plans the answers to chat requests.
-        allow_priority: whether requests may have a priority below 0, which lets them overtake others.
-        allow_chat_template: whether requests may bring a template.
-        template_defaults: default values of template variables.
-        images: allowed sources of images.
+    `planner` plans the answers to chat requests; `template_defaults` are the `default_chat_template_kwargs` of
+    `OpenAIAdapter`, and the other arguments are as there.
     """
 
     def __init__(

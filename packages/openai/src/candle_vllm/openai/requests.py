@@ -30,13 +30,13 @@ _SAME = {  # fields of a task, and the attributes of a request with the same val
 }
 
 
-def parse_chat_request(body: bytes | Mapping[str, Any]) -> ChatCompletionRequest:
-    """Parse and validate a chat request from a body or an object; raises `RequestError`."""
+def parse_chat_request(body: bytes | Mapping[str, Any] | ChatCompletionRequest) -> ChatCompletionRequest:
+    """Parse and validate a chat request from a body or an object, unless it is one already; raises `RequestError`."""
     return parse_body(ChatCompletionRequest, body)
 
 
-def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionRequest:
-    """Parse and validate a completion request from a body or an object; raises `RequestError`."""
+def parse_completion_request(body: bytes | Mapping[str, Any] | CompletionRequest) -> CompletionRequest:
+    """Parse and validate a completion request, as `parse_chat_request` does a chat request."""
     return parse_body(CompletionRequest, body)
 
 

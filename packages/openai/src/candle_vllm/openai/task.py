@@ -268,6 +268,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     request_id: str | None = None
 
+    def unlimited(self) -> Task:
+        """Return the task with the context as the only limit of its answer."""
+        return msgspec.structs.replace(self, sampling={**self.sampling, "max_tokens": None})
+
     def with_results_in_order(self) -> Task:
         """Return the task with the results of each answer in the order of its calls, then results without a call.
 

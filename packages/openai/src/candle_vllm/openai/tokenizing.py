@@ -7,6 +7,8 @@ A conversation is prepared exactly as a chat request with the same fields, so bo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
@@ -21,8 +23,10 @@ from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.task import Task
 
 
-def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.TokenizeRequest:
-    """Parse and validate a tokenize request from a body or an object; raises `RequestError`."""
+def parse_tokenize_request(body: bytes | Mapping[str, Any] | tokenizing.TokenizeRequest) -> tokenizing.TokenizeRequest:
+    """Parse and validate a request from a body or an object, unless it is one already; raises `RequestError`."""
+    if isinstance(body, tokenizing.TokenizeRequest):
+        return body
     value = decode_json(body) if isinstance(body, bytes) else body
     if not isinstance(value, Mapping):
         raise InvalidBodyError("The body must be one JSON object.")
@@ -35,62 +39,59 @@ def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.Tokeni
     return request
 
 
-def parse_detokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.DetokenizeRequest:
-    """Parse and validate a detokenize request from a body or an object; raises `RequestError`."""
-    return parse_body(tokenizing.DetokenizeRequest, body)
+parse_detokenize_request = partial(parse_body, tokenizing.DetokenizeRequest)
+"""Arguments and errors are as for `parse_tokenize_request`."""
 
 
+@dataclass(eq=False, repr=False)
 class TokenizingAdapter:
     """Answers tokenize and detokenize requests with the tokenizer of one engine.
 
     Every method raises `RequestError` for an invalid request.
 
-    Args:
+    Attributes:
         engine: provides the tokenizer.
         preparation: prepares conversations.
         names: names of the served model.
         work: threads for long texts.
     """
 
-    def __init__(
-        self, engine: EngineLike, preparation: TaskPreparation, names: ServedNames, work: WorkerThreads
-    ) -> None:
-        self._engine = engine
-        self._preparation = preparation
-        self._names = names
-        self._work = work
+    engine: EngineLike
+    preparation: TaskPreparation
+    names: ServedNames
+    work: WorkerThreads
 
     async def tokenize(self, request: tokenizing.TokenizeRequest) -> tokenizing.Tokenized | tokenizing.TokenizedContent:
         """Return the tokens of a text or of a conversation, which may be longer than the model's context."""
-        self._names.served(request.model)
+        self.names.served(request.model)
         if isinstance(request, tokenizing.TokenizeContentRequest):
-            return await self._work.prepare(self._content, request)
+            return await self.work.prepare(self._content, request)
         if isinstance(request, tokenizing.TokenizeTextRequest):
-            ids = await self._work.prepare(self._text, request)
+            ids = await self.work.prepare(self._text, request)
         else:
-            task, prepared = await self._work.prepare(self._chat, request)
+            task, prepared = await self.work.prepare(self._chat, request)
             if prepared.unseen is not None:
-                prepared = await self._preparation.see(task, prepared, prepared.unseen, self._work, bounded=False)
+                prepared = await self.preparation.see(task, prepared, prepared.unseen, self.work, bounded=False)
             ids = prepared.prompt
-        return await self._work.prepare(self._tokenized, request, ids)
+        return await self.work.prepare(self._tokenized, request, ids)
 
     async def detokenize(self, request: tokenizing.DetokenizeRequest) -> tokenizing.Detokenized:
         """Return the text of tokens."""
-        self._names.served(request.model)
-        return await self._work.prepare(self._detokenized, request.tokens)
+        self.names.served(request.model)
+        return await self.work.prepare(self._detokenized, request.tokens)
 
     def _chat(self, request: tokenizing.TokenizeChatRequest) -> tuple[Task, PreparedChat]:
         task = read_chat(ChatCompletionRequest.model_validate(request.chat_fields()))
-        return task, self._preparation.chat(task)
+        return task, self.preparation.chat(task)
 
     def _text(self, request: tokenizing.TokenizeTextRequest) -> list[int]:
-        return self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+        return self.engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
 
     def _content(self, request: tokenizing.TokenizeContentRequest) -> tokenizing.TokenizedContent:
-        ids = self._engine.tokenize(request.content, add_special_tokens=bool(request.add_special))
+        ids = self.engine.tokenize(request.content, add_special_tokens=bool(request.add_special))
         if not request.with_pieces:
             return tokenizing.TokenizedContent(tokens=tuple(ids))
-        pairs = zip(ids, self._engine.token_bytes(ids), strict=True)
+        pairs = zip(ids, self.engine.token_bytes(ids), strict=True)
         return tokenizing.TokenizedContent(tokens=tuple(tokenizing.TokenPiece.of(*pair) for pair in pairs))
 
     def _tokenized(
@@ -98,18 +99,18 @@ class TokenizingAdapter:
     ) -> tokenizing.Tokenized:
         return tokenizing.Tokenized(
             count=len(ids),
-            max_model_len=self._engine.model_info.max_model_len,
+            max_model_len=self.engine.model_info.max_model_len,
             tokens=tuple(ids),
-            token_strs=tuple(self._engine.token_names(ids)) if request.return_token_strs else None,
+            token_strs=tuple(self.engine.token_names(ids)) if request.return_token_strs else None,
         )
 
     def _detokenized(self, ids: Sequence[int]) -> tokenizing.Detokenized:
-        vocabulary = self._engine.model_info.vocab_size
+        vocabulary = self.engine.model_info.vocab_size
         for place, token in enumerate(ids):
             if token >= vocabulary:
                 raise InvalidParameterError(
                     f"tokens.{place}: {token} is out of vocabulary: the model's ids are 0 to {vocabulary - 1}",
                     f"tokens.{place}",
                 )
-        text = self._engine.detokenize(ids, skip_special_tokens=False)
+        text = self.engine.detokenize(ids, skip_special_tokens=False)
         return tokenizing.Detokenized(prompt=text, content=text)

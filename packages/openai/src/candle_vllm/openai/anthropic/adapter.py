@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
@@ -70,7 +69,7 @@ class MessagesAdapter:
 
     async def create_stream(self, request: MessagesRequest | Fields) -> MessageStream:
         """Submit the request and stream its events; close the stream to abort the request."""
-        parsed = request if isinstance(request, MessagesRequest) else parse_messages_request(request)
+        parsed = parse_messages_request(request)
         reading = await self._read(parsed)
         with reading.worded():
             try:
@@ -83,19 +82,17 @@ class MessagesAdapter:
         shown = not (isinstance(parsed.thinking, ThinkingOn) and parsed.thinking.display == "omitted")
         writer = EventWriter(show_thinking=shown, context_bound=bound)
         counts = Usage(prompt_tokens=len(answer.prompt), completion_tokens=0)
-        return MessageStream(answer, writer, partial(_worded, reading), writer.start(answer.head, counts))
+        return MessageStream(answer, writer, reading.worded, writer.start(answer.head, counts))
 
     async def count_tokens(self, request: CountTokensRequest | Fields) -> TokenCount:
         """Count the prompt tokens that `create` would submit, cached or not; nothing is generated."""
-        parsed = request if isinstance(request, CountTokensRequest) else parse_count_tokens_request(request)
-        reading = await self._read(parsed)
+        reading = await self._read(parse_count_tokens_request(request))
         with reading.worded():
             return TokenCount(await self._adapter.count_tokens(lambda: reading.task))
 
     async def _unbound(self, task: Task) -> AnswerStream:
-        unlimited = replace(task, sampling={**task.sampling, "max_tokens": None})
         try:
-            return await self._adapter.answer(lambda: unlimited)
+            return await self._adapter.answer(task.unlimited)
         except PromptTooLongError as error:
             error.param = "messages"
             raise
@@ -109,12 +106,6 @@ class MessageStream(ChunkStream[MessageEvent]):
     """Events of one answer. Close it (`aclose`) if the client disconnects: this aborts the request."""
 
 
-@contextmanager
-def _worded(reading: Reading) -> Iterator[None]:
-    with reading.worded(), reading.task.paths.blamed():
-        yield
-
-
 class Reading(NamedTuple):
     """A task, and the path of the first request message that became part of the task's last message."""
 
@@ -123,9 +114,10 @@ class Reading(NamedTuple):
 
     @contextmanager
     def worded(self) -> Iterator[None]:
-        """Context manager that rewords errors about the prompt as Anthropic's clients expect them."""
+        """Context manager that names the request's fields, and rewords errors about the prompt as clients expect."""
         try:
-            yield
+            with self.task.paths.blamed():
+                yield
         except RequestError as error:
             text = str(error)
             if _PREFILL in text or error.param == _PREFILL:
@@ -288,17 +280,14 @@ class EventWriter:
 
     def _words(self, kind: _Kind, text: str) -> list[answers.MessageEvent]:
         if kind == "text":
-            return [answers.ContentBlockDelta(index=self._index, delta=answers.TextDelta(text=text))]
-        if not self._show_thinking:
-            return []
-        return [answers.ContentBlockDelta(index=self._index, delta=answers.ThinkingDelta(thinking=text))]
+            return self._delta(answers.TextDelta(text=text))
+        return self._delta(answers.ThinkingDelta(thinking=text)) if self._show_thinking else []
 
     def _json(self, text: str) -> list[answers.MessageEvent]:
-        return (
-            [answers.ContentBlockDelta(index=self._index, delta=answers.InputJsonDelta(partial_json=text))]
-            if text
-            else []
-        )
+        return self._delta(answers.InputJsonDelta(partial_json=text)) if text else []
+
+    def _delta(self, delta: Any) -> list[answers.MessageEvent]:
+        return [answers.ContentBlockDelta(index=self._index, delta=delta)]
 
     def _begin(self, kind: _Kind | ToolInput, block: answers.ContentBlock) -> list[answers.MessageEvent]:
         self._index += 1
@@ -312,9 +301,7 @@ class EventWriter:
             return []
         events: list[answers.MessageEvent] = []
         if kind == "thinking":
-            events.append(
-                answers.ContentBlockDelta(index=self._index, delta=answers.SignatureDelta(signature=answers.SIGNATURE))
-            )
+            events += self._delta(answers.SignatureDelta(signature=answers.SIGNATURE))
         elif isinstance(kind, ToolInput):
             events += self._json(kind.finish(cut=cut))
         return [*events, answers.ContentBlockStop(index=self._index)]

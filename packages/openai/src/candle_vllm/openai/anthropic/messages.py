@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Tag, model_validator
 
 from candle_vllm.openai.anthropic import blocks
 from candle_vllm.openai.protocol.fields import WireModel, invalid
-
-_ROLES = ("user", "assistant", "system")
+from candle_vllm.openai.protocol.messages import by_role
 
 
 class UserMessage(WireModel):
@@ -52,21 +51,11 @@ class SystemMessage(WireModel):
         return self
 
 
-def _role(value: Any) -> str | None:
-    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    return f"<{role}>" if role in _ROLES else None
-
-
 Message = Annotated[
     Annotated[UserMessage, Tag("<user>")]
     | Annotated[AssistantMessage, Tag("<assistant>")]
     | Annotated[SystemMessage, Tag("<system>")],
-    Discriminator(
-        _role,
-        custom_error_type="invalid_field",
-        custom_error_message="unknown role",
-        custom_error_context={"field": "role", "text": f"must be one of {', '.join(_ROLES)}"},
-    ),
+    by_role("user", "assistant", "system"),
 ]
 
 

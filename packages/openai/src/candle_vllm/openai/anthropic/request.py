@@ -39,12 +39,10 @@ ADVISORY_MESSAGES_FIELDS: Mapping[str, str] = {
     "workspace_id": "names the caller's workspace; the server has none",
 }
 
-_NO_SERVER_TOOLS = "the server runs no tools; the client does"
-_NO_STATE = "the server keeps no conversations"
 _HOSTED = "it belongs to Anthropic's own service"
 
 REFUSED_PROMPT_FIELDS: Mapping[str, Refusal] = {
-    "mcp_servers": Refusal(_NO_SERVER_TOOLS, ([],)),
+    "mcp_servers": Refusal("the server runs no tools; the client does", ([],)),
     "compaction": Refusal("prompts are never cut"),
     "billing_policy": Refusal(_HOSTED),
     "output_format": Refusal("use output_config with format"),
@@ -62,17 +60,16 @@ REFUSED_PROMPT_FIELDS: Mapping[str, Refusal] = {
 REFUSED_MESSAGES_FIELDS: Mapping[str, Refusal] = {
     **REFUSED_PROMPT_FIELDS,
     "container": Refusal("the server has no containers"),
-    "thread": Refusal(_NO_STATE),
+    "thread": Refusal("the server keeps no conversations"),
     "fallbacks": Refusal("one model is served", ([],)),
     "fallback_credit_token": Refusal(_HOSTED),
 }
 
-_NOT_GENERATED = Refusal("counting generates nothing")
 REFUSED_COUNT_FIELDS: Mapping[str, Refusal] = {
     **REFUSED_PROMPT_FIELDS,
     **dict.fromkeys(
         ("max_tokens", "stream", "temperature", "top_p", "top_k", "stop_sequences", "metadata", "service_tier"),
-        _NOT_GENERATED,
+        Refusal("counting generates nothing"),
     ),
 }
 
@@ -211,11 +208,11 @@ class CountTokensRequest(PromptRequest):
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_COUNT_FIELDS
 
 
-def parse_messages_request(body: bytes | Mapping[str, Any]) -> MessagesRequest:
-    """Parse and validate a request from a body or an object; raises `RequestError`."""
+def parse_messages_request(body: bytes | Mapping[str, Any] | MessagesRequest) -> MessagesRequest:
+    """Parse and validate a request from a body or an object, unless it is one already; raises `RequestError`."""
     return parse_body(MessagesRequest, body)
 
 
-def parse_count_tokens_request(body: bytes | Mapping[str, Any]) -> CountTokensRequest:
-    """Parse and validate a request from a body or an object; raises `RequestError`."""
+def parse_count_tokens_request(body: bytes | Mapping[str, Any] | CountTokensRequest) -> CountTokensRequest:
+    """Parse and validate a request from a body or an object, unless it is one already; raises `RequestError`."""
     return parse_body(CountTokensRequest, body)

@@ -7,24 +7,21 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
+from pydantic import BeforeValidator, Discriminator, Tag
 
 from candle_vllm.openai.anthropic.blocks import CacheControl, one_of
-from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, by_type, invalid, unsupported
+from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, by_type, spelled, unsupported
 from candle_vllm.openai.protocol.tools import ArgumentsSchema
 
 MAX_TOOL_NAME = 128  # characters of a tool's name; Anthropic's limit
-_NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 _SEARCH = re.compile(r"tool_search_tool_[a-z0-9_]+")
-
-
-def _check_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise invalid("", f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, not {name!r:.150}")
-    return name
-
-
-ToolName = Annotated[str, AfterValidator(_check_name)]
+ToolName = Annotated[
+    str,
+    spelled(
+        rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}",
+        f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, not {{!r:.150}}",
+    ),
+]
 
 
 class Tool(WireModel):

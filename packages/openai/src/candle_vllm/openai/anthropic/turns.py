@@ -46,10 +46,13 @@ def read_turns(system: blocks.SystemContent | None, messages: Sequence[Message])
             else:
                 head += texts
     turns = body.finish()
-    prefilled = isinstance(messages[-1], AssistantMessage) and _fill(turns)
+    prefilled = isinstance(messages[-1], AssistantMessage)
+    if prefilled and not (turns[-1].message.parts or turns[-1].message.thoughts):
+        turns.pop()
+        prefilled = False
     text = "\n".join(filter(None, head))
     if text:
-        turns.insert(0, Turn(_input("system", [TextPart(text)]), "system"))
+        turns.insert(0, Turn(TaskMessage(role="system", parts=(TextPart(text),)), "system"))
     if not turns:
         raise InvalidParameterError("messages must not be empty", "messages")
     if len(turns) > MAX_MESSAGES:
@@ -57,19 +60,6 @@ def read_turns(system: blocks.SystemContent | None, messages: Sequence[Message])
             f"messages must have at most {MAX_MESSAGES} entries, not a list of {len(turns)}", "messages"
         )
     return turns, prefilled
-
-
-def _input(role: Literal["system", "user"], parts: Sequence[Part]) -> TaskMessage:
-    return TaskMessage(role=role, parts=tuple(parts))
-
-
-def _fill(turns: list[Turn]) -> bool:
-    """Remove the last message if it is empty; return whether it remains."""
-    message = turns[-1].message
-    if message.parts or message.thoughts:
-        return True
-    turns.pop()
-    return False
 
 
 class _Turns:
@@ -131,7 +121,8 @@ class _Turns:
 
     def _end_inputs(self) -> None:
         self._turns += self._results
-        self._turns += [Turn(_input(role, parts), source) for role, parts, source in self._inputs]
+        for role, parts, source in self._inputs:
+            self._turns.append(Turn(TaskMessage(role=role, parts=tuple(parts)), source))
         self._results, self._inputs = [], []
 
 
@@ -170,13 +161,10 @@ class _Answer:
 
 
 def _system_texts(content: blocks.SystemContent) -> list[str]:
+    """Return the texts without `_BILLING`'s line, because no text after it could hit the prefix cache."""
     texts = [content] if isinstance(content, str) else [block.text for block in content]
-    return [text for text in map(_without_billing, texts) if text]
-
-
-def _without_billing(text: str) -> str:
-    """Remove a line that changes with every request: no text after it could hit the prefix cache."""
-    return text.partition("\n")[2] if text.startswith(_BILLING) else text
+    shown = (text.partition("\n")[2] if text.startswith(_BILLING) else text for text in texts)
+    return [text for text in shown if text]
 
 
 def _result_parts(block: blocks.ToolResultBlock, path: str) -> list[Part]:

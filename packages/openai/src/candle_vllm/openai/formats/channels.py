@@ -179,7 +179,8 @@ class Headed:
         parts = _Parts(self, reader, output, tools)
         name = yield from parts.first()
         while name:
-            name = yield from parts.content() if name == self.answer else parts.call(name)
+            answer = name == self.answer
+            name = yield from parts.until_part(output.content, CodeSpans()) if answer else parts.call(name)
             if name:
                 output.part_ends()
 
@@ -209,10 +210,6 @@ class _Parts:
             self._output.content(line + end)
         return name or self._shape.answer
 
-    def content(self) -> Need[str]:
-        """Parse a part with text of the answer."""
-        return (yield from self._until_part(self._output.content, CodeSpans()))
-
     def call(self, name: str) -> Need[str]:
         """Parse a part with a call's arguments."""
         reader, calls = self._reader, self._output.calls
@@ -223,9 +220,9 @@ class _Parts:
         calls.begin(name)
         if start == "{":
             calls.end((yield from read_value(reader, calls.arguments, self._stops)))
-            return (yield from self._until_part(nowhere))
+            return (yield from self.until_part(nowhere))
         raw = RawArgument(calls, self._text_argument(name))
-        following = yield from self._until_part(raw.add, inside=True)
+        following = yield from self.until_part(raw.add, inside=True)
         closed = bool(following) or reader.whole
         if closed:
             raw.end()
@@ -235,7 +232,7 @@ class _Parts:
     def _text_argument(self, name: str) -> str:
         return text_argument(name, self._output.calls.tools.get(name, {}))
 
-    def _until_part(self, sink: Sink, code: CodeSpans | None = None, *, inside: bool = False) -> Need[str]:
+    def until_part(self, sink: Sink, code: CodeSpans | None = None, *, inside: bool = False) -> Need[str]:
         """Parse text up to the next part; in an answer (`code`) or `inside` an argument, a call needs arguments."""
         reader, last = self._reader, ""
 

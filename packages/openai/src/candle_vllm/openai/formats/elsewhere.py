@@ -65,16 +65,10 @@ class _Kept(CallSink):
         self._whole += whole
 
     def give(self, calls: CallSink) -> None:
-        """Emit the collected calls."""
         for name, given_id, parts in self._calls:
             calls.begin(name, given_id)
             calls.arguments("".join(parts))
             calls.end()
-
-
-def _is_closed(text: str) -> bool:
-    """Whether a text begins no list of calls, or ends with "]" or a tag; "}" and ")" at the end are ignored."""
-    return not text.lstrip(SPACE).startswith("[") or text.rstrip(SPACE + "})").endswith(("]", ">"))
 
 
 def read_elsewhere(reader: Reader, calls: CallSink, ways: Iterable[Way]) -> Need[int]:
@@ -98,7 +92,10 @@ def read_elsewhere(reader: Reader, calls: CallSink, ways: Iterable[Way]) -> Need
                 read = False
             finally:
                 reader.lenient = True
-            if read and kept.complete and _is_closed(reader.since_mark().strip(SPACE).removeprefix(mark)):
+            text = reader.since_mark().strip(SPACE).removeprefix(mark).lstrip(SPACE)
+            # A list must end with "]" or a tag; "}" and ")" at its end are ignored.
+            closed = not text.startswith("[") or text.rstrip(SPACE + "})").endswith(("]", ">"))
+            if read and kept.complete and closed:
                 reader.forget()
                 kept.give(calls)
                 return -1

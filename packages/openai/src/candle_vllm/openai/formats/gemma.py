@@ -48,7 +48,8 @@ class Gemma:
                     reader.put_back(prefix + text + mark)
                 break
             calls.begin(name)
-            calls.end((yield from _Object(self, reader, calls, name).read()))
+            calls.arguments("{")
+            calls.end((yield from _Object(self, reader, calls, name).members("}", 1)))
             yield from reader.skip_space()
             yield from reader.take(",")
         if calls.count == before:
@@ -66,13 +67,11 @@ class _Object:
         self._emit = calls.arguments
         self._schema = calls.tools.get(name, {})
 
-    def read(self) -> Need[bool]:
-        """Parse the object; return whether it was closed, also by a closer, or the model had finished."""
-        self._emit("{")
-        return (yield from self._members("}", 1))
+    def members(self, close: str, depth: int) -> Need[bool]:
+        """Parse the entries of an object, or the items of a list; return whether `close` or a closer ended them.
 
-    def _members(self, close: str, depth: int) -> Need[bool]:
-        """Parse the entries of an object, or the items of a list, up to the bracket `close` or a closer."""
+        True also if the model had finished.
+        """
         reader, between = self._reader, ""
         while True:
             yield from reader.skip_space()
@@ -127,7 +126,7 @@ class _Object:
         if mark in ("{", "[") and depth < _MOST_DEPTH:
             reader.at += 1
             self._emit(mark)
-            return (yield from self._members("}" if mark == "{" else "]", depth + 1))
+            return (yield from self.members("}" if mark == "{" else "]", depth + 1))
         parts: list[str] = []
         yield from reader.match(_BARE, parts.append)
         if not (yield from self._ends()) and ((yield from reader.peek()) or not reader.whole):

@@ -92,7 +92,11 @@ def tool_grammar(
         many=parallel,
     )
     if form.flow is not None:
-        return context.writer.lark(_message(form.flow, context, required=not auto, in_reasoning=in_reasoning))
+        flow, call = form.flow, _one_call(form.flow, context)
+        for kind, (write, _) in _FLOWS.items():
+            if isinstance(flow, kind):
+                return context.writer.lark(write(flow, context, call, required=not auto, in_reasoning=in_reasoning))
+        return context.writer.lark(_block(flow, context).rest)
     message = _Message(context, reasoning, in_reasoning)
     start = message.lazy() if auto else message.required()
     return start and context.writer.lark(start)
@@ -117,13 +121,10 @@ def answer_grammar(
         strays, answer = (*row.strays, *reasoning.strays), (*row.answer, *reasoning.answer)
         row = dataclasses.replace(row, strays=tuple(dict.fromkeys(strays)), answer=tuple(dict.fromkeys(answer)))
     context = Context(Writer(special), row, tools, loose=loose, many=parallel)
-    flow = row.flow or (reasoning and reasoning.flow)
-    if isinstance(flow, Harmony):
-        return context.writer.lark(harmony_answer(flow, context, _one_call(flow, context), in_reasoning=in_reasoning))
-    if isinstance(flow, Headed):
-        return context.writer.lark(headed_answer(flow, context))
-    if isinstance(flow, Blocks):
-        return context.writer.lark(blocks_answer(flow, context, _one_call(flow, context), in_reasoning=in_reasoning))
+    flow: Any = row.flow or (reasoning and reasoning.flow)
+    for kind, (_, answer) in _FLOWS.items():
+        if isinstance(flow, kind):
+            return context.writer.lark(answer(flow, context, _one_call(flow, context), in_reasoning=in_reasoning))
     if not row.answer and not tools:
         return None
     return context.writer.lark(_Message(context, reasoning, in_reasoning).answer())
@@ -146,18 +147,15 @@ _block.register(Gemma, gemma)
 _block.register(Nested, nested)
 
 
-def _message(flow: Any, context: Context, *, required: bool, in_reasoning: bool) -> str:
-    """Return the grammar of a message whose format `flow` is more than text with marks."""
-    if isinstance(flow, Harmony):
-        return harmony(flow, context, _one_call(flow, context), required=required, in_reasoning=in_reasoning)
-    if isinstance(flow, Headed):
-        return headed(flow, context, required=required)
-    if isinstance(flow, Blocks):
-        return blocks(flow, context, _one_call(flow, context), required=required, in_reasoning=in_reasoning)
-    return _block(flow, context).rest
+_FLOWS: Mapping[type, tuple[Callable[..., str], Callable[..., str]]] = {
+    Harmony: (harmony, harmony_answer),
+    Headed: (headed, headed_answer),
+    Blocks: (blocks, blocks_answer),
+}
+"""Formats of messages that are more than text with marks -> grammars of a message, and of one with a constraint."""
 
 
-def _one_call(flow: Harmony | Blocks, context: Context) -> Callable[[FunctionShape], Block]:
+def _one_call(flow: Any, context: Context) -> Callable[[FunctionShape], Block]:
     """Return a function that returns the grammar of one call of a tool, in the format of the message's body."""
     return lambda tool: _block(flow.body, dataclasses.replace(context, many=False, tools=[tool]))
 
@@ -195,18 +193,22 @@ class _Message:
         writer, form = self._writer, self._form
         block = _block(self._body, self._context)
         mark = self._opening()
-        tag = _is_tag(mark, self._body)
+        closers = getattr(self._body, "closers", ())
+        tag = mark.startswith("<") and f"</{mark[1:]}" in closers  # models do not omit such a mark
         if block.lead in form.names and not tag:  # the body begins with the only mark
             mark = ""
         calls = sequence(writer.mark(block.lead), block.rest)
         marked = writer.rule(sequence(writer.mark(mark), SPACE if mark else "", calls))
-        closers = getattr(self._body, "closers", ())
         many = self._context.many and not any(mark.startswith(closer) for closer in closers)  # "```" and "```json"
         inside = sequence(marked, f"({SPACE} {marked})*" if many else "")
         if form.bare is not None and not tag:
-            inside = writer.rule(f"{inside} | {self._bare(form.bare)}")
+            bare = _block(form.bare, self._context)
+            inside = writer.rule(f"{inside} | {sequence(writer.mark(bare.lead), bare.rest)}")
         around = self._strays(_LEADING), SPACE, inside, self._strays(_TRAILING, _LEADING)
-        return sequence(*self._empty_parts(), *around)
+        empty = (  # optional empty parts, such as Kimi K3's empty answer before its calls
+            f"({SPACE} {writer.mark(begin)} {writer.mark(end)})?" for begin, end in form.answer
+        )
+        return sequence(*empty, *around)
 
     def _opening(self) -> str:
         """Return the mark before calls: the first with a special token of the vocabulary, or else the first."""
@@ -218,10 +220,6 @@ class _Message:
         marks = [mark for mark in self._form.strays if these.search(mark) and not but.search(mark)]
         return sequence(*(f"({space} {self._writer.mark(mark)})?" for mark in marks)) if marks else ""
 
-    def _bare(self, body: Body) -> str:
-        block = _block(body, self._context)
-        return sequence(self._writer.mark(block.lead), block.rest)
-
     def _thoughts(self, behind: str = "") -> str:
         """Return an expression of reasoning before calls or text; before a fence, no quote may precede its end mark."""
         writer = self._writer
@@ -230,11 +228,6 @@ class _Message:
             return sequence(SPACE, thought(self._open_close), behind)
         pairs = [f"{writer.mark(begin)} {thought(end)}" for begin, end in self._pairs.items()]
         return f"({SPACE} {writer.rule(' | '.join(pairs))} {behind})?" if pairs else ""
-
-    def _empty_parts(self) -> Iterator[str]:
-        """Yield expressions of optional empty parts of a message, such as Kimi K3's empty answer before its calls."""
-        for begin, end in self._form.answer:
-            yield f"({SPACE} {self._writer.mark(begin)} {self._writer.mark(end)})?"
 
     def lazy(self) -> str | None:
         """Return an expression of free text in which calls follow the format; None if there is nothing to enforce."""
@@ -303,8 +296,3 @@ class _Message:
         for mark in self._form.strays:
             if not self._writer.is_text(mark):
                 yield self._writer.rule(self._writer.until(mark, body))
-
-
-def _is_tag(mark: str, body: Any) -> bool:
-    """Whether a mark is a tag with a closing tag; models do not omit such a mark."""
-    return mark.startswith("<") and f"</{mark[1:]}" in getattr(body, "closers", ())

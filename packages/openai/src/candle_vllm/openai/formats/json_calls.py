@@ -78,26 +78,16 @@ class JsonCalls:
             while listed and (yield from reader.take("}")):  # a surplus bracket
                 yield from reader.skip_space()
             yield from reader.take(",", ";")
-            if not listed and self.known_only and not (yield from self._another(reader)):
-                break
         if not found:
             words = self.known_only or self.offered_only
-            return listed and not words and (yield from self._empty_list(reader))
+            if not listed or words or not (yield from reader.take("]")):
+                return False
+            yield from skip_closers(reader, self.closers)
+            return True
         if listed:
             yield from reader.take("]")
         for closers in ends:
             yield from skip_closers(reader, closers)
-        return True
-
-    @staticmethod
-    def _another(reader: Reader) -> Need[bool]:
-        yield from reader.skip_space()
-        return (yield from reader.peek()) == "{"
-
-    def _empty_list(self, reader: Reader) -> Need[bool]:
-        if not (yield from reader.take("]")):
-            return False
-        yield from skip_closers(reader, self.closers)
         return True
 
 
@@ -128,8 +118,6 @@ def _skip_brackets(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
 
 
 class _ObjectReader:
-    """Parser of one object."""
-
     def __init__(self, shape: JsonCalls, reader: Reader, calls: CallSink, stops: Markers) -> None:
         self._shape = shape
         self._reader = reader

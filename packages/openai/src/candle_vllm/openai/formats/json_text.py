@@ -7,10 +7,9 @@ import json
 import re
 
 from candle_vllm.openai.formats.json_value import read_quoted, read_value
-from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, Sink, nowhere
+from candle_vllm.openai.formats.reader import SPACE, SPECIAL, Markers, Need, Reader, Sink, nowhere
 
 _NOTHING = Markers(())
-_LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair
 _FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # the escape of a surrogate pair's first half
 
 
@@ -53,7 +52,7 @@ def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
 
     def decoded(text: str) -> None:
         nonlocal held  # `text` is a run of characters or one whole escape
-        special = text if _LONE.fullmatch(text) else ""  # a special token, which is plain text here
+        special = text if SPECIAL.fullmatch(text) else ""  # a special token, which is plain text here
         if special or text == '"':  # one of the outer quotes: inner ones are escaped
             whole, held = held, ""
         elif _FIRST_HALF.fullmatch(text):
@@ -61,7 +60,7 @@ def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
         else:
             whole, held = held + text, ""
         if whole or special:
-            inner.feed(_LONE.sub("\ufffd", json.loads(f'"{whole}"')) + special)
+            inner.feed(SPECIAL.sub("\ufffd", json.loads(f'"{whole}"')) + special)
             next(run)
 
     closed = yield from read_quoted(reader, decoded)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import re
 
-from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, Sink
+from candle_vllm.openai.formats.reader import SPACE, SPACES, SPECIAL, Markers, Need, Reader, Sink
 
 _ESCAPES = 'bfnrtu"\\/'
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null", "undefined": "null"}
 _RUNS = {quote: re.compile(rf'[^"\\\x00-\x1f\ud800-\udfff{quote}]*') for quote in ('"', "'")}
 _WORD = re.compile(r"[\w+\-.$@/%]*")
 _NUMBER = re.compile(r"([+-]?)([0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
-_SPACE = re.compile(r"[ \t\r\n]*")
 _CLOSING = {"{": "}", "[": "]"}
 _NOTHING = Markers(())
 
@@ -43,7 +42,7 @@ def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
     if not closed:
         return None
     try:
-        value = json.loads(_LONE.sub("", "".join(parts)))
+        value = json.loads(SPECIAL.sub("", "".join(parts)))
     except ValueError:
         return None
     return value if isinstance(value, str) else None
@@ -68,12 +67,7 @@ def _plain(word: str) -> str:
     return _WORDS.get(word.lower()) or number(word) or json.dumps(word, ensure_ascii=False)
 
 
-_LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair
-
-
 class _Value:
-    """Parser of one value."""
-
     def __init__(self, reader: Reader, sink: Sink, stops: Markers, most: int = 1 << 30) -> None:
         self._reader = reader
         self._sink = sink
@@ -89,9 +83,9 @@ class _Value:
         while True:
             text, at = reader.text, reader.at
             if at == len(text) or text[at] in SPACE:
-                yield from reader.match(_SPACE, self._space)
+                yield from reader.match(SPACES, self._space)
                 if reader.at == len(reader.text):
-                    return self._ended()
+                    return reader.whole and self._close()
             character = reader.text[reader.at]
             if character in "\"'":
                 self._begin_value()
@@ -131,7 +125,7 @@ class _Value:
                     return False
             else:
                 reader.at += 1  # a special token is its text: marks have no meaning here
-                self._run(character if _LONE.match(character) else json.dumps(character)[1:-1])
+                self._run(character if SPECIAL.match(character) else json.dumps(character)[1:-1])
 
     def _run(self, text: str) -> None:
         self._left -= len(text)
@@ -248,9 +242,6 @@ class _Value:
             return False
         reader.at = len(reader.text)
         return True
-
-    def _ended(self) -> bool:
-        return self._close() if self._reader.whole else False
 
     def _close(self) -> bool:
         """Add the missing brackets, if they complete a value; return whether they do."""

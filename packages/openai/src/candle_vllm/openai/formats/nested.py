@@ -46,7 +46,8 @@ class Nested:
                     reader.put_back(f'{self.tag}<{self.call} name="{name}{mark}')
                 break
             calls.begin(name)
-            calls.end((yield from _Arguments(self, reader, calls, name).read()))
+            calls.arguments("{")
+            calls.end((yield from _Arguments(self, reader, calls, name).entries(calls.tools.get(name, {}), 1)))
         if calls.count == before:
             return False
         yield from skip_closers(reader, self.closers)
@@ -55,23 +56,16 @@ class Nested:
 
 
 class _Arguments:
-    """Parser of one call's arguments."""
-
     def __init__(self, shape: Nested, reader: Reader, calls: CallSink, name: str) -> None:
         self._shape = shape
         self._reader = reader
         self._emit: Sink = calls.arguments
         self._schema = calls.tools.get(name, {})
 
-    def read(self) -> Need[bool]:
-        """Parse the arguments; return whether the call was closed, or the model had finished."""
-        self._emit("{")
-        return (yield from self._entries(self._schema, 1))
-
-    def _entries(self, schema: Mapping[str, Any], depth: int, listed: bool = False, first: str = "") -> Need[bool]:
+    def entries(self, schema: Mapping[str, Any], depth: int, listed: bool = False, first: str = "") -> Need[bool]:
         """Parse tags up to the one that closes the enclosing tag; `first` is the name of a tag that was already read.
 
-        A repeated member of an object is ignored.
+        A repeated member of an object is ignored. Return whether that tag was read, or the model had finished.
         """
         reader, key, keys, emit = self._reader, first, set[str](), self._emit
         while True:
@@ -120,7 +114,7 @@ class _Arguments:
             return False
         listed = name == self._shape.item and "array" in kinds.types
         self._emit("[" if listed else "{")
-        return (yield from self._entries(schema, depth, listed, name))
+        return (yield from self.entries(schema, depth, listed, name))
 
 
 def _scalar(text: str, kinds: Kinds) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from candle_vllm.openai.formats.events import CallArguments, CallEnd, CallStart, Event, TextPiece
-from candle_vllm.openai.formats.reader import SPACE, nowhere
+from candle_vllm.openai.formats.reader import SPACE, SPECIAL, nowhere
 from candle_vllm.openai.formats.values import escaped
 
 Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
@@ -19,7 +19,6 @@ MakeId = Callable[[int], str]
 
 _NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # of a function that the request does not offer
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
-_SPECIAL = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ class Output:
 
     def spelt(self, text: str, but: str = "") -> str:
         """Return a text with the names of special tokens in place of their characters, except the ones in `but`."""
-        return text if text.isascii() else _SPECIAL.sub(lambda one: self._spelt(one.group(), but), text)
+        return text if text.isascii() else SPECIAL.sub(lambda one: self._spelt(one.group(), but), text)
 
     def _spelt(self, character: str, but: str) -> str:
         return character if character in but else self._names.get(character, character)
@@ -210,7 +209,7 @@ class Output:
 
 def _named(text: str, names: Mapping[str, str]) -> str:
     """Return a text with the names of special tokens in place of their characters; without a name they are left out."""
-    return text if text.isascii() else _SPECIAL.sub(lambda match: names.get(match.group(), ""), text)
+    return text if text.isascii() else SPECIAL.sub(lambda match: names.get(match.group(), ""), text)
 
 
 def _join(events: list[Event], run: list[str]) -> None:

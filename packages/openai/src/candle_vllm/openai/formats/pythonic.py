@@ -72,8 +72,6 @@ class Pythonic:
 
 
 class _Arguments:
-    """Parser of one call's arguments."""
-
     def __init__(self, reader: Reader, calls: CallSink, name: str) -> None:
         self._reader = reader
         self._calls = calls
@@ -92,7 +90,8 @@ class _Arguments:
             if not end and not self._reader.whole:
                 return False
             if text:
-                self._argument(key or self._next_key(), text)
+                place = f"argument_{len(self._keys)}"  # of a positional argument that the tool does not have
+                self._argument(key or next((one for one in self._order if one not in self._keys), place), text)
             if end not in (",", "="):
                 break
         self._calls.arguments("}" if self._keys else "{}")
@@ -104,10 +103,6 @@ class _Arguments:
         self._calls.arguments((", " if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ": ")
         self._keys.add(key)
         self._calls.arguments(_to_json(text))
-
-    def _next_key(self) -> str:
-        """Return the name of the next positional argument."""
-        return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
         """Return text and the mark after it: ",", ")", "=" unless `inside` a value, an unread special token, or ""."""

@@ -19,6 +19,7 @@ Sink = Callable[[str], object]
 
 SPACE = " \t\r\n"
 SPACES = re.compile(r"[ \t\r\n]*")
+SPECIAL = re.compile("[\ud800-\udfff]")  # a special token (see `layout`), or half of a surrogate pair
 
 
 def nowhere(_: object) -> None:

@@ -15,16 +15,14 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         "think",
         others=(("<|think|>", "<|/think|>"), ("<thought>", "</thought>"), ("[THINK]", "[/THINK]")),
         aliases=words(
-            "deepseek_r1 deepseek_v3 deepseek_v31 deepseek_v32 deepseek_v4 deepseek_v41 qwen3 "
-            "qwen3_thinking glm45 glm47 minimax minimax_m2 kimi kimi_k2 nemotron_v3 nano_v3 step3 step3p5 olmo3 "
-            "holo2 mimo poolside_v1 interns1 "
-            "smollm3"
+            "deepseek_r1 deepseek_v3 deepseek_v31 deepseek_v32 deepseek_v4 deepseek_v41 qwen3 qwen3_thinking glm45 "
+            "glm47 minimax minimax_m2 kimi kimi_k2 nemotron_v3 nano_v3 step3 step3p5 olmo3 holo2 mimo poolside_v1 "
+            "interns1 smollm3"
         ),
         model_types=words(
-            "qwen3 qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe deepseek_v3 "
-            "deepseek_v32 deepseek_v4 deepseek_v41 deepseek_v41_text glm4_moe minimax_m1 "
-            "minimax_m2 kimi_k2 nemotron_h step3_text step3p5 "
-            "olmo3 smollm3"
+            "qwen3 qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe deepseek_v3 deepseek_v32 "
+            "deepseek_v4 deepseek_v41 deepseek_v41_text glm4_moe minimax_m1 minimax_m2 kimi_k2 nemotron_h step3_text "
+            "step3p5 olmo3 smollm3"
         ),
     ),
     ReasoningFormat(

@@ -40,37 +40,30 @@ MINICPM = Tagged(
     tight=('<functionname="', '<paramname="'),
 )
 MINICPM_NAMED = dataclasses.replace(MINICPM, known_only=True)
-GLM = Tagged(
-    name_open="",
-    name_end="\n",
-    key_open="<arg_key>",
-    key_end="</arg_key>",
-    value_open="<arg_value>",
-    value_end="</arg_value>",
-    call_end="</tool_call>",
-)
-HORIZON = dataclasses.replace(
-    GLM,
-    key_open="<ifm|arg_key>",
-    key_end="</ifm|arg_key>",
-    type_open="<ifm|arg_type>",
-    type_end="</ifm|arg_type>",
-    value_open="<ifm|arg_value>",
-    value_end="</ifm|arg_value>",
-    call_end="</ifm|tool_call>",
-)
-HUNYUAN = (
-    dataclasses.replace(
-        GLM,
-        name_end="<tool_sep:opensource>",
-        key_open="<arg_key:opensource>",
-        key_end="</arg_key:opensource>",
-        value_open="<arg_value:opensource>",
-        value_end="</arg_value:opensource>",
-        call_end="</tool_call:opensource>",
-    ),
-    dataclasses.replace(GLM, name_end="<tool_sep>"),
-)
+
+
+def _glm(before: str = "", behind: str = "", name_end: str = "\n", *, typed: bool = False) -> Tagged:
+    """Return GLM's format, whose tags' names begin with `before` and end with `behind`."""
+
+    def tag(name: str, slash: str = "") -> str:
+        return f"<{slash}{before}{name}{behind}>"
+
+    return Tagged(
+        name_open="",
+        name_end=name_end,
+        key_open=tag("arg_key"),
+        key_end=tag("arg_key", "/"),
+        type_open=tag("arg_type") if typed else "",
+        type_end=tag("arg_type", "/") if typed else "",
+        value_open=tag("arg_value"),
+        value_end=tag("arg_value", "/"),
+        call_end=tag("tool_call", "/"),
+    )
+
+
+GLM = _glm()
+HORIZON = _glm(before="ifm|", typed=True)
+HUNYUAN = (_glm(behind=":opensource", name_end="<tool_sep:opensource>"), _glm(name_end="<tool_sep>"))
 BARE_JSON = JsonCalls(known_only=True)
 BARE_HERMES = JsonCalls(known_only=True, closers=("</tool_call>",))
 FENCED_JSON = JsonCalls(known_only=True, closers=("```",))

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, skip_closers
 from candle_vllm.openai.formats.json_value import read_value
 from candle_vllm.openai.formats.output import CallSink
-from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers, nowhere
+from candle_vllm.openai.formats.reader import SPACE, SPACES, SPECIAL, Need, Reader, Sink, markers, nowhere
 from candle_vllm.openai.formats.values import JSON_TYPES, Kinds, argument_kinds, escaped, kinds_of, to_json
 
-_SPACES = re.compile(r"[ \t\r\n]*")
-_SPECIAL = re.compile("[\ud800-\udfff]")
 _SHORT = frozenset({"integer", "number", "boolean", "null"})
 
 
@@ -113,8 +111,6 @@ class Tagged:
 
 
 class _Arguments:
-    """Parser of one call's arguments."""
-
     def __init__(self, shape: Tagged, reader: Reader, calls: CallSink, name: str) -> None:
         self._shape = shape
         self._reader = reader
@@ -255,7 +251,7 @@ class _Arguments:
         inner = _Inner(parts.append, self._shape)
         closed = yield from self._value(inner, short=not (kinds.text or kinds.listed) and kinds.types <= _SHORT)
         text = "".join(parts)
-        plain = _SPECIAL.sub("", text)
+        plain = SPECIAL.sub("", text)
         value = to_json(plain, kinds)
         is_text = value == _quoted(plain)
         if closed or (inner.ended and not is_text):  # a number before an incomplete mark is complete
@@ -307,7 +303,7 @@ class _Arguments:
                 text(mark)
                 continue
             spaces: list[str] = []
-            yield from reader.match(_SPACES, spaces.append)
+            yield from reader.match(SPACES, spaces.append)
             next_ones = (*shape.keys, shape.call_end, *shape.closers) if mark == shape.value_end else outer
             following = yield from reader.take(*next_ones)
             reader.put_back(following)

@@ -35,14 +35,14 @@ def writer_of_calls(probe: template_needs.TemplateProbe, *, as_text: bool) -> To
     written = probe.calls(as_text=as_text)
     if written is None:
         return None
-    places = {row.name: _first_mark(row, written.text) for row in TOOL_FORMATS}
+    text, places = written.text, dict[str, int]()
+    for row in TOOL_FORMATS:  # a mark that encloses other marks has the smallest offset
+        places[row.name] = min((text.find(mark) for mark in (*row.opens, *row.names) if mark in text), default=-1)
     marked = sorted((row for row in TOOL_FORMATS if places[row.name] >= 0), key=lambda row: places[row.name])
     flows = [row for row in TOOL_FORMATS if row.flow is not None]
     bare = [row for row in TOOL_FORMATS if row.bare is not None]
     first = [dataclasses.replace(row, bodies=row.bodies[:1], bare=None) for row in marked]
-    unmarked = [
-        row for row in bare if not isinstance(row.bare, JsonCalls) or f'"{row.bare.arguments_key}"' in written.text
-    ]
+    unmarked = [row for row in bare if not isinstance(row.bare, JsonCalls) or f'"{row.bare.arguments_key}"' in text]
     for row in (*first, *marked, *flows, *unmarked):
         if _calls(row, written) == [(template_needs.NAME, template_needs.ARGUMENTS)]:
             return next(own for own in TOOL_FORMATS if own.name == row.name)
@@ -82,11 +82,6 @@ def _own_first(rows: Iterable[ReasoningFormat]) -> Iterator[ReasoningFormat]:
     listed = list(rows)
     yield from (dataclasses.replace(row, others=()) for row in listed)
     yield from (row for row in listed if row.others)
-
-
-def _first_mark(row: ToolFormat, text: str) -> int:
-    """Return the offset of a row's first mark, or -1; a mark that encloses other marks has the smallest offset."""
-    return min((text.find(mark) for mark in (*row.opens, *row.names) if mark in text), default=-1)
 
 
 def _tool_marks(row: ToolFormat, text: str) -> int:

@@ -50,11 +50,10 @@ class TextFlow:
     ) -> None:
         """
         Args:
-            layout: what the message may contain.
+            layout, in_reasoning: as in `OutputParser`.
             form: tool-call format; None if calls are not parsed.
             reader: has the text.
             output: receives reasoning, content and calls.
-            in_reasoning: whether the prompt has already opened the reasoning.
             held: whether a grammar constrains calls; a call's mark without special tokens then ends no reasoning.
             lazy: whether it does so only from the beginning of a call; an unmarked call must begin as in the grammar.
         """

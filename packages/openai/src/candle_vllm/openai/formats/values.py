@@ -17,7 +17,7 @@ from candle_vllm.openai.formats.json_value import number
 
 _MOST_STEPS = 64  # parts of a schema that are examined for one argument
 _MOST_LISTED = 1 << 16  # strings of one enumeration
-_TYPES = {
+JSON_NAMES = {
     bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object", type(None): "null",
 }  # fmt: skip
 _TYPING = frozenset({"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"})  # keywords that restrict the type
@@ -166,7 +166,7 @@ def schema_kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
         if "const" in part or isinstance(part.get("enum"), list):
             values = [part["const"]] if "const" in part else part["enum"][:_MOST_LISTED]
             listed.update(value for value in values if isinstance(value, str))
-            named = (named or {_TYPES.get(type(value), "string") for value in values}) - {"string"}
+            named = (named or {JSON_NAMES.get(type(value), "string") for value in values}) - {"string"}
         types |= named
     if not types and not listed:
         return ANYTHING

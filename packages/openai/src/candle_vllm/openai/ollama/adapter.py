@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, cast
-
-import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.openai.adapter import OpenAIAdapter
@@ -60,7 +59,7 @@ class OllamaAdapter:
     async def chat_stream(self, request: wires.ChatRequest) -> LineStream:
         """Submit the request and stream its lines; close the stream to abort the request."""
         times = self._begun(request)
-        answer = await self._bounded(self._chat_task, request)
+        answer = await self._bounded(self._adapter.answer, partial(self._chat_task, request))
         return LineStream(answer, answers.LineWriter(times, chat=True, ends=self._adapter.model_info.eos_token_ids))
 
     async def generate(self, request: wires.GenerateRequest) -> answers.GenerateLine:
@@ -73,31 +72,25 @@ class OllamaAdapter:
         if request.raw or request.suffix or not self._adapter.model_info.has_chat_template:
             if request.think:
                 remark(["think has no effect: without a chat template, the prompt decides whether the model thinks"])
-            answer = await self._raw(request)
+            read = partial(_raw_task, request, self._defaults)
+            answer = await self._bounded(lambda task: self._adapter.continued(task()), read)
         else:
-            answer = await self._bounded(self._prompt_task, request)
+            answer = await self._bounded(self._adapter.answer, partial(self._prompt_task, request))
         # With images there is no `context`: the next request could not give their placeholders the images again.
         context = None if request.raw or request.suffix or request.images else answer.prompt
         ends = self._adapter.model_info.eos_token_ids
         return LineStream(answer, answers.LineWriter(times, chat=False, ends=ends, context=context))
 
-    async def _raw(self, request: wires.GenerateRequest) -> AnswerStream:
-        task = _raw_task(request, self._defaults)
-        try:
-            return await self._adapter.continued(task)
-        except PromptTooLongError as error:
-            if error.param != _SPELLED["max_tokens"]:
-                raise
-        return await self._adapter.continued(_unbound(task))
-
-    async def _bounded(self, read: Callable[[Any], Task], request: _Generating) -> AnswerStream:
+    async def _bounded(
+        self, start: Callable[[Callable[[], Task]], Awaitable[AnswerStream]], read: Callable[[], Task]
+    ) -> AnswerStream:
         """Start an answer; without room for `num_predict` tokens, it ends at the end of the context."""
         try:
-            return await self._adapter.answer(lambda: read(request))
+            return await start(read)
         except PromptTooLongError as error:
             if error.param != _SPELLED["max_tokens"]:
                 raise
-        return await self._adapter.answer(lambda: _unbound(read(request)))
+        return await start(lambda: read().unlimited())
 
     async def embed(self, request: wires.EmbedRequest) -> answers.Vectors:
         """Return the embeddings of texts, scaled to length 1. Cancelling aborts the texts that are not embedded yet."""
@@ -121,12 +114,8 @@ class OllamaAdapter:
         asked = None if request.options is None else request.options.num_ctx
         most = self._adapter.model_info.max_model_len
         if asked is not None and asked > most:
-            remark(
-                [
-                    f"options.num_ctx is {asked}, but this server runs the model with a context of {most} tokens "
-                    "(--max-model-len)"
-                ]
-            )
+            told = f"this server runs the model with a context of {most} tokens (--max-model-len)"
+            remark([f"options.num_ctx is {asked}, but {told}"])
         return answers.Times(request.received, time.perf_counter_ns())
 
     async def _vectors(self, model: str, texts: Sequence[str | list[int]], field: str, **options: Any) -> Any:
@@ -243,10 +232,6 @@ def _answered(pending: deque[Call], message: wires.Message) -> Call | None:
             pending.remove(call)
             return call
     return None
-
-
-def _unbound(task: Task) -> Task:
-    return msgspec.structs.replace(task, sampling={**task.sampling, "max_tokens": None})
 
 
 def _raw_task(request: wires.GenerateRequest, defaults: Mapping[str, Any]) -> Task:

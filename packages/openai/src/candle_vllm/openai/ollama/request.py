@@ -28,7 +28,6 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0
 _PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|µs|μs|ms|s|m|h)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,12}(?:\.[0-9]{1,12})?")
 _MAX_DURATION = 64  # characters
-_FUNCTION_NAME = re.compile(rf"[\w.\-:/]{{1,{fields.MAX_NAME}}}")
 
 # Options of Ollama that configure how a model runs: validated, but without effect. The values are the reasons.
 ADVISORY_OPTIONS: Mapping[str, str] = {
@@ -245,19 +244,16 @@ class _Generating(_Asked):
         return {**super().sampling(), **({"logprobs": self.top_logprobs or 0} if self.logprobs else {})}
 
 
-def _writable(name: str) -> str:
-    if not _FUNCTION_NAME.fullmatch(name):
-        text = (
-            f"must be 1 to {fields.MAX_NAME} letters, digits and _ . - : /, which models can write; {name!r:.80} is not"
-        )
-        raise fields.invalid("", text)
-    return name
-
-
 class OfferedFunction(FunctionDefinition):
     """A function that the model may call; its name may have characters that OpenAI refuses."""
 
-    name: Annotated[str, AfterValidator(_writable)]
+    name: Annotated[
+        str,
+        fields.spelled(
+            rf"[\w.\-:/]{{1,{fields.MAX_NAME}}}",
+            f"must be 1 to {fields.MAX_NAME} letters, digits and _ . - : /, which models can write; {{!r:.80}} is not",
+        ),
+    ]
 
 
 class OfferedTool(Tool):
@@ -325,6 +321,15 @@ class ChatRequest(_Generating):
         return tools
 
 
+_TEMPLATED = ("system",), "system, which only a chat template can place"
+_ALONE: Mapping[str, tuple[tuple[str, ...], str]] = {  # field -> fields that exclude it, and why
+    "suffix": _TEMPLATED,
+    "raw": _TEMPLATED,
+    "context": (("suffix",), "suffix: a gap is filled without an earlier answer"),
+    "images": (("raw", "suffix", "context"), "raw, suffix or context: only the model's template can place them"),
+}
+
+
 class GenerateRequest(_Generating):
     """A prompt to answer: `POST /api/generate`. Without a prompt or suffix it only loads the model.
 
@@ -345,27 +350,12 @@ class GenerateRequest(_Generating):
     context: Annotated[list[fields.TokenId], Field(max_length=MAX_CONTEXT, fail_fast=True)] | None = None
     images: Images | None = None
 
-    @field_validator("images")
+    @field_validator(*_ALONE)
     @classmethod
-    def _in_messages(cls, value: list[str] | None, info: Any) -> list[str] | None:
-        if value and (info.data.get("raw") or info.data.get("suffix") or info.data.get("context")):
-            raise fields.invalid(
-                "", "cannot be combined with raw, suffix or context: only the model's template can place them"
-            )
-        return value
-
-    @field_validator("suffix", "raw")
-    @classmethod
-    def _alone(cls, value: str | bool | None, info: Any) -> str | bool | None:
-        if value and info.data.get("system"):
-            raise fields.invalid("", "cannot be combined with system, which only a chat template can place")
-        return value
-
-    @field_validator("context")
-    @classmethod
-    def _of_texts(cls, value: list[int] | None, info: Any) -> list[int] | None:
-        if value and info.data.get("suffix"):
-            raise fields.invalid("", "cannot be combined with suffix: a gap is filled without an earlier answer")
+    def _combines(cls, value: Any, info: Any) -> Any:
+        others, reason = _ALONE[info.field_name]
+        if value and any(map(info.data.get, others)):
+            raise fields.invalid("", f"cannot be combined with {reason}")
         return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -22,7 +22,7 @@ from candle_vllm.openai.protocol.fields import (
     prompt_form,
 )
 from candle_vllm.openai.protocol.messages import Messages
-from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
+from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, Listed, PoolingFields, Words
 from candle_vllm.openai.protocol.score import Texts
 from candle_vllm.openai.protocol.templating import TemplateFields
 
@@ -241,20 +241,6 @@ class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
     def inputs(self) -> list[str | list[int]]:
         """The inputs as a list with one entry for each text."""
         return entries(self.input)
-
-
-Item = TypeVar("Item")
-
-
-class Listed(msgspec.Struct, Generic[Item], frozen=True, kw_only=True):
-    """Response with one item for each text of a request."""
-
-    id: str
-    created: int
-    model: str
-    data: tuple[Item, ...]
-    usage: PoolingUsage
-    object: str = "list"
 
 
 class ModerationRequest(PoolingFields):

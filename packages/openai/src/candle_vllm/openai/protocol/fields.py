@@ -275,14 +275,19 @@ _OF_THE_OPERATOR = {
 """Fields of llama.cpp, Ollama and transformers, and where they are set here."""
 
 
-def _plain_id(value: str) -> str:
-    if not _REQUEST_ID.fullmatch(value):
-        raise invalid("", "must be 1 to 128 letters, digits and . _ : -")
-    return value
+def spelled(pattern: str, rule: str) -> AfterValidator:
+    """Return a validator of strings that match `pattern`; `rule` is the error's text, with {} for the string."""
+    form = re.compile(pattern)
+
+    def check(value: str) -> str:
+        if not form.fullmatch(value):
+            raise invalid("", rule.format(value))
+        return value
+
+    return AfterValidator(check)
 
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-RequestId = Annotated[str, AfterValidator(_plain_id)]
+RequestId = Annotated[str, spelled(r"[A-Za-z0-9._:-]{1,128}", "must be 1 to 128 letters, digits and . _ : -")]
 
 
 def type_of(value: Any) -> Any:
@@ -315,21 +320,14 @@ def entries(prompts: Any) -> list[Any]:
     return prompts if prompt_form(prompts) in ("<strings>", "<token lists>") else [prompts]
 
 
-_NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
-
-
-def check_name(name: str) -> str:
-    """Check OpenAI's rule for the names of functions and schemas, and return the name."""
-    if not _NAME.fullmatch(name):
-        raise invalid(
-            "",
-            f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, which is OpenAI's rule for names; "
-            f"{name!r:.80} is not: rename it, and map the name back when it is called",
-        )
-    return name
-
-
-FunctionName = Annotated[str, AfterValidator(check_name)]
+FunctionName = Annotated[
+    str,
+    spelled(
+        rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}",
+        f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, which is OpenAI's rule for names; "
+        "{!r:.80} is not: rename it, and map the name back when it is called",
+    ),
+]
 
 
 _MODEL_NAME = {"type": "string", "maxLength": MAX_NAME}

@@ -16,7 +16,6 @@ from candle_vllm.openai.task import ImagePart as Image
 
 _OTHER_PARTS = frozenset({"image_base64", "input_audio", "audio_url", "video_url", "file", "input_file", "thinking"})
 _IMAGES = ("image_url", "input_image")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class TextPart(WireModel):
@@ -222,11 +221,19 @@ def _not_older(value: Any) -> Any:
     return value
 
 
-def _role(value: Any) -> str | None:
-    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    if not isinstance(role, str) or role not in _ROLES:
-        return None
-    return "<system>" if role == "developer" else f"<{role}>"
+def by_role(*roles: str, **alike: str) -> Discriminator:
+    """Return the discriminator of messages; `alike` maps a role to another one of the same form."""
+
+    def form(value: Any) -> str | None:
+        role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+        return f"<{alike.get(role, role)}>" if isinstance(role, str) and role in roles else None
+
+    return Discriminator(
+        form,
+        custom_error_type="invalid_field",
+        custom_error_message="unknown role",
+        custom_error_context={"field": "role", "text": f"must be one of {', '.join(roles)}"},
+    )
 
 
 Message = Annotated[
@@ -234,12 +241,7 @@ Message = Annotated[
     | Annotated[UserMessage, Tag("<user>")]
     | Annotated[AssistantMessage, Tag("<assistant>")]
     | Annotated[ToolMessage, Tag("<tool>")],
-    Discriminator(
-        _role,
-        custom_error_type="invalid_field",
-        custom_error_message="unknown role",
-        custom_error_context={"field": "role", "text": f"must be one of {', '.join(_ROLES)}"},
-    ),
+    by_role("system", "developer", "user", "assistant", "tool", developer="system"),
     BeforeValidator(_not_older),
 ]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=fields.MAX_MESSAGES, fail_fast=True)]

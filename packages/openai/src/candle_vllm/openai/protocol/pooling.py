@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Generic, TypeVar
 
 import msgspec
 from pydantic import Field
@@ -56,3 +56,17 @@ class PoolingUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt_tokens: int
     total_tokens: int
+
+
+Item = TypeVar("Item")
+
+
+class Listed(msgspec.Struct, Generic[Item], frozen=True, kw_only=True):
+    """Response with one item for each text, or for each pair of texts, of a request."""
+
+    id: str
+    created: int
+    model: str
+    data: tuple[Item, ...]
+    usage: PoolingUsage
+    object: str = "list"

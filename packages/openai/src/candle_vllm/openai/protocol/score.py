@@ -14,6 +14,7 @@ from candle_vllm.openai.protocol.fields import Refusal, WireModel, invalid, list
 from candle_vllm.openai.protocol.pooling import (
     MAX_PAIRS,
     POOLING_REFUSED_FIELDS,
+    Listed,
     PoolingFields,
     PoolingUsage,
     Words,
@@ -105,15 +106,8 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "score"
 
 
-class ScoreList(msgspec.Struct, frozen=True, kw_only=True):
+class ScoreList(Listed[Score], frozen=True, kw_only=True):
     """Scores in the order of the pairs."""
-
-    id: str
-    created: int
-    model: str
-    data: tuple[Score, ...]
-    usage: PoolingUsage
-    object: str = "list"
 
 
 class TextDocument(WireModel):

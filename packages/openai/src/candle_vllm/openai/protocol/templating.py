@@ -23,7 +23,8 @@ _TEMPLATE_ARGUMENTS = frozenset({
 Budget = Annotated[int, bounded("thinking_token_budget")]
 # Names of the budget: vLLM's first, then llama.cpp's.
 _BUDGETS = ("thinking_token_budget", "reasoning_budget", "reasoning_budget_tokens", "thinking_budget_tokens")
-_THINKING = ("thinking", "enable_thinking", "reasoning_effort", "reasoning_budget_message", *_BUDGETS)
+_SWITCHES = ("thinking", "enable_thinking")  # names of the thinking switch in templates
+_THINKING = (*_SWITCHES, "reasoning_effort", "reasoning_budget_message", *_BUDGETS)
 
 
 class ThinkingSwitch(WireModel):
@@ -90,13 +91,12 @@ class TemplateFields(WireModel):
         kwargs = dict(self.chat_template_kwargs or {})
         if not self.sets_thinking:
             return kwargs
-        for field in ("thinking", "enable_thinking"):
+        for field in _SWITCHES:
             switch = getattr(self, field)
             if isinstance(switch, ThinkingSwitch):
                 switch = {"enabled": True, "disabled": False}.get(switch.type)
-            if switch is not None:
-                _agree(kwargs, field, "thinking", switch)
-                _agree(kwargs, field, "enable_thinking", switch)
+            for name in _SWITCHES if switch is not None else ():
+                _agree(kwargs, field, name, switch)
         limit = self.thinking_limit()
         if limit is not None:
             close_thoughts(kwargs, limit.tokens)
@@ -144,19 +144,17 @@ def set_effort(kwargs: dict[str, Any], effort: str | None, field: str) -> None:
     """Set the reasoning effort of `field`, and the thinking switch by it; raises if a variable contradicts them."""
     if effort is not None:
         _agree(kwargs, field, "reasoning_effort", effort)
-    if effort == "none":
-        _agree(kwargs, field, "thinking", False)
-        _agree(kwargs, field, "enable_thinking", False)
-    elif effort is not None:
-        kwargs.setdefault("thinking", True)
-        kwargs.setdefault("enable_thinking", True)
+    for name in _SWITCHES if effort is not None else ():
+        if effort == "none":
+            _agree(kwargs, field, name, False)
+        else:
+            kwargs.setdefault(name, True)
 
 
 def close_thoughts(kwargs: dict[str, Any], budget: int) -> None:
     """Turn the template's thinking switch off if the budget is 0 and the switch is not set."""
-    if budget == 0:
-        kwargs.setdefault("thinking", False)
-        kwargs.setdefault("enable_thinking", False)
+    for name in _SWITCHES if budget == 0 else ():
+        kwargs.setdefault(name, False)
 
 
 def _agree(kwargs: dict[str, Any], field: str, name: str, value: Any) -> None:

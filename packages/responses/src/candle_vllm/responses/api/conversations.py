@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from pydantic import Field
@@ -12,11 +12,13 @@ from pydantic import Field
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.responses.api.response_store import ResponseStore, note_dropped
-from candle_vllm.responses.api.stored_items import ItemList, PageRequest, item_list, stored_item
+from candle_vllm.responses.api.stored_items import ItemList, PageRequest, item_list, stored_items
 from candle_vllm.responses.protocol.fields import Metadata
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.store import entries
-from candle_vllm.responses.store.backend import Backend
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.store.sql import SqlBackend
 
 MAX_ITEMS_AT_ONCE = 20
 
@@ -83,7 +85,7 @@ class Conversations:
         made = entries.Entry(
             kind=entries.CONVERSATION, owner=owner, id=entries.new_id("conv"), created=store.now, body=metadata
         )
-        parts = entries.parts_of(_stored(request.items or ()), self._store.options.max_item_bytes)
+        parts = entries.parts_of(stored_items(request.items or (), "items"), self._store.options.max_item_bytes)
         note_dropped(await store.put(made, parts=parts))
         return _shown(made)
 
@@ -122,7 +124,7 @@ class Conversations:
     async def add_items(self, owner: str, name: str, request: ItemsCreateRequest) -> ItemList:
         """Add items once no response is being generated in the conversation, and return them."""
         async with self._store.turn(owner, name, "conversation_id"):
-            return _page(await self._store.append(owner, name, _stored(request.items)), has_more=False)
+            return _page(await self._store.append(owner, name, stored_items(request.items, "items")), has_more=False)
 
     async def item(self, owner: str, name: str, item_id: str) -> bytes:
         """Return one item as JSON."""
@@ -141,17 +143,13 @@ class Conversations:
             raise entries.NotStoredError("Conversation item", item_id, "item_id")
         return await self.retrieve(owner, name)
 
-    async def _find(self, name: str) -> tuple[Backend, str]:
+    async def _find(self, name: str) -> tuple[SqlBackend, str]:
         """Return the store and the checked id of a conversation."""
         return await self._store.backend(), entries.checked_id("Conversation", name)
 
 
 def _page(parts: Sequence[entries.EntryItem], *, has_more: bool) -> ItemList:
     return item_list([(part.id, part.body) for part in parts], has_more)
-
-
-def _stored(items: Any) -> list[entries.Item]:
-    return [stored_item(item, f"items.{index}") for index, item in enumerate(items)]
 
 
 def _shown(made: entries.Entry) -> Conversation:

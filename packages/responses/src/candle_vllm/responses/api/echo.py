@@ -34,6 +34,10 @@ def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defau
         defaults: sampling values for fields that the request does not set.
     """
     conversation = request.conversation_id
+    used: dict[str, Any] = {}
+    for name, plain in _DEFAULTS.items():
+        values = (getattr(request, name), defaults.get(name), plain)
+        used[name] = float(next(value for value in values if value is not None))
     return Response(
         id=new_id("resp"),
         created_at=int(time.time()),
@@ -50,10 +54,7 @@ def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defau
         truncation=request.truncation or "disabled",
         text=_text(request),
         reasoning=_reasoning(request),
-        temperature=_used(request, "temperature", defaults),
-        top_p=_used(request, "top_p", defaults),
-        presence_penalty=_used(request, "presence_penalty", defaults),
-        frequency_penalty=_used(request, "frequency_penalty", defaults),
+        **used,
         top_logprobs=request.top_logprobs or 0,
         store=stored,
         background=bool(request.background),
@@ -62,12 +63,6 @@ def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defau
         prompt_cache_key=request.prompt_cache_key,
         user=request.user,
     )
-
-
-def _used(request: ResponsesRequest, name: str, defaults: Mapping[str, Any]) -> float:
-    given = getattr(request, name)
-    known = defaults.get(name) if given is None else given
-    return float(_DEFAULTS[name] if known is None else known)
 
 
 def _choice(request: ResponsesRequest) -> str | dict[str, Any]:
@@ -104,36 +99,19 @@ def _reasoning(request: ResponsesRequest) -> dict[str, Any] | None:
 
 def shown_tools(request: PromptFields) -> list[dict[str, Any]]:
     """Return the tools of a request in the response's form, in the request's order."""
-    return [_shown_any(tool) for tool in request.tools or () if not isinstance(tool, HostedTool)]
+    return [_shown(tool) for tool in request.tools or () if not isinstance(tool, HostedTool)]
 
 
-def _shown_any(tool: FunctionTool | CustomTool | NamespaceTool | McpTool) -> dict[str, Any]:
+def _shown(tool: FunctionTool | CustomTool | NamespaceTool | McpTool) -> dict[str, Any]:
     if isinstance(tool, McpTool):
-        return _shown_server(tool)
-    return _shown_namespace(tool) if isinstance(tool, NamespaceTool) else _shown(tool)
-
-
-def _shown(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+        shown = tool.model_dump(exclude={"authorization", "headers", "defer_loading"}, exclude_none=True)
+        shown["require_approval"] = shown.get("require_approval", "always")
+        if tool.server_url is not None:
+            shown["server_url"] = tool.server_url.partition("?")[0]
+        return shown
+    shown = {"type": tool.type, "name": tool.name, "description": tool.description}
+    if isinstance(tool, NamespaceTool):
+        return {**shown, "description": tool.description or "", "tools": [_shown(one) for one in tool.tools]}
     if isinstance(tool, FunctionTool):
-        return {
-            "type": "function",
-            "name": tool.name,
-            "description": tool.description,
-            "parameters": tool.parameters,
-            "strict": tool.strict,
-        }
-    form = {"type": "text"} if tool.format is None else tool.format.model_dump()
-    return {"type": "custom", "name": tool.name, "description": tool.description, "format": form}
-
-
-def _shown_namespace(tool: NamespaceTool) -> dict[str, Any]:
-    inner = [_shown(one) for one in tool.tools]
-    return {"type": "namespace", "name": tool.name, "description": tool.description or "", "tools": inner}
-
-
-def _shown_server(tool: McpTool) -> dict[str, Any]:
-    shown = tool.model_dump(exclude={"authorization", "headers", "defer_loading"}, exclude_none=True)
-    shown["require_approval"] = shown.get("require_approval", "always")
-    if tool.server_url is not None:
-        shown["server_url"] = tool.server_url.partition("?")[0]
-    return shown
+        return {**shown, "parameters": tool.parameters, "strict": tool.strict}
+    return {**shown, "format": {"type": "text"} if tool.format is None else tool.format.model_dump()}

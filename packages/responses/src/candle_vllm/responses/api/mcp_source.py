@@ -31,11 +31,6 @@ class _Parts(NamedTuple):
     port: str
     path: str  # with the query
 
-    @property
-    def names_host(self) -> bool:
-        """Whether the host of a pattern has no wildcard."""
-        return ANY not in self.host
-
 
 class ServerUrls:
     """The operator's URL patterns: `https://host[:port]/path`, where "*" stands for any characters of the host or the
@@ -49,7 +44,17 @@ class ServerUrls:
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
         self._any = ANY in patterns
-        self._patterns = [_pattern(pattern) for pattern in patterns if pattern != ANY]
+        self._patterns: list[_Parts] = []
+        for text in patterns:
+            if text == ANY:
+                continue
+            if (pattern := _parts(text, pattern=True)) is None:
+                raise ConfigError(
+                    f"{SETTING} must be URLs like https://example.com/mcp or https://*.example.com/*, or * for every "
+                    f"public one, not {text!r:.100}",
+                    SETTING,
+                )
+            self._patterns.append(pattern)
 
     def check(self, url: str, field: str) -> bool:
         """Return whether a pattern names the host without "*"; if not, the caller connects to public addresses only.
@@ -71,7 +76,7 @@ class ServerUrls:
         if parts.scheme == "http" and not is_loopback(parts.host):
             raise InvalidParameterError(f"{field} must be an https URL: what is sent to it may be secret", field)
         fitting = [pattern for pattern in self._patterns if _fits(pattern, parts)]
-        named = any(pattern.names_host for pattern in fitting)
+        named = any(ANY not in pattern.host for pattern in fitting)
         if named or ((fitting or self._any) and not is_loopback(parts.host)):
             return named
         raise UnsupportedParameterError(
@@ -79,17 +84,6 @@ class ServerUrls:
             "server's MCP servers by server_label alone",
             field,
         )
-
-
-def _pattern(text: str) -> _Parts:
-    made = _parts(text, pattern=True)
-    if made is None:
-        raise ConfigError(
-            f"{SETTING} must be URLs like https://example.com/mcp or https://*.example.com/*, or * for every public "
-            f"one, not {text!r:.100}",
-            SETTING,
-        )
-    return made
 
 
 def _parts(url: str, *, pattern: bool = False) -> _Parts | None:
@@ -173,7 +167,10 @@ class McpServers:
         """Raise a `RequestError` that names the wrong field of a tool, if it has one."""
         if tool.server_url is not None:
             self._urls.check(tool.server_url, f"{path}.server_url")
-            _check_headers(tool.headers or {}, f"{path}.headers")
+            for name in tool.headers or ():
+                if name.lower() in _OWN_HEADERS or name.lower().startswith(_OWN_PREFIXES):
+                    field = f"{path}.headers"
+                    raise InvalidParameterError(f"{field} must not have {name!r:.60}: the connection sets it", field)
             with _blaming(path):
                 self._config(tool)
         elif not self._tools(tool.server_label) and tool.server_label not in self._errors:
@@ -221,12 +218,6 @@ class McpServers:
 
     def _tools(self, label: str) -> list[Tool]:
         return [tool for tool in self._registry if tool.definition.server == label]
-
-
-def _check_headers(headers: Mapping[str, str], path: str) -> None:
-    for name in headers:
-        if name.lower() in _OWN_HEADERS or name.lower().startswith(_OWN_PREFIXES):
-            raise InvalidParameterError(f"{path} must not have {name!r:.60}: the connection sets it", path)
 
 
 @contextmanager

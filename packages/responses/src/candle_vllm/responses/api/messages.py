@@ -75,8 +75,6 @@ def translate(items: Sequence[Placed], instructions: str | None, names: ToolName
 
 
 class _Body:
-    """Collects messages."""
-
     def __init__(self, names: ToolNames, results: CallResults) -> None:
         self.head: list[str] = []
         self.listed: set[str] = set()
@@ -177,7 +175,6 @@ class _Answer:
         self.has_results = False
 
     def message(self) -> Message:
-        """Return the answer as a message of a task."""
         if len(self.calls) > MAX_TOOL_CALLS:
             raise InvalidParameterError(
                 f"{self.path}: an answer may have at most {MAX_TOOL_CALLS} calls, not {len(self.calls)}", self.path

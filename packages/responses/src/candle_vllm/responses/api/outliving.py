@@ -126,8 +126,24 @@ class Work(Generic[T]):
     ) -> None:
         self._ending = False  # whether `end` runs
         self._started = asyncio.Event()  # a task that is cancelled before it begins would not close `chunks`
+
+        async def run() -> None:
+            self._started.set()
+            failure: Failure | None = None
+            try:
+                try:
+                    async with asyncio.timeout(seconds):
+                        async for chunk in chunks:
+                            await take(chunk)
+                finally:
+                    await close(chunks)
+            except (Exception, asyncio.CancelledError) as ended:
+                failure = ended
+            self._ending = True
+            await end(failure)
+
         # The arguments are not attributes, so that they are freed when the task ends.
-        self.task = asyncio.create_task(self._run(chunks, seconds, take, end))
+        self.task = asyncio.create_task(run())
 
     async def cancel(self) -> None:
         """Cancel the task unless it calls `end` already, and wait until it has ended."""
@@ -135,27 +151,6 @@ class Work(Generic[T]):
         if not self._ending and not self.task.cancelling():  # a cancellation would interrupt the cleanup
             self.task.cancel()
         await asyncio.wait({self.task})
-
-    async def _run(
-        self,
-        chunks: AsyncIterator[T],
-        seconds: float,
-        take: Callable[[T], Awaitable[None]],
-        end: Callable[[Failure | None], Awaitable[None]],
-    ) -> None:
-        self._started.set()
-        failure: Failure | None = None
-        try:
-            try:
-                async with asyncio.timeout(seconds):
-                    async for chunk in chunks:
-                        await take(chunk)
-            finally:
-                await close(chunks)
-        except (Exception, asyncio.CancelledError) as ended:
-            failure = ended
-        self._ending = True
-        await end(failure)
 
 
 async def close(chunks: AsyncIterator[object]) -> None:

@@ -25,7 +25,6 @@ from candle_vllm.responses.api.messages import Translated, encode_thoughts
 from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import entry_of, stored_item, stored_items
 from candle_vllm.responses.api.task_making import Prepared, TaskMaker, gather_items, has_servers
-from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_items import MAX_SHOWN
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
 from candle_vllm.responses.conversation.chat_model import ChatModel, eyes_of
@@ -131,7 +130,7 @@ class Responder:
             at_once: whether to return before the conversation's turn and MCP servers are ready. The started stream then
                 waits for them, and reports their errors in events.
         """
-        parsed = request if isinstance(request, ResponsesRequest) else parse_responses_request(request)
+        parsed = parse_responses_request(request)
         stored = self._is_stored(parsed)
         if parsed.background and not at_once:
             message = "background is not supported: only the server runs responses in the background"
@@ -172,10 +171,11 @@ class Responder:
 
     async def compact(self, request: CompactRequest | Fields, *, owner: str = "") -> CompactedResponse:
         """Return a conversation in a shorter form: the users' messages, and the model's summary of everything."""
-        parsed = request if isinstance(request, CompactRequest) else parse_body(CompactRequest, request)
-        asked = summary_request(parsed)
+        asked = summary_request(parse_body(CompactRequest, request))
         items = await gather_items(asked, self._store, owner, self._memory)
-        limited = asked.model_copy(update={"max_output_tokens": summary_limit(items[:-1])})
+        size = sum(len(one.item.model_dump_json(exclude_none=True)) for one in items[:-1])
+        limit = min(max(size // _SHORTER, MIN_SUMMARY), MAX_SUMMARY)
+        limited = asked.model_copy(update={"max_output_tokens": limit})
         try:
             response = await self.create(limited, owner=owner)
         except PromptTooLongError as error:
@@ -186,7 +186,7 @@ class Responder:
 
     async def count_input_tokens(self, request: InputTokensRequest | Fields, *, owner: str = "") -> InputTokens:
         """Count the tokens of the prompt that `create` would make; nothing is generated."""
-        parsed = request if isinstance(request, InputTokensRequest) else parse_body(InputTokensRequest, request)
+        parsed = parse_body(InputTokensRequest, request)
         if self._count is None:
             raise UnsupportedParameterError("this model's tokens cannot be counted", None)
         self._task_maker.check_servers(parsed)
@@ -233,7 +233,16 @@ class Responder:
             if server.error or server.label not in made.listed:
                 await stream.put(writer.list_server(server.label, plan.offered[server.label], server.error))
         try:
-            loop = ConversationLoop(model, plan.registry, self._loop_options(request, plan))
+            limits = self._options
+            options = ConversationOptions(
+                max_turns=limits.max_turns,
+                max_tool_calls=request.max_tool_calls,
+                timeout=limits.timeout,
+                approval=plan.approval,
+                parallel_tools=1 if request.parallel_tool_calls is False else 8,
+                tool_timeout=limits.tool_timeout,
+            )
+            loop = ConversationLoop(model, plan.registry, options)
             conversation = _conversation(loop, model, prepared, await apart(prepared.task))
             async with aclosing(conversation) as events:
                 async for event in events:
@@ -251,17 +260,6 @@ class Responder:
                 await self._store.put(entry)
             await self._store.add_to_conversation(entry)
         await stream.put(writer.conclude())
-
-    def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:
-        options = self._options
-        return ConversationOptions(
-            max_turns=options.max_turns,
-            max_tool_calls=request.max_tool_calls,
-            timeout=options.timeout,
-            approval=plan.approval,
-            parallel_tools=1 if request.parallel_tool_calls is False else 8,
-            tool_timeout=options.tool_timeout,
-        )
 
 
 def _conversation(loop: ConversationLoop, model: TurnModel, prepared: Prepared, task: Task) -> AsyncGenerator[Event]:
@@ -323,12 +321,6 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
         }
     )
     return asked.model_copy(update={"input": [*(asked.input or ()), MessageItem(role="user", content=_ASKED)]})
-
-
-def summary_limit(items: Sequence[Placed]) -> int:
-    """Return the maximum number of tokens of these items' summary, by the size of the items and within bounds."""
-    size = sum(len(one.item.model_dump_json(exclude_none=True)) for one in items)
-    return min(max(size // _SHORTER, MIN_SUMMARY), MAX_SUMMARY)
 
 
 def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:

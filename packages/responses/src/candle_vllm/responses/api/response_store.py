@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,8 +20,11 @@ from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, Requ
 from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.store import entries as stored
-from candle_vllm.responses.store.backend import MEMORY, Backend, Held, StoreOptions, Upkeep, open_backend
+from candle_vllm.responses.store.backend import MEMORY, Held, StoreOptions, Upkeep, open_backend
 from candle_vllm.responses.store.entries import CONVERSATION, ConversationBusyError, NotStoredError, checked_id, new_id
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.store.sql import SqlBackend
 
 LEASE_MS = 60_000  # lease of a running response
 PURGE_SECONDS = 60.0
@@ -45,7 +49,7 @@ class ResponseStore:
         self._queues: dict[tuple[str, str], _Queue] = {}  # of the conversations in which responses run or wait
         self._clock = clock
         self._opening = asyncio.Lock()
-        self._store: Backend | None = None
+        self._store: SqlBackend | None = None
         self._purging: Upkeep | None = None
         self._closed = False
 
@@ -62,7 +66,7 @@ class ResponseStore:
             if self._store is not None:
                 await self._store.close()
 
-    async def backend(self) -> Backend:
+    async def backend(self) -> SqlBackend:
         """Return the backend, opened."""
         if self._store is None:
             async with self._opening:
@@ -257,7 +261,7 @@ class ResponseStore:
         await store.change(*where, body, status="failed", lease_was=entry.lease)  # unless it was renewed meanwhile
         return True
 
-    async def _open(self) -> Backend:
+    async def _open(self) -> SqlBackend:
         if self._closed:
             raise stored.StoreUnavailableError("The store of responses is closed: the server is stopping.")
         place, bounds = self.options.place, self.options.bounds
@@ -272,7 +276,6 @@ def note_dropped(dropped: int) -> None:
 
 
 def _names(response: bytes, given: bytes = b"[]") -> set[str]:
-    """Return the ids of a response's items."""
     return {item["id"] for item in stored.items_of(response, given) if isinstance(item.get("id"), str)}
 
 
@@ -292,7 +295,7 @@ class _Queue:
 
 
 @contextlib.asynccontextmanager
-async def _turn_in_store(store: Backend, owner: str, conversation_id: str, param: str) -> AsyncIterator[None]:
+async def _turn_in_store(store: SqlBackend, owner: str, conversation_id: str, param: str) -> AsyncIterator[None]:
     turn = Held(owner, conversation_id, new_id("turn"))
     failure = "a conversation's turn was not renewed"
     try:

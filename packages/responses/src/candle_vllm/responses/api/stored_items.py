@@ -21,9 +21,9 @@ _WITHOUT_STATUS = frozenset(
 )
 
 
-def stored_items(given: Sequence[WireModel]) -> list[Item]:
-    """Return the `input` of a checked request, without references, as stored items, each with an id."""
-    return [stored_item(item, f"input.{index}") for index, item in enumerate(given)]
+def stored_items(given: Sequence[WireModel], path: str = "input") -> list[Item]:
+    """Return the checked items at `path` of a request, without references, as stored items, each with an id."""
+    return [stored_item(item, f"{path}.{index}") for index, item in enumerate(given)]
 
 
 def stored_item(item: WireModel | Item, param: str) -> Item:

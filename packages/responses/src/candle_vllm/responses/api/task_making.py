@@ -7,6 +7,7 @@ import asyncio
 import base64
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -97,24 +98,19 @@ def _path_of(tool: PlannedTool) -> str:
     return f"{tool.path}.{'format.definition' if tool.kind == 'custom' else 'parameters'}"
 
 
+@dataclass(eq=False, repr=False)
 class TaskMaker:
     """Prepares requests.
 
-    Args:
+    Attributes:
         servers: source of MCP servers; None refuses every server.
         sampling_defaults: values for fields that a request does not set.
         eyes: image input of the model, for images in results of MCP tools; None shows no images.
     """
 
-    def __init__(
-        self,
-        servers: McpSource | None,
-        sampling_defaults: Mapping[str, Any],
-        eyes: Eyes | None = None,
-    ) -> None:
-        self._servers = servers
-        self._sampling_defaults = sampling_defaults
-        self._eyes = eyes
+    servers: McpSource | None
+    sampling_defaults: Mapping[str, Any]
+    eyes: Eyes | None = None
 
     def check_servers(self, request: PromptFields) -> None:
         """Refuse MCP servers that do not exist, must not be used or have the same label, and too many URLs."""
@@ -131,10 +127,10 @@ class TaskMaker:
             if urls > MAX_URLS:
                 field = f"tools.{place}.server_url"
                 raise InvalidParameterError(f"{field}: a request may name at most {MAX_URLS} servers by URL", field)
-            if self._servers is None:
+            if self.servers is None:
                 field = f"tools.{place}.server_label"
                 raise UnsupportedParameterError(f"{field} is not supported: this server has no MCP servers", field)
-            self._servers.check(tool, f"tools.{place}")
+            self.servers.check(tool, f"tools.{place}")
 
     async def prepare(
         self, request: PromptFields, items: Sequence[Placed], stack: AsyncExitStack, *, check: bool
@@ -151,7 +147,7 @@ class TaskMaker:
         plan = plan_tools(request, servers)
         shown = await self._max_images(items)
         made = await apart(translate, items, request.instructions, plan, shown)
-        defaults = self._sampling_defaults if isinstance(request, ResponsesRequest) else {}
+        defaults = self.sampling_defaults if isinstance(request, ResponsesRequest) else {}
         if request.truncation != "auto":
             _check_length(request, len(made.messages))
         _check_agreements(plan, made)
@@ -163,20 +159,20 @@ class TaskMaker:
     async def _max_images(self, items: Sequence[Placed]) -> int:
         """Return the model's image limit if results of MCP tools have images that its template shows; else 0."""
         shown = any(isinstance(item, McpCallItem) and images_in(item.content) for item, _ in items)
-        if not shown or self._eyes is None or not self._eyes.max_images:
+        if not shown or self.eyes is None or not self.eyes.max_images:
             return 0
         try:
-            await self._eyes.try_picture(_PIXEL)
+            await self.eyes.try_picture(_PIXEL)
         except RequestError:
             return 0
-        return self._eyes.max_images
+        return self.eyes.max_images
 
     async def _open(self, request: PromptFields, stack: AsyncExitStack) -> dict[int, OpenServer]:
         """Open all servers concurrently; if one fails, the stack closes the others."""
         opening = {
-            place: asyncio.ensure_future(stack.enter_async_context(self._servers.open(tool)))
+            place: asyncio.ensure_future(stack.enter_async_context(self.servers.open(tool)))
             for place, tool in _servers_of(request).items()
-            if self._servers is not None
+            if self.servers is not None
         }
         try:
             return dict(zip(opening, await asyncio.gather(*opening.values()), strict=True))
@@ -247,7 +243,6 @@ async def _history(
 
 
 def _checked(item: Mapping[str, Any], field: str) -> InputItem:
-    """Convert a stored item to an input item."""
     try:
         return _ITEM.validate_python({name: value for name, value in item.items() if value is not None})
     except ValidationError as error:

@@ -128,30 +128,23 @@ def _add_client_tool(
         raise InvalidParameterError(
             f"{field} must be unique, and {plan.by_name[name].path} is called {tool.name!r} too", field
         )
-    kind: Kind = "custom" if isinstance(tool, wire_tools.CustomTool) else "function"
-    form = tool.format if isinstance(tool, wire_tools.CustomTool) else None
-    grammar = form.definition if isinstance(form, wire_tools.GrammarFormat) and form.syntax == "lark" else None
+    grammar = None
+    if isinstance(tool, wire_tools.FunctionTool):
+        kind: Kind = "function"
+        given = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
+        function: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    else:
+        kind, form = "custom", tool.format if isinstance(tool.format, wire_tools.GrammarFormat) else None
+        grammar = form.definition if form and form.syntax == "lark" else None
+        function = stand_in(name, tool.description, form.syntax if form else None, form.definition if form else "")
     inside = None if namespace is None else namespace.name
     plan.by_name[name] = PlannedTool(kind, tool.name, path, namespace=inside, grammar=grammar)
-    function = _function(tool) if isinstance(tool, wire_tools.FunctionTool) else _custom_function(name, tool)
-    description = [function.get("description"), None if namespace is None else _of_namespace(namespace)]
+    description = [function.get("description")]
+    if namespace is not None and namespace.description:
+        description.append(f"One of the tools of {namespace.name}: {namespace.description}")
     if text := "\n\n".join(filter(None, description)):
         function["description"] = text
     plan.shown.append({"type": "function", "function": {"name": name, **function}})
-
-
-def _of_namespace(namespace: wire_tools.NamespaceTool) -> str:
-    return f"One of the tools of {namespace.name}: {namespace.description}" if namespace.description else ""
-
-
-def _function(tool: wire_tools.FunctionTool) -> dict[str, Any]:
-    given = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _custom_function(name: str, tool: wire_tools.CustomTool) -> dict[str, Any]:
-    form = tool.format if isinstance(tool.format, wire_tools.GrammarFormat) else None
-    return stand_in(name, tool.description, form.syntax if form else None, form.definition if form else "")
 
 
 # ---- MCP servers -----------------------------------------------------------------------------------------------------
@@ -241,7 +234,10 @@ def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> li
         assert isinstance(reference, wire_tools.NamedToolChoice)
         field, wanted = f"{path}.name", reference.name
         same = {name: tool for name, tool in tools.items() if tool.kind == reference.type}
-        found = [name for name, tool in same.items() if _is_named(name, tool, reference)]
+        if (inside := reference.namespace) is not None:
+            found = [name for name, tool in same.items() if (tool.namespace, tool.name) == (inside, wanted)]
+        else:
+            found = [name for name, tool in same.items() if wanted in (name, tool.name)]
         found = [wanted] if wanted in found else found  # the model's own name is never ambiguous
         known = [tool.name for tool in same.values()]
         kinds = [tool.kind for name, tool in tools.items() if name not in same and wanted in (name, tool.name)]
@@ -256,9 +252,3 @@ def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> li
             f"{field} names tools of several namespaces: {', '.join(found)[:200]}; use one of these names", field
         )
     return found
-
-
-def _is_named(name: str, tool: PlannedTool, reference: wire_tools.NamedToolChoice) -> bool:
-    if reference.namespace is not None:
-        return (tool.namespace, tool.name) == (reference.namespace, reference.name)
-    return reference.name in (name, tool.name)

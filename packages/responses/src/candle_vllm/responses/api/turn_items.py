@@ -25,14 +25,7 @@ _Writer = TypeVar("_Writer", bound=ItemWriter)
 
 
 class TurnItems:
-    """The items of all turns of one response.
-
-    Args:
-        log: receives their events.
-        plan: the tools.
-        encoded: whether reasoning items have `encrypted_content`, too.
-        room: maximum bytes of the images in all items.
-    """
+    """The items of all turns of one response; `log` receives their events. Other arguments are as in `EventWriter`."""
 
     def __init__(self, log: OutputLog, plan: ToolPlan, *, encoded: bool, room: int = MAX_SHOWN) -> None:
         self._log = log

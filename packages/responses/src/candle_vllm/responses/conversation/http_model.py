@@ -253,12 +253,6 @@ class HttpModel:
 
     def _read(self, reader: ChunkReader, data: str) -> list[Event]:
         try:
-            return reader.read(self._object(data))
-        except RecursionError:
-            raise ModelServerError(f"{self._server} sent an event that is nested too deeply") from None
-
-    def _object(self, data: str) -> dict[str, Any]:
-        try:
             value = json.loads(data)
         except (ValueError, RecursionError):
             value = None
@@ -269,7 +263,10 @@ class HttpModel:
             status = error.get("code")
             status = status if isinstance(status, int) and 400 <= status < 600 else 500
             raise error_of(status, data.encode(), self._server, self._key)
-        return value
+        try:
+            return reader.read(value)
+        except RecursionError:
+            raise ModelServerError(f"{self._server} sent an event that is nested too deeply") from None
 
     async def _first_model(self) -> str:
         advice = "give the model's name"

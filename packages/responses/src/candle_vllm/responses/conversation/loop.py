@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -144,7 +145,8 @@ class ConversationLoop:
         channel: EventChannel[Event] = EventChannel()
         shown = ShownPictures(eyes_of(self._model), transcript, self._options.max_result_chars)
         calls = TurnCalls(self._tools, self._options, decisions, names, transcript, channel, shown)
-        conversation = _Conversation(self._model, self._options, ask, transcript, calls, channel)
+        repeats = RepeatWatch(self._options.max_repeats)
+        conversation = _Conversation(self._model, self._options, ask, transcript, calls, channel, repeats)
         task = asyncio.create_task(conversation.run(), name="conversation")
         task.add_done_callback(partial(_close, channel))
         self._running.add(task)
@@ -164,31 +166,23 @@ class ConversationLoop:
         await asyncio.gather(*map(end_task, self._running))
 
 
+@dataclass(eq=False, repr=False)
 class _Conversation:
     """One run of the loop, in a task of its own, so that its timeout does not cancel the reader's task."""
 
-    def __init__(
-        self,
-        model: ChatModel,
-        options: ConversationOptions,
-        ask: Ask,
-        transcript: Transcript,
-        calls: TurnCalls,
-        channel: EventChannel[Event],
-    ) -> None:
-        self._model = model
-        self._options = options
-        self._ask = ask
-        self._transcript = transcript
-        self._calls = calls
-        self._channel = channel
-        self._repeats = RepeatWatch(options.max_repeats)
-        self._turns = 0
-        self._words = ""
-        self._usage = ConversationUsage()
+    model: ChatModel
+    options: ConversationOptions
+    ask: Ask
+    transcript: Transcript
+    calls: TurnCalls
+    channel: EventChannel[Event]
+    repeats: RepeatWatch
+    turns: int = 0
+    words: str = ""
+    usage: ConversationUsage = field(default_factory=ConversationUsage)
 
     async def run(self) -> None:
-        limit = asyncio.timeout(self._options.timeout)
+        limit = asyncio.timeout(self.options.timeout)
         try:
             async with limit:
                 reason = await self._take_turns()
@@ -196,72 +190,72 @@ class _Conversation:
             if not limit.expired():
                 raise
             reason = "timeout"
-            for call in self._transcript.lost_calls():
-                await self._calls.refuse(call, "timed_out", LOST)
+            for call in self.transcript.lost_calls():
+                await self.calls.refuse(call, "timed_out", LOST)
         finally:
             del limit  # it refers to this task, whose error refers to this frame
         result = ConversationResult(
-            final_message=self._words,
-            tool_calls=self._calls.results,
-            turns_taken=self._turns,
+            final_message=self.words,
+            tool_calls=self.calls.results,
+            turns_taken=self.turns,
             completed=reason is FinishReason.STOP,
             stop_reason=reason,
-            pending=self._transcript.open_calls,
-            usage=self._usage,
+            pending=self.transcript.open_calls,
+            usage=self.usage,
         )
-        added = tuple(map(chat_message, self._transcript.added))
-        await self._channel.send(ConversationFinished(result=result, messages=added))
+        added = tuple(map(chat_message, self.transcript.added))
+        await self.channel.send(ConversationFinished(result=result, messages=added))
 
     async def _take_turns(self) -> StopReason:
         reason = await self._run_calls()
         while reason is None:
-            if self._turns >= self._options.max_turns:
+            if self.turns >= self.options.max_turns:
                 return "max_turns"
             turn = await self._take_turn()
             if (ended := turn.finish_reason).cut:
-                for call in self._transcript.open_calls:
+                for call in self.transcript.open_calls:
                     if call.arguments.strip() and isinstance(parsed_arguments(call.arguments), dict):
-                        await self._calls.refuse(call, "not_run", WHOLE.format(ended.limit))
+                        await self.calls.refuse(call, "not_run", WHOLE.format(ended.limit))
                     else:
-                        await self._calls.refuse(call, "invalid_arguments", CUT.format(ended.limit))
+                        await self.calls.refuse(call, "invalid_arguments", CUT.format(ended.limit))
                 return ended
-            if not self._transcript.open_calls:
+            if not self.transcript.open_calls:
                 return FinishReason.STOP
             reason = await self._run_calls()
         return reason
 
     async def _run_calls(self) -> StopReason | None:
         """Run the open calls; return the reason if the conversation ends after them, otherwise None."""
-        calls = self._transcript.open_calls
-        reason = await self._calls.run(calls)
-        if reason is None and self._repeats.is_loop(self._calls.of_turn(calls)):
+        calls = self.transcript.open_calls
+        reason = await self.calls.run(calls)
+        if reason is None and self.repeats.is_loop(self.calls.of_turn(calls)):
             return "loop"
         return reason
 
     async def _take_turn(self) -> TurnFinished:
-        await self._channel.send(TurnStarted(number=self._turns + 1))
-        request = self._ask([*self._calls.definitions().values()], first=not self._turns)
+        await self.channel.send(TurnStarted(number=self.turns + 1))
+        request = self.ask([*self.calls.definitions().values()], first=not self.turns)
         measures = isinstance(request, Task) and request.tell_counts
-        reader = TurnReader(self._turns + 1, self._transcript.call_ids, measures=measures)
+        reader = TurnReader(self.turns + 1, self.transcript.call_ids, measures=measures)
         async with AsyncExitStack() as stack:
             try:
-                answer = await stack.enter_async_context(self._model.stream(request))
+                answer = await stack.enter_async_context(self.model.stream(request))
             except PromptTooLongError:
-                if not self._transcript.grew or isinstance(request, Task) or not _LIMITS & request.keys():
+                if not self.transcript.grew or isinstance(request, Task) or not _LIMITS & request.keys():
                     raise
                 # The results of tools left fewer tokens: now the end of the context is the limit.
                 request = {name: value for name, value in request.items() if name not in _LIMITS}
-                answer = await stack.enter_async_context(self._model.stream(request))
+                answer = await stack.enter_async_context(self.model.stream(request))
             async for one in answer:
                 for event in reader.read(one):
-                    await self._channel.send(event)
+                    await self.channel.send(event)
         turn = reader.finish()
-        self._turns += 1
-        self._usage += turn.usage
-        self._words = turn.message["content"] or ""
-        self._transcript.add_turn(reader.message())
-        self._calls.allowed = allowed_names(request)
-        await self._channel.send(turn)
+        self.turns += 1
+        self.usage += turn.usage
+        self.words = turn.message["content"] or ""
+        self.transcript.add_turn(reader.message())
+        self.calls.allowed = allowed_names(request)
+        await self.channel.send(turn)
         return turn
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -110,10 +111,11 @@ class ShownPictures:
         return None
 
 
+@dataclass(eq=False, repr=False)
 class TurnCalls:
     """Runs the calls of a conversation, turn by turn.
 
-    Args:
+    Attributes:
         tools: registry of the tools; only tools that the options allow are used.
         options: approval and limits.
         decisions: earlier decisions about calls.
@@ -121,31 +123,21 @@ class TurnCalls:
         transcript: receives the results.
         channel: receives the events.
         pictures: decides which images of results the model sees.
-
-    Attributes:
         allowed: names of the tools that the latest turn may call (`tool_choice`); None means all.
     """
 
-    def __init__(
-        self,
-        tools: ToolRegistry,
-        options: ConversationOptions,
-        decisions: Decisions,
-        client_names: Collection[str],
-        transcript: Transcript,
-        channel: EventChannel[events.Event],
-        pictures: ShownPictures,
-    ) -> None:
-        self._tools = tools
-        self._options = options
-        self._decisions = decisions
-        self._client_names = client_names
-        self._transcript = transcript
-        self._channel = channel
-        self._pictures = pictures
-        self.allowed: Collection[str] | None = None
+    tools: ToolRegistry
+    options: ConversationOptions
+    decisions: Decisions
+    client_names: Collection[str]
+    transcript: Transcript
+    channel: EventChannel[events.Event]
+    pictures: ShownPictures
+    allowed: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
         self._results: dict[str, tool.ToolResult | None] = {}  # by call id, in the order of the calls
-        self._room = options.max_tool_calls
+        self._room = self.options.max_tool_calls
         self._kept = 0  # size of the outputs in the results
         self._seen: tuple[int, Mapping[str, tool.ToolDefinition]] = (-1, {})  # tools' revision, and allowed tools
 
@@ -157,10 +149,10 @@ class TurnCalls:
     def definitions(self) -> Mapping[str, tool.ToolDefinition]:
         """Return the tools that the model may call and that run here."""
         revision, shown = self._seen
-        if revision != self._tools.revision:
-            found = self._tools.definitions(self._options.allowed_tools)
-            shown = {one.name: one for one in found if one.name not in self._client_names}
-            self._seen = (self._tools.revision, shown)
+        if revision != self.tools.revision:
+            found = self.tools.definitions(self.options.allowed_tools)
+            shown = {one.name: one for one in found if one.name not in self.client_names}
+            self._seen = (self.tools.revision, shown)
         return shown
 
     async def run(self, calls: Sequence[tool.ToolCall]) -> StopReason | None:
@@ -179,7 +171,7 @@ class TurnCalls:
                 ready.append(decided)
             elif decided is not None:
                 reasons.add(decided)
-        slots = asyncio.Semaphore(self._options.parallel_tools)
+        slots = asyncio.Semaphore(self.options.parallel_tools)
         try:
             async with asyncio.TaskGroup() as group:
                 for checked in ready:
@@ -203,7 +195,7 @@ class TurnCalls:
         self, call: tool.ToolCall, definitions: Mapping[str, tool.ToolDefinition]
     ) -> Checked | StopReason | None:
         """Return the call if it may run, or the reason why it must wait; None if it has its result already."""
-        if call.name in self._client_names:
+        if call.name in self.client_names:
             return "client_tools"
         if call.name not in definitions:
             await self.refuse(call, "unknown", unknown_text(call.name, definitions))
@@ -211,12 +203,12 @@ class TurnCalls:
         if self.allowed is not None and call.name not in self.allowed:
             await self.refuse(call, "denied", NOT_ALLOWED)
             return None
-        most = self._options.max_result_chars
-        checked = await check(self._tools, call, max_chars=most)
+        most = self.options.max_result_chars
+        checked = await check(self.tools, call, max_chars=most)
         if isinstance(checked, tool.ToolResult):
             await self._finish(checked)
             return None
-        if self._room == 0 and call.id not in self._decisions.denied:
+        if self._room == 0 and call.id not in self.decisions.denied:
             return "max_tool_calls"
         approval = await self._approval(call, checked.definition)
         if approval is Approval.PENDING:
@@ -229,38 +221,38 @@ class TurnCalls:
         return checked
 
     async def _approval(self, call: tool.ToolCall, definition: tool.ToolDefinition) -> Approval:
-        auto, policy = self._decisions.auto_approve, self._options.approval
-        if call.id in self._decisions.denied:
+        auto, policy = self.decisions.auto_approve, self.options.approval
+        if call.id in self.decisions.denied:
             return Approval.DENY
-        if call.id in self._decisions.approved or (auto is not None and auto(definition)):
+        if call.id in self.decisions.approved or (auto is not None and auto(definition)):
             return Approval.ALLOW
         if callable(policy):
-            await self._channel.send(events.ApprovalRequested(call=call, definition=definition))
+            await self.channel.send(events.ApprovalRequested(call=call, definition=definition))
         approval = await decide(policy, call, definition)
         if approval is Approval.PENDING and not callable(policy):
-            await self._channel.send(events.ApprovalRequested(call=call, definition=definition))
+            await self.channel.send(events.ApprovalRequested(call=call, definition=definition))
         return approval
 
     async def _run(self, checked: Checked, slots: asyncio.Semaphore) -> None:
         call = checked.call
 
         def report(progress: tool.ToolProgress) -> None:
-            self._channel.offer(events.ToolProgressed(call_id=call.id, progress=progress))
+            self.channel.offer(events.ToolProgressed(call_id=call.id, progress=progress))
 
         async with slots:
-            self._transcript.begin(call)
-            await self._channel.send(events.ToolStarted(call=call, definition=checked.definition))
-            options = self._options
+            self.transcript.begin(call)
+            await self.channel.send(events.ToolStarted(call=call, definition=checked.definition))
+            options = self.options
             await self._finish(
                 await run(checked, timeout=options.tool_timeout, max_chars=options.max_result_chars, report=report)
             )
 
     async def _finish(self, result: tool.ToolResult) -> None:
-        result, parts = await self._pictures.of(result)
+        result, parts = await self.pictures.of(result)
         self._kept += tool.output_size(result.output)
         kept = result
         if self._kept > MAX_KEPT:
             kept = replace(result, output=tool.ToolOutput.of_text(result.text, is_error=result.output.is_error))
         self._results[result.call.id] = kept
-        self._transcript.add_result(result, parts)
-        await self._channel.send(events.ToolFinished(result=result, shown=parts))
+        self.transcript.add_result(result, parts)
+        await self.channel.send(events.ToolFinished(result=result, shown=parts))

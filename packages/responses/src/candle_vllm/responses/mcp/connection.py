@@ -123,8 +123,10 @@ class McpConnection:
         down = asyncio.ensure_future(self._down.wait())
         try:
             await asyncio.wait({task, down}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if task.done() and not task.cancelled() and not self._is_loss(task.exception()):
-                return task.result()
+            if task.done() and not task.cancelled():
+                error = task.exception()
+                if not (isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED and self.is_down):
+                    return task.result()
             if not task.done() and not down.done():
                 raise TimeoutError
             if self._owner is not None:
@@ -213,9 +215,6 @@ class McpConnection:
         """Note that the server's tools have changed."""
         self.tools_changed = True
         self._wake()
-
-    def _is_loss(self, error: BaseException | None) -> bool:
-        return isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED and self.is_down
 
     def _forget(self, request: asyncio.Task[Any]) -> None:
         self._requests.discard(request)

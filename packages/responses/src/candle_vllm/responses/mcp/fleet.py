@@ -25,16 +25,10 @@ class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Status of an MCP server for a page or a log; nothing in it is secret.
 
     Attributes:
-        name: name in the configuration.
+        name, state, error, protocol_version, instructions, notes, reconnects: as in `McpLink`.
         transport: "stdio", "http", "sse" or "in process".
-        state: see `McpLink.state`.
-        error: why there is no connection, or None.
         server: name and version that the server reports, or None.
-        protocol_version: negotiated protocol version, or None.
-        instructions: instructions for the use of the server, or None.
         tools: names by which a model calls the tools of the last known list.
-        notes: what was left out of the server's list of tools, and why.
-        reconnects: number of connections after the first.
         log: last lines of the server's log.
     """
 

@@ -267,7 +267,16 @@ class LinkTool:
 
     def __init__(self, link: McpLink, tool: Tool) -> None:
         self._link = link
-        self.definition = definition_of(link.name, tool)
+        schema = dict(tool.input_schema)
+        schema.setdefault("type", "object")
+        self.definition = ToolDefinition(
+            name=tool_name(link.name, tool.name),
+            description=tool.description or tool.title or "",
+            parameters=schema,
+            server=link.name,
+            original_name=tool.name,
+            read_only=bool(tool.annotations and tool.annotations.read_only_hint),
+        )
         self.timeout: float | None = link.config.timeout
         """Seconds for one call, from the server's configuration."""
 
@@ -275,20 +284,6 @@ class LinkTool:
         """Call the tool once; see `McpLink.call`. A timeout that the caller set replaces the configuration's."""
         name, seconds = self.definition.original_name, allowed_seconds.get()
         return await self._link.call(name, arguments, timeout=seconds, report=report)
-
-
-def definition_of(server: str, tool: Tool) -> ToolDefinition:
-    """Return the definition of a server's tool for a model."""
-    schema = dict(tool.input_schema)
-    schema.setdefault("type", "object")
-    return ToolDefinition(
-        name=tool_name(server, tool.name),
-        description=tool.description or tool.title or "",
-        parameters=schema,
-        server=server,
-        original_name=tool.name,
-        read_only=bool(tool.annotations and tool.annotations.read_only_hint),
-    )
 
 
 # ---- outputs of tools ------------------------------------------------------------------------------------------------

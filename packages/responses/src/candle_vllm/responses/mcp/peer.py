@@ -45,13 +45,9 @@ class Peer:
     """State that all connections to one server share.
 
     Attributes:
-        redact: removes the secrets of the configuration from a text.
-
-    Args:
-        config: configuration of the server.
-        server: a server object of this process, used instead of the configuration's command or URL.
+        config, server, public_only: as in `McpLink`.
         auth: credentials for HTTP requests, shared by all connections.
-        public_only: whether HTTP connects to public addresses only.
+        redact: removes the secrets of the configuration from a text.
     """
 
     def __init__(

@@ -119,14 +119,11 @@ def _transport(checks: Checks, key: str, value: Any) -> str:
 def _env(checks: Checks, key: str, value: Any) -> dict[str, str]:
     """Convert the values of variables to texts, because people write numbers and booleans without quotes."""
     if isinstance(value, Mapping):
-        value = {name: _env_text(text) for name, text in value.items()}
+        value = {
+            name: str(text).lower() if isinstance(text, bool) else str(text) if isinstance(text, (int, float)) else text
+            for name, text in value.items()
+        }
     return checks.variables(key, value)
-
-
-def _env_text(value: Any) -> Any:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value) if isinstance(value, (int, float)) else value
 
 
 def _seconds(most: float) -> Callable[[Checks, str, Any], float]:
@@ -136,10 +133,6 @@ def _seconds(most: float) -> Callable[[Checks, str, Any], float]:
         return checks.seconds(key, value, most)
 
     return convert
-
-
-def _enabled(checks: Checks, key: str, value: Any) -> bool:
-    return checks.flag(key, value) is not (key == "disabled")
 
 
 def _patterns(checks: Checks, key: str, value: Any) -> tuple[str, ...]:
@@ -177,7 +170,7 @@ _CONVERSIONS: Mapping[str, Callable[[Checks, str, Any], Any]] = {
     "auth": _auth,
     "timeout": _seconds(MAX_TIMEOUT),
     "connect_timeout": _seconds(MAX_CONNECT_TIMEOUT),
-    "enabled": _enabled,
+    "enabled": lambda checks, key, value: checks.flag(key, value) is not (key == "disabled"),
     "allowed_tools": _patterns,
     "excluded_tools": _patterns,
     "auto_approve": _patterns,

@@ -133,7 +133,10 @@ class Supervisor:
         kinds = [*self.transports]
         for kind in kinds:
             connection = self.connection = McpConnection(self._peer, kind, mode=self._mode, wake=self._wake.set)
-            why = await self._open(connection)
+            if await connection.open(self._peer.config.connect_timeout):
+                why = await self._watch.list(connection)
+            else:
+                why = self._peer.redact(connection.why)
             if why is None:
                 self.transports = (kind,)
                 if connection.client.protocol_version not in MODERN_PROTOCOL_VERSIONS:
@@ -162,12 +165,6 @@ class Supervisor:
         self.error = first_error
         self.state = "failed"
         return None
-
-    async def _open(self, connection: McpConnection) -> str | None:
-        """Open a connection and list its tools; return a sentence that says why that failed, or None."""
-        if not await connection.open(self._peer.config.connect_timeout):
-            return self._peer.redact(connection.why)
-        return await self._watch.list(connection)
 
     async def _pause(self, failures: int) -> None:
         """Wait before the next attempt; a call of one of the server's tools ends the wait."""

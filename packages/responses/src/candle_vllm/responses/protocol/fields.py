@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -38,8 +38,6 @@ ADVISORY_RESPONSES_FIELDS: Mapping[str, str] = {
     "reasoning.mode": "chooses a mode; there is only one",
 }
 
-_HOSTED = "it belongs to OpenAI's own service"
-
 REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
     **{
         name: REFUSED_FIELDS[name]
@@ -60,7 +58,7 @@ REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
     "modalities": Refusal("the server generates text only", (["text"],)),
     "generate": Refusal("requests that generate nothing are not supported", (True,)),
     "stream_id": Refusal("the responses of a connection run one after the other"),
-    "betas": Refusal(_HOSTED, ([],)),
+    "betas": Refusal("it belongs to OpenAI's own service", ([],)),
 }
 
 REFUSED_COUNT_FIELDS: Mapping[str, Refusal] = {
@@ -71,12 +69,6 @@ REFUSED_COUNT_FIELDS: Mapping[str, Refusal] = {
         Refusal("counting generates nothing"),
     ),
 }
-
-
-def type_of(value: Any) -> str | None:
-    """Return the `type` of an object, validated or not, or None if it is not a string."""
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if isinstance(kind, str) else None
 
 
 def _checked(metadata: dict[str, str]) -> dict[str, str]:

@@ -8,13 +8,23 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.messages import one_image
+from candle_vllm.openai.protocol import messages
+from candle_vllm.openai.protocol.fields import (
+    MAX_PARTS,
+    Name,
+    Refusal,
+    WireModel,
+    by_type,
+    invalid,
+    list_form,
+    type_of,
+    unsupported,
+)
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import ImagePart as Image
 from candle_vllm.openai.task import Part
 from candle_vllm.openai.task import TextPart as TaskText
-from candle_vllm.responses.protocol.fields import ItemId, Status, Text, type_of
+from candle_vllm.responses.protocol.fields import ItemId, Status, Text
 
 OTHER_PARTS = frozenset({
     "input_file", "input_audio", "input_video", "image_url", "file", "image", "video_url", "audio_url",
@@ -58,7 +68,7 @@ class ImagePart(WireModel):
     detail: Literal["auto", "low", "high", "original"] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
-    _is_one_image = model_validator(mode="after")(one_image)
+    _is_one_image = model_validator(mode="after")(messages.one_image)
 
     def image(self, path: str) -> Image:
         """Return the image as a part of a task; `path` is the path of this part in the request."""
@@ -67,47 +77,32 @@ class ImagePart(WireModel):
         return Image(self.image_url or "", self.detail, f"{path}.image_url")
 
 
-class RefusalPart(WireModel):
+class RefusalPart(messages.RefusalPart):
     """A model's refusal, which the model sees as text."""
 
-    type: Literal["refusal"]
     refusal: Text
-
-    @property
-    def text(self) -> str:
-        """The refusal, under the name that the text has in other parts."""
-        return self.refusal
-
-
-def _part_form(value: Any) -> str:
-    return {"refusal": "<refusal>", "input_image": "<image>"}.get(type_of(value) or "", "<text>")
-
-
-def content_form(value: Any) -> str:
-    """Return pydantic's union tag of a content: a string or a list of parts."""
-    return "<parts>" if isinstance(value, list) else "<string>"
 
 
 # Tags in angle brackets are left out of the paths in error messages.
 _Part = Annotated[
     Annotated[TextPart, Tag("<text>")]
-    | Annotated[ImagePart, Tag("<image>")]
+    | Annotated[ImagePart, Tag("<input_image>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
-    Discriminator(_part_form),
+    Discriminator(by_type("input_image", "refusal", otherwise="text")),
 ]
 _OutputPart = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")],
-    Discriminator(lambda value: "<image>" if type_of(value) == "input_image" else "<text>"),
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<input_image>")],
+    Discriminator(by_type("input_image", otherwise="text")),
 ]
 Content = Annotated[
     Annotated[Text, Tag("<string>")]
-    | Annotated[list[_Part], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-    Discriminator(content_form),
+    | Annotated[list[_Part], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(list_form),
 ]
 Output = Annotated[
     Annotated[Text, Tag("<string>")]
-    | Annotated[list[_OutputPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-    Discriminator(content_form),
+    | Annotated[list[_OutputPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(list_form),
 ]
 
 
@@ -308,27 +303,20 @@ class HostedCallItem(WireModel):
         return data  # in place of the check of other objects, which refuses unknown fields
 
 
-_KINDS = {
-    "message": "<message>",
-    "function_call": "<function_call>",
-    "custom_tool_call": "<custom_tool_call>",
-    "function_call_output": "<output>",
-    "custom_tool_call_output": "<output>",
-    "reasoning": "<reasoning>",
-    "compaction": "<compaction>",
-    "item_reference": "<reference>",
-    "mcp_list_tools": "<mcp_list_tools>",
-    "mcp_call": "<mcp_call>",
-    "mcp_approval_request": "<mcp_approval_request>",
-    "mcp_approval_response": "<mcp_approval_response>",
-} | dict.fromkeys(_HOSTED_CALLS, "<hosted>")
+_KINDS = {  # type -> pydantic's union tag
+    **{kind: f"<{kind}>" for kind in ("message", "function_call", "custom_tool_call")},
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), "<output>"),
+    **{kind: f"<{kind}>" for kind in ("reasoning", "compaction", "item_reference", "mcp_list_tools", "mcp_call")},
+    **{kind: f"<{kind}>" for kind in ("mcp_approval_request", "mcp_approval_response")},
+    **dict.fromkeys(_HOSTED_CALLS, "<hosted>"),
+}
 
 
 def _item_form(value: Any) -> str:
     kind = type_of(value)
     if kind is None:
         is_reference = isinstance(value, dict) and "role" not in value and "id" in value and "content" not in value
-        return "<reference>" if is_reference or isinstance(value, ItemReference) else "<message>"
+        return "<item_reference>" if is_reference or isinstance(value, ItemReference) else "<message>"
     return _KINDS[kind]
 
 
@@ -356,7 +344,7 @@ InputItem = Annotated[
     | Annotated[CallOutputItem, Tag("<output>")]
     | Annotated[ReasoningItem, Tag("<reasoning>")]
     | Annotated[CompactionItem, Tag("<compaction>")]
-    | Annotated[ItemReference, Tag("<reference>")]
+    | Annotated[ItemReference, Tag("<item_reference>")]
     | Annotated[McpListToolsItem, Tag("<mcp_list_tools>")]
     | Annotated[McpCallItem, Tag("<mcp_call>")]
     | Annotated[McpApprovalRequestItem, Tag("<mcp_approval_request>")]

@@ -19,7 +19,6 @@ from candle_vllm.responses.protocol.fields import (
     ItemId,
     Metadata,
     Text,
-    type_of,
 )
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.protocol.tools import AnyTool, ToolChoice
@@ -65,11 +64,6 @@ class PlainFormat(TextFormat):
             raise fields.invalid("type", "must be one of text, json_object, json_schema")
 
 
-def _format_form(value: Any) -> str:
-    kind = type_of(value)
-    return f"<{kind}>" if kind in ("json_object", "json_schema") else "<text>"
-
-
 class TextConfig(fields.WireModel):
     """Format of the answer; `verbosity` has no effect."""
 
@@ -78,7 +72,7 @@ class TextConfig(fields.WireModel):
             Annotated[PlainFormat, Tag("<text>")]
             | Annotated[JsonObjectFormat, Tag("<json_object>")]
             | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
-            Discriminator(_format_form),
+            Discriminator(fields.by_type("json_object", "json_schema", otherwise="text")),
         ]
         | None
     ) = None
@@ -105,18 +99,14 @@ class ConversationReference(fields.WireModel):
     id: ItemId
 
 
-def _input_form(value: Any) -> str:
-    return "<items>" if isinstance(value, list) else "<string>"
-
-
 def _conversation_form(value: Any) -> str:
     return "<object>" if isinstance(value, (dict, ConversationReference)) else "<id>"
 
 
 Input = Annotated[
     Annotated[Text, Tag("<string>")]
-    | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True), Tag("<items>")],
-    Discriminator(_input_form),
+    | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True), Tag("<list>")],
+    Discriminator(fields.list_form),
 ]
 
 
@@ -247,6 +237,6 @@ class CompactRequest(SharedFields):
         return self
 
 
-def parse_responses_request(body: bytes | Mapping[str, Any]) -> ResponsesRequest:
-    """Parse and check a request, given as a body or an object; raises `RequestError`."""
+def parse_responses_request(body: bytes | Mapping[str, Any] | ResponsesRequest) -> ResponsesRequest:
+    """Parse and check a request from a body or an object, unless it is one already; raises `RequestError`."""
     return parse_body(ResponsesRequest, body)

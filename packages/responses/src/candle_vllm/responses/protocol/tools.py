@@ -9,9 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from candle_vllm.openai.protocol import fields
-from candle_vllm.openai.protocol.custom_tools import AnyText, Grammar, format_form
+from candle_vllm.openai.protocol.custom_tools import AnyText, Grammar, format_form, kind_form
 from candle_vllm.openai.protocol.tools import ArgumentsSchema
-from candle_vllm.responses.protocol.fields import type_of
 
 MAX_HEADERS = 32
 MAX_URL = 2048
@@ -75,10 +74,6 @@ class CustomTool(fields.WireModel):
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = _CALLED_DIRECTLY
 
 
-def _inner_form(value: Any) -> str:
-    return "<custom>" if type_of(value) == "custom" else "<function>"
-
-
 class NamespaceTool(fields.WireModel):
     """Tools with a common prefix; the model sees `namespace__name`, the client gets both names."""
 
@@ -89,7 +84,7 @@ class NamespaceTool(fields.WireModel):
         list[
             Annotated[
                 Annotated[FunctionTool, Tag("<function>")] | Annotated[CustomTool, Tag("<custom>")],
-                Discriminator(_inner_form),
+                Discriminator(kind_form),
             ]
         ],
         Field(max_length=fields.MAX_TOOLS, fail_fast=True),
@@ -178,11 +173,6 @@ class HostedTool(fields.WireModel):
 _SERVED = ("function", "custom", "namespace", "mcp")
 
 
-def _tool_form(value: Any) -> str:
-    kind = type_of(value)
-    return f"<{kind}>" if kind in _SERVED else "<hosted>"
-
-
 def _only_type_of_hosted(value: Any) -> Any:
     """Drop all fields of a hosted tool except its type, because they have no effect."""
     if isinstance(value, fields.WireModel):
@@ -202,7 +192,7 @@ AnyTool = Annotated[
     | Annotated[NamespaceTool, Tag("<namespace>")]
     | Annotated[McpTool, Tag("<mcp>")]
     | Annotated[HostedTool, Tag("<hosted>")],
-    Discriminator(_tool_form),
+    Discriminator(fields.by_type(*_SERVED, otherwise="hosted")),
     BeforeValidator(_only_type_of_hosted),
 ]
 
@@ -223,10 +213,6 @@ class McpToolChoice(fields.WireModel):
     name: fields.Name | None = None
 
 
-def _reference_form(value: Any) -> str:
-    return "<mcp>" if type_of(value) == "mcp" else "<named>"
-
-
 def _served_reference(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in ("function", "custom", "mcp", "allowed_tools"):
@@ -238,7 +224,7 @@ def _served_reference(value: Any) -> Any:
 
 ToolReference = Annotated[
     Annotated[NamedToolChoice, Tag("<named>")] | Annotated[McpToolChoice, Tag("<mcp>")],
-    Discriminator(_reference_form),
+    Discriminator(fields.by_type("mcp", otherwise="named")),
     BeforeValidator(_served_reference),
 ]
 
@@ -251,17 +237,12 @@ class AllowedToolsChoice(fields.WireModel):
     tools: Annotated[list[ToolReference], Field(min_length=1, max_length=fields.MAX_TOOLS, fail_fast=True)]
 
 
-def _choice_form(value: Any) -> str:
-    if not isinstance(value, (dict, fields.WireModel)):
-        return "<string>"
-    return {"mcp": "<mcp>", "allowed_tools": "<allowed>"}.get(type_of(value) or "", "<named>")
-
-
+_object_form = fields.by_type("mcp", "allowed_tools", otherwise="named")
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<string>")]
     | Annotated[NamedToolChoice, Tag("<named>")]
     | Annotated[McpToolChoice, Tag("<mcp>")]
-    | Annotated[AllowedToolsChoice, Tag("<allowed>")],
-    Discriminator(_choice_form),
+    | Annotated[AllowedToolsChoice, Tag("<allowed_tools>")],
+    Discriminator(lambda value: _object_form(value) if isinstance(value, (dict, fields.WireModel)) else "<string>"),
     BeforeValidator(_served_reference),
 ]

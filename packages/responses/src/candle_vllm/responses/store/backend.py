@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The protocol of a store: what its users call, and what a backend implements; a store's options and upkeep.
+"""What stores have in common: their locations, limits and options, the backend that a URL opens, and upkeep.
 
 A store holds entries, such as responses and conversations; some have parts. Each entry belongs to an owner, the hash of
 an API key, and has an id that is unique for this owner. Users of a store (`ResponseStore`, the server's mailbox and its
@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import Context
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError
-from candle_vllm.responses.store.entries import Entry, EntryItem
 
 SETTING = "responses_store"
 MAX_RECORDS = 100_000
@@ -152,156 +151,6 @@ class StoreOptions:
         )
 
 
-class Backend(Protocol):
-    """A store; opened, used and closed in one event loop. Every method is atomic for all servers that share the store.
-
-    All methods except `open`, `close` and `owner` raise StoreUnavailableError if the store cannot be used now.
-    """
-
-    @property
-    def now(self) -> int:
-        """Current time of the store."""
-        ...
-
-    async def open(self) -> None:
-        """Connect, and create or migrate the tables; ConfigError (also NotReadyError, its subclass) if that fails."""
-        ...
-
-    async def close(self) -> None:
-        """Wait for the running call, and drop waiting calls."""
-        ...
-
-    def owner(self, key: str) -> str:
-        """Return the owner of an API key's data; without keys (""), all share one owner."""
-        ...
-
-    # ---- entries -----------------------------------------------------------------------------------------------------
-
-    async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()) -> int:
-        """Store an entry, or replace the one with its owner and id; return how many other entries were dropped.
-
-        A replaced entry that is active (`entries.ACTIVE`) keeps `created`, its place in lists and its parts; otherwise
-        it is deleted first. `names` are ids in the entry's contents, for `find`; `parts` are added to its parts. Raises
-        StoreLimitError if a limit prevents it, and InvalidParameterError if two parts have one id.
-        """
-        ...
-
-    async def get(self, kind: str, owner: str, name: str) -> Entry | None:
-        """Return an unexpired entry, or None. Active and, with `spares_leased`, leased entries never expire."""
-        ...
-
-    async def page(
-        self, kind: str, owner: str, limit: int, after: str | None = None, order: Order = "desc"
-    ) -> list[Entry] | None:
-        """Return up to `limit` entries that follow `after`, without contents; None for an unknown `after`."""
-        ...
-
-    async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
-        """Return an entry and the entries that it follows, the newest first.
-
-        The chain ends with an entry that follows none, before a missing one, with an active one, or with the one that
-        exceeds `most` entries or `most_size` bytes. Only if it is complete, its entries count as used now.
-        """
-        ...
-
-    async def change(
-        self,
-        kind: str,
-        owner: str,
-        name: str,
-        body: bytes,
-        *,
-        status: str | None = None,
-        lease: int | None = None,
-        lease_was: int | None = None,
-        expires: int | None = None,
-        names: Collection[str] = (),
-    ) -> bool:
-        """Write the progress of an entry; False if it is not in the expected state, or does not exist.
-
-        Args:
-            status: new status of an active entry; None for an inactive entry, whose status and lease do not change.
-            lease: new end of the lease; None ends it.
-            lease_was: expected end of the lease; if given, no limits apply, so that an entry with an expired lease can
-                be ended.
-            expires: new time of expiry; None leaves it.
-            names: further ids in its contents.
-
-        Raises:
-            StoreLimitError: the entry exceeds a limit of one entry or of the store.
-        """
-        ...
-
-    async def delete(
-        self, kind: str, owner: str, name: str, *, status: str | None = None, holder: str | None = None
-    ) -> bool:
-        """Delete an entry that `get` finds if status and holder match (None: any); return whether it was deleted."""
-        ...
-
-    async def expire(self) -> list[Entry]:
-        """Delete some expired entries, and return them without contents."""
-        ...
-
-    async def find(self, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:
-        """Return the owner's parts with these ids, and its entries that have one of these ids in their `names`."""
-        ...
-
-    # ---- parts -------------------------------------------------------------------------------------------------------
-
-    async def append(
-        self, kind: str, owner: str, name: str, parts: Sequence[EntryItem], *, skip_known: bool = False
-    ) -> int:
-        """Add parts at the end, all or none; return how many entries were dropped to make room.
-
-        Parts that exist already are skipped with `skip_known`, and refused with InvalidParameterError otherwise. Raises
-        StoreLimitError if the parts exceed the limits, and, like the next three methods, NotStoredError if the entry
-        does not exist.
-        """
-        ...
-
-    async def parts(
-        self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
-    ) -> list[EntryItem] | None:
-        """Return up to `limit` parts after `after`, None for an unknown `after`; no `limit` marks the entry as used."""
-        ...
-
-    async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
-        """Return one part, or None."""
-        ...
-
-    async def delete_part(self, kind: str, owner: str, name: str, part: str) -> bool:
-        """Delete one part; return whether it existed."""
-        ...
-
-    # ---- leases ------------------------------------------------------------------------------------------------------
-
-    async def claim(self, kind: str, what: Held, until: int) -> bool:
-        """Give an entry's lease to a holder, or renew it; return False while another holder has it.
-
-        Raises NotStoredError if the entry does not exist.
-        """
-        ...
-
-    async def claim_due(self, until: int, busy_owners: Collection[str]) -> Entry | None:
-        """Claim until a time the inactive entry whose lease ended first, or return None; skip owners at their limit."""
-        ...
-
-    async def next_due(self, busy_owners: Collection[str]) -> int | None:
-        """Return the time at which `claim_due` will find an entry, or None."""
-        ...
-
-    async def move(self, held: Sequence[Held], until: int | None, about: bytes | None = None) -> set[Held]:
-        """Set the end of leases (None ends them), and the entries' summary, unless `about` is None.
-
-        Return the entries whose lease the holder no longer has.
-        """
-        ...
-
-    async def lapsed(self, busy_owners: Collection[str] = ()) -> list[Entry]:
-        """Return some active entries with an expired lease, earliest first; skip owners at their limit."""
-        ...
-
-
 # ---- which backend a URL opens ---------------------------------------------------------------------------------------
 
 
@@ -309,8 +158,8 @@ class BackendUrl(NamedTuple):
     """The URLs of a scheme.
 
     Attributes:
-        runs: module of this folder, and its class that implements `Backend` (place, bounds, clock); imported by
-            `backend_at`.
+        runs: module of this folder, and its class, which is made with (place, bounds, clock) and has the methods of
+            `SqlBackend`; imported by `backend_at`.
         rest: what follows the scheme in messages; "" for an alias of a scheme, which messages omit.
         short: likewise, for the help of flags.
     """
@@ -331,8 +180,8 @@ URLS = [scheme + row.rest for scheme, row in BACKENDS.items() if row.rest]
 SHORT_URLS = [scheme + row.short for scheme, row in BACKENDS.items() if row.short]
 
 
-def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
-    """Return the backend of a store, not opened yet; `clock` returns seconds since 1970.
+def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Any:
+    """Return the backend of a store, a `SqlBackend`, not opened yet; `clock` returns seconds since 1970.
 
     Raises:
         ConfigError: the place is neither `memory` nor a URL of `BACKENDS`.
@@ -345,8 +194,8 @@ def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Back
     return getattr(import_module(f"{__package__}.{module}"), name)(place, bounds, clock)
 
 
-async def open_backend(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
-    """Return the backend of a store, opened; ConfigError if that fails."""
+async def open_backend(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Any:
+    """Return the backend of a store, a `SqlBackend`, opened; ConfigError if that fails."""
     backend = await asyncio.to_thread(backend_at, place, bounds, clock)  # it imports SQLAlchemy
     try:
         await backend.open()

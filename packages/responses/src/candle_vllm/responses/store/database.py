@@ -77,7 +77,7 @@ class Database:
             self._engine.dispose()
 
     def owner(self, key: str) -> str:
-        """Return the owner of an API key: its keyed hash in hex."""
+        """Return the owner of an API key's data: its keyed hash in hex. Without keys (""), all share one owner."""
         return hmac.new(self._salt, key.encode(), hashlib.sha256).hexdigest()
 
     async def run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -60,7 +60,7 @@ class Room:
             self._connection.execute(delete(self._entries).where(self._entries.c.number.in_(numbers)))
 
     def append(self, kind: str, number: int, owner: str, more: Sequence[EntryItem], *, skip_known: bool) -> int:
-        """Add parts to a row; return how many other entries were dropped, as in `Backend.append`."""
+        """Add parts to a row; return how many other entries were dropped, as in `SqlBackend.append`."""
         parts, bounds = self._parts, self._bounds
         there = self._known(number, more)
         if skip_known:

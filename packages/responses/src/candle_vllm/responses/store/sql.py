@@ -44,7 +44,10 @@ def _transaction(
 
 
 class SqlBackend:
-    """Implements `Backend` with tables of an SQL database.
+    """A store in tables of an SQL database; opened, used and closed in one event loop.
+
+    Every method is atomic for all servers that share the store. All methods except `open`, `close` and `owner` raise
+    StoreUnavailableError if the store cannot be used now.
 
     Every method locks in one order, so that servers cannot deadlock: an entry's row, then `Room.make`, then its parts.
 
@@ -56,11 +59,13 @@ class SqlBackend:
     Attributes:
         tables: tables of this store.
         database: the database that holds the tables.
+        open, close, owner: methods of the database.
     """
 
     def __init__(self, place: Place, bounds: Bounds, clock: Callable[[], float] = time.time) -> None:
         self.tables = tables_of(place.name)
         self.database = Database(place, self.tables, MAX_WAITING)
+        self.open, self.close, self.owner = self.database.open, self.database.close, self.database.owner
         self._place = place
         self._bounds = bounds
         self._clock = clock
@@ -70,16 +75,8 @@ class SqlBackend:
 
     @property
     def now(self) -> int:
+        """Current time of the store."""
         return int(self._clock() * 1000)
-
-    async def open(self) -> None:
-        await self.database.open()
-
-    async def close(self) -> None:
-        await self.database.close()
-
-    def owner(self, key: str) -> str:
-        return self.database.owner(key)
 
     # ---- entries -----------------------------------------------------------------------------------------------------
 
@@ -87,6 +84,12 @@ class SqlBackend:
     def put(
         self, connection: Connection, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()
     ) -> int:
+        """Store an entry, or replace the one with its owner and id; return how many other entries were dropped.
+
+        A replaced entry that is active (`entries.ACTIVE`) keeps `created`, its place in lists and its parts; otherwise
+        it is deleted first. `names` are ids in the entry's contents, for `find`; `parts` are added to its parts. Raises
+        StoreLimitError if a limit prevents it, and InvalidParameterError if two parts have one id.
+        """
         self._check_size(entry.kind, entry.size)
         entries, room = self._entries, self._room(connection)
         same = and_(entries.c.owner == entry.owner, entries.c.id == entry.id)
@@ -117,6 +120,7 @@ class SqlBackend:
 
     @_transaction
     def get(self, connection: Connection, kind: str, owner: str, name: str) -> Entry | None:
+        """Return an unexpired entry, or None. Active and, with `spares_leased`, leased entries never expire."""
         row = connection.execute(select(self._entries).where(self._visible(kind, owner, name))).first()
         return None if row is None else _entry(row)
 
@@ -124,6 +128,7 @@ class SqlBackend:
     def page(
         self, connection: Connection, kind: str, owner: str, limit: int, after: str | None = None, order: Order = "desc"
     ) -> list[Entry] | None:
+        """Return up to `limit` entries that follow `after`, without contents; None for an unknown `after`."""
         query, number = select(*self._summary).where(self._visible(kind, owner)), self._entries.c.number
         place = None if after is None else select(number).where(self._visible(kind, owner, after))
         rows = _rows(connection, query.limit(limit), number, order, place)
@@ -131,6 +136,11 @@ class SqlBackend:
 
     @_transaction
     def chain(self, connection: Connection, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
+        """Return an entry and the entries that it follows, the newest first.
+
+        The chain ends with an entry that follows none, before a missing one, with an active one, or with the one that
+        exceeds `most` entries or `most_size` bytes. Only if it is complete, its entries count as used now.
+        """
         found: list[Entry] = []
         numbers: list[int] = []
         size, before = 0, name
@@ -165,6 +175,19 @@ class SqlBackend:
         expires: int | None = None,
         names: Collection[str] = (),
     ) -> bool:
+        """Write the progress of an entry; False if it is not in the expected state, or does not exist.
+
+        Args:
+            status: new status of an active entry; None for an inactive entry, whose status and lease do not change.
+            lease: new end of the lease; None ends it.
+            lease_was: expected end of the lease; if given, no limits apply, so that an entry with an expired lease can
+                be ended.
+            expires: new time of expiry; None leaves it.
+            names: further ids in its contents.
+
+        Raises:
+            StoreLimitError: the entry exceeds a limit of one entry or of the store.
+        """
         entries = self._entries
         where = and_(self._named(kind, owner, name), self._active if status is not None else not_(self._active))
         if lease_was is not None:
@@ -200,6 +223,7 @@ class SqlBackend:
         status: str | None = None,
         holder: str | None = None,
     ) -> bool:
+        """Delete an entry that `get` finds if status and holder match (None: any); return whether it was deleted."""
         where = self._visible(kind, owner, name)
         for column, value in ((self._entries.c.status, status), (self._entries.c.holder, holder)):
             where = where if value is None else and_(where, column == value)
@@ -209,6 +233,7 @@ class SqlBackend:
 
     @_transaction
     def expire(self, connection: Connection) -> list[Entry]:
+        """Delete some expired entries, and return them without contents."""
         over = and_(self._entries.c.expires <= self.now, not_(self._alive))
         query = select(*self._summary).where(over).limit(10 * ROWS_AT_ONCE)
         rows = connection.execute(query.with_for_update(skip_locked=True)).all()  # another server may expire them now
@@ -217,6 +242,7 @@ class SqlBackend:
 
     @_transaction
     def find(self, connection: Connection, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:
+        """Return the owner's parts with these ids, and its entries that have one of these ids in their `names`."""
         parts: list[EntryItem] = []
         found: dict[int, Entry] = {}
         for start in range(0, len(names), NAMES_AT_ONCE):
@@ -242,6 +268,12 @@ class SqlBackend:
         *,
         skip_known: bool = False,
     ) -> int:
+        """Add parts at the end, all or none; return how many entries were dropped to make room.
+
+        Parts that exist already are skipped with `skip_known`, and refused with InvalidParameterError otherwise. Raises
+        StoreLimitError if the parts exceed the limits, and, like the next three methods, NotStoredError if the entry
+        does not exist.
+        """
         number = self._find(connection, kind, owner, name, locked=True)
         return self._room(connection).append(kind, number, owner, parts, skip_known=skip_known)
 
@@ -256,6 +288,7 @@ class SqlBackend:
         order: Order = "asc",
         after: str | None = None,
     ) -> list[EntryItem] | None:
+        """Return up to `limit` parts after `after`, None for an unknown `after`; no `limit` marks the entry as used."""
         number, parts = self._find(connection, kind, owner, name), self._parts
         query = select(parts.c.id, parts.c.body).where(parts.c.entry == number)
         place = select(parts.c.number).where(parts.c.entry == number, parts.c.id == after)
@@ -266,6 +299,7 @@ class SqlBackend:
 
     @_transaction
     def part(self, connection: Connection, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
+        """Return one part, or None."""
         number = self._find(connection, kind, owner, name)
         query = select(self._parts.c.body).where(self._parts.c.entry == number, self._parts.c.id == part)
         body = connection.execute(query).scalar_one_or_none()
@@ -273,6 +307,7 @@ class SqlBackend:
 
     @_transaction
     def delete_part(self, connection: Connection, kind: str, owner: str, name: str, part: str) -> bool:
+        """Delete one part; return whether it existed."""
         number = self._find(connection, kind, owner, name, locked=True)
         same = and_(self._parts.c.entry == number, self._parts.c.id == part)
         size = connection.execute(select(self._parts.c.size).where(same)).scalar_one_or_none()
@@ -287,6 +322,10 @@ class SqlBackend:
 
     @_transaction
     def claim(self, connection: Connection, kind: str, what: Held, until: int) -> bool:
+        """Give an entry's lease to a holder, or renew it; return False while another holder has it.
+
+        Raises NotStoredError if the entry does not exist.
+        """
         number = self._find(connection, kind, what.owner, what.id, locked=True)
         entries = self._entries
         free = or_(entries.c.lease.is_(None), entries.c.lease <= self.now, entries.c.holder == what.holder)
@@ -296,6 +335,7 @@ class SqlBackend:
 
     @_transaction
     def claim_due(self, connection: Connection, until: int, busy_owners: Collection[str]) -> Entry | None:
+        """Claim until a time the inactive entry whose lease ended first, or return None; skip owners at their limit."""
         entries = self._entries
         due = select(entries).where(entries.c.lease <= self.now, self._claimable(busy_owners))
         row = connection.execute(due.order_by(entries.c.lease).limit(1)).first()
@@ -307,12 +347,17 @@ class SqlBackend:
 
     @_transaction
     def next_due(self, connection: Connection, busy_owners: Collection[str]) -> int | None:
+        """Return the time at which `claim_due` will find an entry, or None."""
         return connection.execute(select(func.min(self._entries.c.lease)).where(self._claimable(busy_owners))).scalar()
 
     @_transaction
     def move(
         self, connection: Connection, held: Sequence[Held], until: int | None, about: bytes | None = None
     ) -> set[Held]:
+        """Set the end of leases (None ends them), and the entries' summary, unless `about` is None.
+
+        Return the entries whose lease the holder no longer has.
+        """
         entries, lost = self._entries, set[Held]()
         values: dict[str, Any] = {"lease": until} | ({} if about is None else {"about": about})
         for each in held:
@@ -324,6 +369,7 @@ class SqlBackend:
 
     @_transaction
     def lapsed(self, connection: Connection, busy_owners: Collection[str] = ()) -> list[Entry]:
+        """Return some active entries with an expired lease, earliest first; skip owners at their limit."""
         entries = self._entries
         over = select(entries).where(entries.c.lease <= self.now, self._active, entries.c.owner.not_in(busy_owners))
         return [_entry(row) for row in connection.execute(over.order_by(entries.c.lease).limit(ROWS_AT_ONCE))]
@@ -370,7 +416,7 @@ class SqlBackend:
             )
 
     def _note(self, connection: Connection, number: int, names: Collection[str]) -> None:
-        """Store further `names` of an entry, see `Backend.put`."""
+        """Store further `names` of an entry, see `put`."""
         known = sorted({name for name in names if len(name) <= MAX_ID and "\0" not in name})
         for start in range(0, len(known), NAMES_AT_ONCE):
             some = known[start : start + NAMES_AT_ONCE]

@@ -65,7 +65,7 @@ class Tables:
             sa.Column("body", sa.LargeBinary, nullable=False),
             sa.UniqueConstraint("entry", "id"),
         )
-        self.names = sa.Table(  # `names` of `Backend.put`
+        self.names = sa.Table(  # `names` of `SqlBackend.put`
             f"{name}_names",
             self.all,
             sa.Column("number", _Key, primary_key=True, autoincrement=True),

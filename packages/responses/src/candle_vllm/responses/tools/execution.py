@@ -91,7 +91,7 @@ async def run(
     max_chars: int = DEFAULT_MAX_CHARS,
     report: Report | None = None,
 ) -> ToolResult:
-    """Run a checked call once. `timeout` is as in `call_directly`; `max_chars` limits the result's text.
+    """Run a checked call once. `timeout` is as in `ResponsesSession.call_tool`; `max_chars` limits the result's text.
 
     Cancelling the coroutine cancels the tool, and waits until it has ended; a tool that does not react within six
     seconds is abandoned, with an error in the log.
@@ -178,18 +178,7 @@ async def call_directly(
     *,
     timeout: float | None = None,
 ) -> ToolResult:
-    """Call a tool without a model, and return the result.
-
-    Args:
-        registry: registry of the tools.
-        server: label of the MCP server; None for a Python function.
-        tool: name of the tool on that server, or the name that a model uses.
-        arguments: arguments, which are checked against the tool's schema.
-        timeout: timeout in seconds; None means the tool's own timeout, or 60.
-
-    Raises:
-        InvalidParameterError: the tool does not exist, the arguments are no JSON object, or the timeout is invalid.
-    """
+    """Call a tool without a model, as `ResponsesSession.call_tool`; `tool` may also be the name that a model uses."""
     if timeout is not None and (not isinstance(timeout, (int, float)) or not 0 < timeout <= MAX_TIMEOUT):
         raise InvalidParameterError(
             f"timeout must be more than 0 and at most {MAX_TIMEOUT:g} seconds, not {timeout!r:.40}", "timeout"

@@ -34,8 +34,8 @@ def tool_name(server: str, tool: str) -> str:
     Two different pairs never have the same name, except by a collision of 40-bit hashes.
     """
     name = f"{server}{SEPARATOR}{tool}"
-    plain = _is_plain_server(server) and tool and is_tool_name(name) and not _HASHED.search(name)
-    return name if plain else hashed_name(server, tool)
+    splits = bool(server) and SEPARATOR not in server and not server.endswith("_")  # at the first separator
+    return name if splits and tool and is_tool_name(name) and not _HASHED.search(name) else hashed_name(server, tool)
 
 
 def hashed_name(server: str, tool: str) -> str:
@@ -49,15 +49,8 @@ def hashed_name(server: str, tool: str) -> str:
 
 def matches(patterns: Iterable[str], name: str) -> bool:
     """Whether a pattern matches the name; "*" in a pattern matches any text, all other characters match themselves."""
-    return any(pattern == name or ("*" in pattern and _fits(pattern, name)) for pattern in patterns)
-
-
-def _fits(pattern: str, name: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]").replace("?", "[?]"))
-
-
-def _is_plain_server(server: str) -> bool:
-    return bool(server) and SEPARATOR not in server and not server.endswith("_")
+    literal = ((one, one.replace("[", "[[]").replace("?", "[?]")) for one in patterns)
+    return any(one == name or ("*" in one and fnmatch.fnmatchcase(name, shell)) for one, shell in literal)
 
 
 def _clean(text: str) -> str:

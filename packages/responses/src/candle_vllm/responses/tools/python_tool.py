@@ -208,7 +208,8 @@ class PythonTool:
         documented = function.func if isinstance(function, partial) else function
         summary, descriptions = describe(documented)
         self._function = function
-        self._is_async = _is_async(function)
+        called = getattr(function, "__call__", None)  # noqa: B004
+        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
         self._signature = Signature(function, descriptions, label)
         self._threads = 0
         self._lock = threading.Lock()
@@ -295,10 +296,6 @@ def _named(function: Callable[..., Any], name: str | None) -> tuple[str, str]:
     if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
         raise InvalidParameterError(f"{label} cannot be a tool: it is a generator; return the whole result", "tools")
     return own, label
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 def _output(value: Any) -> tool.ToolOutput:

@@ -167,8 +167,6 @@ class ToolRegistry:
 
 
 class _Renamed:
-    """A tool with another name."""
-
     def __init__(self, tool: Tool, definition: ToolDefinition) -> None:
         self._tool = tool
         self.definition = definition

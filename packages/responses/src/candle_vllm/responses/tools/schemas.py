@@ -156,17 +156,14 @@ def _pattern_keyword() -> Keyword:
 
     compiled: dict[str, SchemaValidator | None] = {}
 
-    def compile_pattern(pattern: str) -> SchemaValidator | None:
-        try:
-            return SchemaValidator(core_schema.str_schema(pattern=pattern, strict=True))
-        except SchemaError:
-            return None
-
     def pattern_keyword(_validator: Any, pattern: Any, instance: Any, _schema: Any) -> Iterator[Any]:
         if not isinstance(instance, str) or len(instance) > MAX_MATCHED or len(pattern) > MAX_PATTERN:
             return
         if pattern not in compiled:
-            compiled[pattern] = compile_pattern(pattern)
+            try:
+                compiled[pattern] = SchemaValidator(core_schema.str_schema(pattern=pattern, strict=True))
+            except SchemaError:
+                compiled[pattern] = None
         matcher = compiled[pattern]
         if matcher is None:
             return

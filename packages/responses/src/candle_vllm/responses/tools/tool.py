@@ -243,7 +243,9 @@ def _part_text(part: ContentPart, fault: str | None = None) -> str:
         return part.text or ""
     if part.kind == "resource_link":
         return _bracketed("link to a resource", part.name, part.uri, part.mime_type, part.text)
-    size = None if part.data is None else f"{_bytes_of_base64(part.data)} bytes"
+    size = None
+    if part.data is not None:
+        size = f"{max(0, len(part.data) * 3 // 4 - part.data[-2:].count('='))} bytes"  # of what base64 encodes
     label = _bracketed(part.kind, part.name, part.uri, part.mime_type, size, fault)
     return f"{label}\n{part.text}" if part.text else label
 
@@ -251,10 +253,6 @@ def _part_text(part: ContentPart, fault: str | None = None) -> str:
 def _bracketed(kind: str, *details: str | None) -> str:
     told = ", ".join(f"{detail:.2000}" for detail in details if detail)
     return f"[{kind}: {told}]" if told else f"[{kind}]"
-
-
-def _bytes_of_base64(data: str) -> int:
-    return max(0, len(data) * 3 // 4 - data[-2:].count("="))
 
 
 def _json(value: Any) -> str:

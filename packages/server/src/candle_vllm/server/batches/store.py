@@ -18,12 +18,16 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from candle_vllm.responses.store import entries
-from candle_vllm.responses.store.backend import SETTING, Backend, Bounds, Held, Order, Place, open_backend
+from candle_vllm.responses.store.backend import SETTING, Bounds, Held, Order, Place, open_backend
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.store.sql import SqlBackend
 
 FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry
 ACTIVE = "in_progress"  # status of an entry that a server works on
@@ -56,7 +60,7 @@ class FileOptions:
 
 
 class BatchStore:
-    """The store of files and batches; raises the errors of `Backend`. A store in memory is opened on first use.
+    """The store of files and batches; raises the errors of `SqlBackend`. A store in memory is opened on first use.
 
     Args:
         options: options of the store.
@@ -67,7 +71,7 @@ class BatchStore:
         self.options = options
         self._several = several
         self._opening = asyncio.Lock()
-        self._backend: Backend | None = None
+        self._backend: SqlBackend | None = None
         self._closed = False
 
     @property
@@ -80,7 +84,7 @@ class BatchStore:
         """Whether the store was opened; before that it is empty."""
         return self._backend is not None
 
-    async def backend(self) -> Backend:
+    async def backend(self) -> SqlBackend:
         """Return the backend, opened."""
         async with self._opening:
             if self._backend is None:
@@ -277,7 +281,7 @@ class BatchStore:
                 await backend.delete(entry.kind, entry.owner, entry.id)
         return sorted(found, key=lambda entry: entry.created)
 
-    async def _open(self) -> Backend:
+    async def _open(self) -> SqlBackend:
         if self._closed:
             raise entries.StoreUnavailableError("The store of files is closed: the server is stopping.", SETTING)
         options = self.options

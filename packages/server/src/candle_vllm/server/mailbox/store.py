@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,6 +20,9 @@ from candle_vllm.responses.store.backend import Bounds, Held, Place, backend_at
 from candle_vllm.responses.store.entries import Entry
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.record import Record, Status, failure_body
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.store.sql import SqlBackend
 
 SETTING = "mailbox"
 ANSWER, PUSH = "answer", "push"
@@ -79,7 +83,7 @@ class MailboxStore:
 
     def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
         place = Place(options.url, "mailbox", "mailbox", SETTING)
-        self.backend = backend_at(place, Bounds(options.max_records, options.max_records_per_key), clock)
+        self.backend: SqlBackend = backend_at(place, Bounds(options.max_records, options.max_records_per_key), clock)
         self.open, self.close, self.owner = self.backend.open, self.backend.close, self.backend.owner
         self._retention = options.retention_secs * 1000
 

@@ -49,7 +49,7 @@ async def _embedded(model: ServedModel, wire: EmbeddingRequest) -> EmbeddingList
 async def create_moderation(request: Request) -> Response:
     """Harm categories of texts, from a classifier model."""
     parse = functools.partial(parse_body, wires.ModerationRequest)
-    return await answer_with(request, parse, lambda model, wire: model.adapter.moderate(wire))
+    return await answer_with(request, parse, lambda model, wire: model.adapter.embedding.moderate(wire))
 
 
 @route(
@@ -62,7 +62,7 @@ async def cohere_embed(request: Request) -> Response:
     """Embeddings of texts, in Cohere's form."""
     parse, first = functools.partial(parse_body, CohereEmbedRequest), request.scope["route"].path == "/v1/embed"
     return await answer_with(
-        request, parse, lambda model, wire: model.adapter.embed_cohere(wire, "1" if first else "2")
+        request, parse, lambda model, wire: model.adapter.embedding.embed_cohere(wire, "1" if first else "2")
     )
 
 

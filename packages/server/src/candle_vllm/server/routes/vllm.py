@@ -236,7 +236,9 @@ async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -
 )
 async def pool(request: Request) -> Response:
     """Return the pooled outputs of texts, in vLLM's form."""
-    return await answering.answer_with(request, parse_pooling_request, lambda model, wire: model.adapter.pool(wire))
+    return await answering.answer_with(
+        request, parse_pooling_request, lambda model, wire: model.adapter.embedding.pool(wire)
+    )
 
 
 @route(
@@ -250,5 +252,5 @@ async def pool(request: Request) -> Response:
 async def classify(request: Request) -> Response:
     """Return the class of each text, in vLLM's form."""
     return await answering.answer_with(
-        request, parse_classify_request, lambda model, wire: model.adapter.classify(wire)
+        request, parse_classify_request, lambda model, wire: model.adapter.embedding.classify(wire)
     )

@@ -36,8 +36,6 @@ _Body = TypeVar("_Body", Tagged, Nested)
 
 
 class _Call(Generic[_Body]):
-    """Grammar of calls of one tool."""
-
     def __init__(self, body: _Body, context: Context, tool: FunctionShape) -> None:
         self._body = body
         self._writer: Writer = context.writer
@@ -72,8 +70,7 @@ class _TaggedCall(_Call[Tagged]):
 
     def _others(self, known: list[str], schema: Schema) -> str:
         """Return the rule of one additional entry."""
-        names = " | ".join(quoted(key) for key in known)
-        key = self._writer.terminal(f"{_FREE_KEY} & ~({names})" if names else _FREE_KEY)
+        key = self._writer.other(_FREE_KEY, known)
         kinds = argument_kinds(self._tool.parameters, "")  # no property has this name
         return self._writer.rule(sequence(SPACE, self._value(key, schema, kinds)))
 

@@ -125,7 +125,6 @@ class _Names:
 
 
 def _is_recursive(kinds: list[tuple[str, str]]) -> bool:
-    """Whether a rule refers to itself, directly or indirectly."""
     refers: dict[str, set[str]] = {}
     rule = ""
     for number, (kind, text) in enumerate(kinds):

@@ -112,12 +112,9 @@ class Values:
         if branch.type == "object":
             return self._object(branch.schema)
         if branch.type in ("null", "boolean"):
-            words = [self._notation.words[None]] if branch.type == "null" else [*map(self._word, (False, True))]
-            return self._writer.rule(" | ".join(words))
+            values = (None,) if branch.type == "null" else (False, True)
+            return self._writer.rule(" | ".join(self._notation.words[value] for value in values))
         return scalar(self._writer, branch) or json_value(self._writer, self._root, branch)
-
-    def _word(self, value: bool) -> str:
-        return self._notation.words[value]
 
     def _object(self, schema: Mapping[str, Any]) -> str:
         inside = self.items({"type": "object", **schema}, self._notation.key, self._notation.free_key)
@@ -192,14 +189,10 @@ def _arguments(context: Context, tool: FunctionShape) -> str:
         if not re.fullmatch(r"[A-Za-z_]\w{0,255}", key) or keyword.iskeyword(key):
             raise root.refused(f"properties: {key!r:.60}", "arguments must have names that Python allows")
     values = Values(writer, root, _python_notation(writer))
-    inside = values.items(root.schema, lambda key: quoted(f"{key}="), lambda known: _other(writer, known))
+    inside = values.items(
+        root.schema, lambda key: quoted(f"{key}="), lambda known: sequence(writer.other(_FREE_KEY, known), '"="')
+    )
     return sequence(inside, '")"')
-
-
-def _other(writer: Writer, known: list[str]) -> str:
-    """Return an expression of the name of an argument that the schema does not name."""
-    names = " | ".join(map(quoted, known))
-    return sequence(writer.terminal(f"{_FREE_KEY} & ~({names})" if known else _FREE_KEY), '"="')
 
 
 def _python_notation(writer: Writer) -> Notation:
@@ -207,8 +200,7 @@ def _python_notation(writer: Writer) -> Notation:
         return writer.terminal(f"{quoted(_double(value))} | {quoted(_single(value))}")
 
     def free_key(known: list[str]) -> str:
-        names = " | ".join(quoted(key) for key in known)
-        bare = writer.terminal(f"{_FREE_KEY} & ~({names})" if known else _FREE_KEY)
+        bare = writer.other(_FREE_KEY, known)
         return sequence(writer.terminal(f'"\'" {bare} "\'" | "\\"" {bare} "\\""'), '":"', SPACE)
 
     return Notation(
@@ -265,15 +257,11 @@ def _gemma_notation(writer: Writer, quote: str) -> Notation:
     def text(value: str) -> str:
         return sequence(writer.mark(quote), quoted(value) if value else "", writer.mark(quote))
 
-    def free_key(known: list[str]) -> str:
-        names = " | ".join(map(quoted, known))
-        return sequence(writer.terminal(f"{_FREE_KEY} & ~({names})" if known else _FREE_KEY), '":"')
-
     return Notation(
         string=string,
         text=text,
         key=lambda key: sequence(quoted(key) if _BARE_KEY.fullmatch(key) else text(key), '":"'),
-        free_key=free_key,
+        free_key=lambda known: sequence(writer.other(_FREE_KEY, known), '":"'),
         words=_GEMMA_WORDS,
         unkeyable=lambda key: quote in key,
         ordered=True,

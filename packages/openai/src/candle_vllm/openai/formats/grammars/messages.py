@@ -105,8 +105,8 @@ def _written(flow: Harmony, context: Context, write: _Write) -> str:
     return writer.rule(" | ".join(parts))
 
 
-def headed(flow: Headed, context: Context, *, required: bool) -> str:
-    """Return the grammar of a message whose prompt ends with the mark before its first part."""
+def headed(flow: Headed, context: Context, _write: _Write, *, required: bool, in_reasoning: bool = False) -> str:  # noqa: ARG001
+    """Return the grammar of a message whose prompt ends with the mark before its first part; it has no reasoning."""
     calls = _headed_calls(flow, context)
     if required:
         return calls
@@ -115,7 +115,7 @@ def headed(flow: Headed, context: Context, *, required: bool) -> str:
     return f"{lead}* ({calls} | {answer} TEXT)"
 
 
-def headed_answer(flow: Headed, context: Context) -> str:
+def headed_answer(flow: Headed, context: Context, _write: _Write, *, in_reasoning: bool = False) -> str:  # noqa: ARG001
     """Return the grammar of a constrained answer, or of calls."""
     calls = [_headed_calls(flow, context)] if context.tools else []
     return " | ".join([f'{quoted(flow.answer)} "\\n" @form', *calls])

@@ -15,6 +15,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_cases import CASES
 from candle_vllm.core.sampling.json_schema import SUPPORTED, compilable_schema
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.formats.values import JSON_NAMES
 
 Schema = Mapping[str, Any]
 TYPES = ("null", "boolean", "integer", "number", "array", "object", "string")
@@ -26,7 +27,6 @@ _OWN = {
     "array": ("items", "prefixItems", "additionalItems", "minItems", "maxItems"),
     "object": ("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
 }
-_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _MOST_STEPS = 64  # nested references and alternatives
 _MOST_BRANCHES = 256
 _MOST_WORK = 2_000  # budget of expanded parts of a schema; the budget has two more for each character of the schema
@@ -202,7 +202,7 @@ class Root:
         kinds = schema.get("type", TYPES)
         groups: dict[str, list[Any]] = {}
         for value in values:
-            kind, listed = "null" if value is None else _NAMES[type(value)], value
+            kind, listed = JSON_NAMES[type(value)], value
             if kind == "number" and "number" not in kinds and value.is_integer():  # 1.0 is an integer too
                 kind, listed = "integer", int(value)
             if kind in kinds or (kind == "integer" and "number" in kinds):

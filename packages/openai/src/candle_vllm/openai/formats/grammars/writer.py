@@ -85,6 +85,10 @@ class Writer:
             self._lines.append(f"{self._known[key]}: {expression}")
         return self._known[key]
 
+    def other(self, free: str, known: Sequence[str]) -> str:
+        """Return a terminal of the names that match the expression `free` and are not `known`."""
+        return self.terminal(f"{free} & ~({' | '.join(map(quoted, known))})" if known else free)
+
     def json(self, schema: Mapping[str, Any]) -> str:
         """Return a rule of a JSON value that follows a schema; references in the schema are relative to it."""
         return self.rule("%json " + json.dumps(schema, ensure_ascii=False).replace("%json", "\\u0025json"))
