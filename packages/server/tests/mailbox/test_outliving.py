@@ -325,7 +325,7 @@ async def test_the_end_of_the_server_waits_for_no_client() -> None:
     async def chunks() -> AsyncIterator[str]:
         yield "a"
 
-    notes, metrics = Notes(), SimpleNamespace(answer_stored=lambda _: None)
+    notes, metrics = Notes(), SimpleNamespace(count=lambda *_: None)
     entry, form = SimpleNamespace(names=["m"]), StoredForm("chatcmpl-", lambda chunks: cast("Any", "".join(chunks)))
     turn = SimpleNamespace(model=SimpleNamespace(entry=entry), release=lambda: None)
     writer = MailboxWriter(cast("Any", notes), cast("Any", metrics))

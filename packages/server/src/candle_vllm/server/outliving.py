@@ -29,6 +29,7 @@ from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, read_policy
 from candle_vllm.server.models.manager import Turn
 from candle_vllm.server.observing.metrics import Metrics, Outcome
+from candle_vllm.server.observing.series import ANSWERS_KEPT
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
@@ -104,7 +105,7 @@ class MailboxWriter:
             turn.release()
             stored = await answer.finish(failure)
             if stored is not None:
-                self._metrics.answer_stored(Outcome.OK if stored else Outcome.FAILED)
+                self._metrics.count(ANSWERS_KEPT, Outcome.OK if stored else Outcome.FAILED)
 
         work = Work(chunks, max(0.0, deadline - time.monotonic()), answer.take, end)
         self._works[work] = answer

@@ -28,6 +28,7 @@ from candle_vllm.server.models.admission import Place, Queued, RetiredError
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
 from candle_vllm.server.models.switcher import Load, ManagerLimits, ModelSwitcher, load_failed
 from candle_vllm.server.observing.metrics import Metrics, Rejection
+from candle_vllm.server.observing.series import WAIT_SECONDS
 from candle_vllm.server.settings.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ class ModelManager:
             raise HttpError(503, message, "model_not_ready", {"retry-after": "10"}) from None
         finally:
             del slot.arrivals[waiter]
-        self.metrics.model_waited_for(slot.entry.names[0], time.monotonic() - began)
+        self.metrics.observe(WAIT_SECONDS, time.monotonic() - began, slot.entry.names[0])
         return lease
 
     # ---- for operators -----------------------------------------------------------------------------------------------

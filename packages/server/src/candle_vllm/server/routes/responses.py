@@ -111,7 +111,31 @@ async def create_response(request: Request) -> HttpResponse:
     wire = await answering.parsed(request, requests.parse_responses_request)
     if wire.background:
         return await _in_background(request, wire, deadline)
-    return await answering.answer_parsed(request, _Exchange(request).api(), wire, deadline)
+    responders: Responders = request.app.state.responders
+    events, stream = store_access.ResponseEvents(), None
+
+    async def whole(model: ServedModel, wire: requests.ResponsesRequest) -> Response:
+        return await responders.of(model, wire.model).create(wire, owner=await owner_of(request, wire))
+
+    async def streamed(model: ServedModel, wire: requests.ResponsesRequest) -> ResponseStream:
+        nonlocal stream
+        owner = await owner_of(request, wire)
+        stream = await responders.of(model, wire.model).create_stream(wire, owner=owner)
+        return stream
+
+    def error_events(failure: Exception) -> bytes:
+        """Return the last events of a stream that the server ends: the response fails; event numbers continue."""
+        assert stream is not None
+        return b"".join(map(events.write, stream.stop(detail_of(failure)))) + DONE
+
+    api = answering.GenerationApi(
+        parse=requests.parse_responses_request,
+        whole=whole,
+        streamed=streamed,
+        form=StreamForm(events.write, error_events, silence=events.silence),
+        defaults=False,  # `Responder` fills them in
+    )
+    return await answering.answer_parsed(request, api, wire, deadline)
 
 
 @route(
@@ -154,39 +178,6 @@ async def compact_response(request: Request) -> HttpResponse:
         finally:
             turn.release()
     return answering.json_answer(compacted)
-
-
-class _Exchange:
-    """One request and its answer."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._responders: Responders = request.app.state.responders
-        self._stream: ResponseStream | None = None
-        self._events = store_access.ResponseEvents()
-
-    def api(self) -> answering.GenerationApi:
-        """Return how the request is parsed and answered."""
-        return answering.GenerationApi(
-            parse=requests.parse_responses_request,
-            whole=self._whole,
-            streamed=self._streamed,
-            form=StreamForm(self._events.write, self._error_events, silence=self._events.silence),
-            defaults=False,  # `Responder` fills them in
-        )
-
-    async def _whole(self, model: ServedModel, wire: requests.ResponsesRequest) -> Response:
-        return await self._responders.of(model, wire.model).create(wire, owner=await owner_of(self._request, wire))
-
-    async def _streamed(self, model: ServedModel, wire: requests.ResponsesRequest) -> ResponseStream:
-        owner = await owner_of(self._request, wire)
-        self._stream = await self._responders.of(model, wire.model).create_stream(wire, owner=owner)
-        return self._stream
-
-    def _error_events(self, failure: Exception) -> bytes:
-        """Return the last events of a stream that the server ends: the response fails; event numbers continue."""
-        assert self._stream is not None
-        return b"".join(map(self._events.write, self._stream.stop(detail_of(failure)))) + DONE
 
 
 def detail_of(failure: Exception) -> ErrorDetail:
