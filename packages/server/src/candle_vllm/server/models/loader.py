@@ -154,8 +154,9 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
+    files = model_files(config)
     find_draft(config)
-    open_model(model_files(config), CPU).checkpoint.close()
+    open_model(files, CPU).checkpoint.close()
     # The weights of a GPU's model are divided among GPUs, and offloaded where they do not fit.
     if not beside or (device := choose_device(config.device)).type != "cpu":
         return

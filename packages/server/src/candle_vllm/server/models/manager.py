@@ -29,7 +29,7 @@ from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedM
 from candle_vllm.server.models.switcher import Load, ManagerLimits, ModelSwitcher, load_failed
 from candle_vllm.server.observing.metrics import Metrics, Rejection
 from candle_vllm.server.observing.series import WAIT_SECONDS
-from candle_vllm.server.settings.catalogue import Catalogue
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 
 logger = logging.getLogger(__name__)
 
@@ -315,6 +315,13 @@ class ModelManager:
             tuple(name for name in before if name in slots and (name in renamed or slots[name] is not before[name])),
             tuple(slot.entry.name for slot in gone if slot.entry.name not in slots),
         )
+
+    def change(self, old: ModelEntry | None, new: ModelEntry | None) -> Changes:
+        """Replace, add (`old` is None) or remove (`new` is None) a model; raises as `Catalogue` and `adopt`."""
+        entries, news = list(self.catalogue.entries), [] if new is None else [new]
+        at = len(entries) if old is None else [each.name for each in entries].index(old.name)
+        entries[at : at + 1] = news
+        return self.adopt(Catalogue(entries, self.catalogue.default.name))
 
     def died(self, slot: ModelSlot, model: ServedModel) -> None:
         """Release a model's dead engine and load the model again; after repeated deaths, only a request reloads it."""

@@ -115,7 +115,8 @@ class ModelSwitcher:
         """Replace the slots; the models of the slots `gone` are unloaded after their last request."""
         for slot in gone:
             slot.going, slot.asked = True, False
-        still = [slot for slot in self._slots if slot.going and _is_there(slot)]
+        there = (each for each in self._slots if each.model is not None or each.state is ModelState.LOADING)
+        still = [slot for slot in there if slot.going]
         self._slots = (*slots, *still)
         for slot in still:
             if not slot.in_flight:
@@ -214,7 +215,9 @@ class ModelSwitcher:
                 entry = self._unwanted.popleft()
                 try:
                     if entry.slot.model is not None and (not entry.idle or self._rested(entry.slot)):
-                        await self._retire(entry.slot, _reason(entry))
+                        reason = "its entry was removed or changed" if entry.slot.going else "on request"
+                        unused = f"unused for {time.monotonic() - entry.slot.last_used:.0f} s"
+                        await self._retire(entry.slot, unused if entry.idle else reason)
                 finally:
                     _done(entry)
                 continue
@@ -227,7 +230,6 @@ class ModelSwitcher:
                 slot.state = ModelState.UNLOADED
 
     async def _bring(self, slot: ModelSlot) -> None:
-        """Load a model; unload others first if necessary."""
         started = time.monotonic()
         slot.state, slot.error, slot.asked, slot.progress = ModelState.LOADING, None, False, None
         try:
@@ -330,11 +332,6 @@ class ModelSwitcher:
         return seconds is not None and not slot.in_flight and time.monotonic() - slot.last_used >= seconds - 0.001
 
 
-def _is_there(slot: ModelSlot) -> bool:
-    """Whether a slot's model is loaded or being loaded."""
-    return slot.model is not None or slot.state is ModelState.LOADING
-
-
 def _shutting_down() -> HttpError:
     return HttpError(503, "The server is shutting down.", "shutting_down", {"retry-after": "5"})
 
@@ -369,13 +366,6 @@ def _forget_frames(error: BaseException | None) -> None:
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def _reason(entry: _Unwanted) -> str:
-    """Return for the log why a model is unloaded."""
-    if entry.idle:
-        return f"unused for {time.monotonic() - entry.slot.last_used:.0f} s"
-    return "its entry was removed or changed" if entry.slot.going else "on request"
 
 
 def _unload(model: ServedModel) -> None:
