@@ -125,8 +125,7 @@ def create_app(
     if mcp is not None:
         mcp.called = functools.partial(app.state.metrics.count, series.TOOL_CALLS)
         app.state.metrics.watch_mcp_servers(mcp.states)
-    servers = responses.response_servers(mcp, settings, keys=settings.has_api_keys)
-    app.state.responders = responses.Responders(app.state.response_store, servers)
+    app.state.response_servers = responses.response_servers(mcp, settings, keys=settings.has_api_keys)
     app.state.mailbox_writer = None if mailbox is None else MailboxWriter(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
@@ -171,7 +170,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         yield {"busy": lambda: any(each.busy for each in working)}
     finally:
         watch.cancel()
-        # What uses another of them is closed before it.
+        # Each is closed before those that it uses.
         for each in (
             state.batches, state.mailbox_writer, state.background, state.response_store, state.mcp, state.manager,
             state.mailbox,

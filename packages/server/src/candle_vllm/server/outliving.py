@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.protocol.generation import StreamOptions
 from candle_vllm.responses.api.outliving import Chunks, Failure, Work
 from candle_vllm.server.http.body import disconnected
@@ -152,16 +153,18 @@ class OutlivingAnswer:
 
     async def __anext__(self) -> Any:
         while True:
-            chunk = self._as_asked(await anext(self._reader))
-            if chunk is not None:
+            chunk = await anext(self._reader)
+            if not self._wish.usage_hidden:
                 return chunk
+            if chunk.choices:  # else it has only the token counts, which the client did not ask for
+                return msgspec.structs.replace(chunk, usage=UNSET)
 
-    async def response(self, encode: Callable[[Any], bytes]) -> Response:
+    async def response(self) -> Response:
         """Return the whole answer as JSON, for a client that wants no stream; raises the exception of a failed answer.
 
         Cancel the coroutine when the client disconnects.
         """
-        return _WholeResponse(encode(await self._whole()), self)
+        return _WholeResponse(to_json_bytes(await self._whole()), self)
 
     def delivered(self) -> None:
         """Record that the client was sent the last byte."""
@@ -225,12 +228,6 @@ class OutlivingAnswer:
             self.delivered()
             raise made
         return made
-
-    def _as_asked(self, chunk: Any) -> Any:
-        """Return the chunk for the client, without token counts if the client did not ask for them."""
-        if not self._wish.usage_hidden:
-            return chunk
-        return msgspec.structs.replace(chunk, usage=UNSET) if chunk.choices else None
 
     async def _note(self) -> None:
         """List the answer in the mailbox as being generated, as soon as it is certain that it will be stored."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -181,18 +180,15 @@ class RequestRecord:
 
     def _end(self, reason: FinishReason) -> None:
         self.finish_reasons = [known or reason for known in self._reasons]
-        self.times = _whole(self.arrived, [each for each in self.sequence_times if each is not None])
+        known = [each for each in self.sequence_times if each is not None]
+        self.times = RequestMetrics(
+            self.arrived,
+            min((each.first_scheduled_time for each in known if each.first_scheduled_time is not None), default=None),
+            min((each.first_token_time for each in known if each.first_token_time is not None), default=None),
+            max((each.finished_time for each in known if each.finished_time is not None), default=None),
+        )
         self.ended = time.monotonic()
         self.counts.ended.append(self)
-
-
-def _whole(arrived: float, known: Sequence[RequestMetrics]) -> RequestMetrics:
-    return RequestMetrics(
-        arrived,
-        min((each.first_scheduled_time for each in known if each.first_scheduled_time is not None), default=None),
-        min((each.first_token_time for each in known if each.first_token_time is not None), default=None),
-        max((each.finished_time for each in known if each.finished_time is not None), default=None),
-    )
 
 
 def _refusal(error: Exception, *more: type[Exception]) -> str | None:
