@@ -66,7 +66,7 @@ from candle_vllm.server.settings.options import (
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _CACHE = {"aliases": CACHE_ALIASES}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
-SAMPLED = SamplingParams().filled(DEFAULT_SAMPLING)  # without settings, and for a model whose files have none
+SAMPLED = SamplingParams().filled(DEFAULT_SAMPLING)  # where neither the settings nor the model say else
 
 
 def _sampler(name: str, text: str, metavar: str = "X") -> Told:
